@@ -1,0 +1,300 @@
+"""The settings of a run: one frozen dataclass a concern, parsed from Flower's flat run config.
+
+Each setting stands here once, with its default, the sentence that explains it and the check it must
+pass. Its run-config key is its name with hyphens (``local_epochs`` is ``local-epochs``); the defaults
+in ``pyproject.toml`` are these (a test holds them equal).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from fedcompo.errors import ConfigError
+
+Scalar = bool | int | float | str
+Check = tuple[Callable[[Any], bool], str]
+
+POSITIVE: Check = (lambda value: value > 0, "must be > 0")
+NOT_NEGATIVE: Check = (lambda value: value >= 0, "must be >= 0")
+FRACTION: Check = (lambda value: 0 <= value < 1, "must be in [0, 1)")
+
+
+class Kind(StrEnum):
+    """How the change of one weight is parametrised; see :mod:`fedcompo.deltas`."""
+
+    FULL = "full"
+    LORA = "lora"
+    IA3 = "ia3"
+
+
+class FisherKind(StrEnum):
+    """How the Fisher diagonal is computed; see :mod:`fedcompo.fisher`."""
+
+    EXACT = "exact"
+    LEADING = "leading"
+    MONTE_CARLO = "monte-carlo"
+
+
+class Penalty(StrEnum):
+    """How the anchor acts on training; see :mod:`fedcompo.penalties`."""
+
+    COUPLED = "coupled"
+    EXPLICIT = "explicit"
+    IMPLICIT = "implicit"
+
+
+class HeadStart(StrEnum):
+    """The head that a client's training starts from."""
+
+    ALIGNED = "aligned"
+    PROBE = "probe"
+
+
+class Coefficients(StrEnum):
+    """How much of each task vector enters the composition."""
+
+    UNIFORM = "uniform"
+    EXAMPLES = "examples"
+
+
+class Augmentation(StrEnum):
+    """How training images are varied."""
+
+    NONE = "none"
+    SHIFT = "shift"
+    CROP_FLIP = "crop-flip"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass of training."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def setting(default: Scalar, description: str, *checks: Check) -> Any:
+    """Declare a setting: its default, a sentence for people, the checks its value must pass."""
+    return field(default=default, metadata={"help": description, "checks": checks})
+
+
+def kinds_of(value: str) -> tuple[Kind, ...]:
+    """Split a comma-separated list of kinds; raises ``ValueError`` on an unknown one."""
+    return tuple(Kind(part.strip()) for part in value.split(","))
+
+
+def _are_kinds(value: str) -> bool:
+    try:
+        return bool(kinds_of(value))
+    except ValueError:
+        return False
+
+
+KINDS: Check = (_are_kinds, f"must be one of {', '.join(Kind)}, or several joined by commas")
+DEVICE: Check = (
+    lambda value: value.split(":")[0] in ("auto", "cpu", "cuda", "mps"),
+    "must be auto, cpu, mps, cuda or cuda:<n>",
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are dealt to the clients."""
+
+    data: str = setting("digits", "digits, folder:<path>, npz:<path> or cifar100.")
+    num_tasks: int = setting(5, "Class groups a named data set or npz is cut into.", POSITIVE)
+    num_classes: int = setting(0, "Keep this many classes, drawn by seed; 0: all.", NOT_NEGATIVE)
+    images_per_class: int = setting(
+        0, "Keep at most this many training images a class; 0: all.", NOT_NEGATIVE
+    )
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The pre-trained weights that all clients share, and which of them are adapted."""
+
+    backbone: str = setting("embedded", "embedded, or the name of a timm vision transformer.")
+    checkpoint: str = setting(
+        "", "Weights on disk (.safetensors, .pth, .npz); empty: from the hub, if not embedded."
+    )
+    image_size: int = setting(0, "Side of the input in pixels; 0: the model's own.", NOT_NEGATIVE)
+    channels: int = setting(0, "Channels of the input; 0: the model's own.", NOT_NEGATIVE)
+    target_weights: str = setting(
+        "blocks.*.attn.qkv.weight,blocks.*.attn.proj.weight,"
+        "blocks.*.mlp.fc1.weight,blocks.*.mlp.fc2.weight",
+        "Shell patterns, joined by commas, of the weights that get a delta.",
+        (lambda value: bool(value.strip(", ")), "must name at least one pattern"),
+    )
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Feature statistics, the linear probe and the joint head."""
+
+    mixture_components: int = setting(5, "Gaussians a class, at most.", POSITIVE)
+    probe_epochs: int = setting(10, "Passes over the data of a client's linear probe.", POSITIVE)
+    align_samples: int = setting(256, "Features a class drawn to align the joint head.", POSITIVE)
+
+
+@dataclass(frozen=True)
+class FisherConfig:
+    """How each client estimates its Fisher diagonal."""
+
+    fisher: FisherKind = setting(FisherKind.LEADING, "exact, leading or monte-carlo.")
+    fisher_tolerance: float = setting(
+        0.01, "leading: share of the softmax curvature that may be left out.", FRACTION
+    )
+    fisher_samples: int = setting(4, "monte-carlo: labels drawn an example.", POSITIVE)
+    fisher_examples: int = setting(
+        0, "Use at most this many examples, drawn by seed; 0: all.", NOT_NEGATIVE
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a client fits its task vector."""
+
+    kind: str = setting("lora", "full, lora or ia3; joined by commas: dealt in turn.", KINDS)
+    rank: int = setting(16, "lora: rank; a fused qkv gets three times as much.", POSITIVE)
+    head_start: HeadStart = setting(
+        HeadStart.ALIGNED, "Head that training starts from: aligned (joint) or probe (own)."
+    )
+    alpha: float = setting(
+        100.0, "Strength of the Fisher anchor; 0: plain task arithmetic.", NOT_NEGATIVE
+    )
+    penalty: Penalty = setting(
+        Penalty.IMPLICIT, "How the anchor acts: implicit, explicit (both decoupled) or coupled."
+    )
+    head_alpha: float = setting(0.025, "Strength of the head's Fisher anchor.", NOT_NEGATIVE)
+    head_decay: float = setting(0.001, "Strength of the head's plain anchor.", NOT_NEGATIVE)
+    local_epochs: int = setting(8, "Passes over a client's data.", POSITIVE)
+    batch_size: int = setting(32, "Images a step.", POSITIVE)
+    learning_rate: float = setting(0.001, "AdamW's peak step size (cosine).", POSITIVE)
+    weight_decay: float = setting(0.0, "AdamW's weight decay of the delta.", NOT_NEGATIVE)
+    augmentation: Augmentation = setting(Augmentation.NONE, "none, shift or crop-flip.")
+    precision: Precision = setting(Precision.AUTO, "auto (bfloat16 on a GPU), float32, bfloat16.")
+
+
+@dataclass(frozen=True)
+class ComposeConfig:
+    """How the task vectors are added up."""
+
+    coefficients: Coefficients = setting(
+        Coefficients.UNIFORM, "uniform, or in proportion to each client's examples."
+    )
+    scale: float = setting(1.0, "Factor on the weighted mean of the task vectors.", POSITIVE)
+    realign: bool = setting(True, "Align the joint head again on features of the composed model.")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the coordinator waits for."""
+
+    num_clients: int = setting(
+        0, "Clients to wait for; 0: num-tasks, or all that are connected.", NOT_NEGATIVE
+    )
+    min_clients: int = setting(2, "Usable clients below which the run fails.", POSITIVE)
+    timeout: float = setting(1800.0, "Seconds a client has for one phase.", POSITIVE)
+    keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run, checked."""
+
+    output: str = setting("", "Folder of the results; taken relative to where you stand.")
+    seed: int = setting(0, "Seed of everything drawn at random.", NOT_NEGATIVE)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:<n>.", DEVICE)
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    head: HeadConfig = HeadConfig()
+    fisher: FisherConfig = FisherConfig()
+    train: TrainConfig = TrainConfig()
+    compose: ComposeConfig = ComposeConfig()
+    server: ServerConfig = ServerConfig()
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Scalar]) -> RunConfig:
+        """Check a flat run config and return the settings.
+
+        Args:
+            values: Run-config keys (kebab-case) and scalars; what is missing keeps its default.
+
+        Raises:
+            ConfigError: With *all* faults: unknown keys (and the nearest known one), wrong types,
+                values out of range.
+        """
+        known, faults = all_settings(), []
+        parsed: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(key.replace("_", "-"), known, 1)
+                hint = f" Did you mean `{near[0]}`?" if near else ""
+                faults.append(f"`{key}` is no setting.{hint}")
+                continue
+            try:
+                parsed[known[key].name] = _checked(key, known[key], value)
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            listed = "\n".join(f"  - {fault}" for fault in faults)
+            raise ConfigError(
+                f"{len(faults)} setting(s) cannot be used:\n{listed}\n"
+                "`fedcompo settings` lists all settings with their defaults."
+            )
+        sections = {
+            section: kind(**{f.name: parsed.pop(f.name) for f in fields(kind) if f.name in parsed})
+            for section, kind in SECTIONS.items()
+        }
+        return cls(**sections, **parsed)
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return the settings as a flat run config: kebab-case keys, plain scalars."""
+        owners = [self, *(getattr(self, section) for section in SECTIONS)]
+        values = {
+            key: next(getattr(o, declared.name) for o in owners if declared in fields(o))
+            for key, declared in all_settings().items()
+        }
+        return {key: str(v) if isinstance(v, StrEnum) else v for key, v in values.items()}
+
+
+SECTIONS: dict[str, Any] = {
+    f.name: type(f.default) for f in fields(RunConfig) if "help" not in f.metadata
+}
+
+
+def all_settings() -> dict[str, Field[Any]]:
+    """Every setting by its run-config key, in the order of this file."""
+    declared = [f for kind in (RunConfig, *SECTIONS.values()) for f in fields(kind)]
+    return {f.name.replace("_", "-"): f for f in declared if "help" in f.metadata}
+
+
+def _checked(key: str, declared: Field[Any], value: Any) -> Any:
+    """Convert one value to its setting's type and check its range; raises ``ValueError``."""
+    expected = type(declared.default)
+    if issubclass(expected, StrEnum):
+        choices = [str(choice) for choice in expected]
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {value!r}.{hint}")
+        return expected(value)
+    whole = isinstance(value, float) and value.is_integer()
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    elif expected is int and whole:
+        value = int(value)
+    if type(value) is not expected:
+        raise ValueError(
+            f"`{key}` must be of type {expected.__name__}, got {value!r} ({type(value).__name__})."
+        )
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        raise ValueError(f"`{key}` must be finite, got {value}.")
+    for passes, demand in declared.metadata["checks"]:
+        if not passes(value):
+            raise ValueError(f"`{key}` {demand}, got {value!r}.")
+    return value

@@ -1,0 +1,54 @@
+"""Every error fedcompo raises on purpose.
+
+::
+
+    FedcompoError
+    ├── ConfigError          a setting is unknown, of the wrong type or out of range
+    ├── DataError            images or classes that cannot be used
+    ├── BackboneError        pre-trained weights that cannot be found, read or adapted
+    │   └── BackboneMismatch two parties hold different pre-trained weights
+    ├── FileFormatError      a file or message that is truncated, altered or of another kind
+    ├── ContributionError    a contribution whose tensors cannot enter a composition
+    ├── TooFewClients        fewer usable clients than the run needs
+    └── LaunchError          a simulation that could not start or did not finish
+
+A message says what is wrong, what was expected, what was found and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class FedcompoError(Exception):
+    """Base class of all errors below; catch it to catch them all."""
+
+
+class ConfigError(FedcompoError, ValueError):
+    """A setting is unknown, of the wrong type or out of range. Lists every fault at once."""
+
+
+class DataError(FedcompoError, ValueError):
+    """Images or classes that cannot be used; names the file, folder or class."""
+
+
+class BackboneError(FedcompoError):
+    """Pre-trained weights that cannot be found, read or adapted."""
+
+
+class BackboneMismatch(BackboneError):
+    """Two parties hold different pre-trained weights; names both fingerprints."""
+
+
+class FileFormatError(FedcompoError):
+    """A file or message that is truncated, altered or of another kind."""
+
+
+class ContributionError(FedcompoError, ValueError):
+    """A contribution whose tensors cannot enter a composition; names client and tensor."""
+
+
+class TooFewClients(FedcompoError):
+    """Fewer usable clients than the run needs; names those left out and why."""
+
+
+class LaunchError(FedcompoError):
+    """A simulation that could not start or did not finish."""
