@@ -1,8 +1,8 @@
 """The settings of a run: one frozen dataclass a concern, parsed from Flower's flat run config.
 
-Each setting stands here once, with its default, the sentence that explains it and the check it must
-pass. Its run-config key is its name with hyphens (``local_epochs`` is ``local-epochs``); the defaults
-in ``pyproject.toml`` are these (a test holds them equal).
+Each setting stands here once, with its default, the sentence that explains it and the check it
+must pass. Its run-config key is its name with hyphens (``local_epochs`` is ``local-epochs``); the
+defaults in ``pyproject.toml`` are these (a test holds them equal).
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class HeadConfig:
     """Feature statistics, the linear probe and the joint head."""
 
     mixture_components: int = setting(5, "Gaussians a class, at most.", POSITIVE)
-    probe_epochs: int = setting(10, "Passes over the data of a client's linear probe.", POSITIVE)
     align_samples: int = setting(256, "Features a class drawn to align the joint head.", POSITIVE)
+    ridge: float = setting(0.001, "Pull of a head's fit to where it starts.", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ that, such as ``S`` and ``l``, do stay.
 
 writes ``glyph_vit.safetensors`` (half precision) and ``glyph_vit.json`` (a timm configuration with
 the history of the training). About an hour on two cores, minutes on a GPU. It resumes from its
-own checkpoint when started again with the same arguments.
+own checkpoint when started again; given other ``--steps``, it goes on with that schedule.
 """
 
 from __future__ import annotations
@@ -259,15 +259,17 @@ def pretrain(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(arguments.seed)
     output = Path(arguments.output)
     checkpoint, first = output.with_suffix(".checkpoint"), 0
+    history: list[dict[str, int]] = []
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
         head.load_state_dict(saved["head"])
         optimiser.load_state_dict(saved["optimiser"])
         generator.set_state(saved["generator"].cpu())
-        first = saved["step"]
+        first, history = saved["step"], saved.get("history", [])
         print(f"resumed at step {first}", flush=True)
 
+    history.append({"from_step": first, "schedule_steps": arguments.steps})
     loss_sum = hits = 0.0
     for step in range(first, arguments.steps):
         label = torch.randint(classes, (arguments.batch,), generator=generator)
@@ -299,11 +301,12 @@ def pretrain(arguments: argparse.Namespace) -> None:
                 "optimiser": optimiser.state_dict(),
                 "generator": generator.get_state(),
                 "step": step + 1,
+                "history": history,
             }
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
             accuracy, loss_sum, hits = hits / 500, 0.0, 0.0
-    write(output, model, glyphs, arguments, accuracy=accuracy)
+    write(output, model, glyphs, arguments, history=history, accuracy=accuracy)
 
 
 def write(
@@ -312,6 +315,7 @@ def write(
     glyphs: Glyphs,
     arguments: argparse.Namespace,
     *,
+    history: list[dict[str, int]],
     accuracy: float,
 ) -> None:
     """Write the weights in half precision and the configuration that rebuilds the model."""
@@ -334,6 +338,7 @@ def write(
             "classes": len(glyphs.names),
             "glyphs": len(glyphs.classes),
             "steps": arguments.steps,
+            "history": history,
             "batch": arguments.batch,
             "learning_rate": arguments.learning_rate,
             "seed": arguments.seed,

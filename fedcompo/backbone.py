@@ -1,0 +1,291 @@
+"""The pre-trained weights θ₀ that all clients share: from timm's hub, a file, or embedded.
+
+Depth, width and names are asked of the model; nothing here knows a particular architecture.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.models import load_pretrained
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedcompo import tensorfile
+from fedcompo.config import BackboneConfig
+from fedcompo.deltas import Weights
+from fedcompo.errors import BackboneError
+from fedcompo.preprocessing import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A vision transformer without classifier, its target weights and how it wants its images."""
+
+    model: nn.Module
+    """Maps normalised images (batch, channels, size, size) to features (batch, features)."""
+    theta_0: Weights
+    """The target weights at their pre-trained values, each (out, in)."""
+    name: str
+    """``embedded`` or timm's name."""
+    fingerprint: str
+    """Name and SHA-256 over names, dtypes, shapes and bytes of *all* of the backbone's weights."""
+    preprocessing: Preprocessing
+    architecture: str
+    """timm's name of the architecture."""
+    model_args: dict[str, Any]
+    """Arguments that rebuild the model with ``timm.create_model``."""
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features."""
+        return int(self.model.num_features)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
+
+    def forward(self, theta: Weights) -> Callable[[Tensor], Tensor]:
+        """Return the map from uint8 images to features under other target weights.
+
+        Args:
+            theta: Target weights by name, (out, in); those not named stay pre-trained.
+        """
+
+        def features(images: Tensor) -> Tensor:
+            batch = self.preprocessing.normalise(images.to(self.device))
+            result = functional_call(self.model, theta, (batch,))
+            assert isinstance(result, Tensor)
+            return result
+
+        return features
+
+
+def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") -> Backbone:
+    """Load the pre-trained weights.
+
+    Args:
+        config: Which backbone, at which image size and number of channels.
+        device: Where the model shall lie.
+
+    Returns:
+        The backbone, frozen, in evaluation mode, float32.
+
+    Raises:
+        BackboneError: If the name is unknown, the weights cannot be had, or no weight matches.
+    """
+    if config.backbone == EMBEDDED:
+        model, architecture, model_args, cfg = _embedded(config)
+    else:
+        model, architecture, model_args, cfg = _from_timm(config)
+    model = model.float().eval().requires_grad_(False)
+    digest = tensorfile.tensor_digest(model.state_dict())
+    model = model.to(device)
+    return Backbone(
+        model,
+        target_weights(model, config.target_weights),
+        config.backbone,
+        f"{config.backbone}@{digest}",
+        _preprocessing(model, model_args, cfg),
+        architecture,
+        model_args,
+    )
+
+
+def target_weights(model: nn.Module, patterns: str) -> Weights:
+    """Select the weights that get a delta.
+
+    Args:
+        model: A backbone whose blocks are in ``model.blocks``.
+        patterns: Shell patterns joined by commas, e.g. ``blocks.*.attn.qkv.weight``.
+
+    Returns:
+        The weights by name, detached, sharing memory with the model.
+
+    Raises:
+        BackboneError: If a pattern matches nothing, or a weight that is no linear layer's.
+    """
+    parameters = dict(model.named_parameters())
+    chosen: set[str] = set()
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        found = {name for name in parameters if fnmatchcase(name, pattern)}
+        if not found:
+            raise BackboneError(
+                f"No weight matches {pattern!r}. The weights of the first block are: "
+                f"{', '.join(n for n in parameters if n.startswith('blocks.0.')) or 'none'}. "
+                "Change `target-weights`."
+            )
+        chosen |= found
+    for name in sorted(chosen):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not (name.endswith(".weight") and isinstance(layer, nn.Linear)):
+            raise BackboneError(
+                f"{name!r} is no weight of an nn.Linear ({type(layer).__name__}); "
+                "only those can be adapted. Change `target-weights`."
+            )
+    return {name: parameters[name].detach() for name in sorted(chosen)}
+
+
+def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+    """Read the backbone that travels with the package (half precision on disk)."""
+    if config.checkpoint:
+        raise BackboneError(
+            f"`checkpoint` is {config.checkpoint!r}, but the embedded backbone brings its weights. "
+            "Name the architecture in `backbone`."
+        )
+    assets = resources.files("fedcompo") / "assets"
+    recipe = json.loads((assets / "glyph_vit.json").read_text())
+    state = safetensors.torch.load((assets / "glyph_vit.safetensors").read_bytes())
+    return _build(
+        recipe["architecture"], recipe["model_args"], recipe["pretrained_cfg"], state, config
+    )
+
+
+def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+    name = config.backbone
+    if not timm.is_model(name.split(":")[-1].split("/")[-1].split(".")[0]) and "/" not in name:
+        near = difflib.get_close_matches(
+            name, timm.list_models("*vit*") + timm.list_models("*deit*")
+        )
+        raise BackboneError(
+            f"timm knows no model {name!r}. "
+            + (f"Did you mean {' or '.join(near)}? " if near else "")
+            + "`timm.list_models('*vit*')` lists vision transformers."
+        )
+    if config.checkpoint:
+        cfg = timm.get_pretrained_cfg(name)
+        cfg = cfg.to_dict() if cfg is not None else {}
+        return _build(name, {}, cfg, _read_checkpoint(Path(config.checkpoint)), config)
+    model_args = _input_args(config)
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0, **model_args)
+    except Exception as error:
+        raise BackboneError(
+            f"The weights of {name!r} could not be had from the hub ({type(error).__name__}: "
+            f"{str(error)[:200]}). Without a network, set `checkpoint` to a file with its weights, "
+            "or use `backbone = embedded`."
+        ) from error
+    _require_blocks(model, name)
+    return model, name.split(".")[0], model_args, dict(model.pretrained_cfg)
+
+
+def _build(
+    architecture: str,
+    fixed_args: dict[str, Any],
+    cfg: dict[str, Any],
+    state: dict[str, Tensor] | Path,
+    config: BackboneConfig,
+) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+    """Make a model and load weights at hand, resampled to the wanted input."""
+    model_args = {**fixed_args, **_input_args(config)}
+    try:
+        model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
+    except TypeError as error:
+        raise BackboneError(
+            f"{architecture!r} does not take {_input_args(config)}: {error}. "
+            "Only vision transformers can be used."
+        ) from error
+    _require_blocks(model, architecture)
+    with torch.no_grad():  # what the weights do not fill stays NaN, and is found
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    source = {"file": str(state), "custom_load": True} if isinstance(state, Path) else {}
+    given = {**cfg, "url": "", "hf_hub_id": None, "source": "", "num_classes": -1, **source}
+    if not isinstance(state, Path):
+        given["state_dict"] = {name: tensor.float() for name, tensor in state.items()}
+    try:
+        load_pretrained(
+            model,
+            pretrained_cfg=given,
+            num_classes=0,
+            in_chans=model_args.get("in_chans", 3),
+            filter_fn=getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None),
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise BackboneError(
+            f"The weights do not fit {architecture!r}: {str(error)[:300]}. "
+            "Name the architecture they were trained with in `backbone`."
+        ) from error
+    missing = [name for name, p in model.named_parameters() if torch.isnan(p).any()]
+    if missing:
+        raise BackboneError(
+            f"The weights lack {len(missing)} of the parameters of {architecture!r}, among them "
+            f"{missing[0]!r} (or hold NaN there). Name the architecture they were trained with."
+        )
+    return model, architecture, model_args, cfg
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor] | Path:
+    """Read a local checkpoint; .npz is left to timm, which reads JAX's layout."""
+    if not path.is_file():
+        raise BackboneError(f"There is no checkpoint {path}. Check `checkpoint`.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if path.suffix in (".pth", ".pt", ".bin"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            for key in ("model", "state_dict"):
+                loaded = loaded.get(key, loaded)
+            return dict(loaded)
+    except Exception as error:
+        raise BackboneError(
+            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {str(error)[:200]}). "
+            "Checkpoints are read as tensors alone, never as code; save the state dict."
+        ) from error
+    if path.suffix == ".npz":
+        return path
+    raise BackboneError(
+        f"{path} is of a kind that cannot be read; expected .safetensors, .pth or .npz."
+    )
+
+
+def _input_args(config: BackboneConfig) -> dict[str, Any]:
+    wanted = {"img_size": config.image_size, "in_chans": config.channels}
+    return {name: value for name, value in wanted.items() if value}
+
+
+def _require_blocks(model: nn.Module, name: str) -> None:
+    if not hasattr(model, "blocks") or not hasattr(model, "num_features"):
+        raise BackboneError(
+            f"{name!r} is a {type(model).__name__} without transformer blocks in `model.blocks`; "
+            "choose a vision transformer."
+        )
+
+
+def _preprocessing(
+    model: nn.Module, model_args: dict[str, Any], cfg: dict[str, Any]
+) -> Preprocessing:
+    """Read size, mean and std from the model's own configuration."""
+    channels, size = cfg.get("input_size", (3, 224, 224))[:2]
+    wanted = model_args.get("in_chans", channels)
+    mean, std = tuple(cfg.get("mean", (0.5,) * channels)), tuple(cfg.get("std", (0.5,) * channels))
+    if wanted != len(mean):  # another number of channels: the average one for each
+        mean, std = (sum(mean) / len(mean),) * wanted, (sum(std) / len(std),) * wanted
+    if wanted not in (1, 3):
+        raise BackboneError(f"`channels` is {wanted}; expected 1 (grey) or 3 (RGB).")
+    return Preprocessing(
+        image_size=model_args.get("img_size", size),
+        channels=wanted,
+        mean=mean,
+        std=std,
+        interpolation=cfg.get("interpolation", "bicubic"),
+        crop_fraction=cfg.get("crop_pct") or 1.0,
+    )

@@ -1,0 +1,179 @@
+"""The ``fedcompo`` command."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import tomllib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedcompo.config import RunConfig, Scalar, all_settings
+from fedcompo.errors import ConfigError, FedcompoError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Federated fine-tuning into task vectors that add up to one model, and come out again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[
+        Path | None, typer.Argument(help="TOML file of settings; none: the default digits run.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set one setting, such as kind=lora or alpha=0.5. May be repeated.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the results; default runs/<scenario>. If it holds something, "
+            "<folder>-2, -3, ... is taken."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random.")] = None,
+    cpus_per_client: Annotated[
+        int | None, typer.Option(min=1, help="CPUs a client; default 1.")
+    ] = None,
+    gpus_per_client: Annotated[
+        float | None, typer.Option(min=0.0, help="GPUs a client; default: an even share.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
+    ] = False,
+) -> None:
+    """Simulate a federation on this machine, with Flower's real engine.
+
+    SCENARIO is a TOML file of settings, without tables; without one, the default digits run.
+
+    Relative paths start at the folder you stand in, also those in a scenario: data, checkpoint
+    and output. `fedcompo settings` lists all settings.
+    """
+    given = {"output": output, "seed": seed}
+    options: dict[str, Scalar] = {key: v for key, v in given.items() if v is not None}
+    with _errors_as_sentences(verbose):
+        _simulate(scenario, assignments or [], options, cpus_per_client, gpus_per_client)
+
+
+@app.command()
+def settings(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """List all settings of a run: name, default, meaning."""
+    defaults = RunConfig().flat()
+    rows = [
+        {"setting": key, "default": defaults[key], "help": declared.metadata["help"]}
+        for key, declared in all_settings().items()
+    ]
+    console = Console()
+    if as_json:
+        _say(console, json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    table = Table("setting", "default", "meaning")
+    for row in rows:
+        default = row["default"]
+        shown = default if isinstance(default, str) and default else json.dumps(default)
+        # The longest default breaks at its commas.
+        table.add_row(str(row["setting"]), shown.replace(",", ",\n"), str(row["help"]))
+    console.print(table, markup=False)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    _say(Console(), _version())
+
+
+def _simulate(
+    file: Path | None,
+    assignments: list[str],
+    options: dict[str, Scalar],
+    cpus_per_client: int | None,
+    gpus_per_client: float | None,
+) -> None:
+    from fedcompo import launcher, scenario
+    from fedcompo.live import Display
+    from fedcompo.resources import count_clients, fair_resources
+
+    console = Console()
+    values = scenario.settings_of(file, assignments, options)
+    config = RunConfig.parse(values)
+    clients = count_clients(config)
+    resources = fair_resources(
+        clients,
+        config.device,
+        cpus_per_client=cpus_per_client,
+        gpus_per_client=gpus_per_client,
+    )
+    app_folder = launcher.find_app()
+    name = scenario.scenario_name(file, values)
+    output = launcher.reserve_output(Path(config.output or Path.cwd() / "runs" / name))
+    _say(console, f"Simulating {clients} clients. Results go to {output}")
+    with Display(console) as display:
+        results = launcher.simulate(
+            values,
+            output=output,
+            clients=clients,
+            app=app_folder,
+            resources=resources,
+            on_event=display.show,
+        )
+    from fedcompo.report import print_results
+
+    print_results(results, console)
+    _say(console, f"Results: {output}")
+
+
+@contextlib.contextmanager
+def _errors_as_sentences(verbose: bool) -> Iterator[None]:
+    """Turn errors into sentences and exit codes: 2 for settings, 130 for Ctrl-C, else 1."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say(Console(stderr=True), "Interrupted; everything that was started has been ended.")
+        raise typer.Exit(INTERRUPTED) from None
+    except FedcompoError as error:
+        _say(Console(stderr=True), traceback.format_exc() if verbose else str(error))
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _version() -> str:
+    """The installed version, or that of the checkout that this file lies in."""
+    try:
+        return importlib.metadata.version("fedcompo")
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+
+
+if __name__ == "__main__":
+    main()

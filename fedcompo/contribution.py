@@ -1,0 +1,188 @@
+"""All that a client sends, and all that must go when it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedcompo import tensorfile
+from fedcompo.config import Kind
+from fedcompo.errors import FileFormatError
+from fedcompo.features import FeatureMixture
+from fedcompo.fisher import FisherDiagonal
+from fedcompo.heads import Head
+from fedcompo.task_vector import TaskVector
+
+CONTENT = "contribution.safetensors"
+FISHER = "fisher.safetensors"
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Whose data a contribution was made with, besides the client's own; names of clients."""
+
+    method: str = "ita"
+    anchored_by: tuple[str, ...] = ()
+    """Clients whose Fisher anchored the training."""
+    aligned_with: tuple[str, ...] = ()
+    """Clients whose feature statistics shaped the head that training started from."""
+    ensemble: tuple[str, ...] = ()
+    """Clients whose task vectors were in the model that was trained."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A client's part in a composition."""
+
+    client: str
+    task_vector: TaskVector
+    head: Head
+    """Rows of the client's own classes, after training."""
+    features: dict[str, FeatureMixture]
+    """Mixtures of θ₀'s features, by class name."""
+    num_examples: int
+    """Training images."""
+    lineage: Lineage
+    fisher: FisherDiagonal | None = None
+    """Fisher *sum* at θ₀; None where it is not kept."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The run config it was trained with."""
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write the contribution into a folder of its own: tensors, and a card for people.
+
+        Returns:
+            SHA-256 of each file's content, by file name.
+        """
+        tensors = {f"task_vector/{name}": t for name, t in self.task_vector.tensors.items()}
+        tensors |= {"head/weight": self.head.weight, "head/bias": self.head.bias}
+        tensors |= mixture_tensors(self.features)
+        card = {
+            "content": "contribution",
+            "client": self.client,
+            "kind": str(self.task_vector.kind),
+            "base": self.task_vector.base,
+            "classes": list(self.head.classes),
+            "num_examples": self.num_examples,
+            "mixtures": {name: mixture.num_examples for name, mixture in self.features.items()},
+            "lineage": asdict(self.lineage),
+            "settings": self.settings,
+        }
+        tensorfile.save(folder / CONTENT, tensors, card)
+        files = {CONTENT: tensorfile.tensor_digest(tensors)}
+        if self.fisher is not None:
+            files[FISHER] = save_fisher(folder / FISHER, self.fisher, client=self.client)
+        card_text = json.dumps({**card, "tensors_sha256": files}, indent=2, default=list)
+        tensorfile.write_atomically(folder / CARD, (card_text + "\n").encode())
+        return files
+
+    @classmethod
+    def load(cls, folder: Path, *, with_fisher: bool = True) -> Contribution:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            folder: The contribution's own folder.
+            with_fisher: Read the Fisher too, where there is one.
+
+        Raises:
+            FileFormatError: If a file is missing, truncated, altered, or not this client's.
+        """
+        tensors, manifest = tensorfile.load(folder / CONTENT)
+        _expect(manifest, "contribution", folder / CONTENT)
+        _check_card(folder, manifest)
+        vector = {
+            name.removeprefix("task_vector/"): t
+            for name, t in tensors.items()
+            if name.startswith("task_vector/")
+        }
+        lineage = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in manifest["lineage"].items()
+        }
+        fisher = None
+        if with_fisher and (folder / FISHER).exists():
+            fisher = load_fisher(folder / FISHER, client=manifest["client"])
+        return cls(
+            client=manifest["client"],
+            task_vector=TaskVector(Kind(manifest["kind"]), vector, manifest["base"]),
+            head=Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
+            features=mixtures_from(tensors, manifest["mixtures"]),
+            num_examples=manifest["num_examples"],
+            lineage=Lineage(**lineage),
+            fisher=fisher,
+            settings=manifest["settings"],
+        )
+
+
+def mixture_tensors(mixtures: Mapping[str, FeatureMixture]) -> dict[str, Tensor]:
+    """Flatten mixtures to tensors, ``features/<class>/<part>``."""
+    return {
+        f"features/{name}/{part}": getattr(mixture, part)
+        for name, mixture in mixtures.items()
+        for part in ("weights", "means", "variances")
+    }
+
+
+def mixtures_from(
+    tensors: Mapping[str, Tensor], examples: Mapping[str, int]
+) -> dict[str, FeatureMixture]:
+    """Rebuild mixtures from :func:`mixture_tensors` and the number of examples a class."""
+    return {
+        name: FeatureMixture(
+            tensors[f"features/{name}/weights"],
+            tensors[f"features/{name}/means"],
+            tensors[f"features/{name}/variances"],
+            count,
+        )
+        for name, count in examples.items()
+    }
+
+
+def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str) -> str:
+    """Write a Fisher sum (float32) to one file; returns the SHA-256 of its tensors."""
+    sums = {name: total.float() for name, total in fisher.sums.items()}
+    manifest = {"content": "fisher", "client": client, "num_examples": fisher.num_examples}
+    tensorfile.save(path, sums, manifest)
+    return tensorfile.tensor_digest(sums)
+
+
+def load_fisher(path: Path, *, client: str) -> FisherDiagonal:
+    """Read what :func:`save_fisher` wrote; ``FileFormatError`` if it is not this client's."""
+    sums, manifest = tensorfile.load(path)
+    _expect(manifest, "fisher", path)
+    if manifest["client"] != client:
+        raise FileFormatError(
+            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
+        )
+    return FisherDiagonal(sums, manifest["num_examples"])
+
+
+def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:
+    if manifest.get("content") != content:
+        raise FileFormatError(
+            f"{path} holds a {manifest.get('content')!r}, expected a {content!r}."
+        )
+
+
+def _check_card(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """The card is for people, but it must not say something else than the tensors do."""
+    try:
+        card = json.loads((folder / CARD).read_text())
+        wrong = [key for key in card if key != "tensors_sha256" and card[key] != manifest.get(key)]
+        stated = card["tensors_sha256"][CONTENT]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(
+            f"{folder / CARD} cannot be read ({type(error).__name__}: {error}). "
+            "Restore the folder from where it came."
+        ) from error
+    if wrong or stated != manifest["tensors_sha256"]:
+        raise FileFormatError(
+            f"{folder / CARD} and {CONTENT} disagree on {', '.join(wrong) or 'the tensors'}. "
+            "One of them was altered or exchanged; restore the folder from where it came."
+        )

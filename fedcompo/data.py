@@ -1,0 +1,228 @@
+"""The images of one client, ready for its backbone.
+
+A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``cifar100``) yields a number of
+clients. Each client owns at least two classes and loads nothing but its own::
+
+    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
+
+Where the classes of a source are dealt out, no two clients own the same class; the folders of
+``folder:`` may share classes. A damaged image or an ill-formed source is refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcompo.config import DataConfig
+from fedcompo.data_catalogue import Catalogue
+from fedcompo.data_draws import (
+    Indices,
+    cap_members,
+    deal_classes,
+    draw_classes,
+    generator,
+    split_members,
+)
+from fedcompo.data_folders import client_folders, folder_catalogue
+from fedcompo.data_named import cifar100_catalogue, digits_catalogue
+from fedcompo.data_npz import npz_catalogue
+from fedcompo.errors import DataError
+from fedcompo.preprocessing import Preprocessing
+
+SOURCES = ("digits", "folder:<path>", "npz:<path>", "cifar100")
+TEST_SHARE = 0.2
+"""Share of each class that becomes test images where a source does not say which are."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one client for training, or for testing."""
+
+    images: Tensor
+    """(count, channels, size, size), uint8."""
+    labels: Tensor
+    """(count,), int64, index into the client's classes."""
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """All that one client owns."""
+
+    name: str
+    """``client-<partition>``; for ``folder:`` the name of the client's folder."""
+    classes: tuple[str, ...]
+    """Sorted names of the classes that the client owns, at least two."""
+    train: Split
+    """Images to train on, at least one a class; grouped by class."""
+    test: Split
+    """Images to test on, at least one; grouped by class."""
+
+
+def num_clients(source: DataConfig) -> int:
+    """Count the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
+
+    Raises:
+        DataError: If the source is unknown, or a ``folder:`` that cannot be read.
+    """
+    kind, rest = _parse(source.data)
+    return len(client_folders(Path(rest).expanduser())) if kind == "folder" else source.num_tasks
+
+
+def load_client_data(
+    config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int
+) -> ClientData:
+    """Load the images of one client of a source.
+
+    Args:
+        config: The source, and how it is dealt.
+        preprocessing: Input that the backbone expects.
+        partition: Number of the client, from 0.
+        seed: Seed of the run: deals classes, draws subsets, and draws test images where the source
+            does not say which they are. Test images of ``digits`` are the same for all seeds.
+
+    Raises:
+        DataError: If the source or one of its images cannot be used, or the client does not exist.
+    """
+    kind, rest = _parse(config.data)
+    count = num_clients(config)
+    if not 0 <= partition < count:
+        raise DataError(
+            f"There is no client {partition}: `data` {config.data!r} yields {count} clients, 0 to "
+            f"{count - 1}. Start as many clients as the data has, or change `num-tasks`."
+        )
+    path = Path(rest).expanduser()
+    if kind == "folder":
+        name, folder = list(client_folders(path).items())[partition]
+        catalogue = folder_catalogue(folder, client=name)
+        classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
+    else:
+        name = f"client-{partition}"
+        catalogue = npz_catalogue(path) if kind == "npz" else NAMED[kind]()
+        classes = deal_classes(
+            catalogue.names,
+            config.num_tasks,
+            num_classes=config.num_classes,
+            seed=seed,
+            source=catalogue.source,
+        )[partition]
+    return _load_classes(
+        catalogue, classes, preprocessing, client=name, seed=seed, cap=config.images_per_class
+    )
+
+
+def load_folder(
+    path: Path,
+    preprocessing: Preprocessing,
+    *,
+    seed: int,
+    images_per_class: int = 0,
+    name: str = "",
+) -> ClientData:
+    """Load one client's own folder, as in a deployment, where each node has its own path.
+
+    Args:
+        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
+        preprocessing: Input that the backbone expects.
+        seed: Seed of the run: draws subsets, and test images if there is no ``test``.
+        images_per_class: Keep at most this many training images a class; 0: all.
+        name: The client's name; empty: the folder's.
+
+    Raises:
+        DataError: If the folder or one of its images cannot be used.
+    """
+    path = Path(path).expanduser().absolute()
+    name = name or path.name
+    catalogue = folder_catalogue(path, client=name)
+    return _load_classes(
+        catalogue, catalogue.names, preprocessing, client=name, seed=seed, cap=images_per_class
+    )
+
+
+NAMED = {"digits": digits_catalogue, "cifar100": cifar100_catalogue}
+
+
+def _parse(data: str) -> tuple[str, str]:
+    """Split ``data`` into its kind and, for ``folder`` and ``npz``, its path."""
+    kind, _, rest = data.partition(":")
+    if (data in NAMED) or (kind in ("folder", "npz") and rest):
+        return kind, rest
+    if kind in ("folder", "npz"):
+        hint = f"{kind} needs a path: {kind}:<path>."
+    elif near := difflib.get_close_matches(kind, ("folder", "npz", *NAMED), 1):
+        path = (rest or "<path>") if near[0] not in NAMED else ""
+        hint = f"Did you mean {near[0] + (':' + path if path else '')!r}?"
+    elif data and Path(data).expanduser().exists():
+        hint = f"Did you mean '{'folder' if Path(data).expanduser().is_dir() else 'npz'}:{data}'?"
+    else:
+        hint = ""
+    raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
+
+
+def _load_classes(
+    catalogue: Catalogue,
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
+    *,
+    client: str,
+    seed: int,
+    cap: int,
+) -> ClientData:
+    """Read the images of some classes of a catalogue."""
+    classes = tuple(sorted(classes))
+    if len(classes) < 2:
+        raise DataError(
+            f"Client {client!r} has a single class, {classes[0]!r}, in {catalogue.source}. A "
+            "classifier needs at least two: add images of another class, or leave the client out."
+        )
+    parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
+    train = [
+        cap_members(members, cap, draw=generator(seed, "subset", own))
+        for own, (members, _) in zip(classes, parts, strict=True)
+    ]
+    test = [members for _, members in parts]
+    if not sum(map(len, test)):
+        raise DataError(
+            f"Client {client!r}: no test image in {catalogue.source} for any of its classes "
+            f"({', '.join(classes)}). Add test images, or leave out which images are test images: "
+            "then they are drawn."
+        )
+    images = catalogue.decode(np.concatenate([*train, *test]), preprocessing, client=client)
+    cut = sum(map(len, train))
+    return ClientData(
+        name=client,
+        classes=classes,
+        train=Split(images[:cut], _labels(train)),
+        test=Split(images[cut:], _labels(test)),
+    )
+
+
+def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> list[Indices]:
+    """Return indices of the training and of the test images of one class."""
+    members = np.flatnonzero(catalogue.classes == own)
+    if catalogue.is_test is None:
+        if len(members) < 2:
+            raise DataError(
+                f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
+                f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
+                "are needed: add images, take the class out, or say which images are for testing."
+            )
+        return split_members(members, share=TEST_SHARE, draw=generator(seed, "split", own))
+    tests = catalogue.is_test[members]
+    if tests.all():
+        raise DataError(
+            f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
+            "training images. Add training images, or take its test images out."
+        )
+    return [members[~tests], members[tests]]
+
+
+def _labels(members: list[Indices]) -> Tensor:
+    """Return the label of each image, (count,), given the images of each class."""
+    counts = torch.tensor([len(own) for own in members])
+    return torch.repeat_interleave(torch.arange(len(members)), counts)

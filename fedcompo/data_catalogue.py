@@ -1,0 +1,133 @@
+"""Pictures whose classes are known, and how one is opened.
+
+Every source of data becomes a :class:`Catalogue`; pixels are read only for the images that a client
+keeps.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fedcompo.data_draws import Indices
+from fedcompo.errors import DataError
+from fedcompo.preprocessing import Preprocessing
+
+FAULTS_SHOWN = 5
+"""Unreadable images that an error lists; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Images of one source: their classes are known, their pixels are not read yet."""
+
+    source: str
+    """Where the images come from, for messages."""
+    classes: NDArray[np.str_]
+    """(count,) class name of each image, see :func:`class_name`."""
+    is_test: NDArray[np.bool_] | None
+    """(count,) whether each is a test image; None: the source does not say."""
+    open: Callable[[int], Image.Image]
+    """Read one image, upright and of 8 bits a channel; raises anything if it cannot."""
+    describe: Callable[[int], str]
+    """Name one image, for messages."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Sorted names of the classes that have at least one image."""
+        return tuple(str(name) for name in np.unique(self.classes))
+
+    def decode(self, chosen: Indices, preprocessing: Preprocessing, *, client: str) -> Tensor:
+        """Read and resize images.
+
+        Args:
+            chosen: Indices of the images, (count,).
+            preprocessing: Input that the backbone expects.
+            client: Who owns the images, for messages.
+
+        Returns:
+            (count, channels, image_size, image_size), uint8.
+
+        Raises:
+            DataError: If images cannot be read; lists the first few and how many there are.
+        """
+        side = preprocessing.image_size
+        images = torch.empty(len(chosen), preprocessing.channels, side, side, dtype=torch.uint8)
+        faults = []
+        for row, index in enumerate(chosen.tolist()):
+            try:
+                picture = self.open(index)
+            except Exception as error:  # Pillow's decoders raise errors of every kind
+                faults.append(f"{self.describe(index)}: {error or type(error).__name__}")
+            else:
+                images[row] = preprocessing.resize(picture)
+        if faults:
+            listed = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])
+            more = len(faults) - FAULTS_SHOWN
+            raise DataError(
+                f"Client {client!r}: {len(faults)} of {len(chosen)} images in {self.source} cannot "
+                f"be read:{listed}{f'{chr(10)}  - and {more} more' if more > 0 else ''}\n"
+                "Repair them or take them out; images are never skipped."
+            )
+        return images
+
+
+def class_name(raw: str, *, source: str) -> str:
+    """Bring a class or client name into Unicode's composed form (NFC).
+
+    Systems spell the same name differently (macOS decomposes "é"); clients must agree on it.
+
+    Raises:
+        DataError: If the name is empty or no valid Unicode.
+    """
+    try:
+        raw.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"The name {raw!r} in {source} is no valid Unicode. Rename it; UTF-8 was expected."
+        ) from None
+    if not raw.strip():
+        raise DataError(f"A name in {source} is empty, got {raw!r}. Give the class a name.")
+    return unicodedata.normalize("NFC", raw)
+
+
+def read_picture(source: Path | IO[bytes]) -> Image.Image:
+    """Read an image file, turn it upright as its EXIF tag says, bring it to 8 bits a channel.
+
+    Of an animation the first frame is read.
+
+    Raises:
+        Exception: Whatever Pillow raises on a file that is damaged or no image.
+    """
+    with Image.open(source) as opened:
+        opened.load()
+        return to_8_bits(ImageOps.exif_transpose(opened))
+
+
+def to_8_bits(picture: Image.Image) -> Image.Image:
+    """Scale a 16-bit grey picture to 8 bits; Pillow's own conversion would clip at 255.
+
+    0..65535 becomes 0..255 whatever values occur, so that pictures stay comparable: 12-bit data in
+    a 16-bit file comes out dark. Other pictures are returned as they are.
+
+    Raises:
+        ValueError: If pixels are floating-point numbers, or integers outside 0..65535.
+    """
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    pixels = np.asarray(picture)
+    low, high = int(pixels.min()), int(pixels.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"its pixels span {low}..{high}; save it with 8 or 16 bits (0..65535)")
+    return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))

@@ -1,0 +1,113 @@
+"""What is drawn at random about data: the classes of a client, its test images, its subset.
+
+Each client works out its own share from the seed; nobody deals it out. So a draw must come out the
+same on every machine and under every version of NumPy: these use the legacy ``RandomState``, whose
+stream is frozen (https://numpy.org/neps/nep-0019-rng-policy.html). A draw is keyed by its purpose
+and its class, so that one class's images do not depend on which other classes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcompo.errors import DataError
+from fedcompo.seeds import derive_seed
+
+Indices = NDArray[np.int64]
+
+
+def generator(seed: int, *purpose: str) -> np.random.RandomState:
+    """Return the generator of one draw.
+
+    Args:
+        seed: Seed of the run, >= 0.
+        purpose: What is drawn, for instance ``"split", "cat"``; each purpose has its own stream.
+    """
+    return np.random.RandomState(derive_seed(seed, "data", *purpose))
+
+
+def draw_classes(names: Sequence[str], count: int, *, seed: int) -> tuple[str, ...]:
+    """Permute the sorted names by seed and keep the first ``count``; 0: all.
+
+    Example:
+        >>> sorted(draw_classes(["cat", "dog", "emu"], 0, seed=7))
+        ['cat', 'dog', 'emu']
+    """
+    order = generator(seed, "classes").permutation(len(names))
+    drawn = tuple(sorted(names)[place] for place in order)
+    return drawn[:count] if count else drawn
+
+
+def deal_classes(
+    names: Sequence[str], num_tasks: int, *, num_classes: int, seed: int, source: str
+) -> list[tuple[str, ...]]:
+    """Cut the classes into one group a client, as equal as possible.
+
+    Args:
+        names: Class names; their order does not matter.
+        num_tasks: Groups to make.
+        num_classes: Keep this many classes, drawn by seed, before dealing; 0: all.
+        seed: Seed of the run.
+        source: Where the classes come from, for messages.
+
+    Returns:
+        ``num_tasks`` groups, each sorted, whose sizes differ by at most one, larger ones first.
+
+    Raises:
+        DataError: If there are too few classes to keep, or to give each client two.
+    """
+    if num_classes > len(names):
+        raise DataError(
+            f"`num-classes` asks for {num_classes} classes, but {source} has {len(names)}. "
+            f"Set `num-classes` to at most {len(names)}, or to 0 for all."
+        )
+    drawn = draw_classes(names, num_classes, seed=seed)
+    if len(drawn) < 2 * num_tasks:
+        kept = f" (`num-classes`), of {len(names)} in {source}" if num_classes else f" in {source}"
+        raise DataError(
+            f"{len(drawn)} classes{kept} are too few for {num_tasks} clients: each needs at least "
+            f"two, {2 * num_tasks} in all. Set `num-tasks` to at most {len(drawn) // 2}, or use "
+            "more classes."
+        )
+    groups = np.array_split(np.arange(len(drawn)), num_tasks)
+    return [tuple(sorted(drawn[place] for place in group)) for group in groups]
+
+
+def split_members(members: Indices, *, share: float, draw: np.random.RandomState) -> list[Indices]:
+    """Split the images of one class into training and test images, at least one of each.
+
+    Args:
+        members: Indices of the images, (count,) with count >= 2.
+        share: Share of them that become test images, in (0, 1).
+        draw: Generator of this draw.
+
+    Returns:
+        Training indices and test indices, each in ascending order.
+    """
+    order = draw.permutation(members)
+    tests = min(max(1, round(share * len(members))), len(members) - 1)
+    return [np.sort(order[tests:]), np.sort(order[:tests])]
+
+
+def cap_members(members: Indices, limit: int, *, draw: np.random.RandomState) -> Indices:
+    """Keep at most ``limit`` images, drawn at random; 0: all.
+
+    A smaller limit keeps a subset of what a larger one keeps.
+
+    Args:
+        members: Indices of the images, (count,).
+        limit: Images to keep.
+        draw: Generator of this draw.
+
+    Returns:
+        (min(count, limit),) indices in ascending order.
+
+    Raises:
+        DataError: If the limit is negative.
+    """
+    if limit < 0:
+        raise DataError(f"`images-per-class` must be >= 0 (0: all), got {limit}.")
+    return np.sort(draw.permutation(members)[:limit]) if limit else members

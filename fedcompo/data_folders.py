@@ -1,0 +1,146 @@
+"""Folders of images: ``<clients>/<client>/train/<class>/*`` and, if you like, ``.../test/...``.
+
+Files that systems leave behind (``.DS_Store``, ``Thumbs.db``) do not count. Everything else in a
+class folder must be an image.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import numpy as np
+
+from fedcompo.data_catalogue import Catalogue, class_name, read_picture
+from fedcompo.errors import DataError
+
+LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+
+
+def client_folders(path: Path) -> dict[str, Path]:
+    """Find the clients' folders.
+
+    Args:
+        path: Folder with one sub-folder a client; files beside them are left alone.
+
+    Returns:
+        Folder of each client by its name, sorted by name.
+
+    Raises:
+        DataError: If the path cannot be read or holds no sub-folder.
+    """
+    folders = {name: entry for name, entry in _entries(path).items() if entry.is_dir()}
+    if not folders:
+        raise DataError(
+            f"Folder {path} holds no clients. Expected one sub-folder a client, each with "
+            "train/<class>/* and perhaps test/<class>/*."
+        )
+    if "train" in folders:
+        raise DataError(
+            f"Folder {path} holds 'train': it looks like the folder of one client. Expected one "
+            f"sub-folder a client; give the folder above it: folder:{path.absolute().parent}"
+        )
+    return folders
+
+
+def folder_catalogue(path: Path, *, client: str) -> Catalogue:
+    """List the images of one client.
+
+    Args:
+        path: The client's own folder, with ``train/<class>/*`` and perhaps ``test/<class>/*``.
+        client: The client's name, for messages.
+
+    Returns:
+        Training images, then test images, each sorted by class and file name. Without a ``test``
+        folder, which of them are test images is left open.
+
+    Raises:
+        DataError: If folders are missing, empty or misspelt, or classes are not where they should.
+    """
+    folders = {name: entry for name, entry in _entries(path, client).items() if entry.is_dir()}
+    for name in folders:
+        near = difflib.get_close_matches(name.lower(), ("train", "test"), 1, 0.7)
+        if near and name != near[0] and near[0] not in folders:
+            raise DataError(
+                f"Client {client!r}: {path} holds a folder {name!r}. Rename it {near[0]!r} if that "
+                "is what it is, or take it out; only 'train' and 'test' are read."
+            )
+    if "train" not in folders:
+        found = ", ".join(map(repr, folders)) or "none"
+        raise DataError(
+            f"Client {client!r}: {path} has no folder 'train'; folders found: {found}. Expected "
+            "train/<class>/* and perhaps test/<class>/*."
+        )
+    files: list[Path] = []
+    classes: list[str] = []
+    is_test: list[bool] = []
+    for part in ("train", "test"):
+        for name, members in _classes(folders[part], client).items() if part in folders else ():
+            files += members
+            classes += [name] * len(members)
+            is_test += [part == "test"] * len(members)
+    return Catalogue(
+        source=str(path),
+        classes=np.array(classes),
+        is_test=np.array(is_test) if "test" in folders else None,
+        open=lambda index: read_picture(files[index]),
+        describe=lambda index: f"{files[index]} (class {classes[index]!r})",
+    )
+
+
+def _classes(folder: Path, client: str) -> dict[str, list[Path]]:
+    """List the files of each class in ``train`` or ``test``, by class name."""
+    classes: dict[str, list[Path]] = {}
+    for name, entry in _entries(folder, client).items():
+        if not entry.is_dir():
+            raise DataError(
+                f"Client {client!r}: {entry} lies beside the class folders. Move it into the "
+                "folder of its class, or take it out."
+            )
+        files = list(_entries(entry, client).values())
+        nested = next((file for file in files if file.is_dir()), None)
+        if nested:
+            raise DataError(
+                f"Client {client!r}: class {name!r} holds the folder {nested}. Expected image "
+                "files only; move them up into the class folder."
+            )
+        if not files:
+            raise DataError(
+                f"Client {client!r}: class {name!r} is empty; {entry} holds no image. Add images "
+                "or take the folder out."
+            )
+        classes[name] = files
+    if not classes:
+        raise DataError(
+            f"Client {client!r}: {folder} holds no images. Expected {folder.name}/<class>/*"
+            + (
+                "; without a folder 'test', test images are drawn."
+                if folder.name == "test"
+                else "."
+            )
+        )
+    return classes
+
+
+def _entries(folder: Path, client: str = "") -> dict[str, Path]:
+    """List a folder by name in NFC, sorted, without what systems leave behind."""
+    whose = f"Client {client!r}: folder" if client else "Folder"
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"{whose} {folder.absolute()} cannot be read ({error.strerror}). Check the path, and "
+            "that you may read it."
+        ) from error
+    named: dict[str, Path] = {}
+    for entry in sorted(entries):
+        if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
+            continue
+        name = class_name(entry.name, source=str(folder))
+        if name in named:
+            raise DataError(
+                f"{whose} {folder} holds two entries named {name!r}, spelt with different Unicode "
+                f"characters ({named[name].name!a}, {entry.name!a}). Merge or rename them."
+            )
+        named[name] = entry
+    return dict(sorted(named.items()))

@@ -1,0 +1,170 @@
+"""Images in one ``.npz`` file, as raw pixels or as packed JPEG files.
+
+Its members::
+
+    labels   (count,)                     integers
+    split    (count,)                     0 train, 1 test; if missing, test images are drawn
+    names    (classes,)                   text by label; if missing, a class is named by its label
+    images   (count, height, width[, 3])  uint8, or in its stead
+    jpeg     (bytes,)                     uint8, image i is jpeg[offsets[i]:offsets[i + 1]]
+    offsets  (count + 1,)                 integers
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedcompo.data_catalogue import Catalogue, class_name, read_picture
+from fedcompo.errors import DataError
+
+Array = NDArray[Any]
+Opener = Callable[[int], Image.Image]
+UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises on files that are no npz, damaged, or hold pickled objects."""
+
+
+def npz_catalogue(path: Path) -> Catalogue:
+    """List the images of an npz file.
+
+    Args:
+        path: The file; see above for its members.
+
+    Raises:
+        DataError: If the file is missing, no npz or damaged, or if its members are missing, of the
+            wrong type or disagree.
+    """
+    members = _read(path)
+    if "images" in members:
+        open_picture, count = _raw_pictures(members["images"], path)
+    else:
+        open_picture, count = _packed_pictures(members["jpeg"], members["offsets"], path)
+    labels = _flat(members, "labels", "iu", count, path).astype(np.int64)
+    split = None
+    if "split" in members:
+        split = _flat(members, "split", "iub", count, path).astype(np.int64)
+        if (alien := split[(split != 0) & (split != 1)]).size:
+            raise DataError(f"`split` in {path} must be 0 (train) or 1 (test), got {alien[0]}.")
+    classes = _class_names(members, labels, path)
+    return Catalogue(
+        source=str(path),
+        classes=classes,
+        is_test=None if split is None else split == 1,
+        open=open_picture,
+        describe=lambda index: f"image {index} (class {str(classes[index])!r})",
+    )
+
+
+def _read(path: Path) -> dict[str, Array]:
+    """Read each member that is known, once."""
+    known = ("images", "jpeg", "offsets", "labels", "split", "names")
+    try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is no zip archive, or cut short")
+        with np.load(path, allow_pickle=False) as archive:
+            members = {name: archive[name] for name in known if name in archive.files}
+            found = ", ".join(archive.files) or "none"
+        alien = next((name for name, m in members.items() if not isinstance(m, np.ndarray)), None)
+        if alien:
+            raise ValueError(f"its member {alien!r} is no array")
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path.absolute()} cannot be read as an npz file ({error}). Expected a file saved by "
+            "numpy.savez, without Python objects. Check the path in `data`, or save it again."
+        ) from error
+    layouts = ({"images"}, {"jpeg", "offsets"})
+    present = [layout for layout in layouts if layout <= members.keys()]
+    if len(present) != 1 or "labels" not in members:
+        raise DataError(
+            f"{path} must hold `labels` and either `images` or `jpeg` with `offsets`; members "
+            f"found: {found}."
+        )
+    return members
+
+
+def _raw_pictures(images: Array, path: Path) -> tuple[Opener, int]:
+    """Return the function that opens image i of ``images``, and the number of images."""
+    shapes_fit = images.ndim in (3, 4) and images.shape[3:] in ((), (1,), (3,))
+    if images.dtype != np.uint8 or not shapes_fit:
+        raise DataError(
+            f"`images` in {path} must be uint8 of shape (count, height, width) or (count, height, "
+            f"width, 3), got {images.dtype} of shape {images.shape}."
+        )
+    if not images.size:
+        raise DataError(f"{path} holds no images: `images` has shape {images.shape}.")
+    if images.shape[3:] == (1,):
+        images = images[..., 0]
+    return lambda index: Image.fromarray(images[index]), len(images)
+
+
+def _packed_pictures(jpeg: Array, offsets: Array, path: Path) -> tuple[Opener, int]:
+    """Return the function that opens image i of ``jpeg``, and the number of images."""
+    if jpeg.dtype != np.uint8 or jpeg.ndim != 1:
+        raise DataError(
+            f"`jpeg` in {path} must be uint8 of shape (bytes,), got {jpeg.dtype} of shape "
+            f"{jpeg.shape}."
+        )
+    if offsets.ndim != 1 or offsets.dtype.kind not in "iu":
+        raise DataError(
+            f"`offsets` in {path} must be integers of shape (count + 1,), got {offsets.dtype} of "
+            f"shape {offsets.shape}."
+        )
+    bounds = offsets.astype(np.int64)
+    if len(bounds) < 2:
+        raise DataError(f"{path} holds no images: `offsets` has shape {offsets.shape}.")
+    if bounds[0] < 0 or bounds[-1] > len(jpeg) or (np.diff(bounds) < 0).any():
+        raise DataError(
+            f"`offsets` in {path} must ascend from 0 to at most {len(jpeg)}, the length of `jpeg`; "
+            f"got {bounds.min()}..{bounds.max()}. The file is damaged or was packed wrongly."
+        )
+
+    def open_picture(index: int) -> Image.Image:
+        return read_picture(io.BytesIO(jpeg[bounds[index] : bounds[index + 1]].tobytes()))
+
+    return open_picture, len(bounds) - 1
+
+
+def _flat(members: dict[str, Array], name: str, kinds: str, count: int, path: Path) -> Array:
+    """Check that a member has one integer an image."""
+    values = members[name]
+    if values.dtype.kind not in kinds or values.ndim != 1:
+        raise DataError(
+            f"`{name}` in {path} must be integers of shape ({count},), got {values.dtype} of shape "
+            f"{values.shape}."
+        )
+    if len(values) != count:
+        raise DataError(
+            f"`{name}` in {path} has {len(values)} entries for {count} images; expected one each."
+        )
+    return values
+
+
+def _class_names(members: dict[str, Array], labels: Array, path: Path) -> NDArray[np.str_]:
+    """Return the class name of each image, (count,)."""
+    if "names" not in members:
+        return labels.astype(np.str_)
+    names = members["names"]
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise DataError(
+            f"`names` in {path} must be text of shape (classes,), got {names.dtype} of shape "
+            f"{names.shape}. Save it with numpy.array(list_of_names)."
+        )
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise DataError(
+            f"`labels` in {path} span {labels.min()}..{labels.max()}, but `names` has {len(names)} "
+            f"entries: expected 0..{len(names) - 1}."
+        )
+    normal = [class_name(str(name), source=str(path)) for name in names]
+    twice = next((name for name in normal if normal.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"`names` in {path} holds {twice!r} twice. Give each class its own name.")
+    return np.array(normal)[labels]

@@ -1,0 +1,147 @@
+r"""The trainable change :math:`\Delta` of one weight matrix: one class a kind.
+
+A kind is a module whose ``forward`` yields :math:`\Delta`; autograd does the rest. Its parameters
+are what a client trains, sends and stores; they start so that :math:`\Delta = 0`.
+
+Source: Porrello et al., *A Second-Order Perspective on Model Compositionality and Incremental
+Learning*, ICLR 2025 (arXiv 2405.16350), section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedcompo.config import Kind
+
+Weights = dict[str, Tensor]
+"""Tensors under timm's own parameter names."""
+
+
+class Full(nn.Module):
+    r""":math:`\Delta` itself, dense."""
+
+    def __init__(self, weight: Tensor, rank: int = 0, generator: torch.Generator | None = None):
+        """Start at zero.
+
+        Args:
+            weight: The pre-trained weight, (out, in).
+            rank: Not used; all kinds are built alike.
+            generator: Not used.
+        """
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self) -> Tensor:
+        """Return the change, (out, in)."""
+        return self.delta
+
+
+class LoRA(nn.Module):
+    r""":math:`\Delta = BA`, with A (rank, in) and B (out, rank). B starts at zero, so Δ does too.
+
+    No factor α/r: the learning rate is the only step size (Hu et al., arXiv 2106.09685, has one).
+    """
+
+    def __init__(self, weight: Tensor, rank: int = 16, generator: torch.Generator | None = None):
+        """Draw A uniformly, as Kaiming does with a = √5: within ±1/√in.
+
+        Args:
+            weight: The pre-trained weight, (out, in).
+            rank: Columns of B; at most min(out, in).
+            generator: Source of A; on the CPU.
+        """
+        super().__init__()
+        out, width = weight.shape
+        rank = min(rank, out, width)
+        bound = 1 / math.sqrt(width)
+        factor = (2 * torch.rand(rank, width, generator=generator) - 1) * bound
+        self.A = nn.Parameter(factor.to(weight))
+        self.B = nn.Parameter(weight.new_zeros(out, rank))
+
+    def forward(self) -> Tensor:
+        """Return the change, (out, in)."""
+        return self.B @ self.A
+
+
+class IA3(nn.Module):
+    r""":math:`\Delta = W_0 \odot (l - 1)`: one scale l per output row, starting at 1."""
+
+    def __init__(self, weight: Tensor, rank: int = 0, generator: torch.Generator | None = None):
+        """Start at l = 1.
+
+        Args:
+            weight: The pre-trained weight, (out, in); kept as a constant, not as state.
+            rank: Not used.
+            generator: Not used.
+        """
+        super().__init__()
+        self.weight = weight.detach()
+        self.l = nn.Parameter(weight.new_ones(weight.shape[0], 1))
+
+    def forward(self) -> Tensor:
+        """Return the change, (out, in)."""
+        return self.weight * (self.l - 1)
+
+
+Delta = Full | LoRA | IA3
+KINDS: Mapping[Kind, type[Full] | type[LoRA] | type[IA3]] = {
+    Kind.FULL: Full,
+    Kind.LORA: LoRA,
+    Kind.IA3: IA3,
+}
+
+
+def rank_of(name: str, rank: int) -> int:
+    """Rank of a weight's LoRA: a fused ``qkv`` holds three matrices and gets three times it."""
+    return 3 * rank if "qkv" in name.split(".") else rank
+
+
+def new_deltas(
+    kind: Kind, theta_0: Weights, *, rank: int, generator: torch.Generator
+) -> dict[str, Delta]:
+    """Make one untrained delta for each weight.
+
+    Args:
+        kind: How they are parametrised.
+        theta_0: The target weights at their pre-trained values, each (out, in).
+        rank: Rank of a LoRA; 3·rank for a fused qkv.
+        generator: Source of LoRA's A, drawn in the order of names.
+
+    Returns:
+        Delta modules by weight name; each yields zeros.
+    """
+    return {
+        name: KINDS[kind](theta_0[name], rank_of(name, rank), generator) for name in sorted(theta_0)
+    }
+
+
+def restore_delta(kind: Kind, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Compute the change from stored parameters, by the same formula as in training.
+
+    Args:
+        kind: How it is parametrised.
+        weight: The pre-trained weight, (out, in).
+        parameters: The delta's parameters by name; ``A`` and ``B`` for a LoRA.
+
+    Returns:
+        (out, in), in the dtype and on the device of ``weight``.
+    """
+    delta = KINDS[kind](weight, rank=1)
+    for name, _ in list(delta.named_parameters()):
+        setattr(delta, name, nn.Parameter(parameters[name].to(weight), requires_grad=False))
+    with torch.no_grad():
+        return delta()  # type: ignore[no-any-return]
+
+
+def stored_shapes(kind: Kind, weight: Tensor) -> dict[str, tuple[int | None, ...]]:
+    """Shapes that a weight's stored parameters must have; None where any rank will do."""
+    out, width = weight.shape
+    return {
+        Kind.FULL: {"delta": (out, width)},
+        Kind.LORA: {"A": (None, width), "B": (out, None)},
+        Kind.IA3: {"l": (out, 1)},
+    }[kind]

@@ -1,0 +1,165 @@
+"""What a client tells about its images: a mixture of Gaussians over θ₀'s features, class by class.
+
+Kilobytes instead of images; the server draws from the mixtures to align the heads of all clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from fedcompo.errors import ContributionError, DataError
+
+EXAMPLES_PER_COMPONENT = 8
+VARIANCE_FLOOR = 1e-3
+"""Smallest variance of a component, as a share of the client's mean variance."""
+
+
+@dataclass(frozen=True)
+class FeatureMixture:
+    """A mixture of k diagonal Gaussians over features, of one class."""
+
+    weights: Tensor
+    """Share of each component, (k,); they sum to one."""
+    means: Tensor
+    """(k, features)."""
+    variances: Tensor
+    """(k, features), positive."""
+    num_examples: int
+    """Images the mixture was fitted to."""
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw features, (count, features), float32."""
+        component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator)
+        return self.means[component] + self.variances[component].sqrt() * noise
+
+    def check(self, num_features: int, owner: str) -> None:
+        """Refuse a mixture that cannot be drawn from; raises ``ContributionError``."""
+        k = len(self.weights)
+        shapes = [tuple(t.shape) for t in (self.weights, self.means, self.variances)]
+        expected = [(k,), (k, num_features), (k, num_features)]
+        if k < 1 or shapes != expected:
+            raise ContributionError(
+                f"A mixture of {owner} has shapes {shapes}, expected {expected}."
+            )
+        finite = all(torch.isfinite(t).all() for t in (self.weights, self.means, self.variances))
+        if not finite or (self.variances <= 0).any() or (self.weights < 0).any():
+            raise ContributionError(
+                f"A mixture of {owner} has values that are not finite, or variances or shares "
+                "that are not positive."
+            )
+        if self.num_examples < 1 or abs(float(self.weights.sum()) - 1) > 1e-3:
+            raise ContributionError(
+                f"A mixture of {owner} has {self.num_examples} examples and shares summing to "
+                f"{float(self.weights.sum()):.4f}, expected at least 1 example and a sum of 1."
+            )
+
+
+def fit_mixtures(
+    features: Tensor, labels: Tensor, classes: Iterable[str], *, components: int, seed: int
+) -> dict[str, FeatureMixture]:
+    """Fit one mixture a class.
+
+    Args:
+        features: (count, features).
+        labels: (count,), index into ``classes``.
+        classes: Names of the classes.
+        components: Gaussians a class, at most; a class of few images gets fewer.
+        seed: Where the fit starts from.
+
+    Returns:
+        Mixtures by class name, float32.
+
+    Raises:
+        DataError: If a class has no image.
+    """
+    values = features.double().cpu().numpy()
+    owners = labels.cpu().numpy()
+    pooled = np.mean([values[owners == c].var(0) for c in np.unique(owners)], axis=0)
+    floor = max(1e-8, float(VARIANCE_FLOOR * pooled.mean()))
+    return {
+        name: _fit(name, values[owners == index], pooled, floor, components, seed)
+        for index, name in enumerate(classes)
+    }
+
+
+def _fit(
+    name: str,
+    values: np.ndarray[tuple[int, int], np.dtype[np.float64]],
+    pooled: np.ndarray[tuple[int], np.dtype[np.float64]],
+    floor: float,
+    components: int,
+    seed: int,
+) -> FeatureMixture:
+    count = len(values)
+    if count == 0:
+        raise DataError(f"Class {name!r} has no training image; remove it or add images.")
+    k = max(1, min(components, count // EXAMPLES_PER_COMPONENT))
+    if count < EXAMPLES_PER_COMPONENT:  # a variance of so few is no estimate: use the client's
+        shares, means = np.ones(1), values.mean(0, keepdims=True)
+        variances = np.maximum(pooled, floor)[None]
+    else:
+        fitted = GaussianMixture(k, covariance_type="diag", reg_covar=floor, random_state=seed)
+        fitted.fit(values)
+        shares, means, variances = fitted.weights_, fitted.means_, fitted.covariances_
+    return FeatureMixture(
+        torch.tensor(shares, dtype=torch.float32),
+        torch.tensor(means, dtype=torch.float32),
+        torch.tensor(variances, dtype=torch.float32),
+        count,
+    )
+
+
+@torch.no_grad()
+def extract_features(
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    batch_size: int = 128,
+) -> Tensor:
+    """Run images through a backbone.
+
+    Args:
+        forward: Maps uint8 images (batch, channels, size, size) to features (batch, features).
+        images: (count, channels, size, size), uint8.
+        batch_size: Images at a time.
+
+    Returns:
+        (count, features), float32, on the CPU.
+    """
+    return torch.cat([forward(part).float().cpu() for part in images.split(batch_size)])
+
+
+def draw(
+    mixtures: Mapping[str, list[FeatureMixture]],
+    classes: Iterable[str],
+    *,
+    samples: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Draw features of every class; clients that share a class share its samples.
+
+    Args:
+        mixtures: By class name, one mixture for each client that owns the class.
+        classes: Names in the order of the joint head.
+        samples: Features a class.
+        generator: Source of the draws, on the CPU.
+
+    Returns:
+        Features (count, features) and labels (count,).
+    """
+    features, labels = [], []
+    for index, name in enumerate(classes):
+        owners = mixtures[name]
+        total = sum(mixture.num_examples for mixture in owners)
+        for mixture in owners:
+            count = max(1, round(samples * mixture.num_examples / total))
+            features.append(mixture.sample(count, generator))
+            labels.append(torch.full((count,), index))
+    return torch.cat(features), torch.cat(labels)

@@ -1,0 +1,331 @@
+r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters to what the model says.
+
+.. math:: F = \sum_x \sum_c p_c(x) \left(\frac{\partial \log p_c(x)}{\partial\theta}\right)^2,
+   \qquad p = \mathrm{softmax}(W f(x; \theta) + b)
+
+With :math:`A(x)` the classes × features matrix of rows :math:`\sqrt{p_c}\,(W_c - \sum_k p_k W_k)`,
+one example's Fisher is :math:`J^\top A^\top A\,J` with :math:`J = \partial f/\partial\theta`. Any
+vectors :math:`v_k` with :math:`\sum_k v_k v_k^\top = A^\top A` give its diagonal,
+:math:`\sum_k (J^\top v_k)^2`, by one backward pass each, all examples of a batch at once:
+
+- *exact*: the scaled eigenvectors of :math:`A^\top A`, at most min(classes - 1, features) of them;
+- *leading*: only the first r of these. The result is never above the exact one, and what is
+  missing is measured by one more pass with random signs over the eigenvectors left out;
+- *Monte Carlo*: ``samples`` labels drawn from p.
+
+Source: Porrello et al., ICLR 2025 (arXiv 2405.16350); Martens, *New Insights and Perspectives on
+the Natural Gradient Method*, JMLR 2020, for the factorisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedcompo.config import FisherKind
+from fedcompo.deltas import Weights
+from fedcompo.errors import BackboneError, ContributionError
+
+CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+"""Memory for per-example gradients of one weight, by device: on a CPU, what its cache holds. Larger
+batches are worked off in parts."""
+
+
+@dataclass(frozen=True)
+class FisherDiagonal:
+    """A *sum* over examples, and their count: what can be added can be taken away again."""
+
+    sums: Weights
+    """Sum over examples, by weight name; each of its weight's shape."""
+    num_examples: int
+    """Examples in the sum."""
+
+    def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
+        """Pool two sets of examples; computed in float64."""
+        self._check_alike(other)
+        sums = {name: self.sums[name].double() + other.sums[name].double() for name in self.sums}
+        return FisherDiagonal(sums, self.num_examples + other.num_examples)
+
+    def __sub__(self, other: FisherDiagonal) -> FisherDiagonal:
+        """Take a set of examples out; computed in float64, rounding never leaves it below zero."""
+        self._check_alike(other)
+        if other.num_examples > self.num_examples:
+            raise ContributionError(
+                f"Cannot take {other.num_examples} examples out of {self.num_examples}."
+            )
+        sums = {
+            name: (self.sums[name].double() - other.sums[name].double()).clamp_min(0)
+            for name in self.sums
+        }
+        return FisherDiagonal(sums, self.num_examples - other.num_examples)
+
+    def mean(self) -> Weights:
+        """Mean over examples, float32; zeros where there are none."""
+        count = max(1, self.num_examples)
+        return {name: (total.double() / count).float() for name, total in self.sums.items()}
+
+    def _check_alike(self, other: FisherDiagonal) -> None:
+        differing = {
+            name
+            for name in self.sums.keys() | other.sums.keys()
+            if name not in self.sums
+            or name not in other.sums
+            or self.sums[name].shape != other.sums[name].shape
+        }
+        if differing:
+            raise ContributionError(
+                f"Two Fisher diagonals differ in {len(differing)} weights, among them "
+                f"{min(differing)!r}; they must have the same names and shapes."
+            )
+
+
+@dataclass(frozen=True)
+class FisherReport:
+    """What an estimate cost and what it left out."""
+
+    passes: int = 0
+    """Backward passes, over all batches."""
+    batches: int = 0
+    trace: float = 0.0
+    """Sum of all entries of the estimate."""
+    discarded_mass: float = 0.0
+    """Share of the softmax curvature, seen through the head, that was left out."""
+    error_bound: float = 0.0
+    """Upper limit (three standard errors) of the trace that was left out, as a sum."""
+
+
+@torch.no_grad()
+def curvature_factors(logits: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Factor each example's softmax Hessian as the features see it: :math:`A^\top A`.
+
+    Args:
+        logits: (batch, classes).
+        head_weight: W, (classes, features).
+
+    Returns:
+        Cotangents :math:`v_k`, (batch, k, features), by falling norm, and their squared norms,
+        (batch, k), with k = min(classes, features).
+    """
+    p = logits.double().softmax(-1)
+    weight = head_weight.double()
+    centred = weight - (p @ weight).unsqueeze(1)  # (batch, classes, features)
+    a = p.sqrt().unsqueeze(-1) * centred
+    if a.shape[1] <= a.shape[2]:
+        mass, u = torch.linalg.eigh(a @ a.mT)
+        cotangents = u.mT @ a
+    else:
+        mass, v = torch.linalg.eigh(a.mT @ a)
+        cotangents = mass.clamp_min(0).sqrt().unsqueeze(-1) * v.mT
+    return cotangents.flip(1), mass.flip(1).clamp_min(0)
+
+
+def leading_rank(mass: Tensor, tolerance: float) -> int:
+    """Smallest r that leaves out at most ``tolerance`` of a batch's curvature.
+
+    Args:
+        mass: Squared norms of the cotangents, (batch, k), falling.
+        tolerance: Share in [0, 1); 0 keeps all that is not zero.
+    """
+    per_rank = mass.sum(0)
+    total = float(per_rank.sum())
+    if total <= 0:
+        return 0
+    left_out = total - per_rank.cumsum(0)
+    threshold = max(tolerance, 1e-12) * total
+    return int((left_out > threshold).sum()) + 1
+
+
+def estimate_fisher(
+    model: nn.Module,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    batches: Iterable[Tensor],
+    names: Iterable[str],
+    *,
+    kind: FisherKind = FisherKind.LEADING,
+    tolerance: float = 0.01,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> tuple[FisherDiagonal, FisherReport]:
+    """Estimate the Fisher diagonal of some weights of a model, and of its head.
+
+    Args:
+        model: Maps images to features, (batch, features); used in evaluation mode.
+        head_weight: (classes, features).
+        head_bias: (classes,).
+        batches: Normalised images, (batch, channels, height, width), on the model's device; neither
+            shuffled nor augmented, so that the same data gives the same Fisher.
+        names: Weights of linear layers, as ``named_parameters`` calls them.
+        kind: exact, leading or Monte Carlo.
+        tolerance: leading: share of the curvature that may be left out, batch by batch.
+        samples: Monte Carlo: labels drawn an example.
+        generator: Source of labels and signs, on the CPU.
+
+    Returns:
+        The *sum* over examples (keys: ``names``, ``head.weight``, ``head.bias``), and a report.
+    """
+    names = sorted(names)
+    generator = generator or torch.Generator().manual_seed(0)
+    parameters = dict(model.named_parameters())
+    sums = {n: torch.zeros_like(parameters[n], dtype=torch.float64) for n in names}
+    head_sums = (
+        torch.zeros_like(head_weight, dtype=torch.float64),
+        torch.zeros_like(head_bias, dtype=torch.float64),
+    )
+    count, report = 0, FisherReport()
+    with evaluation_mode(model), _recorded(model, names) as record:
+        for images in batches:
+            features = model(images)
+            logits = features.detach() @ head_weight.T.to(features) + head_bias.to(features)
+            _add_head_fisher(head_sums, features.detach(), logits)
+            kept, rest, share = _cotangents(
+                logits, head_weight, kind, tolerance, samples, generator
+            )
+            for cotangent in kept:
+                _add_squares(sums, record, features, cotangent)
+            missing = _residual(record, features, rest, generator)
+            report = replace(
+                report,
+                passes=report.passes + len(kept) + (missing is not None),
+                batches=report.batches + 1,
+                discarded_mass=report.discarded_mass + share * len(images),
+                error_bound=report.error_bound + (0.0 if missing is None else _upper(missing)),
+            )
+            count += len(images)
+            record.clear()
+    trace = float(sum(total.sum() for total in sums.values()))
+    report = replace(report, trace=trace, discarded_mass=report.discarded_mass / max(1, count))
+    everything = {**sums, "head.weight": head_sums[0], "head.bias": head_sums[1]}
+    return FisherDiagonal(everything, count), report
+
+
+def _cotangents(
+    logits: Tensor,
+    head_weight: Tensor,
+    kind: FisherKind,
+    tolerance: float,
+    samples: int,
+    generator: torch.Generator,
+) -> tuple[list[Tensor], Tensor | None, float]:
+    """Return the cotangents to use, each (batch, features), those left out, and their share."""
+    if kind is FisherKind.MONTE_CARLO:
+        p = logits.double().softmax(-1)
+        drawn = torch.multinomial(p.cpu(), samples, replacement=True, generator=generator)
+        onehot = nn.functional.one_hot(drawn.T, p.shape[-1]).to(p)  # (samples, batch, classes)
+        return list((onehot - p) @ head_weight.double() / math.sqrt(samples)), None, 0.0
+    cotangents, mass = curvature_factors(logits, head_weight)
+    rank = leading_rank(mass, tolerance if kind is FisherKind.LEADING else 0.0)
+    total = float(mass.sum())
+    share = float(mass[:, rank:].sum()) / total if total > 0 else 0.0
+    rest = cotangents[:, rank:] if kind is FisherKind.LEADING and share > 1e-12 else None
+    return list(cotangents[:, :rank].unbind(1)), rest, share
+
+
+def _add_head_fisher(head_sums: tuple[Tensor, Tensor], features: Tensor, logits: Tensor) -> None:
+    """The head is linear: its Fisher diagonal is p(1 - p) times the squared features."""
+    p = logits.double().softmax(-1)
+    variance = p * (1 - p)
+    head_sums[0].add_(variance.T @ features.double().square())
+    head_sums[1].add_(variance.sum(0))
+
+
+def _per_example_squares(
+    record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+) -> Iterator[tuple[str, slice, Tensor]]:
+    """Yield (weight name, examples, squared gradients (examples, out, in)), part by part."""
+    outputs = [output for _, output in record.values()]
+    gradients = torch.autograd.grad(
+        features, outputs, grad_outputs=cotangent.to(features), retain_graph=True
+    )
+    for (name, (inputs, output)), gradient in zip(record.items(), gradients, strict=True):
+        batch = len(output)
+        g = gradient.reshape(batch, -1, gradient.shape[-1])  # (batch, tokens, out)
+        a = inputs.reshape(batch, -1, inputs.shape[-1])  # (batch, tokens, in)
+        chunk = CHUNK_BYTES.get(g.device.type, CHUNK_BYTES["cuda"])
+        step = max(1, chunk // (g.shape[-1] * a.shape[-1] * g.element_size()))
+        for start in range(0, batch, step):
+            part = slice(start, start + step)
+            yield name, part, torch.bmm(g[part].mT, a[part]).square_()
+
+
+def _add_squares(
+    sums: Weights, record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+) -> None:
+    for name, _, squares in _per_example_squares(record, features, cotangent):
+        sums[name].add_(squares.sum(0))
+
+
+def _residual(
+    record: Mapping[str, tuple[Tensor, Tensor]],
+    features: Tensor,
+    rest: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor | None:
+    """Unbiased estimate, (batch,), of each example's trace along the cotangents left out."""
+    if rest is None:
+        return None
+    signs = torch.randint(0, 2, rest.shape[:2], generator=generator).to(rest) * 2 - 1
+    cotangent = (signs.unsqueeze(-1) * rest).sum(1)
+    missing = rest.new_zeros(len(rest))
+    for _, part, squares in _per_example_squares(record, features, cotangent):
+        missing[part] += squares.sum((1, 2))
+    return missing
+
+
+def _upper(missing: Tensor) -> float:
+    """Three standard errors above the sum; each example's estimate has variance ≤ 2·mean²."""
+    return float(missing.sum() + 3 * math.sqrt(2) * missing.square().sum().sqrt())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record (input, output) of the linear layers whose weights are named, on each forward.
+
+    The parameters are frozen meanwhile: gradients flow to the layers' outputs alone, so that no
+    backward pass spends time on sums over the batch that nobody asked for.
+    """
+    record: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for name in names:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, nn.Linear):
+            raise BackboneError(
+                f"Weight {name!r} belongs to a {type(layer).__name__}; Fisher diagonals are "
+                "computed for nn.Linear alone. Choose other `target-weights`."
+            )
+
+        def keep(
+            _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name
+        ) -> Tensor:
+            output = output if output.requires_grad else output.requires_grad_()
+            record[name] = (inputs[0].detach(), output)
+            return output
+
+        handles.append(layer.register_forward_hook(keep))
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -1,0 +1,143 @@
+"""Runs one command and, when asked or left alone, ends everything that it started.
+
+    python guard.py FOLDER COMMAND [ARGUMENT ...]
+
+Flower's SuperLink starts processes in sessions of their own, Ray starts more, and neither ends them
+all when it is interrupted. This small parent does. On Linux it adopts every orphan among its
+descendants (``PR_SET_CHILD_SUBREAPER``), so that none can leave its tree; then it ends its *direct*
+children, whose process ids cannot be reused before it has waited for them, until no child is left.
+So it never signals a process that is not its own. Elsewhere it walks the tree that ``ps`` shows.
+
+It ends everything when the command ends, when it gets SIGINT, SIGTERM or SIGHUP, and when its
+standard input closes: also a starter that is killed outright leaves nothing behind. Last it removes
+FOLDER.
+The exit status is the command's, 127 if it cannot be found, 128 + n if signal n ended it.
+
+Standard library only: it runs as a file of its own (``python -I``), in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+GRACE = 3.0
+"""Seconds that the command has to end its own children before they are killed."""
+
+TICK = 0.05
+
+_PR_SET_CHILD_SUBREAPER = 36
+_LINUX = sys.platform == "linux"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command given by ``arguments``; see the top of this file."""
+    folder, command = Path(arguments[0]), arguments[1:]
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: asked.append(received))
+    if _LINUX:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        leader = os.posix_spawnp(
+            command[0],
+            command,
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+        )
+        ended: dict[int, int] = {}
+        while leader not in ended and not asked and not _left_alone():
+            ended.update(_reap())
+        ended.update(end_all(leader if leader not in ended else None))
+        code = os.waitstatus_to_exitcode(ended[leader])
+        return code if code >= 0 else 128 - code
+    except FileNotFoundError:
+        return 127
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_all(leader: int | None) -> dict[int, int]:
+    """End every descendant: ask ``leader`` to do it, then kill what is left.
+
+    Returns:
+        The wait status of each child that was waited for, by process id.
+    """
+    ended: dict[int, int] = {}
+    seen = descendants(os.getpid())
+    if leader is not None:
+        os.kill(leader, signal.SIGTERM)
+    deadline = time.monotonic() + (GRACE if leader is not None else 0)
+    while True:
+        ended.update(_reap())
+        children = parents()
+        seen = {pid for pid in seen | descendants(os.getpid(), children) if pid in children}
+        own = {pid for pid in seen if children[pid] == os.getpid()}
+        victims = own if _LINUX else seen
+        if not victims:
+            return ended
+        if time.monotonic() > deadline:
+            for pid in victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(TICK)
+
+
+def parents() -> dict[int, int]:
+    """The parent of every process on this machine, by process id."""
+    table: dict[int, int] = {}
+    if not _LINUX:
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+        ).stdout
+        return {int(pid): int(parent) for pid, parent in map(str.split, listed.splitlines())}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):  # ended meanwhile
+            # pid (name) state parent ...; the name may hold blanks and brackets
+            after_name = stat.read_text(errors="replace").rpartition(")")[2].split()
+            table[int(stat.parent.name)] = int(after_name[1])
+    return table
+
+
+def descendants(root: int, table: dict[int, int] | None = None) -> set[int]:
+    """Children of ``root``, their children and so on, by a table of parents (default: now's)."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in (parents() if table is None else table).items():
+        children.setdefault(parent, []).append(pid)
+    found: set[int] = set()
+    waiting = [root]
+    while waiting:
+        new = [pid for pid in children.get(waiting.pop(), []) if pid not in found]
+        found.update(new)
+        waiting.extend(new)
+    return found
+
+
+def _left_alone() -> bool:
+    """Wait a moment; true once whoever holds our standard input has closed it."""
+    ready, _, _ = select.select([0], [], [], 4 * TICK)
+    return bool(ready) and not os.read(0, 4096)
+
+
+def _reap() -> dict[int, int]:
+    """Wait for every child that has ended, without blocking."""
+    ended: dict[int, int] = {}
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            ended[pid] = status
+    return ended
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""Starts a simulation on Flower's real engine and tells truthfully how it ended.
+
+``flwr run`` works too, but needs the network at each run, runs old code from a lingering daemon,
+takes relative paths from that daemon's folder and exits with 0 when the run failed. Here, an engine
+of our own (:mod:`fedcompo.engine`) serves one run and goes; a run counts as done when Flower says
+so *and* its results are on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from fedcompo.config import Scalar
+from fedcompo.engine import Engine, started
+from fedcompo.engine_log import LineTail, last_error, read_from
+from fedcompo.errors import LaunchError
+from fedcompo.events import Event, EventTail
+from fedcompo.resources import Resources
+
+LOG = "flower.log"
+EVENTS = "events.jsonl"
+RESULTS = "results.json"
+TICK = 0.2
+FIRST_POLL, LONGEST_POLL, LAST_POLL = 5.0, 20.0, 1.0
+"""Seconds between two questions to Flower, each of which costs a second of CPU: at first, in the
+middle of a run, and once its end has shown up in the log."""
+END_OF_TASK = "Finished task"
+UNANSWERED = 5
+"""Questions in a row that Flower may leave unanswered before the run is given up."""
+
+
+def simulate(
+    settings: Mapping[str, Scalar],
+    *,
+    output: Path,
+    clients: int,
+    app: Path,
+    resources: Resources,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Run the app with these settings and return its results.
+
+    SIGTERM ends the run and raises ``SystemExit(143)``; Ctrl-C raises ``KeyboardInterrupt``. Either
+    way, and however else it ends, no process of the run is left.
+
+    Args:
+        settings: Run config that differs from the app's defaults; paths absolute. ``output`` and,
+            if it is not given, ``num-clients`` are added.
+        output: The run's own folder, from :func:`reserve_output`.
+        clients: Number of simulated clients.
+        app: Folder of the Flower app; see :func:`find_app`.
+        resources: See :func:`fedcompo.resources.fair_resources`.
+        on_event: Gets what the app reports, as it does.
+
+    Raises:
+        LaunchError: If the run could not start or failed; with the reason.
+    """
+    # 0 clients would mean num-tasks to the server, which is not the number of a folder's clients.
+    config = {**settings, "output": str(output)}
+    config["num-clients"] = config.get("num-clients") or clients
+    tail = EventTail(output / EVENTS)
+    with _sigterm_unwinds(), started(output / LOG) as engine:
+        run_id = engine.submit(app, config, resources.federation(clients))
+        with engine.logging(run_id):
+            status, details = _follow(engine, run_id, tail, on_event)
+    return _results(output, status, details, tail.failure)
+
+
+def find_app(package: Path | None = None) -> Path:
+    """Folder of the Flower app: inside the installed package, else the checkout that holds it.
+
+    Args:
+        package: Folder of this package (default: where it was imported from).
+    """
+    package = package or Path(__file__).resolve().parent
+    for folder in (package / "_app", package.parent):
+        with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError, TypeError):
+            project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+            if project["tool"]["flwr"]["app"]["components"]:
+                return folder
+    raise LaunchError(
+        f"There is no Flower app: neither {package / '_app'} nor {package.parent} holds a "
+        "pyproject.toml with [tool.flwr.app.components]. Install fedcompo again, or run it from a "
+        "complete checkout."
+    )
+
+
+def reserve_output(wanted: Path) -> Path:
+    """Take a folder for a run, and for no other: ``wanted``, or ``wanted-2``, ``wanted-3``, ...
+
+    A folder that holds something is left alone. Two runs that ask at the same time get two folders:
+    the first to create the log in it has it.
+
+    Raises:
+        LaunchError: If no folder can be made there.
+    """
+    if not wanted.name:
+        raise LaunchError(f"The output {wanted} cannot be a run's own folder; name another.")
+    number = 1
+    while True:
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        number += 1
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not any(folder.iterdir()):
+                (folder / LOG).open("x").close()
+                return folder
+        except FileExistsError:
+            if folder == wanted and not folder.is_dir():
+                raise LaunchError(f"The output {folder} is a file; name a folder.") from None
+        except OSError as error:
+            raise LaunchError(
+                f"The output folder {folder} cannot be made: {error.strerror}. "
+                "Choose another with --output."
+            ) from error
+
+
+def _follow(
+    engine: Engine, run_id: str, tail: EventTail, on_event: Callable[[Event], None]
+) -> tuple[str, str]:
+    """Pass events on until the run has ended; returns its status and what Flower says about it."""
+    interval, unanswered, ending = FIRST_POLL, 0, False
+    due = time.monotonic() + interval
+    log = LineTail(engine.log)
+    while True:
+        time.sleep(TICK)
+        for event in tail.read():
+            on_event(event)
+        if any(END_OF_TASK in line for line in log.read()):
+            ending, due = True, 0.0
+        if not engine.alive:
+            return "finished:failed", "Flower's SuperLink ended before the run did."
+        if time.monotonic() < due:
+            continue
+        try:
+            (status, details), unanswered = engine.status(run_id), 0
+        except LaunchError as error:
+            unanswered += 1
+            if unanswered == UNANSWERED:
+                return "finished:failed", str(error)
+            status, details = "unknown", ""
+        if status.startswith("finished"):
+            for event in tail.read():
+                on_event(event)
+            return status, details
+        interval = LAST_POLL if ending else min(1.5 * interval, LONGEST_POLL)
+        due = time.monotonic() + interval
+
+
+def _results(output: Path, status: str, details: str, reported: str) -> dict[str, Any]:
+    """The results of a run that has ended; raises LaunchError if it has none."""
+    log = output / LOG
+    if status == "finished:completed":
+        try:
+            results = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+            if isinstance(results, dict):
+                return results
+            why = f"{RESULTS} holds no results but {type(results).__name__}"
+        except (OSError, ValueError) as error:
+            why = f"{RESULTS} cannot be read: {error}"
+        reason = f"Flower calls the run completed, but {why}."
+    else:
+        told = dict.fromkeys(part.strip() for part in (reported, details) if part.strip())
+        # Flower's own words repeat the app's, behind an introduction.
+        words = [one for one in told if not any(one != other and one in other for other in told)]
+        reason = "The run failed: " + " ".join(words or [f"Flower says {status}."])
+    ending = last_error(read_from(log, 0))
+    raise LaunchError(f"{reason}\nThe end of Flower's log:\n{ending}\nThe whole log: {log}")
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does: by an exception that every ``finally`` sees."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def unwind(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,225 @@
+"""Shows a simulation while it runs: a table in a terminal, a line an event in a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from fedcompo.events import Event
+
+SERVER = "server"
+"""Row of the phases in which no client takes part."""
+
+
+class Standing(Enum):
+    """Where a client stands in a phase."""
+
+    RUNNING = "running"
+    OK = "ok"
+    LEFT_OUT = "left out"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A client in a phase."""
+
+    standing: Standing
+    since: float = 0.0
+    """When it began, in seconds since 1970."""
+    seconds: float = 0.0
+    """How long it took, once it is over."""
+    reason: str = ""
+
+    def text(self, now: float) -> Text:
+        """What the table says."""
+        if self.standing is Standing.RUNNING:
+            return Text(f"running {duration(now - self.since)}", style="yellow")
+        if self.standing is Standing.OK:
+            return Text(f"ok {duration(self.seconds)}", style="green")
+        return Text(f"LEFT OUT {self.reason}".rstrip(), style="bold red")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All that is known of a run so far; :meth:`after` an event, more."""
+
+    phases: tuple[str, ...] = ()
+    clients: tuple[str, ...] = ()
+    cells: Mapping[tuple[str, str], Cell] = field(default_factory=dict)
+    """By client and phase; what is missing waits."""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def after(self, event: Event) -> Progress:
+        """The progress once this event has happened."""
+        kind, phase = event["event"], str(event.get("phase", ""))
+        if kind == "run":
+            known = replace(self, phases=tuple(event.get("phases", ())))
+            return known._with_clients(event.get("clients", ()))
+        if kind == "phase-started":
+            names = tuple(event.get("clients", ())) or (SERVER,)
+            running = Cell(Standing.RUNNING, since=float(event.get("time", 0.0)))
+            return self._with_clients(names)._with({(name, phase): running for name in names})
+        if kind == "client":
+            return self._after_client(event, phase)
+        if kind == "phase-finished":
+            return self._after_phase(phase, float(event.get("seconds", 0.0)))
+        return self
+
+    def _after_client(self, event: Event, phase: str) -> Progress:
+        name, seconds = str(event["client"]), float(event.get("seconds", 0.0))
+        ok = event.get("status") == "ok"
+        reason = "" if ok else str(event.get("reason", ""))
+        cell = Cell(Standing.OK if ok else Standing.LEFT_OUT, seconds=seconds, reason=reason)
+        counted = replace(
+            self,
+            bytes_sent=self.bytes_sent + int(event.get("bytes_sent", 0)),
+            bytes_received=self.bytes_received + int(event.get("bytes_received", 0)),
+        )
+        return counted._with_clients([name])._with({(name, phase): cell})
+
+    def _after_phase(self, phase: str, seconds: float) -> Progress:
+        running = [
+            name
+            for (name, at), cell in self.cells.items()
+            if at == phase and cell.standing is Standing.RUNNING
+        ]
+        own = Cell(Standing.OK, seconds=seconds)
+        silent = Cell(Standing.LEFT_OUT, reason="no reply")
+        return self._with({(name, phase): own if name == SERVER else silent for name in running})
+
+    def _with_clients(self, names: tuple[str, ...] | list[str]) -> Progress:
+        new = [name for name in names if name not in self.clients]
+        return replace(self, clients=(*self.clients, *new))
+
+    def _with(self, cells: Mapping[tuple[str, str], Cell]) -> Progress:
+        new = [phase for _, phase in cells if phase not in self.phases]
+        phases = (*self.phases, *dict.fromkeys(new))
+        return replace(self, cells={**self.cells, **cells}, phases=phases)
+
+    def table(self, now: float) -> Table:
+        """Clients by phases.
+
+        Args:
+            now: Seconds since 1970.
+        """
+        traffic = f"sent {size(self.bytes_sent)}, received {size(self.bytes_received)}"
+        table = Table(caption=traffic if self.bytes_sent or self.bytes_received else None)
+        for title in ("client", *self.phases):
+            table.add_column(title)
+        for name in sorted(self.clients, key=lambda name: name == SERVER):
+            cells = [self.cells.get((name, phase)) for phase in self.phases]
+            waiting = Text("" if name == SERVER else "waiting", style="dim")
+            table.add_row(Text(name), *(cell.text(now) if cell else waiting for cell in cells))
+        return table
+
+
+class Display:
+    """Shows events as they come; a context, so that a terminal is left tidy.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress()
+        self._began = time.time()
+        self._spinner = Spinner("dots")
+        self._live = (
+            Live(get_renderable=self._render, console=console, refresh_per_second=4)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        self._progress = self._progress.after(event)
+        if not self._live or event["event"] == "note":
+            self._console.print(
+                line(event, self._began), soft_wrap=True, markup=False, highlight=False
+            )
+
+    def _render(self) -> RenderableType:
+        now = time.time()
+        elapsed = f" {duration(now - self._began)} since the start"
+        self._spinner.update(text=Text(elapsed, style="dim"))
+        if not self._progress.clients:
+            return self._spinner
+        return Group(self._progress.table(now), self._spinner)
+
+
+def line(event: Event, began: float) -> str:
+    """One event as a line of text.
+
+    Args:
+        event: What happened.
+        began: Start of the run, in seconds since 1970.
+    """
+    stamp = f"[{max(0.0, float(event.get('time', began)) - began):6.1f} s]"
+    return f"{stamp} {_said(event)}"
+
+
+def _said(event: Event) -> str:
+    kind, phase = event["event"], event.get("phase", "")
+    names = ", ".join(event.get("clients", ()))
+    took = duration(float(event.get("seconds", 0.0)))
+    if kind == "run":
+        return f"run: {' -> '.join(event.get('phases', ()))}" + (f"; {names}" if names else "")
+    if kind == "phase-started":
+        return f"{phase}: started" + (f" with {names}" if names else "")
+    if kind == "client" and event.get("status") == "ok":
+        sent, received = (size(event.get(f"bytes_{way}", 0)) for way in ("sent", "received"))
+        return f"{phase}: {event['client']} ok, {took}, sent {sent}, received {received}"
+    if kind == "client":
+        return f"{phase}: {event['client']} LEFT OUT: {event.get('reason', '')}"
+    if kind == "phase-finished":
+        return f"{phase}: finished, {took}"
+    if kind == "failed":
+        return f"failed: {event.get('reason', '')}"
+    return "finished" if kind == "finished" else str(event.get("text", kind))
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``4.2 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    seconds = max(0.0, seconds)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"

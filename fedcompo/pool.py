@@ -1,0 +1,139 @@
+r"""The pool of contributions, and the only place where task vectors are added up.
+
+.. math:: \theta_P = \theta_0 + \lambda \sum_c w_c\,\tau_c, \qquad w_c \ge 0,\ \sum_c w_c = 1
+
+Removing a client is leaving out its term. Averaging LoRA factors separately would be wrong: sums
+are taken over dense :math:`\tau`, one weight at a time, so memory is a few weights, not models.
+Source: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedcompo.contribution import Contribution
+from fedcompo.deltas import Weights
+from fedcompo.errors import ContributionError
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Contributions of distinct clients; operations return new pools.
+
+    Example::
+
+        theta_p = pool.without("hospital-b").compose(theta_0)
+    """
+
+    contributions: tuple[Contribution, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Order by name, so that no result depends on who came first."""
+        ordered = tuple(sorted(self.contributions, key=lambda c: c.client))
+        names = [contribution.client for contribution in ordered]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ContributionError(f"Client(s) {', '.join(twice)} are in the pool already.")
+        object.__setattr__(self, "contributions", ordered)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Names of the clients, sorted."""
+        return tuple(contribution.client for contribution in self.contributions)
+
+    def __iter__(self) -> Iterator[Contribution]:
+        """Contributions in the order of names."""
+        return iter(self.contributions)
+
+    def __len__(self) -> int:
+        """Number of clients."""
+        return len(self.contributions)
+
+    def add(self, contribution: Contribution) -> Pool:
+        """Return a pool with one client more; raises ``ContributionError`` if it is there."""
+        return Pool((*self.contributions, contribution))
+
+    def only(self, *clients: str) -> Pool:
+        """Return the pool of these clients: a specialised model."""
+        self._check_known(clients)
+        return Pool(tuple(c for c in self.contributions if c.client in clients))
+
+    def without(self, *clients: str) -> Pool:
+        """Return the pool as if these clients had never contributed."""
+        self._check_known(clients)
+        return Pool(tuple(c for c in self.contributions if c.client not in clients))
+
+    def uniform(self) -> dict[str, float]:
+        """Equal coefficients."""
+        return {client: 1 / len(self) for client in self.clients}
+
+    def by_examples(self) -> dict[str, float]:
+        """Coefficients in proportion to the clients' numbers of training images."""
+        total = sum(contribution.num_examples for contribution in self)
+        return {c.client: c.num_examples / total for c in self}
+
+    def compose(
+        self,
+        theta_0: Weights,
+        coefficients: Mapping[str, float] | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Weights:
+        r"""Add the task vectors to the pre-trained weights.
+
+        Sums run in float64, in the order of clients' names: the result does not depend on the order
+        in which they came.
+
+        Args:
+            theta_0: Target weights by name, each (out, in).
+            coefficients: :math:`w_c` by client; None: equal ones.
+            scale: :math:`\lambda`.
+
+        Returns:
+            :math:`\theta_P`, same names, shapes, dtypes as ``theta_0``.
+
+        Raises:
+            ContributionError: If the pool is empty, or the coefficients are not one a client, not
+                negative, summing to one.
+        """
+        if not self.contributions:
+            raise ContributionError("An empty pool cannot be composed; add a contribution.")
+        coefficients = self.uniform() if coefficients is None else dict(coefficients)
+        self._check_coefficients(coefficients)
+        theta_p = dict(theta_0)
+        for name in sorted({name for c in self for name in c.task_vector.names}):
+            total = torch.zeros_like(theta_0[name], dtype=torch.float64)
+            for contribution in self:
+                if name in contribution.task_vector.names:
+                    delta = contribution.task_vector.delta(name, theta_0[name])
+                    total += coefficients[contribution.client] * delta.double()
+            theta_p[name] = (theta_0[name].double() + scale * total).to(theta_0[name].dtype)
+        return theta_p
+
+    def _check_known(self, clients: Iterable[str]) -> None:
+        for client in clients:
+            if client not in self.clients:
+                near = difflib.get_close_matches(client, self.clients, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ContributionError(
+                    f"There is no client {client!r} in the pool, which holds "
+                    f"{', '.join(self.clients) or 'nobody'}.{hint}"
+                )
+
+    def _check_coefficients(self, coefficients: Mapping[str, float]) -> None:
+        if set(coefficients) != set(self.clients):
+            raise ContributionError(
+                f"Coefficients are given for {', '.join(sorted(coefficients)) or 'nobody'}, "
+                f"expected exactly {', '.join(self.clients)}."
+            )
+        total = math.fsum(coefficients.values())
+        if not abs(total - 1) <= 1e-6 or min(coefficients.values()) < 0:
+            raise ContributionError(
+                f"Coefficients must be >= 0 and sum to 1, got {dict(coefficients)} with the sum "
+                f"{total:.6g}. Use `scale` to enlarge the sum."
+            )

@@ -1,0 +1,146 @@
+"""What a simulation is asked to do: settings from a scenario file and from the command line.
+
+A scenario is a TOML file of run-config keys at the top level::
+
+    data = "folder:images"    # relative to where you stand, not to this file
+    kind = "lora"
+    alpha = 30
+
+Later sources win: the file, then ``--set key=value``, then options of their own such as ``--seed``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from fedcompo.config import RunConfig, Scalar, all_settings
+from fedcompo.errors import ConfigError
+
+PATH_SETTINGS = ("output", "checkpoint")
+PATH_SOURCES = ("folder:", "npz:")
+
+
+def settings_of(
+    file: Path | None, assignments: Iterable[str], options: Mapping[str, Scalar]
+) -> dict[str, Scalar]:
+    """Gather the settings of a run, checked, with every path absolute.
+
+    Args:
+        file: The scenario, or None for the defaults.
+        assignments: ``key=value`` each, as on the command line; they win over the file.
+        options: Settings given by options of their own; they win over all.
+
+    Raises:
+        ConfigError: With all faults of all sources at once.
+    """
+    values: dict[str, Scalar] = read_scenario(file) if file else {}
+    faults: list[str] = []
+    for assignment in assignments:
+        try:
+            key, value = parse_assignment(assignment)
+            values[key] = value
+        except ConfigError as error:
+            faults.append(str(error))
+    values |= options
+    try:
+        RunConfig.parse(values)
+    except ConfigError as error:
+        faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return with_absolute_paths(values, Path.cwd())
+
+
+def read_scenario(file: Path) -> dict[str, Scalar]:
+    """Read a scenario file; what its values mean is checked later.
+
+    Raises:
+        ConfigError: If it cannot be read, is no TOML, or holds more than keys and scalars.
+    """
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The scenario {file} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"The scenario {file} is no valid TOML: {error}") from error
+    faults = [
+        f"`[{key}]` is a table; settings stand at the top level, without tables."
+        if isinstance(value, dict)
+        else f"`{key}` must be one text, number or true/false, got {value!r}."
+        for key, value in values.items()
+        if not isinstance(value, Scalar)
+    ]
+    if faults:
+        listed = "\n".join(f"  - {fault}" for fault in faults)
+        raise ConfigError(f"The scenario {file} cannot be used:\n{listed}")
+    return values
+
+
+def parse_assignment(assignment: str) -> tuple[str, Scalar]:
+    """Split ``key=value``; the value is a TOML scalar, or else the bare text it is.
+
+    A setting that is a text takes what was typed (``output=2026``), unless it is quoted.
+
+    Raises:
+        ConfigError: If there is no key or no ``=``.
+    """
+    key, equals, text = (part.strip() for part in assignment.partition("="))
+    if not key or not equals:
+        raise ConfigError(f"`--set {assignment}` is not of the form key=value.")
+    known = all_settings().get(key)
+    wants_text = known is not None and isinstance(known.default, str)
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return key, text
+    value = parsed.get("value")
+    if len(parsed) != 1 or not isinstance(value, Scalar):
+        return key, text
+    return key, text if wants_text and not isinstance(value, str) else value
+
+
+def with_absolute_paths(values: Mapping[str, Scalar], where: Path) -> dict[str, Scalar]:
+    """Make every path among the settings absolute, as seen from the folder ``where``.
+
+    Flower's processes run elsewhere: a relative path would mean another place to them.
+    """
+    resolved = dict(values)
+    for key in PATH_SETTINGS:
+        if path := resolved.get(key):
+            resolved[key] = _absolute(str(path), where)
+    data = str(resolved.get("data", ""))
+    source = next((prefix for prefix in PATH_SOURCES if data.startswith(prefix)), None)
+    if source and data != source:
+        resolved["data"] = source + _absolute(data.removeprefix(source), where)
+    return resolved
+
+
+def as_toml(values: Mapping[str, Scalar]) -> str:
+    """Write settings as a scenario file."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+
+
+def scenario_name(file: Path | None, values: Mapping[str, Scalar]) -> str:
+    """Name of a run's folder: the scenario's, or else that of its data."""
+    if file:
+        return file.stem
+    data = str(values.get("data", all_settings()["data"].default))
+    return Path(data.partition(":")[2]).stem or data.partition(":")[0] or "run"
+
+
+def _absolute(path: str, where: Path) -> str:
+    # normpath, not resolve: a link that the user named stays the name the user knows.
+    return os.path.normpath(where / Path(path).expanduser())
+
+
+def _toml_value(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # A JSON string is a TOML string, but for one character that TOML wants escaped.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

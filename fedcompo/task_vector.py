@@ -1,0 +1,148 @@
+r"""What a client changed: :math:`\tau = \theta - \theta_0`.
+
+A task vector is stored as its kind trains it (a LoRA as its factors), and is dense only where it is
+added up. Source: Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023 (arXiv
+2212.04089); Porrello et al., ICLR 2025 (arXiv 2405.16350).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedcompo import tensorfile
+from fedcompo.config import Kind
+from fedcompo.deltas import Delta, Weights, restore_delta, stored_shapes
+from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """A client's change to the pre-trained weights."""
+
+    kind: Kind
+    """How the change is parametrised."""
+    tensors: Weights
+    """The delta's parameters, ``<weight name>/<parameter name>``."""
+    base: str
+    """Fingerprint of the pre-trained weights it belongs to."""
+
+    @classmethod
+    def of(cls, kind: Kind, deltas: Mapping[str, Delta], *, base: str) -> TaskVector:
+        """Take the task vector from trained deltas, by weight name; tensors go to the CPU."""
+        tensors = {
+            f"{name}/{parameter}": value.detach().cpu().clone()
+            for name, delta in deltas.items()
+            for parameter, value in delta.named_parameters()
+        }
+        return cls(kind, tensors, base)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the weights it changes, sorted."""
+        return tuple(sorted({name.rpartition("/")[0] for name in self.tensors}))
+
+    def delta(self, name: str, weight: Tensor) -> Tensor:
+        r"""The change of one weight.
+
+        Args:
+            name: Name of the weight.
+            weight: Its pre-trained value, (out, in); gives dtype and device of the result.
+
+        Returns:
+            :math:`\tau` of this weight, (out, in).
+        """
+        parameters = {
+            key.rpartition("/")[2]: tensor
+            for key, tensor in self.tensors.items()
+            if key.rpartition("/")[0] == name
+        }
+        return restore_delta(self.kind, weight, parameters)
+
+    def dense(self, theta_0: Weights) -> Weights:
+        r"""All changes: :math:`\tau` by weight name, each (out, in)."""
+        return {name: self.delta(name, theta_0[name]) for name in self.names}
+
+    def check(self, theta_0: Weights, *, base: str, owner: str) -> None:
+        """Refuse what cannot be added to these weights.
+
+        Args:
+            theta_0: The target weights, by name.
+            base: Their fingerprint.
+            owner: Whose task vector this is, for the error message.
+
+        Raises:
+            BackboneMismatch: If it was trained on other pre-trained weights.
+            ContributionError: If names, shapes or dtypes do not fit or a value is not finite.
+        """
+        if self.base != base:
+            raise BackboneMismatch(
+                f"{owner} was trained on the backbone {self.base}, expected {base}. "
+                "Use the same backbone everywhere, or train this client again."
+            )
+        wanted = {
+            f"{name}/{parameter}": shape
+            for name, weight in theta_0.items()
+            for parameter, shape in stored_shapes(self.kind, weight).items()
+        }
+        if differing := sorted(wanted.keys() ^ self.tensors.keys()):
+            raise ContributionError(
+                f"{owner} sent {len(self.tensors)} tensors of kind {self.kind}, expected "
+                f"{len(wanted)}; first difference: {differing[0]!r}. "
+                "Use the same `target-weights` everywhere."
+            )
+        for name, shape in wanted.items():
+            _check_tensor(self.tensors[name], shape, f"{name!r} of {owner}")
+        if self.kind is Kind.LORA:
+            self._check_ranks(owner)
+
+    def _check_ranks(self, owner: str) -> None:
+        for name in self.names:
+            rank_a, rank_b = self.tensors[f"{name}/A"].shape[0], self.tensors[f"{name}/B"].shape[1]
+            if rank_a != rank_b:
+                raise ContributionError(
+                    f"The factors of {name!r} of {owner} have ranks {rank_a} (A) and {rank_b} (B); "
+                    "they must agree."
+                )
+
+    def save(self, path: Path) -> None:
+        """Write to one safetensors file with a manifest and a digest."""
+        manifest = {"content": "task-vector", "kind": str(self.kind), "base": self.base}
+        tensorfile.save(path, self.tensors, manifest)
+
+    @classmethod
+    def load(cls, path: Path) -> TaskVector:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: If the file is truncated, altered or of another kind.
+        """
+        tensors, manifest = tensorfile.load(path)
+        if manifest.get("content") != "task-vector":
+            raise FileFormatError(
+                f"{path} holds a {manifest.get('content')!r}, expected a 'task-vector'."
+            )
+        return cls(Kind(manifest["kind"]), tensors, manifest["base"])
+
+
+def _check_tensor(tensor: Tensor, shape: tuple[int | None, ...], what: str) -> None:
+    """Refuse a tensor of another shape, of another dtype than floating point, or not finite."""
+    fits = len(shape) == tensor.ndim and all(
+        expected in (None, found) for expected, found in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise ContributionError(
+            f"Tensor {what} has shape {tuple(tensor.shape)}, expected {shape} (None: any rank)."
+        )
+    if not tensor.is_floating_point():
+        raise ContributionError(f"Tensor {what} has dtype {tensor.dtype}, expected floating point.")
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ContributionError(
+            f"Tensor {what} has {bad} values that are not finite. Its training diverged: "
+            "lower `learning-rate`, or use `penalty = implicit`."
+        )

@@ -1,0 +1,150 @@
+"""One file format for disk and wire: safetensors with a manifest, checked as a whole.
+
+A file is an ordinary safetensors file. Its metadata holds one entry, ``manifest``: canonical JSON
+that says what the file is and carries the SHA-256 of everything else in it (the manifest's other
+entries; every tensor's name, dtype, shape and bytes). A changed byte, a missing tail or an added
+tensor is found on reading. A message carries the same bytes as a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedcompo.errors import FileFormatError
+
+FORMAT_VERSION = 1
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names; hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
+    """Pack tensors and what is to be known about them.
+
+    Args:
+        tensors: Any tensors by name; moved to the CPU.
+        manifest: JSON values; ``format_version``, ``fedcompo_version`` and ``sha256`` are added.
+
+    Returns:
+        A safetensors file.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    complete = {
+        **manifest,
+        "format_version": FORMAT_VERSION,
+        "fedcompo_version": version("fedcompo"),
+        "tensors_sha256": tensor_digest(tensors),
+    }
+    complete["sha256"] = _seal(complete)
+    metadata = {"manifest": canonical(complete)}
+    return bytes(safetensors.torch.save(tensors, metadata=metadata))
+
+
+def from_bytes(data: bytes, *, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Unpack and check what :func:`to_bytes` packed.
+
+    Args:
+        data: A safetensors file with a manifest.
+        source: Where it came from, for error messages.
+
+    Returns:
+        Tensors by name and the manifest.
+
+    Raises:
+        FileFormatError: If it is truncated, altered, or not a file of this kind.
+    """
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        text = header["__metadata__"]["manifest"]
+        manifest = json.loads(text)
+        tensors = safetensors.torch.load(data)
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise FileFormatError(
+            f"{source} is not a complete fedcompo file ({type(error).__name__}: {error}). "
+            "It was truncated, altered or written by something else; get it again."
+        ) from error
+    _check(tensors, manifest, text, source)
+    return tensors, manifest
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write :func:`to_bytes` to a file; a crash leaves the old file or the new one."""
+    write_atomically(path, to_bytes(tensors, manifest))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and check a file that :func:`save` wrote; see :func:`from_bytes`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(f"{path} cannot be read: {error.strerror}.") from error
+    return from_bytes(data, source=str(path))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary file beside ``path``, sync it, rename it, sync the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the same value gives the same text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(canonical(rest).encode()).hexdigest()
+
+
+def _check(tensors: Mapping[str, Tensor], manifest: dict[str, Any], text: str, source: str) -> None:
+    found = manifest.get("format_version")
+    if found != FORMAT_VERSION:
+        raise FileFormatError(
+            f"{source} has format version {found!r}, this fedcompo reads {FORMAT_VERSION}. "
+            "Use the fedcompo version that wrote it."
+        )
+    if manifest.get("sha256") != _seal(manifest) or text != canonical(manifest):
+        raise FileFormatError(
+            f"The manifest of {source} does not match its own SHA-256: it was altered. "
+            "Get the file again."
+        )
+    actual = tensor_digest(tensors)
+    if manifest["tensors_sha256"] != actual:
+        raise FileFormatError(
+            f"The tensors of {source} have SHA-256 {actual[:16]}…, the manifest says "
+            f"{manifest['tensors_sha256'][:16]}…: they were altered. Get the file again."
+        )

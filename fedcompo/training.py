@@ -1,0 +1,235 @@
+"""Fit a client's task vector (ITA), and evaluate a model on a client's images.
+
+The plain path serves every kind: the weights θ₀ + Δ go into ``functional_call``, and autograd does
+the rest. Source of the procedure: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedcompo.augmentation import augment
+from fedcompo.backbone import Backbone
+from fedcompo.config import Kind, Penalty, Precision, TrainConfig
+from fedcompo.data import Split
+from fedcompo.deltas import Delta, Weights, new_deltas
+from fedcompo.errors import ContributionError
+from fedcompo.features import extract_features
+from fedcompo.heads import Head
+from fedcompo.penalties import explicit_step, head_penalty, implicit_step, ita_penalty
+from fedcompo.task_vector import TaskVector
+
+EpochCallback = Callable[[int, int, float], None]
+"""Called after each epoch with the epoch (from 1), the number of epochs, the mean loss."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What holds a client near the pre-trained weights: the *mean* Fisher of the other clients."""
+
+    weights: Weights
+    """By weight name, each (out, in)."""
+    head_weight: Tensor
+    """(own classes, features)."""
+    head_bias: Tensor
+    """(own classes,)."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training yields."""
+
+    task_vector: TaskVector
+    head: Head
+    losses: tuple[float, ...]
+    """Mean training loss (without penalties), one an epoch."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of correctly classified images, in [0, 1]."""
+
+    class_il: float
+    """Arg max over the classes of all clients."""
+    task_il: float
+    """Arg max over the client's own classes."""
+    num_examples: int
+
+
+def fit_task_vector(
+    backbone: Backbone,
+    kind: Kind,
+    data: Split,
+    start: Head,
+    aligned: Head,
+    anchor: Anchor | None,
+    config: TrainConfig,
+    *,
+    generator: torch.Generator,
+    on_epoch: EpochCallback = lambda epoch, epochs, loss: None,
+) -> Fitted:
+    """Fine-tune the backbone's target weights and a head on one client's images.
+
+    Args:
+        backbone: Pre-trained weights.
+        kind: How the task vector is parametrised.
+        data: Training images; labels index ``start.classes``.
+        start: Head that training begins with.
+        aligned: Head that the head penalty pulls to; same classes.
+        anchor: Fisher of the other clients; None where there is none yet: no Fisher penalty.
+        config: How to train.
+        generator: Source of LoRA's A, of the order of images and of augmentation; on the CPU.
+        on_epoch: Told of progress.
+
+    Returns:
+        Task vector, head, losses.
+
+    Raises:
+        ContributionError: If the loss stops being finite.
+    """
+    device = backbone.device
+    deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
+    trained = [p for delta in deltas.values() for p in delta.parameters()]
+    head = _HeadTraining(start, aligned, anchor, config, device)
+    groups = [
+        {"params": trained, "weight_decay": config.weight_decay},
+        {"params": head.parameters, "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate)
+    steps = config.local_epochs * math.ceil(len(data.labels) / config.batch_size)
+    fisher = {name: f.to(device) for name, f in anchor.weights.items()} if anchor else {}
+    autocast = _autocast(config.precision, device)
+    losses, step = [], 0
+    for epoch in range(config.local_epochs):
+        total = 0.0
+        for images, labels in _batches(data, config.batch_size, generator):
+            schedule = 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate * schedule
+            images = augment(images.to(device), config.augmentation, generator)
+            theta = {n: backbone.theta_0[n] + delta() for n, delta in deltas.items()}
+            with autocast():
+                features = torch.func.functional_call(
+                    backbone.model, theta, (backbone.preprocessing.normalise(images),)
+                )
+                logits = head.logits(features)
+            loss = F.cross_entropy(logits.float(), labels.to(device))
+            objective = loss + head.penalty()
+            if fisher and config.penalty is Penalty.COUPLED and config.alpha > 0:
+                tau = {name: delta() for name, delta in deltas.items()}
+                objective = objective + ita_penalty(tau, fisher, config.alpha)
+            optimiser.zero_grad()
+            objective.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            if fisher and config.alpha > 0:
+                _decoupled_step(config.penalty, deltas, fisher, config.alpha, schedule)
+            total += float(loss.detach()) * len(labels)
+            step += 1
+        losses.append(total / len(data.labels))
+        if not math.isfinite(losses[-1]):
+            raise ContributionError(
+                f"The training loss is {losses[-1]} after epoch {epoch + 1}: training diverged. "
+                "Lower `learning-rate`, or use `penalty = implicit`."
+            )
+        on_epoch(epoch + 1, config.local_epochs, losses[-1])
+    vector = TaskVector.of(kind, deltas, base=backbone.fingerprint)
+    return Fitted(vector, head.result(), tuple(losses))
+
+
+def evaluate(
+    backbone: Backbone, theta: Weights, head: Head, classes: tuple[str, ...], data: Split
+) -> Accuracy:
+    """Classify a client's images.
+
+    Args:
+        backbone: Pre-trained weights.
+        theta: Target weights to use in their place, by name.
+        head: Joint head; may hold more classes than the client's, must hold all of those.
+        classes: The client's classes, which ``data.labels`` index.
+        data: Images and labels.
+    """
+    logits = head(extract_features(backbone.forward(theta), data.images))
+    own = head.indices(classes)
+    return Accuracy(
+        class_il=_share(logits.argmax(1) == own[data.labels]),
+        task_il=_share(logits[:, own].argmax(1) == data.labels),
+        num_examples=len(data.labels),
+    )
+
+
+class _HeadTraining:
+    """The head while it is trained, and the penalty that pulls it to the aligned one."""
+
+    def __init__(
+        self,
+        start: Head,
+        aligned: Head,
+        anchor: Anchor | None,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        self.classes = start.classes
+        self.weight = nn.Parameter(start.weight.float().to(device, copy=True))
+        self.bias = nn.Parameter(start.bias.float().to(device, copy=True))
+        self._aligned = aligned.weight.float().to(device), aligned.bias.float().to(device)
+        zeros = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        given = (anchor.head_weight.to(device), anchor.head_bias.to(device)) if anchor else zeros
+        self._fisher = given
+        self._strengths = {
+            "fisher_strength": config.head_alpha,
+            "plain_strength": config.head_decay,
+        }
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.weight, self.bias]
+
+    def logits(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
+
+    def penalty(self) -> Tensor:
+        return torch.stack(
+            [
+                head_penalty(parameter - aligned, fisher, **self._strengths)
+                for parameter, aligned, fisher in zip(
+                    self.parameters, self._aligned, self._fisher, strict=True
+                )
+            ]
+        ).sum()
+
+    def result(self) -> Head:
+        return Head(self.classes, self.weight.detach().cpu(), self.bias.detach().cpu())
+
+
+def _decoupled_step(
+    penalty: Penalty, deltas: dict[str, Delta], fisher: Weights, alpha: float, schedule: float
+) -> None:
+    if penalty is Penalty.IMPLICIT:
+        implicit_step(deltas, fisher, alpha, schedule)
+    elif penalty is Penalty.EXPLICIT:
+        explicit_step(deltas, fisher, alpha, schedule)
+
+
+def _batches(
+    data: Split, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    order = torch.randperm(len(data.labels), generator=generator)
+    for part in order.split(batch_size):
+        yield data.images[part], data.labels[part]
+
+
+def _autocast(precision: Precision, device: torch.device) -> Callable[[], torch.autocast]:
+    half = precision is Precision.BFLOAT16 or (
+        precision is Precision.AUTO and device.type == "cuda"
+    )
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.double().mean()) if len(hits) else float("nan")
