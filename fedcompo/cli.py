@@ -67,10 +67,11 @@ def simulate(
 ) -> None:
     """Simulate a federation on this machine, with Flower's real engine.
 
-    SCENARIO is a TOML file of settings, without tables; without one, the default digits run.
+    SCENARIO is a TOML file of settings; without one, the default digits run.
 
-    Relative paths start at the folder you stand in, also those in a scenario: data, checkpoint
-    and output. `fedcompo settings` lists all settings.
+    Relative paths start where you stand, also those in a scenario (data, checkpoint, output).
+
+    `fedcompo settings` lists all settings.
     """
     given = {"output": output, "seed": seed}
     options: dict[str, Scalar] = {key: v for key, v in given.items() if v is not None}

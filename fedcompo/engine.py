@@ -144,7 +144,8 @@ class Engine:
         if not parsed.get("success"):
             said = plain(str(parsed.get("error-message", parsed)))
             kept = [line for line in said.splitlines() if not line.startswith("Using SuperLink")]
-            raise LaunchError(f"`flwr {arguments[0]}` failed:\n" + "\n".join(kept).strip())
+            said = "\n".join(kept).strip()
+            raise LaunchError(f"`flwr {arguments[0]}` failed:\n{said}\nFlower's log: {self.log}")
         return dict(parsed)
 
     def _program(self, name: str) -> str:

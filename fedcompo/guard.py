@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 GRACE = 3.0
-"""Seconds that the command has to end its own children before they are killed."""
+"""Seconds that the command has to end in good order before it is killed."""
 
 TICK = 0.05
 
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 def end_all(leader: int | None) -> dict[int, int]:
-    """End every descendant: ask ``leader`` to do it, then kill what is left.
+    """End every descendant: ask ``leader`` to do it, and kill what it leaves.
 
     Returns:
         The wait status of each child that was waited for, by process id.
@@ -75,7 +75,7 @@ def end_all(leader: int | None) -> dict[int, int]:
     seen = descendants(os.getpid())
     if leader is not None:
         os.kill(leader, signal.SIGTERM)
-    deadline = time.monotonic() + (GRACE if leader is not None else 0)
+    deadline = time.monotonic() + GRACE
     while True:
         ended.update(_reap())
         children = parents()
@@ -84,7 +84,7 @@ def end_all(leader: int | None) -> dict[int, int]:
         victims = own if _LINUX else seen
         if not victims:
             return ended
-        if time.monotonic() > deadline:
+        if leader is None or leader in ended or time.monotonic() > deadline:
             for pid in victims:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -95,10 +95,11 @@ def parents() -> dict[int, int]:
     """The parent of every process on this machine, by process id."""
     table: dict[int, int] = {}
     if not _LINUX:
-        listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-        ).stdout
-        return {int(pid): int(parent) for pid, parent in map(str.split, listed.splitlines())}
+        listing = ["ps", "-A", "-o", "pid=,ppid="]
+        with subprocess.Popen(listing, stdout=subprocess.PIPE, text=True) as ps:
+            listed = ps.communicate()[0].splitlines()
+        table = {int(pid): int(parent) for pid, parent in map(str.split, listed)}
+        return {pid: parent for pid, parent in table.items() if pid != ps.pid}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError):  # ended meanwhile
             # pid (name) state parent ...; the name may hold blanks and brackets

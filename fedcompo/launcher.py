@@ -23,7 +23,7 @@ from fedcompo.config import Scalar
 from fedcompo.engine import Engine, started
 from fedcompo.engine_log import LineTail, last_error, read_from
 from fedcompo.errors import LaunchError
-from fedcompo.events import Event, EventTail
+from fedcompo.events import Event, EventTail, note
 from fedcompo.resources import Resources
 
 LOG = "flower.log"
@@ -70,6 +70,7 @@ def simulate(
     tail = EventTail(output / EVENTS)
     with _sigterm_unwinds(), started(output / LOG) as engine:
         run_id = engine.submit(app, config, resources.federation(clients))
+        on_event(note("Flower's engine has started; Ray takes another moment."))
         with engine.logging(run_id):
             status, details = _follow(engine, run_id, tail, on_event)
     return _results(output, status, details, tail.failure)
@@ -171,7 +172,7 @@ def _results(output: Path, status: str, details: str, reported: str) -> dict[str
     else:
         told = dict.fromkeys(part.strip() for part in (reported, details) if part.strip())
         # Flower's own words repeat the app's, behind an introduction.
-        words = [one for one in told if not any(one != other and one in other for other in told)]
+        words = [one for one in told if not any(one != other and other in one for other in told)]
         reason = "The run failed: " + " ".join(words or [f"Flower says {status}."])
     ending = last_error(read_from(log, 0))
     raise LaunchError(f"{reason}\nThe end of Flower's log:\n{ending}\nThe whole log: {log}")

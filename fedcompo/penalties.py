@@ -1,8 +1,8 @@
 r"""What keeps a task vector near the pre-trained weights.
 
 ITA's anchor is :math:`\tfrac{\alpha}{2}\,\tau^\top \bar F\,\tau`, with :math:`\bar F` the mean
-Fisher diagonal of the *other* clients at :math:`\theta_0` (Porrello et al., arXiv 2405.16350, Eq. 11
-and 12). It acts in one of three ways:
+Fisher diagonal of the *other* clients at :math:`\theta_0` (Porrello et al., arXiv 2405.16350, Eq.
+11 and 12). It acts in one of three ways:
 
 - *coupled*: it is part of the loss, and the optimiser sees its gradient;
 - *explicit*: beside the optimiser, :math:`p \leftarrow p - c\,\nabla_p`, as the paper does it, with
@@ -56,7 +56,7 @@ def head_penalty(
 def explicit_step(
     deltas: Mapping[str, Delta], fisher: Weights, alpha: float, schedule: float
 ) -> None:
-    r"""Step down the anchor's gradient: :math:`p \leftarrow p - c\,\mathrm{clip}(\nabla)`; in place.
+    r"""Step down the anchor's gradient, in place: :math:`p \leftarrow p-c\,\mathrm{clip}(\nabla)`.
 
     Args:
         deltas: Trainable changes by weight name.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,18 +72,8 @@ def from_bytes(data: bytes, *, source: str) -> tuple[dict[str, Tensor], dict[str
     Raises:
         FileFormatError: If it is truncated, altered, or not a file of this kind.
     """
-    try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        text = header["__metadata__"]["manifest"]
-        manifest = json.loads(text)
-        tensors = safetensors.torch.load(data)
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise FileFormatError(
-            f"{source} is not a complete fedcompo file ({type(error).__name__}: {error}). "
-            "It was truncated, altered or written by something else; get it again."
-        ) from error
-    _check(tensors, manifest, text, source)
-    return tensors, manifest
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    return _checked(header, lambda: safetensors.torch.load(data), source)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
@@ -92,12 +82,17 @@ def save(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any])
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read and check a file that :func:`save` wrote; see :func:`from_bytes`."""
+    """Read and check a file that :func:`save` wrote; see :func:`from_bytes`.
+
+    The tensors are mapped from the file, not copied: memory is needed only for what is in use.
+    """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, path.stat().st_size))
     except OSError as error:
         raise FileFormatError(f"{path} cannot be read: {error.strerror}.") from error
-    return from_bytes(data, source=str(path))
+    return _checked(header, lambda: safetensors.torch.load_file(path), str(path))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -128,6 +123,23 @@ def canonical(value: Any) -> str:
 def _seal(manifest: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(canonical(rest).encode()).hexdigest()
+
+
+def _checked(
+    header: bytes, read: Callable[[], dict[str, Tensor]], source: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Parse the manifest, read the tensors, hold one against the other."""
+    try:
+        text = json.loads(header)["__metadata__"]["manifest"]
+        manifest = json.loads(text)
+        tensors = read()
+    except (ValueError, KeyError, TypeError, OSError, safetensors.SafetensorError) as error:
+        raise FileFormatError(
+            f"{source} is not a complete fedcompo file ({type(error).__name__}: {error}). "
+            "It was truncated, altered or written by something else; get it again."
+        ) from error
+    _check(tensors, manifest, text, source)
+    return tensors, manifest
 
 
 def _check(tensors: Mapping[str, Tensor], manifest: dict[str, Any], text: str, source: str) -> None:

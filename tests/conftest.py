@@ -6,6 +6,21 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# One thread: small tensors gain nothing from more, and sums then run in one order.
+torch.set_num_threads(1)
+
+# No deadline: a busy machine is no failure. Derandomised: the same examples in each run.
+settings.register_profile(
+    "fedcompo",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fedcompo")
 
 
 @pytest.fixture(scope="session")

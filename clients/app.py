@@ -1,0 +1,61 @@
+"""The ClientApp: hands each request to the local client, and its answer back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from clients.local import LocalClient
+from fedcompo.errors import FedcompoError
+from fedcompo.messages import Body, from_record, refusal, to_record
+
+app = ClientApp()
+
+Work = Callable[[LocalClient, Mapping[str, Tensor], Mapping[str, Any]], Body]
+
+
+@app.query("features")
+def features(message: Message, context: Context) -> Message:
+    """Describe the images by mixtures of the pre-trained features."""
+    return _answer(message, context, lambda client, tensors, request: client.features())
+
+
+@app.query("fisher")
+def fisher(message: Message, context: Context) -> Message:
+    """Sum the Fisher diagonal at the pre-trained weights."""
+    return _answer(message, context, LocalClient.fisher)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Fit the task vector."""
+    return _answer(message, context, LocalClient.train)
+
+
+@app.query("realign")
+def realign(message: Message, context: Context) -> Message:
+    """Describe the images by mixtures of the composed model's features."""
+    return _answer(message, context, lambda client, tensors, request: client.realign(tensors))
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure the composed model on the client's test images."""
+    return _answer(message, context, LocalClient.evaluate)
+
+
+def _answer(message: Message, context: Context, work: Work) -> Message:
+    """Do the work; what goes wrong on purpose is answered in words, not as a stack trace."""
+    try:
+        tensors, request = from_record(message.content, expected="request", source="the server")
+        client = LocalClient.from_node(
+            context.run_config, context.node_config, request.get("registered_name", "")
+        )
+        content = to_record(*work(client, tensors, request))
+    except FedcompoError as error:
+        content = refusal(f"{type(error).__name__}: {error}")
+    return Message(content, reply_to=message)

@@ -1,0 +1,253 @@
+"""One client's part of each phase: tensors and figures in, tensors and figures out; no Flower.
+
+A client keeps nothing between phases but its data: whatever it needs comes with the request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.config import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
+from fedcompo.contribution import mixture_tensors
+from fedcompo.data import ClientData, Split, load_client_data, load_folder
+from fedcompo.errors import ConfigError, DataError
+from fedcompo.features import extract_features, fit_mixtures
+from fedcompo.fisher import estimate_fisher
+from fedcompo.heads import Head, fit_head, zero_head
+from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
+from fedcompo.names import check_client_name
+from fedcompo.preprocessing import Preprocessing
+from fedcompo.seeds import derive_seed, generator_for
+from fedcompo.training import Anchor, evaluate, fit_task_vector
+
+logger = logging.getLogger(__name__)
+
+FISHER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LocalClient:
+    """A client with its images, its settings and the shared backbone."""
+
+    name: str
+    config: RunConfig
+    backbone: Backbone
+    data: ClientData
+    kind: Kind | None = None
+    """Kind of task vector, if this node insists on one."""
+
+    @classmethod
+    def from_node(
+        cls,
+        run_config: Mapping[str, Any],
+        node_config: Mapping[str, Any],
+        registered_name: str = "",
+    ) -> LocalClient:
+        """Build the client of one node.
+
+        Args:
+            run_config: Flat settings of the run.
+            node_config: In a simulation ``partition-id``; in a deployment ``client`` (its name),
+                ``data`` (path of its images), and optionally ``kind`` and ``device``.
+            registered_name: Name under which the server knows the node; wins over ``client``.
+
+        Raises:
+            FedcompoError: If settings, backbone or data cannot be used.
+        """
+        config = RunConfig.parse(run_config)
+        device = pick_device(str(node_config.get("device", config.device)))
+        backbone = _load_backbone(config.backbone, device)
+        data = _load_data(
+            config.data,
+            backbone.preprocessing,
+            config.seed,
+            str(node_config.get("data", "")),
+            int(node_config.get("partition-id", -1)),
+        )
+        name = registered_name or str(node_config.get("client", "")) or data.name
+        kind = node_config.get("kind")
+        return cls(
+            check_client_name(name),
+            config,
+            backbone,
+            data,
+            kinds_of(str(kind))[0] if kind else None,
+        )
+
+    def features(self) -> Body:
+        """Describe the images by mixtures of the pre-trained features, class by class."""
+        return self._mixtures({}, content="features")
+
+    def realign(self, tensors: Mapping[str, Tensor]) -> Body:
+        """Describe the images by mixtures of the composed model's features."""
+        return self._mixtures(section("theta", tensors), content="realign")
+
+    def fisher(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+        """Sum the Fisher diagonal over the training images, under the joint head."""
+        started = time.perf_counter()
+        head = head_from(tensors, request["classes"])
+        images, config = self.data.train.images, self.config.fisher
+        if 0 < config.fisher_examples < len(images):
+            generator = self._generator("fisher-examples")
+            images = images[torch.randperm(len(images), generator=generator)][
+                : config.fisher_examples
+            ]
+        device, preprocessing = self.backbone.device, self.backbone.preprocessing
+        fisher, report = estimate_fisher(
+            self.backbone.model,
+            head.weight.to(device),
+            head.bias.to(device),
+            (preprocessing.normalise(part.to(device)) for part in images.split(FISHER_BATCH)),
+            self.backbone.theta_0,
+            kind=config.fisher,
+            tolerance=config.fisher_tolerance,
+            samples=config.fisher_samples,
+            generator=self._generator("fisher"),
+        )
+        sums = {name: total.float() for name, total in fisher.sums.items()}
+        manifest = {
+            "num_examples": fisher.num_examples,
+            "report": {**asdict(report), "seconds": time.perf_counter() - started},
+        }
+        return prefixed("fisher", sums), self._manifest("fisher", manifest)
+
+    def train(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+        """Fit the task vector, anchored by the others; measure it, and the frozen backbone."""
+        joint = head_from(tensors, request["classes"])
+        classes, train, test = self.data.classes, self.data.train, self.data.test
+        aligned = joint.rows(classes)
+        start = aligned if self._starts_aligned else self._probe(train)
+        anchor = None
+        if request["anchored"]:
+            own = joint.indices(classes)
+            anchor = Anchor(
+                section("anchor", tensors),
+                tensors["anchor_head/weight"][own],
+                tensors["anchor_head/bias"][own],
+            )
+        fitted = fit_task_vector(
+            self.backbone,
+            Kind(request["kind"]),
+            train,
+            start,
+            aligned if self._starts_aligned else start,
+            anchor,
+            self.config.train,
+            generator=self._generator("train"),
+            on_epoch=self._log_epoch,
+        )
+        theta_0 = self.backbone.theta_0
+        tau = fitted.task_vector.dense(theta_0)
+        theta = {name: theta_0[name] + change for name, change in tau.items()}
+        own_accuracy = evaluate(self.backbone, theta, fitted.head, classes, test)
+        frozen = evaluate(self.backbone, {}, joint, classes, test)
+        body = prefixed("task_vector", fitted.task_vector.tensors) | head_tensors(fitted.head)
+        return body, self._manifest(
+            "train",
+            {
+                "kind": str(fitted.task_vector.kind),
+                "losses": list(fitted.losses),
+                "own_task_accuracy": own_accuracy.task_il,
+                "frozen_class_il_accuracy": frozen.class_il,
+                "frozen_task_il_accuracy": frozen.task_il,
+            },
+        )
+
+    def evaluate(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+        """Measure the composed model on this client's test images."""
+        head = head_from(tensors, request["classes"])
+        theta = section("theta", tensors)
+        accuracy = evaluate(self.backbone, theta, head, self.data.classes, self.data.test)
+        figures = {"class_il_accuracy": accuracy.class_il, "task_il_accuracy": accuracy.task_il}
+        return {}, self._manifest("evaluate", figures)
+
+    @property
+    def _starts_aligned(self) -> bool:
+        return self.config.train.head_start is HeadStart.ALIGNED
+
+    def _mixtures(self, theta: Mapping[str, Tensor], content: str) -> Body:
+        weights = {name: tensor.to(self.backbone.device) for name, tensor in theta.items()}
+        train = self.data.train
+        mixtures = fit_mixtures(
+            extract_features(self.backbone.forward(weights), train.images),
+            train.labels,
+            self.data.classes,
+            components=self.config.head.mixture_components,
+            seed=derive_seed(self.config.seed, content, self.name),
+        )
+        counts = {name: mixture.num_examples for name, mixture in mixtures.items()}
+        manifest = {
+            "mixtures": counts,
+            "num_examples": len(train.labels),
+            "num_test_examples": len(self.data.test.labels),
+            "kind": str(self.kind or ""),
+        }
+        return mixture_tensors(mixtures), self._manifest(content, manifest)
+
+    def _probe(self, train: Split) -> Head:
+        """Fit the client's own head to the pre-trained features of its images."""
+        features = extract_features(self.backbone.forward({}), train.images)
+        start = zero_head(self.data.classes, self.backbone.num_features)
+        return fit_head(features, train.labels, start, ridge=self.config.head.ridge)
+
+    def _manifest(self, content: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "content": content,
+            "client": self.name,
+            "base": self.backbone.fingerprint,
+            "classes": list(self.data.classes),
+            **entries,
+        }
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return generator_for(self.config.seed, purpose, self.name)
+
+    def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
+        logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Return the device of that name; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: If it is a GPU and there is none.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"`device` is {wanted!r}, but this machine shows no GPU. Use auto or cpu."
+        )
+    return torch.device(wanted)
+
+
+@lru_cache(maxsize=1)
+def _load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
+    """A process that serves several phases, or several clients, loads the backbone once."""
+    return load_backbone(config, device)
+
+
+@lru_cache(maxsize=2)
+def _load_data(
+    config: DataConfig, preprocessing: Preprocessing, seed: int, path: str, partition: int
+) -> ClientData:
+    if path:
+        return load_folder(
+            Path(path), preprocessing, seed=seed, images_per_class=config.images_per_class
+        )
+    if partition < 0:
+        raise DataError(
+            "This node says neither where its images are nor which part of `data` it owns. "
+            'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
+        )
+    return load_client_data(config, preprocessing, partition=partition, seed=seed)

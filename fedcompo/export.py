@@ -1,0 +1,85 @@
+"""The composed model as a folder that plain timm loads.
+
+::
+
+    import timm
+    model = timm.create_model("local-dir:runs/digits/model", pretrained=True).eval()
+    logits = model(images)  # normalised as config.json says; class names are in config.json too
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from fedcompo.backbone import Backbone
+from fedcompo.deltas import Weights
+from fedcompo.errors import BackboneError
+from fedcompo.heads import Head
+from fedcompo.tensorfile import write_atomically
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) -> None:
+    """Write weights and configuration for ``timm.create_model("local-dir:...")``.
+
+    Args:
+        folder: Where to; made if need be.
+        backbone: Pre-trained weights, for all that ``theta`` does not name.
+        theta: Target weights by name.
+        head: Joint head; its classes become ``label_names``.
+    """
+    state = {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()}
+    state |= {name: tensor.detach() for name, tensor in theta.items()}
+    classifier = _classifier_name(backbone.model)
+    state |= {f"{classifier}.weight": head.weight, f"{classifier}.bias": head.bias}
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}
+    write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_atomically(
+        folder / CONFIG, (json.dumps(_config(backbone, head), indent=2) + "\n").encode()
+    )
+
+
+def _config(backbone: Backbone, head: Head) -> dict[str, Any]:
+    seen = backbone.preprocessing
+    return {
+        "architecture": backbone.architecture,
+        "num_classes": len(head.classes),
+        "num_features": backbone.num_features,
+        "label_names": list(head.classes),
+        "model_args": backbone.model_args,
+        "pretrained_cfg": {
+            "tag": "fedcompo",
+            "custom_load": False,
+            "num_classes": len(head.classes),
+            "input_size": [seen.channels, seen.image_size, seen.image_size],
+            "fixed_input_size": True,
+            "interpolation": seen.interpolation,
+            "crop_pct": seen.crop_fraction,
+            "mean": list(seen.mean),
+            "std": list(seen.std),
+            "first_conv": "patch_embed.proj",
+            "classifier": _classifier_name(backbone.model),
+        },
+    }
+
+
+def _classifier_name(model: nn.Module) -> str:
+    """Name of the classifier in timm, ``head`` in all plain vision transformers."""
+    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    if not isinstance(name, str):
+        raise BackboneError(
+            f"{type(model).__name__} has the classifiers {name}; a model with one can be exported."
+        )
+    return name
+
+
+def parameters_of(weights: dict[str, Tensor]) -> int:
+    """Number of values in some weights."""
+    return sum(tensor.numel() for tensor in weights.values())

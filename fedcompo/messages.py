@@ -1,0 +1,96 @@
+"""Contributions and requests as Flower records, and back: the only file that imports flwr.
+
+Tensors travel packed, as *one* array of bytes: a :mod:`fedcompo.tensorfile` with its manifest. Many
+small arrays are slow to store on their way, and bfloat16 would not pass at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+from torch import Tensor
+
+from fedcompo import tensorfile
+from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.heads import Head
+
+PAYLOAD = "payload"
+REFUSAL = "refusal"
+
+Body = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and what is to be known about them (JSON)."""
+
+
+class ClientRefusal(FedcompoError):
+    """A client says that it cannot do what it was asked, and why."""
+
+
+def to_record(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> RecordDict:
+    """Pack tensors and a manifest into the content of a message."""
+    data = np.frombuffer(tensorfile.to_bytes(tensors, manifest), dtype=np.uint8)
+    return RecordDict({PAYLOAD: ArrayRecord({PAYLOAD: Array(data)})})
+
+
+def refusal(reason: str) -> RecordDict:
+    """Say that, and why, a request cannot be met."""
+    return to_record({}, {"content": REFUSAL, "reason": reason})
+
+
+def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
+    """Unpack and check the content of a message.
+
+    Args:
+        content: What :func:`to_record` made.
+        expected: The manifest's ``content`` entry.
+        source: Whose message it is, for error messages.
+
+    Raises:
+        ClientRefusal: If the message says why there is no answer.
+        FileFormatError: If it is altered, incomplete or something else.
+    """
+    try:
+        data = content[PAYLOAD][PAYLOAD].numpy().tobytes()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(
+            f"The message of {source} holds no packed tensors ({type(error).__name__}: {error}). "
+            "Use the same fedcompo version everywhere."
+        ) from error
+    tensors, manifest = tensorfile.from_bytes(data, source=f"the message of {source}")
+    if manifest.get("content") == REFUSAL:
+        raise ClientRefusal(str(manifest.get("reason")))
+    if manifest.get("content") != expected:
+        raise FileFormatError(
+            f"The message of {source} holds a {manifest.get('content')!r}, expected {expected!r}."
+        )
+    return tensors, manifest
+
+
+def size_of(content: RecordDict) -> int:
+    """Bytes of a message's packed tensors and manifest."""
+    return sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+
+
+def head_tensors(head: Head) -> dict[str, Tensor]:
+    """A head as tensors; its classes go into the manifest as ``classes``."""
+    return {"head/weight": head.weight, "head/bias": head.bias}
+
+
+def head_from(tensors: Mapping[str, Tensor], classes: list[str]) -> Head:
+    """Rebuild a head from :func:`head_tensors` and its classes."""
+    return Head(tuple(classes), tensors["head/weight"], tensors["head/bias"])
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put ``<prefix>/`` before every name."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def section(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Select the tensors that :func:`prefixed` named, under their own names."""
+    start = f"{prefix}/"
+    return {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}

@@ -1,0 +1,202 @@
+"""Results for people: tables in the terminal, a picture beside the figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from rich.console import Console
+from rich.table import Table
+
+from fedcompo.tensorfile import write_atomically
+
+PICTURE = "report.svg"
+
+Results = Mapping[str, Any]
+
+COLUMNS = (
+    ("frozen backbone\nclass-IL", "frozen_class_il_accuracy"),
+    ("own module\nown task", "own_task_accuracy"),
+    ("composed\nclass-IL", "class_il_accuracy"),
+    ("composed\ntask-IL", "task_il_accuracy"),
+)
+BARS = (
+    ("frozen backbone, class-IL", "frozen_class_il_accuracy", "#9aa5b1"),
+    ("own module, own task", "own_task_accuracy", "#e0a458"),
+    ("composed, class-IL", "class_il_accuracy", "#2f6f8f"),
+    ("composed, task-IL", "task_il_accuracy", "#7fb7be"),
+)
+
+
+def print_results(results: Results, console: Console) -> None:
+    """Print accuracies, traffic and diagnostics of a run.
+
+    Args:
+        results: What ``results.json`` holds.
+        console: Where to.
+    """
+    console.print(_accuracy_table(results))
+    console.print(_traffic_table(results))
+    console.print(_diagnostics_table(results))
+    gap = results["diagnostics"]["composition_gap"]
+    console.print(f"Gap Ω of Theorem 1 (mean Fisher, composition's coefficients): {gap:.3g}")
+    outliers = results["diagnostics"]["outliers"]
+    if outliers:
+        console.print(f"Outliers: {', '.join(outliers)}", style="bold yellow")
+    for client in results["left_out"]:
+        line = f"Left out: {client['client']} ({client['phase']}): {client['reason']}"
+        console.print(line, style="bold red", markup=False)
+    for note in results["notes"]:
+        console.print(f"Note: {note}", style="yellow", markup=False)
+
+
+def write_report(folder: Path, results: Results) -> None:
+    """Draw the accuracies and the overlap of the task vectors into ``report.svg``."""
+    write_atomically(folder / PICTURE, _picture(results).encode())
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage; a dash where nobody reported one."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def size(count: int) -> str:
+    """A number of bytes with a decimal unit."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def _accuracy_table(results: Results) -> Table:
+    table = Table(title="Accuracy, %")
+    for name in ("client", "classes", "kind", "images"):
+        table.add_column(name, justify="right" if name == "images" else "left")
+    for title, _ in COLUMNS:
+        table.add_column(title, justify="right")
+    for client, figures in results["per_client"].items():
+        table.add_row(
+            client,
+            _shortened(figures["classes"]),
+            figures["kind"],
+            f"{figures['num_examples']} + {figures['num_test_examples']}",
+            *(percent(figures[key]) for _, key in COLUMNS),
+        )
+    table.add_section()
+    table.add_row("mean", "", "", "", *(percent(results[key]) for _, key in COLUMNS), style="bold")
+    return table
+
+
+def _traffic_table(results: Results) -> Table:
+    table = Table(title="Bytes to → from each client, and time")
+    table.add_column("phase")
+    for client in results["per_client"]:
+        table.add_column(client, justify="right")
+    table.add_column("seconds", justify="right")
+    for phase, totals in results["phases"].items():
+        cells = []
+        for figures in results["per_client"].values():
+            cost = figures["traffic"].get(phase)
+            cells.append(
+                f"{size(cost['bytes_sent'])} → {size(cost['bytes_received'])}" if cost else ""
+            )
+        table.add_row(phase, *cells, f"{totals['seconds']:.1f}")
+    return table
+
+
+def _diagnostics_table(results: Results) -> Table:
+    found = results["diagnostics"]
+    table = Table(title="Task vectors: length, and cosine in the Fisher metric")
+    table.add_column("client")
+    table.add_column("‖τ‖", justify="right")
+    for client in found["clients"]:
+        table.add_column(client, justify="right")
+    for index, client in enumerate(found["clients"]):
+        cosines = [f"{value:+.2f}" for value in cosines_of(found["fisher_gram"])[index]]
+        table.add_row(client, f"{found['tau_norms'][index]:.3g}", *cosines)
+    return table
+
+
+def cosines_of(gram: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Cosines from a Gram matrix; 0 for a vector of no length."""
+    lengths = [math.sqrt(max(0.0, row[index])) for index, row in enumerate(gram)]
+    return [
+        [
+            value / (lengths[i] * lengths[j]) if lengths[i] * lengths[j] > 0 else 0.0
+            for j, value in enumerate(row)
+        ]
+        for i, row in enumerate(gram)
+    ]
+
+
+def _shortened(classes: Sequence[str], limit: int = 24) -> str:
+    text = ", ".join(classes)
+    return text if len(text) <= limit else f"{len(classes)}: {text[: limit - 5]}…"
+
+
+def _picture(results: Results) -> str:
+    """Bars of accuracy by client on the left, cosines of the task vectors on the right."""
+    clients = list(results["per_client"])
+    rows = [*clients, "mean"]
+    row_height, bar_height = 84, 16
+    height = 90 + row_height * len(rows)
+    matrix_left, cell = 760, max(18, min(64, 480 // max(1, len(clients))))
+    width = matrix_left + 120 + cell * len(clients)
+    height = max(height, 130 + cell * len(clients))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'font-family="system-ui, sans-serif" font-size="13" fill="#1f2933">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        _text(20, 28, "Accuracy by client", bold=True),
+    ]
+    for index, (title, _, colour) in enumerate(BARS):
+        left = 20 + 175 * index
+        parts.append(f'<rect x="{left}" y="42" width="12" height="12" fill="{colour}"/>')
+        parts.append(_text(left + 17, 53, title))
+    for index, name in enumerate(rows):
+        top = 74 + row_height * index
+        figures = results if name == "mean" else results["per_client"][name]
+        parts.append(_text(20, top + 40, name[:18], bold=name == "mean"))
+        for bar, (_, key, colour) in enumerate(BARS):
+            value, y = figures[key], top + bar * (bar_height + 2)
+            length = 480 * (value or 0)
+            parts.append(
+                f'<rect x="150" y="{y}" width="{length:.1f}" height="{bar_height}" '
+                f'fill="{colour}"/>'
+            )
+            parts.append(_text(156 + length, y + 13, percent(value)))
+    parts += _matrix(results, matrix_left, cell)
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _matrix(results: Results, left: int, cell: int) -> list[str]:
+    found = results["diagnostics"]
+    parts = [_text(left, 28, "Cosine of task vectors, Fisher metric", bold=True)]
+    for i, row in enumerate(cosines_of(found["fisher_gram"])):
+        parts.append(_text(left, 74 + cell * i + cell // 2 + 5, found["clients"][i][:14]))
+        for j, value in enumerate(row):
+            x, y = left + 100 + cell * j, 74 + cell * i
+            strength = min(1.0, abs(value))
+            hue = (47, 111, 143) if value >= 0 else (190, 80, 60)
+            colour = ",".join(str(round(255 + (c - 255) * strength)) for c in hue)
+            parts.append(
+                f'<rect x="{x}" y="{y}" width="{cell - 2}" height="{cell - 2}" '
+                f'fill="rgb({colour})"><title>{value:+.3f}</title></rect>'
+            )
+            if cell >= 40:
+                ink = "white" if strength > 0.6 else "#1f2933"
+                parts.append(
+                    f'<text x="{x + cell / 2 - 1}" y="{y + cell / 2 + 4}" fill="{ink}" '
+                    f'text-anchor="middle">{value:.2f}</text>'
+                )
+    return parts
+
+
+def _text(x: float, y: float, text: str, *, bold: bool = False) -> str:
+    weight = ' font-weight="600"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}"{weight}>{escape(text)}</text>'

@@ -1,0 +1,1 @@
+"""What runs at the coordinator, which holds no data."""

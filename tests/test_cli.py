@@ -1,0 +1,160 @@
+"""The command line: what it refuses, what it prints, how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedcompo import cli, launcher
+from fedcompo.config import RunConfig, all_settings
+from fedcompo.errors import ConfigError, FedcompoError, LaunchError
+
+runner = CliRunner()
+Started = list[dict[str, Any]]
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
+    """Stand in `tmp_path`, and note what would be started instead of starting it."""
+    calls: Started = []
+
+    def simulate(settings: dict[str, Any], **rest: Any) -> dict[str, Any]:
+        calls.append({"settings": settings, **rest})
+        rest["on_event"]({"event": "note", "text": "a note", "time": 0.0})
+        return {"accuracy": 0.5}
+
+    report = ModuleType("fedcompo.report")
+    report.print_results = lambda results, console: console.print(results)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fedcompo.report", report)
+    monkeypatch.setattr(launcher, "simulate", simulate)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_simulation_passes_settings_on_and_ends_with_the_place_of_its_results(
+    started: Started, tmp_path: Path
+) -> None:
+    (tmp_path / "my.toml").write_text("alpha = 3\n")
+    arguments = [
+        "simulate",
+        "my.toml",
+        "--set",
+        "kind=ia3",
+        "--seed",
+        "7",
+        "--cpus-per-client",
+        "1",
+    ]
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    (call,) = started
+    assert call["settings"] == {"alpha": 3, "kind": "ia3", "seed": 7}
+    assert call["clients"] == 5
+    assert call["output"] == tmp_path / "runs" / "my"
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"Simulating 5 clients. Results go to {tmp_path}/runs/my"
+    assert lines[-1] == f"Results: {tmp_path}/runs/my"
+    assert "{'accuracy': 0.5}" in lines
+
+
+def test_a_second_simulation_does_not_touch_the_first(started: Started, tmp_path: Path) -> None:
+    for name in ("digits", "digits-2"):
+        result = runner.invoke(cli.app, ["simulate"])
+        assert result.stdout.splitlines()[-1] == f"Results: {tmp_path}/runs/{name}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--output", "a b"], ["--set", "output=a b"], ["--set", "output=x", "--output", "a b"]],
+)
+def test_the_output_folder_can_be_chosen(
+    started: Started, tmp_path: Path, arguments: list[str]
+) -> None:
+    assert runner.invoke(cli.app, ["simulate", *arguments]).exit_code == 0
+    assert started[0]["output"] == tmp_path / "a b"
+
+
+def test_wrong_settings_are_refused_all_at_once_before_anything_starts(
+    started: Started, tmp_path: Path
+) -> None:
+    arguments = ["--set", "knid=lora", "--set", "rank=many", "--set", "alpha", "--seed", "-1"]
+    result = runner.invoke(cli.app, ["simulate", *arguments])
+    assert result.exit_code == 2
+    for fault in ("`knid`", "`rank` must be of type int", "--set alpha", "`seed`"):
+        assert fault in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert started == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scenario_that_is_not_there_is_a_sentence(started: Started) -> None:
+    result = runner.invoke(cli.app, ["simulate", "nowhere.toml"])
+    assert result.exit_code == 2
+    assert "The scenario nowhere.toml cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (LaunchError("[no] engine"), 1),
+        (ConfigError("[no] engine"), 2),
+        (FedcompoError("[no] engine"), 1),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(143), 143),
+    ],
+)
+def test_errors_become_sentences_and_exit_codes(
+    started: Started, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    monkeypatch.setattr(launcher, "simulate", failing(error))
+    result = runner.invoke(cli.app, ["simulate"])
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    if isinstance(error, FedcompoError):
+        assert result.stderr == "[no] engine\n"
+
+
+def test_verbose_shows_the_traceback_and_keeps_the_exit_code(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "simulate", failing(LaunchError("no engine")))
+    result = runner.invoke(cli.app, ["simulate", "--verbose"])
+    assert result.exit_code == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "LaunchError: no engine" in result.stderr
+
+
+def test_settings_lists_every_setting_with_its_default() -> None:
+    rows = json.loads(runner.invoke(cli.app, ["settings", "--json"]).stdout)
+    assert {row["setting"]: row["default"] for row in rows} == RunConfig().flat()
+    assert all(row["help"] for row in rows)
+    table = runner.invoke(cli.app, ["settings"]).stdout
+    assert all(key in table for key in all_settings())
+
+
+def test_version_is_that_of_the_project() -> None:
+    assert runner.invoke(cli.app, ["version"]).stdout.strip() == cli._version()
+    assert cli._version()[0].isdigit()
+
+
+def test_the_command_line_loads_fast() -> None:
+    code = "import sys, fedcompo.cli; print({'torch', 'timm', 'flwr', 'ray'} & set(sys.modules))"
+    root = Path(cli.__file__).resolve().parents[1]
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert out.stdout.strip() == "set()", out.stderr

@@ -1,0 +1,324 @@
+"""The Fisher diagonal against a sum over examples and classes, one at a time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from builders import normal, pico_model, rng
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedcompo import fisher
+from fedcompo.backbone import target_weights
+from fedcompo.config import BackboneConfig, FisherKind
+from fedcompo.deltas import Weights
+from fedcompo.errors import BackboneError, ContributionError
+from fedcompo.fisher import FisherDiagonal, FisherReport, curvature_factors, estimate_fisher
+
+FEATURES = 8
+FEW, MANY = 5, 11
+"""Classes: fewer and more than features."""
+IMAGES = normal(6, 1, 8, 8, seed=1)
+NAMES = tuple(target_weights(pico_model(), BackboneConfig().target_weights))
+
+
+def head(classes: int) -> tuple[Tensor, Tensor]:
+    return normal(classes, FEATURES, seed=2, scale=0.7), normal(classes, seed=3)
+
+
+def estimate(
+    classes: int = FEW, *, batch: int = 6, **options: object
+) -> tuple[FisherDiagonal, FisherReport]:
+    options = {"kind": FisherKind.EXACT, **options}
+    return estimate_fisher(pico_model(), *head(classes), IMAGES.split(batch), NAMES, **options)
+
+
+@functools.cache
+def brute_force(classes: int) -> Weights:
+    """Oracle: F = sum over x and c of p_c (d log p_c)², one class of one example at a time."""
+    model = pico_model()
+    own = dict(model.named_parameters())
+    parameters = {name: own[name].detach() for name in NAMES}
+    parameters["head.weight"], parameters["head.bias"] = head(classes)
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+    def log_p(parameters: Weights, image: Tensor, c: int) -> Tensor:
+        backbone = {name: parameters[name] for name in NAMES}
+        features = functional_call(model, backbone, (image.unsqueeze(0),))
+        logits = features @ parameters["head.weight"].T + parameters["head.bias"]
+        return logits.log_softmax(-1)[0, c]
+
+    for image in IMAGES:
+        for c in range(classes):
+            gradient, value = torch.func.grad_and_value(log_p)(parameters, image, c)
+            for name in total:
+                total[name] += value.exp() * gradient[name].square()
+    return total
+
+
+def assert_same(actual: Weights, expected: Weights, rtol: float = 1e-10) -> None:
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(
+            actual[name], wanted, rtol=rtol, atol=rtol * float(wanted.mean()), msg=lambda m: m
+        )
+
+
+@pytest.mark.parametrize("classes", [FEW, MANY])
+def test_exact_equals_the_sum_over_classes_and_examples_one_at_a_time(classes):
+    found, report = estimate(classes)
+    assert_same(found.sums, brute_force(classes))
+    assert found.num_examples == len(IMAGES)
+    assert report.error_bound == 0
+    assert report.discarded_mass < 1e-12
+
+
+def test_exact_needs_at_most_one_pass_less_than_classes_and_one_a_feature():
+    for classes, most in ((FEW, FEW - 1), (MANY, FEATURES)):
+        assert estimate(classes)[1].passes <= most
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_exact_does_not_depend_on_how_examples_are_batched(batch):
+    found, report = estimate(batch=batch)
+    assert_same(found.sums, estimate()[0].sums)
+    assert found.num_examples == len(IMAGES)
+    assert report.batches == math.ceil(len(IMAGES) / batch)
+
+
+@pytest.mark.parametrize("kind", [FisherKind.EXACT, FisherKind.LEADING])
+def test_the_size_of_memory_chunks_does_not_change_the_result(monkeypatch, kind):
+    expected, report = estimate(kind=kind, tolerance=0.2)
+    monkeypatch.setattr(fisher, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    found, chunked = estimate(kind=kind, tolerance=0.2)
+    assert_same(found.sums, expected.sums)
+    assert chunked.error_bound == pytest.approx(report.error_bound, rel=1e-10)
+
+
+@pytest.mark.parametrize("classes", [FEW, MANY])
+def test_leading_without_tolerance_is_exact(classes):
+    found, report = estimate(classes, kind=FisherKind.LEADING, tolerance=0.0)
+    assert_same(found.sums, brute_force(classes))
+    assert report.discarded_mass < 1e-12
+    assert report.error_bound == 0
+
+
+def discarded_by_hand(classes: int, rank: int, batch: int) -> float:
+    """Oracle: per batch, the tail of the spectra of Wᵀ(diag p - ppᵀ)W; averaged over examples."""
+    weight, bias = head(classes)
+    shares = 0.0
+    for images in IMAGES.split(batch):
+        kept = total = 0.0
+        for logits in pico_model()(images).detach() @ weight.T + bias:
+            p = logits.softmax(-1)
+            spectrum = torch.linalg.eigvalsh(weight.T @ (p.diag() - p.outer(p)) @ weight)
+            total += float(spectrum.sum())
+            kept += float(spectrum.flip(0)[:rank].sum())
+        shares += (1 - kept / total) * len(images)
+    return shares / len(IMAGES)
+
+
+@pytest.mark.parametrize("classes", [FEW, MANY])
+def test_leading_grows_with_its_rank_up_to_exact_and_says_what_it_leaves_out(classes, monkeypatch):
+    exact = brute_force(classes)
+    traces = []
+    for rank in range(1, min(classes - 1, FEATURES) + 1):
+        monkeypatch.setattr(fisher, "leading_rank", lambda mass, tolerance, rank=rank: rank)
+        found, report = estimate(classes, batch=3, kind=FisherKind.LEADING)
+        for name in NAMES:
+            assert (found.sums[name] <= exact[name] * (1 + 1e-10)).all()
+        for name in ("head.weight", "head.bias"):
+            torch.testing.assert_close(found.sums[name], exact[name])
+        missing = float(sum((exact[name] - found.sums[name]).sum() for name in NAMES))
+        assert missing <= report.error_bound + 1e-9
+        assert report.trace == pytest.approx(float(sum(found.sums[n].sum() for n in NAMES)))
+        assert report.discarded_mass == pytest.approx(
+            discarded_by_hand(classes, rank, batch=3), abs=1e-10
+        )
+        traces.append(report.trace)
+    assert all(smaller < larger for smaller, larger in pairwise(traces))
+    assert traces[-1] == pytest.approx(float(sum(exact[name].sum() for name in NAMES)))
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.01])
+def test_leading_keeps_the_fewest_directions_that_its_tolerance_allows(tolerance):
+    _, report = estimate(kind=FisherKind.LEADING, tolerance=tolerance)
+    measured = report.discarded_mass > 1e-12
+    rank = report.passes - measured
+    assert report.discarded_mass <= tolerance
+    assert discarded_by_hand(FEW, rank, batch=6) <= tolerance
+    assert rank == 1 or discarded_by_hand(FEW, rank - 1, batch=6) > tolerance
+
+
+@pytest.mark.parametrize("classes", [FEW, MANY])
+def test_cotangents_factor_the_softmax_hessian_seen_through_the_head(classes):
+    weight, _ = head(classes)
+    logits = normal(3, classes, seed=4)
+    cotangents, mass = curvature_factors(logits, weight)
+    for example in range(3):
+        p = logits[example].softmax(-1)
+        expected = weight.T @ (p.diag() - p.outer(p)) @ weight
+        v = cotangents[example]
+        torch.testing.assert_close(v.T @ v, expected)
+        torch.testing.assert_close(v.square().sum(1), mass[example])
+    assert (mass.diff(dim=1) <= 0).all()
+
+
+def test_a_certain_prediction_has_no_fisher():
+    weight = torch.zeros(FEW, FEATURES, dtype=torch.float64)
+    bias = torch.tensor([1e6, 0, 0, 0, 0], dtype=torch.float64)
+    found, report = estimate_fisher(pico_model(), weight, bias, [IMAGES], NAMES)
+    assert all((total == 0).all() for total in found.sums.values())
+    assert report.passes == 0
+
+
+def small_linear(samples: int, seed: int, kind: FisherKind = FisherKind.MONTE_CARLO) -> Tensor:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Tanh()).double()
+    with torch.no_grad():
+        model[1].weight.copy_(normal(4, 6, seed=5))
+        model[1].bias.zero_()
+    weight, bias = normal(3, 4, seed=6), normal(3, seed=7)
+    found, _ = estimate_fisher(
+        model,
+        weight,
+        bias,
+        [normal(5, 1, 2, 3, seed=8)],
+        ["1.weight"],
+        kind=kind,
+        samples=samples,
+        generator=rng(seed),
+    )
+    return found.sums["1.weight"]
+
+
+def test_monte_carlo_converges_to_exact_with_the_root_of_its_samples():
+    exact = small_linear(1, 0, FisherKind.EXACT)
+
+    def error(samples: int) -> float:
+        errors = [(small_linear(samples, seed) - exact).norm() for seed in range(8)]
+        return float(torch.stack(errors).square().mean().sqrt() / exact.norm())
+
+    few, many = error(16), error(256)
+    assert many < 0.05
+    assert few / many == pytest.approx(4, rel=0.4)  # 16 times the samples
+
+
+def test_monte_carlo_of_a_transformer_is_near_exact():
+    found, report = estimate(kind=FisherKind.MONTE_CARLO, samples=150, generator=rng(0))
+    exact = brute_force(FEW)
+    assert report.passes == 150
+    assert report.trace == pytest.approx(float(sum(exact[n].sum() for n in NAMES)), rel=0.15)
+    torch.testing.assert_close(found.sums["head.weight"], exact["head.weight"])
+
+
+@pytest.mark.parametrize("kind", [FisherKind.LEADING, FisherKind.MONTE_CARLO])
+def test_the_same_generator_gives_the_same_estimate(kind):
+    (first, report), (second, again) = (
+        estimate(kind=kind, tolerance=0.2, samples=2, generator=rng(4)) for _ in range(2)
+    )
+    assert report == again
+    assert all(torch.equal(first.sums[name], second.sums[name]) for name in first.sums)
+
+
+def test_an_estimate_in_single_precision_is_near_that_in_double():
+    model = pico_model(dtype=torch.float32)
+    weight, bias = head(FEW)
+    found, _ = estimate_fisher(
+        model, weight.float(), bias.float(), [IMAGES.float()], NAMES, kind=FisherKind.EXACT
+    )
+    assert_same(found.sums, brute_force(FEW), rtol=1e-4)
+
+
+def diagonal(seed: int, num_examples: int) -> FisherDiagonal:
+    sums = {"a": normal(4, 3, seed=seed).square() * 10.0**seed, "b": normal(2, seed=seed).square()}
+    return FisherDiagonal(sums, num_examples)
+
+
+def test_what_was_added_can_be_taken_away_again():
+    f, g = diagonal(1, 7), diagonal(2, 5)
+    both = f + g
+    assert both.num_examples == 12
+    left = both - g
+    assert left.num_examples == 7
+    for name, expected in f.sums.items():
+        torch.testing.assert_close(left.sums[name], expected, rtol=1e-12, atol=1e-12 * 100)
+
+
+def test_sums_of_single_precision_are_taken_in_double():
+    f = FisherDiagonal({"a": torch.tensor([1.0])}, 1)
+    g = FisherDiagonal({"a": torch.tensor([1e-9])}, 1)
+    assert (f + g).sums["a"].dtype == torch.float64
+    assert float((f + g).sums["a"]) == pytest.approx(1 + 1e-9, rel=1e-15)
+
+
+def test_rounding_never_leaves_a_fisher_below_zero():
+    f, g = (FisherDiagonal({"a": torch.tensor([v])}, 1) for v in (0.1, 0.1 + 1e-8))
+    left = FisherDiagonal(f.sums, 2) - g
+    assert float(left.sums["a"]) == 0
+
+
+def test_the_mean_divides_by_the_count_and_is_zero_without_examples():
+    f = diagonal(1, 7)
+    torch.testing.assert_close(f.mean()["a"], (f.sums["a"] / 7).float())
+    nobody = f - f
+    assert nobody.num_examples == 0
+    assert all((mean == 0).all() for mean in nobody.mean().values())
+
+
+def test_more_examples_than_there_are_cannot_be_taken_out():
+    with pytest.raises(ContributionError, match="Cannot take 8 examples out of 7"):
+        diagonal(1, 7) - diagonal(1, 8)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"a": torch.ones(4, 3)}, {"a": torch.ones(3, 4), "b": torch.ones(2)}],
+    ids=["a name is missing", "a shape differs"],
+)
+def test_fisher_diagonals_of_other_weights_are_refused(other):
+    for operation in (FisherDiagonal.__add__, FisherDiagonal.__sub__):
+        with pytest.raises(ContributionError, match="same names and shapes"):
+            operation(diagonal(1, 7), FisherDiagonal(other, 1))
+
+
+def test_dropout_is_off_and_the_model_is_left_as_it_was():
+    model = pico_model(dropout=0.5).train()
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    frozen = dict(model.named_parameters())
+    for name, parameter in frozen.items():
+        parameter.requires_grad_("norm" not in name)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found, _ = estimate_fisher(model, *head(FEW), [IMAGES], NAMES, kind=FisherKind.EXACT)
+    assert_same(found.sums, brute_force(FEW))
+    assert all(module.training for module in model.modules())
+    assert all(p.requires_grad == ("norm" not in name) for name, p in frozen.items())
+    assert all(p.grad is None for p in frozen.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_part_of_the_model_that_was_in_evaluation_mode_stays_there():
+    model = pico_model().train()
+    model.blocks[0].eval()
+    estimate_fisher(model, *head(FEW), [IMAGES], NAMES)
+    assert model.training
+    assert not model.blocks[0].training
+
+
+def test_an_estimate_is_possible_where_gradients_are_switched_off():
+    with torch.no_grad():
+        found, _ = estimate()
+    assert_same(found.sums, brute_force(FEW))
+
+
+def test_a_weight_that_is_no_linear_layers_is_refused_and_the_model_left_as_it_was():
+    model = pico_model().train()
+    with pytest.raises(BackboneError, match="'patch_embed.proj.weight' belongs to a Conv2d"):
+        estimate_fisher(model, *head(FEW), [IMAGES], [*NAMES, "patch_embed.proj.weight"])
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,0 +1,202 @@
+"""Starting a run: where it goes, how it ends, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tiny_app import fedcompo, write_app
+
+from fedcompo import launcher
+from fedcompo.engine import MARKER
+from fedcompo.errors import LaunchError
+from fedcompo.resources import Resources
+
+COMPONENTS = "[tool.flwr.app.components]\nserverapp = 'a:b'\nclientapp = 'c:d'\n"
+
+
+def marked(folder: Path) -> list[int]:
+    """Processes of engines whose private folders lie in this test's temporary folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if MARKER.encode() in environment and f"MARK_OF_TEST={folder}".encode() in environment:
+            found.append(int(process.name))
+    return found
+
+
+# Where a run goes.
+
+
+def test_a_new_folder_is_taken_as_asked(tmp_path: Path) -> None:
+    assert launcher.reserve_output(tmp_path / "a" / "digits") == tmp_path / "a" / "digits"
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "digits").mkdir()
+    assert launcher.reserve_output(tmp_path / "digits") == tmp_path / "digits"
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    for name in ("digits", "digits-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    (tmp_path / "digits-3").write_text("a file")
+    assert launcher.reserve_output(tmp_path / "digits") == tmp_path / "digits-4"
+    assert [file.name for file in (tmp_path / "digits").iterdir()] == ["precious"]
+
+
+def test_runs_that_ask_at_the_same_time_get_a_folder_each(tmp_path: Path) -> None:
+    (tmp_path / "digits").mkdir()  # empty: all may want it
+    with ThreadPoolExecutor(32) as pool:
+        taken = list(pool.map(launcher.reserve_output, [tmp_path / "digits"] * 64))
+    assert len(set(taken)) == 64
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LaunchError, match="is a file"):
+        launcher.reserve_output(tmp_path / "file")
+    with pytest.raises(LaunchError, match="cannot be made"):
+        launcher.reserve_output(tmp_path / "file" / "below")
+    with pytest.raises(LaunchError, match="name another"):
+        launcher.reserve_output(Path("/"))
+
+
+# Which app runs.
+
+
+def test_the_app_in_the_wheel_comes_before_the_checkout(tmp_path: Path) -> None:
+    package = tmp_path / "fedcompo"
+    (package / "_app").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text(COMPONENTS)
+    assert launcher.find_app(package) == tmp_path
+    (package / "_app" / "pyproject.toml").write_text(COMPONENTS)
+    assert launcher.find_app(package) == package / "_app"
+
+
+@pytest.mark.parametrize("project", [None, "[project]\nname = 'other'\n", "not toml"])
+def test_without_an_app_the_error_says_so(tmp_path: Path, project: str | None) -> None:
+    if project is not None:
+        (tmp_path / "pyproject.toml").write_text(project)
+    with pytest.raises(LaunchError, match="no Flower app"):
+        launcher.find_app(tmp_path / "fedcompo")
+
+
+def test_this_checkout_is_an_app() -> None:
+    assert (launcher.find_app() / "server" / "app.py").parent.is_dir()
+
+
+# How a run ends.
+
+
+def outcome(folder: Path, status: str, details: str = "", reported: str = "") -> str:
+    with pytest.raises(LaunchError) as caught:
+        launcher._results(folder, status, details, reported)
+    assert str(folder / "flower.log") in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_completed_run_with_results_is_a_success(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"accuracy": 1}')
+    assert launcher._results(tmp_path, "finished:completed", "", "") == {"accuracy": 1}
+
+
+@pytest.mark.parametrize("content", [None, '{"accuracy": ', "[]"])
+def test_a_completed_run_without_results_is_a_failure(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    assert "completed, but results.json" in outcome(tmp_path, "finished:completed")
+
+
+def test_a_failed_run_gives_the_reason_once_and_the_end_of_the_log(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "flower.log").write_text("INFO :  a\nTraceback (most recent call last):\nOops: x\n")
+    said = outcome(tmp_path, "finished:failed", "Simulation failed with exception: no weights", "")
+    assert said.startswith("The run failed: Simulation failed with exception: no weights\n")
+    assert "  Oops: x\n" in said
+    said = outcome(tmp_path, "finished:failed", "Simulation failed: no weights", "no weights")
+    assert said.startswith("The run failed: no weights\n")
+    assert "Flower says finished:stopped" in outcome(tmp_path, "finished:stopped")
+
+
+# The real engine.
+
+
+@pytest.mark.simulation
+def test_a_run_that_completes_is_a_success(tmp_path: Path) -> None:
+    app = write_app(tmp_path / "an app", "complete")
+    awkward = """it's "quoted"  \\ ü = [1]"""
+    arguments = ["--set", f"checkpoint={awkward}", "--set", "num-tasks=2", "--output", "my out"]
+    process = fedcompo(app, "simulate", *arguments, cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    lines = out.splitlines()
+    assert lines[-2:] == ["replies: 2", f"Results: {tmp_path}/my out"]
+    assert any(line.endswith("2 replies") for line in lines)
+    results = json.loads((tmp_path / "my out" / "results.json").read_text())
+    assert results == {"replies": 2, "checkpoint": f"{tmp_path}/{awkward}"}
+    assert "a client works" in (tmp_path / "my out" / "flower.log").read_text()
+
+
+@pytest.mark.simulation
+def test_a_run_that_raises_is_a_failure_and_says_why(tmp_path: Path) -> None:
+    app = write_app(tmp_path / "app", "raise")
+    process = fedcompo(app, "simulate", cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.startswith("The run failed: Simulation failed with exception: the dog ate")
+    assert "RuntimeError: the dog ate the weights" in err
+    assert f"The whole log: {tmp_path}/runs/digits/flower.log" in err
+    assert "Traceback (most recent call last):\n  File" not in err  # ours, that is: not indented
+    assert "Results:" not in out.splitlines()[-1]
+
+
+@pytest.mark.simulation
+def test_a_run_without_results_is_a_failure(tmp_path: Path) -> None:
+    app = write_app(tmp_path / "app", "forget")
+    output = launcher.reserve_output(tmp_path / "out")
+    events: list[str] = []
+    with pytest.raises(LaunchError, match=r"completed, but results\.json"):
+        launcher.simulate(
+            {},
+            output=output,
+            clients=2,
+            app=app,
+            resources=Resources(1, 0.0, 1),
+            on_event=lambda event: events.append(event["event"]),
+        )
+    assert events == ["note", "run", "phase-started", "note", "finished"]
+
+
+@pytest.mark.simulation
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_an_interrupted_run_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    monkeypatch.setenv("MARK_OF_TEST", str(tmp_path))
+    before = set(Path("/tmp").glob("fedcompo-*"))
+    process = fedcompo(write_app(tmp_path / "app", "hang"), "simulate", cwd=tmp_path)
+    log = tmp_path / "runs" / "digits" / "flower.log"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and "a client works" in log.read_text(errors="replace")):
+        assert time.monotonic() < deadline, process.poll()
+        time.sleep(0.2)
+    assert len(marked(tmp_path)) > 5
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    deadline = time.monotonic() + (15 if number == signal.SIGKILL else 0)
+    while marked(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)  # nobody could wait for the guard
+    assert marked(tmp_path) == []
+    assert set(Path("/tmp").glob("fedcompo-*")) <= before

@@ -1,0 +1,69 @@
+"""How a machine is shared among the clients."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedcompo import resources
+from fedcompo.config import RunConfig
+from fedcompo.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_cpus", lambda: 16)
+
+
+@pytest.mark.parametrize(
+    ("clients", "gpus", "share"),
+    [(5, 0, 0.0), (5, 1, 0.2), (3, 1, 0.3333), (3, 2, 0.5), (1, 4, 1.0), (100, 1, 0.125)],
+)
+def test_clients_share_the_gpus_evenly(clients: int, gpus: int, share: float) -> None:
+    found = resources.fair_resources(clients, "auto", gpus=gpus)
+    assert found.gpus_per_client == share
+    assert found.cpus_per_client == 1
+
+
+def test_as_many_clients_run_at_a_time_as_fit_on_the_gpus() -> None:
+    for clients in range(1, 40):
+        for gpus in range(1, 9):
+            share = resources.fair_resources(clients, "cuda", gpus=gpus).gpus_per_client
+            at_once = gpus * int(1 / share)
+            assert at_once >= min(clients, 16, gpus * resources.CLIENTS_PER_GPU)
+
+
+def test_ray_gets_no_more_cpus_than_the_clients_can_use() -> None:
+    assert resources.fair_resources(3, "cpu").cpus == 3
+    assert resources.fair_resources(3, "cpu", cpus_per_client=4).cpus == 12
+    assert resources.fair_resources(100, "cpu", cpus_per_client=5).cpus == 15
+
+
+def test_a_run_on_the_cpu_takes_no_gpu() -> None:
+    assert resources.fair_resources(3, "cpu", gpus=2).gpus_per_client == 0
+
+
+def test_what_the_machine_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="17 CPUs: this machine has 16"):
+        resources.fair_resources(3, "cpu", cpus_per_client=17)
+    with pytest.raises(ConfigError, match="GPUs"):
+        resources.fair_resources(3, "auto", gpus_per_client=0.5, gpus=0)
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
+        resources.fair_resources(3, "cuda:1", gpus=2)
+
+
+def test_the_federation_is_what_flower_calls_it() -> None:
+    assert resources.Resources(2, 0.25, 8).federation(5) == {
+        "num-supernodes": 5,
+        "client-resources-num-cpus": 2,
+        "client-resources-num-gpus": 0.25,
+        "init-args-num-cpus": 8,
+    }
+
+
+def test_clients_are_counted_by_the_data_or_by_the_setting() -> None:
+    assert resources.count_clients(RunConfig.parse({"num-tasks": 4})) == 4
+    assert resources.count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 3})) == 3
+    with pytest.raises(ConfigError, match="asks for 5 clients, but digits yields 4"):
+        resources.count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 5}))
+    with pytest.raises(ConfigError, match="needs 2 clients"):
+        resources.count_clients(RunConfig.parse({"num-tasks": 1}))
