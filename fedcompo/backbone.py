@@ -239,7 +239,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor] | Path:
         raise BackboneError(f"There is no checkpoint {path}. Check `checkpoint`.")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return dict(safetensors.torch.load_file(path))
         if path.suffix in (".pth", ".pt", ".bin"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
             for key in ("model", "state_dict"):

@@ -101,7 +101,7 @@ class Contribution:
             for name, t in tensors.items()
             if name.startswith("task_vector/")
         }
-        lineage = {
+        lineage: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in manifest["lineage"].items()
         }

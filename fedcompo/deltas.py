@@ -140,8 +140,9 @@ def restore_delta(kind: Kind, weight: Tensor, parameters: Mapping[str, Tensor]) 
 def stored_shapes(kind: Kind, weight: Tensor) -> dict[str, tuple[int | None, ...]]:
     """Shapes that a weight's stored parameters must have; None where any rank will do."""
     out, width = weight.shape
-    return {
+    shapes: dict[Kind, dict[str, tuple[int | None, ...]]] = {
         Kind.FULL: {"delta": (out, width)},
         Kind.LORA: {"A": (None, width), "B": (out, None)},
         Kind.IA3: {"l": (out, 1)},
-    }[kind]
+    }
+    return shapes[kind]

@@ -133,7 +133,7 @@ def extract_features(
     Returns:
         (count, features), float32, on the CPU.
     """
-    return torch.cat([forward(part).float().cpu() for part in images.split(batch_size)])
+    return torch.cat([forward(part).float().cpu() for part in torch.split(images, batch_size)])
 
 
 def draw(

@@ -34,6 +34,7 @@ FIRST_POLL, LONGEST_POLL, LAST_POLL = 5.0, 20.0, 1.0
 """Seconds between two questions to Flower, each of which costs a second of CPU: at first, in the
 middle of a run, and once its end has shown up in the log."""
 END_OF_TASK = "Finished task"
+INTRODUCTION = "Simulation failed with exception: "
 UNANSWERED = 5
 """Questions in a row that Flower may leave unanswered before the run is given up."""
 
@@ -170,8 +171,9 @@ def _results(output: Path, status: str, details: str, reported: str) -> dict[str
             why = f"{RESULTS} cannot be read: {error}"
         reason = f"Flower calls the run completed, but {why}."
     else:
-        told = dict.fromkeys(part.strip() for part in (reported, details) if part.strip())
-        # Flower's own words repeat the app's, behind an introduction.
+        parts = (reported, details.removeprefix(INTRODUCTION))
+        told = dict.fromkeys(part.strip() for part in parts if part.strip())
+        # Flower repeats the app's words, and the app may put the error's name before them.
         words = [one for one in told if not any(one != other and other in one for other in told)]
         reason = "The run failed: " + " ".join(words or [f"Flower says {status}."])
     ending = last_error(read_from(log, 0))

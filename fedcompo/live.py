@@ -83,6 +83,8 @@ class Progress:
         cell = Cell(Standing.OK if ok else Standing.LEFT_OUT, seconds=seconds, reason=reason)
         counted = replace(
             self,
+            # A phase begun without names turns out to have clients: it is not the server's.
+            cells={at: cell for at, cell in self.cells.items() if at != (SERVER, phase)},
             bytes_sent=self.bytes_sent + int(event.get("bytes_sent", 0)),
             bytes_received=self.bytes_received + int(event.get("bytes_received", 0)),
         )

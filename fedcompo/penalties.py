@@ -121,4 +121,5 @@ def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor) -> Tensor:
     products = (factor.unsqueeze(1) * factor).reshape(rank * rank, -1)  # (rank², width)
     system = (fisher @ products.T).reshape(-1, rank, rank)  # (count, rank, rank)
     system.diagonal(dim1=1, dim2=2).add_(1)
-    return torch.linalg.solve(system, rows)
+    solved: Tensor = torch.linalg.solve(system, rows)
+    return solved

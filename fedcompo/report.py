@@ -18,11 +18,16 @@ PICTURE = "report.svg"
 Results = Mapping[str, Any]
 
 COLUMNS = (
-    ("frozen backbone\nclass-IL", "frozen_class_il_accuracy"),
-    ("own module\nown task", "own_task_accuracy"),
-    ("composed\nclass-IL", "class_il_accuracy"),
-    ("composed\ntask-IL", "task_il_accuracy"),
+    ("frozen", "frozen_class_il_accuracy"),
+    ("own", "own_task_accuracy"),
+    ("class-IL", "class_il_accuracy"),
+    ("task-IL", "task_il_accuracy"),
 )
+CAPTION = """frozen: pre-trained backbone, aligned head, all classes
+own: each client's own module on its own classes
+class-IL, task-IL: the composed model, all classes; the client's classes"""
+PIPE_WIDTH = 120
+"""Columns of a table that no terminal will show."""
 BARS = (
     ("frozen backbone, class-IL", "frozen_class_il_accuracy", "#9aa5b1"),
     ("own module, own task", "own_task_accuracy", "#e0a458"),
@@ -38,6 +43,8 @@ def print_results(results: Results, console: Console) -> None:
         results: What ``results.json`` holds.
         console: Where to.
     """
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(PIPE_WIDTH, console.width))
     console.print(_accuracy_table(results))
     console.print(_traffic_table(results))
     console.print(_diagnostics_table(results))
@@ -65,16 +72,15 @@ def percent(value: float | None) -> str:
 
 def size(count: int) -> str:
     """A number of bytes with a decimal unit."""
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    digits = 0 if units[0] == "B" or value >= 99.5 else 1
+    return f"{value:.{digits}f} {units[0]}"
 
 
 def _accuracy_table(results: Results) -> Table:
-    table = Table(title="Accuracy, %")
+    table = Table(title="Accuracy, %", caption=CAPTION, caption_justify="left")
     for name in ("client", "classes", "kind", "images"):
         table.add_column(name, justify="right" if name == "images" else "left")
     for title, _ in COLUMNS:
@@ -93,19 +99,20 @@ def _accuracy_table(results: Results) -> Table:
 
 
 def _traffic_table(results: Results) -> Table:
-    table = Table(title="Bytes to → from each client, and time")
-    table.add_column("phase")
-    for client in results["per_client"]:
-        table.add_column(client, justify="right")
-    table.add_column("seconds", justify="right")
-    for phase, totals in results["phases"].items():
-        cells = []
-        for figures in results["per_client"].values():
-            cost = figures["traffic"].get(phase)
-            cells.append(
-                f"{size(cost['bytes_sent'])} → {size(cost['bytes_received'])}" if cost else ""
-            )
-        table.add_row(phase, *cells, f"{totals['seconds']:.1f}")
+    alone = [p for p, totals in results["phases"].items() if not totals["bytes_sent"]]
+    seconds = ", ".join(f"{p} {results['phases'][p]['seconds']:.1f} s" for p in alone)
+    table = Table(title="Bytes sent, and time", caption=f"On the server alone: {seconds}")
+    table.add_column("client", no_wrap=True)
+    phases = {p: totals for p, totals in results["phases"].items() if totals["bytes_sent"]}
+    for phase in phases:
+        table.add_column(phase, justify="right", no_wrap=True)
+    for client, figures in results["per_client"].items():
+        sent = [figures["traffic"].get(phase, {}).get("bytes_received", 0) for phase in phases]
+        table.add_row(client, *(size(count) if count else "" for count in sent))
+    table.add_section()
+    sent = [totals["bytes_sent"] for totals in phases.values()]
+    table.add_row("server", *(size(count) if count else "" for count in sent))
+    table.add_row("seconds", *(f"{totals['seconds']:.1f}" for totals in phases.values()))
     return table
 
 
@@ -145,7 +152,7 @@ def _picture(results: Results) -> str:
     rows = [*clients, "mean"]
     row_height, bar_height = 84, 16
     height = 90 + row_height * len(rows)
-    matrix_left, cell = 760, max(18, min(64, 480 // max(1, len(clients))))
+    matrix_left, cell = 780, max(18, min(64, 480 // max(1, len(clients))))
     width = matrix_left + 120 + cell * len(clients)
     height = max(height, 130 + cell * len(clients))
     parts = [
@@ -155,7 +162,7 @@ def _picture(results: Results) -> str:
         _text(20, 28, "Accuracy by client", bold=True),
     ]
     for index, (title, _, colour) in enumerate(BARS):
-        left = 20 + 175 * index
+        left = 20 + 180 * index
         parts.append(f'<rect x="{left}" y="42" width="12" height="12" fill="{colour}"/>')
         parts.append(_text(left + 17, 53, title))
     for index, name in enumerate(rows):

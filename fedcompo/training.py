@@ -220,7 +220,7 @@ def _batches(
     data: Split, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     order = torch.randperm(len(data.labels), generator=generator)
-    for part in order.split(batch_size):
+    for part in torch.split(order, batch_size):
         yield data.images[part], data.labels[part]
 
 

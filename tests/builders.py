@@ -53,9 +53,10 @@ def pico_model(
     model = VisionTransformer(**PICO_ARGS, proj_drop_rate=dropout).double()
     generator = rng(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(0.4 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
+            start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(start + (0.4 if parameter.ndim > 1 else 0.1) * noise)
     return model.to(dtype).eval()
 
 

@@ -120,10 +120,12 @@ def test_a_failed_run_gives_the_reason_once_and_the_end_of_the_log(tmp_path: Pat
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "flower.log").write_text("INFO :  a\nTraceback (most recent call last):\nOops: x\n")
     said = outcome(tmp_path, "finished:failed", "Simulation failed with exception: no weights", "")
-    assert said.startswith("The run failed: Simulation failed with exception: no weights\n")
-    assert "  Oops: x\n" in said
-    said = outcome(tmp_path, "finished:failed", "Simulation failed: no weights", "no weights")
     assert said.startswith("The run failed: no weights\n")
+    assert "  Oops: x\n" in said
+    for reported in ("no weights", "DataError: no weights"):
+        details = "Simulation failed with exception: no weights"
+        said = outcome(tmp_path, "finished:failed", details, reported)
+        assert said.startswith("The run failed: no weights\n")
     assert "Flower says finished:stopped" in outcome(tmp_path, "finished:stopped")
 
 
@@ -152,7 +154,7 @@ def test_a_run_that_raises_is_a_failure_and_says_why(tmp_path: Path) -> None:
     process = fedcompo(app, "simulate", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert err.startswith("The run failed: Simulation failed with exception: the dog ate")
+    assert err.startswith("The run failed: the dog ate the weights\n")
     assert "RuntimeError: the dog ate the weights" in err
     assert f"The whole log: {tmp_path}/runs/digits/flower.log" in err
     assert "Traceback (most recent call last):\n  File" not in err  # ours, that is: not indented

@@ -92,6 +92,12 @@ def test_progress_follows_the_events() -> None:
     assert (progress.bytes_sent, progress.bytes_received) == (1_500_000, 2_000)
 
 
+def test_a_phase_begun_without_names_belongs_to_its_clients_once_they_reply() -> None:
+    begun = after([{**RUN[1], "clients": []}])
+    assert set(begun.cells) == {(SERVER, "train")}
+    assert set(begun.after(RUN[2]).cells) == {("anna", "train")}
+
+
 def test_an_event_does_not_change_the_progress_before_it() -> None:
     before = after(RUN[:2])
     before.after(RUN[2])

@@ -1,0 +1,330 @@
+"""The real ServerApp and ClientApp over an in-process Grid: every phase, and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from flwr.app import Context, Message, RecordDict
+from in_process_grid import InProcessGrid, lost
+
+from clients.app import app as client_app
+from clients.local import LocalClient
+from fedcompo.backbone import load_backbone
+from fedcompo.config import BackboneConfig
+from fedcompo.contribution import Contribution
+from fedcompo.data import DataConfig, load_client_data
+from fedcompo.errors import ConfigError, TooFewClients
+from fedcompo.messages import from_record, to_record
+from fedcompo.pool import Pool
+from server.app import app as server_app
+
+QUICK = {
+    "num-tasks": 3,
+    "num-classes": 6,
+    "images-per-class": 12,
+    "local-epochs": 1,
+    "rank": 2,
+    "fisher-examples": 6,
+    "mixture-components": 1,
+    "align-samples": 16,
+    "timeout": 60.0,
+    "num-clients": 3,
+}
+
+
+def run(grid_options: dict, output: Path, **settings) -> dict:
+    config = {**QUICK, **{k.replace("_", "-"): v for k, v in settings.items()}}
+    config["output"] = str(output)
+    clients = grid_options.pop("clients", 3)
+    grid = InProcessGrid(client_app, config, clients, **grid_options)
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
+    )
+    server_app(grid, context)
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("run") / "out"
+    return output, run({}, output)
+
+
+def altered(change) -> object:
+    """Tamper with a reply: ``change(tensors, manifest)`` edits in place; the digests stay right."""
+
+    def tamper(reply: Message) -> Message:
+        expected = reply.metadata.message_type.rpartition(".")[2]
+        tensors, manifest = from_record(reply.content, expected=expected, source="test")
+        change(tensors, manifest)
+        reply.content = to_record(tensors, manifest)
+        return reply
+
+    return tamper
+
+
+def test_a_run_reports_every_phase_and_client(finished):
+    _, results = finished
+    assert list(results["phases"]) == [
+        "features",
+        "align",
+        "fisher",
+        "train",
+        "compose",
+        "realign",
+        "evaluate",
+    ]
+    assert list(results["per_client"]) == ["client-0", "client-1", "client-2"]
+    assert results["left_out"] == []
+    for figures in [results, *results["per_client"].values()]:
+        for key in (
+            "class_il_accuracy",
+            "task_il_accuracy",
+            "frozen_class_il_accuracy",
+            "own_task_accuracy",
+        ):
+            assert 0 <= figures[key] <= 1
+        assert figures["class_il_accuracy"] <= figures["task_il_accuracy"]
+    for key in ("class_il_accuracy", "own_task_accuracy"):
+        mean = sum(f[key] for f in results["per_client"].values()) / 3
+        assert results[key] == pytest.approx(mean)
+    assert (
+        sorted(sum((f["classes"] for f in results["per_client"].values()), []))
+        == (results["classes"])
+    )
+
+
+def test_traffic_is_booked_by_client_and_phase(finished):
+    _, results = finished
+    for phase in ("features", "fisher", "train", "realign", "evaluate"):
+        costs = [f["traffic"][phase] for f in results["per_client"].values()]
+        assert all(c["bytes_sent"] > 0 and c["bytes_received"] > 0 for c in costs)
+        assert results["phases"][phase]["bytes_sent"] == sum(c["bytes_sent"] for c in costs)
+    weights = results["backbone"]["target_parameters"]
+    fisher = results["per_client"]["client-0"]["traffic"]["fisher"]["bytes_received"]
+    assert 4 * weights < fisher < 4 * weights + 50_000
+
+
+def test_the_composed_model_is_the_pool_of_the_saved_contributions(finished):
+    output, results = finished
+    pool = Pool(tuple(Contribution.load(folder) for folder in (output / "clients").iterdir()))
+    backbone = load_backbone(BackboneConfig())
+    theta_p = pool.compose(backbone.theta_0)
+    saved = safetensors.torch.load_file(output / "model" / "model.safetensors")
+    for name, weight in theta_p.items():
+        assert torch.equal(saved[name], weight)
+    for name, weight in backbone.model.state_dict().items():
+        if name not in theta_p:
+            assert torch.equal(saved[name], weight)
+    assert pool.clients == tuple(results["per_client"])
+
+
+def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
+    output, results = finished
+    model = timm.create_model(f"local-dir:{output / 'model'}", pretrained=True).eval()
+    config = json.loads((output / "model" / "config.json").read_text())
+    assert config["label_names"] == results["classes"]
+    preprocessing = load_backbone(BackboneConfig()).preprocessing
+    source = DataConfig(num_tasks=3, num_classes=6, images_per_class=12)
+    for partition in range(3):
+        data = load_client_data(source, preprocessing, partition=partition, seed=0)
+        with torch.no_grad():
+            logits = model(preprocessing.normalise(data.test.images))
+        said = [config["label_names"][i] for i in logits.argmax(1).tolist()]
+        true = [data.classes[i] for i in data.test.labels.tolist()]
+        accuracy = sum(a == b for a, b in zip(said, true, strict=True)) / len(true)
+        reported = results["per_client"][data.name]["class_il_accuracy"]
+        assert accuracy == pytest.approx(reported, abs=1e-9)
+
+
+def test_lineage_names_the_others_and_never_the_client_itself(finished):
+    output, _ = finished
+    lineage = Contribution.load(output / "clients" / "client-1").lineage
+    assert lineage.anchored_by == ("client-0", "client-2")
+    assert lineage.aligned_with == ("client-0", "client-2")
+    assert lineage.ensemble == ()
+
+
+def test_the_same_seed_gives_the_same_result(finished, tmp_path):
+    output, results = finished
+    again = run({}, tmp_path / "again")
+    ours = Contribution.load(output / "clients" / "client-0").task_vector.tensors
+    theirs = Contribution.load(tmp_path / "again" / "clients" / "client-0").task_vector.tensors
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (
+        again["per_client"]["client-0"]["losses"] == (results["per_client"]["client-0"]["losses"])
+    )
+
+
+def test_another_run_never_overwrites(finished, tmp_path):
+    run({}, tmp_path / "out", realign=False)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    config = {**QUICK, "output": str(tmp_path / "out")}
+    grid = InProcessGrid(client_app, config, 3)
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
+    )
+    server_app(grid, context)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert (tmp_path / "out-2" / "results.json").exists()
+
+
+def test_kinds_are_dealt_in_turn_and_a_node_may_insist(tmp_path):
+    options = {"node_configs": {2: {"kind": "lora"}}}
+    results = run(options, tmp_path / "out", kind="full,ia3", keep_fisher=False)
+    kinds = [figures["kind"] for figures in results["per_client"].values()]
+    assert kinds == ["full", "ia3", "lora"]
+    assert not (tmp_path / "out" / "clients" / "client-0" / "fisher.safetensors").exists()
+
+
+def test_registered_names_win_over_node_config_over_partition(tmp_path):
+    options = {
+        "names": {0: "hospital-a"},
+        "node_configs": {0: {"client": "ignored"}, 1: {"client": "hospital-b"}},
+    }
+    results = run(options, tmp_path / "out", realign=False)
+    assert list(results["per_client"]) == ["client-2", "hospital-a", "hospital-b"]
+
+
+def test_a_client_that_raises_is_named_and_left_out(tmp_path, monkeypatch):
+    original = LocalClient.train
+
+    def fail(self, tensors, request):
+        if self.name == "client-1":
+            raise RuntimeError("the disk of client-1 is full")
+        return original(self, tensors, request)
+
+    monkeypatch.setattr("clients.app.LocalClient.train", fail)
+    monkeypatch.setattr("clients.local.LocalClient.train", fail)
+    results = run({}, tmp_path / "out")
+    (left_out,) = results["left_out"]
+    assert (left_out["client"], left_out["phase"]) == ("client-1", "train")
+    assert "the disk of client-1 is full" in left_out["reason"]
+    assert list(results["per_client"]) == ["client-0", "client-2"]
+    assert not (tmp_path / "out" / "clients" / "client-1").exists()
+    owned = (
+        results["per_client"]["client-0"]["classes"] + results["per_client"]["client-2"]["classes"]
+    )
+    assert results["classes"] == sorted(owned)
+
+
+def _nan(tensors, manifest):
+    name = next(name for name in tensors if name.startswith("task_vector/"))
+    tensors[name][0, 0] = float("nan")
+
+
+def _wrong_shape(tensors, manifest):
+    name = next(name for name in tensors if name.endswith("/A"))
+    tensors[name] = tensors[name][:, :-1].contiguous()
+
+
+def _boast(tensors, manifest):
+    manifest["own_task_accuracy"] = 1.5
+
+
+def _forget(tensors, manifest):
+    del manifest["losses"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_nan, "not finite"),
+        (_wrong_shape, "has shape"),
+        (_boast, "expected [0, 1]"),
+        (_forget, "malformed"),
+        (lambda tensors, manifest: manifest.update(base="other@00"), "was trained on the backbone"),
+    ],
+)
+def test_nonsense_from_training_is_refused_by_name(tmp_path, change, reason):
+    options = {"tamper": {(1, "train"): altered(change)}}
+    results = run(options, tmp_path / "out", realign=False)
+    (left_out,) = results["left_out"]
+    assert left_out["client"] == "client-1"
+    assert reason in left_out["reason"]
+    assert list(results["per_client"]) == ["client-0", "client-2"]
+
+
+def test_a_wrong_backbone_is_refused_before_anything_is_computed(tmp_path):
+    change = altered(lambda tensors, manifest: manifest.update(base="vit@1234"))
+    results = run({"tamper": {(2, "query.features"): change}}, tmp_path / "out", realign=False)
+    (left_out,) = results["left_out"]
+    assert left_out["phase"] == "features"
+    assert "vit@1234" in left_out["reason"]
+    assert results["backbone"]["fingerprint"] in left_out["reason"]
+
+
+def test_a_negative_fisher_is_refused(tmp_path):
+    change = altered(lambda tensors, manifest: next(iter(tensors.values())).neg_())
+    results = run({"tamper": {(0, "query.fisher"): change}}, tmp_path / "out", realign=False)
+    assert "negative" in results["left_out"][0]["reason"]
+
+
+def test_a_flipped_byte_on_the_way_is_refused(tmp_path):
+    def flip(reply: Message) -> Message:
+        array = reply.content["payload"]["payload"]
+        data = bytearray(array.data)
+        data[-100] ^= 1
+        array.data = bytes(data)
+        return reply
+
+    results = run({"tamper": {(0, "train"): flip}}, tmp_path / "out", realign=False)
+    assert "altered" in results["left_out"][0]["reason"]
+
+
+def test_a_client_that_never_answers_is_left_out_after_the_timeout(tmp_path):
+    results = run({"tamper": {(1, "train"): lost}}, tmp_path / "out", timeout=20.0, realign=False)
+    (left_out,) = results["left_out"]
+    assert "no answer within 20 s" in left_out["reason"]
+    assert list(results["per_client"]) == ["client-0", "client-2"]
+
+
+def test_two_clients_of_one_name_are_not_mixed_up(tmp_path):
+    options = {"node_configs": {0: {"client": "twin"}, 1: {"client": "twin"}}}
+    results = run(options, tmp_path / "out", realign=False)
+    assert list(results["per_client"]) == ["client-2", "twin"]
+    assert "answered already" in results["left_out"][0]["reason"]
+
+
+def test_without_everyones_features_the_trained_heads_stand(tmp_path):
+    results = run({"tamper": {(0, "query.realign"): lost}}, tmp_path / "out", timeout=15.0)
+    assert any("not aligned again" in note for note in results["notes"])
+    assert results["per_client"]["client-0"]["class_il_accuracy"] is None
+    assert results["class_il_accuracy"] is not None
+
+
+def test_too_few_clients_fail_the_run_and_say_who_and_why(tmp_path):
+    options = {
+        "tamper": {
+            (0, "train"): altered(_nan),
+            (1, "train"): altered(_nan),
+        }
+    }
+    with pytest.raises(TooFewClients, match=r"client-0 \(train\).*not finite"):
+        run(options, tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+    last = json.loads((tmp_path / "out" / "events.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "failed"
+
+
+def test_a_client_whose_data_cannot_be_used_says_so_in_words(tmp_path):
+    results = run({"node_configs": {1: {"data": str(tmp_path / "nowhere")}}}, tmp_path / "out")
+    (left_out,) = results["left_out"]
+    assert "nowhere" in left_out["reason"]
+    assert "Traceback" not in left_out["reason"]
+
+
+def test_a_relative_output_is_refused_where_nobody_stands(tmp_path):
+    with pytest.raises(ConfigError, match="absolute path"):
+        run({}, Path("runs/here"))
+
+
+def test_plain_task_arithmetic_sends_no_fisher_to_the_clients(tmp_path):
+    results = run({}, tmp_path / "out", alpha=0.0, realign=False)
+    sent = results["per_client"]["client-0"]["traffic"]["train"]["bytes_sent"]
+    assert sent < results["backbone"]["target_parameters"]
