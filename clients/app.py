@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
+from fedcompo.memory import peak_bytes, reset_peak
 from fedcompo.messages import Body, from_record, refusal, to_record
 
 app = ClientApp()
@@ -50,12 +51,14 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context, work: Work) -> Message:
     """Do the work; what goes wrong on purpose is answered in words, not as a stack trace."""
+    reset_peak()
     try:
         tensors, request = from_record(message.content, expected="request", source="the server")
         client = LocalClient.from_node(
             context.run_config, context.node_config, request.get("registered_name", "")
         )
-        content = to_record(*work(client, tensors, request))
+        answer, manifest = work(client, tensors, request)
+        content = to_record(answer, {**manifest, "peak_memory": peak_bytes()})
     except FedcompoError as error:
         content = refusal(f"{type(error).__name__}: {error}")
     return Message(content, reply_to=message)

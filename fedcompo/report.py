@@ -101,7 +101,10 @@ def _accuracy_table(results: Results) -> Table:
 def _traffic_table(results: Results) -> Table:
     alone = [p for p, totals in results["phases"].items() if not totals["bytes_sent"]]
     seconds = ", ".join(f"{p} {results['phases'][p]['seconds']:.1f} s" for p in alone)
-    table = Table(title="Bytes sent, and time", caption=f"On the server alone: {seconds}")
+    table = Table(
+        title="Bytes sent, time, memory",
+        caption=f"On the server alone: {seconds}. Peak memory: of one client",
+    )
     table.add_column("client", no_wrap=True)
     phases = {p: totals for p, totals in results["phases"].items() if totals["bytes_sent"]}
     for phase in phases:
@@ -113,6 +116,8 @@ def _traffic_table(results: Results) -> Table:
     sent = [totals["bytes_sent"] for totals in phases.values()]
     table.add_row("server", *(size(count) if count else "" for count in sent))
     table.add_row("seconds", *(f"{totals['seconds']:.1f}" for totals in phases.values()))
+    peaks = [totals["peak_memory_bytes"].get("client", 0) for totals in phases.values()]
+    table.add_row("peak memory", *(size(peak) if peak else "" for peak in peaks))
     return table
 
 

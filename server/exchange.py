@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
@@ -19,6 +19,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedcompo.errors import FedcompoError, TooFewClients
+from fedcompo.memory import peak_bytes, reset_peak
 from fedcompo.messages import Body, from_record, size_of, to_record
 
 POLL = 0.1, 2.0
@@ -62,6 +63,8 @@ class Exchange:
     """By phase and client."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase."""
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Peak bytes by phase: ``server`` and ``client`` (the largest), resident; ``client_gpu``."""
     registered: dict[int, str] = field(default_factory=dict)
     """Names under which the SuperLink knows nodes, by node id."""
 
@@ -119,8 +122,9 @@ class Exchange:
         Raises:
             TooFewClients: If too few usable answers came.
         """
+        reset_peak()
         started = time.monotonic()
-        self.traffic[phase], waiting = {}, {}
+        self.traffic[phase], self.memory[phase], waiting = {}, {}, {}
         asked = self.clients
         self.tell("phase-started", phase=phase, clients=[] if phase == "features" else asked)
         for client in asked:
@@ -143,8 +147,7 @@ class Exchange:
         for client, sent, departed in waiting.values():
             reason = f"no answer within {self.timeout:g} s"
             self._leave_out(phase, client, reason, Traffic(sent, 0, time.monotonic() - departed))
-        self.seconds[phase] = time.monotonic() - started
-        self.tell("phase-finished", phase=phase, seconds=round(self.seconds[phase], 3))
+        self._close(phase, started)
         log(INFO, "%s: %d client(s), %.1f s", phase, len(self.traffic[phase]), self.seconds[phase])
         if decisive:
             self.require_clients(phase)
@@ -162,10 +165,10 @@ class Exchange:
     def timed(self, phase: str, work: Callable[[], Any]) -> Any:
         """Do a phase that happens on the server, and book its time."""
         self.tell("phase-started", phase=phase, clients=[])
-        started = time.monotonic()
+        reset_peak()
+        started, self.memory[phase] = time.monotonic(), {}
         result = work()
-        self.seconds[phase] = time.monotonic() - started
-        self.tell("phase-finished", phase=phase, seconds=round(self.seconds[phase], 3))
+        self._close(phase, started)
         log(INFO, "%s: %.1f s on the server", phase, self.seconds[phase])
         return result
 
@@ -174,6 +177,15 @@ class Exchange:
         line = json.dumps({"event": event, **entries, "time": time.time()}, default=list)
         with self.events.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def _close(self, phase: str, started: float) -> None:
+        self.seconds[phase] = time.monotonic() - started
+        self._remember_peak(phase, {"server": peak_bytes().get("resident", 0)})
+        self.tell("phase-finished", phase=phase, seconds=round(self.seconds[phase], 3))
+
+    def _remember_peak(self, phase: str, peaks: Mapping[str, int]) -> None:
+        known = self.memory[phase]
+        known |= {who: max(int(peak), known.get(who, 0)) for who, peak in peaks.items()}
 
     def _addressed(self, client: str, body: Body) -> Body:
         tensors, manifest = body
@@ -197,6 +209,10 @@ class Exchange:
         try:
             body = from_record(reply.content, expected=expected, source=f"client {client!r}")
             name = fold(client, body)
+            peak = body[1].get("peak_memory", {})
+            self._remember_peak(
+                phase, {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
+            )
         except FedcompoError as error:
             self._leave_out(phase, client, str(error), cost)
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -50,6 +49,7 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
             phase: {
                 "seconds": round(seconds, 3),
                 **totals(exchange.traffic.get(phase, {}).values()),
+                "peak_memory_bytes": exchange.memory[phase],
             }
             for phase, seconds in exchange.seconds.items()
         },
@@ -69,7 +69,6 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
             **{package: version(package) for package in PACKAGES},
         },
         "platform": {"system": platform.platform(), "machine": platform.machine()},
-        "memory": {"server_peak_bytes": _peak_memory()},
     }
 
 
@@ -113,13 +112,3 @@ def _mean(per_client: dict[str, dict[str, Any]], name: str) -> float | None:
     """Mean over the clients that reported the figure; None where nobody did."""
     values = [figures[name] for figures in per_client.values() if figures[name] is not None]
     return fmean(values) if values else None
-
-
-def _peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where it is not known."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

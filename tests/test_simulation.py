@@ -1,0 +1,144 @@
+"""The main job on Flower's real engine, started as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedcompo.contribution import Contribution
+
+pytestmark = pytest.mark.simulation
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+QUICK = {
+    "num-tasks": 2,
+    "num-classes": 4,
+    "images-per-class": 12,
+    "local-epochs": 1,
+    "rank": 2,
+    "fisher-examples": 6,
+}
+LIMIT = 300
+"""Seconds after which a run has hung."""
+
+
+def simulate(cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    chosen = {**QUICK, **{key.replace("_", "-"): value for key, value in settings.items()}}
+    options = [part for key, value in chosen.items() for part in ("--set", f"{key}={value}")]
+    return subprocess.run(
+        [BIN / "fedcompo", "simulate", *arguments, *options],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+
+
+def test_simulate_leaves_results_where_the_last_line_says(tmp_path):
+    done = simulate(tmp_path, "--output", "here/mine", kind="lora,full")
+    assert done.returncode == 0, done.stderr + done.stdout
+    said = done.stdout.splitlines()[-1]
+    output = Path(said.removeprefix("Results: "))
+    assert output == tmp_path / "here" / "mine"
+    results = json.loads((output / "results.json").read_text())
+    assert results["settings"]["rank"] == 2
+    assert list(results["per_client"]) == ["client-0", "client-1"]
+    assert [f["kind"] for f in results["per_client"].values()] == ["lora", "full"]
+    assert f"{100 * results['class_il_accuracy']:.1f}" in done.stdout
+    assert (output / "model" / "config.json").exists()
+    assert (output / "report.svg").exists()
+    for client in results["per_client"]:
+        assert Contribution.load(output / "clients" / client).client == client
+
+
+def test_a_run_that_fails_exits_non_zero_and_says_why(tmp_path):
+    folders = tmp_path / "images"
+    for client in ("a", "b"):
+        for name in ("x", "y"):
+            folder = folders / client / "train" / name
+            folder.mkdir(parents=True)
+            (folder / "broken.png").write_bytes(b"this is no picture")
+    done = subprocess.run(
+        [BIN / "fedcompo", "simulate", "--set", "data=folder:images"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 1
+    assert "broken.png" in done.stderr
+    assert "min-clients" in done.stderr
+    assert not list(tmp_path.glob("runs/*/results.json"))
+
+
+def test_plain_flwr_run_works_too(tmp_path):
+    """As documented: no launcher, a SuperLink for simulations, `flwr run` with its own options."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = tmp_path / "flwr"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        '[superlink]\ndefault = "here"\n\n'
+        f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    output = tmp_path / "out"
+    values = {**QUICK, "output": str(output), "realign": "false"}
+    config = " ".join(
+        f'{key}="{value}"' if key == "output" else f"{key}={value}" for key, value in values.items()
+    )
+    link = subprocess.Popen(
+        [sys.executable, CHECKOUT / "fedcompo" / "guard.py", home, BIN / "flower-superlink"]
+        + ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=(tmp_path / "superlink.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        _wait_for(port)
+        done = subprocess.run(
+            [BIN / "flwr", "run", CHECKOUT, "here", "--stream", "--run-config", config]
+            + ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+        results = output / "results.json"
+        assert results.exists(), done.stdout + done.stderr
+        assert json.loads(results.read_text())["left_out"] == []
+    finally:
+        link.terminate()
+        link.wait(60)
+
+
+def _wait_for(port: int) -> None:
+    import time
+
+    for _ in range(300):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise AssertionError("The SuperLink did not start.")
