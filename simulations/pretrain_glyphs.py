@@ -122,7 +122,7 @@ def load_glyphs(min_fonts: int = 4) -> Glyphs:
 def merge_look_alikes(rendered: dict[str, list[np.ndarray]], threshold: float = 0.96) -> Glyphs:
     """Give characters whose pictures agree (Latin A, Greek Alpha, Cyrillic A) one class.
 
-    The digits are rendered for this comparison alone: they go, and so does all that agrees with one.
+    The digits are rendered for this comparison alone: they go, and so does what agrees with one.
     """
     names = sorted(rendered)
     first = np.stack([np.mean(rendered[name], axis=0).ravel() for name in names])

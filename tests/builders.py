@@ -190,6 +190,11 @@ def left_or_right(count: int, *, seed: int = 0) -> Split:
     return Split(images.to(torch.uint8), labels)
 
 
+def pixels(count: int, channels: int, size: int, *, seed: int = 0) -> Tensor:
+    """Random images, uint8."""
+    return torch.randint(0, 256, (count, channels, size, size), generator=rng(seed)).to(torch.uint8)
+
+
 def altered(path: Path, position: int, mask: int = 1) -> None:
     """Flip bits of one byte of a file."""
     data = bytearray(path.read_bytes())

@@ -1,0 +1,278 @@
+"""One client's training on a problem that a line can solve, and the evaluation of a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from builders import (
+    KINDS,
+    contribution,
+    left_or_right,
+    normal,
+    pico_backbone,
+    pixels,
+    random_head,
+    rng,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcompo.backbone import Backbone
+from fedcompo.config import Augmentation, Kind, Penalty, TrainConfig
+from fedcompo.data import Split
+from fedcompo.deltas import Weights
+from fedcompo.errors import ContributionError
+from fedcompo.heads import Head, zero_head
+from fedcompo.pool import Pool
+from fedcompo.task_vector import TaskVector
+from fedcompo.training import Anchor, Fitted, evaluate, fit_task_vector
+
+CLASSES = ("left", "right")
+DATA = left_or_right(24)
+CONFIG = TrainConfig(
+    rank=2, alpha=1.0, local_epochs=6, batch_size=8, learning_rate=0.02, head_decay=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return pico_backbone()
+
+
+def anchor_of(backbone: Backbone, value: float = 1.0) -> Anchor:
+    weights = {name: torch.full_like(weight, value) for name, weight in backbone.theta_0.items()}
+    return Anchor(weights, torch.ones(2, 8), torch.ones(2))
+
+
+def fit(
+    backbone: Backbone,
+    kind: Kind = Kind.LORA,
+    *,
+    seed: int = 0,
+    anchor: Anchor | None = None,
+    data: Split = DATA,
+    **settings: object,
+) -> Fitted:
+    start = zero_head(CLASSES, 8)
+    config = replace(CONFIG, **settings)
+    return fit_task_vector(backbone, kind, data, start, start, anchor, config, generator=rng(seed))
+
+
+def size(vector: TaskVector, theta_0: Weights) -> float:
+    return float(torch.stack([t.norm() for t in vector.dense(theta_0).values()]).norm())
+
+
+def theta_of(backbone: Backbone, vector: TaskVector) -> Weights:
+    return {n: backbone.theta_0[n] + t for n, t in vector.dense(backbone.theta_0).items()}
+
+
+def assert_same(actual: Fitted, expected: Fitted) -> None:
+    assert actual.losses == expected.losses
+    for name, tensor in expected.task_vector.tensors.items():
+        assert torch.equal(actual.task_vector.tensors[name], tensor)
+    assert torch.equal(actual.head.weight, expected.head.weight)
+    assert torch.equal(actual.head.bias, expected.head.bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_learns_a_problem_that_can_be_solved(backbone, kind):
+    fitted = fit(backbone, kind, local_epochs=12)
+    assert len(fitted.losses) == 12
+    assert fitted.losses[-1] < 0.5 * fitted.losses[0]
+    vector = fitted.task_vector
+    vector.check(backbone.theta_0, base=backbone.fingerprint, owner="client 'a'")
+    accuracy = evaluate(backbone, theta_of(backbone, vector), fitted.head, CLASSES, DATA)
+    assert (accuracy.class_il, accuracy.task_il) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_task_vector_lowers_the_loss_that_the_head_alone_is_left_with(backbone, kind):
+    fitted = fit(backbone, kind)
+
+    def loss(theta: Weights) -> float:
+        logits = fitted.head(backbone.forward(theta)(DATA.images))
+        return float(torch.nn.functional.cross_entropy(logits, DATA.labels))
+
+    assert loss(theta_of(backbone, fitted.task_vector)) < 0.9 * loss(backbone.theta_0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_epochs_loss_starts_at_that_of_the_pre_trained_weights(backbone, kind):
+    """With steps too small to matter, the reported loss is the start's: τ starts at zero."""
+    start = random_head(CLASSES, 8, seed=1)
+    fitted = fit_task_vector(
+        backbone,
+        kind,
+        DATA,
+        start,
+        start,
+        None,
+        replace(CONFIG, learning_rate=1e-12, local_epochs=1),
+        generator=rng(0),
+    )
+    logits = start(backbone.forward({})(DATA.images))
+    expected = float(torch.nn.functional.cross_entropy(logits, DATA.labels))
+    assert fitted.losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_tensors_and_another_seed_others(backbone, kind):
+    settings = {"augmentation": Augmentation.SHIFT, "local_epochs": 1}
+    torch.manual_seed(1)
+    first = fit(backbone, kind, **settings)
+    torch.manual_seed(2)  # the global generator has no say
+    assert_same(fit(backbone, kind, **settings), first)
+    other = fit(backbone, kind, seed=1, **settings)
+    assert any(
+        not torch.equal(other.task_vector.tensors[name], tensor)
+        for name, tensor in first.task_vector.tensors.items()
+    )
+
+
+def test_training_leaves_the_backbone_alone(backbone):
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    fit(backbone, Kind.FULL, local_epochs=1)
+    after = backbone.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.grad is None for p in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_huge_implicit_anchor_keeps_the_task_vector_at_zero(backbone, kind):
+    free = size(fit(backbone, kind).task_vector, backbone.theta_0)
+    held = fit(backbone, kind, anchor=anchor_of(backbone), alpha=1e8)
+    assert size(held.task_vector, backbone.theta_0) < 1e-3 * free
+
+
+@pytest.mark.parametrize("penalty", list(Penalty))
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_penalty_holds_the_task_vector_shorter_and_still_learns(backbone, kind, penalty):
+    free = size(fit(backbone, kind).task_vector, backbone.theta_0)
+    fitted = fit(backbone, kind, anchor=anchor_of(backbone), alpha=0.1, penalty=penalty)
+    assert fitted.losses[-1] < fitted.losses[0]
+    assert size(fitted.task_vector, backbone.theta_0) < 0.95 * free
+
+
+@pytest.mark.parametrize("penalty", list(Penalty))
+def test_an_anchor_of_no_strength_or_no_fisher_changes_no_bit(backbone, penalty):
+    settings = {"penalty": penalty, "local_epochs": 1, "head_alpha": 0.0}
+    free = fit(backbone, Kind.FULL, **settings)
+    assert_same(fit(backbone, Kind.FULL, anchor=anchor_of(backbone), alpha=0.0, **settings), free)
+    nobody = anchor_of(backbone, 0.0)
+    assert_same(fit(backbone, Kind.FULL, anchor=nobody, alpha=9.0, **settings), free)
+
+
+def test_a_strong_head_anchor_keeps_the_head_at_the_aligned_one(backbone):
+    aligned = random_head(CLASSES, 8, seed=1)
+    config = replace(CONFIG, head_decay=1e4, learning_rate=1e-3)
+    fitted = fit_task_vector(
+        backbone, Kind.IA3, DATA, aligned, aligned, None, config, generator=rng(0)
+    )
+    assert (fitted.head.weight - aligned.weight).abs().max() < 5e-3
+    free = fit_task_vector(
+        backbone,
+        Kind.IA3,
+        DATA,
+        aligned,
+        aligned,
+        None,
+        replace(config, head_decay=0.0),
+        generator=rng(0),
+    )
+    assert (free.head.weight - aligned.weight).abs().max() > 8e-3
+
+
+def test_a_loss_that_is_no_number_is_refused_with_advice(backbone):
+    images = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)]).to(torch.uint8)
+    data = Split(images, torch.tensor([0, 1]))
+    with pytest.raises(ContributionError, match=r"loss is nan after epoch \d.*`learning-rate`"):
+        fit(backbone, Kind.FULL, data=data, learning_rate=1e25)
+
+
+def test_progress_is_told_after_each_epoch(backbone):
+    told = []
+    start = zero_head(CLASSES, 8)
+    fitted = fit_task_vector(
+        backbone,
+        Kind.IA3,
+        DATA,
+        start,
+        start,
+        None,
+        replace(CONFIG, local_epochs=3),
+        generator=rng(0),
+        on_epoch=lambda *arguments: told.append(arguments),
+    )
+    assert told == [(i + 1, 3, loss) for i, loss in enumerate(fitted.losses)]
+
+
+def test_clients_of_all_kinds_compose_to_a_model_that_still_solves_the_problem(backbone):
+    pool = Pool()
+    for kind in KINDS:
+        fitted = fit(backbone, kind)
+        member = contribution(f"client-{kind}", kind, theta_0=backbone.theta_0)
+        pool = pool.add(replace(member, task_vector=fitted.task_vector, head=fitted.head))
+    theta_p = pool.compose(backbone.theta_0)
+    accuracies = [evaluate(backbone, theta_p, c.head, CLASSES, DATA).task_il for c in pool]
+    assert min(accuracies) >= 0.9
+
+
+# -- evaluation --------------------------------------------------------------------------------
+
+
+def by_hand(backbone: Backbone, head: Head, classes: tuple[str, ...], data: Split):
+    """Oracle: one image at a time, classes by name."""
+    class_il = task_il = 0
+    for image, label in zip(data.images, data.labels, strict=True):
+        feature = backbone.forward({})(image.unsqueeze(0))[0]
+        logits = {
+            name: float(head.weight[i] @ feature + head.bias[i])
+            for i, name in enumerate(head.classes)
+        }
+        class_il += max(logits, key=logits.get) == classes[label]
+        task_il += max(classes, key=logits.get) == classes[label]
+    return class_il / len(data.labels), task_il / len(data.labels)
+
+
+@given(
+    seed=st.integers(0, 999),
+    num_classes=st.integers(2, 5),
+    owned=st.integers(1, 5),
+    count=st.integers(1, 12),
+)
+def test_accuracies_are_those_counted_by_hand_and_fewer_classes_are_never_harder(
+    seed, num_classes, owned, count
+):
+    backbone = pico_backbone()
+    names = tuple("abcde"[:num_classes])
+    order = torch.randperm(num_classes, generator=rng(seed))[: min(owned, num_classes)]
+    classes = tuple(sorted(names[i] for i in order))
+    head = random_head(names, 8, seed=seed)
+    labels = torch.randint(0, len(classes), (count,), generator=rng(seed))
+    data = Split(pixels(count, 1, 8, seed=seed), labels)
+    found = evaluate(backbone, {}, head, classes, data)
+    assert (found.class_il, found.task_il) == pytest.approx(by_hand(backbone, head, classes, data))
+    assert 0 <= found.class_il <= found.task_il <= 1
+    assert found.num_examples == count
+
+
+def test_a_model_is_evaluated_under_the_weights_it_is_given(backbone):
+    fitted = fit(backbone, Kind.FULL)
+    theta = theta_of(backbone, fitted.task_vector)
+    data = Split(pixels(200, 1, 8), torch.zeros(200).long())
+    under_theta = evaluate(backbone, theta, fitted.head, CLASSES, data)
+    under_theta_0 = evaluate(backbone, backbone.theta_0, fitted.head, CLASSES, data)
+    assert under_theta_0 == evaluate(backbone, {}, fitted.head, CLASSES, data)
+    assert under_theta != under_theta_0
+
+
+def test_no_images_have_no_accuracy(backbone):
+    empty = Split(pixels(1, 1, 8)[:0], torch.zeros(0).long())
+    head = Head(CLASSES, normal(2, 8, seed=1).float(), torch.zeros(2))
+    found = evaluate(backbone, {}, head, CLASSES, empty)
+    assert math.isnan(found.class_il)
+    assert math.isnan(found.task_il)
+    assert found.num_examples == 0
