@@ -159,7 +159,7 @@ class TrainConfig:
     """How a client fits its task vector."""
 
     kind: str = setting("lora", "full, lora or ia3; joined by commas: dealt in turn.", KINDS)
-    rank: int = setting(16, "lora: rank; a fused qkv gets three times as much.", POSITIVE)
+    rank: int = setting(8, "lora: rank; a fused qkv gets three times as much.", POSITIVE)
     head_start: HeadStart = setting(
         HeadStart.ALIGNED, "Head that training starts from: aligned (joint) or probe (own)."
     )
@@ -169,9 +169,12 @@ class TrainConfig:
     penalty: Penalty = setting(
         Penalty.IMPLICIT, "How the anchor acts: implicit, explicit (both decoupled) or coupled."
     )
+    penalty_every: int = setting(
+        4, "implicit: optimiser steps a proximal step makes up for.", POSITIVE
+    )
     head_alpha: float = setting(0.025, "Strength of the head's Fisher anchor.", NOT_NEGATIVE)
     head_decay: float = setting(0.001, "Strength of the head's plain anchor.", NOT_NEGATIVE)
-    local_epochs: int = setting(8, "Passes over a client's data.", POSITIVE)
+    local_epochs: int = setting(5, "Passes over a client's data.", POSITIVE)
     batch_size: int = setting(32, "Images a step.", POSITIVE)
     learning_rate: float = setting(0.001, "AdamW's peak step size (cosine).", POSITIVE)
     weight_decay: float = setting(0.0, "AdamW's weight decay of the delta.", NOT_NEGATIVE)

@@ -89,7 +89,7 @@ def implicit_step(
         deltas: Trainable changes by weight name.
         fisher: *Mean* Fisher diagonal, by weight name.
         alpha: Strength of the anchor.
-        schedule: c in (0, 1].
+        schedule: c in (0, 1]; the sum of several, to make up for as many steps at once.
     """
     strength = alpha * schedule
     if strength == 0:

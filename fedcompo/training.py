@@ -105,6 +105,7 @@ def fit_task_vector(
     steps = config.local_epochs * math.ceil(len(data.labels) / config.batch_size)
     fisher = {name: f.to(device) for name, f in anchor.weights.items()} if anchor else {}
     autocast = _autocast(config.precision, device)
+    decoupled = _DecoupledPenalty(deltas, fisher, config)
     losses, step = [], 0
     for epoch in range(config.local_epochs):
         total = 0.0
@@ -127,10 +128,10 @@ def fit_task_vector(
             optimiser.zero_grad()
             objective.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            if fisher and config.alpha > 0:
-                _decoupled_step(config.penalty, deltas, fisher, config.alpha, schedule)
             total += float(loss.detach()) * len(labels)
             step += 1
+            if fisher and config.alpha > 0:
+                decoupled.step(schedule, last=step == steps)
         losses.append(total / len(data.labels))
         if not math.isfinite(losses[-1]):
             raise ContributionError(
@@ -207,13 +208,25 @@ class _HeadTraining:
         return Head(self.classes, self.weight.detach().cpu(), self.bias.detach().cpu())
 
 
-def _decoupled_step(
-    penalty: Penalty, deltas: dict[str, Delta], fisher: Weights, alpha: float, schedule: float
-) -> None:
-    if penalty is Penalty.IMPLICIT:
-        implicit_step(deltas, fisher, alpha, schedule)
-    elif penalty is Penalty.EXPLICIT:
-        explicit_step(deltas, fisher, alpha, schedule)
+class _DecoupledPenalty:
+    """Applies the anchor beside the optimiser.
+
+    A LoRA's proximal step solves a small system for each row and column, which on a small model
+    costs as much as the training step itself: one every few steps makes up for all of them.
+    """
+
+    def __init__(self, deltas: dict[str, Delta], fisher: Weights, config: TrainConfig) -> None:
+        self._deltas, self._fisher, self._config = deltas, fisher, config
+        self._schedules: list[float] = []
+
+    def step(self, schedule: float, *, last: bool) -> None:
+        if self._config.penalty is Penalty.EXPLICIT:
+            explicit_step(self._deltas, self._fisher, self._config.alpha, schedule)
+        elif self._config.penalty is Penalty.IMPLICIT:
+            self._schedules.append(schedule)
+            if last or len(self._schedules) == self._config.penalty_every:
+                implicit_step(self._deltas, self._fisher, self._config.alpha, sum(self._schedules))
+                self._schedules.clear()
 
 
 def _batches(

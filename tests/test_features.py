@@ -63,6 +63,7 @@ def test_a_class_of_one_image_takes_the_clients_variance():
     torch.testing.assert_close(mixture.variances[0].double(), pooled, rtol=1e-5, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_features_that_never_vary_give_a_mixture_that_can_be_drawn_from():
     constant = torch.full((40, 3), 2.5)
     for mixture in fit(constant, constant[:1] + 1):

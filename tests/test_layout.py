@@ -11,10 +11,26 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "fedcompo").rglob("*.py"))
-CORE = (
-    "augmentation backbone config contribution data deltas diagnostics errors features fisher "
-    "heads penalties pool preprocessing seeds task_vector tensorfile training"
-).split()
+CORE = [
+    "augmentation",
+    "backbone",
+    "config",
+    "contribution",
+    "data",
+    "deltas",
+    "diagnostics",
+    "errors",
+    "features",
+    "fisher",
+    "heads",
+    "penalties",
+    "pool",
+    "preprocessing",
+    "seeds",
+    "task_vector",
+    "tensorfile",
+    "training",
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_on_a_heavy_tailed_fisher_explicit_explodes_where_implicit_only_shrinks(
     # The clipped gradient bounds how far it is thrown, to and fro; it never comes back.
     assert max(explicit) > 100 * explicit[0]
     assert min(explicit[10:]) > 10 * explicit[0]
-    assert all(after < before for before, after in zip(implicit, implicit[1:], strict=False))
+    assert all(after < before for before, after in pairwise(implicit))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from fedcompo.config import Kind
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
 from fedcompo.pool import Pool
+from fedcompo.task_vector import TaskVector
 
 THETA_0 = {
     **pico_weights(dtype=torch.float32),
@@ -68,6 +69,23 @@ def test_half_precision_weights_compose_in_half_precision_rounded_once():
     theta_p = Pool((member,)).compose(half)
     for name, change in dense_by_hand(member.task_vector, half).items():
         assert torch.equal(theta_p[name], (half[name].double() + change).bfloat16())
+
+
+def test_sums_run_in_double_precision():
+    theta_0 = {"w.weight": torch.zeros(1, 1)}
+    changes = {"a": 1e8, "b": 1.0, "c": -1e8}  # single precision would lose b
+    members = [
+        replace(
+            MEMBERS[0],
+            client=name,
+            task_vector=TaskVector(
+                Kind.FULL, {"w.weight/delta": torch.full((1, 1), value)}, "pico@0"
+            ),
+        )
+        for name, value in changes.items()
+    ]
+    theta_p = Pool(tuple(members)).compose(theta_0)
+    assert float(theta_p["w.weight"]) == pytest.approx(1 / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
