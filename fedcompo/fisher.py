@@ -20,8 +20,7 @@ the Natural Gradient Method*, JMLR 2020, for the factorisation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,11 +28,8 @@ from torch import Tensor, nn
 
 from fedcompo.config import FisherKind
 from fedcompo.deltas import Weights
-from fedcompo.errors import BackboneError, ContributionError
-
-CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-"""Memory for per-example gradients of one weight, by device: on a CPU, what its cache holds. Larger
-batches are worked off in parts."""
+from fedcompo.errors import ContributionError
+from fedcompo.per_example import evaluation_mode, recorded, squared_gradients
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,7 @@ def estimate_fisher(
         torch.zeros_like(head_bias, dtype=torch.float64),
     )
     count, report = 0, FisherReport()
-    with evaluation_mode(model), _recorded(model, names) as record:
+    with evaluation_mode(model), recorded(model, names) as record:
         for images in batches:
             features = model(images)
             logits = features.detach() @ head_weight.T.to(features) + head_bias.to(features)
@@ -234,29 +230,10 @@ def _add_head_fisher(head_sums: tuple[Tensor, Tensor], features: Tensor, logits:
     head_sums[1].add_(variance.sum(0))
 
 
-def _per_example_squares(
-    record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
-) -> Iterator[tuple[str, slice, Tensor]]:
-    """Yield (weight name, examples, squared gradients (examples, out, in)), part by part."""
-    outputs = [output for _, output in record.values()]
-    gradients = torch.autograd.grad(
-        features, outputs, grad_outputs=cotangent.to(features), retain_graph=True
-    )
-    for (name, (inputs, output)), gradient in zip(record.items(), gradients, strict=True):
-        batch = len(output)
-        g = gradient.reshape(batch, -1, gradient.shape[-1])  # (batch, tokens, out)
-        a = inputs.reshape(batch, -1, inputs.shape[-1])  # (batch, tokens, in)
-        chunk = CHUNK_BYTES.get(g.device.type, CHUNK_BYTES["cuda"])
-        step = max(1, chunk // (g.shape[-1] * a.shape[-1] * g.element_size()))
-        for start in range(0, batch, step):
-            part = slice(start, start + step)
-            yield name, part, torch.bmm(g[part].mT, a[part]).square_()
-
-
 def _add_squares(
     sums: Weights, record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
 ) -> None:
-    for name, _, squares in _per_example_squares(record, features, cotangent):
+    for name, _, squares in squared_gradients(record, features, cotangent):
         sums[name].add_(squares.sum(0))
 
 
@@ -272,7 +249,7 @@ def _residual(
     signs = torch.randint(0, 2, rest.shape[:2], generator=generator).to(rest) * 2 - 1
     cotangent = (signs.unsqueeze(-1) * rest).sum(1)
     missing = rest.new_zeros(len(rest))
-    for _, part, squares in _per_example_squares(record, features, cotangent):
+    for _, part, squares in squared_gradients(record, features, cotangent):
         missing[part] += squares.sum((1, 2))
     return missing
 
@@ -280,52 +257,3 @@ def _residual(
 def _upper(missing: Tensor) -> float:
     """Three standard errors above the sum; each example's estimate has variance ≤ 2·mean²."""
     return float(missing.sum() + 3 * math.sqrt(2) * missing.square().sum().sqrt())
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and back to what it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record (input, output) of the linear layers whose weights are named, on each forward.
-
-    The parameters are frozen meanwhile: gradients flow to the layers' outputs alone, so that no
-    backward pass spends time on sums over the batch that nobody asked for.
-    """
-    record: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for name in names:
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(layer, nn.Linear):
-            raise BackboneError(
-                f"Weight {name!r} belongs to a {type(layer).__name__}; Fisher diagonals are "
-                "computed for nn.Linear alone. Choose other `target-weights`."
-            )
-
-        def keep(
-            _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name
-        ) -> Tensor:
-            output = output if output.requires_grad else output.requires_grad_()
-            record[name] = (inputs[0].detach(), output)
-            return output
-
-        handles.append(layer.register_forward_hook(keep))
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            yield record
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(True)

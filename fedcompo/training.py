@@ -93,45 +93,16 @@ def fit_task_vector(
     Raises:
         ContributionError: If the loss stops being finite.
     """
-    device = backbone.device
-    deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
-    trained = [p for delta in deltas.values() for p in delta.parameters()]
-    head = _HeadTraining(start, aligned, anchor, config, device)
-    groups = [
-        {"params": trained, "weight_decay": config.weight_decay},
-        {"params": head.parameters, "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate)
+    training = _Training(backbone, kind, start, aligned, anchor, config, generator)
     steps = config.local_epochs * math.ceil(len(data.labels) / config.batch_size)
-    fisher = {name: f.to(device) for name, f in anchor.weights.items()} if anchor else {}
-    autocast = _autocast(config.precision, device)
-    decoupled = _DecoupledPenalty(deltas, fisher, config)
-    losses, step = [], 0
+    losses: list[float] = []
+    step = 0
     for epoch in range(config.local_epochs):
         total = 0.0
         for images, labels in _batches(data, config.batch_size, generator):
             schedule = 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * schedule
-            images = augment(images.to(device), config.augmentation, generator)
-            theta = {n: backbone.theta_0[n] + delta() for n, delta in deltas.items()}
-            with autocast():
-                features = torch.func.functional_call(
-                    backbone.model, theta, (backbone.preprocessing.normalise(images),)
-                )
-                logits = head.logits(features)
-            loss = F.cross_entropy(logits.float(), labels.to(device))
-            objective = loss + head.penalty()
-            if fisher and config.penalty is Penalty.COUPLED and config.alpha > 0:
-                tau = {name: delta() for name, delta in deltas.items()}
-                objective = objective + ita_penalty(tau, fisher, config.alpha)
-            optimiser.zero_grad()
-            objective.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            total += float(loss.detach()) * len(labels)
             step += 1
-            if fisher and config.alpha > 0:
-                decoupled.step(schedule, last=step == steps)
+            total += len(labels) * training.step(images, labels, schedule, last=step == steps)
         losses.append(total / len(data.labels))
         if not math.isfinite(losses[-1]):
             raise ContributionError(
@@ -139,8 +110,8 @@ def fit_task_vector(
                 "Lower `learning-rate`, or use `penalty = implicit`."
             )
         on_epoch(epoch + 1, config.local_epochs, losses[-1])
-    vector = TaskVector.of(kind, deltas, base=backbone.fingerprint)
-    return Fitted(vector, head.result(), tuple(losses))
+    vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
+    return Fitted(vector, training.head.result(), tuple(losses))
 
 
 def evaluate(
@@ -162,6 +133,56 @@ def evaluate(
         task_il=_share(logits[:, own].argmax(1) == data.labels),
         num_examples=len(data.labels),
     )
+
+
+class _Training:
+    """Deltas and head while they are trained."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        kind: Kind,
+        start: Head,
+        aligned: Head,
+        anchor: Anchor | None,
+        config: TrainConfig,
+        generator: torch.Generator,
+    ) -> None:
+        device = backbone.device
+        self._backbone, self._config, self._generator = backbone, config, generator
+        self.deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
+        self.head = _HeadTraining(start, aligned, anchor, config, device)
+        anchored = anchor is not None and config.alpha > 0
+        weights = anchor.weights if anchor is not None and anchored else {}
+        self._fisher = {name: f.to(device) for name, f in weights.items()}
+        self._decoupled = _DecoupledPenalty(self.deltas, self._fisher, config)
+        trained = [p for delta in self.deltas.values() for p in delta.parameters()]
+        groups = [
+            {"params": trained, "weight_decay": config.weight_decay},
+            {"params": self.head.parameters, "weight_decay": 0.0},
+        ]
+        self._optimiser = torch.optim.AdamW(groups, lr=config.learning_rate)
+
+    def step(self, images: Tensor, labels: Tensor, schedule: float, *, last: bool) -> float:
+        """Take one step on a batch; returns its mean loss, without penalties."""
+        config, backbone = self._config, self._backbone
+        for group in self._optimiser.param_groups:
+            group["lr"] = config.learning_rate * schedule
+        images = augment(images.to(backbone.device), config.augmentation, self._generator)
+        tau = {name: delta() for name, delta in self.deltas.items()}
+        theta = {name: backbone.theta_0[name] + change for name, change in tau.items()}
+        with _autocast(config.precision, backbone.device):
+            logits = self.head.logits(backbone.forward(theta)(images))
+        loss = F.cross_entropy(logits.float(), labels.to(backbone.device))
+        objective = loss + self.head.penalty()
+        if self._fisher and config.penalty is Penalty.COUPLED:
+            objective = objective + ita_penalty(tau, self._fisher, config.alpha)
+        self._optimiser.zero_grad()
+        objective.backward()  # type: ignore[no-untyped-call]
+        self._optimiser.step()
+        if self._fisher:
+            self._decoupled.step(schedule, last=last)
+        return float(loss.detach())
 
 
 class _HeadTraining:
@@ -237,11 +258,11 @@ def _batches(
         yield data.images[part], data.labels[part]
 
 
-def _autocast(precision: Precision, device: torch.device) -> Callable[[], torch.autocast]:
+def _autocast(precision: Precision, device: torch.device) -> torch.autocast:
     half = precision is Precision.BFLOAT16 or (
         precision is Precision.AUTO and device.type == "cuda"
     )
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def _share(hits: Tensor) -> float:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedcompo.backbone import Backbone
 from fedcompo.config import Coefficients, Kind, RunConfig, kinds_of
 from fedcompo.contribution import (
@@ -21,20 +19,25 @@ from fedcompo.contribution import (
     Contribution,
     Lineage,
     load_fisher,
-    mixtures_from,
     save_fisher,
 )
 from fedcompo.deltas import Weights
 from fedcompo.diagnostics import Diagnostics, diagnose
-from fedcompo.errors import BackboneMismatch, ContributionError
+from fedcompo.errors import ContributionError
 from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.heads import Head, align, side_by_side
-from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
+from fedcompo.messages import Body, head_from, head_tensors, prefixed
 from fedcompo.names import check_client_name
 from fedcompo.pool import Pool
 from fedcompo.seeds import derive_seed
-from fedcompo.task_vector import TaskVector
+from server.checks import (
+    check_backbone,
+    checked_fisher,
+    checked_fractions,
+    checked_mixtures,
+    checked_task_vector,
+)
 from server.exchange import Exchange
 
 PHASES = ("features", "align", "fisher", "train", "compose", "realign", "evaluate")
@@ -96,34 +99,17 @@ class ItaStrategy:
             raise ContributionError(
                 f"A client named {name!r} has answered already; give each node a name of its own."
             )
-        if manifest["base"] != self.backbone.fingerprint:
-            raise BackboneMismatch(
-                f"Client {name!r} holds the backbone {manifest['base']}, the server holds "
-                f"{self.backbone.fingerprint}. Give both the same `backbone` and `checkpoint`."
-            )
+        check_backbone(name, str(manifest["base"]), self.backbone)
         self.described[name] = Description(
             classes=tuple(manifest["classes"]),
-            mixtures=self._checked_mixtures(name, body, tuple(manifest["classes"])),
+            mixtures=checked_mixtures(
+                name, body, tuple(manifest["classes"]), self.backbone.num_features
+            ),
             num_examples=int(manifest["num_examples"]),
             num_test_examples=int(manifest["num_test_examples"]),
             kind=str(manifest.get("kind", "")),
         )
         return name
-
-    def _checked_mixtures(self, name: str, body: Body, classes: tuple[str, ...]) -> Mixtures:
-        tensors, manifest = body
-        if len(classes) < 2 or list(classes) != sorted(set(classes)):
-            raise ContributionError(
-                f"Client {name!r} names the classes {classes}, expected two or more, sorted."
-            )
-        mixtures = mixtures_from(tensors, manifest["mixtures"])
-        if set(mixtures) != set(classes):
-            raise ContributionError(
-                f"Client {name!r} describes {sorted(mixtures)}, but owns {list(classes)}."
-            )
-        for mixture in mixtures.values():
-            mixture.check(self.backbone.num_features, f"client {name!r}")
-        return mixtures
 
     # -- align ------------------------------------------------------------------------------------
 
@@ -153,26 +139,8 @@ class ItaStrategy:
         self.exchange.ask("fisher", "query.fisher", lambda client: request, self._fold_fisher)
 
     def _fold_fisher(self, client: str, body: Body) -> str:
-        tensors, manifest = body
-        fisher = FisherDiagonal(section("fisher", tensors), int(manifest["num_examples"]))
-        expected = {name: weight.shape for name, weight in self.backbone.theta_0.items()}
-        expected["head.weight"] = self.aligned.weight.shape
-        expected["head.bias"] = self.aligned.bias.shape
-        found = {name: total.shape for name, total in fisher.sums.items()}
-        if found != expected:
-            wrong = min(n for n in expected.keys() | found if expected.get(n) != found.get(n))
-            raise ContributionError(
-                f"The Fisher of client {client!r} has shape {found.get(wrong)} at {wrong!r}, "
-                f"expected {expected.get(wrong)}."
-            )
-        for name, total in fisher.sums.items():
-            if not torch.isfinite(total).all() or (total < 0).any():
-                raise ContributionError(
-                    f"The Fisher of client {client!r} has values at {name!r} that are negative or "
-                    "not finite."
-                )
-        if fisher.num_examples < 1:
-            raise ContributionError(f"The Fisher of client {client!r} sums over no example.")
+        _tensors, manifest = body
+        fisher = checked_fisher(client, body, self.backbone, self.aligned)
         save_fisher(self.folder(client) / FISHER, fisher, client=client)
         self.total = fisher if self.total is None else self.total + fisher
         self._note(client, fisher=manifest["report"])
@@ -214,15 +182,11 @@ class ItaStrategy:
     def _fold_trained(self, client: str, body: Body) -> str:
         tensors, manifest = body
         description = self.described[client]
-        vector = TaskVector(
-            Kind(manifest["kind"]), section("task_vector", tensors), str(manifest["base"])
-        )
-        theta_0, base = self.backbone.theta_0, self.backbone.fingerprint
-        vector.check(theta_0, base=base, owner=f"client {client!r}")
+        vector = checked_task_vector(client, body, self.backbone)
         head = head_from(tensors, manifest["classes"])
         head.check(description.classes, self.backbone.num_features, f"client {client!r}")
         figures = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
-        self._note(client, **{name: _fraction(client, name, manifest[name]) for name in figures})
+        self._note(client, **checked_fractions(client, manifest, figures))
         self._note(client, losses=[float(loss) for loss in manifest["losses"]])
         contribution = Contribution(
             client=client,
@@ -293,8 +257,8 @@ class ItaStrategy:
         return prefixed("theta", self.theta_p), {}
 
     def _fold_realigned(self, client: str, body: Body) -> str:
-        self.realigned[client] = self._checked_mixtures(
-            client, body, self.described[client].classes
+        self.realigned[client] = checked_mixtures(
+            client, body, self.described[client].classes, self.backbone.num_features
         )
         return client
 
@@ -315,8 +279,7 @@ class ItaStrategy:
 
     def _fold_evaluated(self, client: str, body: Body) -> str:
         figures = ("class_il_accuracy", "task_il_accuracy")
-        manifest = body[1]
-        self._note(client, **{name: _fraction(client, name, manifest[name]) for name in figures})
+        self._note(client, **checked_fractions(client, body[1], figures))
         return client
 
     # -- shared -----------------------------------------------------------------------------------
@@ -342,10 +305,3 @@ class ItaStrategy:
 
     def _note(self, client: str, **figures: Any) -> None:
         self.metrics[client] = {**self.metrics.get(client, {}), **figures}
-
-
-def _fraction(client: str, name: str, value: Any) -> float:
-    """Return a reported accuracy; raises ``ContributionError`` if it cannot be one."""
-    if not isinstance(value, float | int) or not 0 <= value <= 1:
-        raise ContributionError(f"Client {client!r} reports {name} = {value!r}, expected [0, 1].")
-    return float(value)

@@ -24,6 +24,7 @@ CORE = [
     "fisher",
     "heads",
     "penalties",
+    "per_example",
     "pool",
     "preprocessing",
     "seeds",

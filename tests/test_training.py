@@ -20,6 +20,7 @@ from builders import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcompo import training
 from fedcompo.backbone import Backbone
 from fedcompo.config import Augmentation, Kind, Penalty, TrainConfig
 from fedcompo.data import Split
@@ -163,6 +164,36 @@ def test_an_anchor_of_no_strength_or_no_fisher_changes_no_bit(backbone, penalty)
     assert_same(fit(backbone, Kind.FULL, anchor=anchor_of(backbone), alpha=0.0, **settings), free)
     nobody = anchor_of(backbone, 0.0)
     assert_same(fit(backbone, Kind.FULL, anchor=nobody, alpha=9.0, **settings), free)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "every", "expected"),
+    [
+        (Penalty.IMPLICIT, 1, [[0], [1], [2], [3], [4], [5]]),
+        (Penalty.IMPLICIT, 4, [[0, 1, 2, 3], [4, 5]]),
+        (Penalty.IMPLICIT, 99, [[0, 1, 2, 3, 4, 5]]),
+        (Penalty.EXPLICIT, 4, [[0], [1], [2], [3], [4], [5]]),
+        (Penalty.COUPLED, 1, []),
+    ],
+)
+def test_one_implicit_step_makes_up_for_all_since_the_one_before(
+    backbone, monkeypatch, penalty, every, expected
+):
+    """Six optimiser steps on the cosine schedule; the last is always followed by a penalty."""
+    taken = []
+
+    def step(deltas: object, fisher: object, alpha: float, schedule: float) -> None:
+        taken.append((alpha, schedule))
+
+    monkeypatch.setattr(training, "implicit_step", step)
+    monkeypatch.setattr(training, "explicit_step", step)
+    settings = {"penalty": penalty, "penalty_every": every, "local_epochs": 2}
+    fit(backbone, anchor=anchor_of(backbone), alpha=7.0, **settings)
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    assert [alpha for alpha, _ in taken] == [7.0] * len(expected)
+    assert [schedule for _, schedule in taken] == pytest.approx(
+        [sum(cosine[i] for i in group) for group in expected]
+    )
 
 
 def test_a_strong_head_anchor_keeps_the_head_at_the_aligned_one(backbone):

@@ -1,0 +1,106 @@
+"""Gradients of single examples with respect to the weights of linear layers.
+
+One backward pass serves a whole batch: a linear layer's gradient for one example is the sum over
+its tokens of (gradient of the output) × (input), and both can be recorded on the way. Source:
+Goodfellow, *Efficient Per-Example Gradient Computations*, 2015 (arXiv 1510.01799).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedcompo.errors import BackboneError
+
+CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+"""Memory for per-example gradients of one weight, by device: on a CPU, what its cache holds. Larger
+batches are worked off in parts."""
+
+
+def squared_gradients(
+    record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+) -> Iterator[tuple[str, slice, Tensor]]:
+    """Square each example's gradient of a function of the features, part by part.
+
+    Args:
+        record: From :func:`recorded`, after a forward pass.
+        features: What that pass returned, (batch, features).
+        cotangent: Gradient of the function at each example's features, (batch, features).
+
+    Yields:
+        Weight name, the examples of this part, their squared gradients (examples, out, in).
+    """
+    outputs = [output for _, output in record.values()]
+    gradients = torch.autograd.grad(
+        features, outputs, grad_outputs=cotangent.to(features), retain_graph=True
+    )
+    for (name, (inputs, output)), gradient in zip(record.items(), gradients, strict=True):
+        batch = len(output)
+        g = gradient.reshape(batch, -1, gradient.shape[-1])  # (batch, tokens, out)
+        a = inputs.reshape(batch, -1, inputs.shape[-1])  # (batch, tokens, in)
+        chunk = CHUNK_BYTES.get(g.device.type, CHUNK_BYTES["cuda"])
+        step = max(1, chunk // (g.shape[-1] * a.shape[-1] * g.element_size()))
+        for start in range(0, batch, step):
+            part = slice(start, start + step)
+            yield name, part, torch.bmm(g[part].mT, a[part]).square_()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record (input, output) of the linear layers whose weights are named, on each forward.
+
+    The parameters are frozen meanwhile: gradients flow to the layers' outputs alone, so that no
+    backward pass spends time on sums over the batch that nobody asked for.
+    """
+    record: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for name in names:
+            handles.append(_linear(model, name).register_forward_hook(_keeper(record, name)))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(layer, nn.Linear):
+        raise BackboneError(
+            f"Weight {name!r} belongs to a {type(layer).__name__}; Fisher diagonals are "
+            "computed for nn.Linear alone. Choose other `target-weights`."
+        )
+    return layer
+
+
+def _keeper(
+    record: dict[str, tuple[Tensor, Tensor]], name: str
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook that records a layer's input and output under its weight's name."""
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.requires_grad_()
+        record[name] = (inputs[0].detach(), output)
+        return output
+
+    return keep

@@ -1,0 +1,103 @@
+"""What the server demands of an answer before anything else sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fedcompo.backbone import Backbone
+from fedcompo.config import Kind
+from fedcompo.contribution import mixtures_from
+from fedcompo.errors import BackboneMismatch, ContributionError
+from fedcompo.features import FeatureMixture
+from fedcompo.fisher import FisherDiagonal
+from fedcompo.heads import Head
+from fedcompo.messages import Body, section
+from fedcompo.task_vector import TaskVector
+
+
+def check_backbone(client: str, base: str, backbone: Backbone) -> None:
+    """Refuse a client that holds other pre-trained weights; raises ``BackboneMismatch``."""
+    if base != backbone.fingerprint:
+        raise BackboneMismatch(
+            f"Client {client!r} holds the backbone {base}, the server holds "
+            f"{backbone.fingerprint}. Give both the same `backbone` and `checkpoint`."
+        )
+
+
+def checked_mixtures(
+    client: str, body: Body, classes: tuple[str, ...], num_features: int
+) -> dict[str, FeatureMixture]:
+    """Unpack a client's mixtures, one a class.
+
+    Raises:
+        ContributionError: If classes are fewer than two, unsorted, or not those described, or a
+            mixture cannot be drawn from.
+    """
+    tensors, manifest = body
+    if len(classes) < 2 or list(classes) != sorted(set(classes)):
+        raise ContributionError(
+            f"Client {client!r} names the classes {classes}, expected two or more, sorted."
+        )
+    mixtures = mixtures_from(tensors, manifest["mixtures"])
+    if set(mixtures) != set(classes):
+        raise ContributionError(
+            f"Client {client!r} describes {sorted(mixtures)}, but owns {list(classes)}."
+        )
+    for mixture in mixtures.values():
+        mixture.check(num_features, f"client {client!r}")
+    return mixtures
+
+
+def checked_fisher(client: str, body: Body, backbone: Backbone, head: Head) -> FisherDiagonal:
+    """Unpack a client's Fisher sum.
+
+    Raises:
+        ContributionError: If names or shapes are not those of the target weights and the head, a
+            value is negative or not finite, or it sums over no example.
+    """
+    tensors, manifest = body
+    fisher = FisherDiagonal(section("fisher", tensors), int(manifest["num_examples"]))
+    expected = {name: weight.shape for name, weight in backbone.theta_0.items()}
+    expected |= {"head.weight": head.weight.shape, "head.bias": head.bias.shape}
+    found = {name: total.shape for name, total in fisher.sums.items()}
+    if found != expected:
+        wrong = min(n for n in expected.keys() | found if expected.get(n) != found.get(n))
+        raise ContributionError(
+            f"The Fisher of client {client!r} has shape {found.get(wrong)} at {wrong!r}, "
+            f"expected {expected.get(wrong)}."
+        )
+    for name, total in fisher.sums.items():
+        if not torch.isfinite(total).all() or (total < 0).any():
+            raise ContributionError(
+                f"The Fisher of client {client!r} has values at {name!r} that are negative or "
+                "not finite."
+            )
+    if fisher.num_examples < 1:
+        raise ContributionError(f"The Fisher of client {client!r} sums over no example.")
+    return fisher
+
+
+def checked_task_vector(client: str, body: Body, backbone: Backbone) -> TaskVector:
+    """Unpack a client's task vector; raises as :meth:`TaskVector.check` does."""
+    tensors, manifest = body
+    vector = TaskVector(
+        Kind(manifest["kind"]), section("task_vector", tensors), str(manifest["base"])
+    )
+    vector.check(backbone.theta_0, base=backbone.fingerprint, owner=f"client {client!r}")
+    return vector
+
+
+def checked_fractions(
+    client: str, manifest: Mapping[str, Any], names: Iterable[str]
+) -> dict[str, float]:
+    """Return reported accuracies by name; raises ``ContributionError`` if one cannot be true."""
+    for name in names:
+        value = manifest[name]
+        if not isinstance(value, float | int) or not 0 <= value <= 1:
+            raise ContributionError(
+                f"Client {client!r} reports {name} = {value!r}, expected [0, 1]."
+            )
+    return {name: float(manifest[name]) for name in names}
