@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,15 +15,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import timm
 import torch
-from timm.models import load_pretrained
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcompo import tensorfile
+from fedcompo.checkpoint import fill, read_checkpoint
 from fedcompo.config import BackboneConfig
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError
@@ -171,9 +169,12 @@ def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], 
             + "`timm.list_models('*vit*')` lists vision transformers."
         )
     if config.checkpoint:
-        cfg = timm.get_pretrained_cfg(name)
-        cfg = cfg.to_dict() if cfg is not None else {}
-        return _build(name, {}, cfg, _read_checkpoint(Path(config.checkpoint)), config)
+        try:
+            found = timm.get_pretrained_cfg(name)
+        except Exception as error:
+            raise BackboneError(f"timm cannot tell how {name!r} was trained: {error}.") from error
+        cfg = found.to_dict() if found is not None else {}
+        return _build(name, {}, cfg, read_checkpoint(Path(config.checkpoint)), config)
     model_args = _input_args(config)
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0, **model_args)
@@ -204,57 +205,8 @@ def _build(
             "Only vision transformers can be used."
         ) from error
     _require_blocks(model, architecture)
-    with torch.no_grad():  # what the weights do not fill stays NaN, and is found
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
-    source = {"file": str(state), "custom_load": True} if isinstance(state, Path) else {}
-    given = {**cfg, "url": "", "hf_hub_id": None, "source": "", "num_classes": -1, **source}
-    if not isinstance(state, Path):
-        given["state_dict"] = {name: tensor.float() for name, tensor in state.items()}
-    try:
-        load_pretrained(
-            model,
-            pretrained_cfg=given,
-            num_classes=0,
-            in_chans=model_args.get("in_chans", 3),
-            filter_fn=getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None),
-        )
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise BackboneError(
-            f"The weights do not fit {architecture!r}: {str(error)[:300]}. "
-            "Name the architecture they were trained with in `backbone`."
-        ) from error
-    missing = [name for name, p in model.named_parameters() if torch.isnan(p).any()]
-    if missing:
-        raise BackboneError(
-            f"The weights lack {len(missing)} of the parameters of {architecture!r}, among them "
-            f"{missing[0]!r} (or hold NaN there). Name the architecture they were trained with."
-        )
+    fill(model, architecture, cfg, state, channels=model_args.get("in_chans", 3))
     return model, architecture, model_args, cfg
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor] | Path:
-    """Read a local checkpoint; .npz is left to timm, which reads JAX's layout."""
-    if not path.is_file():
-        raise BackboneError(f"There is no checkpoint {path}. Check `checkpoint`.")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
-        if path.suffix in (".pth", ".pt", ".bin"):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("model", "state_dict"):
-                loaded = loaded.get(key, loaded)
-            return dict(loaded)
-    except Exception as error:
-        raise BackboneError(
-            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {str(error)[:200]}). "
-            "Checkpoints are read as tensors alone, never as code; save the state dict."
-        ) from error
-    if path.suffix == ".npz":
-        return path
-    raise BackboneError(
-        f"{path} is of a kind that cannot be read; expected .safetensors, .pth or .npz."
-    )
 
 
 def _input_args(config: BackboneConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ defaults in ``pyproject.toml`` are these (a test holds them equal).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
@@ -55,7 +56,7 @@ class HeadStart(StrEnum):
 
 
 class Coefficients(StrEnum):
-    """How much of each task vector enters the composition."""
+    """How much of each task vector enters."""
 
     UNIFORM = "uniform"
     EXAMPLES = "examples"
@@ -96,7 +97,7 @@ def _are_kinds(value: str) -> bool:
 
 KINDS: Check = (_are_kinds, f"must be one of {', '.join(Kind)}, or several joined by commas")
 DEVICE: Check = (
-    lambda value: value.split(":")[0] in ("auto", "cpu", "cuda", "mps"),
+    lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is not None,
     "must be auto, cpu, mps, cuda or cuda:<n>",
 )
 
@@ -288,7 +289,7 @@ def _checked(key: str, declared: Field[Any], value: Any) -> Any:
         return expected(value)
     whole = isinstance(value, float) and value.is_integer()
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else float("inf")
     elif expected is int and whole:
         value = int(value)
     if type(value) is not expected:

@@ -76,6 +76,7 @@ class Contribution:
         }
         tensorfile.save(folder / CONTENT, tensors, card)
         files = {CONTENT: tensorfile.tensor_digest(tensors)}
+        (folder / FISHER).unlink(missing_ok=True)
         if self.fisher is not None:
             files[FISHER] = save_fisher(folder / FISHER, self.fisher, client=self.client)
         card_text = json.dumps({**card, "tensors_sha256": files}, indent=2, default=list)
@@ -95,29 +96,40 @@ class Contribution:
         """
         tensors, manifest = tensorfile.load(folder / CONTENT)
         _expect(manifest, "contribution", folder / CONTENT)
-        _check_card(folder, manifest)
-        vector = {
-            name.removeprefix("task_vector/"): t
-            for name, t in tensors.items()
-            if name.startswith("task_vector/")
-        }
-        lineage: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in manifest["lineage"].items()
-        }
+        stated = _checked_card(folder, manifest)
         fisher = None
-        if with_fisher and (folder / FISHER).exists():
+        if with_fisher and FISHER in stated:
             fisher = load_fisher(folder / FISHER, client=manifest["client"])
-        return cls(
-            client=manifest["client"],
-            task_vector=TaskVector(Kind(manifest["kind"]), vector, manifest["base"]),
-            head=Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
-            features=mixtures_from(tensors, manifest["mixtures"]),
-            num_examples=manifest["num_examples"],
-            lineage=Lineage(**lineage),
-            fisher=fisher,
-            settings=manifest["settings"],
-        )
+            _same_digest(folder, FISHER, stated, tensorfile.tensor_digest(fisher.sums))
+        try:
+            return cls(**_unpacked(tensors, manifest), fisher=fisher)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FileFormatError(
+                f"The manifest of {folder / CONTENT} cannot be used ({type(error).__name__}: "
+                f"{error}). It was written by something else than this fedcompo."
+            ) from error
+
+
+def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a contribution, but for its Fisher."""
+    vector = {
+        name.removeprefix("task_vector/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("task_vector/")
+    }
+    lineage: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in manifest["lineage"].items()
+    }
+    return {
+        "client": manifest["client"],
+        "task_vector": TaskVector(Kind(manifest["kind"]), vector, manifest["base"]),
+        "head": Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
+        "features": mixtures_from(tensors, manifest["mixtures"]),
+        "num_examples": manifest["num_examples"],
+        "lineage": Lineage(**lineage),
+        "settings": manifest["settings"],
+    }
 
 
 def mixture_tensors(mixtures: Mapping[str, FeatureMixture]) -> dict[str, Tensor]:
@@ -170,19 +182,35 @@ def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:
         )
 
 
-def _check_card(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """The card is for people, but it must not say something else than the tensors do."""
+def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The card is for people, but it must say what the tensors say; returns its digests."""
+    own = {"format_version", "fedcompo_version", "tensors_sha256", "sha256"}
+    expected = {key: value for key, value in manifest.items() if key not in own}
     try:
-        card = json.loads((folder / CARD).read_text())
-        wrong = [key for key in card if key != "tensors_sha256" and card[key] != manifest.get(key)]
-        stated = card["tensors_sha256"][CONTENT]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        stated = {str(name): str(digest) for name, digest in card.pop("tensors_sha256").items()}
+        wrong = sorted(
+            key
+            for key in card.keys() | expected
+            if key not in card or key not in expected or card[key] != expected[key]
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(
             f"{folder / CARD} cannot be read ({type(error).__name__}: {error}). "
             "Restore the folder from where it came."
         ) from error
-    if wrong or stated != manifest["tensors_sha256"]:
+    if wrong:
         raise FileFormatError(
-            f"{folder / CARD} and {CONTENT} disagree on {', '.join(wrong) or 'the tensors'}. "
+            f"{folder / CARD} and {CONTENT} disagree on {', '.join(wrong)}. "
+            "One of them was altered or exchanged; restore the folder from where it came."
+        )
+    _same_digest(folder, CONTENT, stated, manifest["tensors_sha256"])
+    return stated
+
+
+def _same_digest(folder: Path, file: str, stated: Mapping[str, str], found: str) -> None:
+    if stated.get(file) != found:
+        raise FileFormatError(
+            f"{folder / CARD} and {file} disagree on the tensors. "
             "One of them was altered or exchanged; restore the folder from where it came."
         )

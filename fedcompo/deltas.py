@@ -130,7 +130,7 @@ def restore_delta(kind: Kind, weight: Tensor, parameters: Mapping[str, Tensor]) 
     Returns:
         (out, in), in the dtype and on the device of ``weight``.
     """
-    delta = KINDS[kind](weight, rank=1)
+    delta = KINDS[kind](weight, rank=1, generator=torch.Generator())
     for name, _ in list(delta.named_parameters()):
         setattr(delta, name, nn.Parameter(parameters[name].to(weight), requires_grad=False))
     with torch.no_grad():

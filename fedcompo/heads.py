@@ -40,11 +40,16 @@ class Head:
     def rows(self, classes: Iterable[str]) -> Head:
         """Return the head of some of the classes, in the order given."""
         classes = tuple(classes)
-        index = [self.classes.index(name) for name in classes]
+        index = self.indices(classes)
         return Head(classes, self.weight[index], self.bias[index])
 
     def indices(self, classes: Iterable[str]) -> Tensor:
         """Positions of classes among this head's rows, (count,)."""
+        classes = tuple(classes)
+        if unknown := sorted(set(classes) - set(self.classes)):
+            raise ContributionError(
+                f"The head knows no class {', '.join(unknown)}; it has {', '.join(self.classes)}."
+            )
         return torch.tensor([self.classes.index(name) for name in classes])
 
     def check(self, classes: tuple[str, ...], num_features: int, owner: str) -> None:
@@ -143,6 +148,8 @@ def side_by_side(heads: Iterable[tuple[Head, int]], classes: Iterable[str]) -> H
     weights, biases = [], []
     for name in classes:
         owners = [(head.rows([name]), count) for head, count in heads if name in head.classes]
+        if not owners:
+            raise ContributionError(f"No head has the class {name!r}.")
         total = sum(count for _, count in owners)
         weights.append(sum(head.weight[0].double() * (count / total) for head, count in owners))
         biases.append(sum(head.bias[0].double() * (count / total) for head, count in owners))

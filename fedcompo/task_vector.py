@@ -126,7 +126,13 @@ class TaskVector:
             raise FileFormatError(
                 f"{path} holds a {manifest.get('content')!r}, expected a 'task-vector'."
             )
-        return cls(Kind(manifest["kind"]), tensors, manifest["base"])
+        try:
+            return cls(Kind(manifest["kind"]), tensors, str(manifest["base"]))
+        except (KeyError, ValueError) as error:
+            raise FileFormatError(
+                f"The manifest of {path} cannot be used ({type(error).__name__}: {error}). "
+                "It was written by something else than this fedcompo."
+            ) from error
 
 
 def _check_tensor(tensor: Tensor, shape: tuple[int | None, ...], what: str) -> None:

@@ -133,12 +133,14 @@ def _checked(
         text = json.loads(header)["__metadata__"]["manifest"]
         manifest = json.loads(text)
         tensors = read()
-    except (ValueError, KeyError, TypeError, OSError, safetensors.SafetensorError) as error:
+        _check(tensors, manifest, text, source)
+    except FileFormatError:
+        raise
+    except Exception as error:  # whatever strange bytes can provoke
         raise FileFormatError(
             f"{source} is not a complete fedcompo file ({type(error).__name__}: {error}). "
             "It was truncated, altered or written by something else; get it again."
         ) from error
-    _check(tensors, manifest, text, source)
     return tensors, manifest
 
 

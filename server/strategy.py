@@ -195,6 +195,7 @@ class ItaStrategy:
             features=description.mixtures,
             num_examples=description.num_examples,
             lineage=self._lineage(client),
+            fisher=self._fisher_to_keep(client),
             settings=self.config.flat(),
         )
         contribution.save(self.folder(client))
@@ -202,6 +203,11 @@ class ItaStrategy:
         saved = Contribution.load(self.folder(client), with_fisher=False)
         self.pool = self.pool.add(saved)
         return client
+
+    def _fisher_to_keep(self, client: str) -> FisherDiagonal | None:
+        if not self.config.server.keep_fisher:
+            return None
+        return load_fisher(self.folder(client) / FISHER, client=client)
 
     def _lineage(self, client: str) -> Lineage:
         others = tuple(name for name in self.trained_by if name != client)
@@ -216,9 +222,6 @@ class ItaStrategy:
         """Add the task vectors up, and measure them against each other."""
         for client in set(self.described) - set(self.clients):
             shutil.rmtree(self.folder(client), ignore_errors=True)
-        for client in self.clients:
-            if not self.config.server.keep_fisher:
-                (self.folder(client) / FISHER).unlink(missing_ok=True)
         settings = self.config.compose
         by_examples = settings.coefficients is Coefficients.EXAMPLES
         self.coefficients = self.pool.by_examples() if by_examples else self.pool.uniform()

@@ -100,9 +100,6 @@ def test_a_restored_delta_takes_the_weights_type(kind):
     torch.testing.assert_close(restored.double(), delta().detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="restore_delta builds a LoRA, which draws its A"
-)
 def test_restoring_draws_nothing_at_random():
     delta = random_deltas(Kind.LORA, THETA_0, seed=2)[FC1]
     before = torch.get_rng_state()

@@ -327,11 +327,6 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="evaluation_mode restores one flag for the whole model",
-)
 def test_a_part_of_the_model_that_was_in_evaluation_mode_stays_there():
     model = pico_model().train()
     model.blocks[0].eval()

@@ -104,8 +104,10 @@ def test_plain_flwr_run_works_too(tmp_path):
         f'{key}="{value}"' if key == "output" else f"{key}={value}" for key, value in values.items()
     )
     link = subprocess.Popen(
-        [sys.executable, CHECKOUT / "fedcompo" / "guard.py", home, BIN / "flower-superlink"]
-        + ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)],
+        [
+            *(sys.executable, CHECKOUT / "fedcompo" / "guard.py", home, BIN / "flower-superlink"),
+            *("--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)),
+        ],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.PIPE,
@@ -115,8 +117,10 @@ def test_plain_flwr_run_works_too(tmp_path):
     try:
         _wait_for(port)
         done = subprocess.run(
-            [BIN / "flwr", "run", CHECKOUT, "here", "--stream", "--run-config", config]
-            + ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"],
+            [
+                *(BIN / "flwr", "run", CHECKOUT, "here", "--stream", "--run-config", config),
+                *("--federation-config", "num-supernodes=2 client-resources-num-cpus=1"),
+            ],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

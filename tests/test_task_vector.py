@@ -166,11 +166,6 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path):
         TaskVector.load(tmp_path / "file")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(ValueError, KeyError),
-    reason="ValueError, KeyError: only FileFormatError is promised",
-)
 @pytest.mark.parametrize("entries", [{"kind": "dora", "base": "x"}, {"kind": "full"}])
 def test_a_whole_file_of_an_unknown_kind_or_without_base_is_refused(tmp_path, entries):
     tensorfile.save(tmp_path / "file", {"a": torch.ones(1)}, {"content": "task-vector", **entries})

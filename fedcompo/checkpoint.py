@@ -1,0 +1,103 @@
+"""Weights on disk, and how they get into a model of the wanted input size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models import load_pretrained
+from torch import Tensor, nn
+
+from fedcompo.errors import BackboneError
+
+
+def fill(
+    model: nn.Module,
+    architecture: str,
+    cfg: dict[str, Any],
+    state: dict[str, Tensor] | Path,
+    *,
+    channels: int,
+) -> None:
+    """Load weights into a model, position and patch embeddings resampled to its input.
+
+    Args:
+        model: A vision transformer without classifier.
+        architecture: Its name, for error messages.
+        cfg: timm's configuration of the weights: how many channels they expect, above all.
+        state: The weights by name, or an .npz in JAX's layout.
+        channels: Channels that the model expects.
+
+    Raises:
+        BackboneError: If a weight of the model is missing or NaN, or one of a block has no place.
+    """
+    with torch.no_grad():  # what the weights do not fill stays NaN, and is found
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    source: dict[str, Any]
+    if isinstance(state, Path):
+        source = {"file": str(state), "custom_load": True}
+    else:
+        source = {"state_dict": {name: tensor.float() for name, tensor in state.items()}}
+    # timm drops the classifier where the number of classes differs, and then is not strict.
+    given = {**cfg, "url": "", "hf_hub_id": None, "source": "", "num_classes": -1, **source}
+    try:
+        load_pretrained(
+            model,
+            pretrained_cfg=given,
+            num_classes=0,
+            in_chans=channels,
+            filter_fn=getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None),
+        )
+    except Exception as error:
+        raise BackboneError(
+            f"The weights do not fit {architecture!r}: {str(error)[:300]}. "
+            "Name the architecture they were trained with in `backbone`."
+        ) from error
+    known = model.state_dict()
+    names = () if isinstance(state, Path) else state
+    unused = sorted(name for name in names if name.startswith("blocks.") and name not in known)
+    if unused:
+        raise BackboneError(
+            f"{architecture!r} has no place for {len(unused)} of the weights, among them "
+            f"{unused[0]!r}. Name the architecture they were trained with in `backbone`."
+        )
+    missing = [name for name, p in model.named_parameters() if torch.isnan(p).any()]
+    if missing:
+        raise BackboneError(
+            f"The weights lack {len(missing)} of the parameters of {architecture!r}, among them "
+            f"{missing[0]!r} (or hold NaN there). Name the architecture they were trained with."
+        )
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor] | Path:
+    """Read a local checkpoint; .npz is left to timm, which reads JAX's layout.
+
+    Raises:
+        BackboneError: If the file is missing, damaged, of another kind, or would run code.
+    """
+    if not path.is_file():
+        raise BackboneError(f"There is no checkpoint {path}. Check `checkpoint`.")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        if path.suffix in (".pth", ".pt", ".bin"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            for key in ("model", "state_dict"):
+                loaded = loaded.get(key, loaded)
+            if other := [name for name, value in loaded.items() if not isinstance(value, Tensor)]:
+                raise TypeError(f"{other[0]!r} is no tensor")
+            return dict(loaded)
+    except Exception as error:
+        raise BackboneError(
+            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {str(error)[:200]}). "
+            "Checkpoints are read as tensors alone, never as code; save the state dict."
+        ) from error
+    if path.suffix == ".npz":
+        return path
+    raise BackboneError(
+        f"{path} is of a kind that cannot be read; expected .safetensors, .pth or .npz."
+    )
