@@ -32,8 +32,6 @@ from fedcompo.training import Anchor, evaluate, fit_task_vector
 
 logger = logging.getLogger(__name__)
 
-FISHER_BATCH = 64
-
 
 @dataclass(frozen=True)
 class LocalClient:
@@ -64,8 +62,9 @@ class LocalClient:
         Raises:
             FedcompoError: If settings, backbone or data cannot be used.
         """
-        config = RunConfig.parse(run_config)
-        device = pick_device(str(node_config.get("device", config.device)))
+        own = {key: node_config[key] for key in ("device", "kind") if key in node_config}
+        config = RunConfig.parse({**run_config, **own})
+        device = pick_device(config.device)
         backbone = _load_backbone(config.backbone, device)
         data = _load_data(
             config.data,
@@ -75,13 +74,12 @@ class LocalClient:
             int(node_config.get("partition-id", -1)),
         )
         name = registered_name or str(node_config.get("client", "")) or data.name
-        kind = node_config.get("kind")
         return cls(
             check_client_name(name),
             config,
             backbone,
             data,
-            kinds_of(str(kind))[0] if kind else None,
+            kinds_of(config.train.kind)[0] if "kind" in own else None,
         )
 
     def features(self) -> Body:
@@ -107,7 +105,10 @@ class LocalClient:
             self.backbone.model,
             head.weight.to(device),
             head.bias.to(device),
-            (preprocessing.normalise(part.to(device)) for part in images.split(FISHER_BATCH)),
+            (
+                preprocessing.normalise(part.to(device))
+                for part in images.split(config.fisher_batch)
+            ),
             self.backbone.theta_0,
             kind=config.fisher,
             tolerance=config.fisher_tolerance,

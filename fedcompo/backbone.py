@@ -48,6 +48,8 @@ class Backbone:
     preprocessing: Preprocessing
     architecture: str
     """timm's name of the architecture."""
+    classifier: str
+    """timm's name of the classifier, ``head`` in all plain vision transformers."""
     model_args: dict[str, Any]
     """Arguments that rebuild the model with ``timm.create_model``."""
 
@@ -67,10 +69,11 @@ class Backbone:
         Args:
             theta: Target weights by name, (out, in); those not named stay pre-trained.
         """
+        weights = {name: tensor.to(self.device) for name, tensor in theta.items()}
 
         def features(images: Tensor) -> Tensor:
             batch = self.preprocessing.normalise(images.to(self.device))
-            result = functional_call(self.model, theta, (batch,))
+            result = functional_call(self.model, weights, (batch,))
             assert isinstance(result, Tensor)
             return result
 
@@ -104,6 +107,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
         f"{config.backbone}@{digest}",
         _preprocessing(model, model_args, cfg),
         architecture,
+        _classifier_name(model, architecture),
         model_args,
     )
 
@@ -212,6 +216,16 @@ def _build(
 def _input_args(config: BackboneConfig) -> dict[str, Any]:
     wanted = {"img_size": config.image_size, "in_chans": config.channels}
     return {name: value for name, value in wanted.items() if value}
+
+
+def _classifier_name(model: nn.Module, architecture: str) -> str:
+    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    if not isinstance(name, str):
+        raise BackboneError(
+            f"{architecture!r} has the classifiers {', '.join(name)}; one joint head can be put "
+            "into a model with a single one. Choose the plain variant of this model."
+        )
+    return name
 
 
 def _require_blocks(model: nn.Module, name: str) -> None:

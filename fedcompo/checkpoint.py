@@ -37,6 +37,8 @@ def fill(
     with torch.no_grad():  # what the weights do not fill stays NaN, and is found
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
+    module = sys.modules[type(model).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
     source: dict[str, Any]
     if isinstance(state, Path):
         source = {"file": str(state), "custom_load": True}
@@ -50,7 +52,7 @@ def fill(
             pretrained_cfg=given,
             num_classes=0,
             in_chans=channels,
-            filter_fn=getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None),
+            filter_fn=convert,
         )
     except Exception as error:
         raise BackboneError(
@@ -58,7 +60,7 @@ def fill(
             "Name the architecture they were trained with in `backbone`."
         ) from error
     known = model.state_dict()
-    names = () if isinstance(state, Path) else state
+    names = () if isinstance(state, Path) else convert(dict(source["state_dict"]), model)
     unused = sorted(name for name in names if name.startswith("blocks.") and name not in known)
     if unused:
         raise BackboneError(

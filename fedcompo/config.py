@@ -97,8 +97,8 @@ def _are_kinds(value: str) -> bool:
 
 KINDS: Check = (_are_kinds, f"must be one of {', '.join(Kind)}, or several joined by commas")
 DEVICE: Check = (
-    lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is not None,
-    "must be auto, cpu, mps, cuda or cuda:<n>",
+    lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
+    "must be auto, cpu, cuda or cuda:<n>",
 )
 
 
@@ -150,6 +150,7 @@ class FisherConfig:
         0.01, "leading: share of the softmax curvature that may be left out.", FRACTION
     )
     fisher_samples: int = setting(4, "monte-carlo: labels drawn an example.", POSITIVE)
+    fisher_batch: int = setting(32, "Images at a time; bounds the memory.", POSITIVE)
     fisher_examples: int = setting(
         0, "Use at most this many examples, drawn by seed; 0: all.", NOT_NEGATIVE
     )
@@ -177,8 +178,14 @@ class TrainConfig:
     head_decay: float = setting(0.001, "Strength of the head's plain anchor.", NOT_NEGATIVE)
     local_epochs: int = setting(5, "Passes over a client's data.", POSITIVE)
     batch_size: int = setting(32, "Images a step.", POSITIVE)
-    learning_rate: float = setting(0.001, "AdamW's peak step size (cosine).", POSITIVE)
-    weight_decay: float = setting(0.0, "AdamW's weight decay of the delta.", NOT_NEGATIVE)
+    learning_rate: float = setting(
+        0.0,
+        "AdamW's peak step size (cosine); 0: by kind, lora 0.001, full 0.0003, ia3 0.01.",
+        NOT_NEGATIVE,
+    )
+    weight_decay: float = setting(
+        0.0, "AdamW's weight decay of the delta; not of (IA)³.", NOT_NEGATIVE
+    )
     augmentation: Augmentation = setting(Augmentation.NONE, "none, shift or crop-flip.")
     precision: Precision = setting(Precision.AUTO, "auto (bfloat16 on a GPU), float32, bfloat16.")
 
@@ -199,10 +206,12 @@ class ServerConfig:
     """What the coordinator waits for."""
 
     num_clients: int = setting(
-        0, "Clients to wait for; 0: num-tasks, or all that are connected.", NOT_NEGATIVE
+        0, "Clients to wait for; 0: all that are simulated, or connected.", NOT_NEGATIVE
     )
     min_clients: int = setting(2, "Usable clients below which the run fails.", POSITIVE)
-    timeout: float = setting(1800.0, "Seconds a client has for one phase.", POSITIVE)
+    timeout: float = setting(
+        1800.0, "Seconds from a request to its answer, waiting for a turn included.", POSITIVE
+    )
     keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
 
 

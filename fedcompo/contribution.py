@@ -168,9 +168,9 @@ def load_fisher(path: Path, *, client: str) -> FisherDiagonal:
     """Read what :func:`save_fisher` wrote; ``FileFormatError`` if it is not this client's."""
     sums, manifest = tensorfile.load(path)
     _expect(manifest, "fisher", path)
-    if manifest["client"] != client:
+    if manifest.get("client") != client:
         raise FileFormatError(
-            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
+            f"{path} belongs to client {manifest.get('client')!r}, expected {client!r}."
         )
     return FisherDiagonal(sums, manifest["num_examples"])
 

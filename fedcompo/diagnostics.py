@@ -23,7 +23,9 @@ from fedcompo.deltas import Weights
 from fedcompo.pool import Pool
 
 OUTLIER_RATIO = 3.0
-"""A task vector this many times longer or shorter than the median of the others stands out."""
+"""A task vector this many times longer or shorter than the median of its kind stands out."""
+OPPOSED = -0.5
+"""So does one whose mean cosine with the others, in the Fisher metric, is below this."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Diagnostics:
     gap: float
     r""":math:`\Omega` at the coefficients of the composition."""
     outliers: tuple[str, ...]
-    """Clients whose task vector is far longer or shorter than the others'."""
+    """Clients whose task vector stands out; see :data:`OUTLIER_RATIO` and :data:`OPPOSED`."""
 
 
 def diagnose(
@@ -62,7 +64,7 @@ def diagnose(
     norms = squared.sqrt()
     w = torch.tensor([coefficients[client] for client in pool.clients], dtype=torch.float64)
     return Diagnostics(
-        pool.clients, gram, norms, composition_gap(gram, w), _outliers(pool.clients, norms)
+        pool.clients, gram, norms, composition_gap(gram, w), _outliers(pool, gram, norms)
     )
 
 
@@ -78,14 +80,22 @@ def composition_gap(gram: Tensor, coefficients: Tensor) -> float:
     return float(0.25 * (coefficients.unsqueeze(1) * coefficients * distance).sum())
 
 
-def _outliers(clients: tuple[str, ...], norms: Tensor) -> tuple[str, ...]:
+def _outliers(pool: Pool, gram: Tensor, norms: Tensor) -> tuple[str, ...]:
+    """Clients that are far longer or shorter than others of their kind, or oppose the others."""
     values = norms.tolist()
+    kinds = [contribution.task_vector.kind for contribution in pool]
+    lengths = gram.diagonal().clamp_min(1e-300).sqrt()
+    cosines = gram / (lengths.unsqueeze(1) * lengths)
     found = []
-    for index, client in enumerate(clients):
-        others = values[:index] + values[index + 1 :]
-        if len(others) < 2:
-            continue
-        median = statistics.median(others)
-        if not median / OUTLIER_RATIO <= values[index] <= median * OUTLIER_RATIO:
+    for index, client in enumerate(pool.clients):
+        alike = [v for i, v in enumerate(values) if i != index and kinds[i] == kinds[index]]
+        if len(alike) >= 2:
+            median = statistics.median(alike)
+            odd = not median / OUTLIER_RATIO <= values[index] <= median * OUTLIER_RATIO
+        else:
+            odd = False
+        others = len(pool) - 1
+        opposed = others >= 2 and float(cosines[index].sum() - 1) / others < OPPOSED
+        if odd or opposed:
             found.append(client)
     return tuple(found)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.deltas import Weights
-from fedcompo.errors import BackboneError
 from fedcompo.heads import Head
 from fedcompo.tensorfile import write_atomically
 
@@ -37,7 +36,7 @@ def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) ->
     """
     state = {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()}
     state |= {name: tensor.detach() for name, tensor in theta.items()}
-    classifier = _classifier_name(backbone.model)
+    classifier = backbone.classifier
     state |= {f"{classifier}.weight": head.weight, f"{classifier}.bias": head.bias}
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}
     write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -65,19 +64,9 @@ def _config(backbone: Backbone, head: Head) -> dict[str, Any]:
             "mean": list(seen.mean),
             "std": list(seen.std),
             "first_conv": "patch_embed.proj",
-            "classifier": _classifier_name(backbone.model),
+            "classifier": backbone.classifier,
         },
     }
-
-
-def _classifier_name(model: nn.Module) -> str:
-    """Name of the classifier in timm, ``head`` in all plain vision transformers."""
-    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
-    if not isinstance(name, str):
-        raise BackboneError(
-            f"{type(model).__name__} has the classifiers {name}; a model with one can be exported."
-        )
-    return name
 
 
 def parameters_of(weights: dict[str, Tensor]) -> int:

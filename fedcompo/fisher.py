@@ -29,7 +29,12 @@ from torch import Tensor, nn
 from fedcompo.config import FisherKind
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.per_example import evaluation_mode, recorded, squared_gradients
+from fedcompo.per_example import (
+    evaluation_mode,
+    recorded,
+    require_recorded,
+    squared_gradients,
+)
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,10 @@ class FisherReport:
     """Sum of all entries of the estimate."""
     discarded_mass: float = 0.0
     """Share of the softmax curvature, seen through the head, that was left out."""
-    error_bound: float = 0.0
-    """Upper limit (three standard errors) of the trace that was left out, as a sum."""
+    error_bound: float | None = 0.0
+    """Upper limit of the trace that was left out, as a sum: three standard errors above the
+    estimate of one pass with random signs. None where nothing is left out on purpose (Monte Carlo).
+    """
 
 
 @torch.no_grad()
@@ -173,10 +180,11 @@ def estimate_fisher(
         torch.zeros_like(head_weight, dtype=torch.float64),
         torch.zeros_like(head_bias, dtype=torch.float64),
     )
-    count, report = 0, FisherReport()
+    count, bound, report = 0, 0.0, FisherReport()
     with evaluation_mode(model), recorded(model, names) as record:
         for images in batches:
             features = model(images)
+            require_recorded(record, names)
             logits = features.detach() @ head_weight.T.to(features) + head_bias.to(features)
             _add_head_fisher(head_sums, features.detach(), logits)
             kept, rest, share = _cotangents(
@@ -185,17 +193,22 @@ def estimate_fisher(
             for cotangent in kept:
                 _add_squares(sums, record, features, cotangent)
             missing = _residual(record, features, rest, generator)
+            bound += 0.0 if missing is None else _upper(missing)
             report = replace(
                 report,
                 passes=report.passes + len(kept) + (missing is not None),
                 batches=report.batches + 1,
                 discarded_mass=report.discarded_mass + share * len(images),
-                error_bound=report.error_bound + (0.0 if missing is None else _upper(missing)),
             )
             count += len(images)
             record.clear()
     trace = float(sum(total.sum() for total in sums.values()))
-    report = replace(report, trace=trace, discarded_mass=report.discarded_mass / max(1, count))
+    report = replace(
+        report,
+        trace=trace,
+        discarded_mass=report.discarded_mass / max(1, count),
+        error_bound=None if kind is FisherKind.MONTE_CARLO else bound,
+    )
     everything = {**sums, "head.weight": head_sums[0], "head.bias": head_sums[1]}
     return FisherDiagonal(everything, count), report
 

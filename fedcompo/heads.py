@@ -133,12 +133,12 @@ def align(
     return fit_head(features, labels, start or zero_head(classes, features.shape[1]), ridge=ridge)
 
 
-def side_by_side(heads: Iterable[tuple[Head, int]], classes: Iterable[str]) -> Head:
+def side_by_side(heads: Iterable[tuple[Head, Mapping[str, int]]], classes: Iterable[str]) -> Head:
     """Join the heads of clients into one.
 
     Args:
-        heads: Head and number of examples of each client; clients that share a class have their
-            rows averaged, weighted by their examples.
+        heads: Head of each client and its examples by class; clients that share a class have their
+            rows averaged, weighted by their examples of it.
         classes: Names of all classes, in the order of the joint head.
 
     Returns:
@@ -147,7 +147,7 @@ def side_by_side(heads: Iterable[tuple[Head, int]], classes: Iterable[str]) -> H
     heads, classes = list(heads), tuple(classes)
     weights, biases = [], []
     for name in classes:
-        owners = [(head.rows([name]), count) for head, count in heads if name in head.classes]
+        owners = [(h.rows([name]), examples[name]) for h, examples in heads if name in h.classes]
         if not owners:
             raise ContributionError(f"No head has the class {name!r}.")
         total = sum(count for _, count in owners)

@@ -53,7 +53,7 @@ def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
     """
     try:
         data = content[PAYLOAD][PAYLOAD].numpy().tobytes()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever strange bytes can provoke
         raise FileFormatError(
             f"The message of {source} holds no packed tensors ({type(error).__name__}: {error}). "
             "Use the same fedcompo version everywhere."

@@ -84,6 +84,21 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple
             parameter.requires_grad_(True)
 
 
+def require_recorded(record: Mapping[str, object], names: Iterable[str]) -> None:
+    """Refuse weights that the forward pass used behind their layer's back.
+
+    Raises:
+        BackboneError: If a named layer was not called: its weight is used by a function of its own,
+            as BEiT's fused qkv is.
+    """
+    if unused := sorted(set(names) - set(record)):
+        raise BackboneError(
+            f"{len(unused)} target weights are used without calling their layer, among them "
+            f"{unused[0]!r}; their Fisher cannot be computed. Leave them out of `target-weights`, "
+            "or choose a plain vision transformer."
+        )
+
+
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     layer = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(layer, nn.Linear):

@@ -18,7 +18,7 @@ import torch
 
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
-from fedcompo.errors import ContributionError
+from fedcompo.errors import BackboneMismatch, ContributionError
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class Pool:
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ContributionError(f"Client(s) {', '.join(twice)} are in the pool already.")
+        first, *others = ordered or (None,)
+        for other in others:
+            if first is not None and other.task_vector.base != first.task_vector.base:
+                raise BackboneMismatch(
+                    f"Client {other.client!r} was trained on {other.task_vector.base}, client "
+                    f"{first.client!r} on {first.task_vector.base}. Task vectors add up only on "
+                    "one backbone; train one of them again."
+                )
         object.__setattr__(self, "contributions", ordered)
 
     @property
@@ -83,6 +91,7 @@ class Pool:
         coefficients: Mapping[str, float] | None = None,
         *,
         scale: float = 1.0,
+        base: str = "",
     ) -> Weights:
         r"""Add the task vectors to the pre-trained weights.
 
@@ -93,16 +102,24 @@ class Pool:
             theta_0: Target weights by name, each (out, in).
             coefficients: :math:`w_c` by client; None: equal ones.
             scale: :math:`\lambda`.
+            base: Fingerprint of ``theta_0``; if given, it must be the contributions' own.
 
         Returns:
             :math:`\theta_P`, same names, shapes, dtypes as ``theta_0``.
 
         Raises:
+            BackboneMismatch: If the contributions were trained on another backbone.
             ContributionError: If the pool is empty, or the coefficients are not one a client, not
                 negative, summing to one.
         """
         if not self.contributions:
             raise ContributionError("An empty pool cannot be composed; add a contribution.")
+        trained_on = self.contributions[0].task_vector.base
+        if base and base != trained_on:
+            raise BackboneMismatch(
+                f"The pool was trained on the backbone {trained_on}, but is to be composed on "
+                f"{base}. Load the backbone that it was trained on."
+            )
         coefficients = self.uniform() if coefficients is None else dict(coefficients)
         self._check_coefficients(coefficients)
         theta_p = dict(theta_0)

@@ -126,11 +126,13 @@ def _diagnostics_table(results: Results) -> Table:
     table = Table(title="Task vectors: length, and cosine in the Fisher metric")
     table.add_column("client")
     table.add_column("‖τ‖", justify="right")
+    table.add_column("τᵀF̄τ", justify="right")
     for client in found["clients"]:
         table.add_column(client, justify="right")
     for index, client in enumerate(found["clients"]):
         cosines = [f"{value:+.2f}" for value in cosines_of(found["fisher_gram"])[index]]
-        table.add_row(client, f"{found['tau_norms'][index]:.3g}", *cosines)
+        own = found["fisher_gram"][index][index]
+        table.add_row(client, f"{found['tau_norms'][index]:.3g}", f"{own:.2g}", *cosines)
     return table
 
 

@@ -25,6 +25,9 @@ from fedcompo.heads import Head
 from fedcompo.penalties import explicit_step, head_penalty, implicit_step, ita_penalty
 from fedcompo.task_vector import TaskVector
 
+LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2}
+"""Peak step sizes of kinds that were given none: the fewer parameters, the larger."""
+
 EpochCallback = Callable[[int, int, float], None]
 """Called after each epoch with the epoch (from 1), the number of epochs, the mean loss."""
 
@@ -157,17 +160,20 @@ class _Training:
         self._fisher = {name: f.to(device) for name, f in weights.items()}
         self._decoupled = _DecoupledPenalty(self.deltas, self._fisher, config)
         trained = [p for delta in self.deltas.values() for p in delta.parameters()]
+        # AdamW decays towards zero; a scale of (IA)³ rests at one, and would take the weight along.
+        decay = 0.0 if kind is Kind.IA3 else config.weight_decay
         groups = [
-            {"params": trained, "weight_decay": config.weight_decay},
+            {"params": trained, "weight_decay": decay},
             {"params": self.head.parameters, "weight_decay": 0.0},
         ]
-        self._optimiser = torch.optim.AdamW(groups, lr=config.learning_rate)
+        self._peak = config.learning_rate or LEARNING_RATES[kind]
+        self._optimiser = torch.optim.AdamW(groups, lr=self._peak)
 
     def step(self, images: Tensor, labels: Tensor, schedule: float, *, last: bool) -> float:
         """Take one step on a batch; returns its mean loss, without penalties."""
         config, backbone = self._config, self._backbone
         for group in self._optimiser.param_groups:
-            group["lr"] = config.learning_rate * schedule
+            group["lr"] = self._peak * schedule
         images = augment(images.to(backbone.device), config.augmentation, self._generator)
         tau = {name: delta() for name, delta in self.deltas.items()}
         theta = {name: backbone.theta_0[name] + change for name, change in tau.items()}

@@ -17,6 +17,9 @@ from fedcompo.heads import Head
 from fedcompo.messages import Body, section
 from fedcompo.task_vector import TaskVector
 
+LONGEST = 10.0
+"""Norm of a change, in norms of the weight it changes, beyond which it is nonsense."""
+
 
 def check_backbone(client: str, base: str, backbone: Backbone) -> None:
     """Refuse a client that holds other pre-trained weights; raises ``BackboneMismatch``."""
@@ -87,6 +90,14 @@ def checked_task_vector(client: str, body: Body, backbone: Backbone) -> TaskVect
         Kind(manifest["kind"]), section("task_vector", tensors), str(manifest["base"])
     )
     vector.check(backbone.theta_0, base=backbone.fingerprint, owner=f"client {client!r}")
+    for name, weight in backbone.theta_0.items():
+        length, limit = float(vector.delta(name, weight).norm()), LONGEST * float(weight.norm())
+        if not length <= limit:  # also if it is not a number
+            raise ContributionError(
+                f"The task vector of client {client!r} has norm {length:.3g} at {name!r}, more "
+                f"than {LONGEST:g} times that of the weight itself. Its training diverged: lower "
+                "`learning-rate`, or use `penalty = implicit`."
+            )
     return vector
 
 

@@ -22,6 +22,11 @@ from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.memory import peak_bytes, reset_peak
 from fedcompo.messages import Body, from_record, size_of, to_record
 
+Fold = Callable[[str, Body], str]
+"""Takes a client's name and answer; checks it, *then* keeps what is needed; returns the name under
+which the client is to be known. Raises to refuse it, and then has kept nothing."""
+Waiting = tuple[str, int, float]
+"""Client, bytes sent, when."""
 POLL = 0.1, 2.0
 """Seconds between looks for an answer: at first, and at most."""
 
@@ -65,6 +70,8 @@ class Exchange:
     """By phase."""
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     """Peak bytes by phase: ``server`` and ``client`` (the largest), resident; ``client_gpu``."""
+    notes: list[str] = field(default_factory=list)
+    """What whoever reads the results should know."""
     registered: dict[int, str] = field(default_factory=dict)
     """Names under which the SuperLink knows nodes, by node id."""
 
@@ -80,7 +87,7 @@ class Exchange:
             wanted: Number of clients; 0: all that are there once nobody new comes for 3 seconds.
 
         Raises:
-            TooFewClients: If fewer than ``min_clients`` (or than wanted) come in time.
+            TooFewClients: If fewer than ``min_clients`` come in time.
         """
         started, last_change, known = time.monotonic(), time.monotonic(), -1
         while True:
@@ -91,10 +98,14 @@ class Exchange:
             settled = not wanted and known >= self.min_clients and now - last_change > 3
             if settled or (wanted and known >= wanted):
                 break
+            if now - started > self.timeout and known >= self.min_clients:
+                text = f"{known} of {wanted} client(s) connected within {self.timeout:g} s."
+                self.note(text)
+                break
             if now - started > self.timeout:
                 raise TooFewClients(
                     f"{known} client(s) connected within {self.timeout:g} s, expected at least "
-                    f"{wanted or self.min_clients}. Start more clients, or raise `timeout`."
+                    f"{self.min_clients} (`min-clients`). Start more clients, or raise `timeout`."
                 )
             time.sleep(0.5)
         self.registered = {node.node_id: node.name for node in nodes if node.name}
@@ -105,7 +116,7 @@ class Exchange:
         phase: str,
         message_type: str,
         request: Callable[[str], Body],
-        fold: Callable[[str, Body], str],
+        fold: Fold,
         *,
         decisive: bool = True,
     ) -> None:
@@ -115,8 +126,7 @@ class Exchange:
             phase: Name of the phase, for people.
             message_type: Flower's, such as ``query.features``.
             request: Makes the tensors and manifest for a client, by its name.
-            fold: Takes a client's name and answer; checks it, keeps what it needs, returns the name
-                under which the client is to be known. Raises ``FedcompoError`` to refuse it.
+            fold: Takes each answer.
             decisive: Fail if fewer than ``min_clients`` remain.
 
         Raises:
@@ -128,22 +138,12 @@ class Exchange:
         asked = self.clients
         self.tell("phase-started", phase=phase, clients=[] if phase == "features" else asked)
         for client in asked:
-            content = to_record(*self._addressed(client, request(client)))
-            message = Message(content, self.nodes[client], message_type, ttl=self.timeout)
-            (message_id,) = self.grid.push_messages([message])
-            waiting[message_id] = client, size_of(content), time.monotonic()
-        pause, deadline = POLL[0], time.monotonic() + self.timeout
-        while waiting and time.monotonic() < deadline:
-            answered = False
-            for message_id in list(waiting):
-                for reply in self.grid.pull_messages([message_id]):
-                    client, sent, departed = waiting.pop(message_id)
-                    cost = Traffic(sent, _received(reply), time.monotonic() - departed)
-                    self._take(phase, client, reply, cost, fold)
-                    answered = True
-            pause = POLL[0] if answered else min(1.2 * pause, POLL[1])
-            if waiting:
-                time.sleep(pause)
+            message_id, sent = self._send(client, message_type, request(client))
+            if message_id:
+                waiting[message_id] = client, sent, time.monotonic()
+            else:
+                self._leave_out(phase, client, "its node is gone", Traffic(sent, 0, 0.0))
+        self._collect(phase, waiting, fold)
         for client, sent, departed in waiting.values():
             reason = f"no answer within {self.timeout:g} s"
             self._leave_out(phase, client, reason, Traffic(sent, 0, time.monotonic() - departed))
@@ -172,6 +172,11 @@ class Exchange:
         log(INFO, "%s: %.1f s on the server", phase, self.seconds[phase])
         return result
 
+    def note(self, text: str) -> None:
+        """Say something to whoever follows the run, and in the results."""
+        self.notes.append(text)
+        self.tell("note", text=text)
+
     def tell(self, event: str, **entries: Any) -> None:
         """Append an event for whoever follows the run."""
         line = json.dumps({"event": event, **entries, "time": time.time()}, default=list)
@@ -187,39 +192,51 @@ class Exchange:
         known = self.memory[phase]
         known |= {who: max(int(peak), known.get(who, 0)) for who, peak in peaks.items()}
 
-    def _addressed(self, client: str, body: Body) -> Body:
+    def _send(self, client: str, message_type: str, body: Body) -> tuple[str, int]:
+        """Send a request; returns the message's id, empty if the node is gone, and its size."""
         tensors, manifest = body
-        name = self.registered.get(self.nodes[client], "")
-        return tensors, {"content": "request", "registered_name": name, **manifest}
+        node = self.nodes[client]
+        name = self.registered.get(node, "")
+        content = to_record(tensors, {"content": "request", "registered_name": name, **manifest})
+        message = Message(content, node, message_type, ttl=self.timeout)
+        ids = list(self.grid.push_messages([message]))
+        return ids[0] if ids else "", size_of(content)
 
-    def _take(
-        self,
-        phase: str,
-        client: str,
-        reply: Message,
-        cost: Traffic,
-        fold: Callable[[str, Body], str],
-    ) -> None:
+    def _collect(self, phase: str, waiting: dict[str, Waiting], fold: Fold) -> None:
+        """Take answers as they come, until none is awaited or the time is over."""
+        pause, deadline = POLL[0], time.monotonic() + self.timeout
+        while waiting and time.monotonic() < deadline:
+            answered = False
+            for message_id in list(waiting):
+                for reply in self.grid.pull_messages([message_id]):
+                    client, sent, departed = waiting.pop(message_id)
+                    cost = Traffic(sent, _received(reply), time.monotonic() - departed)
+                    self._take(phase, client, reply, cost, fold)
+                    answered = True
+            pause = POLL[0] if answered else min(1.2 * pause, POLL[1])
+            if waiting:
+                time.sleep(pause)
+
+    def _take(self, phase: str, client: str, reply: Message, cost: Traffic, fold: Fold) -> None:
         """Fold one reply in, or leave its client out."""
         if reply.has_error():
             reason = f"code {reply.error.code}: {reply.error.reason or 'no reason given'}"
             self._leave_out(phase, client, reason, cost)
             return
-        expected = phase
         try:
-            body = from_record(reply.content, expected=expected, source=f"client {client!r}")
+            body = from_record(reply.content, expected=phase, source=f"client {client!r}")
+            peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
             name = fold(client, body)
-            peak = body[1].get("peak_memory", {})
-            self._remember_peak(
-                phase, {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
-            )
         except FedcompoError as error:
             self._leave_out(phase, client, str(error), cost)
             return
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever a strange answer can provoke
             reason = f"its answer is malformed ({type(error).__name__}: {error})"
             self._leave_out(phase, client, reason, cost)
             return
+        self._remember_peak(
+            phase, {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
+        )
         if name != client:
             self.nodes[name] = self.nodes.pop(client)
         self.traffic[phase][name] = cost

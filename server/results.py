@@ -42,9 +42,15 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 3),
         **{name: _mean(per_client, name) for name in ACCURACIES},
+        "clients_evaluated": [
+            client
+            for client, figures in per_client.items()
+            if figures["class_il_accuracy"] is not None
+        ],
+        "realigned_with": sorted(strategy.realigned) if strategy.head_is_realigned else [],
         "per_client": per_client,
         "left_out": [asdict(client) for client in exchange.left_out],
-        "notes": strategy.notes,
+        "notes": exchange.notes,
         "phases": {
             phase: {
                 "seconds": round(seconds, 3),

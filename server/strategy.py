@@ -54,8 +54,8 @@ class Description:
     mixtures: Mixtures
     num_examples: int
     num_test_examples: int
-    kind: str
-    """Kind of task vector it insists on, or empty."""
+    kind: Kind | None
+    """Kind of task vector it insists on."""
 
 
 @dataclass
@@ -69,9 +69,11 @@ class ItaStrategy:
     described: dict[str, Description] = field(default_factory=dict)
     total: FisherDiagonal | None = None
     pool: Pool = field(default_factory=Pool)
+    realigned: dict[str, Mixtures] = field(default_factory=dict)
+    """Mixtures of the composed model's features, by client."""
+    head_is_realigned: bool = False
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Figures that clients reported, by client."""
-    notes: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Do all phases; afterwards the attributes hold what there is to report."""
@@ -95,19 +97,26 @@ class ItaStrategy:
     def _fold_features(self, client: str, body: Body) -> str:
         manifest = body[1]
         name = check_client_name(str(manifest["client"]))
+        registered = self.exchange.registered.get(self.exchange.nodes[client])
+        if registered and name != registered:
+            raise ContributionError(
+                f"The node registered as {registered!r} calls itself {name!r}; it must use the "
+                "name under which it is registered."
+            )
         if name in self.described:
             raise ContributionError(
                 f"A client named {name!r} has answered already; give each node a name of its own."
             )
         check_backbone(name, str(manifest["base"]), self.backbone)
+        classes = tuple(manifest["classes"])
+        mixtures = checked_mixtures(name, body, classes, self.backbone.num_features)
+        kind = manifest.get("kind")
         self.described[name] = Description(
-            classes=tuple(manifest["classes"]),
-            mixtures=checked_mixtures(
-                name, body, tuple(manifest["classes"]), self.backbone.num_features
-            ),
-            num_examples=int(manifest["num_examples"]),
+            classes=classes,
+            mixtures=mixtures,
+            num_examples=sum(mixture.num_examples for mixture in mixtures.values()),
             num_test_examples=int(manifest["num_test_examples"]),
-            kind=str(manifest.get("kind", "")),
+            kind=Kind(kind) if kind else None,
         )
         return name
 
@@ -137,13 +146,16 @@ class ItaStrategy:
         """Sum up everyone's Fisher diagonal under the aligned head; keep each on disk."""
         request = head_tensors(self.aligned), {"classes": list(self.aligned.classes)}
         self.exchange.ask("fisher", "query.fisher", lambda client: request, self._fold_fisher)
+        # In the order of names, so that no bit depends on who answered first.
+        for client in self.clients:
+            fisher = load_fisher(self.folder(client) / FISHER, client=client)
+            self.total = fisher if self.total is None else self.total + fisher
 
     def _fold_fisher(self, client: str, body: Body) -> str:
-        _tensors, manifest = body
         fisher = checked_fisher(client, body, self.backbone, self.aligned)
+        report = dict(body[1]["report"])
         save_fisher(self.folder(client) / FISHER, fisher, client=client)
-        self.total = fisher if self.total is None else self.total + fisher
-        self._note(client, fisher=manifest["report"])
+        self._note(client, fisher=report)
         return client
 
     # -- train ------------------------------------------------------------------------------------
@@ -157,7 +169,7 @@ class ItaStrategy:
     def _deal_kinds(self) -> dict[str, Kind]:
         dealt = kinds_of(self.config.train.kind)
         return {
-            client: Kind(self.described[client].kind or dealt[index % len(dealt)])
+            client: self.described[client].kind or dealt[index % len(dealt)]
             for index, client in enumerate(self.clients)
         }
 
@@ -185,9 +197,9 @@ class ItaStrategy:
         vector = checked_task_vector(client, body, self.backbone)
         head = head_from(tensors, manifest["classes"])
         head.check(description.classes, self.backbone.num_features, f"client {client!r}")
-        figures = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
-        self._note(client, **checked_fractions(client, manifest, figures))
-        self._note(client, losses=[float(loss) for loss in manifest["losses"]])
+        names = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
+        figures = checked_fractions(client, manifest, names)
+        losses = [float(loss) for loss in manifest["losses"]]
         contribution = Contribution(
             client=client,
             task_vector=vector,
@@ -202,6 +214,7 @@ class ItaStrategy:
         # Read back, its tensors are mapped from the file: memory holds one contribution at a time.
         saved = Contribution.load(self.folder(client), with_fisher=False)
         self.pool = self.pool.add(saved)
+        self._note(client, losses=losses, **figures)
         return client
 
     def _fisher_to_keep(self, client: str) -> FisherDiagonal | None:
@@ -226,35 +239,37 @@ class ItaStrategy:
         by_examples = settings.coefficients is Coefficients.EXAMPLES
         self.coefficients = self.pool.by_examples() if by_examples else self.pool.uniform()
         theta_0 = self.backbone.theta_0
-        self.theta_p: Weights = self.pool.compose(theta_0, self.coefficients, scale=settings.scale)
+        self.theta_p: Weights = self.pool.compose(
+            theta_0, self.coefficients, scale=settings.scale, base=self.backbone.fingerprint
+        )
         assert self.total is not None
         mean = self.total.mean()
         self.diagnostics: Diagnostics = diagnose(self.pool, theta_0, mean, self.coefficients)
         for client in self.diagnostics.outliers:
-            self.note(
-                f"The task vector of {client} is more than three times longer or shorter than the "
-                "median of the others: look at its data and its learning rate."
+            self.exchange.note(
+                f"The task vector of {client} stands out by its length, or opposes the others: "
+                "look at its data and its learning rate."
             )
         classes = sorted({name for c in self.pool for name in c.head.classes})
-        self.joint_head = side_by_side([(c.head, c.num_examples) for c in self.pool], classes)
+        self.joint_head = side_by_side([(c.head, _examples(c)) for c in self.pool], classes)
 
     # -- realign ----------------------------------------------------------------------------------
 
     def realign(self) -> None:
         """Align the joint head again, on mixtures of the composed model's features."""
-        self.realigned: dict[str, Mixtures] = {}
         members = self.clients
         self.exchange.ask(
             "realign", "query.realign", self._theta_request, self._fold_realigned, decisive=False
         )
         missing = sorted(set(members) - set(self.realigned))
         if missing:
-            self.note(
+            self.exchange.note(
                 f"The joint head was not aligned again: {', '.join(missing)} did not describe the "
                 "composed model's features. The clients' trained heads stand side by side."
             )
             return
         self.joint_head = self._align("realign", self.realigned)
+        self.head_is_realigned = True
 
     def _theta_request(self, client: str) -> Body:
         return prefixed("theta", self.theta_p), {}
@@ -301,10 +316,9 @@ class ItaStrategy:
         """Where a client's contribution lies."""
         return self.output / CLIENTS / client
 
-    def note(self, text: str) -> None:
-        """Say something to whoever follows the run, and in the results."""
-        self.notes.append(text)
-        self.exchange.tell("note", text=text)
-
     def _note(self, client: str, **figures: Any) -> None:
         self.metrics[client] = {**self.metrics.get(client, {}), **figures}
+
+
+def _examples(contribution: Contribution) -> dict[str, int]:
+    return {name: mixture.num_examples for name, mixture in contribution.features.items()}

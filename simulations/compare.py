@@ -22,8 +22,6 @@ import time
 from pathlib import Path
 
 FEDCOMPO = Path(sys.executable).parent / "fedcompo"
-LEARNING_RATES = {"ia3": 0.01}
-"""(IA)³ trains a few scales a weight and takes larger steps; the others keep the scenario's."""
 COLUMNS = (
     ("frozen class-IL", "frozen_class_il_accuracy"),
     ("own task", "own_task_accuracy"),
@@ -34,12 +32,20 @@ COLUMNS = (
 
 def run(folder: Path, arguments: argparse.Namespace, settings: dict[str, str]) -> dict:
     """Run once, or take the results that are there; a run that was cut short is started anew."""
-    results = folder / "results.json"
+    results, asked = folder / "results.json", folder.with_suffix(".json")
+    options = [f"--set={key}={value}" for key, value in settings.items()]
+    options += [f"--set={assignment}" for assignment in arguments.set]
+    scenario = [arguments.scenario] if arguments.scenario else []
+    wanted = json.dumps([*scenario, *options])
+    if folder.exists() and asked.exists() and asked.read_text() != wanted:
+        sys.exit(
+            f"{folder} was made with {asked.read_text()}, not {wanted}; choose another output."
+        )
     if not results.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        options = [f"--set={key}={value}" for key, value in settings.items()]
-        options += [f"--set={assignment}" for assignment in arguments.set]
-        scenario = [arguments.scenario] if arguments.scenario else []
+        if (folder / "events.jsonl").exists():  # ours, and cut short
+            shutil.rmtree(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        asked.write_text(wanted)
         began = time.monotonic()
         done = subprocess.run(
             [FEDCOMPO, "simulate", *scenario, "--output", folder, *options],
@@ -85,6 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output = arguments.output.absolute()
     rows: dict[tuple[str, str], list[dict]] = {}
+    failed = 0
     varied = itertools.product(
         arguments.seed or ["0", "1", "2"],
         arguments.kind or ["lora", "full", "ia3"],
@@ -92,13 +99,14 @@ def main() -> None:
     )
     for seed, kind, alpha in varied:
         settings = {"kind": kind, "alpha": alpha, "seed": seed}
-        if kind in LEARNING_RATES:
-            settings["learning-rate"] = str(LEARNING_RATES[kind])
         results = run(arguments.output / f"{kind}-alpha{alpha}-seed{seed}", arguments, settings)
+        failed += not results
         if results:
             rows.setdefault((kind, alpha), []).append(results)
             (arguments.output / "table.md").write_text(table(rows) + "\n")
     print(table(rows))
+    if failed:
+        sys.exit(f"{failed} run(s) failed.")
 
 
 if __name__ == "__main__":

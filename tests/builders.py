@@ -70,6 +70,7 @@ def pico_backbone(*, seed: int = 0) -> Backbone:
         fingerprint=f"pico@{tensorfile.tensor_digest(model.state_dict())}",
         preprocessing=Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,)),
         architecture="vit_tiny_patch16_224",
+        classifier="head",
         model_args={key: value for key, value in PICO_ARGS.items() if key != "num_classes"},
     )
 

@@ -221,6 +221,16 @@ def _wrong_shape(tensors, manifest):
     tensors[name] = tensors[name][:, :-1].contiguous()
 
 
+def _absurd(tensors, manifest):
+    for name in tensors:
+        if name.endswith(("/A", "/B")):
+            tensors[name].fill_(1e25)  # finite; their product is not
+
+
+def _nonsense_memory(tensors, manifest):
+    manifest["peak_memory"] = {"resident": "x"}
+
+
 def _boast(tensors, manifest):
     manifest["own_task_accuracy"] = 1.5
 
@@ -234,6 +244,8 @@ def _forget(tensors, manifest):
     [
         (_nan, "not finite"),
         (_wrong_shape, "has shape"),
+        (_absurd, "has norm"),
+        (_nonsense_memory, "malformed"),
         (_boast, "expected [0, 1]"),
         (_forget, "malformed"),
         (lambda tensors, manifest: manifest.update(base="other@00"), "was trained on the backbone"),
@@ -246,6 +258,8 @@ def test_nonsense_from_training_is_refused_by_name(tmp_path, change, reason):
     assert left_out["client"] == "client-1"
     assert reason in left_out["reason"]
     assert list(results["per_client"]) == ["client-0", "client-2"]
+    composed = sorted(folder.name for folder in (tmp_path / "out" / "clients").iterdir())
+    assert composed == ["client-0", "client-2"]
 
 
 def test_a_wrong_backbone_is_refused_before_anything_is_computed(tmp_path):
@@ -255,6 +269,50 @@ def test_a_wrong_backbone_is_refused_before_anything_is_computed(tmp_path):
     assert left_out["phase"] == "features"
     assert "vit@1234" in left_out["reason"]
     assert results["backbone"]["fingerprint"] in left_out["reason"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "change", "reason"),
+    [
+        ("features", lambda tensors, manifest: manifest.update(kind="dora"), "dora"),
+        ("features", lambda tensors, manifest: manifest.update(client="../up"), "client's name"),
+        ("fisher", lambda tensors, manifest: manifest.pop("report"), "malformed"),
+    ],
+)
+def test_a_refused_answer_leaves_no_trace(tmp_path, phase, change, reason):
+    options = {"tamper": {(1, f"query.{phase}"): altered(change)}}
+    results = run(options, tmp_path / "out", realign=False)
+    (left_out,) = results["left_out"]
+    assert left_out["phase"] == phase
+    assert reason in left_out["reason"]
+    lineage = Contribution.load(tmp_path / "out" / "clients" / "client-0").lineage
+    assert lineage.anchored_by == ("client-2",)
+
+
+def test_a_node_may_not_take_anothers_registered_name(tmp_path):
+    change = altered(lambda tensors, manifest: manifest.update(client="hospital-b"))
+    options = {
+        "names": {0: "hospital-a", 1: "hospital-b"},
+        "tamper": {(0, "query.features"): change},
+    }
+    results = run(options, tmp_path / "out", realign=False)
+    assert "registered as 'hospital-a'" in results["left_out"][0]["reason"]
+    assert list(results["per_client"]) == ["client-2", "hospital-b"]
+
+
+def test_a_node_that_is_gone_is_left_out_at_once(tmp_path, monkeypatch):
+    push = InProcessGrid.push_messages
+
+    def refuse(self, messages):
+        (message,) = messages
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id != 1000:
+            return [""]  # as Flower answers for a node that has unregistered
+        return push(self, [message])
+
+    monkeypatch.setattr(InProcessGrid, "push_messages", refuse)
+    results = run({}, tmp_path / "out", realign=False, min_clients=1)
+    assert [c["client"] for c in results["left_out"]] == ["client-1", "client-2"]
+    assert list(results["per_client"]) == ["client-0"]
 
 
 def test_a_negative_fisher_is_refused(tmp_path):

@@ -113,3 +113,23 @@ def pool_of(scales: list[float]) -> Pool:
 def test_clients_far_longer_or_shorter_than_the_others_are_named(scales, expected):
     pool = pool_of(scales)
     assert diagnose(pool, THETA_0, FISHER, pool.uniform()).outliers == expected
+
+
+def test_a_client_that_opposes_all_others_is_named():
+    members = [
+        contribution(f"client-{i}", "full", theta_0=THETA_0, seed=7, scale=-1.0 if i == 2 else 1.0)
+        for i in range(4)
+    ]
+    pool = Pool(tuple(members))
+    assert diagnose(pool, THETA_0, FISHER, pool.uniform()).outliers == ("client-2",)
+
+
+def test_lengths_are_compared_within_a_kind():
+    members = [
+        contribution(f"client-{i}", kind, theta_0=THETA_0, seed=20 * i, scale=scale)
+        for i, (kind, scale) in enumerate(
+            [("full", 1.0), ("full", 1.1), ("full", 0.9), ("ia3", 50.0)]
+        )
+    ]
+    pool = Pool(tuple(members))
+    assert "client-3" not in diagnose(pool, THETA_0, FISHER, pool.uniform()).outliers

@@ -356,3 +356,21 @@ def test_a_weight_that_is_no_linear_layers_is_refused():
 
 def test_a_refused_weight_leaves_no_hooks_behind():
     assert not any(module._forward_hooks for module in refuse_a_convolution().modules())
+
+
+class BehindItsBack(nn.Module):
+    """Uses a layer's weight without calling the layer, as BEiT's attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 8)
+
+    def forward(self, images):
+        return nn.functional.linear(images.flatten(1), self.layer.weight)
+
+
+def test_a_weight_used_behind_its_layers_back_is_refused_by_name():
+    with pytest.raises(BackboneError, match=r"'layer\.weight'"):
+        estimate_fisher(
+            BehindItsBack(), torch.ones(2, 8), torch.zeros(2), [torch.ones(3, 64)], ["layer.weight"]
+        )

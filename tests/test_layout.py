@@ -65,3 +65,11 @@ def test_the_core_does_without_flower():
 
 def test_the_core_is_named_in_full():
     assert {ROOT / "fedcompo" / f"{name}.py" for name in CORE} <= set(FILES)
+
+
+def test_nothing_imports_the_simulations():
+    sources = [p for part in ("fedcompo", "clients", "server") for p in (ROOT / part).rglob("*.py")]
+    assert sources
+    for path in sources:
+        assert "import simulations" not in path.read_text(encoding="utf-8"), path
+        assert "from simulations" not in path.read_text(encoding="utf-8"), path

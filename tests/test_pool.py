@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fedcompo.config import Kind
 from fedcompo.deltas import Weights
-from fedcompo.errors import ContributionError
+from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.pool import Pool
 from fedcompo.task_vector import TaskVector
 
@@ -197,3 +197,16 @@ def test_averaging_the_factors_of_loras_separately_is_something_else():
         )
         right = theta_p[name] - ADAPTED[name]
         assert (b @ a - right).norm() > 0.5 * right.norm()
+
+
+def test_contributions_on_different_backbones_are_refused_and_both_named():
+    ours, theirs = contribution("a", "full"), contribution("b", "full")
+    other = replace(theirs.task_vector, base="other@2")
+    with pytest.raises(BackboneMismatch, match=rf"other@2.*{ours.task_vector.base}"):
+        Pool((ours, replace(theirs, task_vector=other)))
+
+
+def test_composing_on_another_backbone_is_refused():
+    pool = Pool((contribution("a", "full"),))
+    with pytest.raises(BackboneMismatch, match=r"other@2"):
+        pool.compose(THETA_0, base="other@2")
