@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.deltas import Weights
@@ -67,8 +66,3 @@ def _config(backbone: Backbone, head: Head) -> dict[str, Any]:
             "classifier": backbone.classifier,
         },
     }
-
-
-def parameters_of(weights: dict[str, Tensor]) -> int:
-    """Number of values in some weights."""
-    return sum(tensor.numel() for tensor in weights.values())

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedcompo.events import Event
+from fedcompo.units import duration, size
 
 SERVER = "server"
 """Row of the phases in which no client takes part."""
@@ -204,24 +205,3 @@ def _said(event: Event) -> str:
     if kind == "failed":
         return f"failed: {event.get('reason', '')}"
     return "finished" if kind == "finished" else str(event.get("text", kind))
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: ``4.2 s``, ``3 min 5 s``, ``2 h 10 min``."""
-    seconds = max(0.0, seconds)
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(count: int) -> str:
-    """Bytes for people, in powers of 1000."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedcompo.tensorfile import write_atomically
+from fedcompo.units import size
 
 PICTURE = "report.svg"
 
@@ -68,15 +69,6 @@ def write_report(folder: Path, results: Results) -> None:
 def percent(value: float | None) -> str:
     """A fraction as a percentage; a dash where nobody reported one."""
     return "–" if value is None else f"{100 * value:.1f}"
-
-
-def size(count: int) -> str:
-    """A number of bytes with a decimal unit."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    digits = 0 if units[0] == "B" or value >= 99.5 else 1
-    return f"{value:.{digits}f} {units[0]}"
 
 
 def _accuracy_table(results: Results) -> Table:

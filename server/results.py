@@ -9,7 +9,7 @@ from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
-from fedcompo.export import parameters_of
+from fedcompo.deltas import Weights
 from server.exchange import totals
 from server.strategy import ItaStrategy
 
@@ -66,7 +66,7 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
             "architecture": strategy.backbone.architecture,
             "fingerprint": strategy.backbone.fingerprint,
             "parameters": sum(p.numel() for p in strategy.backbone.model.parameters()),
-            "target_parameters": parameters_of(strategy.backbone.theta_0),
+            "target_parameters": _count(strategy.backbone.theta_0),
         },
         "seed": config.seed,
         "settings": config.flat(),
@@ -97,7 +97,7 @@ def _of_client(strategy: ItaStrategy, client: str) -> dict[str, Any]:
         "losses": reported["losses"],
         "fisher": reported["fisher"],
         "tau_norm": float(strategy.diagnostics.norms[index]),
-        "tau_parameters": parameters_of(contribution.task_vector.tensors),
+        "tau_parameters": _count(contribution.task_vector.tensors),
         "traffic": traffic,
         "lineage": asdict(contribution.lineage),
     }
@@ -118,3 +118,7 @@ def _mean(per_client: dict[str, dict[str, Any]], name: str) -> float | None:
     """Mean over the clients that reported the figure; None where nobody did."""
     values = [figures[name] for figures in per_client.values() if figures[name] is not None]
     return fmean(values) if values else None
+
+
+def _count(weights: Weights) -> int:
+    return sum(tensor.numel() for tensor in weights.values())

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from fedcompo.events import Event, EventTail, note
-from fedcompo.live import SERVER, Display, Progress, Standing, duration, line, size
+from fedcompo.live import SERVER, Display, Progress, Standing, line
+from fedcompo.units import duration, size
 
 REPLY = {"bytes_sent": 1_500_000, "bytes_received": 2_000, "seconds": 4.25, "reason": ""}
 RUN: list[dict[str, Any]] = [

@@ -1,0 +1,89 @@
+"""What people see of results: tables that fit a terminal, a picture that is well-formed."""
+
+from __future__ import annotations
+
+import io
+import json
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from fedcompo.report import cosines_of, percent, print_results, write_report
+
+ACCURACIES = {
+    "class_il_accuracy": 0.875,
+    "task_il_accuracy": 1.0,
+    "frozen_class_il_accuracy": 0.5,
+    "frozen_task_il_accuracy": 0.75,
+    "own_task_accuracy": 0.9375,
+}
+
+
+def results(clients: int = 3) -> dict:
+    names = [f"client-{i}" for i in range(clients)]
+    cost = {"bytes_sent": 2_345_678, "bytes_received": 616, "seconds": 1.5}
+    figures = {
+        **ACCURACIES,
+        "classes": ["a <b>", "c & d"],
+        "kind": "lora",
+        "num_examples": 20,
+        "num_test_examples": 5,
+        "traffic": {"train": cost},
+    }
+    gram = [[4.0 if i == j else 1.0 for j in range(clients)] for i in range(clients)]
+    return {
+        **ACCURACIES,
+        "per_client": {name: dict(figures) for name in names},
+        "phases": {
+            "align": {"seconds": 0.2, "bytes_sent": 0, "peak_memory_bytes": {"server": 10**9}},
+            "train": {"seconds": 9.0, "bytes_sent": 7_000_000, "peak_memory_bytes": {}},
+        },
+        "diagnostics": {
+            "clients": names,
+            "fisher_gram": gram,
+            "tau_norms": [1.0] * clients,
+            "composition_gap": 0.125,
+            "outliers": names[:1],
+        },
+        "left_out": [{"client": "late [one]", "phase": "train", "reason": "no answer"}],
+        "notes": ["something [odd]"],
+    }
+
+
+def printed(value: dict, width: int = 80) -> str:
+    stream = io.StringIO()
+    print_results(value, Console(file=stream, width=width, force_terminal=True, color_system=None))
+    return stream.getvalue()
+
+
+def test_every_figure_is_printed_and_fits_a_terminal():
+    text = printed(results())
+    for figure in ("87.5", "100.0", "50.0", "93.8", "616 B", "7.0 MB", "+0.25", "0.125"):
+        assert figure in text
+    assert "late [one] (train): no answer" in text
+    assert "something [odd]" in text
+    assert "Outliers: client-0" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_a_figure_that_nobody_reported_is_a_dash():
+    value = results()
+    value["per_client"]["client-1"]["class_il_accuracy"] = None
+    assert "–" in printed(value)
+    assert percent(None) == "–"
+
+
+@pytest.mark.parametrize("clients", [1, 3, 40])
+def test_the_picture_is_well_formed_and_names_all(clients, tmp_path):
+    value = json.loads(json.dumps(results(clients)))
+    write_report(tmp_path, value)
+    root = ElementTree.parse(tmp_path / "report.svg").getroot()
+    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert all(f"client-{i}" in texts for i in range(clients))
+    assert "87.5" in texts
+
+
+def test_cosines_are_those_of_the_gram_matrix_and_zero_vectors_have_none():
+    assert cosines_of([[4.0, 3.0], [3.0, 9.0]]) == [[1.0, 0.5], [0.5, 1.0]]
+    assert cosines_of([[0.0, 0.0], [0.0, 9.0]]) == [[0.0, 0.0], [0.0, 1.0]]
