@@ -142,11 +142,11 @@ class Exchange:
             if message_id:
                 waiting[message_id] = client, sent, time.monotonic()
             else:
-                self._leave_out(phase, client, "its node is gone", Traffic(sent, 0, 0.0))
+                self.leave_out(phase, client, "its node is gone", Traffic(sent, 0, 0.0))
         self._collect(phase, waiting, fold)
         for client, sent, departed in waiting.values():
             reason = f"no answer within {self.timeout:g} s"
-            self._leave_out(phase, client, reason, Traffic(sent, 0, time.monotonic() - departed))
+            self.leave_out(phase, client, reason, Traffic(sent, 0, time.monotonic() - departed))
         self._close(phase, started)
         log(INFO, "%s: %d client(s), %.1f s", phase, len(self.traffic[phase]), self.seconds[phase])
         if decisive:
@@ -221,18 +221,18 @@ class Exchange:
         """Fold one reply in, or leave its client out."""
         if reply.has_error():
             reason = f"code {reply.error.code}: {reply.error.reason or 'no reason given'}"
-            self._leave_out(phase, client, reason, cost)
+            self.leave_out(phase, client, reason, cost)
             return
         try:
             body = from_record(reply.content, expected=phase, source=f"client {client!r}")
             peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
             name = fold(client, body)
         except FedcompoError as error:
-            self._leave_out(phase, client, str(error), cost)
+            self.leave_out(phase, client, str(error), cost)
             return
         except Exception as error:  # whatever a strange answer can provoke
             reason = f"its answer is malformed ({type(error).__name__}: {error})"
-            self._leave_out(phase, client, reason, cost)
+            self.leave_out(phase, client, reason, cost)
             return
         self._remember_peak(
             phase, {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
@@ -250,7 +250,8 @@ class Exchange:
             cost.seconds,
         )
 
-    def _leave_out(self, phase: str, client: str, reason: str, cost: Traffic) -> None:
+    def leave_out(self, phase: str, client: str, reason: str, cost: Traffic) -> None:
+        """Take a client out of all that follows, and say why."""
         del self.nodes[client]
         self.left_out.append(LeftOut(client, phase, reason))
         self.tell(

@@ -69,6 +69,8 @@ class ItaStrategy:
     described: dict[str, Description] = field(default_factory=dict)
     total: FisherDiagonal | None = None
     pool: Pool = field(default_factory=Pool)
+    ambiguous: set[str] = field(default_factory=set)
+    """Names that several nodes claimed."""
     realigned: dict[str, Mixtures] = field(default_factory=dict)
     """Mixtures of the composed model's features, by client."""
     head_is_realigned: bool = False
@@ -103,10 +105,7 @@ class ItaStrategy:
                 f"The node registered as {registered!r} calls itself {name!r}; it must use the "
                 "name under which it is registered."
             )
-        if name in self.described:
-            raise ContributionError(
-                f"A client named {name!r} has answered already; give each node a name of its own."
-            )
+        self._refuse_twins(name)
         check_backbone(name, str(manifest["base"]), self.backbone)
         classes = tuple(manifest["classes"])
         mixtures = checked_mixtures(name, body, classes, self.backbone.num_features)
@@ -119,6 +118,17 @@ class ItaStrategy:
             kind=Kind(kind) if kind else None,
         )
         return name
+
+    def _refuse_twins(self, name: str) -> None:
+        """Of two nodes with one name, neither can be trusted to be that client."""
+        reason = f"Two nodes call themselves {name!r}; give each node a name of its own."
+        if name in self.described:
+            del self.described[name]
+            self.ambiguous.add(name)
+            cost = self.exchange.traffic["features"].pop(name)
+            self.exchange.leave_out("features", name, reason, cost)
+        if name in self.ambiguous:
+            raise ContributionError(reason)
 
     # -- align ------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import timm
 import torch
 from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid, lost
+from PIL import Image
 
 from clients.app import app as client_app
 from clients.local import LocalClient
@@ -340,11 +341,12 @@ def test_a_client_that_never_answers_is_left_out_after_the_timeout(tmp_path):
     assert list(results["per_client"]) == ["client-0", "client-2"]
 
 
-def test_two_clients_of_one_name_are_not_mixed_up(tmp_path):
-    options = {"node_configs": {0: {"client": "twin"}, 1: {"client": "twin"}}}
-    results = run(options, tmp_path / "out", realign=False)
-    assert list(results["per_client"]) == ["client-2", "twin"]
-    assert "answered already" in results["left_out"][0]["reason"]
+def test_of_two_nodes_with_one_name_neither_is_used(tmp_path):
+    options = {"node_configs": {0: {"client": "twin"}, 2: {"client": "twin"}}}
+    results = run(options, tmp_path / "out", realign=False, min_clients=1)
+    assert list(results["per_client"]) == ["client-1"]
+    assert len(results["left_out"]) == 2
+    assert all("Two nodes call themselves 'twin'" in c["reason"] for c in results["left_out"])
 
 
 def test_without_everyones_features_the_trained_heads_stand(tmp_path):
@@ -384,3 +386,31 @@ def test_plain_task_arithmetic_sends_no_fisher_to_the_clients(tmp_path):
     results = run({}, tmp_path / "out", alpha=0.0, realign=False)
     sent = results["per_client"]["client-0"]["traffic"]["train"]["bytes_sent"]
     assert sent < results["backbone"]["target_parameters"]
+
+
+def test_clients_that_share_a_class_have_one_row_for_it(tmp_path):
+    owned = {"anna": ("dog", "owl"), "ben": ("cat", "dog")}
+    pixels = torch.Generator().manual_seed(0)
+    for client, classes in owned.items():
+        for name in classes:
+            for part, count in (("train", 8), ("test", 3)):
+                folder = tmp_path / "images" / client / part / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    picture = torch.randint(0, 255, (28, 28), generator=pixels).to(torch.uint8)
+                    Image.fromarray(picture.numpy()).save(folder / f"{i}.png")
+    results = run(
+        {"clients": 2}, tmp_path / "out", data=f"folder:{tmp_path / 'images'}", num_clients=2
+    )
+    assert list(results["per_client"]) == ["anna", "ben"]
+    assert results["classes"] == ["cat", "dog", "owl"]
+    assert results["left_out"] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["lora", "full", "ia3"])
+def test_all_phases_run_on_a_gpu(tmp_path, kind):
+    results = run({}, tmp_path / "out", kind=kind, device="cuda")
+    assert results["left_out"] == []
+    assert results["class_il_accuracy"] > 0.5
