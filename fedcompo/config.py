@@ -166,7 +166,10 @@ class TrainConfig:
         HeadStart.ALIGNED, "Head that training starts from: aligned (joint) or probe (own)."
     )
     alpha: float = setting(
-        100.0, "Strength of the Fisher anchor; 0: plain task arithmetic.", NOT_NEGATIVE
+        100.0,
+        "Strength of the Fisher anchor, on the backbone's own scale (embedded: about 100, DeiT: "
+        "about 1); 0: plain task arithmetic.",
+        NOT_NEGATIVE,
     )
     penalty: Penalty = setting(
         Penalty.IMPLICIT, "How the anchor acts: implicit, explicit (both decoupled) or coupled."
