@@ -115,7 +115,8 @@ def _traffic_table(results: Results) -> Table:
 
 def _diagnostics_table(results: Results) -> Table:
     found = results["diagnostics"]
-    table = Table(title="Task vectors: length, and cosine in the Fisher metric")
+    title = "Task vectors: length, and cosine in the Fisher metric"
+    table = Table(title=title, padding=(0, 1, 0, 0))  # five clients fit a terminal
     table.add_column("client")
     table.add_column("‖τ‖", justify="right")
     table.add_column("τᵀF̄τ", justify="right")

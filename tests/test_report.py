@@ -58,8 +58,8 @@ def printed(value: dict, width: int = 80) -> str:
 
 
 def test_every_figure_is_printed_and_fits_a_terminal():
-    text = printed(results())
-    for figure in ("87.5", "100.0", "50.0", "93.8", "616 B", "7.0 MB", "+0.25", "0.125"):
+    text = printed(results(5))
+    for figure in ("87.5", "100.0", "50.0", "93.8", "616 B", "7.0 MB", "+0.25", "4 │", "0.125"):
         assert figure in text
     assert "late [one] (train): no answer" in text
     assert "something [odd]" in text
