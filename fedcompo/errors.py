@@ -9,6 +9,9 @@
     │   └── BackboneMismatch two parties hold different pre-trained weights
     ├── FileFormatError      a file or message that is truncated, altered or of another kind
     ├── ContributionError    a contribution whose tensors cannot enter a composition
+    ├── RegistryError        a registry that cannot be opened, or cannot do what it is asked
+    │   ├── RegistryLocked   another process is changing it
+    │   └── RegistryDamaged  its files do not say what they should
     ├── TooFewClients        fewer usable clients than the run needs
     └── LaunchError          a simulation that could not start or did not finish
 
@@ -44,6 +47,18 @@ class FileFormatError(FedcompoError):
 
 class ContributionError(FedcompoError, ValueError):
     """A contribution whose tensors cannot enter a composition; names client and tensor."""
+
+
+class RegistryError(FedcompoError):
+    """A registry that cannot be opened, or cannot do what it is asked."""
+
+
+class RegistryLocked(RegistryError):
+    """Another process is changing the registry; says which, and since when."""
+
+
+class RegistryDamaged(RegistryError):
+    """A registry's files do not say what they should; names the file."""
 
 
 class TooFewClients(FedcompoError):

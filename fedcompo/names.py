@@ -1,36 +1,99 @@
-"""Names of clients: they become folders, so they must be plain."""
+"""Names of clients: they become folders, and people must be able to tell them apart."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 from fedcompo.errors import ContributionError
 
 LONGEST = 64
-RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
+"""Characters."""
+LONGEST_BYTES = 200
+"""In UTF-8; file systems take 255, and temporary files need some for themselves."""
+PUNCTUATION = " -_."
+RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}
+WRITTEN_TOGETHER = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}
+
+CYRILLIC = str.maketrans("авгекмнорстухѕіјһѵԁԛԝӏ", "abrekmhopctyxsljhvdqwl")
+GREEK = str.maketrans("αβεζηικμνορτυχ", "abezhlkmnoptyx")
+LATIN = str.maketrans("01iıǀɑɡ", "ollllag", "\u0307")  # the dot that is left of a folded İ
+LOOKALIKES = CYRILLIC | GREEK | LATIN
+"""Letters in lower case. Where the two cases look like different Latin letters, as ν and Ν do, the
+capital decides."""
 
 
 def check_client_name(name: str) -> str:
-    """Return the name if it can safely name a folder.
+    """Return the name if it can safely name a folder, on any system.
 
     Raises:
-        ContributionError: If it is empty, longer than 64 characters, starts with a dot, is reserved
-            on some system, or holds anything but letters, digits, spaces within, and ``-_.``.
+        ContributionError: If it is empty, longer than 64 characters or 200 bytes, or reserved on
+            some system; starts with a dot or a hyphen, or ends with a dot; mixes scripts (Han,
+            Hiragana and Katakana go together); or holds anything but letters, the digits 0 to 9,
+            spaces within, and ``-_.``. Combining marks that NFKC leaves are no letters.
     """
     faults = []
     if not 0 < len(name) <= LONGEST:
         faults.append(f"it has {len(name)} characters, expected 1 to {LONGEST}")
-    if name != unicodedata.normalize("NFKC", name):
+    elif (length := len(name.encode("utf-8", "surrogatepass"))) > LONGEST_BYTES:
+        faults.append(f"it takes {length} bytes, expected at most {LONGEST_BYTES}")
+    plain = unicodedata.normalize("NFKC", name)
+    if name != plain:
         faults.append("it is not in Unicode's compatible composed form (NFKC)")
-    if bad := sorted({c for c in name if not (c.isalnum() or c in " -_.")}):
-        faults.append(f"it holds {', '.join(map(repr, bad))}")
+    if bad := sorted({c for c in name if not _allowed(c)}):
+        faults.append(f"it holds {', '.join(map(ascii, bad[:8]))}{', …' if bad[8:] else ''}")
+    if len(scripts := {_script(c): c for c in reversed(name) if c.isalpha()}) > 1:
+        examples = (f"{script} ({scripts[script]!a})" for script in sorted(scripts))
+        faults.append(f"it mixes letters of {' and '.join(examples)}")
     if name[:1] in (".", " ", "-") or name[-1:] in (".", " "):
-        faults.append("it starts or ends with a dot, a space or a hyphen")
-    if name.split(".")[0].lower() in RESERVED:
+        faults.append("it starts with a dot, a space or a hyphen, or ends with a dot or a space")
+    if plain.partition(".")[0].rstrip(" ").casefold() in RESERVED:
         faults.append("some systems reserve it")
     if faults:
         raise ContributionError(
             f"{name[:80]!r} cannot be a client's name: {'; '.join(faults)}. "
-            "Use letters, digits, spaces within, hyphens, underscores and dots."
+            "Use letters of one script, digits, spaces within, hyphens, underscores and dots."
         )
     return name
+
+
+def resembles(name: str) -> str:
+    """Return a skeleton that is the same for names that could be taken for one another.
+
+    Names that differ in case alone are one folder on some systems. To the eye ``0`` and ``O`` are
+    one, so are ``1``, ``l`` and ``I`` (hence ``i``), and many Cyrillic and Greek letters are Latin
+    ones. It may join more than it must (``mail``, ``mall``), and knows no other scripts.
+    """
+    return unicodedata.normalize("NFKC", name).casefold().translate(LOOKALIKES)
+
+
+def check_distinct(name: str, known: Iterable[str]) -> str:
+    """Return the name if it cannot be mistaken for another one.
+
+    Args:
+        name: A client's name.
+        known: Names of other clients; the same name may be among them.
+
+    Raises:
+        ContributionError: If a known name is different, but resembles it.
+    """
+    for other in sorted(known):
+        if other != name and resembles(other) == resembles(name):
+            raise ContributionError(
+                f"{name!r} could be mistaken for the client {other!r}: upper and lower case do not "
+                "tell names apart, nor do look-alikes such as 0 and O, or 1, l and I. "
+                "Choose a name that differs visibly."
+            )
+    return name
+
+
+def _allowed(c: str) -> bool:
+    if c.isascii():
+        return c.isalnum() or c in PUNCTUATION
+    return c.isalpha() and "FILLER" not in unicodedata.name(c, "")  # Hangul's are invisible
+
+
+def _script(letter: str) -> str:
+    """First word of the letter's Unicode name, which is its script for nearly all letters."""
+    first = unicodedata.name(letter, "UNNAMED").partition(" ")[0]
+    return "CJK" if first in WRITTEN_TOGETHER else first

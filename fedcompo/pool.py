@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
@@ -68,12 +69,12 @@ class Pool:
 
     def only(self, *clients: str) -> Pool:
         """Return the pool of these clients: a specialised model."""
-        self._check_known(clients)
+        require_known(clients, self.clients, "pool")
         return Pool(tuple(c for c in self.contributions if c.client in clients))
 
     def without(self, *clients: str) -> Pool:
         """Return the pool as if these clients had never contributed."""
-        self._check_known(clients)
+        require_known(clients, self.clients, "pool")
         return Pool(tuple(c for c in self.contributions if c.client not in clients))
 
     def uniform(self) -> dict[str, float]:
@@ -112,6 +113,37 @@ class Pool:
             ContributionError: If the pool is empty, or the coefficients are not one a client, not
                 negative, summing to one.
         """
+        theta_p = dict(theta_0)
+        theta_p.update(self.stream(theta_0, coefficients, scale=scale, base=base))
+        return theta_p
+
+    def stream(
+        self,
+        theta_0: Mapping[str, Tensor],
+        coefficients: Mapping[str, float] | None = None,
+        *,
+        scale: float = 1.0,
+        base: str = "",
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Compose one weight at a time; see :meth:`compose`.
+
+        Yields:
+            Name and composed value of each weight that is changed, in the order of names.
+        """
+        coefficients = self.check_composable(coefficients, base=base)
+        for name in sorted({name for c in self for name in c.task_vector.names}):
+            weight = theta_0[name]
+            total = torch.zeros_like(weight, dtype=torch.float64)
+            for contribution in self:
+                if name in contribution.task_vector.names:
+                    delta = contribution.task_vector.delta(name, weight)
+                    total += coefficients[contribution.client] * delta.double()
+            yield name, (weight.double() + scale * total).to(weight.dtype)
+
+    def check_composable(
+        self, coefficients: Mapping[str, float] | None, *, base: str = ""
+    ) -> dict[str, float]:
+        """Return the coefficients to compose with; raises as :meth:`compose` does."""
         if not self.contributions:
             raise ContributionError("An empty pool cannot be composed; add a contribution.")
         trained_on = self.contributions[0].task_vector.base
@@ -122,25 +154,7 @@ class Pool:
             )
         coefficients = self.uniform() if coefficients is None else dict(coefficients)
         self._check_coefficients(coefficients)
-        theta_p = dict(theta_0)
-        for name in sorted({name for c in self for name in c.task_vector.names}):
-            total = torch.zeros_like(theta_0[name], dtype=torch.float64)
-            for contribution in self:
-                if name in contribution.task_vector.names:
-                    delta = contribution.task_vector.delta(name, theta_0[name])
-                    total += coefficients[contribution.client] * delta.double()
-            theta_p[name] = (theta_0[name].double() + scale * total).to(theta_0[name].dtype)
-        return theta_p
-
-    def _check_known(self, clients: Iterable[str]) -> None:
-        for client in clients:
-            if client not in self.clients:
-                near = difflib.get_close_matches(client, self.clients, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ContributionError(
-                    f"There is no client {client!r} in the pool, which holds "
-                    f"{', '.join(self.clients) or 'nobody'}.{hint}"
-                )
+        return coefficients
 
     def _check_coefficients(self, coefficients: Mapping[str, float]) -> None:
         if set(coefficients) != set(self.clients):
@@ -153,4 +167,16 @@ class Pool:
             raise ContributionError(
                 f"Coefficients must be >= 0 and sum to 1, got {dict(coefficients)} with the sum "
                 f"{total:.6g}. Use `scale` to enlarge the sum."
+            )
+
+
+def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raise ``ContributionError``, naming the nearest known name, unless all clients are known."""
+    for client in clients:
+        if client not in known:
+            near = difflib.get_close_matches(client, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ContributionError(
+                f"There is no client {client!r} in the {where}, which holds "
+                f"{', '.join(known) or 'nobody'}.{hint}"
             )

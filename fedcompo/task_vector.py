@@ -26,7 +26,7 @@ class TaskVector:
 
     kind: Kind
     """How the change is parametrised."""
-    tensors: Weights
+    tensors: Mapping[str, Tensor]
     """The delta's parameters, ``<weight name>/<parameter name>``."""
     base: str
     """Fingerprint of the pre-trained weights it belongs to."""
@@ -57,8 +57,8 @@ class TaskVector:
             :math:`\tau` of this weight, (out, in).
         """
         parameters = {
-            key.rpartition("/")[2]: tensor
-            for key, tensor in self.tensors.items()
+            key.rpartition("/")[2]: self.tensors[key]
+            for key in self.tensors  # read from disk, perhaps: no more than is needed
             if key.rpartition("/")[0] == name
         }
         return restore_delta(self.kind, weight, parameters)

@@ -3,7 +3,8 @@
 A file is an ordinary safetensors file. Its metadata holds one entry, ``manifest``: canonical JSON
 that says what the file is and carries the SHA-256 of everything else in it (the manifest's other
 entries; every tensor's name, dtype, shape and bytes). A changed byte, a missing tail or an added
-tensor is found on reading. A message carries the same bytes as a file.
+tensor is found on reading. Messages are packed the same way. :mod:`fedcompo.tensorstream` reads and
+writes such files one tensor at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -48,13 +49,7 @@ def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> byte
         A safetensors file.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    complete = {
-        **manifest,
-        "format_version": FORMAT_VERSION,
-        "fedcompo_version": version("fedcompo"),
-        "tensors_sha256": tensor_digest(tensors),
-    }
-    complete["sha256"] = _seal(complete)
+    complete = complete_manifest(manifest, tensor_digest(tensors))
     metadata = {"manifest": canonical(complete)}
     return bytes(safetensors.torch.save(tensors, metadata=metadata))
 
@@ -98,16 +93,26 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary file beside ``path``, sync it, rename it, sync the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = temporary_beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        put_in_place(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """Name of a file that does not exist, in the same folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a synced file and sync the folder."""
+    temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -120,7 +125,24 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
+def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only: turn those among the values back into tuples."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+
+
+def complete_manifest(manifest: Mapping[str, Any], tensors_sha256: str) -> dict[str, Any]:
+    """Add versions, the tensors' digest and the seal to what a file says of itself."""
+    complete = {
+        **manifest,
+        "format_version": FORMAT_VERSION,
+        "fedcompo_version": version("fedcompo"),
+        "tensors_sha256": tensors_sha256,
+    }
+    return {**complete, "sha256": seal(complete)}
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's other entries."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(canonical(rest).encode()).hexdigest()
 
@@ -151,7 +173,7 @@ def _check(tensors: Mapping[str, Tensor], manifest: dict[str, Any], text: str, s
             f"{source} has format version {found!r}, this fedcompo reads {FORMAT_VERSION}. "
             "Use the fedcompo version that wrote it."
         )
-    if manifest.get("sha256") != _seal(manifest) or text != canonical(manifest):
+    if manifest.get("sha256") != seal(manifest) or text != canonical(manifest):
         raise FileFormatError(
             f"The manifest of {source} does not match its own SHA-256: it was altered. "
             "Get the file again."

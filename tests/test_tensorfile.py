@@ -188,7 +188,7 @@ def test_a_manifest_of_another_shape_is_refused(text):
 
 def test_a_sealed_manifest_without_a_digest_of_the_tensors_is_refused():
     manifest = {"format_version": tensorfile.FORMAT_VERSION}
-    manifest["sha256"] = tensorfile._seal(manifest)
+    manifest["sha256"] = tensorfile.seal(manifest)
     assert refused(with_manifest(tensorfile.canonical(manifest)))
 
 

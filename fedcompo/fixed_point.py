@@ -1,0 +1,153 @@
+r"""Task vectors as whole numbers, so that a sum of them can be taken apart again.
+
+Floating-point sums depend on the order of their terms, and subtracting a term does not undo adding
+it. Here each :math:`\tau` is rounded once to a grid,
+
+.. math:: q = \mathrm{round}(2^{40}\,\tau), \qquad S = \sum_c m_c\,q_c, \qquad
+   \theta_P = \theta_0 + \frac{\lambda}{2^{40} M} S, \qquad M = \sum_c m_c
+
+with whole :math:`m_c` (1, or the client's number of examples), and S is summed in int64: adding and
+subtracting are exact, in any order, at a cost that does not grow with the number of clients.
+:math:`2^{-40} \approx 10^{-12}` is far below float32's resolution of a weight.
+
+The rounding is the same on every machine. A product of two float32 factors is exact in float64, so
+a LoRA's sum over its ranks, taken in their order, rounds once a rank whether or not the processor
+fuses multiplication and addition; a library's matrix product would not promise that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedcompo.config import Kind
+from fedcompo.deltas import stored_shapes
+from fedcompo.errors import ContributionError
+from fedcompo.task_vector import TaskVector
+
+BITS = 40
+GRID = 2.0**-BITS
+"""Distance of two neighbouring values."""
+LARGEST = 2.0**10
+"""Values of a task vector beyond this are refused; weights of a trained network are of order 1."""
+CEILING = 2**62
+"""No sum may come nearer to the end of int64 than by a factor of two."""
+PIECE = 1 << 16
+"""Elements worked on at a time: what is between input and result stays in the processor's cache."""
+
+
+def reproducible_delta(vector: TaskVector, name: str, weight: Tensor) -> Tensor:
+    r"""The change of one weight in float64, the same bits on every machine.
+
+    Args:
+        vector: A task vector of any kind; the factors of a LoRA are taken as float32.
+        name: Name of the weight.
+        weight: Its pre-trained value, (out, in).
+
+    Returns:
+        :math:`\tau` of this weight, (out, in), float64, on the CPU; memory of its own.
+    """
+    if vector.kind is Kind.FULL:
+        return vector.tensors[f"{name}/delta"].to(torch.float64, copy=True)
+    if vector.kind is Kind.IA3:
+        return weight.double() * (vector.tensors[f"{name}/l"].double() - 1)
+    a = vector.tensors[f"{name}/A"].float().double()
+    b = vector.tensors[f"{name}/B"].float().double()
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for rank in range(a.shape[0]):
+        total.addcmul_(b[:, rank : rank + 1], a[rank : rank + 1])
+    return total
+
+
+def rounded(vector: TaskVector, name: str, weight: Tensor, *, owner: str) -> Tensor:
+    """Round the change of one weight to the grid.
+
+    Args:
+        vector: Task vector.
+        name: Name of the weight.
+        weight: Its pre-trained value, (out, in).
+        owner: Whose task vector it is, for the error message.
+
+    Returns:
+        q, (out, in), int64.
+
+    Raises:
+        ContributionError: If a value is not finite, or beyond :data:`LARGEST`.
+    """
+    stored = {key: vector.tensors[f"{name}/{key}"] for key in stored_shapes(vector.kind, weight)}
+    result = torch.empty(weight.shape, dtype=torch.int64)
+    for rows in _pieces(weight):
+        own = {f"{name}/{key}": t if key == "A" else t[rows] for key, t in stored.items()}
+        delta = reproducible_delta(replace(vector, tensors=own), name, weight[rows])
+        if not (largest := _largest(delta)) <= LARGEST:  # also if it is not a number
+            raise ContributionError(
+                f"The task vector of {owner} changes {name!r} by {largest:g}, expected at most "
+                f"{LARGEST:g}. Its training diverged: train it again with a lower `learning-rate`."
+            )
+        result[rows] = delta.mul_(2.0**BITS).round_()
+    return result
+
+
+def _pieces(weight: Tensor) -> Iterator[slice]:
+    """Rows of a weight, about :data:`PIECE` elements at a time."""
+    if weight.numel():
+        step = max(1, PIECE * len(weight) // weight.numel())
+        yield from (slice(start, start + step) for start in range(0, len(weight), step))
+
+
+def _largest(values: Tensor) -> float | int:
+    """Largest absolute value; not a number if one of them is not."""
+    if not values.numel():
+        return 0
+    low, high = (bound.item() for bound in values.aminmax())
+    return max(-low, high)
+
+
+def feed(digest: Any, name: str, values: Tensor) -> None:
+    """Let a hash take in the rounded change of one weight."""
+    digest.update(f"{name}|{tuple(values.shape)}|".encode())
+    digest.update(values.contiguous().numpy().data)
+
+
+def add(total: Tensor, term: Tensor, times: int) -> Tensor:
+    """Return ``total + times * term``, exactly; negative ``times`` takes terms out.
+
+    Raises:
+        ContributionError: If the sum would leave the range of int64.
+    """
+    peak = _largest(term)
+    if max(peak, 1) * abs(times) >= CEILING:
+        raise ContributionError(
+            f"A value of {peak * GRID:g} counted {abs(times)} times leaves the range of the "
+            "running sum. Compose with `coefficients = uniform`."
+        )
+    result = torch.add(total, term, alpha=times)
+    if _largest(result) >= CEILING:
+        raise ContributionError(
+            "The running sum leaves the range of int64: there are too many clients with too large "
+            "changes. Compose with `coefficients = uniform`, or split the registry."
+        )
+    return result
+
+
+def compose(weight: Tensor, total: Tensor, *, count: int, scale: float) -> Tensor:
+    r"""Turn a sum into a composed weight: :math:`\theta_0 + \lambda S / (2^{40} M)`.
+
+    Args:
+        weight: Pre-trained value, (out, in).
+        total: S, (out, in), int64.
+        count: M; at least 1.
+        scale: :math:`\lambda`.
+
+    Returns:
+        (out, in), in the dtype of ``weight``; the same bits on every machine.
+    """
+    result = torch.empty_like(weight)
+    for rows in _pieces(weight):
+        change = total[rows].double().mul_(scale * GRID / count)
+        result[rows] = change.add_(weight[rows].double())
+    return result

@@ -1,0 +1,110 @@
+"""The pre-trained weights as one file, so that a registry later needs no hub and no checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from fedcompo.backbone import Backbone
+from fedcompo.deltas import Weights
+from fedcompo.errors import BackboneError, FileFormatError
+from fedcompo.preprocessing import Preprocessing
+from fedcompo.tensorfile import tuples
+from fedcompo.tensorstream import StreamedTensors, save_streamed
+
+CONTENT = "backbone"
+
+
+def save_backbone(path: Path, backbone: Backbone) -> None:
+    """Write all weights of a backbone, and what is needed to build it again."""
+    manifest = {
+        "content": CONTENT,
+        "name": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "preprocessing": asdict(backbone.preprocessing),
+        "architecture": backbone.architecture,
+        "classifier": backbone.classifier,
+        "model_args": backbone.model_args,
+        "num_features": backbone.num_features,
+        "target_weights": sorted(backbone.theta_0),
+    }
+    save_streamed(path, backbone.model.state_dict(), manifest)
+
+
+class StoredBackbone:
+    """Pre-trained weights on disk; a weight is read when it is asked for."""
+
+    def __init__(self, path: Path, *, guard: Callable[[], None] = lambda: None) -> None:
+        """Read the header of what :func:`save_backbone` wrote.
+
+        Args:
+            path: The file.
+            guard: Called before a weight is read; raises if the file is not to be trusted.
+
+        Raises:
+            FileFormatError: If it is altered, or something else.
+        """
+        self.tensors = StreamedTensors(path, guard=guard)
+        manifest = self.tensors.manifest
+        if manifest.get("content") != CONTENT:
+            raise FileFormatError(
+                f"{path} holds a {manifest.get('content')!r}, expected a {CONTENT!r}."
+            )
+        self.path = path
+        self.fingerprint: str = manifest["fingerprint"]
+        self.architecture: str = manifest["architecture"]
+        self.classifier: str = manifest["classifier"]
+        self.model_args: dict[str, Any] = manifest["model_args"]
+        self.num_features: int = manifest["num_features"]
+        self.target_weights: tuple[str, ...] = tuple(manifest["target_weights"])
+
+    @property
+    def theta_shapes(self) -> Weights:
+        """The target weights without their values (on torch's ``meta`` device)."""
+        layout = self.tensors.layout
+        return {
+            name: torch.empty(layout[name][1], dtype=layout[name][0], device="meta")
+            for name in self.target_weights
+        }
+
+    def load(self, device: torch.device | str = "cpu") -> Backbone:
+        """Build the model and fill it.
+
+        Raises:
+            FileFormatError: If a byte of the weights was altered.
+            BackboneError: If this timm cannot build the model.
+        """
+        self.tensors.check()
+        manifest = self.tensors.manifest
+        try:
+            model = timm.create_model(
+                self.architecture, pretrained=False, num_classes=0, **self.model_args
+            )
+            model.load_state_dict(dict(self.tensors))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise BackboneError(
+                f"timm {timm.__version__} cannot rebuild {self.architecture!r} from "
+                f"{self.path}: {error}. Use the timm version that the weights were stored with."
+            ) from error
+        model = model.float().eval().requires_grad_(False).to(device)
+        parameters = dict(model.named_parameters())
+        return Backbone(
+            model=model,
+            theta_0={name: parameters[name].detach() for name in self.target_weights},
+            name=manifest["name"],
+            fingerprint=self.fingerprint,
+            preprocessing=self.preprocessing,
+            architecture=self.architecture,
+            classifier=self.classifier,
+            model_args=self.model_args,
+        )
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The input it was trained to see."""
+        return Preprocessing(**tuples(self.tensors.manifest["preprocessing"]))

@@ -1,0 +1,295 @@
+"""Files of :mod:`fedcompo.tensorfile`, read and written one tensor at a time.
+
+Memory is needed for the tensor in use, whatever the size of the file. Files are read, not mapped: a
+mapped page counts as the process's own memory until something else wants it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcompo.errors import FileFormatError
+from fedcompo.tensorfile import (
+    FORMAT_VERSION,
+    canonical,
+    complete_manifest,
+    put_in_place,
+    seal,
+    temporary_beside,
+)
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of each tensor, by name."""
+
+
+class StreamedTensors(Mapping[str, Tensor]):
+    """The tensors of a file; each is read when it is asked for, and not kept."""
+
+    def __init__(self, path: Path, *, guard: Callable[[], None] = lambda: None) -> None:
+        """Read the header.
+
+        Args:
+            path: The file.
+            guard: Called before a tensor is read; raises if the file is not to be trusted.
+
+        Raises:
+            FileFormatError: If the file cannot be read, is truncated, or its header does not
+                describe what it holds.
+        """
+        self.path, self._guard = path, guard
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, size)))
+            self._start = 8 + length
+            self.manifest = _manifest_of(header)
+            self._places = {
+                str(name): (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+            self._check_places(size - self._start)
+        except OSError as error:
+            raise FileFormatError(f"{path} cannot be read: {error.strerror}.") from error
+        except Exception as error:  # whatever strange bytes can provoke
+            raise FileFormatError(
+                f"{path} is not a complete fedcompo file ({type(error).__name__}: {error}). "
+                "It was truncated, altered or written by something else; get it again."
+            ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        self._guard()
+        dtype, shape, begin, end = self._places[name]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._start + begin)
+                data = np.fromfile(file, dtype=np.uint8, count=end - begin)
+        except OSError as error:
+            self._guard()  # it may know better why
+            raise FileFormatError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if len(data) != end - begin:
+            raise FileFormatError(f"{self.path} ended before its tensor {name!r}; get it again.")
+        if not len(data):  # which torch cannot see as another dtype
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_numpy(data).view(dtype).view(shape)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of this name; nothing is read."""
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, sorted."""
+        return iter(sorted(self._places))
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._places)
+
+    @property
+    def layout(self) -> Layout:
+        """Dtype and shape of each tensor, by name; nothing is read."""
+        return {name: place[:2] for name, place in self._places.items()}
+
+    def check(self) -> None:
+        """Read every tensor once and hold it against the manifest.
+
+        Raises:
+            FileFormatError: If a byte was altered.
+        """
+        digest = TensorDigest()
+        for name in self:
+            digest.add(name, self[name])
+        if self.manifest.get("tensors_sha256") != digest.hexdigest():
+            raise FileFormatError(
+                f"The tensors of {self.path} have SHA-256 {digest.hexdigest()[:16]}…, the manifest "
+                f"says {str(self.manifest.get('tensors_sha256'))[:16]}…: they were altered. "
+                "Get the file again."
+            )
+
+    def _check_places(self, available: int) -> None:
+        """Tensors must lie end to end and fill the file."""
+        position = 0
+        for dtype, shape, begin, end in sorted(self._places.values(), key=lambda p: (p[2], p[3])):
+            if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+                raise ValueError(f"shape {shape} or place {begin}, {end} of a tensor")
+            if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"the tensors do not lie end to end at byte {position}")
+            position = end
+        if position != available:
+            raise ValueError(f"{available} bytes of tensors, expected {position}")
+
+
+class Section(Mapping[str, Tensor]):
+    """The tensors whose names start with ``<prefix>/``, under what follows it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self._tensors, self._start = tensors, f"{prefix}/"
+        self._names = [n.removeprefix(self._start) for n in tensors if n.startswith(self._start)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self._tensors[self._start + name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names without the prefix."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._names)
+
+
+class TensorWriter:
+    """Writes a file tensor by tensor, in the order of names; use it as a context.
+
+    The digest of the tensors stands in the header, before them: it is filled in at the end, at the
+    same length. The file is synced to disk when the context ends without an error; putting it in
+    its place is up to the caller.
+    """
+
+    def __init__(self, path: Path, layout: Layout, manifest: Mapping[str, Any]) -> None:
+        """Say what will come.
+
+        Args:
+            path: A new file.
+            layout: Dtype and shape of every tensor.
+            manifest: See :func:`fedcompo.tensorfile.to_bytes`.
+        """
+        self.path, self._layout, self._entries = path, dict(layout), dict(manifest)
+        self._digest, self._due = TensorDigest(), iter(sorted(layout))
+        self._file: IO[bytes]
+
+    def __enter__(self) -> TensorWriter:
+        """Create the file."""
+        self._file = self.path.open("xb")
+        self._file.write(self._header("0" * 64))
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor; names must come sorted, dtypes and shapes as announced."""
+        due = next(self._due, None)
+        found = tensor.dtype, tuple(tensor.shape)
+        if name != due or found != self._layout[name]:
+            raise ValueError(f"{name!r} {found} is written to {self.path.name}, but {due!r} is due")
+        tensor = tensor.detach().cpu().contiguous()
+        self._digest.add(name, tensor)
+        self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """Fill in the digest and sync; after an error leave the file as it is."""
+        with self._file as file:
+            if kind is not None:
+                return
+            if (due := next(self._due, None)) is not None:
+                raise ValueError(f"{self.path.name} ends before {due!r}")
+            file.seek(0)
+            file.write(self._header(self._digest.hexdigest()))
+            file.flush()
+            os.fsync(file.fileno())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tensors written so far."""
+        return self._digest.hexdigest()
+
+    def _header(self, digest: str) -> bytes:
+        manifest = complete_manifest(self._entries, digest)
+        metadata = {"format": "pt", "manifest": canonical(manifest)}
+        header: dict[str, Any] = {"__metadata__": metadata}
+        position = 0
+        for name in sorted(self._layout):
+            dtype, shape = self._layout[name]
+            end = position + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+class TensorDigest:
+    """:func:`fedcompo.tensorfile.tensor_digest`, fed one tensor at a time in the order of names."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in one tensor."""
+        tensor = tensor.detach().cpu().contiguous()
+        self._sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        self._sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        """SHA-256 so far, hexadecimal."""
+        return self._sha.hexdigest()
+
+
+def save_streamed(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
+    """Write a file tensor by tensor; a crash leaves the old file or the new one.
+
+    Returns:
+        SHA-256 of the tensors.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    try:
+        with TensorWriter(temporary, layout, manifest) as writer:
+            for name in sorted(tensors):
+                writer.write(name, tensors[name])
+        put_in_place(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return writer.digest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    text = header["__metadata__"]["manifest"]
+    manifest: dict[str, Any] = json.loads(text)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"format version {manifest.get('format_version')!r}, expected {FORMAT_VERSION}"
+        )
+    if manifest.get("sha256") != seal(manifest) or text != canonical(manifest):
+        raise ValueError("the manifest does not match its own SHA-256")
+    return manifest

@@ -1,0 +1,261 @@
+"""Changes of a folder that happen as a whole or not at all, whenever the process dies.
+
+::
+
+    stage    new files are written under pending/new/, the new state as pending/state.json
+    commit   pending/commit.json appears, by a rename: from here on the change will happen
+    apply    staged folders move to their places, the journal grows, state.json is exchanged
+             (what readers see), then what has to go is deleted, and last pending/ itself
+
+Before the commit a crash leaves the old state: recovery deletes ``pending/``. After it, recovery
+applies what is left to apply; each step can be repeated. Nothing that the old state names is
+touched before the new state is in place, so readers need no lock. Writers hold a lock that the
+system takes back when its holder dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedcompo.errors import RegistryDamaged, RegistryLocked
+from fedcompo.journal import utc_now
+from fedcompo.tensorfile import tuples
+
+LOCK, PENDING, COMMIT = "lock", "pending", "commit.json"
+STATE, JOURNAL, MODEL = "state.json", "journal.jsonl", "model"
+TICK = 0.1
+"""Seconds between two attempts to get the lock."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is left to do once a change is committed; paths are relative to the folder."""
+
+    moves: tuple[str, ...]
+    """Staged folders and files that take their places; new names all."""
+    journal_size: int
+    """Bytes of the journal before the change."""
+    journal_lines: tuple[str, ...]
+    """What it grows by."""
+    deletions: tuple[str, ...]
+    """Folders and files that the new state no longer names."""
+    model: str
+    """Folder that the link ``model`` shall point to; empty: none."""
+
+
+@contextlib.contextmanager
+def locked(
+    root: Path,
+    purpose: str,
+    *,
+    patience: float = 60.0,
+    on_wait: Callable[[str], None] = lambda holder: None,
+) -> Iterator[None]:
+    """Hold the writer's lock, after completing or undoing what a dead writer left.
+
+    Args:
+        root: The folder.
+        purpose: What for; told to whoever waits.
+        patience: Seconds to wait for another writer.
+        on_wait: Told once who holds the lock.
+
+    Raises:
+        RegistryLocked: If another writer holds it for longer; says who, and since when.
+    """
+    with (root / LOCK).open("a+", encoding="utf-8") as file:
+        _acquire(file.fileno(), root, patience, on_wait)
+        file.truncate(0)
+        file.write(
+            f"{purpose}, by {_user()} in process {os.getpid()} on {socket.gethostname()} "
+            f"since {utc_now()}\n"
+        )
+        file.flush()
+        try:
+            recover(root)
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                file.truncate(0)
+
+
+def recover_if_idle(root: Path) -> None:
+    """Complete or undo what a dead writer left, unless a living one is at work."""
+    if not (root / PENDING).exists():
+        return
+    with contextlib.suppress(RegistryLocked, OSError), locked(root, "recover", patience=0):
+        pass  # where nothing can be written, what there is can be read all the same
+
+
+def stage(root: Path) -> Path:
+    """Make the folder for new files, ``pending/new``; call with the lock held."""
+    folder = root / PENDING / "new"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def discard(root: Path) -> None:
+    """Delete what is staged."""
+    shutil.rmtree(root / PENDING, ignore_errors=True)
+
+
+def commit(root: Path, change: Change, state: str) -> None:
+    """Make a staged change happen.
+
+    Args:
+        root: The folder; the lock is held.
+        change: What to do.
+        state: The new ``state.json``.
+
+    Raises:
+        RegistryDamaged: If something lies where a staged folder should go.
+    """
+    for path in change.moves:
+        if (root / path).exists():
+            raise RegistryDamaged(
+                f"{root / path} is in the way: the registry did not put it there. "
+                "Move it elsewhere, then try again."
+            )
+    pending = root / PENDING
+    _sync_tree(pending / "new")
+    write_synced(pending / STATE, state.encode())
+    write_synced(pending / "commit", json.dumps(asdict(change)).encode())
+    (pending / "commit").rename(pending / COMMIT)
+    _sync_folder(pending)
+    _sync_folder(root)  # pending/ itself must be found again
+    _apply(root, change)
+
+
+def recover(root: Path) -> None:
+    """Complete a committed change, undo one that was not; call with the lock held.
+
+    Raises:
+        RegistryDamaged: If the commit cannot be read.
+    """
+    pending = root / PENDING
+    if not pending.exists():
+        return
+    if not (pending / COMMIT).exists():
+        discard(root)
+        return
+    try:
+        values = json.loads((pending / COMMIT).read_text(encoding="utf-8"))
+        change = Change(**tuples(values))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RegistryDamaged(
+            f"{pending / COMMIT} cannot be read ({error}). A change was committed there but cannot "
+            "be completed; restore the registry from a copy."
+        ) from error
+    _apply(root, change)
+
+
+def _apply(root: Path, change: Change) -> None:
+    """Do, or finish, what a commit says; every step may have been done already."""
+    pending = root / PENDING
+    for path in change.moves:
+        if (pending / "new" / path).exists():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (pending / "new" / path).rename(root / path)
+            _sync_folder((root / path).parent)
+    _sync_folder(root)
+    if (pending / STATE).exists():  # else readers go by the new state already, and its journal
+        _grow_journal(root / JOURNAL, change)
+        (pending / STATE).replace(root / STATE)
+        _sync_folder(root)
+    _point_model(root, change.model)
+    for path in change.deletions:
+        delete(root / path)
+        _sync_folder((root / path).parent)  # or it could be back after a power cut
+    shutil.rmtree(pending)
+    _sync_folder(root)
+
+
+def _grow_journal(path: Path, change: Change) -> None:
+    with path.open("r+b") as file:
+        file.truncate(change.journal_size)
+        file.seek(change.journal_size)
+        file.write("".join(f"{line}\n" for line in change.journal_lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _point_model(root: Path, folder: str) -> None:
+    """Exchange the link to the current composition in one step."""
+    link, fresh = root / MODEL, root / PENDING / MODEL
+    if not folder:
+        link.unlink(missing_ok=True)
+        return
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder, target_is_directory=True)
+    fresh.replace(link)
+
+
+def _acquire(handle: int, root: Path, patience: float, on_wait: Callable[[str], None]) -> None:
+    deadline, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = (root / LOCK).read_text(encoding="utf-8").strip() or "another process"
+        if time.monotonic() >= deadline:
+            raise RegistryLocked(
+                f"The registry {root} is being changed ({holder}), for more than {patience:g} s. "
+                "Wait for it to end, then try again."
+            )
+        if not told:
+            on_wait(holder)
+            told = True
+        time.sleep(TICK)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return f"user {os.getuid()}"
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a staged file, to disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_tree(folder: Path) -> None:
+    """Sync every folder below; their files were synced when they were written."""
+    for path, _, _ in os.walk(folder):
+        _sync_folder(Path(path))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files: Sequence[Path] = [path] if path.is_file() else list(path.rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())

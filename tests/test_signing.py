@@ -1,0 +1,126 @@
+"""Keys and signatures: who holds the private half can sign, everyone else can only check."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from registry_builders import overwrite
+
+from fedcompo import signing
+from fedcompo.errors import FileFormatError
+
+MESSAGE = b"who, when, why"
+
+
+@pytest.fixture
+def keys(tmp_path):
+    signing.create_key(tmp_path / "key.pem", tmp_path / "public.pem")
+    return tmp_path / "key.pem", tmp_path / "public.pem"
+
+
+def test_a_signature_holds_under_the_public_key_alone(keys):
+    private, public = keys
+    signature = signing.sign(MESSAGE, private)
+    private.unlink()
+    assert signing.is_signed(MESSAGE, signature, public)
+
+
+def test_it_is_plain_ed25519_that_others_can_check(keys):
+    private, public = keys
+    key = serialization.load_pem_public_key(public.read_bytes())
+    assert isinstance(key, Ed25519PublicKey)
+    key.verify(bytes.fromhex(signing.sign(MESSAGE, private)), MESSAGE)  # raises if it is not
+
+
+def test_the_same_message_has_the_same_signature(keys):
+    assert signing.sign(MESSAGE, keys[0]) == signing.sign(MESSAGE, keys[0])
+
+
+def test_any_changed_bit_of_message_or_signature_is_refused(keys):
+    private, public = keys
+    signature = signing.sign(MESSAGE, private)
+    for position in range(len(MESSAGE) * 8):
+        other = bytearray(MESSAGE)
+        other[position // 8] ^= 1 << position % 8
+        assert not signing.is_signed(bytes(other), signature, public)
+    for position in range(len(signature) * 8):
+        data = bytearray(signature.encode())
+        data[position // 8] ^= 1 << position % 8
+        assert not signing.is_signed(MESSAGE, data.decode("latin-1"), public)
+
+
+@pytest.mark.parametrize("change", [str.upper, lambda s: f" {s}", lambda s: s + "00", lambda s: ""])
+def test_a_signature_is_written_in_one_way_only(change, keys):
+    private, public = keys
+    signature = signing.sign(MESSAGE, private)
+    assert change(signature) != signature
+    assert not signing.is_signed(MESSAGE, change(signature), public)
+
+
+def test_another_key_does_not_do(keys, tmp_path):
+    signing.create_key(tmp_path / "other.pem", tmp_path / "other-public.pem")
+    signature = signing.sign(MESSAGE, tmp_path / "other.pem")
+    assert not signing.is_signed(MESSAGE, signature, keys[1])
+    with pytest.raises(FileFormatError, match="do not belong together"):
+        signing.check_pair(tmp_path / "other.pem", keys[1])
+
+
+def test_the_private_key_is_for_its_owner_alone_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        signing.create_key(tmp_path / "key.pem", tmp_path / "public.pem")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["key.pem", "public.pem"])
+def test_a_key_is_never_overwritten(name, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError):
+        signing.create_key(tmp_path / "key.pem", tmp_path / "public.pem")
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_every_altered_byte_of_either_key_is_found(keys):
+    signing.check_pair(*keys)
+    for path in keys:
+        data = path.read_bytes()
+        for position in range(len(data)):
+            altered = bytearray(data)
+            altered[position] ^= 1
+            overwrite(path, altered)
+            with pytest.raises(FileFormatError, match=path.name):
+                signing.check_pair(*keys)
+        overwrite(path, data)
+    signing.check_pair(*keys)
+
+
+def test_missing_and_foreign_keys_are_named(keys, tmp_path):
+    private, public = keys
+    with pytest.raises(FileFormatError, match=r"nowhere\.pem cannot be read"):
+        signing.sign(MESSAGE, tmp_path / "nowhere.pem")
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        signing.is_signed(MESSAGE, "", private)  # a private key is no public one
+    foreign = ec.generate_private_key(ec.SECP256R1())
+    private.write_bytes(
+        foreign.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    with pytest.raises(FileFormatError, match="expected an Ed25519 key"):
+        signing.sign(MESSAGE, private)
+    public.write_bytes(
+        foreign.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    with pytest.raises(FileFormatError, match="expected an Ed25519 key"):
+        signing.is_signed(MESSAGE, "", public)
