@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from fedcompo.config import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal
+from fedcompo.fisher_file import load_fisher, open_fisher, save_fisher
 from fedcompo.heads import Head
 from fedcompo.task_vector import TaskVector
+from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
 
 CONTENT = "contribution.safetensors"
 FISHER = "fisher.safetensors"
@@ -74,11 +76,12 @@ class Contribution:
             "lineage": asdict(self.lineage),
             "settings": self.settings,
         }
-        tensorfile.save(folder / CONTENT, tensors, card)
-        files = {CONTENT: tensorfile.tensor_digest(tensors)}
+        files = {CONTENT: save_streamed(folder / CONTENT, tensors, card)}
         (folder / FISHER).unlink(missing_ok=True)
         if self.fisher is not None:
-            files[FISHER] = save_fisher(folder / FISHER, self.fisher, client=self.client)
+            files[FISHER] = save_fisher(
+                folder / FISHER, self.fisher, client=self.client, base=self.task_vector.base
+            )
         card_text = json.dumps({**card, "tensors_sha256": files}, indent=2, default=list)
         tensorfile.write_atomically(folder / CARD, (card_text + "\n").encode())
         return files
@@ -93,41 +96,73 @@ class Contribution:
 
         Raises:
             FileFormatError: If a file is missing, truncated, altered, or not this client's.
+            BackboneMismatch: If its Fisher was estimated at other pre-trained weights.
         """
         tensors, manifest = tensorfile.load(folder / CONTENT)
         _expect(manifest, "contribution", folder / CONTENT)
         stated = _checked_card(folder, manifest)
         fisher = None
         if with_fisher and FISHER in stated:
-            fisher = load_fisher(folder / FISHER, client=manifest["client"])
+            fisher = load_fisher(folder / FISHER, **_owner(manifest))
             _same_digest(folder, FISHER, stated, tensorfile.tensor_digest(fisher.sums))
-        try:
-            return cls(**_unpacked(tensors, manifest), fisher=fisher)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise FileFormatError(
-                f"The manifest of {folder / CONTENT} cannot be used ({type(error).__name__}: "
-                f"{error}). It was written by something else than this fedcompo."
-            ) from error
+        return _built(folder, tensors, manifest, fisher)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        with_fisher: bool = True,
+        guard: Callable[[Path], None] = lambda path: None,
+    ) -> Contribution:
+        """Like :meth:`load`, but task vector and Fisher are read tensor by tensor when asked for.
+
+        Args:
+            folder: The contribution's own folder.
+            with_fisher: Offer the Fisher too, where there is one.
+            guard: Called with a file's path before a tensor is read from it; raises if the file is
+                not to be trusted. Without it, bytes are not held against their digests.
+        """
+        path, fisher_path = folder / CONTENT, folder / FISHER
+        tensors = StreamedTensors(path, guard=lambda: guard(path))
+        _expect(tensors.manifest, "contribution", folder / CONTENT)
+        stated = _checked_card(folder, tensors.manifest)
+        fisher = None
+        if with_fisher and FISHER in stated:
+            fisher = open_fisher(
+                fisher_path, **_owner(tensors.manifest), guard=lambda: guard(fisher_path)
+            )
+            found = StreamedTensors(fisher_path).manifest["tensors_sha256"]
+            _same_digest(folder, FISHER, stated, found)
+        return _built(folder, tensors, tensors.manifest, fisher)
+
+
+def _built(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    fisher: FisherDiagonal | None,
+) -> Contribution:
+    try:
+        return Contribution(**_unpacked(tensors, manifest), fisher=fisher)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FileFormatError(
+            f"The manifest of {folder / CONTENT} cannot be used ({type(error).__name__}: "
+            f"{error}). It was written by something else than this fedcompo."
+        ) from error
 
 
 def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a contribution, but for its Fisher."""
-    vector = {
-        name.removeprefix("task_vector/"): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("task_vector/")
-    }
-    lineage: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in manifest["lineage"].items()
-    }
     return {
         "client": manifest["client"],
-        "task_vector": TaskVector(Kind(manifest["kind"]), vector, manifest["base"]),
+        "task_vector": TaskVector(
+            Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
+        ),
         "head": Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
         "features": mixtures_from(tensors, manifest["mixtures"]),
         "num_examples": manifest["num_examples"],
-        "lineage": Lineage(**lineage),
+        "lineage": Lineage(**tensorfile.tuples(manifest["lineage"])),
         "settings": manifest["settings"],
     }
 
@@ -156,23 +191,9 @@ def mixtures_from(
     }
 
 
-def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str) -> str:
-    """Write a Fisher sum (float32) to one file; returns the SHA-256 of its tensors."""
-    sums = {name: total.float() for name, total in fisher.sums.items()}
-    manifest = {"content": "fisher", "client": client, "num_examples": fisher.num_examples}
-    tensorfile.save(path, sums, manifest)
-    return tensorfile.tensor_digest(sums)
-
-
-def load_fisher(path: Path, *, client: str) -> FisherDiagonal:
-    """Read what :func:`save_fisher` wrote; ``FileFormatError`` if it is not this client's."""
-    sums, manifest = tensorfile.load(path)
-    _expect(manifest, "fisher", path)
-    if manifest.get("client") != client:
-        raise FileFormatError(
-            f"{path} belongs to client {manifest.get('client')!r}, expected {client!r}."
-        )
-    return FisherDiagonal(sums, manifest["num_examples"])
+def _owner(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Whose Fisher belongs to a contribution, and at which weights."""
+    return {key: str(manifest.get(key)) for key in ("client", "base")}
 
 
 def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:
@@ -194,7 +215,7 @@ def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
             for key in card.keys() | expected
             if key not in card or key not in expected or card[key] != expected[key]
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(
             f"{folder / CARD} cannot be read ({type(error).__name__}: {error}). "
             "Restore the folder from where it came."

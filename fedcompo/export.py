@@ -18,6 +18,7 @@ import safetensors.torch
 from fedcompo.backbone import Backbone
 from fedcompo.deltas import Weights
 from fedcompo.heads import Head
+from fedcompo.stored_backbone import StoredBackbone
 from fedcompo.tensorfile import write_atomically
 
 WEIGHTS = "model.safetensors"
@@ -40,22 +41,23 @@ def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) ->
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}
     write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     write_atomically(
-        folder / CONFIG, (json.dumps(_config(backbone, head), indent=2) + "\n").encode()
+        folder / CONFIG, (json.dumps(timm_config(backbone, head.classes), indent=2) + "\n").encode()
     )
 
 
-def _config(backbone: Backbone, head: Head) -> dict[str, Any]:
+def timm_config(backbone: Backbone | StoredBackbone, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What timm must know to build the model and feed it; the classes become ``label_names``."""
     seen = backbone.preprocessing
     return {
         "architecture": backbone.architecture,
-        "num_classes": len(head.classes),
+        "num_classes": len(classes),
         "num_features": backbone.num_features,
-        "label_names": list(head.classes),
+        "label_names": list(classes),
         "model_args": backbone.model_args,
         "pretrained_cfg": {
             "tag": "fedcompo",
             "custom_load": False,
-            "num_classes": len(head.classes),
+            "num_classes": len(classes),
             "input_size": [seen.channels, seen.image_size, seen.image_size],
             "fixed_input_size": True,
             "interpolation": seen.interpolation,

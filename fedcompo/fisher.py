@@ -3,10 +3,11 @@ r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters to wha
 .. math:: F = \sum_x \sum_c p_c(x) \left(\frac{\partial \log p_c(x)}{\partial\theta}\right)^2,
    \qquad p = \mathrm{softmax}(W f(x; \theta) + b)
 
-With :math:`A(x)` the classes × features matrix of rows :math:`\sqrt{p_c}\,(W_c - \sum_k p_k W_k)`,
-one example's Fisher is :math:`J^\top A^\top A\,J` with :math:`J = \partial f/\partial\theta`. Any
-vectors :math:`v_k` with :math:`\sum_k v_k v_k^\top = A^\top A` give its diagonal,
-:math:`\sum_k (J^\top v_k)^2`, by one backward pass each, all examples of a batch at once:
+With :math:`A(x)^\top A(x)` the softmax curvature as the features see it
+(:mod:`fedcompo.curvature`), one example's Fisher is :math:`J^\top A^\top A\,J` with
+:math:`J = \partial f/\partial\theta`. Any vectors :math:`v_k` with
+:math:`\sum_k v_k v_k^\top = A^\top A` give its diagonal, :math:`\sum_k (J^\top v_k)^2`, by one
+backward pass each, all examples of a batch at once:
 
 - *exact*: the scaled eigenvectors of :math:`A^\top A`, at most min(classes - 1, features) of them;
 - *leading*: only the first r of these. The result is never above the exact one, and what is
@@ -27,8 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from fedcompo.config import FisherKind
+from fedcompo.curvature import curvature_factors, leading_rank
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
+from fedcompo.heads import Head
 from fedcompo.per_example import (
     evaluation_mode,
     recorded,
@@ -36,24 +39,62 @@ from fedcompo.per_example import (
     squared_gradients,
 )
 
+HEAD = ("head.weight", "head.bias")
+"""Names of the head's entries; their rows belong to classes."""
+
 
 @dataclass(frozen=True)
 class FisherDiagonal:
-    """A *sum* over examples, and their count: what can be added can be taken away again."""
+    """A *sum* over examples, and their count: what can be added can be taken away again.
 
-    sums: Weights
+    The head's rows are known by class name. Parties whose heads have other classes can be summed:
+    the sum has a row for every class of either.
+    """
+
+    sums: Mapping[str, Tensor]
     """Sum over examples, by weight name; each of its weight's shape."""
     num_examples: int
     """Examples in the sum."""
+    classes: tuple[str, ...] = ()
+    """Class of each of the head's rows."""
+
+    def __post_init__(self) -> None:
+        """Refuse head rows that do not belong to one class each."""
+        rows = {len(self.sums[name]) for name in HEAD if name in self.sums}
+        if rows - {len(self.classes)} or len(set(self.classes)) < len(self.classes):
+            raise ContributionError(
+                f"The head of a Fisher diagonal has {max(rows, default=0)} rows for the classes "
+                f"{self.classes}; expected one a class, each class named once."
+            )
+
+    def for_classes(self, classes: Iterable[str]) -> FisherDiagonal:
+        """Give the head the rows of these classes, in this order; zeros for one it did not have."""
+        classes = tuple(classes)
+        places = {name: row for row, name in enumerate(self.classes)}
+        known = [row for row, name in enumerate(classes) if name in places]
+        own = [places[classes[row]] for row in known]
+        sums = dict(self.sums)
+        for name in self.sums.keys() & set(HEAD):
+            sums[name] = self.sums[name].new_zeros(len(classes), *self.sums[name].shape[1:])
+            sums[name][known] = self.sums[name][own]
+        return FisherDiagonal(sums, self.num_examples, classes)
 
     def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """Pool two sets of examples; computed in float64."""
-        self._check_alike(other)
-        sums = {name: self.sums[name].double() + other.sums[name].double() for name in self.sums}
-        return FisherDiagonal(sums, self.num_examples + other.num_examples)
+        """Pool two sets of examples, over the classes of either, sorted; computed in float64."""
+        classes = tuple(sorted({*self.classes, *other.classes}))
+        mine, theirs = self.for_classes(classes), other.for_classes(classes)
+        mine._check_alike(theirs)
+        sums = {name: mine.sums[name].double() + theirs.sums[name].double() for name in mine.sums}
+        return FisherDiagonal(sums, self.num_examples + other.num_examples, classes)
 
     def __sub__(self, other: FisherDiagonal) -> FisherDiagonal:
         """Take a set of examples out; computed in float64, rounding never leaves it below zero."""
+        if unknown := sorted(set(other.classes) - set(self.classes)):
+            raise ContributionError(
+                f"Cannot take out examples under a head with the class {unknown[0]!r}: the sum has "
+                f"the classes {self.classes}."
+            )
+        other = other.for_classes(self.classes)
         self._check_alike(other)
         if other.num_examples > self.num_examples:
             raise ContributionError(
@@ -63,12 +104,17 @@ class FisherDiagonal:
             name: (self.sums[name].double() - other.sums[name].double()).clamp_min(0)
             for name in self.sums
         }
-        return FisherDiagonal(sums, self.num_examples - other.num_examples)
+        return FisherDiagonal(sums, self.num_examples - other.num_examples, self.classes)
 
     def mean(self) -> Weights:
         """Mean over examples, float32; zeros where there are none."""
         count = max(1, self.num_examples)
         return {name: (total.double() / count).float() for name, total in self.sums.items()}
+
+    def mean_trace(self) -> float:
+        """Mean trace an example, without the head: how firmly it holds the backbone in all."""
+        total = sum(float(t.double().sum()) for name, t in self.sums.items() if name not in HEAD)
+        return total / max(1, self.num_examples)
 
     def _check_alike(self, other: FisherDiagonal) -> None:
         differing = {
@@ -102,51 +148,9 @@ class FisherReport:
     """
 
 
-@torch.no_grad()
-def curvature_factors(logits: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Factor each example's softmax Hessian as the features see it: :math:`A^\top A`.
-
-    Args:
-        logits: (batch, classes).
-        head_weight: W, (classes, features).
-
-    Returns:
-        Cotangents :math:`v_k`, (batch, k, features), by falling norm, and their squared norms,
-        (batch, k), with k = min(classes, features).
-    """
-    p = logits.double().softmax(-1)
-    weight = head_weight.double()
-    centred = weight - (p @ weight).unsqueeze(1)  # (batch, classes, features)
-    a = p.sqrt().unsqueeze(-1) * centred
-    if a.shape[1] <= a.shape[2]:
-        mass, u = torch.linalg.eigh(a @ a.mT)
-        cotangents = u.mT @ a
-    else:
-        mass, v = torch.linalg.eigh(a.mT @ a)
-        cotangents = mass.clamp_min(0).sqrt().unsqueeze(-1) * v.mT
-    return cotangents.flip(1), mass.flip(1).clamp_min(0)
-
-
-def leading_rank(mass: Tensor, tolerance: float) -> int:
-    """Smallest r that leaves out at most ``tolerance`` of a batch's curvature.
-
-    Args:
-        mass: Squared norms of the cotangents, (batch, k), falling.
-        tolerance: Share in [0, 1); 0 keeps all that is not zero.
-    """
-    per_rank = mass.sum(0)
-    total = float(per_rank.sum())
-    if total <= 0:
-        return 0
-    left_out = total - per_rank.cumsum(0)
-    threshold = max(tolerance, 1e-12) * total
-    return int((left_out > threshold).sum()) + 1
-
-
 def estimate_fisher(
     model: nn.Module,
-    head_weight: Tensor,
-    head_bias: Tensor,
+    head: Head,
     batches: Iterable[Tensor],
     names: Iterable[str],
     *,
@@ -159,8 +163,7 @@ def estimate_fisher(
 
     Args:
         model: Maps images to features, (batch, features); used in evaluation mode.
-        head_weight: (classes, features).
-        head_bias: (classes,).
+        head: Turns features into logits.
         batches: Normalised images, (batch, channels, height, width), on the model's device; neither
             shuffled nor augmented, so that the same data gives the same Fisher.
         names: Weights of linear layers, as ``named_parameters`` calls them.
@@ -176,20 +179,19 @@ def estimate_fisher(
     generator = generator or torch.Generator().manual_seed(0)
     parameters = dict(model.named_parameters())
     sums = {n: torch.zeros_like(parameters[n], dtype=torch.float64) for n in names}
+    weight = head.weight.to(next(model.parameters()).device)
     head_sums = (
-        torch.zeros_like(head_weight, dtype=torch.float64),
-        torch.zeros_like(head_bias, dtype=torch.float64),
+        torch.zeros_like(weight, dtype=torch.float64),
+        torch.zeros_like(weight[:, 0], dtype=torch.float64),
     )
     count, bound, report = 0, 0.0, FisherReport()
     with evaluation_mode(model), recorded(model, names) as record:
         for images in batches:
             features = model(images)
             require_recorded(record, names)
-            logits = features.detach() @ head_weight.T.to(features) + head_bias.to(features)
+            logits = head(features.detach())
             _add_head_fisher(head_sums, features.detach(), logits)
-            kept, rest, share = _cotangents(
-                logits, head_weight, kind, tolerance, samples, generator
-            )
+            kept, rest, share = _cotangents(logits, weight, kind, tolerance, samples, generator)
             for cotangent in kept:
                 _add_squares(sums, record, features, cotangent)
             missing = _residual(record, features, rest, generator)
@@ -209,8 +211,8 @@ def estimate_fisher(
         discarded_mass=report.discarded_mass / max(1, count),
         error_bound=None if kind is FisherKind.MONTE_CARLO else bound,
     )
-    everything = {**sums, "head.weight": head_sums[0], "head.bias": head_sums[1]}
-    return FisherDiagonal(everything, count), report
+    everything = {**sums, **dict(zip(HEAD, head_sums, strict=True))}
+    return FisherDiagonal(everything, count, head.classes), report
 
 
 def _cotangents(

@@ -168,7 +168,7 @@ def contribution(
         },
         num_examples=num_examples,
         lineage=Lineage(anchored_by=("client-8", "client-9"), aligned_with=("client-8",)),
-        fisher=FisherDiagonal(fisher, num_examples) if with_fisher else None,
+        fisher=FisherDiagonal(fisher, num_examples, tuple(classes)) if with_fisher else None,
         settings=dict(RunConfig().flat()),
     )
 

@@ -13,10 +13,17 @@ from builders import KINDS, altered, contribution
 
 from fedcompo import tensorfile
 from fedcompo.config import Kind
-from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution, Lineage
-from fedcompo.errors import FileFormatError
+from fedcompo.contribution import (
+    CARD,
+    CONTENT,
+    FISHER,
+    Contribution,
+    Lineage,
+)
+from fedcompo.errors import BackboneMismatch, FileFormatError
 from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal
+from fedcompo.fisher_file import load_fisher, save_fisher
 
 
 def saved(folder: Path, client: str, **options: object) -> Path:
@@ -52,6 +59,7 @@ def assert_same(actual: Contribution, expected: Contribution) -> None:
     assert (actual.fisher is None) == (expected.fisher is None)
     if expected.fisher is not None:
         assert actual.fisher.num_examples == expected.fisher.num_examples
+        assert actual.fisher.classes == expected.fisher.classes
         assert actual.fisher.sums.keys() == expected.fisher.sums.keys()
         for name, total in expected.fisher.sums.items():
             assert torch.equal(actual.fisher.sums[name], total)
@@ -80,7 +88,7 @@ def test_the_fisher_can_be_left_unread(tmp_path):
 def test_a_fisher_sum_in_double_is_stored_in_single_precision(tmp_path):
     given = contribution("hospital-b")
     double = {name: total.double() / 3 for name, total in given.fisher.sums.items()}
-    replace(given, fisher=FisherDiagonal(double, 20)).save(tmp_path)
+    replace(given, fisher=FisherDiagonal(double, 20, given.fisher.classes)).save(tmp_path)
     loaded = Contribution.load(tmp_path).fisher
     assert all(torch.equal(loaded.sums[name], t.float()) for name, t in double.items())
 
@@ -205,3 +213,48 @@ def test_a_file_of_another_content_is_refused(tmp_path):
     shutil.copy(folder / FISHER, folder / CONTENT)
     with pytest.raises(FileFormatError, match="holds a 'fisher', expected a 'contribution'"):
         Contribution.load(folder)
+
+
+def rewrite_fisher(path: Path, **entries: object) -> None:
+    """Write the file again with other entries in its manifest; None: without that entry."""
+    tensors, manifest = tensorfile.load(path)
+    given = {**manifest, **entries}
+    tensorfile.save(path, tensors, {key: v for key, v in given.items() if v is not None})
+
+
+@pytest.mark.parametrize("entry", ["client", "base", "classes", "num_examples"])
+def test_a_fisher_that_does_not_say_what_it_is_is_refused(entry, tmp_path):
+    folder = saved(tmp_path, "hospital-b")
+    rewrite_fisher(folder / FISHER, **{entry: None})
+    for read in (Contribution.load, Contribution.open):
+        with pytest.raises(FileFormatError, match=f"has no '{entry}'"):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"classes": ["cat"]}, {"classes": ["cat", "cat"]}, {"classes": 3}, {"num_examples": "many"}],
+    ids=str,
+)
+def test_a_fisher_whose_manifest_does_not_fit_its_tensors_is_refused(entries, tmp_path):
+    folder = saved(tmp_path, "hospital-b")
+    rewrite_fisher(folder / FISHER, **entries)
+    with pytest.raises(FileFormatError, match="cannot be used"):
+        Contribution.load(folder)
+
+
+def test_a_fisher_at_other_pre_trained_weights_is_refused_and_both_are_named(tmp_path):
+    folder = saved(tmp_path, "hospital-b")
+    rewrite_fisher(folder / FISHER, base="pico@1")
+    with pytest.raises(BackboneMismatch, match="backbone pico@1, expected pico@0"):
+        Contribution.load(folder)
+
+
+def test_a_fisher_without_head_rows_is_kept_as_such(tmp_path):
+    """As a reference has them: its classes are nobody's."""
+    given = contribution("hospital-b").fisher.for_classes(())
+    save_fisher(tmp_path / FISHER, given, client="hospital-b", base="pico@0")
+    loaded = load_fisher(tmp_path / FISHER, client="hospital-b", base="pico@0")
+    assert loaded.classes == ()
+    assert loaded.sums["head.weight"].shape == (0, 3)
+    assert not loaded.for_classes(["cat"]).sums["head.weight"].any()

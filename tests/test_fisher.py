@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,9 +16,11 @@ from torch.func import functional_call
 from fedcompo import fisher, per_example
 from fedcompo.backbone import target_weights
 from fedcompo.config import BackboneConfig, FisherKind
+from fedcompo.curvature import curvature_factors
 from fedcompo.deltas import Weights
-from fedcompo.errors import BackboneError, ContributionError
-from fedcompo.fisher import FisherDiagonal, FisherReport, curvature_factors, estimate_fisher
+from fedcompo.errors import BackboneError
+from fedcompo.fisher import FisherDiagonal, FisherReport, estimate_fisher
+from fedcompo.heads import Head
 
 FEATURES = 8
 FEW, MANY = 5, 11
@@ -26,15 +29,16 @@ IMAGES = normal(6, 1, 8, 8, seed=1)
 NAMES = tuple(target_weights(pico_model(), BackboneConfig().target_weights))
 
 
-def head(classes: int) -> tuple[Tensor, Tensor]:
-    return normal(classes, FEATURES, seed=2, scale=0.7), normal(classes, seed=3)
+def head(classes: int) -> Head:
+    names = tuple(f"class-{index}" for index in range(classes))
+    return Head(names, normal(classes, FEATURES, seed=2, scale=0.7), normal(classes, seed=3))
 
 
 def estimate(
     classes: int = FEW, *, batch: int = 6, **options: object
 ) -> tuple[FisherDiagonal, FisherReport]:
     options = {"kind": FisherKind.EXACT, **options}
-    return estimate_fisher(pico_model(), *head(classes), IMAGES.split(batch), NAMES, **options)
+    return estimate_fisher(pico_model(), head(classes), IMAGES.split(batch), NAMES, **options)
 
 
 @functools.cache
@@ -43,7 +47,7 @@ def brute_force(classes: int) -> Weights:
     model = pico_model()
     own = dict(model.named_parameters())
     parameters = {name: own[name].detach() for name in NAMES}
-    parameters["head.weight"], parameters["head.bias"] = head(classes)
+    parameters["head.weight"], parameters["head.bias"] = head(classes).weight, head(classes).bias
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
     def log_p(parameters: Weights, image: Tensor, c: int) -> Tensor:
@@ -73,6 +77,7 @@ def test_exact_equals_the_sum_over_classes_and_examples_one_at_a_time(classes):
     found, report = estimate(classes)
     assert_same(found.sums, brute_force(classes))
     assert found.num_examples == len(IMAGES)
+    assert found.classes == head(classes).classes
     assert report.error_bound == 0
     assert report.discarded_mass < 1e-12
 
@@ -110,13 +115,15 @@ def test_leading_without_tolerance_is_exact(classes):
 
 def discarded_by_hand(classes: int, rank: int, batch: int) -> float:
     """Oracle: per batch, the tail of the spectra of Wᵀ(diag p - ppᵀ)W; averaged over examples."""
-    weight, bias = head(classes)
+    given = head(classes)
     shares = 0.0
     for images in IMAGES.split(batch):
         kept = total = 0.0
-        for logits in pico_model()(images).detach() @ weight.T + bias:
+        for logits in given(pico_model()(images).detach()):
             p = logits.softmax(-1)
-            spectrum = torch.linalg.eigvalsh(weight.T @ (p.diag() - p.outer(p)) @ weight)
+            spectrum = torch.linalg.eigvalsh(
+                given.weight.T @ (p.diag() - p.outer(p)) @ given.weight
+            )
             total += float(spectrum.sum())
             kept += float(spectrum.flip(0)[:rank].sum())
         shares += (1 - kept / total) * len(images)
@@ -157,7 +164,7 @@ def test_leading_keeps_the_fewest_directions_that_its_tolerance_allows(tolerance
 
 @pytest.mark.parametrize("classes", [FEW, MANY])
 def test_cotangents_factor_the_softmax_hessian_seen_through_the_head(classes):
-    weight, _ = head(classes)
+    weight = head(classes).weight
     logits = normal(3, classes, seed=4)
     cotangents, mass = curvature_factors(logits, weight)
     for example in range(3):
@@ -170,9 +177,12 @@ def test_cotangents_factor_the_softmax_hessian_seen_through_the_head(classes):
 
 
 def test_a_certain_prediction_has_no_fisher():
-    weight = torch.zeros(FEW, FEATURES, dtype=torch.float64)
-    bias = torch.tensor([1e6, 0, 0, 0, 0], dtype=torch.float64)
-    found, report = estimate_fisher(pico_model(), weight, bias, [IMAGES], NAMES)
+    certain = replace(
+        head(FEW),
+        weight=torch.zeros(FEW, FEATURES, dtype=torch.float64),
+        bias=torch.tensor([1e6, 0, 0, 0, 0], dtype=torch.float64),
+    )
+    found, report = estimate_fisher(pico_model(), certain, [IMAGES], NAMES)
     assert all((total == 0).all() for total in found.sums.values())
     assert report.passes == 0
 
@@ -185,14 +195,14 @@ def shallow_model() -> nn.Sequential:
     return model
 
 
-SHALLOW_HEAD = normal(3, 4, seed=6), normal(3, seed=7)
+SHALLOW_HEAD = Head(("a", "b", "c"), normal(3, 4, seed=6), normal(3, seed=7))
 SHALLOW_IMAGES = normal(5, 1, 2, 3, seed=8)
 
 
 def shallow_estimate(samples: int, seed: int) -> Tensor:
     found, _ = estimate_fisher(
         shallow_model(),
-        *SHALLOW_HEAD,
+        SHALLOW_HEAD,
         [SHALLOW_IMAGES],
         ["1.weight"],
         kind=FisherKind.MONTE_CARLO,
@@ -204,10 +214,10 @@ def shallow_estimate(samples: int, seed: int) -> Tensor:
 
 def moments_of_one_label() -> tuple[Tensor, Tensor]:
     """Oracle: mean and variance of (d log p_y)² for a label y drawn from p, summed over x."""
-    model, (weight, bias) = shallow_model(), SHALLOW_HEAD
+    model = shallow_model()
     mean = variance = torch.zeros(4, 6, dtype=torch.float64)
     for image in SHALLOW_IMAGES:
-        log_p = (model(image.unsqueeze(0)) @ weight.T + bias).log_softmax(-1)[0]
+        log_p = SHALLOW_HEAD(model(image.unsqueeze(0))).log_softmax(-1)[0]
         squares = torch.stack(
             [
                 torch.autograd.grad(value, model[1].weight, retain_graph=True)[0].square()
@@ -252,63 +262,10 @@ def test_the_same_generator_gives_the_same_estimate(kind):
 
 def test_an_estimate_in_single_precision_is_near_that_in_double():
     model = pico_model(dtype=torch.float32)
-    weight, bias = head(FEW)
-    found, _ = estimate_fisher(
-        model, weight.float(), bias.float(), [IMAGES.float()], NAMES, kind=FisherKind.EXACT
-    )
+    given = head(FEW)
+    single = replace(given, weight=given.weight.float(), bias=given.bias.float())
+    found, _ = estimate_fisher(model, single, [IMAGES.float()], NAMES, kind=FisherKind.EXACT)
     assert_same(found.sums, brute_force(FEW), rtol=1e-4)
-
-
-def diagonal(seed: int, num_examples: int) -> FisherDiagonal:
-    sums = {"a": normal(4, 3, seed=seed).square() * 10.0**seed, "b": normal(2, seed=seed).square()}
-    return FisherDiagonal(sums, num_examples)
-
-
-def test_what_was_added_can_be_taken_away_again():
-    f, g = diagonal(1, 7), diagonal(2, 5)
-    both = f + g
-    assert both.num_examples == 12
-    left = both - g
-    assert left.num_examples == 7
-    for name, expected in f.sums.items():
-        torch.testing.assert_close(left.sums[name], expected, rtol=1e-12, atol=1e-12 * 100)
-
-
-def test_sums_of_single_precision_are_taken_in_double():
-    f = FisherDiagonal({"a": torch.tensor([1.0])}, 1)
-    g = FisherDiagonal({"a": torch.tensor([1e-9])}, 1)
-    assert (f + g).sums["a"].dtype == torch.float64
-    assert float((f + g).sums["a"]) == pytest.approx(1 + 1e-9, rel=1e-15)
-
-
-def test_rounding_never_leaves_a_fisher_below_zero():
-    f, g = (FisherDiagonal({"a": torch.tensor([v])}, 1) for v in (0.1, 0.1 + 1e-8))
-    left = FisherDiagonal(f.sums, 2) - g
-    assert float(left.sums["a"]) == 0
-
-
-def test_the_mean_divides_by_the_count_and_is_zero_without_examples():
-    f = diagonal(1, 7)
-    torch.testing.assert_close(f.mean()["a"], (f.sums["a"] / 7).float())
-    nobody = f - f
-    assert nobody.num_examples == 0
-    assert all((mean == 0).all() for mean in nobody.mean().values())
-
-
-def test_more_examples_than_there_are_cannot_be_taken_out():
-    with pytest.raises(ContributionError, match="Cannot take 8 examples out of 7"):
-        diagonal(1, 7) - diagonal(1, 8)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"a": torch.ones(4, 3)}, {"a": torch.ones(3, 4), "b": torch.ones(2)}],
-    ids=["a name is missing", "a shape differs"],
-)
-def test_fisher_diagonals_of_other_weights_are_refused(other):
-    for operation in (FisherDiagonal.__add__, FisherDiagonal.__sub__):
-        with pytest.raises(ContributionError, match="same names and shapes"):
-            operation(diagonal(1, 7), FisherDiagonal(other, 1))
 
 
 def test_dropout_is_off_and_the_model_is_left_as_it_was():
@@ -318,7 +275,7 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was():
     for name, parameter in frozen.items():
         parameter.requires_grad_("norm" not in name)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found, _ = estimate_fisher(model, *head(FEW), [IMAGES], NAMES, kind=FisherKind.EXACT)
+    found, _ = estimate_fisher(model, head(FEW), [IMAGES], NAMES, kind=FisherKind.EXACT)
     assert_same(found.sums, brute_force(FEW))
     assert all(module.training for module in model.modules())
     assert all(p.requires_grad == ("norm" not in name) for name, p in frozen.items())
@@ -330,7 +287,7 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was():
 def test_a_part_of_the_model_that_was_in_evaluation_mode_stays_there():
     model = pico_model().train()
     model.blocks[0].eval()
-    estimate_fisher(model, *head(FEW), [IMAGES], NAMES)
+    estimate_fisher(model, head(FEW), [IMAGES], NAMES)
     assert model.training
     assert not model.blocks[0].training
 
@@ -344,7 +301,7 @@ def test_an_estimate_is_possible_where_gradients_are_switched_off():
 def refuse_a_convolution() -> nn.Module:
     model = pico_model().train()
     with pytest.raises(BackboneError, match=r"'patch_embed\.proj\.weight' belongs to a Conv2d"):
-        estimate_fisher(model, *head(FEW), [IMAGES], [*NAMES, "patch_embed.proj.weight"])
+        estimate_fisher(model, head(FEW), [IMAGES], [*NAMES, "patch_embed.proj.weight"])
     return model
 
 
@@ -372,5 +329,8 @@ class BehindItsBack(nn.Module):
 def test_a_weight_used_behind_its_layers_back_is_refused_by_name():
     with pytest.raises(BackboneError, match=r"'layer\.weight'"):
         estimate_fisher(
-            BehindItsBack(), torch.ones(2, 8), torch.zeros(2), [torch.ones(3, 64)], ["layer.weight"]
+            BehindItsBack(),
+            Head(("a", "b"), torch.ones(2, 8), torch.zeros(2)),
+            [torch.ones(3, 64)],
+            ["layer.weight"],
         )

@@ -65,8 +65,7 @@ def compare(backbone, arguments, classes: int) -> None:
             began = time.perf_counter()
             fisher, report = estimate_fisher(
                 backbone.model,
-                head.weight,
-                head.bias,
+                head,
                 images.split(32),
                 backbone.theta_0,
                 kind=kind,

@@ -1,0 +1,144 @@
+"""What is demanded of a contribution at the registry's door, before any state changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution
+from fedcompo.deltas import Weights
+from fedcompo.errors import ContributionError
+from fedcompo.fisher import FisherDiagonal
+from fedcompo.names import check_client_name, check_distinct
+from fedcompo.tensorstream import StreamedTensors
+
+PIECE = 1 << 22
+"""Bytes copied at a time."""
+
+
+def stage_contribution(source: Contribution | Path, folder: Path) -> Contribution:
+    """Put a contribution into a new folder and check every byte of it there.
+
+    Args:
+        source: A contribution, or the folder of one; of that, only its own files are taken.
+        folder: Where to; must not exist.
+
+    Returns:
+        The staged contribution, streamed.
+
+    Raises:
+        FileFormatError: If a file is missing, truncated or altered.
+    """
+    if isinstance(source, Contribution):
+        source.save(folder)
+    else:
+        folder.mkdir(parents=True)
+        for name in (CONTENT, FISHER, CARD):
+            if (source / name).is_file():
+                _copy(source / name, folder / name)
+    staged = Contribution.open(folder)
+    if staged.fisher is None:  # the card names none, so that one is not its own
+        (folder / FISHER).unlink(missing_ok=True)
+    for name in (CONTENT, FISHER):
+        if (folder / name).exists():
+            StreamedTensors(folder / name).check()
+    return staged
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as original, target.open("xb") as copy:
+        shutil.copyfileobj(original, copy, PIECE)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def check_contribution(
+    contribution: Contribution,
+    *,
+    theta_shapes: Weights,
+    base: str,
+    num_features: int,
+    members: Iterable[str],
+) -> None:
+    """Refuse a contribution that cannot live with the others.
+
+    Args:
+        contribution: With all its tensors at hand, or streamed.
+        theta_shapes: The target weights; only their shapes matter.
+        base: Fingerprint of the pre-trained weights.
+        num_features: Width of the backbone's features.
+        members: Names that the contribution's must not be mistaken for.
+
+    Raises:
+        BackboneMismatch: If it was trained on other pre-trained weights.
+        ContributionError: If its name, task vector, head, mixtures or Fisher cannot be used.
+    """
+    owner = f"client {contribution.client!r}"
+    _check_statements(contribution, owner)
+    check_distinct(check_client_name(contribution.client), members)
+    contribution.task_vector.check(theta_shapes, base=base, owner=owner)
+    contribution.head.check(contribution.head.classes, num_features, owner)
+    classes = contribution.head.classes
+    if not classes or list(classes) != sorted(set(classes)):
+        raise ContributionError(f"{owner} names the classes {classes}, expected sorted, each once.")
+    if set(contribution.features) != set(classes):
+        raise ContributionError(
+            f"{owner} describes the classes {sorted(contribution.features)}, but its head has "
+            f"{list(classes)}."
+        )
+    for mixture in contribution.features.values():
+        mixture.check(num_features, owner)
+        if not all(t.is_floating_point() for t in (mixture.weights, mixture.means)):
+            raise ContributionError(f"A mixture of {owner} is not of floating-point numbers.")
+    if contribution.fisher is not None:
+        _check_fisher(contribution.fisher, theta_shapes, owner)
+
+
+def _check_statements(contribution: Contribution, owner: str) -> None:
+    """Refuse what JSON can say, but no client of ours does."""
+    lineage = contribution.lineage
+    lists = (
+        (contribution.client, lineage.method),
+        contribution.head.classes,
+        lineage.anchored_by,
+        lineage.aligned_with,
+        lineage.ensemble,
+    )
+    if not all(isinstance(names, tuple) and all(map(_is_text, names)) for names in lists):
+        raise ContributionError(f"{owner} has names of classes or clients that are no text.")
+    mixtures = contribution.features.values()
+    counts = [contribution.num_examples, *(mixture.num_examples for mixture in mixtures)]
+    if not all(type(count) is int and count >= 1 for count in counts):
+        raise ContributionError(
+            f"{owner} names {counts} examples, in all and by class; expected whole numbers from 1."
+        )
+    if not isinstance(contribution.settings, dict):
+        raise ContributionError(f"{owner} has settings that are no table of names and values.")
+
+
+def _is_text(name: object) -> bool:
+    """Half of a surrogate pair, which JSON can hold, is none."""
+    return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name
+
+
+def _check_fisher(fisher: FisherDiagonal, theta_shapes: Weights, owner: str) -> None:
+    """Refuse a Fisher of other weights, or with values that no sum of squares can have."""
+    for name, weight in theta_shapes.items():
+        found = tuple(fisher.sums[name].shape) if name in fisher.sums else None
+        if found != tuple(weight.shape):
+            raise ContributionError(
+                f"The Fisher of {owner} has shape {found} at {name!r}, expected "
+                f"{tuple(weight.shape)}."
+            )
+    for name in fisher.sums:
+        total = fisher.sums[name]
+        if not torch.isfinite(total).all() or (total < 0).any():
+            raise ContributionError(
+                f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
+            )
+    if fisher.num_examples < 1:
+        raise ContributionError(f"The Fisher of {owner} sums over no example.")

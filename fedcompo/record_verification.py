@@ -1,0 +1,195 @@
+"""Re-derives the claims of a removal record, with the registry at hand or the public key alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fedcompo import composition
+from fedcompo.composition import SUM, Term
+from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.export import WEIGHTS
+from fedcompo.journal import Entry
+from fedcompo.registry import PUBLIC, Registry
+from fedcompo.registry_changes import foreseen_influence
+from fedcompo.removal import RemovalRecord
+from fedcompo.replay import as_told, line_of, members_after, root_of
+from fedcompo.tensorstream import file_sha256
+from fedcompo.verification import Finding, all_but_folders, signature_finding
+
+OnStep = Callable[[str], None]
+
+
+def verify_record(
+    path: Path,
+    *,
+    registry: Registry | None = None,
+    public_key: Path | None = None,
+    on_step: OnStep = lambda step: None,
+) -> list[Finding]:
+    """Check a removal record.
+
+    Args:
+        path: The record.
+        registry: The registry that wrote it; without it only the signature can be checked.
+        public_key: Key to check the signature with; None: the registry's.
+        on_step: Told what is being done.
+
+    Returns:
+        One finding for each claim.
+
+    Raises:
+        FileFormatError: If neither a registry nor a key is given.
+    """
+    if public_key is None and registry is None:
+        raise FileFormatError("A record is checked with its registry, or with a public key.")
+    key = public_key or (registry.path / PUBLIC if registry else Path())
+    findings = [signature_finding(path, key)]
+    if not findings[0].holds or registry is None:
+        return findings
+    record = RemovalRecord.parse(path.read_bytes(), source=str(path))
+    try:
+        on_step("journal")
+        entries = registry.entries()
+        findings += _against_journal(record, file_sha256(path), registry, entries)
+        on_step("files")
+        findings += [_is_gone(record, registry), _kept(record, registry)]
+        on_step("composing again from the survivors")
+        findings += _composed_again(record, registry, entries)
+    except FedcompoError as error:
+        findings.append(Finding("the registry can be read", False, str(error)))
+    return findings
+
+
+def _against_journal(
+    record: RemovalRecord, sha256: str, registry: Registry, entries: Sequence[Entry]
+) -> Iterator[Finding]:
+    """What the journal knows, replayed up to the removal."""
+    claim = "the registry is the one of the record"
+    yield _equal(claim, record.registry, registry.identity)
+    claim = f"line {record.sequence} of the journal tells of this record"
+    if not 1 < record.sequence <= len(entries):
+        yield Finding(claim, False, f"the journal has {len(entries)} lines")
+        return
+    entry, earlier = entries[record.sequence - 1], entries[: record.sequence - 1]
+    told = entry.event, entry.details.get("client"), entry.details.get("record_sha256")
+    yield _equal(claim, ("removed", record.client, sha256), told)
+    yield _equal("the journal stood where it says", record.journal_before, earlier[-1].sha256)
+    yield from _roots(record, registry, entries)
+    members = members_after(earlier)
+    added = members.pop(record.client, {})
+    claimed = {
+        "files": record.removed_files,
+        "rounded_sha256": record.removed_rounded_sha256,
+        "kind": record.kind,
+        "num_examples": record.num_examples,
+        "classes": record.classes,
+        "added": record.added,
+    }
+    known = {key: added.get(key) for key in claimed}
+    yield _equal("what was removed is what had been added", as_told(claimed), known)
+    yield _equal("the survivors are those of the journal", record.survivors, tuple(sorted(members)))
+    classes = {name for member in members.values() for name in member["classes"]}
+    yield _equal("the classes are the survivors'", record.classes_after, tuple(sorted(classes)))
+    derived = foreseen_influence(earlier, record.client, tuple(members))
+    yield _equal("the lineage statement follows from the lineages", record.influence, derived)
+    claim = "whether the sum was taken anew is as the journal says"
+    yield _equal(claim, record.recomposed, "rounded" in entry.details)
+
+
+def _roots(
+    record: RemovalRecord, registry: Registry, entries: Sequence[Entry]
+) -> Iterator[Finding]:
+    """The roots, and the compositions that they cover."""
+    for moment, lines, root, files in (
+        ("before", record.sequence - 1, record.root_before, record.composition_before),
+        ("after", record.sequence, record.root_after, record.composition_after),
+    ):
+        earlier = entries[:lines]
+        told = [e.details["root_after"] for e in earlier if "root_after" in e.details][-1:]
+        yield _equal(f"the root {moment} is the journal's", [root], told)
+        derived = root_of(registry.state, members_after(earlier), files)
+        claim = f"the composition {moment} is covered by the journal's root"
+        yield _equal(claim, [derived], told)
+
+
+def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
+    """No file of the registry may be one of those that were removed."""
+    claim = f"no file of {record.client} is in the registry"
+    digests = set(record.removed_files.values())
+    files = (path for path in all_but_folders(registry.path) if path.is_file())
+    left = [path for path in files if file_sha256(path) in digests]
+    again = registry.state.members.get(record.client)
+    if again is not None and again.added > record.sequence:
+        home = registry.path / again.folder
+        if left and all(home in path.parents for path in left):
+            return Finding(claim, None, f"it came back, with line {again.added} of the journal")
+    return Finding(claim, not left, f"still there: {', '.join(map(str, left))}" if left else "")
+
+
+def _kept(record: RemovalRecord, registry: Registry) -> Finding:
+    """Earlier compositions that contain the client are there only as the record says."""
+    claim = f"of compositions that contain {record.client}, only those named are kept"
+    left = [
+        folder
+        for folder, kept in registry.state.kept.items()
+        if record.client in kept["clients"]
+        and line_of(folder) < record.sequence
+        and folder not in record.kept_versions
+    ]
+    return Finding(claim, not left, f"still there: {', '.join(left)}" if left else "")
+
+
+def _composed_again(
+    record: RemovalRecord, registry: Registry, entries: Sequence[Entry]
+) -> Iterator[Finding]:
+    """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
+    claims = [f"the survivors alone give the record's {name}" for name in (SUM, WEIGHTS)]
+    then = members_after(entries[: record.sequence])
+    now = {client: member.files for client, member in registry.state.members.items()}
+    gone = [c for c in record.survivors if c not in now or now[c] != then.get(c, {}).get("files")]
+    if gone:
+        detail = f"left or replaced since: {', '.join(gone)}"
+        yield from (Finding(claim, None, detail) for claim in claims)
+        return
+    if not record.survivors:
+        yield _equal("nothing is composed of nobody", dict(record.composition_after), {})
+        return
+    with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
+        _compose_survivors(Path(folder), record, registry)
+        found = {name: file_sha256(Path(folder) / name) for name in (SUM, WEIGHTS)}
+    holds = [found[name] == record.composition_after.get(name) for name in (SUM, WEIGHTS)]
+    yield Finding(claims[0], holds[0], "" if holds[0] else f"here it is {found[SUM]}")
+    detail = f"here it is {found[WEIGHTS]}"
+    if holds[0] and not holds[1]:  # the weights follow from the sum: it is the head that differs
+        detail += ": the joint head is fitted with this machine's arithmetic"
+    yield Finding(claims[1], holds[1] or (None if holds[0] else False), "" if holds[1] else detail)
+
+
+def _compose_survivors(folder: Path, record: RemovalRecord, registry: Registry) -> None:
+    settings = registry.settings
+    survivors = [registry.contribution(client) for client in record.survivors]
+    times = {c.client: settings.times(c.num_examples) for c in survivors}
+    head = composition.joint_head(
+        {c.client: c.features for c in survivors},
+        samples=settings.align_samples,
+        ridge=settings.ridge,
+        seed=settings.seed,
+    )
+    recipe = composition.Recipe(
+        registry.backbone,
+        [Term(c.client, c.task_vector, times[c.client]) for c in survivors],
+        None,
+        sum(times.values()),
+        settings.scale,
+        head,
+    )
+    composition.write_version(folder, recipe)
+
+
+def _equal(claim: str, found: object, expected: object) -> Finding:
+    if isinstance(found, Mapping):
+        found = dict(found)
+    detail = f"the record says {str(found)[:200]}, derived is {str(expected)[:200]}"
+    return Finding(claim, found == expected, "" if found == expected else detail)

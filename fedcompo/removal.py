@@ -1,0 +1,189 @@
+"""The receipt of a removal: what went, what stayed, and what of it can still be felt.
+
+A removal is always *composition-exact*: the model is, bit for bit, the one that was never given the
+client. It is *influence-exact* only if no survivor was trained with anything of the client's. The
+record says which survivors were, and is signed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedcompo import signing
+from fedcompo.contribution import Lineage
+from fedcompo.errors import FileFormatError
+from fedcompo.tensorfile import canonical, tuples
+
+FORMAT_VERSION = 1
+CONTENT = "removal-record"
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Which survivors were trained with something of the removed client's; names, sorted."""
+
+    fisher: tuple[str, ...]
+    """Anchored by its Fisher."""
+    statistics: tuple[str, ...]
+    """Started from a head aligned with its feature statistics."""
+    ensemble: tuple[str, ...]
+    """Trained inside a model that held its task vector."""
+    indirect: tuple[str, ...]
+    """Trained with something of a client that was itself influenced; none of the above."""
+
+    @property
+    def to_retrain(self) -> tuple[str, ...]:
+        """Survivors to train again for the removal to be influence-exact too."""
+        return tuple(sorted({*self.fisher, *self.statistics, *self.ensemble, *self.indirect}))
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing of the client is left in any survivor."""
+        return not self.to_retrain
+
+
+def influence(
+    client: str,
+    survivors: Iterable[str],
+    lineages: Mapping[str, Lineage],
+    *,
+    former: Iterable[tuple[str, Lineage]] = (),
+) -> Influence:
+    """Follow a client's influence through the lineages.
+
+    A lineage knows names, not which of the contributions that bore a name: if one of them was
+    influenced, all who name it count as influenced.
+
+    Args:
+        client: Who goes.
+        survivors: Who stays.
+        lineages: Of the contributions that are there, or were last under a name: influence may have
+            passed through those that are gone.
+        former: Of contributions that were replaced; a name may come more than once.
+    """
+    everyone = [*lineages.items(), *former]
+    touched = {client}
+    while more := {n for n, lineage in everyone if _names(lineage) & touched} - touched:
+        touched |= more
+    staying = sorted(set(survivors))
+    direct = {
+        part: tuple(name for name in staying if client in getattr(lineages[name], attribute))
+        for part, attribute in (
+            ("fisher", "anchored_by"),
+            ("statistics", "aligned_with"),
+            ("ensemble", "ensemble"),
+        )
+    }
+    known = {name for names in direct.values() for name in names}
+    indirect = tuple(n for n in staying if _names(lineages[n]) & touched and n not in known)
+    return Influence(**direct, indirect=indirect)
+
+
+@dataclass(frozen=True)
+class RemovalRecord:
+    """A removal, signed; everything that the registry knows of it."""
+
+    registry: str
+    """Identity of the registry."""
+    sequence: int
+    """Number of the journal's line that tells of it."""
+    time: str
+    """UTC, ISO 8601."""
+    client: str
+    requested_by: str
+    reason: str
+    kind: str
+    num_examples: int
+    classes: tuple[str, ...]
+    """The client's own."""
+    removed_files: Mapping[str, str]
+    """SHA-256 of each file that was deleted, by name."""
+    removed_rounded_sha256: str
+    """SHA-256 of the task vector as it stood in the running sum."""
+    added: int
+    """Number of the journal's line that told of its coming."""
+    root_before: str
+    root_after: str
+    journal_before: str
+    """SHA-256 of the journal's line before."""
+    composition_before: Mapping[str, str]
+    """SHA-256 of the composition's files, by name."""
+    composition_after: Mapping[str, str]
+    survivors: tuple[str, ...]
+    classes_after: tuple[str, ...]
+    kept_versions: tuple[str, ...]
+    """Earlier compositions that contain the client and were kept on request."""
+    recomposed: bool
+    """Whether the sum was taken anew over the survivors, because this machine rounds otherwise."""
+    influence: Influence
+    fedcompo_version: str
+    signature: str = ""
+    """Ed25519 over everything else, hexadecimal."""
+
+    @property
+    def text(self) -> str:
+        """The record as a file."""
+        return json.dumps(self._values(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What the signature covers."""
+        values = self._values()
+        del values["signature"]
+        return canonical(values).encode()
+
+    def signed(self, private: Path) -> RemovalRecord:
+        """Return the record with its signature."""
+        return replace(self, signature=signing.sign(self.signed_bytes, private))
+
+    @classmethod
+    def parse(cls, data: bytes, *, source: str) -> RemovalRecord:
+        """Rebuild a record from :attr:`text`.
+
+        Raises:
+            FileFormatError: If it is not exactly what this fedcompo writes.
+        """
+        try:
+            values = json.loads(data.decode())
+            content, version = values.pop("content"), values.pop("format_version")
+            statement = values.pop("lineage")
+            names = {
+                k: tuple(statement[k]) for k in ("fisher", "statistics", "ensemble", "indirect")
+            }
+            record = cls(**tuples(values), influence=Influence(**names))
+            intact = content == CONTENT and version == FORMAT_VERSION
+            intact = intact and record.text.encode() == data
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FileFormatError(
+                f"{source} is no removal record ({type(error).__name__}: {error}). "
+                "It was altered, or is something else."
+            ) from error
+        if not intact:
+            raise FileFormatError(
+                f"{source} is not written as a removal record is: it was altered."
+            )
+        return record
+
+    def _values(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["influence"]
+        statement = {
+            **asdict(self.influence),
+            "composition_exact": True,
+            "influence_exact": self.influence.exact,
+            "to_retrain": self.influence.to_retrain,
+        }
+        return {
+            "content": CONTENT,
+            "format_version": FORMAT_VERSION,
+            **values,
+            "lineage": statement,
+        }
+
+
+def _names(lineage: Lineage) -> set[str]:
+    return {*lineage.anchored_by, *lineage.aligned_with, *lineage.ensemble}

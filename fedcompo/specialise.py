@@ -1,0 +1,147 @@
+"""Models of some of a pool's members: with any coefficients, streamed to a folder or in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fedcompo import fixed_point
+from fedcompo.composition import joint_head
+from fedcompo.export import CONFIG, WEIGHTS, timm_config
+from fedcompo.heads import Head
+from fedcompo.pool import Pool
+from fedcompo.registry_state import RegistrySettings
+from fedcompo.stored_backbone import StoredBackbone
+from fedcompo.tensorfile import tuples, write_atomically
+from fedcompo.tensorstream import TensorWriter, file_sha256
+
+if TYPE_CHECKING:
+    from fedcompo.registry import Registry
+
+
+def head_of(pool: Pool, settings: RegistrySettings) -> Head:
+    """Fit the joint head of some clients to their mixtures of θ₀'s features."""
+    return joint_head(
+        {contribution.client: contribution.features for contribution in pool},
+        samples=settings.align_samples,
+        ridge=settings.ridge,
+        seed=settings.seed,
+    )
+
+
+def stream_composition(
+    pool: Pool,
+    backbone: StoredBackbone,
+    coefficients: Mapping[str, float] | None,
+    settings: RegistrySettings,
+) -> Iterator[tuple[str, Tensor]]:
+    """Compose the target weights of a pool, one at a time, in the order of names.
+
+    With the registry's own coefficients the sum is taken on its grid: leaving a client out gives,
+    bit for bit, what removing it would. Other coefficients are summed in float64.
+
+    Args:
+        pool: At least one contribution, all on this backbone.
+        backbone: Pre-trained weights.
+        coefficients: By client; None: the registry's own.
+        settings: The registry's scale and coefficients.
+
+    Raises:
+        BackboneMismatch: If the pool was trained on another backbone.
+        ContributionError: If the pool is empty or the coefficients cannot be used.
+    """
+    pool.check_composable(coefficients, base=backbone.fingerprint)
+    if coefficients is not None:
+        yield from pool.stream(backbone.tensors, coefficients, scale=settings.scale)
+        return
+    count = sum(settings.times(member.num_examples) for member in pool)
+    for name in sorted(backbone.target_weights):
+        weight = backbone.tensors[name]
+        total = torch.zeros(weight.shape, dtype=torch.int64)
+        for member in pool:
+            values = fixed_point.rounded(
+                member.task_vector, name, weight, owner=f"client {member.client!r}"
+            )
+            total = fixed_point.add(total, values, settings.times(member.num_examples))
+        yield name, fixed_point.compose(weight, total, count=count, scale=settings.scale)
+
+
+def write_model(
+    folder: Path, backbone: StoredBackbone, changed: Iterable[tuple[str, Tensor]], head: Head
+) -> str:
+    """Write a folder that plain timm loads, one weight at a time.
+
+    Args:
+        folder: A folder that exists.
+        backbone: Pre-trained weights, for all that is not changed.
+        changed: Names and values of target weights, in the order of names.
+        head: Joint head.
+
+    Returns:
+        SHA-256 of ``model.safetensors``.
+    """
+    classifier = {f"{backbone.classifier}.weight": head.weight}
+    classifier[f"{backbone.classifier}.bias"] = head.bias
+    layout = dict(backbone.tensors.layout)
+    layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in classifier.items()}
+    upcoming = iter(changed)
+    pending = next(upcoming, None)
+    manifest = {"content": "model", "base": backbone.fingerprint}
+    with TensorWriter(folder / WEIGHTS, layout, manifest) as writer:
+        for name in sorted(layout):
+            if pending is not None and pending[0] == name:
+                writer.write(name, pending[1])
+                pending = next(upcoming, None)
+            else:
+                writer.write(
+                    name, classifier[name] if name in classifier else backbone.tensors[name]
+                )
+    if pending is not None:
+        raise ValueError(f"{pending[0]!r} is no weight of the backbone, or came out of order")
+    config = json.dumps(timm_config(backbone, head.classes), indent=2)
+    write_atomically(folder / CONFIG, f"{config}\n".encode())
+    return file_sha256(folder / WEIGHTS)
+
+
+def composed_model(
+    registry: Registry, *, only: Sequence[str] | None, without: Sequence[str]
+) -> nn.Module:
+    """Return a ready timm model of some members; see ``Registry.model``."""
+    pool = registry.pool()
+    pool = pool.without(*without) if only is None else pool.only(*only).without(*without)
+    backbone = registry.backbone
+    weights = dict(backbone.tensors)
+    weights |= stream_composition(pool, backbone, None, registry.settings)
+    head = head_of(pool, registry.settings)
+    weights |= {f"{backbone.classifier}.weight": head.weight}
+    weights |= {f"{backbone.classifier}.bias": head.bias}
+    return model_of(backbone, weights, head.classes)
+
+
+def model_of(
+    backbone: StoredBackbone, weights: Mapping[str, Tensor], classes: tuple[str, ...]
+) -> nn.Module:
+    """Return a timm model in evaluation mode, as timm builds it from a folder.
+
+    Args:
+        backbone: Says which model it is.
+        weights: All of its weights by name, classifier included.
+        classes: Names of the classes, in the order of the logits.
+    """
+    seen = tuples(timm_config(backbone, classes)["pretrained_cfg"])
+    model = timm.create_model(
+        backbone.architecture,
+        pretrained=False,
+        pretrained_cfg={**seen, "label_names": list(classes)},
+        num_classes=len(classes),
+        **backbone.model_args,
+    )
+    model.load_state_dict(dict(weights))
+    assert isinstance(model, nn.Module)
+    return model.eval()

@@ -1,0 +1,281 @@
+"""Re-derives what a registry says of itself: every byte, every link, the composition from scratch.
+
+Nothing is taken on trust but the arithmetic: files are hashed again, the journal's chain is
+followed, the running sum and the composed weights are computed anew from the contributions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedcompo import fixed_point, journal, signing
+from fedcompo.composition import REALIGNED, joint_head, load_realigned
+from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.heads import Head
+from fedcompo.journal import Entry
+from fedcompo.registry import PRIVATE, PUBLIC, Registry
+from fedcompo.registry_state import State
+from fedcompo.removal import RemovalRecord
+from fedcompo.replay import as_told, end_of_change, line_of, members_after, root_of
+from fedcompo.tensorstream import file_sha256
+from fedcompo.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
+
+CLOSE = 1e-4
+"""Largest difference of a joint head that another machine's rounding can explain."""
+
+OnStep = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim and whether it holds."""
+
+    claim: str
+    """What is claimed."""
+    holds: bool | None
+    """None: it cannot be derived again from what is at hand."""
+    detail: str = ""
+    """What was found where it does not hold; names the file."""
+
+
+def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[Finding]:
+    """Check a registry as a whole.
+
+    Args:
+        path: Its folder.
+        on_step: Told what is being done.
+
+    Returns:
+        One finding for each claim; the registry is intact if all hold.
+    """
+    try:
+        on_step("state and journal")
+        registry = Registry(path)
+        entries = _whole_journal(registry)
+    except FedcompoError as error:
+        return [Finding("state and journal can be read and belong together", False, str(error))]
+    findings = [Finding("state and journal can be read and belong together", True)]
+    on_step("files")
+    findings += _check_history(registry.state, entries)
+    findings += _check_keys(registry)
+    findings += _check_files(registry, entries)
+    findings += _check_records(registry, entries)
+    findings += _check_strangers(registry, entries)
+    if all(finding.holds for finding in findings) and registry.clients:
+        on_step("composing again from all members")
+        findings += _guarded("the composition is that of the members", _recomposed, registry)
+        findings += _guarded("the joint head is that of the members", _realigned, registry)
+    return findings
+
+
+def _guarded(claim: str, check: Callable[[Registry], Finding], registry: Registry) -> list[Finding]:
+    try:
+        return [check(registry)]
+    except FedcompoError as error:
+        return [Finding(claim, False, str(error))]
+
+
+def _whole_journal(registry: Registry) -> list[Entry]:
+    registry.entries()
+    entries = journal.read(registry.path / JOURNAL)
+    if len(entries) != registry.state.sequence:
+        raise FileFormatError(
+            f"{registry.path / JOURNAL} has {len(entries)} lines, {STATE} knows of "
+            f"{registry.state.sequence}."
+        )
+    return entries
+
+
+def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
+    """The journal, replayed, must lead to the state."""
+    present, roots = members_after(entries), [e.details.get("root_after", "") for e in entries]
+    root = next((root for root in reversed(roots) if root), "")
+    said = {c: {**m.essence, "added": m.added} for c, m in state.members.items()}
+    yield _compared("the members are those of the journal", as_told(said), present)
+    if root:
+        yield _compared("the root is that of the journal's last line", state.root, root)
+    fixed = entries[0].details.get("fixed")
+    claim = "the fixed files are those of the journal's first line"
+    yield _compared(claim, dict(state.fixed), fixed)
+    for folder, kept in state.kept.items():
+        yield _kept_finding(folder, kept, state, entries)
+
+
+def _kept_finding(
+    folder: str, kept: Mapping[str, Any], state: State, entries: Sequence[Entry]
+) -> Finding:
+    """An earlier composition is named after the line that it came with, whose root covers it."""
+    claim = f"the kept {folder} is what the journal tells of it"
+    last = end_of_change(entries, line_of(folder))
+    if last is None:
+        return Finding(claim, False, f"{JOURNAL} has no such line")
+    members = members_after(entries[: last.sequence])
+    found = sorted(kept["clients"]), root_of(state, members, kept["files"])
+    return _compared(claim, found, (sorted(members), last.details["root_after"]))
+
+
+def _check_keys(registry: Registry) -> Iterator[Finding]:
+    claim = "the keys belong together"
+    try:
+        signing.check_pair(registry.path / PRIVATE, registry.path / PUBLIC)
+        yield Finding(claim, True)
+    except (FileFormatError, OSError) as error:
+        yield Finding(claim, False, str(error))
+
+
+def _check_files(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
+    """Every file that the state names must be there, byte for byte."""
+    state, root = registry.state, registry.path
+    named = {f"the {file}": (root / file, digest) for file, digest in state.fixed.items()}
+    for client, member in state.members.items():
+        named |= {
+            f"{file} of {client}": (root / member.folder / file, digest)
+            for file, digest in member.files.items()
+        }
+    named |= {
+        f"the composition's {file}": (root / state.version / file, digest)
+        for file, digest in state.files.items()
+    }
+    for folder, kept in state.kept.items():
+        named |= {
+            f"{file} of the kept {folder}": (root / folder / file, digest)
+            for file, digest in kept["files"].items()
+        }
+    for what, (path, digest) in named.items():
+        yield _file_finding(f"{what} is unaltered", path, digest)
+
+
+def _check_records(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
+    """Every removal that the journal tells of has a record, unaltered and signed."""
+    for entry in entries:
+        if "record" in entry.details:
+            path = registry.path / entry.details["record"]
+            claim = f"{entry.details['record']} is unaltered"
+            finding = _file_finding(claim, path, entry.details["record_sha256"])
+            yield finding
+            if finding.holds:
+                yield signature_finding(path, registry.path / PUBLIC)
+
+
+def signature_finding(path: Path, public: Path) -> Finding:
+    """Whether a record is whole and signed by the key."""
+    claim = f"{path.name} is signed by the registry's key"
+    try:
+        record = RemovalRecord.parse(path.read_bytes(), source=str(path))
+        signed = signing.is_signed(record.signed_bytes, record.signature, public)
+    except (FileFormatError, OSError) as error:
+        return Finding(claim, False, str(error))
+    return Finding(claim, signed, "" if signed else f"the signature is not that of {public}")
+
+
+def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
+    """Nothing may lie there that the state does not name; the link must lead to the composition."""
+    state, root = registry.state, registry.path
+    known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, *state.fixed)}
+    for member in state.members.values():
+        known |= {root / member.folder / file for file in member.files}
+    known |= {root / state.version / file for file in state.files}
+    for folder, kept in state.kept.items():
+        known |= {root / folder / file for file in kept["files"]}
+    known |= {root / e.details["record"] for e in entries if "record" in e.details}
+    link = root / MODEL
+    known |= {link} if link.is_symlink() else set()
+    strangers = sorted(
+        str(path.relative_to(root))
+        for path in all_but_folders(root)
+        if path not in known and PENDING not in path.relative_to(root).parts[:1]
+    )
+    yield Finding(
+        "there is no file that the registry does not know",
+        not strangers,
+        ", ".join(strangers),
+    )
+    target = str(link.readlink()) if link.is_symlink() else ""
+    yield _compared("the link `model` leads to the composition", target, state.version)
+
+
+def _recomposed(registry: Registry) -> Finding:
+    """Sum the members' task vectors anew and hold every weight against the composition."""
+    claim = "the composition is that of the members"
+    state, backbone = registry.state, registry.backbone
+    running, model = registry.running_sum(), registry.composed()
+    terms = [
+        (registry.contribution(client).task_vector, member)
+        for client, member in state.members.items()
+    ]
+    digests = [hashlib.sha256() for _ in terms]
+    for name in sorted(backbone.tensors):
+        weight = backbone.tensors[name]
+        if name in backbone.target_weights:
+            total = torch.zeros(weight.shape, dtype=torch.int64)
+            for (vector, member), digest in zip(terms, digests, strict=True):
+                values = fixed_point.rounded(vector, name, weight, owner=member.client)
+                fixed_point.feed(digest, name, values)
+                total = fixed_point.add(total, values, state.settings.times(member.num_examples))
+            if not torch.equal(total, running[name]):
+                return Finding(claim, False, f"the running sum differs at {name!r}")
+            weight = fixed_point.compose(
+                weight, total, count=state.count, scale=state.settings.scale
+            )
+        if not torch.equal(weight, model[name]):
+            return Finding(claim, False, f"the model differs at {name!r}")
+    for (_, member), digest in zip(terms, digests, strict=True):
+        if digest.hexdigest() != member.rounded_sha256:
+            return Finding(claim, False, f"{member.client} is rounded differently here")
+    return Finding(claim, True)
+
+
+def _realigned(registry: Registry) -> Finding:
+    """Fit the joint head anew."""
+    settings, version = registry.settings, registry.path / registry.state.version
+    if registry.realigned:
+        mixtures = load_realigned(version / REALIGNED)
+    else:
+        mixtures = {c: registry.contribution(c).features for c in registry.clients}
+    head = joint_head(
+        mixtures, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
+    )
+    return head_finding(registry.joint_head(), head)
+
+
+def head_finding(stored: Head, derived: Head) -> Finding:
+    """Compare two heads, bit for bit; what another processor's rounding explains is told apart."""
+    claim = "the joint head is that of the members"
+    if stored.classes != derived.classes:
+        return Finding(claim, False, f"its classes are {stored.classes}, not {derived.classes}")
+    if torch.equal(stored.weight, derived.weight) and torch.equal(stored.bias, derived.bias):
+        return Finding(claim, True)
+    apart = max(
+        float((stored.weight - derived.weight).abs().max()),
+        float((stored.bias - derived.bias).abs().max()),
+    )
+    scale = max(1.0, float(derived.weight.abs().max()))
+    if apart <= CLOSE * scale:
+        detail = f"up to {apart:.1e}: this machine's arithmetic rounds otherwise"
+        return Finding(claim, None, detail)
+    return Finding(claim, False, f"it differs by up to {apart:.3g}")
+
+
+def _file_finding(claim: str, path: Path, digest: str) -> Finding:
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        return Finding(claim, False, f"{path} cannot be read: {error.strerror}")
+    detail = f"{path} has SHA-256 {found}, expected {digest}"
+    return Finding(claim, found == digest, "" if found == digest else detail)
+
+
+def _compared(claim: str, found: object, expected: object) -> Finding:
+    detail = f"found {str(found)[:200]}, expected {str(expected)[:200]}"
+    return Finding(claim, found == expected, "" if found == expected else detail)
+
+
+def all_but_folders(root: Path) -> Iterator[Path]:
+    """Files, links and whatever else lies in a folder or below."""
+    return (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
