@@ -27,6 +27,18 @@ def features(message: Message, context: Context) -> Message:
     return _answer(message, context, lambda client, tensors, request: client.features())
 
 
+@app.query("identify")
+def identify(message: Message, context: Context) -> Message:
+    """Say who this is, and of which classes."""
+    return _answer(message, context, lambda client, tensors, request: client.identify())
+
+
+@app.query("notice")
+def notice(message: Message, context: Context) -> Message:
+    """Take note of a removal."""
+    return _answer(message, context, LocalClient.notice)
+
+
 @app.query("fisher")
 def fisher(message: Message, context: Context) -> Message:
     """Sum the Fisher diagonal at the pre-trained weights."""

@@ -19,14 +19,15 @@ from torch import Tensor
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.contribution import mixture_tensors
-from fedcompo.data import ClientData, Split, load_client_data, load_folder
-from fedcompo.errors import ConfigError, DataError
+from fedcompo.data import ClientData, load_client_data, load_folder
+from fedcompo.device import pick_device
+from fedcompo.errors import DataError
 from fedcompo.features import extract_features, fit_mixtures
-from fedcompo.fisher import estimate_fisher
-from fedcompo.heads import Head, fit_head, zero_head
+from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
 from fedcompo.names import check_client_name
 from fedcompo.preprocessing import Preprocessing
+from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training import Anchor, evaluate, fit_task_vector
 
@@ -86,65 +87,64 @@ class LocalClient:
         """Describe the images by mixtures of the pre-trained features, class by class."""
         return self._mixtures({}, content="features")
 
+    def identify(self) -> Body:
+        """Say who this is; the images are looked at, not described."""
+        counts = {"num_test_examples": len(self.data.test.labels)}
+        return {}, self._manifest("identify", counts)
+
+    def notice(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+        """Take note that another client was removed; the record goes to the log."""
+        logger.warning("%s: %s", self.name, request["text"])
+        logger.info("%s: the removal record:\n%s", self.name, request["record"])
+        return {}, self._manifest("notice", {})
+
     def realign(self, tensors: Mapping[str, Tensor]) -> Body:
         """Describe the images by mixtures of the composed model's features."""
         return self._mixtures(section("theta", tensors), content="realign")
 
     def fisher(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
-        """Sum the Fisher diagonal over the training images, under the joint head."""
+        """Sum the Fisher diagonal over the training images, under the head that training starts at.
+
+        Under the joint head it weighs confusion with every client's classes, and so depends on
+        them. Under the client's own probe it weighs confusion among its own classes alone: it knows
+        of nobody else, and is smaller, so that the same ``alpha`` holds less. Clients' sums add up
+        either way, each under its own head; a head's rows belong to its own classes.
+        """
         started = time.perf_counter()
-        head = head_from(tensors, request["classes"])
-        images, config = self.data.train.images, self.config.fisher
-        if 0 < config.fisher_examples < len(images):
-            generator = self._generator("fisher-examples")
-            images = images[torch.randperm(len(images), generator=generator)][
-                : config.fisher_examples
-            ]
-        device, preprocessing = self.backbone.device, self.backbone.preprocessing
-        fisher, report = estimate_fisher(
-            self.backbone.model,
-            head.weight.to(device),
-            head.bias.to(device),
-            (
-                preprocessing.normalise(part.to(device))
-                for part in images.split(config.fisher_batch)
-            ),
-            self.backbone.theta_0,
-            kind=config.fisher,
-            tolerance=config.fisher_tolerance,
-            samples=config.fisher_samples,
-            generator=self._generator("fisher"),
+        aligned = self._starts_aligned
+        fisher, report = fisher_of_images(
+            self.backbone,
+            head_from(tensors, request["classes"]) if aligned else self._probe(),
+            self.data.train.images,
+            self.config.fisher,
+            seed=self.config.seed,
+            owner=self.name,
         )
-        sums = {name: total.float() for name, total in fisher.sums.items()}
         manifest = {
+            "classes": list(fisher.classes),
             "num_examples": fisher.num_examples,
             "report": {**asdict(report), "seconds": time.perf_counter() - started},
         }
-        return prefixed("fisher", sums), self._manifest("fisher", manifest)
+        return prefixed("fisher", fisher.sums), self._manifest("fisher", manifest)
 
     def train(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
-        """Fit the task vector, anchored by the others; measure it, and the frozen backbone."""
+        """Fit the task vector, with the anchor given; measure it, and the frozen backbone."""
         joint = head_from(tensors, request["classes"])
         classes, train, test = self.data.classes, self.data.train, self.data.test
-        aligned = joint.rows(classes)
-        start = aligned if self._starts_aligned else self._probe(train)
+        start = joint.rows(classes) if self._starts_aligned else self._probe()
         anchor = None
         if request["anchored"]:
-            own = joint.indices(classes)
-            anchor = Anchor(
-                section("anchor", tensors),
-                tensors["anchor_head/weight"][own],
-                tensors["anchor_head/bias"][own],
-            )
+            head = section("anchor_head", tensors)
+            anchor = Anchor(section("anchor", tensors), head["weight"], head["bias"])
         fitted = fit_task_vector(
             self.backbone,
             Kind(request["kind"]),
             train,
             start,
-            aligned if self._starts_aligned else start,
+            start,
             anchor,
             self.config.train,
-            generator=self._generator("train"),
+            generator=generator_for(self.config.seed, "train", self.name),
             on_epoch=self._log_epoch,
         )
         theta_0 = self.backbone.theta_0
@@ -195,11 +195,10 @@ class LocalClient:
         }
         return mixture_tensors(mixtures), self._manifest(content, manifest)
 
-    def _probe(self, train: Split) -> Head:
-        """Fit the client's own head to the pre-trained features of its images."""
-        features = extract_features(self.backbone.forward({}), train.images)
-        start = zero_head(self.data.classes, self.backbone.num_features)
-        return fit_head(features, train.labels, start, ridge=self.config.head.ridge)
+    def _probe(self) -> Head:
+        """The client's own head; each phase that needs it fits it again, to the same bits."""
+        ridge = self.config.head.ridge
+        return fit_probe(self.backbone, self.data.train, self.data.classes, ridge=ridge)
 
     def _manifest(self, content: str, entries: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -210,26 +209,8 @@ class LocalClient:
             **entries,
         }
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return generator_for(self.config.seed, purpose, self.name)
-
     def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Return the device of that name; ``auto`` takes a GPU where there is one.
-
-    Raises:
-        ConfigError: If it is a GPU and there is none.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"`device` is {wanted!r}, but this machine shows no GPU. Use auto or cpu."
-        )
-    return torch.device(wanted)
 
 
 @lru_cache(maxsize=1)

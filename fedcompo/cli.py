@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
-import logging
 import tomllib
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedcompo import cli_models, cli_registry
+from fedcompo.cli_audit import audit
+from fedcompo.cli_common import errors_as_sentences, say
+from fedcompo.cli_fisher import fisher
 from fedcompo.config import RunConfig, Scalar, all_settings
-from fedcompo.errors import ConfigError, FedcompoError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="Federated fine-tuning into task vectors that add up to one model, and come out again.",
@@ -75,7 +72,7 @@ def simulate(
     """
     given = {"output": output, "seed": seed}
     options: dict[str, Scalar] = {key: v for key, v in given.items() if v is not None}
-    with _errors_as_sentences(verbose):
+    with errors_as_sentences(verbose):
         _simulate(scenario, assignments or [], options, cpus_per_client, gpus_per_client)
 
 
@@ -91,7 +88,7 @@ def settings(
     ]
     console = Console()
     if as_json:
-        _say(console, json.dumps(rows, indent=2, ensure_ascii=False))
+        say(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     table = Table("setting", "default", "meaning")
     for row in rows:
@@ -105,7 +102,24 @@ def settings(
 @app.command()
 def version() -> None:
     """Print the version."""
-    _say(Console(), _version())
+    say(_version())
+
+
+app.command()(fisher)
+app.command("list")(cli_registry.list_clients)
+for command in (
+    cli_registry.show,
+    cli_registry.add,
+    cli_registry.remove,
+    cli_registry.verify,
+    cli_models.compose,
+    cli_models.specialise,
+    cli_models.evaluate,
+    cli_models.negate,
+    cli_models.export,
+    audit,
+):
+    app.command()(command)
 
 
 def _simulate(
@@ -132,7 +146,7 @@ def _simulate(
     app_folder = launcher.find_app()
     name = scenario.scenario_name(file, values)
     output = launcher.reserve_output(Path(config.output or Path.cwd() / "runs" / name))
-    _say(console, f"Simulating {clients} clients. Results go to {output}")
+    say(f"Simulating {clients} clients. Results go to {output}")
     with Display(console) as display:
         results = launcher.simulate(
             values,
@@ -145,26 +159,7 @@ def _simulate(
     from fedcompo.report import print_results
 
     print_results(results, console)
-    _say(console, f"Results: {output}")
-
-
-@contextlib.contextmanager
-def _errors_as_sentences(verbose: bool) -> Iterator[None]:
-    """Turn errors into sentences and exit codes: 2 for settings, 130 for Ctrl-C, else 1."""
-    if verbose:
-        logging.basicConfig(level=logging.INFO)
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say(Console(stderr=True), "Interrupted; everything that was started has been ended.")
-        raise typer.Exit(INTERRUPTED) from None
-    except FedcompoError as error:
-        _say(Console(stderr=True), traceback.format_exc() if verbose else str(error))
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    say(f"Results: {output}")
 
 
 def _version() -> str:

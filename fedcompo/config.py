@@ -7,21 +7,23 @@ defaults in ``pyproject.toml`` are these (a test holds them equal).
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from fedcompo.errors import ConfigError
-
-Scalar = bool | int | float | str
-Check = tuple[Callable[[Any], bool], str]
-
-POSITIVE: Check = (lambda value: value > 0, "must be > 0")
-NOT_NEGATIVE: Check = (lambda value: value >= 0, "must be >= 0")
-FRACTION: Check = (lambda value: 0 <= value < 1, "must be in [0, 1)")
+from fedcompo.settings import (
+    FRACTION,
+    NAMES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Check,
+    Companion,
+    check_all,
+    setting,
+)
+from fedcompo.settings import Scalar as Scalar  # part of this module's face
 
 
 class Kind(StrEnum):
@@ -48,8 +50,23 @@ class Penalty(StrEnum):
     IMPLICIT = "implicit"
 
 
+class AnchorBy(StrEnum):
+    """Whose Fisher diagonal holds a client near the pre-trained weights."""
+
+    OTHERS = "others"
+    OWN = "own"
+    REFERENCE = "reference"
+
+
+class Action(StrEnum):
+    """What a run does."""
+
+    TRAIN = "train"
+    REMOVE = "remove"
+
+
 class HeadStart(StrEnum):
-    """The head that a client's training starts from."""
+    """The head that a client's training starts from, and under which its Fisher is estimated."""
 
     ALIGNED = "aligned"
     PROBE = "probe"
@@ -78,24 +95,15 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-def setting(default: Scalar, description: str, *checks: Check) -> Any:
-    """Declare a setting: its default, a sentence for people, the checks its value must pass."""
-    return field(default=default, metadata={"help": description, "checks": checks})
-
-
 def kinds_of(value: str) -> tuple[Kind, ...]:
     """Split a comma-separated list of kinds; raises ``ValueError`` on an unknown one."""
     return tuple(Kind(part.strip()) for part in value.split(","))
 
 
-def _are_kinds(value: str) -> bool:
-    try:
-        return bool(kinds_of(value))
-    except ValueError:
-        return False
-
-
-KINDS: Check = (_are_kinds, f"must be one of {', '.join(Kind)}, or several joined by commas")
+KINDS: Check = (
+    lambda value: {part.strip() for part in value.split(",")} <= set(Kind),
+    f"must be one of {', '.join(Kind)}, or several joined by commas",
+)
 DEVICE: Check = (
     lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
     "must be auto, cpu, cuda or cuda:<n>",
@@ -163,8 +171,16 @@ class TrainConfig:
     kind: str = setting("lora", "full, lora or ia3; joined by commas: dealt in turn.", KINDS)
     rank: int = setting(8, "lora: rank; a fused qkv gets three times as much.", POSITIVE)
     head_start: HeadStart = setting(
-        HeadStart.ALIGNED, "Head that training starts from: aligned (joint) or probe (own)."
+        HeadStart.ALIGNED,
+        "Head of the Fisher, and that training starts from: aligned (joint, made of all clients' "
+        "statistics) or probe (own).",
     )
+    anchor: AnchorBy = setting(
+        AnchorBy.OTHERS,
+        "Whose Fisher anchors a client: others, own or reference (a file). own or reference with "
+        "head-start probe is lineage-free: no client is trained with anything of another.",
+    )
+    reference: str = setting("", "File of the reference Fisher; `fedcompo fisher` makes one.")
     alpha: float = setting(
         100.0,
         "Strength of the Fisher anchor, on the backbone's own scale (embedded: about 100, DeiT: "
@@ -216,6 +232,30 @@ class ServerConfig:
         1800.0, "Seconds from a request to its answer, waiting for a turn included.", POSITIVE
     )
     keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
+    exclude: str = setting("", "Clients to leave out, by name, joined by commas.", NAMES)
+
+
+@dataclass(frozen=True)
+class RegistryConfig:
+    """Which registry a run works on, and what it does there."""
+
+    action: Action = setting(
+        Action.TRAIN, "train (new clients, who join the registry), or remove (one of its clients)."
+    )
+    registry: str = setting("", "Folder of the registry; empty: a new one in the output.")
+    replace: bool = setting(
+        False, "train: train clients anew that are in the registry, and replace them there."
+    )
+    keep_versions: bool = setting(False, "Keep earlier compositions, also those with who left.")
+    client: str = setting("", "remove: name of the client to remove.")
+    requested_by: str = setting("", "remove: on whose request; stands in the record.")
+    reason: str = setting("", "remove: why; stands in the record.")
+
+
+COMPANIONS: tuple[Companion, ...] = (
+    ("reference", "anchor", AnchorBy.REFERENCE),
+    ("client", "action", Action.REMOVE),
+)
 
 
 @dataclass(frozen=True)
@@ -232,6 +272,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     compose: ComposeConfig = ComposeConfig()
     server: ServerConfig = ServerConfig()
+    registry: RegistryConfig = RegistryConfig()
 
     @classmethod
     def parse(cls, values: Mapping[str, Scalar]) -> RunConfig:
@@ -242,26 +283,9 @@ class RunConfig:
 
         Raises:
             ConfigError: With *all* faults: unknown keys (and the nearest known one), wrong types,
-                values out of range.
+                values out of range, values that contradict each other.
         """
-        known, faults = all_settings(), []
-        parsed: dict[str, Any] = {}
-        for key, value in values.items():
-            if key not in known:
-                near = difflib.get_close_matches(key.replace("_", "-"), known, 1)
-                hint = f" Did you mean `{near[0]}`?" if near else ""
-                faults.append(f"`{key}` is no setting.{hint}")
-                continue
-            try:
-                parsed[known[key].name] = _checked(key, known[key], value)
-            except ValueError as error:
-                faults.append(str(error))
-        if faults:
-            listed = "\n".join(f"  - {fault}" for fault in faults)
-            raise ConfigError(
-                f"{len(faults)} setting(s) cannot be used:\n{listed}\n"
-                "`fedcompo settings` lists all settings with their defaults."
-            )
+        parsed = check_all(all_settings(), values, COMPANIONS)
         sections = {
             section: kind(**{f.name: parsed.pop(f.name) for f in fields(kind) if f.name in parsed})
             for section, kind in SECTIONS.items()
@@ -277,6 +301,15 @@ class RunConfig:
         }
         return {key: str(v) if isinstance(v, StrEnum) else v for key, v in values.items()}
 
+    def of_client(self) -> dict[str, Scalar]:
+        """Return what can shape a client's contribution: not who else is there, nor what follows.
+
+        Contributions say how they came about; two runs that train a client alike must say the same.
+        """
+        for_server = fields(ComposeConfig) + fields(ServerConfig) + fields(RegistryConfig)
+        apart = {"output", *map(_key, for_server)}
+        return {key: value for key, value in self.flat().items() if key not in apart}
+
 
 SECTIONS: dict[str, Any] = {
     f.name: type(f.default) for f in fields(RunConfig) if "help" not in f.metadata
@@ -286,31 +319,8 @@ SECTIONS: dict[str, Any] = {
 def all_settings() -> dict[str, Field[Any]]:
     """Every setting by its run-config key, in the order of this file."""
     declared = [f for kind in (RunConfig, *SECTIONS.values()) for f in fields(kind)]
-    return {f.name.replace("_", "-"): f for f in declared if "help" in f.metadata}
+    return {_key(f): f for f in declared if "help" in f.metadata}
 
 
-def _checked(key: str, declared: Field[Any], value: Any) -> Any:
-    """Convert one value to its setting's type and check its range; raises ``ValueError``."""
-    expected = type(declared.default)
-    if issubclass(expected, StrEnum):
-        choices = [str(choice) for choice in expected]
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {value!r}.{hint}")
-        return expected(value)
-    whole = isinstance(value, float) and value.is_integer()
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**1023 else float("inf")
-    elif expected is int and whole:
-        value = int(value)
-    if type(value) is not expected:
-        raise ValueError(
-            f"`{key}` must be of type {expected.__name__}, got {value!r} ({type(value).__name__})."
-        )
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        raise ValueError(f"`{key}` must be finite, got {value}.")
-    for passes, demand in declared.metadata["checks"]:
-        if not passes(value):
-            raise ValueError(f"`{key}` {demand}, got {value!r}.")
-    return value
+def _key(declared: Field[Any]) -> str:
+    return declared.name.replace("_", "-")

@@ -41,7 +41,7 @@ class FeatureMixture:
 
     def check(self, num_features: int, owner: str) -> None:
         """Refuse a mixture that cannot be drawn from; raises ``ContributionError``."""
-        k = len(self.weights)
+        k = self.weights.numel()
         shapes = [tuple(t.shape) for t in (self.weights, self.means, self.variances)]
         expected = [(k,), (k, num_features), (k, num_features)]
         if k < 1 or shapes != expected:

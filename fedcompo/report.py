@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedcompo.tensorfile import write_atomically
-from fedcompo.units import size
+from fedcompo.units import percent, shortened, size
 
 PICTURE = "report.svg"
 
@@ -66,11 +66,6 @@ def write_report(folder: Path, results: Results) -> None:
     write_atomically(folder / PICTURE, _picture(results).encode())
 
 
-def percent(value: float | None) -> str:
-    """A fraction as a percentage; a dash where nobody reported one."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
 def _accuracy_table(results: Results) -> Table:
     table = Table(title="Accuracy, %", caption=CAPTION, caption_justify="left")
     for name in ("client", "classes", "kind", "images"):
@@ -80,9 +75,9 @@ def _accuracy_table(results: Results) -> Table:
     for client, figures in results["per_client"].items():
         table.add_row(
             client,
-            _shortened(figures["classes"]),
+            shortened(figures["classes"]),
             figures["kind"],
-            f"{figures['num_examples']} + {figures['num_test_examples']}",
+            f"{figures['num_examples']} + {figures['num_test_examples'] or '–'}",
             *(percent(figures[key]) for _, key in COLUMNS),
         )
     table.add_section()
@@ -139,11 +134,6 @@ def cosines_of(gram: Sequence[Sequence[float]]) -> list[list[float]]:
         ]
         for i, row in enumerate(gram)
     ]
-
-
-def _shortened(classes: Sequence[str], limit: int = 24) -> str:
-    text = ", ".join(classes)
-    return text if len(text) <= limit else f"{len(classes)}: {text[: limit - 5]}…"
 
 
 def _picture(results: Results) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from fedcompo.config import RunConfig, Scalar, all_settings
 from fedcompo.errors import ConfigError
 
-PATH_SETTINGS = ("output", "checkpoint")
+PATH_SETTINGS = ("output", "checkpoint", "reference", "registry")
 PATH_SOURCES = ("folder:", "npz:")
 
 

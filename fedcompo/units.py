@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def duration(seconds: float) -> str:
     """Seconds for people: ``4.2 s``, ``3 min 5 s``, ``2 h 10 min``."""
@@ -21,3 +23,14 @@ def size(count: int) -> str:
         value, units = value / 1000, units[1:]
     digits = 0 if units[0] == "B" or value >= 99.5 else 1
     return f"{value:.{digits}f} {units[0]}"
+
+
+def shortened(names: Sequence[str], limit: int = 24) -> str:
+    """Names joined by commas; of long lists the number and the first."""
+    text = ", ".join(names)
+    return text if len(text) <= limit else f"{len(names)}: {text[: limit - 5]}…"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage; a dash where nobody reported one."""
+    return "–" if value is None else f"{100 * value:.1f}"

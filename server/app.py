@@ -1,4 +1,4 @@
-"""The ServerApp: checks the settings, runs the strategy, writes the results."""
+"""The ServerApp: checks the settings, trains or removes clients, writes the results."""
 
 from __future__ import annotations
 
@@ -6,46 +6,45 @@ import json
 import time
 from logging import ERROR, INFO
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedcompo.backbone import load_backbone
-from fedcompo.config import RunConfig
-from fedcompo.errors import ConfigError
-from fedcompo.export import export_timm
+from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.config import Action, RunConfig
+from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.launcher import EVENTS, LOG, RESULTS, reserve_output
+from fedcompo.registry import ABOUT, Registry
+from fedcompo.registry_state import RegistrySettings
 from fedcompo.report import write_report
 from fedcompo.tensorfile import write_atomically
+from server import strategy, unlearning
 from server.exchange import Exchange
-from server.results import collect
-from server.strategy import PHASES, ItaStrategy
+from server.results import collect, collect_removal
+from server.strategy import ItaStrategy
+from server.unlearning import Unlearning
 
 app = ServerApp()
 
-MODEL = "model"
+REGISTRY = "registry"
 HOME_OUTPUT = "fedcompo-runs"
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run ITA once and leave the results in the output folder."""
+    """Do what `action` says, once, and leave the results in the output folder."""
     started = time.time()
     config = RunConfig.parse(context.run_config)
     output = claim_output(config)
-    server = config.server
+    server, removing = config.server, config.registry.action is Action.REMOVE
     exchange = Exchange(grid, server.timeout, server.min_clients, output / EVENTS)
-    phases = [p for p in PHASES if p != "realign" or config.compose.realign]
-    exchange.tell("run", clients=[], phases=phases)
+    phases = unlearning.PHASES if removing else strategy.PHASES
+    wanted = [p for p in phases if p != "realign" or config.compose.realign]
+    exchange.tell("run", clients=[], phases=wanted)
     try:
-        backbone = load_backbone(config.backbone)
-        exchange.gather(server.num_clients)
-        strategy = ItaStrategy(exchange, config, backbone, output)
-        strategy.run()
-        export_timm(output / MODEL, backbone, strategy.theta_p, strategy.joint_head)
-        results = collect(strategy, started=started)
-        write_report(output, results)
+        results = (_remove if removing else _train)(exchange, config, output, started)
         text = json.dumps(results, indent=2, allow_nan=False) + "\n"
         write_atomically(output / RESULTS, text.encode())
     except BaseException as error:
@@ -54,6 +53,63 @@ def main(grid: Grid, context: Context) -> None:
         raise
     exchange.tell("finished", results=RESULTS)
     log(INFO, "Results: %s", output)
+
+
+def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
+    """Train new clients by ITA; they join the registry."""
+    backbone = load_backbone(config.backbone)
+    registry = open_or_create(config, backbone, output)
+    # Members count: a single newcomer can join them.
+    exchange.min_clients = max(1, exchange.min_clients - len(registry.clients))
+    if registry.clients and registry.settings != RegistrySettings.of(config):
+        exchange.note("The registry composes with its own settings, not with this run's.")
+    exchange.gather(config.server.num_clients)
+    ita = ItaStrategy(exchange, config, backbone, registry, output)
+    ita.run()
+    results = collect(ita, started=started)
+    write_report(output, results)
+    return results
+
+
+def _remove(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
+    """Remove a client; those who stay are told, asked and measured as far as they are there."""
+    registry = Registry(registry_path(config))
+    exchange.min_clients = 0
+    removal = Unlearning(exchange, config, registry.backbone.load(), registry)
+    exchange.gather(config.server.num_clients)
+    removal.run()
+    return collect_removal(removal, started=started)
+
+
+def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Registry:
+    """Open the registry that is named, or make one: there, or in the output.
+
+    Raises:
+        BackboneMismatch: If it is one of other pre-trained weights.
+        RegistryError: If it cannot be opened or made.
+    """
+    path = registry_path(config) if config.registry.registry else output / REGISTRY
+    if not (path / ABOUT).exists():
+        return Registry.create(path, backbone, RegistrySettings.of(config))
+    registry = Registry(path)
+    if registry.state.base != backbone.fingerprint:
+        raise BackboneMismatch(
+            f"The registry {path} is one of the backbone {registry.state.base}, this run's is "
+            f"{backbone.fingerprint}. Use the same `backbone` and `checkpoint`, or another "
+            "registry."
+        )
+    return registry
+
+
+def registry_path(config: RunConfig) -> Path:
+    """Folder of the registry that is named; raises ``ConfigError`` unless the path is absolute."""
+    path = Path(config.registry.registry).expanduser()
+    if not path.is_absolute():
+        raise ConfigError(
+            f"`registry` is {config.registry.registry!r}; a run started by `flwr run` needs an "
+            "absolute path. `fedcompo simulate` takes relative ones."
+        )
+    return path
 
 
 def claim_output(config: RunConfig) -> Path:

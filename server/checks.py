@@ -13,7 +13,6 @@ from fedcompo.contribution import mixtures_from
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal
-from fedcompo.heads import Head
 from fedcompo.messages import Body, section
 from fedcompo.task_vector import TaskVector
 
@@ -54,33 +53,49 @@ def checked_mixtures(
     return mixtures
 
 
-def checked_fisher(client: str, body: Body, backbone: Backbone, head: Head) -> FisherDiagonal:
-    """Unpack a client's Fisher sum.
+def checked_fisher(
+    client: str, body: Body, backbone: Backbone, classes: tuple[str, ...]
+) -> FisherDiagonal:
+    """Unpack a client's Fisher sum; raises as :func:`check_fisher` does."""
+    tensors, manifest = body
+    count, found = int(manifest["num_examples"]), tuple(manifest["classes"])
+    fisher = FisherDiagonal(section("fisher", tensors), count, found)
+    check_fisher(fisher, backbone, classes, f"client {client!r}")
+    return fisher
+
+
+def check_fisher(
+    fisher: FisherDiagonal, backbone: Backbone, classes: tuple[str, ...], owner: str
+) -> None:
+    """Refuse a Fisher sum that cannot anchor anyone.
 
     Raises:
-        ContributionError: If names or shapes are not those of the target weights and the head, a
-            value is negative or not finite, or it sums over no example.
+        ContributionError: If names or shapes are not those of the target weights and of a head of
+            these classes, a value is negative or not finite, or it sums over no example.
     """
-    tensors, manifest = body
-    fisher = FisherDiagonal(section("fisher", tensors), int(manifest["num_examples"]))
-    expected = {name: weight.shape for name, weight in backbone.theta_0.items()}
-    expected |= {"head.weight": head.weight.shape, "head.bias": head.bias.shape}
-    found = {name: total.shape for name, total in fisher.sums.items()}
+    if fisher.classes != classes:
+        raise ContributionError(
+            f"The Fisher of {owner} is for a head of {fisher.classes}, expected {classes}."
+        )
+    expected = {name: tuple(weight.shape) for name, weight in backbone.theta_0.items()}
+    expected["head.weight"], expected["head.bias"] = (
+        (len(classes), backbone.num_features),
+        (len(classes),),
+    )
+    found = {name: tuple(total.shape) for name, total in fisher.sums.items()}
     if found != expected:
         wrong = min(n for n in expected.keys() | found if expected.get(n) != found.get(n))
         raise ContributionError(
-            f"The Fisher of client {client!r} has shape {found.get(wrong)} at {wrong!r}, "
-            f"expected {expected.get(wrong)}."
+            f"The Fisher of {owner} has shape {found.get(wrong)} at {wrong!r}, "
+            f"expected {expected.get(wrong)}. Use the same `target-weights` everywhere."
         )
     for name, total in fisher.sums.items():
         if not torch.isfinite(total).all() or (total < 0).any():
             raise ContributionError(
-                f"The Fisher of client {client!r} has values at {name!r} that are negative or "
-                "not finite."
+                f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
             )
     if fisher.num_examples < 1:
-        raise ContributionError(f"The Fisher of client {client!r} sums over no example.")
-    return fisher
+        raise ContributionError(f"The Fisher of {owner} sums over no example.")
 
 
 def checked_task_vector(client: str, body: Body, backbone: Backbone) -> TaskVector:

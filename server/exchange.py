@@ -27,6 +27,8 @@ Fold = Callable[[str, Body], str]
 which the client is to be known. Raises to refuse it, and then has kept nothing."""
 Waiting = tuple[str, int, float]
 """Client, bytes sent, when."""
+NAMING = ("features", "identify")
+"""Phases in which clients are first called by their names."""
 POLL = 0.1, 2.0
 """Seconds between looks for an answer: at first, and at most."""
 
@@ -119,8 +121,9 @@ class Exchange:
         fold: Fold,
         *,
         decisive: bool = True,
+        clients: Iterable[str] | None = None,
     ) -> None:
-        """Send every client a request and fold the answers in, one at a time.
+        """Send clients a request and fold their answers in, one at a time.
 
         Args:
             phase: Name of the phase, for people.
@@ -128,6 +131,7 @@ class Exchange:
             request: Makes the tensors and manifest for a client, by its name.
             fold: Takes each answer.
             decisive: Fail if fewer than ``min_clients`` remain.
+            clients: Whom to ask; None: everyone still in the run.
 
         Raises:
             TooFewClients: If too few usable answers came.
@@ -135,15 +139,15 @@ class Exchange:
         reset_peak()
         started = time.monotonic()
         self.traffic[phase], self.memory[phase], waiting = {}, {}, {}
-        asked = self.clients
-        self.tell("phase-started", phase=phase, clients=[] if phase == "features" else asked)
+        asked = self.clients if clients is None else tuple(sorted(clients))
+        self.tell("phase-started", phase=phase, clients=[] if phase in NAMING else asked)
         for client in asked:
             message_id, sent = self._send(client, message_type, request(client))
             if message_id:
                 waiting[message_id] = client, sent, time.monotonic()
             else:
                 self.leave_out(phase, client, "its node is gone", Traffic(sent, 0, 0.0))
-        self._collect(phase, waiting, fold)
+        self._collect(phase, message_type.rpartition(".")[2], waiting, fold)
         for client, sent, departed in waiting.values():
             reason = f"no answer within {self.timeout:g} s"
             self.leave_out(phase, client, reason, Traffic(sent, 0, time.monotonic() - departed))
@@ -202,7 +206,7 @@ class Exchange:
         ids = list(self.grid.push_messages([message]))
         return ids[0] if ids else "", size_of(content)
 
-    def _collect(self, phase: str, waiting: dict[str, Waiting], fold: Fold) -> None:
+    def _collect(self, phase: str, expected: str, waiting: dict[str, Waiting], fold: Fold) -> None:
         """Take answers as they come, until none is awaited or the time is over."""
         pause, deadline = POLL[0], time.monotonic() + self.timeout
         while waiting and time.monotonic() < deadline:
@@ -211,20 +215,22 @@ class Exchange:
                 for reply in self.grid.pull_messages([message_id]):
                     client, sent, departed = waiting.pop(message_id)
                     cost = Traffic(sent, _received(reply), time.monotonic() - departed)
-                    self._take(phase, client, reply, cost, fold)
+                    self._take(phase, expected, client, reply, cost, fold)
                     answered = True
             pause = POLL[0] if answered else min(1.2 * pause, POLL[1])
             if waiting:
                 time.sleep(pause)
 
-    def _take(self, phase: str, client: str, reply: Message, cost: Traffic, fold: Fold) -> None:
+    def _take(
+        self, phase: str, expected: str, client: str, reply: Message, cost: Traffic, fold: Fold
+    ) -> None:
         """Fold one reply in, or leave its client out."""
         if reply.has_error():
             reason = f"code {reply.error.code}: {reply.error.reason or 'no reason given'}"
             self.leave_out(phase, client, reason, cost)
             return
         try:
-            body = from_record(reply.content, expected=phase, source=f"client {client!r}")
+            body = from_record(reply.content, expected=expected, source=f"client {client!r}")
             peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
             name = fold(client, body)
         except FedcompoError as error:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
-from fedcompo.deltas import Weights
-from server.exchange import totals
+from torch import Tensor
+
+from fedcompo.backbone import Backbone
+from fedcompo.config import RunConfig
+from server.composing import Composing
+from server.exchange import Exchange, totals
 from server.strategy import ItaStrategy
+from server.unlearning import Unlearning
 
 FORMAT_VERSION = 1
 ACCURACIES = (
@@ -34,21 +40,47 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
     Returns:
         JSON values. Accuracies are fractions in [0, 1]; those of the run are means over clients.
     """
-    config, exchange = strategy.config, strategy.exchange
-    per_client = {client: _of_client(strategy, client) for client in strategy.pool.clients}
+    config, exchange, composing = strategy.config, strategy.exchange, strategy.composing
+    registry = strategy.registry
+    per_client = {client: _of_client(strategy, client) for client in registry.clients}
     return {
-        "format_version": FORMAT_VERSION,
-        "method": "ita",
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 3),
+        **_common(config, exchange, strategy.backbone, method="ita", started=started),
         **{name: _mean(per_client, name) for name in ACCURACIES},
         "clients_evaluated": [
             client
             for client, figures in per_client.items()
             if figures["class_il_accuracy"] is not None
         ],
-        "realigned_with": sorted(strategy.realigned) if strategy.head_is_realigned else [],
+        "realigned_with": list(registry.clients) if registry.realigned else [],
+        "registry": {
+            "path": str(registry.path),
+            "root": registry.state.root,
+            "joined": list(strategy.fitting.trained),
+        },
         "per_client": per_client,
+        "diagnostics": _diagnostics(composing),
+        "classes": list(registry.classes),
+    }
+
+
+def collect_removal(removal: Unlearning, *, started: float) -> dict[str, Any]:
+    """Gather every figure of a finished removal; JSON values."""
+    config, exchange, backbone = removal.config, removal.exchange, removal.backbone
+    return {
+        **_common(config, exchange, backbone, method="removal", started=started),
+        **removal.results(),
+    }
+
+
+def _common(
+    config: RunConfig, exchange: Exchange, backbone: Backbone, *, method: str, started: float
+) -> dict[str, Any]:
+    """What every kind of run reports."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": method,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 3),
         "left_out": [asdict(client) for client in exchange.left_out],
         "notes": exchange.notes,
         "phases": {
@@ -59,14 +91,12 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
             }
             for phase, seconds in exchange.seconds.items()
         },
-        "diagnostics": _diagnostics(strategy),
-        "classes": list(strategy.joint_head.classes),
         "backbone": {
-            "name": strategy.backbone.name,
-            "architecture": strategy.backbone.architecture,
-            "fingerprint": strategy.backbone.fingerprint,
-            "parameters": sum(p.numel() for p in strategy.backbone.model.parameters()),
-            "target_parameters": _count(strategy.backbone.theta_0),
+            "name": backbone.name,
+            "architecture": backbone.architecture,
+            "fingerprint": backbone.fingerprint,
+            "parameters": sum(p.numel() for p in backbone.model.parameters()),
+            "target_parameters": _count(backbone.theta_0),
         },
         "seed": config.seed,
         "settings": config.flat(),
@@ -79,32 +109,34 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
 
 
 def _of_client(strategy: ItaStrategy, client: str) -> dict[str, Any]:
-    described, reported = strategy.described[client], strategy.metrics[client]
-    contribution = next(c for c in strategy.pool if c.client == client)
-    index = strategy.diagnostics.clients.index(client)
+    fitting, composing = strategy.fitting, strategy.composing
+    described = fitting.roster.described.get(client)
+    reported = fitting.figures.get(client, {}) | composing.figures.get(client, {})
+    contribution = strategy.registry.contribution(client)
+    index = composing.diagnostics.clients.index(client)
     traffic = {
         phase: asdict(costs[client])
         for phase, costs in strategy.exchange.traffic.items()
         if client in costs
     }
     return {
-        "classes": list(described.classes),
+        "classes": list(contribution.head.classes),
         "kind": str(contribution.task_vector.kind),
-        "num_examples": described.num_examples,
-        "num_test_examples": described.num_test_examples,
-        "coefficient": strategy.coefficients[client],
+        "num_examples": contribution.num_examples,
+        "num_test_examples": described.num_test_examples if described else None,
+        "coefficient": composing.coefficients[client],
         **{name: reported.get(name) for name in ACCURACIES},
-        "losses": reported["losses"],
-        "fisher": reported["fisher"],
-        "tau_norm": float(strategy.diagnostics.norms[index]),
+        "losses": reported.get("losses", []),
+        "fisher": reported.get("fisher", {}),
+        "tau_norm": float(composing.diagnostics.norms[index]),
         "tau_parameters": _count(contribution.task_vector.tensors),
         "traffic": traffic,
         "lineage": asdict(contribution.lineage),
     }
 
 
-def _diagnostics(strategy: ItaStrategy) -> dict[str, Any]:
-    found = strategy.diagnostics
+def _diagnostics(composing: Composing) -> dict[str, Any]:
+    found = composing.diagnostics
     return {
         "clients": list(found.clients),
         "fisher_gram": found.gram.tolist(),
@@ -120,5 +152,5 @@ def _mean(per_client: dict[str, dict[str, Any]], name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _count(weights: Weights) -> int:
+def _count(weights: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in weights.values())

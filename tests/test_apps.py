@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from app_runs import QUICK, altered, run
 from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid, lost
 from PIL import Image
@@ -20,53 +21,16 @@ from fedcompo.config import BackboneConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import DataConfig, load_client_data
 from fedcompo.errors import ConfigError, TooFewClients
-from fedcompo.messages import from_record, to_record
 from fedcompo.pool import Pool
+from fedcompo.registry import Registry
+from fedcompo.verification import verify_registry
 from server.app import app as server_app
-
-QUICK = {
-    "num-tasks": 3,
-    "num-classes": 6,
-    "images-per-class": 12,
-    "local-epochs": 1,
-    "rank": 2,
-    "fisher-examples": 6,
-    "mixture-components": 1,
-    "align-samples": 16,
-    "timeout": 60.0,
-    "num-clients": 3,
-}
-
-
-def run(grid_options: dict, output: Path, **settings) -> dict:
-    config = {**QUICK, **{k.replace("_", "-"): v for k, v in settings.items()}}
-    config["output"] = str(output)
-    clients = grid_options.pop("clients", 3)
-    grid = InProcessGrid(client_app, config, clients, **grid_options)
-    context = Context(
-        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
-    )
-    server_app(grid, context)
-    return json.loads((output / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("run") / "out"
     return output, run({}, output)
-
-
-def altered(change) -> object:
-    """Tamper with a reply: ``change(tensors, manifest)`` edits in place; the digests stay right."""
-
-    def tamper(reply: Message) -> Message:
-        expected = reply.metadata.message_type.rpartition(".")[2]
-        tensors, manifest = from_record(reply.content, expected=expected, source="test")
-        change(tensors, manifest)
-        reply.content = to_record(tensors, manifest)
-        return reply
-
-    return tamper
 
 
 def test_a_run_reports_every_phase_and_client(finished):
@@ -111,22 +75,33 @@ def test_traffic_is_booked_by_client_and_phase(finished):
 
 def test_the_composed_model_is_the_pool_of_the_saved_contributions(finished):
     output, results = finished
-    pool = Pool(tuple(Contribution.load(folder) for folder in (output / "clients").iterdir()))
+    folders = (output / "registry" / "clients").iterdir()
+    pool = Pool(tuple(Contribution.load(folder) for folder in folders))
     backbone = load_backbone(BackboneConfig())
     theta_p = pool.compose(backbone.theta_0)
-    saved = safetensors.torch.load_file(output / "model" / "model.safetensors")
-    for name, weight in theta_p.items():
-        assert torch.equal(saved[name], weight)
+    saved = safetensors.torch.load_file(output / "registry" / "model" / "model.safetensors")
+    for name, weight in theta_p.items():  # the registry rounds each τ once, to its grid of 2⁻⁴⁰
+        torch.testing.assert_close(saved[name], weight, rtol=1e-6, atol=1e-11)
+        assert not torch.equal(saved[name], backbone.theta_0[name])
     for name, weight in backbone.model.state_dict().items():
         if name not in theta_p:
             assert torch.equal(saved[name], weight)
     assert pool.clients == tuple(results["per_client"])
 
 
+def test_a_run_leaves_a_registry_that_verifies_and_nothing_elsewhere(finished):
+    output, results = finished
+    assert all(finding.holds for finding in verify_registry(output / "registry"))
+    assert results["registry"]["root"] == Registry(output / "registry").state.root
+    assert results["realigned_with"] == list(results["per_client"])
+    names = {path.name for path in output.iterdir()}
+    assert names == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
+
+
 def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
     output, results = finished
-    model = timm.create_model(f"local-dir:{output / 'model'}", pretrained=True).eval()
-    config = json.loads((output / "model" / "config.json").read_text())
+    model = timm.create_model(f"local-dir:{output / 'registry' / 'model'}", pretrained=True).eval()
+    config = json.loads((output / "registry" / "model" / "config.json").read_text())
     assert config["label_names"] == results["classes"]
     preprocessing = load_backbone(BackboneConfig()).preprocessing
     source = DataConfig(num_tasks=3, num_classes=6, images_per_class=12)
@@ -143,7 +118,7 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
 
 def test_lineage_names_the_others_and_never_the_client_itself(finished):
     output, _ = finished
-    lineage = Contribution.load(output / "clients" / "client-1").lineage
+    lineage = Contribution.load(output / "registry" / "clients" / "client-1").lineage
     assert lineage.anchored_by == ("client-0", "client-2")
     assert lineage.aligned_with == ("client-0", "client-2")
     assert lineage.ensemble == ()
@@ -152,8 +127,10 @@ def test_lineage_names_the_others_and_never_the_client_itself(finished):
 def test_the_same_seed_gives_the_same_result(finished, tmp_path):
     output, results = finished
     again = run({}, tmp_path / "again")
-    ours = Contribution.load(output / "clients" / "client-0").task_vector.tensors
-    theirs = Contribution.load(tmp_path / "again" / "clients" / "client-0").task_vector.tensors
+    ours = Contribution.load(output / "registry" / "clients" / "client-0").task_vector.tensors
+    theirs = Contribution.load(
+        tmp_path / "again" / "registry" / "clients" / "client-0"
+    ).task_vector.tensors
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (
         again["per_client"]["client-0"]["losses"] == (results["per_client"]["client-0"]["losses"])
@@ -178,7 +155,9 @@ def test_kinds_are_dealt_in_turn_and_a_node_may_insist(tmp_path):
     results = run(options, tmp_path / "out", kind="full,ia3", keep_fisher=False)
     kinds = [figures["kind"] for figures in results["per_client"].values()]
     assert kinds == ["full", "ia3", "lora"]
-    assert not (tmp_path / "out" / "clients" / "client-0" / "fisher.safetensors").exists()
+    assert not (
+        tmp_path / "out" / "registry" / "clients" / "client-0" / "fisher.safetensors"
+    ).exists()
 
 
 def test_registered_names_win_over_node_config_over_partition(tmp_path):
@@ -205,7 +184,7 @@ def test_a_client_that_raises_is_named_and_left_out(tmp_path, monkeypatch):
     assert (left_out["client"], left_out["phase"]) == ("client-1", "train")
     assert "the disk of client-1 is full" in left_out["reason"]
     assert list(results["per_client"]) == ["client-0", "client-2"]
-    assert not (tmp_path / "out" / "clients" / "client-1").exists()
+    assert not (tmp_path / "out" / "registry" / "clients" / "client-1").exists()
     owned = (
         results["per_client"]["client-0"]["classes"] + results["per_client"]["client-2"]["classes"]
     )
@@ -259,7 +238,9 @@ def test_nonsense_from_training_is_refused_by_name(tmp_path, change, reason):
     assert left_out["client"] == "client-1"
     assert reason in left_out["reason"]
     assert list(results["per_client"]) == ["client-0", "client-2"]
-    composed = sorted(folder.name for folder in (tmp_path / "out" / "clients").iterdir())
+    composed = sorted(
+        folder.name for folder in (tmp_path / "out" / "registry" / "clients").iterdir()
+    )
     assert composed == ["client-0", "client-2"]
 
 
@@ -286,7 +267,7 @@ def test_a_refused_answer_leaves_no_trace(tmp_path, phase, change, reason):
     (left_out,) = results["left_out"]
     assert left_out["phase"] == phase
     assert reason in left_out["reason"]
-    lineage = Contribution.load(tmp_path / "out" / "clients" / "client-0").lineage
+    lineage = Contribution.load(tmp_path / "out" / "registry" / "clients" / "client-0").lineage
     assert lineage.anchored_by == ("client-2",)
 
 
@@ -349,7 +330,7 @@ def test_of_two_nodes_with_one_name_neither_is_used(tmp_path):
     assert all("Two nodes call themselves 'twin'" in c["reason"] for c in results["left_out"])
 
 
-def test_without_everyones_features_the_trained_heads_stand(tmp_path):
+def test_without_everyones_features_the_head_stays_as_the_registry_aligned_it(tmp_path):
     results = run({"tamper": {(0, "query.realign"): lost}}, tmp_path / "out", timeout=15.0)
     assert any("not aligned again" in note for note in results["notes"])
     assert results["per_client"]["client-0"]["class_il_accuracy"] is None

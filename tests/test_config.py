@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedcompo.config import (
     SECTIONS,
+    AnchorBy,
     FisherKind,
     HeadStart,
     Kind,
@@ -21,6 +22,7 @@ from fedcompo.config import (
     kinds_of,
 )
 from fedcompo.errors import ConfigError
+from fedcompo.settings import names_of
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 DEFAULTS = RunConfig().flat()
@@ -78,6 +80,9 @@ def test_parsing_what_flat_returns_gives_the_same_settings():
         "fisher": "exact",
         "penalty": "coupled",
         "head-start": "probe",
+        "anchor": "reference",
+        "reference": "/data/public.safetensors",
+        "exclude": "client-1, client-3",
         "realign": False,
         "output": "runs/a",
         "device": "cuda:1",
@@ -88,6 +93,7 @@ def test_parsing_what_flat_returns_gives_the_same_settings():
     assert config.train.rank == 3
     assert config.train.penalty is Penalty.COUPLED
     assert config.train.head_start is HeadStart.PROBE
+    assert config.train.anchor is AnchorBy.REFERENCE
     assert config.fisher.fisher is FisherKind.EXACT
     assert config.compose.realign is False
 
@@ -171,6 +177,9 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
         ("kind", "lora,", "one of full, lora, ia3"),
         ("device", "tpu", "auto, cpu, cuda"),
         ("target-weights", " , ", "at least one pattern"),
+        ("anchor", "own,others", "one of others, own, reference"),
+        ("exclude", "a,,b", "names joined by commas"),
+        ("exclude", ",", "names joined by commas"),
     ],
 )
 def test_a_value_out_of_range_is_refused_and_the_range_named(key, value, demand):
@@ -186,6 +195,53 @@ def test_a_device_that_torch_does_not_know_is_refused(device):
 
 def test_a_whole_number_too_large_for_floating_point_is_refused():
     assert "`alpha` must be" in fault_of(alpha=10**400)
+
+
+def test_a_reference_is_given_where_it_anchors_and_only_there():
+    assert fault_of(anchor="reference").startswith(
+        "`anchor` is reference, but `reference` is empty:"
+    )
+    assert fault_of(reference="r.safetensors") == (
+        "`reference` is 'r.safetensors', but `anchor` is others: only reference makes use of it."
+    )
+    assert "`anchor` is own" in fault_of(anchor="own", reference="r.safetensors")
+    config = RunConfig.parse({"anchor": "reference", "reference": "r.safetensors"})
+    assert config.train.reference == "r.safetensors"
+
+
+def test_settings_that_contradict_each_other_are_told_with_all_other_faults():
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.parse({"anchor": "own", "reference": "r", "rank": -1, "alpha": -1.0})
+    text = str(caught.value)
+    assert text.startswith("3 setting(s) cannot be used:\n")
+    for part in ("`rank` must", "`alpha` must", "but `anchor` is own"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("anchor", "reference"), [("refrence", "r"), ("refrence", ""), ("reference", 3)]
+)
+def test_a_setting_that_is_faulty_itself_contradicts_no_other(anchor, reference):
+    fault = fault_of(anchor=anchor, reference=reference)
+    assert "must be" in fault
+    assert "makes use of it" not in fault
+    assert "is empty" not in fault
+
+
+def test_names_are_split_at_commas():
+    assert names_of("") == names_of("  ") == ()
+    assert names_of(" a , b c,d") == ("a", "b c", "d")
+
+
+def test_what_cannot_shape_a_contribution_is_apart():
+    config = RunConfig.parse({"output": "x", "exclude": "a", "scale": 2.0, "alpha": 3.0, "seed": 4})
+    shaping = config.of_client()
+    sections = ("data", "backbone", "head", "fisher", "train")
+    declared = [f.name for section in sections for f in dataclasses.fields(SECTIONS[section])]
+    assert set(shaping) == {name.replace("_", "-") for name in ("seed", "device", *declared)}
+    assert all(config.flat()[key] == value for key, value in shaping.items())
+    again = RunConfig.parse(shaping)
+    assert (again.train, again.seed) == (config.train, 4)
 
 
 def test_kinds_are_split_at_commas():

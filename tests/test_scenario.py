@@ -89,11 +89,16 @@ def test_paths_become_absolute_where_the_user_stands(
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", "/home/ann")
     file = tmp_path / "scenarios" / "s.toml"
-    file.write_text('data = "folder:../my images"\ncheckpoint = "~/vit.safetensors"\n')
+    file.write_text(
+        'data = "folder:../my images"\ncheckpoint = "~/vit.safetensors"\n'
+        'anchor = "reference"\nreference = "../public.safetensors"\n'
+    )
     values = scenario.settings_of(file, [], {"output": "out/./x"})
     assert values == {
         "data": f"folder:{tmp_path}/my images",  # not relative to the scenario
         "checkpoint": "/home/ann/vit.safetensors",
+        "anchor": "reference",
+        "reference": f"{tmp_path}/public.safetensors",
         "output": f"{here}/out/x",
     }
 

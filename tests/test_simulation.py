@@ -52,10 +52,10 @@ def test_simulate_leaves_results_where_the_last_line_says(tmp_path):
     assert list(results["per_client"]) == ["client-0", "client-1"]
     assert [f["kind"] for f in results["per_client"].values()] == ["lora", "full"]
     assert f"{100 * results['class_il_accuracy']:.1f}" in done.stdout
-    assert (output / "model" / "config.json").exists()
+    assert (output / "registry" / "model" / "config.json").exists()
     assert (output / "report.svg").exists()
     for client in results["per_client"]:
-        assert Contribution.load(output / "clients" / client).client == client
+        assert Contribution.load(output / "registry" / "clients" / client).client == client
 
 
 def test_a_run_that_fails_exits_non_zero_and_says_why(tmp_path):

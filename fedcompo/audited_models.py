@@ -1,0 +1,103 @@
+"""The models that an audit compares: with a client, after its removal, and had it never come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedcompo.deltas import Weights
+from fedcompo.errors import BackboneMismatch, ConfigError
+from fedcompo.heads import Head
+from fedcompo.registry import Registry
+from fedcompo.selection import from_registry
+
+BEFORE, AFTER, GOLD = "before", "after", "gold"
+MAY_DIFFER = {"device"}
+"""Settings that a gold run may have otherwise."""
+
+
+@dataclass(frozen=True)
+class AuditedModel:
+    """A composition in memory."""
+
+    theta: Weights
+    """Composed target weights, by name."""
+    head: Head
+    """Its joint head."""
+    clients: tuple[str, ...]
+    realigned: bool
+    """Whether the head was fitted to features of the composed model."""
+
+
+def audited_models(
+    registry: Registry, client: str, gold: Registry | None = None
+) -> dict[str, AuditedModel]:
+    """Compose before, after and, if there is one, gold; by those names."""
+    without = from_registry(registry, without=(client,))
+    models = {
+        BEFORE: _composition_of(registry),
+        AFTER: AuditedModel(dict(without.stream()), without.head, without.pool.clients, False),
+    }
+    return models | ({GOLD: _composition_of(gold)} if gold is not None else {})
+
+
+def distances_to_gold(models: Mapping[str, AuditedModel]) -> dict[str, float]:
+    r"""Lengths :math:`\lVert\theta - \theta_{gold}\rVert_2` over all target weights, by model.
+
+    Zero if and only if the weights are the same, bit for bit. Empty where there is no gold.
+    """
+    if GOLD not in models:
+        return {}
+    gold = models[GOLD].theta
+    return {
+        name: math.sqrt(
+            sum(float((model.theta[w].double() - gold[w].double()).square().sum()) for w in gold)
+        )
+        for name, model in models.items()
+        if name != GOLD
+    }
+
+
+def check_gold(registry: Registry, gold: Registry, client: str) -> None:
+    """Refuse a gold registry that is not of the same run without the client.
+
+    Raises:
+        BackboneMismatch: If it is of another backbone.
+        ConfigError: If its members or settings are not those expected.
+    """
+    if gold.state.base != registry.state.base:
+        raise BackboneMismatch(
+            f"The gold registry {gold.path} is of the backbone {gold.state.base}, expected "
+            f"{registry.state.base}. Make it by the same run with `exclude = {client}`."
+        )
+    expected = tuple(name for name in registry.clients if name != client)
+    if gold.clients != expected:
+        raise ConfigError(
+            f"The gold registry {gold.path} holds {', '.join(gold.clients) or 'nobody'}, expected "
+            f"exactly {', '.join(expected) or 'nobody'}. Make it by the same run with "
+            f"`exclude = {client}`."
+        )
+    ours, theirs = _comparable(registry, expected), _comparable(gold, expected)
+    if differing := sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)):
+        key = differing[0]
+        raise ConfigError(
+            f"The gold registry {gold.path} was made with other settings: {key} is "
+            f"{theirs.get(key)!r}, expected {ours.get(key)!r}"
+            + (f" (and {len(differing) - 1} more)" if differing[1:] else "")
+            + ". Only with the same settings does it show what the client's absence does."
+        )
+
+
+def _comparable(registry: Registry, clients: Iterable[str]) -> dict[str, Any]:
+    settings = {f"the registry's {k}": v for k, v in asdict(registry.settings).items()}
+    for client in clients:
+        own = registry.contribution(client).settings
+        settings |= {f"{key} of {client}": v for key, v in own.items() if key not in MAY_DIFFER}
+    return settings
+
+
+def _composition_of(registry: Registry) -> AuditedModel:
+    head = registry.joint_head()
+    return AuditedModel(registry.theta_p(), head, registry.clients, registry.realigned)

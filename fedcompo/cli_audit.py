@@ -1,0 +1,92 @@
+"""The command that measures whether a model forgets a client."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcompo.cli_common import (
+    JsonOption,
+    RegistryOption,
+    VerboseOption,
+    errors_as_sentences,
+    open_registry,
+    print_json,
+    progress,
+    say,
+)
+from fedcompo.units import duration
+
+
+def audit(
+    remove: Annotated[
+        str, typer.Option(metavar="CLIENT", help="Client whose removal is measured; it stays.")
+    ],
+    registry: RegistryOption = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="The clients' images: digits, folder:<path>, npz:<path>; default: those that "
+            "they were trained on.",
+        ),
+    ] = "",
+    gold: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REGISTRY",
+            help="Registry of the same run without the client (`--set exclude=CLIENT`).",
+        ),
+    ] = None,
+    shadows: Annotated[
+        int,
+        typer.Option(
+            help="Shadow models of the likelihood-ratio attack: an even number, at least 4."
+        ),
+    ] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of shadows and intervals.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write to, new; default: ./audit-CLIENT."),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure whether the model forgets a client that is taken out of it; changes nothing.
+
+    Compares the composition before and after a removal and, with --gold, one that the client never
+    took part in: accuracy on everyone's test images, and how well two attacks tell the client's
+    training images from its test images.
+
+    Writes audit.json, audit.md and audit.svg. The shadow models take as long as that many
+    trainings of the client.
+    """
+    with errors_as_sentences(verbose):
+        from fedcompo.audit import audit as measure
+        from fedcompo.audit_report import print_audit, write_audit
+        from fedcompo.registry import Registry
+        from fedcompo.selection import new_folder
+
+        started = time.monotonic()
+        opened = open_registry(registry)
+        opened.member(remove)
+        folder = output or Path(f"audit-{remove}")
+        with new_folder(folder) as draft, progress(quiet=as_json) as tell:
+            values = measure(
+                opened,
+                remove,
+                data=data,
+                gold=Registry(gold) if gold else None,
+                shadows=shadows,
+                seed=seed,
+                on_step=tell,
+            )
+            write_audit(draft, values)
+        if as_json:
+            print_json(values)
+            return
+        print_audit(values)
+        say(f"Measured in {duration(time.monotonic() - started)}: {folder}")

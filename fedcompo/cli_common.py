@@ -1,0 +1,129 @@
+"""What the commands share: errors as sentences, output for people or programs, the registry."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedcompo.errors import ConfigError, FedcompoError
+
+if TYPE_CHECKING:
+    from fedcompo.registry import Registry
+
+INTERRUPTED = 130
+PIPE_WIDTH = 120
+"""Columns of a table that no terminal will show."""
+VARIABLE = "FEDCOMPO_REGISTRY"
+
+RegistryOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--registry",
+        "-r",
+        help="Folder of the registry; default: $FEDCOMPO_REGISTRY, else where you stand, "
+        "or its `registry`.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
+]
+
+
+@contextlib.contextmanager
+def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
+    """Turn errors into sentences and exit codes: 2 for settings, 130 for Ctrl-C, else 1."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("Interrupted; everything that was started has been ended.", Console(stderr=True))
+        raise typer.Exit(INTERRUPTED) from None
+    except FedcompoError as error:
+        say(traceback.format_exc() if verbose else str(error), Console(stderr=True))
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+
+
+def say(text: str, console: Console | None = None) -> None:
+    """Print a sentence as it is."""
+    (console or Console()).print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    say(json.dumps(value, indent=2, ensure_ascii=False, default=list))
+
+
+def table_console() -> Console:
+    """A console for tables: as wide as the terminal, or wide enough where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(PIPE_WIDTH, console.width))
+
+
+@contextlib.contextmanager
+def progress(*, quiet: bool) -> Iterator[Any]:
+    """Show what is being done while it is done, on standard error; yields who to tell."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda step: None
+        return
+    with console.status("…") as status:
+        yield lambda step: status.update(f"{step} …")
+
+
+def open_registry(given: Path | None) -> Registry:
+    """Open the registry that was named, or the one that is near.
+
+    Raises:
+        RegistryError: If there is none.
+    """
+    from fedcompo.registry import Registry
+
+    return Registry(registry_path(given))
+
+
+def registry_path(given: Path | None) -> Path:
+    """Folder of the registry that was named, or of the one that is near."""
+    if given is None and os.environ.get(VARIABLE):
+        given = Path(os.environ[VARIABLE])
+    near = (path for path in (Path(), Path("registry")) if (path / "registry.json").is_file())
+    return given or next(near, Path())
+
+
+def names_of(text: str | None) -> tuple[str, ...]:
+    """Split ``a,b,c``; raises ``ConfigError`` if a name is empty."""
+    if text is None:
+        return ()
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ConfigError(f"{text!r} is no list of clients; write names joined by commas: a,b,c.")
+    return names
+
+
+def weights_of(text: str | None) -> dict[str, float] | None:
+    """Parse ``a=0.7,b=0.3``; raises ``ConfigError`` if it is something else."""
+    if text is None:
+        return None
+    weights: dict[str, float] = {}
+    for part in names_of(text):
+        name, equals, number = part.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name or name in weights:
+            raise ConfigError(
+                f"`--weights {text}` is not of the form a=0.7,b=0.3, each client once."
+            )
+        weights[name.strip()] = value
+    return weights

@@ -1,0 +1,117 @@
+"""The command that makes a reference Fisher: an anchor that comes from no client."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedcompo.cli_common import (
+    JsonOption,
+    VerboseOption,
+    errors_as_sentences,
+    print_json,
+    progress,
+    say,
+)
+from fedcompo.errors import ConfigError
+from fedcompo.units import duration, size
+
+if TYPE_CHECKING:
+    from fedcompo.config import RunConfig
+
+
+def fisher(
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Images of no client: digits, npz:<path>, cifar100, or folder:<path> with "
+            "train/<class>/* in it.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="File to write; must be new.")
+    ],
+    scenario: Annotated[
+        Path | None, typer.Argument(help="TOML file of settings; none: the defaults.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set one setting, such as backbone=... or fisher-examples=500. May be repeated.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make a reference Fisher: an anchor that comes from no client.
+
+    Estimated on public images, or on the coordinator's own, under a linear probe of their classes.
+
+    SCENARIO is a TOML file of settings: that of the run which shall use it, so that backbone and
+    target-weights agree; without one, the defaults.
+
+    Then: fedcompo simulate --set anchor=reference --set reference=FILE --set head-start=probe
+    """
+    with errors_as_sentences(verbose):
+        from fedcompo.scenario import settings_of
+
+        if output.exists():
+            raise ConfigError(f"{output} is there already. Name another file, or take it away.")
+        values = settings_of(scenario, assignments or [], {"data": data})
+        from fedcompo.config import RunConfig
+
+        config = RunConfig.parse(values)
+        summary = _make(config, output, quiet=as_json)
+        if as_json:
+            print_json(summary)
+            return
+        say(
+            f"Reference Fisher of {summary['num_examples']} images of {summary['classes']} "
+            f"classes, backbone {config.backbone.backbone}, in {duration(summary['seconds'])}: "
+            f"{summary['file']} ({size(summary['bytes'])})"
+        )
+        say(
+            f"Its mean trace is {summary['mean_trace']:.3g}, the scale on which `alpha` acts; a "
+            "run notes if that is far from its clients' own."
+        )
+
+
+def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
+    """Estimate and write it; returns what there is to tell."""
+    from fedcompo.backbone import load_backbone
+    from fedcompo.device import pick_device
+    from fedcompo.reference import load_public_data, reference_fisher, save_reference
+
+    started = time.monotonic()
+    with progress(quiet=quiet) as tell:
+        tell("Loading the backbone")
+        backbone = load_backbone(config.backbone, pick_device(config.device))
+        tell("Reading the images")
+        public = load_public_data(config, backbone.preprocessing)
+        tell(f"Fitting a probe of {len(public.classes)} classes")
+        fisher, report = reference_fisher(
+            backbone,
+            public,
+            config,
+            on_images=lambda taken, total: tell(f"Fisher of image {taken} of {total}"),
+        )
+        digest = save_reference(output, fisher, base=backbone.fingerprint)
+    return {
+        "file": str(output.absolute()),
+        "bytes": output.stat().st_size,
+        "tensors_sha256": digest,
+        "base": backbone.fingerprint,
+        "data": config.data.data,
+        "classes": len(public.classes),
+        "num_examples": fisher.num_examples,
+        "mean_trace": fisher.mean_trace(),
+        "report": asdict(report),
+        "seconds": round(time.monotonic() - started, 3),
+    }

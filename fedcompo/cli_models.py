@@ -1,0 +1,240 @@
+"""The commands that make models of a registry's members: compose, evaluate, negate, export."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedcompo.cli_common import (
+    JsonOption,
+    RegistryOption,
+    VerboseOption,
+    errors_as_sentences,
+    names_of,
+    open_registry,
+    print_json,
+    progress,
+    say,
+    weights_of,
+)
+from fedcompo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedcompo.selection import Selection
+
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
+]
+OnlyOption = Annotated[str | None, typer.Option(metavar="A,B", help="Compose these clients alone.")]
+WithoutOption = Annotated[str | None, typer.Option(metavar="A,B", help="Leave these clients out.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(metavar="A=0.7,B=0.3", help="Coefficients; they must sum to 1. Default: equal."),
+]
+ScaleOption = Annotated[
+    float | None, typer.Option(help="Factor on the sum; default: the registry's own.")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Images: digits, folder:<path>, npz:<path>; default: the clients' own, if at hand."
+    ),
+]
+
+
+def compose(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of contributions; none: compose a registry's members."),
+    ] = None,
+    *,
+    output: OutputOption,
+    registry: RegistryOption = None,
+    only: OnlyOption = None,
+    without: WithoutOption = None,
+    weights: WeightsOption = None,
+    scale: ScaleOption = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
+    ] = "",
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compose a model and write a folder that plain timm loads, with a model card.
+
+    Of a registry's members, or, without any registry or server, of contribution folders that
+    came by any way: fedcompo compose A/ B/ -o DIR
+    """
+    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+        from fedcompo.publish import publish
+
+        tell("reading")
+        choice = {
+            "only": names_of(only),
+            "without": names_of(without),
+            "weights": weights_of(weights),
+            "scale": scale,
+        }
+        with _selected(folders, registry, checkpoint, choice) as selection:
+            tell("composing")
+            written = publish(output, selection)
+        _report(written, as_json)
+
+
+def specialise(
+    clients: Annotated[str, typer.Argument(metavar="A,B", help="Clients to compose.")],
+    *,
+    output: OutputOption,
+    registry: RegistryOption = None,
+    weights: WeightsOption = None,
+    scale: ScaleOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compose a specialist of some clients; the same as `compose --only`."""
+    compose(
+        None,
+        output=output,
+        registry=registry,
+        only=clients,
+        weights=weights,
+        scale=scale,
+        as_json=as_json,
+        verbose=verbose,
+    )
+
+
+def evaluate(
+    data: DataOption = None,
+    registry: RegistryOption = None,
+    only: OnlyOption = None,
+    without: WithoutOption = None,
+    weights: WeightsOption = None,
+    scale: ScaleOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure a registry's model, or one of some of its members, on the clients' test images."""
+    with errors_as_sentences(verbose):
+        from fedcompo.evaluation import evaluate_clients, run_config_of
+        from fedcompo.selection import from_registry
+
+        with progress(quiet=as_json) as tell:
+            opened = open_registry(registry)
+            selection = from_registry(
+                opened,
+                only=names_of(only),
+                without=names_of(without),
+                weights=weights_of(weights),
+                scale=scale,
+            )
+            backbone = opened.backbone.load()
+            figures = evaluate_clients(
+                backbone,
+                dict(selection.stream()),
+                selection.head,
+                run_config_of(opened, data),
+                on_step=tell,
+            )
+        if as_json:
+            print_json({"clients": list(selection.pool.clients), "accuracy": figures})
+            return
+        from fedcompo.cli_print import print_accuracies
+
+        print_accuracies(f"Accuracy, %, of {', '.join(selection.pool.clients)}", figures)
+
+
+def negate(
+    client: Annotated[str, typer.Argument(help="Client whose task vector is subtracted.")],
+    *,
+    output: OutputOption,
+    registry: RegistryOption = None,
+    strength: Annotated[float, typer.Option(help="How much of it is subtracted.")] = 1.0,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a copy of the model with a client's task vector subtracted: forget beyond absence.
+
+    The others are composed without the client, then its task vector is taken off on top. The
+    copy is labelled as what it is, and never enters the registry.
+    """
+    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+        from fedcompo.negation import negated
+        from fedcompo.publish import publish
+        from fedcompo.selection import from_registry
+
+        opened = open_registry(registry)
+        vector = opened.contribution(client).task_vector
+        selection = from_registry(opened, without=(client,))
+        tell("composing")
+        weights = negated(
+            selection.stream(),
+            vector,
+            opened.backbone.tensors,
+            scale=strength,
+            base=opened.backbone.fingerprint,
+        )
+        _report(publish(output, selection, weights, negated=client, strength=strength), as_json)
+
+
+def export(
+    output: OutputOption,
+    registry: RegistryOption = None,
+    client: Annotated[
+        str | None,
+        typer.Option(help="One LoRA client, as an adapter that PEFT loads; default: everyone."),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Export the composed model for timm, or one client's LoRA for PEFT."""
+    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+        from fedcompo.publish import publish
+        from fedcompo.selection import from_registry, new_folder
+
+        opened = open_registry(registry)
+        if client is None:
+            selection = from_registry(opened)
+            tell("writing")
+            _report(publish(output, selection), as_json)
+            return
+        from fedcompo.export_peft import export_peft
+
+        contribution = opened.contribution(client)
+        with new_folder(output) as folder:
+            export_peft(folder, opened.backbone.load(), contribution)
+        if as_json:
+            print_json({"output": str(output), "client": client, "format": "peft"})
+        else:
+            say(f"Adapter of {client} for PEFT: {output}")
+
+
+def _report(written: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(written)
+        return
+    clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
+    say(f"Composed of {clients}; {len(written['classes'])} classes.")
+    if written["negated"]:
+        say(f"A negated copy: {written['negated']} was subtracted. See its README.md.")
+    folder = written["output"]
+    say(f'Model: {folder}\nimport timm; timm.create_model("local-dir:{folder}", pretrained=True)')
+
+
+@contextlib.contextmanager
+def _selected(
+    folders: list[Path] | None, registry: Path | None, checkpoint: str, choice: Mapping[str, Any]
+) -> Iterator[Selection]:
+    from fedcompo import selection
+
+    if folders and registry is not None:
+        raise ConfigError("Name folders of contributions, or a registry, not both.")
+    if folders:
+        with selection.from_folders(folders, checkpoint=checkpoint, **choice) as found:
+            yield found
+    else:
+        yield selection.from_registry(open_registry(registry), **choice)

@@ -1,0 +1,125 @@
+"""Accuracy of a composition on the clients' images, where these are at hand in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fedcompo.backbone import Backbone
+from fedcompo.config import DataConfig, RunConfig
+from fedcompo.data import ClientData, load_client_data, num_clients
+from fedcompo.deltas import Weights
+from fedcompo.errors import DataError, FedcompoError
+from fedcompo.heads import Head
+from fedcompo.registry import Registry
+from fedcompo.specialise import head_of, stream_composition
+from fedcompo.training import evaluate
+
+OnStep = Callable[[str], None]
+Figures = dict[str, dict[str, Any]]
+"""By client: ``class_il_accuracy``, ``task_il_accuracy``, ``num_examples``."""
+
+
+def run_config_of(registry: Registry, data: str | None = None) -> RunConfig:
+    """The settings that the registry's clients were trained with, perhaps on other data.
+
+    Raises:
+        DataError: If nobody is there, and so no settings.
+        ConfigError: If the settings cannot be used.
+    """
+    if not registry.clients:
+        raise DataError("Nobody is in the registry, so nothing can be evaluated.")
+    settings = dict(registry.contribution(registry.clients[0]).settings)
+    return RunConfig.parse({**settings, **({"data": data} if data else {})})
+
+
+def clients_data(
+    source: DataConfig, backbone: Backbone, *, seed: int, wanted: tuple[str, ...] = ()
+) -> Iterator[ClientData]:
+    """Load the images of one client after the other, as in a simulation.
+
+    Args:
+        source: Where from.
+        backbone: Says what images must look like.
+        seed: Seed of the run that dealt them.
+        wanted: Names of the clients; empty: all.
+
+    Raises:
+        DataError: If the source cannot be used.
+    """
+    for partition in range(num_clients(source)):
+        data = load_client_data(source, backbone.preprocessing, partition=partition, seed=seed)
+        if not wanted or data.name in wanted:
+            yield data
+
+
+def evaluate_clients(
+    backbone: Backbone,
+    theta: Mapping[str, Tensor],
+    head: Head,
+    config: RunConfig,
+    *,
+    wanted: tuple[str, ...] = (),
+    on_step: OnStep = lambda step: None,
+) -> Figures:
+    """Measure a composition on every client's test images.
+
+    A client whose classes the head does not have is left out.
+
+    Args:
+        backbone: Pre-trained weights.
+        theta: Composed target weights, by name.
+        head: Joint head.
+        config: Says which images.
+        wanted: Names of the clients; empty: all.
+        on_step: Told whose images are looked at.
+
+    Raises:
+        DataError: If the images cannot be had, or belong to none of the head's classes.
+    """
+    figures: Figures = {}
+    weights: Weights = dict(theta)
+    for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
+        if set(data.classes) <= set(head.classes):
+            on_step(f"evaluating on {data.name}")
+            found = evaluate(backbone, weights, head, data.classes, data.test)
+            figures[data.name] = {
+                "class_il_accuracy": found.class_il,
+                "task_il_accuracy": found.task_il,
+                "num_examples": found.num_examples,
+            }
+    if not figures:
+        raise DataError(
+            f"`data` {config.data.data!r} has no client whose classes the model knows: it knows "
+            f"{', '.join(head.classes)}. Name the data that the clients were trained on."
+        )
+    return figures
+
+
+def effect_of_removal(
+    registry: Registry, client: str, data: str | None, on_step: OnStep
+) -> dict[str, Any]:
+    """Measure what a removal would do to accuracy; changes nothing.
+
+    Returns:
+        Figures ``before`` and ``after`` by client; or the ``reason`` why there are none.
+    """
+    try:
+        config = run_config_of(registry, data)
+        backbone = registry.backbone.load()
+        on_step("evaluating the composition as it is")
+        before = evaluate_clients(
+            backbone, registry.theta_p(), registry.joint_head(), config, on_step=on_step
+        )
+        pool = registry.pool().without(client)
+        if not len(pool):
+            return {"before": before, "after": {}}
+        on_step("composing without the client")
+        theta = dict(stream_composition(pool, registry.backbone, None, registry.settings))
+        head = head_of(pool, registry.settings)
+        after = evaluate_clients(backbone, theta, head, config, on_step=on_step)
+    except FedcompoError as error:
+        return {"reason": str(error)}
+    return {"before": before, "after": after}

@@ -1,0 +1,189 @@
+r"""One LoRA client as an adapter folder that PEFT's own loader applies to the plain timm model.
+
+PEFT turns a layer's output :math:`W_0x` into :math:`W_0x + \tfrac{\alpha}{r}\,BAx`. With α = r at
+every layer this is fedcompo's :math:`(W_0 + BA)x`. The client's head replaces the model's own
+(``modules_to_save``), so that the adapted model gives the client's logits::
+
+    model = timm.create_model(architecture, num_classes=len(classes), **model_args)
+    model.load_state_dict(pretrained, strict=False)  # the backbone's weights; the head comes below
+    model = PeftModel.from_pretrained(model, folder)
+
+The format is two files; PEFT is not needed to write them. It is described at
+https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedcompo.backbone import EMBEDDED, Backbone
+from fedcompo.config import Kind
+from fedcompo.contribution import Contribution
+from fedcompo.deltas import Weights
+from fedcompo.errors import BackboneError, ContributionError
+from fedcompo.model_card import CARD, class_table, escaped, front_matter, preprocessing_text, table
+from fedcompo.tensorfile import write_atomically
+from fedcompo.tensorstream import save_streamed
+
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+def export_peft(folder: Path, backbone: Backbone, contribution: Contribution) -> None:
+    """Write a client's LoRA and head as a PEFT adapter, with a card to read.
+
+    Args:
+        folder: Where to; made if need be.
+        backbone: What the client was trained on.
+        contribution: A client of kind ``lora``.
+
+    Raises:
+        ContributionError: If the client is of another kind, or its tensors do not fit.
+        BackboneMismatch: If it was trained on another backbone.
+        BackboneError: If the model does not call a layer that is adapted, so that PEFT cannot act.
+    """
+    vector, head, owner = contribution.task_vector, contribution.head, contribution.client
+    if vector.kind is not Kind.LORA:
+        raise ContributionError(
+            f"Client {owner!r} is of kind {vector.kind}, but a PEFT adapter holds a lora only. "
+            "Compose this client alone and export it as a timm folder."
+        )
+    vector.check(backbone.theta_0, base=backbone.fingerprint, owner=f"client {owner!r}")
+    head.check(head.classes, backbone.num_features, f"client {owner!r}")
+    _check_called(backbone, map(_layer, vector.names))
+    manifest = {
+        "content": "peft-adapter",
+        "client": owner,
+        "base": vector.base,
+        "classes": list(head.classes),
+        "num_examples": contribution.num_examples,
+    }
+    save_streamed(folder / ADAPTER, _tensors(backbone, contribution), manifest)
+    ranks = {_layer(name): len(vector.tensors[f"{name}/A"]) for name in vector.names}
+    config = json.dumps(_config(backbone, ranks), indent=2)
+    write_atomically(folder / ADAPTER_CONFIG, f"{config}\n".encode())
+    write_atomically(folder / CARD, _card(backbone, contribution).encode())
+
+
+def _tensors(backbone: Backbone, contribution: Contribution) -> Weights:
+    """Factors and head under PEFT's names."""
+    vector, head = contribution.task_vector, contribution.head
+    factors = {
+        f"{PREFIX}{_layer(name)}.lora_{factor}.weight": vector.tensors[f"{name}/{factor}"]
+        for name in vector.names
+        for factor in ("A", "B")
+    }
+    classifier = f"{PREFIX}{backbone.classifier}"
+    return {**factors, f"{classifier}.weight": head.weight, f"{classifier}.bias": head.bias}
+
+
+def _layer(name: str) -> str:
+    """Name of the layer whose weight it is."""
+    return name.removesuffix(".weight")
+
+
+def _config(backbone: Backbone, ranks: dict[str, int]) -> dict[str, Any]:
+    """What PEFT must know: the most common rank, and that of each layer which differs."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {layer: rank for layer, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "target_modules": sorted(ranks),
+        "modules_to_save": [backbone.classifier],
+        "r": usual,
+        "rank_pattern": others,
+        "lora_alpha": usual,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+
+
+def _check_called(backbone: Backbone, layers: Iterable[str]) -> None:
+    """Run an empty image. PEFT changes what a layer returns; some models only read its weight."""
+    idle = set(layers)
+    hooks = [
+        backbone.model.get_submodule(layer).register_forward_hook(
+            lambda *_, layer=layer: idle.discard(layer)
+        )
+        for layer in tuple(idle)
+    ]
+    seen = backbone.preprocessing
+    try:
+        with torch.no_grad():
+            empty = torch.zeros(1, seen.channels, seen.image_size, seen.image_size)
+            backbone.model(empty.to(backbone.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle:
+        raise BackboneError(
+            f"{backbone.architecture!r} reads the weight of {min(idle)!r} without calling the "
+            f"layer, so PEFT would change nothing there ({len(idle)} such layers). Compose this "
+            "client alone and export it as a timm folder."
+        )
+
+
+def _card(backbone: Backbone, contribution: Contribution) -> str:
+    head, lineage = contribution.head, contribution.lineage
+    shaped_by = {*lineage.anchored_by, *lineage.aligned_with, *lineage.ensemble}
+    rows = (
+        ("client", contribution.client),
+        ("training images", str(contribution.num_examples)),
+        ("other clients whose data shaped its training", str(len(shaped_by))),
+        ("backbone", backbone.name),
+        ("fingerprint of its weights", backbone.fingerprint),
+    )
+    return f"""\
+{front_matter("peft", ("fedcompo", "image-classification", "lora", "timm"))}
+
+# LoRA adapter and head of one client
+
+It goes onto the plain timm model with the weights of the backbone named here, and none other.
+
+{table(("what", "value"), ((what, escaped(value)) for what, value in rows))}
+
+## Use
+
+```python
+import timm
+from peft import PeftModel
+{_loading(backbone, len(head.classes))}
+model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
+logits = model(images)
+```
+
+{preprocessing_text(backbone.preprocessing)}
+
+{class_table(head.classes)}
+"""
+
+
+def _loading(backbone: Backbone, num_classes: int) -> str:
+    """Code that makes the plain model with the backbone's weights."""
+    arguments = {"num_classes": num_classes, **backbone.model_args}
+    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    if backbone.name != EMBEDDED:
+        return f"""
+# The backbone's weights from the hub; if yours came from a file, load that one.
+model = timm.create_model({backbone.name!r}, pretrained=True, {listed})"""
+    seen = backbone.preprocessing
+    return f"""\
+from fedcompo.backbone import load_backbone
+from fedcompo.config import BackboneConfig
+
+backbone = load_backbone(BackboneConfig(image_size={seen.image_size}, channels={seen.channels}))
+model = timm.create_model({backbone.architecture!r}, {listed})
+model.load_state_dict(backbone.model.state_dict(), strict=False)  # the adapter brings the head"""

@@ -1,0 +1,217 @@
+"""The README of an exported model: what it is made of, and what is not to be expected of it.
+
+Names of clients and classes come from outside and are shown literally, whatever they hold. The
+front matter, which machines read, consists of fixed words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fedcompo.config import Kind
+from fedcompo.contribution import Contribution, Lineage
+from fedcompo.preprocessing import Preprocessing
+from fedcompo.removal import influence
+
+CARD = "README.md"
+MOST_CLASSES = 200
+SHARE = "client", "kind", "w", "training images", "classes"
+ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
+SPECIAL = re.compile(
+    r"""[\\`*{}\[\]()<>#+!|~&:@$=^"'/]"""  # means something somewhere in Markdown or HTML
+    r"|(?<![a-zA-Z0-9])_"  # starts emphasis, but not after a letter or digit
+    r"|(?<=[wW])\."  # a link, where it follows www
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client whose task vector is in the model."""
+
+    client: str
+    kind: Kind
+    coefficient: float
+    """w."""
+    num_examples: int
+    """Training images."""
+    num_classes: int
+    lineage: Lineage
+
+    @classmethod
+    def of(cls, contribution: Contribution, coefficient: float) -> Member:
+        """Take from a contribution what the card says of it."""
+        return cls(
+            contribution.client,
+            contribution.task_vector.kind,
+            coefficient,
+            contribution.num_examples,
+            len(contribution.head.classes),
+            contribution.lineage,
+        )
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What there is to say about a composed model in a timm folder."""
+
+    members: tuple[Member, ...]
+    classes: tuple[str, ...]
+    """In the order of the logits."""
+    backbone: str
+    """``embedded`` or timm's name."""
+    architecture: str
+    """timm's name of the architecture."""
+    fingerprint: str
+    """Of the pre-trained weights."""
+    preprocessing: Preprocessing
+    sha256: str
+    """Of the file ``model.safetensors``, hexadecimal."""
+    fedcompo_version: str
+    scale: float = 1.0
+    """λ."""
+    only: tuple[str, ...] = ()
+    """Clients that were chosen; empty: nobody was."""
+    without: tuple[str, ...] = ()
+    """Clients that were left out by name."""
+    negated: str = ""
+    """Client whose task vector was subtracted afterwards; empty: none."""
+    negation_scale: float = 1.0
+    """How often it was subtracted."""
+
+
+def model_card(model: ExportedModel) -> str:
+    """Return the Markdown text of a model card, with front matter as model hubs read it."""
+    times = f"{model.negation_scale:g}"
+    files = (
+        ("backbone", model.backbone),
+        ("architecture", model.architecture),
+        ("fingerprint of θ₀", model.fingerprint),
+        ("SHA-256 of model.safetensors", model.sha256),
+    )
+    return f"""\
+{front_matter("timm", ("fedcompo", "image-classification", "task-arithmetic", "timm"))}
+
+# {"Negated copy of a model" if model.negated else "A model"} composed of \
+{len(model.members)} client{"s" * (len(model.members) != 1)}
+{_warning(model.negated, times) if model.negated else ""}
+Each client fine-tuned the same pre-trained vision transformer θ₀ on its own images and gave the
+change, its task vector τ. This model is θ₀ + λ Σ w τ{f" − {times} τ₋" if model.negated else ""}
+([Porrello et al., ICLR 2025](https://arxiv.org/abs/2405.16350)).
+The card says what is in it, not how accurate it is.
+
+## Use
+
+```python
+import timm
+
+model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
+logits = model(images)
+```
+
+{preprocessing_text(model.preprocessing)}
+
+{class_table(model.classes)}
+
+## Composition
+
+{_composition(model)} λ = {model.scale:g}.
+
+{table(SHARE, map(_share, model.members))}
+
+## Lineage
+
+By the data of how many other clients the training of each member was shaped:
+
+{table(ORIGIN, map(_origin, model.members))}
+
+{_influences(model)}
+
+## Identity
+
+{table(("what", "value"), ((what, escaped(value)) for what, value in files))}
+
+Composed with fedcompo {escaped(model.fedcompo_version)}.
+"""
+
+
+def escaped(text: str) -> str:
+    """Return Markdown that shows a text literally, on one line; invisible characters by number."""
+    visible = "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in text)
+    return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", visible)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table; its cells must be escaped already."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def front_matter(library: str, tags: Iterable[str]) -> str:
+    """Return what model hubs read, as YAML; for fixed words only."""
+    lines = [f"library_name: {library}", "pipeline_tag: image-classification", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+
+
+def class_table(classes: Sequence[str]) -> str:
+    """Return a table of logits and classes, cut where it gets too long to read."""
+    rows = [(i, escaped(name)) for i, name in enumerate(classes[:MOST_CLASSES])]
+    more = len(classes) - len(rows)
+    return table(("logit", "class"), rows) + (f"\n\n… and {more} more." if more else "")
+
+
+def preprocessing_text(seen: Preprocessing) -> str:
+    """Return what a model's images must be like."""
+    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (seen.mean, seen.std))
+    return (
+        f"`images` are {'grey' if seen.channels == 1 else 'RGB'}, "
+        f"(batch, {seen.channels}, {seen.image_size}, {seen.image_size}). The shorter side is "
+        f"resized\n({seen.interpolation}), of which the central crop keeps "
+        f"{100 * seen.crop_fraction:.4g} %; values are in [0, 1], less {mean}, divided by {std}."
+    )
+
+
+def _warning(client: str, times: str) -> str:
+    return f"""
+> [!WARNING]
+> **A negated copy: do not deploy it.** From the composition below, {times} times the task vector τ₋
+> of {escaped(client)} was subtracted. The model is now worse at what this client taught it
+> than if the client had never taken part, and other classes may suffer. It is an experiment in
+> forgetting ([Ilharco et al., ICLR 2023](https://arxiv.org/abs/2212.04089)). It proves no removal,
+> and must never go into a registry.
+"""
+
+
+def _composition(model: ExportedModel) -> str:
+    chosen = f"Only {_list(model.only)}." if model.only else ""
+    left_out = f"Without {_list(model.without)}." if model.without else ""
+    return " ".join(filter(None, (chosen, left_out))) or "All clients."
+
+
+def _share(m: Member) -> tuple[object, ...]:
+    return escaped(m.client), m.kind, f"{m.coefficient:.6g}", m.num_examples, m.num_classes
+
+
+def _origin(m: Member) -> tuple[object, ...]:
+    shaped_by = m.lineage.anchored_by, m.lineage.aligned_with, m.lineage.ensemble
+    return escaped(m.client), escaped(m.lineage.method), *map(len, shaped_by)
+
+
+def _influences(model: ExportedModel) -> str:
+    """Say of each client that was left out whether it still acts through the members."""
+    lineages = {member.client: member.lineage for member in model.members}
+    paragraphs = []
+    for gone in model.without:
+        touched = influence(gone, lineages, lineages).to_retrain
+        paragraphs.append(
+            f"Though {escaped(gone)} is not in the sum, its data shaped the training of "
+            f"{_list(touched)}: this influence stays until they train again."
+            if touched
+            else f"By these lineages, no member was trained with anything of {escaped(gone)}."
+        )
+    return "\n\n".join(paragraphs)
+
+
+def _list(clients: Iterable[str]) -> str:
+    return ", ".join(map(escaped, clients))

@@ -1,0 +1,70 @@
+"""A selection as a folder for others: the model, its configuration for timm, its card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedcompo.model_card import CARD, ExportedModel, Member, model_card
+from fedcompo.selection import Selection, new_folder
+from fedcompo.specialise import write_model
+from fedcompo.tensorfile import write_atomically
+
+
+def publish(
+    output: Path,
+    selection: Selection,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+    *,
+    negated: str = "",
+    strength: float = 1.0,
+) -> dict[str, Any]:
+    """Write a folder that plain timm loads.
+
+    Args:
+        output: A new or empty folder; appears when everything is in it.
+        selection: What to compose.
+        weights: Target weights to write in place of the selection's own composition, in the order
+            of names.
+        negated: Client whose task vector was subtracted from them.
+        strength: How often it was.
+
+    Returns:
+        What was written, as JSON values.
+
+    Raises:
+        ConfigError: If something is at ``output`` already.
+    """
+    backbone, shares = selection.backbone, selection.shares
+    changed = selection.stream() if weights is None else weights
+    with new_folder(output) as folder:
+        sha256 = write_model(folder, backbone, changed, selection.head)
+        card = ExportedModel(
+            members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
+            classes=selection.head.classes,
+            backbone=backbone.fingerprint.partition("@")[0],
+            architecture=backbone.architecture,
+            fingerprint=backbone.fingerprint,
+            preprocessing=backbone.preprocessing,
+            sha256=sha256,
+            fedcompo_version=version("fedcompo"),
+            scale=selection.settings.scale,
+            only=selection.only,
+            without=selection.without,
+            negated=negated,
+            negation_scale=strength,
+        )
+        write_atomically(folder / CARD, model_card(card).encode())
+    return {
+        "output": str(output.absolute()),
+        "clients": list(selection.pool.clients),
+        "coefficients": shares,
+        "scale": selection.settings.scale,
+        "classes": list(selection.head.classes),
+        "negated": negated or None,
+        "sha256": sha256,
+    }

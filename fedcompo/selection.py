@@ -1,0 +1,168 @@
+"""A model that somebody asks for: whose task vectors, how much of each, with which head."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from fedcompo.backbone import load_backbone
+from fedcompo.config import RunConfig
+from fedcompo.contribution import CONTENT, Contribution
+from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
+from fedcompo.heads import Head
+from fedcompo.pool import Pool
+from fedcompo.registry import Registry
+from fedcompo.registry_state import RegistrySettings
+from fedcompo.specialise import head_of, stream_composition
+from fedcompo.stored_backbone import StoredBackbone, save_backbone
+from fedcompo.tensorstream import StreamedTensors
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Contributions to compose, and with what."""
+
+    pool: Pool
+    backbone: StoredBackbone
+    settings: RegistrySettings
+    head: Head
+    coefficients: Mapping[str, float] | None = None
+    """By client; None: the registry's own."""
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """W by client; they sum to one."""
+        if self.coefficients is not None:
+            return dict(self.coefficients)
+        times = {c.client: self.settings.times(c.num_examples) for c in self.pool}
+        return {client: count / sum(times.values()) for client, count in times.items()}
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Compose the target weights, one at a time, in the order of names."""
+        return stream_composition(self.pool, self.backbone, self.coefficients, self.settings)
+
+
+def from_registry(
+    registry: Registry,
+    *,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
+    weights: Mapping[str, float] | None = None,
+    scale: float | None = None,
+) -> Selection:
+    """Select members of a registry.
+
+    Args:
+        registry: Whose members.
+        only: Whom to take; empty: everyone, or everyone with a weight.
+        without: Whom to leave out.
+        weights: Coefficients by client; None: the registry's own.
+        scale: λ; None: the registry's own.
+
+    Raises:
+        ContributionError: If there is no such client, nobody is left, or weights do not fit.
+    """
+    pool = registry.pool()
+    if only or (weights and not without):
+        pool = pool.only(*(only or weights or ()))
+    pool = pool.without(*without)
+    settings = registry.settings if scale is None else replace(registry.settings, scale=scale)
+    pool.check_composable(weights)
+    everyone = pool.clients == registry.clients and weights is None
+    head = registry.joint_head() if everyone else head_of(pool, settings)
+    return Selection(pool, registry.backbone, settings, head, weights, tuple(only), tuple(without))
+
+
+@contextmanager
+def from_folders(
+    folders: Sequence[Path],
+    *,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
+    weights: Mapping[str, float] | None = None,
+    scale: float | None = None,
+    checkpoint: str = "",
+) -> Iterator[Selection]:
+    """Select contributions that lie in folders of their own; no registry, no server.
+
+    Args:
+        folders: One contribution each; every byte is checked.
+        only: Whom to take; empty: everyone.
+        without: Whom to leave out.
+        weights: Coefficients by client; None: those of the first contribution's run.
+        scale: λ; None: that of the first contribution's run.
+        checkpoint: File of the pre-trained weights; empty: as in the first contribution's run.
+
+    Raises:
+        FileFormatError: If a folder holds no intact contribution.
+        BackboneMismatch: If the pre-trained weights are not those of the contributions.
+        ContributionError: If the contributions do not go together.
+    """
+    members = []
+    for folder in folders:
+        StreamedTensors(folder / CONTENT).check()
+        members.append(Contribution.open(folder, with_fisher=False))
+    if not members:
+        raise ContributionError("There is nothing to compose; name at least one folder.")
+    pool = Pool(tuple(members))
+    pool = (pool.only(*only) if only else pool).without(*without)
+    pool.check_composable(weights)
+    config = _run_config(members[0], checkpoint)
+    settings = RegistrySettings.of(config)
+    settings = settings if scale is None else replace(settings, scale=scale)
+    backbone = load_backbone(config.backbone)
+    base = members[0].task_vector.base
+    if backbone.fingerprint != base:
+        raise BackboneMismatch(
+            f"The contributions were trained on the backbone {base}, found is "
+            f"{backbone.fingerprint}. Name the file of its weights with `--checkpoint`."
+        )
+    for member in pool:
+        member.task_vector.check(backbone.theta_0, base=base, owner=f"client {member.client!r}")
+    with tempfile.TemporaryDirectory(prefix="fedcompo-") as temporary:
+        path = Path(temporary) / "backbone.safetensors"
+        save_backbone(path, backbone)
+        yield Selection(
+            pool,
+            StoredBackbone(path),
+            settings,
+            head_of(pool, settings),
+            weights,
+            tuple(only),
+            tuple(without),
+        )
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write to, and put it at ``path`` when all went well.
+
+    Raises:
+        ConfigError: If something is there already.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} holds something already; name a new folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        draft.rename(path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _run_config(contribution: Contribution, checkpoint: str) -> RunConfig:
+    settings = dict(contribution.settings)
+    if checkpoint:
+        settings["checkpoint"] = checkpoint
+    return RunConfig.parse(settings)

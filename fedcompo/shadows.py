@@ -1,0 +1,270 @@
+r"""Models of the same federation, trained with and without each of a client's images.
+
+The likelihood-ratio attack (:mod:`fedcompo.membership`) holds an image's confidence under a model
+against that of *shadows*: models that had the image, and models that had not. Here a shadow is the
+composition as it stands, with one client's task vector fitted again on half of the client's images,
+training and test images alike. What the other clients sent does not vary, nor does anything else
+but the draws of training: an attacker who can do this knows all but who was trained on.
+
+Shadows come in pairs. The first is fitted on a random half of every class, the second on the rest:
+of N shadows each image is in exactly N/2, and no image is missing from all by chance.
+
+A shadow is trained as the client was, but for what cannot be had again:
+
+- on half of all its images, so on fewer than the client had, for as many epochs;
+- with its own draws of LoRA's A and of the order of images;
+- anchored and aligned by those of its lineage who are *still* in the registry;
+- started, where the head was aligned, from one that the client's real training images had a part
+  in: the same for all shadows, those that had an image and those that had not.
+
+A client's own probe and own Fisher are made of the images that the shadow is fitted on.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedcompo.backbone import Backbone
+from fedcompo.config import AnchorBy, HeadStart, Kind, RunConfig
+from fedcompo.data import ClientData, Split
+from fedcompo.deltas import Weights
+from fedcompo.errors import ConfigError, ContributionError
+from fedcompo.features import extract_features
+from fedcompo.fisher import FisherDiagonal
+from fedcompo.heads import Head
+from fedcompo.membership import FEWEST_SHADOWS, confidence
+from fedcompo.probing import fisher_of_images, fit_probe
+from fedcompo.reference import load_reference
+from fedcompo.registry import Registry
+from fedcompo.seeds import generator_for
+from fedcompo.specialise import head_of, stream_composition
+from fedcompo.task_vector import TaskVector
+from fedcompo.training import Anchor, fit_task_vector
+
+OnStep = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ShadowModels:
+    """What shadows say of a client's images, training images first."""
+
+    phi: Tensor
+    """:func:`~fedcompo.membership.confidence`, (shadows, examples), float64."""
+    trained_on: Tensor
+    """Which shadow was fitted on which image, bool, (shadows, examples)."""
+
+
+@dataclass(frozen=True)
+class ClientTraining:
+    """How a client came to its task vector, so that it can be done again on other images."""
+
+    client: str
+    classes: tuple[str, ...]
+    kind: Kind
+    backbone: Backbone
+    config: RunConfig
+    aligned: Head | None
+    """Joint head that training starts from; None: a probe of the images."""
+    anchor: Weights | None
+    """*Mean* Fisher that anchors it; None: nobody, or that of the images themselves."""
+
+    @classmethod
+    def of(cls, registry: Registry, client: str, backbone: Backbone) -> ClientTraining:
+        """Gather from a registry what a member was trained with.
+
+        Args:
+            registry: Has the client.
+            client: Name of the member.
+            backbone: The registry's own, where training shall run.
+
+        Raises:
+            ContributionError: If a Fisher that anchored the client was not kept.
+            ConfigError: If the client's settings cannot be used.
+            FileFormatError: If the reference Fisher that it was anchored by cannot be read.
+        """
+        contribution = registry.contribution(client)
+        config = RunConfig.parse(contribution.settings)
+        aligned = None
+        if config.train.head_start is HeadStart.ALIGNED:
+            pool = registry.pool()
+            members = {client, *contribution.lineage.aligned_with} & set(pool.clients)
+            aligned = head_of(pool.only(*members), registry.settings)
+        return cls(
+            client,
+            contribution.head.classes,
+            contribution.task_vector.kind,
+            backbone,
+            config,
+            aligned,
+            _anchor_of(registry, client, config),
+        )
+
+    def fit(self, data: Split, *, generator: torch.Generator) -> TaskVector:
+        """Fit a task vector as the client did.
+
+        Args:
+            data: Images to train on; labels index the client's classes.
+            generator: Source of all draws, on the CPU.
+        """
+        head, train = self.aligned, self.config.train
+        if head is None:
+            ridge = self.config.head.ridge
+            head = fit_probe(self.backbone, data, self.classes, ridge=ridge)
+        mean = self.anchor
+        if train.anchor is AnchorBy.OWN and _is_anchored(self.config):
+            mean = self._own_fisher(head, data)
+        anchor = None
+        if mean is not None:
+            targets = {name: mean[name] for name in self.backbone.theta_0}
+            anchor = Anchor(targets, mean["head.weight"], mean["head.bias"])
+        start = head.rows(self.classes)
+        fitted = fit_task_vector(
+            self.backbone, self.kind, data, start, start, anchor, train, generator=generator
+        )
+        return fitted.task_vector
+
+    def _own_fisher(self, head: Head, data: Split) -> Weights:
+        config = self.config
+        fisher, _ = fisher_of_images(
+            self.backbone, head, data.images, config.fisher, seed=config.seed, owner=self.client
+        )
+        return fisher.for_classes(self.classes).mean()
+
+
+def train_shadows(
+    registry: Registry,
+    training: ClientTraining,
+    data: ClientData,
+    head: Head,
+    *,
+    count: int,
+    seed: int,
+    on_step: OnStep = lambda step: None,
+) -> ShadowModels:
+    """Train shadows, and ask each about all of the client's images.
+
+    Args:
+        registry: The composition that the client is in.
+        training: How the client was trained.
+        data: The client's images.
+        head: Joint head that the attacker puts on every backbone; has the client's classes.
+        count: Number of shadows, even, at least 4.
+        seed: Seed of the halves and of training.
+        on_step: Told which shadow is at work.
+
+    Raises:
+        ConfigError: If the number of shadows cannot be used.
+    """
+    images, labels = all_images(data)
+    trained_on = halves(labels, count=count, generator=generator_for(seed, "halves", data.name))
+    member = registry.contribution(training.client)
+    others = registry.pool().without(training.client)
+    phi = []
+    for index, chosen in enumerate(trained_on):
+        on_step(f"shadow {index + 1} of {count}")
+        vector = training.fit(
+            Split(images[chosen], labels[chosen]),
+            generator=generator_for(seed, "shadow", training.client, str(index)),
+        )
+        pool = others.add(replace(member, task_vector=vector))
+        theta = dict(stream_composition(pool, registry.backbone, None, registry.settings))
+        phi.append(confidence(*logits_of(training.backbone, theta, head, data)))
+    return ShadowModels(torch.stack(phi), trained_on)
+
+
+def check_count(count: int) -> None:
+    """Refuse a number of shadows that cannot be used; raises ``ConfigError``."""
+    if count < 2 * FEWEST_SHADOWS or count % 2:
+        raise ConfigError(
+            f"`--shadows` is {count}, expected an even number, at least {2 * FEWEST_SHADOWS}: "
+            "shadows come in pairs, and each image needs two with it and two without."
+        )
+
+
+def halves(labels: Tensor, *, count: int, generator: torch.Generator) -> Tensor:
+    """Draw halves of every class, each followed by the other half.
+
+    Args:
+        labels: (examples,).
+        count: Number of halves, even, at least 4.
+        generator: On the CPU.
+
+    Returns:
+        Which half has which example, bool, (count, examples). Of an odd number of examples of a
+        class, the first of two halves has one more.
+
+    Raises:
+        ConfigError: If the number cannot be used.
+    """
+    check_count(count)
+    drawn = torch.zeros(count, len(labels), dtype=torch.bool)
+    for first in range(0, count, 2):
+        for label in sorted(set(labels.tolist())):
+            members = (labels == label).nonzero().flatten()
+            order = torch.randperm(len(members), generator=generator)
+            drawn[first, members[order[: (len(members) + 1) // 2]]] = True
+        drawn[first + 1] = ~drawn[first]
+    return drawn
+
+
+def all_images(data: ClientData) -> tuple[Tensor, Tensor]:
+    """A client's images, training images first, (examples, ...), and labels, (examples,)."""
+    parts = data.train, data.test
+    return torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
+
+
+def logits_of(
+    backbone: Backbone, theta: Weights, head: Head, data: ClientData
+) -> tuple[Tensor, Tensor]:
+    """What a model says of all of a client's images.
+
+    Args:
+        backbone: Pre-trained weights.
+        theta: Target weights to use in their place, by name.
+        head: Has the client's classes.
+        data: The client's images.
+
+    Returns:
+        Logits (examples, classes), training images first, and labels (examples,), rows of the head.
+    """
+    images, labels = all_images(data)
+    logits = head(extract_features(backbone.forward(theta), images))
+    return logits, head.indices(data.classes)[labels]
+
+
+def _is_anchored(config: RunConfig) -> bool:
+    return config.train.alpha > 0 or config.train.head_alpha > 0
+
+
+def _anchor_of(registry: Registry, client: str, config: RunConfig) -> Weights | None:
+    """The mean Fisher that anchors a client, if it comes from elsewhere than its own images."""
+    if not _is_anchored(config) or config.train.anchor is AnchorBy.OWN:
+        return None
+    member = registry.member(client)
+    if config.train.anchor is AnchorBy.REFERENCE:
+        path = Path(config.train.reference).expanduser()
+        fisher = load_reference(path, base=registry.backbone.fingerprint)
+        return fisher.for_classes(member.classes).mean()
+    others = set(member.lineage.anchored_by) & set(registry.clients)
+    if not others:
+        return None
+
+    def kept(name: str) -> FisherDiagonal:
+        fisher = registry.contribution(name, with_fisher=True).fisher
+        if fisher is None:
+            raise ContributionError(
+                f"The registry keeps no Fisher of {name}, by which {client} was anchored: shadows "
+                f"cannot be trained as {client} was. Run with `keep-fisher = true`."
+            )
+        return fisher
+
+    # As in training: the sum over all, in the order of names, less the client's own.
+    total = functools.reduce(operator.add, map(kept, sorted({client, *others})))
+    return (total - kept(client)).for_classes(member.classes).mean()

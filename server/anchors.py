@@ -1,0 +1,93 @@
+r"""Whose Fisher diagonal anchors whom.
+
+- *others*: the mean over all examples of the *other* clients, as ITA has it (Porrello et al., ICLR
+  2025, arXiv 2405.16350). What a client learns then depends on who else is there.
+- *own*: the mean over its own examples: it keeps what of the backbone its own task rests on.
+- *reference*: the mean over examples of no client; see :mod:`fedcompo.reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fedcompo.config import AnchorBy
+from fedcompo.deltas import Weights
+from fedcompo.fisher import FisherDiagonal
+
+TOLERATED = 10.0
+"""A reference this many times larger or smaller than the clients' Fisher is worth a note."""
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The Fisher sums of a run."""
+
+    by: AnchorBy
+    members: tuple[str, ...]
+    """Whose Fisher sums there are, sorted."""
+    total: FisherDiagonal
+    """Over the examples of all members; head rows for the classes of all their heads."""
+    load: Callable[[str], FisherDiagonal]
+    """Reads a member's Fisher sum."""
+    reference: FisherDiagonal | None = None
+
+    @classmethod
+    def of(
+        cls,
+        members: Iterable[str],
+        load: Callable[[str], FisherDiagonal],
+        *,
+        by: AnchorBy,
+        reference: FisherDiagonal | None = None,
+    ) -> Anchors:
+        """Sum up, in the order of names: no bit depends on who answered first.
+
+        Args:
+            members: At least one.
+            load: Reads a member's Fisher sum.
+            by: Whose Fisher anchors a client.
+            reference: That of no client; needed where clients are anchored by it.
+        """
+        members = tuple(sorted(members))
+        return cls(by, members, functools.reduce(operator.add, map(load, members)), load, reference)
+
+    def mean_for(self, client: str, classes: Iterable[str]) -> Weights | None:
+        """The *mean* Fisher that anchors a client; None where there is nobody to anchor it.
+
+        Args:
+            client: A member.
+            classes: Its own, to which the head's rows shall belong; zeros for a class that no
+                anchoring head has.
+        """
+        if self.by is AnchorBy.OWN:
+            anchoring = self.load(client)
+        elif self.by is AnchorBy.REFERENCE:
+            assert self.reference is not None
+            anchoring = self.reference
+        elif self.others(client):
+            anchoring = self.total - self.load(client)
+        else:
+            return None
+        return anchoring.for_classes(classes).mean()
+
+    def note(self, alpha: float) -> str:
+        """What whoever set ``alpha`` should know of the scale on which it acts; mostly nothing."""
+        if self.reference is None:
+            return ""
+        theirs, ours = self.reference.mean_trace(), self.total.mean_trace()
+        if not alpha * theirs or ours / TOLERATED <= theirs <= ours * TOLERATED:
+            return ""
+        return (
+            f"`alpha` {alpha:g} acts on the reference's Fisher, whose mean trace is {theirs:.3g}; "
+            f"that of the clients' is {ours:.3g}. To hold as firmly as theirs would, set `alpha` "
+            f"to {alpha * ours / theirs:.3g}."
+        )
+
+    def others(self, client: str) -> tuple[str, ...]:
+        """The other clients whose Fisher anchors this one."""
+        if self.by is not AnchorBy.OTHERS:
+            return ()
+        return tuple(member for member in self.members if member != client)

@@ -1,0 +1,114 @@
+"""The second half of a run: what the registry composed is looked at, aligned again, and measured.
+
+Compose → realign → evaluate. It needs a registry and connected clients, not their training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedcompo.backbone import Backbone
+from fedcompo.deltas import Weights
+from fedcompo.diagnostics import Diagnostics, diagnose
+from fedcompo.fisher import FisherDiagonal
+from fedcompo.heads import Head
+from fedcompo.messages import Body, head_tensors, prefixed
+from fedcompo.registry import Registry
+from server.alignment import Mixtures
+from server.checks import checked_fractions, checked_mixtures
+from server.exchange import Exchange
+
+PHASES = ("compose", "realign", "evaluate")
+
+
+@dataclass
+class Composing:
+    """Works on the current composition of a registry."""
+
+    exchange: Exchange
+    backbone: Backbone
+    registry: Registry
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What clients reported, by client."""
+
+    @property
+    def joint_head(self) -> Head:
+        """The composed model's head."""
+        return self.registry.joint_head()
+
+    # -- compose ----------------------------------------------------------------------------------
+
+    def compare(self, fisher: FisherDiagonal) -> None:
+        """Measure the members' task vectors against each other, and read the composed weights.
+
+        Args:
+            fisher: *Sum* over clients, in whose metric task vectors are compared.
+        """
+        settings, pool = self.registry.settings, self.registry.pool()
+        times = {c.client: settings.times(c.num_examples) for c in pool}
+        self.coefficients = {c: count / sum(times.values()) for c, count in times.items()}
+        self.diagnostics: Diagnostics = diagnose(
+            pool, self.backbone.theta_0, fisher.mean(), self.coefficients
+        )
+        for client in self.diagnostics.outliers:
+            self.exchange.note(
+                f"The task vector of {client} stands out by its length, or opposes the others: "
+                "look at its data and its learning rate."
+            )
+
+    # -- realign ----------------------------------------------------------------------------------
+
+    def realign(self) -> None:
+        """Align the joint head again, on mixtures of the composed model's features.
+
+        It takes every member: a head aligned on some would favour their classes.
+        """
+        members, realigned = self.registry.clients, {}
+        if not set(members) - set(self.exchange.clients):
+            realigned = self._ask_mixtures(members)
+        if missing := sorted(set(members) - set(realigned)):
+            self.exchange.note(
+                f"The joint head was not aligned again: {', '.join(missing)} did not describe the "
+                "composed model's features. It stays aligned on pre-trained features."
+            )
+            return
+        self.registry.realign(realigned)
+
+    def _ask_mixtures(self, members: tuple[str, ...]) -> dict[str, Mixtures]:
+        realigned: dict[str, Mixtures] = {}
+        request: Body = prefixed("theta", self._theta()), {}
+
+        def fold(client: str, body: Body) -> str:
+            classes = self.registry.member(client).classes
+            realigned[client] = checked_mixtures(client, body, classes, self.backbone.num_features)
+            return client
+
+        self.exchange.ask(
+            "realign", "query.realign", lambda c: request, fold, decisive=False, clients=members
+        )
+        return realigned
+
+    # -- evaluate ---------------------------------------------------------------------------------
+
+    def evaluate(self, phase: str = "evaluate", *, decisive: bool = True) -> None:
+        """Let every client measure the composed model on its own test images.
+
+        Args:
+            phase: Name of the phase.
+            decisive: Fail if nobody does.
+        """
+        head = self.joint_head
+        tensors = prefixed("theta", self._theta()) | head_tensors(head)
+        request: Body = tensors, {"classes": list(head.classes)}
+        self.exchange.ask(phase, "evaluate", lambda client: request, self._fold, decisive=False)
+        if decisive and not self.figures:
+            self.exchange.nodes.clear()
+            self.exchange.require_clients(phase)
+
+    def _theta(self) -> Weights:
+        return self.registry.theta_p()
+
+    def _fold(self, client: str, body: Body) -> str:
+        figures = ("class_il_accuracy", "task_il_accuracy")
+        self.figures[client] = checked_fractions(client, body[1], figures)
+        return client

@@ -1,0 +1,58 @@
+"""Runs of the real ServerApp and ClientApp over an in-process Grid, small enough for a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from in_process_grid import InProcessGrid
+
+from clients.app import app as client_app
+from fedcompo.messages import from_record, to_record
+from server.app import app as server_app
+
+QUICK = {
+    "num-tasks": 3,
+    "num-classes": 6,
+    "images-per-class": 12,
+    "local-epochs": 1,
+    "rank": 2,
+    "fisher-examples": 6,
+    "mixture-components": 1,
+    "align-samples": 16,
+    "timeout": 60.0,
+    "num-clients": 3,
+}
+
+
+def run(grid_options: dict, output: Path, **settings) -> dict:
+    """Run the apps in this process; returns what ``results.json`` holds.
+
+    Args:
+        grid_options: Of :class:`InProcessGrid`, and ``clients``.
+        output: Folder of the results.
+        settings: Run config that differs from :data:`QUICK`, with underscores.
+    """
+    config = {**QUICK, **{k.replace("_", "-"): v for k, v in settings.items()}}
+    config["output"] = str(output)
+    clients = grid_options.pop("clients", 3)
+    grid = InProcessGrid(client_app, config, clients, **grid_options)
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
+    )
+    server_app(grid, context)
+    return json.loads((output / "results.json").read_text())
+
+
+def altered(change) -> object:
+    """Tamper with a reply: ``change(tensors, manifest)`` edits in place; the digests stay right."""
+
+    def tamper(reply: Message) -> Message:
+        expected = reply.metadata.message_type.rpartition(".")[2]
+        tensors, manifest = from_record(reply.content, expected=expected, source="test")
+        change(tensors, manifest)
+        reply.content = to_record(tensors, manifest)
+        return reply
+
+    return tamper

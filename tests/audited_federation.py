@@ -1,0 +1,119 @@
+"""A federation of pico clients that learn noise by heart, without a server: for audits to find."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from builders import pico_backbone
+
+from clients.local import LocalClient
+from fedcompo.backbone import Backbone
+from fedcompo.composition import joint_head
+from fedcompo.config import AnchorBy, HeadStart, Kind, RunConfig, kinds_of
+from fedcompo.contribution import Contribution, Lineage, mixtures_from
+from fedcompo.evaluation import clients_data
+from fedcompo.fisher import FisherDiagonal
+from fedcompo.heads import Head
+from fedcompo.messages import head_from, head_tensors, prefixed, section
+from fedcompo.registry import Registry
+from fedcompo.registry_state import RegistrySettings
+from fedcompo.task_vector import TaskVector
+
+CLIENTS = 2
+CLASSES = tuple(f"{index}" for index in range(2 * CLIENTS))
+"""Two a client, dealt by seed."""
+LEARNT_BY_HEART = {
+    "num-tasks": CLIENTS,
+    "kind": "full",
+    "local-epochs": 60,
+    "learning-rate": 0.003,
+    "scale": float(CLIENTS),
+    "alpha": 0.0,
+    "head-alpha": 0.0,
+    "head-start": "probe",
+    "align-samples": 16,
+    "mixture-components": 1,
+}
+"""Settings under which a client's images, which are noise, end up in its task vector."""
+LINEAGE = {"head-start": "aligned", "anchor": "others", "alpha": 1.0, "head-alpha": 0.025}
+
+
+def noise(path: Path, *, train: int = 12, test: int = 30, seed: int = 0) -> Path:
+    """Images of noise, in as many classes as the clients own; nothing in them can be learnt."""
+    each = train + test
+    images = np.random.default_rng(seed).integers(0, 256, (each * len(CLASSES), 8, 8), np.uint8)
+    labels = np.repeat(np.arange(len(CLASSES)), each)
+    split = np.tile(np.arange(each) >= train, len(CLASSES)).astype(int)
+    np.savez(path, images=images, labels=labels, split=split, names=np.array(CLASSES))
+    return path
+
+
+def config_of(data: str, **settings) -> RunConfig:
+    """Settings, with underscores, that differ from :data:`LEARNT_BY_HEART`."""
+    given = {key.replace("_", "-"): value for key, value in settings.items()}
+    return RunConfig.parse({**LEARNT_BY_HEART, "data": data, **given})
+
+
+def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> Registry:
+    """What a run leaves in its registry; clients are the real ones."""
+    backbone = pico_backbone()
+    everyone = clients_data(config.data, backbone, seed=config.seed)
+    clients = [LocalClient(data.name, config, backbone, data) for data in everyone]
+    kinds = kinds_of(config.train.kind)
+    dealt = {client.name: kinds[index % len(kinds)] for index, client in enumerate(clients)}
+    clients = [client for client in clients if client.name not in without]
+    described = {}
+    for client in clients:
+        tensors, manifest = client.features()
+        described[client.name] = mixtures_from(tensors, manifest["mixtures"])
+    settings = RegistrySettings.of(config)
+    aligned = joint_head(
+        described, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
+    )
+    fishers = {client.name: _fisher(client, aligned) for client in clients}
+    registry = Registry.create(path, backbone, settings)
+    registry.add(
+        *(
+            _trained(client, dealt[client.name], aligned, fishers, described[client.name], backbone)
+            for client in clients
+        )
+    )
+    return registry
+
+
+def _fisher(client: LocalClient, aligned: Head) -> FisherDiagonal:
+    tensors, manifest = client.fisher(head_tensors(aligned), {"classes": list(aligned.classes)})
+    classes = tuple(manifest["classes"])
+    return FisherDiagonal(section("fisher", tensors), manifest["num_examples"], classes)
+
+
+def _trained(client, kind: Kind, aligned: Head, fishers, mixtures, backbone: Backbone):
+    settings, name = client.config.train, client.name
+    others = tuple(other for other in sorted(fishers) if other != name)
+    total = functools.reduce(operator.add, (fishers[other] for other in sorted(fishers)))
+    by_others = settings.anchor is AnchorBy.OTHERS
+    anchoring = total - fishers[name] if by_others else fishers[name]
+    mean = anchoring.for_classes(client.data.classes).mean()
+    head = {"weight": mean.pop("head.weight"), "bias": mean.pop("head.bias")}
+    anchor = prefixed("anchor_head", head) | prefixed("anchor", mean)
+    request = {"classes": list(aligned.classes), "kind": str(kind), "anchored": True}
+    tensors, manifest = client.train(head_tensors(aligned) | anchor, request)
+    is_anchored = settings.alpha > 0 or settings.head_alpha > 0
+    is_aligned = settings.head_start is HeadStart.ALIGNED
+    return Contribution(
+        client=name,
+        task_vector=TaskVector(kind, section("task_vector", tensors), backbone.fingerprint),
+        head=head_from(tensors, manifest["classes"]),
+        features=mixtures,
+        num_examples=len(client.data.train.labels),
+        lineage=Lineage(
+            anchored_by=others if by_others and is_anchored else (),
+            aligned_with=others if is_aligned else (),
+        ),
+        fisher=fishers[name],
+        settings=dict(client.config.of_client()),
+    )

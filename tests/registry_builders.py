@@ -1,0 +1,163 @@
+"""Small registries, contributions to fill them with, and exact oracles of what they compose."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from builders import contribution, pico_backbone, random_head, random_mixture
+from torch import Tensor
+
+from fedcompo import fixed_point
+from fedcompo.backbone import Backbone
+from fedcompo.config import Kind
+from fedcompo.contribution import Contribution, Lineage
+from fedcompo.features import FeatureMixture
+from fedcompo.registry import Registry
+from fedcompo.registry_state import RegistrySettings
+from fedcompo.task_vector import TaskVector
+
+WIDTH = 8
+"""Features of the pico backbone."""
+QUICK = RegistrySettings(align_samples=8)
+
+
+@functools.cache
+def backbone() -> Backbone:
+    return pico_backbone()
+
+
+def member(
+    client: str = "ada",
+    kind: Kind = Kind.LORA,
+    *,
+    seed: int = 0,
+    classes: Sequence[str] = ("cat", "dog"),
+    num_examples: int = 20,
+    lineage: Lineage | None = None,
+    with_fisher: bool = False,
+) -> Contribution:
+    """A contribution to :func:`backbone` with random content in every part."""
+    made = contribution(
+        client,
+        kind,
+        theta_0=backbone().theta_0,
+        base=backbone().fingerprint,
+        seed=seed,
+        classes=classes,
+        num_examples=num_examples,
+        with_fisher=with_fisher,
+    )
+    return replace(
+        made,
+        head=random_head(classes, WIDTH, seed=seed + 1),
+        features=mixtures(classes, seed=seed + 2),
+        lineage=lineage or Lineage(),
+    )
+
+
+def mixtures(classes: Iterable[str], *, seed: int) -> dict[str, FeatureMixture]:
+    """One random mixture a class."""
+    return {
+        name: random_mixture(WIDTH, seed=seed + 10 * i, num_examples=5 + seed % 7 + i)
+        for i, name in enumerate(classes)
+    }
+
+
+def one_of_each_kind() -> list[Contribution]:
+    """Three clients; two of them share a class."""
+    return [
+        member("ada", Kind.FULL, seed=1, classes=("cat", "dog"), num_examples=10),
+        member("ben", Kind.LORA, seed=2, classes=("dog", "owl"), num_examples=25),
+        member("cho", Kind.IA3, seed=3, classes=("yak",), num_examples=40),
+    ]
+
+
+def registry_of(
+    path: Path, *contributions: Contribution, settings: RegistrySettings = QUICK
+) -> Registry:
+    """A new registry of these clients."""
+    registry = Registry.create(path, backbone(), settings)
+    if contributions:
+        registry.add(*contributions)
+    return registry
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """All that lies in a folder: bytes of files, targets of links, folders; but for the lock."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        elif path.is_dir():
+            found[name] = "folder"
+        elif name != "lock":
+            found[name] = path.read_bytes()
+    return found
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Put other bytes into a file of the same size; cutting it first would cost milliseconds."""
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+def composition(registry: Registry) -> dict[str, bytes]:
+    """The files of the current composition."""
+    folder = registry.path / registry.state.version
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if registry.clients else {}
+
+
+def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether names, dtypes, shapes and bytes agree."""
+
+    def bits(tensors: dict[str, Tensor], name: str) -> tuple[object, ...]:
+        tensor = tensors[name].detach().contiguous()
+        raw = tensor.view(-1).view(torch.uint8).numpy().tobytes()
+        return tensor.dtype, tensor.shape, raw
+
+    return actual.keys() == expected.keys() and all(
+        bits(actual, name) == bits(expected, name) for name in actual
+    )
+
+
+# -- exact oracles: Python's integers and fractions -----------------------------------------------
+
+
+def once(value: Fraction) -> Fraction:
+    """Round to float64, as one operation of the processor does; Python divides correctly."""
+    return Fraction(float(value))
+
+
+def fractions(tensor: Tensor) -> list[list[Fraction]]:
+    """The values of a matrix, exactly."""
+    return [[Fraction(value) for value in row] for row in tensor.double().tolist()]
+
+
+def exact_delta(vector: TaskVector, name: str, weight: Tensor) -> list[list[Fraction]]:
+    """τ of one weight, with the roundings that ``reproducible_delta`` states, and no others."""
+    rows, columns = range(weight.shape[0]), range(weight.shape[1])
+    if vector.kind is Kind.FULL:
+        return fractions(vector.tensors[f"{name}/delta"])
+    if vector.kind is Kind.IA3:
+        w, l = fractions(weight), fractions(vector.tensors[f"{name}/l"])  # noqa: E741
+        return [[once(w[i][j] * once(l[i][0] - 1)) for j in columns] for i in rows]
+    a = fractions(vector.tensors[f"{name}/A"].float())
+    b = fractions(vector.tensors[f"{name}/B"].float())
+    total = [[Fraction(0) for _ in columns] for _ in rows]
+    for i in rows:
+        for j in columns:
+            for rank in range(len(a)):
+                total[i][j] = once(total[i][j] + b[i][rank] * a[rank][j])
+    return total
+
+
+def exact_term(vector: TaskVector, name: str, weight: Tensor) -> list[list[int]]:
+    """q of one weight: the nearest whole multiples of the grid, ties to even."""
+    scaled = 2**fixed_point.BITS
+    return [[round(value * scaled) for value in row] for row in exact_delta(vector, name, weight)]

@@ -1,0 +1,203 @@
+"""What of one client is in another's contribution: nothing at all, where the lineage is empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from app_runs import altered, run
+
+from fedcompo.backbone import load_backbone
+from fedcompo.config import BackboneConfig, RunConfig
+from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution
+from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
+from fedcompo.fisher import FisherDiagonal
+from fedcompo.fisher_file import save_fisher
+from fedcompo.reference import (
+    load_public_data,
+    load_reference,
+    reference_fisher,
+    save_reference,
+)
+
+KINDS = "lora,full,ia3"
+"""Dealt in turn: where leaving one client out dealt the others anew, it would show."""
+PROBE = {"head_start": "probe", "realign": False, "kind": KINDS}
+LEFT = "client-0"
+STAY = ("client-1", "client-2")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    """A reference Fisher, as `fedcompo fisher` makes it, of ten images."""
+    config = RunConfig.parse({"images-per-class": 1})
+    backbone = load_backbone(config.backbone)
+    data = load_public_data(config, backbone.preprocessing)
+    fisher, _ = reference_fisher(backbone, data, config)
+    path = tmp_path_factory.mktemp("reference") / "fisher.safetensors"
+    save_reference(path, fisher, base=backbone.fingerprint)
+    return path
+
+
+def folder(output: Path, client: str) -> Path:
+    return output / "registry" / "clients" / client
+
+
+def contributions(output: Path) -> dict[tuple[str, str], bytes]:
+    """Every byte of the files of those who stay."""
+    files = {(c, path.name): path for c in STAY for path in folder(output, c).iterdir()}
+    assert {name for _, name in files} == {CARD, CONTENT, FISHER}
+    return {key: path.read_bytes() for key, path in files.items()}
+
+
+def lineages(output: Path) -> list[tuple[str, ...]]:
+    """Everyone whom the lineages of those who stay name."""
+    found = [Contribution.load(folder(output, client)).lineage for client in STAY]
+    return [(*f.anchored_by, *f.aligned_with, *f.ensemble) for f in found]
+
+
+LINEAGE_FREE = {
+    "own": {**PROBE, "anchor": "own"},
+    "reference": {**PROBE, "anchor": "reference"},
+    "no anchor": {**PROBE, "alpha": 0.0, "head_alpha": 0.0},
+}
+
+
+@pytest.mark.parametrize("way", LINEAGE_FREE)
+def test_without_lineage_not_a_bit_depends_on_who_else_takes_part(way, reference, tmp_path):
+    settings = LINEAGE_FREE[way]
+    if way == "reference":
+        settings = {**settings, "reference": str(reference)}
+    run({}, tmp_path / "with", **settings)
+    run({}, tmp_path / "without", **settings, exclude=LEFT)
+    assert lineages(tmp_path / "with") == [(), ()]
+    assert not folder(tmp_path / "without", LEFT).exists()
+    assert contributions(tmp_path / "with") == contributions(tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"anchor": "others", "head_start": "probe"}, {"anchored_by"}),
+        ({"anchor": "own", "head_start": "aligned"}, {"aligned_with"}),
+        ({}, {"anchored_by", "aligned_with"}),
+    ],
+    ids=["anchored by others", "joint head", "both"],
+)
+def test_with_lineage_the_others_show_and_are_named(settings, named, tmp_path):
+    settings = {**PROBE, "head_start": "aligned", **settings}
+    run({}, tmp_path / "with", **settings)
+    run({}, tmp_path / "without", **settings, exclude=LEFT)
+    lineage = Contribution.load(folder(tmp_path / "with", "client-1")).lineage
+    for attribute in ("anchored_by", "aligned_with"):
+        others = ("client-0", "client-2") if attribute in named else ()
+        assert getattr(lineage, attribute) == others
+    together, apart = contributions(tmp_path / "with"), contributions(tmp_path / "without")
+    assert all(together[client, CONTENT] != apart[client, CONTENT] for client in STAY)
+    for client in STAY:
+        found, expected = (
+            Contribution.load(folder(tmp_path / kind, client)).task_vector.tensors
+            for kind in ("with", "without")
+        )
+        assert any((found[name] != expected[name]).any() for name in expected)
+
+
+@pytest.mark.parametrize("phase", ["query.fisher", "train"])
+def test_without_lineage_a_client_that_fails_half_way_leaves_no_trace(phase, tmp_path):
+    run({}, tmp_path / "with", **LINEAGE_FREE["own"])
+    options = {"tamper": {(0, phase): altered(lambda tensors, manifest: manifest.clear())}}
+    results = run(options, tmp_path / "failing", **LINEAGE_FREE["own"])
+    assert [c["client"] for c in results["left_out"]] == [LEFT]
+    assert contributions(tmp_path / "with") == contributions(tmp_path / "failing")
+
+
+def test_under_its_own_probe_a_fisher_has_rows_for_its_own_classes_alone(tmp_path):
+    results = run({}, tmp_path / "own", **LINEAGE_FREE["own"])
+    for client, figures in results["per_client"].items():
+        fisher = Contribution.load(folder(tmp_path / "own", client)).fisher
+        assert list(fisher.classes) == figures["classes"]
+    results = run({}, tmp_path / "joint", realign=False)
+    fisher = Contribution.load(folder(tmp_path / "joint", "client-1")).fisher
+    assert list(fisher.classes) == results["classes"]
+
+
+def test_to_exclude_a_client_is_as_if_it_had_never_come(tmp_path):
+    never = run({"clients": 2}, tmp_path / "never", num_clients=2)
+    excluded = run({}, tmp_path / "excluded", exclude=" client-2 ")
+    (left_out,) = excluded["left_out"]
+    assert (left_out["client"], left_out["phase"]) == ("client-2", "features")
+    assert left_out["reason"] == "excluded by `exclude`"
+    for figure in ("class_il_accuracy", "classes", "clients_evaluated", "diagnostics"):
+        assert excluded[figure] == never[figure]
+    there = [path for path in (tmp_path / "never" / "registry").rglob("*/*") if path.is_file()]
+    assert {CONTENT, FISHER, CARD, "model.safetensors", "sum.safetensors"} <= {
+        path.name for path in there
+    }
+    for path in there:
+        same = tmp_path / "excluded" / path.relative_to(tmp_path / "never")
+        assert path.read_bytes() == same.read_bytes(), path.name
+
+
+def test_an_excluded_client_that_never_came_is_noted(tmp_path):
+    results = run({}, tmp_path / "out", exclude="client-1, client-7", realign=False)
+    assert list(results["per_client"]) == ["client-0", "client-2"]
+    (note,) = results["notes"]
+    assert "`exclude` names 'client-7'" in note
+    assert "client-0, client-1, client-2 came" in note
+
+
+def test_too_few_clients_may_be_left_after_excluding(tmp_path):
+    with pytest.raises(TooFewClients, match=r"client-1 \(features\): excluded by `exclude`"):
+        run({}, tmp_path / "out", exclude="client-0,client-1")
+
+
+def _at_other_weights(fisher: FisherDiagonal, path: Path) -> None:
+    save_reference(path, fisher, base="embedded@00")
+
+
+def _of_fewer_weights(fisher: FisherDiagonal, path: Path) -> None:
+    sums = {name: total for name, total in fisher.sums.items() if "qkv" not in name}
+    save_reference(path, FisherDiagonal(sums, fisher.num_examples), base=base())
+
+
+def _negative(fisher: FisherDiagonal, path: Path) -> None:
+    sums = {name: total - 1 for name, total in fisher.sums.items()}
+    save_reference(path, FisherDiagonal(sums, fisher.num_examples), base=base())
+
+
+def _of_a_client(fisher: FisherDiagonal, path: Path) -> None:
+    save_fisher(path, fisher, client="client-0", base=base())
+
+
+def base() -> str:
+    return load_backbone(BackboneConfig()).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "reason"),
+    [
+        (_at_other_weights, BackboneMismatch, "backbone embedded@00, expected embedded@"),
+        (_of_fewer_weights, ContributionError, "qkv.*Use the same `target-weights`"),
+        (_negative, ContributionError, "negative or not finite"),
+        (_of_a_client, FileFormatError, "belongs to client 'client-0', expected '\\(reference\\)'"),
+        (lambda fisher, path: None, FileFormatError, "cannot be read"),
+    ],
+)
+def test_a_reference_that_cannot_be_used_stops_the_run_before_anyone_is_asked(
+    write, error, reason, reference, tmp_path
+):
+    write(load_reference(reference, base=base()), tmp_path / "other.safetensors")
+    with pytest.raises(error, match=reason):
+        run({}, tmp_path / "out", anchor="reference", reference=str(tmp_path / "other.safetensors"))
+    events = (tmp_path / "out" / "events.jsonl").read_text()
+    assert "phase-started" not in events
+
+
+def test_a_fisher_under_another_head_than_asked_for_is_refused(tmp_path):
+    def rename(tensors, manifest):
+        manifest["classes"] = ["x", "y"]
+
+    options = {"tamper": {(0, "query.fisher"): altered(rename)}}
+    results = run(options, tmp_path / "out", **LINEAGE_FREE["own"])
+    (left_out,) = results["left_out"]
+    assert "is for a head of ('x', 'y'), expected" in left_out["reason"]

@@ -1,0 +1,227 @@
+"""Whatever came and went, and in which order: the state is that of who is left, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import KINDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from registry_builders import (
+    backbone,
+    composition,
+    exact_term,
+    member,
+    mixtures,
+    registry_of,
+    same_bits,
+)
+
+from fedcompo.config import Coefficients, Kind
+from fedcompo.contribution import Contribution
+from fedcompo.fixed_point import BITS
+from fedcompo.pool import Pool
+from fedcompo.registry import Registry
+from fedcompo.registry_state import RegistrySettings
+
+CLASSES = (("cat", "dog"), ("dog", "owl"), ("cat",), ("owl", "yak", "zebu"))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a contribution is made of; the same spec always makes the same one."""
+
+    client: str
+    kind: Kind
+    seed: int
+    classes: tuple[str, ...]
+    num_examples: int
+
+    @functools.cache
+    def made(self) -> Contribution:
+        return member(
+            self.client,
+            self.kind,
+            seed=self.seed,
+            classes=self.classes,
+            num_examples=self.num_examples,
+            with_fisher=self.seed == 0,
+        )
+
+    @functools.cache
+    def term(self, name: str) -> list[list[int]]:
+        return exact_term(self.made().task_vector, name, backbone().theta_0[name])
+
+
+specs = st.builds(
+    Spec,
+    st.sampled_from(("ada", "ben", "cho", "dee", "eva")),
+    st.sampled_from(KINDS),
+    st.integers(0, 2),
+    st.sampled_from(CLASSES),
+    st.sampled_from((1, 7, 40)),
+)
+steps = st.one_of(
+    st.tuples(st.just("put"), st.lists(specs, min_size=1, max_size=3, unique_by=lambda s: s.client)),
+    st.tuples(st.just("remove"), st.integers(0, 4)),
+    st.tuples(st.just("realign"), st.integers(0, 2)),
+)
+compositions = st.builds(
+    RegistrySettings,
+    coefficients=st.sampled_from(Coefficients),
+    scale=st.sampled_from((1.0, 0.3, 2.5)),
+    align_samples=st.just(8),
+    seed=st.integers(0, 3),
+)
+
+
+@dataclass
+class Expected:
+    """Who is in, by the plainest bookkeeping there is."""
+
+    specs: dict[str, Spec] = field(default_factory=dict)
+    realigned: int | None = None
+
+    def step(self, registry: Registry, action: str, value: Any) -> None:
+        """Do the same to the registry and to the books."""
+        if action == "put":
+            registry.add(*(spec.made() for spec in value), replacing=True)
+            self.specs |= {spec.client: spec for spec in value}
+            self.realigned = None
+        elif action == "remove" and self.specs:
+            client = sorted(self.specs)[value % len(self.specs)]
+            record = registry.remove(client)
+            del self.specs[client]
+            assert record.survivors == tuple(sorted(self.specs))
+            assert (record.root_after, record.recomposed) == (registry.state.root, False)
+            self.realigned = None
+        elif action == "realign" and self.specs:
+            registry.realign(self.mixtures(value))
+            self.realigned = value
+
+    def mixtures(self, seed: int) -> dict[str, Any]:
+        return {c: mixtures(s.classes, seed=100 * seed + s.seed) for c, s in self.specs.items()}
+
+    def rebuilt(self, path: Path, order: Sequence[Spec], settings: RegistrySettings) -> Registry:
+        """A registry that was never given anyone else."""
+        registry = registry_of(path, settings=settings)
+        for spec in order:
+            registry.add(spec.made())
+        if self.realigned is not None:
+            registry.realign(self.mixtures(self.realigned))
+        return registry
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def assert_same(registry: Registry, other: Registry) -> None:
+    assert registry.state.root == other.state.root
+    assert (registry.clients, registry.classes) == (other.clients, other.classes)
+    assert composition(registry) == composition(other)
+    if registry.clients:
+        assert same_bits(dict(registry.running_sum()), dict(other.running_sum()))
+        assert same_bits(registry.theta_p(), other.theta_p())
+        head, others = registry.joint_head(), other.joint_head()
+        assert torch.equal(head.weight, others.weight) and torch.equal(head.bias, others.bias)
+
+
+def assert_exact(registry: Registry, present: Mapping[str, Spec]) -> None:
+    """Sum and composed weights, in Python's integers and fractions."""
+    scale, count = registry.settings.scale, 0
+    times = {}
+    for client, spec in present.items():
+        by_examples = registry.settings.coefficients is Coefficients.EXAMPLES
+        times[client] = spec.num_examples if by_examples else 1
+        count += times[client]
+    running, theta_p = registry.running_sum(), registry.theta_p()
+    for name, weight in backbone().theta_0.items():
+        total = np.zeros(tuple(weight.shape), dtype=object)
+        for client, spec in present.items():
+            total = total + times[client] * np.array(spec.term(name), dtype=object)
+        assert running[name].tolist() == total.tolist()
+        start, found = weight.tolist(), theta_p[name].tolist()
+        factor = scale / (2**BITS * count)  # a float64, as the method states
+        for i, j in np.ndindex(*weight.shape):
+            assert found[i][j] == np.float32(float(total[i][j]) * factor + start[i][j])
+        # and against the formula itself, with no rounding at all: half a unit of float32
+        i, j = np.unravel_index(np.abs(total.astype(float)).argmax(), total.shape)
+        exact = Fraction(start[i][j]) + Fraction(scale) * total[i][j] / (2**BITS * count)
+        half = np.spacing(np.float32(exact), dtype=np.float32) / 2
+        assert abs(Fraction(found[i][j]) - exact) <= Fraction(float(half)) * Fraction(1001, 1000)
+
+
+@given(st.lists(steps, min_size=1, max_size=6), compositions, st.data())
+def test_state_is_that_of_a_registry_given_the_survivors_only(changes, how, data):
+    with tempfile.TemporaryDirectory() as folder:
+        registry, expected = registry_of(Path(folder) / "lived", settings=how), Expected()
+        for action, value in changes:
+            expected.step(registry, action, value)
+            assert registry.clients == tuple(sorted(expected.specs))
+        reopened = Registry(registry.path)
+        assert reopened.state == registry.state
+        order = data.draw(st.permutations(list(expected.specs.values())))
+        assert_same(reopened, expected.rebuilt(Path(folder) / "anew", order, how))
+        if expected.specs:
+            assert_exact(reopened, expected.specs)
+
+
+@settings(max_examples=15)
+@given(st.lists(steps, min_size=2, max_size=8), compositions)
+def test_state_is_right_after_every_single_step(changes, how):
+    with tempfile.TemporaryDirectory() as folder:
+        registry, expected = registry_of(Path(folder) / "lived", settings=how), Expected()
+        for number, (action, value) in enumerate(changes):
+            expected.step(registry, action, value)
+            order = list(expected.specs.values())
+            assert_same(registry, expected.rebuilt(Path(folder) / str(number), order, how))
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(specs, min_size=1, max_size=4, unique_by=lambda s: s.client), compositions, st.data()
+)
+def test_any_selection_composes_as_if_the_others_had_never_come(chosen, how, data):
+    only = data.draw(st.sets(st.sampled_from(chosen), min_size=1))
+    shares = {s.client: data.draw(st.floats(0.1, 1)) for s in only}
+    weights = {client: share / sum(shares.values()) for client, share in shares.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        registry = registry_of(Path(folder) / "all", *(s.made() for s in chosen), settings=how)
+        few = registry_of(Path(folder) / "few", *(s.made() for s in only), settings=how)
+        left_out = [s.client for s in chosen if s not in only]
+        for model in (registry.model(only=list(shares)), registry.model(without=left_out)):
+            assert same_bits(model.state_dict(), dict(few.composed()))
+        pool = Pool(tuple(s.made() for s in only))
+        theta_0, scale = backbone().theta_0, how.scale
+        assert same_bits(
+            registry.pool().without(*left_out).compose(theta_0, weights, scale=scale),
+            pool.compose(theta_0, weights, scale=scale),
+        )
+
+
+@settings(max_examples=10)
+@given(st.lists(specs, min_size=1, max_size=4, unique_by=lambda s: s.client), st.data())
+def test_contributions_may_come_as_folders_or_from_another_registry(chosen, data):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        given = registry_of(folder / "given", *(s.made() for s in chosen))
+        for spec in chosen:
+            spec.made().save(folder / "inbox" / spec.client)
+        from_folders = registry_of(folder / "b")
+        from_folders.add(*(folder / "inbox" / s.client for s in data.draw(st.permutations(chosen))))
+        from_registry = registry_of(folder / "c")
+        from_registry.add(*given.pool(with_fisher=True))
+        assert_same(from_folders, given)
+        assert_same(from_registry, given)

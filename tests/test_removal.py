@@ -1,0 +1,195 @@
+"""Receipts of removals: what they say, who signed them, and whose training the client shaped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcompo import signing
+from fedcompo.contribution import Lineage
+from fedcompo.errors import FileFormatError
+from fedcompo.removal import Influence, RemovalRecord, influence
+
+NAMES = "abcdef"
+
+
+def statement(
+    client: str, lineages: Mapping[str, Lineage], *survivors: str, **options: object
+) -> Influence:
+    return influence(client, survivors or [n for n in lineages if n != client], lineages, **options)
+
+
+# -- influence ------------------------------------------------------------------------------------
+
+
+def test_each_way_of_shaping_another_is_told_apart():
+    lineages = {
+        "a": Lineage(),
+        "b": Lineage(anchored_by=("a",)),
+        "c": Lineage(aligned_with=("a", "b")),
+        "d": Lineage(ensemble=("a",)),
+        "e": Lineage(anchored_by=("d",)),
+        "f": Lineage(anchored_by=("x",)),
+    }
+    found = statement("a", lineages)
+    assert found == Influence(("b",), ("c",), ("d",), ("e",))
+    assert found.to_retrain == ("b", "c", "d", "e")
+    assert not found.exact
+
+
+def test_nobody_touched_means_influence_exact():
+    found = statement("a", {"a": Lineage(anchored_by=("b",)), "b": Lineage(), "c": Lineage()})
+    assert found == Influence((), (), (), ())
+    assert found.exact
+
+
+def test_influence_passes_through_clients_who_have_left():
+    lineages = {"b": Lineage(anchored_by=("a",)), "c": Lineage(anchored_by=("b",))}
+    assert statement("a", lineages, "c").indirect == ("c",)
+
+
+def test_influence_passes_through_contributions_that_were_replaced():
+    lineages = {"a": Lineage(), "b": Lineage(), "c": Lineage(anchored_by=("b",))}
+    former = [("b", Lineage(anchored_by=("a",))), ("b", Lineage())]
+    found = statement("a", lineages, former=former)
+    assert found.indirect == ("c",)  # shaped by what b was; b itself has trained again
+    assert statement("a", lineages).exact
+
+
+def test_clients_may_have_shaped_each_other():
+    lineages = {n: Lineage(anchored_by=tuple(set("abc") - {n})) for n in "abc"}
+    assert statement("a", lineages) == Influence(("b", "c"), (), (), ())
+
+
+names = st.lists(st.sampled_from(NAMES), max_size=3).map(tuple)
+
+
+@given(st.fixed_dictionaries({n: st.builds(Lineage, st.just("ita"), names, names) for n in NAMES}))
+def test_whoever_a_path_leads_to_is_to_be_retrained_and_nobody_else(lineages):
+    shapes = {(by, n) for n, own in lineages.items() for by in own.anchored_by + own.aligned_with}
+    paths = set(shapes)
+    for middle in NAMES:  # Warshall
+        paths |= {(x, z) for x in NAMES for z in NAMES if {(x, middle), (middle, z)} <= paths}
+    found = statement("a", lineages)
+    assert found.to_retrain == tuple(n for n in NAMES[1:] if ("a", n) in paths)
+    assert found.indirect == tuple(n for n in found.to_retrain if ("a", n) not in shapes)
+
+
+# -- the record -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path):
+    signing.create_key(tmp_path / "key.pem", tmp_path / "public.pem")
+    return tmp_path / "key.pem", tmp_path / "public.pem"
+
+
+def unsigned() -> RemovalRecord:
+    return RemovalRecord(
+        registry="1f" * 16,
+        sequence=7,
+        time="2030-01-02T03:04:05Z",
+        client="Klinik Süd",
+        requested_by='"them"',
+        reason="§ 17\nDSGVO",
+        kind="lora",
+        num_examples=20,
+        classes=("cat", "dog"),
+        removed_files={"card.json": "ab" * 32},
+        removed_rounded_sha256="cd" * 32,
+        added=2,
+        root_before="01" * 32,
+        root_after="02" * 32,
+        journal_before="03" * 32,
+        composition_before={"model.safetensors": "04" * 32},
+        composition_after={},
+        survivors=("ada", "ben"),
+        classes_after=("owl",),
+        kept_versions=(),
+        recomposed=False,
+        influence=Influence(("ada",), (), (), ("ben",)),
+        fedcompo_version="0.1.0",
+    )
+
+
+def holds(data: bytes, public: Path) -> bool:
+    """What a sceptic checks: that it is a record, and that the registry signed it."""
+    try:
+        record = RemovalRecord.parse(data, source="a letter")
+    except FileFormatError:
+        return False
+    return signing.is_signed(record.signed_bytes, record.signature, public)
+
+
+def test_a_signed_record_survives_its_text(keys):
+    record = unsigned().signed(keys[0])
+    assert RemovalRecord.parse(record.text.encode(), source="x") == record
+    assert holds(record.text.encode(), keys[1])
+
+
+def test_an_unsigned_record_and_one_signed_by_others_do_not_hold(keys, tmp_path):
+    assert not holds(unsigned().text.encode(), keys[1])
+    signing.create_key(tmp_path / "forger.pem", tmp_path / "forged.pem")
+    assert not holds(unsigned().signed(tmp_path / "forger.pem").text.encode(), keys[1])
+
+
+def test_every_changed_bit_is_refused(keys):
+    data = unsigned().signed(keys[0]).text.encode()
+    for position in range(len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[position] ^= 1 << bit
+            assert not holds(bytes(changed), keys[1]), (position, bit)
+
+
+def test_added_dropped_and_rewritten_text_is_refused(keys):
+    data = unsigned().signed(keys[0]).text
+    values = json.loads(data)
+    others = [
+        data + "\n",
+        data.rstrip("\n"),
+        data.replace("\n", "\r\n"),
+        "\ufeff" + data,
+        json.dumps(values),
+        json.dumps(values, indent=2, sort_keys=True) + "\n",  # ü as an escape
+        data.replace('"sequence": 7', '"sequence": 7.0'),
+        data.replace('"sequence": 7', '"sequence": 7,\n  "sequence": 7'),
+        data.replace('"client"', '"extra": 1,\n  "client"'),
+        "[" * 5000,
+        "null",
+    ]
+    for other in others:
+        assert other != data
+        assert not holds(other.encode(), keys[1]), other[:200]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"client": "Klinik Nord"},
+        {"reason": ""},
+        {"survivors": ("ada",)},
+        {"removed_files": {}},
+        {"recomposed": True},
+        {"influence": Influence((), (), (), ())},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_statement_is_signed(change, keys):
+    record = unsigned().signed(keys[0])
+    assert not holds(replace(record, **change).text.encode(), keys[1])
+
+
+def test_the_lineage_statement_says_what_follows_from_it():
+    lineage = json.loads(unsigned().text)["lineage"]
+    assert lineage["composition_exact"] is True
+    assert lineage["influence_exact"] is False
+    assert lineage["to_retrain"] == ["ada", "ben"]
+    clean = replace(unsigned(), influence=Influence((), (), (), ()))
+    assert json.loads(clean.text)["lineage"]["influence_exact"] is True
