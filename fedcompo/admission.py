@@ -127,16 +127,15 @@ def _is_text(name: object) -> bool:
 
 def _check_fisher(fisher: FisherDiagonal, theta_shapes: Weights, owner: str) -> None:
     """Refuse a Fisher of other weights, or with values that no sum of squares can have."""
-    for name, weight in theta_shapes.items():
-        found = tuple(fisher.sums[name].shape) if name in fisher.sums else None
-        if found != tuple(weight.shape):
+    for name in sorted({*theta_shapes, *fisher.sums}):
+        total = fisher.sums.get(name)  # read from disk, perhaps: once
+        found = None if total is None else tuple(total.shape)
+        if name in theta_shapes and found != tuple(theta_shapes[name].shape):
             raise ContributionError(
                 f"The Fisher of {owner} has shape {found} at {name!r}, expected "
-                f"{tuple(weight.shape)}."
+                f"{tuple(theta_shapes[name].shape)}."
             )
-    for name in fisher.sums:
-        total = fisher.sums[name]
-        if not torch.isfinite(total).all() or (total < 0).any():
+        if total is not None and (not torch.isfinite(total).all() or (total < 0).any()):
             raise ContributionError(
                 f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
             )

@@ -16,7 +16,8 @@ from fedcompo import cli_models, cli_registry
 from fedcompo.cli_audit import audit
 from fedcompo.cli_common import errors_as_sentences, say
 from fedcompo.cli_fisher import fisher
-from fedcompo.config import RunConfig, Scalar, all_settings
+from fedcompo.cli_print import print_removal
+from fedcompo.config import Action, RunConfig, Scalar, all_settings
 
 app = typer.Typer(
     help="Federated fine-tuning into task vectors that add up to one model, and come out again.",
@@ -145,6 +146,8 @@ def _simulate(
     )
     app_folder = launcher.find_app()
     name = scenario.scenario_name(file, values)
+    if config.registry.action is Action.REMOVE:
+        name = f"remove-{config.registry.client}"
     output = launcher.reserve_output(Path(config.output or Path.cwd() / "runs" / name))
     say(f"Simulating {clients} clients. Results go to {output}")
     with Display(console) as display:
@@ -156,9 +159,12 @@ def _simulate(
             resources=resources,
             on_event=display.show,
         )
-    from fedcompo.report import print_results
+    if config.registry.action is Action.REMOVE:
+        print_removal(results)
+    else:
+        from fedcompo.report import print_results
 
-    print_results(results, console)
+        print_results(results, console)
     say(f"Results: {output}")
 
 

@@ -182,6 +182,20 @@ def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> No
     table_console().print(table)
 
 
+def print_removal(results: Mapping[str, Any]) -> None:
+    """Print what a removal over Flower reports."""
+    say(f"Removed {results['removed']}; {', '.join(results['survivors']) or 'nobody'} stay.")
+    _print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
+    if results["to_retrain"]:
+        say(
+            "Composition-exact, not influence-exact: trained with something of "
+            f"{results['removed']} were {', '.join(results['to_retrain'])}."
+        )
+    for note in results["notes"]:
+        say(f"Note: {note}")
+    say(f"Record: {results['record']}")
+
+
 def _print_effect(accuracy: Mapping[str, Any]) -> None:
     if "reason" in accuracy:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")

@@ -100,13 +100,10 @@ def write_version(folder: Path, recipe: Recipe) -> list[str]:
         for name in sorted(layout):
             if name in classifier:
                 model.write(name, classifier[name])
-                continue
-            weight = backbone.tensors[name]
-            if name in targets:
-                total = _sum(name, weight, recipe, digests)
-                running.write(name, total)
-                weight = fixed_point.compose(weight, total, count=recipe.count, scale=recipe.scale)
-            model.write(name, weight)
+            elif name in targets:
+                model.write(name, _composed(name, recipe, digests, running))
+            else:
+                model.write(name, backbone.tensors[name])
     found = [digest.hexdigest() for digest in digests]
     for term, digest in zip(recipe.terms, found, strict=True):
         if term.rounded_sha256 not in ("", digest):
@@ -114,6 +111,14 @@ def write_version(folder: Path, recipe: Recipe) -> list[str]:
     config = json.dumps(timm_config(backbone, head.classes), indent=2)
     write_atomically(folder / CONFIG, f"{config}\n".encode())
     return found
+
+
+def _composed(name: str, recipe: Recipe, digests: Sequence[Any], running: TensorWriter) -> Tensor:
+    """Continue and write the sum of one weight; return the weight made of it."""
+    weight = recipe.backbone.tensors[name]
+    total = _sum(name, weight, recipe, digests)
+    running.write(name, total)
+    return fixed_point.compose(weight, total, count=recipe.count, scale=recipe.scale)
 
 
 def _sum(name: str, weight: Tensor, recipe: Recipe, digests: Sequence[Any]) -> Tensor:

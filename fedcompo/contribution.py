@@ -72,9 +72,9 @@ class Contribution:
             "base": self.task_vector.base,
             "classes": list(self.head.classes),
             "num_examples": self.num_examples,
-            "mixtures": {name: mixture.num_examples for name, mixture in self.features.items()},
+            "mixtures": {name: m.num_examples for name, m in sorted(self.features.items())},
             "lineage": asdict(self.lineage),
-            "settings": self.settings,
+            "settings": dict(sorted(self.settings.items())),
         }
         files = {CONTENT: save_streamed(folder / CONTENT, tensors, card)}
         (folder / FISHER).unlink(missing_ok=True)

@@ -347,7 +347,9 @@ def _fill(folder: Path, backbone: Backbone, settings: RegistrySettings) -> None:
 
 def _read_about(path: Path, state: State) -> tuple[str, str]:
     """Identity and time of creation."""
-    if file_sha256(path) != state.fixed[ABOUT]:
-        raise RegistryDamaged(f"{path} was altered. Restore the registry from a copy.")
+    if file_sha256(path) != state.fixed.get(ABOUT):
+        raise RegistryDamaged(
+            f"{path} was altered, or what {STATE} says of it. Restore the registry from a copy."
+        )
     about = json.loads(path.read_text(encoding="utf-8"))
     return about["identity"], about["created"]

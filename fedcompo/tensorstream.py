@@ -25,6 +25,7 @@ from fedcompo.tensorfile import (
     canonical,
     complete_manifest,
     put_in_place,
+    raw_bytes,
     seal,
     temporary_beside,
 )
@@ -195,9 +196,8 @@ class TensorWriter:
         found = tensor.dtype, tuple(tensor.shape)
         if name != due or found != self._layout[name]:
             raise ValueError(f"{name!r} {found} is written to {self.path.name}, but {due!r} is due")
-        tensor = tensor.detach().cpu().contiguous()
         self._digest.add(name, tensor)
-        self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+        self._file.write(raw_bytes(tensor))
 
     def __exit__(
         self,
@@ -248,9 +248,8 @@ class TensorDigest:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one tensor."""
-        tensor = tensor.detach().cpu().contiguous()
         self._sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        self._sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        self._sha.update(raw_bytes(tensor))
 
     def hexdigest(self) -> str:
         """SHA-256 so far, hexadecimal."""

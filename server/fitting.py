@@ -19,8 +19,8 @@ from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, save_fisher
 from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, head_tensors, prefixed
-from fedcompo.registry import Registry
 from fedcompo.reference import load_reference
+from fedcompo.registry import Registry
 from fedcompo.settings import names_of
 from server.alignment import Mixtures, align_joint_head
 from server.anchors import Anchors

@@ -36,6 +36,8 @@ class Unlearning:
     config: RunConfig
     backbone: Backbone
     registry: Registry
+    images: dict[str, int] = field(default_factory=dict)
+    """Test images, by client."""
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracies of the model that has the client, by those who stay."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class Unlearning:
                 f"Client {name!r} has the classes {manifest['classes']} now; in the registry it "
                 f"has {list(known)}."
             )
+        self.images[name] = int(manifest["num_test_examples"])
         return name
 
     def evaluate(self, phase: str) -> dict[str, dict[str, float]]:
@@ -101,7 +104,10 @@ class Unlearning:
             return {}
         composing = Composing(self.exchange, self.backbone, self.registry)
         composing.evaluate(phase, decisive=False)
-        return composing.figures
+        return {
+            client: {**figures, "num_examples": self.images[client]}
+            for client, figures in composing.figures.items()
+        }
 
     def remove(self) -> None:
         """Remove the client from the registry."""

@@ -159,7 +159,7 @@ def assert_exact(registry: Registry, present: Mapping[str, Spec]) -> None:
         # and against the formula itself, with no rounding at all: half a unit of float32
         i, j = np.unravel_index(np.abs(total.astype(float)).argmax(), total.shape)
         exact = Fraction(start[i][j]) + Fraction(scale) * total[i][j] / (2**BITS * count)
-        half = np.spacing(np.float32(exact), dtype=np.float32) / 2
+        half = abs(np.spacing(np.float32(exact))) / 2
         assert abs(Fraction(found[i][j]) - exact) <= Fraction(float(half)) * Fraction(1001, 1000)
 
 

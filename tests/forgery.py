@@ -1,0 +1,46 @@
+"""What somebody who has the registry's key can rewrite so that no hash betrays it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedcompo import journal
+from fedcompo.journal import START, Entry
+from fedcompo.registry import PRIVATE
+from fedcompo.registry_state import State
+from fedcompo.removal import RemovalRecord
+from fedcompo.tensorstream import file_sha256
+from fedcompo.transaction import JOURNAL, STATE
+
+Details = Mapping[str, Any]
+
+
+def rewrite_state(root: Path, **changes: Any) -> State:
+    """Change the state; the root that stands in it follows."""
+    state = replace(State.read(root / STATE), **changes)
+    (root / STATE).write_text(state.text, encoding="utf-8")
+    return state
+
+
+def rewrite_line(root: Path, number: int, change: Callable[[Details], Details]) -> None:
+    """Change the details of a journal's line, chain the lines anew, and tell the state."""
+    forged: list[Entry] = []
+    for entry in journal.read(root / JOURNAL):
+        previous = forged[-1].sha256 if forged else START
+        details = change(entry.details) if entry.sequence == number else entry.details
+        forged.append(Entry(entry.sequence, entry.time, entry.event, details, previous))
+    (root / JOURNAL).write_text("".join(f"{entry.line}\n" for entry in forged), encoding="utf-8")
+    rewrite_state(root, journal_sha256=forged[-1].sha256)
+
+
+def rewrite_record(root: Path, path: Path, **changes: Any) -> RemovalRecord:
+    """Change what a record says, sign it again, and let the journal know this record only."""
+    record = RemovalRecord.parse(path.read_bytes(), source=str(path))
+    line = record.sequence
+    record = replace(record, **changes).signed(root / PRIVATE)
+    path.write_bytes(record.text.encode())
+    rewrite_line(root, line, lambda details: {**details, "record_sha256": file_sha256(path)})
+    return record
