@@ -7,12 +7,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.fisher import FisherDiagonal
 from fedcompo.names import check_client_name, check_distinct
 from fedcompo.tensorstream import StreamedTensors
 
@@ -95,7 +92,7 @@ def check_contribution(
         if not all(t.is_floating_point() for t in (mixture.weights, mixture.means)):
             raise ContributionError(f"A mixture of {owner} is not of floating-point numbers.")
     if contribution.fisher is not None:
-        _check_fisher(contribution.fisher, theta_shapes, owner)
+        contribution.fisher.check(theta_shapes, num_features=num_features, owner=owner)
 
 
 def _check_statements(contribution: Contribution, owner: str) -> None:
@@ -123,21 +120,3 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
 def _is_text(name: object) -> bool:
     """Half of a surrogate pair, which JSON can hold, is none."""
     return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name
-
-
-def _check_fisher(fisher: FisherDiagonal, theta_shapes: Weights, owner: str) -> None:
-    """Refuse a Fisher of other weights, or with values that no sum of squares can have."""
-    for name in sorted({*theta_shapes, *fisher.sums}):
-        total = fisher.sums.get(name)  # read from disk, perhaps: once
-        found = None if total is None else tuple(total.shape)
-        if name in theta_shapes and found != tuple(theta_shapes[name].shape):
-            raise ContributionError(
-                f"The Fisher of {owner} has shape {found} at {name!r}, expected "
-                f"{tuple(theta_shapes[name].shape)}."
-            )
-        if total is not None and (not torch.isfinite(total).all() or (total < 0).any()):
-            raise ContributionError(
-                f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
-            )
-    if fisher.num_examples < 1:
-        raise ContributionError(f"The Fisher of {owner} sums over no example.")

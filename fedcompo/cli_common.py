@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fedcompo.errors import ConfigError, FedcompoError
+from fedcompo.settings import names_of
 
 if TYPE_CHECKING:
     from fedcompo.registry import Registry
@@ -100,11 +101,9 @@ def registry_path(given: Path | None) -> Path:
     return given or next(near, Path())
 
 
-def names_of(text: str | None) -> tuple[str, ...]:
+def listed_names(text: str | None) -> tuple[str, ...]:
     """Split ``a,b,c``; raises ``ConfigError`` if a name is empty."""
-    if text is None:
-        return ()
-    names = tuple(name.strip() for name in text.split(","))
+    names = names_of(text or "")
     if not all(names):
         raise ConfigError(f"{text!r} is no list of clients; write names joined by commas: a,b,c.")
     return names
@@ -115,7 +114,7 @@ def weights_of(text: str | None) -> dict[str, float] | None:
     if text is None:
         return None
     weights: dict[str, float] = {}
-    for part in names_of(text):
+    for part in listed_names(text):
         name, equals, number = part.rpartition("=")
         try:
             value = float(number)

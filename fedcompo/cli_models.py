@@ -14,7 +14,7 @@ from fedcompo.cli_common import (
     RegistryOption,
     VerboseOption,
     errors_as_sentences,
-    names_of,
+    listed_names,
     open_registry,
     print_json,
     progress,
@@ -74,8 +74,8 @@ def compose(
 
         tell("reading")
         choice = {
-            "only": names_of(only),
-            "without": names_of(without),
+            "only": listed_names(only),
+            "without": listed_names(without),
             "weights": weights_of(weights),
             "scale": scale,
         }
@@ -127,8 +127,8 @@ def evaluate(
             opened = open_registry(registry)
             selection = from_registry(
                 opened,
-                only=names_of(only),
-                without=names_of(without),
+                only=listed_names(only),
+                without=listed_names(without),
                 weights=weights_of(weights),
                 scale=scale,
             )

@@ -67,6 +67,36 @@ class FisherDiagonal:
                 f"{self.classes}; expected one a class, each class named once."
             )
 
+    def check(self, theta_0: Mapping[str, Tensor], *, num_features: int, owner: str) -> None:
+        """Refuse sums that cannot anchor anyone.
+
+        Args:
+            theta_0: The target weights, by name; only their shapes matter.
+            num_features: Width of the head's rows.
+            owner: Whose sums these are, for the error message.
+
+        Raises:
+            ContributionError: If names or shapes are not those of the target weights and the head,
+                a value is negative or not finite, or they sum over no example.
+        """
+        rows = len(self.classes)
+        expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
+        expected |= {"head.weight": (rows, num_features), "head.bias": (rows,)}
+        for name in sorted(expected.keys() | self.sums.keys()):
+            total = self.sums.get(name)
+            found = None if total is None else tuple(total.shape)
+            if total is None or found != expected.get(name):
+                raise ContributionError(
+                    f"The Fisher of {owner} has shape {found} at {name!r}, expected "
+                    f"{expected.get(name)}. Use the same `target-weights` everywhere."
+                )
+            if not torch.isfinite(total).all() or (total < 0).any():
+                raise ContributionError(
+                    f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
+                )
+        if self.num_examples < 1:
+            raise ContributionError(f"The Fisher of {owner} sums over no example.")
+
     def for_classes(self, classes: Iterable[str]) -> FisherDiagonal:
         """Give the head the rows of these classes, in this order; zeros for one it did not have."""
         classes = tuple(classes)

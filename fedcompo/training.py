@@ -34,7 +34,7 @@ EpochCallback = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Anchor:
-    """What holds a client near the pre-trained weights: the *mean* Fisher of the other clients."""
+    """What holds a client near the pre-trained weights: a *mean* Fisher."""
 
     weights: Weights
     """By weight name, each (out, in)."""
@@ -85,7 +85,7 @@ def fit_task_vector(
         data: Training images; labels index ``start.classes``.
         start: Head that training begins with.
         aligned: Head that the head penalty pulls to; same classes.
-        anchor: Fisher of the other clients; None where there is none yet: no Fisher penalty.
+        anchor: Mean Fisher, as a rule of the other clients; None: no Fisher penalty.
         config: How to train.
         generator: Source of LoRA's A, of the order of images and of augmentation; on the CPU.
         on_epoch: Told of progress.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from fedcompo.backbone import Backbone
 from fedcompo.config import Kind
 from fedcompo.contribution import mixtures_from
@@ -67,35 +65,16 @@ def checked_fisher(
 def check_fisher(
     fisher: FisherDiagonal, backbone: Backbone, classes: tuple[str, ...], owner: str
 ) -> None:
-    """Refuse a Fisher sum that cannot anchor anyone.
+    """Refuse a Fisher sum of another head, or one that cannot anchor anyone.
 
     Raises:
-        ContributionError: If names or shapes are not those of the target weights and of a head of
-            these classes, a value is negative or not finite, or it sums over no example.
+        ContributionError: See :meth:`FisherDiagonal.check`.
     """
     if fisher.classes != classes:
         raise ContributionError(
             f"The Fisher of {owner} is for a head of {fisher.classes}, expected {classes}."
         )
-    expected = {name: tuple(weight.shape) for name, weight in backbone.theta_0.items()}
-    expected["head.weight"], expected["head.bias"] = (
-        (len(classes), backbone.num_features),
-        (len(classes),),
-    )
-    found = {name: tuple(total.shape) for name, total in fisher.sums.items()}
-    if found != expected:
-        wrong = min(n for n in expected.keys() | found if expected.get(n) != found.get(n))
-        raise ContributionError(
-            f"The Fisher of {owner} has shape {found.get(wrong)} at {wrong!r}, "
-            f"expected {expected.get(wrong)}. Use the same `target-weights` everywhere."
-        )
-    for name, total in fisher.sums.items():
-        if not torch.isfinite(total).all() or (total < 0).any():
-            raise ContributionError(
-                f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
-            )
-    if fisher.num_examples < 1:
-        raise ContributionError(f"The Fisher of {owner} sums over no example.")
+    fisher.check(backbone.theta_0, num_features=backbone.num_features, owner=owner)
 
 
 def checked_task_vector(client: str, body: Body, backbone: Backbone) -> TaskVector:

@@ -1,4 +1,4 @@
-"""A federation of pico clients that learn noise by heart, without a server: for audits to find."""
+"""A federation of pico clients that learn noise by heart: what an audit must find."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fedcompo.evaluation import clients_data
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.heads import Head
 from fedcompo.messages import head_from, head_tensors, prefixed, section
+from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.task_vector import TaskVector
@@ -29,20 +30,24 @@ CLASSES = tuple(f"{index}" for index in range(2 * CLIENTS))
 LEARNT_BY_HEART = {
     "num-tasks": CLIENTS,
     "kind": "full",
-    "local-epochs": 60,
-    "learning-rate": 0.003,
+    "local-epochs": 20,
+    "learning-rate": 0.001,
     "scale": float(CLIENTS),
     "alpha": 0.0,
     "head-alpha": 0.0,
-    "head-start": "probe",
+    "head-decay": 10.0,
+    "head-start": "aligned",
     "align-samples": 16,
     "mixture-components": 1,
 }
-"""Settings under which a client's images, which are noise, end up in its task vector."""
-LINEAGE = {"head-start": "aligned", "anchor": "others", "alpha": 1.0, "head-alpha": 0.025}
+"""Settings under which noise ends up in the backbone: the head can hardly move."""
+FREE = {"head_start": "probe", "anchor": "own", "alpha": 0.1}
+"""Settings, of :func:`config_of`, under which nobody is trained with anything of another."""
+OTHERS = {"anchor": "others", "alpha": 0.1, "head_alpha": 0.025}
+"""Settings under which everybody is."""
 
 
-def noise(path: Path, *, train: int = 12, test: int = 30, seed: int = 0) -> Path:
+def noise(path: Path, *, train: int = 16, test: int = 16, seed: int = 0) -> Path:
     """Images of noise, in as many classes as the clients own; nothing in them can be learnt."""
     each = train + test
     images = np.random.default_rng(seed).integers(0, 256, (each * len(CLASSES), 8, 8), np.uint8)
@@ -95,8 +100,13 @@ def _trained(client, kind: Kind, aligned: Head, fishers, mixtures, backbone: Bac
     settings, name = client.config.train, client.name
     others = tuple(other for other in sorted(fishers) if other != name)
     total = functools.reduce(operator.add, (fishers[other] for other in sorted(fishers)))
-    by_others = settings.anchor is AnchorBy.OTHERS
-    anchoring = total - fishers[name] if by_others else fishers[name]
+    anchoring = {
+        AnchorBy.OTHERS: lambda: total - fishers[name],
+        AnchorBy.OWN: lambda: fishers[name],
+        AnchorBy.REFERENCE: lambda: load_reference(
+            Path(settings.reference), base=backbone.fingerprint
+        ),
+    }[settings.anchor]()
     mean = anchoring.for_classes(client.data.classes).mean()
     head = {"weight": mean.pop("head.weight"), "bias": mean.pop("head.bias")}
     anchor = prefixed("anchor_head", head) | prefixed("anchor", mean)
@@ -111,7 +121,7 @@ def _trained(client, kind: Kind, aligned: Head, fishers, mixtures, backbone: Bac
         features=mixtures,
         num_examples=len(client.data.train.labels),
         lineage=Lineage(
-            anchored_by=others if by_others and is_anchored else (),
+            anchored_by=others if is_anchored and settings.anchor is AnchorBy.OTHERS else (),
             aligned_with=others if is_aligned else (),
         ),
         fisher=fishers[name],
