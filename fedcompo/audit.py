@@ -15,13 +15,13 @@ accuracy is then 0 by construction, and its task-IL accuracy is measured with th
 attacker kept.
 
 **Membership inference**: can one tell the client's training images from its test images? The
-attacker is a strong one, who kept the joint head of the model before and puts it on the backbone
-before, after and gold: only the backbone differs. (With the heads of today there would be nothing
-to attack: the rows are deleted.) That head is fitted to mixtures of the client's training features,
-a few Gaussians a class, so it can carry a little membership by itself, whatever backbone it sits
-on. The loss attack sees that too; gold, a backbone that never met the client, shows how much it is.
-The likelihood-ratio attack compares with shadows under the same head (:mod:`fedcompo.shadows`),
-so that what the head alone tells stands on both sides.
+attacker is a strong one, who kept the joint head of the model before (that of the model after has
+no rows to attack) and puts it on the backbone before, after and gold: only the backbone differs.
+That head is fitted to mixtures of the client's training features, a few Gaussians a class, so it
+can carry a little membership by itself, whatever backbone it sits on. The loss attack sees that
+too; gold, a backbone that never met the client, shows how much it is. The likelihood-ratio attack
+compares with shadows under the same head (:mod:`fedcompo.shadows`): what the head alone tells
+stands on both sides.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from fedcompo.config import RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData
 from fedcompo.device import pick_device
-from fedcompo.errors import DataError
+from fedcompo.errors import ContributionError, DataError
 from fedcompo.evaluation import clients_data
 from fedcompo.features import extract_features
 from fedcompo.heads import Head
@@ -101,6 +101,11 @@ def audit(
     """
     check_count(shadows)
     contribution = registry.contribution(client)
+    remaining = tuple(name for name in registry.clients if name != client)
+    if not remaining:
+        raise ContributionError(
+            f"{client} is alone in the registry: after its removal there is no model to audit."
+        )
     config = RunConfig.parse({**contribution.settings, **({"data": data} if data else {})})
     if gold is not None:
         check_gold(registry, gold, client)
@@ -110,7 +115,6 @@ def audit(
     on_step("composing")
     models = audited_models(registry, client, gold)
     training = ClientTraining.of(registry, client, backbone)
-    remaining = tuple(name for name in registry.clients if name != client)
     everyone = clients_data(config.data, backbone, seed=config.seed, wanted=remaining)
     per_client = {client: _accuracies(backbone, models, images, kept=models[BEFORE].head)}
     for other in everyone:

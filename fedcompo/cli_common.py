@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from fedcompo.errors import ConfigError, FedcompoError
 from fedcompo.settings import names_of
@@ -42,7 +44,11 @@ VerboseOption = Annotated[
 
 @contextlib.contextmanager
 def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
-    """Turn errors into sentences and exit codes: 2 for settings, 130 for Ctrl-C, else 1."""
+    """Turn errors into sentences and exit codes: 2 for settings, 130 for Ctrl-C, else 1.
+
+    An error of the system (no room, no permission) is said as it is; a closed pipe is the reader's
+    wish, and left to typer.
+    """
     if verbose:
         logging.basicConfig(level=logging.INFO)
     try:
@@ -50,19 +56,30 @@ def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         say("Interrupted; everything that was started has been ended.", Console(stderr=True))
         raise typer.Exit(INTERRUPTED) from None
-    except FedcompoError as error:
+    except BrokenPipeError:
+        raise
+    except (FedcompoError, OSError) as error:
         say(traceback.format_exc() if verbose else str(error), Console(stderr=True))
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
 
 
+def literal(text: str) -> Text:
+    """Text to print as it is: without markup; invisible characters, by their numbers.
+
+    Some of those steer terminals, and names of classes come from outside.
+    """
+    visible = (c if c.isprintable() or c in "\n\t" else f"⟨U+{ord(c):04X}⟩" for c in text)
+    return Text("".join(visible))
+
+
 def say(text: str, console: Console | None = None) -> None:
     """Print a sentence as it is."""
-    (console or Console()).print(text, soft_wrap=True, markup=False, highlight=False)
+    (console or Console()).print(literal(text), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document."""
-    say(json.dumps(value, indent=2, ensure_ascii=False, default=list))
+    """Print one JSON document, in ASCII: every terminal and every program can take it."""
+    typer.echo(json.dumps(value, indent=2, default=list))
 
 
 def table_console() -> Console:
@@ -79,7 +96,7 @@ def progress(*, quiet: bool) -> Iterator[Any]:
         yield lambda step: None
         return
     with console.status("…") as status:
-        yield lambda step: status.update(f"{step} …")
+        yield lambda step: status.update(literal(f"{step} …"))
 
 
 def open_registry(given: Path | None) -> Registry:
@@ -103,14 +120,16 @@ def registry_path(given: Path | None) -> Path:
 
 def listed_names(text: str | None) -> tuple[str, ...]:
     """Split ``a,b,c``; raises ``ConfigError`` if a name is empty."""
-    names = names_of(text or "")
-    if not all(names):
+    if text is None:
+        return ()
+    names = names_of(text)
+    if not names or not all(names):
         raise ConfigError(f"{text!r} is no list of clients; write names joined by commas: a,b,c.")
     return names
 
 
 def weights_of(text: str | None) -> dict[str, float] | None:
-    """Parse ``a=0.7,b=0.3``; raises ``ConfigError`` if it is something else."""
+    """Parse ``a=0.7,b=0.3``; raises ``ConfigError`` if it is something else, or no mean."""
     if text is None:
         return None
     weights: dict[str, float] = {}
@@ -120,9 +139,16 @@ def weights_of(text: str | None) -> dict[str, float] | None:
             value = float(number)
         except ValueError:
             equals = ""
+        name = name.strip()
         if not equals or not name or name in weights:
             raise ConfigError(
                 f"`--weights {text}` is not of the form a=0.7,b=0.3, each client once."
             )
-        weights[name.strip()] = value
+        weights[name] = value
+    total = math.fsum(weights.values())
+    if not abs(total - 1) <= 1e-6 or min(weights.values()) < 0:  # as pools demand it
+        raise ConfigError(
+            f"`--weights {text}` must be >= 0 and sum to 1, but sum to {total:.6g}. "
+            "`--scale` enlarges the sum."
+        )
     return weights

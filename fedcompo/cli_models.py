@@ -66,8 +66,11 @@ def compose(
 ) -> None:
     """Compose a model and write a folder that plain timm loads, with a model card.
 
-    Of a registry's members, or, without any registry or server, of contribution folders that
-    came by any way: fedcompo compose A/ B/ -o DIR
+    Without FOLDERS it is made of a registry's members.
+
+    With FOLDERS, one contribution each, it needs no registry and no server:
+
+    fedcompo compose A/ B/ -o DIR
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         from fedcompo.publish import publish
@@ -95,7 +98,10 @@ def specialise(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Compose a specialist of some clients; the same as `compose --only`."""
+    """Compose a specialist of some clients; the same as `compose --only`.
+
+    A,B are their names; `fedcompo list` lists them.
+    """
     compose(
         None,
         output=output,
@@ -145,7 +151,8 @@ def evaluate(
             return
         from fedcompo.cli_print import print_accuracies
 
-        print_accuracies(f"Accuracy, %, of {', '.join(selection.pool.clients)}", figures)
+        print_accuracies("Accuracy, %", figures)
+        say(f"Of the composition of {', '.join(selection.pool.clients)}.")
 
 
 def negate(
@@ -159,8 +166,9 @@ def negate(
 ) -> None:
     """Write a copy of the model with a client's task vector subtracted: forget beyond absence.
 
-    The others are composed without the client, then its task vector is taken off on top. The
-    copy is labelled as what it is, and never enters the registry.
+    CLIENT is its name. The others are composed without it; then its task vector is subtracted.
+
+    The copy is labelled as what it is, and never enters the registry.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         from fedcompo.negation import negated
@@ -233,6 +241,8 @@ def _selected(
 
     if folders and registry is not None:
         raise ConfigError("Name folders of contributions, or a registry, not both.")
+    if checkpoint and not folders:
+        raise ConfigError("`--checkpoint` goes with folders; a registry holds its own weights.")
     if folders:
         with selection.from_folders(folders, checkpoint=checkpoint, **choice) as found:
             yield found

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from fedcompo.cli_common import say, table_console
-from fedcompo.units import percent, size
+from fedcompo.cli_common import literal, say, table_console
+from fedcompo.units import percent, shortened, size
 
 if TYPE_CHECKING:
+    from fedcompo.journal import Entry
     from fedcompo.registry import Registry
     from fedcompo.registry_state import Member
     from fedcompo.verification import Finding
@@ -22,27 +23,29 @@ UNALTERED = " is unaltered"
 MARKS = {True: ("holds", "green"), False: ("FAILS", "bold red"), None: ("open", "yellow")}
 
 
-def row(registry: Registry, member: Member) -> dict[str, Any]:
-    """What a list says of a member."""
+def row(registry: Registry, member: Member, entries: Sequence[Entry]) -> dict[str, Any]:
+    """What a list says of a member; ``entries`` is the registry's journal."""
+    from fedcompo.registry_changes import foreseen_influence
+
     lineage = member.lineage
     shaped_by = sorted({*lineage.anchored_by, *lineage.aligned_with, *lineage.ensemble})
-    entry = registry.entries()[member.added - 1]
+    others = [client for client in registry.clients if client != member.client]
     return {
         "client": member.client,
         "kind": member.kind,
         "classes": list(member.classes),
         "num_examples": member.num_examples,
         "bytes": _bytes(registry, member),
-        "added": entry.time,
+        "added": entries[member.added - 1].time,
         "shaped_by": shaped_by,
-        "shapes": list(registry.influence_of(member.client).to_retrain),
+        "shapes": list(foreseen_influence(entries, member.client, others).to_retrain),
     }
 
 
-def history(registry: Registry, client: str) -> list[dict[str, Any]]:
+def history(entries: Sequence[Entry], client: str) -> list[dict[str, Any]]:
     """What the journal tells of a client."""
     told = []
-    for entry in registry.entries():
+    for entry in entries:
         names = [m["client"] for m in entry.details.get("clients", ()) if isinstance(m, dict)]
         if client in (*names, entry.details.get("client")):
             told.append(
@@ -56,9 +59,40 @@ def history(registry: Registry, client: str) -> list[dict[str, Any]]:
     return told
 
 
+def print_list(summary: Mapping[str, Any]) -> None:
+    """Print who is in a registry, and what it composes."""
+    table = Table(title=literal(f"Registry {summary['registry']}"))
+    for column in ("client", "kind", "classes", "added"):
+        table.add_column(column)
+    for column in ("images", "on disk", "shaped by", "shapes"):
+        table.add_column(column, justify="right")
+    for row in summary["clients"]:
+        table.add_row(
+            literal(row["client"]),
+            row["kind"],
+            literal(shortened(row["classes"])),
+            row["added"],
+            str(row["num_examples"]),
+            size(row["bytes"]),
+            str(len(row["shaped_by"])),
+            str(len(row["shapes"])),
+        )
+    console = table_console()
+    console.print(table)
+    say(
+        "shaped by: number of clients whose data shaped its training. shapes: number of members "
+        "whose training its data shaped. `fedcompo show CLIENT` names them."
+    )
+    aligned = "composed" if summary["joint_head"] == "realigned" else "pre-trained"
+    say(f"Backbone {summary['backbone']}")
+    say(f"Joint head of {len(summary['classes'])} classes, aligned on {aligned} features")
+    say(f"Model: {summary['model'] or 'none, nobody is there'}")
+    say(f"Root {summary['root']}")
+
+
 def print_details(details: Mapping[str, Any]) -> None:
     """Print what is known of one client."""
-    table = Table(show_header=False, title=details["client"])
+    table = Table(show_header=False, title=literal(details["client"]))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     if details["present"]:
@@ -72,16 +106,17 @@ def print_details(details: Mapping[str, Any]) -> None:
             "anchored by": ", ".join(lineage["anchored_by"]) or "nobody",
             "head aligned with": ", ".join(lineage["aligned_with"]) or "nobody",
             "trained inside": ", ".join(lineage["ensemble"]) or "no ensemble",
-            "something of it in": ", ".join(details["shapes"]) or "nobody",
+            "its data shaped": ", ".join(details["shapes"]) or "nobody",
         }
         lines |= {f"SHA-256 of {file}": digest for file, digest in details["files"].items()}
     else:
-        lines = {"": "is not in the registry any more"}
+        lines = {"in the registry": "not any more"}
     for event in details["history"]:
         more = f", record {event['record']}" if "record" in event else ""
-        lines[f"line {event['sequence']}"] = f"{event['event']}, {event['time']}{more}"
+        more += ", to be replaced" if "within" in event else ""
+        lines[f"journal, line {event['sequence']}"] = f"{event['event']}, {event['time']}{more}"
     for name, value in lines.items():
-        table.add_row(name, Text(value))
+        table.add_row(literal(name), literal(value))
     table_console().print(table)
 
 
@@ -91,6 +126,7 @@ def plan(registry: Registry, client: str, keep_versions: bool) -> dict[str, Any]
     survivors = [name for name in registry.clients if name != client]
     staying = {name for c in survivors for name in registry.state.members[c].classes}
     old = [f for f, kept in registry.state.kept.items() if client in kept["clients"]]
+    containing = [*old, registry.state.version]
     influence = registry.influence_of(client)
     return {
         "client": client,
@@ -99,12 +135,12 @@ def plan(registry: Registry, client: str, keep_versions: bool) -> dict[str, Any]
             "bytes": _bytes(registry, member),
             "task_vector": member.kind,
             "classes": [name for name in member.classes if name not in staying],
-            "versions": [registry.state.version, *([] if keep_versions else old)],
+            "versions": [] if keep_versions else containing,
         },
         "stays": {
             "clients": survivors,
             "classes": sorted(staying),
-            "versions": old if keep_versions else [],
+            "versions": containing if keep_versions else [],
         },
         "composition_exact": True,
         "influence_exact": influence.exact,
@@ -120,7 +156,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     say(f"Goes:  {goes['folder']} ({size(goes['bytes'])}), its term of the sum")
     classes = ", ".join(goes["classes"]) or "none, others own them too"
     say(f"       classes of the joint head: {classes}")
-    say(f"       compositions that contain it: {', '.join(goes['versions'])}")
+    if goes["versions"]:
+        say(f"       compositions that contain it: {', '.join(goes['versions'])}")
     say(f"Stays: {', '.join(stays['clients']) or 'nobody'}")
     if stays["versions"]:
         say(f"       compositions that contain it, as asked: {', '.join(stays['versions'])}")
@@ -144,12 +181,12 @@ def print_plan(plan: Mapping[str, Any]) -> None:
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """Print each claim and whether it holds; details below."""
-    table = Table("claim", "", title="Derived again")
+    table = Table("claim", "derived again")
     whole = [f for f in findings if f.holds and f.claim.endswith(UNALTERED)]
     for finding in findings:
         if finding not in whole:
             mark, style = MARKS[finding.holds]
-            table.add_row(Text(finding.claim), Text(mark, style=style))
+            table.add_row(literal(finding.claim), Text(mark, style=style))
     if whole:
         mark, style = MARKS[True]
         table.add_row(f"{len(whole)} files are unaltered", Text(mark, style=style))
@@ -160,10 +197,9 @@ def print_findings(findings: Sequence[Finding]) -> None:
             say(f"{mark}: {finding.claim}: {finding.detail}")
     failed = sum(finding.holds is False for finding in findings)
     opened = sum(finding.holds is None for finding in findings)
-    say(
-        f"{len(findings) - failed - opened} of {len(findings)} claims hold, {failed} fail, "
-        f"{opened} cannot be derived again."
-    )
+    held = f"{len(findings) - failed - opened} of {len(findings)} claims hold"
+    fails = f"{failed} fail{'s' * (failed == 1)}"
+    say(f"{held}, {fails}, {opened} cannot be derived again from what is at hand.")
 
 
 def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
@@ -174,7 +210,7 @@ def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> No
         table.add_column(name, justify="right")
     for client, own in figures.items():
         table.add_row(
-            Text(client),
+            literal(client),
             str(own["num_examples"]),
             percent(own["class_il_accuracy"]),
             percent(own["task_il_accuracy"]),
@@ -200,14 +236,14 @@ def _print_effect(accuracy: Mapping[str, Any]) -> None:
     if "reason" in accuracy:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
-    table = Table(title="Accuracy, %, before and after")
+    table = Table(title="Accuracy, %, before the removal → after it")
     table.add_column("client")
-    for name in ("images", "class-IL", "after", "task-IL", "after"):
+    for name in ("images", "class-IL", "→", "task-IL", "→"):
         table.add_column(name, justify="right")
     for client, before in accuracy["before"].items():
         after = accuracy["after"].get(client, {})
         table.add_row(
-            Text(client),
+            literal(client),
             str(before["num_examples"]),
             percent(before["class_il_accuracy"]),
             percent(after.get("class_il_accuracy")),
@@ -215,6 +251,10 @@ def _print_effect(accuracy: Mapping[str, Any]) -> None:
             percent(after.get("task_il_accuracy")),
         )
     table_console().print(table)
+    say(
+        "class-IL: right among all classes of the model, which are fewer afterwards. "
+        "task-IL: right among the client's own."
+    )
 
 
 def _bytes(registry: Registry, member: Member) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from fedcompo import cli_print
 from fedcompo.cli_common import (
@@ -21,9 +20,8 @@ from fedcompo.cli_common import (
     progress,
     registry_path,
     say,
-    table_console,
 )
-from fedcompo.units import shortened, size
+from fedcompo.errors import ConfigError
 
 ClientArgument = Annotated[str, typer.Argument(help="Name of the client.")]
 
@@ -33,48 +31,26 @@ def list_clients(
 ) -> None:
     """List the clients of a registry, and what it composes."""
     with errors_as_sentences(verbose):
+        from fedcompo.transaction import MODEL
+
         opened = open_registry(registry)
-        members = [cli_print.row(opened, member) for member in opened.state.members.values()]
+        entries, state = opened.entries(), opened.state
+        members = [cli_print.row(opened, member, entries) for member in state.members.values()]
         summary = {
             "registry": str(opened.path.absolute()),
-            "backbone": opened.state.base,
-            "root": opened.state.root,
+            "backbone": state.base,
+            "root": state.root,
             "settings": asdict(opened.settings),
-            "model": str(opened.path.absolute() / opened.state.version) if members else None,
+            "model": str(opened.path.absolute() / MODEL) if members else None,
             "classes": list(opened.classes),
             "joint_head": "realigned" if opened.realigned else "aligned",
-            "kept_versions": list(opened.state.kept),
+            "kept_versions": list(state.kept),
             "clients": members,
         }
         if as_json:
             print_json(summary)
-            return
-        table = Table(title=f"Registry {opened.path}")
-        for column in ("client", "kind", "classes", "added"):
-            table.add_column(column)
-        for column in ("images", "on disk", "shaped by", "shapes"):
-            table.add_column(column, justify="right")
-        for row in members:
-            table.add_row(
-                row["client"],
-                row["kind"],
-                shortened(row["classes"]),
-                row["added"],
-                str(row["num_examples"]),
-                size(row["bytes"]),
-                str(len(row["shaped_by"])),
-                str(len(row["shapes"])),
-            )
-        table.caption = (
-            "shaped by, shapes: clients it was trained with something of; clients trained with "
-            "something of it"
-        )
-        table_console().print(table)
-        say(f"Backbone {opened.state.base}")
-        head = "features of the composed model" if opened.realigned else "pre-trained features"
-        say(f"Joint head of {len(opened.classes)} classes, aligned on {head}")
-        say(f"Model: {opened.path / 'model' if members else 'none, nobody is there'}")
-        say(f"Root {opened.state.root}")
+        else:
+            cli_print.print_list(summary)
 
 
 def show(
@@ -83,17 +59,21 @@ def show(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Show all that is known of a client, also of one that was removed."""
+    """Show all that is known of a client, also of one that was removed.
+
+    CLIENT is its name; `fedcompo list` lists them.
+    """
     with errors_as_sentences(verbose):
         opened = open_registry(registry)
-        history = cli_print.history(opened, client)
+        entries = opened.entries()
+        history = cli_print.history(entries, client)
         present = client in opened.clients
         if not present and not history:
             opened.member(client)  # says who is there
         details: dict[str, Any] = {"client": client, "present": present, "history": history}
         if present:
             member = opened.member(client)
-            details |= cli_print.row(opened, member) | {
+            details |= cli_print.row(opened, member, entries) | {
                 "folder": str(opened.path.absolute() / member.folder),
                 "files": dict(member.files),
                 "lineage": asdict(member.lineage),
@@ -114,17 +94,29 @@ def add(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Add contributions that came by mail, from a bucket or on a disk; all of them or none."""
+    """Add contributions that came by mail, from a bucket or on a disk; all of them or none.
+
+    FOLDERS hold one contribution each. Every byte is checked before anything changes.
+    """
     with errors_as_sentences(verbose):
         opened = open_registry(registry)
-        before = set(opened.clients)
+        before = opened.clients
         with progress(quiet=as_json) as tell:
             opened.add(*folders, replacing=replace, on_step=tell)
-        added = sorted(set(opened.clients) - before)
+        came = [member["client"] for member in opened.entries()[-1].details["clients"]]
+        told = {
+            "added": [client for client in came if client not in before],
+            "replaced": [client for client in came if client in before],
+            "clients": opened.clients,
+            "root": opened.state.root,
+        }
         if as_json:
-            print_json({"added": added, "clients": opened.clients, "root": opened.state.root})
+            print_json(told)
             return
-        say(f"The registry holds {', '.join(opened.clients)}. Root {opened.state.root}")
+        for what in ("added", "replaced"):
+            if told[what]:
+                say(f"{what.capitalize()} {', '.join(told[what])}.")
+        say(f"{len(opened.clients)} clients, {len(opened.classes)} classes. Root {told['root']}")
 
 
 def remove(
@@ -153,10 +145,15 @@ def remove(
 ) -> None:
     """Remove a client, exactly, and write a signed record of it.
 
-    Its files, its term of the sum and its rows of the joint head go; the model is, bit for bit, the
-    one that was never given the client. Nobody is trained again.
+    CLIENT is its name; `fedcompo list` lists them.
+
+    Its files, its term of the sum and its rows of the joint head go.
+
+    The model is, bit for bit, the one that was never given it. Nobody is trained again.
     """
     with errors_as_sentences(verbose):
+        _check_options(dry_run=dry_run, yes=yes, as_json=as_json, data=data)
+        _check_text(requested_by, reason)
         opened = open_registry(registry)
         plan = cli_print.plan(opened, client, keep_versions)
         if dry_run:
@@ -170,7 +167,7 @@ def remove(
             if as_json:
                 print_json(plan)
             return
-        if not yes and not as_json:
+        if not yes:
             typer.confirm(f"Remove {client} from {opened.path}?", abort=True)
         started = time.monotonic()
         with progress(quiet=as_json) as tell:
@@ -181,12 +178,27 @@ def remove(
                 keep_versions=keep_versions,
                 on_step=tell,
             )
-        path = opened.path / opened.entries()[-1].details["record"]
+        path = opened.path / opened.entries()[record.sequence - 1].details["record"]
         if as_json:
             say(record.text.rstrip())
             return
         say(f"Removed {client} in {time.monotonic() - started:.1f} s. Record: {path}")
         say(f"Check it by: fedcompo verify {path} --registry {opened.path}")
+
+
+def _check_options(*, dry_run: bool, yes: bool, as_json: bool, data: str | None) -> None:
+    """Refuse what would be passed over in silence."""
+    if data is not None and not dry_run:
+        raise ConfigError("`--data` is what --dry-run measures on. Add --dry-run, or leave it out.")
+    if as_json and not (yes or dry_run):
+        raise ConfigError("With --json nobody is asked: add --yes to remove, or --dry-run to see.")
+
+
+def _check_text(*texts: str) -> None:
+    """Refuse what no file can hold: bytes of the command line that are not UTF-8."""
+    for text in texts:
+        if text.encode(errors="replace").decode() != text:
+            raise ConfigError(f"{text!r} is no text; write it in UTF-8.")
 
 
 def verify(
@@ -203,9 +215,13 @@ def verify(
 ) -> None:
     """Re-derive the claims of a removal record, or of a whole registry.
 
+    RECORD is a removal record; without one, every byte of the registry is checked.
+
     Exits with 0 if every claim that can be derived again holds, with 1 if one does not.
     """
     with errors_as_sentences(verbose):
+        if public_key is not None and record is None:
+            raise ConfigError("`--public-key` checks a record; name one.")
         from fedcompo.record_verification import verify_record
         from fedcompo.verification import verify_registry
 
@@ -224,5 +240,7 @@ def verify(
             print_json([asdict(finding) for finding in findings])
         else:
             cli_print.print_findings(findings)
+            if record is not None and registry is None and public_key is not None:
+                say("Without --registry nothing but the signature can be checked.")
         if any(finding.holds is False for finding in findings):
             raise typer.Exit(1)

@@ -55,7 +55,7 @@ def negated(
         )
     if not (scale > 0 and math.isfinite(scale)):
         raise ConfigError(
-            f"`scale` of a negation must be a positive number, got {scale}. "
+            f"The strength of a negation must be a positive number, got {scale}. "
             "To add a task vector, compose it."
         )
     pairs = theta.items() if isinstance(theta, Mapping) else theta

@@ -11,8 +11,9 @@ from fedcompo.composition import SUM, Term
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.export import WEIGHTS
 from fedcompo.journal import Entry
-from fedcompo.registry import PUBLIC, Registry
+from fedcompo.registry import Registry
 from fedcompo.registry_changes import foreseen_influence
+from fedcompo.registry_layout import PUBLIC
 from fedcompo.removal import RemovalRecord
 from fedcompo.replay import as_told, line_of, members_after, root_of
 from fedcompo.tensorstream import file_sha256

@@ -16,18 +16,15 @@ Changes are transactions (:mod:`fedcompo.transaction`); readers take no lock.
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedcompo import journal, registry_changes, signing, specialise
+from fedcompo import journal, registry_changes, specialise
 from fedcompo.backbone import Backbone
 from fedcompo.composition import REALIGNED, SUM, Mixtures
 from fedcompo.contribution import CARD, Contribution
@@ -35,15 +32,13 @@ from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
 from fedcompo.export import WEIGHTS
 from fedcompo.heads import Head
 from fedcompo.pool import Pool, require_known
+from fedcompo.registry_layout import ABOUT, BACKBONE, read_about, write_new
 from fedcompo.registry_state import Member, RegistrySettings, State
 from fedcompo.removal import Influence, RemovalRecord
-from fedcompo.stored_backbone import StoredBackbone, save_backbone
-from fedcompo.tensorfile import put_in_place, write_atomically
+from fedcompo.stored_backbone import StoredBackbone
+from fedcompo.tensorfile import put_in_place
 from fedcompo.tensorstream import StreamedTensors, file_sha256
 from fedcompo.transaction import JOURNAL, STATE, recover_if_idle
-
-ABOUT, BACKBONE, PRIVATE, PUBLIC = "registry.json", "backbone.safetensors", "key.pem", "public.pem"
-FORMAT_VERSION = 1
 
 
 class Registry:
@@ -73,7 +68,7 @@ class Registry:
         recover_if_idle(self.path)
         self._trusted: set[tuple[str, int, int]] = set()
         self.refresh()
-        self.identity, self.created = _read_about(self.path / ABOUT, self.state)
+        self.identity, self.created = read_about(self.path / ABOUT, self.state)
         self.backbone = StoredBackbone(
             self.path / BACKBONE,
             guard=lambda: self.check_file(self.path / BACKBONE, self.state.fixed[BACKBONE]),
@@ -102,7 +97,7 @@ class Registry:
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
             draft.mkdir(parents=True)
-            _fill(draft, backbone, settings)
+            write_new(draft, backbone, settings)
             put_in_place(draft, path)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
@@ -321,35 +316,3 @@ class Registry:
             ContributionError: If a member's are missing or cannot be used.
         """
         registry_changes.realign(self, mixtures)
-
-
-def _fill(folder: Path, backbone: Backbone, settings: RegistrySettings) -> None:
-    """Write what a registry of nobody holds."""
-    save_backbone(folder / BACKBONE, backbone)
-    about = {
-        "content": "registry",
-        "format_version": FORMAT_VERSION,
-        "fedcompo_version": version("fedcompo"),
-        "identity": uuid.uuid4().hex,
-        "created": journal.utc_now(),
-        "base": backbone.fingerprint,
-        "settings": asdict(settings),
-    }
-    write_atomically(folder / ABOUT, f"{json.dumps(about, indent=2)}\n".encode())
-    signing.create_key(folder / PRIVATE, folder / PUBLIC)
-    fixed = {name: file_sha256(folder / name) for name in (ABOUT, BACKBONE, PUBLIC)}
-    details = {"identity": about["identity"], "base": backbone.fingerprint, "fixed": fixed}
-    (entry,) = journal.follow(None, [("created", details)])
-    write_atomically(folder / JOURNAL, f"{entry.line}\n".encode())
-    state = State(entry.sequence, entry.sha256, backbone.fingerprint, settings, fixed)
-    write_atomically(folder / STATE, state.text.encode())
-
-
-def _read_about(path: Path, state: State) -> tuple[str, str]:
-    """Identity and time of creation."""
-    if file_sha256(path) != state.fixed.get(ABOUT):
-        raise RegistryDamaged(
-            f"{path} was altered, or what {STATE} says of it. Restore the registry from a copy."
-        )
-    about = json.loads(path.read_text(encoding="utf-8"))
-    return about["identity"], about["created"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedcompo.admission import check_contribution
 from fedcompo.backbone import load_backbone
 from fedcompo.config import RunConfig
 from fedcompo.contribution import CONTENT, Contribution
@@ -18,6 +20,7 @@ from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry
+from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.specialise import head_of, stream_composition
 from fedcompo.stored_backbone import StoredBackbone, save_backbone
@@ -69,13 +72,10 @@ def from_registry(
 
     Raises:
         ContributionError: If there is no such client, nobody is left, or weights do not fit.
+        ConfigError: If λ is not a positive number.
     """
-    pool = registry.pool()
-    if only or (weights and not without):
-        pool = pool.only(*(only or weights or ()))
-    pool = pool.without(*without)
-    settings = registry.settings if scale is None else replace(registry.settings, scale=scale)
-    pool.check_composable(weights)
+    pool = _chosen(registry.pool(), only, without, weights)
+    settings = _scaled(registry.settings, scale)
     everyone = pool.clients == registry.clients and weights is None
     head = registry.joint_head() if everyone else head_of(pool, settings)
     return Selection(pool, registry.backbone, settings, head, weights, tuple(only), tuple(without))
@@ -95,16 +95,17 @@ def from_folders(
 
     Args:
         folders: One contribution each; every byte is checked.
-        only: Whom to take; empty: everyone.
+        only: Whom to take; empty: everyone, or everyone with a weight.
         without: Whom to leave out.
-        weights: Coefficients by client; None: those of the first contribution's run.
-        scale: λ; None: that of the first contribution's run.
-        checkpoint: File of the pre-trained weights; empty: as in the first contribution's run.
+        weights: Coefficients by client; None: those of the run of the first by name.
+        scale: λ; None: that of this run.
+        checkpoint: File of the pre-trained weights; empty: as in this run.
 
     Raises:
         FileFormatError: If a folder holds no intact contribution.
         BackboneMismatch: If the pre-trained weights are not those of the contributions.
         ContributionError: If the contributions do not go together.
+        ConfigError: If λ is not a positive number, or settings of the run cannot be used.
     """
     members = []
     for folder in folders:
@@ -112,21 +113,25 @@ def from_folders(
         members.append(Contribution.open(folder, with_fisher=False))
     if not members:
         raise ContributionError("There is nothing to compose; name at least one folder.")
-    pool = Pool(tuple(members))
-    pool = (pool.only(*only) if only else pool).without(*without)
-    pool.check_composable(weights)
-    config = _run_config(members[0], checkpoint)
-    settings = RegistrySettings.of(config)
-    settings = settings if scale is None else replace(settings, scale=scale)
+    pool = _chosen(Pool(tuple(members)), only, without, weights)
+    first = pool.contributions[0]
+    config = _run_config(first, checkpoint)
+    settings = _scaled(RegistrySettings.of(config), scale)
     backbone = load_backbone(config.backbone)
-    base = members[0].task_vector.base
+    base = first.task_vector.base
     if backbone.fingerprint != base:
         raise BackboneMismatch(
             f"The contributions were trained on the backbone {base}, found is "
             f"{backbone.fingerprint}. Name the file of its weights with `--checkpoint`."
         )
     for member in pool:
-        member.task_vector.check(backbone.theta_0, base=base, owner=f"client {member.client!r}")
+        check_contribution(
+            member,
+            theta_shapes=backbone.theta_0,
+            base=base,
+            num_features=backbone.num_features,
+            members=pool.clients,
+        )
     with tempfile.TemporaryDirectory(prefix="fedcompo-") as temporary:
         path = Path(temporary) / "backbone.safetensors"
         save_backbone(path, backbone)
@@ -146,10 +151,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to write to, and put it at ``path`` when all went well.
 
     Raises:
-        ConfigError: If something is there already.
+        ConfigError: If something is there already, or it is no place to put a folder.
     """
+    place = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} holds something already; name a new folder.")
+    if place == Path.cwd():
+        raise ConfigError(f"{path} is where you stand; name a new folder.")
+    if home := next((p for p in place.parents if (p / ABOUT).is_file()), None):
+        raise ConfigError(f"{path} lies in the registry {home}; name a folder outside.")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -159,6 +169,27 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _chosen(
+    pool: Pool, only: Sequence[str], without: Sequence[str], weights: Mapping[str, float] | None
+) -> Pool:
+    if only or (weights and not without):
+        pool = pool.only(*(only or weights or ()))
+    pool = pool.without(*without)
+    pool.check_composable(weights)
+    return pool
+
+
+def _scaled(settings: RegistrySettings, scale: float | None) -> RegistrySettings:
+    if scale is None:
+        return settings
+    if not 0 < scale < math.inf:
+        raise ConfigError(
+            f"`scale` must be a positive number, got {scale:g}. "
+            "To subtract a client's task vector, see `fedcompo negate`."
+        )
+    return replace(settings, scale=scale)
 
 
 def _run_config(contribution: Contribution, checkpoint: str) -> RunConfig:

@@ -19,7 +19,8 @@ from fedcompo.composition import REALIGNED, joint_head, load_realigned
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.heads import Head
 from fedcompo.journal import Entry
-from fedcompo.registry import PRIVATE, PUBLIC, Registry
+from fedcompo.registry import Registry
+from fedcompo.registry_layout import PRIVATE, PUBLIC
 from fedcompo.registry_state import State
 from fedcompo.removal import RemovalRecord
 from fedcompo.replay import as_told, end_of_change, line_of, members_after, root_of

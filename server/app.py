@@ -16,7 +16,8 @@ from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config import Action, RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.launcher import EVENTS, LOG, RESULTS, reserve_output
-from fedcompo.registry import ABOUT, Registry
+from fedcompo.registry import Registry
+from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.report import write_report
 from fedcompo.tensorfile import write_atomically

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedcompo import journal
 from fedcompo.journal import START, Entry
-from fedcompo.registry import PRIVATE
+from fedcompo.registry_layout import PRIVATE
 from fedcompo.registry_state import State
 from fedcompo.removal import RemovalRecord
 from fedcompo.tensorstream import file_sha256

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from builders import contribution, pico_backbone, random_head, random_mixture
+from builders import contribution, pico_backbone, random_head, random_like, random_mixture
 from torch import Tensor
 
 from fedcompo import fixed_point
@@ -17,6 +17,7 @@ from fedcompo.backbone import Backbone
 from fedcompo.config import Kind
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.features import FeatureMixture
+from fedcompo.fisher import FisherDiagonal
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.task_vector import TaskVector
@@ -50,13 +51,16 @@ def member(
         seed=seed,
         classes=classes,
         num_examples=num_examples,
-        with_fisher=with_fisher,
+        with_fisher=False,
     )
+    rows = {"head.weight": torch.zeros(len(classes), WIDTH), "head.bias": torch.zeros(len(classes))}
+    sums = random_like(backbone().theta_0 | rows, seed=seed + 500, positive=True)
     return replace(
         made,
         head=random_head(classes, WIDTH, seed=seed + 1),
         features=mixtures(classes, seed=seed + 2),
         lineage=lineage or Lineage(),
+        fisher=FisherDiagonal(sums, num_examples, tuple(classes)) if with_fisher else None,
     )
 
 

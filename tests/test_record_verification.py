@@ -19,7 +19,8 @@ from fedcompo.contribution import CONTENT, Contribution, Lineage
 from fedcompo.errors import FileFormatError
 from fedcompo.export import CONFIG, WEIGHTS
 from fedcompo.record_verification import verify_record
-from fedcompo.registry import PRIVATE, PUBLIC, Registry
+from fedcompo.registry import Registry
+from fedcompo.registry_layout import PRIVATE, PUBLIC
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.removal import Influence, RemovalRecord
 from fedcompo.verification import Finding, verify_registry

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import KINDS
-from failing_disk import Death, Durable, Failing, Listener, watched
-from registry_builders import backbone, contents, member, mixtures, one_of_each_kind, registry_of
+from failing_disk import Death, Listener, watched
+from registry_builders import contents, member, mixtures, one_of_each_kind, registry_of
 
 from fedcompo import heads, journal
 from fedcompo.config import Kind
-from fedcompo.errors import FedcompoError, RegistryError
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 
@@ -64,6 +62,21 @@ def quickly(change: Callable[[Registry], None], path: Path, listener: Listener) 
     registry = Registry(path)
     with watched(listener):
         change(registry)
+
+
+def deaths(change: Callable[[Registry], None], folder: Path) -> None:
+    """Die at the first operation, at the second, and so on until one lives: a fork for each."""
+    codes: list[int] = []
+    gc.disable()
+    gc.freeze()
+    while not codes or codes[-1] != 0:
+        path = folder / str(len(codes) + 1)
+        shutil.copytree(folder / "old", path, symlinks=True)
+        if (child := os.fork()) == 0:
+            quickly(change, path, Death(len(codes) + 1))
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    (folder / "codes.json").write_text(json.dumps(codes))
 
 
 def process(target: Callable[..., None], *arguments: Any) -> int | None:
@@ -118,16 +131,13 @@ def scene(request, tmp_path):
 
 
 def test_killed_at_any_operation_leaves_the_old_state_or_the_new(scene, record_property):
-    outcomes = []
-    for point in range(1, NEVER):
-        path = scene.copy(str(point))
-        code = process(quickly, scene.change, path, Death(point))
-        outcomes.append(scene.outcome(path))
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        shutil.rmtree(path)
-    record_property("points", point - 1)
-    assert point > 40
-    assert outcomes == sorted(outcomes, reverse=True)  # once it has happened, it has happened
+    assert process(deaths, scene.change, scene.folder) == 0
+    *codes, last = json.loads((scene.folder / "codes.json").read_text())
+    assert set(codes) == {-signal.SIGKILL} and last == 0
+    outcomes = [scene.outcome(scene.folder / str(point)) for point in range(1, len(codes) + 2)]
+    print("POINTS", len(codes), outcomes.count("old"))
+    assert len(codes) > 40
+    assert outcomes == sorted(
+        outcomes, key=["old", "new"].index
+    )  # once it has happened, it has happened
     assert outcomes[0] == "old" and outcomes[-1] == "new"

@@ -23,7 +23,8 @@ from fedcompo.contribution import CONTENT
 from fedcompo.export import WEIGHTS
 from fedcompo.heads import Head
 from fedcompo.journal import read as read_journal
-from fedcompo.registry import ABOUT, PRIVATE, PUBLIC, Registry
+from fedcompo.registry import Registry
+from fedcompo.registry_layout import ABOUT, PRIVATE, PUBLIC
 from fedcompo.registry_state import State
 from fedcompo.tensorstream import StreamedTensors, file_sha256
 from fedcompo.transaction import JOURNAL, LOCK, MODEL, STATE

@@ -1,0 +1,229 @@
+"""What ``registry_operations.py`` measures: operations on a registry, and what they are held to.
+
+Each is a function of a :class:`Job`, which says where and how large; :data:`OPERATIONS` names them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedcompo.backbone import Backbone, target_weights
+from fedcompo.composition import SUM
+from fedcompo.config import BackboneConfig, Kind
+from fedcompo.contribution import CONTENT, Contribution, Lineage
+from fedcompo.deltas import rank_of, stored_shapes
+from fedcompo.export import WEIGHTS
+from fedcompo.features import FeatureMixture
+from fedcompo.heads import Head
+from fedcompo.preprocessing import Preprocessing
+from fedcompo.registry import Registry
+from fedcompo.registry_layout import BACKBONE
+from fedcompo.specialise import head_of, stream_composition, write_model
+from fedcompo.task_vector import TaskVector
+from fedcompo.tensorfile import tensor_digest
+from fedcompo.tensorstream import StreamedTensors
+from fedcompo.transaction import MODEL
+
+ARCHITECTURES = {
+    "vit-b": ("vit_base_patch16_224", {}),
+    "tiny": (
+        "vit_tiny_patch16_224",
+        {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2},
+    ),
+}
+RANK = 16
+BATCH = 8
+"""Contributions that lie outside the registry at a time, while it is filled."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, and where."""
+
+    operation: str
+    """Name of a function in :data:`OPERATIONS`."""
+    folder: str
+    kind: str
+    members: int
+    """T, with the one that comes or goes: the last."""
+    scale: str
+    classes: int
+    """Of all clients together; each owns all of them."""
+    threads: int
+
+    @property
+    def registry(self) -> Path:
+        return Path(self.folder) / "registry"
+
+    @property
+    def newcomer(self) -> Path:
+        return Path(self.folder) / "newcomer"
+
+    @property
+    def output(self) -> Path:
+        return Path(self.folder) / self.operation
+
+    @property
+    def contributions(self) -> list[Path]:
+        return [self.registry / "clients" / name(i) / CONTENT for i in range(self.members)]
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files the operation cannot do without, but for those of a few kB."""
+        running = self.registry / MODEL / SUM
+        needed = {
+            "add": [self.newcomer / CONTENT, *([running] if running.exists() else [])],
+            "remove": [self.contributions[-1], running],
+        }
+        return [self.registry / BACKBONE, *needed.get(self.operation, self.contributions)]
+
+
+def name(index: int) -> str:
+    return f"client-{index:03d}"
+
+
+# -- what is measured -----------------------------------------------------------------------------
+
+
+def nothing(job: Job) -> None:
+    """Import the same modules."""
+
+
+def add(job: Job) -> None:
+    Registry(job.registry).add(job.newcomer)
+
+
+def remove(job: Job) -> None:
+    Registry(job.registry).remove(name(job.members - 1))
+
+
+def compose(job: Job) -> None:
+    """As ``fedcompo compose`` does, but for the model card."""
+    registry = Registry(job.registry)
+    pool, settings = registry.pool(), registry.settings
+    changed = stream_composition(pool, registry.backbone, None, settings)
+    write_model(job.output, registry.backbone, changed, head_of(pool, settings))
+
+
+def load_file_mean(job: Job) -> None:
+    """The same weights by safetensors and torch; nothing is checked, a model is in memory."""
+    vectors = [load_file(path) for path in job.contributions]
+    _save_mean(job, [vector.__getitem__ for vector in vectors])
+
+
+def safe_open_mean(job: Job) -> None:
+    """The same, but tensors of the task vectors are loaded one at a time."""
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(p, framework="pt")) for p in job.contributions]
+        _save_mean(job, [file.get_tensor for file in files])
+
+
+def _save_mean(job: Job, vectors: list[Callable[[str], Tensor]]) -> None:
+    """Write θ₀ + the mean of the task vectors, in float32, to disk."""
+    theta = load_file(job.registry / BACKBONE)
+    for weight in _targets(job):
+        theta[weight] += sum(_dense(job, tensor, weight) for tensor in vectors) / len(vectors)
+    save_file(theta, job.output / WEIGHTS)
+    with (job.output / WEIGHTS).open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _dense(job: Job, tensor: Callable[[str], Tensor], weight: str) -> Tensor:
+    parts = ("B", "A") if job.kind == Kind.LORA else ("delta",)
+    first, *others = (tensor(f"task_vector/{weight}/{part}") for part in parts)
+    return first @ others[0] if others else first
+
+
+def _targets(job: Job) -> tuple[str, ...]:
+    return tuple(StreamedTensors(job.registry / BACKBONE).manifest["target_weights"])
+
+
+# -- what comes before and after ------------------------------------------------------------------
+
+
+def fill(job: Job) -> None:
+    """Bring the registry to T - 1 members, and write the contribution that comes next."""
+    backbone = _backbone(job.scale)
+    if not job.registry.exists():
+        Registry.create(job.registry, backbone)
+    registry = Registry(job.registry)
+    missing = range(len(registry.clients), job.members - 1)
+    for start in range(missing.start, missing.stop, BATCH):
+        batch = range(start, min(start + BATCH, missing.stop))
+        folders = [Path(job.folder) / name(index) for index in batch]
+        for index, folder in zip(batch, folders, strict=True):
+            _contribution(job, backbone, index).save(folder)
+        registry.add(*folders)
+        for folder in folders:
+            shutil.rmtree(folder)
+    shutil.rmtree(job.newcomer, ignore_errors=True)
+    _contribution(job, backbone, job.members - 1).save(job.newcomer)
+
+
+def compare(job: Job) -> None:
+    """Hold the compositions against each other; raises ``AssertionError`` if they differ."""
+    ours = StreamedTensors(Path(job.folder) / compose.__name__ / WEIGHTS)
+    for operation in (load_file_mean, safe_open_mean):
+        theirs = load_file(Path(job.folder) / operation.__name__ / WEIGHTS)
+        for weight in _targets(job):
+            torch.testing.assert_close(theirs[weight], ours[weight], rtol=1e-5, atol=1e-6)
+
+
+OPERATIONS = {
+    operation.__name__: operation
+    for operation in (
+        *(nothing, add, remove, compose, load_file_mean, safe_open_mean),
+        *(fill, compare),
+    )
+}
+
+
+def _backbone(scale: str) -> Backbone:
+    architecture, model_args = ARCHITECTURES[scale]
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
+    model = model.eval().requires_grad_(False)
+    return Backbone(
+        model=model,
+        theta_0=target_weights(model, BackboneConfig().target_weights),
+        name=scale,
+        fingerprint=f"{scale}@{tensor_digest(model.state_dict())}",
+        preprocessing=Preprocessing(model_args.get("img_size", 224), 3, (0.5,) * 3, (0.5,) * 3),
+        architecture=architecture,
+        classifier="head",
+        model_args=model_args,
+    )
+
+
+def _contribution(job: Job, backbone: Backbone, index: int) -> Contribution:
+    """A task vector that changes weights by the order of 1e-3; small mixtures, no Fisher."""
+    kind, width = Kind(job.kind), backbone.num_features
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(index))
+    size = 1e-3 if kind is Kind.FULL else 1e-2
+    tensors = {
+        f"{weight}/{part}": draw([n or rank_of(weight, RANK) for n in shape]) * size
+        for weight, value in backbone.theta_0.items()
+        for part, shape in stored_shapes(kind, value).items()
+    }
+    classes = tuple(f"class-{i:03d}" for i in range(job.classes))
+    halves, ones = torch.full((2,), 0.5), torch.ones(2, width)
+    return Contribution(
+        client=name(index),
+        task_vector=TaskVector(kind, tensors, backbone.fingerprint),
+        head=Head(classes, draw(len(classes), width), torch.zeros(len(classes))),
+        features={c: FeatureMixture(halves, draw(2, width), ones, 20) for c in classes},
+        num_examples=20 * len(classes),
+        lineage=Lineage(),
+    )

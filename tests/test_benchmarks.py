@@ -1,0 +1,86 @@
+"""The benchmarks still run, on models of a few numbers; nothing is said about time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+OPERATIONS = ["add", "remove", "compose", "load_file_mean", "safe_open_mean"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("registry_operations")
+
+
+def job(script, folder: Path, **changes):
+    start = script.Job("nothing", str(folder), "lora", 2, scale="tiny", classes=2, threads=1)
+    return replace(start, **changes)
+
+
+def test_registry_operations_fill_a_table_and_leave_nothing(script, tmp_path, monkeypatch, capsys):
+    work, found = tmp_path / "work", tmp_path / "found.json"
+    work.mkdir()
+    options = ["--scale", "tiny", "--members", "3", "2", "--repeats", "2", "--classes", "2"]
+    options += ["--folder", str(work), "--json", str(found)]
+    monkeypatch.setattr(sys, "argv", ["registry_operations.py", *options])
+    script.main()
+    header, _, *lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:4] for row in cells] == [
+        [kind, members, operation, "2"]
+        for kind in ("full", "lora")
+        for members in ("2", "3")
+        for operation in OPERATIONS
+    ]
+    assert {len(row) for row in cells} == {header.count("|") - 1}
+    rows = json.loads(found.read_text())
+    assert [(row["kind"], str(row["members"]), row["operation"]) for row in rows] == [
+        tuple(row[:3]) for row in cells
+    ]
+    for row in rows:
+        assert row["seconds"] == pytest.approx(sum(row["parts"].values()))
+        assert min(row["plain_read"], row["plain_write"], row["peak"], row["base"]) > 0
+        expected = {"read", "write", "sync", "head", "arithmetic", "SHA-256", "other"}
+        assert (set(row["parts"]) == expected) == (row["operation"] not in OPERATIONS[3:])
+    assert not any(work.iterdir())
+
+
+def test_bytes_are_no_fewer_than_those_of_the_files(script, tmp_path):
+    adding = job(script, tmp_path, kind="full", operation="add")
+    script.run(replace(adding, operation="fill"))
+    needed = sum(path.stat().st_size for path in adding.inputs)
+    found = script.run(adding)
+    places = [tmp_path / "registry" / "model", adding.contributions[-1].parent]
+    made = sum(path.stat().st_size for place in places for path in place.iterdir())
+    assert found.read >= needed > 0
+    assert found.written >= made > needed
+
+
+def test_compositions_of_other_weights_are_refused(script, tmp_path):
+    for operation in ("fill", "add", *OPERATIONS[2:], "compare"):
+        script.run(job(script, tmp_path, operation=operation))
+    path = tmp_path / "safe_open_mean" / "model.safetensors"
+    weights = {name: tensor + 1e-4 for name, tensor in load_file(path).items()}
+    save_file(weights, path)
+    with pytest.raises(AssertionError):
+        script.run(job(script, tmp_path, operation="compare"))
+
+
+def test_an_operation_has_a_process_of_its_own(script, tmp_path):
+    before = sys.modules["registry_operations"].measure
+    try:
+        script.measure = None  # not here
+        found = script.run(job(script, tmp_path, scale="vit-b"))
+    finally:
+        script.measure = before
+    assert found.peak > 50e6
+    assert found.written < 1000
