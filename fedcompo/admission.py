@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution
 from fedcompo.deltas import Weights
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.names import check_client_name, check_distinct
 from fedcompo.tensorstream import StreamedTensors
 
@@ -37,6 +37,15 @@ def stage_contribution(source: Contribution | Path, folder: Path) -> Contributio
         for name in (CONTENT, FISHER, CARD):
             if (source / name).is_file():
                 _copy(source / name, folder / name)
+    try:
+        return _checked(folder)
+    except FileFormatError as error:
+        if isinstance(source, Path):  # name the file that will still be there
+            raise FileFormatError(str(error).replace(str(folder), str(source))) from error
+        raise
+
+
+def _checked(folder: Path) -> Contribution:
     staged = Contribution.open(folder)
     if staged.fisher is None:  # the card names none, so that one is not its own
         (folder / FISHER).unlink(missing_ok=True)

@@ -21,13 +21,14 @@ That head is fitted to mixtures of the client's training features, a few Gaussia
 can carry a little membership by itself, whatever backbone it sits on. The loss attack sees that
 too; gold, a backbone that never met the client, shows how much it is. The likelihood-ratio attack
 compares with shadows under the same head (:mod:`fedcompo.shadows`): what the head alone tells
-stands on both sides.
+stands on both sides. All shadows hold a task vector of the client, so backbones after and gold lie
+beside them: there the attack is weaker than before, and best read next to gold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
@@ -39,6 +40,7 @@ from fedcompo.audited_models import (
     AFTER,
     BEFORE,
     AuditedModel,
+    audited_images,
     audited_models,
     check_gold,
     distances_to_gold,
@@ -48,13 +50,13 @@ from fedcompo.config import RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData
 from fedcompo.device import pick_device
-from fedcompo.errors import ContributionError, DataError
+from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data
 from fedcompo.features import extract_features
 from fedcompo.heads import Head
 from fedcompo.membership import Attack, confidence, likelihood_ratio_attack, loss_attack, losses
 from fedcompo.registry import Registry
-from fedcompo.shadows import ClientTraining, ShadowModels, check_count, logits_of, train_shadows
+from fedcompo.shadows import ClientTraining, check_count, logits_of, train_shadows
 
 FORMAT_VERSION = 1
 LOSS, LIKELIHOOD_RATIO = "loss", "likelihood-ratio"
@@ -100,126 +102,122 @@ def audit(
         DataError: If the images are not at hand, or not those that the client was trained on.
     """
     check_count(shadows)
-    contribution = registry.contribution(client)
-    remaining = tuple(name for name in registry.clients if name != client)
-    if not remaining:
-        raise ContributionError(
-            f"{client} is alone in the registry: after its removal there is no model to audit."
-        )
-    config = RunConfig.parse({**contribution.settings, **({"data": data} if data else {})})
     if gold is not None:
         check_gold(registry, gold, client)
-    on_step("reading backbone and images")
-    backbone = registry.backbone.load(pick_device(config.device))
-    images = _images_of(contribution, backbone, config)
-    on_step("composing")
-    models = audited_models(registry, client, gold)
-    training = ClientTraining.of(registry, client, backbone)
-    everyone = clients_data(config.data, backbone, seed=config.seed, wanted=remaining)
-    per_client = {client: _accuracies(backbone, models, images, kept=models[BEFORE].head)}
-    for other in everyone:
-        on_step(f"accuracy on the images of {other.name}")
-        per_client[other.name] = _accuracies(backbone, models, other)
-    shadow_models = train_shadows(
-        registry, training, images, models[BEFORE].head, count=shadows, seed=seed, on_step=on_step
-    )
-    on_step("attacking")
-    membership = _attacks(backbone, models, images, shadow_models, seed=seed)
+    on_step("reading backbone and images, composing")
+    audited = _Audited.of(registry, client, data, gold)
     values: Values = {
         "format_version": FORMAT_VERSION,
         "fedcompo_version": version("fedcompo"),
-        "client": client,
-        "remaining": list(remaining),
-        "base": registry.state.base,
         "root": registry.state.root,
         "gold_root": gold.state.root if gold else None,
-        "data": config.data.data,
         "seed": seed,
         "shadows": shadows,
-        "images": {
-            "members": len(images.train.labels),
-            "non_members": len(images.test.labels),
-        },
-        "influence": asdict(registry.influence_of(client)),
-        "models": {name: _about(model, images.classes) for name, model in models.items()},
-        "distance_to_gold": distances_to_gold(models),
-        "accuracy": {
-            "removed": per_client[client],
-            "remaining": _means(per_client, without=client),
-            "per_client": per_client,
-        },
-        "membership": membership,
-        "settings": dict(contribution.settings),
+        **audited.about(),
+        "accuracy": audited.accuracy(on_step),
+        "membership": audited.membership(shadows, seed, on_step),
     }
-    return {**values, "notes": _notes(values, models, images)}
+    return {**values, "notes": _notes(values, audited)}
 
 
-def _images_of(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
-    """The client's images; those it calls its training images must be those it trained on."""
-    client, source = contribution.client, config.data.data
-    found = next(
-        clients_data(config.data, backbone, seed=config.seed, wanted=(client,)),
-        None,
-    )
-    if found is None:
-        raise DataError(
-            f"`data` {source!r} has no client {client!r}, whose images the audit needs. "
-            "Name the source of the run with `--data`."
-        )
-    counts = torch.bincount(found.train.labels, minlength=len(found.classes)).tolist()
-    trained_on = {name: mixture.num_examples for name, mixture in contribution.features.items()}
-    at_hand = dict(zip(found.classes, counts, strict=True))
-    if at_hand != trained_on:
-        raise DataError(
-            f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
-            f"trained on {trained_on}. Name the images it was trained on with `--data`."
-        )
-    return found
+@dataclass(frozen=True)
+class _Audited:
+    """A client, its images, and the models that are to be told apart."""
 
+    registry: Registry
+    contribution: Contribution
+    config: RunConfig
+    backbone: Backbone
+    images: ClientData
+    models: Mapping[str, AuditedModel]
 
-def _accuracies(
-    backbone: Backbone,
-    models: Mapping[str, AuditedModel],
-    data: ClientData,
-    *,
-    kept: Head | None = None,
-) -> Values:
-    """Accuracy on a client's test images, by model; task-IL by the rows of ``kept``, if given."""
-    classes, labels = data.classes, data.test.labels
-    figures: Values = {}
-    for name, model in models.items():
-        features = extract_features(backbone.forward(model.theta), data.test.images)
-        own = (kept or model.head).rows(classes)
-        rows = {known: row for row, known in enumerate(model.head.classes)}
-        wanted = torch.tensor([rows.get(known, -1) for known in classes])[labels]
-        figures[name] = {
-            CLASS_IL: _share(model.head(features).argmax(1) == wanted),
-            TASK_IL: _share(own(features).argmax(1) == labels),
-            "num_examples": len(labels),
+    @classmethod
+    def of(cls, registry: Registry, client: str, data: str, gold: Registry | None) -> _Audited:
+        contribution = registry.contribution(client)
+        if registry.clients == (client,):
+            raise ContributionError(
+                f"{client} is alone in the registry: after its removal there is no model to audit."
+            )
+        config = RunConfig.parse({**contribution.settings, **({"data": data} if data else {})})
+        backbone = registry.backbone.load(pick_device(config.device))
+        images = audited_images(contribution, backbone, config)
+        models = audited_models(registry, client, gold)
+        return cls(registry, contribution, config, backbone, images, models)
+
+    @property
+    def client(self) -> str:
+        return self.contribution.client
+
+    @property
+    def remaining(self) -> tuple[str, ...]:
+        return tuple(name for name in self.registry.clients if name != self.client)
+
+    @property
+    def kept(self) -> Head:
+        """What the attacker kept: the joint head of the model before."""
+        return self.models[BEFORE].head
+
+    def about(self) -> Values:
+        train, test = self.images.train.labels, self.images.test.labels
+        return {
+            "client": self.client,
+            "remaining": list(self.remaining),
+            "base": self.registry.state.base,
+            "data": self.config.data.data,
+            "images": {"members": len(train), "non_members": len(test)},
+            "influence": asdict(self.registry.influence_of(self.client)),
+            "models": {n: _about(model, self.images.classes) for n, model in self.models.items()},
+            "distance_to_gold": distances_to_gold(self.models),
+            "settings": dict(self.contribution.settings),
         }
-    return figures
 
+    def accuracy(self, on_step: OnStep) -> Values:
+        """By whose images, and by model."""
+        per_client = {self.client: self._accuracies(self.images)}
+        for other in clients_data(
+            self.config.data, self.backbone, seed=self.config.seed, wanted=self.remaining
+        ):
+            on_step(f"accuracy on the images of {other.name}")
+            per_client[other.name] = self._accuracies(other)
+        return {
+            "removed": per_client[self.client],
+            "remaining": _means(per_client, without=self.client),
+            "per_client": per_client,
+        }
 
-def _attacks(
-    backbone: Backbone,
-    models: Mapping[str, AuditedModel],
-    data: ClientData,
-    shadows: ShadowModels,
-    *,
-    seed: int,
-) -> Values:
-    """Both attacks on each model's backbone, always under the joint head of the model before."""
-    total = len(data.train.labels) + len(data.test.labels)
-    is_member = torch.arange(total) < len(data.train.labels)
-    found: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
-    for name, model in models.items():
-        logits, labels = logits_of(backbone, model.theta, models[BEFORE].head, data)
-        loss, phi = losses(logits, labels), confidence(logits, labels)
-        found[LOSS][name] = _figures(loss_attack(loss[is_member], loss[~is_member], seed=seed))
-        found[LIKELIHOOD_RATIO][name] = _figures(
-            likelihood_ratio_attack(phi, shadows.phi, shadows.trained_on, is_member, seed=seed)
+    def _accuracies(self, data: ClientData) -> Values:
+        """On a client's test images; task-IL of the client to be removed by the rows kept."""
+        labels, figures = data.test.labels, {}
+        for name, model in self.models.items():
+            features = extract_features(self.backbone.forward(model.theta), data.test.images)
+            own = (self.kept if data.name == self.client else model.head).rows(data.classes)
+            rows = {known: row for row, known in enumerate(model.head.classes)}
+            wanted = torch.tensor([rows.get(known, -1) for known in data.classes])[labels]
+            figures[name] = {
+                CLASS_IL: _share(model.head(features).argmax(1) == wanted),
+                TASK_IL: _share(own(features).argmax(1) == labels),
+                "num_examples": len(labels),
+            }
+        return figures
+
+    def membership(self, shadows: int, seed: int, on_step: OnStep) -> Values:
+        """Both attacks, on each model's backbone under the head kept."""
+        training = ClientTraining.of(self.registry, self.client, self.backbone)
+        images, kept = self.images, self.kept
+        shadow = train_shadows(
+            self.registry, training, images, kept, count=shadows, seed=seed, on_step=on_step
         )
-    return found
+        on_step("attacking")
+        found: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
+        for name, model in self.models.items():
+            logits, labels = logits_of(self.backbone, model.theta, kept, images)
+            loss, phi = losses(logits, labels), confidence(logits, labels)
+            is_member = torch.arange(len(labels)) < len(images.train.labels)
+            found[LOSS][name] = _figures(loss_attack(loss[is_member], loss[~is_member], seed=seed))
+            found[LIKELIHOOD_RATIO][name] = _figures(
+                likelihood_ratio_attack(phi, shadow.phi, shadow.trained_on, is_member, seed=seed)
+            )
+        return found
 
 
 def _figures(attack: Attack) -> Values:
@@ -252,27 +250,27 @@ def _share(hits: Tensor) -> float:
     return float(hits.double().mean())
 
 
-def _notes(values: Values, models: Mapping[str, AuditedModel], images: ClientData) -> list[str]:
+def _notes(values: Values, audited: _Audited) -> list[str]:
     """What a reader must know of these figures, and cannot see from them."""
-    client, after = values["client"], models[AFTER]
-    gone = [name for name in images.classes if name not in after.head.classes]
+    models, left = audited.models, values["models"][AFTER]["rows_of_client"]
+    gone = [name for name in audited.images.classes if name not in left]
     notes = []
     if gone:
         notes.append(
             f"After the removal the joint head has no rows of {', '.join(gone)}, so class-IL on "
-            f"images of {client} is 0 there by construction. Its task-IL is measured on every "
-            "backbone with the rows of the model before, as an attacker may have kept them."
+            f"images of {audited.client} is 0 there by construction. Its task-IL is measured on "
+            "every backbone with the rows of the model before, as an attacker may have kept them."
         )
     if len({model.realigned for model in models.values()}) > 1:
         realigned = ", ".join(name for name, model in models.items() if model.realigned)
         notes.append(
             f"Joint heads differ in how they were fitted: {realigned} on features of the composed "
-            "model, the others on pre-trained features. Part of a difference in accuracy is theirs."
+            "model, the rest on pre-trained features. Part of a difference in accuracy is theirs."
         )
-    missing = sorted(set(values["remaining"]) - set(values["accuracy"]["per_client"]))
+    missing = sorted(set(audited.remaining) - set(values["accuracy"]["per_client"]))
     if missing:
         notes.append(f"No images were at hand of {', '.join(missing)}.")
-    if not next(iter(values["membership"][LOSS].values()))["tpr"]:
+    if not values["membership"][LOSS][BEFORE]["tpr"]:
         notes.append(
             f"{values['images']['non_members']} non-members are too few for a true-positive rate "
             "at a low false-positive rate."

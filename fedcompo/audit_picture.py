@@ -12,6 +12,8 @@ from fedcompo.audited_models import AFTER, BEFORE, GOLD
 from fedcompo.units import percent
 
 Values = Mapping[str, Any]
+Groups = Sequence[tuple[str, Mapping[str, Values]]]
+"""Label, and an estimate (``value``, ``low``, ``high``) by model."""
 
 TITLES = {CLASS_IL: "class-IL", TASK_IL: "task-IL"}
 MODELS = {
@@ -71,26 +73,34 @@ def legend(left: float, top: float, names: Sequence[str]) -> list[str]:
     return parts
 
 
+def axis_of(groups: Groups) -> tuple[float, float]:
+    """Ends of an axis that holds all intervals, and chance; whole tenths."""
+    estimates = [estimate for _, found in groups for estimate in found.values()]
+    first = math.floor(10 * min(0.4, *(float(e["low"]) for e in estimates))) / 10
+    last = math.ceil(10 * max(0.6, *(float(e["high"]) for e in estimates))) / 10
+    return first, last
+
+
 def interval_chart(
-    groups: Sequence[tuple[str, Mapping[str, Values]]],
+    groups: Groups,
     *,
     left: float,
     top: float,
     width: float,
     row: float,
+    axis: tuple[float, float] | None = None,
 ) -> list[str]:
     """Draw estimates as points with whiskers over one axis, with the line of chance.
 
     Args:
-        groups: Label, and an estimate (``value``, ``low``, ``high``) by model; a group a row.
+        groups: What to draw, a group a row.
         left: Where the axis begins; labels stand before it.
         top: Where the first row begins.
         width: Length of the axis.
         row: Height of a row.
+        axis: Its ends, whole tenths; None: as :func:`axis_of` has it.
     """
-    estimates = [estimate for _, found in groups for estimate in found.values()]
-    first = math.floor(10 * min(0.4, *(float(e["low"]) for e in estimates))) / 10
-    last = math.ceil(10 * max(0.6, *(float(e["high"]) for e in estimates))) / 10
+    first, last = axis or axis_of(groups)
     bottom = top + row * len(groups)
 
     def x(value: float) -> float:

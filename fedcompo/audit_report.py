@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -54,7 +53,7 @@ def print_audit(values: Values) -> None:
             table.add_row(*(_styled(cell) for cell in row))
         console.print(table)
     for sentence in _sentences(values):
-        say(sentence, Console())
+        say(sentence)
 
 
 def markdown(values: Values) -> str:
@@ -114,9 +113,8 @@ def _attack_rows(values: Values) -> Rows:
 def _sentences(values: Values) -> list[str]:
     """What was compared; then how to read it."""
     first = "; ".join(
-        f"{name}: {what} ({len(values['models'][name]['clients'])} clients)"
-        for name, (what, _) in MODELS.items()
-        if name in values["models"]
+        f"{name}: {MODELS[name][0]} ({', '.join(model['clients'])})"
+        for name, model in values["models"].items()
     )
     attack = " ".join([*_counts(values), ATTACK])
     sentences = [f"{first[0].upper()}{first[1:]}.", *_closeness(values), attack]

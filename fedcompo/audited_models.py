@@ -1,4 +1,4 @@
-"""The models that an audit compares: with a client, after its removal, and had it never come."""
+"""The models that an audit compares, with a client and without it, and the client's images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from fedcompo.backbone import Backbone
+from fedcompo.config import RunConfig
+from fedcompo.contribution import Contribution
+from fedcompo.data import ClientData
 from fedcompo.deltas import Weights
-from fedcompo.errors import BackboneMismatch, ConfigError
+from fedcompo.errors import BackboneMismatch, ConfigError, DataError
+from fedcompo.evaluation import clients_data
 from fedcompo.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.selection import from_registry
@@ -29,6 +36,38 @@ class AuditedModel:
     clients: tuple[str, ...]
     realigned: bool
     """Whether the head was fitted to features of the composed model."""
+
+
+def audited_images(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
+    """Load a client's images, and make sure that it is these it was trained on.
+
+    Args:
+        contribution: What the client sent.
+        backbone: Says what images must look like.
+        config: Says which images.
+
+    Raises:
+        DataError: If the client is not among them, or had other numbers of training images.
+    """
+    client, source = contribution.client, config.data.data
+    found = next(
+        clients_data(config.data, backbone, seed=config.seed, wanted=(client,)),
+        None,
+    )
+    if found is None:
+        raise DataError(
+            f"`data` {source!r} has no client {client!r}, whose images the audit needs. "
+            "Name the source of the run with `--data`."
+        )
+    counts = torch.bincount(found.train.labels, minlength=len(found.classes)).tolist()
+    trained_on = {name: mixture.num_examples for name, mixture in contribution.features.items()}
+    at_hand = dict(zip(found.classes, counts, strict=True))
+    if at_hand != trained_on:
+        raise DataError(
+            f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
+            f"trained on {trained_on}. Name the images it was trained on with `--data`."
+        )
+    return found
 
 
 def audited_models(

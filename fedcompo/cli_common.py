@@ -59,7 +59,8 @@ def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (FedcompoError, OSError) as error:
-        say(traceback.format_exc() if verbose else str(error), Console(stderr=True))
+        sentence = f"The system refuses: {error}" if isinstance(error, OSError) else str(error)
+        say(traceback.format_exc() if verbose else sentence, Console(stderr=True))
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
 
 

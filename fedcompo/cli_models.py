@@ -216,7 +216,7 @@ def export(
         with new_folder(output) as folder:
             export_peft(folder, opened.backbone.load(), contribution)
         if as_json:
-            print_json({"output": str(output), "client": client, "format": "peft"})
+            print_json({"output": str(output.absolute()), "client": client, "format": "peft"})
         else:
             say(f"Adapter of {client} for PEFT: {output}")
 

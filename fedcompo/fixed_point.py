@@ -58,8 +58,8 @@ def reproducible_delta(vector: TaskVector, name: str, weight: Tensor) -> Tensor:
     a = vector.tensors[f"{name}/A"].float().double()
     b = vector.tensors[f"{name}/B"].float().double()
     total = torch.zeros(weight.shape, dtype=torch.float64)
-    for rank in range(a.shape[0]):
-        total.addcmul_(b[:, rank : rank + 1], a[rank : rank + 1])
+    for column, row in zip(b.T.unsqueeze(2), a, strict=True):  # (out, 1), (in,)
+        total.addcmul_(column, row)
     return total
 
 

@@ -69,13 +69,12 @@ class Registry:
         self._trusted: set[tuple[str, int, int]] = set()
         self.refresh()
         self.identity, self.created = read_about(self.path / ABOUT, self.state)
-        self.backbone = StoredBackbone(
-            self.path / BACKBONE,
-            guard=lambda: self.check_file(self.path / BACKBONE, self.state.fixed[BACKBONE]),
-        )
+        path, digest = self.path / BACKBONE, self.state.fixed.get(BACKBONE, "")
+        with self._reading(path):
+            self.backbone = StoredBackbone(path, guard=lambda: self.check_file(path, digest))
         if self.backbone.fingerprint != self.state.base:
             raise RegistryDamaged(
-                f"{self.path / BACKBONE} holds {self.backbone.fingerprint}, the registry was made "
+                f"{path} holds {self.backbone.fingerprint}, the registry was made "
                 f"for {self.state.base}. Restore the registry from a copy."
             )
 

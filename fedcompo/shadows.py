@@ -14,8 +14,8 @@ A shadow is trained as the client was, but for what cannot be had again:
 - on half of all its images, so on fewer than the client had, for as many epochs;
 - with its own draws of LoRA's A and of the order of images;
 - anchored and aligned by those of its lineage who are *still* in the registry;
-- started, where the head was aligned, from one that the client's real training images had a part
-  in: the same for all shadows, those that had an image and those that had not.
+- started, where the head was aligned, from one fitted to draws of its own; the client's real
+  training images had a part in it, the same for all shadows.
 
 A client's own probe and own Fisher are made of the images that the shadow is fitted on.
 """

@@ -32,10 +32,14 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in the order of names; hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(raw_bytes(tensor))
+        digest.update(heading(name, tensors[name]))
+        digest.update(raw_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def heading(name: str, tensor: Tensor) -> bytes:
+    """What stands before a tensor's bytes in a digest; any name that JSON can hold will do."""
+    return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(errors="surrogatepass")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -24,6 +24,7 @@ from fedcompo.tensorfile import (
     FORMAT_VERSION,
     canonical,
     complete_manifest,
+    heading,
     put_in_place,
     raw_bytes,
     seal,
@@ -248,7 +249,7 @@ class TensorDigest:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one tensor."""
-        self._sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        self._sha.update(heading(name, tensor))
         self._sha.update(raw_bytes(tensor))
 
     def hexdigest(self) -> str:

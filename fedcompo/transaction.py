@@ -162,11 +162,12 @@ def _apply(root: Path, change: Change) -> None:
     """Do, or finish, what a commit says; every step may have been done already."""
     pending = root / PENDING
     for path in change.moves:
+        (root / path).parent.mkdir(exist_ok=True)
+    _sync_folder(root)  # before anything moves into a folder that a power cut could take
+    for path in change.moves:
         if (pending / "new" / path).exists():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
             (pending / "new" / path).rename(root / path)
             _sync_folder((root / path).parent)
-    _sync_folder(root)
     if (pending / STATE).exists():  # else readers go by the new state already, and its journal
         _grow_journal(root / JOURNAL, change)
         (pending / STATE).replace(root / STATE)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pytest", "fedcompo.data", "fedcompo.registry"])
+PATIENCE = 300.0
+"""Seconds after which a process counts as stuck."""
 Listener = Callable[[str, Callable[[], object]], None]
 """Told what is about to happen, and how to leave it half done."""
 
@@ -41,16 +46,31 @@ def watched(listener: Listener) -> Iterator[None]:
 
 
 class Death:
-    """Die at the n-th operation; of a write, the first half still reaches the file."""
+    """Die at the n-th operation; of a write, the first half still reaches the file.
+
+    Syncing does not count: what a process leaves when it is killed is the same before and after.
+    """
 
     def __init__(self, point: int) -> None:
         self.left = point
 
     def __call__(self, operation: str, half: Callable[[], object]) -> None:
-        self.left -= 1
+        self.left -= not operation.startswith("fsync")
         if self.left == 0:
             half()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DeathAfter:
+    """Die once a file of this name has been renamed."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.due = name, False
+
+    def __call__(self, operation: str, half: Callable[[], object]) -> None:
+        if self.due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.due = operation.startswith("os.rename") and operation.endswith(f"/{self.name}")
 
 
 class Failing:
@@ -77,10 +97,10 @@ class Durable:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = self._number(root)
         self.entries: dict[int, dict[str, int | str]] = {}
         self.data: dict[int, bytes] = {}
         self._held: dict[int, int] = {}
+        self.root = self._number(root)
         for path in [root, *root.rglob("*")]:
             if not path.is_symlink():
                 self._sync(path)
@@ -142,7 +162,9 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _watching_fsync(handle: int) -> None:
-    _tell(f"fsync {handle}")  # and that is all: it takes long, and changes nothing while power is on
+    _tell(
+        f"fsync {handle}"
+    )  # and that is all: it takes long, and changes nothing while power is on
 
 
 class _Raw(io.FileIO):

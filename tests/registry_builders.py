@@ -43,6 +43,7 @@ def member(
     with_fisher: bool = False,
 ) -> Contribution:
     """A contribution to :func:`backbone` with random content in every part."""
+    seed = 10_000 * (seed + 1)  # what is derived from it must not meet another client's
     made = contribution(
         client,
         kind,

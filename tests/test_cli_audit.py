@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+from argparse import Namespace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -68,7 +70,7 @@ def test_people_get_tables_and_the_place_of_the_files(folder, tmp_path, monkeypa
         "client-1 (removed)",
         "mean of the remaining",
         f"{auc['value']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}]",
-        "Before: everyone (2 clients); after: the client removed (1 clients).",
+        "Before: everyone (client-0, client-1); after: the client removed (client-0).",
         "is 0 there by construction",
         "kept the joint head",
         "4 shadow models, seed 0",
@@ -165,6 +167,7 @@ def test_points_and_whiskers_stand_where_their_figures_are():
     ("arguments", "code", "said"),
     [
         (["--remove", "client-2"], 1, "Did you mean 'client-1'?"),
+        (["--remove", "a/../../b"], 1, "There is no client"),
         (["--shadows", "5"], 2, "`--shadows` is 5, expected an even number"),
         (["--gold", "nowhere"], 1, "There is no registry at nowhere"),
         (["--data", "npz:nowhere.npz"], 1, "nowhere.npz"),
@@ -197,3 +200,50 @@ def test_whom_to_remove_must_be_said(folder):
     result = runner.invoke(cli.app, ["audit", "-r", f"{folder}/registry"])
     assert result.exit_code == 2
     assert "--remove" in result.output
+
+
+# --- The script that audits three clients for three ways of training ---
+
+
+@pytest.fixture
+def script(monkeypatch):
+    folder = Path(cli.__file__).resolve().parents[1] / "simulations"
+    monkeypatch.syspath_prepend(folder)
+    spec = importlib.util.spec_from_file_location("simulated_audit", folder / "audit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_scripts_table_and_picture_hold_every_audit(script, found):
+    audits = {(way, client): found for way in script.ways("") for client in ("a", "b")}
+    lines = script.tables(audits).splitlines()
+    for way, client in audits:
+        accuracy, attacks = (line for line in lines if line.startswith(f"| {way} | {client} |"))
+        removed = found["accuracy"]["removed"]
+        shown = " / ".join(f"{100 * f['class_il_accuracy']:.1f}" for f in removed.values())
+        assert f"| {shown} |" in accuracy
+        for attack in found["membership"].values():
+            for figures in attack.values():
+                assert f"{figures['auc']['value']:.2f} [" in attacks
+    picture = script.picture(audits)
+    assert {"others, a", "lineage-free, b", "alpha-0, a"} <= set(texts(picture))
+    assert picture.count("<circle") == 6 * len(audits)
+
+
+def test_the_script_takes_the_first_the_central_and_the_last(script):
+    assert script.first_central_last(["a", "b", "c", "d", "e"]) == ["a", "c", "e"]
+    assert script.first_central_last(["a", "b"]) == ["a", "b"]
+
+
+def test_the_script_audits_once(script, found, folder, tmp_path):
+    for link, target in (("everyone", "registry"), ("without-client-1", "gold")):
+        (tmp_path / link).mkdir()
+        (tmp_path / link / "registry").symlink_to(folder / target)
+    arguments = Namespace(shadows=4, audit_seed=0)
+    values = script.audit(tmp_path, "client-1", arguments)
+    assert values == found
+    script.FEDCOMPO = None
+    assert script.audit(tmp_path, "client-1", arguments) == values
+    with pytest.raises(SystemExit, match=r"made with \(4, 0\) shadows and seed, not \(6, 0\)"):
+        script.audit(tmp_path, "client-1", Namespace(shadows=6, audit_seed=0))

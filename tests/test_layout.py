@@ -14,6 +14,7 @@ FILES = sorted((ROOT / "fedcompo").rglob("*.py"))
 CORE = [
     "admission",
     "audit",
+    "audit_picture",
     "audit_report",
     "audited_models",
     "augmentation",
@@ -57,6 +58,8 @@ CORE = [
     "reference",
     "registry",
     "registry_changes",
+    "registry_draft",
+    "registry_layout",
     "registry_state",
     "removal",
     "replay",

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from failing_disk import Death, Listener, watched
-from registry_builders import contents, member, mixtures, one_of_each_kind, registry_of
+from failing_disk import (
+    PATIENCE,
+    PROCESSES,
+    Death,
+    DeathAfter,
+    Durable,
+    Failing,
+    Listener,
+    watched,
+)
+from registry_builders import (
+    backbone,
+    contents,
+    member,
+    mixtures,
+    one_of_each_kind,
+    registry_of,
+    same_bits,
+)
 
 from fedcompo import heads, journal
 from fedcompo.config import Kind
+from fedcompo.errors import FedcompoError, RegistryError
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
+from fedcompo.tensorfile import tensor_digest
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "fedcompo.data", "fedcompo.registry"])
 SMALL = RegistrySettings(align_samples=1)
 NEVER = 10**9
-PATIENCE = 300.0
-"""Seconds after which a process counts as stuck."""
 
 
 def add(registry: Registry) -> None:
@@ -34,9 +49,7 @@ def add(registry: Registry) -> None:
 
 
 def replace(registry: Registry) -> None:
-    registry.add(
-        registry.path.parent / "replacement", registry.path.parent / "newcomer", replacing=True
-    )
+    registry.add(registry.path.parent / "replacement", replacing=True)
 
 
 def remove(registry: Registry) -> None:
@@ -64,7 +77,13 @@ def quickly(change: Callable[[Registry], None], path: Path, listener: Listener) 
         change(registry)
 
 
-def deaths(change: Callable[[Registry], None], folder: Path) -> None:
+def create(path: Path, listener: Listener) -> None:
+    made = backbone()
+    with watched(listener):
+        Registry.create(path / "registry", made, SMALL)
+
+
+def deaths(action: Callable[[Path, Listener], None], folder: Path) -> None:
     """Die at the first operation, at the second, and so on until one lives: a fork for each."""
     codes: list[int] = []
     gc.disable()
@@ -73,7 +92,7 @@ def deaths(change: Callable[[Registry], None], folder: Path) -> None:
         path = folder / str(len(codes) + 1)
         shutil.copytree(folder / "old", path, symlinks=True)
         if (child := os.fork()) == 0:
-            quickly(change, path, Death(len(codes) + 1))
+            action(path, Death(len(codes) + 1))
             os._exit(0)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     (folder / "codes.json").write_text(json.dumps(codes))
@@ -113,10 +132,12 @@ class Scene:
         """Open what was left behind: every file must be that of before, or that of after."""
         registry = Registry(path)
         found = contents(path)
-        assert found in (self.old, self.new), sorted(
-            name for name in found.keys() | self.old | self.new
+        strange = [
+            name
+            for name in {*found, *self.old, *self.new}
             if found.get(name) not in (self.old.get(name), self.new.get(name))
-        )  # fmt: skip
+        ]
+        assert found in (self.old, self.new), strange
         assert registry.state.root == self.roots[found == self.new]
         registry.entries()
         return "new" if found == self.new else "old"
@@ -130,14 +151,189 @@ def scene(request, tmp_path):
 # -- killed ---------------------------------------------------------------------------------------
 
 
-def test_killed_at_any_operation_leaves_the_old_state_or_the_new(scene, record_property):
-    assert process(deaths, scene.change, scene.folder) == 0
-    *codes, last = json.loads((scene.folder / "codes.json").read_text())
+def points(folder: Path) -> list[int]:
+    """Numbers of the operations that killed, and one more, for the process that lived."""
+    *codes, last = json.loads((folder / "codes.json").read_text())
     assert set(codes) == {-signal.SIGKILL} and last == 0
-    outcomes = [scene.outcome(scene.folder / str(point)) for point in range(1, len(codes) + 2)]
-    print("POINTS", len(codes), outcomes.count("old"))
-    assert len(codes) > 40
-    assert outcomes == sorted(
-        outcomes, key=["old", "new"].index
-    )  # once it has happened, it has happened
+    return list(range(1, len(codes) + 2))
+
+
+def test_killed_at_any_operation_leaves_the_old_state_or_the_new(scene):
+    assert process(deaths, partial(quickly, scene.change), scene.folder) == 0
+    numbers = points(scene.folder)
+    assert len(numbers) > 30
+    outcomes = [scene.outcome(scene.folder / str(number)) for number in numbers]
+    assert outcomes == sorted(outcomes, key=["old", "new"].index)  # it happens at one moment
     assert outcomes[0] == "old" and outcomes[-1] == "new"
+    for number in (1, len(numbers) // 2, len(numbers) - 1):  # what follows works
+        registry = Registry(scene.folder / str(number))
+        before = registry.clients, dict(registry.running_sum()) if registry.clients else {}
+        registry.add(member("eva", seed=4))
+        registry.remove("eva")
+        after = registry.clients, dict(registry.running_sum()) if registry.clients else {}
+        assert after[0] == before[0] and same_bits(after[1], before[1])
+
+
+def test_killed_while_it_is_made_leaves_no_registry_or_a_whole_one(tmp_path):
+    (tmp_path / "old").mkdir()
+    expected = registry_of(tmp_path / "expected", settings=SMALL).state.root
+    assert process(deaths, create, tmp_path) == 0
+    numbers = points(tmp_path)
+    assert len(numbers) > 20
+    paths = [tmp_path / str(number) / "registry" for number in numbers]
+    made = [path.exists() for path in paths]
+    assert made == sorted(made) and not made[0] and made[-1]
+    for path, whole in zip(paths, made, strict=True):
+        registry = Registry(path) if whole else registry_of(path, settings=SMALL)
+        assert registry.state.root == expected
+        assert registry.entries()[0].event == "created"
+
+
+# -- full disks, and broken ones ------------------------------------------------------------------
+
+
+def failures(change: Callable[[Registry], None], folder: Path, full: bool) -> None:
+    """Fail at every operation in turn; writes down what was said, and what failed."""
+    told = []
+    for point in range(1, NEVER):
+        path = folder / f"failed-{point}"
+        shutil.copytree(folder / "old", path, symlinks=True)
+        failing, message = Failing(point, full=full), ""
+        try:
+            quickly(change, path, failing)
+        except RegistryError as error:
+            message = str(error)
+        if not failing.failed:
+            break
+        told.append((path.name, failing.failed, message))
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("scene", "full"),
+    [("replace", False), ("remove", True)],
+    indirect=["scene"],
+    ids=["one operation fails", "the disk is full"],
+)
+def test_a_failing_disk_leaves_the_old_state_or_the_new_and_says_so(scene, full):
+    assert process(failures, scene.change, scene.folder, full) == 0
+    told = json.loads((scene.folder / "told.json").read_text())
+    assert len(told) > 30
+    for name, operation, message in told:
+        outcome = scene.outcome(scene.folder / name)
+        said = "could not be changed" in message and "No space left" in message * full
+        assert said or "Input/output" in message or (outcome == "new" and not message), operation
+
+
+# -- power cuts -----------------------------------------------------------------------------------
+
+
+def power_cuts(change: Callable[[Registry], None], folder: Path) -> None:
+    """Write down what each sync leaves on the disk."""
+    path, states = folder / "powered", []
+    shutil.copytree(folder / "old", path, symlinks=True)
+    durable = Durable(path)
+
+    def listener(operation: str, half: Callable[[], object]) -> None:
+        if operation.startswith("fsync"):
+            durable.after_sync(int(operation.split()[1]))
+            states.append(f"cut-{len(states)}")
+            durable.write(folder / states[-1])
+
+    quickly(change, path, listener)
+    durable.write(folder / "cut-at-the-end")
+
+
+def test_what_was_synced_is_enough_at_any_moment(scene):
+    assert process(power_cuts, scene.change, scene.folder) == 0
+    cuts = len(list(scene.folder.glob("cut-*"))) - 1
+    outcomes = [scene.outcome(scene.folder / f"cut-{number}") for number in range(cuts)]
+    assert outcomes == sorted(outcomes, key=["old", "new"].index)
+    assert outcomes[0] == "old"
+    end = scene.folder / "cut-at-the-end"
+    assert contents(end) == scene.new  # nothing comes back, and there is nothing left to do
+
+
+# -- readers --------------------------------------------------------------------------------------
+
+
+def reading(change: Callable[[Registry], None], path: Path) -> None:
+    """Before every operation of a change, look at the registry as another process would."""
+    found = []
+    early = Registry(path)  # opened before, and not told of the change
+
+    def look(operation: str, half: Callable[[], object]) -> None:
+        try:
+            found.append((operation, description(Registry(path)), described(early)))
+        except FedcompoError as error:
+            found.append((operation, repr(error), ""))
+
+    quickly(change, path, look)
+    look("the end", lambda: None)
+    (path.parent / "found.json").write_text(json.dumps(found))
+
+
+def described(registry: Registry) -> str:
+    """What a reader sees, unless it is told to try again."""
+    try:
+        return description(registry)
+    except RegistryError as error:
+        if "was changed while it was being read. Try again." not in str(error):
+            raise
+        return "try again"
+
+
+def description(registry: Registry) -> str:
+    """All that a reader can see, in few words."""
+    seen = {"root": registry.state.root, "lines": len(registry.entries())}
+    for client in registry.clients:
+        contribution = registry.contribution(client, with_fisher=True)
+        seen[client] = tensor_digest(contribution.task_vector.tensors)
+    if registry.clients:
+        seen["model"] = tensor_digest(registry.model().state_dict())
+        seen["sum"] = tensor_digest(registry.running_sum())
+    return json.dumps(seen)
+
+
+@pytest.mark.parametrize("scene", ["replace", "remove"], indirect=True)
+def test_a_reader_sees_the_old_state_or_the_new_at_every_moment(scene):
+    known = [description(Registry(scene.folder / name)) for name in ("old", "new")]
+    assert process(reading, scene.change, scene.copy("read")) == 0
+    found = json.loads((scene.folder / "found.json").read_text())
+    seen = [known.index(now) for _, now, _ in found if now in known]
+    assert len(seen) == len(found), [(o, now) for o, now, _ in found if now not in known]
+    assert seen == sorted(seen) and {*seen} == {0, 1}
+    patient = {late for _, _, late in found}
+    assert patient <= {known[0], "try again"}
+
+
+def recovering(path: Path) -> None:
+    """The same while a dead writer's change is completed, which happens on opening."""
+    found = []
+
+    def look(operation: str, half: Callable[[], object]) -> None:
+        if (
+            operation == f"open {path / 'lock'}"
+        ):  # not held yet: the reader itself would complete it
+            return
+        try:
+            found.append((operation, description(Registry(path))))
+        except FedcompoError as error:
+            found.append((operation, repr(error)))
+
+    with watched(look):
+        Registry(path)
+    (path.parent / "found.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("done", ["pending/commit", "pending/state.json"])
+@pytest.mark.parametrize("scene", ["replace", "remove"], indirect=True)
+def test_a_reader_sees_a_whole_state_while_a_dead_writers_change_is_completed(scene, done):
+    known = [description(Registry(scene.folder / name)) for name in ("old", "new")]
+    path = scene.copy("left")
+    assert process(quickly, scene.change, path, DeathAfter(done)) == -signal.SIGKILL
+    assert process(recovering, path) == 0
+    found = json.loads((scene.folder / "found.json").read_text())
+    assert len(found) > 10
+    assert [(operation, seen) for operation, seen in found if seen not in known] == []
+    assert scene.outcome(path) == "new"

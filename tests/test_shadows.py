@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from app_runs import run
 from audited_federation import FREE, OTHERS, config_of, federate, noise
 from builders import pico_backbone, random_head, random_like, rng, task_vector
 from hypothesis import given
@@ -102,6 +103,21 @@ def test_on_the_clients_own_images_a_shadow_becomes_the_client(settings, kind, d
     registry = federate(tmp_path / "registry", config)
     expected = registry.contribution(CLIENT).task_vector.tensors
     actual = trained_again(registry, CLIENT)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("anchor", ["others", "own"])
+def test_so_it_does_after_a_run_of_the_real_server(anchor, tmp_path):
+    run({}, tmp_path / "out", head_start="probe", anchor=anchor, realign=False, kind="lora,full")
+    registry = Registry(tmp_path / "out" / "registry")
+    training = ClientTraining.of(registry, CLIENT, registry.backbone.load())
+    config = training.config
+    (data,) = clients_data(config.data, training.backbone, seed=config.seed, wanted=(CLIENT,))
+    generator = generator_for(config.seed, "train", CLIENT)
+    actual = training.fit(data.train, generator=generator).tensors
+    expected = registry.contribution(CLIENT).task_vector.tensors
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)

@@ -37,8 +37,13 @@ from fedcompo.tensorstream import StreamedTensors, TensorDigest, TensorWriter
 
 PIECE = 1 << 22
 MEGABYTE = 1e6
-CHEAP = 30.0
+CHEAP = 60.0
 """Seconds; what takes longer is not repeated."""
+GROUPS = (
+    (("add", "remove"), "add"),
+    (("compose", "load_file_mean", "safe_open_mean"), "compare"),
+)
+"""Operations that take turns, and what is done after them."""
 SECTIONS = (
     ("read", StreamedTensors, "__getitem__"),
     ("SHA-256", hashlib, "file_digest"),
@@ -55,19 +60,21 @@ SECTIONS = (
 )
 """Whose time is whose; that of a section within another is not the other's."""
 HEADER = (
-    "| kind | T | operation | n | cache | seconds | of them | read MB | written MB | from disk MB "
-    "| to disk MB | peak RSS +MB | plain read s | ratio | ratio to read + write |\n"
-    "|---|--:|---|--:|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    "| kind | T | operation | n | cache | seconds | CPU s | seconds went to | read MB | written MB "
+    "| from disk MB | to disk MB | peak RSS +MB | plain read s | ratio | ratio to read + write |\n"
+    "|---|--:|---|--:|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
 MEANING = """
 T: members with the one that comes or goes. n: repeats, of which this is the median one.
 cache: `warm` where the files were read just before, `dropped` where they do not fit in memory and
 were put out of it; the same for the operation and for the plain read beside it.
-of them: parts of 3 % or more. SHA-256: the registry's own checks. write: until the system took the
-bytes, copying included; sync: until the disk had them. head: the joint head of {classes} classes.
+CPU s: of all threads, the system's share included; where others use the machine, the steadier one.
+seconds went to: parts of 3 % or more. SHA-256: the registry's checks, and the reading of whole
+files for them. write: until the system took the bytes, copying included; sync: until the disk had
+them. head: the joint head of {classes} classes.
 read, written: bytes asked of the system (files mapped by safetensors are not among them); from
 disk, to disk: what it then moved.
-peak RSS: above the {base:.0f} MB of a process that imports the same modules and does nothing;
+peak RSS +: above the {base:.0f} MB of a process that imports the same modules and does nothing;
 safetensors maps files, and what is mapped counts.
 ratio: to reading the same files once, in pieces of 4 MiB, and doing nothing with them. Ratio to
 read + write: to that and writing as many bytes as the operation wrote, synced.
@@ -81,6 +88,8 @@ class Measured:
     """What an operation took."""
 
     seconds: float
+    cpu: float
+    """Seconds, of all threads."""
     parts: dict[str, float]
     """Seconds by section; their sum."""
     read: int
@@ -129,21 +138,16 @@ def main() -> None:
 
 def series(job: Job, repeats: int) -> Iterator[tuple[Job, int, Measured]]:
     """Measure all operations at one number of members, which the registry has afterwards."""
-    add, remove = replace(job, operation="add"), replace(job, operation="remove")
     run(replace(job, operation="fill"))
-    found: dict[Job, list[Measured]] = {add: [], remove: []}
-    for _ in range(repeats):
-        for change in (add, remove):
-            found[change].append(beside_plain(change))
-    run(add)
-    for operation in ("compose", "load_file_mean", "safe_open_mean"):
-        found[replace(job, operation=operation)] = []
-    for composing in list(found)[2:]:
-        while len(found[composing]) < repeats:
-            found[composing].append(beside_plain(composing))
-            if found[composing][0].seconds > CHEAP:
+    found: dict[Job, list[Measured]] = {}
+    for group, afterwards in GROUPS:
+        jobs = [replace(job, operation=operation) for operation in group]
+        for _ in range(repeats):
+            for one in jobs:
+                found.setdefault(one, []).append(beside_plain(one))
+            if max(found[one][0].seconds for one in jobs) > CHEAP:
                 break
-    run(replace(job, operation="compare"))
+        run(replace(job, operation=afterwards))
     for one, several in found.items():
         middle = sorted(several, key=lambda measured: measured.seconds)[(len(several) - 1) // 2]
         yield one, len(several), middle
@@ -177,13 +181,14 @@ def measure(job: Job) -> Measured:
     torch.set_num_threads(job.threads)
     shutil.rmtree(job.output, ignore_errors=True)
     job.output.mkdir(parents=True)
-    before = transferred()
+    before, began = transferred(), time.process_time()
     with clocks() as seconds:
         OPERATIONS[job.operation](job)
-    after = transferred()
+    cpu, after = time.process_time() - began, transferred()
     keys = ("rchar", "wchar", "read_bytes", "write_bytes")
     moved = (after[key] - before[key] for key in keys)
-    return Measured(sum(seconds.values()), dict(seconds), *moved, peak=peak_bytes()["resident"])
+    peak = peak_bytes()["resident"]
+    return Measured(sum(seconds.values()), cpu, dict(seconds), *moved, peak=peak)
 
 
 @contextmanager
@@ -275,6 +280,7 @@ def row(job: Job, n: int, found: Measured, base: int) -> str:
         n,
         "warm" if found.warm else "dropped",
         f"{found.seconds:.2f}",
+        f"{found.cpu:.2f}",
         ", ".join(f"{part} {100 * share:.0f} %" for share, part in reversed(parts)),
         *(f"{count / MEGABYTE:.0f}" for count in moved),
         f"{found.plain_read:.2f}",

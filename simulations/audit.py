@@ -1,0 +1,166 @@
+"""Does it forget? Audit the first, the central and the last client, for three ways of training.
+
+    python simulations/audit.py runs/audit-digits
+    python simulations/audit.py runs/audit-cifar simulations/cifar100_small.toml \
+        --reference reference.safetensors --set kind=full
+
+A client starts from the joint head and is anchored by the others (*others*), starts from its own
+probe and is anchored by its own Fisher or by a reference (*lineage-free*), or is trained like
+*others* but for α = 0 (*alpha-0*). For each way there is a run with everyone and, for each of the
+three clients, one that it never took part in; then ``fedcompo audit`` compares. What is finished is
+not run again. The figures of all audits go to ``table.md`` and ``audit.svg``; each audit's own lie
+in ``<way>/audit-<client>``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from compare import FEDCOMPO, run
+
+from fedcompo.audit import FIGURES, LIKELIHOOD_RATIO, LOSS
+from fedcompo.audit_picture import TITLES, axis_of, document, interval_chart, legend, text
+from fedcompo.audit_report import interval, markdown_table
+from fedcompo.audited_models import AFTER, BEFORE, GOLD
+from fedcompo.units import percent
+
+Audits = dict[tuple[str, str], dict]
+"""What ``audit.json`` holds, by way of training and client."""
+MODELS = (BEFORE, AFTER, GOLD)
+WHOSE = ("removed", "remaining")
+
+
+def ways(reference: str) -> dict[str, dict[str, str]]:
+    """Settings by way of training."""
+    free = {"anchor": "reference", "reference": reference} if reference else {"anchor": "own"}
+    return {
+        "others": {},
+        "lineage-free": {**free, "head-start": "probe"},
+        "alpha-0": {"alpha": "0"},
+    }
+
+
+def audit(folder: Path, client: str, arguments: argparse.Namespace) -> dict:
+    """Audit the removal of one client, or take the figures that are there; empty if it failed."""
+    file = folder / f"audit-{client}" / "audit.json"
+    if not file.exists():
+        began = time.monotonic()
+        options = {
+            "--remove": client,
+            "--registry": folder / "everyone" / "registry",
+            "--gold": folder / f"without-{client}" / "registry",
+            "--shadows": arguments.shadows,
+            "--seed": arguments.audit_seed,
+            "--output": file.parent,
+        }
+        flags = [f"{flag}={value}" for flag, value in options.items()]
+        done = subprocess.run([FEDCOMPO, "audit", *flags], capture_output=True, text=True)
+        if done.returncode:
+            print(f"{file.parent} failed:\n{done.stderr}", flush=True)
+            return {}
+        print(f"{file.parent}: {time.monotonic() - began:.0f} s", flush=True)
+    values = json.loads(file.read_text())
+    made, wanted = (values["shadows"], values["seed"]), (arguments.shadows, arguments.audit_seed)
+    if made != wanted:
+        sys.exit(
+            f"{file} was made with {made} shadows and seed, not {wanted}; choose another output."
+        )
+    return values
+
+
+def first_central_last(clients: list[str]) -> list[str]:
+    """Of two clients there is no central one, of one only itself."""
+    return list(dict.fromkeys([clients[0], clients[len(clients) // 2], clients[-1]]))
+
+
+def tables(audits: Audits) -> str:
+    """Accuracies, then attacks: a line for each way of training and client."""
+    triple = " / ".join(MODELS)
+    accuracy = [["training", "removed", *(f"{w}: {TITLES[k]}" for w in WHOSE for k in FIGURES)]]
+    attacks = [["training", "removed", *(f"{a} {m}" for a in ("loss", "LiRA") for m in MODELS)]]
+    attacks[0].append("distance to gold: before / after")
+    for (way, client), values in audits.items():
+        cells = [
+            " / ".join(percent(values["accuracy"][whose][model][key]) for model in MODELS)
+            for whose in WHOSE
+            for key in FIGURES
+        ]
+        accuracy.append([way, client, *cells])
+        found = values["membership"]
+        aucs = [interval(found[a][m]["auc"]) for a in (LOSS, LIKELIHOOD_RATIO) for m in MODELS]
+        far = values["distance_to_gold"]
+        attacks.append([way, client, *aucs, f"{far[BEFORE]:.3g} / {far[AFTER]:.3g}"])
+    return "\n\n".join(
+        [
+            f"Accuracy, %, {triple}, on images of the removed client, and mean of the remaining. "
+            "After a removal the head has no rows of the client's own classes: class-IL is 0.",
+            markdown_table(accuracy),
+            "Membership inference against the removed client: AUC and 95 % interval, bold where "
+            "that excludes chance, 0.5.",
+            markdown_table(attacks) + "\n",
+        ]
+    )
+
+
+def picture(audits: Audits) -> str:
+    """The attacks side by side: a row for each way of training and client."""
+    left, top, width, row = 190, 106, 300, 68
+    parts = [text(20, 30, "Membership inference before and after a removal: AUC", bold=True)]
+    parts += legend(20, 46, MODELS)
+    groups = {
+        attack: [
+            (f"{way}, {client}"[:26], {m: values["membership"][attack][m]["auc"] for m in MODELS})
+            for (way, client), values in audits.items()
+        ]
+        for attack in (LOSS, LIKELIHOOD_RATIO)
+    }
+    axis = axis_of([*groups[LOSS], *groups[LIKELIHOOD_RATIO]])
+    for index, (attack, rows) in enumerate(groups.items()):
+        at = left + index * (width + 70)
+        rows = [("" if index else label, found) for label, found in rows]
+        parts.append(text(at, top - 14, attack.replace("-", " "), bold=True))
+        parts += interval_chart(rows, left=at, top=top, width=width, row=row, axis=axis)
+    return document(2 * width + left + 120, top + row * len(audits) + 50, parts)
+
+
+def main() -> None:
+    """Parse the command line, run, print."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n", maxsplit=1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("output", type=Path)
+    parser.add_argument("scenario", nargs="?", default="")
+    parser.add_argument("--reference", default="", help="a reference Fisher; without: own ones")
+    parser.add_argument("--shadows", type=int, default=16, help="shadow models an audit")
+    parser.add_argument("--audit-seed", type=int, default=0, help="seed of the audits")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    arguments.output = arguments.output.absolute()
+    audits: Audits = {}
+    failed = 0
+    for way, settings in ways(arguments.reference).items():
+        folder = arguments.output / way
+        everyone = run(folder / "everyone", arguments, settings)
+        failed += not everyone
+        for client in first_central_last(sorted(everyone["per_client"])) if everyone else []:
+            gold = run(folder / f"without-{client}", arguments, {**settings, "exclude": client})
+            values = audit(folder, client, arguments) if gold else {}
+            failed += not values
+            if values:
+                audits[way, client] = values
+                (arguments.output / "table.md").write_text(tables(audits))
+                (arguments.output / "audit.svg").write_text(picture(audits))
+    if audits:
+        print(tables(audits))
+    if failed:
+        sys.exit(f"{failed} run(s) or audit(s) failed.")
+
+
+if __name__ == "__main__":
+    main()

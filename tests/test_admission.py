@@ -1,0 +1,358 @@
+"""The registry's door: what is refused there leaves every byte of the registry as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import altered
+from registry_builders import WIDTH, contents, member, mixtures, one_of_each_kind, registry_of
+from torch import Tensor
+
+from fedcompo.config import Coefficients, Kind
+from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution, Lineage
+from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
+from fedcompo.registry import Registry
+from fedcompo.registry_state import RegistrySettings
+from fedcompo.tensorfile import load, save
+
+NAME = "blocks.0.mlp.fc1.weight"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return registry_of(tmp_path_factory.mktemp("template") / "r", *one_of_each_kind()).path
+
+
+@pytest.fixture
+def registry(template, tmp_path):
+    return Registry(shutil.copytree(template, tmp_path / "registry", symlinks=True))
+
+
+def refused(registry: Registry, *sources: Contribution | Path, **options: bool) -> FedcompoError:
+    """The error of adding; nothing may have happened."""
+    before, state = contents(registry.path), registry.state
+    with pytest.raises(FedcompoError) as caught:
+        registry.add(*sources, **options)
+    assert contents(registry.path) == before
+    assert registry.state == state
+    return caught.value
+
+
+def with_tensor(contribution: Contribution, name: str, value: Tensor) -> Contribution:
+    vector = contribution.task_vector
+    return replace(
+        contribution, task_vector=replace(vector, tensors={**vector.tensors, name: value})
+    )
+
+
+def with_mixture(contribution: Contribution, **parts: Any) -> Contribution:
+    mixture = replace(contribution.features["cat"], **parts)
+    return replace(contribution, features={**contribution.features, "cat": mixture})
+
+
+def rewritten(folder: Path, **claims: Any) -> Path:
+    """The folder with other claims in manifest and card, sealed as fedcompo itself would."""
+    tensors, manifest = load(folder / CONTENT)
+    own = ("format_version", "fedcompo_version", "sha256", "tensors_sha256")
+    manifest = {k: v for k, v in manifest.items() if k not in own} | claims
+    card = json.loads((folder / CARD).read_text())
+    save(folder / CONTENT, dict(tensors), manifest)
+    (folder / CARD).write_text(json.dumps(manifest | {"tensors_sha256": card["tensors_sha256"]}))
+    return folder
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "parent": "../x",
+    "absolute": "/etc/passwd",
+    "nested": "a/b",
+    "windows path": "a\\b",
+    "NUL": "a\0b",
+    "newline": "a\nb",
+    "300 characters": "x" * 300,
+    "empty": "",
+    "dots": "..",
+    "hidden": ".x",
+    "reserved": "CON",
+    "reserved with suffix": "nul.txt",
+    "a replacement's folder": "ada~5",
+    "trailing dot": "x.",
+    "Cyrillic a": "аda",
+    "right to left": "a\u202eb",
+    "half a pair": "\ud800",
+    "other case": "ADA",
+    "look-alike": "Ada",
+    "full-width": "ａda",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("replacing", [False, True], ids=["add", "replace"])
+def test_hostile_names_are_refused(name, replacing, registry):
+    around = contents(registry.path.parent)
+    error = refused(registry, member(name), replacing=replacing)
+    assert isinstance(error, ContributionError)
+    assert "name" in str(error) or "mistaken" in str(error)
+    assert contents(registry.path.parent) == around
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\0b", "", "ADA", "ada~5", "lock"])
+def test_names_of_no_member_are_refused_on_removal(name, registry):
+    before = contents(registry.path.parent)
+    with pytest.raises(ContributionError, match="There is no client"):
+        registry.remove(name)
+    assert contents(registry.path.parent) == before
+
+
+def test_a_mistyped_name_is_met_with_the_right_one(registry):
+    with pytest.raises(ContributionError, match="Did you mean 'cho'"):
+        registry.remove("choo")
+
+
+def test_newcomers_that_look_alike_are_refused_together(registry):
+    error = refused(registry, member("site-1"), member("site-l"))
+    assert "mistaken" in str(error)
+
+
+# -- who is there already -------------------------------------------------------------------------
+
+
+def test_a_name_that_is_there_is_refused_unless_it_is_to_be_replaced(registry):
+    assert "`--replace`" in str(refused(registry, member("ada", seed=9)))
+    registry.add(member("ada", seed=9), replacing=True)
+    assert registry.clients == ("ada", "ben", "cho")
+
+
+@pytest.mark.parametrize("name", ["dee", "ada"], ids=["new", "there"])
+def test_the_same_name_twice_at_once_is_refused(name, registry):
+    error = refused(registry, member(name, seed=1), member(name, seed=2), replacing=True)
+    assert f"Two of the contributions are of {name!r}" in str(error)
+
+
+def test_all_are_added_or_none(registry):
+    refused(registry, member("dee"), member("eva"), member("ben"))
+    assert registry.clients == ("ada", "ben", "cho")
+
+
+def test_adding_nothing_is_an_error(registry):
+    assert "nothing to add" in str(refused(registry))
+
+
+# -- what it holds --------------------------------------------------------------------------------
+
+
+def full() -> Contribution:
+    return member("dee", Kind.FULL, with_fisher=True)
+
+
+def lora() -> Contribution:
+    return member("dee", Kind.LORA)
+
+
+def of_full(change: Callable[[Tensor], Tensor]) -> Contribution:
+    made = full()
+    name = f"{NAME}/delta"
+    return with_tensor(made, name, change(made.task_vector.tensors[name].clone()))
+
+
+def fill(value: float) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+BAD: dict[str, tuple[Callable[[], Contribution], str]] = {
+    "NaN": (lambda: of_full(fill(math.nan)), "not finite"),
+    "infinite": (lambda: of_full(fill(-math.inf)), "not finite"),
+    "out of range": (lambda: of_full(fill(2.0**11)), "changes 'blocks.0.mlp.fc1.weight' by 2048"),
+    "wrong shape": (lambda: of_full(lambda t: t.T), "has shape"),
+    "a row short": (lambda: of_full(lambda t: t[1:]), "has shape"),
+    "whole numbers": (lambda: of_full(lambda t: t.long()), "dtype"),
+    "ranks differ": (
+        lambda: with_tensor(lora(), f"{NAME}/A", torch.zeros(1, WIDTH)),
+        "ranks 1 .A. and 2 .B.",
+    ),
+    "a weight too many": (lambda: with_tensor(full(), "x/delta", torch.zeros(1)), "difference"),
+    "a LoRA out of range": (
+        lambda: with_tensor(lora(), f"{NAME}/A", torch.full((2, WIDTH), 1e6)),
+        "at most 1024",
+    ),
+    "head too narrow": (
+        lambda: replace(full(), head=replace(full().head, weight=torch.zeros(2, 3))),
+        "head",
+    ),
+    "head not finite": (
+        lambda: replace(full(), head=replace(full().head, bias=torch.full((2,), math.nan))),
+        "not finite",
+    ),
+    "no class": (lambda: member("dee", classes=()), "classes"),
+    "classes not sorted": (lambda: member("dee", classes=("dog", "cat")), "sorted"),
+    "a class twice": (lambda: member("dee", classes=("cat", "cat")), "each once"),
+    "other classes described": (
+        lambda: replace(full(), features=mixtures(("cat", "owl"), seed=0)),
+        "describes",
+    ),
+    "negative variance": (
+        lambda: with_mixture(full(), variances=-torch.ones(2, WIDTH)),
+        "not positive",
+    ),
+    "shares": (lambda: with_mixture(full(), weights=torch.tensor([0.9, 0.9])), "sum of 1"),
+    "share without dimension": (
+        lambda: with_mixture(full(), weights=torch.tensor(1.0)),
+        "has shapes",
+    ),
+    "shares in whole numbers": (
+        lambda: with_mixture(full(), weights=torch.tensor([0, 1])),
+        "floating-point",
+    ),
+    "no example": (lambda: replace(full(), num_examples=0), "whole numbers from 1"),
+    "half an example": (lambda: replace(full(), num_examples=2.5), "whole numbers from 1"),
+    "a class of no example": (lambda: with_mixture(full(), num_examples=0), "whole numbers"),
+    "class of half a character": (lambda: member("dee", classes=("\ud800",)), "no text"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), BAD.values(), ids=BAD)
+def test_what_cannot_live_with_the_others_is_refused(make, reason, registry):
+    error = refused(registry, make())
+    assert isinstance(error, ContributionError)
+    assert re.search(reason, str(error)), str(error)
+
+
+def test_a_fisher_that_can_anchor_nobody_is_refused(registry):
+    made = full()
+    for name, value in (
+        (NAME, -made.fisher.sums[NAME]),
+        (NAME, made.fisher.sums[NAME] * math.nan),
+        (NAME, made.fisher.sums[NAME][1:]),
+        ("head.weight", torch.zeros(2, 3)),
+    ):
+        sums = {**made.fisher.sums, name: value}
+        error = refused(registry, replace(made, fisher=replace(made.fisher, sums=sums)))
+        assert "Fisher" in str(error)
+
+
+def test_another_backbone_is_refused_and_both_are_named(registry):
+    made = full()
+    foreign = replace(made, task_vector=replace(made.task_vector, base="pico@other"), fisher=None)
+    error = refused(registry, foreign)
+    assert isinstance(error, BackboneMismatch)
+    assert "pico@other" in str(error) and registry.state.base in str(error)
+
+
+def test_examples_that_leave_the_range_of_the_sum_are_refused(tmp_path):
+    how = RegistrySettings(coefficients=Coefficients.EXAMPLES, align_samples=8)
+    registry = registry_of(tmp_path / "r", member("ada"), settings=how)
+    error = refused(registry, replace(full(), num_examples=10**7))
+    assert "`coefficients = uniform`" in str(error)
+    error = refused(registry, replace(full(), num_examples=10**30))
+    assert "`coefficients = uniform`" in str(error)
+
+
+# -- folders from anywhere ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inbox(tmp_path):
+    full().save(tmp_path / "inbox")
+    return tmp_path / "inbox"
+
+
+def test_a_whole_folder_is_taken_with_its_own_files_only(inbox, registry):
+    (inbox / "notes.txt").write_text("ours")
+    (inbox / "more").mkdir()
+    registry.add(inbox)
+    taken = {path.name for path in (registry.path / "clients" / "dee").iterdir()}
+    assert taken == {CONTENT, FISHER, CARD}
+
+
+@pytest.mark.parametrize("name", [CONTENT, FISHER, CARD])
+def test_a_missing_file_is_refused(name, inbox, registry):
+    (inbox / name).unlink()
+    assert isinstance(refused(registry, inbox), FileFormatError)
+
+
+@pytest.mark.parametrize("name", [CONTENT, FISHER])
+def test_a_truncated_file_is_refused(name, inbox, registry):
+    (inbox / name).write_bytes((inbox / name).read_bytes()[:-1])
+    assert isinstance(refused(registry, inbox), FileFormatError)
+
+
+@pytest.mark.parametrize("name", [CONTENT, FISHER, CARD])
+def test_an_altered_byte_is_refused_wherever_it_is(name, inbox, registry):
+    size = (inbox / name).stat().st_size
+    for position in range(60, size, size // 12):
+        altered(inbox / name, position)
+        assert isinstance(refused(registry, inbox), FileFormatError), position
+        altered(inbox / name, position)
+    registry.add(inbox)
+
+
+def test_a_fisher_of_another_time_is_refused(inbox, tmp_path, registry):
+    member("dee", Kind.FULL, seed=8, with_fisher=True).save(tmp_path / "other")
+    (tmp_path / "other" / FISHER).replace(inbox / FISHER)
+    assert "disagree" in str(refused(registry, inbox))
+
+
+def test_a_fisher_that_the_card_does_not_name_is_not_taken(inbox, tmp_path, registry):
+    member("dee").save(tmp_path / "plain")
+    (inbox / FISHER).replace(tmp_path / "plain" / FISHER)
+    registry.add(tmp_path / "plain")
+    assert not (registry.path / "clients" / "dee" / FISHER).exists()
+
+
+def test_no_folder_and_an_empty_one_are_refused(tmp_path, registry):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "nowhere", tmp_path / "empty"):
+        assert isinstance(refused(registry, path), FileFormatError)
+
+
+LINEAGE = {"method": "ita", "anchored_by": [], "aligned_with": [], "ensemble": []}
+CLAIMS: dict[str, dict[str, Any]] = {
+    "client is a number": {"client": 5},
+    "client is a list": {"client": ["dee"]},
+    "client leads elsewhere": {"client": "../../x"},
+    "classes are numbers": {"classes": [1, 2]},
+    "classes are null": {"classes": None},
+    "examples in words": {"num_examples": "many"},
+    "half an example": {"num_examples": 0.5},
+    "true examples": {"num_examples": True},
+    "class examples in words": {"mixtures": {"cat": "many", "dog": 3}},
+    "mixtures are a list": {"mixtures": ["cat", "dog"]},
+    "lineage is null": {"lineage": None},
+    "lineage of nothing": {"lineage": {**LINEAGE, "anchored_by": None}},
+    "lineage of lists": {"lineage": {**LINEAGE, "anchored_by": [["ada"]]}},
+    "lineage of half characters": {"lineage": {**LINEAGE, "ensemble": ["\ud800"]}},
+    "lineage with more": {"lineage": {**LINEAGE, "more": []}},
+    "method is a number": {"lineage": {**LINEAGE, "method": 1}},
+    "settings are a list": {"settings": [1]},
+    "unknown kind": {"kind": "magic"},
+    "kind of another": {"kind": "lora"},
+    "base is null": {"base": None},
+}
+
+
+@pytest.mark.parametrize("claims", CLAIMS.values(), ids=CLAIMS)
+def test_claims_that_no_client_of_ours_makes_are_refused(claims, tmp_path, registry):
+    member("dee", Kind.FULL).save(tmp_path / "inbox")
+    refused(registry, rewritten(tmp_path / "inbox", **claims))
+    registry.remove("ada")  # and nobody is kept from leaving
+
+
+def test_rewriting_alone_is_no_reason_to_refuse(tmp_path, registry):
+    member("dee", Kind.FULL, lineage=Lineage(anchored_by=("zoe",))).save(tmp_path / "inbox")
+    registry.add(rewritten(tmp_path / "inbox", num_examples=3))
+    assert registry.member("dee").num_examples == 3
+    assert registry.member("dee").lineage.anchored_by == ("zoe",)

@@ -1,0 +1,493 @@
+"""Commands that look into a registry and change it: what they say, refuse, and leave alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from cli_runs import CLASSES, digits_registry, run, told
+from registry_builders import backbone, contents, member, registry_of
+
+from fedcompo.cli import app
+from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
+from fedcompo.config import Kind, RunConfig
+from fedcompo.contribution import CONTENT
+from fedcompo.data import load_client_data
+from fedcompo.errors import ConfigError
+from fedcompo.registry import Registry
+from fedcompo.registry_layout import PUBLIC
+from fedcompo.removal import RemovalRecord
+from fedcompo.specialise import head_of
+from fedcompo.training import evaluate
+from fedcompo.units import percent
+from fedcompo.verification import verify_registry
+
+ODD = ("[/]", "[bold]7", ":smile:", "\x1b[31mred")
+"""Names of classes that markup, emoji codes and terminals would swallow."""
+RECORD = "000003-client-1.json"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits_registry(tmp_path_factory.mktemp("digits") / "registry").path
+
+
+@pytest.fixture
+def home(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the commands are given: a folder with a copy of the registry in it."""
+    shutil.copytree(original, tmp_path / "registry", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@pytest.fixture
+def odd(home: Path) -> Path:
+    """The same, with a client whose classes have odd names."""
+    Registry("registry").add(member("odd", Kind.IA3, seed=8, classes=sorted(ODD)))
+    return home
+
+
+# -- list and show --------------------------------------------------------------------------------
+
+
+def test_list_says_who_is_there(home: Path) -> None:
+    out = run("list").stdout
+    for client, classes in CLASSES.items():
+        (line,) = (line for line in out.splitlines() if f" {client} " in line)
+        assert f" {', '.join(classes)} " in line
+    assert f"Root {Registry('registry').state.root}" in out
+    assert f"Model: {home / 'registry' / 'model'}" in out
+    assert "Joint head of 6 classes, aligned on pre-trained features" in out
+
+
+def test_list_for_programs_is_the_registry_itself(home: Path) -> None:
+    registry, found = Registry("registry"), told("list")
+    assert found["registry"] == str(home / "registry")
+    assert (found["root"], found["backbone"]) == (registry.state.root, registry.state.base)
+    assert (Path(found["model"]) / "model.safetensors").is_file()
+    assert found["classes"] == list(registry.classes)
+    assert found["settings"]["align_samples"] == registry.settings.align_samples
+    assert (found["joint_head"], found["kept_versions"]) == ("aligned", [])
+    shown = {row["client"]: row for row in found["clients"]}
+    assert [(c, row["kind"], row["num_examples"]) for c, row in shown.items()] == [
+        ("client-0", "full", 20),
+        ("client-1", "lora", 20),
+        ("client-2", "ia3", 20),
+    ]
+    assert (shown["client-0"]["shaped_by"], shown["client-0"]["shapes"]) == (["client-1"], [])
+    assert (shown["client-1"]["shaped_by"], shown["client-1"]["shapes"]) == ([], ["client-0"])
+    folder = home / "registry" / "clients" / "client-0"
+    assert shown["client-0"]["bytes"] == sum(f.stat().st_size for f in folder.iterdir())
+    assert shown["client-0"]["added"] == registry.entries()[1].time
+
+
+def test_an_empty_registry_can_be_listed(tmp_path: Path) -> None:
+    registry_of(tmp_path / "r")
+    assert "none, nobody is there" in run("list", "-r", tmp_path / "r").stdout
+    assert told("list", "-r", tmp_path / "r")["model"] is None
+
+
+def test_show_tells_all_of_a_member(home: Path) -> None:
+    out, found = run("show", "client-0").stdout, told("show", "client-0")
+    member = Registry("registry").member("client-0")
+    assert found["files"] == member.files and len(member.files) == 3
+    for text in ("full", "1, 6", "client-1", *member.files, *member.files.values()):
+        assert text in out
+    assert found["present"] is True
+    assert found["lineage"]["anchored_by"] == ["client-1"]
+    assert found["settings"] == RunConfig().flat()
+    assert [event["event"] for event in found["history"]] == ["added"]
+
+
+def test_show_knows_who_was_there(home: Path) -> None:
+    run("remove", "client-1", "--yes")
+    out, found = run("show", "client-1").stdout, told("show", "client-1")
+    assert found["present"] is False
+    assert [(e["event"], e.get("record")) for e in found["history"]] == [
+        ("added", None),
+        ("removed", f"removals/{RECORD}"),
+    ]
+    assert "not any more" in out and f"removals/{RECORD}" in out
+
+
+def test_show_tells_of_a_replacement(home: Path) -> None:
+    registry = Registry("registry")
+    registry.add(member("client-2", seed=7, classes=CLASSES["client-2"]), replacing=True)
+    assert "to be replaced" in run("show", "client-2").stdout
+    events = [event["event"] for event in told("show", "client-2")["history"]]
+    assert events == ["added", "removed", "added"]
+
+
+@pytest.mark.parametrize("command", ["show", "remove", "negate", "specialise", "export"])
+def test_a_client_that_is_unknown_is_compared_with_those_there_are(
+    home: Path, command: str
+) -> None:
+    arguments = {
+        "negate": ["clent-1", "-o", "x"],
+        "specialise": ["clent-1", "-o", "x"],
+        "export": ["--client", "clent-1", "-o", "x"],
+    }
+    error = run(command, *arguments.get(command, ["clent-1"]), code=1).stderr
+    assert "There is no client 'clent-1'" in error
+    assert "Did you mean 'client-1'?" in error
+    assert not (home / "x").exists()
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("show", "odd"), ("remove", "odd", "--dry-run")])
+def test_names_are_printed_as_they_are(odd: Path, arguments: tuple[str, ...]) -> None:
+    for name in ODD:
+        Registry("registry").add(member("odd", classes=[name]), replacing=True)
+        out = run(*arguments).stdout
+        assert name.replace("\x1b", "⟨U+001B⟩") in out
+        assert "\x1b" not in out
+
+
+def test_names_come_whole_out_of_json(odd: Path) -> None:
+    assert told("show", "odd")["classes"] == sorted(ODD)
+    assert "\x1b" not in run("list", "--json").stdout
+
+
+def test_a_path_is_printed_as_it_is(home: Path) -> None:
+    (home / "registry").rename(home / "[bold]r:smile:")
+    out = run("list", "-r", "[bold]r:smile:").stdout
+    assert out.count("[bold]r:smile:") == 2
+    assert "[bold]r:smile:" in run("remove", "client-1", "--yes", "-r", "[bold]r:smile:").stdout
+
+
+# -- which registry -------------------------------------------------------------------------------
+
+
+def test_the_registry_is_named_or_near(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = registry_of(home / "other", member("else")).path
+    assert "client-0" in run("list").stdout  # ./registry
+    monkeypatch.chdir(other)
+    assert "else" in run("list").stdout  # where one stands
+    assert "client-0" in run("list", "--registry", home / "registry").stdout
+    monkeypatch.setenv(VARIABLE, str(home / "registry"))
+    assert "client-0" in run("list").stdout
+    assert "else" in run("list", "-r", other).stdout
+    monkeypatch.setenv(VARIABLE, "")
+    assert "else" in run("list").stdout
+
+
+@pytest.mark.parametrize("command", ["list", "verify"])
+def test_without_a_registry_the_answer_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert "There is no registry at ." in run(command, code=1).output
+    assert "nowhere" in run(command, "-r", "nowhere", code=1).output
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- add ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mail(home: Path) -> Path:
+    """Contributions that came by mail."""
+    member("new", seed=5, classes=("3", "4")).save(home / "mail" / "new")
+    member("client-2", seed=6, classes=CLASSES["client-2"]).save(home / "mail" / "client-2")
+    return home / "mail"
+
+
+def test_add_takes_what_came_by_mail(home: Path, mail: Path) -> None:
+    out = run("add", mail / "new").stdout
+    assert out.startswith("Added new.\n4 clients, 8 classes.")
+    assert Registry("registry").clients == ("client-0", "client-1", "client-2", "new")
+    run("verify")
+
+
+def test_add_replaces_only_when_told_to(home: Path, mail: Path) -> None:
+    before = contents(home / "registry")
+    error = run("add", mail / "new", mail / "client-2", code=1).stderr
+    assert "Client 'client-2' is in the registry" in error and "--replace" in error
+    assert contents(home / "registry") == before  # all or none
+    found = told("add", mail / "new", mail / "client-2", "--replace")
+    assert (found["added"], found["replaced"]) == (["new"], ["client-2"])
+    assert found["root"] == Registry("registry").state.root
+    assert found["clients"] == ["client-0", "client-1", "client-2", "new"]
+    assert "Replaced new, client-2" not in run("add", mail / "new", "--replace").stdout
+    run("verify")
+
+
+def test_add_refuses_what_is_damaged_or_absent(home: Path, mail: Path) -> None:
+    before = contents(home / "registry")
+    data = (mail / "new" / CONTENT).read_bytes()
+    (mail / "new" / CONTENT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    error = run("add", mail / "client-2", mail / "new", "--replace", code=1).stderr
+    assert "were altered" in error and str(mail / "new" / CONTENT) in error
+    assert "nowhere" in run("add", "nowhere", code=1).stderr
+    assert contents(home / "registry") == before
+
+
+# -- remove ---------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_would_happen_and_changes_no_byte(home: Path) -> None:
+    before = contents(home / "registry")
+    out = run("remove", "client-1", "--dry-run").stdout
+    assert contents(home / "registry") == before
+    for text in (
+        "clients/client-1",
+        "classes of the joint head: 0, 7",
+        "compositions that contain it: versions/000002",
+        "Stays: client-0, client-2",
+        "anchored by its Fisher: client-0",
+        "train again: client-0",
+    ):
+        assert text in out
+
+
+def test_a_dry_run_measures_the_effect_on_the_clients_own_digits(home: Path) -> None:
+    """Held against the library, before and after."""
+    registry, config = Registry("registry"), RunConfig()
+    accuracy = told("remove", "client-1", "--dry-run")["accuracy"]
+    out = run("remove", "client-1", "--dry-run").stdout
+    pool = registry.pool()
+    compositions = {
+        "before": (pool, registry.joint_head()),
+        "after": (pool.without("client-1"), head_of(pool.without("client-1"), registry.settings)),
+    }
+    for moment, (members, head) in compositions.items():
+        theta = members.compose(backbone().theta_0)
+        assert set(accuracy[moment]) == set(members.clients)
+        for partition in range(3):
+            name = f"client-{partition}"
+            if name not in members.clients:
+                continue
+            own = load_client_data(
+                config.data, backbone().preprocessing, partition=partition, seed=config.seed
+            )
+            found = evaluate(backbone(), theta, head, own.classes, own.test)
+            assert accuracy[moment][name] == {
+                "class_il_accuracy": found.class_il,
+                "task_il_accuracy": found.task_il,
+                "num_examples": len(own.test.labels),
+            }
+            (line,) = (line for line in out.splitlines() if f" {name} " in line and "│" in line)
+            assert f" {percent(found.class_il)} " in line
+    assert accuracy["before"]["client-0"] != accuracy["after"]["client-0"]
+
+
+def test_a_dry_run_without_data_at_hand_says_why(home: Path) -> None:
+    arguments = "remove", "client-1", "--dry-run", "--data", "folder:/nowhere"
+    assert "was not measured: " in run(*arguments).stdout
+    assert "/nowhere" in told(*arguments)["accuracy"]["reason"]
+
+
+def test_a_removal_asks_first(home: Path) -> None:
+    before = contents(home / "registry")
+    result = run("remove", "client-1", code=1, answer="n\n")
+    assert "Remove client-1 from registry? [y/N]" in result.stdout
+    run("remove", "client-1", code=1)  # nobody answers
+    assert contents(home / "registry") == before
+    run("remove", "client-1", answer="y\n")
+    assert Registry("registry").clients == ("client-0", "client-2")
+
+
+def test_a_removal_ends_with_its_record_and_how_to_check_it(home: Path) -> None:
+    out = run("remove", "client-1", "--yes", "--requested-by", "them", "--reason", "why").stdout
+    *_, last = out.splitlines()
+    start = "Check it by: fedcompo "
+    assert last.startswith(start)
+    run(*last.removeprefix(start).split())
+    path = home / "registry" / "removals" / RECORD
+    record = RemovalRecord.parse(path.read_bytes(), source=str(path))
+    assert (record.requested_by, record.reason) == ("them", "why")
+
+
+def test_a_removal_for_programs_prints_the_record(home: Path) -> None:
+    before = contents(home / "registry")
+    assert "--yes" in run("remove", "client-1", "--json", code=2).stderr  # nobody can be asked
+    assert contents(home / "registry") == before
+    out = run("remove", "client-1", "--yes", "--json", "--reason", ":smile: [bold] é").stdout
+    assert out == (home / "registry" / "removals" / RECORD).read_text()
+    assert json.loads(out)["reason"] == ":smile: [bold] é"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_plan_says_which_compositions_are_kept(home: Path, keep: bool) -> None:
+    options = ["--keep-versions"] if keep else []
+    plan = told("remove", "client-1", "--dry-run", *options)
+    out = run("remove", "client-1", "--yes", *options).stdout
+    there = [str(p.relative_to(home / "registry")) for p in (home / "registry/versions").iterdir()]
+    assert plan["goes"]["versions"] == ([] if keep else ["versions/000002"])
+    assert plan["stays"]["versions"] == (["versions/000002"] if keep else [])
+    assert sorted(there) == [*plan["stays"]["versions"], "versions/000003"]
+    assert ("that contain it, as asked: versions/000002" in out) is keep
+    assert ("that contain it: versions/000002" in out) is not keep
+
+
+def test_a_removal_without_influence_says_so(home: Path) -> None:
+    plan = told("remove", "client-2", "--dry-run")
+    assert plan["influence_exact"] is True
+    assert "nothing of it is left" in run("remove", "client-2", "--dry-run").stdout
+
+
+def test_options_that_would_be_passed_over_are_refused(home: Path) -> None:
+    before = contents(home / "registry")
+    assert "--dry-run" in run("remove", "client-1", "--data", "digits", "-y", code=2).stderr
+    assert "UTF-8" in run("remove", "client-1", "-y", "--reason", "\udcff", code=2).stderr
+    assert "name one" in run("verify", "--public-key", "registry/public.pem", code=2).stderr
+    assert contents(home / "registry") == before
+
+
+# -- verify ---------------------------------------------------------------------------------------
+
+
+def test_verify_says_that_all_holds(home: Path) -> None:
+    claims = verify_registry(home / "registry")
+    out = run("verify").stdout
+    assert f"{len(claims)} of {len(claims)} claims hold, 0 fail" in out
+    assert "13 files are unaltered" in out
+    assert [finding["holds"] for finding in told("verify")] == [True] * len(claims)
+
+
+def test_verify_names_what_was_altered_and_fails(home: Path) -> None:
+    path = home / "registry" / "clients" / "client-0" / CONTENT
+    path.write_bytes(path.read_bytes()[:-1])
+    out = run("verify", code=1).stdout
+    assert f"FAILS: {CONTENT} of client-0 is unaltered: registry/clients/client-0" in out
+    assert "1 fails" in out
+    (failed,) = (f for f in told("verify", code=1) if not f["holds"])
+    assert failed["claim"] == f"{CONTENT} of client-0 is unaltered"
+
+
+def test_verify_checks_a_record_with_the_registry_or_the_key_alone(home: Path) -> None:
+    run("remove", "client-1", "--yes")
+    path = home / RECORD
+    shutil.copy(home / "registry" / "removals" / RECORD, path)
+    assert "0 fail" in run("verify", path).stdout
+    assert len(told("verify", path)) > 10
+    shutil.move(home / "registry", home / "elsewhere")
+    out = run("verify", path, "--public-key", home / "elsewhere" / PUBLIC).stdout
+    assert "1 of 1 claims hold" in out
+    assert "Without --registry nothing but the signature can be checked." in out
+    path.write_text(path.read_text().replace("client-1", "client-2"))
+    run("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1)
+    assert "is no removal record" in run("verify", __file__, "-r", "elsewhere", code=1).stdout
+
+
+def test_an_open_claim_is_no_failure(home: Path) -> None:
+    run("remove", "client-1", "--yes")
+    run("remove", "client-2", "--yes")
+    out = run("verify", f"registry/removals/{RECORD}").stdout
+    assert "0 fail, 2 cannot be derived again" in out
+    assert "open: the survivors alone" in out
+    found = told("verify", f"registry/removals/{RECORD}")
+    assert sum(finding["holds"] is None for finding in found) == 2
+
+
+# -- the program ----------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    yield from group.commands.items()
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()), ids=[n for n, _ in commands()])
+def test_every_option_is_explained(
+    name: str, command: click.Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = " ".join(run(name, "--help").stdout.split())
+    summary, *_ = (command.help or "").splitlines()
+    assert summary in out
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, option.name
+            assert option.opts[0] in out
+            assert " ".join(option.help.split())[:40] in out.replace(" │ │ ", " ")
+        else:
+            assert option.make_metavar(click.Context(command)).strip("[]. ") in out
+
+
+def test_help_is_quick(home: Path) -> None:
+    """The commands import what computes only when they compute."""
+    code = (
+        "import sys\nfrom fedcompo.cli import app\n"
+        "for words in (['--help'], ['remove', '--help'], ['compose', '--help']):\n"
+        "    try: app(words)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "print({'torch', 'timm', 'numpy', 'flwr', 'ray', 'sklearn'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_real_process_keeps_its_output_clean(home: Path) -> None:
+    command = [sys.executable, "-m", "fedcompo.cli", "remove", "client-1", "--yes", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)
+    assert done.stdout == (home / "registry" / "removals" / RECORD).read_text()
+    assert done.stderr == ""
+    assert Registry("registry").clients == ("client-0", "client-2")
+
+
+def test_an_error_of_the_system_is_a_sentence(home: Path) -> None:
+    (home / "file").write_text("")
+    error = run("export", "-o", "file/x", code=1).stderr
+    assert error == "The system refuses: [Errno 17] File exists: 'file'\n"
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(None, ()), ("a", ("a",)), ("a,b-1", ("a", "b-1")), (" a , b ", ("a", "b"))],
+)
+def test_lists_of_names_are_split(text: str | None, expected: tuple[str, ...]) -> None:
+    assert listed_names(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "a,,b", "a,"])
+def test_lists_with_an_empty_name_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="no list of clients"):
+        listed_names(text)
+
+
+def test_weights_are_parsed() -> None:
+    assert weights_of(None) is None
+    assert weights_of("a=0.25, b = 0.75") == {"a": 0.25, "b": 0.75}
+    assert weights_of("a=1,b=0") == {"a": 1.0, "b": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a", "not of the form"),
+        ("a=", "not of the form"),
+        ("=1", "not of the form"),
+        (" =1", "not of the form"),
+        ("a=x", "not of the form"),
+        ("a=0.5,a=0.5", "not of the form"),
+        ("a=0.5, a=0.5", "not of the form"),
+        ("a=1,", "no list of clients"),
+        ("", "no list of clients"),
+        ("a=0.5,b=0.6", "sum to 1.1"),
+        ("a=2,b=-1", "must be >= 0"),
+        ("a=nan", "sum to nan"),
+        ("a=inf", "sum to inf"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        weights_of(text)
+
+
+def test_what_cannot_be_seen_is_shown_by_its_number() -> None:
+    text = "a\tb\nc \x1b[2J \u202egnp \x9b [red]é"
+    assert literal(text).plain == "a\tb\nc ⟨U+001B⟩[2J ⟨U+202E⟩gnp ⟨U+009B⟩ [red]é"
