@@ -63,15 +63,15 @@ def print_list(summary: Mapping[str, Any]) -> None:
     """Print who is in a registry, and what it composes."""
     table = Table(title=literal(f"Registry {summary['registry']}"))
     for column in ("client", "kind", "classes", "added"):
-        table.add_column(column)
-    for column in ("images", "on disk", "shaped by", "shapes"):
+        table.add_column(column, no_wrap=column in ("client", "added"))
+    for column in ("images", "size", "shaped by", "shapes"):
         table.add_column(column, justify="right")
     for row in summary["clients"]:
         table.add_row(
             literal(row["client"]),
             row["kind"],
             literal(shortened(row["classes"])),
-            row["added"],
+            row["added"].partition("T")[0],  # the day is enough, and fits a narrow terminal
             str(row["num_examples"]),
             size(row["bytes"]),
             str(len(row["shaped_by"])),

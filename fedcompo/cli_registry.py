@@ -180,7 +180,7 @@ def remove(
             )
         path = opened.path / opened.entries()[record.sequence - 1].details["record"]
         if as_json:
-            say(record.text.rstrip())
+            typer.echo(record.text, nl=False)  # byte for byte: it can be kept and verified
             return
         say(f"Removed {client} in {time.monotonic() - started:.1f} s. Record: {path}")
         say(f"Check it by: fedcompo verify {path} --registry {opened.path}")

@@ -18,6 +18,17 @@ from fedcompo.tensorfile import tuples
 from fedcompo.tensorstream import StreamedTensors, save_streamed
 
 CONTENT = "backbone"
+SAID = {
+    "name",
+    "fingerprint",
+    "preprocessing",
+    "architecture",
+    "classifier",
+    "model_args",
+    "num_features",
+    "target_weights",
+}
+"""What the manifest says, besides."""
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
@@ -54,6 +65,11 @@ class StoredBackbone:
         if manifest.get("content") != CONTENT:
             raise FileFormatError(
                 f"{path} holds a {manifest.get('content')!r}, expected a {CONTENT!r}."
+            )
+        if missing := sorted(SAID - manifest.keys()):
+            raise FileFormatError(
+                f"The manifest of {path} has no {missing[0]!r}. It was written by another version "
+                "of fedcompo; use that one, or make the file again."
             )
         self.path = path
         self.fingerprint: str = manifest["fingerprint"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -90,6 +92,24 @@ def registry_of(
     if contributions:
         registry.add(*contributions)
     return registry
+
+
+@functools.cache
+def _three() -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()
+    registry_of(Path(folder.name) / "registry", *one_of_each_kind())
+    return folder
+
+
+def three_clients(path: Path) -> Registry:
+    """A registry of :func:`one_of_each_kind`, copied from one that is made once."""
+    return Registry(shutil.copytree(Path(_three().name) / "registry", path, symlinks=True))
+
+
+def own_mixtures(registry: Registry) -> dict[str, dict[str, FeatureMixture]]:
+    """Mixtures to align a registry's joint head with, different for each client."""
+    members = registry.state.members.items()
+    return {c: mixtures(m.classes, seed=100 * i) for i, (c, m) in enumerate(members)}
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:

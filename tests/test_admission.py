@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from builders import altered
-from registry_builders import WIDTH, contents, member, mixtures, one_of_each_kind, registry_of
+from registry_builders import WIDTH, contents, member, mixtures, registry_of, three_clients
 from torch import Tensor
 
 from fedcompo.config import Coefficients, Kind
@@ -27,14 +26,9 @@ from fedcompo.tensorfile import load, save
 NAME = "blocks.0.mlp.fc1.weight"
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    return registry_of(tmp_path_factory.mktemp("template") / "r", *one_of_each_kind()).path
-
-
 @pytest.fixture
-def registry(template, tmp_path):
-    return Registry(shutil.copytree(template, tmp_path / "registry", symlinks=True))
+def registry(tmp_path):
+    return three_clients(tmp_path / "registry")
 
 
 def refused(registry: Registry, *sources: Contribution | Path, **options: bool) -> FedcompoError:

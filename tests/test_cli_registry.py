@@ -64,6 +64,7 @@ def test_list_says_who_is_there(home: Path) -> None:
     for client, classes in CLASSES.items():
         (line,) = (line for line in out.splitlines() if f" {client} " in line)
         assert f" {', '.join(classes)} " in line
+        assert f" {Registry('registry').created[:10]} " in line
     assert f"Root {Registry('registry').state.root}" in out
     assert f"Model: {home / 'registry' / 'model'}" in out
     assert "Joint head of 6 classes, aligned on pre-trained features" in out
@@ -311,9 +312,12 @@ def test_a_removal_for_programs_prints_the_record(home: Path) -> None:
     before = contents(home / "registry")
     assert "--yes" in run("remove", "client-1", "--json", code=2).stderr  # nobody can be asked
     assert contents(home / "registry") == before
-    out = run("remove", "client-1", "--yes", "--json", "--reason", ":smile: [bold] é").stdout
+    reason = ":smile: [bold] é\u00a0\u202e"
+    out = run("remove", "client-1", "--yes", "--json", "--reason", reason).stdout
     assert out == (home / "registry" / "removals" / RECORD).read_text()
-    assert json.loads(out)["reason"] == ":smile: [bold] é"
+    assert json.loads(out)["reason"] == reason
+    (home / "kept.json").write_text(out)
+    run("verify", "kept.json")
 
 
 @pytest.mark.parametrize("keep", [False, True])

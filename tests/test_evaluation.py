@@ -12,6 +12,7 @@ from registry_builders import backbone, contents, member, registry_of
 
 from fedcompo.config import RunConfig
 from fedcompo.data import ClientData, load_client_data
+from fedcompo.deltas import Weights
 from fedcompo.errors import ConfigError, DataError
 from fedcompo.evaluation import (
     Figures,
@@ -37,7 +38,7 @@ def digits_of(partition: int, *, seed: int = 0) -> ClientData:
     return load_client_data(CONFIG.data, seen, partition=partition, seed=seed)
 
 
-def by_hand(theta: dict, head: Head, *partitions: int) -> Figures:
+def by_hand(theta: Weights, head: Head, *partitions: int) -> Figures:
     figures = {}
     for partition in partitions:
         data = digits_of(partition)
@@ -55,7 +56,7 @@ def test_figures_are_those_of_the_library(registry: Registry) -> None:
     found = evaluate_clients(backbone(), theta, head, CONFIG, on_step=steps.append)
     assert found == by_hand(theta, head, 0, 1, 2)
     assert steps == [f"evaluating on client-{partition}" for partition in range(3)]
-    assert len({figures["class_il_accuracy"] for figures in found.values()}) == 3  # no constant
+    assert len({figures["class_il_accuracy"] for figures in found.values()}) > 1
 
 
 def test_only_those_wanted_are_looked_at(registry: Registry) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,13 +17,13 @@ from registry_builders import (
     one_of_each_kind,
     registry_of,
     same_bits,
+    three_clients,
 )
 
 from fedcompo.config import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.export import WEIGHTS
 from fedcompo.pool import Pool
-from fedcompo.registry import Registry
 from fedcompo.specialise import head_of, model_of, stream_composition, write_model
 from fedcompo.tensorstream import StreamedTensors, file_sha256
 
@@ -33,14 +32,9 @@ POOL = Pool(tuple(MEMBERS))
 BY_EXAMPLES = replace(QUICK, coefficients=Coefficients.EXAMPLES, scale=0.5)
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    return registry_of(tmp_path_factory.mktemp("template") / "r", *MEMBERS).path
-
-
 @pytest.fixture
-def registry(template, tmp_path):
-    return Registry(shutil.copytree(template, tmp_path / "registry", symlinks=True))
+def registry(tmp_path):
+    return three_clients(tmp_path / "registry")
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""What is read was checked; what is not as it was is damage, or a change to be told of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from builders import altered
+from registry_builders import (
+    backbone,
+    contents,
+    member,
+    one_of_each_kind,
+    own_mixtures,
+    registry_of,
+    same_bits,
+    three_clients,
+)
+
+from fedcompo.config import Kind
+from fedcompo.contribution import CONTENT, FISHER
+from fedcompo.errors import RegistryDamaged, RegistryError
+from fedcompo.registry import Registry
+from fedcompo.tensorstream import file_sha256
+
+ADA, BEN, CHO = one_of_each_kind()
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return three_clients(tmp_path / "registry")
+
+
+def test_every_file_is_checked_before_it_is_believed(registry):
+    reads = {
+        "backbone.safetensors": lambda r: r.model(only=["ada"]),
+        "clients/ada/contribution.safetensors": lambda r: r.contribution("ada"),
+        "clients/ada/card.json": lambda r: r.contribution("ada"),
+        f"{registry.state.version}/model.safetensors": lambda r: r.theta_p(),
+        f"{registry.state.version}/sum.safetensors": lambda r: dict(r.running_sum()),
+        "journal.jsonl": lambda r: r.entries(),
+        "state.json": lambda r: Registry(r.path),
+        "registry.json": lambda r: Registry(r.path),
+    }
+    for name, read in reads.items():
+        size = (registry.path / name).stat().st_size
+        for position in (9, size // 2, size - 2):
+            altered(registry.path / name, position)
+            with pytest.raises(RegistryDamaged, match=Path(name).name):
+                read(Registry(registry.path))
+            altered(registry.path / name, position)
+        read(Registry(registry.path))
+
+
+def test_an_altered_fisher_is_found_when_it_is_asked_for(tmp_path):
+    registry = registry_of(tmp_path / "r", member("ada", with_fisher=True))
+    path = registry.path / "clients" / "ada" / FISHER
+    altered(path, path.stat().st_size - 2)
+    registry = Registry(registry.path)
+    assert registry.contribution("ada").fisher is None
+    with pytest.raises(RegistryDamaged, match="fisher"):
+        dict(registry.contribution("ada", with_fisher=True).fisher.sums)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.add(member("dee")),
+        lambda r: r.remove("ada"),
+        lambda r: r.realign(own_mixtures(r)),
+    ],
+    ids=["add", "remove", "realign"],
+)
+@pytest.mark.parametrize("name", ["sum.safetensors", "backbone.safetensors"])
+def test_nothing_is_composed_of_altered_files(name, change, registry):
+    folder = registry.path / registry.state.version if name.startswith("sum") else registry.path
+    altered(folder / name, (folder / name).stat().st_size - 3)
+    before = contents(registry.path)
+    with pytest.raises(RegistryDamaged, match=name):
+        change(Registry(registry.path))
+    assert contents(registry.path) == before
+
+
+def test_a_missing_file_is_damage_and_named(registry):
+    (registry.path / "clients" / "ben" / CONTENT).unlink()
+    with pytest.raises(RegistryDamaged, match=r"ben.*cannot be read.*Restore"):
+        registry.contribution("ben")
+
+
+def test_a_file_is_hashed_once_for_each_opening(registry, monkeypatch):
+    hashed: list[Path] = []
+    original = file_sha256
+
+    def counting(path: Path) -> str:
+        hashed.append(path)
+        return original(path)
+
+    monkeypatch.setattr("fedcompo.registry.file_sha256", counting)
+    for _ in range(3):
+        registry.theta_p()
+        dict(registry.pool().only("ada").contributions[0].task_vector.tensors)
+    assert len(hashed) == len(set(hashed)) > 0
+
+
+def test_one_who_read_on_is_told_of_the_change_and_not_of_damage(registry):
+    early = Registry(registry.path)
+    held, composed = early.contribution("ada"), early.composed()
+    registry.remove("ada")
+    reads = (
+        lambda: early.theta_p(),
+        lambda: early.contribution("ada"),
+        lambda: dict(composed),
+        lambda: held.task_vector.dense(backbone().theta_0),
+    )
+    for read in reads:
+        with pytest.raises(RegistryError, match="was changed while it was being read") as caught:
+            read()
+        assert not isinstance(caught.value, RegistryDamaged)
+    early.refresh()
+    assert early.clients == ("ben", "cho")
+    assert same_bits(early.theta_p(), registry.theta_p())
+
+
+def test_another_contribution_under_the_same_name_is_no_damage(registry):
+    early = Registry(registry.path)
+    held = early.contribution("ada")
+    registry.remove("ada")
+    registry.add(member("ada", Kind.FULL, seed=77, classes=("cat", "dog"), num_examples=10))
+    with pytest.raises(RegistryError, match="Try again") as caught:
+        held.task_vector.dense(backbone().theta_0)
+    assert not isinstance(caught.value, RegistryDamaged)
