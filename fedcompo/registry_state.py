@@ -18,6 +18,7 @@ from fedcompo.config import Coefficients, RunConfig
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import RegistryDamaged
 from fedcompo.tensorfile import canonical, tuples
+from fedcompo.transaction import require_inside
 
 FORMAT_VERSION = 1
 
@@ -152,9 +153,18 @@ class State:
         return sum(self.settings.times(m.num_examples) for m in self.members.values())
 
     @property
+    def places(self) -> list[str]:
+        """Every file that it names, relative to the registry."""
+        files = {m.folder: m.files for m in self.members.values()}
+        files |= {folder: kept["files"] for folder, kept in self.kept.items()}
+        files |= {self.version: self.files} if self.version else {}
+        return [*self.fixed, *(f"{folder}/{name}" for folder in files for name in files[folder])]
+
+    @property
     def text(self) -> str:
         """The state as a file."""
         values = {"format_version": FORMAT_VERSION, "root": self.root, **asdict(self)}
+        values["sha256"] = hashlib.sha256(canonical(values).encode()).hexdigest()
         return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -173,18 +183,20 @@ class State:
                     f"{path} has format version {found!r}, this fedcompo reads {FORMAT_VERSION}. "
                     "Use the fedcompo version that wrote it."
                 )
-            root = values.pop("root")
+            del values["root"], values["sha256"]  # derived; the text is compared as a whole
             values["settings"] = settings_from(values["settings"])
             values["members"] = {n: _member(m) for n, m in sorted(values["members"].items())}
             if any(set(kept) != {"clients", "files"} for kept in values["kept"].values()):
                 raise ValueError("a kept composition is described by its clients and files alone")
             state = cls(**values)
+            for place in state.places:
+                require_inside(path.parent, place)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RegistryDamaged(
                 f"{path} cannot be read ({type(error).__name__}: {error}). "
                 "Restore the registry from a copy."
             ) from error
-        if state.root != root or state.text != text:
+        if state.text != text:
             raise RegistryDamaged(f"{path} was altered. Restore the registry from a copy.")
         return state
 

@@ -131,7 +131,6 @@ def commit(root: Path, change: Change, state: str) -> None:
     write_synced(pending / "commit", json.dumps(asdict(change)).encode())
     (pending / "commit").rename(pending / COMMIT)
     _sync_folder(pending)
-    _sync_folder(root)  # pending/ itself must be found again
     _apply(root, change)
 
 
@@ -150,6 +149,8 @@ def recover(root: Path) -> None:
     try:
         values = json.loads((pending / COMMIT).read_text(encoding="utf-8"))
         change = Change(**tuples(values))
+        for path in (*change.moves, *change.deletions, *filter(None, [change.model])):
+            require_inside(root, path)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RegistryDamaged(
             f"{pending / COMMIT} cannot be read ({error}). A change was committed there but cannot "
@@ -158,12 +159,23 @@ def recover(root: Path) -> None:
     _apply(root, change)
 
 
+def require_inside(root: Path, path: str) -> None:
+    """Raise ``ValueError`` if a path that a file names is not one of something below the folder.
+
+    A registry may come from elsewhere: what it names must not reach anything of yours.
+    """
+    parts = Path(path).parts
+    inside = parts and not Path(path).is_absolute() and ".." not in parts and "\0" not in path
+    if not inside or not (root / path).parent.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path!r} does not lie in {root}")
+
+
 def _apply(root: Path, change: Change) -> None:
     """Do, or finish, what a commit says; every step may have been done already."""
     pending = root / PENDING
     for path in change.moves:
         (root / path).parent.mkdir(exist_ok=True)
-    _sync_folder(root)  # before anything moves into a folder that a power cut could take
+    _sync_folder(root)  # a power cut must take neither pending/ nor a folder that is moved into
     for path in change.moves:
         if (pending / "new" / path).exists():
             (pending / "new" / path).rename(root / path)

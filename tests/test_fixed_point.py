@@ -143,6 +143,35 @@ def test_a_weight_without_elements_has_an_empty_sum():
     assert fixed_point.add(torch.zeros(0, 4, dtype=torch.int64), term, 3).shape == (0, 4)
 
 
+# -- piece by piece -------------------------------------------------------------------------------
+
+WIDE = normal(70, 40, seed=5, dtype=torch.float32)
+
+
+@pytest.fixture(params=[1, 40, 100, 2799, 2800, 10**6])
+def piece(request, monkeypatch):
+    monkeypatch.setattr(fixed_point, "PIECE", request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_any_size_make_the_whole(kind, piece):
+    vector = task_vector(kind, {NAME: WIDE}, seed=6)
+    whole = fixed_point.reproducible_delta(vector, NAME, WIDE)
+    term = fixed_point.rounded(vector, NAME, WIDE, owner="x")
+    assert torch.equal(term, whole.mul(2.0**BITS).round().long())
+    composed = fixed_point.compose(WIDE, term, count=3, scale=0.7)
+    expected = (term.double() * (0.7 * GRID / 3) + WIDE.double()).float()
+    assert torch.equal(composed, expected)
+
+
+@pytest.mark.parametrize("row", [0, 35, 69])
+def test_no_piece_escapes_the_check(row, piece):
+    delta = torch.zeros(70, 40)
+    delta[row, 7] = -2 * LARGEST
+    with pytest.raises(ContributionError, match="by 2048"):
+        rounded(TaskVector(Kind.FULL, {f"{NAME}/delta": delta}, "b"), WIDE)
+
+
 # -- adding ---------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,14 @@ def test_every_altered_byte_is_found_and_its_line_named(path):
 
 @pytest.mark.parametrize(
     ("order", "line"),
-    [((2, 3), 1), ((1, 3), 2), ((1, 3, 2), 2), ((1, 2, 2, 3), 3), ((1, 2, 3, 1), 4), ((2, 1, 3), 1)],
+    [
+        ((2, 3), 1),
+        ((1, 3), 2),
+        ((1, 3, 2), 2),
+        ((1, 2, 2, 3), 3),
+        ((1, 2, 3, 1), 4),
+        ((2, 1, 3), 1),
+    ],
 )
 def test_lines_dropped_moved_or_repeated_are_found(order, line, path):
     entries = journal.read(path)

@@ -28,6 +28,7 @@ from torch.func import functional_call
 
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
 from fedcompo.export import WEIGHTS
+from fedcompo.heads import Head, align
 from fedcompo.journal import Entry
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry
@@ -184,7 +185,14 @@ def test_a_selection_of_nobody_cannot_be_composed(registry):
             registry.model(**nobody)
 
 
-def test_the_number_of_threads_changes_no_bit(registry, tmp_path):
+def test_the_number_of_threads_changes_no_bit(registry, tmp_path, monkeypatch):
+    used: list[int] = []
+
+    def aligned(*arguments: object, **options: object) -> Head:
+        used.append(torch.get_num_threads())
+        return align(*arguments, **options)
+
+    monkeypatch.setattr("fedcompo.composition.align", aligned)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
@@ -193,6 +201,7 @@ def test_the_number_of_threads_changes_no_bit(registry, tmp_path):
     finally:
         torch.set_num_threads(before)
     assert other.state.root == registry.state.root
+    assert used == [1]  # for the head is fitted by sums whose order depends on them
 
 
 def test_changes_are_told_step_by_step(registry):
@@ -214,6 +223,16 @@ def test_realigning_changes_the_head_and_nothing_else(registry):
     assert same_bits(registry.theta_p(), theta_p)
     assert not torch.equal(registry.joint_head().weight, head.weight)
     assert last(registry).details["clients"] == ["ada", "ben", "cho"]
+
+
+def test_mixtures_may_come_in_any_order(registry, tmp_path):
+    other = three_clients(tmp_path / "other")
+    given = own_mixtures(registry)
+    registry.realign(given)
+    other.realign({
+        client: dict(reversed(own.items())) for client, own in reversed(given.items())
+    })  # fmt: skip
+    assert other.state.root == registry.state.root
 
 
 def test_a_change_of_members_takes_the_head_back_to_what_all_members_told(registry):

@@ -47,7 +47,7 @@ class Spec:
     classes: tuple[str, ...]
     num_examples: int
 
-    @functools.cache
+    @functools.cache  # noqa: B019  (specs are few, and live as long as the tests)
     def made(self) -> Contribution:
         return member(
             self.client,
@@ -58,7 +58,7 @@ class Spec:
             with_fisher=self.seed == 0,
         )
 
-    @functools.cache
+    @functools.cache  # noqa: B019  (specs are few, and live as long as the tests)
     def term(self, name: str) -> list[list[int]]:
         return exact_term(self.made().task_vector, name, backbone().theta_0[name])
 
@@ -72,7 +72,9 @@ specs = st.builds(
     st.sampled_from((1, 7, 40)),
 )
 steps = st.one_of(
-    st.tuples(st.just("put"), st.lists(specs, min_size=1, max_size=3, unique_by=lambda s: s.client)),
+    st.tuples(
+        st.just("put"), st.lists(specs, min_size=1, max_size=3, unique_by=lambda s: s.client)
+    ),
     st.tuples(st.just("remove"), st.integers(0, 4)),
     st.tuples(st.just("realign"), st.integers(0, 2)),
 )

@@ -11,6 +11,7 @@ from registry_builders import (
     contents,
     member,
     one_of_each_kind,
+    overwrite,
     own_mixtures,
     registry_of,
     same_bits,
@@ -18,7 +19,7 @@ from registry_builders import (
 )
 
 from fedcompo.config import Kind
-from fedcompo.contribution import CONTENT, FISHER
+from fedcompo.contribution import CARD, CONTENT, FISHER
 from fedcompo.errors import RegistryDamaged, RegistryError
 from fedcompo.registry import Registry
 from fedcompo.tensorstream import file_sha256
@@ -129,3 +130,10 @@ def test_another_contribution_under_the_same_name_is_no_damage(registry):
     with pytest.raises(RegistryError, match="Try again") as caught:
         held.task_vector.dense(backbone().theta_0)
     assert not isinstance(caught.value, RegistryDamaged)
+
+
+def test_even_white_space_in_a_card_is_held_against_its_digest(registry):
+    path = registry.path / "clients" / "ben" / CARD
+    overwrite(path, path.read_bytes().replace(b"\n  ", b"\n\t ", 1))
+    with pytest.raises(RegistryDamaged, match=r"card\.json has SHA-256"):
+        registry.contribution("ben")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -119,21 +121,22 @@ def test_a_commit_that_cannot_be_read_is_damage_not_a_guess(text, folder):
 # -- the lock -------------------------------------------------------------------------------------
 
 
-def hold(folder: Path, held: object, enough: object) -> None:
+def hold(folder: Path, line: Connection) -> None:
     with locked(folder, "adding 3 contribution(s)"):
-        held.set()
-        enough.wait(PATIENCE)
+        line.send("held")
+        line.poll(PATIENCE)
 
 
 @pytest.fixture
 def holder(folder):
     """Another process that holds the lock until it is told that it is enough."""
-    held, enough = PROCESSES.Event(), PROCESSES.Event()
-    process = PROCESSES.Process(target=hold, args=(folder, held, enough))
+    line, its_end = PROCESSES.Pipe()  # a killed process cannot block it, as it can an Event
+    process = PROCESSES.Process(target=hold, args=(folder, its_end))
     process.start()
-    assert held.wait(PATIENCE)
-    yield process, enough
-    enough.set()
+    its_end.close()
+    assert line.poll(PATIENCE) and line.recv() == "held"
+    yield process, line
+    line.close()
     process.join(PATIENCE)
 
 
@@ -146,12 +149,12 @@ def test_the_impatient_are_told_who_holds_the_lock_for_what_and_since_when(holde
 
 
 def test_the_patient_wait_and_are_told_once(holder, folder):
-    process, enough = holder
+    process, line = holder
     told: list[str] = []
 
     def waiting(who: str) -> None:
         told.append(who)
-        threading.Timer(0.3, enough.set).start()
+        threading.Timer(0.3, line.send, ["enough"]).start()
 
     with locked(folder, "removing ada", on_wait=waiting):
         process.join(PATIENCE)
@@ -250,3 +253,21 @@ def test_readers_never_see_half_a_state_nor_wait(tmp_path):
     writer.join(PATIENCE)
     assert writer.exitcode == 0
     assert len(set(seen)) == len({root for root, _ in seen}) > 0  # a state is always the same one
+
+
+@pytest.mark.parametrize("path", ["../victim", "/victim", ".", "a/../../victim", "out/victim"])
+@pytest.mark.parametrize("part", ["moves", "deletions", "model"])
+def test_a_commit_that_reaches_out_of_the_folder_is_refused(tmp_path, part, path):
+    root, victim = tmp_path / "root", tmp_path / "victim"
+    (root / "pending").mkdir(parents=True)
+    victim.mkdir()
+    (victim / "file").write_text("mine")
+    (root / "out").symlink_to(tmp_path)
+    (root / "journal.jsonl").touch()
+    forged = {"moves": [], "journal_size": 0, "journal_lines": [], "deletions": [], "model": ""}
+    forged[part] = path if part == "model" else [path]
+    (root / "pending" / "commit.json").write_text(json.dumps(forged))
+    with pytest.raises(RegistryDamaged, match="does not lie in"):
+        recover(root)
+    assert (victim / "file").read_text() == "mine"
+    assert root.exists()

@@ -135,7 +135,7 @@ def test_clients_of_a_later_run_join_those_already_there(tmp_path):
 
 
 def test_a_member_is_trained_anew_only_on_request(registry, tmp_path):
-    with pytest.raises(ContributionError, match="in the registry .* already"):
+    with pytest.raises(ContributionError, match=r"in the registry .* already"):
         run({}, tmp_path / "again", registry=str(registry))
     before = (registry / "clients" / "client-0" / CONTENT).read_bytes()
     results = run({}, tmp_path / "anew", registry=str(registry), replace=True, seed=3, kind="ia3")
