@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedcompo import journal, transaction
 from fedcompo.admission import check_contribution, stage_contribution
 from fedcompo.composition import (
@@ -222,4 +224,6 @@ class Draft:
 def _statistics_digest(contribution: Contribution) -> str:
     head = contribution.head
     tensors = {"head/weight": head.weight, "head/bias": head.bias}
-    return tensor_digest(tensors | mixture_tensors(contribution.features))
+    mixtures = contribution.features.items()
+    counts = {f"examples/{name}": torch.tensor(m.num_examples) for name, m in mixtures}
+    return tensor_digest(tensors | counts | mixture_tensors(contribution.features))

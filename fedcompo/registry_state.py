@@ -70,7 +70,7 @@ class Member:
     files: Mapping[str, str]
     """SHA-256 of each of its files, by name."""
     statistics_sha256: str
-    """SHA-256 of the tensors of its head and mixtures."""
+    """SHA-256 of its head and mixtures, and of how many examples these were fitted to."""
     rounded_sha256: str
     """SHA-256 of its task vector on the grid of the running sum."""
     lineage: Lineage

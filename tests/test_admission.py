@@ -294,6 +294,12 @@ def test_an_altered_byte_is_refused_wherever_it_is(name, inbox, registry):
     registry.add(inbox)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 5000, "{}", '{"tensors_sha256": 1}'])
+def test_a_card_that_says_nothing_is_refused(text, inbox, registry):
+    (inbox / CARD).write_text(text)
+    assert isinstance(refused(registry, inbox), FileFormatError)
+
+
 def test_a_fisher_of_another_time_is_refused(inbox, tmp_path, registry):
     member("dee", Kind.FULL, seed=8, with_fisher=True).save(tmp_path / "other")
     (tmp_path / "other" / FISHER).replace(inbox / FISHER)

@@ -67,6 +67,19 @@ def test_a_lora_rounds_once_a_rank_in_their_order(pairs):
     assert fixed_point.reproducible_delta(vector, NAME, weight).item() == expected
 
 
+@pytest.mark.parametrize("rank", [16, 64, 300])
+def test_a_lora_of_high_rank_is_summed_in_order_as_no_matrix_product_promises(rank):
+    # of all sizes, so that each addition rounds
+    a, b = (
+        (normal(rank, seed=s) * normal(rank, seed=s + 2, scale=6).exp()).float() for s in (1, 2)
+    )
+    vector, weight = lora(a[:, None], b[None])
+    expected = 0.0  # Python's floats are float64, and products of two float32 are exact in it
+    for x, y in zip(b.tolist(), a.tolist(), strict=True):
+        expected += x * y
+    assert fixed_point.reproducible_delta(vector, NAME, weight).item() == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_delta_is_the_same_bits_for_any_number_of_threads(kind):
     weight = normal(256, 160, seed=1, dtype=torch.float32)

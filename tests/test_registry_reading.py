@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from registry_builders import (
     three_clients,
 )
 
+from fedcompo import tensorfile
 from fedcompo.config import Kind
 from fedcompo.contribution import CARD, CONTENT, FISHER
 from fedcompo.errors import RegistryDamaged, RegistryError
@@ -80,6 +82,24 @@ def test_nothing_is_composed_of_altered_files(name, change, registry):
     with pytest.raises(RegistryDamaged, match=name):
         change(Registry(registry.path))
     assert contents(registry.path) == before
+
+
+@pytest.mark.parametrize("change", [lambda r: r.add(member("dee")), lambda r: r.remove("ada")])
+def test_a_joint_head_is_not_aligned_with_altered_statistics(change, registry):
+    path = registry.path / "clients" / "ben" / CONTENT  # who neither comes nor goes
+    data = path.read_bytes()
+    means = registry.contribution("ben").features["dog"].means.numpy().tobytes()
+    altered(path, data.index(means) + 5)
+    with pytest.raises(RegistryDamaged, match=r"Head and mixtures in .*ben were altered"):
+        change(registry)
+    overwrite(path, data)
+    tensors, manifest = tensorfile.load(path)
+    claims = manifest | {"mixtures": dict.fromkeys(manifest["mixtures"], 999)}
+    tensorfile.save(path, {n: t.clone() for n, t in tensors.items()}, claims)
+    card = json.loads((path.parent / CARD).read_text())
+    (path.parent / CARD).write_text(json.dumps(card | {"mixtures": claims["mixtures"]}))
+    with pytest.raises(RegistryDamaged, match=r"Head and mixtures in .*ben were altered"):
+        change(registry)
 
 
 def test_a_missing_file_is_damage_and_named(registry):

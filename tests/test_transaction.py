@@ -121,22 +121,22 @@ def test_a_commit_that_cannot_be_read_is_damage_not_a_guess(text, folder):
 # -- the lock -------------------------------------------------------------------------------------
 
 
-def hold(folder: Path, line: Connection) -> None:
+def hold(folder: Path, pipe: Connection) -> None:
     with locked(folder, "adding 3 contribution(s)"):
-        line.send("held")
-        line.poll(PATIENCE)
+        pipe.send("held")
+        pipe.poll(PATIENCE)
 
 
 @pytest.fixture
 def holder(folder):
-    """Another process that holds the lock until it is told that it is enough."""
-    line, its_end = PROCESSES.Pipe()  # a killed process cannot block it, as it can an Event
-    process = PROCESSES.Process(target=hold, args=(folder, its_end))
+    """Another process that holds the lock until the pipe to it is closed."""
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=hold, args=(folder, theirs))
     process.start()
-    its_end.close()
-    assert line.poll(PATIENCE) and line.recv() == "held"
-    yield process, line
-    line.close()
+    theirs.close()
+    assert ours.poll(PATIENCE)
+    yield process, ours
+    ours.close()
     process.join(PATIENCE)
 
 
