@@ -7,107 +7,35 @@ defaults in ``pyproject.toml`` are these (a test holds them equal).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+from fedcompo.choices import DEVICE, KINDS, ROUNDS, UNMIXED
+from fedcompo.choices import Action as Action
+from fedcompo.choices import AnchorBy as AnchorBy
+from fedcompo.choices import Augmentation as Augmentation
+from fedcompo.choices import Coefficients as Coefficients
+from fedcompo.choices import FisherKind as FisherKind
+from fedcompo.choices import HeadStart as HeadStart
+from fedcompo.choices import Kind as Kind
+from fedcompo.choices import Method as Method
+from fedcompo.choices import Penalty as Penalty
+from fedcompo.choices import Precision as Precision
+from fedcompo.choices import Schedule as Schedule
+from fedcompo.choices import kinds_of as kinds_of
+from fedcompo.choices import rounds_of as rounds_of
 from fedcompo.settings import (
     FRACTION,
     NAMES,
     NOT_NEGATIVE,
     POSITIVE,
-    Check,
     Companion,
     check_all,
     setting,
 )
 from fedcompo.settings import Scalar as Scalar  # part of this module's face
-
-
-class Kind(StrEnum):
-    """How the change of one weight is parametrised; see :mod:`fedcompo.deltas`."""
-
-    FULL = "full"
-    LORA = "lora"
-    IA3 = "ia3"
-
-
-class FisherKind(StrEnum):
-    """How the Fisher diagonal is computed; see :mod:`fedcompo.fisher`."""
-
-    EXACT = "exact"
-    LEADING = "leading"
-    MONTE_CARLO = "monte-carlo"
-
-
-class Penalty(StrEnum):
-    """How the anchor acts on training; see :mod:`fedcompo.penalties`."""
-
-    COUPLED = "coupled"
-    EXPLICIT = "explicit"
-    IMPLICIT = "implicit"
-
-
-class AnchorBy(StrEnum):
-    """Whose Fisher diagonal holds a client near the pre-trained weights."""
-
-    OTHERS = "others"
-    OWN = "own"
-    REFERENCE = "reference"
-
-
-class Action(StrEnum):
-    """What a run does."""
-
-    TRAIN = "train"
-    REMOVE = "remove"
-
-
-class HeadStart(StrEnum):
-    """The head that a client's training starts from, and under which its Fisher is estimated."""
-
-    ALIGNED = "aligned"
-    PROBE = "probe"
-
-
-class Coefficients(StrEnum):
-    """How much of each task vector enters."""
-
-    UNIFORM = "uniform"
-    EXAMPLES = "examples"
-
-
-class Augmentation(StrEnum):
-    """How training images are varied."""
-
-    NONE = "none"
-    SHIFT = "shift"
-    CROP_FLIP = "crop-flip"
-
-
-class Precision(StrEnum):
-    """Arithmetic of the forward and backward pass of training."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-def kinds_of(value: str) -> tuple[Kind, ...]:
-    """Split a comma-separated list of kinds; raises ``ValueError`` on an unknown one."""
-    return tuple(Kind(part.strip()) for part in value.split(","))
-
-
-KINDS: Check = (
-    lambda value: {part.strip() for part in value.split(",")} <= set(Kind),
-    f"must be one of {', '.join(Kind)}, or several joined by commas",
-)
-DEVICE: Check = (
-    lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
-    "must be auto, cpu, cuda or cuda:<n>",
-)
 
 
 @dataclass(frozen=True)
@@ -141,6 +69,30 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class MethodConfig:
+    """How one model comes of all the clients."""
+
+    method: Method = setting(
+        Method.ITA,
+        "ita (each trains alone), iel (rounds inside the sum); fedavg, fedprox: baselines.",
+    )
+    schedule: Schedule = setting(
+        Schedule.PARALLEL,
+        "parallel, or sequential: one client after the other, in the order of names; those before "
+        "stay as they are.",
+    )
+    num_server_rounds: int = setting(
+        5, "iel, fedavg, fedprox: rounds, of `local-epochs` each.", POSITIVE
+    )
+    beta: float = setting(
+        100.0, "iel: strength of the ensemble penalty, on the backbone's own scale.", NOT_NEGATIVE
+    )
+    proximal_mu: float = setting(
+        0.01, "fedprox: pull of a client's weights to the round's average.", NOT_NEGATIVE
+    )
+
+
+@dataclass(frozen=True)
 class HeadConfig:
     """Feature statistics, the linear probe and the joint head."""
 
@@ -168,7 +120,12 @@ class FisherConfig:
 class TrainConfig:
     """How a client fits its task vector."""
 
-    kind: str = setting("lora", "full, lora or ia3; joined by commas: dealt in turn.", KINDS)
+    kind: str = setting(
+        "lora",
+        "full, lora, ia3 or tangent; several (without tangent), joined by commas: dealt in turn.",
+        KINDS,
+        UNMIXED,
+    )
     rank: int = setting(8, "lora: rank; a fused qkv gets three times as much.", POSITIVE)
     head_start: HeadStart = setting(
         HeadStart.ALIGNED,
@@ -186,6 +143,9 @@ class TrainConfig:
         "Strength of the Fisher anchor, on the backbone's own scale (embedded: about 100, DeiT: "
         "about 1); 0: plain task arithmetic.",
         NOT_NEGATIVE,
+    )
+    target_logit: float = setting(
+        15.0, "tangent: what the logit of the true class is fitted to, the others to 0.", POSITIVE
     )
     penalty: Penalty = setting(
         Penalty.IMPLICIT, "How the anchor acts: implicit, explicit (both decoupled) or coupled."
@@ -231,6 +191,15 @@ class ServerConfig:
     timeout: float = setting(
         1800.0, "Seconds from a request to its answer, waiting for a turn included.", POSITIVE
     )
+    in_flight: int = setting(
+        0, "Clients that work at a time; 0: all. Bounds what waits to be folded in.", NOT_NEGATIVE
+    )
+    joins: str = setting(
+        "", "iel: who joins in a later round than the first: client-3:2, joined by commas.", ROUNDS
+    )
+    leaves: str = setting(
+        "", "iel: who leaves after a round, and is taken out: client-1:3, joined by commas.", ROUNDS
+    )
     keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
     exclude: str = setting("", "Clients to leave out, by name, joined by commas.", NAMES)
 
@@ -248,6 +217,11 @@ class RegistryConfig:
     )
     keep_versions: bool = setting(False, "Keep earlier compositions, also those with who left.")
     client: str = setting("", "remove: name of the client to remove.")
+    repair_rounds: int = setting(
+        0,
+        "remove: rounds of iel in which those who stay train on without the client.",
+        NOT_NEGATIVE,
+    )
     requested_by: str = setting("", "remove: on whose request; stands in the record.")
     reason: str = setting("", "remove: why; stands in the record.")
 
@@ -267,6 +241,7 @@ class RunConfig:
     device: str = setting("auto", "auto, cpu, cuda or cuda:<n>.", DEVICE)
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
+    method: MethodConfig = MethodConfig()
     head: HeadConfig = HeadConfig()
     fisher: FisherConfig = FisherConfig()
     train: TrainConfig = TrainConfig()

@@ -1,0 +1,137 @@
+"""Settings that are one of a few words, or a list of them."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+from fedcompo.settings import Check, names_of
+
+
+class Kind(StrEnum):
+    """How the change of one weight is parametrised; see :mod:`fedcompo.deltas`."""
+
+    FULL = "full"
+    LORA = "lora"
+    IA3 = "ia3"
+    TANGENT = "tangent"
+
+
+class Method(StrEnum):
+    """How the model of all tasks comes about."""
+
+    ITA = "ita"
+    """Every client trains alone; see :mod:`server.strategy`."""
+    IEL = "iel"
+    """Rounds in which clients train inside their sum; see :mod:`server.rounds`."""
+    FEDAVG = "fedavg"
+    """Rounds in which all train one model, whose copies are averaged: a baseline."""
+    FEDPROX = "fedprox"
+    """The same, each copy held near the average."""
+
+
+class Schedule(StrEnum):
+    """Whether clients come all at once, or one after the other."""
+
+    PARALLEL = "parallel"
+    SEQUENTIAL = "sequential"
+
+
+class FisherKind(StrEnum):
+    """How the Fisher diagonal is computed; see :mod:`fedcompo.fisher`."""
+
+    EXACT = "exact"
+    LEADING = "leading"
+    MONTE_CARLO = "monte-carlo"
+
+
+class Penalty(StrEnum):
+    """How the anchor acts on training; see :mod:`fedcompo.penalties`."""
+
+    COUPLED = "coupled"
+    EXPLICIT = "explicit"
+    IMPLICIT = "implicit"
+
+
+class AnchorBy(StrEnum):
+    """Whose Fisher diagonal holds a client near the pre-trained weights."""
+
+    OTHERS = "others"
+    OWN = "own"
+    REFERENCE = "reference"
+
+
+class Action(StrEnum):
+    """What a run does."""
+
+    TRAIN = "train"
+    REMOVE = "remove"
+
+
+class HeadStart(StrEnum):
+    """The head that a client's training starts from, and under which its Fisher is estimated."""
+
+    ALIGNED = "aligned"
+    PROBE = "probe"
+
+
+class Coefficients(StrEnum):
+    """How much of each task vector enters."""
+
+    UNIFORM = "uniform"
+    EXAMPLES = "examples"
+
+
+class Augmentation(StrEnum):
+    """How training images are varied."""
+
+    NONE = "none"
+    SHIFT = "shift"
+    CROP_FLIP = "crop-flip"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass of training."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def kinds_of(value: str) -> tuple[Kind, ...]:
+    """Split a comma-separated list of kinds; raises ``ValueError`` on an unknown one."""
+    return tuple(Kind(part.strip()) for part in value.split(","))
+
+
+KINDS: Check = (
+    lambda value: {part.strip() for part in value.split(",")} <= set(Kind),
+    f"must be one of {', '.join(Kind)}, or several joined by commas",
+)
+UNMIXED: Check = (
+    lambda value: Kind.TANGENT not in value or {p.strip() for p in value.split(",")} == {"tangent"},
+    "must not mix tangent with another kind: one model is linearised, or it is not",
+)
+
+
+def rounds_of(value: str) -> dict[str, int]:
+    """Split ``name:round`` pairs; raises ``ValueError`` on one that is none, or comes twice."""
+    pairs = [pair.rpartition(":")[::2] for pair in names_of(value)]
+    found = {name.strip(): int(number) for name, number in pairs}
+    if len(found) < len(pairs) or not all(found) or min(found.values(), default=1) < 1:
+        raise ValueError(f"{value!r} names nobody, somebody twice, or a round before the first")
+    return found
+
+
+def _are_rounds(value: str) -> bool:
+    try:
+        rounds_of(value)
+    except ValueError:
+        return False
+    return True
+
+
+ROUNDS: Check = (_are_rounds, "must be <client>:<round>, the rounds from 1, joined by commas")
+DEVICE: Check = (
+    lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
+    "must be auto, cpu, cuda or cuda:<n>",
+)
