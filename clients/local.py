@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.contribution import mixture_tensors
@@ -29,7 +30,7 @@ from fedcompo.names import check_client_name
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training import Anchor, evaluate, fit_task_vector
+from fedcompo.training import Anchor, fit_task_vector
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone
 from fedcompo.config import DataConfig, RunConfig
 from fedcompo.data import ClientData, load_client_data, num_clients
@@ -15,7 +16,6 @@ from fedcompo.errors import DataError, FedcompoError
 from fedcompo.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of, stream_composition
-from fedcompo.training import evaluate
 
 OnStep = Callable[[str], None]
 Figures = dict[str, dict[str, Any]]

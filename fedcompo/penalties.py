@@ -1,12 +1,16 @@
-r"""What keeps a task vector near the pre-trained weights.
+r"""What keeps a task vector near the pre-trained weights, or near the others.
 
 ITA's anchor is :math:`\tfrac{\alpha}{2}\,\tau^\top \bar F\,\tau`, with :math:`\bar F` the mean
 Fisher diagonal of the *other* clients at :math:`\theta_0` (Porrello et al., arXiv 2405.16350, Eq.
-11 and 12). It acts in one of three ways:
+11 and 12); IEL's penalty (Eq. 18 and 19) has a second term, linear in :math:`\tau`. Both are
+
+.. math:: \tfrac a2\,\tau^\top \bar F\,\tau - \langle \bar F\,\tau, p\rangle
+
+with a *pull* p, which is zero in ITA. A penalty acts in one of three ways:
 
 - *coupled*: it is part of the loss, and the optimiser sees its gradient;
 - *explicit*: beside the optimiser, :math:`p \leftarrow p - c\,\nabla_p`, as the paper does it, with
-  c the cosine schedule. It diverges as soon as :math:`c\,\alpha \max \bar F > 2`;
+  c the cosine schedule. It diverges as soon as :math:`c\,a \max \bar F > 2`;
 - *implicit*: the proximal step with the same limit for small c, which cannot diverge.
 """
 
@@ -38,6 +42,41 @@ def ita_penalty(tau: Weights, fisher: Weights, alpha: float) -> Tensor:
     return 0.5 * alpha * torch.stack(terms).sum()
 
 
+def iel_penalty(
+    tau: Weights, fisher: Weights, rest: Weights, *, share: float, beta: float
+) -> Tensor:
+    r"""Hold a task vector to the others that it is added up with.
+
+    .. math:: \beta\left[\tfrac12 (1 - w)\,\tau^\top F\,\tau
+              - \langle F\,\tau, R\rangle\right], \qquad R = \sum_{s \ne c} w_s \tau_s
+
+    Up to what does not depend on :math:`\tau`, this is :math:`\beta\,\Omega / w`, with the gap of
+    Theorem 1 in the metric F: dividing by w (T for equal shares) is the authors' scaling. It needs
+    the sum over the others alone, so its cost does not grow with their number.
+
+    Args:
+        tau: This client's task vector, dense; each entry (out, in).
+        fisher: *Mean* Fisher diagonal at theta_0; has the keys of ``tau``, same shapes.
+        rest: R, same keys and shapes.
+        share: w, the client's own coefficient. At 1 nobody else is there: as in the paper, the
+            first factor is then 1/2, an anchor to theta_0.
+        beta: Strength.
+
+    Returns:
+        A scalar.
+    """
+    strength, terms = own_strength(share), []
+    for name, change in tau.items():
+        towards = 0.5 * strength * change - rest[name]
+        terms.append((fisher[name] * change * towards).sum())
+    return beta * torch.stack(terms).sum()
+
+
+def own_strength(share: float) -> float:
+    """Factor of the quadratic term of IEL's penalty: 1 - w, or 1/2 for whoever is alone."""
+    return 1 - share if share < 1 else 0.5
+
+
 def head_penalty(
     change: Tensor, fisher: Tensor, *, fisher_strength: float, plain_strength: float
 ) -> Tensor:
@@ -54,19 +93,28 @@ def head_penalty(
 
 
 def explicit_step(
-    deltas: Mapping[str, Delta], fisher: Weights, alpha: float, schedule: float
+    deltas: Mapping[str, Delta],
+    fisher: Weights,
+    strength: float,
+    schedule: float,
+    pull: Weights | None = None,
 ) -> None:
-    r"""Step down the anchor's gradient, in place: :math:`p \leftarrow p-c\,\mathrm{clip}(\nabla)`.
+    r"""Step down a penalty's gradient, in place: :math:`p \leftarrow p-c\,\mathrm{clip}(\nabla)`.
 
     Args:
         deltas: Trainable changes by weight name.
         fisher: *Mean* Fisher diagonal, by weight name.
-        alpha: Strength of the anchor.
+        strength: a; :math:`\alpha` in ITA.
         schedule: c in (0, 1].
+        pull: p, by weight name, each (out, in); None: zero.
     """
     parameters = [p for delta in deltas.values() for p in delta.parameters()]
     tau = {name: delta() for name, delta in deltas.items()}
-    gradients = torch.autograd.grad(ita_penalty(tau, fisher, alpha), parameters)
+    penalty = ita_penalty(tau, fisher, strength)
+    if pull is not None:
+        linear = [(fisher[name] * change * pull[name]).sum() for name, change in tau.items()]
+        penalty = penalty - torch.stack(linear).sum()
+    gradients = torch.autograd.grad(penalty, parameters)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     clip = (GRADIENT_LIMIT / norm.clamp_min(1e-12)).clamp_max(1.0)
     with torch.no_grad():
@@ -76,43 +124,55 @@ def explicit_step(
 
 @torch.no_grad()
 def implicit_step(
-    deltas: Mapping[str, Delta], fisher: Weights, alpha: float, schedule: float
+    deltas: Mapping[str, Delta],
+    fisher: Weights,
+    strength: float,
+    schedule: float,
+    pull: Weights | None = None,
 ) -> None:
-    r"""Take the anchor's proximal step, in place: it shrinks, whatever the strength.
+    r"""Take a penalty's proximal step, in place; without a pull it shrinks, whatever the strength.
 
-    .. math:: p \leftarrow \arg\min_q\ \tfrac12\lVert q - p\rVert^2
-              + c\,\tfrac{\alpha}{2}\,\tau(q)^\top \bar F\,\tau(q)
+    .. math:: q \leftarrow \arg\min_{q'}\ \tfrac12\lVert q' - q\rVert^2 + c\left[
+              \tfrac a2\,\tau(q')^\top \bar F\,\tau(q') - \langle\bar F\,\tau(q'), p\rangle\right]
 
     solved exactly for full and (IA)³; for a LoRA exactly in B with A fixed, then in A with B fixed.
 
     Args:
         deltas: Trainable changes by weight name.
         fisher: *Mean* Fisher diagonal, by weight name.
-        alpha: Strength of the anchor.
+        strength: a; :math:`\alpha` in ITA.
         schedule: c in (0, 1]; the sum of several, to make up for as many steps at once.
+        pull: p, by weight name, each (out, in); None: zero.
     """
-    strength = alpha * schedule
-    if strength == 0:
+    if strength == 0 and pull is None:
         return
     for name, delta in deltas.items():
-        f = fisher[name]
+        f = schedule * fisher[name]
+        g = f * pull[name] if pull is not None else None  # what pulls at each weight
         if isinstance(delta, Full):
+            if g is not None:
+                delta.delta.add_(g)
             delta.delta.div_(1 + strength * f)
         elif isinstance(delta, IA3):
-            curvature = (f * delta.weight.square()).sum(1, keepdim=True)
-            delta.l.sub_(1).div_(1 + strength * curvature).add_(1)
+            curvature = strength * (f * delta.weight.square()).sum(1, keepdim=True)
+            delta.l.sub_(1)
+            if g is not None:
+                delta.l.add_((g * delta.weight).sum(1, keepdim=True))
+            delta.l.div_(1 + curvature).add_(1)
         elif isinstance(delta, LoRA):
-            delta.B.copy_(_shrink_rows(delta.B, delta.A, strength * f))
-            delta.A.copy_(_shrink_rows(delta.A.T, delta.B.T, strength * f.T).T)
+            delta.B.copy_(_shrink_rows(delta.B, delta.A, strength * f, g))
+            columns = g.T if g is not None else None
+            delta.A.copy_(_shrink_rows(delta.A.T, delta.B.T, strength * f.T, columns).T)
 
 
-def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor) -> Tensor:
-    r"""Solve :math:`(I + A\,\mathrm{diag}(F_i)\,A^\top)\,b_i' = b_i` for every row i.
+def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor, pull: Tensor | None) -> Tensor:
+    r"""Solve :math:`(I + A\,\mathrm{diag}(F_i)\,A^\top)\,b_i' = b_i + A\,g_i` for every row i.
 
     Args:
         rows: b, (count, rank).
         factor: A, (rank, width).
-        fisher: F, (count, width), times the strength.
+        fisher: F, (count, width), times strength and schedule.
+        pull: g, (count, width); None: zero.
 
     Returns:
         b', (count, rank).
@@ -121,5 +181,7 @@ def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor) -> Tensor:
     products = (factor.unsqueeze(1) * factor).reshape(rank * rank, -1)  # (rank², width)
     system = (fisher @ products.T).reshape(-1, rank, rank)  # (count, rank, rank)
     system.diagonal(dim1=1, dim2=2).add_(1)
+    if pull is not None:
+        rows = rows + pull @ factor.T
     solved: Tensor = torch.linalg.solve(system, rows)
     return solved

@@ -1,4 +1,4 @@
-"""Fit a client's task vector (ITA), and evaluate a model on a client's images.
+"""Fit a client's task vector: alone (ITA), or inside the sum of all (IEL).
 
 The plain path serves every kind: the weights θ₀ + Δ go into ``functional_call``, and autograd does
 the rest. Source of the procedure: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 4.
@@ -14,15 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedcompo.anchoring import Anchor as Anchor
+from fedcompo.anchoring import Ensemble as Ensemble
+from fedcompo.anchoring import Holding
 from fedcompo.augmentation import augment
 from fedcompo.backbone import Backbone
-from fedcompo.config import Kind, Penalty, Precision, TrainConfig
+from fedcompo.config import Kind, Precision, TrainConfig
 from fedcompo.data import Split
 from fedcompo.deltas import Delta, Weights, new_deltas
 from fedcompo.errors import ContributionError
-from fedcompo.features import extract_features
+from fedcompo.head_training import HeadTraining
 from fedcompo.heads import Head
-from fedcompo.penalties import explicit_step, head_penalty, implicit_step, ita_penalty
 from fedcompo.task_vector import TaskVector
 
 LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2}
@@ -30,18 +32,6 @@ LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2}
 
 EpochCallback = Callable[[int, int, float], None]
 """Called after each epoch with the epoch (from 1), the number of epochs, the mean loss."""
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """What holds a client near the pre-trained weights: a *mean* Fisher."""
-
-    weights: Weights
-    """By weight name, each (out, in)."""
-    head_weight: Tensor
-    """(own classes, features)."""
-    head_bias: Tensor
-    """(own classes,)."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +45,17 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Shares of correctly classified images, in [0, 1]."""
+class Course:
+    """Which part of a training that goes on over several rounds this is."""
 
-    class_il: float
-    """Arg max over the classes of all clients."""
-    task_il: float
-    """Arg max over the client's own classes."""
-    num_examples: int
+    begin: TaskVector | None = None
+    """Task vector to go on with; None: a new one."""
+    passed: float = 0.0
+    """Share of the whole training that lies behind when this part begins."""
+    share: float = 1.0
+    """Share of the whole training that this part is; the cosine schedule runs over the whole."""
+    proximal_mu: float = 0.0
+    """Pull of all trained parameters to where this part begins (FedProx, arXiv 1812.06127)."""
 
 
 def fit_task_vector(
@@ -75,6 +68,8 @@ def fit_task_vector(
     config: TrainConfig,
     *,
     generator: torch.Generator,
+    ensemble: Ensemble | None = None,
+    course: Course | None = None,
     on_epoch: EpochCallback = lambda epoch, epochs, loss: None,
 ) -> Fitted:
     """Fine-tune the backbone's target weights and a head on one client's images.
@@ -85,9 +80,11 @@ def fit_task_vector(
         data: Training images; labels index ``start.classes``.
         start: Head that training begins with.
         aligned: Head that the head penalty pulls to; same classes.
-        anchor: Mean Fisher, as a rule of the other clients; None: no Fisher penalty.
+        anchor: Mean Fisher, the metric of the penalty; None: no Fisher penalty.
         config: How to train.
         generator: Source of LoRA's A, of the order of images and of augmentation; on the CPU.
+        ensemble: The others that the client trains in sum with (IEL); None: alone (ITA).
+        course: Which part of a longer training this is; None: all of it.
         on_epoch: Told of progress.
 
     Returns:
@@ -96,14 +93,23 @@ def fit_task_vector(
     Raises:
         ContributionError: If the loss stops being finite.
     """
-    training = _Training(backbone, kind, start, aligned, anchor, config, generator)
+    course = course or Course()
+    deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
+    if course.begin is not None:
+        _restore(deltas, course.begin)
+    head = HeadTraining(start, aligned, anchor, config, backbone.device)
+    holding = Holding(deltas, anchor, ensemble, config)
+    training = _Training(backbone, kind, deltas, head, holding, config, generator)
+    training.inside(ensemble)
+    training.near(course.proximal_mu)
     steps = config.local_epochs * math.ceil(len(data.labels) / config.batch_size)
     losses: list[float] = []
     step = 0
     for epoch in range(config.local_epochs):
         total = 0.0
         for images, labels in _batches(data, config.batch_size, generator):
-            schedule = 0.5 * (1 + math.cos(math.pi * step / steps))
+            passed = course.passed + course.share * step / steps
+            schedule = 0.5 * (1 + math.cos(math.pi * passed))
             step += 1
             total += len(labels) * training.step(images, labels, schedule, last=step == steps)
         losses.append(total / len(data.labels))
@@ -113,29 +119,8 @@ def fit_task_vector(
                 "Lower `learning-rate`, or use `penalty = implicit`."
             )
         on_epoch(epoch + 1, config.local_epochs, losses[-1])
-    vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
-    return Fitted(vector, training.head.result(), tuple(losses))
-
-
-def evaluate(
-    backbone: Backbone, theta: Weights, head: Head, classes: tuple[str, ...], data: Split
-) -> Accuracy:
-    """Classify a client's images.
-
-    Args:
-        backbone: Pre-trained weights.
-        theta: Target weights to use in their place, by name.
-        head: Joint head; may hold more classes than the client's, must hold all of those.
-        classes: The client's classes, which ``data.labels`` index.
-        data: Images and labels.
-    """
-    logits = head(extract_features(backbone.forward(theta), data.images))
-    own = head.indices(classes)
-    return Accuracy(
-        class_il=_share(logits.argmax(1) == own[data.labels]),
-        task_il=_share(logits[:, own].argmax(1) == data.labels),
-        num_examples=len(data.labels),
-    )
+    vector = TaskVector.of(kind, deltas, base=backbone.fingerprint)
+    return Fitted(vector, head.result(), tuple(losses))
 
 
 class _Training:
@@ -145,115 +130,83 @@ class _Training:
         self,
         backbone: Backbone,
         kind: Kind,
-        start: Head,
-        aligned: Head,
-        anchor: Anchor | None,
+        deltas: dict[str, Delta],
+        head: HeadTraining,
+        holding: Holding,
         config: TrainConfig,
         generator: torch.Generator,
     ) -> None:
-        device = backbone.device
         self._backbone, self._config, self._generator = backbone, config, generator
-        self.deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
-        self.head = _HeadTraining(start, aligned, anchor, config, device)
-        anchored = anchor is not None and config.alpha > 0
-        weights = anchor.weights if anchor is not None and anchored else {}
-        self._fisher = {name: f.to(device) for name, f in weights.items()}
-        self._decoupled = _DecoupledPenalty(self.deltas, self._fisher, config)
-        trained = [p for delta in self.deltas.values() for p in delta.parameters()]
+        self._deltas, self._head, self._holding = deltas, head, holding
+        trained = [p for delta in deltas.values() for p in delta.parameters()]
         # AdamW decays towards zero; a scale of (IA)³ rests at one, and would take the weight along.
         decay = 0.0 if kind is Kind.IA3 else config.weight_decay
         groups = [
             {"params": trained, "weight_decay": decay},
-            {"params": self.head.parameters, "weight_decay": 0.0},
+            {"params": head.parameters, "weight_decay": 0.0},
         ]
         self._peak = config.learning_rate or LEARNING_RATES[kind]
         self._optimiser = torch.optim.AdamW(groups, lr=self._peak)
+        self._parameters = [*trained, *head.parameters]
+        self.inside(None)
+        self.near(0.0)
+
+    def inside(self, ensemble: Ensemble | None) -> None:
+        """Train in sum with others; None: alone."""
+        self._times, self._rest = 1.0, Weights()
+        if ensemble is not None:
+            self._times = ensemble.scale * ensemble.share
+            device = self._backbone.device
+            self._rest = {n: ensemble.scale * r.to(device) for n, r in ensemble.rest.items()}
+
+    def near(self, mu: float) -> None:
+        """Stay near where the parameters are now."""
+        self._mu = mu
+        self._began = [p.detach().clone() for p in self._parameters] if mu else []
 
     def step(self, images: Tensor, labels: Tensor, schedule: float, *, last: bool) -> float:
         """Take one step on a batch; returns its mean loss, without penalties."""
-        config, backbone = self._config, self._backbone
         for group in self._optimiser.param_groups:
             group["lr"] = self._peak * schedule
-        images = augment(images.to(backbone.device), config.augmentation, self._generator)
-        tau = {name: delta() for name, delta in self.deltas.items()}
-        theta = {name: backbone.theta_0[name] + change for name, change in tau.items()}
-        with _autocast(config.precision, backbone.device):
-            logits = self.head.logits(backbone.forward(theta)(images))
-        loss = F.cross_entropy(logits.float(), labels.to(backbone.device))
-        objective = loss + self.head.penalty()
-        if self._fisher and config.penalty is Penalty.COUPLED:
-            objective = objective + ita_penalty(tau, self._fisher, config.alpha)
+        images = augment(
+            images.to(self._backbone.device), self._config.augmentation, self._generator
+        )
+        tau = {name: delta() for name, delta in self._deltas.items()}
+        with _autocast(self._config.precision, self._backbone.device):
+            logits = self._head.logits(self._features(tau, images))
+        loss = F.cross_entropy(logits.float(), labels.to(self._backbone.device))
+        objective = loss + self._head.penalty() + self._proximal()
+        if (penalty := self._holding.loss(tau)) is not None:
+            objective = objective + penalty
         self._optimiser.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
-        if self._fisher:
-            self._decoupled.step(schedule, last=last)
+        self._holding.step(schedule, last=last)
         return float(loss.detach())
 
+    def _features(self, tau: Weights, images: Tensor) -> Tensor:
+        """Features (batch, features) under the weights that are trained."""
+        change = {name: self._times * own for name, own in tau.items()}
+        if self._rest:
+            change = {name: own + self._rest[name] for name, own in change.items()}
+        theta_0 = self._backbone.theta_0
+        theta = {name: theta_0[name] + total for name, total in change.items()}
+        return self._backbone.forward(theta)(images)
 
-class _HeadTraining:
-    """The head while it is trained, and the penalty that pulls it to the aligned one."""
-
-    def __init__(
-        self,
-        start: Head,
-        aligned: Head,
-        anchor: Anchor | None,
-        config: TrainConfig,
-        device: torch.device,
-    ) -> None:
-        self.classes = start.classes
-        self.weight = nn.Parameter(start.weight.float().to(device, copy=True))
-        self.bias = nn.Parameter(start.bias.float().to(device, copy=True))
-        self._aligned = aligned.weight.float().to(device), aligned.bias.float().to(device)
-        zeros = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        given = (anchor.head_weight.to(device), anchor.head_bias.to(device)) if anchor else zeros
-        self._fisher = given
-        self._strengths = {
-            "fisher_strength": config.head_alpha,
-            "plain_strength": config.head_decay,
-        }
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [self.weight, self.bias]
-
-    def logits(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.weight, self.bias)
-
-    def penalty(self) -> Tensor:
-        return torch.stack(
-            [
-                head_penalty(parameter - aligned, fisher, **self._strengths)
-                for parameter, aligned, fisher in zip(
-                    self.parameters, self._aligned, self._fisher, strict=True
-                )
-            ]
-        ).sum()
-
-    def result(self) -> Head:
-        return Head(self.classes, self.weight.detach().cpu(), self.bias.detach().cpu())
+    def _proximal(self) -> Tensor | float:
+        r""":math:`\tfrac\mu2\lVert p - p_{begin}\rVert^2` over all trained parameters."""
+        if not self._mu:
+            return 0.0
+        pairs = zip(self._parameters, self._began, strict=True)
+        return 0.5 * self._mu * torch.stack([(p - b).square().sum() for p, b in pairs]).sum()
 
 
-class _DecoupledPenalty:
-    """Applies the anchor beside the optimiser.
-
-    A LoRA's proximal step solves a small system for each row and column, which on a small model
-    costs as much as the training step itself: one every few steps makes up for all of them.
-    """
-
-    def __init__(self, deltas: dict[str, Delta], fisher: Weights, config: TrainConfig) -> None:
-        self._deltas, self._fisher, self._config = deltas, fisher, config
-        self._schedules: list[float] = []
-
-    def step(self, schedule: float, *, last: bool) -> None:
-        if self._config.penalty is Penalty.EXPLICIT:
-            explicit_step(self._deltas, self._fisher, self._config.alpha, schedule)
-        elif self._config.penalty is Penalty.IMPLICIT:
-            self._schedules.append(schedule)
-            if last or len(self._schedules) == self._config.penalty_every:
-                implicit_step(self._deltas, self._fisher, self._config.alpha, sum(self._schedules))
-                self._schedules.clear()
+def _restore(deltas: dict[str, Delta], vector: TaskVector) -> None:
+    """Set deltas to a stored task vector's parameters."""
+    for name, delta in deltas.items():
+        for parameter, value in list(delta.named_parameters()):
+            stored = vector.tensors[f"{name}/{parameter}"].to(value, copy=True)
+            setattr(delta, parameter, nn.Parameter(stored))
 
 
 def _batches(
@@ -269,7 +222,3 @@ def _autocast(precision: Precision, device: torch.device) -> torch.autocast:
         precision is Precision.AUTO and device.type == "cuda"
     )
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
-
-
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean()) if len(hits) else float("nan")

@@ -18,6 +18,7 @@ from registry_builders import QUICK, backbone, contents, member, same_bits
 from torch import Tensor
 from torch.func import functional_call
 
+from fedcompo.accuracy import evaluate
 from fedcompo.backbone import load_backbone
 from fedcompo.cli_common import VARIABLE
 from fedcompo.config import BackboneConfig, Kind, RunConfig
@@ -32,7 +33,6 @@ from fedcompo.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of
 from fedcompo.tensorstream import StreamedTensors
-from fedcompo.training import evaluate
 from fedcompo.units import percent
 
 IMAGES = pixels(6, 1, 8, seed=5)

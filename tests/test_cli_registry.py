@@ -15,6 +15,7 @@ import typer
 from cli_runs import CLASSES, digits_registry, run, told
 from registry_builders import backbone, contents, member, registry_of
 
+from fedcompo.accuracy import evaluate
 from fedcompo.cli import app
 from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
 from fedcompo.config import Kind, RunConfig
@@ -25,7 +26,6 @@ from fedcompo.registry import Registry
 from fedcompo.registry_layout import PUBLIC
 from fedcompo.removal import RemovalRecord
 from fedcompo.specialise import head_of
-from fedcompo.training import evaluate
 from fedcompo.units import percent
 from fedcompo.verification import verify_registry
 

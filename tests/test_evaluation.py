@@ -10,6 +10,7 @@ import pytest
 from cli_runs import CLASSES, digits_registry
 from registry_builders import backbone, contents, member, registry_of
 
+from fedcompo.accuracy import evaluate
 from fedcompo.config import RunConfig
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.deltas import Weights
@@ -23,7 +24,6 @@ from fedcompo.evaluation import (
 )
 from fedcompo.heads import Head
 from fedcompo.registry import Registry
-from fedcompo.training import evaluate
 
 CONFIG = RunConfig()
 

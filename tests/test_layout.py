@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "fedcompo").rglob("*.py"))
 CORE = [
+    "accuracy",
     "admission",
+    "anchoring",
     "audit",
     "audit_picture",
     "audit_report",
@@ -20,6 +22,7 @@ CORE = [
     "augmentation",
     "backbone",
     "checkpoint",
+    "choices",
     "composition",
     "config",
     "contribution",
@@ -41,6 +44,7 @@ CORE = [
     "fisher",
     "fisher_file",
     "fixed_point",
+    "head_training",
     "heads",
     "journal",
     "membership",

@@ -20,7 +20,8 @@ from builders import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcompo import training
+from fedcompo import anchoring
+from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone
 from fedcompo.config import Augmentation, Kind, Penalty, TrainConfig
 from fedcompo.data import Split
@@ -29,7 +30,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.heads import Head, zero_head
 from fedcompo.pool import Pool
 from fedcompo.task_vector import TaskVector
-from fedcompo.training import Anchor, Fitted, evaluate, fit_task_vector
+from fedcompo.training import Anchor, Fitted, fit_task_vector
 
 CLASSES = ("left", "right")
 DATA = left_or_right(24)
@@ -182,11 +183,11 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
     """Six optimiser steps on the cosine schedule; the last is always followed by a penalty."""
     taken = []
 
-    def step(deltas: object, fisher: object, alpha: float, schedule: float) -> None:
+    def step(deltas: object, fisher: object, alpha: float, schedule: float, pull: None) -> None:
         taken.append((alpha, schedule))
 
-    monkeypatch.setattr(training, "implicit_step", step)
-    monkeypatch.setattr(training, "explicit_step", step)
+    monkeypatch.setattr(anchoring, "implicit_step", step)
+    monkeypatch.setattr(anchoring, "explicit_step", step)
     settings = {"penalty": penalty, "penalty_every": every, "local_epochs": 2}
     fit(backbone, anchor=anchor_of(backbone), alpha=7.0, **settings)
     cosine = [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]

@@ -1,0 +1,49 @@
+"""How well a model does on a client's images: class-incremental and task-incremental accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedcompo.backbone import Backbone
+from fedcompo.data import Split
+from fedcompo.deltas import Weights
+from fedcompo.features import extract_features
+from fedcompo.heads import Head
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of correctly classified images, in [0, 1]."""
+
+    class_il: float
+    """Arg max over the classes of all clients."""
+    task_il: float
+    """Arg max over the client's own classes."""
+    num_examples: int
+
+
+def evaluate(
+    backbone: Backbone, theta: Weights, head: Head, classes: tuple[str, ...], data: Split
+) -> Accuracy:
+    """Classify a client's images.
+
+    Args:
+        backbone: Pre-trained weights.
+        theta: Target weights to use in their place, by name.
+        head: Joint head; may hold more classes than the client's, must hold all of those.
+        classes: The client's classes, which ``data.labels`` index.
+        data: Images and labels.
+    """
+    logits = head(extract_features(backbone.forward(theta), data.images))
+    own = head.indices(classes)
+    return Accuracy(
+        class_il=_share(logits.argmax(1) == own[data.labels]),
+        task_il=_share(logits[:, own].argmax(1) == data.labels),
+        num_examples=len(data.labels),
+    )
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.double().mean()) if len(hits) else float("nan")

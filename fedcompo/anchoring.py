@@ -1,0 +1,122 @@
+r"""How a penalty acts while a task vector is trained.
+
+ITA and IEL differ in what holds :math:`\tau`: the pre-trained weights alone, or also the others
+that it is added up with. :mod:`fedcompo.penalties` has the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedcompo.config import Penalty, TrainConfig
+from fedcompo.deltas import Delta, Weights
+from fedcompo.penalties import (
+    explicit_step,
+    iel_penalty,
+    implicit_step,
+    ita_penalty,
+    own_strength,
+)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """In whose metric a client is held: a *mean* Fisher."""
+
+    weights: Weights
+    """By weight name, each (out, in)."""
+    head_weight: Tensor
+    """(own classes, features)."""
+    head_bias: Tensor
+    """(own classes,)."""
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    r"""The sum that a client trains inside: :math:`\theta_0 + \lambda(R + w\,\tau)`."""
+
+    rest: Weights
+    r""":math:`R = \sum_{s \ne c} w_s \tau_s` by weight name, each (out, in)."""
+    share: float
+    """w, the client's own coefficient, in (0, 1]."""
+    beta: float
+    """Strength of the penalty that holds it to the others."""
+    scale: float = 1.0
+    r""":math:`\lambda`."""
+
+
+class Holding:
+    """Applies a penalty to deltas in training: as part of the loss, or beside the optimiser.
+
+    A LoRA's proximal step solves a small system for each row and column, which on a small model
+    costs as much as the training step itself: one every few steps makes up for all of them.
+    """
+
+    def __init__(
+        self,
+        deltas: Mapping[str, Delta],
+        anchor: Anchor | None,
+        ensemble: Ensemble | None,
+        config: TrainConfig,
+    ) -> None:
+        """Take what holds the deltas to their device.
+
+        Args:
+            deltas: Trainable changes by weight name.
+            anchor: The metric; None: nothing is held.
+            ensemble: The others; None: ITA.
+            config: Strength, and how the penalty acts.
+        """
+        self._deltas, self._config, self._ensemble = deltas, config, ensemble
+        strength = config.alpha if ensemble is None else ensemble.beta
+        self._fisher = _beside(deltas, anchor.weights) if anchor and strength > 0 else {}
+        self._rest = _beside(deltas, ensemble.rest) if ensemble and self._fisher else {}
+        self._strength, self._pull = strength, None
+        if ensemble is not None:
+            self._strength = ensemble.beta * own_strength(ensemble.share)
+            self._pull = {name: ensemble.beta * rest for name, rest in self._rest.items()}
+        self._schedules: list[float] = []
+
+    def loss(self, tau: Weights) -> Tensor | None:
+        """The penalty as part of the loss; None where it is not.
+
+        Args:
+            tau: The task vector, dense.
+        """
+        if not self._fisher or self._config.penalty is not Penalty.COUPLED:
+            return None
+        if self._ensemble is None:
+            return ita_penalty(tau, self._fisher, self._config.alpha)
+        share, beta = self._ensemble.share, self._ensemble.beta
+        return iel_penalty(tau, self._fisher, self._rest, share=share, beta=beta)
+
+    def step(self, schedule: float, *, last: bool) -> None:
+        """Act beside the optimiser, after its step.
+
+        Args:
+            schedule: c in (0, 1].
+            last: Whether no step follows.
+        """
+        if not self._fisher:
+            return
+        if self._config.penalty is Penalty.EXPLICIT:
+            explicit_step(self._deltas, self._fisher, self._strength, schedule, self._pull)
+        elif self._config.penalty is Penalty.IMPLICIT:
+            self._schedules.append(schedule)
+            if last or len(self._schedules) == self._config.penalty_every:
+                total = sum(self._schedules)
+                implicit_step(self._deltas, self._fisher, self._strength, total, self._pull)
+                self._schedules.clear()
+
+
+def _beside(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
+    """The weights of the deltas, on their device."""
+    return {name: weights[name].to(_device(delta)) for name, delta in deltas.items()}
+
+
+def _device(delta: Delta) -> torch.device:
+    return next(delta.parameters()).device
