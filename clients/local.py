@@ -1,6 +1,7 @@
 """One client's part of each phase: tensors and figures in, tensors and figures out; no Flower.
 
-A client keeps nothing between phases but its data: whatever it needs comes with the request.
+Whatever a client needs besides its data comes with the request. Between the rounds of a training it
+keeps its own task vector, so as not to be sent it each time; the server has a copy.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clients.given import OWN, Given
+from clients.store import Store, store_home
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
@@ -30,7 +33,7 @@ from fedcompo.names import check_client_name
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training import Anchor, fit_task_vector
+from fedcompo.training import Ensemble, Fitted, ensembled, fit_task_vector
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ class LocalClient:
     data: ClientData
     kind: Kind | None = None
     """Kind of task vector, if this node insists on one."""
+    state: Path = field(default_factory=store_home)
+    """Folder of what it keeps between rounds."""
 
     @classmethod
     def from_node(
@@ -58,7 +63,8 @@ class LocalClient:
         Args:
             run_config: Flat settings of the run.
             node_config: In a simulation ``partition-id``; in a deployment ``client`` (its name),
-                ``data`` (path of its images), and optionally ``kind`` and ``device``.
+                ``data`` (path of its images), and optionally ``kind``, ``device`` and ``state``
+                (folder of what it keeps between rounds).
             registered_name: Name under which the server knows the node; wins over ``client``.
 
         Raises:
@@ -82,6 +88,7 @@ class LocalClient:
             backbone,
             data,
             kinds_of(config.train.kind)[0] if "kind" in own else None,
+            store_home(str(node_config.get("state", ""))),
         )
 
     def features(self) -> Body:
@@ -129,41 +136,62 @@ class LocalClient:
         return prefixed("fisher", fisher.sums), self._manifest("fisher", manifest)
 
     def train(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
-        """Fit the task vector, with the anchor given; measure it, and the frozen backbone."""
+        """Fit the task vector, alone or inside the sum of the others; measure what comes of it.
+
+        What the request leaves the client to remember, and it does not, the answer asks for.
+        """
+        store = self._store(str(request["federation"])) if request.get("federation") else None
+        given = Given.read(
+            tensors,
+            request,
+            store,
+            base=self.backbone.fingerprint,
+            classes=self.data.classes,
+            beta=self.config.method.beta,
+        )
+        if given.lacks:
+            return {}, self._manifest("train", {"lacks": list(given.lacks)})
         joint = head_from(tensors, request["classes"])
-        classes, train, test = self.data.classes, self.data.train, self.data.test
-        start = joint.rows(classes) if self._starts_aligned else self._probe()
-        anchor = None
-        if request["anchored"]:
-            head = section("anchor_head", tensors)
-            anchor = Anchor(section("anchor", tensors), head["weight"], head["bias"])
+        aligned = joint.rows(self.data.classes) if self._starts_aligned else self._probe()
+        purpose = "train", self.name, *([str(request["round"])] if "round" in request else [])
         fitted = fit_task_vector(
             self.backbone,
             Kind(request["kind"]),
-            train,
-            start,
-            start,
-            anchor,
+            self.data.train,
+            given.head or aligned,
+            aligned,
+            given.anchor,
             self.config.train,
-            generator=generator_for(self.config.seed, "train", self.name),
+            generator=generator_for(self.config.seed, *purpose),
+            ensemble=given.ensemble,
+            course=given.course,
             on_epoch=self._log_epoch,
         )
-        theta_0 = self.backbone.theta_0
-        tau = fitted.task_vector.dense(theta_0)
-        theta = {name: theta_0[name] + change for name, change in tau.items()}
-        own_accuracy = evaluate(self.backbone, theta, fitted.head, classes, test)
-        frozen = evaluate(self.backbone, {}, joint, classes, test)
         body = prefixed("task_vector", fitted.task_vector.tensors) | head_tensors(fitted.head)
+        holds = {**given.holds, OWN: store.keep(OWN, body)} if store else {}
         return body, self._manifest(
             "train",
             {
                 "kind": str(fitted.task_vector.kind),
                 "losses": list(fitted.losses),
-                "own_task_accuracy": own_accuracy.task_il,
-                "frozen_class_il_accuracy": frozen.class_il,
-                "frozen_task_il_accuracy": frozen.task_il,
+                "holds": holds,
+                **self._measured(fitted, given.ensemble, joint if request["frozen"] else None),
             },
         )
+
+    def _measured(
+        self, fitted: Fitted, ensemble: Ensemble | None, joint: Head | None
+    ) -> dict[str, float]:
+        """Accuracy of what was trained, on its own task; with the joint head, of the frozen one."""
+        classes, test, theta_0 = self.data.classes, self.data.test, self.backbone.theta_0
+        theta = ensembled(fitted.task_vector.dense(theta_0), theta_0, ensemble)
+        own = evaluate(self.backbone, theta, fitted.head, classes, test)
+        figures = {"own_task_accuracy": own.task_il}
+        if joint is not None:
+            frozen = evaluate(self.backbone, {}, joint, classes, test)
+            figures["frozen_class_il_accuracy"] = frozen.class_il
+            figures["frozen_task_il_accuracy"] = frozen.task_il
+        return figures
 
     def evaluate(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
         """Measure the composed model on this client's test images."""
@@ -172,6 +200,10 @@ class LocalClient:
         accuracy = evaluate(self.backbone, theta, head, self.data.classes, self.data.test)
         figures = {"class_il_accuracy": accuracy.class_il, "task_il_accuracy": accuracy.task_il}
         return {}, self._manifest("evaluate", figures)
+
+    def _store(self, federation: str) -> Store:
+        """What this client keeps between the rounds of a federation."""
+        return Store(self.state / federation / self.name)
 
     @property
     def _starts_aligned(self) -> bool:

@@ -244,6 +244,7 @@ def _environment(folder: Path, user: Mapping[str, str]) -> dict[str, str]:
     environment |= QUIET
     environment |= {MARKER: uuid.uuid4().hex, "FLWR_HOME": str(folder / "home")}
     environment["RAY_TMPDIR"] = str(folder)
+    environment["FEDCOMPO_STATE"] = str(folder / "state")  # what simulated clients keep
     # Flower's programs start each other by name.
     environment["PATH"] = os.pathsep.join([_scripts(), user.get("PATH", os.defpath)])
     for key in ("NO_PROXY", "no_proxy"):

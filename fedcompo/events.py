@@ -5,15 +5,16 @@
 ==================  =====================================================================
 ``run``             ``clients`` (names, may be empty), ``phases``
 ``phase-started``   ``phase``, ``clients``
-``client``          ``phase``, ``client``, ``status`` (``ok``, ``left-out``), ``reason``,
-                    ``bytes_sent``, ``bytes_received``, ``seconds``
+``client``          ``phase``, ``client``, ``status`` (``ok``, ``left-out``, ``missed``),
+                    ``reason``, ``bytes_sent``, ``bytes_received``, ``seconds``
 ``phase-finished``  ``phase``, ``seconds``
 ``note``            ``text``
 ``finished``        ``results`` (name of the file)
 ``failed``          ``reason``
 ==================  =====================================================================
 
-Each also has ``time``, in seconds since 1970.
+Each also has ``time``, in seconds since 1970. Of several like phases, such as rounds, those that
+have a ``phase`` also say in ``part`` which it is: ``round 3``.
 """
 
 from __future__ import annotations

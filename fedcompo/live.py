@@ -28,6 +28,11 @@ class Standing(Enum):
     RUNNING = "running"
     OK = "ok"
     LEFT_OUT = "left out"
+    MISSED = "missed"
+
+
+STANDINGS = {"ok": Standing.OK, "left-out": Standing.LEFT_OUT, "missed": Standing.MISSED}
+"""By the ``status`` of an event."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,18 @@ class Cell:
     seconds: float = 0.0
     """How long it took, once it is over."""
     reason: str = ""
+    part: str = ""
+    """Which of several like phases it is, such as ``round 3``."""
 
     def text(self, now: float) -> Text:
         """What the table says."""
+        part = f" ({self.part})" if self.part else ""
         if self.standing is Standing.RUNNING:
-            return Text(f"running {duration(now - self.since)}", style="yellow")
+            return Text(f"running {duration(now - self.since)}{part}", style="yellow")
         if self.standing is Standing.OK:
-            return Text(f"ok {duration(self.seconds)}", style="green")
-        return Text(f"LEFT OUT {self.reason}".rstrip(), style="bold red")
+            return Text(f"ok {duration(self.seconds)}{part}", style="green")
+        style = "bold red" if self.standing is Standing.LEFT_OUT else "red"
+        return Text(f"{self.standing.value.upper()}{part} {self.reason}".rstrip(), style=style)
 
 
 @dataclass(frozen=True)
@@ -69,19 +78,21 @@ class Progress:
             return known._with_clients(event.get("clients", ()))
         if kind == "phase-started":
             names = tuple(event.get("clients", ())) or (SERVER,)
-            running = Cell(Standing.RUNNING, since=float(event.get("time", 0.0)))
+            since, part = float(event.get("time", 0.0)), str(event.get("part", ""))
+            running = Cell(Standing.RUNNING, since=since, part=part)
             return self._with_clients(names)._with({(name, phase): running for name in names})
         if kind == "client":
             return self._after_client(event, phase)
         if kind == "phase-finished":
-            return self._after_phase(phase, float(event.get("seconds", 0.0)))
+            seconds, part = float(event.get("seconds", 0.0)), str(event.get("part", ""))
+            return self._after_phase(phase, seconds, part)
         return self
 
     def _after_client(self, event: Event, phase: str) -> Progress:
         name, seconds = str(event["client"]), float(event.get("seconds", 0.0))
-        ok = event.get("status") == "ok"
-        reason = "" if ok else str(event.get("reason", ""))
-        cell = Cell(Standing.OK if ok else Standing.LEFT_OUT, seconds=seconds, reason=reason)
+        standing = STANDINGS.get(str(event.get("status")), Standing.LEFT_OUT)
+        reason = "" if standing is Standing.OK else str(event.get("reason", ""))
+        cell = Cell(standing, seconds=seconds, reason=reason, part=str(event.get("part", "")))
         counted = replace(
             self,
             # A phase begun without names turns out to have clients: it is not the server's.
@@ -91,13 +102,13 @@ class Progress:
         )
         return counted._with_clients([name])._with({(name, phase): cell})
 
-    def _after_phase(self, phase: str, seconds: float) -> Progress:
+    def _after_phase(self, phase: str, seconds: float, part: str) -> Progress:
         running = [
             name
             for (name, at), cell in self.cells.items()
             if at == phase and cell.standing is Standing.RUNNING
         ]
-        own = Cell(Standing.OK, seconds=seconds)
+        own = Cell(Standing.OK, seconds=seconds, part=part)
         silent = Cell(Standing.LEFT_OUT, reason="no reply")
         return self._with({(name, phase): own if name == SERVER else silent for name in running})
 
@@ -189,6 +200,8 @@ def line(event: Event, began: float) -> str:
 
 def _said(event: Event) -> str:
     kind, phase = event["event"], event.get("phase", "")
+    if part := event.get("part"):
+        phase = f"{phase}, {part}"
     names = ", ".join(event.get("clients", ()))
     took = duration(float(event.get("seconds", 0.0)))
     if kind == "run":
@@ -199,7 +212,8 @@ def _said(event: Event) -> str:
         sent, received = (size(event.get(f"bytes_{way}", 0)) for way in ("sent", "received"))
         return f"{phase}: {event['client']} ok, {took}, sent {sent}, received {received}"
     if kind == "client":
-        return f"{phase}: {event['client']} LEFT OUT: {event.get('reason', '')}"
+        standing = STANDINGS.get(event.get("status", ""), Standing.LEFT_OUT).value.upper()
+        return f"{phase}: {event['client']} {standing}: {event.get('reason', '')}"
     if kind == "phase-finished":
         return f"{phase}: finished, {took}"
     if kind == "failed":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +123,26 @@ def fit_task_vector(
     return Fitted(vector, head.result(), tuple(losses))
 
 
+def ensembled(tau: Weights, theta_0: Weights, ensemble: Ensemble | None) -> Weights:
+    r"""The weights a client trains at: :math:`\theta_0 + \lambda(R + w\,\tau)`, or alone θ₀ + τ.
+
+    Args:
+        tau: The client's own task vector, dense; each entry (out, in).
+        theta_0: Pre-trained weights; has the keys of ``tau``, same shapes.
+        ensemble: The others; None: nobody.
+
+    Returns:
+        By weight name, each (out, in).
+    """
+    if ensemble is None:
+        return {name: theta_0[name] + change for name, change in tau.items()}
+    scale, share, rest = ensemble.scale, ensemble.share, ensemble.rest
+    return {
+        name: theta_0[name] + scale * (rest[name].to(change) + share * change)
+        for name, change in tau.items()
+    }
+
+
 class _Training:
     """Deltas and head while they are trained."""
 
@@ -153,11 +173,11 @@ class _Training:
 
     def inside(self, ensemble: Ensemble | None) -> None:
         """Train in sum with others; None: alone."""
-        self._times, self._rest = 1.0, Weights()
+        self._ensemble = ensemble
         if ensemble is not None:
-            self._times = ensemble.scale * ensemble.share
             device = self._backbone.device
-            self._rest = {n: ensemble.scale * r.to(device) for n, r in ensemble.rest.items()}
+            rest = {name: others.to(device) for name, others in ensemble.rest.items()}
+            self._ensemble = replace(ensemble, rest=rest)
 
     def near(self, mu: float) -> None:
         """Stay near where the parameters are now."""
@@ -186,11 +206,7 @@ class _Training:
 
     def _features(self, tau: Weights, images: Tensor) -> Tensor:
         """Features (batch, features) under the weights that are trained."""
-        change = {name: self._times * own for name, own in tau.items()}
-        if self._rest:
-            change = {name: own + self._rest[name] for name, own in change.items()}
-        theta_0 = self._backbone.theta_0
-        theta = {name: theta_0[name] + total for name, total in change.items()}
+        theta = ensembled(tau, self._backbone.theta_0, self._ensemble)
         return self._backbone.forward(theta)(images)
 
     def _proximal(self) -> Tensor | float:

@@ -1,7 +1,8 @@
 r"""Whose Fisher diagonal anchors whom.
 
 - *others*: the mean over all examples of the *other* clients, as ITA has it (Porrello et al., ICLR
-  2025, arXiv 2405.16350). What a client learns then depends on who else is there.
+  2025, arXiv 2405.16350), or of all, as IEL has it. What a client learns then depends on who else
+  is there.
 - *own*: the mean over its own examples: it keeps what of the backbone its own task rests on.
 - *reference*: the mean over examples of no client; see :mod:`fedcompo.reference`.
 """
@@ -54,24 +55,33 @@ class Anchors:
         members = tuple(sorted(members))
         return cls(by, members, functools.reduce(operator.add, map(load, members)), load, reference)
 
-    def mean_for(self, client: str, classes: Iterable[str]) -> Weights | None:
+    def mean_for(
+        self, client: str, classes: Iterable[str], *, with_own: bool = False
+    ) -> Weights | None:
         """The *mean* Fisher that anchors a client; None where there is nobody to anchor it.
 
         Args:
             client: A member.
             classes: Its own, to which the head's rows shall belong; zeros for a class that no
                 anchoring head has.
+            with_own: Where the others anchor it, count its own examples, too (IEL).
         """
+        if not self.anchored(client, with_own=with_own):
+            return None
         if self.by is AnchorBy.OWN:
             anchoring = self.load(client)
         elif self.by is AnchorBy.REFERENCE:
             assert self.reference is not None
             anchoring = self.reference
-        elif self.others(client):
-            anchoring = self.total - self.load(client)
+        elif with_own:
+            anchoring = self.total
         else:
-            return None
+            anchoring = self.total - self.load(client)
         return anchoring.for_classes(classes).mean()
+
+    def anchored(self, client: str, *, with_own: bool = False) -> bool:
+        """Whether there is anybody to anchor a client."""
+        return with_own or self.by is not AnchorBy.OTHERS or bool(self.others(client))
 
     def note(self, alpha: float) -> str:
         """What whoever set ``alpha`` should know of the scale on which it acts; mostly nothing."""

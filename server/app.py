@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedcompo.backbone import Backbone, load_backbone
-from fedcompo.config import Action, RunConfig
+from fedcompo.config import Action, Method, RunConfig, Schedule
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.launcher import EVENTS, LOG, RESULTS, reserve_output
 from fedcompo.registry import Registry
@@ -21,10 +21,11 @@ from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.report import write_report
 from fedcompo.tensorfile import write_atomically
-from server import strategy, unlearning
+from server import unlearning
+from server.arrivals import Arrivals
 from server.exchange import Exchange
 from server.results import collect, collect_removal
-from server.strategy import ItaStrategy
+from server.strategy import IelStrategy, ItaStrategy, Strategy
 from server.unlearning import Unlearning
 
 app = ServerApp()
@@ -40,8 +41,14 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.parse(context.run_config)
     output = claim_output(config)
     server, removing = config.server, config.registry.action is Action.REMOVE
-    exchange = Exchange(grid, server.timeout, server.min_clients, output / EVENTS)
-    phases = unlearning.PHASES if removing else strategy.PHASES
+    exchange = Exchange(
+        grid,
+        server.timeout,
+        server.min_clients,
+        in_flight=server.in_flight,
+        events=output / EVENTS,
+    )
+    phases = unlearning.PHASES if removing else strategy_of(config).phases
     wanted = [p for p in phases if p != "realign" or config.compose.realign]
     exchange.tell("run", clients=[], phases=wanted)
     try:
@@ -57,7 +64,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
-    """Train new clients by ITA; they join the registry."""
+    """Train new clients; they join the registry."""
     backbone = load_backbone(config.backbone)
     registry = open_or_create(config, backbone, output)
     # Members count: a single newcomer can join them.
@@ -65,11 +72,18 @@ def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) 
     if registry.clients and registry.settings != RegistrySettings.of(config):
         exchange.note("The registry composes with its own settings, not with this run's.")
     exchange.gather(config.server.num_clients)
-    ita = ItaStrategy(exchange, config, backbone, registry, output)
-    ita.run()
-    results = collect(ita, started=started)
+    chosen = strategy_of(config)(exchange, config, backbone, registry, output)
+    chosen.run()
+    results = collect(chosen, started=started)
     write_report(output, results)
     return results
+
+
+def strategy_of(config: RunConfig) -> type[Strategy]:
+    """How a run comes from clients to a model."""
+    if config.method.schedule is Schedule.SEQUENTIAL:
+        return Arrivals
+    return IelStrategy if config.method.method is Method.IEL else ItaStrategy
 
 
 def _remove(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:

@@ -100,7 +100,10 @@ class Composing:
         head = self.joint_head
         tensors = prefixed("theta", self._theta()) | head_tensors(head)
         request: Body = tensors, {"classes": list(head.classes)}
-        self.exchange.ask(phase, "evaluate", lambda client: request, self._fold, decisive=False)
+        asked = [client for client in self.exchange.clients if client in self.registry.clients]
+        self.exchange.ask(
+            phase, "evaluate", lambda c: request, self._fold, decisive=False, clients=asked
+        )
         if decisive and not self.figures:
             self.exchange.nodes.clear()
             self.exchange.require_clients(phase)

@@ -1,17 +1,16 @@
 """One request to every client, one answer at a time: who answered, how much, how long, who did not.
 
 A client is known by its name, never by Flower's node id. One that raises, answers nonsense or does
-not answer in time is left out of all that follows, and named with the reason.
+not answer in time is left out of all that follows, and named with the reason; where a phase may be
+missed (a round of many), it misses that one, and is named too.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from logging import INFO, WARNING
-from pathlib import Path
+from logging import INFO
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -19,8 +18,9 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedcompo.errors import FedcompoError, TooFewClients
-from fedcompo.memory import peak_bytes, reset_peak
+from fedcompo.memory import reset_peak
 from fedcompo.messages import Body, from_record, size_of, to_record
+from server.books import Books, LeftOut, Traffic
 
 Fold = Callable[[str, Body], str]
 """Takes a client's name and answer; checks it, *then* keeps what is needed; returns the name under
@@ -33,49 +33,21 @@ POLL = 0.1, 2.0
 """Seconds between looks for an answer: at first, and at most."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What one phase cost one client, seen from the server."""
-
-    bytes_sent: int
-    """To the client."""
-    bytes_received: int
-    """From the client."""
-    seconds: float
-    """From the request's departure to the answer's arrival."""
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A client that could not be used."""
-
-    client: str
-    phase: str
-    reason: str
-
-
 @dataclass
-class Exchange:
+class Exchange(Books):
     """Talks to the clients of a run and keeps the books."""
 
     grid: Grid
     timeout: float
     min_clients: int
-    events: Path
-    """File to which each event is appended, one JSON object a line."""
     nodes: dict[str, int] = field(default_factory=dict)
     """Flower's node id by client name; those left out are gone."""
-    left_out: list[LeftOut] = field(default_factory=list)
-    traffic: dict[str, dict[str, Traffic]] = field(default_factory=dict)
-    """By phase and client."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """By phase."""
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Peak bytes by phase: ``server`` and ``client`` (the largest), resident; ``client_gpu``."""
-    notes: list[str] = field(default_factory=list)
-    """What whoever reads the results should know."""
+    in_flight: int = 0
+    """Requests under way at a time; 0: all. What waits to be folded in is no more than these."""
     registered: dict[int, str] = field(default_factory=dict)
     """Names under which the SuperLink knows nodes, by node id."""
+    _seen: set[int] = field(default_factory=set)
+    """Ids of all nodes that ever were taken up."""
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -110,8 +82,30 @@ class Exchange:
                     f"{self.min_clients} (`min-clients`). Start more clients, or raise `timeout`."
                 )
             time.sleep(0.5)
-        self.registered = {node.node_id: node.name for node in nodes if node.name}
-        self.nodes = {f"node {node.node_id}": node.node_id for node in nodes}
+        self.nodes = {}
+        self._take_up(nodes)
+
+    def look_again(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """See who has come and who has gone since the last look.
+
+        Returns:
+            Provisional names of the nodes that are new, and names of the clients whose node is no
+            longer there; these have lost their node, and may come back under another.
+        """
+        nodes = list(self.grid.get_nodes())
+        there = {node.node_id for node in nodes}
+        gone = tuple(client for client in self.clients if self.nodes[client] not in there)
+        for client in gone:
+            del self.nodes[client]
+        return self._take_up([node for node in nodes if node.node_id not in self._seen]), gone
+
+    def _take_up(self, nodes: list[Any]) -> tuple[str, ...]:
+        """Give new nodes provisional names."""
+        self._seen |= {node.node_id for node in nodes}
+        self.registered |= {node.node_id: node.name for node in nodes if node.name}
+        new = {f"node {node.node_id}": node.node_id for node in nodes}
+        self.nodes |= new
+        return tuple(sorted(new))
 
     def ask(
         self,
@@ -121,6 +115,7 @@ class Exchange:
         fold: Fold,
         *,
         decisive: bool = True,
+        may_miss: bool = False,
         clients: Iterable[str] | None = None,
     ) -> None:
         """Send clients a request and fold their answers in, one at a time.
@@ -131,28 +126,25 @@ class Exchange:
             request: Makes the tensors and manifest for a client, by its name.
             fold: Takes each answer.
             decisive: Fail if fewer than ``min_clients`` remain.
+            may_miss: Who cannot be used misses this phase, and is not left out of the next.
             clients: Whom to ask; None: everyone still in the run.
 
         Raises:
             TooFewClients: If too few usable answers came.
         """
         reset_peak()
-        started = time.monotonic()
-        self.traffic[phase], self.memory[phase], waiting = {}, {}, {}
+        started, label = time.monotonic(), self.label(phase)
+        self.traffic[label], self.memory[label] = {}, {}
         asked = self.clients if clients is None else tuple(sorted(clients))
         self.tell("phase-started", phase=phase, clients=[] if phase in NAMING else asked)
+        asking = _Asking(phase, message_type, request, fold, may_miss)
         for client in asked:
-            message_id, sent = self._send(client, message_type, request(client))
-            if message_id:
-                waiting[message_id] = client, sent, time.monotonic()
-            else:
-                self.leave_out(phase, client, "its node is gone", Traffic(sent, 0, 0.0))
-        self._collect(phase, message_type.rpartition(".")[2], waiting, fold)
-        for client, sent, departed in waiting.values():
-            reason = f"no answer within {self.timeout:g} s"
-            self.leave_out(phase, client, reason, Traffic(sent, 0, time.monotonic() - departed))
+            while self.in_flight and len(asking.waiting) >= self.in_flight:
+                self._collect(asking, most=self.in_flight - 1)
+            self._send(client, asking)
+        self._collect(asking, most=0)
         self._close(phase, started)
-        log(INFO, "%s: %d client(s), %.1f s", phase, len(self.traffic[phase]), self.seconds[phase])
+        log(INFO, "%s: %d client(s), %.1f s", label, len(self.traffic[label]), self.seconds[label])
         if decisive:
             self.require_clients(phase)
 
@@ -166,113 +158,113 @@ class Exchange:
             f"{self.min_clients}. Left out:\n{reasons or '  nobody'}"
         )
 
-    def timed(self, phase: str, work: Callable[[], Any]) -> Any:
-        """Do a phase that happens on the server, and book its time."""
-        self.tell("phase-started", phase=phase, clients=[])
-        reset_peak()
-        started, self.memory[phase] = time.monotonic(), {}
-        result = work()
-        self._close(phase, started)
-        log(INFO, "%s: %.1f s on the server", phase, self.seconds[phase])
-        return result
-
-    def note(self, text: str) -> None:
-        """Say something to whoever follows the run, and in the results."""
-        self.notes.append(text)
-        self.tell("note", text=text)
-
-    def tell(self, event: str, **entries: Any) -> None:
-        """Append an event for whoever follows the run."""
-        line = json.dumps({"event": event, **entries, "time": time.time()}, default=list)
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def _close(self, phase: str, started: float) -> None:
-        self.seconds[phase] = time.monotonic() - started
-        self._remember_peak(phase, {"server": peak_bytes().get("resident", 0)})
-        self.tell("phase-finished", phase=phase, seconds=round(self.seconds[phase], 3))
-
-    def _remember_peak(self, phase: str, peaks: Mapping[str, int]) -> None:
-        known = self.memory[phase]
-        known |= {who: max(int(peak), known.get(who, 0)) for who, peak in peaks.items()}
-
-    def _send(self, client: str, message_type: str, body: Body) -> tuple[str, int]:
-        """Send a request; returns the message's id, empty if the node is gone, and its size."""
-        tensors, manifest = body
+    def _send(self, client: str, asking: _Asking) -> None:
+        """Send a client its request."""
+        tensors, manifest = asking.request(client)
         node = self.nodes[client]
         name = self.registered.get(node, "")
         content = to_record(tensors, {"content": "request", "registered_name": name, **manifest})
-        message = Message(content, node, message_type, ttl=self.timeout)
-        ids = list(self.grid.push_messages([message]))
-        return ids[0] if ids else "", size_of(content)
+        message = Message(content, node, asking.message_type, ttl=self.timeout)
+        ids, sent = list(self.grid.push_messages([message])), size_of(content)
+        if ids and ids[0]:
+            asking.waiting[ids[0]] = client, sent, time.monotonic()
+        else:
+            self._fail(asking, client, "its node is gone", Traffic(sent, 0, 0.0))
 
-    def _collect(self, phase: str, expected: str, waiting: dict[str, Waiting], fold: Fold) -> None:
-        """Take answers as they come, until none is awaited or the time is over."""
-        pause, deadline = POLL[0], time.monotonic() + self.timeout
-        while waiting and time.monotonic() < deadline:
+    def _collect(self, asking: _Asking, *, most: int) -> None:
+        """Take answers as they come, until no more than so many are awaited, or their time is over.
+
+        An answer's time runs from its own request's departure.
+        """
+        pause, waiting = POLL[0], asking.waiting
+        while len(waiting) > most:
             answered = False
             for message_id in list(waiting):
                 for reply in self.grid.pull_messages([message_id]):
                     client, sent, departed = waiting.pop(message_id)
                     cost = Traffic(sent, _received(reply), time.monotonic() - departed)
-                    self._take(phase, expected, client, reply, cost, fold)
+                    self._take(asking, client, reply, cost)
                     answered = True
+            self._give_up(asking)
             pause = POLL[0] if answered else min(1.2 * pause, POLL[1])
-            if waiting:
+            if len(waiting) > most:
                 time.sleep(pause)
 
-    def _take(
-        self, phase: str, expected: str, client: str, reply: Message, cost: Traffic, fold: Fold
-    ) -> None:
-        """Fold one reply in, or leave its client out."""
+    def _give_up(self, asking: _Asking) -> None:
+        """Wait no longer for answers whose time is over."""
+        for message_id, (client, sent, departed) in list(asking.waiting.items()):
+            seconds = time.monotonic() - departed
+            if seconds >= self.timeout:
+                del asking.waiting[message_id]
+                reason = f"no answer within {self.timeout:g} s"
+                self._fail(asking, client, reason, Traffic(sent, 0, seconds))
+
+    def _take(self, asking: _Asking, client: str, reply: Message, cost: Traffic) -> None:
+        """Fold one reply in, or do without its client."""
+        phase, label = asking.phase, self.label(asking.phase)
         if reply.has_error():
             reason = f"code {reply.error.code}: {reply.error.reason or 'no reason given'}"
-            self.leave_out(phase, client, reason, cost)
+            self._fail(asking, client, reason, cost)
             return
         try:
-            body = from_record(reply.content, expected=expected, source=f"client {client!r}")
+            body = from_record(reply.content, expected=asking.expected, source=f"client {client!r}")
             peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
-            name = fold(client, body)
+            name = asking.fold(client, body)
         except FedcompoError as error:
-            self.leave_out(phase, client, str(error), cost)
+            self._fail(asking, client, str(error), cost)
             return
         except Exception as error:  # whatever a strange answer can provoke
             reason = f"its answer is malformed ({type(error).__name__}: {error})"
-            self.leave_out(phase, client, reason, cost)
+            self._fail(asking, client, reason, cost)
             return
         self._remember_peak(
-            phase, {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
+            label, {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
         )
         if name != client:
             self.nodes[name] = self.nodes.pop(client)
-        self.traffic[phase][name] = cost
+        self.traffic[label][name] = cost
         self.tell("client", phase=phase, client=name, status="ok", reason="", **asdict(cost))
         log(
             INFO,
             "%s: %s answered with %d bytes in %.1f s",
-            phase,
+            label,
             name,
             cost.bytes_received,
             cost.seconds,
         )
 
+    def _fail(self, asking: _Asking, client: str, reason: str, cost: Traffic) -> None:
+        """Do without a client: in this phase, or in all that follow."""
+        if not asking.may_miss:
+            self.leave_out(asking.phase, client, reason, cost)
+            return
+        label = self.label(asking.phase)
+        self.missed.append(LeftOut(client, label, reason))
+        self._say(asking.phase, client, "missed", reason, cost)
+
     def leave_out(self, phase: str, client: str, reason: str, cost: Traffic) -> None:
         """Take a client out of all that follows, and say why."""
         del self.nodes[client]
-        self.left_out.append(LeftOut(client, phase, reason))
-        self.tell(
-            "client", phase=phase, client=client, status="left-out", reason=reason, **asdict(cost)
-        )
-        log(WARNING, "%s: %s is left out: %s", phase, client, reason)
+        self.left_out.append(LeftOut(client, self.label(phase), reason))
+        self._say(phase, client, "left-out", reason, cost)
 
 
-def totals(traffic: Iterable[Traffic]) -> dict[str, int]:
-    """Bytes of a phase in each direction."""
-    costs = list(traffic)
-    return {
-        "bytes_sent": sum(cost.bytes_sent for cost in costs),
-        "bytes_received": sum(cost.bytes_received for cost in costs),
-    }
+@dataclass
+class _Asking:
+    """A request to several clients, and whose answer is awaited."""
+
+    phase: str
+    message_type: str
+    request: Callable[[str], Body]
+    fold: Fold
+    may_miss: bool
+    waiting: dict[str, Waiting] = field(default_factory=dict)
+    """By message id."""
+
+    @property
+    def expected(self) -> str:
+        """What an answer's manifest must call its content."""
+        return self.message_type.rpartition(".")[2]
 
 
 def _received(reply: Message) -> int:

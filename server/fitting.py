@@ -1,27 +1,35 @@
-"""The first half of a run: every client describes itself, and fits its task vector alone.
+"""The first half of a run: every client describes itself, and fits its task vector.
 
-Features → align → fisher → train. Where clients start from the joint head or are anchored by the
-others, what one learns depends on who else is there. Where each starts from its own probe and is
-anchored by its own Fisher or by a reference, it does not, to the last bit: its lineage is empty.
+Features → align → fisher → train. Under ITA each trains alone, under IEL inside the sum of those
+who are in the registry; rounds in which all train at a time are in :mod:`server.rounds`. Where
+clients start from the joint head or are anchored by the others, what one learns depends on who else
+is there. Where each starts from its own probe and is anchored by its own Fisher or by a reference,
+it does not, to the last bit: its lineage is empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedcompo.backbone import Backbone
-from fedcompo.config import AnchorBy, HeadStart, RunConfig, kinds_of
+from fedcompo.config import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
 from fedcompo.contribution import FISHER, Contribution, Lineage
+from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, save_fisher
+from fedcompo.fixed_point import GRID
 from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, head_tensors, prefixed
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.settings import names_of
+from fedcompo.task_vector import TaskVector
 from server.alignment import Mixtures, align_joint_head
 from server.anchors import Anchors
 from server.checks import check_fisher, checked_fisher, checked_fractions, checked_task_vector
@@ -29,6 +37,8 @@ from server.exchange import Exchange
 from server.roster import Roster
 
 PHASES = ("features", "align", "fisher", "train")
+FIGURES = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
+"""What a client reports of its training."""
 
 
 @dataclass
@@ -42,12 +52,22 @@ class Fitting:
     """Whose members the clients of this run join; nobody of them is trained again."""
     contributions: Path
     """Folder of the clients' contributions on their way to the registry, a sub-folder each."""
+    roster: Roster
+    """Who the clients are."""
+    asked: tuple[str, ...] | None = None
+    """Whose turn it is; None: everyone who is connected."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What clients reported, by client."""
 
+    absent: set[str] = field(default_factory=set)
+    """Who takes part, but is not connected at the moment."""
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    """Kind of task vector, by client."""
+    described: dict[str, Mixtures] = field(default_factory=dict)
+    """Mixtures that the joint head is aligned on, by client."""
+
     def __post_init__(self) -> None:
         """Read what must be at hand before any client is asked; raises as reading it does."""
-        self.roster = Roster(self.exchange, self.backbone)
         self.reference = self._read_reference()
 
     def run(self) -> None:
@@ -59,8 +79,18 @@ class Fitting:
 
     @property
     def newcomers(self) -> tuple[str, ...]:
-        """Clients still in the run that are to be trained, sorted."""
-        return tuple(client for client in self.exchange.clients if client not in self.members)
+        """Clients still in the run that are to be trained now, sorted."""
+        return tuple(
+            client
+            for client in self.exchange.clients
+            if client not in self.members and (self.asked is None or client in self.asked)
+        )
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        """Who is trained in this run, also who is not connected at the moment; sorted."""
+        described = self.roster.described
+        return tuple(sorted({c for c in self.newcomers if c in described} | self.absent))
 
     def folder(self, client: str) -> Path:
         """Where a client's contribution lies."""
@@ -69,17 +99,16 @@ class Fitting:
     # -- features ---------------------------------------------------------------------------------
 
     def gather_features(self) -> None:
-        """Ask every client what its classes look like; settle who takes part, with which kind.
+        """Ask clients what their classes look like; settle who takes part, with which kind.
 
         Kinds are dealt before anyone is excluded, so that excluding one shifts nobody else's.
         """
-        self.roster.gather()
-        self.kinds = self.roster.deal(kinds_of(self.config.train.kind))
-        self.roster.exclude(names_of(self.config.server.exclude))
-        self.members = self.registry.clients
-        if self.config.registry.replace:
-            self.members = tuple(c for c in self.members if c not in self.roster.described)
-        self.roster.recognise({c: self.registry.member(c).classes for c in self.members})
+        self.roster.gather(self.asked)
+        self._deal_kinds()
+        if self.asked is None:
+            self.roster.exclude(names_of(self.config.server.exclude))
+        self.settle_members(self.roster.described if self.asked is None else self.asked)
+        self._recognise()
         if not self.newcomers:
             raise ContributionError(
                 f"All connected clients are in the registry {self.registry.path} already: "
@@ -87,14 +116,43 @@ class Fitting:
                 "start others."
             )
 
+    def settle_members(self, coming: Iterable[str]) -> None:
+        """Settle whom of the registry nobody trains again: all but those who are replaced."""
+        self.members = self.registry.clients
+        if self.config.registry.replace:
+            self.members = tuple(client for client in self.members if client not in coming)
+
+    def take_in(self, clients: Iterable[str]) -> None:
+        """Describe clients that come to those who are there: features → align → fisher."""
+        clients = tuple(clients)
+        self.roster.gather(clients, decisive=False)
+        self._deal_kinds()
+        self._recognise()
+        self.aligned = self.exchange.timed("align", self.align_heads)
+        self.gather_fisher(tuple(c for c in clients if c in self.newcomers))
+
+    def forget(self, client: str) -> None:
+        """Go on without a client, and without what it said of itself."""
+        self.absent.discard(client)
+        self.roster.described.pop(client, None)
+        self.described.pop(client, None)
+        self._sum_fisher()
+
+    def _deal_kinds(self) -> None:
+        """Deal a kind to everyone who has none."""
+        self.kinds = self.roster.deal(kinds_of(self.config.train.kind)) | self.kinds
+
+    def _recognise(self) -> None:
+        self.roster.recognise({c: self.registry.member(c).classes for c in self.members})
+
     # -- align ------------------------------------------------------------------------------------
 
     def align_heads(self) -> Head:
         """Fit the joint head to features drawn from everyone's mixtures."""
-        self.described: dict[str, Mixtures] = {
+        self.described = {
             client: self.registry.contribution(client).features for client in self.members
         }
-        self.described |= {c: self.roster.described[c].mixtures for c in self.newcomers}
+        self.described |= {c: self.roster.described[c].mixtures for c in self.parties}
         return align_joint_head(self.described, self.config, "align")
 
     @property
@@ -103,27 +161,41 @@ class Fitting:
 
     # -- fisher -----------------------------------------------------------------------------------
 
-    def gather_fisher(self) -> None:
-        """Ask for everyone's Fisher diagonal under the head it starts from; keep each on disk."""
+    def gather_fisher(self, clients: tuple[str, ...] | None = None) -> None:
+        """Ask for Fisher diagonals under the head that training starts from; keep each on disk.
+
+        Args:
+            clients: Whom to ask; None: everyone who is to be trained.
+        """
         request: Body = {}, {}
         if self._starts_aligned:
             request = head_tensors(self.aligned), {"classes": list(self.aligned.classes)}
-        asked = self.newcomers
+        asked = self.newcomers if clients is None else clients
         self.exchange.ask(
             "fisher", "query.fisher", lambda client: request, self._fold_fisher, clients=asked
         )
+        if not set(asked) & set(self.exchange.clients):
+            raise ContributionError(f"No Fisher came of {', '.join(asked) or 'any client'}.")
         known = [c for c in self.members if FISHER in self.registry.member(c).files]
         if without := sorted(set(self.members) - set(known)):
             self.exchange.note(
                 f"The registry keeps no Fisher of {', '.join(without)}: the clients of this run "
                 "are not anchored by theirs."
             )
-        settings, members = self.config.train, (*known, *self.newcomers)
-        self.anchors = Anchors.of(
-            members, self._load_fisher, by=settings.anchor, reference=self.reference
-        )
-        if note := self.anchors.note(settings.alpha):
+        self._sum_fisher()
+        if note := self.anchors.note(self.config.train.alpha):
             self.exchange.note(note)
+
+    def _sum_fisher(self) -> None:
+        """Sum the Fisher of all who take part, as far as it is known."""
+        known = [c for c in self.members if FISHER in self.registry.member(c).files]
+        parties = [c for c in self.parties if (self.folder(c) / FISHER).exists()]
+        self.anchors = Anchors.of(
+            (*known, *parties),
+            self._load_fisher,
+            by=self.config.train.anchor,
+            reference=self.reference,
+        )
 
     def _fold_fisher(self, client: str, body: Body) -> str:
         starts_from = self.aligned if self._starts_aligned else self.roster.described[client]
@@ -131,7 +203,7 @@ class Fitting:
         report = dict(body[1]["report"])
         base = self.backbone.fingerprint
         save_fisher(self.folder(client) / FISHER, fisher, client=client, base=base)
-        self.figures[client] = {"fisher": report}
+        self.figures.setdefault(client, {})["fisher"] = report
         return client
 
     def _load_fisher(self, client: str) -> FisherDiagonal:
@@ -153,56 +225,104 @@ class Fitting:
     # -- train ------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Let every client fit its task vector, anchored near the pre-trained weights."""
+        """Let every client fit its task vector, near the pre-trained weights or near the others."""
         self.exchange.ask(
-            "train", "train", self._train_request, self._fold_trained, clients=self.newcomers
+            "train", "train", self.train_request, self._fold_trained, clients=self.newcomers
         )
         self.trained = self.newcomers
 
-    def _train_request(self, client: str) -> Body:
-        """The anchor, and the joint head: to start from, or only to measure the frozen backbone."""
+    def train_request(self, client: str) -> Body:
+        """The metric, and the joint head: to start from, or only to measure the frozen backbone.
+
+        A client that trains inside the sum of the members (IEL) is sent that sum, too.
+        """
         tensors = head_tensors(self.aligned)
-        mean = self.anchors.mean_for(client, self.roster.described[client].classes)
-        if mean is not None:
-            head = {"weight": mean.pop("head.weight"), "bias": mean.pop("head.bias")}
-            tensors |= prefixed("anchor_head", head)
-            tensors |= prefixed("anchor", mean) if self.config.train.alpha > 0 else {}
         manifest = {
             "classes": list(self.aligned.classes),
             "kind": str(self.kinds[client]),
-            "anchored": mean is not None,
+            "frozen": True,
+            "needs": {},
         }
+        if anchor := self.anchor_of(client):
+            tensors |= prefixed("anchor", anchor)
+            manifest["needs"] = {"anchor": ""}
+        if self.ensembled:
+            rest, share = self._rest_of(client)
+            tensors |= prefixed("rest", rest)
+            manifest["ensemble"] = {"share": share, "scale": self.registry.settings.scale}
         return tensors, manifest
 
+    @property
+    def ensembled(self) -> bool:
+        """Whether clients train inside the sum of the others."""
+        return self.config.method.method is Method.IEL
+
+    def _rest_of(self, client: str) -> tuple[Weights, float]:
+        """The sum of the members, and the share that a newcomer has in it."""
+        registry, settings = self.registry, self.registry.settings
+        own = settings.times(self.roster.described[client].num_examples)
+        together = registry.state.count + own
+        running = registry.running_sum() if registry.clients else None
+        rest = {
+            name: (running[name].double() * (GRID / together)).float()
+            if running is not None
+            else torch.zeros_like(weight)
+            for name, weight in self.backbone.theta_0.items()
+        }
+        return rest, own / together
+
+    def anchor_of(self, client: str) -> Weights:
+        """The mean Fisher that holds a client, head rows included; empty if there is none."""
+        classes = self.roster.described[client].classes
+        mean = self.anchors.mean_for(client, classes, with_own=self.ensembled)
+        if mean is None:
+            return {}
+        head = {"head/weight": mean.pop("head.weight"), "head/bias": mean.pop("head.bias")}
+        strength = self.config.method.beta if self.ensembled else self.config.train.alpha
+        return head | (prefixed("weights", mean) if strength > 0 else {})
+
     def _fold_trained(self, client: str, body: Body) -> str:
+        vector, head = self.check_trained(client, body)
+        self.keep(client, vector, head, self.lineage(client))
+        return client
+
+    def check_trained(self, client: str, body: Body) -> tuple[TaskVector, Head]:
+        """Unpack what a client trained, and note its figures; raises ``ContributionError``."""
         tensors, manifest = body
-        description = self.roster.described[client]
         vector = checked_task_vector(client, body, self.backbone)
         head = head_from(tensors, manifest["classes"])
-        head.check(description.classes, self.backbone.num_features, f"client {client!r}")
-        names = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
+        classes = self.roster.described[client].classes
+        head.check(classes, self.backbone.num_features, f"client {client!r}")
+        names = [name for name in FIGURES if name in manifest]
         figures = checked_fractions(client, manifest, names)
         losses = [float(loss) for loss in manifest["losses"]]
-        contribution = Contribution(
+        known = self.figures.setdefault(client, {})
+        known |= {**figures, "losses": [*known.get("losses", []), *losses]}
+        return vector, head
+
+    def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
+        """Write a client's contribution to its folder."""
+        description = self.roster.described[client]
+        Contribution(
             client=client,
             task_vector=vector,
             head=head,
             features=description.mixtures,
             num_examples=description.num_examples,
-            lineage=self.lineage(client),
+            lineage=lineage,
             fisher=self._load_fisher(client) if self.config.server.keep_fisher else None,
             settings=dict(self.config.of_client()),
-        )
-        contribution.save(self.folder(client))
-        self.figures[client] |= {"losses": losses, **figures}
-        return client
+        ).save(self.folder(client))
 
     def lineage(self, client: str) -> Lineage:
         """Whose data a client's contribution was made with, besides its own."""
-        settings = self.config.train
-        anchored = settings.alpha > 0 or settings.head_alpha > 0
+        settings, ensembled = self.config.train, self.ensembled
+        strength = self.config.method.beta if ensembled else settings.alpha
+        anchored = strength > 0 or settings.head_alpha > 0
         others = sorted(set(self.described) - {client})
         return Lineage(
+            method=str(self.config.method.method),
             anchored_by=self.anchors.others(client) if anchored else (),
             aligned_with=tuple(others) if self._starts_aligned else (),
+            ensemble=tuple(c for c in self.members if c != client) if ensembled else (),
         )

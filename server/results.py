@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import RunConfig
+from server.books import totals
 from server.composing import Composing
-from server.exchange import Exchange, totals
-from server.strategy import ItaStrategy
+from server.exchange import Exchange
+from server.strategy import Strategy
 from server.unlearning import Unlearning
 
 FORMAT_VERSION = 1
@@ -30,7 +31,7 @@ ACCURACIES = (
 PACKAGES = ("fedcompo", "torch", "timm", "flwr", "numpy", "safetensors", "scikit-learn")
 
 
-def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
+def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
     """Gather every figure of a finished run.
 
     Args:
@@ -44,7 +45,15 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
     registry = strategy.registry
     per_client = {client: _of_client(strategy, client) for client in registry.clients}
     return {
-        **_common(config, exchange, strategy.backbone, method="ita", started=started),
+        **_common(
+            config,
+            exchange,
+            strategy.backbone,
+            method=str(config.method.method),
+            started=started,
+        ),
+        "schedule": str(config.method.schedule),
+        **strategy.report(),
         **{name: _mean(per_client, name) for name in ACCURACIES},
         "clients_evaluated": [
             client
@@ -55,7 +64,7 @@ def collect(strategy: ItaStrategy, *, started: float) -> dict[str, Any]:
         "registry": {
             "path": str(registry.path),
             "root": registry.state.root,
-            "joined": list(strategy.fitting.trained),
+            "joined": list(strategy.trained),
         },
         "per_client": per_client,
         "diagnostics": _diagnostics(composing),
@@ -82,6 +91,7 @@ def _common(
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 3),
         "left_out": [asdict(client) for client in exchange.left_out],
+        "missed": [asdict(client) for client in exchange.missed],
         "notes": exchange.notes,
         "phases": {
             phase: {
@@ -108,7 +118,7 @@ def _common(
     }
 
 
-def _of_client(strategy: ItaStrategy, client: str) -> dict[str, Any]:
+def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
     fitting, composing = strategy.fitting, strategy.composing
     described = fitting.roster.described.get(client)
     reported = fitting.figures.get(client, {}) | composing.figures.get(client, {})

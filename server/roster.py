@@ -11,10 +11,11 @@ from fedcompo.errors import ContributionError
 from fedcompo.messages import Body
 from fedcompo.names import check_client_name
 from server.alignment import Mixtures
+from server.books import Traffic
 from server.checks import check_backbone, checked_mixtures
 from server.exchange import Exchange
 
-PHASE = "features"
+PHASE, NAMING = "features", "identify"
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,55 @@ class Roster:
     backbone: Backbone
     described: dict[str, Description] = field(default_factory=dict)
     """All that could be used then, also those left out later; by name."""
+    names: set[str] = field(default_factory=set)
+    """All who said who they are, whether they were described or not."""
     ambiguous: set[str] = field(default_factory=set)
     """Names that several nodes claimed."""
 
-    def gather(self) -> None:
-        """Ask every client what its classes look like to the pre-trained backbone."""
-        self.exchange.ask(PHASE, f"query.{PHASE}", lambda client: ({}, {}), self._fold)
+    def identify(self, nodes: Iterable[str] | None = None) -> None:
+        """Ask clients no more than who they are.
+
+        Args:
+            nodes: Provisional names of those to ask; None: everyone.
+        """
+        self.exchange.ask(
+            NAMING,
+            f"query.{NAMING}",
+            lambda client: ({}, {}),
+            self._fold_identity,
+            decisive=nodes is None,
+            clients=nodes,
+        )
+
+    def gather(self, clients: Iterable[str] | None = None, *, decisive: bool = True) -> None:
+        """Ask clients what their classes look like to the pre-trained backbone.
+
+        Args:
+            clients: Whom to ask; None: everyone.
+            decisive: Fail if too few clients are left then.
+        """
+        self.exchange.ask(
+            PHASE,
+            f"query.{PHASE}",
+            lambda client: ({}, {}),
+            self._fold,
+            decisive=decisive,
+            clients=clients,
+        )
 
     def deal(self, kinds: tuple[Kind, ...]) -> dict[str, Kind]:
         """Deal kinds in turn, in the order of names; a client that insists on one gets that."""
         return {
             client: self.described[client].kind or kinds[index % len(kinds)]
-            for index, client in enumerate(sorted(self.described))
+            for index, client in enumerate(sorted(self.names))
+            if client in self.described
         }
 
     def exclude(self, clients: Iterable[str]) -> None:
         """Leave clients out, as if they had said nothing; raises ``TooFewClients``."""
-        came = ", ".join(sorted(self.described))
+        came = ", ".join(sorted(self.names))
         for client in clients:
-            if client in self.described:
+            if client in self.names & self.exchange.nodes.keys():
                 self._leave_out(client, "excluded by `exclude`")
             elif client not in self.ambiguous:
                 self.exchange.note(f"`exclude` names {client!r}, but only {came} came.")
@@ -77,7 +108,13 @@ class Roster:
                 )
         self.exchange.require_clients(PHASE)
 
-    def _fold(self, client: str, body: Body) -> str:
+    def _fold_identity(self, client: str, body: Body) -> str:
+        name = self._checked_name(client, body)
+        self.names.add(name)
+        return name
+
+    def _checked_name(self, client: str, body: Body) -> str:
+        """Who a client is; refuses one that is another, or holds another backbone."""
         manifest = body[1]
         name = check_client_name(str(manifest["client"]))
         registered = self.exchange.registered.get(self.exchange.nodes[client])
@@ -86,8 +123,15 @@ class Roster:
                 f"The node registered as {registered!r} calls itself {name!r}; it must use the "
                 "name under which it is registered."
             )
-        self._refuse_twins(name)
+        if client in self.names and name != client:
+            raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
+        if name != client:
+            self._refuse_twins(name)
         check_backbone(name, str(manifest["base"]), self.backbone)
+        return name
+
+    def _fold(self, client: str, body: Body) -> str:
+        name, manifest = self._checked_name(client, body), body[1]
         classes = tuple(manifest["classes"])
         mixtures = checked_mixtures(name, body, classes, self.backbone.num_features)
         kind = manifest.get("kind")
@@ -98,19 +142,22 @@ class Roster:
             num_test_examples=int(manifest["num_test_examples"]),
             kind=Kind(kind) if kind else None,
         )
+        self.names.add(name)
         return name
 
     def _refuse_twins(self, name: str) -> None:
         """Of two nodes with one name, neither can be trusted to be that client."""
         reason = f"Two nodes call themselves {name!r}; give each node a name of its own."
-        if name in self.described:
+        if name in self.exchange.nodes:
             self.ambiguous.add(name)
+            self.names.discard(name)
             self._leave_out(name, reason)
         if name in self.ambiguous:
             raise ContributionError(reason)
 
     def _leave_out(self, name: str, reason: str) -> None:
         """Forget a client that has been folded in."""
-        del self.described[name]
-        cost = self.exchange.traffic[PHASE].pop(name)
-        self.exchange.leave_out(PHASE, name, reason, cost)
+        self.described.pop(name, None)
+        phase = PHASE if self.exchange.label(PHASE) in self.exchange.traffic else NAMING
+        books = self.exchange.traffic[self.exchange.label(phase)]
+        self.exchange.leave_out(phase, name, reason, books.pop(name, Traffic(0, 0, 0.0)))

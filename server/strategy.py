@@ -1,34 +1,39 @@
-"""ITA, in parallel: features → align → fisher → train → compose → realign → evaluate.
+"""What a run does to get from connected clients to one model: fit, compose, realign, evaluate.
 
-Every client trains alone, held near the pre-trained weights by a Fisher diagonal (see
-:mod:`server.anchors`); the server adds up what comes back. It holds no data: statistics, sums and
-task vectors are all it sees. What they add up to lives in a registry: a new one, or one whose
-members the clients of this run join.
+ITA: every client trains alone, held near the pre-trained weights by a Fisher diagonal (see
+:mod:`server.anchors`). IEL: clients train in rounds inside their sum (:mod:`server.rounds`). Either
+way the server adds up what comes back. It holds no data: statistics, sums and task vectors are all
+it sees. What they add up to lives in a registry: a new one, or one whose members the clients join.
 """
 
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from logging import INFO
 from pathlib import Path
+from typing import Any, ClassVar
 
 from flwr.common.logger import log
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import RunConfig
+from fedcompo.errors import ContributionError
 from fedcompo.registry import Registry
+from fedcompo.settings import names_of
 from server import composing, fitting
 from server.composing import Composing
 from server.exchange import Exchange
 from server.fitting import Fitting
+from server.roster import Roster
+from server.rounds import Rounds
 
-PHASES = (*fitting.PHASES, *composing.PHASES)
 INCOMING = "incoming"
 
 
 @dataclass
-class ItaStrategy:
+class Strategy(ABC):
     """One run: contributions are fitted, then composed."""
 
     exchange: Exchange
@@ -37,29 +42,102 @@ class ItaStrategy:
     registry: Registry
     output: Path
 
+    phases: ClassVar[tuple[str, ...]]
+
     def __post_init__(self) -> None:
         """Refuse a reference Fisher that cannot be used, before any client is asked."""
-        self.fitting = Fitting(
-            self.exchange, self.config, self.backbone, self.registry, self.output / INCOMING
-        )
+        self.roster = Roster(self.exchange, self.backbone)
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.fitting = self.new_fitting()
         self.composing = Composing(self.exchange, self.backbone, self.registry)
+        self.trained: tuple[str, ...] = ()
+
+    def new_fitting(self, asked: tuple[str, ...] | None = None) -> Fitting:
+        """What asks clients for contributions.
+
+        Args:
+            asked: Whose turn it is; None: everyone.
+        """
+        return Fitting(
+            self.exchange,
+            self.config,
+            self.backbone,
+            self.registry,
+            self.output / INCOMING,
+            self.roster,
+            asked,
+            self.figures,
+        )
 
     def run(self) -> None:
-        """Do all phases; afterwards both halves hold what there is to report."""
-        self.fitting.run()
-        self.exchange.timed("compose", self.compose)
-        if self.config.compose.realign:
-            self.composing.realign()
-        self.composing.evaluate()
+        """Do all phases; afterwards the parts hold what there is to report."""
+        folders = self.fit()
+        self.exchange.timed("compose", lambda: self.compose(folders))
+        self.look()
 
-    def compose(self) -> None:
-        """Add the contributions to the registry, which adds them up; they then live there alone."""
-        fitting = self.fitting
-        folders = [fitting.folder(client) for client in fitting.trained]
+    @abstractmethod
+    def fit(self) -> list[Path]:
+        """Let clients train; returns the folders of their contributions."""
+
+    def compose(self, folders: list[Path]) -> None:
+        """Add contributions to the registry, which adds them up; they then live there alone."""
         self.registry.add(
             *folders,
             replacing=self.config.registry.replace,
             on_step=lambda step: log(INFO, "registry: %s", step),
         )
-        shutil.rmtree(fitting.contributions)
-        self.composing.compare(fitting.anchors.total)
+        shutil.rmtree(self.fitting.contributions)
+        self.composing.compare(self.fitting.anchors.total)
+
+    def look(self) -> None:
+        """Align the joint head again, and measure."""
+        if self.config.compose.realign:
+            self.composing.realign()
+        self.composing.evaluate()
+
+    def report(self) -> dict[str, Any]:
+        """What this strategy has to report besides what all do, as JSON values."""
+        return {}
+
+
+class ItaStrategy(Strategy):
+    """Everyone trains alone, all at once."""
+
+    phases = (*fitting.PHASES, *composing.PHASES)
+
+    def fit(self) -> list[Path]:
+        """Fit everyone's task vector."""
+        self.fitting.run()
+        self.trained = self.fitting.trained
+        return [self.fitting.folder(client) for client in self.trained]
+
+
+class IelStrategy(Strategy):
+    """Everyone trains inside the sum of all, in rounds."""
+
+    phases = ("identify", *fitting.PHASES, *composing.PHASES)
+
+    def fit(self) -> list[Path]:
+        """Do the rounds."""
+        self.roster.identify()
+        self.roster.exclude(names_of(self.config.server.exclude))
+        self.fitting.settle_members(self.exchange.clients)
+        if not self.fitting.newcomers:
+            raise ContributionError(
+                f"All connected clients are in the registry {self.registry.path} already. Train "
+                "them anew with `replace = true`, or start others."
+            )
+        number, folder = self.config.method.num_server_rounds, self.output / "rounds"
+        self.rounds = Rounds(self.fitting, number, folder)
+        self.rounds.run()
+        self.trained = self.rounds.trained
+        return self.rounds.keep()
+
+    def compose(self, folders: list[Path]) -> None:
+        """Add what the clients sent last to the registry."""
+        super().compose(folders)
+        self.rounds.clear()
+
+    def report(self) -> dict[str, Any]:
+        """What happened in each round."""
+        return {"rounds": self.rounds.history}

@@ -27,6 +27,7 @@ class InProcessGrid(Grid):
         node_configs: Further node config by partition.
         names: Registered names by partition.
         tamper: Changes replies, by partition and message type.
+        present: Whether a partition's node is connected; asked at each look.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class InProcessGrid(Grid):
         node_configs: Mapping[int, Mapping[str, str]] | None = None,
         names: Mapping[int, str] | None = None,
         tamper: Mapping[tuple[int, str], Tamper] | None = None,
+        present: Callable[[int], bool] = lambda partition: True,
     ) -> None:
         # A Message outside a Flower process needs an identity to be made at all.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
@@ -56,6 +58,7 @@ class InProcessGrid(Grid):
             )
             for i in range(clients)
         }
+        self._present = present
         self._replies: dict[str, Message] = {}
         self.largest_backlog = 0
 
@@ -75,6 +78,7 @@ class InProcessGrid(Grid):
         return [
             NodeInfo(node_id=node, name=self._names.get(node - 1000, ""), status="online")
             for node in self._contexts
+            if self._present(node - 1000)
         ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

@@ -1,0 +1,93 @@
+"""What a request to train brings along, and what it leaves the client to remember."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from clients.store import Store
+from fedcompo.config import Kind
+from fedcompo.heads import Head
+from fedcompo.messages import head_from, section
+from fedcompo.task_vector import TaskVector
+from fedcompo.training import Anchor, Course, Ensemble
+
+ANCHOR, OWN = "anchor", "own"
+"""What a client may be left to remember: the metric, and its own last task vector and head."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A request, read."""
+
+    anchor: Anchor | None = None
+    ensemble: Ensemble | None = None
+    course: Course = field(default_factory=Course)
+    head: Head | None = None
+    """Head to go on with; None: the one that training starts from."""
+    lacks: tuple[str, ...] = ()
+    """What the client was left to remember, and does not have."""
+    holds: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of what it will remember."""
+
+    @classmethod
+    def read(
+        cls,
+        tensors: Mapping[str, Tensor],
+        request: Mapping[str, Any],
+        store: Store | None,
+        *,
+        base: str,
+        classes: tuple[str, ...],
+        beta: float,
+    ) -> Given:
+        """Read a request; what did not come along is looked for in the store.
+
+        Args:
+            tensors: Of the request.
+            request: Its manifest.
+            store: What the client keeps between rounds; None: nothing.
+            base: Fingerprint of the client's backbone.
+            classes: The client's own.
+            beta: Strength of the penalty that holds it to the others.
+        """
+        lacks, holds, found = [], {}, {}
+        for name, digest in dict(request.get("needs", {})).items():
+            found[name] = section(name, tensors)
+            if not found[name] and store is not None:
+                found[name] = store.recall(name, digest) or {}
+            elif store is not None:
+                store.keep(name, found[name])
+            if not found[name]:
+                lacks.append(name)
+            holds[name] = digest
+        if lacks:
+            return cls(lacks=tuple(lacks))
+        own = found.get(OWN, {})
+        part = request.get("course", {})
+        begin = None
+        if own:
+            begin = TaskVector(Kind(request["kind"]), section("task_vector", own), base)
+        return cls(
+            anchor=_anchor(found[ANCHOR]) if ANCHOR in found else None,
+            ensemble=_ensemble(tensors, request, beta),
+            course=Course(begin, **part),
+            head=head_from(own, list(classes)) if own else None,
+            holds=holds,
+        )
+
+
+def _anchor(found: Mapping[str, Tensor]) -> Anchor:
+    return Anchor(section("weights", found), found["head/weight"], found["head/bias"])
+
+
+def _ensemble(
+    tensors: Mapping[str, Tensor], request: Mapping[str, Any], beta: float
+) -> Ensemble | None:
+    if "ensemble" not in request:
+        return None
+    stated = request["ensemble"]
+    return Ensemble(section("rest", tensors), stated["share"], beta, stated["scale"])

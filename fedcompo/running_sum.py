@@ -1,0 +1,129 @@
+r"""The sum of task vectors while clients come, train on, and go: :math:`S = \sum_c m_c q_c`, exact.
+
+A client that trains inside the ensemble (IEL) needs of the others only their weighted sum,
+
+.. math:: R_c = \frac{1}{2^{40} M} \Big(S - m_c q_c\Big), \qquad w_c = \frac{m_c}{M}
+
+on the grid of :mod:`fedcompo.fixed_point`. A client's new task vector takes the place of its last
+one by one subtraction and one addition; whatever came and went, S is the sum of the last task
+vectors, bit for bit. Memory is that of S and of one weight, whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedcompo import fixed_point
+from fedcompo.deltas import Weights
+from fedcompo.errors import ContributionError
+from fedcompo.task_vector import TaskVector
+
+
+@dataclass
+class RunningSum:
+    """A sum in memory, continued in place; task vectors are read from where they lie."""
+
+    theta_0: Weights
+    """The target weights at their pre-trained values, each (out, in)."""
+    vectors: dict[str, TaskVector] = field(default_factory=dict)
+    """Last task vector by client; tensors may be on disk."""
+    times: dict[str, int] = field(default_factory=dict)
+    r"""How often a client counts, :math:`m_c`."""
+    total: dict[str, Tensor] = field(default_factory=dict)
+    """S by weight name, int64."""
+
+    def __post_init__(self) -> None:
+        """Start at zero, or where one is given."""
+        if not self.total:
+            self.total = {n: torch.zeros(w.shape, dtype=torch.int64) for n, w in self._weights()}
+
+    @classmethod
+    def of(
+        cls, theta_0: Weights, vectors: Mapping[str, TaskVector], times: Mapping[str, int]
+    ) -> RunningSum:
+        """Take the sum anew, of all clients."""
+        found = cls(theta_0)
+        for client in vectors:
+            found.put(client, vectors[client], times=times[client])
+        return found
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Whose task vectors are in it, sorted."""
+        return tuple(sorted(self.vectors))
+
+    def put(self, client: str, vector: TaskVector, *, times: int) -> None:
+        """Let a client's task vector take the place of its last one, if there is one.
+
+        Args:
+            client: Its name.
+            vector: Its new task vector; must stay readable until it is replaced in turn.
+            times: How often it counts.
+
+        Raises:
+            ContributionError: If a value cannot be summed; the sum is then as it was.
+        """
+        changed = {
+            name: self._replaced(client, vector, times, name, weight)
+            for name, weight in self._weights()
+        }
+        self.total = changed
+        self.vectors[client], self.times[client] = vector, times
+
+    def drop(self, client: str) -> None:
+        """Take a client out, as if it had never been there."""
+        if client not in self.vectors:
+            raise ContributionError(
+                f"There is no task vector of {client!r} in the sum, which holds "
+                f"{', '.join(self.clients) or 'nobody'}."
+            )
+        self.total = {
+            name: fixed_point.add(
+                self.total[name], self._rounded(client, name, weight), -self.times[client]
+            )
+            for name, weight in self._weights()
+        }
+        del self.vectors[client], self.times[client]
+
+    def rest(self, client: str, *, together: int) -> Weights:
+        r"""What a client sees of the others: :math:`R_c`.
+
+        Args:
+            client: Need not be in the sum yet.
+            together: M, over all who take part, also those whose task vector is still zero.
+
+        Returns:
+            By weight name, each (out, in), float32.
+        """
+        rest = {}
+        for name, weight in self._weights():
+            others = self.total[name]
+            if client in self.vectors:
+                own = self._rounded(client, name, weight)
+                others = fixed_point.add(others, own, -self.times[client])
+            rest[name] = others.double().mul_(fixed_point.GRID / together).float()
+        return rest
+
+    def _replaced(
+        self, client: str, vector: TaskVector, times: int, name: str, weight: Tensor
+    ) -> Tensor:
+        """One weight's sum with a client's new task vector in place of its last one."""
+        total = self.total[name]
+        if client in self.vectors:
+            own = self._rounded(client, name, weight)
+            total = fixed_point.add(total, own, -self.times[client])
+        new = fixed_point.rounded(vector, name, weight, owner=f"client {client!r}")
+        return fixed_point.add(total, new, times)
+
+    def _rounded(self, client: str, name: str, weight: Tensor) -> Tensor:
+        """A client's last task vector on the grid, one weight of it."""
+        return fixed_point.rounded(self.vectors[client], name, weight, owner=f"client {client!r}")
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Target weights on the CPU, in the order of names."""
+        for name in sorted(self.theta_0):
+            yield name, self.theta_0[name].cpu()

@@ -1,0 +1,80 @@
+"""Clients come one after the other, and those who are there stay as they are.
+
+The class-incremental protocol (Porrello et al., ICLR 2025, arXiv 2405.16350): client t is anchored
+by those before it (ITA), or trains inside their sum (IEL). After each arrival all who are there
+measure the composed model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fedcompo.accuracy_matrix import AccuracyMatrix
+from fedcompo.errors import ContributionError
+from fedcompo.settings import names_of
+from server import composing, fitting
+from server.composing import Composing
+from server.strategy import Strategy
+
+MEASURES = ("class_il_accuracy", "task_il_accuracy")
+
+
+class Arrivals(Strategy):
+    """Fits, composes and measures once for each client, in the order of names."""
+
+    phases = ("identify", *fitting.PHASES, *composing.PHASES)
+
+    def run(self) -> None:
+        """Let everyone arrive; afterwards the parts hold what the last arrival left."""
+        self.matrices = {measure: AccuracyMatrix() for measure in MEASURES}
+        self.roster.identify()
+        self.roster.exclude(names_of(self.config.server.exclude))
+        for client in self._coming():
+            self.exchange.part = client
+            if folders := self._fit(client):
+                self.arrive(client, folders)
+        self.exchange.part = ""
+        self.exchange.require_clients("train")
+
+    def fit(self) -> list[Path]:
+        """Everyone is fitted in turn by :meth:`run`."""
+        raise NotImplementedError
+
+    def _coming(self) -> Iterable[str]:
+        """Who is to arrive, in order."""
+        replace, members = self.config.registry.replace, self.registry.clients
+        coming = [c for c in self.exchange.clients if replace or c not in members]
+        if not coming:
+            raise ContributionError(
+                f"All connected clients are in the registry {self.registry.path} already. Train "
+                "them anew with `replace = true`, or start others."
+            )
+        return coming
+
+    def _fit(self, client: str) -> list[Path]:
+        """Let one client train; nothing comes of it if the client fails, which is named then."""
+        self.fitting = self.new_fitting((client,))
+        try:
+            self.fitting.run()
+        except ContributionError:
+            if client in self.exchange.clients:
+                raise
+        if client not in self.exchange.clients:
+            return []
+        self.trained = (*self.trained, client)
+        return [self.fitting.folder(client)]
+
+    def arrive(self, client: str, folders: list[Path]) -> None:
+        """Add a client to the model, and measure it."""
+        self.composing = Composing(self.exchange, self.backbone, self.registry)
+        self.exchange.timed("compose", lambda: self.compose(folders))
+        self.look()
+        for measure, matrix in self.matrices.items():
+            row = {c: figures[measure] for c, figures in self.composing.figures.items()}
+            self.matrices[measure] = matrix.after(client, row)
+
+    def report(self) -> dict[str, Any]:
+        """Accuracy after each arrival."""
+        return {"arrivals": {measure: m.as_json() for measure, m in self.matrices.items()}}
