@@ -48,7 +48,7 @@ def main(grid: Grid, context: Context) -> None:
         in_flight=server.in_flight,
         events=output / EVENTS,
     )
-    phases = unlearning.PHASES if removing else strategy_of(config).phases
+    phases = unlearning.phases_of(config) if removing else strategy_of(config).phases
     wanted = [p for p in phases if p != "realign" or config.compose.realign]
     exchange.tell("run", clients=[], phases=wanted)
     try:
@@ -90,7 +90,7 @@ def _remove(exchange: Exchange, config: RunConfig, output: Path, started: float)
     """Remove a client; those who stay are told, asked and measured as far as they are there."""
     registry = Registry(registry_path(config))
     exchange.min_clients = 0
-    removal = Unlearning(exchange, config, registry.backbone.load(), registry)
+    removal = Unlearning(exchange, config, registry.backbone.load(), registry, output)
     exchange.gather(config.server.num_clients)
     removal.run()
     return collect_removal(removal, started=started)

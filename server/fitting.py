@@ -58,7 +58,8 @@ class Fitting:
     """Whose turn it is; None: everyone who is connected."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What clients reported, by client."""
-
+    ensembled: bool = False
+    """Whether clients train inside the sum of the others."""
     absent: set[str] = field(default_factory=set)
     """Who takes part, but is not connected at the moment."""
     kinds: dict[str, Kind] = field(default_factory=dict)
@@ -252,11 +253,6 @@ class Fitting:
             manifest["ensemble"] = {"share": share, "scale": self.registry.settings.scale}
         return tensors, manifest
 
-    @property
-    def ensembled(self) -> bool:
-        """Whether clients train inside the sum of the others."""
-        return self.config.method.method is Method.IEL
-
     def _rest_of(self, client: str) -> tuple[Weights, float]:
         """The sum of the members, and the share that a newcomer has in it."""
         registry, settings = self.registry, self.registry.settings
@@ -321,7 +317,7 @@ class Fitting:
         anchored = strength > 0 or settings.head_alpha > 0
         others = sorted(set(self.described) - {client})
         return Lineage(
-            method=str(self.config.method.method),
+            method=str(Method.IEL if ensembled else Method.ITA),
             anchored_by=self.anchors.others(client) if anchored else (),
             aligned_with=tuple(others) if self._starts_aligned else (),
             ensemble=tuple(c for c in self.members if c != client) if ensembled else (),

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from flwr.common.logger import log
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import RunConfig
+from fedcompo.config import Method, RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.registry import Registry
 from fedcompo.settings import names_of
@@ -67,6 +67,7 @@ class Strategy(ABC):
             self.roster,
             asked,
             self.figures,
+            ensembled=self.config.method.method is Method.IEL,
         )
 
     def run(self) -> None:

@@ -3,29 +3,45 @@
 identify → evaluate → remove → notify → realign → evaluate. The removal itself is the registry's and
 needs nobody; the other phases do what they can with the clients that are connected. Who cannot be
 reached does not hold it up: a client has the right to leave.
+
+With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds`), without
+the client: what was fitted to a model that held it is fitted to one that does not. They go on from
+what they were, so what they learnt from it is not undone, and their lineage still says so.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from logging import INFO
+from pathlib import Path
 from typing import Any
 
 from flwr.common.logger import log
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import RegistryConfig, RunConfig
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages import Body
 from fedcompo.names import check_client_name
 from fedcompo.pool import require_known
 from fedcompo.registry import Registry
 from fedcompo.removal import RemovalRecord
+from server import fitting
 from server.checks import check_backbone
 from server.composing import Composing
 from server.exchange import Exchange
+from server.fitting import Fitting
+from server.roster import Roster
+from server.rounds import Rounds
 
 PHASES = ("identify", "evaluate before", "remove", "notify", "realign", "evaluate")
+
+
+def phases_of(config: RunConfig) -> tuple[str, ...]:
+    """All phases of a removal: with rounds of repair before the last two, where there are any."""
+    repair = (*fitting.PHASES, "compose") if config.registry.repair_rounds else ()
+    return (*PHASES[:-2], *repair, *PHASES[-2:])
 
 
 @dataclass
@@ -36,12 +52,16 @@ class Unlearning:
     config: RunConfig
     backbone: Backbone
     registry: Registry
+    output: Path
+    """Folder of the run, for what is under way."""
     images: dict[str, int] = field(default_factory=dict)
     """Test images, by client."""
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracies of the model that has the client, by those who stay."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracies of the model without it."""
+    """Accuracies of the model without it, and repaired where that was asked for."""
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    """What happened in each round of repair."""
 
     def __post_init__(self) -> None:
         """Refuse, before anyone is asked, to remove who is not there."""
@@ -58,6 +78,8 @@ class Unlearning:
         self.before = self.evaluate("evaluate before")
         self.exchange.timed("remove", self.remove)
         self.notify()
+        if self.request.repair_rounds and self.exchange.clients:
+            self.repair()
         self.composing = Composing(self.exchange, self.backbone, self.registry)
         if self.config.compose.realign and self.registry.clients:
             self.composing.realign()
@@ -136,6 +158,34 @@ class Unlearning:
                 "notify", "query.notice", request, lambda client, body: client, decisive=False
             )
 
+    def repair(self) -> None:
+        """Let those who are connected train on inside the sum of all who stay.
+
+        If that fails, the removal stands, and they stay as they were.
+        """
+        try:
+            self._repair()
+        except FedcompoError as error:
+            self.exchange.part = ""
+            self.exchange.note(f"The repair failed, the removal stands: {error}")
+
+    def _repair(self) -> None:
+        roster = Roster(self.exchange, self.backbone, names=set(self.exchange.clients))
+        folder = self.output / "incoming"
+        fitting = Fitting(
+            self.exchange, self.config, self.backbone, self.registry, folder, roster, ensembled=True
+        )
+        fitting.members = tuple(c for c in self.registry.clients if c not in self.exchange.clients)
+        rounds = Rounds(
+            fitting, self.request.repair_rounds, self.output / "rounds", continuing=True
+        )
+        rounds.run()
+        folders = rounds.keep()
+        self.exchange.timed("compose", lambda: self.registry.add(*folders, replacing=True))
+        shutil.rmtree(folder)
+        rounds.clear()
+        self.rounds = rounds.history
+
     def results(self) -> dict[str, Any]:
         """What there is to report, as JSON values."""
         path = self.registry.entries()[self.record.sequence - 1].details["record"]
@@ -148,6 +198,7 @@ class Unlearning:
             "survivors": list(self.record.survivors),
             "influence_exact": self.record.influence.exact,
             "to_retrain": list(self.record.influence.to_retrain),
+            "rounds": self.rounds,
             "joint_head": "realigned" if self.registry.realigned else "aligned",
             "accuracy_before": self.before,
             "accuracy_after": self.after,
