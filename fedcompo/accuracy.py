@@ -11,6 +11,7 @@ from fedcompo.data import Split
 from fedcompo.deltas import Weights
 from fedcompo.features import extract_features
 from fedcompo.heads import Head
+from fedcompo.tangent import feature_map
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,13 @@ class Accuracy:
 
 
 def evaluate(
-    backbone: Backbone, theta: Weights, head: Head, classes: tuple[str, ...], data: Split
+    backbone: Backbone,
+    theta: Weights,
+    head: Head,
+    classes: tuple[str, ...],
+    data: Split,
+    *,
+    linearised: bool = False,
 ) -> Accuracy:
     """Classify a client's images.
 
@@ -35,8 +42,10 @@ def evaluate(
         head: Joint head; may hold more classes than the client's, must hold all of those.
         classes: The client's classes, which ``data.labels`` index.
         data: Images and labels.
+        linearised: Whether the weights are composed of tangents.
     """
-    logits = head(extract_features(backbone.forward(theta), data.images))
+    forward = feature_map(backbone, theta, tangent=linearised)
+    logits = head(extract_features(forward, data.images))
     own = head.indices(classes)
     return Accuracy(
         class_il=_share(logits.argmax(1) == own[data.labels]),

@@ -52,7 +52,6 @@ from fedcompo.data import ClientData
 from fedcompo.device import pick_device
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data
-from fedcompo.features import extract_features
 from fedcompo.heads import Head
 from fedcompo.membership import Attack, confidence, likelihood_ratio_attack, loss_attack, losses
 from fedcompo.registry import Registry
@@ -189,7 +188,7 @@ class _Audited:
         """On a client's test images; task-IL of the client to be removed by the rows kept."""
         labels, figures = data.test.labels, {}
         for name, model in self.models.items():
-            features = extract_features(self.backbone.forward(model.theta), data.test.images)
+            features = model.features(self.backbone, data.test.images)
             own = (self.kept if data.name == self.client else model.head).rows(data.classes)
             rows = {known: row for row, known in enumerate(model.head.classes)}
             wanted = torch.tensor([rows.get(known, -1) for known in data.classes])[labels]
@@ -210,7 +209,9 @@ class _Audited:
         on_step("attacking")
         found: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
         for name, model in self.models.items():
-            logits, labels = logits_of(self.backbone, model.theta, kept, images)
+            logits, labels = logits_of(
+                self.backbone, model.theta, kept, images, linearised=model.linearised
+            )
             loss, phi = losses(logits, labels), confidence(logits, labels)
             is_member = torch.arange(len(labels)) < len(images.train.labels)
             found[LOSS][name] = _figures(loss_attack(loss[is_member], loss[~is_member], seed=seed))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import RunConfig
@@ -16,9 +17,11 @@ from fedcompo.data import ClientData
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
 from fedcompo.evaluation import clients_data
+from fedcompo.features import extract_features
 from fedcompo.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.selection import from_registry
+from fedcompo.tangent import feature_map
 
 BEFORE, AFTER, GOLD = "before", "after", "gold"
 MAY_DIFFER = {"device"}
@@ -36,6 +39,13 @@ class AuditedModel:
     clients: tuple[str, ...]
     realigned: bool
     """Whether the head was fitted to features of the composed model."""
+    linearised: bool
+    """Whether it is composed of tangents."""
+
+    def features(self, backbone: Backbone, images: Tensor) -> Tensor:
+        """Features of uint8 images (count, ...), (count, features), float32, on the CPU."""
+        forward = feature_map(backbone, self.theta, tangent=self.linearised)
+        return extract_features(forward, images)
 
 
 def audited_images(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
@@ -77,7 +87,13 @@ def audited_models(
     without = from_registry(registry, without=(client,))
     models = {
         BEFORE: _composition_of(registry),
-        AFTER: AuditedModel(dict(without.stream()), without.head, without.pool.clients, False),
+        AFTER: AuditedModel(
+            dict(without.stream()),
+            without.head,
+            without.pool.clients,
+            realigned=False,
+            linearised=without.pool.linearised,
+        ),
     }
     return models | ({GOLD: _composition_of(gold)} if gold is not None else {})
 
@@ -138,5 +154,10 @@ def _comparable(registry: Registry, clients: Iterable[str]) -> dict[str, Any]:
 
 
 def _composition_of(registry: Registry) -> AuditedModel:
-    head = registry.joint_head()
-    return AuditedModel(registry.theta_p(), head, registry.clients, registry.realigned)
+    return AuditedModel(
+        registry.theta_p(),
+        registry.joint_head(),
+        registry.clients,
+        realigned=registry.realigned,
+        linearised=registry.linearised,
+    )

@@ -66,6 +66,8 @@ def compose(
 ) -> None:
     """Compose a model and write a folder that plain timm loads, with a model card.
 
+    One of tangents is linearised, which timm cannot do: fedcompo loads it, as its card says.
+
     Without FOLDERS it is made of a registry's members.
 
     With FOLDERS, one contribution each, it needs no registry and no server:
@@ -144,6 +146,7 @@ def evaluate(
                 dict(selection.stream()),
                 selection.head,
                 run_config_of(opened, data),
+                linearised=selection.pool.linearised,
                 on_step=tell,
             )
         if as_json:
@@ -230,7 +233,11 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
     if written["negated"]:
         say(f"A negated copy: {written['negated']} was subtracted. See its README.md.")
     folder = written["output"]
-    say(f'Model: {folder}\nimport timm; timm.create_model("local-dir:{folder}", pretrained=True)')
+    load = f'import timm; timm.create_model("local-dir:{folder}", pretrained=True)'
+    if written["linearised"]:
+        say("Composed of tangents: it is linearised, which timm cannot do. See its README.md.")
+        load = f'import fedcompo.specialise as s; s.load_tangent_model("{folder}")'
+    say(f"Model: {folder}\n{load}")
 
 
 @contextlib.contextmanager

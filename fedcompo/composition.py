@@ -2,7 +2,7 @@ r"""A composed version on disk: the running sum and the model made of it, weight
 
 One pass over the target weights yields both files, with a few weights in memory. A sum is continued
 from the one before, or taken over all members; :mod:`fedcompo.fixed_point` makes the two the same,
-bit for bit. The folder is one that plain timm loads.
+bit for bit. The folder is one that plain timm loads, unless it is composed of tangents.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Recipe:
     """M, over all members afterwards."""
     scale: float
     head: Head
+    linearised: bool = False
+    """Whether the members are tangents."""
 
 
 def write_version(folder: Path, recipe: Recipe) -> list[str]:
@@ -107,7 +109,8 @@ def write_version(folder: Path, recipe: Recipe) -> list[str]:
     for term, digest in zip(recipe.terms, found, strict=True):
         if term.rounded_sha256 not in ("", digest):
             raise RoundedDifferently(term.client)
-    config = json.dumps(timm_config(backbone, head.classes), indent=2)
+    described = timm_config(backbone, head.classes, linearised=recipe.linearised)
+    config = json.dumps(described, indent=2)
     write_atomically(folder / CONFIG, f"{config}\n".encode())
     return found
 

@@ -40,6 +40,13 @@ class Full(nn.Module):
         return self.delta
 
 
+class Tangent(Full):
+    """Dense too, but taken as a direction: features follow it to first order alone.
+
+    The weights stay at θ₀, and the backbone is linearised there; see :mod:`fedcompo.tangent`.
+    """
+
+
 class LoRA(nn.Module):
     r""":math:`\Delta = BA`, with A (rank, in) and B (out, rank). B starts at zero, so Δ does too.
 
@@ -92,6 +99,7 @@ KINDS: Mapping[Kind, type[Full] | type[LoRA] | type[IA3]] = {
     Kind.FULL: Full,
     Kind.LORA: LoRA,
     Kind.IA3: IA3,
+    Kind.TANGENT: Tangent,
 }
 
 
@@ -144,5 +152,6 @@ def stored_shapes(kind: Kind, weight: Tensor) -> dict[str, tuple[int | None, ...
         Kind.FULL: {"delta": (out, width)},
         Kind.LORA: {"A": (None, width), "B": (out, None)},
         Kind.IA3: {"l": (out, 1)},
+        Kind.TANGENT: {"delta": (out, width)},
     }
     return shapes[kind]

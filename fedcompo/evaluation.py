@@ -61,6 +61,7 @@ def evaluate_clients(
     head: Head,
     config: RunConfig,
     *,
+    linearised: bool = False,
     wanted: tuple[str, ...] = (),
     on_step: OnStep = lambda step: None,
 ) -> Figures:
@@ -73,6 +74,7 @@ def evaluate_clients(
         theta: Composed target weights, by name.
         head: Joint head.
         config: Says which images.
+        linearised: Whether the weights are composed of tangents.
         wanted: Names of the clients; empty: all.
         on_step: Told whose images are looked at.
 
@@ -84,7 +86,9 @@ def evaluate_clients(
     for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
         if set(data.classes) <= set(head.classes):
             on_step(f"evaluating on {data.name}")
-            found = evaluate(backbone, weights, head, data.classes, data.test)
+            found = evaluate(
+                backbone, weights, head, data.classes, data.test, linearised=linearised
+            )
             figures[data.name] = {
                 "class_il_accuracy": found.class_il,
                 "task_il_accuracy": found.task_il,
@@ -110,16 +114,16 @@ def effect_of_removal(
         config = run_config_of(registry, data)
         backbone = registry.backbone.load()
         on_step("evaluating the composition as it is")
-        before = evaluate_clients(
-            backbone, registry.theta_p(), registry.joint_head(), config, on_step=on_step
-        )
+        how: Any = {"linearised": registry.linearised, "on_step": on_step}
+        theta, head = registry.theta_p(), registry.joint_head()
+        before = evaluate_clients(backbone, theta, head, config, **how)
         pool = registry.pool().without(client)
         if not len(pool):
             return {"before": before, "after": {}}
         on_step("composing without the client")
         theta = dict(stream_composition(pool, registry.backbone, None, registry.settings))
         head = head_of(pool, registry.settings)
-        after = evaluate_clients(backbone, theta, head, config, on_step=on_step)
+        after = evaluate_clients(backbone, theta, head, config, **how)
     except FedcompoError as error:
         return {"reason": str(error)}
     return {"before": before, "after": after}

@@ -23,10 +23,17 @@ from fedcompo.tensorfile import write_atomically
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+LINEARISED = (
+    "{architecture} linearised: timm would let the weights go all the way and compute something "
+    "else; load it with Registry.model, or a published folder with specialise.load_tangent_model"
+)
+"""Stands for the architecture of what is composed of tangents; timm knows no such model."""
 
 
 def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) -> None:
     """Write weights and configuration for ``timm.create_model("local-dir:...")``.
+
+    What is composed of tangents is no such model: see :func:`fedcompo.specialise.write_model`.
 
     Args:
         folder: Where to; made if need be.
@@ -45,11 +52,20 @@ def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) ->
     )
 
 
-def timm_config(backbone: Backbone | StoredBackbone, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What timm must know to build the model and feed it; the classes become ``label_names``."""
+def timm_config(
+    backbone: Backbone | StoredBackbone, classes: tuple[str, ...], *, linearised: bool = False
+) -> dict[str, Any]:
+    """What timm must know to build the model and feed it.
+
+    Args:
+        backbone: Says which model it is.
+        classes: Names of the classes, in the order of the logits; become ``label_names``.
+        linearised: The weights are composed of tangents; timm is then kept from building a model.
+    """
     seen = backbone.preprocessing
+    name = LINEARISED if linearised else "{architecture}"
     return {
-        "architecture": backbone.architecture,
+        "architecture": name.format(architecture=backbone.architecture),
         "num_classes": len(classes),
         "num_features": backbone.num_features,
         "label_names": list(classes),

@@ -53,7 +53,7 @@ def export_peft(folder: Path, backbone: Backbone, contribution: Contribution) ->
     if vector.kind is not Kind.LORA:
         raise ContributionError(
             f"Client {owner!r} is of kind {vector.kind}, but a PEFT adapter holds a lora only. "
-            "Compose this client alone and export it as a timm folder."
+            f"Compose this client alone instead: `fedcompo compose --only {owner}`."
         )
     vector.check(backbone.theta_0, base=backbone.fingerprint, owner=f"client {owner!r}")
     head.check(head.classes, backbone.num_features, f"client {owner!r}")

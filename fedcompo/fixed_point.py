@@ -51,7 +51,7 @@ def reproducible_delta(vector: TaskVector, name: str, weight: Tensor) -> Tensor:
     Returns:
         :math:`\tau` of this weight, (out, in), float64, on the CPU; memory of its own.
     """
-    if vector.kind is Kind.FULL:
+    if vector.kind in (Kind.FULL, Kind.TANGENT):
         return vector.tensors[f"{name}/delta"].to(torch.float64, copy=True)
     if vector.kind is Kind.IA3:
         return weight.double() * (vector.tensors[f"{name}/l"].double() - 1)

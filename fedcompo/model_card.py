@@ -19,6 +19,14 @@ CARD = "README.md"
 MOST_CLASSES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
+USE = """\
+import timm
+
+model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()"""
+USE_LINEARISED = """\
+from fedcompo.specialise import load_tangent_model
+
+model = load_tangent_model("path/to/this/folder")"""
 SPECIAL = re.compile(
     r"""[\\`*{}\[\]()<>#+!|~&:@$=^"'/]"""  # means something somewhere in Markdown or HTML
     r"|(?<![a-zA-Z0-9])_"  # starts emphasis, but not after a letter or digit
@@ -79,11 +87,16 @@ class ExportedModel:
     """Client whose task vector was subtracted afterwards; empty: none."""
     negation_scale: float = 1.0
     """How often it was subtracted."""
+    linearised: bool = False
+    """Whether the members are tangents."""
 
 
 def model_card(model: ExportedModel) -> str:
     """Return the Markdown text of a model card, with front matter as model hubs read it."""
     times = f"{model.negation_scale:g}"
+    library = "fedcompo" if model.linearised else "timm"
+    tags = ["fedcompo", "image-classification", "task-arithmetic"]
+    tags += [] if model.linearised else ["timm"]
     files = (
         ("backbone", model.backbone),
         ("architecture", model.architecture),
@@ -91,22 +104,19 @@ def model_card(model: ExportedModel) -> str:
         ("SHA-256 of model.safetensors", model.sha256),
     )
     return f"""\
-{front_matter("timm", ("fedcompo", "image-classification", "task-arithmetic", "timm"))}
+{front_matter(library, tags)}
 
 # {"Negated copy of a model" if model.negated else "A model"} composed of \
 {len(model.members)} client{"s" * (len(model.members) != 1)}
 {_warning(model.negated, times) if model.negated else ""}
 Each client fine-tuned the same pre-trained vision transformer θ₀ on its own images and gave the
-change, its task vector τ. This model is θ₀ + λ Σ w τ{f" − {times} τ₋" if model.negated else ""}
-([Porrello et al., ICLR 2025](https://arxiv.org/abs/2405.16350)).
+change, its task vector τ. {_formula(model)}
 The card says what is in it, not how accurate it is.
 
 ## Use
 
 ```python
-import timm
-
-model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()
+{USE_LINEARISED if model.linearised else USE}
 logits = model(images)
 ```
 
@@ -181,6 +191,22 @@ def _warning(client: str, times: str) -> str:
 > forgetting ([Ilharco et al., ICLR 2023](https://arxiv.org/abs/2212.04089)). It proves no removal,
 > and must never go into a registry.
 """
+
+
+def _formula(model: ExportedModel) -> str:
+    """What the model computes, and who proposed it."""
+    change = "λ Σ w τ" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
+    if not model.linearised:
+        return f"""\
+This model is θ₀ + {change}
+([Porrello et al., ICLR 2025](https://arxiv.org/abs/2405.16350))."""
+    return f"""\
+This model is linearised at θ₀: with J the
+Jacobian of its logits there, they are f(x; θ₀) + J ({change})
+([Liu and Soatto, ICCV 2023](https://arxiv.org/abs/2307.08114)).
+
+**Not for plain timm**, which is kept from loading it: with the weights θ₀ + {change} in
+`model.safetensors` it would compute f(x; θ₀ + {change}), a model that nobody trained."""
 
 
 def _composition(model: ExportedModel) -> str:

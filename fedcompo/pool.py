@@ -4,6 +4,8 @@ r"""The pool of contributions, and the only place where task vectors are added u
 
 Removing a client is leaving out its term. Averaging LoRA factors separately would be wrong: sums
 are taken over dense :math:`\tau`, one weight at a time, so memory is a few weights, not models.
+Kinds mix, but for tangents: what is composed of them is a direction, in which the backbone is
+linearised (:mod:`fedcompo.tangent`); the others' sum is where the weights go.
 Source: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 2.
 """
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedcompo.config import Kind
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneMismatch, ContributionError
@@ -54,6 +57,11 @@ class Pool:
     def clients(self) -> tuple[str, ...]:
         """Names of the clients, sorted."""
         return tuple(contribution.client for contribution in self.contributions)
+
+    @property
+    def linearised(self) -> bool:
+        """Whether its composition is to be evaluated linearised: all members are tangents."""
+        return are_tangents(c.task_vector.kind for c in self)
 
     def __iter__(self) -> Iterator[Contribution]:
         """Contributions in the order of names."""
@@ -110,8 +118,8 @@ class Pool:
 
         Raises:
             BackboneMismatch: If the contributions were trained on another backbone.
-            ContributionError: If the pool is empty, or the coefficients are not one a client, not
-                negative, summing to one.
+            ContributionError: If the pool is empty or mixes tangents with another kind, or the
+                coefficients are not one a client, not negative, summing to one.
         """
         theta_p = dict(theta_0)
         theta_p.update(self.stream(theta_0, coefficients, scale=scale, base=base))
@@ -152,6 +160,7 @@ class Pool:
                 f"The pool was trained on the backbone {trained_on}, but is to be composed on "
                 f"{base}. Load the backbone that it was trained on."
             )
+        require_unmixed({c.client: c.task_vector.kind for c in self})
         coefficients = self.uniform() if coefficients is None else dict(coefficients)
         self._check_coefficients(coefficients)
         return coefficients
@@ -180,3 +189,27 @@ def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> N
                 f"There is no client {client!r} in the {where}, which holds "
                 f"{', '.join(known) or 'nobody'}.{hint}"
             )
+
+
+def are_tangents(kinds: Iterable[str]) -> bool:
+    """Whether there are any, and all are tangents."""
+    return set(kinds) == {Kind.TANGENT}
+
+
+def require_unmixed(kinds: Mapping[str, str]) -> None:
+    """Refuse tangents beside another kind.
+
+    Args:
+        kinds: Kind of each client's task vector, by name.
+
+    Raises:
+        ContributionError: Naming one client of each sort.
+    """
+    tangents = [client for client, kind in sorted(kinds.items()) if kind == Kind.TANGENT]
+    others = [client for client, kind in sorted(kinds.items()) if kind != Kind.TANGENT]
+    if tangents and others:
+        raise ContributionError(
+            f"Client {tangents[0]!r} is of kind {Kind.TANGENT}, client {others[0]!r} of kind "
+            f"{kinds[others[0]]}: a model is linearised, or it is not. Compose them apart, in "
+            "registries of their own, or train one of them again as the other kind."
+        )

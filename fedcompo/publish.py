@@ -23,7 +23,7 @@ def publish(
     negated: str = "",
     strength: float = 1.0,
 ) -> dict[str, Any]:
-    """Write a folder that plain timm loads.
+    """Write a folder that plain timm loads; of tangents, one that fedcompo loads.
 
     Args:
         output: A new or empty folder; appears when everything is in it.
@@ -40,9 +40,10 @@ def publish(
         ConfigError: If something is at ``output`` already.
     """
     backbone, shares = selection.backbone, selection.shares
+    linearised = selection.pool.linearised
     changed = selection.stream() if weights is None else weights
     with new_folder(output) as folder:
-        sha256 = write_model(folder, backbone, changed, selection.head)
+        sha256 = write_model(folder, backbone, changed, selection.head, linearised=linearised)
         card = ExportedModel(
             members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
             classes=selection.head.classes,
@@ -57,6 +58,7 @@ def publish(
             without=selection.without,
             negated=negated,
             negation_scale=strength,
+            linearised=linearised,
         )
         write_atomically(folder / CARD, model_card(card).encode())
     return {
@@ -66,5 +68,6 @@ def publish(
         "scale": selection.settings.scale,
         "classes": list(selection.head.classes),
         "negated": negated or None,
+        "linearised": linearised,
         "sha256": sha256,
     }

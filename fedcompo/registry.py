@@ -126,6 +126,11 @@ class Registry:
         """Whether the joint head was fitted to features of the composed model."""
         return REALIGNED in self.state.files
 
+    @property
+    def linearised(self) -> bool:
+        """Whether the composition is to be evaluated linearised: all members are tangents."""
+        return self.state.linearised
+
     def member(self, client: str) -> Member:
         """Return what is known of a member; raises ``ContributionError`` if there is none."""
         require_known([client], self.clients, "registry")
@@ -181,14 +186,16 @@ class Registry:
         return {name: model[name] for name in self.backbone.target_weights}
 
     def model(self, *, only: Sequence[str] | None = None, without: Sequence[str] = ()) -> nn.Module:
-        """Return a ready timm model: all members, or some.
+        """Return a ready timm model: all members, or some; a ``TangentModel`` of tangents.
 
         Args:
             only: Members to compose; None: all.
             without: Members to leave out.
         """
         if only is None and not without:
-            return specialise.model_of(self.backbone, self.composed(), self.classes)
+            return specialise.model_of(
+                self.backbone, self.composed(), self.classes, linearised=self.linearised
+            )
         return specialise.composed_model(self, only=only, without=without)
 
     def entries(self) -> list[journal.Entry]:
@@ -265,7 +272,8 @@ class Registry:
             on_step: Told what is being done.
 
         Raises:
-            ContributionError: If one cannot be used, or its client is there and not replaced.
+            ContributionError: If one cannot be used, its client is there and not replaced, or
+                tangents would come beside another kind.
             BackboneMismatch: If one was trained on other pre-trained weights.
             RegistryLocked: If another process keeps changing the registry.
         """

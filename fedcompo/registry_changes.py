@@ -16,7 +16,7 @@ from fedcompo import journal, transaction
 from fedcompo.composition import Mixtures
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import ContributionError
-from fedcompo.pool import require_known
+from fedcompo.pool import require_known, require_unmixed
 from fedcompo.registry_draft import Draft, OnStep, drafted
 from fedcompo.registry_layout import PRIVATE
 from fedcompo.registry_state import Member, State
@@ -56,6 +56,7 @@ def add(
         line = draft.next_sequence + len(gone)  # each of them has a line of its own before
         coming = {client: replace(member, added=line) for client, member in coming.items()}
         after = _with_members(state, {**state.members, **coming})
+        require_unmixed({client: member.kind for client, member in after.members.items()})
         after = draft.compose(after, coming=list(coming.values()), going=gone)
         events = [("removed", {**_essence(member), "within": "replacement"}) for member in gone]
         events.append(

@@ -150,6 +150,7 @@ class Draft:
             after.count,
             settings.scale,
             head,
+            after.linearised,
         )
         digests = self._write(folder, recipe, coming, list(after.members.values()))
         self.moves.append(place)

@@ -17,6 +17,7 @@ from typing import Any
 from fedcompo.config import Coefficients, RunConfig
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import RegistryDamaged
+from fedcompo.pool import are_tangents
 from fedcompo.tensorfile import canonical, tuples
 from fedcompo.transaction import require_inside
 
@@ -146,6 +147,11 @@ class State:
     def classes(self) -> tuple[str, ...]:
         """Names of all classes, sorted."""
         return tuple(sorted({name for m in self.members.values() for name in m.classes}))
+
+    @property
+    def linearised(self) -> bool:
+        """Whether the composition is to be evaluated linearised: all members are tangents."""
+        return are_tangents(member.kind for member in self.members.values())
 
     @property
     def count(self) -> int:

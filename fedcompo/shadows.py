@@ -45,6 +45,7 @@ from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.specialise import head_of, stream_composition
+from fedcompo.tangent import feature_map
 from fedcompo.task_vector import TaskVector
 from fedcompo.training import Anchor, fit_task_vector
 
@@ -175,7 +176,8 @@ def train_shadows(
         )
         pool = others.add(replace(member, task_vector=vector))
         theta = dict(stream_composition(pool, registry.backbone, None, registry.settings))
-        phi.append(confidence(*logits_of(training.backbone, theta, head, data)))
+        logits = logits_of(training.backbone, theta, head, data, linearised=pool.linearised)
+        phi.append(confidence(*logits))
     return ShadowModels(torch.stack(phi), trained_on)
 
 
@@ -221,7 +223,7 @@ def all_images(data: ClientData) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(
-    backbone: Backbone, theta: Weights, head: Head, data: ClientData
+    backbone: Backbone, theta: Weights, head: Head, data: ClientData, *, linearised: bool
 ) -> tuple[Tensor, Tensor]:
     """What a model says of all of a client's images.
 
@@ -230,12 +232,13 @@ def logits_of(
         theta: Target weights to use in their place, by name.
         head: Has the client's classes.
         data: The client's images.
+        linearised: Whether the weights are composed of tangents.
 
     Returns:
         Logits (examples, classes), training images first, and labels (examples,), rows of the head.
     """
     images, labels = all_images(data)
-    logits = head(extract_features(backbone.forward(theta), images))
+    logits = head(extract_features(feature_map(backbone, theta, tangent=linearised), images))
     return logits, head.indices(data.classes)[labels]
 
 

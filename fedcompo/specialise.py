@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 from fedcompo import fixed_point
 from fedcompo.composition import joint_head
+from fedcompo.errors import FileFormatError
 from fedcompo.export import CONFIG, WEIGHTS, timm_config
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
+from fedcompo.registry_layout import BACKBONE
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.stored_backbone import StoredBackbone
+from fedcompo.tangent import TangentModel, change_from
 from fedcompo.tensorfile import tuples, write_atomically
-from fedcompo.tensorstream import TensorWriter, file_sha256
+from fedcompo.tensorstream import StreamedTensors, TensorWriter, file_sha256
 
 if TYPE_CHECKING:
     from fedcompo.registry import Registry
@@ -54,7 +58,7 @@ def stream_composition(
 
     Raises:
         BackboneMismatch: If the pool was trained on another backbone.
-        ContributionError: If the pool is empty or the coefficients cannot be used.
+        ContributionError: If the pool is empty or mixed, or the coefficients cannot be used.
     """
     pool.check_composable(coefficients, base=backbone.fingerprint)
     if coefficients is not None:
@@ -73,15 +77,24 @@ def stream_composition(
 
 
 def write_model(
-    folder: Path, backbone: StoredBackbone, changed: Iterable[tuple[str, Tensor]], head: Head
+    folder: Path,
+    backbone: StoredBackbone,
+    changed: Iterable[tuple[str, Tensor]],
+    head: Head,
+    *,
+    linearised: bool = False,
 ) -> str:
     """Write a folder that plain timm loads, one weight at a time.
+
+    Of tangents it is one that timm refuses, and :func:`load_tangent_model` loads: it holds the
+    pre-trained weights too.
 
     Args:
         folder: A folder that exists.
         backbone: Pre-trained weights, for all that is not changed.
         changed: Names and values of target weights, in the order of names.
         head: Joint head.
+        linearised: Whether the weights are composed of tangents.
 
     Returns:
         SHA-256 of ``model.safetensors``.
@@ -104,7 +117,9 @@ def write_model(
                 )
     if pending is not None:
         raise ValueError(f"{pending[0]!r} is no weight of the backbone, or came out of order")
-    config = json.dumps(timm_config(backbone, head.classes), indent=2)
+    if linearised:
+        shutil.copyfile(backbone.path, folder / BACKBONE)
+    config = json.dumps(timm_config(backbone, head.classes, linearised=linearised), indent=2)
     write_atomically(folder / CONFIG, f"{config}\n".encode())
     return file_sha256(folder / WEIGHTS)
 
@@ -121,11 +136,43 @@ def composed_model(
     head = head_of(pool, registry.settings)
     weights |= {f"{backbone.classifier}.weight": head.weight}
     weights |= {f"{backbone.classifier}.bias": head.bias}
-    return model_of(backbone, weights, head.classes)
+    return model_of(backbone, weights, head.classes, linearised=pool.linearised)
+
+
+def load_tangent_model(folder: Path | str) -> nn.Module:
+    """Load a folder that :func:`write_model` wrote of tangents.
+
+    Returns:
+        A :class:`~fedcompo.tangent.TangentModel` in evaluation mode.
+
+    Raises:
+        FileFormatError: If a file is missing, altered, or belongs to another folder.
+    """
+    folder = Path(folder)
+    backbone, composed = StoredBackbone(folder / BACKBONE), StreamedTensors(folder / WEIGHTS)
+    backbone.tensors.check()
+    composed.check()
+    if composed.manifest.get("base") != backbone.fingerprint:
+        raise FileFormatError(
+            f"{folder / WEIGHTS} was composed on {composed.manifest.get('base')}, but {BACKBONE} "
+            f"beside it holds {backbone.fingerprint}. Restore the folder from where it came."
+        )
+    try:
+        classes = tuple(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["label_names"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(
+            f"{folder / CONFIG} cannot be read ({type(error).__name__}: {error}). "
+            "Restore the folder from where it came."
+        ) from error
+    return model_of(backbone, composed, classes, linearised=True)
 
 
 def model_of(
-    backbone: StoredBackbone, weights: Mapping[str, Tensor], classes: tuple[str, ...]
+    backbone: StoredBackbone,
+    weights: Mapping[str, Tensor],
+    classes: tuple[str, ...],
+    *,
+    linearised: bool = False,
 ) -> nn.Module:
     """Return a timm model in evaluation mode, as timm builds it from a folder.
 
@@ -133,6 +180,8 @@ def model_of(
         backbone: Says which model it is.
         weights: All of its weights by name, classifier included.
         classes: Names of the classes, in the order of the logits.
+        linearised: Whether the weights are composed of tangents. The model is then a
+            :class:`~fedcompo.tangent.TangentModel`.
     """
     seen = tuples(timm_config(backbone, classes)["pretrained_cfg"])
     model = timm.create_model(
@@ -142,6 +191,11 @@ def model_of(
         num_classes=len(classes),
         **backbone.model_args,
     )
-    model.load_state_dict(dict(weights))
     assert isinstance(model, nn.Module)
-    return model.eval()
+    if not linearised:
+        model.load_state_dict(dict(weights))
+        return model.eval()
+    theta_0 = backbone.tensors
+    model.load_state_dict({n: (theta_0 if n in theta_0 else weights)[n] for n in weights})
+    tau = change_from(theta_0, {name: weights[name] for name in backbone.target_weights})
+    return TangentModel(model, tau).eval()

@@ -25,9 +25,10 @@ from fedcompo.deltas import Delta, Weights, new_deltas
 from fedcompo.errors import ContributionError
 from fedcompo.head_training import HeadTraining
 from fedcompo.heads import Head
+from fedcompo.tangent import square_loss, tangent_features
 from fedcompo.task_vector import TaskVector
 
-LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2}
+LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step sizes of kinds that were given none: the fewer parameters, the larger."""
 
 EpochCallback = Callable[[int, int, float], None]
@@ -134,13 +135,15 @@ def ensembled(tau: Weights, theta_0: Weights, ensemble: Ensemble | None) -> Weig
     Returns:
         By weight name, each (out, in).
     """
+    return {name: theta_0[name] + change for name, change in _in_sum(tau, ensemble).items()}
+
+
+def _in_sum(tau: Weights, ensemble: Ensemble | None) -> Weights:
+    r""":math:`\lambda(R + w\,\tau)`, or alone τ."""
     if ensemble is None:
-        return {name: theta_0[name] + change for name, change in tau.items()}
+        return tau
     scale, share, rest = ensemble.scale, ensemble.share, ensemble.rest
-    return {
-        name: theta_0[name] + scale * (rest[name].to(change) + share * change)
-        for name, change in tau.items()
-    }
+    return {n: scale * (rest[n].to(change) + share * change) for n, change in tau.items()}
 
 
 class _Training:
@@ -158,6 +161,7 @@ class _Training:
     ) -> None:
         self._backbone, self._config, self._generator = backbone, config, generator
         self._deltas, self._head, self._holding = deltas, head, holding
+        self._linearised = kind is Kind.TANGENT
         trained = [p for delta in deltas.values() for p in delta.parameters()]
         # AdamW decays towards zero; a scale of (IA)³ rests at one, and would take the weight along.
         decay = 0.0 if kind is Kind.IA3 else config.weight_decay
@@ -194,7 +198,7 @@ class _Training:
         tau = {name: delta() for name, delta in self._deltas.items()}
         with _autocast(self._config.precision, self._backbone.device):
             logits = self._head.logits(self._features(tau, images))
-        loss = F.cross_entropy(logits.float(), labels.to(self._backbone.device))
+        loss = self._loss(logits.float(), labels.to(self._backbone.device))
         objective = loss + self._head.penalty() + self._proximal()
         if (penalty := self._holding.loss(tau)) is not None:
             objective = objective + penalty
@@ -206,8 +210,16 @@ class _Training:
 
     def _features(self, tau: Weights, images: Tensor) -> Tensor:
         """Features (batch, features) under the weights that are trained."""
+        if self._linearised:
+            return tangent_features(self._backbone, _in_sum(tau, self._ensemble), images)
         theta = ensembled(tau, self._backbone.theta_0, self._ensemble)
         return self._backbone.forward(theta)(images)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy; of tangents the rescaled square loss of TMC."""
+        if self._linearised:
+            return square_loss(logits, labels, self._config.target_logit)
+        return F.cross_entropy(logits, labels)
 
     def _proximal(self) -> Tensor | float:
         r""":math:`\tfrac\mu2\lVert p - p_{begin}\rVert^2` over all trained parameters."""

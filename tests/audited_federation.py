@@ -109,8 +109,13 @@ def _trained(client, kind: Kind, aligned: Head, fishers, mixtures, backbone: Bac
     }[settings.anchor]()
     mean = anchoring.for_classes(client.data.classes).mean()
     head = {"weight": mean.pop("head.weight"), "bias": mean.pop("head.bias")}
-    anchor = prefixed("anchor_head", head) | prefixed("anchor", mean)
-    request = {"classes": list(aligned.classes), "kind": str(kind), "anchored": True}
+    anchor = prefixed("anchor/head", head) | prefixed("anchor/weights", mean)
+    request = {
+        "classes": list(aligned.classes),
+        "kind": str(kind),
+        "frozen": True,
+        "needs": {"anchor": ""},
+    }
     tensors, manifest = client.train(head_tensors(aligned) | anchor, request)
     is_anchored = settings.alpha > 0 or settings.head_alpha > 0
     is_aligned = settings.head_start is HeadStart.ALIGNED

@@ -33,6 +33,8 @@ PICO_ARGS = {
 }
 PATTERNS = BackboneConfig().target_weights
 KINDS = tuple(Kind)
+MIXABLE = tuple(kind for kind in Kind if kind is not Kind.TANGENT)
+"""Kinds that one model can be composed of together; tangents keep to themselves."""
 
 
 def rng(seed: int) -> torch.Generator:
@@ -119,6 +121,7 @@ def dense_by_hand(vector: TaskVector, theta_0: Weights) -> Weights:
         Kind.FULL: lambda name: t[f"{name}/delta"],
         Kind.LORA: lambda name: t[f"{name}/B"] @ t[f"{name}/A"],
         Kind.IA3: lambda name: theta_0[name].double() * (t[f"{name}/l"] - 1),
+        Kind.TANGENT: lambda name: t[f"{name}/delta"],
     }
     return {name: formulas[vector.kind](name) for name in theta_0}
 
@@ -174,10 +177,10 @@ def contribution(
 
 
 def mixed_pool_members(theta_0: Weights, *, seed: int = 0) -> list[Contribution]:
-    """One contribution of each kind, of unequal size."""
+    """One contribution of each kind that mixes, of unequal size."""
     return [
         contribution(f"client-{i}", kind, theta_0=theta_0, seed=seed + 20 * i, num_examples=10 + i)
-        for i, kind in enumerate(KINDS)
+        for i, kind in enumerate(MIXABLE)
     ]
 
 

@@ -76,11 +76,20 @@ def mixtures(classes: Iterable[str], *, seed: int) -> dict[str, FeatureMixture]:
 
 
 def one_of_each_kind() -> list[Contribution]:
-    """Three clients; two of them share a class."""
+    """Three clients, of the kinds that mix; two of them share a class."""
     return [
         member("ada", Kind.FULL, seed=1, classes=("cat", "dog"), num_examples=10),
         member("ben", Kind.LORA, seed=2, classes=("dog", "owl"), num_examples=25),
         member("cho", Kind.IA3, seed=3, classes=("yak",), num_examples=40),
+    ]
+
+
+def tangents() -> list[Contribution]:
+    """The same three clients, all of tangents."""
+    return [
+        member("ada", Kind.TANGENT, seed=1, classes=("cat", "dog"), num_examples=10),
+        member("ben", Kind.TANGENT, seed=2, classes=("dog", "owl"), num_examples=25),
+        member("cho", Kind.TANGENT, seed=3, classes=("yak",), num_examples=40),
     ]
 
 
@@ -167,7 +176,7 @@ def fractions(tensor: Tensor) -> list[list[Fraction]]:
 def exact_delta(vector: TaskVector, name: str, weight: Tensor) -> list[list[Fraction]]:
     """τ of one weight, with the roundings that ``reproducible_delta`` states, and no others."""
     rows, columns = range(weight.shape[0]), range(weight.shape[1])
-    if vector.kind is Kind.FULL:
+    if vector.kind in (Kind.FULL, Kind.TANGENT):
         return fractions(vector.tensors[f"{name}/delta"])
     if vector.kind is Kind.IA3:
         w, l = fractions(weight), fractions(vector.tensors[f"{name}/l"])  # noqa: E741

@@ -95,3 +95,18 @@ def test_an_operation_has_a_process_of_its_own(script, tmp_path):
         script.measure = before
     assert found.peak > 50e6
     assert found.written < 1000
+
+
+def test_tangent_steps_fill_a_table_and_agree(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("tangent_step")
+    monkeypatch.setattr(sys, "argv", ["tangent_step.py", "--batch", "2", "--rounds", "1"])
+    script.main()
+    out = capsys.readouterr().out
+    _, _, *lines = [line for line in out.splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows] == ["full", "JVP + VJP", "through the JVP"]
+    assert all(float(value) > 0 for _, *values in rows for value in values)
+    held = [float(row[3]) for row in rows]
+    assert held[1] < min(held[0], held[2])
+    assert float(out.rpartition("differ by ")[2].partition(",")[0]) < 1e-5

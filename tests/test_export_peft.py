@@ -241,7 +241,9 @@ def test_only_ranks_that_differ_from_the_usual_one_are_listed(tmp_path):
 @pytest.mark.parametrize("kind", [Kind.FULL, Kind.IA3])
 def test_other_kinds_are_refused_and_the_way_out_is_named(kind, tmp_path):
     backbone = pico_backbone()
-    with pytest.raises(ContributionError, match=f"kind {kind}, .* lora only.* timm folder"):
+    with pytest.raises(
+        ContributionError, match=f"kind {kind}, .* lora only.*`fedcompo compose --only"
+    ):
         export_peft(tmp_path / "adapter", backbone, client_of(backbone, kind))
     assert not (tmp_path / "adapter").exists()
 

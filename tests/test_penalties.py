@@ -58,7 +58,7 @@ def test_the_anchor_is_the_written_quadratic_form(kind):
 
 def chain_rule(kind: Kind, delta: Delta, g: Tensor, weight: Tensor) -> list[Tensor]:
     """Oracle: from the gradient in tau, G, to that in each parameter."""
-    if kind is Kind.FULL:
+    if kind in (Kind.FULL, Kind.TANGENT):
         return [g]
     if kind is Kind.LORA:
         return [delta.B.T @ g, g @ delta.A.T]
@@ -117,7 +117,7 @@ def proximal_gradient(
 
 
 @pytest.mark.parametrize("strength", [0.3, 1e4])
-@pytest.mark.parametrize("kind", [Kind.FULL, Kind.IA3])
+@pytest.mark.parametrize("kind", [Kind.FULL, Kind.IA3, Kind.TANGENT])
 def test_the_implicit_step_ends_where_the_proximal_objective_is_least(kind, strength):
     deltas = deltas_of(kind)
     before = values_of(deltas)

@@ -48,6 +48,7 @@ def test_the_folder_holds_model_configuration_and_card_and_what_is_told_is_in_it
         "scale": 2.0,
         "classes": ["cat", "dog", "owl", "yak"],
         "negated": None,
+        "linearised": False,
         "sha256": file_sha256(tmp_path / "out" / "model.safetensors"),
     }
     assert json.loads(json.dumps(told)) == told

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import KINDS
+from builders import MIXABLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry_builders import (
@@ -63,21 +63,32 @@ class Spec:
         return exact_term(self.made().task_vector, name, backbone().theta_0[name])
 
 
-specs = st.builds(
-    Spec,
-    st.sampled_from(("ada", "ben", "cho", "dee", "eva")),
-    st.sampled_from(KINDS),
-    st.integers(0, 2),
-    st.sampled_from(CLASSES),
-    st.sampled_from((1, 7, 40)),
-)
-steps = st.one_of(
-    st.tuples(
-        st.just("put"), st.lists(specs, min_size=1, max_size=3, unique_by=lambda s: s.client)
-    ),
-    st.tuples(st.just("remove"), st.integers(0, 4)),
-    st.tuples(st.just("realign"), st.integers(0, 2)),
-)
+def specs(kinds: Sequence[Kind], most: int) -> st.SearchStrategy[list[Spec]]:
+    """Some contributions of different clients."""
+    one = st.builds(
+        Spec,
+        st.sampled_from(("ada", "ben", "cho", "dee", "eva")),
+        st.sampled_from(kinds),
+        st.integers(0, 2),
+        st.sampled_from(CLASSES),
+        st.sampled_from((1, 7, 40)),
+    )
+    return st.lists(one, min_size=1, max_size=most, unique_by=lambda s: s.client)
+
+
+def steps(kinds: Sequence[Kind], least: int, most: int) -> st.SearchStrategy[list[Any]]:
+    """What happens to a registry."""
+    step = st.one_of(
+        st.tuples(st.just("put"), specs(kinds, 3)),
+        st.tuples(st.just("remove"), st.integers(0, 4)),
+        st.tuples(st.just("realign"), st.integers(0, 2)),
+    )
+    return st.lists(step, min_size=least, max_size=most)
+
+
+together = st.sampled_from((MIXABLE, (Kind.TANGENT,)))
+"""Kinds that may meet in a registry."""
+selections = together.flatmap(lambda kinds: specs(kinds, 4))
 compositions = st.builds(
     RegistrySettings,
     coefficients=st.sampled_from(Coefficients),
@@ -165,7 +176,7 @@ def assert_exact(registry: Registry, present: Mapping[str, Spec]) -> None:
         assert abs(Fraction(found[i][j]) - exact) <= Fraction(float(half)) * Fraction(1001, 1000)
 
 
-@given(st.lists(steps, min_size=1, max_size=6), compositions, st.data())
+@given(together.flatmap(lambda kinds: steps(kinds, 1, 6)), compositions, st.data())
 def test_state_is_that_of_a_registry_given_the_survivors_only(changes, how, data):
     with tempfile.TemporaryDirectory() as folder:
         registry, expected = registry_of(Path(folder) / "lived", settings=how), Expected()
@@ -181,7 +192,7 @@ def test_state_is_that_of_a_registry_given_the_survivors_only(changes, how, data
 
 
 @settings(max_examples=15)
-@given(st.lists(steps, min_size=2, max_size=8), compositions)
+@given(together.flatmap(lambda kinds: steps(kinds, 2, 8)), compositions)
 def test_state_is_right_after_every_single_step(changes, how):
     with tempfile.TemporaryDirectory() as folder:
         registry, expected = registry_of(Path(folder) / "lived", settings=how), Expected()
@@ -192,9 +203,7 @@ def test_state_is_right_after_every_single_step(changes, how):
 
 
 @settings(max_examples=15)
-@given(
-    st.lists(specs, min_size=1, max_size=4, unique_by=lambda s: s.client), compositions, st.data()
-)
+@given(selections, compositions, st.data())
 def test_any_selection_composes_as_if_the_others_had_never_come(chosen, how, data):
     only = data.draw(st.sets(st.sampled_from(chosen), min_size=1))
     shares = {s.client: data.draw(st.floats(0.1, 1)) for s in only}
@@ -204,7 +213,8 @@ def test_any_selection_composes_as_if_the_others_had_never_come(chosen, how, dat
         few = registry_of(Path(folder) / "few", *(s.made() for s in only), settings=how)
         left_out = [s.client for s in chosen if s not in only]
         for model in (registry.model(only=list(shares)), registry.model(without=left_out)):
-            assert same_bits(model.state_dict(), dict(few.composed()))
+            assert same_bits(model.state_dict(), few.model().state_dict())
+            assert few.linearised or same_bits(model.state_dict(), dict(few.composed()))
         pool = Pool(tuple(s.made() for s in only))
         theta_0, scale = backbone().theta_0, how.scale
         assert same_bits(
@@ -214,7 +224,7 @@ def test_any_selection_composes_as_if_the_others_had_never_come(chosen, how, dat
 
 
 @settings(max_examples=10)
-@given(st.lists(specs, min_size=1, max_size=4, unique_by=lambda s: s.client), st.data())
+@given(selections, st.data())
 def test_contributions_may_come_as_folders_or_from_another_registry(chosen, data):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -13,6 +13,7 @@ from registry_builders import (
     one_of_each_kind,
     own_mixtures,
     registry_of,
+    tangents,
     three_clients,
 )
 
@@ -27,6 +28,7 @@ from fedcompo.signing import is_signed
 from fedcompo.tensorstream import file_sha256
 
 ADA, BEN, CHO = one_of_each_kind()
+TANGENT_ADA, _, _ = tangents()
 
 
 @pytest.fixture
@@ -113,17 +115,20 @@ def composed_parts(registry: Registry) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", list(Kind))
 def test_after_a_removal_no_byte_of_the_client_is_left(kind, tmp_path):
     given = member("dee", kind, seed=30, with_fisher=True)
-    registry = registry_of(tmp_path / "r", ADA)
-    registry.add(given, member("eva", seed=40, with_fisher=True))
+    ada, others = (TANGENT_ADA, kind) if kind is Kind.TANGENT else (ADA, Kind.LORA)
+    eva = member("eva", others, seed=40, with_fisher=True)
+    registry = registry_of(tmp_path / "r", ada)
+    registry.add(given, eva)
     registry.realign(own_mixtures(registry))
     realigned = own_mixtures(registry)["dee"]
     theirs = {f"realigned {n}": m.means.numpy().tobytes() for n, m in realigned.items()}
     theirs |= raw(given) | composed_parts(registry)
-    kept_dense = {name for name in theirs if name.startswith("τ") and kind is not Kind.FULL}
+    is_dense = kind in (Kind.FULL, Kind.TANGENT)
+    kept_dense = {name for name in theirs if name.startswith("τ") and not is_dense}
     assert traces(registry, theirs) == theirs.keys() - kept_dense
     registry.remove("dee")
     assert traces(registry, theirs) == set()
-    assert traces(registry, raw(member("eva", seed=40, with_fisher=True)))
+    assert traces(registry, raw(eva))
 
 
 def test_after_a_replacement_no_byte_of_the_old_contribution_is_left(registry):
