@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from clients import averaging
 from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
 from fedcompo.memory import peak_bytes, reset_peak
@@ -47,14 +48,21 @@ def fisher(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Fit the task vector."""
-    return _answer(message, context, LocalClient.train)
+    """Fit the task vector, or train the model that all share (FedAvg, FedProx)."""
+
+    def work(
+        client: LocalClient, tensors: Mapping[str, Tensor], request: Mapping[str, Any]
+    ) -> Body:
+        shared = averaging.ROUND in request
+        return (averaging.train if shared else LocalClient.train)(client, tensors, request)
+
+    return _answer(message, context, work)
 
 
 @app.query("realign")
 def realign(message: Message, context: Context) -> Message:
     """Describe the images by mixtures of the composed model's features."""
-    return _answer(message, context, lambda client, tensors, request: client.realign(tensors))
+    return _answer(message, context, LocalClient.realign)
 
 
 @app.evaluate()

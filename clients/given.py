@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clients.store import Store
 from fedcompo.config import Kind
+from fedcompo.errors import FileFormatError
 from fedcompo.heads import Head
 from fedcompo.messages import head_from, section
 from fedcompo.task_vector import TaskVector
@@ -53,17 +54,26 @@ class Given:
             base: Fingerprint of the client's backbone.
             classes: The client's own.
             beta: Strength of the penalty that holds it to the others.
+
+        Raises:
+            FileFormatError: If it needs what no client keeps.
         """
         lacks, holds, found = [], {}, {}
         for name, digest in dict(request.get("needs", {})).items():
-            found[name] = section(name, tensors)
+            if name not in (ANCHOR, OWN):
+                raise FileFormatError(
+                    f"The server asks for {name!r}, expected {ANCHOR} or {OWN}. Use the same "
+                    "fedcompo version everywhere."
+                )
+            found[name], kept = section(name, tensors), digest
             if not found[name] and store is not None:
                 found[name] = store.recall(name, digest) or {}
             elif store is not None:
-                store.keep(name, found[name])
+                kept = store.keep(name, found[name])
             if not found[name]:
                 lacks.append(name)
-            holds[name] = digest
+            if kept:
+                holds[name] = kept
         if lacks:
             return cls(lacks=tuple(lacks))
         own = found.get(OWN, {})

@@ -33,6 +33,7 @@ from fedcompo.names import check_client_name
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.seeds import derive_seed, generator_for
+from fedcompo.tangent import feature_map
 from fedcompo.training import Ensemble, Fitted, ensembled, fit_task_vector
 
 logger = logging.getLogger(__name__)
@@ -106,9 +107,10 @@ class LocalClient:
         logger.info("%s: the removal record:\n%s", self.name, request["record"])
         return {}, self._manifest("notice", {})
 
-    def realign(self, tensors: Mapping[str, Tensor]) -> Body:
+    def realign(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
         """Describe the images by mixtures of the composed model's features."""
-        return self._mixtures(section("theta", tensors), content="realign")
+        theta = section("theta", tensors)
+        return self._mixtures(theta, content="realign", linearised=bool(request["linearised"]))
 
     def fisher(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
         """Sum the Fisher diagonal over the training images, under the head that training starts at.
@@ -168,7 +170,11 @@ class LocalClient:
             on_epoch=self._log_epoch,
         )
         body = prefixed("task_vector", fitted.task_vector.tensors) | head_tensors(fitted.head)
-        holds = {**given.holds, OWN: store.keep(OWN, body)} if store else {}
+        holds: dict[str, str] = {}
+        if store and request.get("last"):
+            store.clear()
+        elif store:
+            holds = {**given.holds, OWN: store.keep(OWN, body)}
         return body, self._manifest(
             "train",
             {
@@ -185,7 +191,8 @@ class LocalClient:
         """Accuracy of what was trained, on its own task; with the joint head, of the frozen one."""
         classes, test, theta_0 = self.data.classes, self.data.test, self.backbone.theta_0
         theta = ensembled(fitted.task_vector.dense(theta_0), theta_0, ensemble)
-        own = evaluate(self.backbone, theta, fitted.head, classes, test)
+        linearised = fitted.task_vector.kind is Kind.TANGENT
+        own = evaluate(self.backbone, theta, fitted.head, classes, test, linearised=linearised)
         figures = {"own_task_accuracy": own.task_il}
         if joint is not None:
             frozen = evaluate(self.backbone, {}, joint, classes, test)
@@ -197,23 +204,32 @@ class LocalClient:
         """Measure the composed model on this client's test images."""
         head = head_from(tensors, request["classes"])
         theta = section("theta", tensors)
-        accuracy = evaluate(self.backbone, theta, head, self.data.classes, self.data.test)
+        accuracy = evaluate(
+            self.backbone,
+            theta,
+            head,
+            self.data.classes,
+            self.data.test,
+            linearised=bool(request["linearised"]),
+        )
         figures = {"class_il_accuracy": accuracy.class_il, "task_il_accuracy": accuracy.task_il}
         return {}, self._manifest("evaluate", figures)
 
     def _store(self, federation: str) -> Store:
         """What this client keeps between the rounds of a federation."""
-        return Store(self.state / federation / self.name)
+        return Store.of(self.state, federation, self.name)
 
     @property
     def _starts_aligned(self) -> bool:
         return self.config.train.head_start is HeadStart.ALIGNED
 
-    def _mixtures(self, theta: Mapping[str, Tensor], content: str) -> Body:
+    def _mixtures(
+        self, theta: Mapping[str, Tensor], content: str, *, linearised: bool = False
+    ) -> Body:
         weights = {name: tensor.to(self.backbone.device) for name, tensor in theta.items()}
         train = self.data.train
         mixtures = fit_mixtures(
-            extract_features(self.backbone.forward(weights), train.images),
+            extract_features(feature_map(self.backbone, weights, tangent=linearised), train.images),
             train.labels,
             self.data.classes,
             components=self.config.head.mixture_components,

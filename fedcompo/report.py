@@ -48,12 +48,8 @@ def print_results(results: Results, console: Console) -> None:
         console = Console(file=console.file, width=max(PIPE_WIDTH, console.width))
     console.print(_accuracy_table(results))
     console.print(_traffic_table(results))
-    console.print(_diagnostics_table(results))
-    gap = results["diagnostics"]["composition_gap"]
-    console.print(f"Gap Ω of Theorem 1 (mean Fisher, composition's coefficients): {gap:.3g}")
-    outliers = results["diagnostics"]["outliers"]
-    if outliers:
-        console.print(f"Outliers: {', '.join(outliers)}", style="bold yellow")
+    if "diagnostics" in results:
+        _print_diagnostics(results, console)
     for client in results["left_out"]:
         line = f"Left out: {client['client']} ({client['phase']}): {client['reason']}"
         console.print(line, style="bold red", markup=False)
@@ -61,8 +57,17 @@ def print_results(results: Results, console: Console) -> None:
         console.print(f"Note: {note}", style="yellow", markup=False)
 
 
+def _print_diagnostics(results: Results, console: Console) -> None:
+    console.print(_diagnostics_table(results))
+    gap = results["diagnostics"]["composition_gap"]
+    console.print(f"Gap Ω of Theorem 1 (mean Fisher, composition's coefficients): {gap:.3g}")
+    outliers = results["diagnostics"]["outliers"]
+    if outliers:
+        console.print(f"Outliers: {', '.join(outliers)}", style="bold yellow")
+
+
 def write_report(folder: Path, results: Results) -> None:
-    """Draw the accuracies and the overlap of the task vectors into ``report.svg``."""
+    """Draw accuracies, and the overlap of the task vectors if there are any, to ``report.svg``."""
     write_atomically(folder / PICTURE, _picture(results).encode())
 
 
@@ -143,8 +148,10 @@ def _picture(results: Results) -> str:
     row_height, bar_height = 84, 16
     height = 90 + row_height * len(rows)
     matrix_left, cell = 780, max(18, min(64, 480 // max(1, len(clients))))
-    width = matrix_left + 120 + cell * len(clients)
-    height = max(height, 130 + cell * len(clients))
+    width = matrix_left
+    if "diagnostics" in results:
+        width = matrix_left + 120 + cell * len(clients)
+        height = max(height, 130 + cell * len(clients))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'font-family="system-ui, sans-serif" font-size="13" fill="#1f2933">',
@@ -167,7 +174,8 @@ def _picture(results: Results) -> str:
                 f'fill="{colour}"/>'
             )
             parts.append(_text(156 + length, y + 13, percent(value)))
-    parts += _matrix(results, matrix_left, cell)
+    if "diagnostics" in results:
+        parts += _matrix(results, matrix_left, cell)
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -83,17 +83,22 @@ class Anchors:
         """Whether there is anybody to anchor a client."""
         return with_own or self.by is not AnchorBy.OTHERS or bool(self.others(client))
 
-    def note(self, alpha: float) -> str:
-        """What whoever set ``alpha`` should know of the scale on which it acts; mostly nothing."""
+    def note(self, alpha: float, *, setting: str = "alpha") -> str:
+        """What whoever set ``alpha`` should know of the scale on which it acts; mostly nothing.
+
+        Args:
+            alpha: How firmly the Fisher holds.
+            setting: What it is called; ``beta`` in IEL.
+        """
         if self.reference is None:
             return ""
         theirs, ours = self.reference.mean_trace(), self.total.mean_trace()
         if not alpha * theirs or ours / TOLERATED <= theirs <= ours * TOLERATED:
             return ""
         return (
-            f"`alpha` {alpha:g} acts on the reference's Fisher, whose mean trace is {theirs:.3g}; "
-            f"that of the clients' is {ours:.3g}. To hold as firmly as theirs would, set `alpha` "
-            f"to {alpha * ours / theirs:.3g}."
+            f"`{setting}` {alpha:g} acts on the reference's Fisher, whose mean trace is "
+            f"{theirs:.3g}; that of the clients' is {ours:.3g}. To hold as firmly as theirs would, "
+            f"set `{setting}` to {alpha * ours / theirs:.3g}."
         )
 
     def others(self, client: str) -> tuple[str, ...]:

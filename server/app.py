@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.report import write_report
 from fedcompo.tensorfile import write_atomically
-from server import unlearning
+from server import averaging, unlearning
 from server.arrivals import Arrivals
+from server.averaging import Averaging
 from server.exchange import Exchange
-from server.results import collect, collect_removal
+from server.results import collect, collect_averaging, collect_removal
 from server.strategy import IelStrategy, ItaStrategy, Strategy
 from server.unlearning import Unlearning
 
@@ -33,6 +35,9 @@ app = ServerApp()
 REGISTRY = "registry"
 HOME_OUTPUT = "fedcompo-runs"
 
+Work = Callable[[Exchange, RunConfig, Path, float], dict[str, Any]]
+"""What a run does, given its output folder and when it started; returns its results."""
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
@@ -40,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     started = time.time()
     config = RunConfig.parse(context.run_config)
     output = claim_output(config)
-    server, removing = config.server, config.registry.action is Action.REMOVE
+    server = config.server
     exchange = Exchange(
         grid,
         server.timeout,
@@ -48,11 +53,11 @@ def main(grid: Grid, context: Context) -> None:
         in_flight=server.in_flight,
         events=output / EVENTS,
     )
-    phases = unlearning.phases_of(config) if removing else strategy_of(config).phases
+    work, phases = work_of(config)
     wanted = [p for p in phases if p != "realign" or config.compose.realign]
     exchange.tell("run", clients=[], phases=wanted)
     try:
-        results = (_remove if removing else _train)(exchange, config, output, started)
+        results = work(exchange, config, output, started)
         text = json.dumps(results, indent=2, allow_nan=False) + "\n"
         write_atomically(output / RESULTS, text.encode())
     except BaseException as error:
@@ -61,6 +66,15 @@ def main(grid: Grid, context: Context) -> None:
         raise
     exchange.tell("finished", results=RESULTS)
     log(INFO, "Results: %s", output)
+
+
+def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
+    """What a run does, and the phases that it goes through."""
+    if config.registry.action is Action.REMOVE:
+        return _remove, unlearning.phases_of(config)
+    if config.method.method in averaging.METHODS:
+        return _average, Averaging.phases
+    return _train, strategy_of(config).phases
 
 
 def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
@@ -75,6 +89,16 @@ def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) 
     chosen = strategy_of(config)(exchange, config, backbone, registry, output)
     chosen.run()
     results = collect(chosen, started=started)
+    write_report(output, results)
+    return results
+
+
+def _average(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
+    """Train one model of all clients by FedAvg or FedProx; no registry comes of it."""
+    averaged = Averaging(exchange, config, load_backbone(config.backbone), output)
+    exchange.gather(config.server.num_clients)
+    averaged.run()
+    results = collect_averaging(averaged, started=started)
     write_report(output, results)
     return results
 

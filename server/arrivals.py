@@ -7,6 +7,7 @@ measure the composed model.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class Arrivals(Strategy):
             if folders := self._fit(client):
                 self.arrive(client, folders)
         self.exchange.part = ""
-        self.exchange.require_clients("train")
+        shutil.rmtree(self.fitting.contributions, ignore_errors=True)  # of who failed last
+        self.exchange.require_clients("train", self.trained)
 
     def fit(self) -> list[Path]:
         """Everyone is fitted in turn by :meth:`run`."""
@@ -55,6 +57,8 @@ class Arrivals(Strategy):
 
     def _fit(self, client: str) -> list[Path]:
         """Let one client train; nothing comes of it if the client fails, which is named then."""
+        if client not in self.exchange.clients:  # it failed while it was measured as a member
+            return []
         self.fitting = self.new_fitting((client,))
         try:
             self.fitting.run()
@@ -70,7 +74,7 @@ class Arrivals(Strategy):
         """Add a client to the model, and measure it."""
         self.composing = Composing(self.exchange, self.backbone, self.registry)
         self.exchange.timed("compose", lambda: self.compose(folders))
-        self.look()
+        self.look(decisive=False)
         for measure, matrix in self.matrices.items():
             row = {c: figures[measure] for c, figures in self.composing.figures.items()}
             self.matrices[measure] = matrix.after(client, row)

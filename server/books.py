@@ -26,6 +26,18 @@ class Traffic:
     seconds: float
     """From the request's departure to the answer's arrival."""
 
+    def __add__(self, other: Traffic) -> Traffic:
+        """What two requests cost together."""
+        return Traffic(
+            self.bytes_sent + other.bytes_sent,
+            self.bytes_received + other.bytes_received,
+            self.seconds + other.seconds,
+        )
+
+
+NOTHING = Traffic(0, 0, 0.0)
+"""What it costs not to be asked."""
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -65,7 +77,7 @@ class Books:
         self.tell("phase-started", phase=phase, clients=[])
         reset_peak()
         started, label = time.monotonic(), self.label(phase)
-        self.memory[label] = {}
+        self.memory.setdefault(label, {})
         result = work()
         self._close(phase, started)
         log(INFO, "%s: %.1f s on the server", label, self.seconds[label])
@@ -84,10 +96,10 @@ class Books:
             file.write(line + "\n")
 
     def _close(self, phase: str, started: float) -> None:
-        label = self.label(phase)
-        self.seconds[label] = time.monotonic() - started
+        label, seconds = self.label(phase), time.monotonic() - started
+        self.seconds[label] = self.seconds.get(label, 0.0) + seconds
         self._remember_peak(label, {"server": peak_bytes().get("resident", 0)})
-        self.tell("phase-finished", phase=phase, seconds=round(self.seconds[label], 3))
+        self.tell("phase-finished", phase=phase, seconds=round(seconds, 3))
 
     def _remember_peak(self, label: str, peaks: Mapping[str, int]) -> None:
         known = self.memory[label]

@@ -76,7 +76,8 @@ class Composing:
 
     def _ask_mixtures(self, members: tuple[str, ...]) -> dict[str, Mixtures]:
         realigned: dict[str, Mixtures] = {}
-        request: Body = prefixed("theta", self._theta()), {}
+        linearised = {"linearised": self.registry.linearised}
+        request: Body = prefixed("theta", self._theta()), linearised
 
         def fold(client: str, body: Body) -> str:
             classes = self.registry.member(client).classes
@@ -99,7 +100,8 @@ class Composing:
         """
         head = self.joint_head
         tensors = prefixed("theta", self._theta()) | head_tensors(head)
-        request: Body = tensors, {"classes": list(head.classes)}
+        asked_for = {"classes": list(head.classes), "linearised": self.registry.linearised}
+        request: Body = tensors, asked_for
         asked = [client for client in self.exchange.clients if client in self.registry.clients]
         self.exchange.ask(
             phase, "evaluate", lambda c: request, self._fold, decisive=False, clients=asked

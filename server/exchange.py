@@ -8,7 +8,7 @@ missed (a round of many), it misses that one, and is named too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from logging import INFO
 from typing import Any
@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.memory import reset_peak
 from fedcompo.messages import Body, from_record, size_of, to_record
-from server.books import Books, LeftOut, Traffic
+from server.books import NOTHING, Books, LeftOut, Traffic
 
 Fold = Callable[[str, Body], str]
 """Takes a client's name and answer; checks it, *then* keeps what is needed; returns the name under
@@ -90,14 +90,18 @@ class Exchange(Books):
 
         Returns:
             Provisional names of the nodes that are new, and names of the clients whose node is no
-            longer there; these have lost their node, and may come back under another.
+            longer there; these have lost their node, and may come back, under its id or another.
         """
         nodes = list(self.grid.get_nodes())
         there = {node.node_id for node in nodes}
         gone = tuple(client for client in self.clients if self.nodes[client] not in there)
-        for client in gone:
-            del self.nodes[client]
+        for client in gone:  # also under the same id, if it was but out of reach
+            self._seen.discard(self.nodes.pop(client))
         return self._take_up([node for node in nodes if node.node_id not in self._seen]), gone
+
+    def look_anew(self, client: str) -> None:
+        """Let a client's node count as new at the next look, whatever becomes of it now."""
+        self._seen.discard(self.nodes[client])
 
     def _take_up(self, nodes: list[Any]) -> tuple[str, ...]:
         """Give new nodes provisional names."""
@@ -134,7 +138,8 @@ class Exchange(Books):
         """
         reset_peak()
         started, label = time.monotonic(), self.label(phase)
-        self.traffic[label], self.memory[label] = {}, {}
+        self.traffic.setdefault(label, {})
+        self.memory.setdefault(label, {})
         asked = self.clients if clients is None else tuple(sorted(clients))
         self.tell("phase-started", phase=phase, clients=[] if phase in NAMING else asked)
         asking = _Asking(phase, message_type, request, fold, may_miss)
@@ -148,14 +153,21 @@ class Exchange(Books):
         if decisive:
             self.require_clients(phase)
 
-    def require_clients(self, phase: str) -> None:
-        """Raise ``TooFewClients``, naming everyone left out, if too few remain."""
-        if len(self.nodes) >= self.min_clients:
+    def require_clients(self, phase: str, usable: Collection[str] | None = None) -> None:
+        """Raise ``TooFewClients``, naming everyone who could not be used, if too few remain.
+
+        Args:
+            phase: What they have gone through.
+            usable: Who remains; None: everyone still in the run.
+        """
+        count = len(self.nodes if usable is None else usable)
+        if count >= self.min_clients:
             return
-        reasons = "\n".join(f"  - {o.client} ({o.phase}): {o.reason}" for o in self.left_out)
+        missed = [m for m in self.missed if m.phase.partition(",")[0] == phase]
+        reasons = [f"  - {o.client} ({o.phase}): {o.reason}" for o in (*self.left_out, *missed)]
         raise TooFewClients(
-            f"{len(self.nodes)} usable client(s) after the phase {phase!r}, `min-clients` is "
-            f"{self.min_clients}. Left out:\n{reasons or '  nobody'}"
+            f"{count} usable client(s) after the phase {phase!r}, `min-clients` is "
+            f"{self.min_clients}. Left out:\n" + ("\n".join(reasons) or "  nobody")
         )
 
     def _send(self, client: str, asking: _Asking) -> None:
@@ -222,7 +234,8 @@ class Exchange(Books):
         )
         if name != client:
             self.nodes[name] = self.nodes.pop(client)
-        self.traffic[label][name] = cost
+        before = self.traffic[label].get(name)
+        self.traffic[label][name] = cost if before is None else before + cost
         self.tell("client", phase=phase, client=name, status="ok", reason="", **asdict(cost))
         log(
             INFO,
@@ -235,14 +248,15 @@ class Exchange(Books):
 
     def _fail(self, asking: _Asking, client: str, reason: str, cost: Traffic) -> None:
         """Do without a client: in this phase, or in all that follow."""
-        if not asking.may_miss:
-            self.leave_out(asking.phase, client, reason, cost)
-            return
-        label = self.label(asking.phase)
-        self.missed.append(LeftOut(client, label, reason))
-        self._say(asking.phase, client, "missed", reason, cost)
+        do_without = self.miss if asking.may_miss else self.leave_out
+        do_without(asking.phase, client, reason, cost)
 
-    def leave_out(self, phase: str, client: str, reason: str, cost: Traffic) -> None:
+    def miss(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
+        """Do without a client in this phase alone, and say why."""
+        self.missed.append(LeftOut(client, self.label(phase), reason))
+        self._say(phase, client, "missed", reason, cost)
+
+    def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
         """Take a client out of all that follows, and say why."""
         del self.nodes[client]
         self.left_out.append(LeftOut(client, self.label(phase), reason))

@@ -9,12 +9,12 @@ it does not, to the last bit: its lineage is empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
@@ -23,11 +23,11 @@ from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, save_fisher
-from fedcompo.fixed_point import GRID
 from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, head_tensors, prefixed
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
+from fedcompo.running_sum import RunningSum
 from fedcompo.settings import names_of
 from fedcompo.task_vector import TaskVector
 from server.alignment import Mixtures, align_joint_head
@@ -74,7 +74,7 @@ class Fitting:
     def run(self) -> None:
         """Do all phases; afterwards a contribution of each trained client is in its folder."""
         self.gather_features()
-        self.aligned: Head = self.exchange.timed("align", self.align_heads)
+        self.align()
         self.gather_fisher()
         self.train()
 
@@ -109,7 +109,8 @@ class Fitting:
         if self.asked is None:
             self.roster.exclude(names_of(self.config.server.exclude))
         self.settle_members(self.roster.described if self.asked is None else self.asked)
-        self._recognise()
+        self.roster.recognise({c: self.registry.member(c).classes for c in self.members})
+        self.exchange.require_clients("features")
         if not self.newcomers:
             raise ContributionError(
                 f"All connected clients are in the registry {self.registry.path} already: "
@@ -123,33 +124,46 @@ class Fitting:
         if self.config.registry.replace:
             self.members = tuple(client for client in self.members if client not in coming)
 
-    def take_in(self, clients: Iterable[str]) -> None:
-        """Describe clients that come to those who are there: features → align → fisher."""
-        clients = tuple(clients)
-        self.roster.gather(clients, decisive=False)
-        self._deal_kinds()
-        self._recognise()
-        self.aligned = self.exchange.timed("align", self.align_heads)
-        self.gather_fisher(tuple(c for c in clients if c in self.newcomers))
+    def take_in(self, clients: Iterable[str], *, decisive: bool) -> tuple[str, ...]:
+        """Describe clients that come to those who are there: features → align → fisher.
 
-    def forget(self, client: str) -> None:
-        """Go on without a client, and without what it said of itself."""
-        self.absent.discard(client)
-        self.roster.described.pop(client, None)
-        self.described.pop(client, None)
+        Args:
+            clients: Who comes.
+            decisive: Fail if too few clients are left then.
+
+        Returns:
+            Who of them can be trained. Whoever cannot is left out, but may come again.
+        """
+        clients = tuple(clients)
+        self.roster.gather(clients, decisive=decisive)
+        self._deal_kinds()
+        if coming := tuple(c for c in clients if c in self.newcomers):
+            self.align()
+            self.gather_fisher(coming, decisive=decisive)
+        for client in set(coming) - set(self.newcomers):
+            del self.roster.described[client]
+        return tuple(c for c in coming if c in self.newcomers)
+
+    def forget(self, clients: Iterable[str]) -> None:
+        """Go on without clients, and without what they said of themselves."""
+        for client in clients:
+            self.absent.discard(client)
+            self.roster.described.pop(client, None)
+            self.described.pop(client, None)
+            shutil.rmtree(self.folder(client), ignore_errors=True)
         self._sum_fisher()
 
     def _deal_kinds(self) -> None:
         """Deal a kind to everyone who has none."""
         self.kinds = self.roster.deal(kinds_of(self.config.train.kind)) | self.kinds
 
-    def _recognise(self) -> None:
-        self.roster.recognise({c: self.registry.member(c).classes for c in self.members})
-
     # -- align ------------------------------------------------------------------------------------
 
-    def align_heads(self) -> Head:
+    def align(self) -> None:
         """Fit the joint head to features drawn from everyone's mixtures."""
+        self.aligned: Head = self.exchange.timed("align", self._align)
+
+    def _align(self) -> Head:
         self.described = {
             client: self.registry.contribution(client).features for client in self.members
         }
@@ -162,20 +176,28 @@ class Fitting:
 
     # -- fisher -----------------------------------------------------------------------------------
 
-    def gather_fisher(self, clients: tuple[str, ...] | None = None) -> None:
+    def gather_fisher(
+        self, clients: tuple[str, ...] | None = None, *, decisive: bool = True
+    ) -> None:
         """Ask for Fisher diagonals under the head that training starts from; keep each on disk.
 
         Args:
             clients: Whom to ask; None: everyone who is to be trained.
+            decisive: Fail if nobody sends one, or too few clients are left then.
         """
         request: Body = {}, {}
         if self._starts_aligned:
             request = head_tensors(self.aligned), {"classes": list(self.aligned.classes)}
         asked = self.newcomers if clients is None else clients
         self.exchange.ask(
-            "fisher", "query.fisher", lambda client: request, self._fold_fisher, clients=asked
+            "fisher",
+            "query.fisher",
+            lambda client: request,
+            self._fold_fisher,
+            decisive=decisive,
+            clients=asked,
         )
-        if not set(asked) & set(self.exchange.clients):
+        if decisive and not set(asked) & set(self.exchange.clients):
             raise ContributionError(f"No Fisher came of {', '.join(asked) or 'any client'}.")
         known = [c for c in self.members if FISHER in self.registry.member(c).files]
         if without := sorted(set(self.members) - set(known)):
@@ -184,19 +206,20 @@ class Fitting:
                 "are not anchored by theirs."
             )
         self._sum_fisher()
-        if note := self.anchors.note(self.config.train.alpha):
+        if note := self.anchors.note(self.strength, setting="beta" if self.ensembled else "alpha"):
             self.exchange.note(note)
 
     def _sum_fisher(self) -> None:
         """Sum the Fisher of all who take part, as far as it is known."""
         known = [c for c in self.members if FISHER in self.registry.member(c).files]
         parties = [c for c in self.parties if (self.folder(c) / FISHER).exists()]
-        self.anchors = Anchors.of(
-            (*known, *parties),
-            self._load_fisher,
-            by=self.config.train.anchor,
-            reference=self.reference,
-        )
+        if everyone := (*known, *parties):
+            self.anchors = Anchors.of(
+                everyone,
+                self._load_fisher,
+                by=self.config.train.anchor,
+                reference=self.reference,
+            )
 
     def _fold_fisher(self, client: str, body: Body) -> str:
         starts_from = self.aligned if self._starts_aligned else self.roster.described[client]
@@ -254,18 +277,17 @@ class Fitting:
         return tensors, manifest
 
     def _rest_of(self, client: str) -> tuple[Weights, float]:
-        """The sum of the members, and the share that a newcomer has in it."""
-        registry, settings = self.registry, self.registry.settings
-        own = settings.times(self.roster.described[client].num_examples)
-        together = registry.state.count + own
-        running = registry.running_sum() if registry.clients else None
-        rest = {
-            name: (running[name].double() * (GRID / together)).float()
-            if running is not None
-            else torch.zeros_like(weight)
-            for name, weight in self.backbone.theta_0.items()
-        }
-        return rest, own / together
+        """The sum of the members but for the client itself, and its share beside them."""
+        registry, times = self.registry, self.registry.settings.times
+        total = dict(registry.running_sum()) if registry.clients else {}
+        others = RunningSum(self.backbone.theta_0, total=total)
+        if client in registry.clients:  # what it trains takes the place of what it is there
+            before = registry.contribution(client)
+            others.vectors[client] = before.task_vector
+            others.times[client] = times(before.num_examples)
+        own = times(self.roster.described[client].num_examples)
+        together = registry.state.count - others.times.get(client, 0) + own
+        return others.rest(client, together=together), own / together
 
     def anchor_of(self, client: str) -> Weights:
         """The mean Fisher that holds a client, head rows included; empty if there is none."""
@@ -274,27 +296,42 @@ class Fitting:
         if mean is None:
             return {}
         head = {"head/weight": mean.pop("head.weight"), "head/bias": mean.pop("head.bias")}
-        strength = self.config.method.beta if self.ensembled else self.config.train.alpha
-        return head | (prefixed("weights", mean) if strength > 0 else {})
+        return head | (prefixed("weights", mean) if self.strength > 0 else {})
+
+    @property
+    def strength(self) -> float:
+        """How firmly a Fisher holds a task vector."""
+        return self.config.method.beta if self.ensembled else self.config.train.alpha
 
     def _fold_trained(self, client: str, body: Body) -> str:
-        vector, head = self.check_trained(client, body)
+        vector, head, figures = self.check_trained(client, body)
         self.keep(client, vector, head, self.lineage(client))
+        self.note_figures(client, figures)
         return client
 
-    def check_trained(self, client: str, body: Body) -> tuple[TaskVector, Head]:
-        """Unpack what a client trained, and note its figures; raises ``ContributionError``."""
+    def check_trained(self, client: str, body: Body) -> tuple[TaskVector, Head, dict[str, Any]]:
+        """Unpack what a client trained, and its figures; raises ``ContributionError``."""
         tensors, manifest = body
         vector = checked_task_vector(client, body, self.backbone)
+        if vector.kind is not self.kinds[client]:
+            raise ContributionError(
+                f"Client {client!r} sent a task vector of the kind {vector.kind}, it was asked for "
+                f"{self.kinds[client]}. Use the same fedcompo version everywhere."
+            )
         head = head_from(tensors, manifest["classes"])
         classes = self.roster.described[client].classes
         head.check(classes, self.backbone.num_features, f"client {client!r}")
         names = [name for name in FIGURES if name in manifest]
         figures = checked_fractions(client, manifest, names)
         losses = [float(loss) for loss in manifest["losses"]]
+        if not losses or not all(map(math.isfinite, losses)):
+            raise ContributionError(f"Client {client!r} reports the losses {losses}.")
+        return vector, head, {**figures, "losses": losses}
+
+    def note_figures(self, client: str, figures: Mapping[str, Any]) -> None:
+        """Keep what a client reports of its training; losses come after those of earlier rounds."""
         known = self.figures.setdefault(client, {})
-        known |= {**figures, "losses": [*known.get("losses", []), *losses]}
-        return vector, head
+        known |= {**figures, "losses": [*known.get("losses", []), *figures["losses"]]}
 
     def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
         """Write a client's contribution to its folder."""
@@ -312,9 +349,8 @@ class Fitting:
 
     def lineage(self, client: str) -> Lineage:
         """Whose data a client's contribution was made with, besides its own."""
-        settings, ensembled = self.config.train, self.ensembled
-        strength = self.config.method.beta if ensembled else settings.alpha
-        anchored = strength > 0 or settings.head_alpha > 0
+        ensembled = self.ensembled
+        anchored = self.strength > 0 or self.config.train.head_alpha > 0
         others = sorted(set(self.described) - {client})
         return Lineage(
             method=str(Method.IEL if ensembled else Method.ITA),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import RunConfig
+from server.averaging import Averaging
 from server.books import totals
 from server.composing import Composing
 from server.exchange import Exchange
@@ -55,11 +56,7 @@ def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
         "schedule": str(config.method.schedule),
         **strategy.report(),
         **{name: _mean(per_client, name) for name in ACCURACIES},
-        "clients_evaluated": [
-            client
-            for client, figures in per_client.items()
-            if figures["class_il_accuracy"] is not None
-        ],
+        "clients_evaluated": _evaluated(per_client),
         "realigned_with": list(registry.clients) if registry.realigned else [],
         "registry": {
             "path": str(registry.path),
@@ -69,6 +66,26 @@ def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
         "per_client": per_client,
         "diagnostics": _diagnostics(composing),
         "classes": list(registry.classes),
+    }
+
+
+def collect_averaging(averaging: Averaging, *, started: float) -> dict[str, Any]:
+    """Gather every figure of a finished run of FedAvg or FedProx.
+
+    Keys are those of :func:`collect` where they mean the same; there are no task vectors, and so no
+    diagnostics of any, no lineage and no registry.
+    """
+    config, exchange = averaging.config, averaging.exchange
+    method = str(config.method.method)
+    per_client = {client: _of_averaged(averaging, client) for client in averaging.trained}
+    return {
+        **_common(config, exchange, averaging.backbone, method=method, started=started),
+        "rounds": averaging.history,
+        **{name: _mean(per_client, name) for name in ACCURACIES},
+        "clients_evaluated": _evaluated(per_client),
+        "model": {"path": str(averaging.folder), "parameters_sent": averaging.num_parameters},
+        "per_client": per_client,
+        "classes": list(averaging.head.classes),
     }
 
 
@@ -124,11 +141,6 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
     reported = fitting.figures.get(client, {}) | composing.figures.get(client, {})
     contribution = strategy.registry.contribution(client)
     index = composing.diagnostics.clients.index(client)
-    traffic = {
-        phase: asdict(costs[client])
-        for phase, costs in strategy.exchange.traffic.items()
-        if client in costs
-    }
     return {
         "classes": list(contribution.head.classes),
         "kind": str(contribution.task_vector.kind),
@@ -140,9 +152,35 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
         "fisher": reported.get("fisher", {}),
         "tau_norm": float(composing.diagnostics.norms[index]),
         "tau_parameters": _count(contribution.task_vector.tensors),
-        "traffic": traffic,
+        "traffic": _traffic(strategy.exchange, client),
         "lineage": asdict(contribution.lineage),
     }
+
+
+def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
+    described, reported = averaging.roster.described, averaging.figures[client]
+    together = sum(described[name].num_examples for name in averaging.trained)
+    return {
+        "classes": list(described[client].classes),
+        "kind": str(averaging.kind),
+        "num_examples": described[client].num_examples,
+        "num_test_examples": described[client].num_test_examples,
+        "coefficient": described[client].num_examples / together,
+        **{name: reported.get(name) for name in ACCURACIES},
+        "losses": reported["losses"],
+        "traffic": _traffic(averaging.exchange, client),
+    }
+
+
+def _traffic(exchange: Exchange, client: str) -> dict[str, Any]:
+    """What each phase cost one client."""
+    costs = {phase: costs.get(client) for phase, costs in exchange.traffic.items()}
+    return {phase: asdict(cost) for phase, cost in costs.items() if cost is not None}
+
+
+def _evaluated(per_client: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Clients that measured the model."""
+    return [c for c, figures in per_client.items() if figures["class_il_accuracy"] is not None]
 
 
 def _diagnostics(composing: Composing) -> dict[str, Any]:

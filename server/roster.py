@@ -11,7 +11,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.messages import Body
 from fedcompo.names import check_client_name
 from server.alignment import Mixtures
-from server.books import Traffic
+from server.books import NOTHING
 from server.checks import check_backbone, checked_mixtures
 from server.exchange import Exchange
 
@@ -42,13 +42,16 @@ class Roster:
     """All who said who they are, whether they were described or not."""
     ambiguous: set[str] = field(default_factory=set)
     """Names that several nodes claimed."""
+    late: bool = False
+    """Whether those who are asked come to others, who are there already."""
 
     def identify(self, nodes: Iterable[str] | None = None) -> None:
         """Ask clients no more than who they are.
 
         Args:
-            nodes: Provisional names of those to ask; None: everyone.
+            nodes: Provisional names of those to ask, who come late; None: everyone.
         """
+        self.late = nodes is not None
         self.exchange.ask(
             NAMING,
             f"query.{NAMING}",
@@ -106,7 +109,6 @@ class Roster:
                     f"It has the classes {found} now; in the registry it has {known}. "
                     "Train it anew with `replace = true`, or give it another name.",
                 )
-        self.exchange.require_clients(PHASE)
 
     def _fold_identity(self, client: str, body: Body) -> str:
         name = self._checked_name(client, body)
@@ -126,7 +128,7 @@ class Roster:
         if client in self.names and name != client:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
         if name != client:
-            self._refuse_twins(name)
+            self._refuse_twins(client, name)
         check_backbone(name, str(manifest["base"]), self.backbone)
         return name
 
@@ -145,9 +147,16 @@ class Roster:
         self.names.add(name)
         return name
 
-    def _refuse_twins(self, name: str) -> None:
-        """Of two nodes with one name, neither can be trusted to be that client."""
+    def _refuse_twins(self, client: str, name: str) -> None:
+        """Of two nodes with one name, neither can be trusted to be that client.
+
+        In a run that is under way the one that took part stays. The other is asked again later: it
+        may be the same client, come back before its old node was found to be gone.
+        """
         reason = f"Two nodes call themselves {name!r}; give each node a name of its own."
+        if name in self.exchange.nodes and self.late:
+            self.exchange.look_anew(client)
+            raise ContributionError(reason)
         if name in self.exchange.nodes:
             self.ambiguous.add(name)
             self.names.discard(name)
@@ -160,4 +169,4 @@ class Roster:
         self.described.pop(name, None)
         phase = PHASE if self.exchange.label(PHASE) in self.exchange.traffic else NAMING
         books = self.exchange.traffic[self.exchange.label(phase)]
-        self.exchange.leave_out(phase, name, reason, books.pop(name, Traffic(0, 0, 0.0)))
+        self.exchange.leave_out(phase, name, reason, books.pop(name, NOTHING))

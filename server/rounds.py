@@ -8,8 +8,8 @@ a message does not grow with the number of clients, nor does the memory of the s
 the sum and reads task vectors from disk.
 
 A client may miss a round (its last task vector stays), join in a later one, or leave between two
-(its task vector is taken out of the sum, exactly). What it sent last is what is composed in the
-end.
+(its task vector is taken out of the sum, exactly); see :mod:`server.attendance`. What it sent last
+is what is composed in the end.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo import tensorfile
-from fedcompo.config import RunConfig, rounds_of
 from fedcompo.contribution import Lineage
-from fedcompo.errors import TooFewClients
+from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.heads import Head
 from fedcompo.messages import Body, head_tensors, prefixed
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
 from fedcompo.task_vector import TaskVector
 from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
-from server.books import Traffic
+from server.attendance import Attendance
 from server.exchange import Exchange
 from server.fitting import Fitting
 
@@ -62,21 +61,19 @@ class Rounds:
     continuing: bool = False
     """Whether members of the registry go on from what they are there."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """By round: who is in the sum, who trained, who missed it, came or went; the mean loss."""
+    """By round: who is in the sum, trained, or missed it; the mean loss; who came, or went then."""
 
     def __post_init__(self) -> None:
         """Begin with the sum of the registry's members."""
         self.exchange: Exchange = self.fitting.exchange
-        self.config: RunConfig = self.fitting.config
         self.registry: Registry = self.fitting.registry
-        self.joins = rounds_of(self.config.server.joins)
-        self.leaves = rounds_of(self.config.server.leaves)
+        closed = self.fitting.newcomers if self.continuing else None
+        self.attendance = Attendance(self.fitting, self.number, closed)
         self.heads: dict[str, Head] = {}
         self.traces: dict[str, Trace] = {}
+        self._entered: set[str] = set()
         self._digests: dict[tuple[str, str], str] = {}
         self._held: dict[str, dict[str, str]] = {}
-        self._came: list[str] = []
-        self._went: list[str] = []
 
     # -- who is there -----------------------------------------------------------------------------
 
@@ -103,106 +100,106 @@ class Rounds:
         self.seat_members()
         for number in range(1, self.number + 1):
             self.exchange.part = f"round {number}"
-            self._came, self._went = [], []
-            self.welcome(number)
-            self.round(number)
-            self.part_with([c for c, last in self.leaves.items() if last == number])
+            came = self.attendance.welcome(number)
+            if came:
+                self._change_anchors()
+            happened = self.round(number)
+            went = self.attendance.leaving(number)
+            self.part_with(went, number)
+            self.history.append({**happened, "came": list(came), "went": list(went)})
         self.exchange.part = ""
         self.drop_silent()
+        self.attendance.close()
 
-    @property
-    def present(self) -> tuple[str, ...]:
-        """Connected clients whose turn has come, sorted."""
-        return tuple(c for c in self.fitting.newcomers if c in self.fitting.roster.described)
+    def part_with(self, clients: Iterable[str], number: int) -> None:
+        """Take clients out: of the sum, of the metric, of the joint head, of all that follows.
 
-    def welcome(self, number: int) -> None:
-        """Take note of who has come or gone since the round before; describe who is new."""
-        roster = self.fitting.roster
-        if number > 1:
-            nodes, gone = self.exchange.look_again()
-            for client in gone:
-                self.exchange.note(f"{client} is not connected in round {number}; it misses it.")
-            self.fitting.absent |= set(gone) & roster.described.keys()
-            if nodes:
-                roster.identify(nodes)
-                self.fitting.absent -= set(self.exchange.clients)
-        waiting = {client for client, first in self.joins.items() if first > number}
-        connected = set(self.exchange.clients) - waiting - set(self.fitting.members)
-        if new := sorted(connected - roster.described.keys()):
-            self._came = new
-            self.fitting.take_in(new)
-            self._digests = {at: d for at, d in self._digests.items() if at[1] != ANCHOR}
-
-    def part_with(self, clients: Iterable[str]) -> None:
-        """Take clients out: of the sum, of the metric, of all that follows."""
+        Args:
+            clients: Who leaves.
+            number: Of the round that is over.
+        """
         for client in clients:
             if client in self.sum.clients:
                 self.sum.drop(client)
                 self._file(client).unlink()
+                self._entered.discard(client)
             if client in self.exchange.clients:
-                reason = f"left after {self.exchange.part}; its task vector is out of the sum"
-                self.exchange.leave_out("train", client, reason, Traffic(0, 0, 0.0))
-            self._went.append(client)
-            self.fitting.forget(client)
-            self._digests = {at: d for at, d in self._digests.items() if at[1] != ANCHOR}
+                reason = f"left after round {number}; its task vector is out of the sum"
+                self.exchange.leave_out("train", client, reason)
+        if clients:
+            self.fitting.forget(clients)
+            self._change_anchors()
+            if self.fitting.parties and number < self.number:
+                self.fitting.align()
 
     def drop_silent(self) -> None:
-        """Leave out who never sent a task vector."""
-        for client in (*self.present, *sorted(self.fitting.absent)):
-            if client in self.sum.clients:
-                continue
-            self.fitting.forget(client)
-            if client in self.exchange.clients:
-                reason = "sent no task vector in any round"
-                self.exchange.leave_out("train", client, reason, Traffic(0, 0, 0.0))
-        self.exchange.require_clients("train")
+        """Leave out who never sent a task vector; raises ``TooFewClients``."""
+        there = {*self.attendance.present, *self.fitting.absent}
+        if silent := sorted(there - set(self.sum.clients)):
+            self.fitting.forget(silent)
+        for client in set(silent) & set(self.exchange.clients):
+            self.exchange.leave_out("train", client, "sent no task vector in any round")
+        self.exchange.require_clients("train", self.trained)
+
+    def _change_anchors(self) -> None:
+        """Let clients be sent their metrics anew: others have come or gone."""
+        self._digests = {at: d for at, d in self._digests.items() if at[1] != ANCHOR}
 
     # -- one round --------------------------------------------------------------------------------
 
-    def round(self, number: int) -> None:
-        """Let everyone who is there train, inside the sum as it is at the beginning."""
-        asked = self.present
+    def round(self, number: int) -> dict[str, Any]:
+        """Let everyone who is there train, inside the sum as it is at the beginning.
+
+        Returns:
+            What happened, as JSON values.
+        """
+        asked, absent = self.attendance.present, self.fitting.absent
         if not asked:
-            self.exchange.require_clients("train")
+            self.exchange.require_clients("train", asked)
             raise TooFewClients(f"Nobody is there to train in round {number}.")
         self._number, self._together = number, self._count(asked)
-        self._losses: dict[str, float] = {}
-        lacking = self._ask(asked)
-        if lacking:  # who lost what it was left to remember is sent all of it
-            self._ask(lacking)
-        inside = set(self.sum.clients)
-        for client in sorted(self._losses):
-            self._enter(client, inside)
-        self.history.append(
-            {
-                "round": number,
-                "members": list(self.sum.clients),
-                "trained": sorted(self._losses),
-                "missed": sorted(set(asked) - set(self._losses)),
-                "came": self._came,
-                "went": self._went,
-                "mean_loss": fmean(self._losses.values()) if self._losses else None,
-            }
-        )
-        if not self._losses:
+        self._arrived: dict[str, dict[str, Any]] = {}
+        for client in sorted(absent):
+            self.exchange.miss("train", client, "its node is not connected")
+        if lacking := self._ask(asked):  # who lost what it was left to remember is sent all of it
+            self._ask(lacking, again=True)
+        inside, losses = set(self.sum.clients), {}
+        for client, figures in sorted(self._arrived.items()):
+            if self._enter(client, inside):
+                self.fitting.note_figures(client, figures)
+                losses[client] = figures["losses"][-1]
+        if not losses:
             label = self.exchange.label("train")
             reasons = [
                 f"  - {m.client}: {m.reason}" for m in self.exchange.missed if m.phase == label
             ]
             raise TooFewClients("\n".join([f"Nobody trained in round {number}:", *reasons]))
+        return {
+            "round": number,
+            "members": list(self.sum.clients),
+            "trained": sorted(losses),
+            "missed": sorted({*asked, *absent} - set(losses)),
+            "mean_loss": fmean(losses.values()),
+        }
 
-    def _ask(self, clients: tuple[str, ...]) -> tuple[str, ...]:
+    def _ask(self, clients: tuple[str, ...], *, again: bool = False) -> tuple[str, ...]:
         """Ask clients to train; returns who cannot without being sent more.
 
         All see the sum of the round's beginning. What arrives waits, on disk, for the round's end.
+
+        Args:
+            clients: Whom to ask.
+            again: Whether they are sent all that they need, and cannot lack anything.
         """
         lacking: list[str] = []
 
         def fold(client: str, body: Body) -> str:
             if lacks := body[1].get("lacks"):
+                names = " and ".join(lacks)
+                if again:
+                    raise ContributionError(f"It lacks {names}, but was sent all that it needs.")
                 self._held.pop(client, None)
                 lacking.append(client)
-                names = " and ".join(map(str, lacks))
                 self.exchange.note(f"{client} has lost what it kept ({names}); it is sent again.")
             else:
                 self._check(client, body)
@@ -215,10 +212,7 @@ class Rounds:
 
     def _count(self, asked: Iterable[str]) -> int:
         """M: how often all count who are in the sum, or are about to be."""
-        times = dict(self.sum.times)
-        for client in asked:
-            times.setdefault(client, self._times(client))
-        return sum(times.values())
+        return sum((self.sum.times | {client: self._times(client) for client in asked}).values())
 
     def _times(self, client: str) -> int:
         described = self.fitting.roster.described[client]
@@ -242,6 +236,7 @@ class Rounds:
             "kind": str(fitting.kinds[client]),
             "frozen": client not in fitting.figures or "losses" not in fitting.figures[client],
             "federation": self.registry.identity,
+            "last": self._number == self.number,
             "needs": needs,
             "ensemble": {
                 "share": self._times(client) / together,
@@ -266,30 +261,42 @@ class Rounds:
 
     def _check(self, client: str, body: Body) -> None:
         """Check what a client trained, and put it beside what it trained the last time."""
-        vector, _ = self.fitting.check_trained(client, body)
+        vector, _, figures = self.fitting.check_trained(client, body)
+        holds = {str(name): str(digest) for name, digest in body[1].get("holds", {}).items()}
         manifest = {"content": "round", "kind": str(vector.kind), "base": vector.base}
         tensors = {n: t for n, t in body[0].items() if n.split("/")[0] in ("task_vector", "head")}
-        save_streamed(self._arriving(client), tensors, manifest)
-        self._held[client] = dict(body[1].get("holds", {}))
-        self._digests[client, OWN] = tensorfile.tensor_digest(tensors)
-        self._losses[client] = float(body[1]["losses"][-1])
+        digest = save_streamed(self._arriving(client), tensors, manifest)
+        self._held[client], self._digests[client, OWN] = holds, digest
+        self._arrived[client] = figures
 
-    def _enter(self, client: str, inside: set[str]) -> None:
+    def _enter(self, client: str, inside: set[str]) -> bool:
         """Let what a client sent take the place of what it sent before, in the sum and on disk.
 
         Args:
             client: Who trained.
             inside: Whose task vectors were in the sum that it trained in.
+
+        Returns:
+            Whether it could be summed. If not, the client misses the round, and goes on from what
+            it sent before.
         """
         path, arriving = self._file(client), self._arriving(client)
         vector, _ = self._read(client, arriving)
-        self.sum.put(client, vector, times=self._times(client))
+        try:
+            self.sum.put(client, vector, times=self._times(client))
+        except ContributionError as error:
+            arriving.unlink()
+            self._held.pop(client)
+            self.exchange.miss("train", client, str(error))
+            return False
         tensorfile.put_in_place(arriving, path)
         self.sum.vectors[client], self.heads[client] = self._read(client, path)
+        self._entered.add(client)
         trace, lineage = self.traces.setdefault(client, Trace()), self.fitting.lineage(client)
         trace.anchored_by |= set(lineage.anchored_by)
         trace.aligned_with |= set(lineage.aligned_with)
         trace.ensemble |= inside - {client}
+        return True
 
     def _read(self, client: str, path: Path) -> tuple[TaskVector, Head]:
         tensors = StreamedTensors(path)
@@ -304,8 +311,8 @@ class Rounds:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Clients of this run whose task vector is in the sum, sorted."""
-        return tuple(client for client in self.sum.clients if client not in self.fitting.members)
+        """Clients that trained in this run and are in the sum, sorted."""
+        return tuple(sorted(self._entered))
 
     def keep(self) -> list[Path]:
         """Write the contributions of all who trained; returns their folders."""

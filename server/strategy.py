@@ -90,11 +90,15 @@ class Strategy(ABC):
         shutil.rmtree(self.fitting.contributions)
         self.composing.compare(self.fitting.anchors.total)
 
-    def look(self) -> None:
-        """Align the joint head again, and measure."""
+    def look(self, *, decisive: bool = True) -> None:
+        """Align the joint head again, and measure.
+
+        Args:
+            decisive: Fail if nobody measures.
+        """
         if self.config.compose.realign:
             self.composing.realign()
-        self.composing.evaluate()
+        self.composing.evaluate(decisive=decisive)
 
     def report(self) -> dict[str, Any]:
         """What this strategy has to report besides what all do, as JSON values."""

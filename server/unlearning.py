@@ -165,7 +165,7 @@ class Unlearning:
         """
         try:
             self._repair()
-        except FedcompoError as error:
+        except (FedcompoError, OSError) as error:
             self.exchange.part = ""
             self.exchange.note(f"The repair failed, the removal stands: {error}")
 
@@ -179,11 +179,13 @@ class Unlearning:
         rounds = Rounds(
             fitting, self.request.repair_rounds, self.output / "rounds", continuing=True
         )
-        rounds.run()
-        folders = rounds.keep()
-        self.exchange.timed("compose", lambda: self.registry.add(*folders, replacing=True))
-        shutil.rmtree(folder)
-        rounds.clear()
+        try:
+            rounds.run()
+            folders = rounds.keep()
+            self.exchange.timed("compose", lambda: self.registry.add(*folders, replacing=True))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            rounds.clear()
         self.rounds = rounds.history
 
     def results(self) -> dict[str, Any]:

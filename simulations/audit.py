@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from compare import FEDCOMPO, run
+from runs import FEDCOMPO, run
 
 from fedcompo.audit import FIGURES, LIKELIHOOD_RATIO, LOSS
 from fedcompo.audit_picture import TITLES, axis_of, document, interval_chart, legend, text
@@ -146,10 +146,15 @@ def main() -> None:
     failed = 0
     for way, settings in ways(arguments.reference).items():
         folder = arguments.output / way
-        everyone = run(folder / "everyone", arguments, settings)
+        everyone = run(folder / "everyone", arguments.scenario, settings, arguments.set)
         failed += not everyone
         for client in first_central_last(sorted(everyone["per_client"])) if everyone else []:
-            gold = run(folder / f"without-{client}", arguments, {**settings, "exclude": client})
+            gold = run(
+                folder / f"without-{client}",
+                arguments.scenario,
+                {**settings, "exclude": client},
+                arguments.set,
+            )
             values = audit(folder, client, arguments) if gold else {}
             failed += not values
             if values:

@@ -1,112 +1,151 @@
-"""Run a scenario over kinds, anchor strengths and seeds, and print one table.
+"""Compare methods, kinds and seeds on a scenario: one table, and pictures.
 
     python simulations/compare.py runs/compare-digits
     python simulations/compare.py runs/compare-cifar simulations/cifar100_small.toml \
-        --kind lora --kind ia3 --alpha 0 --alpha 100 --seed 0 --seed 1 --set local-epochs=2
+        --method ita --method iel:beta=10 --method fedavg --kind lora --seed 0 --seed 1
 
-Each run is a ``fedcompo simulate`` of its own, in a folder named after what is varied; runs already
-finished are not run again. The table goes to ``table.md`` beside them: mean and standard deviation
-over seeds, in per cent.
+Without ``--method`` all of them are run (``--list`` tells which there are); ``name:key=value`` runs
+one with another setting, under that name. Each run is one of the apps that users run, in a folder
+of its own; what is finished is not run again, so a comparison that was stopped goes on where it
+was. Runs share this machine's cores, ``--jobs`` at a time, without Flower's engine (``--engine``
+runs each in it instead).
+
+``table.md`` and ``comparison.json`` hold mean and standard deviation over seeds; ``*.svg`` show
+accuracy by method, accuracy against bytes sent, accuracy as clients arrive, what specialising and
+removing do, how task vectors align, and the gap with and without the anchor.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import shutil
-import statistics
-import subprocess
+import os
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
-FEDCOMPO = Path(sys.executable).parent / "fedcompo"
-COLUMNS = (
-    ("frozen class-IL", "frozen_class_il_accuracy"),
-    ("own task", "own_task_accuracy"),
-    ("composed class-IL", "class_il_accuracy"),
-    ("composed task-IL", "task_il_accuracy"),
-)
+from comparison_pictures import draw
+from comparison_tables import Row, tables
+from measures import measured
+from methods import METHODS, Method, settings_of
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from runs import run
+
+from fedcompo.scenario import settings_of as scenario_settings
+
+SEEDS = ("0", "1", "2")
 
 
-def run(folder: Path, arguments: argparse.Namespace, settings: dict[str, str]) -> dict:
-    """Run once, or take the results that are there; a run that was cut short is started anew."""
-    results, asked = folder / "results.json", folder.with_suffix(".json")
-    options = [f"--set={key}={value}" for key, value in settings.items()]
-    options += [f"--set={assignment}" for assignment in arguments.set]
-    scenario = [arguments.scenario] if arguments.scenario else []
-    wanted = json.dumps([*scenario, *options])
-    if folder.exists() and asked.exists() and asked.read_text() != wanted:
-        sys.exit(
-            f"{folder} was made with {asked.read_text()}, not {wanted}; choose another output."
-        )
-    if not results.exists():
-        if (folder / "events.jsonl").exists():  # ours, and cut short
-            shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        asked.write_text(wanted)
-        began = time.monotonic()
-        done = subprocess.run(
-            [FEDCOMPO, "simulate", *scenario, "--output", folder, *options],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            print(f"{folder.name} failed:\n{done.stderr}", flush=True)
-            return {}
-        print(f"{folder.name}: {time.monotonic() - began:.0f} s", flush=True)
-    return json.loads(results.read_text())
+@dataclass(frozen=True)
+class Job:
+    """One method with one kind and seed."""
+
+    name: str
+    """The method's, with the settings that differ."""
+    method: Method
+    kind: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        base = self.method.of or self.name
+        safe = "".join(c if c.isalnum() or c in "-.=" else "-" for c in base)
+        return f"{safe}-{self.kind}-seed{self.seed}"
 
 
-def table(rows: dict[tuple[str, str], list[dict]]) -> str:
-    """One line for each kind and strength."""
-    heads = ["kind", "α", "runs", *(title for title, _ in COLUMNS), "Ω"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for (kind, alpha), results in rows.items():
-        cells = [kind, alpha, str(len(results))]
-        for _, key in COLUMNS:
-            values = [100 * r[key] for r in results]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{spread}")
-        cells.append(
-            f"{statistics.fmean(r['diagnostics']['composition_gap'] for r in results):.2g}"
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def parsed(spec: str) -> tuple[str, Method]:
+    """Read ``name`` or ``name:key=value,key=value``."""
+    name, _, varied = spec.partition(":")
+    if name not in METHODS:
+        sys.exit(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
+    pairs = dict(pair.split("=", 1) for pair in varied.split(",")) if varied else {}
+    method = METHODS[name]
+    title = f"{method.title} ({varied.replace('=', ' ')})" if varied else method.title
+    return spec, replace(method, title=title, settings={**method.settings, **pairs})
+
+
+def jobs_of(arguments: argparse.Namespace) -> list[Job]:
+    """All that is to be compared, derived methods after what they are derived from."""
+    specs = dict(parsed(spec) for spec in arguments.method or METHODS)
+    kinds = tuple(arguments.kind or ("lora", "full", "ia3"))
+    jobs = [
+        Job(name, method, kind, int(seed))
+        for seed, (name, method) in product(arguments.seed or SEEDS, specs.items())
+        for kind in method.kinds
+        if kind in kinds or kind == "tangent"
+    ]
+    return sorted(jobs, key=lambda job: (job.seed, bool(job.method.of)))
+
+
+def work(job: Job, arguments: argparse.Namespace, passes: int) -> dict:
+    """Do one job, or take what is there; empty if it failed."""
+    base = METHODS[job.method.of] if job.method.of else job.method
+    folder = arguments.output / job.folder
+    results = run(
+        folder,
+        arguments.scenario,
+        settings_of(base, job.kind, job.seed, passes),
+        arguments.set,
+        in_process=not arguments.engine,
+    )
+    return measured(folder, job.name.partition(":")[0], results) if results else {}
 
 
 def main() -> None:
-    """Parse the command line, run, print."""
+    """Parse the command line, run, write, print."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n", maxsplit=1)[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, nargs="?", default=Path("runs/compare"))
     parser.add_argument("scenario", nargs="?", default="")
+    parser.add_argument("--method", action="append", help="repeat for several; default: all")
     parser.add_argument("--kind", action="append", help="repeat for several; default: all")
-    parser.add_argument("--alpha", action="append", help="repeat for several; default: 0 and 100")
     parser.add_argument("--seed", action="append", help="repeat for several; default: 0, 1, 2")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--engine", action="store_true", help="run each in Flower's engine")
+    parser.add_argument("--list", action="store_true", help="tell which methods there are")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
+    if arguments.list:
+        sys.exit("\n".join(f"{name:16} {method.title}" for name, method in METHODS.items()))
     arguments.output = arguments.output.absolute()
-    rows: dict[tuple[str, str], list[dict]] = {}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    scenario = Path(arguments.scenario) if arguments.scenario else None
+    passes = int(scenario_settings(scenario, arguments.set, {}).get("local-epochs", 5))
+    jobs, rows = jobs_of(arguments), dict[tuple[str, str], Row]()
     failed = 0
-    varied = itertools.product(
-        arguments.seed or ["0", "1", "2"],
-        arguments.kind or ["lora", "full", "ia3"],
-        arguments.alpha or ["0", "100"],
-    )
-    for seed, kind, alpha in varied:
-        settings = {"kind": kind, "alpha": alpha, "seed": seed}
-        results = run(arguments.output / f"{kind}-alpha{alpha}-seed{seed}", arguments, settings)
-        failed += not results
-        if results:
-            rows.setdefault((kind, alpha), []).append(results)
-            (arguments.output / "table.md").write_text(table(rows) + "\n")
-    print(table(rows))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        bar = progress.add_task("runs", total=len(jobs))
+        for stage in (False, True):  # derived methods need the runs they are derived from
+            own = [job for job in jobs if bool(job.method.of) is stage]
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                for job, figures in zip(
+                    own, pool.map(lambda job: work(job, arguments, passes), own), strict=True
+                ):
+                    progress.advance(bar)
+                    failed += not figures
+                    if figures:
+                        key = job.name, job.kind
+                        row = rows.get(key, Row(job.method.title, job.kind, ()))
+                        rows[key] = replace(row, seeds=(*row.seeds, figures))
+                        write(arguments.output, rows)
+    print(tables(list(rows.values())))
     if failed:
         sys.exit(f"{failed} run(s) failed.")
+
+
+def write(output: Path, rows: dict[tuple[str, str], Row]) -> None:
+    """Write table, figures and pictures of what there is so far."""
+    listed = list(rows.values())
+    (output / "table.md").write_text(tables(listed) + "\n")
+    figures = {f"{name} {kind}": list(row.seeds) for (name, kind), row in rows.items()}
+    (output / "comparison.json").write_text(json.dumps(figures, indent=1) + "\n")
+    draw(output, listed)
 
 
 if __name__ == "__main__":

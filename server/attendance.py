@@ -1,0 +1,94 @@
+"""Who is there in which round: clients that come, go, lose their node, and come back.
+
+A client joins when its node appears, or in the round that ``joins`` names; it leaves after the
+round that ``leaves`` names. One whose node is gone is absent: it still takes part, with what it
+sent last, and trains again once a node of its name is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fedcompo.config import ServerConfig, rounds_of
+from fedcompo.settings import names_of
+from server.exchange import Exchange
+from server.fitting import Fitting
+
+
+@dataclass
+class Attendance:
+    """Sees, from round to round, who takes part in what a :class:`Fitting` knows of."""
+
+    fitting: Fitting
+    rounds: int
+    """How many there are."""
+    closed: Collection[str] | None = None
+    """Nobody but these takes part; None: whoever comes, as the settings have it."""
+
+    def __post_init__(self) -> None:
+        """Read who is to come and go."""
+        self.exchange: Exchange = self.fitting.exchange
+        server = self.fitting.config.server if self.closed is None else ServerConfig()
+        self.joins, self.leaves = rounds_of(server.joins), rounds_of(server.leaves)
+        self.excluded = names_of(server.exclude)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Connected clients whose turn has come, sorted."""
+        return tuple(c for c in self.fitting.newcomers if c in self.fitting.roster.described)
+
+    def welcome(self, number: int) -> tuple[str, ...]:
+        """Take note of who has come or gone since the round before; describe who is new.
+
+        Args:
+            number: Of the round that begins.
+
+        Returns:
+            Who takes part from now on.
+        """
+        fitting, described = self.fitting, self.fitting.roster.described
+        if number > 1:
+            nodes, gone = self.exchange.look_again()
+            fitting.absent |= set(gone) & described.keys()
+            if nodes:
+                fitting.roster.identify(nodes)
+            fitting.absent -= set(self.exchange.clients)
+        self._turn_away(number)
+        waiting = {client for client, first in self.joins.items() if first > number}
+        here = set(self.exchange.clients) - waiting - set(fitting.members)
+        new = sorted(here - described.keys())
+        return fitting.take_in(new, decisive=number == 1) if new else ()
+
+    def leaving(self, number: int) -> tuple[str, ...]:
+        """Who leaves after a round."""
+        known = self.fitting.roster.names - set(self.fitting.members)
+        return tuple(c for c, last in sorted(self.leaves.items()) if last == number and c in known)
+
+    def close(self) -> None:
+        """Say what did not come about of what the settings ask for."""
+        known, members = self.fitting.roster.names, self.fitting.members
+        for setting, rounds in (("joins", self.joins), ("leaves", self.leaves)):
+            for client, number in sorted(rounds.items()):
+                if client in members:
+                    text = "it is a member of the registry: nobody joins or leaves that in rounds"
+                elif client not in known:
+                    text = "it never came"
+                elif number > self.rounds:
+                    text = f"there are {self.rounds} round(s)"
+                else:
+                    continue
+                self.exchange.note(f"`{setting}` names {client}:{number}, but {text}.")
+
+    def _turn_away(self, number: int) -> None:
+        """Leave out who comes, but is not to take part."""
+        for client in self.exchange.clients:
+            if client in self.excluded:
+                reason = "excluded by `exclude`"
+            elif self.leaves.get(client, number) < number and client not in self.fitting.members:
+                reason = f"it left after round {self.leaves[client]}"
+            elif self.closed is not None and client not in {*self.closed, *self.fitting.members}:
+                reason = "it is no member of the registry"
+            else:
+                continue
+            self.exchange.leave_out("identify", client, reason)

@@ -1,0 +1,217 @@
+r"""FedAvg and FedProx: baselines, by Flower's own strategies.
+
+.. math:: p \leftarrow \sum_c \frac{n_c}{\sum_s n_s}\,p_c
+
+Each round all clients train one model further, from the same parameters p, and the server averages
+what they send, weighted by their numbers of examples (McMahan et al., AISTATS 2017, arXiv
+1602.05629). With FedProx a client's loss has :math:`\tfrac\mu2\lVert p_c - p\rVert^2` besides (Li
+et al., MLSys 2020, arXiv 1812.06127).
+
+p holds one task vector's parameters and the joint head of all classes, aligned beforehand as for
+ITA. Of a LoRA, A and B are averaged each by itself, which is what FedAvg on a LoRA does:
+:math:`\bar B\bar A` is not the mean of the products, though all clients start from one A, drawn by
+the seed, and so stay comparable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg, FedProx
+
+from fedcompo.backbone import Backbone
+from fedcompo.config import Kind, Method, RunConfig, Schedule, kinds_of
+from fedcompo.deltas import Weights, new_deltas
+from fedcompo.errors import ConfigError, ContributionError
+from fedcompo.export import export_timm
+from fedcompo.heads import Head
+from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
+from fedcompo.seeds import generator_for
+from fedcompo.settings import names_of
+from fedcompo.task_vector import TaskVector
+from server.alignment import align_joint_head
+from server.books import Traffic
+from server.checks import checked_fractions, checked_task_vector
+from server.exchange import Exchange
+from server.exchange_grid import ExchangeGrid
+from server.roster import Roster
+
+METHODS = (Method.FEDAVG, Method.FEDPROX)
+FROZEN = ("frozen_class_il_accuracy", "frozen_task_il_accuracy")
+MEASURED = ("class_il_accuracy", "task_il_accuracy")
+NO_REGISTRY = (
+    "There is no registry: what was averaged over rounds cannot be taken apart, so no client can "
+    "be removed, and none can be specialised on."
+)
+
+
+@dataclass
+class Averaging:
+    """One run: everyone trains one model, in rounds."""
+
+    exchange: Exchange
+    config: RunConfig
+    backbone: Backbone
+    output: Path
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What clients reported, by client."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """By round: who trained, and the mean loss over all their examples."""
+
+    phases: ClassVar[tuple[str, ...]] = ("features", "align", "train", "evaluate")
+
+    def __post_init__(self) -> None:
+        """Refuse settings that leave nothing to average, before any client is asked."""
+        self.kind = _only_kind(self.config)
+        self.roster = Roster(self.exchange, self.backbone)
+        self.folder = self.output / "model"
+
+    def run(self) -> None:
+        """Do all phases; afterwards the model lies in its folder."""
+        self.gather_features()
+        self.aligned: Head = self.exchange.timed("align", self.align)
+        self.train()
+        export_timm(self.folder, self.backbone, self.theta, self.head)
+        self.exchange.note(NO_REGISTRY)
+        self.evaluate()
+
+    def gather_features(self) -> None:
+        """Ask clients what their classes look like; settle who takes part."""
+        self.roster.gather()
+        self.roster.exclude(names_of(self.config.server.exclude))
+        for client in self.exchange.clients:
+            wanted = self.roster.described[client].kind
+            if wanted not in (None, self.kind):
+                reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
+                self.exchange.leave_out("features", client, reason, Traffic(0, 0, 0.0))
+        self.exchange.require_clients("features")
+
+    def align(self) -> Head:
+        """Fit the joint head to features drawn from everyone's mixtures."""
+        described = {c: self.roster.described[c].mixtures for c in self.exchange.clients}
+        return align_joint_head(described, self.config, "align")
+
+    def start(self) -> dict[str, Any]:
+        """Parameters that all begin with: of a task vector that changes nothing, and the head."""
+        generator = generator_for(self.config.seed, "averaging")
+        deltas = new_deltas(
+            self.kind, self.backbone.theta_0, rank=self.config.train.rank, generator=generator
+        )
+        vector = TaskVector.of(self.kind, deltas, base=self.backbone.fingerprint)
+        return prefixed("task_vector", vector.tensors) | head_tensors(self.aligned)
+
+    def train(self) -> None:
+        """Do all rounds."""
+        number, start = self.config.method.num_server_rounds, self.start()
+        self._shapes = {name: tensor.shape for name, tensor in start.items()}
+        settings = {
+            "kind": str(self.kind),
+            "classes": list(self.aligned.classes),
+            "rounds": number,
+        }
+        result = self.strategy().start(
+            ExchangeGrid(self.exchange, self.read),
+            ArrayRecord(start),
+            num_rounds=number,
+            train_config=ConfigRecord(settings),
+        )
+        self.trained = self.exchange.clients
+        self.history = [
+            {
+                "round": number,
+                "trained": sorted(self.exchange.traffic[f"train, round {number}"]),
+                "mean_loss": metrics["loss"],
+            }
+            for number, metrics in result.train_metrics_clientapp.items()
+        ]
+        parameters = dict(result.arrays.to_torch_state_dict())
+        self.num_parameters = sum(tensor.numel() for tensor in parameters.values())
+        vector = TaskVector(
+            self.kind, section("task_vector", parameters), self.backbone.fingerprint
+        )
+        theta_0 = self.backbone.theta_0
+        changes = vector.dense(theta_0)
+        self.theta: Weights = {name: theta_0[name] + change for name, change in changes.items()}
+        self.head = head_from(parameters, list(self.aligned.classes))
+
+    def strategy(self) -> FedAvg:
+        """Flower's strategy: everyone in each round, and no round without ``min-clients``.
+
+        The exchange fails the run where fewer are left, so none is ever waited for.
+        """
+        least = self.exchange.min_clients
+        sampling = {
+            "fraction_evaluate": 0.0,
+            "min_train_nodes": least,
+            "min_available_nodes": least,
+        }
+        if self.config.method.method is Method.FEDAVG:
+            return FedAvg(**sampling)
+        return FedProx(**sampling, proximal_mu=self.config.method.proximal_mu)
+
+    def read(self, client: str, body: Body) -> RecordDict:
+        """Check what a client trained, note its figures, and hand it to the strategy.
+
+        Raises:
+            ContributionError: If it is not what was sent, trained.
+        """
+        tensors, manifest = body
+        checked_task_vector(client, body, self.backbone)
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found != self._shapes:
+            differing = sorted({*found.items()} ^ {*self._shapes.items()})
+            raise ContributionError(
+                f"Client {client!r} sent other tensors than it was given; first difference: "
+                f"{differing[0]}. Use the same fedcompo version everywhere."
+            )
+        classes = self.aligned.classes
+        head_from(tensors, list(classes)).check(
+            classes, self.backbone.num_features, f"client {client!r}"
+        )
+        known = self.figures.get(client, {})
+        frozen = checked_fractions(client, manifest, [name for name in FROZEN if name in manifest])
+        losses = [float(loss) for loss in manifest["losses"]]
+        metrics = {
+            "num-examples": self.roster.described[client].num_examples,
+            "loss": losses[-1],
+        }
+        record = RecordDict({"arrays": ArrayRecord(tensors), "metrics": MetricRecord(metrics)})
+        self.figures[client] = known | frozen | {"losses": [*known.get("losses", []), *losses]}
+        return record
+
+    def evaluate(self) -> None:
+        """Let every client measure the model on its own test images."""
+        tensors = prefixed("theta", self.theta) | head_tensors(self.head)
+        request: Body = tensors, {"classes": list(self.head.classes), "linearised": False}
+
+        def fold(client: str, body: Body) -> str:
+            self.figures[client] |= checked_fractions(client, body[1], MEASURED)
+            return client
+
+        self.exchange.ask("evaluate", "evaluate", lambda c: request, fold, decisive=False)
+        if not self.exchange.clients:
+            self.exchange.require_clients("evaluate")
+
+
+def _only_kind(config: RunConfig) -> Kind:
+    """The kind of what is averaged; raises ``ConfigError`` if these settings allow no averaging."""
+    method, kinds = config.method.method, kinds_of(config.train.kind)
+    if len(set(kinds)) > 1 or Kind.TANGENT in kinds:
+        raise ConfigError(
+            f"`method = {method}` averages parameters of one kind, full, lora or ia3; `kind` is "
+            f"{config.train.kind!r}. Name one of them, or use `method = ita`."
+        )
+    if config.method.schedule is Schedule.SEQUENTIAL:
+        raise ConfigError(
+            f"`method = {method}` trains everyone in each round; `schedule` is sequential. "
+            "Use `schedule = parallel`, or `method = ita`."
+        )
+    if config.registry.registry:
+        raise ConfigError(
+            f"`method = {method}` yields no contributions that could join a registry; `registry` "
+            f"is {config.registry.registry!r}. Leave it empty, or use `method = ita`."
+        )
+    return kinds[0]

@@ -1,0 +1,101 @@
+"""Measures any weights as a run measures its own: realigned joint head, then every client's test.
+
+Here all clients' images are at hand, as in a simulation, so what a federation asks its clients is
+computed in one place, from the same seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from joint import described
+from torch import Tensor
+
+from fedcompo.accuracy import evaluate
+from fedcompo.backbone import Backbone
+from fedcompo.composition import joint_head
+from fedcompo.config import RunConfig
+from fedcompo.data import ClientData
+from fedcompo.evaluation import clients_data, run_config_of
+from fedcompo.heads import Head
+from fedcompo.pool import Pool
+from fedcompo.registry import Registry
+
+Accuracies = dict[str, tuple[float, float]]
+"""Class-IL and task-IL by client."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A finished run's registry, with all that it was trained on."""
+
+    path: Path
+    """Folder of the registry."""
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The registry."""
+        return Registry(self.path)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The pre-trained weights."""
+        return self.registry.backbone.load()
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """Settings of the run."""
+        return run_config_of(self.registry)
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The clients' contributions."""
+        return self.registry.pool(with_fisher=True)
+
+    @cached_property
+    def data(self) -> dict[str, ClientData]:
+        """Every member's images, by client."""
+        found = clients_data(self.config.data, self.backbone, seed=self.config.seed)
+        return {data.name: data for data in found if data.name in self.registry.clients}
+
+    def head(self, theta: Mapping[str, Tensor], clients: Iterable[str]) -> Head:
+        """The joint head, aligned on the features of some weights, as clients would describe them.
+
+        Args:
+            theta: Target weights by name.
+            clients: Whose classes it knows.
+        """
+        datas = [self.data[client] for client in clients]
+        mixtures = described(
+            self.backbone,
+            dict(theta),
+            datas,
+            self.config,
+            purpose="realign",
+            linearised=self.registry.linearised,
+        )
+        settings = self.registry.settings
+        return joint_head(
+            mixtures, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
+        )
+
+    def accuracies(
+        self, theta: Mapping[str, Tensor], head: Head, clients: Iterable[str]
+    ) -> Accuracies:
+        """Class-IL and task-IL on clients' test images."""
+        found = {}
+        for client in clients:
+            data = self.data[client]
+            accuracy = evaluate(
+                self.backbone,
+                dict(theta),
+                head,
+                data.classes,
+                data.test,
+                linearised=self.registry.linearised,
+            )
+            found[client] = accuracy.class_il, accuracy.task_il
+        return found

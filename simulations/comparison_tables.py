@@ -1,0 +1,118 @@
+"""The tables of a comparison, in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedcompo.audit_report import markdown_table
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with one kind: figures by seed."""
+
+    title: str
+    kind: str
+    seeds: tuple[Figures, ...]
+
+    def values(self, of: Callable[[Figures], float | None]) -> list[float]:
+        """A figure of each seed, where it is known."""
+        return [value for seed in self.seeds if (value := of(seed)) is not None]
+
+    def mean(self, of: Callable[[Figures], float | None]) -> float | None:
+        """Mean over seeds."""
+        values = self.values(of)
+        return statistics.fmean(values) if values else None
+
+
+def spread(values: list[float], *, factor: float = 100, digits: int = 1) -> str:
+    """Mean and standard deviation; empty where nothing is known."""
+    if not values:
+        return ""
+    text = f"{factor * statistics.fmean(values):.{digits}f}"
+    deviation = factor * statistics.stdev(values) if len(values) > 1 else None
+    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+def key(*path: str) -> Callable[[Figures], float | None]:
+    """A figure at a path of keys; None where it is missing."""
+
+    def of(figures: Figures) -> float | None:
+        value: Any = figures
+        for part in path:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    return of
+
+
+def tables(rows: list[Row]) -> str:
+    """Accuracy and cost; specialising and removing; arrivals; alignment and gap."""
+    parts = ["Accuracy, % (mean ± standard deviation over seeds), and cost:", _accuracy(rows)]
+    changing = [row for row in rows if row.mean(key("removal", "control")) is not None]
+    if changing:
+        parts += [
+            "First, central and last client: the model of that client alone (*specialised*) and "
+            "the model without it (*removed*), class-IL of its own task (target) and mean of the "
+            "others' (control), %; after a removal the target is its task-IL with the head that "
+            "was kept from before:",
+            _changes(changing),
+        ]
+    arriving = [row for row in rows if row.mean(key("arrivals", "final")) is not None]
+    if arriving:
+        parts += ["One client after the other, class-IL, %:", _arrivals(arriving)]
+    aligned = [row for row in rows if row.mean(key("cosine")) is not None]
+    if aligned:
+        parts += ["Task vectors, and the gap Ω of Theorem 1:", _alignment(aligned)]
+    return "\n\n".join(parts)
+
+
+def _accuracy(rows: list[Row]) -> str:
+    head = ["method", "kind", "seeds", "class-IL", "task-IL", "own task", "sent by a client, MB"]
+    lines = [[*head, "sent to it, MB", "seconds"]]
+    for row in rows:
+        cells = [spread(row.values(key(name))) for name in ("class_il", "task_il", "own_task")]
+        cost = [spread(row.values(key(name))[:1], factor=1e-6, digits=2) for name in ("up", "down")]
+        seconds = spread(row.values(key("seconds"))[:1], factor=1, digits=0)
+        lines.append([row.title, row.kind, str(len(row.seeds)), *cells, *cost, seconds])
+    return markdown_table(lines)
+
+
+def _changes(rows: list[Row]) -> str:
+    parts = [("specialised", "target"), ("specialised", "control")]
+    parts += [("removal", "target"), ("removal", "control_before"), ("removal", "control")]
+    head = ["specialised: target", "control", "removed: target", "control before", "control after"]
+    lines = [["method", "kind", *head]]
+    lines += [[r.title, r.kind, *(spread(r.values(key(*p))) for p in parts)] for r in rows]
+    return markdown_table(lines)
+
+
+def _arrivals(rows: list[Row]) -> str:
+    lines = [["method", "kind", "final", "average", "forgetting"]]
+    for row in rows:
+        names = ("final", "average", "forgetting")
+        lines.append(
+            [row.title, row.kind, *(spread(row.values(key("arrivals", n))) for n in names)]
+        )
+    return markdown_table(lines)
+
+
+def _alignment(rows: list[Row]) -> str:
+    lines = [["method", "kind", "mean cosine of two task vectors", "Ω", "mean norm"]]
+    for row in rows:
+        gap = row.mean(key("gap"))
+        lines.append(
+            [
+                row.title,
+                row.kind,
+                spread(row.values(key("cosine")), factor=1, digits=3),
+                f"{gap:.2g}" if gap is not None else "",
+                spread(row.values(key("norm")), factor=1, digits=2),
+            ]
+        )
+    return markdown_table(lines)

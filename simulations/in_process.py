@@ -1,0 +1,159 @@
+"""Run a scenario in this very process: the real apps, one client after the other, no engine.
+
+    python simulations/in_process.py --output runs/quick --set kind=full
+    python simulations/in_process.py simulations/digits.toml --output runs/quick --seed 1
+
+Messages are handed from app to app instead of through Flower's SuperLink and Ray: a run starts at
+once, the backbone is loaded once, hundreds of clients need one process, and a debugger works. What
+is computed is the same. Comparisons of many runs use it; a federation does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedcompo.config import RunConfig, Scalar
+from fedcompo.data import num_clients
+from fedcompo.errors import FedcompoError
+from fedcompo.launcher import RESULTS, find_app, reserve_output
+from fedcompo.scenario import settings_of
+
+STATE = "FEDCOMPO_STATE"
+
+
+class InProcessGrid(Grid):
+    """Hands each message to the ClientApp at once and keeps the reply until it is asked for.
+
+    Args:
+        app: The real ClientApp.
+        run_config: Flat settings, as the apps get them.
+        clients: Number of nodes; node i gets ``partition-id`` i.
+    """
+
+    def __init__(self, app: ClientApp, run_config: Mapping[str, Scalar], clients: int) -> None:
+        # A Message outside a Flower process needs an identity to be made at all.
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        self._app, self._replies = app, {}
+        self._contexts = {
+            1000 + index: Context(
+                run_id=1,
+                node_id=1000 + index,
+                node_config={"partition-id": index, "num-partitions": clients},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for index in range(clients)
+        }
+
+    def set_run(self, run: object) -> None:
+        """Nothing to set: there is one run."""
+
+    @property
+    def run(self) -> None:
+        """No run of an engine."""
+
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        """Messages are made by the app."""
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of all nodes."""
+        return list(self._contexts)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """All nodes; they are always there."""
+        return [NodeInfo(node_id=node, name="", status="online") for node in self._contexts]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Let clients answer."""
+        ids = []
+        for message in messages:
+            ids.append(str(uuid.uuid4()))
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self._replies[ids[-1]] = self._answer(message)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Hand out answers, once each."""
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Both at once."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _answer(self, message: Message) -> Message:
+        request = copy.copy(message)
+        request.metadata.__dict__["_src_node_id"] = 1
+        try:
+            return self._app(request, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:  # as Flower does: whatever is raised becomes an error reply
+            return Message(Error(code=2, reason=repr(error)), reply_to=request)
+
+
+def run_in_process(settings: Mapping[str, Scalar], output: Path) -> dict:
+    """Run the apps.
+
+    Args:
+        settings: Flat settings; paths absolute.
+        output: A folder reserved for this run.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        FedcompoError: As the run does.
+    """
+    sys.path.insert(0, str(find_app()))
+    from clients.app import app as client_app
+    from server.app import app as server_app
+
+    clients = num_clients(RunConfig.parse(settings).data)
+    config = {**settings, "output": str(output)}
+    config["num-clients"] = config.get("num-clients") or clients
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
+    )
+    server_app(InProcessGrid(client_app, config, clients), context)
+    return json.loads((output / RESULTS).read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Parse the command line, run, say where the results are."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("scenario", nargs="?", type=Path, help="TOML file; default: the digits")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    options = {} if arguments.seed is None else {"seed": arguments.seed}
+    try:
+        settings = settings_of(arguments.scenario, arguments.set, options)
+        output = reserve_output(arguments.output.absolute())
+        results = run_in_process(settings, output)
+    except FedcompoError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    accuracy = results.get("class_il_accuracy")
+    print(f"class-IL {accuracy:.4f}. " if accuracy is not None else "", f"Results: {output}")
+
+
+if __name__ == "__main__":
+    import os
+
+    with tempfile.TemporaryDirectory() as state:
+        os.environ.setdefault(STATE, state)
+        main()

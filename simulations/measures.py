@@ -1,0 +1,168 @@
+"""The figures of one method with one kind and seed, from the run's results and its registry."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from bench import Bench
+from joint import measured as joint_measured
+from joint import train_joint
+from merged import FROZEN, evaluate_merges
+from merging import MERGES
+from methods import METHODS
+
+from fedcompo.config import kinds_of
+
+MEASURED = "measured"
+CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
+"""Methods whose models are also specialised, and lose clients."""
+
+
+def measured(folder: Path, method: str, results: dict) -> dict[str, Any]:
+    """Figures of a method, or those that were measured before.
+
+    Measuring happens in a process of its own, so that several can at a time.
+
+    Args:
+        folder: Of the run.
+        method: Its name, or that of a method derived from it.
+        results: What the run reported.
+    """
+    file = folder / f"{MEASURED}-{method}.json"
+    if not file.exists() and (method in CHANGED or METHODS[method].of):
+        command = [sys.executable, __file__, str(folder), method]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{file} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+            return {}
+    own = json.loads(file.read_text()) if file.exists() else {}
+    return {**_reported(results), **own}
+
+
+def _reported(results: dict) -> dict[str, Any]:
+    """Figures that the run itself reported."""
+    clients = max(1, len(results["per_client"]))
+    phases = results["phases"].values()
+    diagnostics = results.get("diagnostics") or {}
+    norms = diagnostics.get("tau_norms")
+    arrivals = results.get("arrivals", {}).get("class_il_accuracy")
+    return {
+        "class_il": results["class_il_accuracy"],
+        "task_il": results["task_il_accuracy"],
+        "own_task": results.get("own_task_accuracy"),
+        "up": sum(phase["bytes_received"] for phase in phases) / clients,
+        "down": sum(phase["bytes_sent"] for phase in phases) / clients,
+        "seconds": results["seconds"],
+        "gap": diagnostics.get("composition_gap"),
+        "norm": fmean(norms) if norms else None,
+        "arrivals": arrivals,
+    }
+
+
+def first_central_last(clients: tuple[str, ...]) -> tuple[str, ...]:
+    """Of two clients there is no central one, of one only itself."""
+    return tuple(dict.fromkeys([clients[0], clients[len(clients) // 2], clients[-1]]))
+
+
+def changes(bench: Bench) -> dict[str, dict[str, float]]:
+    """What specialising to the first, central and last client does, and what removing them does."""
+    clients, theta_0 = bench.registry.clients, bench.backbone.theta_0
+    theta_p = bench.pool.compose(theta_0)
+    kept = bench.head(theta_p, clients)
+    before = bench.accuracies(theta_p, kept, clients)
+    found: dict[str, list[dict[str, float]]] = {"specialised": [], "removal": []}
+    for target in first_central_last(clients):
+        others = tuple(client for client in clients if client != target)
+        alone = bench.pool.only(target).compose(theta_0)
+        special = bench.accuracies(alone, bench.head(alone, clients), clients)
+        without = bench.pool.without(target).compose(theta_0)
+        after = bench.accuracies(without, bench.head(without, others), others)
+        found["specialised"].append(
+            {
+                "target": special[target][0],
+                "control": fmean(special[client][0] for client in others),
+            }
+        )
+        found["removal"].append(
+            {
+                "target_before": before[target][1],
+                "target": bench.accuracies(without, kept, [target])[target][1],
+                "control_before": _among(bench, theta_p, others),
+                "control": fmean(after[client][0] for client in others),
+            }
+        )
+    return {
+        change: {name: fmean(one[name] for one in all_) for name in all_[0]}
+        for change, all_ in found.items()
+    }
+
+
+def _among(bench: Bench, theta: dict, clients: tuple[str, ...]) -> float:
+    """Mean class-IL of clients among their classes alone: comparable with what is left of them."""
+    head = bench.head(theta, clients)
+    return fmean(class_il for class_il, _ in bench.accuracies(theta, head, clients).values())
+
+
+def mean_cosine(bench: Bench) -> float | None:
+    """Mean cosine of two clients' task vectors, one weight at a time."""
+    count = len(bench.pool)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for name, weight in bench.backbone.theta_0.items():
+        tau = torch.stack([c.task_vector.delta(name, weight).flatten() for c in bench.pool])
+        gram += (tau @ tau.T).double()
+    length = gram.diagonal().sqrt()
+    cosines = gram / (length.unsqueeze(0) * length.unsqueeze(1))
+    pairs = [float(cosines[a, b]) for a, b in combinations(range(count), 2)]
+    return fmean(pairs) if pairs else None
+
+
+def derive(bench: Bench, method: str) -> dict[str, Any]:
+    """Figures of a method that is derived from the task vectors, or the data, of a run."""
+    if method == "joint":
+        datas, kind = list(bench.data.values()), kinds_of(bench.config.train.kind)[0]
+        theta, head = train_joint(bench.backbone, datas, bench.config, kind)
+        return {**_means(joint_measured(bench.backbone, theta, head, datas)), **NO_COST, **UNKNOWN}
+    wanted = {method: MERGES[method]} if method in MERGES else {}
+    found = evaluate_merges(bench.registry, wanted)[method]
+    if "reason" in found:
+        sys.exit(found["reason"])
+    cost = _statistics_alone(bench) if method == FROZEN else {}
+    return {**_means(found), **UNKNOWN, **cost}
+
+
+UNKNOWN = {"own_task": None, "gap": None, "norm": None, "arrivals": None, "seconds": None}
+NO_COST = {"up": None, "down": None}
+
+
+def _means(found: dict[str, Any]) -> dict[str, float]:
+    return {"class_il": found["class_il_accuracy"], "task_il": found["task_il_accuracy"]}
+
+
+def _statistics_alone(bench: Bench) -> dict[str, Any]:
+    """A frozen backbone costs the first phase's statistics."""
+    results = json.loads((bench.path.parent / "results.json").read_text())
+    phase, clients = results["phases"]["features"], len(bench.registry.clients)
+    return {"up": phase["bytes_received"] / clients, "down": phase["bytes_sent"] / clients}
+
+
+def main() -> None:
+    """Measure one method of one run, and write the figures beside it."""
+    folder, method = Path(sys.argv[1]), sys.argv[2]
+    bench = Bench(folder / "registry")
+    figures = (
+        {**changes(bench), "cosine": mean_cosine(bench)}
+        if method in CHANGED
+        else derive(bench, method)
+    )
+    (folder / f"{MEASURED}-{method}.json").write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

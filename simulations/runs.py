@@ -1,0 +1,68 @@
+"""Runs in folders of their own that are not repeated once they are finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+FEDCOMPO = Path(sys.executable).parent / "fedcompo"
+IN_PROCESS = Path(__file__).with_name("in_process.py")
+RESULTS = "results.json"
+
+
+def run(
+    folder: Path,
+    scenario: str,
+    settings: Mapping[str, str],
+    assignments: Sequence[str] = (),
+    *,
+    in_process: bool = False,
+) -> dict:
+    """Run once, or take the results that are there; a run that was cut short is started anew.
+
+    Args:
+        folder: The run's own; beside it ``<folder>.json`` says with what it was made.
+        scenario: File; empty: the digits.
+        settings: What this run varies.
+        assignments: ``key=value`` each, for all runs alike; the run's own settings win.
+        in_process: Without Flower's engine; see :mod:`in_process`.
+
+    Returns:
+        What ``results.json`` holds; empty if the run failed, which is printed.
+    """
+    asked = folder.with_name(f"{folder.name}.json")
+    options = [f"--set={assignment}" for assignment in assignments]
+    options += [f"--set={key}={value}" for key, value in settings.items()]
+    scenarios = [scenario] if scenario else []
+    wanted = json.dumps([*scenarios, *options])
+    if folder.exists() and asked.exists() and asked.read_text() != wanted:
+        sys.exit(
+            f"{folder} was made with {asked.read_text()}, not {wanted}; choose another output."
+        )
+    if (folder / RESULTS).exists():
+        return json.loads((folder / RESULTS).read_text())
+    if (folder / "events.jsonl").exists():  # ours, and cut short
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    asked.write_text(wanted)
+    command = [sys.executable, IN_PROCESS] if in_process else [FEDCOMPO, "simulate"]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as state:
+        done = subprocess.run(
+            [*command, *scenarios, "--output", folder, *options],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "FEDCOMPO_STATE": state},
+        )
+    if done.returncode:
+        print(f"{folder.name} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+        return {}
+    print(f"{folder.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return json.loads((folder / RESULTS).read_text())
