@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.pool import Pool
 
@@ -26,6 +27,8 @@ OUTLIER_RATIO = 3.0
 """A task vector this many times longer or shorter than the median of its kind stands out."""
 OPPOSED = -0.5
 """So does one whose mean cosine with the others, in the Fisher metric, is below this."""
+COMPARED = 64
+"""Clients up to which each is compared with each; among more, memory and time would grow."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Diagnostics:
     """Figures of one composition."""
 
     clients: tuple[str, ...]
-    gram: Tensor
-    r""":math:`\tau_a^\top \bar F \tau_b`, (clients, clients), float64."""
+    gram: Tensor | None
+    r""":math:`\tau_a^\top \bar F \tau_b`, (clients, clients), float64; None among more clients
+    than :data:`COMPARED`."""
     norms: Tensor
     r""":math:`\lVert\tau_c\rVert_2`, (clients,), float64."""
     gap: float
@@ -55,17 +59,46 @@ def diagnose(
         coefficients: By client.
     """
     count = len(pool)
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    squared = torch.zeros(count, dtype=torch.float64)
-    for name, weight in theta_0.items():
-        tau = torch.stack([c.task_vector.delta(name, weight).flatten().double() for c in pool])
-        gram += ((tau * fisher[name].to(tau).flatten()) @ tau.T).cpu()
-        squared += tau.square().sum(1).cpu()
-    norms = squared.sqrt()
     w = torch.tensor([coefficients[client] for client in pool.clients], dtype=torch.float64)
-    return Diagnostics(
-        pool.clients, gram, norms, composition_gap(gram, w), _outliers(pool, gram, norms)
-    )
+    squared = torch.zeros(count, dtype=torch.float64)
+    gram = torch.zeros(count, count, dtype=torch.float64) if count <= COMPARED else None
+    gap = 0.0
+    for name, weight in theta_0.items():
+        f = fisher[name].double().flatten()
+        if gram is None:
+            lengths, part = _streamed(pool, name, weight, f, w)
+            squared, gap = squared + lengths, gap + part
+        else:
+            tau = torch.stack([_flat(c, name, weight) for c in pool])
+            gram += ((tau * f.to(tau)) @ tau.T).cpu()
+            squared += tau.square().sum(1).cpu()
+    norms = squared.sqrt()
+    if gram is not None:
+        gap = composition_gap(gram, w)
+    return Diagnostics(pool.clients, gram, norms, gap, _outliers(pool, gram, norms))
+
+
+def _flat(contribution: Contribution, name: str, weight: Tensor) -> Tensor:
+    """A client's change of one weight, (elements,), float64."""
+    return contribution.task_vector.delta(name, weight).flatten().double()
+
+
+def _streamed(
+    pool: Pool, name: str, weight: Tensor, fisher: Tensor, w: Tensor
+) -> tuple[Tensor, float]:
+    r"""Squared lengths, and one weight's part of the gap, a client at a time.
+
+    .. math:: \Omega = \tfrac12\Big(\sum_t w_t\,\tau_t^\top H\,\tau_t
+              - \bar\tau^\top H\,\bar\tau\Big), \qquad \bar\tau = \sum_t w_t \tau_t
+    """
+    mean, energy, squared = torch.zeros_like(fisher), 0.0, []
+    for share, contribution in zip(w.tolist(), pool, strict=True):
+        tau = _flat(contribution, name, weight)
+        squared.append(float(tau.square().sum()))
+        energy += share * float((fisher * tau.square()).sum())
+        mean += share * tau.to(mean)
+    part = 0.5 * (energy - float((fisher * mean.square()).sum()))
+    return torch.tensor(squared, dtype=torch.float64), part
 
 
 def composition_gap(gram: Tensor, coefficients: Tensor) -> float:
@@ -80,12 +113,18 @@ def composition_gap(gram: Tensor, coefficients: Tensor) -> float:
     return float(0.25 * (coefficients.unsqueeze(1) * coefficients * distance).sum())
 
 
-def _outliers(pool: Pool, gram: Tensor, norms: Tensor) -> tuple[str, ...]:
-    """Clients that are far longer or shorter than others of their kind, or oppose the others."""
+def _outliers(pool: Pool, gram: Tensor | None, norms: Tensor) -> tuple[str, ...]:
+    """Clients that are far longer or shorter than others of their kind, or oppose the others.
+
+    Who opposes is known only where each was compared with each.
+    """
     values = norms.tolist()
     kinds = [contribution.task_vector.kind for contribution in pool]
-    lengths = gram.diagonal().clamp_min(1e-300).sqrt()
-    cosines = gram / (lengths.unsqueeze(1) * lengths)
+    others = len(pool) - 1
+    means = torch.zeros(len(pool))
+    if gram is not None and others >= 2:
+        lengths = gram.diagonal().clamp_min(1e-300).sqrt()
+        means = ((gram / (lengths.unsqueeze(1) * lengths)).sum(1) - 1) / others
     found = []
     for index, client in enumerate(pool.clients):
         alike = [v for i, v in enumerate(values) if i != index and kinds[i] == kinds[index]]
@@ -94,8 +133,6 @@ def _outliers(pool: Pool, gram: Tensor, norms: Tensor) -> tuple[str, ...]:
             odd = not median / OUTLIER_RATIO <= values[index] <= median * OUTLIER_RATIO
         else:
             odd = False
-        others = len(pool) - 1
-        opposed = others >= 2 and float(cosines[index].sum() - 1) / others < OPPOSED
-        if odd or opposed:
+        if odd or float(means[index]) < OPPOSED:
             found.append(client)
     return tuple(found)

@@ -187,7 +187,7 @@ def _diagnostics(composing: Composing) -> dict[str, Any]:
     found = composing.diagnostics
     return {
         "clients": list(found.clients),
-        "fisher_gram": found.gram.tolist(),
+        "fisher_gram": found.gram.tolist() if found.gram is not None else None,
         "tau_norms": found.norms.tolist(),
         "composition_gap": found.gap,
         "outliers": list(found.outliers),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedcompo import diagnostics
 from fedcompo.diagnostics import composition_gap, diagnose
 from fedcompo.pool import Pool
 
@@ -89,6 +90,17 @@ def test_figures_of_a_mixed_pool_equal_those_of_dense_task_vectors():
         for t, s in pairs
     )
     assert found.gap == pytest.approx(gap, rel=1e-5)
+
+
+def test_among_many_clients_norms_and_gap_are_the_same_and_no_pair_is_compared(monkeypatch):
+    members = mixed_pool_members(THETA_0)
+    w = {"client-0": 0.5, "client-1": 0.3, "client-2": 0.2}
+    compared = diagnose(Pool(tuple(members)), THETA_0, FISHER, w)
+    monkeypatch.setattr(diagnostics, "COMPARED", 2)
+    streamed = diagnose(Pool(tuple(members)), THETA_0, FISHER, w)
+    assert streamed.gram is None
+    torch.testing.assert_close(streamed.norms, compared.norms)
+    assert streamed.gap == pytest.approx(compared.gap, rel=1e-9)
 
 
 def pool_of(scales: list[float]) -> Pool:

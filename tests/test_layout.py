@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "fedcompo").rglob("*.py"))
 CORE = [
     "accuracy",
+    "accuracy_matrix",
     "admission",
     "anchoring",
     "audit",
@@ -33,6 +34,7 @@ CORE = [
     "data_folders",
     "data_named",
     "data_npz",
+    "data_once",
     "deltas",
     "device",
     "diagnostics",
@@ -68,6 +70,8 @@ CORE = [
     "removal",
     "replay",
     "report",
+    "report_picture",
+    "running_sum",
     "seeds",
     "selection",
     "settings",
@@ -75,6 +79,7 @@ CORE = [
     "signing",
     "specialise",
     "stored_backbone",
+    "tangent",
     "task_vector",
     "tensorfile",
     "tensorstream",

@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from fedcompo.report import cosines_of, percent, print_results, write_report
+from fedcompo.report import percent, print_results, write_report
+from fedcompo.report_picture import cosines_of
 
 ACCURACIES = {
     "class_il_accuracy": 0.875,
@@ -87,3 +88,27 @@ def test_the_picture_is_well_formed_and_names_all(clients, tmp_path):
 def test_cosines_are_those_of_the_gram_matrix_and_zero_vectors_have_none():
     assert cosines_of([[4.0, 3.0], [3.0, 9.0]]) == [[1.0, 0.5], [0.5, 1.0]]
     assert cosines_of([[0.0, 0.0], [0.0, 9.0]]) == [[0.0, 0.0], [0.0, 1.0]]
+
+
+def test_of_many_clients_the_first_are_shown_and_the_rest_counted(tmp_path):
+    many = results(clients=50)
+    text = printed(many, width=200)
+    assert "client-39" in text
+    assert "client-40" not in text
+    assert "and 10 more" in text
+    write_report(tmp_path, many)
+    assert "client-40" not in (tmp_path / "report.svg").read_text()
+
+
+def test_like_phases_share_a_column_with_their_sums():
+    value = results(clients=1)
+    phase = value["phases"].pop("train")
+    cost = value["per_client"]["client-0"]["traffic"].pop("train")
+    for label in ("train, round 1", "train, round 2"):
+        value["phases"][label] = phase
+        value["per_client"]["client-0"]["traffic"][label] = cost
+    text = printed(value, width=200)
+    assert "train × 2" in text
+    assert "14.0 MB" in text
+    assert "1.2 kB" in text
+    assert "18.0" in text
