@@ -87,8 +87,8 @@ class Attendance:
                 reason = "excluded by `exclude`"
             elif self.leaves.get(client, number) < number and client not in self.fitting.members:
                 reason = f"it left after round {self.leaves[client]}"
-            elif self.closed is not None and client not in {*self.closed, *self.fitting.members}:
-                reason = "it is no member of the registry"
+            elif self.closed is not None and client not in self.closed:
+                reason = "it was not there, or not a member of the registry, at the beginning"
             else:
                 continue
             self.exchange.leave_out("identify", client, reason)

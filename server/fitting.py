@@ -123,6 +123,13 @@ class Fitting:
         self.members = self.registry.clients
         if self.config.registry.replace:
             self.members = tuple(client for client in self.members if client not in coming)
+        tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
+        if self.members and self.registry.linearised != tangent:
+            raise ContributionError(
+                f"`kind` is {self.config.train.kind}, but {self.members[0]} and all who stay in "
+                f"the registry {self.registry.path} are {'' if not tangent else 'not '}of the kind "
+                f"{Kind.TANGENT}, which mixes with no other. Use a registry of its own."
+            )
 
     def take_in(self, clients: Iterable[str], *, decisive: bool) -> tuple[str, ...]:
         """Describe clients that come to those who are there: features → align → fisher.

@@ -38,6 +38,8 @@ class Roster:
     backbone: Backbone
     described: dict[str, Description] = field(default_factory=dict)
     """All that could be used then, also those left out later; by name."""
+    tangent: bool | None = None
+    """Whether this run's task vectors are tangents, which mix with no others; None: either."""
     names: set[str] = field(default_factory=set)
     """All who said who they are, whether they were described or not."""
     ambiguous: set[str] = field(default_factory=set)
@@ -136,13 +138,18 @@ class Roster:
         name, manifest = self._checked_name(client, body), body[1]
         classes = tuple(manifest["classes"])
         mixtures = checked_mixtures(name, body, classes, self.backbone.num_features)
-        kind = manifest.get("kind")
+        kind = Kind(manifest["kind"]) if manifest.get("kind") else None
+        if kind and self.tangent not in (None, kind is Kind.TANGENT):
+            raise ContributionError(
+                f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
+                "node another `kind`, or let it take part in a run of its own."
+            )
         self.described[name] = Description(
             classes=classes,
             mixtures=mixtures,
             num_examples=sum(mixture.num_examples for mixture in mixtures.values()),
             num_test_examples=int(manifest["num_test_examples"]),
-            kind=Kind(kind) if kind else None,
+            kind=kind,
         )
         self.names.add(name)
         return name

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from flwr.common.logger import log
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import Method, RunConfig
+from fedcompo.config import Kind, Method, RunConfig, kinds_of
 from fedcompo.errors import ContributionError
 from fedcompo.registry import Registry
 from fedcompo.settings import names_of
@@ -46,7 +46,8 @@ class Strategy(ABC):
 
     def __post_init__(self) -> None:
         """Refuse a reference Fisher that cannot be used, before any client is asked."""
-        self.roster = Roster(self.exchange, self.backbone)
+        tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
+        self.roster = Roster(self.exchange, self.backbone, tangent=tangent)
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
         self.composing = Composing(self.exchange, self.backbone, self.registry)
