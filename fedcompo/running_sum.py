@@ -6,7 +6,8 @@ A client that trains inside the ensemble (IEL) needs of the others only their we
 
 on the grid of :mod:`fedcompo.fixed_point`. A client's new task vector takes the place of its last
 one by one subtraction and one addition; whatever came and went, S is the sum of the last task
-vectors, bit for bit. Memory is that of S and of one weight, whatever the number of clients.
+vectors, bit for bit. Memory is that of S, of S anew while it changes, and of one weight: whatever
+the number of clients.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ class InProcessGrid(Grid):
         names: Registered names by partition.
         tamper: Changes replies, by partition and message type.
         present: Whether a partition's node is connected; asked at each look.
+        node_of: Id of a partition's node; a node that restarts has another one.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class InProcessGrid(Grid):
         names: Mapping[int, str] | None = None,
         tamper: Mapping[tuple[int, str], Tamper] | None = None,
         present: Callable[[int], bool] = lambda partition: True,
+        node_of: Callable[[int], int] = lambda partition: 1000 + partition,
     ) -> None:
         # A Message outside a Flower process needs an identity to be made at all.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self._app, self._names, self._tamper = client_app, names or {}, tamper or {}
         self._contexts = {
-            1000 + i: Context(
+            i: Context(
                 run_id=1,
                 node_id=1000 + i,
                 node_config={
@@ -58,9 +60,10 @@ class InProcessGrid(Grid):
             )
             for i in range(clients)
         }
-        self._present = present
+        self._present, self._node_of = present, node_of
         self._replies: dict[str, Message] = {}
         self.largest_backlog = 0
+        """Most replies that ever waited to be pulled."""
 
     def set_run(self, run: object) -> None: ...
 
@@ -72,13 +75,13 @@ class InProcessGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
+        return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         return [
-            NodeInfo(node_id=node, name=self._names.get(node - 1000, ""), status="online")
-            for node in self._contexts
-            if self._present(node - 1000)
+            NodeInfo(node_id=self._node_of(i), name=self._names.get(i, ""), status="online")
+            for i in self._contexts
+            if self._present(i)
         ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -89,6 +92,7 @@ class InProcessGrid(Grid):
             reply = self._answer(message)
             if reply is not None:
                 self._replies[message_id] = reply
+            self.largest_backlog = max(self.largest_backlog, len(self._replies))
             ids.append(message_id)
         return ids
 
@@ -102,13 +106,16 @@ class InProcessGrid(Grid):
 
     def _answer(self, message: Message) -> Message | None:
         node = message.metadata.dst_node_id
+        partition = next((i for i in self._contexts if self._node_of(i) == node), None)
+        if partition is None:  # a node that is no more
+            return None
         request = copy.deepcopy(message)
         request.metadata.__dict__["_src_node_id"] = 1
         try:
-            reply = self._app(request, self._contexts[node])
+            reply = self._app(request, self._contexts[partition])
         except Exception as error:  # as Flower does: whatever is raised becomes an error reply
             reply = Message(Error(code=2, reason=repr(error)), reply_to=request)
-        change = self._tamper.get((node - 1000, message.metadata.message_type))
+        change = self._tamper.get((partition, message.metadata.message_type))
         return reply if change is None else change(reply)
 
 

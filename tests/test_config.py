@@ -20,6 +20,7 @@ from fedcompo.config import (
     RunConfig,
     all_settings,
     kinds_of,
+    rounds_of,
 )
 from fedcompo.errors import ConfigError
 from fedcompo.settings import names_of
@@ -180,6 +181,8 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
         ("anchor", "own,others", "one of others, own, reference"),
         ("exclude", "a,,b", "names joined by commas"),
         ("exclude", ",", "names joined by commas"),
+        ("joins", "a:0", "<client>:<round>"),
+        ("leaves", "a:2,a:3", "<client>:<round>"),
     ],
 )
 def test_a_value_out_of_range_is_refused_and_the_range_named(key, value, demand):
@@ -249,6 +252,24 @@ def test_kinds_are_split_at_commas():
     assert kinds_of(" full, ia3 ,lora") == (Kind.FULL, Kind.IA3, Kind.LORA)
     with pytest.raises(ValueError, match="dora"):
         kinds_of("dora")
+
+
+def test_rounds_are_split_at_commas_and_at_the_last_colon():
+    assert rounds_of("") == rounds_of(" ") == {}
+    assert rounds_of("client-3:2") == {"client-3": 2}
+    assert rounds_of(" hospital a : 1, b:12 ") == {"hospital a": 1, "b": 12}
+
+
+@pytest.mark.parametrize(
+    "value", ["a", "a:", ":2", " :2", "a:0", "a:-1", "a:1.5", "a:b", "a:1,", "a:1,,b:2", "a:1,a:1"]
+)
+def test_what_names_no_client_and_round_is_refused(value):
+    with pytest.raises(ValueError, match=r"invalid literal|names nobody"):
+        rounds_of(value)
+    fault = fault_of(joins=value)
+    assert fault == (
+        f"`joins` must be <client>:<round>, the rounds from 1, joined by commas, got {value!r}."
+    )
 
 
 scalars = st.one_of(st.booleans(), st.integers(-(10**6), 10**6), st.floats(), st.text(max_size=5))

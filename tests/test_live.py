@@ -114,6 +114,55 @@ def test_the_table_shows_each_client_in_each_phase() -> None:
         assert text in done
 
 
+ROUNDS: list[dict[str, Any]] = [
+    {"event": "phase-started", "clients": ["anna", "ben"], "time": 102.0},
+    {"event": "client", "client": "anna", "status": "ok", **REPLY, "time": 106.0},
+    {
+        "event": "client",
+        "client": "ben",
+        "status": "missed",
+        "reason": "no answer",
+        "seconds": 5.0,
+        "time": 107.0,
+    },
+    {"event": "phase-finished", "seconds": 6.0, "time": 108.0},
+]
+"""A round; its number and phase are added."""
+
+
+def in_round(number: int) -> list[dict[str, Any]]:
+    return [{**event, "phase": "train", "part": f"round {number}"} for event in ROUNDS]
+
+
+def test_of_like_phases_there_is_one_column_that_says_which_it_is() -> None:
+    first = after(in_round(1))
+    assert first.phases == ("train",)
+    done = shown(first, now=112.0)
+    assert "ok 4.2 s (round 1)" in done
+    assert "MISSED (round 1) no answer" in done
+    second = shown(after([*in_round(1), *in_round(2)[:2]]), now=112.0)
+    assert "ok 4.2 s (round 2)" in second
+    assert "running 10.0 s (round 2)" in second
+    assert "MISSED" not in second
+
+
+def test_who_missed_a_round_is_not_left_out() -> None:
+    progress = after([*in_round(1), in_round(2)[0]])
+    assert progress.cells["ben", "train"].standing is Standing.RUNNING
+    progress = after(in_round(2))
+    cell = progress.cells["ben", "train"]
+    assert (cell.standing, cell.part, cell.reason) == (Standing.MISSED, "round 2", "no answer")
+
+
+def test_a_line_says_which_round_it_is() -> None:
+    assert [line(event, 100.0) for event in in_round(3)] == [
+        "[   2.0 s] train, round 3: started with anna, ben",
+        "[   6.0 s] train, round 3: anna ok, 4.2 s, sent 1.5 MB, received 2.0 kB",
+        "[   7.0 s] train, round 3: ben MISSED: no answer",
+        "[   8.0 s] train, round 3: finished, 6.0 s",
+    ]
+
+
 def test_a_pipe_gets_one_line_an_event() -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=20)) as display:
