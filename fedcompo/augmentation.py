@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedcompo.config import Augmentation
+from fedcompo.errors import ConfigError
 
 SHIFT = 0.15
 """shift: largest translation, as a share of half the image's side."""
@@ -25,9 +26,17 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
 
     Returns:
         Same shape, uint8, on the same device.
+
+    Raises:
+        ConfigError: If these are texts, whose bytes cannot be moved.
     """
     if kind is Augmentation.NONE:
         return images
+    if images.shape[2] == 1 < images.shape[3]:  # images are square; a single row is a text
+        raise ConfigError(
+            f"`augmentation` is {kind}, which moves the pixels of images, but these are texts. Set "
+            "it to none."
+        )
     batch = len(images)
     affine = torch.zeros(batch, 2, 3)
     if kind is Augmentation.SHIFT:

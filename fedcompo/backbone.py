@@ -1,6 +1,7 @@
 """The pre-trained weights θ₀ that all clients share: from timm's hub, a file, or embedded.
 
-Depth, width and names are asked of the model; nothing here knows a particular architecture.
+Depth, width and names are asked of the model; nothing here knows a particular architecture. What a
+model reads is asked of it too: images, unless its ``modality`` says texts.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import fedcompo.text_backbone  # noqa: F401  timm knows its models from here on
 from fedcompo import tensorfile
 from fedcompo.checkpoint import fill, read_checkpoint
 from fedcompo.config import BackboneConfig
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError
-from fedcompo.preprocessing import Preprocessing
+from fedcompo.preprocessing import Modality, Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A vision transformer without classifier, its target weights and how it wants its images."""
+    """A transformer without classifier, its target weights and how it wants its images or texts."""
 
     model: nn.Module
     """Maps normalised images (batch, channels, size, size) to features (batch, features)."""
@@ -165,7 +167,7 @@ def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], 
     name = config.backbone
     if not timm.is_model(name.split(":")[-1].split("/")[-1].split(".")[0]) and "/" not in name:
         near = difflib.get_close_matches(
-            name, timm.list_models("*vit*") + timm.list_models("*deit*")
+            name, [m for like in ("*vit*", "*deit*", "byte_*") for m in timm.list_models(like)]
         )
         raise BackboneError(
             f"timm knows no model {name!r}. "
@@ -203,10 +205,10 @@ def _build(
     model_args = {**fixed_args, **_input_args(config)}
     try:
         model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise BackboneError(
             f"{architecture!r} does not take {_input_args(config)}: {error}. "
-            "Only vision transformers can be used."
+            "Change `image-size` or `channels`, or choose a plain vision transformer."
         ) from error
     _require_blocks(model, architecture)
     fill(model, architecture, cfg, state, channels=model_args.get("in_chans", 3))
@@ -240,7 +242,7 @@ def _preprocessing(
     model: nn.Module, model_args: dict[str, Any], cfg: dict[str, Any]
 ) -> Preprocessing:
     """Read size, mean and std from the model's own configuration."""
-    channels, size = cfg.get("input_size", (3, 224, 224))[:2]
+    channels, _, size = cfg.get("input_size", (3, 224, 224))
     wanted = model_args.get("in_chans", channels)
     mean, std = tuple(cfg.get("mean", (0.5,) * channels)), tuple(cfg.get("std", (0.5,) * channels))
     if wanted != len(mean):  # another number of channels: the average one for each
@@ -254,4 +256,5 @@ def _preprocessing(
         std=std,
         interpolation=cfg.get("interpolation", "bicubic"),
         crop_fraction=cfg.get("crop_pct") or 1.0,
+        modality=getattr(model, "modality", Modality.PICTURES),
     )

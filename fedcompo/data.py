@@ -1,12 +1,13 @@
 """The images of one client, ready for its backbone.
 
-A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``cifar100``) yields a number of
-clients. Each client owns at least two classes and loads nothing but its own::
+A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``text:<path>``, ``cifar100``)
+yields a number of clients. Each client owns at least two classes and loads nothing but its own::
 
     source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
 
 Where the classes of a source are dealt out, no two clients own the same class; the folders of
-``folder:`` may share classes. A damaged image or an ill-formed source is refused by name.
+``folder:`` may share classes. A damaged image or an ill-formed source is refused by name. Texts are
+dealt out and split as images are; to all that follows they are images of a single row of bytes.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from fedcompo.data_draws import (
 from fedcompo.data_folders import client_folders, folder_catalogue
 from fedcompo.data_named import cifar100_catalogue, digits_catalogue
 from fedcompo.data_npz import npz_catalogue
+from fedcompo.data_once import read_once
+from fedcompo.data_text import TEXT_ENDINGS, text_catalogue
 from fedcompo.errors import DataError
 from fedcompo.preprocessing import Preprocessing
 
-SOURCES = ("digits", "folder:<path>", "npz:<path>", "cifar100")
+SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
 TEST_SHARE = 0.2
 """Share of each class that becomes test images where a source does not say which are."""
 
@@ -45,7 +48,7 @@ class Split:
     """Images and labels of one client for training, or for testing."""
 
     images: Tensor
-    """(count, channels, size, size), uint8."""
+    """(count, channels, size, size), of texts (count, 1, 1, length); uint8."""
     labels: Tensor
     """(count,), int64, index into the client's classes."""
 
@@ -103,7 +106,7 @@ def load_client_data(
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
     else:
         name = f"client-{partition}"
-        catalogue = npz_catalogue(path) if kind == "npz" else NAMED[kind]()
+        catalogue = read_once(FILES[kind], path) if kind in FILES else NAMED[kind]()
         classes = deal_classes(
             catalogue.names,
             config.num_tasks,
@@ -145,23 +148,32 @@ def load_folder(
 
 
 NAMED = {"digits": digits_catalogue, "cifar100": cifar100_catalogue}
+FILES = {"npz": npz_catalogue, "text": text_catalogue}
+PATHS = ("folder", *FILES)
 
 
 def _parse(data: str) -> tuple[str, str]:
-    """Split ``data`` into its kind and, for ``folder`` and ``npz``, its path."""
+    """Split ``data`` into its kind and, for those that have one, its path."""
     kind, _, rest = data.partition(":")
-    if (data in NAMED) or (kind in ("folder", "npz") and rest):
+    if (data in NAMED) or (kind in PATHS and rest):
         return kind, rest
-    if kind in ("folder", "npz"):
+    if kind in PATHS:
         hint = f"{kind} needs a path: {kind}:<path>."
-    elif near := difflib.get_close_matches(kind, ("folder", "npz", *NAMED), 1):
+    elif near := difflib.get_close_matches(kind, (*PATHS, *NAMED), 1):
         path = (rest or "<path>") if near[0] not in NAMED else ""
         hint = f"Did you mean {near[0] + (':' + path if path else '')!r}?"
     elif data and Path(data).expanduser().exists():
-        hint = f"Did you mean '{'folder' if Path(data).expanduser().is_dir() else 'npz'}:{data}'?"
+        hint = f"Did you mean '{_kind_of(Path(data).expanduser())}:{data}'?"
     else:
         hint = ""
     raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
+
+
+def _kind_of(path: Path) -> str:
+    """Return the kind of source that a path looks like."""
+    if path.is_dir():
+        return "folder"
+    return "text" if path.suffix in TEXT_ENDINGS else "npz"
 
 
 def _load_classes(

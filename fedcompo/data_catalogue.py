@@ -1,4 +1,4 @@
-"""Pictures whose classes are known, and how one is opened.
+"""Pictures, or texts, whose classes are known, and how one is opened.
 
 Every source of data becomes a :class:`Catalogue`; pixels are read only for the images that a client
 keeps.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fedcompo.data_draws import Indices
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Preprocessing
+from fedcompo.preprocessing import Modality, Preprocessing
 
 FAULTS_SHOWN = 5
 """Unreadable images that an error lists; the rest is counted."""
@@ -36,12 +37,15 @@ class Catalogue:
     """(count,) class name of each image, see :func:`class_name`."""
     is_test: NDArray[np.bool_] | None
     """(count,) whether each is a test image; None: the source does not say."""
-    open: Callable[[int], Image.Image]
-    """Read one image, upright and of 8 bits a channel; raises anything if it cannot."""
+    open: Callable[[int], Image.Image | bytes]
+    """Read one image, upright and of 8 bits a channel, or one text as bytes; raises anything if it
+    cannot."""
     describe: Callable[[int], str]
     """Name one image, for messages."""
+    modality: Modality = Modality.PICTURES
+    """Whether these are images at all, or texts."""
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
@@ -55,21 +59,26 @@ class Catalogue:
             client: Who owns the images, for messages.
 
         Returns:
-            (count, channels, image_size, image_size), uint8.
+            (count, channels, image_size, image_size), or of texts (count, 1, 1, length); uint8.
 
         Raises:
-            DataError: If images cannot be read; lists the first few and how many there are.
+            DataError: If images cannot be read; lists the first few and how many there are. If the
+                backbone reads texts and these are none, or the other way round.
         """
-        side = preprocessing.image_size
-        images = torch.empty(len(chosen), preprocessing.channels, side, side, dtype=torch.uint8)
+        if self.modality != preprocessing.modality:
+            raise DataError(
+                f"{self.source} holds {self.modality}, but the backbone reads "
+                f"{preprocessing.modality}. Change `data`, or `backbone`."
+            )
+        images = torch.empty(len(chosen), *preprocessing.shape, dtype=torch.uint8)
         faults = []
         for row, index in enumerate(chosen.tolist()):
             try:
-                picture = self.open(index)
+                example = self.open(index)
             except Exception as error:  # Pillow's decoders raise errors of every kind
                 faults.append(f"{self.describe(index)}: {error or type(error).__name__}")
             else:
-                images[row] = preprocessing.resize(picture)
+                images[row] = preprocessing.prepare(example)
         if faults:
             listed = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])
             more = len(faults) - FAULTS_SHOWN

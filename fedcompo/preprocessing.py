@@ -1,11 +1,13 @@
-"""From a picture to the tensor a backbone expects.
+"""From a picture, or a text, to the tensor a backbone expects.
 
-Pictures are resized once, on loading, and kept as uint8; they are normalised batch by batch.
+Pictures are resized once, on loading, and kept as uint8; they are normalised batch by batch. Texts
+go the same way as the bytes they are: one row of a single channel, cut or filled to one length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -20,14 +22,21 @@ RESAMPLING = {
 }
 
 
+class Modality(StrEnum):
+    """What a source of data holds, and what a backbone reads."""
+
+    PICTURES = "pictures"
+    TEXTS = "texts"
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What a backbone was trained to see; taken from its own timm configuration."""
 
     image_size: int
-    """Side of the square input, in pixels."""
+    """Side of the square input, in pixels; of a text, its length in bytes."""
     channels: int
-    """1 (grey) or 3 (RGB); pictures of the other sort are converted."""
+    """1 (grey) or 3 (RGB); pictures of the other sort are converted. 1 for texts."""
     mean: tuple[float, ...]
     """Mean a channel, of values in [0, 1]."""
     std: tuple[float, ...]
@@ -36,6 +45,30 @@ class Preprocessing:
     """Filter for resizing: nearest, bilinear, bicubic or lanczos."""
     crop_fraction: float = 1.0
     """Share of the shorter side that the central crop keeps, in (0, 1]."""
+    modality: str = Modality.PICTURES
+    """pictures or texts."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one example: (channels, image_size, image_size); of a text (1, 1, length)."""
+        height = 1 if self.modality == Modality.TEXTS else self.image_size
+        return self.channels, height, self.image_size
+
+    def prepare(self, example: Image.Image | bytes) -> Tensor:
+        """Bring an example into its shape, uint8: resize a picture, cut or fill a text."""
+        return self.fill(example) if isinstance(example, bytes) else self.resize(example)
+
+    def fill(self, text: bytes) -> Tensor:
+        """Cut a text to its length, or fill it with zeros.
+
+        Args:
+            text: As it is encoded, at least one byte.
+
+        Returns:
+            (1, 1, length), uint8.
+        """
+        filled = bytearray(text[: self.image_size].ljust(self.image_size, b"\0"))
+        return torch.frombuffer(filled, dtype=torch.uint8).reshape(self.shape)
 
     def resize(self, picture: Image.Image) -> Tensor:
         """Resize the shorter side, crop the centre.
@@ -61,7 +94,7 @@ class Preprocessing:
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Turn uint8 images into the network's input.
+        """Turn uint8 images, or texts, into the network's input.
 
         Args:
             images: (batch, channels, height, width), uint8.

@@ -21,7 +21,7 @@ from fedcompo.config import RunConfig, Scalar, all_settings
 from fedcompo.errors import ConfigError
 
 PATH_SETTINGS = ("output", "checkpoint", "reference", "registry")
-PATH_SOURCES = ("folder:", "npz:")
+PATH_SOURCES = ("folder:", "npz:", "text:")
 
 
 def settings_of(

@@ -91,7 +91,11 @@ def work(job: Job, arguments: argparse.Namespace, passes: int) -> dict:
         arguments.set,
         in_process=not arguments.engine,
     )
-    return measured(folder, job.name.partition(":")[0], results) if results else {}
+    if not results:
+        return {}
+    return measured(
+        folder, job.name.partition(":")[0], results, changes=not arguments.without_changes
+    )
 
 
 def main() -> None:
@@ -107,6 +111,11 @@ def main() -> None:
     parser.add_argument("--seed", action="append", help="repeat for several; default: 0, 1, 2")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--engine", action="store_true", help="run each in Flower's engine")
+    parser.add_argument(
+        "--without-changes",
+        action="store_true",
+        help="do not specialise, remove, or compare task vectors, which takes longer than a run",
+    )
     parser.add_argument("--list", action="store_true", help="tell which methods there are")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()

@@ -25,7 +25,7 @@ CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
 """Methods whose models are also specialised, and lose clients."""
 
 
-def measured(folder: Path, method: str, results: dict) -> dict[str, Any]:
+def measured(folder: Path, method: str, results: dict, *, changes: bool) -> dict[str, Any]:
     """Figures of a method, or those that were measured before.
 
     Measuring happens in a process of its own, so that several can at a time.
@@ -34,9 +34,11 @@ def measured(folder: Path, method: str, results: dict) -> dict[str, Any]:
         folder: Of the run.
         method: Its name, or that of a method derived from it.
         results: What the run reported.
+        changes: Also specialise, remove and compare task vectors where that says something.
     """
     file = folder / f"{MEASURED}-{method}.json"
-    if not file.exists() and (method in CHANGED or METHODS[method].of):
+    wanted = METHODS[method].of or (changes and method in CHANGED)
+    if wanted and not file.exists():
         command = [sys.executable, __file__, str(folder), method]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -71,7 +73,7 @@ def first_central_last(clients: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([clients[0], clients[len(clients) // 2], clients[-1]]))
 
 
-def changes(bench: Bench) -> dict[str, dict[str, float]]:
+def specialised_and_removed(bench: Bench) -> dict[str, dict[str, float]]:
     """What specialising to the first, central and last client does, and what removing them does."""
     clients, theta_0 = bench.registry.clients, bench.backbone.theta_0
     theta_p = bench.pool.compose(theta_0)
@@ -157,7 +159,7 @@ def main() -> None:
     folder, method = Path(sys.argv[1]), sys.argv[2]
     bench = Bench(folder / "registry")
     figures = (
-        {**changes(bench), "cosine": mean_cosine(bench)}
+        {**specialised_and_removed(bench), "cosine": mean_cosine(bench)}
         if method in CHANGED
         else derive(bench, method)
     )

@@ -108,6 +108,26 @@ def test_a_reference_on_another_scale_than_the_clients_is_noted(times, noted):
     assert Anchors.of(OWNED, fisher_of, by=AnchorBy.OWN).note(alpha=30.0) == ""
 
 
+def test_the_note_names_the_setting_that_acts_on_the_reference():
+    reference = FisherDiagonal({"a": torch.full((1,), 1e6, dtype=torch.float64)}, 3)
+    given = Anchors.of(OWNED, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
+    note = given.note(alpha=7.0, setting="beta")
+    assert note.startswith("`beta` 7 acts on")
+    assert "set `beta` to" in note
+    assert "alpha" not in note
+
+
+def test_where_the_client_is_to_be_counted_too_all_anchor_it_also_if_it_is_alone():
+    """In IEL; an anchor that is not of others stays what it is."""
+    given = anchors(AnchorBy.OTHERS)
+    found = given.mean_for("ben", OWNED["ben"], with_own=True)
+    assert_mean(found, mean_by_hand(tuple(OWNED), OWNED["ben"]))
+    alone = anchors(AnchorBy.OTHERS, ("ann",)).mean_for("ann", OWNED["ann"], with_own=True)
+    assert_mean(alone, mean_by_hand(("ann",), OWNED["ann"]))
+    own = anchors(AnchorBy.OWN).mean_for("ben", OWNED["ben"], with_own=True)
+    assert_mean(own, mean_by_hand(("ben",), OWNED["ben"]))
+
+
 def test_no_bit_of_the_sum_depends_on_the_order_of_members():
     first = anchors(AnchorBy.OTHERS).total
     assert first.classes == ("cat", "dog", "emu", "owl")

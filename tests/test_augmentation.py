@@ -8,6 +8,7 @@ from builders import pixels, rng
 
 from fedcompo.augmentation import SHIFT, SMALLEST_CROP, augment
 from fedcompo.config import Augmentation
+from fedcompo.errors import ConfigError
 
 RANDOM = [Augmentation.SHIFT, Augmentation.CROP_FLIP]
 
@@ -84,3 +85,11 @@ def test_a_crop_is_mirrored_half_the_time_and_never_smaller_than_it_says():
     assert share.min() >= SMALLEST_CROP - 2 / side
     assert share.max() <= 1
     assert share.min() < SMALLEST_CROP + 0.05
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_texts_are_not_moved_but_refused(kind):
+    texts = torch.full((2, 1, 1, 16), 65, dtype=torch.uint8)
+    with pytest.raises(ConfigError, match=f"`augmentation` is {kind}, .*these are texts"):
+        augment(texts, kind, rng(0))
+    assert augment(texts, Augmentation.NONE, rng(0)) is texts

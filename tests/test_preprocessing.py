@@ -10,10 +10,11 @@ import torch
 from builders import pixels
 from PIL import Image
 
-from fedcompo.preprocessing import RESAMPLING, Preprocessing
+from fedcompo.preprocessing import RESAMPLING, Modality, Preprocessing
 
 RGB = Preprocessing(image_size=8, channels=3, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
 GREY = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.25,))
+TEXTS = Preprocessing(8, 1, mean=(0.0,), std=(1 / 255,), modality=Modality.TEXTS)
 
 
 def picture(width: int, height: int, mode: str = "RGB", *, seed: int = 0) -> Image.Image:
@@ -89,3 +90,22 @@ def test_normalising_leaves_the_images_alone():
     before = images.clone()
     RGB.normalise(images)
     assert torch.equal(images, before)
+
+
+def test_a_text_is_cut_or_filled_to_its_length():
+    given = "naïve".encode()
+    assert TEXTS.prepare(given).tolist() == [[[*given, 0, 0]]]
+    assert TEXTS.prepare(given * 2).tolist() == [[list((given * 2)[:8])]]
+    assert TEXTS.prepare(given).shape == TEXTS.shape == (1, 1, 8)
+
+
+@pytest.mark.parametrize("wanted", [RGB, GREY])
+def test_a_picture_is_prepared_by_resizing_it(wanted):
+    given = picture(40, 13)
+    assert torch.equal(wanted.prepare(given), wanted.resize(given))
+    assert wanted.prepare(given).shape == wanted.shape
+
+
+def test_normalising_leaves_every_byte_of_a_text_what_it_is():
+    texts = torch.arange(256, dtype=torch.uint8).reshape(32, 1, 1, 8)
+    torch.testing.assert_close(TEXTS.normalise(texts), texts.float(), rtol=0, atol=1e-3)

@@ -103,6 +103,12 @@ def test_paths_become_absolute_where_the_user_stands(
     }
 
 
+@pytest.mark.parametrize("source", ["folder", "npz", "text"])
+def test_the_path_of_every_source_that_has_one_becomes_absolute(source: str) -> None:
+    values = scenario.with_absolute_paths({"data": f"{source}:a/../b.x"}, Path("/here"))
+    assert values == {"data": f"{source}:/here/b.x"}
+
+
 @pytest.mark.parametrize(
     "values", [{"data": "digits"}, {"output": ""}, {"checkpoint": ""}, {"data": "npz:/a/b.npz"}, {}]
 )

@@ -1,0 +1,148 @@
+"""Texts in one file, a line or a row each: JSON lines (``.jsonl``) or tab-separated (``.tsv``).
+
+Its fields::
+
+    text    what is classified; UTF-8
+    label   name of its class
+    split   train or test; in each text or in none, and then test texts are drawn
+
+As JSON, ``{"text": "A fine day.", "label": "weather", "split": "train"}``. A ``.tsv`` file names
+its columns in the first row; a text that holds tabs or line breaks stands in double quotes there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedcompo.data_catalogue import Catalogue, class_name
+from fedcompo.errors import DataError
+from fedcompo.preprocessing import Modality
+
+FIELDS = ("text", "label", "split")
+SPLITS = ("train", "test")
+Row = tuple[str, dict[str, Any]]
+"""Where a text stands, for messages; its fields."""
+
+
+def text_catalogue(path: Path) -> Catalogue:
+    """List the texts of a file.
+
+    Args:
+        path: The file; see above for its fields.
+
+    Raises:
+        DataError: If the file is missing, of another kind or damaged, or if a field is missing, of
+            the wrong type or of a value that cannot be used.
+    """
+    if path.suffix not in READERS:
+        raise DataError(
+            f"{path} must end in {' or '.join(READERS)}, which says how it is read, got "
+            f"{path.suffix or 'no ending'!r}."
+        )
+    texts: list[bytes] = []
+    classes: list[str] = []
+    splits: list[str | None] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for where, fields in READERS[path.suffix](file, path):
+                texts.append(_text(fields, where))
+                classes.append(class_name(_field(fields, "label", where), source=where))
+                splits.append(_split(fields, where))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path.absolute()} cannot be read as UTF-8 text ({error}). Check the path in `data`, "
+            "or save the file again."
+        ) from error
+    if not texts:
+        raise DataError(f"{path} holds no texts.")
+    unsaid = [split is None for split in splits]
+    if any(unsaid) and not all(unsaid):
+        raise DataError(
+            f"Text {unsaid.index(True) + 1} of {path} has no `split`, others have. Say of every "
+            "text whether it is for train or test, or of none."
+        )
+    return Catalogue(
+        source=str(path),
+        classes=np.array(classes),
+        is_test=None if unsaid[0] else np.array([split == "test" for split in splits]),
+        open=lambda index: texts[index],
+        describe=lambda index: f"text {index + 1} (class {classes[index]!r})",
+        modality=Modality.TEXTS,
+    )
+
+
+def _json_lines(file: Iterator[str], path: Path) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}, is no JSON ({error}). Expected one object a line.") from None
+        if not isinstance(fields, dict):
+            raise DataError(f"{where}, is no JSON object, got {line.strip()[:40]!r}.")
+        yield where, fields
+
+
+def _tab_separated(file: Iterator[str], path: Path) -> Iterator[Row]:
+    try:
+        yield from _rows(csv.DictReader(file, dialect="excel-tab", strict=True), path)
+    except csv.Error as error:
+        raise DataError(
+            f"{path} is no tab-separated table ({error}). Is a quotation mark left open?"
+        ) from error
+
+
+def _rows(rows: csv.DictReader[str], path: Path) -> Iterator[Row]:
+    if missing := {"text", "label"} - set(rows.fieldnames or ()):
+        raise DataError(
+            f"The first row of {path} names no column {min(missing)!r}; it names "
+            f"{', '.join(rows.fieldnames or ()) or 'none'}. Expected text, label and perhaps split."
+        )
+    for number, fields in enumerate(rows, start=1):
+        where = f"{path}, text {number}"
+        if None in fields:
+            raise DataError(f"{where}, has more cells than there are columns. Put it in quotes.")
+        yield where, fields
+
+
+READERS: dict[str, Callable[[Iterator[str], Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".tsv": _tab_separated,
+}
+TEXT_ENDINGS = tuple(READERS)
+
+
+def _field(fields: dict[str, Any], name: str, where: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str):
+        found = f"got {value!r}" if name in fields else f"its fields are {', '.join(fields)}"
+        raise DataError(f"{where}, must have `{name}`, a text; {found}.")
+    return value
+
+
+def _text(fields: dict[str, Any], where: str) -> bytes:
+    text = _field(fields, "text", where)
+    if not text.strip():
+        raise DataError(f"{where}, is empty. Take it out, or write its text.")
+    if "\0" in text:
+        raise DataError(f"{where}, holds a NUL character, which fills texts up. Take it out.")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}, is no valid Unicode ({error.reason}).") from None
+
+
+def _split(fields: dict[str, Any], where: str) -> str | None:
+    if (value := fields.get("split")) is None:
+        return None
+    if value not in SPLITS:
+        raise DataError(f"`split` in {where}, must be train or test, got {value!r}.")
+    return str(value)

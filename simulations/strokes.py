@@ -1,0 +1,202 @@
+"""Draw tasks for very many clients: characters of invented alphabets, made of a few strokes.
+
+A class is a character that nobody uses: two to four lines, polylines or Bézier curves, drawn from
+the seed and the name of the class. Each image is by another hand: the points wander, the character
+is turned, sheared, scaled and shifted, the pen is thinner or thicker, the scan noisy. No fonts and
+no downloads, in the spirit of Omniglot (Lake et al., *Science* 2015); light strokes on a dark
+ground, as the embedded backbone was trained to see.
+
+    python simulations/strokes.py runs/strokes-100.npz --classes 200 --train 20 --test 10 --seed 0
+
+writes what ``data = "npz:runs/strokes-100.npz"`` reads. An image depends on the seed, its class and
+its own number alone: more classes, or more images, leave the others as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from fedcompo.data_draws import generator
+from fedcompo.tensorfile import write_atomically
+
+Points = NDArray[np.float64]  # (count, 2): x to the right, y down
+
+IMAGE = 28
+FINER = 4  # times finer is the canvas that strokes are drawn on
+SEGMENTS = 16  # straight pieces of a curve
+GLYPH = 20.0  # pixels that the longer side of a character fills, of IMAGE
+SHORTEST = 0.45  # of a stroke from end to end, as a share of the sheet
+PARTS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """One movement of the pen."""
+
+    points: Points
+    """(2, 3 or 4, 2), control points."""
+    curved: bool
+    """Whether they are those of a Bézier curve, or corners."""
+
+
+@dataclass(frozen=True)
+class Hand:
+    """How much the images of one character differ."""
+
+    wander: float = 0.08
+    """Standard deviation of each control point, as a share of the character's size."""
+    turn: float = 0.22
+    """Largest rotation either way, in radians."""
+    shear: float = 0.25
+    """Largest shear either way."""
+    smallest: float = 0.75
+    """Smallest scale of an axis; the largest is 1.15."""
+    shift: float = 2.0
+    """Largest shift either way, in pixels."""
+    pen: tuple[float, float] = (1.5, 3.2)
+    """Thinnest and thickest pen, in pixels."""
+    noise: float = 0.08
+    """Largest standard deviation of a pixel, as a share of white."""
+
+
+def new_character(draw: np.random.RandomState) -> tuple[Stroke, ...]:
+    """Invent a character; its longer side is 1, its centre the origin.
+
+    Args:
+        draw: Source of every choice.
+    """
+    strokes: list[Stroke] = []
+    for _ in range(draw.randint(2, 5)):
+        count = draw.randint(2, 5)
+        points = draw.uniform(size=(count, 2))
+        if strokes and draw.uniform() < 0.5:  # most strokes of a script touch an earlier one
+            points[0] = _along(strokes[draw.randint(len(strokes))])[draw.randint(SEGMENTS + 1)]
+        while np.linalg.norm(points[-1] - points[0]) < SHORTEST:
+            points[-1] = draw.uniform(size=2)
+        strokes.append(Stroke(points, curved=bool(count > 2 and draw.uniform() < 0.75)))
+    drawn = np.concatenate([_along(stroke) for stroke in strokes])
+    low, high = drawn.min(0), drawn.max(0)
+    side = (high - low).max()
+    return tuple(Stroke((s.points - (low + high) / 2) / side, s.curved) for s in strokes)
+
+
+def write_by_hand(
+    character: tuple[Stroke, ...], draw: np.random.RandomState, hand: Hand
+) -> NDArray[np.uint8]:
+    """Draw one image of a character.
+
+    Args:
+        character: Its strokes.
+        draw: Source of every choice.
+        hand: How much images differ.
+
+    Returns:
+        (IMAGE, IMAGE), light on dark.
+    """
+    angle, shear = draw.uniform(-hand.turn, hand.turn), draw.uniform(-hand.shear, hand.shear)
+    cos, sin = np.cos(angle), np.sin(angle)
+    turned = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, shear], [0.0, 1.0]])
+    affine = turned * draw.uniform(hand.smallest, 1.15, size=2) * GLYPH
+    centre = IMAGE / 2 + draw.uniform(-hand.shift, hand.shift, size=2)
+    pen = draw.uniform(*hand.pen)
+    canvas = Image.new("L", (IMAGE * FINER, IMAGE * FINER))
+    for stroke in character:
+        wandered = stroke.points + hand.wander * draw.standard_normal(stroke.points.shape)
+        line = _along(Stroke(wandered, stroke.curved)) @ affine.T + centre
+        _trace(ImageDraw.Draw(canvas), line * FINER, pen * FINER)
+    ink = np.asarray(canvas, dtype=np.float64) / 255
+    ink = ink.reshape(IMAGE, FINER, IMAGE, FINER).mean((1, 3))
+    ink = ink * draw.uniform(0.7, 1.3)
+    ink = ink + draw.uniform(0, hand.noise) * draw.standard_normal(ink.shape)
+    return np.rint(255 * ink.clip(0, 1)).astype(np.uint8)
+
+
+def _along(stroke: Stroke) -> Points:
+    """Walk along a stroke in equal steps of its parameter, (SEGMENTS + 1, 2)."""
+    t = np.linspace(0, 1, SEGMENTS + 1)
+    if not stroke.curved:
+        corners = np.linspace(0, 1, len(stroke.points))
+        return np.stack([np.interp(t, corners, axis) for axis in stroke.points.T], axis=1)
+    points, t = stroke.points[:, None, :], t[:, None]
+    while len(points) > 1:  # de Casteljau: between neighbours, until one point is left
+        points = (1 - t) * points[:-1] + t * points[1:]
+    return points[0]
+
+
+def _trace(sheet: ImageDraw.ImageDraw, line: Points, pen: float) -> None:
+    """Draw a line with a round pen."""
+    sheet.line([tuple(point) for point in line.tolist()], fill=255, width=round(pen))
+    radius = pen / 2
+    for x, y in line.tolist():
+        sheet.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+
+
+def draw_classes(
+    classes: int, counts: tuple[int, int], seed: int, *, hand: Hand | None = None
+) -> dict[str, NDArray]:
+    """Draw every image of every class.
+
+    Args:
+        classes: Number of characters.
+        counts: Training images and test images a class.
+        seed: Seed of everything drawn.
+        hand: How much the images of a character differ; None: as :class:`Hand` says.
+
+    Returns:
+        ``images``, ``labels``, ``split`` and ``names``, see :mod:`fedcompo.data_npz`.
+    """
+    hand = hand or Hand()
+    images, started = [], time.monotonic()
+    names = [f"glyph-{number:04d}" for number in range(classes)]
+    for number, name in enumerate(names, start=1):
+        character = new_character(generator(seed, "strokes", name))
+        for part, count in zip(PARTS, counts, strict=True):
+            for index in range(count):
+                draw = generator(seed, "strokes", name, part, str(index))
+                images.append(write_by_hand(character, draw, hand))
+        if number % 50 == 0 or number == classes:
+            print(f"{number}/{classes} classes  {time.monotonic() - started:.0f} s", flush=True)
+    split = np.repeat(np.array([0, 1], dtype=np.uint8), counts)
+    return {
+        "images": np.stack(images),
+        "labels": np.repeat(np.arange(classes), sum(counts)),
+        "split": np.tile(split, classes),
+        "names": np.array(names),
+    }
+
+
+def main() -> None:
+    """Parse the command line, draw, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("output", type=Path, help="the .npz file to write")
+    parser.add_argument("--classes", type=int, default=200)
+    parser.add_argument("--train", type=int, default=20, help="training images a class")
+    parser.add_argument("--test", type=int, default=10, help="test images a class")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.output.suffix != ".npz":
+        sys.exit(f"The output must end in .npz, got {arguments.output}.")
+    for option in ("classes", "train", "test"):
+        if (given := getattr(arguments, option)) < 1:
+            sys.exit(f"--{option} must be at least 1, got {given}.")
+    if arguments.seed < 0:
+        sys.exit(f"--seed must be at least 0, got {arguments.seed}.")
+    members = draw_classes(arguments.classes, (arguments.train, arguments.test), arguments.seed)
+    packed = io.BytesIO()
+    np.savez(packed, **members)
+    write_atomically(arguments.output, packed.getvalue())
+    size = len(packed.getbuffer()) / 1e6
+    print(f"wrote {arguments.output}: {len(members['images'])} images, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
