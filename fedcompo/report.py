@@ -41,6 +41,9 @@ def print_results(results: Results, console: Console) -> None:
     for client in results["left_out"]:
         line = f"Left out: {client['client']} ({client['phase']}): {client['reason']}"
         console.print(line, style="bold red", markup=False)
+    for missed in results.get("missed", []):
+        line = f"Missed: {missed['client']} ({missed['phase']}): {missed['reason']}"
+        console.print(line, style="red", markup=False)
     for note in results["notes"]:
         console.print(f"Note: {note}", style="yellow", markup=False)
 

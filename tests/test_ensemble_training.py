@@ -1,0 +1,156 @@
+"""Training inside a sum, and in parts: where it starts, on which schedule, and what holds it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from builders import (
+    MIXABLE,
+    dense_by_hand,
+    left_or_right,
+    pico_backbone,
+    random_head,
+    random_like,
+    rng,
+    task_vector,
+)
+
+from fedcompo import anchoring
+from fedcompo.backbone import Backbone
+from fedcompo.config import Kind, Penalty, TrainConfig
+from fedcompo.penalties import iel_penalty
+from fedcompo.training import Anchor, Course, Ensemble, Fitted, ensembled, fit_task_vector
+
+CLASSES = ("left", "right")
+DATA = left_or_right(24)
+HEAD = random_head(CLASSES, 8, seed=1)
+STILL = TrainConfig(rank=2, local_epochs=1, batch_size=8, learning_rate=1e-12, head_decay=0.0)
+"""Steps too small to matter."""
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return pico_backbone()
+
+
+def ensemble_of(backbone: Backbone, *, share: float = 0.25, beta: float = 0.0) -> Ensemble:
+    rest = {name: 0.2 * r for name, r in random_like(backbone.theta_0, seed=50).items()}
+    return Ensemble(rest, share, beta, scale=1.5)
+
+
+def anchor_of(backbone: Backbone) -> Anchor:
+    fisher = random_like(backbone.theta_0, seed=70, positive=True)
+    return Anchor(fisher, torch.ones(2, 8), torch.ones(2))
+
+
+def fit(
+    backbone: Backbone,
+    kind: Kind = Kind.LORA,
+    *,
+    anchor: Anchor | None = None,
+    ensemble: Ensemble | None = None,
+    course: Course | None = None,
+    **settings: object,
+) -> Fitted:
+    return fit_task_vector(
+        backbone,
+        kind,
+        DATA,
+        HEAD,
+        HEAD,
+        anchor,
+        replace(STILL, **settings),
+        generator=rng(0),
+        ensemble=ensemble,
+        course=course,
+    )
+
+
+@pytest.mark.parametrize("kind", MIXABLE)
+def test_a_client_is_trained_at_the_weights_of_the_sum_with_its_share_in_it(backbone, kind):
+    begin, ensemble = task_vector(kind, backbone.theta_0, seed=3), ensemble_of(backbone)
+    own = dense_by_hand(begin, backbone.theta_0)
+    theta = {
+        name: (weight + 1.5 * (ensemble.rest[name] + 0.25 * own[name])).float()
+        for name, weight in backbone.theta_0.items()
+    }
+    logits = HEAD(backbone.forward(theta)(DATA.images))
+    expected = float(torch.nn.functional.cross_entropy(logits, DATA.labels))
+    fitted = fit(backbone, kind, ensemble=ensemble, course=Course(begin))
+    assert fitted.losses[0] == pytest.approx(expected, rel=1e-4)
+    found = ensembled(begin.dense(backbone.theta_0), backbone.theta_0, ensemble)
+    for name, weight in theta.items():
+        torch.testing.assert_close(found[name], weight)
+
+
+def test_alone_it_is_trained_at_its_own_weights(backbone):
+    own = task_vector(Kind.FULL, backbone.theta_0, seed=3).dense(backbone.theta_0)
+    found = ensembled(own, backbone.theta_0, None)
+    assert all(torch.equal(found[n], w + own[n]) for n, w in backbone.theta_0.items())
+
+
+@pytest.mark.parametrize("kind", MIXABLE)
+def test_a_part_goes_on_from_where_the_one_before_ended_and_leaves_that_alone(backbone, kind):
+    begin = task_vector(kind, backbone.theta_0, seed=3)
+    before = {name: tensor.clone() for name, tensor in begin.tensors.items()}
+    same = fit(backbone, kind, course=Course(begin)).task_vector
+    for name, tensor in before.items():
+        torch.testing.assert_close(same.tensors[name], tensor, rtol=0, atol=1e-9)
+    moved = fit(backbone, kind, course=Course(begin), learning_rate=0.01).task_vector
+    assert any(not torch.equal(moved.tensors[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(begin.tensors[name], tensor) for name, tensor in before.items())
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[tuple]:
+    """Strength, schedule and pull of each proximal step."""
+    taken = []
+
+    def step(deltas, fisher, strength, schedule, pull) -> None:
+        taken.append((strength, schedule, pull))
+
+    monkeypatch.setattr(anchoring, "implicit_step", step)
+    return taken
+
+
+def test_the_parts_run_one_cosine_schedule_over_the_whole(backbone, steps):
+    """Three parts of two epochs of three steps."""
+    settings = {"alpha": 1.0, "penalty_every": 1, "local_epochs": 2}
+    for part in range(3):
+        course = Course(passed=part / 3, share=1 / 3)
+        fit(backbone, anchor=anchor_of(backbone), course=course, **settings)
+    whole = [0.5 * (1 + math.cos(math.pi * i / 18)) for i in range(18)]
+    assert [schedule for _, schedule, _ in steps] == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(("share", "factor"), [(0.25, 0.75), (1.0, 0.5)])
+def test_beside_the_optimiser_beta_holds_it_to_the_others(backbone, steps, share, factor):
+    ensemble = ensemble_of(backbone, share=share, beta=7.0)
+    fit(backbone, anchor=anchor_of(backbone), ensemble=ensemble, alpha=99.0)
+    ((strength, _, pull),) = steps
+    assert strength == pytest.approx(7.0 * factor)
+    for name, rest in ensemble.rest.items():
+        torch.testing.assert_close(pull[name], 7.0 * rest)
+
+
+def test_coupled_to_the_loss_it_is_the_ensemble_penalty(backbone):
+    anchor, ensemble = anchor_of(backbone), ensemble_of(backbone, beta=7.0)
+    config = replace(STILL, penalty=Penalty.COUPLED, alpha=99.0)
+    tau = task_vector(Kind.FULL, backbone.theta_0, seed=3).dense(backbone.theta_0)
+    deltas = {name: torch.nn.Linear(1, 1) for name in tau}
+    found = anchoring.Holding(deltas, anchor, ensemble, config).loss(tau)
+    expected = iel_penalty(tau, anchor.weights, ensemble.rest, share=0.25, beta=7.0)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("penalty", list(Penalty))
+def test_without_strength_or_metric_only_the_sum_is_left(backbone, penalty):
+    settings = {"penalty": penalty, "learning_rate": 0.01, "head_alpha": 0.0, "alpha": 99.0}
+    free = fit(backbone, ensemble=ensemble_of(backbone, beta=7.0), **settings)
+    weak = ensemble_of(backbone, beta=0.0)
+    held = fit(backbone, anchor=anchor_of(backbone), ensemble=weak, **settings)
+    for name, tensor in free.task_vector.tensors.items():
+        assert torch.equal(held.task_vector.tensors[name], tensor)
