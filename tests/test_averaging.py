@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree
@@ -217,7 +218,7 @@ def test_people_see_a_table_and_a_picture(finished):
     ElementTree.parse(output / "report.svg")
     stream = io.StringIO()
     print_results(results, Console(file=stream, width=120))
-    assert "train, round 1" in stream.getvalue()
+    assert re.search(r"train × \d", stream.getvalue())
     assert "There is no registry" in stream.getvalue()
 
 
