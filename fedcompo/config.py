@@ -42,7 +42,7 @@ from fedcompo.settings import Scalar as Scalar  # part of this module's face
 class DataConfig:
     """Which images, and how they are dealt to the clients."""
 
-    data: str = setting("digits", "digits, folder:<path>, npz:<path> or cifar100.")
+    data: str = setting("digits", "digits, folder:<path>, npz:<path>, text:<path> or cifar100.")
     num_tasks: int = setting(5, "Class groups a named data set or npz is cut into.", POSITIVE)
     num_classes: int = setting(0, "Keep this many classes, drawn by seed; 0: all.", NOT_NEGATIVE)
     images_per_class: int = setting(

@@ -23,6 +23,13 @@ settings.register_profile(
 settings.load_profile("fedcompo")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process run all tests of a file, and one all tests that start Flower's engine."""
+    for item in items:
+        engine = item.get_closest_marker("simulation") is not None
+        item.add_marker(pytest.mark.xdist_group("engine" if engine else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real data sets and weights; tests that need it are skipped where there is none."""

@@ -189,7 +189,7 @@ def test_a_partition_out_of_range_is_refused(partition: int):
 def test_an_unknown_source_is_refused_with_the_list_and_the_nearest(data: str, hint: str):
     with pytest.raises(DataError) as caught:
         num_clients(DataConfig(data=data))
-    assert "digits, folder:<path>, npz:<path>, cifar100" in str(caught.value)
+    assert "digits, folder:<path>, npz:<path>, text:<path>, cifar100" in str(caught.value)
     assert str(caught.value).endswith(hint)
 
 
