@@ -23,10 +23,15 @@ settings.register_profile(
 settings.load_profile("fedcompo")
 
 
+STARTS_ENGINES = {"test_engine.py", "test_guard.py", "test_launcher.py", "test_simulation.py"}
+"""Files whose tests start engines, and look for what these leave behind."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one process run all tests of a file, and one all tests that start Flower's engine."""
     for item in items:
-        engine = item.get_closest_marker("simulation") is not None
+        marked = item.get_closest_marker("simulation") is not None
+        engine = marked or item.path.name in STARTS_ENGINES
         item.add_marker(pytest.mark.xdist_group("engine" if engine else item.path.name))
 
 

@@ -160,7 +160,7 @@ def test_names_come_whole_out_of_json(odd: Path) -> None:
 def test_a_path_is_printed_as_it_is(home: Path) -> None:
     (home / "registry").rename(home / "[bold]r:smile:")
     out = run("list", "-r", "[bold]r:smile:").stdout
-    assert out.count("[bold]r:smile:") == 2
+    assert "".join(out.split()).count("[bold]r:smile:") == 2  # wherever lines break
     assert "[bold]r:smile:" in run("remove", "client-1", "--yes", "-r", "[bold]r:smile:").stdout
 
 
