@@ -19,10 +19,12 @@ from fedcompo.backbone import Backbone
 from fedcompo.composition import joint_head
 from fedcompo.config import RunConfig
 from fedcompo.data import ClientData
+from fedcompo.deltas import Weights
 from fedcompo.evaluation import clients_data, run_config_of
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry
+from fedcompo.specialise import stream_composition
 
 Accuracies = dict[str, tuple[float, float]]
 """Class-IL and task-IL by client."""
@@ -60,6 +62,11 @@ class Bench:
         """Every member's images, by client."""
         found = clients_data(self.config.data, self.backbone, seed=self.config.seed)
         return {data.name: data for data in found if data.name in self.registry.clients}
+
+    def composed(self, pool: Pool) -> Weights:
+        """Some of the members' task vectors, composed as the registry composes."""
+        stored, settings = self.registry.backbone, self.registry.settings
+        return dict(stream_composition(pool, stored, None, settings))
 
     def head(self, theta: Mapping[str, Tensor], clients: Iterable[str]) -> Head:
         """The joint head, aligned on the features of some weights, as clients would describe them.

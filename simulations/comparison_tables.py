@@ -54,6 +54,12 @@ def key(*path: str) -> Callable[[Figures], float | None]:
 def tables(rows: list[Row]) -> str:
     """Accuracy and cost; specialising and removing; arrivals; alignment and gap."""
     parts = ["Accuracy, % (mean ± standard deviation over seeds), and cost:", _accuracy(rows)]
+    composed = [row for row in rows if row.mean(key("heads", "trained")) is not None]
+    if composed:
+        parts += [
+            "The same composed weights under three joint heads, class-IL, %:",
+            _heads(composed),
+        ]
     changing = [row for row in rows if row.mean(key("removal", "control")) is not None]
     if changing:
         parts += [
@@ -80,6 +86,19 @@ def _accuracy(rows: list[Row]) -> str:
         cost = [spread(row.values(key(name))[:1], factor=1e-6, digits=2) for name in ("up", "down")]
         seconds = spread(row.values(key("seconds"))[:1], factor=1, digits=0)
         lines.append([row.title, row.kind, str(len(row.seeds)), *cells, *cost, seconds])
+    return markdown_table(lines)
+
+
+def _heads(rows: list[Row]) -> str:
+    head = [
+        "clients' own, as trained",
+        "aligned on θ₀'s features",
+        "aligned on the composed model's",
+    ]
+    lines = [["method", "kind", *head]]
+    for row in rows:
+        figures = [key("heads", "trained"), key("heads", "frozen"), key("class_il")]
+        lines.append([row.title, row.kind, *(spread(row.values(figure)) for figure in figures)])
     return markdown_table(lines)
 
 

@@ -19,10 +19,14 @@ from merging import MERGES
 from methods import METHODS
 
 from fedcompo.config import kinds_of
+from fedcompo.heads import side_by_side
+from fedcompo.specialise import head_of
 
 MEASURED = "measured"
 CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
 """Methods whose models are also specialised, and lose clients."""
+COMPOSED = (*CHANGED, "head-only")
+"""Methods whose composed model is also measured under other joint heads."""
 
 
 def measured(folder: Path, method: str, results: dict, *, changes: bool) -> dict[str, Any]:
@@ -36,16 +40,27 @@ def measured(folder: Path, method: str, results: dict, *, changes: bool) -> dict
         results: What the run reported.
         changes: Also specialise, remove and compare task vectors where that says something.
     """
-    file = folder / f"{MEASURED}-{method}.json"
-    wanted = METHODS[method].of or (changes and method in CHANGED)
-    if wanted and not file.exists():
-        command = [sys.executable, __file__, str(folder), method]
+    parts = _parts(method, changes=changes)
+    files = {part: folder / f"{MEASURED}-{method}-{part}.json" for part in parts}
+    if missing := [part for part, file in files.items() if not file.exists()]:
+        command = [sys.executable, __file__, str(folder), method, *missing]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(f"{file} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+            asked = ", ".join(missing)
+            print(f"{folder}, {method}, {asked} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
             return {}
-    own = json.loads(file.read_text()) if file.exists() else {}
-    return {**_reported(results), **own}
+    figures = _reported(results)
+    for file in files.values():
+        figures |= json.loads(file.read_text())
+    return figures
+
+
+def _parts(method: str, *, changes: bool) -> list[str]:
+    """What is measured of a method beyond what its run reports."""
+    if METHODS[method].of:
+        return ["derived"]
+    heads = ["heads"] if method in COMPOSED else []
+    return [*heads, "changes"] if changes and method in CHANGED else heads
 
 
 def _reported(results: dict) -> dict[str, Any]:
@@ -75,16 +90,16 @@ def first_central_last(clients: tuple[str, ...]) -> tuple[str, ...]:
 
 def specialised_and_removed(bench: Bench) -> dict[str, dict[str, float]]:
     """What specialising to the first, central and last client does, and what removing them does."""
-    clients, theta_0 = bench.registry.clients, bench.backbone.theta_0
-    theta_p = bench.pool.compose(theta_0)
+    clients = bench.registry.clients
+    theta_p = bench.composed(bench.pool)
     kept = bench.head(theta_p, clients)
     before = bench.accuracies(theta_p, kept, clients)
     found: dict[str, list[dict[str, float]]] = {"specialised": [], "removal": []}
     for target in first_central_last(clients):
         others = tuple(client for client in clients if client != target)
-        alone = bench.pool.only(target).compose(theta_0)
+        alone = bench.composed(bench.pool.only(target))
         special = bench.accuracies(alone, bench.head(alone, clients), clients)
-        without = bench.pool.without(target).compose(theta_0)
+        without = bench.composed(bench.pool.without(target))
         after = bench.accuracies(without, bench.head(without, others), others)
         found["specialised"].append(
             {
@@ -110,6 +125,27 @@ def _among(bench: Bench, theta: dict, clients: tuple[str, ...]) -> float:
     """Mean class-IL of clients among their classes alone: comparable with what is left of them."""
     head = bench.head(theta, clients)
     return fmean(class_il for class_il, _ in bench.accuracies(theta, head, clients).values())
+
+
+def under_other_heads(bench: Bench) -> dict[str, dict[str, float]]:
+    """Class-IL of the composed weights under joint heads that were not fitted to their features.
+
+    *trained*: the clients' own heads side by side, as they left training; *frozen*: the head
+    aligned on θ₀'s features.
+    """
+    clients, theta_p = bench.registry.clients, bench.composed(bench.pool)
+    frozen = head_of(bench.pool, bench.registry.settings)
+    own = [
+        (member.head, {name: m.num_examples for name, m in member.features.items()})
+        for member in bench.pool
+    ]
+    heads = {"trained": side_by_side(own, frozen.classes), "frozen": frozen}
+    found = {name: bench.accuracies(theta_p, head, clients) for name, head in heads.items()}
+    return {
+        "heads": {
+            name: fmean(class_il for class_il, _ in all_.values()) for name, all_ in found.items()
+        }
+    }
 
 
 def mean_cosine(bench: Bench) -> float | None:
@@ -155,15 +191,17 @@ def _statistics_alone(bench: Bench) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one method of one run, and write the figures beside it."""
-    folder, method = Path(sys.argv[1]), sys.argv[2]
-    bench = Bench(folder / "registry")
-    figures = (
-        {**specialised_and_removed(bench), "cosine": mean_cosine(bench)}
-        if method in CHANGED
-        else derive(bench, method)
-    )
-    (folder / f"{MEASURED}-{method}.json").write_text(json.dumps(figures, indent=1))
+    """Measure parts of one method of one run, and write the figures beside it."""
+    folder, method, *parts = sys.argv[1:]
+    bench = Bench(Path(folder) / "registry")
+    measure = {
+        "heads": lambda: under_other_heads(bench),
+        "changes": lambda: {**specialised_and_removed(bench), "cosine": mean_cosine(bench)},
+        "derived": lambda: derive(bench, method),
+    }
+    for part in parts:
+        file = Path(folder) / f"{MEASURED}-{method}-{part}.json"
+        file.write_text(json.dumps(measure[part](), indent=1))
 
 
 if __name__ == "__main__":
