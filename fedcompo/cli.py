@@ -19,6 +19,7 @@ from fedcompo.cli_fisher import fisher
 from fedcompo.cli_print import print_removal
 from fedcompo.config import Action, RunConfig, Scalar, all_settings
 
+from fedcompo.errors import ConfigError
 app = typer.Typer(
     help="Federated fine-tuning into task vectors that add up to one model, and come out again.",
     no_args_is_help=True,
@@ -54,6 +55,14 @@ def simulate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random.")] = None,
     cpus_per_client: Annotated[
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Go on with the interrupted run in this folder, with the settings it was begun "
+            "with. Who has trained is not trained again.",
+        ),
+    ] = None,
         int | None, typer.Option(min=1, help="CPUs a client; default 1.")
     ] = None,
     gpus_per_client: Annotated[
@@ -74,7 +83,12 @@ def simulate(
     given = {"output": output, "seed": seed}
     options: dict[str, Scalar] = {key: v for key, v in given.items() if v is not None}
     with errors_as_sentences(verbose):
-        _simulate(scenario, assignments or [], options, cpus_per_client, gpus_per_client)
+        if resume is not None and (scenario or assignments or options):
+            raise ConfigError(
+                "--resume takes all settings from the run that is there: give neither a scenario "
+                "nor --set, --output or --seed with it."
+            )
+        _simulate(scenario, assignments or [], options, cpus_per_client, gpus_per_client, resume)
 
 
 @app.command()
@@ -135,7 +149,11 @@ def _simulate(
     from fedcompo.resources import count_clients, fair_resources
 
     console = Console()
-    values = scenario.settings_of(file, assignments, options)
+    resume: Path | None,
+    if resume is None:
+        values = scenario.settings_of(file, assignments, options)
+    else:
+        values = launcher.begun_settings(resume.expanduser().absolute())
     config = RunConfig.parse(values)
     clients = count_clients(config)
     resources = fair_resources(
@@ -148,7 +166,10 @@ def _simulate(
     name = scenario.scenario_name(file, values)
     if config.registry.action is Action.REMOVE:
         name = f"remove-{config.registry.client}"
-    output = launcher.reserve_output(Path(config.output or Path.cwd() / "runs" / name))
+    if resume is None:
+        output = launcher.reserve_output(Path(config.output or Path.cwd() / "runs" / name))
+    else:
+        output = launcher.reopen_output(Path(config.output))
     say(f"Simulating {clients} clients. Results go to {output}")
     with Display(console) as display:
         results = launcher.simulate(

@@ -203,6 +203,9 @@ class ServerConfig:
     keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
     exclude: str = setting("", "Clients to leave out, by name, joined by commas.", NAMES)
 
+    resume: bool = setting(
+        False, "Go on with the interrupted run in `output`, which was begun with these settings."
+    )
 
 @dataclass(frozen=True)
 class RegistryConfig:

@@ -29,6 +29,8 @@ from fedcompo.resources import Resources
 LOG = "flower.log"
 EVENTS = "events.jsonl"
 RESULTS = "results.json"
+RUN = "run.json"
+"""How far a run has come; see :mod:`server.working`."""
 TICK = 0.2
 FIRST_POLL, LONGEST_POLL, LAST_POLL = 5.0, 20.0, 1.0
 """Seconds between two questions to Flower, each of which costs a second of CPU: at first, in the
@@ -124,6 +126,40 @@ def reserve_output(wanted: Path) -> Path:
                 f"The output folder {folder} cannot be made: {error.strerror}. "
                 "Choose another with --output."
             ) from error
+
+
+def begun_settings(output: Path) -> dict[str, Scalar]:
+    """Settings to go on with: those that an interrupted run was begun with.
+
+    Args:
+        output: The run's folder; absolute.
+
+    Raises:
+        LaunchError: If it holds no such run.
+    """
+    path = output / RUN
+    if (output / RESULTS).exists():
+        raise LaunchError(f"The run in {output} is finished: there is a {RESULTS}.")
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(
+            f"{output} holds no run to go on with: {path.name} cannot be read "
+            f"({type(error).__name__}). Check the path, or start the run anew."
+        ) from error
+    return {**begun, "output": str(output), "resume": True}
+
+
+def reopen_output(output: Path) -> Path:
+    """Put the log and the events of an interrupted run aside; a resumed one writes its own."""
+    for path in (output / LOG, output / EVENTS):
+        number = 1
+        while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+            number += 1
+        if path.exists():
+            path.rename(aside)
+    (output / LOG).touch()
+    return output
 
 
 def _follow(

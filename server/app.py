@@ -23,17 +23,22 @@ from fedcompo.registry_state import RegistrySettings
 from fedcompo.report import write_report
 from fedcompo.tensorfile import write_atomically
 from server import averaging, unlearning
+from server.accounting import check_noise
 from server.arrivals import Arrivals
 from server.averaging import Averaging
 from server.exchange import Exchange
 from server.results import collect, collect_averaging, collect_removal
 from server.strategy import IelStrategy, ItaStrategy, Strategy
 from server.unlearning import Unlearning
+from server.working import Working, check_interrupted
 
 app = ServerApp()
 
 REGISTRY = "registry"
 HOME_OUTPUT = "fedcompo-runs"
+
+RESUMABLE = tuple((Action.TRAIN, method) for method in (Method.ITA, Method.IEL))
+"""What can go on where it was interrupted."""
 
 Work = Callable[[Exchange, RunConfig, Path, float], dict[str, Any]]
 """What a run does, given its output folder and when it started; returns its results."""
@@ -44,6 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     """Do what `action` says, once, and leave the results in the output folder."""
     started = time.time()
     config = RunConfig.parse(context.run_config)
+    check_noise(config)
     output = claim_output(config)
     server = config.server
     exchange = Exchange(
@@ -60,6 +66,8 @@ def main(grid: Grid, context: Context) -> None:
         results = work(exchange, config, output, started)
         text = json.dumps(results, indent=2, allow_nan=False) + "\n"
         write_atomically(output / RESULTS, text.encode())
+        if exchange.answers is not None:
+            exchange.answers.clear()
     except BaseException as error:
         exchange.tell("failed", reason=f"{type(error).__name__}: {error}")
         log(ERROR, "The run failed: %s", error)
@@ -81,12 +89,14 @@ def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) 
     """Train new clients; they join the registry."""
     backbone = load_backbone(config.backbone)
     registry = open_or_create(config, backbone, output)
+    working = Working.open(output, config, registry)
+    exchange.answers = working.answers
     # Members count: a single newcomer can join them.
-    exchange.min_clients = max(1, exchange.min_clients - len(registry.clients))
+    exchange.min_clients = max(1, exchange.min_clients - len(working.members))
     if registry.clients and registry.settings != RegistrySettings.of(config):
         exchange.note("The registry composes with its own settings, not with this run's.")
     exchange.gather(config.server.num_clients)
-    chosen = strategy_of(config)(exchange, config, backbone, registry, output)
+    chosen = strategy_of(config)(exchange, config, backbone, registry, working)
     chosen.run()
     results = collect(chosen, started=started)
     write_report(output, results)
@@ -159,9 +169,15 @@ def claim_output(config: RunConfig) -> Path:
     at all means ``~/fedcompo-runs/<data>``.
 
     Raises:
-        ConfigError: If the path is relative.
+        ConfigError: If the path is relative, or `resume` is set and nothing can be resumed there.
         LaunchError: If no folder can be made there.
     """
+    if config.server.resume and (config.registry.action, config.method.method) not in RESUMABLE:
+        raise ConfigError(
+            f"`resume` is set, but a run of {config.method.method} or a removal starts anew."
+        )
+    if config.server.resume and not config.output:
+        raise ConfigError("`resume` is set, but not `output`: name the folder of the run.")
     if not config.output:
         source = "".join(c if c.isalnum() else "-" for c in config.data.data).strip("-")
         return reserve_output(Path.home() / HOME_OUTPUT / source[-60:])
@@ -171,6 +187,9 @@ def claim_output(config: RunConfig) -> Path:
             f"`output` is {config.output!r}, but a run started by `flwr run` cannot know where you "
             "stand. Give an absolute path, or start it by `fedcompo simulate`."
         )
+    if config.server.resume:
+        check_interrupted(output)
+        return output
     if output.is_dir() and [path.name for path in output.iterdir()] == [LOG]:
         return output
     return reserve_output(output)

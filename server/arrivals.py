@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.accuracy_matrix import AccuracyMatrix
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.settings import names_of
 from server import composing, fitting
 from server.composing import Composing
@@ -32,8 +32,12 @@ class Arrivals(Strategy):
         self.matrices = {measure: AccuracyMatrix() for measure in MEASURES}
         self.roster.identify()
         self.roster.exclude(names_of(self.config.server.exclude))
-        for client in self._coming():
+        coming = self._coming()
+        arrived = self._recall(coming)
+        for client in coming:
             self.exchange.part = client
+            if client in arrived:
+                continue
             if folders := self._fit(client):
                 self.arrive(client, folders)
         self.exchange.part = ""
@@ -46,7 +50,8 @@ class Arrivals(Strategy):
 
     def _coming(self) -> Iterable[str]:
         """Who is to arrive, in order."""
-        replace, members = self.config.registry.replace, self.registry.clients
+        replace = self.config.registry.replace
+        members = self.working.members
         coming = [c for c in self.exchange.clients if replace or c not in members]
         if not coming:
             raise ContributionError(
@@ -55,11 +60,36 @@ class Arrivals(Strategy):
             )
         return coming
 
+    def _recall(self, coming: Iterable[str]) -> tuple[str, ...]:
+        """Go over the arrivals that were over when the run was interrupted, all but the last.
+
+        The last one is gone through again: what clients answered then is known.
+
+        Returns:
+            Who need not arrive again.
+        """
+        if self.working.resumed and self.config.registry.replace:
+            raise ConfigError(
+                "`schedule = sequential` with `replace` cannot be resumed; start it anew."
+            )
+        there = [c for c in coming if self.working.resumed and c in self.registry.clients]
+        steps = {step["client"]: step for step in self.working.steps}
+        arrived = tuple(there[:-1])
+        for client in arrived:
+            self.exchange.part = client
+            self.roster.gather((client,))
+            self.figures[client] = steps[client]["figures"]
+            for measure, matrix in self.matrices.items():
+                self.matrices[measure] = matrix.after(client, steps[client]["rows"][measure])
+        self.trained = arrived
+        return arrived
+
     def _fit(self, client: str) -> list[Path]:
         """Let one client train; nothing comes of it if the client fails, which is named then."""
         if client not in self.exchange.clients:  # it failed while it was measured as a member
             return []
         self.fitting = self.new_fitting((client,))
+        self.fitting.before = tuple(sorted({*self.working.members, *self.trained}))
         try:
             self.fitting.run()
         except ContributionError:
@@ -75,9 +105,15 @@ class Arrivals(Strategy):
         self.composing = Composing(self.exchange, self.backbone, self.registry)
         self.exchange.timed("compose", lambda: self.compose(folders))
         self.look(decisive=False)
+        rows = {
+            measure: {c: figures[measure] for c, figures in self.composing.figures.items()}
+            for measure in MEASURES
+        }
         for measure, matrix in self.matrices.items():
-            row = {c: figures[measure] for c, figures in self.composing.figures.items()}
-            self.matrices[measure] = matrix.after(client, row)
+            self.matrices[measure] = matrix.after(client, rows[measure])
+        if client not in [step["client"] for step in self.working.steps]:
+            figures = self.figures.get(client, {})
+            self.working.step({"client": client, "rows": rows, "figures": figures})
 
     def report(self) -> dict[str, Any]:
         """Accuracy after each arrival."""

@@ -7,8 +7,9 @@ sent last, and trains again once a node of its name is back.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedcompo.config import ServerConfig, rounds_of
 from fedcompo.settings import names_of
@@ -25,6 +26,9 @@ class Attendance:
     """How many there are."""
     closed: Collection[str] | None = None
     """Nobody but these takes part; None: whoever comes, as the settings have it."""
+    past: Sequence[Mapping[str, Any]] = ()
+    """Rounds that were over when the run was interrupted; see :attr:`server.rounds.Rounds.history`.
+    They are gone through again with those who were there."""
 
     def __post_init__(self) -> None:
         """Read who is to come and go."""
@@ -55,10 +59,27 @@ class Attendance:
                 fitting.roster.identify(nodes)
             fitting.absent -= set(self.exchange.clients)
         self._turn_away(number)
-        waiting = {client for client, first in self.joins.items() if first > number}
-        here = set(self.exchange.clients) - waiting - set(fitting.members)
+        clients = set(self.exchange.clients)
+        waiting = {client for client in clients if self._first(client) > number}
+        here = clients - waiting - set(fitting.members)
         new = sorted(here - described.keys())
         return fitting.take_in(new, decisive=number == 1) if new else ()
+
+    def asked(self, number: int) -> tuple[str, ...]:
+        """Who is to train in a round, sorted: in one that was over already, who trained then."""
+        if number > len(self.past):
+            return self.present
+        trained = set(self.past[number - 1]["trained"])
+        return tuple(client for client in self.present if client in trained) or self.present
+
+    def missed(self, number: int) -> tuple[str, ...]:
+        """Who missed a round that was over already."""
+        return tuple(self.past[number - 1]["missed"]) if number <= len(self.past) else ()
+
+    def _first(self, client: str) -> int:
+        """The round that a client joins in."""
+        came = [number for number, past in enumerate(self.past, 1) if client in past["came"]]
+        return came[0] if came else max(self.joins.get(client, 1), len(self.past) + 1)
 
     def leaving(self, number: int) -> tuple[str, ...]:
         """Who leaves after a round."""

@@ -11,22 +11,20 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from logging import INFO
-from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
-from flwr.serverapp import Grid
 
 from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.memory import reset_peak
 from fedcompo.messages import Body, from_record, size_of, to_record
-from server.books import NOTHING, Books, LeftOut, Traffic
+from server.answers import Answers, question
+from server.books import NOTHING, LeftOut, Traffic
+from server.nodes import Nodes
 
 Fold = Callable[[str, Body], str]
 """Takes a client's name and answer; checks it, *then* keeps what is needed; returns the name under
 which the client is to be known. Raises to refuse it, and then has kept nothing."""
-Waiting = tuple[str, int, float]
-"""Client, bytes sent, when."""
 NAMING = ("features", "identify")
 """Phases in which clients are first called by their names."""
 POLL = 0.1, 2.0
@@ -34,82 +32,13 @@ POLL = 0.1, 2.0
 
 
 @dataclass
-class Exchange(Books):
+class Exchange(Nodes):
     """Talks to the clients of a run and keeps the books."""
 
-    grid: Grid
-    timeout: float
-    min_clients: int
-    nodes: dict[str, int] = field(default_factory=dict)
-    """Flower's node id by client name; those left out are gone."""
     in_flight: int = 0
     """Requests under way at a time; 0: all. What waits to be folded in is no more than these."""
-    registered: dict[int, str] = field(default_factory=dict)
-    """Names under which the SuperLink knows nodes, by node id."""
-    _seen: set[int] = field(default_factory=set)
-    """Ids of all nodes that ever were taken up."""
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """Names of the clients still in the run, sorted."""
-        return tuple(sorted(self.nodes))
-
-    def gather(self, wanted: int) -> None:
-        """Wait for clients to connect.
-
-        Args:
-            wanted: Number of clients; 0: all that are there once nobody new comes for 3 seconds.
-
-        Raises:
-            TooFewClients: If fewer than ``min_clients`` come in time.
-        """
-        started, last_change, known = time.monotonic(), time.monotonic(), -1
-        while True:
-            nodes = list(self.grid.get_nodes())
-            now = time.monotonic()
-            if len(nodes) != known:
-                known, last_change = len(nodes), now
-            settled = not wanted and known >= self.min_clients and now - last_change > 3
-            if settled or (wanted and known >= wanted):
-                break
-            if now - started > self.timeout and known >= self.min_clients:
-                text = f"{known} of {wanted} client(s) connected within {self.timeout:g} s."
-                self.note(text)
-                break
-            if now - started > self.timeout:
-                raise TooFewClients(
-                    f"{known} client(s) connected within {self.timeout:g} s, expected at least "
-                    f"{self.min_clients} (`min-clients`). Start more clients, or raise `timeout`."
-                )
-            time.sleep(0.5)
-        self.nodes = {}
-        self._take_up(nodes)
-
-    def look_again(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """See who has come and who has gone since the last look.
-
-        Returns:
-            Provisional names of the nodes that are new, and names of the clients whose node is no
-            longer there; these have lost their node, and may come back, under its id or another.
-        """
-        nodes = list(self.grid.get_nodes())
-        there = {node.node_id for node in nodes}
-        gone = tuple(client for client in self.clients if self.nodes[client] not in there)
-        for client in gone:  # also under the same id, if it was but out of reach
-            self._seen.discard(self.nodes.pop(client))
-        return self._take_up([node for node in nodes if node.node_id not in self._seen]), gone
-
-    def look_anew(self, client: str) -> None:
-        """Let a client's node count as new at the next look, whatever becomes of it now."""
-        self._seen.discard(self.nodes[client])
-
-    def _take_up(self, nodes: list[Any]) -> tuple[str, ...]:
-        """Give new nodes provisional names."""
-        self._seen |= {node.node_id for node in nodes}
-        self.registered |= {node.node_id: node.name for node in nodes if node.name}
-        new = {f"node {node.node_id}": node.node_id for node in nodes}
-        self.nodes |= new
-        return tuple(sorted(new))
+    answers: Answers | None = None
+    """Answers of a run that may be interrupted; None: it starts anew then."""
 
     def ask(
         self,
@@ -171,17 +100,34 @@ class Exchange(Books):
         )
 
     def _send(self, client: str, asking: _Asking) -> None:
-        """Send a client its request."""
+        """Send a client its request, unless its answer is known already."""
         tensors, manifest = asking.request(client)
+        asked = "" if self.answers is None else question((tensors, manifest))
+        if self._recalled(client, asking, asked):
+            return
         node = self.nodes[client]
         name = self.registered.get(node, "")
         content = to_record(tensors, {"content": "request", "registered_name": name, **manifest})
         message = Message(content, node, asking.message_type, ttl=self.timeout)
         ids, sent = list(self.grid.push_messages([message])), size_of(content)
         if ids and ids[0]:
-            asking.waiting[ids[0]] = client, sent, time.monotonic()
+            asking.waiting[ids[0]] = _Waiting(client, asked, sent, time.monotonic())
         else:
             self._fail(asking, client, "its node is gone", Traffic(sent, 0, 0.0))
+
+    def _recalled(self, client: str, asking: _Asking, asked: str) -> bool:
+        """Whether a client's answer was kept, when this run was interrupted, and still serves."""
+        kept = self.answers and self.answers.recall(self.label(asking.phase), client, asked)
+        if not kept:
+            return False
+        body, cost = kept
+        try:
+            name = asking.fold(client, body)
+        except FedcompoError as error:
+            log(INFO, "%s is asked again: its kept answer does not serve: %s", client, error)
+            return False
+        self._book(asking, client, name, body, cost, reason="answered before the interruption")
+        return True
 
     def _collect(self, asking: _Asking, *, most: int) -> None:
         """Take answers as they come, until no more than so many are awaited, or their time is over.
@@ -193,9 +139,7 @@ class Exchange(Books):
             answered = False
             for message_id in list(waiting):
                 for reply in self.grid.pull_messages([message_id]):
-                    client, sent, departed = waiting.pop(message_id)
-                    cost = Traffic(sent, _received(reply), time.monotonic() - departed)
-                    self._take(asking, client, reply, cost)
+                    self._take(asking, waiting.pop(message_id), reply)
                     answered = True
             self._give_up(asking)
             pause = POLL[0] if answered else min(1.2 * pause, POLL[1])
@@ -204,23 +148,24 @@ class Exchange(Books):
 
     def _give_up(self, asking: _Asking) -> None:
         """Wait no longer for answers whose time is over."""
-        for message_id, (client, sent, departed) in list(asking.waiting.items()):
-            seconds = time.monotonic() - departed
+        for message_id, awaited in list(asking.waiting.items()):
+            seconds = time.monotonic() - awaited.departed
             if seconds >= self.timeout:
                 del asking.waiting[message_id]
                 reason = f"no answer within {self.timeout:g} s"
-                self._fail(asking, client, reason, Traffic(sent, 0, seconds))
+                self._fail(asking, awaited.client, reason, Traffic(awaited.sent, 0, seconds))
 
-    def _take(self, asking: _Asking, client: str, reply: Message, cost: Traffic) -> None:
+    def _take(self, asking: _Asking, awaited: _Waiting, reply: Message) -> None:
         """Fold one reply in, or do without its client."""
-        phase, label = asking.phase, self.label(asking.phase)
+        client, seconds = awaited.client, time.monotonic() - awaited.departed
+        cost = Traffic(awaited.sent, _received(reply), seconds)
         if reply.has_error():
             reason = f"code {reply.error.code}: {reply.error.reason or 'no reason given'}"
             self._fail(asking, client, reason, cost)
             return
         try:
             body = from_record(reply.content, expected=asking.expected, source=f"client {client!r}")
-            peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
+            _peaks(body)
             name = asking.fold(client, body)
         except FedcompoError as error:
             self._fail(asking, client, str(error), cost)
@@ -229,22 +174,23 @@ class Exchange(Books):
             reason = f"its answer is malformed ({type(error).__name__}: {error})"
             self._fail(asking, client, reason, cost)
             return
-        self._remember_peak(
-            label, {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
-        )
+        if self.answers is not None:
+            self.answers.keep(self.label(asking.phase), name, awaited.asked, body, cost)
+        self._book(asking, client, name, body, cost)
+
+    def _book(
+        self, asking: _Asking, client: str, name: str, body: Body, cost: Traffic, reason: str = ""
+    ) -> None:
+        """Enter an answer that was folded in."""
+        phase, label = asking.phase, self.label(asking.phase)
+        self._remember_peak(label, _peaks(body))
         if name != client:
             self.nodes[name] = self.nodes.pop(client)
         before = self.traffic[label].get(name)
         self.traffic[label][name] = cost if before is None else before + cost
-        self.tell("client", phase=phase, client=name, status="ok", reason="", **asdict(cost))
-        log(
-            INFO,
-            "%s: %s answered with %d bytes in %.1f s",
-            label,
-            name,
-            cost.bytes_received,
-            cost.seconds,
-        )
+        self.tell("client", phase=phase, client=name, status="ok", reason=reason, **asdict(cost))
+        size, seconds = cost.bytes_received, cost.seconds
+        log(INFO, "%s: %s answered with %d bytes in %.1f s", label, name, size, seconds)
 
     def _fail(self, asking: _Asking, client: str, reason: str, cost: Traffic) -> None:
         """Do without a client: in this phase, or in all that follow."""
@@ -263,6 +209,19 @@ class Exchange(Books):
         self._say(phase, client, "left-out", reason, cost)
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A request that has not been answered yet."""
+
+    client: str
+    asked: str
+    """:func:`server.answers.question` of it."""
+    sent: int
+    """Bytes."""
+    departed: float
+    """When."""
+
+
 @dataclass
 class _Asking:
     """A request to several clients, and whose answer is awaited."""
@@ -272,13 +231,19 @@ class _Asking:
     request: Callable[[str], Body]
     fold: Fold
     may_miss: bool
-    waiting: dict[str, Waiting] = field(default_factory=dict)
+    waiting: dict[str, _Waiting] = field(default_factory=dict)
     """By message id."""
 
     @property
     def expected(self) -> str:
         """What an answer's manifest must call its content."""
         return self.message_type.rpartition(".")[2]
+
+
+def _peaks(body: Body) -> dict[str, int]:
+    """Peak memory that a client reports, in bytes."""
+    peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
+    return {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
 
 
 def _received(reply: Message) -> int:

@@ -60,6 +60,8 @@ class Fitting:
     """What clients reported, by client."""
     ensembled: bool = False
     """Whether clients train inside the sum of the others."""
+    before: tuple[str, ...] | None = None
+    """Members of the registry when the run began; None: those who are in it now."""
     absent: set[str] = field(default_factory=set)
     """Who takes part, but is not connected at the moment."""
     kinds: dict[str, Kind] = field(default_factory=dict)
@@ -120,7 +122,7 @@ class Fitting:
 
     def settle_members(self, coming: Iterable[str]) -> None:
         """Settle whom of the registry nobody trains again: all but those who are replaced."""
-        self.members = self.registry.clients
+        self.members = self.registry.clients if self.before is None else self.before
         if self.config.registry.replace:
             self.members = tuple(client for client in self.members if client not in coming)
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)

@@ -35,6 +35,7 @@ from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
 from server.attendance import Attendance
 from server.exchange import Exchange
 from server.fitting import Fitting
+from server.working import Working
 
 ANCHOR, OWN = "anchor", "own"
 """What a client keeps between rounds, and is asked to use again."""
@@ -60,6 +61,8 @@ class Rounds:
     """Where the clients' last task vectors lie, a file each."""
     continuing: bool = False
     """Whether members of the registry go on from what they are there."""
+    working: Working | None = None
+    """Where rounds that are over are noted, for a run that is interrupted; None: nowhere."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """By round: who is in the sum, trained, or missed it; the mean loss; who came, or went then."""
 
@@ -68,7 +71,8 @@ class Rounds:
         self.exchange: Exchange = self.fitting.exchange
         self.registry: Registry = self.fitting.registry
         closed = self.fitting.newcomers if self.continuing else None
-        self.attendance = Attendance(self.fitting, self.number, closed)
+        past = list(self.working.steps) if self.working else []
+        self.attendance = Attendance(self.fitting, self.number, closed, past)
         self.heads: dict[str, Head] = {}
         self.traces: dict[str, Trace] = {}
         self._entered: set[str] = set()
@@ -107,6 +111,8 @@ class Rounds:
             went = self.attendance.leaving(number)
             self.part_with(went, number)
             self.history.append({**happened, "came": list(came), "went": list(went)})
+            if self.working and number > len(self.working.steps):
+                self.working.step(self.history[-1])
         self.exchange.part = ""
         self.drop_silent()
         self.attendance.close()
@@ -153,13 +159,17 @@ class Rounds:
         Returns:
             What happened, as JSON values.
         """
-        asked, absent = self.attendance.present, self.fitting.absent
+        asked, absent = self.attendance.asked(number), self.fitting.absent
         if not asked:
             self.exchange.require_clients("train", asked)
             raise TooFewClients(f"Nobody is there to train in round {number}.")
         self._number, self._together = number, self._count(asked)
         self._arrived: dict[str, dict[str, Any]] = {}
-        for client in sorted(absent):
+        missed = self.attendance.missed(number)
+        for client in missed:
+            reason = "it missed this round before the run was interrupted"
+            self.exchange.miss("train", client, reason)
+        for client in sorted(absent - set(missed)):
             self.exchange.miss("train", client, "its node is not connected")
         if lacking := self._ask(asked):  # who lost what it was left to remember is sent all of it
             self._ask(lacking, again=True)
@@ -178,7 +188,7 @@ class Rounds:
             "round": number,
             "members": list(self.sum.clients),
             "trained": sorted(losses),
-            "missed": sorted({*asked, *absent} - set(losses)),
+            "missed": sorted({*asked, *absent, *missed} - set(losses)),
             "mean_loss": fmean(losses.values()),
         }
 

@@ -28,6 +28,7 @@ from server.exchange import Exchange
 from server.fitting import Fitting
 from server.roster import Roster
 from server.rounds import Rounds
+from server.working import Working
 
 INCOMING = "incoming"
 
@@ -40,7 +41,7 @@ class Strategy(ABC):
     config: RunConfig
     backbone: Backbone
     registry: Registry
-    output: Path
+    working: Working
 
     phases: ClassVar[tuple[str, ...]]
 
@@ -68,6 +69,7 @@ class Strategy(ABC):
             self.roster,
             asked,
             self.figures,
+            before=self.working.members,
             ensembled=self.config.method.method is Method.IEL,
         )
 
@@ -77,17 +79,23 @@ class Strategy(ABC):
         self.exchange.timed("compose", lambda: self.compose(folders))
         self.look()
 
+    @property
+    def output(self) -> Path:
+        """The run's own folder."""
+        return self.working.output
+
     @abstractmethod
     def fit(self) -> list[Path]:
         """Let clients train; returns the folders of their contributions."""
 
     def compose(self, folders: list[Path]) -> None:
         """Add contributions to the registry, which adds them up; they then live there alone."""
-        self.registry.add(
-            *folders,
-            replacing=self.config.registry.replace,
-            on_step=lambda step: log(INFO, "registry: %s", step),
-        )
+        if not self.working.joined(self.registry, {folder.name: folder for folder in folders}):
+            self.registry.add(
+                *folders,
+                replacing=self.config.registry.replace,
+                on_step=lambda step: log(INFO, "registry: %s", step),
+            )
         shutil.rmtree(self.fitting.contributions)
         self.composing.compare(self.fitting.anchors.total)
 
@@ -113,6 +121,8 @@ class ItaStrategy(Strategy):
 
     def fit(self) -> list[Path]:
         """Fit everyone's task vector."""
+        if self.working.resumed:  # what was answered before is known by the clients' names
+            self.roster.identify()
         self.fitting.run()
         self.trained = self.fitting.trained
         return [self.fitting.folder(client) for client in self.trained]
@@ -134,7 +144,7 @@ class IelStrategy(Strategy):
                 "them anew with `replace = true`, or start others."
             )
         number, folder = self.config.method.num_server_rounds, self.output / "rounds"
-        self.rounds = Rounds(self.fitting, number, folder)
+        self.rounds = Rounds(self.fitting, number, folder, working=self.working)
         self.rounds.run()
         self.trained = self.rounds.trained
         return self.rounds.keep()

@@ -1,0 +1,83 @@
+"""The answers of a run, kept until what they came to is safe.
+
+A run that was killed is started again; it asks the same questions, and whatever was answered
+before is taken from here. A question is the same if its bytes are: who would be asked something
+else (because somebody came or went meanwhile) is asked again. So little more than the answers has
+to be remembered: all else follows from them, by the code that a run goes through anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedcompo import tensorfile
+from fedcompo.errors import FileFormatError
+from fedcompo.messages import Body
+from fedcompo.tensorstream import save_streamed
+from server.books import Traffic
+
+logger = logging.getLogger(__name__)
+
+CONTENT = "answer"
+
+
+def question(request: Body) -> str:
+    """SHA-256 of what a client is asked; hexadecimal."""
+    tensors, manifest = request
+    text = tensorfile.tensor_digest(tensors) + tensorfile.canonical(manifest)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A folder of answers, a file each."""
+
+    folder: Path
+
+    def keep(self, phase: str, client: str, asked: str, answer: Body, cost: Traffic) -> None:
+        """Keep an answer that could be used.
+
+        Args:
+            phase: Label of the phase.
+            client: Who answered.
+            asked: :func:`question` of the request.
+            answer: Tensors and manifest.
+            cost: What it cost.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        tensors, manifest = answer
+        path = self._file(phase, client, asked)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = {"content": CONTENT, "asked": asked, "manifest": manifest, "cost": asdict(cost)}
+        save_streamed(path, tensors, about)
+
+    def recall(self, phase: str, client: str, asked: str) -> tuple[Body, Traffic] | None:
+        """The answer to this very question, and what it cost; None if there is none.
+
+        One that cannot be read is as good as none: the client is asked again.
+        """
+        path = self._file(phase, client, asked)
+        if not path.exists():
+            return None
+        try:
+            tensors, kept = tensorfile.load(path)
+        except FileFormatError as error:
+            logger.warning("%s is asked again: %s", client, error)
+            return None
+        if kept["content"] != CONTENT or kept["asked"] != asked:
+            return None
+        return (tensors, kept["manifest"]), Traffic(**kept["cost"])
+
+    def clear(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, phase: str, client: str, asked: str) -> Path:
+        folder = "".join(c if c.isalnum() else "-" for c in phase)
+        return self.folder / folder / f"{client}.{asked[:16]}.safetensors"

@@ -1,0 +1,125 @@
+"""What a run leaves in its output while it goes, so that the same run, started again, goes on.
+
+``run.json`` says with which settings it was begun, who was in the registry then, and how far its
+rounds or arrivals have come; ``answers/`` holds what clients sent (:mod:`server.answers`). When the
+results are on disk, the answers are deleted. Who gives a run up deletes its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedcompo.config import RunConfig
+from fedcompo.errors import ConfigError
+from fedcompo.launcher import RESULTS, RUN
+from fedcompo.registry import Registry
+from fedcompo.tensorfile import write_atomically
+from fedcompo.tensorstream import file_sha256
+from server.answers import Answers
+
+FORMAT_VERSION = 1
+MAY_DIFFER = ("output", "resume", "num-clients", "min-clients", "timeout", "in-flight")
+"""Settings that do not change what comes out."""
+
+
+@dataclass
+class Working:
+    """The working files of one run."""
+
+    output: Path
+    settings: Mapping[str, Any]
+    """Those that the run was begun with."""
+    members: tuple[str, ...]
+    """Of the registry, when the run began."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Rounds or arrivals that are over, as JSON values."""
+    resumed: bool = False
+    """Whether the run was begun before."""
+
+    @classmethod
+    def open(cls, output: Path, config: RunConfig, registry: Registry) -> Working:
+        """Begin, or find what was begun.
+
+        Args:
+            output: The run's own folder.
+            config: Settings of this run.
+            registry: Its registry, opened.
+
+        Raises:
+            ConfigError: If what was begun is another run.
+        """
+        path, settings = output / RUN, config.flat()
+        if not config.server.resume:
+            working = cls(output, settings, registry.clients)
+            working._write()
+            return working
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        check_same(path, begun["settings"], settings)
+        members = tuple(begun["members"])
+        return cls(output, begun["settings"], members, begun["steps"], resumed=True)
+
+    @property
+    def answers(self) -> Answers:
+        """What clients answered so far."""
+        return Answers(self.output / "answers")
+
+    def step(self, entries: Mapping[str, Any]) -> None:
+        """Take note that a round or an arrival is over."""
+        self.steps.append(dict(entries))
+        self._write()
+
+    def joined(self, registry: Registry, folders: Mapping[str, Path]) -> bool:
+        """Whether these contributions are in the registry already: added before an interruption."""
+        return self.resumed and all(
+            client in registry.clients and _same(registry.member(client).files, folder)
+            for client, folder in folders.items()
+        )
+
+    def _write(self) -> None:
+        entries = {
+            "format_version": FORMAT_VERSION,
+            "settings": dict(self.settings),
+            "members": list(self.members),
+            "steps": self.steps,
+        }
+        write_atomically(self.output / RUN, (json.dumps(entries, indent=1) + "\n").encode())
+
+
+def check_same(path: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings; raises ``ConfigError``, naming them."""
+    names = sorted((begun.keys() | settings.keys()) - set(MAY_DIFFER))
+    differing = [
+        f"  {name} = {settings.get(name)!r}, begun with {begun.get(name)!r}"
+        for name in names
+        if settings.get(name) != begun.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path} was begun with other settings; give the same, or start a run of its own:\n"
+            + "\n".join(differing)
+        )
+
+
+def check_interrupted(output: Path) -> None:
+    """Refuse a folder that holds no run to go on with.
+
+    Raises:
+        ConfigError: If there is none, or it is finished.
+    """
+    if (output / RESULTS).exists():
+        Answers(output / "answers").clear()  # it was killed between the one and the other
+        raise ConfigError(f"The run in {output} is finished: there is a {RESULTS}.")
+    if not (output / RUN).exists():
+        raise ConfigError(
+            f"`resume` is set, but {output} holds no run that was begun. Check `output`, or start "
+            "the run without `resume`."
+        )
+
+
+def _same(known: Mapping[str, str], folder: Path) -> bool:
+    """Whether a member's files are those of a folder."""
+    return all(known.get(path.name) == file_sha256(path) for path in folder.iterdir())

@@ -1,0 +1,165 @@
+"""A run that is killed at any message goes on where it was, and comes to the same, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from app_runs import run
+
+from fedcompo.errors import ConfigError
+from fedcompo.messages import from_record
+from fedcompo.registry import Registry
+
+TYPES = ("query.features", "query.identify", "query.fisher", "train", "query.realign", "evaluate")
+ROUNDS = {"method": "iel", "num_server_rounds": 2}
+ONE_BY_ONE = {"schedule": "sequential"}
+
+
+class Killed(BaseException):
+    """As sudden as SIGKILL: nothing but a context's end can be done about it."""
+
+
+class Watched:
+    """Counts the answers of clients, and kills the run before one of them arrives."""
+
+    def __init__(self, kill_at: int = 0) -> None:
+        self.kill_at, self.count = kill_at, 0
+        self.trained: list[int] = []
+
+    def options(self, clients: int = 3) -> dict:
+        return {
+            "tamper": {
+                (i, kind): lambda reply, i=i, kind=kind: self._see(i, kind, reply)
+                for i in range(clients)
+                for kind in TYPES
+            }
+        }
+
+    def _see(self, partition: int, kind: str, reply):
+        self.count += 1
+        if self.count == self.kill_at:
+            raise Killed
+        if (
+            kind == "train"
+            and "losses" in from_record(reply.content, expected="train", source="")[1]
+        ):
+            self.trained.append(partition)
+        return reply
+
+
+def figures(results: dict) -> dict:
+    """What must not depend on interruptions."""
+    kept = ("class_il_accuracy", "task_il_accuracy", "own_task_accuracy", "diagnostics", "rounds")
+    kept += ("frozen_class_il_accuracy", "left_out", "missed", "arrivals", "realigned_with")
+    return {name: results.get(name) for name in kept}
+
+
+@pytest.fixture(scope="module", params=[{}, ROUNDS, ONE_BY_ONE], ids=["ita", "iel", "sequential"])
+def uninterrupted(request, tmp_path_factory):
+    watched, output = Watched(), tmp_path_factory.mktemp("whole") / "run"
+    settings = {**request.param, "in_flight": 1}  # else answers on their way are lost
+    return settings, run(watched.options(), output, **settings), watched
+
+
+@pytest.mark.parametrize("share", [0.45, 0.65, 1.0])
+def test_a_run_killed_anywhere_goes_on_and_trains_nobody_twice(uninterrupted, tmp_path, share):
+    settings, expected, whole = uninterrupted
+    first, again, last = Watched(int(share * whole.count)), Watched(2), Watched()
+    output = tmp_path / "run"
+
+    with pytest.raises(Killed):
+        run(first.options(), output, **settings)
+    assert list((output / "answers").rglob("*.safetensors"))
+    with pytest.raises(Killed):
+        run(again.options(), output, **settings, resume=True)
+    results = run(last.options(), output, **settings, resume=True)
+
+    assert figures(results) == figures(expected)
+    assert results["registry"]["root"] == expected["registry"]["root"]
+    assert results["per_client"].keys() == expected["per_client"].keys()
+    assert sorted(first.trained + again.trained + last.trained) == sorted(whole.trained)
+    assert not (output / "answers").exists()
+
+
+def test_a_run_killed_once_its_clients_are_in_the_registry_adds_them_only_once(
+    tmp_path, monkeypatch
+):
+    add, output = Registry.add, tmp_path / "run"
+
+    def add_and_die(registry, *sources, **options):
+        add(registry, *sources, **options)
+        raise Killed
+
+    monkeypatch.setattr(Registry, "add", add_and_die)
+    with pytest.raises(Killed):
+        run(Watched().options(), output)
+    monkeypatch.undo()
+    second = Watched()
+    results = run(second.options(), output, resume=True)
+    registry = Registry(output / "registry")
+    assert second.trained == []
+    assert [e.event for e in registry.entries()].count("added") == 1
+    assert results["clients_evaluated"] == list(registry.clients)
+
+
+def test_an_answer_that_was_damaged_on_disk_is_asked_for_again(tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(Killed):
+        run(Watched(10).options(), output)  # all have trained
+    damaged = next((output / "answers" / "train").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    second = Watched()
+    run(second.options(), output, resume=True)
+    assert len(second.trained) == 1
+
+
+def test_going_on_with_other_settings_is_refused_and_changes_nothing(tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(Killed):
+        run(Watched(5).options(), output)
+    before = {p: p.read_bytes() for p in output.rglob("*.safetensors")}
+    with pytest.raises(ConfigError, match=r"alpha = 3.0, begun with 100.0"):
+        run(Watched().options(), output, resume=True, alpha=3.0)
+    assert {p: p.read_bytes() for p in output.rglob("*.safetensors")} == before
+
+
+def test_a_finished_run_cannot_be_resumed(tmp_path):
+    run(Watched().options(), tmp_path / "run")
+    with pytest.raises(ConfigError, match="finished"):
+        run(Watched().options(), tmp_path / "run", resume=True)
+
+
+def test_where_nothing_was_begun_nothing_can_be_resumed(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="no run that was begun"):
+        run(Watched().options(), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("settings", [{"method": "fedavg"}, {"action": "remove", "client": "a"}])
+def test_what_cannot_be_resumed_says_so(tmp_path, settings):
+    with pytest.raises(ConfigError, match="starts anew"):
+        run(Watched().options(), tmp_path / "run", resume=True, **settings)
+
+
+def test_a_client_that_missed_a_round_before_the_interruption_still_has_missed_it(tmp_path):
+    class Missing(Watched):
+        def _see(self, partition, kind, reply):
+            reply = super()._see(partition, kind, reply)
+            return None if kind == "train" and partition == 1 else reply
+
+    settings = {"method": "iel", "num_server_rounds": 2, "timeout": 2.0}
+    output: Path = tmp_path / "run"
+    first = Missing(14)
+    with pytest.raises(Killed):
+        run(first.options(), output, **settings)
+    rounds_over = json.loads((output / "run.json").read_text())["steps"]
+    assert [step["missed"] for step in rounds_over] == [["client-1"]]
+    second = Watched()
+    results = run(second.options(), output, **settings, resume=True)
+    assert results["rounds"][0]["missed"] == ["client-1"]
+    assert [(m["client"], m["phase"]) for m in results["missed"]] == [
+        ("client-1", "train, round 1")
+    ]
+    assert results["rounds"][1]["trained"] == ["client-0", "client-1", "client-2"]
