@@ -16,6 +16,7 @@ from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
 from fedcompo.memory import peak_bytes, reset_peak
 from fedcompo.messages import Body, from_record, refusal, to_record
+from fedcompo.versions import of_this_process
 
 app = ClientApp()
 
@@ -83,7 +84,8 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
             context.run_config, context.node_config, request.get("registered_name", "")
         )
         answer, manifest = work(client, tensors, request)
-        content = to_record(answer, {**manifest, "peak_memory": peak_bytes()})
+        about = {"peak_memory": peak_bytes(), "versions": of_this_process()}
+        content = to_record(answer, {**manifest, **about})
     except FedcompoError as error:
         content = refusal(f"{type(error).__name__}: {error}")
     return Message(content, reply_to=message)

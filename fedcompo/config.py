@@ -197,6 +197,9 @@ class ServerConfig:
     joins: str = setting(
         "", "iel: who joins in a later round than the first: client-3:2, joined by commas.", ROUNDS
     )
+    max_norm_ratio: float = setting(
+        0.0, "Refuse a task vector this many times longer than the median; 0: none.", NOT_NEGATIVE
+    )
     leaves: str = setting(
         "", "iel: who leaves after a round, and is taken out: client-1:3, joined by commas.", ROUNDS
     )

@@ -35,6 +35,7 @@ from server.anchors import Anchors
 from server.checks import check_fisher, checked_fisher, checked_fractions, checked_task_vector
 from server.exchange import Exchange
 from server.roster import Roster
+from server.suspects import Originals, norm_of, too_long
 
 PHASES = ("features", "align", "fisher", "train")
 FIGURES = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
@@ -68,6 +69,8 @@ class Fitting:
     """Kind of task vector, by client."""
     described: dict[str, Mixtures] = field(default_factory=dict)
     """Mixtures that the joint head is aligned on, by client."""
+    originals: Originals = field(default_factory=Originals)
+    """Whose each task vector is."""
 
     def __post_init__(self) -> None:
         """Read what must be at hand before any client is asked; raises as reading it does."""
@@ -262,6 +265,10 @@ class Fitting:
         self.exchange.ask(
             "train", "train", self.train_request, self._fold_trained, clients=self.newcomers
         )
+        norms = {client: self.figures[client]["norm"] for client in self.newcomers}
+        for client, reason in too_long(norms, self.config.server.max_norm_ratio).items():
+            self.exchange.leave_out("train", client, reason)
+        self.exchange.require_clients("train")
         self.trained = self.newcomers
 
     def train_request(self, client: str) -> Body:
@@ -328,6 +335,7 @@ class Fitting:
                 f"{self.kinds[client]}. Use the same fedcompo version everywhere."
             )
         head = head_from(tensors, manifest["classes"])
+        self.originals.check(client, vector)
         classes = self.roster.described[client].classes
         head.check(classes, self.backbone.num_features, f"client {client!r}")
         names = [name for name in FIGURES if name in manifest]
@@ -335,7 +343,8 @@ class Fitting:
         losses = [float(loss) for loss in manifest["losses"]]
         if not losses or not all(map(math.isfinite, losses)):
             raise ContributionError(f"Client {client!r} reports the losses {losses}.")
-        return vector, head, {**figures, "losses": losses}
+        norm = norm_of(vector, self.backbone.theta_0)
+        return vector, head, {**figures, "losses": losses, "norm": norm}
 
     def note_figures(self, client: str, figures: Mapping[str, Any]) -> None:
         """Keep what a client reports of its training; losses come after those of earlier rounds."""

@@ -10,6 +10,7 @@ from fedcompo.config import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.messages import Body
 from fedcompo.names import check_client_name
+from fedcompo.versions import check_versions
 from server.alignment import Mixtures
 from server.books import NOTHING
 from server.checks import check_backbone, checked_mixtures
@@ -131,6 +132,8 @@ class Roster:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
         if name != client:
             self._refuse_twins(client, name)
+        if (told := check_versions(name, manifest["versions"])) not in ("", *self.exchange.notes):
+            self.exchange.note(told)
         check_backbone(name, str(manifest["base"]), self.backbone)
         return name
 

@@ -35,6 +35,7 @@ from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
 from server.attendance import Attendance
 from server.exchange import Exchange
 from server.fitting import Fitting
+from server.suspects import too_long
 from server.working import Working
 
 ANCHOR, OWN = "anchor", "own"
@@ -173,6 +174,9 @@ class Rounds:
             self.exchange.miss("train", client, "its node is not connected")
         if lacking := self._ask(asked):  # who lost what it was left to remember is sent all of it
             self._ask(lacking, again=True)
+        norms = {client: figures["norm"] for client, figures in self._arrived.items()}
+        for client, reason in too_long(norms, self.fitting.config.server.max_norm_ratio).items():
+            self._refuse(client, reason)
         inside, losses = set(self.sum.clients), {}
         for client, figures in sorted(self._arrived.items()):
             if self._enter(client, inside):
@@ -295,9 +299,7 @@ class Rounds:
         try:
             self.sum.put(client, vector, times=self._times(client))
         except ContributionError as error:
-            arriving.unlink()
-            self._held.pop(client)
-            self.exchange.miss("train", client, str(error))
+            self._refuse(client, str(error))
             return False
         tensorfile.put_in_place(arriving, path)
         self.sum.vectors[client], self.heads[client] = self._read(client, path)
@@ -307,6 +309,13 @@ class Rounds:
         trace.aligned_with |= set(lineage.aligned_with)
         trace.ensemble |= inside - {client}
         return True
+
+    def _refuse(self, client: str, reason: str) -> None:
+        """Do without what a client sent in this round; it goes on from what it sent before."""
+        self._arriving(client).unlink()
+        self._held.pop(client, None)
+        self._arrived.pop(client, None)
+        self.exchange.miss("train", client, reason)
 
     def _read(self, client: str, path: Path) -> tuple[TaskVector, Head]:
         tensors = StreamedTensors(path)

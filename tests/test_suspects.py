@@ -1,0 +1,124 @@
+"""Task vectors that are too long, or somebody else's, and versions that do not fit, are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from app_runs import altered, run
+
+from fedcompo.config import Kind
+from fedcompo.errors import ContributionError
+from fedcompo.task_vector import TaskVector
+from fedcompo.versions import check_versions, of_this_process
+from server.suspects import Originals, norm_of, too_long
+
+
+def vector(value: float) -> TaskVector:
+    return TaskVector(Kind.FULL, {"w": torch.full((2, 3), value)}, "base")
+
+
+def test_a_task_vector_is_too_long_beyond_the_ratio_to_the_median():
+    norms = {"a": 1.0, "b": 2.0, "c": 20.0}
+    assert too_long(norms, 10.0) == {}
+    assert list(too_long(norms, 9.9)) == ["c"]
+    assert (
+        "norm 20, more than `max-norm-ratio` = 9.9 times the median 2" in too_long(norms, 9.9)["c"]
+    )
+
+
+@pytest.mark.parametrize("norms", [{}, {"a": 1.0}, {"a": 1.0, "b": 1e9}])
+def test_among_fewer_than_three_nobody_stands_out(norms):
+    assert too_long(norms, 2.0) == {}
+
+
+def test_without_a_ratio_nobody_is_refused():
+    assert too_long({"a": 1.0, "b": 1.0, "c": 1e9}, 0.0) == {}
+
+
+def test_the_norm_is_that_of_all_weights_together():
+    theta_0 = {"w": torch.zeros(2, 3), "v": torch.zeros(2, 3)}
+    both = TaskVector(
+        Kind.FULL, {"w/delta": torch.full((2, 3), 3.0), "v/delta": torch.full((2, 3), 4.0)}, ""
+    )
+    assert norm_of(both, theta_0) == pytest.approx((6 * 9 + 6 * 16) ** 0.5)
+
+
+def test_a_copy_of_anothers_task_vector_is_refused_and_one_s_own_is_not():
+    originals = Originals()
+    originals.check("a", vector(1.0))
+    originals.check("a", vector(1.0))
+    originals.check("b", vector(2.0))
+    with pytest.raises(ContributionError, match="'b' sent, byte for byte, the task vector of 'a'"):
+        originals.check("b", vector(1.0))
+
+
+def test_two_clients_may_both_learn_nothing():
+    originals = Originals()
+    originals.check("a", vector(0.0))
+    originals.check("b", vector(0.0))
+
+
+def test_the_same_versions_leave_nothing_to_say():
+    assert check_versions("a", of_this_process()) == ""
+
+
+def test_another_torch_is_noted():
+    told = check_versions("a", {**of_this_process(), "torch": "1.0"})
+    assert told.startswith("a runs torch 1.0 (here ")
+
+
+@pytest.mark.parametrize("stated", [{"fedcompo": "99.0.0"}, {}])
+def test_another_release_of_fedcompo_is_refused(stated):
+    with pytest.raises(ContributionError, match="Install the same release on both"):
+        check_versions("a", stated)
+
+
+def test_builds_of_one_torch_for_different_devices_are_the_same():
+    torch_version = of_this_process()["torch"].partition("+")[0]
+    assert check_versions("a", {**of_this_process(), "torch": f"{torch_version}+other"}) == ""
+
+
+def longer(tensors, manifest):
+    for name in tensors:
+        if name.endswith("/B"):
+            tensors[name] *= 8
+
+
+@pytest.mark.parametrize("method", ["ita", "iel"])
+def test_a_client_that_sends_far_too_much_is_refused_and_named(tmp_path, method):
+    tampered = {"tamper": {(2, "train"): altered(longer)}}
+    results = run(
+        tampered, tmp_path / "run", method=method, num_server_rounds=1, max_norm_ratio=4.0
+    )
+    named = results["left_out"]
+    assert named[0]["client"] == "client-2"
+    reasons = [entry["reason"] for entry in (*results["left_out"], *results["missed"])]
+    assert any("max-norm-ratio" in reason for reason in reasons)
+    assert results["registry"]["joined"] == ["client-0", "client-1"]
+
+
+def test_a_replayed_contribution_is_refused(tmp_path):
+    seen = {}
+
+    def remember(tensors, manifest):
+        seen.update(tensors)
+
+    def replay(tensors, manifest):
+        for name in tensors:
+            if name.startswith("task_vector/"):
+                tensors[name] = seen[name]
+
+    tampered = {"tamper": {(0, "train"): altered(remember), (1, "train"): altered(replay)}}
+    results = run(tampered, tmp_path / "run")
+    (left_out,) = results["left_out"]
+    assert left_out["client"] == "client-1"
+    assert "byte for byte" in left_out["reason"]
+
+
+def test_a_client_of_another_release_is_refused_and_named(tmp_path):
+    def older(tensors, manifest):
+        manifest["versions"]["fedcompo"] = "0.0.9"
+
+    results = run({"tamper": {(1, "query.features"): altered(older)}}, tmp_path / "run")
+    (left_out,) = results["left_out"]
+    assert "runs fedcompo 0.0.9" in left_out["reason"]
