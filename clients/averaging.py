@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from clients import outgoing
 from clients.local import LocalClient
 from fedcompo.accuracy import evaluate
 from fedcompo.config import Kind
 from fedcompo.data import Split
 from fedcompo.heads import Head
-from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
+from fedcompo.messages import Body, head_from, section
 from fedcompo.seeds import generator_for
 from fedcompo.task_vector import TaskVector
 from fedcompo.training import Course, fit_task_vector
@@ -63,14 +64,16 @@ def train(client: LocalClient, tensors: Mapping[str, Tensor], request: Mapping[s
         course=course,
         on_epoch=lambda *told: logger.info("%s: epoch %d of %d, loss %.4f", client.name, *told),
     )
+    body, _, told = outgoing.trained(fitted, client.backbone, client.config.caps)
     manifest = {
         "content": "train",
         "kind": str(kind),
         "base": base,
         "losses": list(fitted.losses),
         **(_frozen(client, joint) if number == 1 else {}),
+        **told,
     }
-    return prefixed("task_vector", fitted.task_vector.tensors) | head_tensors(fitted.head), manifest
+    return body, manifest
 
 
 def _frozen(client: LocalClient, joint: Head) -> dict[str, float]:

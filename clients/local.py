@@ -7,9 +7,8 @@ keeps its own task vector, so as not to be sent it each time; the server has a c
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clients import outgoing
 from clients.given import OWN, Given
 from clients.store import Store, store_home
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.caps import NODE_KEYS
 from fedcompo.config import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.contribution import mixture_tensors
 from fedcompo.data import ClientData, load_client_data, load_folder
 from fedcompo.device import pick_device
 from fedcompo.errors import DataError
-from fedcompo.features import extract_features, fit_mixtures
+from fedcompo.features import extract_features
 from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
 from fedcompo.names import check_client_name
 from fedcompo.preprocessing import Preprocessing
-from fedcompo.probing import fisher_of_images, fit_probe
+from fedcompo.probing import fit_probe
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.tangent import feature_map
 from fedcompo.training import Ensemble, Fitted, ensembled, fit_task_vector
@@ -64,15 +65,19 @@ class LocalClient:
         Args:
             run_config: Flat settings of the run.
             node_config: In a simulation ``partition-id``; in a deployment ``client`` (its name),
-                ``data`` (path of its images), and optionally ``kind``, ``device`` and ``state``
-                (folder of what it keeps between rounds).
+                ``data`` (path of its images), and optionally ``kind``, ``device``, ``state``
+                (folder of what it keeps between rounds) and caps of what leaves it; see
+                :mod:`fedcompo.caps`.
             registered_name: Name under which the server knows the node; wins over ``client``.
 
         Raises:
             FedcompoError: If settings, backbone or data cannot be used.
         """
-        own = {key: node_config[key] for key in ("device", "kind") if key in node_config}
-        config = RunConfig.parse({**run_config, **own})
+        keys = ("device", "kind", *NODE_KEYS)
+        own = {key: node_config[key] for key in keys if key in node_config}
+        config, wished = RunConfig.parse({**run_config, **own}), RunConfig.parse(run_config)
+        config = replace(config, caps=wished.caps.strictest(config.caps))
+        config.caps.check_head_start(config.train.head_start)
         device = pick_device(config.device)
         backbone = _load_backbone(config.backbone, device)
         data = _load_data(
@@ -120,22 +125,12 @@ class LocalClient:
         of nobody else, and is smaller, so that the same ``alpha`` holds less. Clients' sums add up
         either way, each under its own head; a head's rows belong to its own classes.
         """
-        started = time.perf_counter()
-        aligned = self._starts_aligned
-        fisher, report = fisher_of_images(
-            self.backbone,
-            head_from(tensors, request["classes"]) if aligned else self._probe(),
-            self.data.train.images,
-            self.config.fisher,
-            seed=self.config.seed,
-            owner=self.name,
+        given = self._starts_aligned
+        head = head_from(tensors, request["classes"]) if given else self._probe()
+        body, entries = outgoing.fisher_of(
+            self.backbone, head, self.data.train.images, self.config, owner=self.name
         )
-        manifest = {
-            "classes": list(fisher.classes),
-            "num_examples": fisher.num_examples,
-            "report": {**asdict(report), "seconds": time.perf_counter() - started},
-        }
-        return prefixed("fisher", fisher.sums), self._manifest("fisher", manifest)
+        return body, self._manifest("fisher", entries)
 
     def train(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
         """Fit the task vector, alone or inside the sum of the others; measure what comes of it.
@@ -169,18 +164,20 @@ class LocalClient:
             course=given.course,
             on_epoch=self._log_epoch,
         )
-        body = prefixed("task_vector", fitted.task_vector.tensors) | head_tensors(fitted.head)
+        body, fitted, told = outgoing.trained(fitted, self.backbone, self.config.caps)
         holds: dict[str, str] = {}
         if store and request.get("last"):
             store.clear()
         elif store:
-            holds = {**given.holds, OWN: store.keep(OWN, body)}
+            own = prefixed("task_vector", fitted.task_vector.tensors) | head_tensors(fitted.head)
+            holds = {**given.holds, OWN: store.keep(OWN, own)}  # as the server has it, bit for bit
         return body, self._manifest(
             "train",
             {
                 "kind": str(fitted.task_vector.kind),
                 "losses": list(fitted.losses),
                 "holds": holds,
+                **told,
                 **self._measured(fitted, given.ensemble, joint if request["frozen"] else None),
             },
         )
@@ -228,19 +225,19 @@ class LocalClient:
     ) -> Body:
         weights = {name: tensor.to(self.backbone.device) for name, tensor in theta.items()}
         train = self.data.train
-        mixtures = fit_mixtures(
+        mixtures, told = outgoing.mixtures_of(
             extract_features(feature_map(self.backbone, weights, tangent=linearised), train.images),
-            train.labels,
-            self.data.classes,
-            components=self.config.head.mixture_components,
+            self.data,
+            self.config,
             seed=derive_seed(self.config.seed, content, self.name),
         )
         counts = {name: mixture.num_examples for name, mixture in mixtures.items()}
         manifest = {
             "mixtures": counts,
-            "num_examples": len(train.labels),
+            "num_examples": sum(counts.values()),
             "num_test_examples": len(self.data.test.labels),
             "kind": str(self.kind or ""),
+            **told,
         }
         return mixture_tensors(mixtures), self._manifest(content, manifest)
 

@@ -28,7 +28,7 @@ class Anchor:
     """In whose metric a client is held: a *mean* Fisher."""
 
     weights: Weights
-    """By weight name, each (out, in)."""
+    """By weight name, each (out, in); none: only the head is held."""
     head_weight: Tensor
     """(own classes, features)."""
     head_bias: Tensor
@@ -73,7 +73,9 @@ class Holding:
         """
         self._deltas, self._config, self._ensemble = deltas, config, ensemble
         strength = config.alpha if ensemble is None else ensemble.beta
-        self._fisher = _beside(deltas, anchor.weights) if anchor and strength > 0 else {}
+        # Where no client sent a Fisher of the backbone, there is an anchor of the head alone.
+        held = anchor is not None and bool(anchor.weights) and strength > 0
+        self._fisher = _beside(deltas, anchor.weights) if anchor and held else {}
         self._rest = _beside(deltas, ensemble.rest) if ensemble and self._fisher else {}
         self._strength, self._pull = strength, None
         if ensemble is not None:

@@ -98,6 +98,22 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Wire(StrEnum):
+    """Numbers of task vector and Fisher on the wire, most bits first; see :mod:`fedcompo.wire`."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
+class FisherForm(StrEnum):
+    """What of a Fisher leaves a client, most first; see :mod:`fedcompo.factored_fisher`."""
+
+    DENSE = "dense"
+    FACTORED = "factored"
+    HEAD = "head"
+
+
 def kinds_of(value: str) -> tuple[Kind, ...]:
     """Split a comma-separated list of kinds; raises ``ValueError`` on an unknown one."""
     return tuple(Kind(part.strip()) for part in value.split(","))

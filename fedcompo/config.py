@@ -12,11 +12,13 @@ from dataclasses import Field, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+from fedcompo.caps import CapsConfig
 from fedcompo.choices import DEVICE, KINDS, ROUNDS, UNMIXED
 from fedcompo.choices import Action as Action
 from fedcompo.choices import AnchorBy as AnchorBy
 from fedcompo.choices import Augmentation as Augmentation
 from fedcompo.choices import Coefficients as Coefficients
+from fedcompo.choices import FisherForm as FisherForm
 from fedcompo.choices import FisherKind as FisherKind
 from fedcompo.choices import HeadStart as HeadStart
 from fedcompo.choices import Kind as Kind
@@ -24,6 +26,7 @@ from fedcompo.choices import Method as Method
 from fedcompo.choices import Penalty as Penalty
 from fedcompo.choices import Precision as Precision
 from fedcompo.choices import Schedule as Schedule
+from fedcompo.choices import Wire as Wire
 from fedcompo.choices import kinds_of as kinds_of
 from fedcompo.choices import rounds_of as rounds_of
 from fedcompo.settings import (
@@ -194,21 +197,21 @@ class ServerConfig:
     in_flight: int = setting(
         0, "Clients that work at a time; 0: all. Bounds what waits to be folded in.", NOT_NEGATIVE
     )
-    joins: str = setting(
-        "", "iel: who joins in a later round than the first: client-3:2, joined by commas.", ROUNDS
-    )
     max_norm_ratio: float = setting(
         0.0, "Refuse a task vector this many times longer than the median; 0: none.", NOT_NEGATIVE
+    )
+    joins: str = setting(
+        "", "iel: who joins in a later round than the first: client-3:2, joined by commas.", ROUNDS
     )
     leaves: str = setting(
         "", "iel: who leaves after a round, and is taken out: client-1:3, joined by commas.", ROUNDS
     )
-    keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
-    exclude: str = setting("", "Clients to leave out, by name, joined by commas.", NAMES)
-
     resume: bool = setting(
         False, "Go on with the interrupted run in `output`, which was begun with these settings."
     )
+    keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
+    exclude: str = setting("", "Clients to leave out, by name, joined by commas.", NAMES)
+
 
 @dataclass(frozen=True)
 class RegistryConfig:
@@ -251,6 +254,7 @@ class RunConfig:
     head: HeadConfig = HeadConfig()
     fisher: FisherConfig = FisherConfig()
     train: TrainConfig = TrainConfig()
+    caps: CapsConfig = CapsConfig()
     compose: ComposeConfig = ComposeConfig()
     server: ServerConfig = ServerConfig()
     registry: RegistryConfig = RegistryConfig()

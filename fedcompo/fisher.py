@@ -221,7 +221,11 @@ def estimate_fisher(
             require_recorded(record, names)
             logits = head(features.detach())
             _add_head_fisher(head_sums, features.detach(), logits)
-            kept, rest, share = _cotangents(logits, weight, kind, tolerance, samples, generator)
+            kept, rest, share = (
+                _cotangents(logits, weight, kind, tolerance, samples, generator)
+                if names  # of the head alone, it takes no backward pass
+                else ([], None, 0.0)
+            )
             for cotangent in kept:
                 _add_squares(sums, record, features, cotangent)
             missing = _residual(record, features, rest, generator)

@@ -14,8 +14,10 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedcompo import tensorfile
+from fedcompo.choices import Wire
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.heads import Head
+from fedcompo.wire import decode
 
 PAYLOAD = "payload"
 REFUSAL = "refusal"
@@ -65,7 +67,21 @@ def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
         raise FileFormatError(
             f"The message of {source} holds a {manifest.get('content')!r}, expected {expected!r}."
         )
-    return tensors, manifest
+    return _off_the_wire(tensors, manifest, source)
+
+
+def _off_the_wire(
+    tensors: dict[str, Tensor], manifest: dict[str, Any], source: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors in float32 again, where they were sent in fewer bits."""
+    rest = dict(manifest)
+    stated = rest.pop("wire", str(Wire.FLOAT32))
+    if stated not in list(Wire):
+        raise FileFormatError(
+            f"The message of {source} is in {stated!r}, expected one of {', '.join(Wire)}. "
+            "Use the same fedcompo version everywhere."
+        )
+    return decode(tensors, Wire(stated), source=source), rest
 
 
 def size_of(content: RecordDict) -> int:

@@ -59,6 +59,8 @@ class Books:
     """Who missed a phase that may be missed."""
     traffic: dict[str, dict[str, Traffic]] = field(default_factory=dict)
     """By phase and client."""
+    caps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By client, what it told of the caps it worked under, answer by answer, with the phase."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase."""
     memory: dict[str, dict[str, int]] = field(default_factory=dict)

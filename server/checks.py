@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import Kind
+from fedcompo.config import FisherForm, Kind, Wire
 from fedcompo.contribution import mixtures_from
 from fedcompo.errors import BackboneMismatch, ContributionError
+from fedcompo.factored_fisher import restored
 from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.messages import Body, section
 from fedcompo.task_vector import TaskVector
 
+CAP_WORDS = {"wire": list(Wire), "form": list(FisherForm)}
+"""What a client can say of its caps in words."""
 LONGEST = 10.0
 """Norm of a change, in norms of the weight it changes, beyond which it is nonsense."""
 
@@ -54,11 +58,13 @@ def checked_mixtures(
 def checked_fisher(
     client: str, body: Body, backbone: Backbone, classes: tuple[str, ...]
 ) -> FisherDiagonal:
-    """Unpack a client's Fisher sum; raises as :func:`check_fisher` does."""
+    """Unpack and expand a client's Fisher sum; raises as :func:`check_fisher` does."""
     tensors, manifest = body
     count, found = int(manifest["num_examples"]), tuple(manifest["classes"])
-    fisher = FisherDiagonal(section("fisher", tensors), count, found)
-    check_fisher(fisher, backbone, classes, f"client {client!r}")
+    form, owner = FisherForm(manifest.get("form", FisherForm.DENSE)), f"client {client!r}"
+    sums = restored(section("fisher", tensors), form, backbone.theta_0, owner=owner)
+    fisher = FisherDiagonal(sums, count, found)
+    check_fisher(fisher, backbone, classes, owner)
     return fisher
 
 
@@ -106,3 +112,25 @@ def checked_fractions(
                 f"Client {client!r} reports {name} = {value!r}, expected [0, 1]."
             )
     return {name: float(manifest[name]) for name in names}
+
+
+def checked_caps(client: str, body: Body) -> dict[str, float | str]:
+    """Return what a client tells of the caps it worked under; empty where it tells of none.
+
+    Raises:
+        ContributionError: If it is no table of words that are known, and figures, none below zero.
+    """
+    told = body[1].get("caps", {})
+    if not isinstance(told, dict) or not all(_can_be_told(*entry) for entry in told.items()):
+        raise ContributionError(
+            f"Client {client!r} tells of the caps {told!r}; expected a wire, a form and figures. "
+            "Use the same fedcompo version everywhere."
+        )
+    return dict(told)
+
+
+def _can_be_told(name: str, value: object) -> bool:
+    if name in CAP_WORDS:
+        return value in CAP_WORDS[name]
+    figure = isinstance(value, int | float) and not isinstance(value, bool)
+    return figure and math.isfinite(value) and value >= 0

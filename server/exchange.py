@@ -20,6 +20,7 @@ from fedcompo.memory import reset_peak
 from fedcompo.messages import Body, from_record, size_of, to_record
 from server.answers import Answers, question
 from server.books import NOTHING, LeftOut, Traffic
+from server.checks import checked_caps
 from server.nodes import Nodes
 
 Fold = Callable[[str, Body], str]
@@ -166,6 +167,7 @@ class Exchange(Nodes):
         try:
             body = from_record(reply.content, expected=asking.expected, source=f"client {client!r}")
             _peaks(body)
+            checked_caps(client, body)
             name = asking.fold(client, body)
         except FedcompoError as error:
             self._fail(asking, client, str(error), cost)
@@ -188,6 +190,8 @@ class Exchange(Nodes):
             self.nodes[name] = self.nodes.pop(client)
         before = self.traffic[label].get(name)
         self.traffic[label][name] = cost if before is None else before + cost
+        if told := checked_caps(name, body):
+            self.caps.setdefault(name, []).append({**told, "phase": label})
         self.tell("client", phase=phase, client=name, status="ok", reason=reason, **asdict(cost))
         size, seconds = cost.bytes_received, cost.seconds
         log(INFO, "%s: %s answered with %d bytes in %.1f s", label, name, size, seconds)

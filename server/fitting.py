@@ -312,7 +312,8 @@ class Fitting:
         if mean is None:
             return {}
         head = {"head/weight": mean.pop("head.weight"), "head/bias": mean.pop("head.bias")}
-        return head | (prefixed("weights", mean) if self.strength > 0 else {})
+        held = self.strength > 0 and any(bool(f.any()) for f in mean.values())
+        return head | (prefixed("weights", mean) if held else {})
 
     @property
     def strength(self) -> float:
@@ -334,8 +335,8 @@ class Fitting:
                 f"Client {client!r} sent a task vector of the kind {vector.kind}, it was asked for "
                 f"{self.kinds[client]}. Use the same fedcompo version everywhere."
             )
-        head = head_from(tensors, manifest["classes"])
         self.originals.check(client, vector)
+        head = head_from(tensors, manifest["classes"])
         classes = self.roster.described[client].classes
         head.check(classes, self.backbone.num_features, f"client {client!r}")
         names = [name for name in FIGURES if name in manifest]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import RunConfig
+from server import accounting
 from server.averaging import Averaging
 from server.books import totals
 from server.composing import Composing
@@ -109,7 +110,7 @@ def _common(
         "seconds": round(time.time() - started, 3),
         "left_out": [asdict(client) for client in exchange.left_out],
         "missed": [asdict(client) for client in exchange.missed],
-        "notes": exchange.notes,
+        "notes": [*exchange.notes, *accounting.notes(exchange.caps, delta=config.caps.dp_delta)],
         "phases": {
             phase: {
                 "seconds": round(seconds, 3),
@@ -150,6 +151,7 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
         **{name: reported.get(name) for name in ACCURACIES},
         "losses": reported.get("losses", []),
         "fisher": reported.get("fisher", {}),
+        **_caps(strategy.exchange, client, strategy.config),
         "tau_norm": float(composing.diagnostics.norms[index]),
         "tau_parameters": _count(contribution.task_vector.tensors),
         "traffic": _traffic(strategy.exchange, client),
@@ -168,8 +170,15 @@ def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
         "coefficient": described[client].num_examples / together,
         **{name: reported.get(name) for name in ACCURACIES},
         "losses": reported["losses"],
+        **_caps(averaging.exchange, client, averaging.config),
         "traffic": _traffic(averaging.exchange, client),
     }
+
+
+def _caps(exchange: Exchange, client: str, config: RunConfig) -> dict[str, Any]:
+    """What a client told of its caps, and what its noise is worth."""
+    told = exchange.caps.get(client, [])
+    return {"caps": told, "privacy": accounting.spent(told, delta=config.caps.dp_delta)}
 
 
 def _traffic(exchange: Exchange, client: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ is what is composed in the end.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,32 +22,20 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo import tensorfile
-from fedcompo.contribution import Lineage
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.heads import Head
 from fedcompo.messages import Body, head_tensors, prefixed
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
 from fedcompo.task_vector import TaskVector
-from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
 from server.attendance import Attendance
 from server.exchange import Exchange
 from server.fitting import Fitting
+from server.holdings import ANCHOR, OWN, Holdings
+from server.last_sent import LastSent
 from server.suspects import too_long
+from server.traces import Trace
 from server.working import Working
-
-ANCHOR, OWN = "anchor", "own"
-"""What a client keeps between rounds, and is asked to use again."""
-
-
-@dataclass
-class Trace:
-    """Whose data a client's task vector has seen in its rounds; names."""
-
-    anchored_by: set[str] = field(default_factory=set)
-    aligned_with: set[str] = field(default_factory=set)
-    ensemble: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -58,8 +45,8 @@ class Rounds:
     fitting: Fitting
     number: int
     """How many rounds."""
-    folder: Path
-    """Where the clients' last task vectors lie, a file each."""
+    last: LastSent
+    """The clients' last task vectors."""
     continuing: bool = False
     """Whether members of the registry go on from what they are there."""
     working: Working | None = None
@@ -77,8 +64,7 @@ class Rounds:
         self.heads: dict[str, Head] = {}
         self.traces: dict[str, Trace] = {}
         self._entered: set[str] = set()
-        self._digests: dict[tuple[str, str], str] = {}
-        self._held: dict[str, dict[str, str]] = {}
+        self.holdings = Holdings()
 
     # -- who is there -----------------------------------------------------------------------------
 
@@ -92,12 +78,9 @@ class Rounds:
             vectors[client] = contribution.task_vector
             times[client] = settings.times(contribution.num_examples)
             if client not in self.fitting.members:
-                lineage = contribution.lineage
                 self.heads[client] = contribution.head
                 self.fitting.kinds[client] = contribution.task_vector.kind
-                self.traces[client] = Trace(
-                    set(lineage.anchored_by), set(lineage.aligned_with), set(lineage.ensemble)
-                )
+                self.traces.setdefault(client, Trace()).see(contribution.lineage)
         self.sum = RunningSum.of(theta_0, vectors, times)
 
     def run(self) -> None:
@@ -107,7 +90,7 @@ class Rounds:
             self.exchange.part = f"round {number}"
             came = self.attendance.welcome(number)
             if came:
-                self._change_anchors()
+                self.holdings.change_anchors()
             happened = self.round(number)
             went = self.attendance.leaving(number)
             self.part_with(went, number)
@@ -128,14 +111,14 @@ class Rounds:
         for client in clients:
             if client in self.sum.clients:
                 self.sum.drop(client)
-                self._file(client).unlink()
+                self.last.forget(client)
                 self._entered.discard(client)
             if client in self.exchange.clients:
                 reason = f"left after round {number}; its task vector is out of the sum"
                 self.exchange.leave_out("train", client, reason)
         if clients:
             self.fitting.forget(clients)
-            self._change_anchors()
+            self.holdings.change_anchors()
             if self.fitting.parties and number < self.number:
                 self.fitting.align()
 
@@ -147,10 +130,6 @@ class Rounds:
         for client in set(silent) & set(self.exchange.clients):
             self.exchange.leave_out("train", client, "sent no task vector in any round")
         self.exchange.require_clients("train", self.trained)
-
-    def _change_anchors(self) -> None:
-        """Let clients be sent their metrics anew: others have come or gone."""
-        self._digests = {at: d for at, d in self._digests.items() if at[1] != ANCHOR}
 
     # -- one round --------------------------------------------------------------------------------
 
@@ -212,7 +191,7 @@ class Rounds:
                 names = " and ".join(lacks)
                 if again:
                     raise ContributionError(f"It lacks {names}, but was sent all that it needs.")
-                self._held.pop(client, None)
+                self.holdings.lost(client)
                 lacking.append(client)
                 self.exchange.note(f"{client} has lost what it kept ({names}); it is sent again.")
             else:
@@ -237,14 +216,8 @@ class Rounds:
         fitting, together = self.fitting, self._together
         tensors = head_tensors(fitting.aligned)
         tensors |= prefixed("rest", self.sum.rest(client, together=together))
-        needs: dict[str, str] = {}
-        held = self._held.get(client, {})
-        for name in self._needed(client):
-            if (digest := self._digests.get((client, name), "")) != held.get(name) or not digest:
-                wanted = self._wanted(client, name)
-                digest = self._digests[client, name] = tensorfile.tensor_digest(wanted)
-                tensors |= prefixed(name, wanted)
-            needs[name] = digest
+        missing, needs = self.holdings.request(client, self._needed(client), self._wanted)
+        tensors |= missing
         manifest = {
             "classes": list(fitting.aligned.classes),
             "kind": str(fitting.kinds[client]),
@@ -276,11 +249,9 @@ class Rounds:
     def _check(self, client: str, body: Body) -> None:
         """Check what a client trained, and put it beside what it trained the last time."""
         vector, _, figures = self.fitting.check_trained(client, body)
-        holds = {str(name): str(digest) for name, digest in body[1].get("holds", {}).items()}
-        manifest = {"content": "round", "kind": str(vector.kind), "base": vector.base}
-        tensors = {n: t for n, t in body[0].items() if n.split("/")[0] in ("task_vector", "head")}
-        digest = save_streamed(self._arriving(client), tensors, manifest)
-        self._held[client], self._digests[client, OWN] = holds, digest
+        digest = self.last.arrive(client, vector, body[0])
+        holds = {str(name): str(held) for name, held in body[1].get("holds", {}).items()}
+        self.holdings.sent(client, digest, holds)
         self._arrived[client] = figures
 
     def _enter(self, client: str, inside: set[str]) -> bool:
@@ -294,37 +265,31 @@ class Rounds:
             Whether it could be summed. If not, the client misses the round, and goes on from what
             it sent before.
         """
-        path, arriving = self._file(client), self._arriving(client)
-        vector, _ = self._read(client, arriving)
+        vector, _ = self._read(client, arriving=True)
         try:
             self.sum.put(client, vector, times=self._times(client))
         except ContributionError as error:
             self._refuse(client, str(error))
             return False
-        tensorfile.put_in_place(arriving, path)
-        self.sum.vectors[client], self.heads[client] = self._read(client, path)
+        self.last.take(client)
+        self.sum.vectors[client], self.heads[client] = self._read(client)
         self._entered.add(client)
-        trace, lineage = self.traces.setdefault(client, Trace()), self.fitting.lineage(client)
-        trace.anchored_by |= set(lineage.anchored_by)
-        trace.aligned_with |= set(lineage.aligned_with)
-        trace.ensemble |= inside - {client}
+        trace = self.traces.setdefault(client, Trace())
+        trace.see(self.fitting.lineage(client), inside - {client})
         return True
 
     def _refuse(self, client: str, reason: str) -> None:
         """Do without what a client sent in this round; it goes on from what it sent before."""
-        self._arriving(client).unlink()
-        self._held.pop(client, None)
+        self.last.refuse(client)
+        self.holdings.lost(client)
         self._arrived.pop(client, None)
         self.exchange.miss("train", client, reason)
 
-    def _read(self, client: str, path: Path) -> tuple[TaskVector, Head]:
-        tensors = StreamedTensors(path)
+    def _read(self, client: str, *, arriving: bool = False) -> tuple[TaskVector, Head]:
         fitting = self.fitting
-        vector = TaskVector(
-            fitting.kinds[client], Section(tensors, "task_vector"), fitting.backbone.fingerprint
-        )
+        kind, base = fitting.kinds[client], fitting.backbone.fingerprint
         classes = fitting.roster.described[client].classes
-        return vector, Head(classes, tensors["head/weight"], tensors["head/bias"])
+        return self.last.read(client, kind, base, classes, arriving=arriving)
 
     # -- what comes of it -------------------------------------------------------------------------
 
@@ -337,25 +302,7 @@ class Rounds:
         """Write the contributions of all who trained; returns their folders."""
         folders = []
         for client in self.trained:
-            trace = self.traces[client]
-            lineage = Lineage(
-                method="iel",
-                anchored_by=tuple(sorted(trace.anchored_by)),
-                aligned_with=tuple(sorted(trace.aligned_with)),
-                ensemble=tuple(sorted(trace.ensemble)),
-            )
+            lineage = self.traces[client].lineage
             self.fitting.keep(client, self.sum.vectors[client], self.heads[client], lineage)
             folders.append(self.fitting.folder(client))
         return folders
-
-    def clear(self) -> None:
-        """Remove the working files."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _file(self, client: str) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / f"{client}.safetensors"
-
-    def _arriving(self, client: str) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / f"{client}.arriving"

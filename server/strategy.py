@@ -26,6 +26,7 @@ from server import composing, fitting
 from server.composing import Composing
 from server.exchange import Exchange
 from server.fitting import Fitting
+from server.last_sent import LastSent
 from server.roster import Roster
 from server.rounds import Rounds
 from server.working import Working
@@ -143,8 +144,8 @@ class IelStrategy(Strategy):
                 f"All connected clients are in the registry {self.registry.path} already. Train "
                 "them anew with `replace = true`, or start others."
             )
-        number, folder = self.config.method.num_server_rounds, self.output / "rounds"
-        self.rounds = Rounds(self.fitting, number, folder, working=self.working)
+        number, last = self.config.method.num_server_rounds, LastSent(self.output / "rounds")
+        self.rounds = Rounds(self.fitting, number, last, working=self.working)
         self.rounds.run()
         self.trained = self.rounds.trained
         return self.rounds.keep()
@@ -152,7 +153,7 @@ class IelStrategy(Strategy):
     def compose(self, folders: list[Path]) -> None:
         """Add what the clients sent last to the registry."""
         super().compose(folders)
-        self.rounds.clear()
+        self.rounds.last.clear()
 
     def report(self) -> dict[str, Any]:
         """What happened in each round."""

@@ -32,6 +32,7 @@ from server.checks import check_backbone
 from server.composing import Composing
 from server.exchange import Exchange
 from server.fitting import Fitting
+from server.last_sent import LastSent
 from server.roster import Roster
 from server.rounds import Rounds
 
@@ -176,16 +177,15 @@ class Unlearning:
             self.exchange, self.config, self.backbone, self.registry, folder, roster, ensembled=True
         )
         fitting.members = tuple(c for c in self.registry.clients if c not in self.exchange.clients)
-        rounds = Rounds(
-            fitting, self.request.repair_rounds, self.output / "rounds", continuing=True
-        )
+        last = LastSent(self.output / "rounds")
+        rounds = Rounds(fitting, self.request.repair_rounds, last, continuing=True)
         try:
             rounds.run()
             folders = rounds.keep()
             self.exchange.timed("compose", lambda: self.registry.add(*folders, replacing=True))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            rounds.clear()
+            last.clear()
         self.rounds = rounds.history
 
     def results(self) -> dict[str, Any]:

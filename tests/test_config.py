@@ -239,7 +239,7 @@ def test_names_are_split_at_commas():
 def test_what_cannot_shape_a_contribution_is_apart():
     config = RunConfig.parse({"output": "x", "exclude": "a", "scale": 2.0, "alpha": 3.0, "seed": 4})
     shaping = config.of_client()
-    sections = ("data", "backbone", "method", "head", "fisher", "train")
+    sections = ("data", "backbone", "method", "head", "fisher", "train", "caps")
     declared = [f.name for section in sections for f in dataclasses.fields(SECTIONS[section])]
     assert set(shaping) == {name.replace("_", "-") for name in ("seed", "device", *declared)}
     assert all(config.flat()[key] == value for key, value in shaping.items())

@@ -22,6 +22,7 @@ CORE = [
     "audited_models",
     "augmentation",
     "backbone",
+    "caps",
     "checkpoint",
     "choices",
     "composition",
@@ -43,6 +44,7 @@ CORE = [
     "evaluation",
     "export",
     "export_peft",
+    "factored_fisher",
     "features",
     "fisher",
     "fisher_file",
@@ -59,6 +61,9 @@ CORE = [
     "per_example",
     "pool",
     "preprocessing",
+    "privacy",
+    "private_fisher",
+    "private_statistics",
     "probing",
     "publish",
     "record_verification",
@@ -89,6 +94,7 @@ CORE = [
     "transaction",
     "units",
     "verification",
+    "wire",
 ]
 
 

@@ -1,0 +1,165 @@
+"""What leaves this client, and in which numbers: its caps (:mod:`fedcompo.caps`) at work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedcompo.backbone import Backbone
+from fedcompo.caps import CapsConfig
+from fedcompo.config import FisherForm, RunConfig, Wire
+from fedcompo.data import ClientData
+from fedcompo.deltas import Weights
+from fedcompo.factored_fisher import reduced, restored
+from fedcompo.features import FeatureMixture, fit_mixtures
+from fedcompo.fisher import HEAD
+from fedcompo.heads import Head
+from fedcompo.messages import Body, head_tensors, prefixed, section
+from fedcompo.private_fisher import images_at_a_time, private_fisher
+from fedcompo.private_statistics import private_mixtures
+from fedcompo.probing import fisher_of_images
+from fedcompo.training import Fitted
+from fedcompo.wire import decode, encode, relative_error
+
+ITSELF = "this client"
+
+
+def mixtures_of(
+    features: Tensor, data: ClientData, config: RunConfig, *, seed: int
+) -> tuple[dict[str, FeatureMixture], dict[str, Any]]:
+    """Describe features class by class; under `dp-noise` by what noised sums tell.
+
+    Args:
+        features: Of the training images, (count, features).
+        data: Labels and classes.
+        config: Settings, capped.
+        seed: Where the fit without noise starts from.
+
+    Returns:
+        Mixtures by class name, and what a manifest tells of caps.
+    """
+    labels, caps = data.train.labels, config.caps
+    if caps.dp_noise > 0:
+        mixtures = private_mixtures(
+            features, labels, data.classes, clip=caps.dp_clip_features, noise=caps.dp_noise
+        )
+        return mixtures, {"caps": {"noise": caps.dp_noise, "clip": caps.dp_clip_features}}
+    components = config.head.mixture_components
+    return fit_mixtures(features, labels, data.classes, components=components, seed=seed), {}
+
+
+def fisher_of(
+    backbone: Backbone, head: Head, images: Tensor, config: RunConfig, *, owner: str
+) -> Body:
+    """Sum the Fisher diagonal, in the form and the numbers in which it may leave.
+
+    Args:
+        backbone: Pre-trained weights.
+        head: Under which.
+        images: Of training, (count, channels, size, size), uint8.
+        config: Settings, capped.
+        owner: Name of the client.
+
+    Returns:
+        Tensors, and the manifest's entries: classes, number of examples, report, caps.
+    """
+    started, caps = time.perf_counter(), config.caps
+    told: dict[str, Any] = {}
+    if caps.fisher_form is not FisherForm.DENSE:
+        told["form"] = str(caps.fisher_form)
+    if caps.dp_noise > 0:
+        parts, count = _private(backbone, head, images, config)
+        report: dict[str, Any] = {}  # what an estimator tells of its work is not noised
+        told |= {"noise": caps.dp_noise, "clip": caps.dp_clip_fisher}
+    else:
+        measured = caps.fisher_form is not FisherForm.HEAD
+        held = backbone if measured else replace(backbone, theta_0={})
+        fisher, figures = fisher_of_images(
+            held, head, images, config.fisher, seed=config.seed, owner=owner
+        )
+        parts, count = reduced(fisher.sums, caps.fisher_form), fisher.num_examples
+        report = asdict(figures)
+        if caps.fisher_form is FisherForm.FACTORED:
+            told["form_error"] = _factoring_error(fisher.sums, parts, backbone)
+    body = prefixed("fisher", parts)
+    coded, arrived, wire = _on_the_wire(body, caps)
+    if wire:
+        told["wire_error"] = relative_error(body, arrived)
+    return coded, {
+        "classes": list(head.classes),
+        "num_examples": count,
+        "form": str(caps.fisher_form),
+        "report": {**report, "seconds": time.perf_counter() - started},
+        **_manifest(told, wire),
+    }
+
+
+def _private(
+    backbone: Backbone, head: Head, images: Tensor, config: RunConfig
+) -> tuple[Weights, int]:
+    caps, normalise = config.caps, backbone.preprocessing.normalise
+    size = images_at_a_time(backbone.theta_0, caps.fisher_form, config.fisher.fisher_batch)
+    return private_fisher(
+        backbone.model,
+        head,
+        (normalise(part.to(backbone.device)) for part in torch.split(images, size)),
+        backbone.theta_0,
+        form=caps.fisher_form,
+        clip=caps.dp_clip_fisher,
+        noise=caps.dp_noise,
+    )
+
+
+def _factoring_error(sums: Mapping[str, Tensor], parts: Weights, backbone: Backbone) -> float:
+    """How far the expanded Fisher is from the one it was taken of, without the head."""
+    expanded = restored(parts, FisherForm.FACTORED, backbone.theta_0, owner=ITSELF)
+    meant = {name: total for name, total in sums.items() if name not in HEAD}
+    return relative_error(meant, expanded)
+
+
+def trained(
+    fitted: Fitted, backbone: Backbone, caps: CapsConfig
+) -> tuple[dict[str, Tensor], Fitted, dict[str, Any]]:
+    """Put what was trained into the numbers in which it may leave.
+
+    Args:
+        fitted: As it was trained.
+        backbone: Pre-trained weights.
+        caps: Which numbers.
+
+    Returns:
+        The tensors of the message; what the server reads from them, which is what is to be measured
+        and gone on with; and what a manifest tells of caps.
+    """
+    vector = fitted.task_vector
+    body = prefixed("task_vector", vector.tensors) | head_tensors(fitted.head)
+    coded, arrived, wire = _on_the_wire(body, caps)
+    if not wire:
+        return body, fitted, {}
+    received = replace(vector, tensors=section("task_vector", arrived))
+    theta_0 = backbone.theta_0
+    error = relative_error(vector.dense(theta_0), received.dense(theta_0))
+    return coded, replace(fitted, task_vector=received), _manifest({"wire_error": error}, wire)
+
+
+def _on_the_wire(
+    tensors: dict[str, Tensor], caps: CapsConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """What is sent, what arrives, and the wire's name; empty where both are the tensors."""
+    if caps.wire is Wire.FLOAT32:
+        return tensors, tensors, ""
+    coded = encode(tensors, caps.wire)
+    return coded, decode(coded, caps.wire, source=ITSELF), str(caps.wire)
+
+
+def _manifest(told: dict[str, Any], wire: str) -> dict[str, Any]:
+    """What a manifest tells of caps; nothing where there are none."""
+    entries: dict[str, Any] = {"wire": wire} if wire else {}
+    if told:
+        entries["caps"] = {**told, **entries}
+    return entries

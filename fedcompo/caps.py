@@ -1,0 +1,84 @@
+"""What may leave a client at most.
+
+A run wishes, a node may cap: of the two the stricter counts, setting by setting, so that a node can
+send less than it is asked for and can never be made to send more than it allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedcompo.choices import FisherForm, HeadStart, Wire
+from fedcompo.errors import ConfigError
+from fedcompo.settings import NOT_NEGATIVE, POSITIVE, Check, setting
+
+PROBABILITY: Check = (lambda value: 0 < value < 1, "must be above 0 and below 1")
+
+
+@dataclass(frozen=True)
+class CapsConfig:
+    """What may leave a client at most; a node may be stricter, by the same names."""
+
+    wire: Wire = setting(
+        Wire.FLOAT32,
+        "Numbers of task vector and Fisher on the wire: float32, bfloat16 (half the bytes) or int8 "
+        "(a quarter); the error is reported.",
+    )
+    fisher_form: FisherForm = setting(
+        FisherForm.DENSE,
+        "What of the Fisher leaves a client: dense, factored (row and column sums: kilobytes) or "
+        "head (nothing of the backbone's: nobody's τ is anchored by it).",
+    )
+    dp_noise: float = setting(
+        0.0,
+        "Noise on feature statistics and Fisher, for differential privacy: its standard deviation, "
+        "in sensitivities; 0: none. τ, head, losses and accuracies leave as they are: they are NOT "
+        "private by it.",
+        NOT_NEGATIVE,
+    )
+    dp_clip_features: float = setting(
+        20.0,
+        "dp-noise: longest features that one image may add, on the backbone's own scale "
+        "(embedded: about 21).",
+        POSITIVE,
+    )
+    dp_clip_fisher: float = setting(
+        0.1,
+        "dp-noise: largest Fisher, as a norm, that one image may add, on the backbone's own scale "
+        "(embedded: about 0.1).",
+        POSITIVE,
+    )
+    dp_delta: float = setting(
+        1e-5, "dp-noise: δ at which ε is reported; well below one over the examples.", PROBABILITY
+    )
+
+    def strictest(self, own: CapsConfig) -> CapsConfig:
+        """Cap a run's wish by a node's own word.
+
+        Args:
+            own: What the node allows; its limits of what one image adds stand, as the noise is in
+                proportion to them.
+        """
+        return replace(
+            own,
+            wire=max(self.wire, own.wire, key=list(Wire).index),
+            fisher_form=max(self.fisher_form, own.fisher_form, key=list(FisherForm).index),
+            dp_noise=max(self.dp_noise, own.dp_noise),
+        )
+
+    def check_head_start(self, start: HeadStart) -> None:
+        """Refuse noise that would not protect: raises ``ConfigError``.
+
+        Under a probe fitted to the images, one image changes the Fisher of every other, and no
+        limit on what each adds bounds that.
+        """
+        if self.dp_noise > 0 and start is not HeadStart.ALIGNED:
+            raise ConfigError(
+                f"`dp-noise` is {self.dp_noise:g} and `head-start` is {start}: a Fisher under a "
+                "head fitted to the same images is not private by noise. Use `head-start = "
+                "aligned`, whose head is made of noised statistics."
+            )
+
+
+NODE_KEYS = ("wire", "fisher-form", "dp-noise", "dp-clip-features", "dp-clip-fisher")
+"""What a node may state in its node config."""

@@ -1,0 +1,160 @@
+"""A Fisher in fewer numbers, beside the exact one: bytes, distance, and how firmly it holds.
+
+    python tests/benchmarks/factored_fisher.py
+    python tests/benchmarks/factored_fisher.py --data npz:data/cifar100_32.npz --classes 20 \
+        --backbone deit_tiny_patch16_224 --checkpoint data/deit_tiny_patch16_224.fp16.safetensors \
+        --image-size 96
+
+Client 0 is anchored by the sum over the others' Fishers, each sent in the form and the numbers that
+the row names. What counts is the penalty: of random changes, and of those that client 0 trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.choices import FisherForm, Wire
+from fedcompo.config import BackboneConfig, DataConfig, FisherConfig, FisherKind, Kind, TrainConfig
+from fedcompo.data import ClientData, load_client_data
+from fedcompo.deltas import Weights
+from fedcompo.factored_fisher import reduced, restored
+from fedcompo.features import extract_features
+from fedcompo.fisher import HEAD, FisherDiagonal
+from fedcompo.heads import fit_head, zero_head
+from fedcompo.messages import prefixed, section
+from fedcompo.penalties import ita_penalty
+from fedcompo.probing import fisher_of_images, fit_probe
+from fedcompo.seeds import generator_for
+from fedcompo.training import fit_task_vector
+from fedcompo.wire import decode, encode, relative_error
+
+CLIENTS = 5
+ROWS = [(form, wire) for form in (FisherForm.DENSE, FisherForm.FACTORED) for wire in Wire]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--backbone", default="embedded")
+    parser.add_argument("--checkpoint", default="")
+    parser.add_argument("--image-size", type=int, default=0)
+    parser.add_argument("--classes", type=int, default=0, help="0: all")
+    parser.add_argument("--images", type=int, default=20, help="a class")
+    parser.add_argument("--epochs", type=int, default=5)
+    arguments = parser.parse_args()
+    backbone = load_backbone(
+        BackboneConfig(
+            backbone=arguments.backbone,
+            checkpoint=arguments.checkpoint,
+            image_size=arguments.image_size,
+        )
+    )
+    source = DataConfig(arguments.data, CLIENTS, arguments.classes, arguments.images)
+    clients = [
+        load_client_data(source, backbone.preprocessing, partition=i, seed=0)
+        for i in range(CLIENTS)
+    ]
+    fishers = exact_fishers(backbone, clients)
+    taus = changes(backbone, clients[0], arguments.epochs)
+    print_table(backbone, fishers[1:], taus)
+
+
+def exact_fishers(backbone: Backbone, clients: list[ClientData]) -> list[FisherDiagonal]:
+    """Each client's, under one head of all classes, as the joint one is."""
+    features = [extract_features(backbone.forward({}), data.train.images) for data in clients]
+    classes = tuple(name for data in clients for name in data.classes)
+    starts = [sum(len(data.classes) for data in clients[:i]) for i in range(len(clients))]
+    labels = [data.train.labels + first for data, first in zip(clients, starts, strict=True)]
+    start = zero_head(classes, backbone.num_features)
+    head = fit_head(torch.cat(features), torch.cat(labels), start, ridge=1e-3)
+    config = FisherConfig(fisher=FisherKind.EXACT)
+    return [
+        fisher_of_images(backbone, head, data.train.images, config, seed=0, owner=data.name)[0]
+        for data in clients
+    ]
+
+
+def changes(backbone: Backbone, data: ClientData, epochs: int) -> dict[str, Weights]:
+    """Task vectors by name: random, and trained from the client's own probe without an anchor."""
+    generator = torch.Generator().manual_seed(0)
+    found = {
+        "random": {
+            n: torch.randn(w.shape, generator=generator) for n, w in backbone.theta_0.items()
+        }
+    }
+    probe = fit_probe(backbone, data.train, data.classes, ridge=1e-3)
+    for kind in (Kind.FULL, Kind.LORA, Kind.IA3):
+        fitted = fit_task_vector(
+            backbone,
+            kind,
+            data.train,
+            probe,
+            probe,
+            None,
+            TrainConfig(kind=str(kind), local_epochs=epochs),
+            generator=generator_for(0, "train", data.name),
+        )
+        found[str(kind)] = fitted.task_vector.dense(backbone.theta_0)
+    return found
+
+
+def print_table(
+    backbone: Backbone, fishers: list[FisherDiagonal], taus: dict[str, Weights]
+) -> None:
+    """Print one row for each form and wire; the first is the exact Fisher."""
+    exact = of_backbone(functools.reduce(operator.add, fishers).sums)
+    names = [f"penalty, {name}" for name in taus]
+    print("| form | wire | bytes a client | relative error | cosine | " + " | ".join(names) + " |")
+    print("|" + "---|" * (5 + len(names)))
+    for form, wire in ROWS:
+        sums, size = sent(backbone, fishers, form, wire)
+        ratios = [
+            float(ita_penalty(tau, sums, 1.0) / ita_penalty(tau, exact, 1.0))
+            for tau in taus.values()
+        ]
+        print(
+            f"| {form} | {wire} | {size:,} | {relative_error(exact, sums):.2%} | "
+            f"{cosine(exact, sums):.4f} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |"
+        )
+
+
+def sent(
+    backbone: Backbone, fishers: list[FisherDiagonal], form: FisherForm, wire: Wire
+) -> tuple[Weights, int]:
+    """The sum of what arrives, without the heads, and the mean bytes of tensors a client."""
+    total, size = None, 0
+    for fisher in fishers:
+        coded = encode(prefixed("fisher", reduced(fisher.sums, form)), wire)
+        size += sum(t.numel() * t.element_size() for t in coded.values())
+        parts = section("fisher", decode(coded, wire, source="benchmark"))
+        sums = restored(parts, form, backbone.theta_0, owner="benchmark")
+        one = FisherDiagonal(sums, fisher.num_examples, fisher.classes)
+        total = one if total is None else total + one
+    assert total is not None
+    return of_backbone(total.sums), size // len(fishers)
+
+
+def of_backbone(sums: Mapping[str, Tensor]) -> Weights:
+    return {name: total.float() for name, total in sums.items() if name not in HEAD}
+
+
+def cosine(one: Weights, other: Weights) -> float:
+    """Of two Fishers as one vector each."""
+    products = [
+        [float((a[n].double() * b[n].double()).sum()) for n in one]
+        for a, b in ((one, other), (one, one), (other, other))
+    ]
+    mixed, left, right = map(math.fsum, products)
+    return mixed / math.sqrt(left * right)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Peak memory of the ServerApp as clients grow in number, beside Flower's FedAvg.
+
+    python tests/benchmarks/server_memory.py
+    python tests/benchmarks/server_memory.py --kind lora --clients 2 8 --folder /scratch
+    python tests/benchmarks/server_memory.py --scale tiny
+
+ViT-B/16 with random values: a full task vector has 340 MB, a LoRA of rank 16 has 14. The ServerApp
+is the real one, in a process of its own for each figure. What clients answer is made up by another
+process, one answer at a time, and handed over as a file when the ServerApp pulls it: what is
+measured is what the server holds. FedAvg is Flower's, over one array of as many bytes as the
+adapted weights have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from registry_workload import ARCHITECTURES, RANK
+from server_memory_clients import NUM_EXAMPLES, checkpoint
+
+from fedcompo.memory import peak_bytes, reset_peak
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Job:
+    """One figure."""
+
+    what: str
+    """``ita``, ``fedavg``, or ``nothing``: imports and the backbone."""
+    kind: str
+    clients: int
+    scale: str
+    folder: str
+    seconds: float = 0.0
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Bytes, resident: ``run`` (of all), and by phase."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--kind", nargs="+", choices=("full", "lora"), default=("lora", "full"))
+    parser.add_argument("--clients", nargs="+", type=int, default=(2, 8, 32))
+    parser.add_argument("--scale", choices=tuple(ARCHITECTURES), default="vit-b")
+    parser.add_argument("--folder", help="where to work; full, 32 clients: 45 GB")
+    parser.add_argument("--fedavg-up-to", type=int, default=16, help="clients; it holds them all")
+    parser.add_argument("--json", type=Path, help="file for the same figures")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        print(json.dumps(asdict(measure(Job(**json.loads(arguments.job))))))
+        return
+    rows = []
+    print("| kind | clients | server | seconds | peak MB | above a server that does nothing, MB |")
+    print("|---|--:|---|--:|--:|--:|")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        base = run(Job("nothing", "lora", 0, arguments.scale, folder))
+        for kind in arguments.kind:
+            for clients in sorted(arguments.clients):
+                for what in ("ita", "fedavg"):
+                    if what == "fedavg" and clients > arguments.fedavg_up_to:
+                        continue
+                    found = run(Job(what, kind, clients, arguments.scale, folder))
+                    rows.append(asdict(found))
+                    peak, more = found.peaks["run"], found.peaks["run"] - base.peaks["run"]
+                    print(
+                        f"| {kind} | {clients} | {'ITA' if what == 'ita' else 'FedAvg'} "
+                        f"| {found.seconds:.0f} | {peak / MEGABYTE:.0f} | {more / MEGABYTE:.0f} |",
+                        flush=True,
+                    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def run(job: Job) -> Job:
+    """Run a job in a process of its own."""
+    command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(project())}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return Job(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def project() -> Path:
+    """The checkout, with the apps."""
+    return Path(__file__).resolve().parents[2]
+
+
+def measure(job: Job) -> Job:
+    """Do a job in this process."""
+    torch.set_num_threads(1)
+    work = Path(tempfile.mkdtemp(dir=job.folder))
+    reset_peak()
+    began = time.monotonic()
+    try:
+        phases = JOBS[job.what](job, work)
+    finally:
+        shutil.rmtree(work)
+    peaks = {"run": max(peak_bytes()["resident"], *phases.values(), 0), **phases}
+    return Job(**{**asdict(job), "seconds": time.monotonic() - began, "peaks": peaks})
+
+
+def nothing(job: Job, work: Path) -> dict[str, int]:
+    """Import the apps and load the backbone."""
+    import server.app
+    from fedcompo.backbone import load_backbone
+    from fedcompo.config import BackboneConfig
+
+    assert server.app.app
+    file = checkpoint(Path(job.folder), job.scale)
+    load_backbone(BackboneConfig(str(file["backbone"]), str(file["checkpoint"])))
+    return {"load": peak_bytes()["resident"]}
+
+
+def ita(job: Job, work: Path) -> dict[str, int]:
+    """A whole run of the ServerApp; nobody is trained."""
+    from flwr.app import Context, RecordDict
+
+    from server.app import app as server_app
+
+    settings = {
+        **checkpoint(Path(job.folder), job.scale),
+        "kind": job.kind,
+        "rank": RANK,
+        "fisher-form": "head",
+        "keep-fisher": False,
+        "realign": False,
+        "align-samples": 4,
+        "mixture-components": 1,
+        "in-flight": 1,
+        "num-clients": job.clients,
+        "output": str(work / "run"),
+        "timeout": 36000.0,
+    }
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(settings)
+    )
+    with answering(job, work) as answer:
+        server_app(grid_of(job.clients, answer, packed=True), context)
+    results = json.loads((work / "run" / "results.json").read_text())
+    assert len(results["registry"]["joined"]) == job.clients, results["left_out"]
+    return {
+        phase: figures["peak_memory_bytes"]["server"]
+        for phase, figures in results["phases"].items()
+    }
+
+
+def fedavg(job: Job, work: Path) -> dict[str, int]:
+    """A round of Flower's FedAvg."""
+    from flwr.app import Array, ArrayRecord
+    from flwr.serverapp.strategy import FedAvg
+
+    with answering(job, work) as answer:
+        size = int(np.load(answer("size", 0)).item())
+        strategy = FedAvg(fraction_evaluate=0.0, weighted_by_key="num-examples")
+        strategy.start(
+            grid_of(job.clients, answer, packed=False),
+            ArrayRecord({"w": Array(np.zeros(size, np.float32))}),
+            num_rounds=1,
+        )
+    return {"round": peak_bytes()["resident"]}
+
+
+JOBS: dict[str, Callable[[Job, Path], dict[str, int]]] = {
+    "nothing": nothing,
+    "ita": ita,
+    "fedavg": fedavg,
+}
+
+
+class answering:  # noqa: N801 - used as a context
+    """The process that makes answers up; a call returns the file of one."""
+
+    def __init__(self, job: Job, work: Path) -> None:
+        script = Path(__file__).with_name("server_memory_clients.py")
+        about = {"scale": job.scale, "kind": job.kind, "folder": job.folder, "work": str(work)}
+        self._process = subprocess.Popen(
+            [sys.executable, script, json.dumps({**about, "clients": job.clients})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(project())},
+        )
+
+    def __enter__(self) -> Callable[[str, int], Path]:
+        return self._answer
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self, message: str, client: int) -> Path:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([message, client]), file=self._process.stdin, flush=True)
+        return Path(self._process.stdout.readline().strip())
+
+
+def grid_of(clients: int, answer: Callable[[str, int], Path], *, packed: bool):
+    """A Grid whose replies are read from files when they are pulled."""
+    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.proto.node_pb2 import NodeInfo
+    from flwr.serverapp import Grid
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    key = "payload" if packed else "w"
+
+    class FileGrid(Grid):
+        def __init__(self) -> None:
+            self.waiting: dict[str, Message] = {}
+
+        def set_run(self, run: object) -> None: ...
+
+        @property
+        def run(self) -> None:
+            return None
+
+        def create_message(self, *args: object, **kwargs: object) -> Message:
+            raise NotImplementedError
+
+        def get_node_ids(self) -> Iterable[int]:
+            return [1000 + client for client in range(clients)]
+
+        def get_nodes(self) -> Iterable[NodeInfo]:
+            return [NodeInfo(node_id=node, status="online") for node in self.get_node_ids()]
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            ids = []
+            for message in messages:
+                ids.append(f"{message.metadata.dst_node_id} {message.metadata.message_type}")
+                # As Flower does, the request is sent and forgotten; a reply needs its metadata.
+                about = message.metadata
+                self.waiting[ids[-1]] = Message(RecordDict(), about.dst_node_id, about.message_type)
+            return ids
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            return [self._pull(i) for i in list(message_ids) if i in self.waiting]
+
+        def _pull(self, message_id: str) -> Message:
+            request = self.waiting.pop(message_id)
+            node, message_type = message_id.split(" ", 1)
+            file = answer(message_type if packed else "model", int(node) - 1000)
+            data = np.fromfile(file, np.uint8)
+            file.unlink()
+            array = Array(data if packed else data.view(np.float32))
+            content = RecordDict({key: ArrayRecord({key: array})})
+            if not packed:
+                content["metrics"] = MetricRecord({"num-examples": NUM_EXAMPLES})
+            request.metadata.__dict__["_src_node_id"] = 1
+            return Message(content, reply_to=request)
+
+        def send_and_receive(
+            self, messages: Iterable[Message], *, timeout: float | None = None
+        ) -> Iterable[Message]:
+            return self.pull_messages(self.push_messages(messages))
+
+    return FileGrid()
+
+
+if __name__ == "__main__":
+    main()

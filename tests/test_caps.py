@@ -1,0 +1,406 @@
+"""Caps of what leaves a client: who has the last word, and whole runs under each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from app_runs import altered, run
+from round_runs import (
+    PARTITIONS,
+    assert_sum_of_the_last,
+    draw_images,
+    federate,
+    same,
+    sent_last,
+)
+from round_runs import (
+    Wire as Heard,
+)
+
+from clients.local import LocalClient
+from fedcompo.anchoring import Anchor, Holding
+from fedcompo.backbone import load_backbone
+from fedcompo.caps import CapsConfig
+from fedcompo.choices import FisherForm, Wire
+from fedcompo.config import BackboneConfig, TrainConfig
+from fedcompo.deltas import new_deltas
+from fedcompo.errors import ConfigError, TooFewClients
+from fedcompo.factored_fisher import margins, outer
+from fedcompo.fisher import HEAD
+from fedcompo.messages import from_record
+from fedcompo.verification import verify_registry
+from fedcompo.wire import decode, encode
+from server import accounting
+
+CLIENTS = ("client-0", "client-1", "client-2")
+PLAIN = CapsConfig()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("plain") / "out"
+    return output, run({}, output)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("images"))
+
+
+def received(results: dict, phase: str) -> list[int]:
+    """Bytes that each client sent in a phase."""
+    return [c["traffic"][phase]["bytes_received"] for c in results["per_client"].values()]
+
+
+def assert_whole(output: Path, results: dict) -> None:
+    """Everyone took part, and every byte of the registry is what its manifests say."""
+    assert tuple(results["per_client"]) == CLIENTS
+    assert results["left_out"] == results["missed"] == []
+    assert all(finding.holds for finding in verify_registry(output / "registry"))
+    assert results["class_il_accuracy"] > 0.3
+
+
+# -- who has the last word ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wished", Wire)
+@pytest.mark.parametrize("own", Wire)
+def test_of_two_wires_the_one_of_fewer_bits_counts(wished, own):
+    found = CapsConfig(wire=wished).strictest(CapsConfig(wire=own)).wire
+    bits = {Wire.FLOAT32: 32, Wire.BFLOAT16: 16, Wire.INT8: 8}
+    assert bits[found] == min(bits[wished], bits[own])
+
+
+@pytest.mark.parametrize("wished", FisherForm)
+@pytest.mark.parametrize("own", FisherForm)
+def test_of_two_forms_the_one_that_tells_less_counts(wished, own):
+    found = CapsConfig(fisher_form=wished).strictest(CapsConfig(fisher_form=own)).fisher_form
+    order = (FisherForm.HEAD, FisherForm.FACTORED, FisherForm.DENSE)
+    assert order.index(found) == min(order.index(wished), order.index(own))
+
+
+def test_of_two_noises_the_stronger_counts_and_the_nodes_own_limits_stand():
+    wished = CapsConfig(dp_noise=2.0, dp_clip_features=9.0)
+    weaker, stronger = CapsConfig(dp_noise=1.0, dp_clip_features=5.0), CapsConfig(dp_noise=3.0)
+    assert wished.strictest(weaker).dp_noise == 2.0
+    assert wished.strictest(stronger).dp_noise == 3.0
+    assert wished.strictest(weaker).dp_clip_features == 5.0
+
+
+def client_of(run_config: dict, node_config: dict) -> LocalClient:
+    return LocalClient.from_node(run_config, {"partition-id": 0, **node_config})
+
+
+def test_a_node_sends_less_than_it_is_asked_for_and_never_more_than_it_allows():
+    asked = {"wire": "bfloat16", "dp-noise": 1.0}
+    assert client_of({}, {}).config.caps == PLAIN
+    caps = client_of(asked, {"wire": "int8", "fisher-form": "head", "dp-noise": 4}).config.caps
+    assert (caps.wire, caps.fisher_form, caps.dp_noise) == (Wire.INT8, FisherForm.HEAD, 4.0)
+    caps = client_of(asked, {"wire": "float32", "dp-noise": 0.0}).config.caps
+    assert (caps.wire, caps.dp_noise) == (Wire.BFLOAT16, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("node", "complaint"),
+    [
+        ({"wire": "int7"}, "`wire` must be one of float32, bfloat16, int8, got 'int7'"),
+        ({"fisher-form": "none"}, "`fisher-form` must be one of"),
+        ({"dp-noise": -1.0}, "`dp-noise` must be >= 0"),
+    ],
+)
+def test_a_cap_that_is_none_stops_the_node_before_anything_leaves(node, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        client_of({}, node)
+
+
+def test_noise_under_a_head_fitted_to_the_images_is_refused_by_run_and_node(tmp_path):
+    settings = {"dp_noise": 1.0, "head_start": "probe"}
+    with pytest.raises(ConfigError, match="not private by noise"):
+        run({}, tmp_path / "run", **settings)
+    nodes = {i: {"dp-noise": 1.0} for i in range(3)}
+    with pytest.raises(TooFewClients, match="not private by noise"):
+        run({"node_configs": nodes}, tmp_path / "nodes", head_start="probe")
+
+
+# -- fewer bits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wire", "share", "kind"),
+    [("bfloat16", 0.5, "lora"), ("int8", 0.26, "lora"), ("int8", 0.26, "ia3")],
+)
+def test_a_run_in_fewer_bits_is_as_good_and_says_what_it_lost(plain, tmp_path, wire, share, kind):
+    results = run({}, tmp_path / "out", wire=wire, kind=kind)
+    assert_whole(tmp_path / "out", results)
+    for sent, full in zip(received(results, "fisher"), received(plain[1], "fisher"), strict=True):
+        assert sent < share * full + 10_000
+    for figures in results["per_client"].values():
+        told = {answer["phase"]: answer for answer in figures["caps"]}
+        assert set(told) == {"fisher", "train"}
+        assert all(t["wire"] == wire and 0 < t["wire_error"] < 0.01 for t in told.values())
+        assert figures["privacy"] is None
+    assert any(f"came in {wire} in the phase train is off by" in n for n in results["notes"])
+    if kind == "lora":
+        assert results["class_il_accuracy"] == pytest.approx(
+            plain[1]["class_il_accuracy"], abs=0.03
+        )
+
+
+def test_without_caps_nothing_is_told_of_any(plain):
+    _, results = plain
+    assert results["notes"] == []
+    for figures in results["per_client"].values():
+        assert (figures["caps"], figures["privacy"]) == ([], None)
+
+
+def test_the_registry_holds_float32_of_what_was_sent(plain, tmp_path):
+    """In ITA the wire comes after the training: what is stored is the plain run's, rounded once."""
+    output = tmp_path / "out"
+    run({}, output, wire="int8", alpha=0.0, head_alpha=0.0)
+    run({}, tmp_path / "plain", alpha=0.0, head_alpha=0.0)
+    found, meant = sent_last(output), sent_last(tmp_path / "plain")
+    for client in CLIENTS:
+        tensors = {f"task_vector/{n}": t for n, t in meant[client].task_vector.tensors.items()}
+        tensors |= {f"fisher/{n}": t for n, t in meant[client].fisher.sums.items()}
+        expected = decode(encode(tensors, Wire.INT8), Wire.INT8, source="test")
+        actual = {f"task_vector/{n}": t for n, t in found[client].task_vector.tensors.items()}
+        actual |= {f"fisher/{n}": t for n, t in found[client].fisher.sums.items()}
+        assert all(t.dtype == torch.float32 for t in actual.values())
+        assert same(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("wire", "kind"), [("int8", "lora"), ("int8", "full"), ("bfloat16", "ia3")]
+)
+def test_rounds_in_fewer_bits_need_nothing_sent_again(images, tmp_path, wire, kind):
+    """What a client keeps must be what the server read: the digests would tell."""
+    heard, output = Heard(), tmp_path / "out"
+    settings = {"num_server_rounds": 4, "wire": wire, "kind": kind}
+    results = federate(images, output, {"tamper": heard.tamper}, **settings)
+    assert [r["trained"] for r in results["rounds"]] == [["ann", "ben", "eve"]] * 4
+    assert results["left_out"] == results["missed"] == []
+    assert not any("sent again" in note for note in results["notes"])
+    assert heard.count == {"ann": 4, "ben": 4, "eve": 4}
+    assert_sum_of_the_last(output, heard)
+    for figures in results["per_client"].values():
+        requests = [figures["traffic"][f"train, round {i}"]["bytes_sent"] for i in (1, 2, 3, 4)]
+        assert max(requests[1:]) < requests[0]  # neither metric nor own task vector came along
+
+
+def test_rounds_go_on_from_what_arrived_and_not_from_what_was_meant(images, tmp_path):
+    """A client that lost its store is sent the server's copy, and trains on as if it had not."""
+    settings = {"num_server_rounds": 3, "wire": "int8"}
+    federate(images, tmp_path / "kept", **settings)
+
+    def forget(reply):
+        for folder in (tmp_path / "state").rglob("ann"):
+            for file in folder.iterdir():
+                file.unlink()
+        return reply
+
+    heard = Heard({("ann", 1): forget})
+    grid = {
+        "tamper": heard.tamper,
+        "node_configs": {PARTITIONS["ann"]: {"state": str(tmp_path / "state")}},
+    }
+    results = federate(images, tmp_path / "lost", grid, **settings)
+    assert any("ann has lost what it kept" in note for note in results["notes"])
+    kept, lost = sent_last(tmp_path / "kept"), sent_last(tmp_path / "lost")
+    for client in kept:
+        assert same(kept[client].task_vector.tensors, lost[client].task_vector.tensors)
+
+
+def test_an_averaged_model_comes_in_fewer_bits_too(tmp_path):
+    settings = {"method": "fedavg", "num_server_rounds": 2}
+    few = run({}, tmp_path / "few", wire="int8", **settings)
+    full = run({}, tmp_path / "full", **settings)
+    one, other = (received(results, "train, round 2") for results in (few, full))
+    assert all(a < 0.5 * b for a, b in zip(one, other, strict=True))
+    for figures in few["per_client"].values():
+        assert [told["wire"] for told in figures["caps"]] == ["int8"] * 2
+    assert few["class_il_accuracy"] == pytest.approx(full["class_il_accuracy"], abs=0.03)
+
+
+# -- less of the Fisher -------------------------------------------------------------------------
+
+
+def test_a_factored_fisher_takes_kilobytes_and_is_expanded_before_it_is_kept(plain, tmp_path):
+    results = run({}, tmp_path / "out", fisher_form="factored")
+    assert_whole(tmp_path / "out", results)
+    assert max(received(results, "fisher")) < 0.02 * min(received(plain[1], "fisher"))
+    meant, found = sent_last(plain[0]), sent_last(tmp_path / "out")
+    for client in CLIENTS:
+        for name, total in meant[client].fisher.sums.items():
+            expected = total if name in HEAD else outer(*margins(total))
+            torch.testing.assert_close(found[client].fisher.sums[name], expected, rtol=1e-4, atol=0)
+        (told,) = results["per_client"][client]["caps"]
+        assert told["form"] == "factored"
+        assert 0 < told["form_error"] < 1
+    assert any(note.startswith("The factored Fisher") for note in results["notes"])
+
+
+def test_where_only_heads_are_told_nothing_holds_the_backbone(tmp_path):
+    results = run({}, tmp_path / "out", fisher_form="head")
+    assert_whole(tmp_path / "out", results)
+    assert max(received(results, "fisher")) < 10_000
+    assert results["diagnostics"]["composition_gap"] == 0
+    run({}, tmp_path / "loose", alpha=0.0)
+    one, other = sent_last(tmp_path / "out"), sent_last(tmp_path / "loose")
+    for client in CLIENTS:  # the head is held as firmly as ever, the task vector not at all
+        assert same(one[client].task_vector.tensors, other[client].task_vector.tensors)
+        assert torch.equal(one[client].head.weight, other[client].head.weight)
+        assert not any(one[client].fisher.sums[n].any() for n in other[client].task_vector.names)
+        assert torch.equal(*(c[client].fisher.sums["head.weight"] for c in (one, other)))
+        cost = results["per_client"][client]["traffic"]["train"]
+        assert cost["bytes_sent"] < 50_000  # nor are zeros sent about
+
+
+def test_rounds_without_a_fisher_of_the_backbone_hold_only_the_head(images, tmp_path):
+    results = federate(images, tmp_path / "out", fisher_form="head")
+    assert [r["trained"] for r in results["rounds"]] == [["ann", "ben", "eve"]] * 2
+    assert_sum_of_the_last(tmp_path / "out")
+
+
+def test_an_anchor_without_weights_holds_no_delta():
+    theta_0 = load_backbone(BackboneConfig()).theta_0
+    name = next(iter(theta_0))
+    deltas = new_deltas("full", {name: theta_0[name]}, rank=1, generator=torch.Generator())
+    deltas[name].delta.data.fill_(1.0)
+    anchor = Anchor({}, torch.ones(2, 3), torch.ones(2))
+    holding = Holding(deltas, anchor, None, TrainConfig(alpha=100.0, penalty_every=1))
+    holding.step(1.0, last=True)
+    assert bool((deltas[name].delta == 1.0).all())
+    assert holding.loss({}) is None
+
+
+def test_caps_may_differ_from_node_to_node(tmp_path):
+    nodes = {
+        0: {"wire": "int8"},
+        1: {"fisher-form": "head"},
+        2: {"fisher-form": "factored", "wire": "bfloat16"},
+    }
+    results = run({"node_configs": nodes}, tmp_path / "out")
+    assert_whole(tmp_path / "out", results)
+    told = [
+        {key: answer[key] for key in ("form", "wire") if key in answer}
+        for figures in results["per_client"].values()
+        for answer in figures["caps"]
+        if answer["phase"] == "fisher"
+    ]
+    assert told == [{"wire": "int8"}, {"form": "head"}, {"form": "factored", "wire": "bfloat16"}]
+    assert any(
+        note.startswith("client-1 sent nothing of the backbone") for note in results["notes"]
+    )
+
+
+# -- noise --------------------------------------------------------------------------------------
+
+
+def heard_answers(kinds: tuple[str, ...]) -> tuple[dict, dict[tuple[int, str], list]]:
+    """A tamper that changes nothing, and what it hears, by partition and message type."""
+    answers: dict[tuple[int, str], list] = {}
+
+    def listen(key):
+        def passed(reply):
+            expected = reply.metadata.message_type.rpartition(".")[2]
+            answers.setdefault(key, []).append(
+                from_record(reply.content, expected=expected, source="test")
+            )
+            return reply
+
+        return passed
+
+    return {(i, kind): listen((i, kind)) for i in range(3) for kind in kinds}, answers
+
+
+@pytest.mark.parametrize("form", ["dense", "factored", "head"])
+def test_a_run_under_noise_works_and_counts_its_releases(tmp_path, form):
+    pytest.importorskip(accounting.BACKEND)
+    images = 4 if form == "dense" else 12  # a Fisher of each image by itself takes its time
+    results = run({}, tmp_path / "out", dp_noise=1.0, fisher_form=form, images_per_class=images)
+    assert_whole(tmp_path / "out", results)
+    for figures in results["per_client"].values():
+        noisy = [answer["phase"] for answer in figures["caps"] if answer.get("noise") == 1.0]
+        assert noisy == ["features", "fisher", "realign"]
+        spent = figures["privacy"]
+        assert spent["epsilon"] == accounting.composed_epsilon([1.0] * 3, delta=1e-5)
+        assert (spent["delta"], spent["releases"]) == (1e-5, 3)
+    (note,) = [n for n in results["notes"] if "private for each training image" in n]
+    assert "Task vectors, heads, losses and accuracies are not." in note
+
+
+def test_a_node_that_insists_on_noise_is_the_only_one_to_add_any(plain, tmp_path):
+    """Without the accountant, too: then its ε is not known, and that is said."""
+    tamper, heard = heard_answers(("query.features", "query.fisher"))
+    nodes = {1: {"dp-noise": 2.0}}
+    results = run({"node_configs": nodes, "tamper": tamper}, tmp_path / "out")
+    assert_whole(tmp_path / "out", results)
+    spent = [figures["privacy"] for figures in results["per_client"].values()]
+    assert (spent[0], spent[2]) == (None, None)
+    assert spent[1]["releases"] == 3
+    meant = sent_last(plain[0])
+    for i, client in enumerate(CLIENTS):
+        (tensors, _) = heard[i, "query.features"][0]
+        name = meant[client].head.classes[0]
+        told = torch.equal(tensors[f"features/{name}/means"], meant[client].features[name].means)
+        assert told == (i != 1)
+
+
+def test_two_runs_of_one_seed_draw_other_noise_and_two_clients_too(tmp_path):
+    tamper, heard = heard_answers(("query.features",))
+    nodes = {i: {"dp-noise": 1.0} for i in range(3)}
+    for name in ("one", "two"):
+        run({"node_configs": nodes, "tamper": tamper}, tmp_path / name, realign=False)
+    drawn = [
+        (next(t for n, t in sorted(tensors.items()) if n.endswith("means")))
+        for answers in heard.values()
+        for tensors, _ in answers
+    ]
+    assert len(drawn) == 6
+    assert len({tuple(t.flatten().tolist()) for t in drawn}) == 6
+
+
+def test_under_noise_nothing_beside_it_tells_of_the_images(tmp_path):
+    """Neither counts nor what an estimator says of its work: both are sums without noise."""
+    tamper, heard = heard_answers(("query.features", "query.fisher", "query.realign"))
+    nodes = {i: {"dp-noise": 5.0} for i in range(3)}
+    run({"node_configs": nodes, "tamper": tamper}, tmp_path / "out")
+    for (_, kind), answers in heard.items():
+        for _, manifest in answers:
+            if kind == "query.fisher":
+                assert set(manifest["report"]) == {"seconds"}
+                assert set(manifest["caps"]) == {"noise", "clip"}
+            else:
+                assert manifest["num_examples"] == sum(manifest["mixtures"].values())
+    counts = [answers[0][1]["num_examples"] for answers in heard.values()]
+    assert len(set(counts)) > 3  # all clients have 24 images
+
+
+# -- what a client may not tell -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "told", [{"noise": -1.0}, {"noise": "1.0"}, {"wire": "int7"}, {"phase": [1.0]}, "int8"]
+)
+def test_who_tells_nonsense_of_its_caps_is_left_out(tmp_path, told):
+    def change(tensors, manifest):
+        manifest["caps"] = told
+
+    tamper = {(0, "query.fisher"): altered(change)}
+    results = run({"tamper": tamper}, tmp_path / "out", min_clients=2)
+    (left,) = results["left_out"]
+    assert (left["client"], left["phase"]) == ("client-0", "fisher")
+    assert "tells of the caps" in left["reason"]
+
+
+def test_who_sends_margins_and_calls_them_dense_is_left_out(tmp_path):
+    def change(tensors, manifest):
+        manifest["form"] = "dense"
+
+    tamper = {(0, "query.fisher"): altered(change)}
+    results = run({"tamper": tamper}, tmp_path / "out", min_clients=2, fisher_form="factored")
+    (left,) = results["left_out"]
+    assert left["client"] == "client-0"
+    assert "has shape" in left["reason"]

@@ -1,0 +1,358 @@
+"""Noise for privacy: how far one image can move what leaves, and what the noise is made of."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from builders import normal, pico_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedcompo import privacy, private_fisher, private_statistics
+from fedcompo.caps import CapsConfig
+from fedcompo.choices import FisherForm, HeadStart
+from fedcompo.config import FisherKind, RunConfig
+from fedcompo.deltas import Weights
+from fedcompo.errors import ConfigError
+from fedcompo.factored_fisher import reduced
+from fedcompo.fisher import estimate_fisher
+from fedcompo.heads import Head
+from fedcompo.privacy import clip_factors, noised
+from fedcompo.privacy import normal as drawn
+from fedcompo.private_fisher import (
+    clipped_sum,
+    images_at_a_time,
+    per_example_fishers,
+)
+from fedcompo.private_statistics import clipped_sums, private_mixtures
+from server import accounting
+
+CLASSES = tuple(f"class-{index}" for index in range(4))
+HEAD = Head(CLASSES, normal(4, 8, seed=2, scale=0.7), normal(4, seed=3))
+IMAGES = normal(7, 1, 8, 8, seed=1)
+NAMES = ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight")
+PICO = {name: p.detach() for name, p in pico_model().named_parameters() if name in NAMES}
+examples = st.integers(1, 12)
+clips = st.floats(0.01, 30.0)
+
+
+def entropy(seed: int) -> Callable[[int], bytes]:
+    """Bytes that can be had again; for tests alone."""
+    return random.Random(seed).randbytes
+
+
+def silence(count: int) -> bytes:
+    """Bytes whose quantile is zero, but for 1e-16: no noise."""
+    return (1 << 63).to_bytes(8, "little") * (count // 8)
+
+
+def moved(one: Weights, other: Weights, limits: dict[str, float]) -> float:
+    """How far two neighbouring sums are apart, each part in its own limit."""
+    return math.sqrt(sum(float(((one[n] - other[n]) / limits[n]).square().sum()) for n in one))
+
+
+def described(seed: int, count: int = 60, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Features of four classes of unequal means, and labels."""
+    labels = torch.arange(count) % 4
+    return normal(4, 16, seed=7)[labels] + spread * normal(count, 16, seed=seed), labels
+
+
+# -- the mechanism ------------------------------------------------------------------------------
+
+
+def test_noise_is_standard_normal():
+    found = drawn((200_000,), entropy(1))
+    assert abs(float(found.mean())) < 5 / math.sqrt(200_000)
+    assert float(found.std()) == pytest.approx(1, abs=0.01)
+    for quantile in (0.01, 0.1, 0.5, 0.9, 0.99):
+        expected = float(torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)))
+        assert float(found.quantile(quantile)) == pytest.approx(expected, abs=0.03)
+    assert abs(float((found[:-1] * found[1:]).mean())) < 0.02
+
+
+def test_noise_is_finite_whatever_the_bytes():
+    for byte in (b"\x00", b"\xff"):
+        found = drawn((3,), lambda count, byte=byte: byte * count)
+        assert torch.isfinite(found).all()
+        assert found.abs().min() > 8
+
+
+def test_noise_is_drawn_for_every_number_and_every_time_anew():
+    sums = {"a": torch.zeros(30, 30), "b": torch.zeros(30, 30)}
+    first, again = (noised(sums, {"a": 1.0, "b": 1.0}, parts=1, noise=1.0) for _ in range(2))
+    together = torch.cat([n.flatten() for n in (*first.values(), *again.values())])
+    assert len(together.unique()) == len(together)
+
+
+def test_no_seed_of_the_run_draws_it_again():
+    """The server knows the run's seed: whatever follows from it, the server could subtract."""
+    torch.manual_seed(0)
+    first = drawn((50,))
+    torch.manual_seed(0)
+    assert not torch.equal(first, drawn((50,)))
+    for module in (privacy, private_statistics, private_fisher):
+        source = inspect.getsource(module)
+        assert "Generator" not in source
+        assert "seed=" not in source
+        assert "torch.rand" not in source
+
+
+@pytest.mark.parametrize(("parts", "noise", "limit"), [(1, 1.0, 1.0), (2, 0.5, 0.1), (3, 4.0, 20)])
+def test_noise_has_the_spread_that_is_accounted_for(parts, noise, limit):
+    sums = {"a": torch.full((100_000,), 5.0)}
+    found = noised(sums, {"a": limit}, parts=parts, noise=noise, entropy=entropy(2))["a"]
+    expected = noise * math.sqrt(parts) * limit
+    assert float(found.std()) == pytest.approx(expected, rel=0.02)
+    assert float(found.mean()) == pytest.approx(5.0, abs=5 * expected / math.sqrt(100_000))
+
+
+def test_clipping_shortens_what_is_too_long_and_nothing_else():
+    vectors = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], dtype=torch.float64)
+    factors = clip_factors(vectors.norm(dim=1), 1.0)
+    assert (factors.unsqueeze(1) * vectors).norm(dim=1).tolist() == pytest.approx([1.0, 0.5, 0.0])
+    assert factors[1:].tolist() == [1.0, 1.0]
+
+
+# -- feature statistics -------------------------------------------------------------------------
+
+
+@given(examples, clips, st.integers(0, 2**20), st.floats(0.01, 1000.0), st.booleans())
+def test_one_image_moves_the_statistics_by_no_more_than_the_sensitivity(
+    count, clip, seed, size, spike
+):
+    x, labels = size * normal(count + 1, 16, seed=seed), torch.arange(count + 1) % 4
+    if spike:  # all of an image's length in one feature: its squares are longest then
+        x[-1] = torch.eye(16, dtype=torch.float64)[0] * size
+    with_it, limits = clipped_sums(x, labels, num_classes=4, clip=clip)
+    without, _ = clipped_sums(x[:-1], labels[:-1], num_classes=4, clip=clip)
+    bound = math.sqrt(private_statistics.PARTS)
+    assert moved(with_it, without, limits) <= bound * (1 + 1e-9)
+
+
+def test_the_sensitivity_is_reached():
+    x = torch.full((1, 16), 1e6, dtype=torch.float64)
+    x[0, 0] = 1e9
+    sums, limits = clipped_sums(x, torch.tensor([1]), num_classes=4, clip=3.0)
+    nothing = {name: torch.zeros_like(total) for name, total in sums.items()}
+    assert moved(sums, nothing, limits) == pytest.approx(math.sqrt(private_statistics.PARTS))
+
+
+def test_without_noise_and_clipping_it_is_a_gaussian_of_each_class():
+    x, labels = described(1)
+    found = private_mixtures(x, labels, CLASSES, clip=50.0, noise=1.0, entropy=silence)
+    within = torch.stack([x[labels == k].var(0, correction=0) for k in range(4)]).mean(0)
+    for k, name in enumerate(CLASSES):
+        mixture = found[name]
+        mixture.check(16, "client 'a'")
+        assert (mixture.num_examples, mixture.weights.tolist()) == (15, [1.0])
+        torch.testing.assert_close(mixture.means[0].double(), x[labels == k].mean(0))
+        blur = 3 * 50.0**2 / 15**2  # as much as noise of this strength adds to a squared mean
+        torch.testing.assert_close(
+            mixture.variances[0].double(), within + blur * 4 * 15 / 60, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_variances_are_not_made_smaller_by_the_noise_of_the_means():
+    x, labels = described(2, count=200)
+    within = torch.stack([x[labels == k].var(0, correction=0) for k in range(4)]).mean(0)
+    drawn_anew = [
+        private_mixtures(x, labels, CLASSES, clip=8.0, noise=2.0, entropy=entropy(seed))
+        for seed in range(60)
+    ]
+    mean = torch.stack([found[CLASSES[0]].variances[0] for found in drawn_anew]).double().mean()
+    assert float(mean) == pytest.approx(float(within.mean()), rel=0.06)
+
+
+@given(st.integers(0, 2**20), st.floats(0.1, 1000.0), examples)
+@settings(max_examples=50)
+def test_whatever_the_noise_the_mixtures_can_be_drawn_from(seed, noise, count):
+    x, labels = described(3, count=4 * count)
+    found = private_mixtures(x, labels, CLASSES, clip=1.0, noise=noise, entropy=entropy(seed))
+    for mixture in found.values():
+        mixture.check(16, "client 'a'")
+        assert float(mixture.means.norm()) <= 1.0 + 1e-6
+
+
+def test_how_many_images_a_class_has_is_not_told():
+    x, labels = described(4)
+    counts = {
+        private_mixtures(x, labels, CLASSES, clip=8.0, noise=2.0, entropy=entropy(s))[
+            CLASSES[0]
+        ].num_examples
+        for s in range(20)
+    }
+    assert len(counts) > 5
+
+
+# -- the Fisher ---------------------------------------------------------------------------------
+
+
+def fishers(images: Tensor, form: FisherForm) -> Weights:
+    return per_example_fishers(pico_model(), HEAD, images, NAMES, form)
+
+
+def exact(images: Tensor) -> Weights:
+    found, _ = estimate_fisher(pico_model(), HEAD, [images], NAMES, kind=FisherKind.EXACT)
+    return dict(found.sums)
+
+
+@pytest.mark.parametrize("form", FisherForm)
+def test_each_image_has_the_exact_fisher_of_itself_alone(form):
+    found = fishers(IMAGES, form)
+    for i in range(len(IMAGES)):
+        alone = reduced(exact(IMAGES[i : i + 1]), form)
+        assert found.keys() == alone.keys()
+        for name, expected in alone.items():
+            torch.testing.assert_close(found[name][i], expected.double(), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FisherForm)
+@pytest.mark.parametrize("clip", [1e-3, 1.0, 1e3])
+def test_one_image_moves_the_fisher_by_no_more_than_the_clip(form, clip):
+    whole = clipped_sum(fishers(IMAGES, form), clip)
+    for i in range(len(IMAGES)):
+        rest = clipped_sum(fishers(torch.cat([IMAGES[:i], IMAGES[i + 1 :]]), form), clip)
+        assert moved(whole, rest, dict.fromkeys(whole, clip)) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("form", FisherForm)
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_without_noise_and_clipping_it_is_the_exact_fisher(form, batch):
+    found, count = private_fisher.private_fisher(
+        pico_model(),
+        HEAD,
+        IMAGES.split(batch),
+        iter(NAMES),
+        form=form,
+        clip=1e6,
+        noise=1e-30,
+        entropy=silence,
+    )
+    assert count == len(IMAGES)
+    for name, expected in reduced(exact(IMAGES), form).items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], expected.float(), rtol=1e-5, atol=1e-12)
+
+
+def test_under_noise_a_fisher_is_not_negative_and_counts_are_not_told():
+    def private(seed: int) -> tuple[Weights, int]:
+        options = {"form": FisherForm.FACTORED, "clip": 0.1, "noise": 3.0}
+        return private_fisher.private_fisher(
+            pico_model(), HEAD, [IMAGES], NAMES, **options, entropy=entropy(seed)
+        )
+
+    runs = [private(seed) for seed in range(8)]
+    assert len({count for _, count in runs}) > 2
+    assert all(count >= 1 for _, count in runs)
+    assert all(float(t.min()) >= 0 for sums, _ in runs for t in sums.values())
+
+
+def test_the_noise_of_the_fisher_hides_the_clip_and_the_count_together():
+    def rows(seed: int) -> Tensor:
+        found, _ = private_fisher.private_fisher(
+            pico_model(),
+            HEAD,
+            [IMAGES],
+            NAMES,
+            form=FisherForm.DENSE,
+            clip=1e-9,  # so that what is seen is noise
+            noise=2.0,
+            entropy=entropy(seed),
+        )
+        return torch.cat([found[name].flatten() for name in NAMES]).double()
+
+    found = torch.cat([rows(seed) for seed in range(40)])
+    above = found[found > 0]
+    assert len(above) / len(found) == pytest.approx(0.5, abs=0.05)
+    spread = 1e-9 * 2.0 * math.sqrt(private_fisher.PARTS)
+    assert float(above.square().mean().sqrt()) == pytest.approx(spread, rel=0.05)
+
+
+def test_images_are_held_one_by_one_where_their_fishers_are_large():
+    large = {"w": torch.empty(10_000, 10_000, device="meta")}
+    assert images_at_a_time(large, FisherForm.DENSE, 32) == 1
+    assert images_at_a_time(large, FisherForm.FACTORED, 32) == 32
+    assert images_at_a_time(PICO, FisherForm.DENSE, 32) == 32
+
+
+# -- ε ------------------------------------------------------------------------------------------
+
+
+def gaussian_epsilon(noise: float, count: int, delta: float) -> float:
+    """Oracle: Rényi divergence α·count/(2σ²), converted by Mironov's formula, at the best order.
+
+    An upper bound, and a little above what accountants tell, who convert more sharply.
+    """
+    orders = [1 + k / 100 for k in range(1, 20_000)]
+    return min(a * count / (2 * noise**2) + math.log(1 / delta) / (a - 1) for a in orders)
+
+
+@pytest.mark.parametrize(("noise", "count"), [(1.0, 1), (1.0, 3), (4.0, 3), (10.0, 7)])
+def test_epsilon_is_that_of_the_gaussian_mechanism(noise, count):
+    pytest.importorskip(accounting.BACKEND)
+    found = accounting.composed_epsilon([noise] * count, delta=1e-5)
+    bound = gaussian_epsilon(noise, count, 1e-5)
+    assert 0.7 * bound < found <= bound
+
+
+def test_epsilon_is_the_accountants_own_figure():
+    pytest.importorskip(accounting.BACKEND)
+    from dp_accounting import dp_event, rdp
+
+    accountant = rdp.RdpAccountant()
+    for noise in (1.0, 2.0, 2.0):
+        accountant.compose(dp_event.GaussianDpEvent(noise))
+    found = accounting.spent([{"noise": 2.0}, {}, {"noise": 1.0}, {"noise": 2.0}], delta=1e-5)
+    assert found == {
+        "epsilon": accountant.get_epsilon(1e-5),
+        "delta": 1e-5,
+        "releases": 3,
+        "accountant": "flwr.serverapp.RdpAccountant",
+    }
+
+
+def test_who_adds_no_noise_has_no_epsilon():
+    assert accounting.spent([], delta=1e-5) is None
+    assert accounting.spent([{"wire": "int8", "wire_error": 0.1}], delta=1e-5) is None
+
+
+def test_no_noise_that_a_client_can_tell_of_breaks_the_books():
+    pytest.importorskip(accounting.BACKEND)
+    weakest, strongest = (accounting.spent([{"noise": n}], delta=1e-5) for n in (1e-300, 1e300))
+    assert weakest["epsilon"] is None
+    assert 0 <= strongest["epsilon"] < 0.01
+
+
+def test_notes_are_made_of_whatever_figures_a_client_tells():
+    told = {"ann": [{"phase": "fisher", "form_error": 0.5, "wire_error": 0.25}]}
+    assert accounting.notes(told, delta=1e-5) == [
+        "The dense Fisher of the backbone is off by 50.00% of its length on average, 50.00% at "
+        "most.",
+        "What came in float32 in the phase fisher is off by 25.00% of its length on average, "
+        "25.00% at most.",
+    ]
+
+
+def test_without_the_accountant_a_run_under_noise_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(accounting, "find_spec", lambda name: None)
+    accounting.check_noise(RunConfig())
+    with pytest.raises(ConfigError, match=r"Install the rest .* pip install 'fedcompo\[dp\]'"):
+        accounting.check_noise(RunConfig(caps=CapsConfig(dp_noise=1.0)))
+    told = {"ann": [{"phase": "features", "noise": 1.0}]}
+    assert accounting.spent(told["ann"], delta=1e-5)["epsilon"] is None
+    (note,) = accounting.notes(told, delta=1e-5)
+    assert note.startswith("ε of ann is not known")
+
+
+def test_a_head_fitted_to_the_same_images_is_refused():
+    caps = CapsConfig(dp_noise=1.0)
+    caps.check_head_start(HeadStart.ALIGNED)
+    CapsConfig().check_head_start(HeadStart.PROBE)
+    with pytest.raises(ConfigError, match="not private by noise"):
+        caps.check_head_start(HeadStart.PROBE)
