@@ -12,14 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedcompo import cli_models, cli_registry
+from fedcompo import cli_models, cli_registry, cli_service
 from fedcompo.cli_audit import audit
 from fedcompo.cli_common import errors_as_sentences, say
 from fedcompo.cli_fisher import fisher
 from fedcompo.cli_print import print_removal
 from fedcompo.config import Action, RunConfig, Scalar, all_settings
-
 from fedcompo.errors import ConfigError
+
 app = typer.Typer(
     help="Federated fine-tuning into task vectors that add up to one model, and come out again.",
     no_args_is_help=True,
@@ -54,7 +54,6 @@ def simulate(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random.")] = None,
-    cpus_per_client: Annotated[
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -63,6 +62,7 @@ def simulate(
             "with. Who has trained is not trained again.",
         ),
     ] = None,
+    cpus_per_client: Annotated[
         int | None, typer.Option(min=1, help="CPUs a client; default 1.")
     ] = None,
     gpus_per_client: Annotated[
@@ -132,6 +132,10 @@ for command in (
     cli_models.evaluate,
     cli_models.negate,
     cli_models.export,
+    cli_service.serve,
+    cli_service.publish,
+    cli_service.fetch,
+    cli_service.request_removal,
     audit,
 ):
     app.command()(command)
@@ -143,13 +147,13 @@ def _simulate(
     options: dict[str, Scalar],
     cpus_per_client: int | None,
     gpus_per_client: float | None,
+    resume: Path | None,
 ) -> None:
     from fedcompo import launcher, scenario
     from fedcompo.live import Display
     from fedcompo.resources import count_clients, fair_resources
 
     console = Console()
-    resume: Path | None,
     if resume is None:
         values = scenario.settings_of(file, assignments, options)
     else:

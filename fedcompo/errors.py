@@ -13,7 +13,8 @@
     │   ├── RegistryLocked   another process is changing it
     │   └── RegistryDamaged  its files do not say what they should
     ├── TooFewClients        fewer usable clients than the run needs
-    └── LaunchError          a simulation that could not start or did not finish
+    ├── LaunchError          a simulation that could not start or did not finish
+    └── ServiceError         a registry's service that refuses, or cannot be reached
 
 A message says what is wrong, what was expected, what was found and what to do about it.
 """
@@ -67,3 +68,7 @@ class TooFewClients(FedcompoError):
 
 class LaunchError(FedcompoError):
     """A simulation that could not start or did not finish."""
+
+
+class ServiceError(FedcompoError):
+    """A registry's service that refuses, or cannot be reached; says which, and why."""

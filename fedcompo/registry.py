@@ -262,6 +262,7 @@ class Registry:
         self,
         *sources: Contribution | Path,
         replacing: bool = False,
+        requested_by: str = "",
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
         """Add contributions, all or none.
@@ -269,6 +270,7 @@ class Registry:
         Args:
             sources: Contributions, or folders that hold one each.
             replacing: Take the place of members of the same name; a removal and an addition.
+            requested_by: On whose request; stands in the journal.
             on_step: Told what is being done.
 
         Raises:
@@ -277,7 +279,9 @@ class Registry:
             BackboneMismatch: If one was trained on other pre-trained weights.
             RegistryLocked: If another process keeps changing the registry.
         """
-        registry_changes.add(self, sources, replacing=replacing, on_step=on_step)
+        registry_changes.add(
+            self, sources, replacing=replacing, requested_by=requested_by, on_step=on_step
+        )
 
     def remove(
         self,

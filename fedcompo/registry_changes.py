@@ -35,6 +35,7 @@ def add(
     sources: Sequence[Contribution | Path],
     *,
     replacing: bool,
+    requested_by: str = "",
     on_step: OnStep,
 ) -> None:
     """Add contributions, all or none; see :meth:`fedcompo.registry.Registry.add`."""
@@ -59,9 +60,8 @@ def add(
         require_unmixed({client: member.kind for client, member in after.members.items()})
         after = draft.compose(after, coming=list(coming.values()), going=gone)
         events = [("removed", {**_essence(member), "within": "replacement"}) for member in gone]
-        events.append(
-            ("added", {"clients": [_essence(after.members[client]) for client in sorted(coming)]})
-        )
+        told = [_essence(after.members[client]) for client in sorted(coming)]
+        events.append(("added", {"clients": told, **_asked(requested_by)}))
         draft.deletions += [member.folder for member in gone]
         draft.finish(after, events)
 
@@ -118,6 +118,7 @@ def remove(
             **_essence(member),
             "record": name,
             "record_sha256": file_sha256(draft.new / name),
+            **_asked(requested_by),
         }
         draft.finish(after, [("removed", details)])
         return record
@@ -173,6 +174,11 @@ def _drop_versions(draft: Draft, after: State, client: str, *, keep: bool) -> St
     going = [place for place, kept in after.kept.items() if client in kept["clients"]]
     draft.deletions += going
     return replace(after, kept={p: kept for p, kept in after.kept.items() if p not in going})
+
+
+def _asked(requested_by: str) -> dict[str, str]:
+    """What the journal keeps of who asked, where it is known."""
+    return {"requested_by": requested_by} if requested_by else {}
 
 
 def _essence(member: Member) -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""The commands of the service: serve, and its client side: publish, fetch, request-removal."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcompo.cli_common import (
+    JsonOption,
+    VerboseOption,
+    errors_as_sentences,
+    listed_names,
+    print_json,
+    progress,
+    say,
+    weights_of,
+)
+from fedcompo.cli_models import OnlyOption, ScaleOption, WeightsOption, WithoutOption
+from fedcompo.errors import ConfigError, ServiceError
+
+if TYPE_CHECKING:
+    from fedcompo.service.client import Client, Receipt
+
+ServerOption = Annotated[
+    str,
+    typer.Option(
+        "--server", envvar="FEDCOMPO_SERVER", metavar="HOST:PORT", help="Where the service listens."
+    ),
+]
+AuthorityOption = Annotated[
+    Path,
+    typer.Option("--ca", envvar="FEDCOMPO_CA", help="Certificate of the authority: ca.crt."),
+]
+CertificateOption = Annotated[
+    Path,
+    typer.Option("--certificate", envvar="FEDCOMPO_CERTIFICATE", help="Your own; it names you."),
+]
+KeyOption = Annotated[
+    Path, typer.Option("--key", envvar="FEDCOMPO_KEY", help="The certificate's private key.")
+]
+
+
+def serve(
+    registry: Annotated[Path, typer.Argument(help="Folder of the registry to serve.")],
+    *,
+    ca: Annotated[Path, typer.Option("--ca", help="Certificate of the authority: ca.crt.")],
+    certificate: Annotated[Path, typer.Option(help="The server's own certificate.")],
+    key: Annotated[Path, typer.Option(help="The certificate's private key.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 9443,
+    compose: Annotated[
+        str,
+        typer.Option(metavar="WHO", help="Who may compose: members, everyone or operators."),
+    ] = "members",
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve a registry over gRPC, to whoever has a certificate of the authority.
+
+    It ends on Ctrl-C or SIGTERM, when the calls under way have ended.
+
+    What happened to each call is logged on standard error; every change is in the journal.
+    """
+    with errors_as_sentences(verbose):
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        from fedcompo.service.credentials import read_authority, read_credential
+        from fedcompo.service.permissions import Audience
+        from fedcompo.service.server import Server, Settings
+        from fedcompo.service.server import serve as run
+
+        if compose not in list(Audience):
+            raise ConfigError(f"`--compose {compose}` is none of {', '.join(Audience)}.")
+        settings = Settings(
+            registry=registry,
+            authority=read_authority(ca),
+            credential=read_credential(certificate, key),
+            host=host,
+            port=port,
+            audience=Audience(compose),
+        )
+
+        def ready(server: Server) -> None:
+            say(f"Serving {registry} on {host}:{server.port}; {compose} may compose.")
+
+        run(settings, on_ready=ready)
+        say("Ended.")
+
+
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds your contribution.")],
+    *,
+    server: ServerOption,
+    ca: AuthorityOption,
+    certificate: CertificateOption,
+    key: KeyOption,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the place of your earlier contribution.")
+    ] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Hand in your contribution, wherever it was trained; a broken transfer goes on.
+
+    FOLDER bears the name that your certificate bears. Every byte is checked before it is taken in.
+    """
+    with errors_as_sentences(verbose), _client(server, ca, certificate, key) as client:
+        with progress(quiet=as_json) as tell:
+            published = client.publish(folder, replace=replace, on_step=tell)
+        if as_json:
+            fields = ("client", "already", "root")
+            print_json({field: getattr(published, field) for field in fields})
+        elif published.already:
+            say(f"{published.client} was there already, with these files. Root {published.root}")
+        else:
+            say(f"Published {published.client}. Root {published.root}")
+
+
+def fetch(
+    client: Annotated[
+        str | None,
+        typer.Argument(help="Whose contribution to fetch; none: a composed model."),
+    ] = None,
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
+    ],
+    server: ServerOption,
+    ca: AuthorityOption,
+    certificate: CertificateOption,
+    key: KeyOption,
+    only: OnlyOption = None,
+    without: WithoutOption = None,
+    weights: WeightsOption = None,
+    scale: ScaleOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Fetch a model composed for you, or a contribution; a broken transfer goes on.
+
+    With CLIENT, its contribution, byte for byte: your own, or any if you are an operator.
+    """
+    with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
+        choice = only, without, weights, scale
+        if client is not None and any(option is not None for option in choice):
+            raise ConfigError(
+                "A contribution is fetched as it is: name a client, or say what to "
+                "compose, not both."
+            )
+        with progress(quiet=as_json) as tell:
+            if client is not None:
+                content = service.fetch(output, client, on_step=tell)
+            else:
+                content = service.compose(
+                    output,
+                    only=listed_names(only),
+                    without=listed_names(without),
+                    weights=weights_of(weights),
+                    scale=scale,
+                    on_step=tell,
+                )
+        files = {file.name: file.sha256 for file in content.files}
+        told = {"output": str(output.absolute()), "clients": list(content.clients)}
+        if as_json:
+            print_json({**told, "root": content.root, "files": files})
+            return
+        what = "Contribution of" if client is not None else "Model composed of"
+        say(f"{what} {', '.join(content.clients)}: {output}")
+
+
+def request_removal(
+    client: Annotated[
+        str | None, typer.Argument(help="Who shall go; none: you. Others need an operator.")
+    ] = None,
+    *,
+    server: ServerOption,
+    ca: AuthorityOption,
+    certificate: CertificateOption,
+    key: KeyOption,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File of the receipt; default removal-<client>.json."),
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why; stands in the receipt.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Leave a registry, at any hour, and keep the signed receipt.
+
+    It is checked, and the public key is written beside it.
+
+    Asked again, when an answer was lost, the service sends the same receipt.
+    """
+    with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
+        from fedcompo.service.credentials import name_in, read_credential
+        from fedcompo.tensorfile import write_atomically
+
+        name = client or name_in(read_credential(certificate, key))
+        path = output or Path(f"removal-{name}.json")
+        public = path.with_suffix(".pem")
+        if taken := next((p for p in (path, public) if p.exists()), None):
+            raise ConfigError(f"{taken} exists; name another file with --output.")
+        if as_json and not yes:
+            raise ConfigError("With --json nobody is asked: add --yes.")
+        if not yes:
+            typer.confirm(f"Remove {name} from the registry at {server}?", abort=True)
+        with progress(quiet=as_json) as tell:
+            tell(f"removing {name}")
+            receipt = service.remove(name, reason=reason)
+        write_atomically(path, receipt.record)
+        write_atomically(public, receipt.public_key)
+        _check(receipt, name)
+        if as_json:
+            typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
+            return
+        say(f"Removed {name}. Receipt: {path}")
+        say(f"Check it by: fedcompo verify {path} --public-key {public}")
+
+
+def _client(server: str, ca: Path, certificate: Path, key: Path) -> Client:
+    from fedcompo.service.client import Client
+    from fedcompo.service.credentials import read_authority, read_credential
+
+    return Client(server, read_authority(ca), read_credential(certificate, key))
+
+
+def _check(receipt: Receipt, client: str) -> None:
+    """Refuse a receipt that is not this client's, or not signed as it says."""
+    from fedcompo.removal import RemovalRecord
+    from fedcompo.signing import is_signed
+
+    record = RemovalRecord.parse(receipt.record, source="The receipt")
+    with tempfile.TemporaryDirectory(prefix="fedcompo-") as folder:
+        public = Path(folder) / "public.pem"
+        public.write_bytes(receipt.public_key)
+        signed = is_signed(record.signed_bytes, record.signature, public)
+    if record.client != client or not signed:
+        raise ServiceError(
+            f"The server's receipt is of {record.client!r} and {'' if signed else 'not '}signed "
+            f"by its key; expected a signed one of {client!r}. Keep it, and ask an operator."
+        )

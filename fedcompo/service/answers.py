@@ -1,0 +1,133 @@
+"""The methods that answer in one message: ``Remove``, ``List`` and ``Verify``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from fedcompo.errors import ContributionError, RegistryError
+from fedcompo.record_verification import verify_record
+from fedcompo.registry import Registry
+from fedcompo.registry_layout import PUBLIC
+from fedcompo.registry_state import State
+from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.downloads import require_members
+from fedcompo.service.gate import time_left
+from fedcompo.service.identity import peer_of
+from fedcompo.service.limits import Limits, Places
+from fedcompo.service.permissions import require_owner
+from fedcompo.service.refusals import Code, Refused, outward
+from fedcompo.service.uploads import Uploads
+from fedcompo.transaction import STATE
+from fedcompo.verification import Finding, verify_registry
+
+LONGEST_REASON = 1000
+"""Characters; a reason stands in the receipt for good."""
+
+
+class Answers:
+    """Removes, lists and verifies."""
+
+    def __init__(
+        self,
+        registry: Path,
+        uploads: Uploads,
+        writers: Places,
+        heavy: Places,
+        limits: Limits,
+        hidden: Mapping[Path, str],
+    ) -> None:
+        """Say of what, and who else is at work."""
+        self._registry, self._uploads, self._hidden = registry, uploads, hidden
+        self._writers, self._heavy, self._limits = writers, heavy, limits
+
+    def remove(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Remove a client and return the receipt; of one that is gone, the receipt it was given."""
+        peer = peer_of(context)
+        client = request.client or peer.name
+        require_owner(peer, client, "remove")
+        if len(request.reason) > LONGEST_REASON:
+            raise Refused(
+                Code.INVALID_ARGUMENT,
+                f"The reason has {len(request.reason)} characters, and may have {LONGEST_REASON}.",
+            )
+        with self._writers.taken(time_left(context, self._limits)):
+            registry = Registry(self._registry)
+            if client in registry.clients:
+                try:
+                    registry.remove(client, requested_by=peer.signature, reason=request.reason)
+                except ContributionError:  # another process was faster
+                    registry.refresh()
+        self._uploads.forget(client)
+        record = _last_record(registry, client)
+        return wire.RemoveReply(record=record, public_key=_public_key(registry))
+
+    def list(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Tell who is there."""
+        registry = Registry(self._registry)
+        state = registry.state
+        return wire.ListReply(
+            identity=registry.identity,
+            base=state.base,
+            root=state.root,
+            sequence=state.sequence,
+            members=[
+                wire.Member(
+                    client=member.client,
+                    kind=member.kind,
+                    num_examples=member.num_examples,
+                    classes=member.classes,
+                    added=member.added,
+                )
+                for member in state.members.values()
+            ],
+            public_key=_public_key(registry),
+        )
+
+    def verify(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Derive the claims of the registry, or of a receipt, again."""
+        with self._heavy.taken(time_left(context, self._limits)):
+            before = State.read(self._registry / STATE)
+            findings = self._findings(request.record)
+            failed = any(finding.holds is False for finding in findings)
+            if failed and State.read(self._registry / STATE) != before:
+                raise RegistryError("The registry was changed while it was verified. Try again.")
+        return wire.VerifyReply(
+            findings=[
+                wire.Finding(
+                    claim=outward(finding.claim, self._hidden),
+                    holds=finding.holds,
+                    detail=outward(finding.detail, self._hidden),
+                )
+                for finding in findings
+            ]
+        )
+
+    def _findings(self, record: bytes) -> Sequence[Finding]:
+        if not record:
+            return verify_registry(self._registry)
+        with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
+            path = Path(folder) / "record.json"
+            path.write_bytes(record)
+            findings = verify_record(path, registry=Registry(self._registry))
+            inside = {path: "the receipt"}
+            return [replace(f, detail=outward(f.detail, inside)) for f in findings]
+
+
+def _last_record(registry: Registry, client: str) -> bytes:
+    """The newest receipt of a client that is not there."""
+    registry.refresh()
+    for entry in reversed(registry.entries()):
+        if entry.details.get("client") == client and "record" in entry.details:
+            return (registry.path / str(entry.details["record"])).read_bytes()
+    require_members(registry, [client])  # it was never there
+    raise RegistryError(f"{client} came back meanwhile. Try again.")
+
+
+def _public_key(registry: Registry) -> bytes:
+    return (registry.path / PUBLIC).read_bytes()

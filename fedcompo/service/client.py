@@ -1,0 +1,277 @@
+"""The client's side: publish, fetch, compose and leave, however often the line breaks.
+
+What has come, or gone, is not sent again: a call that broke off is made anew and goes on from
+there. Every file is held against its SHA-256 before it takes its place.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from fedcompo.certificates import Credential
+from fedcompo.contribution import CARD, CONTENT, FISHER
+from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.export import CONFIG, WEIGHTS
+from fedcompo.model_card import CARD as MODEL_CARD
+from fedcompo.registry_layout import BACKBONE
+from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.attempts import ATTEMPTS, Attempts
+from fedcompo.service.receiving import received
+from fedcompo.service.registry_pb2_grpc import RegistryStub
+from fedcompo.service.transfer import FileEntry, Part, outgoing
+from fedcompo.units import size
+from fedcompo.verification import Finding
+
+OnStep = Callable[[str], None]
+
+CONTRIBUTION = frozenset({CONTENT, CARD}), frozenset({CONTENT, CARD, FISHER})
+"""Files of a contribution: those that must be there, and those that may."""
+MODEL = (
+    frozenset({WEIGHTS, CONFIG, MODEL_CARD}),
+    frozenset({WEIGHTS, CONFIG, MODEL_CARD, BACKBONE}),
+)
+"""The same of a model."""
+LARGEST_MESSAGE = 16 << 20
+"""Bytes; the list of a registry of thousands is the largest."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What comes back when a client leaves."""
+
+    record: bytes
+    """A removal record, signed."""
+    public_key: bytes
+    """What it is signed with, PEM."""
+
+
+class Client:
+    """A connection to a registry's service; use it as a context.
+
+    Example::
+
+        with Client("fed.example.org:9443", authority, credential) as registry:
+            registry.publish(Path("out/hospital-b"))
+            registry.compose(Path("model"), weights={"hospital-a": 0.7, "hospital-b": 0.3})
+    """
+
+    def __init__(
+        self,
+        address: str,
+        authority: bytes,
+        credential: Credential,
+        *,
+        attempts: int = ATTEMPTS,
+        seconds: float = 3600.0,
+    ) -> None:
+        """Say whom to call, and who calls; the connection is made at the first call.
+
+        Args:
+            address: ``host:port``.
+            authority: Certificate of whoever vouches for the server, PEM.
+            credential: The caller's own.
+            attempts: How often to call before giving up.
+            seconds: What one call may take.
+        """
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdecimal() and int(port) < 1 << 16):
+            raise ConfigError(
+                f"{address!r} is no address of a server; write host:port, such as "
+                "fed.example.org:9443."
+            )
+        self._seconds = seconds
+        self._attempts = Attempts(attempts, address)
+        credentials = grpc.ssl_channel_credentials(
+            authority, credential.key, credential.certificate
+        )
+        options = [("grpc.max_receive_message_length", LARGEST_MESSAGE)]
+        self._channel = grpc.secure_channel(address, credentials, options)
+        self._stub = RegistryStub(self._channel)
+
+    def __enter__(self) -> Client:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def publish(
+        self, folder: Path, *, replace: bool = False, on_step: OnStep = lambda step: None
+    ) -> Any:
+        """Hand in the contribution that lies in a folder.
+
+        Args:
+            folder: As ``Contribution.save`` writes it.
+            replace: Take the place of the caller's earlier one.
+            on_step: Told how much has been sent.
+
+        Returns:
+            The message ``Published``.
+
+        Raises:
+            FileFormatError: If the folder holds no contribution.
+            ServiceError: If the server refuses, or cannot be reached.
+        """
+        on_step("hashing")
+        names = [n for n in sorted(CONTRIBUTION[1]) if (folder / n).is_file()]
+        if not CONTRIBUTION[0].issubset(names):
+            raise FileFormatError(
+                f"{folder} holds no contribution; expected the files "
+                f"{', '.join(sorted(CONTRIBUTION[0]))}. Name the folder of one."
+            )
+        with _opened(folder, names) as files:
+            entries = [FileEntry.of(name, file) for name, file in files.items()]
+        announced = [wire.File(name=e.name, size=e.size, sha256=e.sha256) for e in entries]
+        offer = wire.PublishRequest(offer=wire.Offer(files=announced, replace=replace))
+
+        def parts(come: Mapping[str, int]) -> Iterator[Part]:
+            # Opened anew for each attempt: the thread of the last one may still be reading.
+            with _opened(folder, names) as files:
+                yield from outgoing(files, entries, come)
+
+        return self._attempts.make(lambda: self._published(offer, parts, on_step))
+
+    def fetch(self, output: Path, client: str = "", *, on_step: OnStep = lambda step: None) -> Any:
+        """Get a contribution back; returns the message ``Content``.
+
+        Args:
+            output: A new folder.
+            client: Whose; empty: the caller's own.
+            on_step: Told how much has come.
+
+        Raises:
+            ConfigError: If something is at ``output`` already.
+            ServiceError: If the server refuses, or cannot be reached.
+        """
+        _require_text(client)
+
+        def call(resume: Any) -> Any:
+            return self._stub.Fetch(
+                wire.FetchRequest(client=client, resume=resume), timeout=self._seconds
+            )
+
+        return self._download(output, call, CONTRIBUTION, on_step)
+
+    def compose(
+        self,
+        output: Path,
+        *,
+        only: Sequence[str] = (),
+        without: Sequence[str] = (),
+        weights: Mapping[str, float] | None = None,
+        scale: float | None = None,
+        on_step: OnStep = lambda step: None,
+    ) -> Any:
+        """Get a model composed; returns the message ``Content``.
+
+        Args:
+            output: A new folder, which timm will load.
+            only: Whom to take; empty: everyone, or everyone with a weight.
+            without: Whom to leave out.
+            weights: Coefficients by client; None: the registry's own.
+            scale: Factor on the sum; None: the registry's own.
+            on_step: Told how much has come.
+
+        Raises:
+            ConfigError: If something is at ``output`` already.
+            ServiceError: If the server refuses, or cannot be reached.
+        """
+        _require_text(*only, *without, *(weights or ()))
+
+        def call(resume: Any) -> Any:
+            request = wire.ComposeRequest(
+                only=only, without=without, weights=weights, scale=scale, resume=resume
+            )
+            return self._stub.Compose(request, timeout=self._seconds)
+
+        return self._download(output, call, MODEL, on_step)
+
+    def remove(self, client: str = "", *, reason: str = "") -> Receipt:
+        """Leave, or take a client out; raises ``ServiceError`` if the server refuses."""
+        _require_text(client, reason)
+        request = wire.RemoveRequest(client=client, reason=reason)
+        reply = self._attempts.make(lambda: self._stub.Remove(request, timeout=self._seconds))
+        return Receipt(reply.record, reply.public_key)
+
+    def list(self) -> Any:
+        """Ask who is there; returns the message ``ListReply``."""
+        request = wire.ListRequest()
+        return self._attempts.make(lambda: self._stub.List(request, timeout=self._seconds))
+
+    def verify(self, record: bytes = b"") -> Sequence[Finding]:
+        """Let the server derive again what the registry, or a receipt, claims."""
+        request = wire.VerifyRequest(record=record)
+        reply = self._attempts.make(lambda: self._stub.Verify(request, timeout=self._seconds))
+        return [
+            Finding(f.claim, f.holds if f.HasField("holds") else None, f.detail)
+            for f in reply.findings
+        ]
+
+    def _published(
+        self,
+        offer: Any,
+        parts: Callable[[Mapping[str, int]], Iterator[Part]],
+        on_step: OnStep,
+    ) -> Any:
+        """One attempt to publish: offer, hear what is there, send the rest."""
+        total = sum(file.size for file in offer.offer.files)
+        heard: queue.SimpleQueue[Mapping[str, int] | None] = queue.SimpleQueue()
+
+        def requests() -> Iterator[Any]:
+            yield offer
+            come = heard.get()
+            for part in parts(come) if come is not None else ():
+                chunk = wire.Chunk(file=part.file, offset=part.offset, data=part.data)
+                yield wire.PublishRequest(chunk=chunk)
+                on_step(f"sending, {size(total)} in all: {part.file} at {size(part.offset)}")
+
+        call = self._stub.Publish(requests(), timeout=self._seconds)
+        published = None
+        try:
+            for reply in call:
+                if reply.WhichOneof("part") == "have":
+                    heard.put({p.file: p.bytes for p in reply.have.positions})
+                else:
+                    published = reply.published
+        finally:
+            heard.put(None)  # or the generator of requests would wait for ever
+        return published
+
+    def _download(
+        self,
+        output: Path,
+        call: Callable[[Any], Any],
+        names: tuple[frozenset[str], frozenset[str]],
+        on_step: OnStep,
+    ) -> Any:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ConfigError(f"{output} holds something already; name a new folder.")
+        return self._attempts.make(lambda: received(output, call, names, on_step))
+
+
+@contextmanager
+def _opened(folder: Path, names: Sequence[str]) -> Iterator[dict[str, BufferedReader]]:
+    with ExitStack() as stack:
+        yield {name: stack.enter_context((folder / name).open("rb")) for name in names}
+
+
+def _require_text(*texts: str) -> None:
+    """Refuse what no message can hold: bytes of a command line that are not UTF-8."""
+    for text in texts:
+        if text.encode(errors="replace").decode() != text:
+            raise ConfigError(f"{text!r} is no text; write it in UTF-8.")

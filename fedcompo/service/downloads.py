@@ -1,0 +1,159 @@
+"""Handing out: a contribution as it came, or a model composed for the one who asks.
+
+Files are opened, and hashed, before the first byte is sent: a removal meanwhile takes their names,
+not what is open. What was composed while its clients changed is not sent at all.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from fedcompo.errors import ConfigError, ContributionError, RegistryError
+from fedcompo.pool import require_known
+from fedcompo.publish import publish
+from fedcompo.registry import Registry
+from fedcompo.registry_state import Member
+from fedcompo.selection import from_registry
+from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.gate import time_left
+from fedcompo.service.identity import peer_of
+from fedcompo.service.limits import Limits, Places
+from fedcompo.service.permissions import Audience, require_audience, require_owner
+from fedcompo.service.refusals import Code, Refused
+from fedcompo.service.transfer import FileEntry, identity, outgoing
+
+
+class Downloads:
+    """The methods ``Fetch`` and ``Compose``."""
+
+    def __init__(
+        self,
+        registry: Path,
+        folder: Path,
+        audience: Audience,
+        heavy: Places,
+        limits: Limits,
+    ) -> None:
+        """Say whence, where models are made, who may have them, and who else is at work."""
+        self._registry, self._folder, self._audience = registry, folder, audience
+        self._heavy, self._models, self._limits = heavy, Places(limits.models), limits
+
+    def fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        """Send a member's files."""
+        peer = peer_of(context)
+        client = request.client or peer.name
+        require_owner(peer, client, "fetch")
+        registry = Registry(self._registry)
+        require_members(registry, [client])
+        member = registry.member(client)
+        with ExitStack() as stack:
+            files = _member_files(registry, member, stack)
+            entries = [FileEntry.of(name, file) for name, file in files.items()]
+            for entry in entries:
+                if entry.sha256 != member.files[entry.name]:
+                    path = registry.path / member.folder / entry.name
+                    registry.check_file(path, member.files[entry.name])
+                    raise RegistryError("The registry was changed meanwhile. Try again.")
+            content = wire.Content(clients=[client], root=registry.state.root)
+            yield from _sent(content, files, entries, request.resume)
+
+    def compose(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        """Compose a model, and send it."""
+        peer = peer_of(context)
+        require_audience(peer, self._audience, Registry(self._registry).clients)
+        wait = time_left(context, self._limits)
+        with self._models.taken(wait), ExitStack() as stack:
+            with self._heavy.taken(wait), self._workshop() as folder:
+                if not context.is_active():
+                    raise Refused(Code.ABORTED, "The call was broken off.")
+                content = self._composed(folder / "model", request)
+                files = {
+                    path.name: stack.enter_context(path.open("rb"))
+                    for path in sorted((folder / "model").iterdir())
+                }
+            entries = [FileEntry.of(name, file) for name, file in files.items()]
+            yield from _sent(content, files, entries, request.resume)
+
+    def _composed(self, output: Path, request: Any) -> Any:
+        registry = Registry(self._registry)
+        weights = dict(request.weights) or None
+        require_members(registry, [*request.only, *request.without, *(weights or ())])
+        _check_weights(weights)
+        before = registry.state
+        selection = from_registry(
+            registry,
+            only=tuple(request.only),
+            without=tuple(request.without),
+            weights=weights,
+            scale=request.scale if request.HasField("scale") else None,
+        )
+        publish(output, selection)
+        registry.refresh()
+        now = registry.state.members
+        if gone := [c for c in selection.pool.clients if now.get(c) != before.members[c]]:
+            raise RegistryError(
+                f"The registry was changed while the model was being composed: {', '.join(gone)} "
+                "left or came anew. Try again."
+            )
+        return wire.Content(clients=selection.pool.clients, root=before.root)
+
+    @contextmanager
+    def _workshop(self) -> Iterator[Path]:
+        """A folder that is gone at the end; what was opened in it can still be read."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_members(registry: Registry, clients: Sequence[str]) -> None:
+    """Raise ``Refused`` unless all of them are in the registry."""
+    try:
+        require_known(clients, registry.clients, "registry")
+    except ContributionError as error:
+        raise Refused(Code.NOT_FOUND, str(error)) from error
+
+
+def _check_weights(weights: Mapping[str, float] | None) -> None:
+    """A message can hold numbers that no command line would let through."""
+    for client, weight in (weights or {}).items():
+        if not (math.isfinite(weight) and 0 <= weight <= 1):
+            raise ConfigError(f"The weight of {client} must lie between 0 and 1, got {weight}.")
+
+
+def _member_files(
+    registry: Registry, member: Member, stack: ExitStack
+) -> dict[str, BufferedReader]:
+    files: dict[str, BufferedReader] = {}
+    for name, digest in sorted(member.files.items()):
+        path = registry.path / member.folder / name
+        try:
+            files[name] = stack.enter_context(path.open("rb"))
+        except OSError:
+            registry.check_file(path, digest)  # it knows why
+            raise
+    return files
+
+
+def _sent(
+    content: Any, files: Mapping[str, BufferedReader], entries: Sequence[FileEntry], resume: Any
+) -> Iterator[Any]:
+    """Describe the files, then send what has not come; of other content, nothing has."""
+    content.id = identity(entries)
+    content.files.extend(wire.File(name=e.name, size=e.size, sha256=e.sha256) for e in entries)
+    yield wire.Download(content=content)
+    same = resume.id == content.id
+    come = {position.file: position.bytes for position in resume.positions} if same else {}
+    for part in outgoing(files, entries, come):
+        yield wire.Download(chunk=wire.Chunk(file=part.file, offset=part.offset, data=part.data))

@@ -1,0 +1,155 @@
+"""What every call passes: who calls, how often, for how long; and how errors leave.
+
+It stands before all methods, those of health and reflection included. A message that cannot be
+parsed is refused like any other fault of the caller.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from fedcompo.errors import FedcompoError
+from fedcompo.service.identity import peer_of
+from fedcompo.service.limits import Limits, Turns
+from fedcompo.service.refusals import LOGGER, Code, Refused, answer_to, log_call
+
+Behaviour = Callable[[Any, grpc.ServicerContext], Any]
+
+BUILDERS = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+"""Attribute of a handler and how to make one, by whether requests and replies are streams."""
+
+
+class Malformed:
+    """What stands for a message that cannot be parsed."""
+
+
+class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without types
+    """Lets calls in, in turn, and turns their errors into a status."""
+
+    def __init__(self, limits: Limits, hidden: Mapping[Path, str]) -> None:
+        """Say what is borne, and which folders nobody outside needs to know."""
+        self._limits, self._hidden, self._turns = limits, hidden, Turns(limits)
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Put the gate before a method."""
+        handler = continuation(details)
+        if handler is None:
+            return None
+        attribute, build = BUILDERS[handler.request_streaming, handler.response_streaming]
+        guard = self._streaming if handler.response_streaming else self._single
+        return build(
+            guard(getattr(handler, attribute), details.method, handler.request_streaming),
+            request_deserializer=_tolerant(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+    def _single(self, behaviour: Behaviour, method: str, streaming: bool) -> Behaviour:
+        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+            try:
+                with self._admitted(method, context):
+                    return behaviour(_parsed(request, streaming), context)
+            except Exception as error:
+                code, sentence = self._refusal(method, context, error)
+            return context.abort(code, sentence)
+
+        return guarded
+
+    def _streaming(self, behaviour: Behaviour, method: str, streaming: bool) -> Behaviour:
+        def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            try:
+                with self._admitted(method, context):
+                    yield from behaviour(_parsed(request, streaming), context)
+                return
+            except Exception as error:
+                code, sentence = self._refusal(method, context, error)
+            context.abort(code, sentence)
+
+        return guarded
+
+    @contextmanager
+    def _admitted(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """Count the call, and cut it off when it takes too long: its client may have stalled."""
+        peer = peer_of(context)
+        with self._turns.taken(peer.name):
+            timer = threading.Timer(self._limits.seconds, context.cancel)
+            timer.daemon = True
+            timer.start()
+            began = time.monotonic()
+            try:
+                yield
+            finally:
+                timer.cancel()
+        seconds = round(time.monotonic() - began, 3)
+        log_call("served", method=method, peer=peer.signature, seconds=seconds)
+
+    def _refusal(
+        self, method: str, context: grpc.ServicerContext, error: Exception
+    ) -> tuple[grpc.StatusCode, str]:
+        """Log a refusal, with whose it was, and say how to end the call.
+
+        The error is not kept: its frames would keep the call, and with it a stream, open.
+        """
+        if isinstance(error, grpc.RpcError):  # the client went away, or its time was over
+            error = Refused(Code.CANCELLED, "The call was broken off before it was answered.")
+        code, sentence = answer_to(error, self._hidden)
+        try:
+            caller = peer_of(context).signature
+        except FedcompoError:
+            caller = "nobody"
+        log_call(
+            "refused",
+            method=method,
+            peer=caller,
+            address=context.peer(),
+            code=code.name,
+            why=str(error),
+        )
+        if code is Code.INTERNAL:
+            LOGGER.error("%s failed", method, exc_info=error)
+        return code, sentence
+
+
+def time_left(context: grpc.ServicerContext, limits: Limits) -> float:
+    """Seconds that a call may still take."""
+    remaining = context.time_remaining()
+    return limits.seconds if remaining is None else min(float(remaining), limits.seconds)
+
+
+def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Parse a message; grpc itself would call what cannot be parsed a failure of the server."""
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except Exception:  # whatever strange bytes can provoke
+            return Malformed()
+
+    return tolerant
+
+
+def _parsed(request: Any, streaming: bool) -> Any:
+    """The request, or the stream of them; raises ``Refused`` at one that could not be parsed."""
+    return map(_well_formed, request) if streaming else _well_formed(request)
+
+
+def _well_formed(message: Any) -> Any:
+    if isinstance(message, Malformed):
+        raise Refused(
+            Code.INVALID_ARGUMENT,
+            "The message is no protocol buffer of the expected type. See registry.proto.",
+        )
+    return message

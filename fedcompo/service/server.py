@@ -1,0 +1,196 @@
+"""The service as a whole: what it is made of, how it starts, and how it ends.
+
+Beside the registry it keeps ``.<name>.service/``: uploads under way, and models being composed.
+Nothing in there is part of the registry, and all of it may be deleted while no service runs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, SimpleNamespace, TracebackType
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from fedcompo.certificates import Credential
+from fedcompo.errors import ServiceError
+from fedcompo.registry import Registry
+from fedcompo.service import registry_pb2, registry_pb2_grpc
+from fedcompo.service.answers import Answers
+from fedcompo.service.downloads import Downloads
+from fedcompo.service.gate import Gate
+from fedcompo.service.limits import Limits, Places
+from fedcompo.service.permissions import Audience
+from fedcompo.service.publishing import Publishing
+from fedcompo.service.uploads import Uploads
+
+NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
+KEEPALIVE_SECONDS = 30
+"""A client that is gone without a word is noticed after about so long."""
+CONNECTION_SECONDS = 3600
+"""Then a client has to connect, and show its certificate, again."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to serve, as whom, and to whom."""
+
+    registry: Path
+    authority: bytes
+    """Certificate of whoever vouches for the clients, PEM."""
+    credential: Credential
+    """The server's own."""
+    host: str = "127.0.0.1"
+    port: int = 9443
+    """0: any that is free."""
+    audience: Audience = Audience.MEMBERS
+    limits: Limits = field(default_factory=Limits)
+
+
+class Server:
+    """A registry that is served; use it as a context, or start and stop it."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the registry, and claim the port.
+
+        Raises:
+            RegistryError: If there is no registry.
+            ServiceError: If certificate and key cannot be used, or the port is taken.
+        """
+        self.settings, limits = settings, settings.limits
+        root = Registry(settings.registry).path.resolve()
+        folder = root.with_name(f".{root.name}.service")
+        hidden = {root: "the registry", folder: "the upload"}
+        folder.mkdir(exist_ok=True, mode=0o700)
+        self._health = health.HealthServicer(experimental_non_blocking=False)
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(limits.calls, thread_name_prefix="call"),
+            interceptors=(Gate(limits, hidden),),
+            options=_options(limits),
+            maximum_concurrent_rpcs=limits.calls,
+        )
+        uploads, writers = Uploads(folder / "uploads", limits), Places(1)
+        uploads.sweep()
+        models, heavy = folder / "models", Places(limits.heavy)
+        _delete_old(models, limits.stale)
+        downloads = Downloads(root, models, settings.audience, heavy, limits)
+        answers = Answers(root, uploads, writers, heavy, limits, hidden)
+        methods = SimpleNamespace(
+            Publish=Publishing(root, uploads, writers, limits).publish,
+            Fetch=downloads.fetch,
+            Compose=downloads.compose,
+            Remove=answers.remove,
+            List=answers.list,
+            Verify=answers.verify,
+        )
+        registry_pb2_grpc.add_RegistryServicer_to_server(methods, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.port = self._claim(settings)
+
+    def start(self) -> None:
+        """Answer calls from now on."""
+        self._server.start()
+        self._health.set(NAME, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Take no more calls, and let those under way end, for as long as the limits say."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(self.settings.limits.grace).wait()
+
+    def __enter__(self) -> Server:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    def _claim(self, settings: Settings) -> int:
+        address = f"{_bracketed(settings.host)}:{settings.port}"
+        try:
+            credentials = grpc.ssl_server_credentials(
+                [(settings.credential.key, settings.credential.certificate)],
+                root_certificates=settings.authority,
+                require_client_auth=True,
+            )
+            port = int(self._server.add_secure_port(address, credentials))
+        except (RuntimeError, ValueError) as error:
+            port, why = 0, f" ({error})"
+        else:
+            why = ""
+        if not port:
+            raise ServiceError(
+                f"The service cannot listen on {address}{why}: the port is taken, the host is not "
+                "this machine's, or certificate and key do not belong together."
+            )
+        return port
+
+
+def serve(settings: Settings, *, on_ready: Callable[[Server], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then end in good order.
+
+    Args:
+        settings: What to serve.
+        on_ready: Told when calls are answered.
+
+    Raises:
+        RegistryError: If there is no registry.
+        ServiceError: If the service cannot start.
+    """
+    # Calls run side by side: each on one thread, and fits of a head round the same in all of them.
+    torch.set_num_threads(1)
+    over = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        over.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with Server(settings) as server:
+            on_ready(server)
+            over.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _options(limits: Limits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", limits.message),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", 4 * limits.calls_each),
+        ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.max_connection_age_ms", CONNECTION_SECONDS * 1000),
+        ("grpc.max_connection_age_grace_ms", int(limits.seconds * 1000)),
+        ("grpc.so_reuseport", 0),  # a second service on the port is an error, not a lottery
+    ]
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _delete_old(folder: Path, seconds: float) -> None:
+    """Delete what a service that was killed left; another one may be at work beside this."""
+    for path in folder.glob("*"):
+        if path.stat().st_mtime < time.time() - seconds:
+            shutil.rmtree(path, ignore_errors=True)

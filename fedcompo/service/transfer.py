@@ -1,0 +1,180 @@
+"""Files in pieces, in both directions: what has come stays, the rest follows, SHA-256 decides."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from fedcompo.errors import FileFormatError
+from fedcompo.tensorfile import canonical
+
+PIECE = 1 << 18
+"""Bytes of a chunk that we send."""
+LARGEST_PIECE = 1 << 20
+"""Bytes of a chunk that we take."""
+HEXADECIMAL = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as it is when all of it has come."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
+
+    @classmethod
+    def of(cls, name: str, file: BufferedReader) -> FileEntry:
+        """Describe an open file."""
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(name, os.fstat(file.fileno()).st_size, sha256)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a file, and where it belongs."""
+
+    file: str
+    offset: int
+    data: bytes
+
+
+def identity(entries: Sequence[FileEntry]) -> str:
+    """SHA-256 over names, sizes and SHA-256 of files, in the order of names; hexadecimal."""
+    described = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
+    return hashlib.sha256(canonical(described).encode()).hexdigest()
+
+
+def check_entries(
+    entries: Sequence[FileEntry], *, allowed: frozenset[str], required: frozenset[str]
+) -> None:
+    """Refuse files that were not asked for; their names become names of files here.
+
+    Raises:
+        FileFormatError: If a name is not allowed, missing or there twice, a file is empty, or a
+            digest is none.
+    """
+    names = [entry.name for entry in entries]
+    if len(set(names)) < len(names) or not required <= set(names) <= allowed:
+        raise FileFormatError(
+            f"The files {', '.join(repr(name[:80]) for name in names[:8]) or 'none'} were "
+            f"announced; expected {', '.join(sorted(required))}, each once, and at most "
+            f"{', '.join(sorted(allowed - required)) or 'nothing'} besides."
+        )
+    for entry in entries:
+        if entry.size < 1 or len(entry.sha256) != 64 or not HEXADECIMAL.issuperset(entry.sha256):
+            raise FileFormatError(
+                f"The file {entry.name!r} was announced with {entry.size} bytes and the SHA-256 "
+                f"{entry.sha256[:80]!r}; expected at least one byte, and 64 hexadecimal digits."
+            )
+
+
+def outgoing(
+    files: Mapping[str, BufferedReader], entries: Sequence[FileEntry], come: Mapping[str, int]
+) -> Iterator[Part]:
+    """Cut what has not come yet into pieces.
+
+    Args:
+        files: Open files by name.
+        entries: What they were when they were described.
+        come: Bytes of each that are there already, by name; more than there are count as all.
+
+    Raises:
+        FileFormatError: If a file became shorter meanwhile.
+    """
+    for entry in entries:
+        position, file = min(come.get(entry.name, 0), entry.size), files[entry.name]
+        file.seek(position)
+        while position < entry.size:
+            data = file.read(min(PIECE, entry.size - position))
+            if not data:
+                raise FileFormatError(
+                    f"{entry.name} ended at byte {position} of {entry.size}: it was changed while "
+                    "it was being sent. Try again."
+                )
+            yield Part(entry.name, position, data)
+            position += len(data)
+
+
+class Incoming:
+    """Files that come in pieces, in a folder of their own; what has come outlives the call."""
+
+    def __init__(self, folder: Path, entries: Sequence[FileEntry]) -> None:
+        """Take up what is in the folder; it must exist, and belong to these files alone."""
+        self.folder, self.entries = folder, {entry.name: entry for entry in entries}
+        self._positions = {name: self._size(name) for name in self.entries}
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """How much of each file has come, by name."""
+        return dict(self._positions)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that have yet to come."""
+        return sum(entry.size for entry in self.entries.values()) - sum(self._positions.values())
+
+    def write(self, part: Part) -> None:
+        """Append a piece.
+
+        Raises:
+            FileFormatError: If it does not continue a file that was announced.
+        """
+        entry = self.entries.get(part.file)
+        if entry is None:
+            raise FileFormatError(
+                f"A piece of {part.file[:80]!r} came, which was not announced; expected pieces of "
+                f"{', '.join(self.entries)}."
+            )
+        position = self._positions[part.file]
+        if part.offset != position or not 0 < len(part.data) <= entry.size - position:
+            raise FileFormatError(
+                f"A piece of {part.file} came with {len(part.data)} bytes for byte {part.offset}; "
+                f"expected byte {position}, and at most the {entry.size - position} bytes that "
+                "are missing. Ask what has come, and go on from there."
+            )
+        with (self.folder / part.file).open("ab") as file:
+            file.write(part.data)
+        self._positions[part.file] = position + len(part.data)
+
+    def check(self) -> None:
+        """Hold what has come against its digests; a file that does not fit is deleted.
+
+        Raises:
+            FileFormatError: If something is missing, or was altered on the way.
+        """
+        if self.missing:
+            raise FileFormatError(
+                f"The transfer ended {self.missing} bytes early. What has come is kept; call "
+                "again to go on from there."
+            )
+        for name, entry in self.entries.items():
+            with (self.folder / name).open("rb") as file:
+                found = FileEntry.of(name, file)
+            if found != entry:
+                (self.folder / name).unlink()
+                raise FileFormatError(
+                    f"{name} arrived with SHA-256 {found.sha256[:16]}…, announced was "
+                    f"{entry.sha256[:16]}…: it was altered on the way. Send it again."
+                )
+
+    def discard(self) -> None:
+        """Delete all that has come."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _size(self, name: str) -> int:
+        """Bytes of a file that has come in part; one that is too long is none of ours."""
+        path = self.folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size > self.entries[name].size:
+            path.unlink()
+            return 0
+        return size

@@ -1,0 +1,214 @@
+"""How much a caller may ask: calls, time, bytes, and what is left lying about."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import namedtuple
+
+import pytest
+from registry_builders import member, three_clients
+from service_runs import chunk, code_of, intact, offer_of, saved, served, stub_of, unchanged
+
+from fedcompo.contribution import CARD
+from fedcompo.errors import ConfigError
+from fedcompo.service import registry_pb2 as wire
+from fedcompo.service import uploads as uploads_module
+from fedcompo.service.limits import Limits, Places, Turns
+from fedcompo.service.refusals import Code, Refused
+from fedcompo.service.transfer import FileEntry
+from fedcompo.service.uploads import Uploads
+
+ENTRY = FileEntry(CARD, 10, "0" * 64)
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return three_clients(tmp_path / "registry")
+
+
+# -- the parts ------------------------------------------------------------------------------------
+
+
+def test_a_caller_may_call_so_often_and_again_after_a_pause():
+    now = [0.0]
+    turns = Turns(Limits(rate=2.0, burst=3), clock=lambda: now[0])
+
+    def call(name):
+        with turns.taken(name):
+            pass
+
+    for _ in range(3):
+        call("ada")
+    with pytest.raises(Refused, match="more than 2 times a second"):
+        call("ada")
+    call("ben")  # another caller is not concerned
+    now[0] = 0.5
+    call("ada")
+    with pytest.raises(Refused):
+        call("ada")
+    now[0] = 100.0  # a pause fills the bucket, and no more than that
+    for _ in range(3):
+        call("ada")
+    with pytest.raises(Refused):
+        call("ada")
+
+
+def test_a_caller_may_have_so_many_calls_under_way():
+    turns = Turns(Limits(calls_each=1, burst=100))
+    with turns.taken("ada"):
+        with pytest.raises(Refused, match="1 calls under way") as caught, turns.taken("ada"):
+            pass
+        with turns.taken("ben"):
+            pass
+    assert caught.value.code is Code.RESOURCE_EXHAUSTED
+    with turns.taken("ada"):
+        pass
+
+
+def test_callers_that_are_gone_are_forgotten(monkeypatch):
+    monkeypatch.setattr("fedcompo.service.limits.CALLERS_KNOWN", 10)
+    now = [0.0]
+    turns = Turns(Limits(rate=1.0, burst=2), clock=lambda: now[0])
+    for number in range(100):
+        now[0] += 1
+        with turns.taken(f"client-{number}"):
+            pass
+    assert len(turns._buckets) <= 11
+    assert not turns._under_way
+
+
+def test_a_place_is_waited_for_but_not_for_ever():
+    places = Places(1)
+    with places.taken(1), pytest.raises(Refused, match="others to serve"), places.taken(0.01):
+        pass
+    with places.taken(0.01):
+        pass
+
+
+@pytest.mark.parametrize("wrong", [{"rate": 0.0}, {"calls": 0}, {"spare": -1}, {"seconds": -1.0}])
+def test_limits_are_positive(wrong):
+    with pytest.raises(ConfigError, match="must be positive"):
+        Limits(**wrong)
+
+
+# -- uploads --------------------------------------------------------------------------------------
+
+
+def test_a_client_has_one_upload_at_a_time(tmp_path):
+    uploads = Uploads(tmp_path / "uploads", Limits())
+    for number in range(3):
+        with uploads.opened("ada", [FileEntry(CARD, 10, str(number) * 64)]):
+            pass
+    assert len(list((tmp_path / "uploads").glob("*/*"))) == 1
+    with uploads.opened("ada", [ENTRY]):
+        with (
+            pytest.raises(Refused, match="Another call of ada"),
+            uploads.opened("ada", [ENTRY], patience=0.01),
+        ):
+            pass
+        with uploads.opened("Ada", [ENTRY]), uploads.opened("../ada", [ENTRY]):
+            pass
+    assert len(list((tmp_path / "uploads").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["uploads"]
+
+
+def test_an_upload_has_its_limit_and_leaves_room_on_the_disk(tmp_path, monkeypatch):
+    uploads = Uploads(tmp_path / "uploads", Limits(contribution=10, spare=100))
+    with pytest.raises(Refused, match="may have 10"), uploads.opened("ada", [ENTRY, ENTRY]):
+        pass
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(uploads_module.shutil, "disk_usage", lambda path: usage(119))
+    with (
+        pytest.raises(Refused, match="no room for the 20 bytes"),
+        uploads.opened("ada", [ENTRY]),
+    ):
+        pass
+    monkeypatch.setattr(uploads_module.shutil, "disk_usage", lambda path: usage(120))
+    with uploads.opened("ada", [ENTRY]):
+        pass
+
+
+def test_what_nobody_goes_on_with_is_swept_away(tmp_path):
+    uploads = Uploads(tmp_path / "uploads", Limits(stale=3600.0))
+    places = {}
+    for client in ("old", "busy", "new"):
+        with uploads.opened(client, [ENTRY]) as incoming:
+            (incoming.folder / CARD).write_bytes(b"x")
+            places[client] = incoming.folder
+    for client in ("old", "busy"):
+        for path in (places[client] / CARD, places[client]):
+            os.utime(path, (0, 0))
+    with uploads.opened("busy", [ENTRY]):
+        uploads.sweep()
+    assert [client for client, path in places.items() if path.exists()] == ["busy", "new"]
+
+
+# -- the service ----------------------------------------------------------------------------------
+
+
+def test_a_client_that_calls_too_often_is_refused_and_the_others_are_not(registry):
+    with (
+        served(registry, limits=Limits(rate=0.001, burst=2)) as address,
+        stub_of(address, "ada") as ada,
+        stub_of(address, "ben") as ben,
+    ):
+        for _ in range(2):
+            ada.List(wire.ListRequest(), timeout=60)
+        refused = code_of(lambda: ada.List(wire.ListRequest(), timeout=60))
+        assert refused is Code.RESOURCE_EXHAUSTED
+        ben.List(wire.ListRequest(), timeout=60)
+
+
+def test_a_client_that_stalls_is_cut_off_and_its_place_is_free_again(registry, tmp_path):
+    folder = saved(member("dee", seed=8, classes=("emu",)), tmp_path / "dee")
+    over = threading.Event()
+
+    def stalling():
+        yield offer_of(folder)
+        over.wait(60)
+
+    limits = Limits(seconds=0.5, calls_each=1, grace=5.0)
+    with served(registry, limits=limits) as address, stub_of(address, "dee") as stub:
+        with unchanged(registry):
+            began = time.monotonic()
+            assert code_of(lambda: stub.Publish(stalling(), timeout=60)) is Code.CANCELLED
+            over.set()
+            assert time.monotonic() - began < 30
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:  # the server notes it a moment later
+            try:
+                stub.List(wire.ListRequest(), timeout=60)
+                break
+            except Exception:
+                time.sleep(0.05)
+        else:
+            raise AssertionError("the stalled call still counts")
+
+
+def test_a_client_that_goes_away_leaves_what_it_sent_and_no_lock(registry, tmp_path):
+    folder = saved(member("dee", seed=8, classes=("emu",)), tmp_path / "dee")
+    data = (folder / CARD).read_bytes()
+    over = threading.Event()
+
+    def going():
+        yield offer_of(folder)
+        yield chunk(CARD, 0, data)
+        over.wait(60)
+
+    with served(registry) as address, stub_of(address, "dee") as stub:
+        with unchanged(registry):
+            call = stub.Publish(going(), timeout=60)
+            assert next(call).WhichOneof("part") == "have"
+            staged = tmp_path / ".registry.service" / "uploads"
+            deadline = time.monotonic() + 60
+            while not list(staged.rglob(CARD)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            call.cancel()
+            over.set()
+        again = stub.Publish(iter([offer_of(folder)]), timeout=60)
+        positions = {p.file: p.bytes for p in next(again).have.positions}
+        again.cancel()
+    assert positions[CARD] == len(data)
+    assert intact(registry)

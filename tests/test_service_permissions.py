@@ -1,0 +1,112 @@
+"""The table of who may do what, call by call."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from registry_builders import member, three_clients
+from service_runs import chunks_of, client_of, code_of, offer_of, saved, served, stub_of, unchanged
+
+from fedcompo.contribution import CARD
+from fedcompo.service import permissions
+from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.permissions import Audience
+from fedcompo.service.refusals import Code
+
+ANSWERED = {"List": wire.ListRequest(), "Verify": wire.VerifyRequest()}
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return three_clients(tmp_path / "registry")
+
+
+@pytest.mark.parametrize("target", ["ben", "nobody", "../ben", "ADA"])
+def test_a_client_neither_fetches_nor_removes_another(registry, target):
+    with served(registry) as address, stub_of(address, "ada") as stub, unchanged(registry):
+        for call in (
+            lambda: stub.Fetch(wire.FetchRequest(client=target), timeout=60),
+            lambda: stub.Remove(wire.RemoveRequest(client=target), timeout=60),
+        ):
+            assert code_of(call) is Code.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_nobody_publishes_in_another_name(registry, tmp_path, operator, caplog):
+    folder = saved(member("ben", seed=9), tmp_path / "forged")
+    with (
+        served(registry) as address,
+        unchanged(registry),
+        stub_of(address, "eve", operator=operator) as stub,
+    ):
+        parts = [offer_of(folder, replace=True), *chunks_of(folder)]
+        call = lambda: stub.Publish(iter(parts), timeout=60)  # noqa: E731
+        assert code_of(call) is Code.PERMISSION_DENIED
+    (line,) = (r.getMessage() for r in caplog.records if r.getMessage().startswith("refused"))
+    assert '"PERMISSION_DENIED"' in line
+    assert re.search(r'"peer": "eve \((client|operator), certificate SHA-256 [0-9a-f]{64}\)"', line)
+    assert not list((tmp_path / ".registry.service").rglob(CARD))
+
+
+def test_a_name_on_the_card_alone_is_no_way_around(registry, tmp_path):
+    """The card says eve, as the certificate does; the tensors say ben."""
+    folder = saved(member("ben", seed=9), tmp_path / "forged")
+    card = (folder / CARD).read_text().replace('"client": "ben"', '"client": "eve"')
+    (folder / CARD).write_text(card)
+    with served(registry) as address, unchanged(registry), stub_of(address, "eve") as stub:
+        parts = [offer_of(folder, replace=True), *chunks_of(folder)]
+        assert code_of(lambda: stub.Publish(iter(parts), timeout=60)) is Code.INVALID_ARGUMENT
+
+
+def test_an_operator_fetches_and_removes_any(registry, tmp_path):
+    with served(registry) as address, client_of(address, "olga", operator=True) as client:
+        client.fetch(tmp_path / "ben", "ben")
+        client.remove("ben", reason="asked by telephone")
+    registry.refresh()
+    assert registry.clients == ("ada", "cho")
+
+
+def test_an_operator_that_is_no_client_has_nothing_of_its_own(registry):
+    with served(registry) as address, stub_of(address, "olga", operator=True) as stub:
+        assert code_of(lambda: stub.Fetch(wire.FetchRequest(), timeout=60)) is Code.NOT_FOUND
+        assert code_of(lambda: stub.Remove(wire.RemoveRequest(), timeout=60)) is Code.NOT_FOUND
+
+
+MAY_COMPOSE = {
+    Audience.MEMBERS: {"ada": True, "stranger": False, "olga": True},
+    Audience.EVERYONE: {"ada": True, "stranger": True, "olga": True},
+    Audience.OPERATORS: {"ada": False, "stranger": False, "olga": True},
+}
+
+
+@pytest.mark.parametrize("audience", Audience)
+def test_the_audience_decides_who_composes(registry, audience):
+    with served(registry, audience=audience) as address:
+        for name, allowed in MAY_COMPOSE[audience].items():
+            with stub_of(address, name, operator=name == "olga") as stub:
+                call = stub.Compose(wire.ComposeRequest(), timeout=60)
+                if allowed:
+                    assert list(call)
+                else:
+                    assert code_of(lambda c=call: c) is Code.PERMISSION_DENIED
+
+
+def test_who_has_left_composes_no_more(registry):
+    with served(registry) as address, stub_of(address, "ben") as stub:
+        assert list(stub.Compose(wire.ComposeRequest(), timeout=60))
+        stub.Remove(wire.RemoveRequest(), timeout=60)
+        call = stub.Compose(wire.ComposeRequest(), timeout=60)
+        assert code_of(lambda: call) is Code.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("method", ANSWERED)
+def test_everyone_who_is_vouched_for_lists_and_verifies(registry, method):
+    with served(registry) as address, stub_of(address, "stranger") as stub:
+        assert getattr(stub, method)(ANSWERED[method], timeout=60)
+
+
+def test_the_table_names_every_method():
+    table = permissions.__doc__ or ""
+    service = wire.DESCRIPTOR.services_by_name["Registry"]
+    assert all(re.search(rf"^.*\b{method.name}\b.* ", table, re.M) for method in service.methods)
