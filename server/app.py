@@ -30,7 +30,7 @@ from server.exchange import Exchange
 from server.results import collect, collect_averaging, collect_removal
 from server.strategy import IelStrategy, ItaStrategy, Strategy
 from server.unlearning import Unlearning
-from server.working import Working, check_interrupted
+from server.working import Working, check_interrupted, clear
 
 app = ServerApp()
 
@@ -66,8 +66,7 @@ def main(grid: Grid, context: Context) -> None:
         results = work(exchange, config, output, started)
         text = json.dumps(results, indent=2, allow_nan=False) + "\n"
         write_atomically(output / RESULTS, text.encode())
-        if exchange.answers is not None:
-            exchange.answers.clear()
+        clear(output)
     except BaseException as error:
         exchange.tell("failed", reason=f"{type(error).__name__}: {error}")
         log(ERROR, "The run failed: %s", error)

@@ -2,7 +2,7 @@
 
 ``run.json`` says with which settings it was begun, who was in the registry then, and how far its
 rounds or arrivals have come; ``answers/`` holds what clients sent (:mod:`server.answers`). When the
-results are on disk, the answers are deleted. Who gives a run up deletes its folder.
+results are on disk, both are deleted. Who gives a run up deletes its folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fedcompo.tensorstream import file_sha256
 from server.answers import Answers
 
 FORMAT_VERSION = 1
+ANSWERS = "answers"
 MAY_DIFFER = ("output", "resume", "num-clients", "min-clients", "timeout", "in-flight")
 """Settings that do not change what comes out."""
 
@@ -65,7 +66,7 @@ class Working:
     @property
     def answers(self) -> Answers:
         """What clients answered so far."""
-        return Answers(self.output / "answers")
+        return Answers(self.output / ANSWERS)
 
     def step(self, entries: Mapping[str, Any]) -> None:
         """Take note that a round or an arrival is over."""
@@ -104,6 +105,12 @@ def check_same(path: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]
         )
 
 
+def clear(output: Path) -> None:
+    """Delete the working files of a run that is finished, if it has any."""
+    Answers(output / ANSWERS).clear()
+    (output / RUN).unlink(missing_ok=True)
+
+
 def check_interrupted(output: Path) -> None:
     """Refuse a folder that holds no run to go on with.
 
@@ -111,7 +118,7 @@ def check_interrupted(output: Path) -> None:
         ConfigError: If there is none, or it is finished.
     """
     if (output / RESULTS).exists():
-        Answers(output / "answers").clear()  # it was killed between the one and the other
+        clear(output)  # it was killed between the one and the other
         raise ConfigError(f"The run in {output} is finished: there is a {RESULTS}.")
     if not (output / RUN).exists():
         raise ConfigError(

@@ -81,6 +81,7 @@ def test_a_run_killed_anywhere_goes_on_and_trains_nobody_twice(uninterrupted, tm
     assert results["per_client"].keys() == expected["per_client"].keys()
     assert sorted(first.trained + again.trained + last.trained) == sorted(whole.trained)
     assert not (output / "answers").exists()
+    assert not (output / "run.json").exists()
 
 
 def test_a_run_killed_once_its_clients_are_in_the_registry_adds_them_only_once(
