@@ -15,6 +15,7 @@ from rich.table import Table
 from fedcompo import cli_models, cli_registry, cli_service
 from fedcompo.cli_audit import audit
 from fedcompo.cli_common import errors_as_sentences, say
+from fedcompo.cli_deployment import init_deployment
 from fedcompo.cli_fisher import fisher
 from fedcompo.cli_print import print_removal
 from fedcompo.config import Action, RunConfig, Scalar, all_settings
@@ -121,6 +122,7 @@ def version() -> None:
 
 
 app.command()(fisher)
+app.command("init-deployment")(init_deployment)
 app.command("list")(cli_registry.list_clients)
 for command in (
     cli_registry.show,

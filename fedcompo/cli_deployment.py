@@ -1,0 +1,84 @@
+"""The command that writes what a federation on separate machines needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcompo.cli_common import VerboseOption, errors_as_sentences, listed_names, say
+from fedcompo.errors import ConfigError
+
+
+def init_deployment(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write; new, unless with --add.")
+    ],
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="HOST", help="DNS name or IP address at which clients reach it."),
+    ] = None,
+    clients: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Names of the clients.")
+    ] = None,
+    add: Annotated[
+        str | None,
+        typer.Option(metavar="CLIENT", help="Add this client to what was written before."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port at which clients reach the server; default 8443.")
+    ] = None,
+    superlink_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the SuperLink on the server's loopback; default 8000."),
+    ] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write keys, certificates and start files of a federation on separate machines.
+
+    One folder for the server, one a client: copy each to its machine, follow the README in it.
+    """
+    with errors_as_sentences(verbose):
+        if add is not None:
+            if server is not None or clients is not None:
+                raise ConfigError(
+                    "`--add` takes the server from DIR and adds one client; leave out `--server` "
+                    "and `--clients`."
+                )
+            _add(folder, add.strip())
+            return
+        if server is None or clients is None:
+            raise ConfigError(
+                "A new deployment needs `--server HOST` and `--clients a,b,c`; one that exists "
+                "takes another client with `--add CLIENT`."
+            )
+        given = {"port": port, "superlink_port": superlink_port}
+        ports = {key: number for key, number in given.items() if number is not None}
+        _create(folder, server, listed_names(clients), ports)
+
+
+def _create(folder: Path, server: str, clients: tuple[str, ...], ports: dict[str, int]) -> None:
+    from fedcompo.deployment import folders
+    from fedcompo.deployment.plan import Deployment
+    from fedcompo.launcher import find_app
+
+    deployment = Deployment(server, clients, **ports)
+    folders.create(folder, deployment, find_app())
+    say(f"Wrote {folder}: a server at {deployment.address} and {len(clients)} clients.")
+    say(f"  {folder / 'server'}: copy it to the server")
+    for name in clients:
+        say(f"  {folder / 'clients' / name}: copy it to the machine of {name}")
+    say(f"  {folder / 'operator'}: for who administers the registry")
+    say(f"  {folder / 'authority'}: its key certifies all others; keep it off the server")
+    say("Each folder's README.md has the commands.")
+
+
+def _add(folder: Path, client: str) -> None:
+    from fedcompo.deployment import folders
+
+    folders.add(folder, client)
+    listed = folder / "server" / "clients" / f"{client}.pub"
+    say(f"Added {client}.")
+    say(f"  {folder / 'clients' / client}: copy it to the machine of {client}")
+    say(f"  {listed}: copy it to the server's clients/, and run ./register there")

@@ -1,0 +1,1 @@
+"""Writes what a federation on separate machines needs: one folder for the server, one a client."""

@@ -1,0 +1,156 @@
+"""Writes a deployment: everything at once, or one more client.
+
+A folder is written beside its place and renamed when it is complete, so that what was interrupted
+leaves nothing that looks like a deployment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedcompo.certificates import AUTHORITY_STEM, Authority, write_private
+from fedcompo.deployment import given_app
+from fedcompo.deployment.client_scripts import client_scripts
+from fedcompo.deployment.compose import client_compose, server_compose
+from fedcompo.deployment.files import write_files
+from fedcompo.deployment.node_keys import NodeKey
+from fedcompo.deployment.plan import Deployment
+from fedcompo.deployment.proxy import nginx_conf
+from fedcompo.deployment.readmes import client_readme, server_readme, top_readme
+from fedcompo.deployment.server_scripts import server_scripts
+from fedcompo.deployment.units import client_units, server_units
+from fedcompo.errors import ConfigError
+
+LOOPBACK = ("localhost", "127.0.0.1")
+"""Where the SuperLink itself listens; its certificate must name that, too."""
+OPERATOR = "operator"
+CERTIFICATES = "certificates"
+NODE_KEY = "supernode"
+
+
+def create(folder: Path, deployment: Deployment, app: Path) -> None:
+    """Write everything that a federation on separate machines needs.
+
+    Args:
+        folder: Where to; must not exist, or be empty.
+        deployment: Server and clients.
+        app: Folder of the Flower app; see :func:`fedcompo.launcher.find_app`.
+
+    Raises:
+        ConfigError: If the folder holds something, or the server's name is none.
+        LaunchError: If Flower cannot bundle the app.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"{folder} exists and holds something; nothing was changed. Name a new folder, or add "
+            f"a client with `fedcompo init-deployment {folder} --add CLIENT`."
+        )
+    authority = Authority.create()
+    with _completed(folder) as draft:
+        authority.save(draft / "authority")
+        authority.issue_client(OPERATOR, operator=True).save(draft / OPERATOR, OPERATOR)
+        _copy_authority(draft, draft / OPERATOR)
+        _write_server(draft, deployment, authority, app)
+        given_app.give(draft / "server" / "app", draft / "given")
+        for name in deployment.clients:
+            key = _write_client(draft, name, deployment, authority)
+            _list_client(draft, name, key)
+        write_files(draft, top_readme(deployment))
+        deployment.save(draft)
+
+
+def add(folder: Path, name: str) -> Deployment:
+    """Add a client to a deployment; the files of the others stay as they are.
+
+    Args:
+        folder: What :func:`create` wrote.
+        name: Of the client.
+
+    Returns:
+        The deployment with this client.
+
+    Raises:
+        FileFormatError: If the folder is no deployment.
+        ConfigError: If the client is already there.
+        ContributionError: If the name cannot be a client's, or resembles another.
+    """
+    deployment = Deployment.load(folder).with_client(name)
+    authority = folder / "authority"
+    vouching = Authority.load(
+        authority / f"{AUTHORITY_STEM}.crt", authority / f"{AUTHORITY_STEM}.key"
+    )
+    key = _write_client(folder, name, deployment, vouching)
+    _list_client(folder, name, key)
+    deployment.save(folder)
+    return deployment
+
+
+def _write_server(folder: Path, deployment: Deployment, authority: Authority, app: Path) -> None:
+    server = folder / "server"
+    hosts = tuple(dict.fromkeys((deployment.server, *LOOPBACK)))
+    authority.issue_server(hosts).save(server / CERTIFICATES, "server")
+    _copy_authority(folder, server / CERTIFICATES)
+    given_app.copy_app(app, server / "app")
+    for part in ("clients", "state", "runs"):
+        (server / part).mkdir()
+    write_files(
+        server,
+        {
+            **server_scripts(deployment),
+            "nginx.conf": nginx_conf(deployment),
+            **server_units(deployment),
+            **server_compose(deployment),
+            **server_readme(deployment),
+        },
+    )
+
+
+def _write_client(folder: Path, name: str, deployment: Deployment, authority: Authority) -> NodeKey:
+    """Write a client's own folder; returns its key, whose public half the server needs."""
+    key = NodeKey.create(name)
+    with _completed(folder / "clients" / name) as client:
+        shutil.copytree(folder / "given", client, dirs_exist_ok=True)
+        certificates = client / CERTIFICATES
+        authority.issue_client(name).save(certificates, "client")
+        write_private(certificates / NODE_KEY, key.private)
+        (certificates / f"{NODE_KEY}.pub").write_bytes(key.public)
+        _copy_authority(folder, certificates)
+        (client / "state").mkdir()
+        write_files(
+            client,
+            {
+                **client_scripts(name, deployment.address),
+                **client_units(name),
+                **client_compose(),
+                **client_readme(name, deployment.address),
+            },
+        )
+    return key
+
+
+def _list_client(folder: Path, name: str, key: NodeKey) -> None:
+    """Put a client on the list that the server registers."""
+    (folder / "server" / "clients" / f"{name}.pub").write_bytes(key.public)
+
+
+def _copy_authority(folder: Path, target: Path) -> None:
+    """Copy the authority's certificate, never its key."""
+    certificate = f"{AUTHORITY_STEM}.crt"
+    shutil.copyfile(folder / "authority" / certificate, target / certificate)
+
+
+@contextlib.contextmanager
+def _completed(folder: Path) -> Iterator[Path]:
+    """A new folder, for its owner alone, that takes its place once the context has succeeded."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield draft
+        draft.replace(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise

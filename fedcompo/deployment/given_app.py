@@ -1,0 +1,90 @@
+"""The app that clients are given: the code that Flower runs on them, and how they check it.
+
+A run brings the app with it, as a bundle that the server sends to every client. Flower unpacks a
+bundle into ``FLWR_HOME/apps/<name and hash>``, unless that folder exists; then it runs what lies
+there. So each client gets that folder in advance, and its start script makes sure that no other can
+be made beside it: what the server sends is never run, only what the client was given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedcompo.engine import QUIET, program
+from fedcompo.engine_log import plain
+from fedcompo.errors import LaunchError
+
+APPS = Path("flower") / "apps"
+APP_DIGESTS, LIBRARY_DIGESTS = "app.sha256", "library.sha256"
+SECONDS = 120.0
+APP_FILES = ("pyproject.toml", "LICENSE", "clients/**/*.py", "server/**/*.py")
+
+
+def copy_app(app: Path, folder: Path) -> None:
+    """Copy the files of a Flower app, and nothing that lies beside them."""
+    for pattern in APP_FILES:
+        for file in sorted(app.glob(pattern)):
+            target = folder / file.relative_to(app)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def give(app: Path, folder: Path) -> None:
+    """Write what every client gets: the unpacked app, and digests of it and of this library.
+
+    Args:
+        app: Folder of the app, as the server submits it.
+        folder: Where to.
+
+    Raises:
+        LaunchError: If Flower cannot bundle it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        # Flower's programs stand beside this interpreter, which may not be on the PATH.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+        home = str((folder / APPS).parent.resolve())
+        environment = {**os.environ, **QUIET, "PATH": path, "FLWR_HOME": home}
+        _flwr(["build", "--app", str(app.resolve())], scratch, environment)
+        (bundle,) = Path(scratch).glob("*.fab")
+        _flwr(["install", str(bundle)], scratch, environment)
+    (folder / APP_DIGESTS).write_text(digests(folder, (folder / APPS).rglob("*")))
+    library = Path(__file__).resolve().parents[1]
+    (folder / LIBRARY_DIGESTS).write_text(digests(library, library_files(library)))
+
+
+def library_files(library: Path) -> list[Path]:
+    """Sources and weights of the library, without the app that an installed one carries."""
+    sources = library.rglob("*.py")
+    own = [file for file in sources if "_app" not in file.relative_to(library).parts]
+    return [*own, *(library / "assets").iterdir()]
+
+
+def digests(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of files by their path below a folder, as ``sha256sum --check`` reads them."""
+    return "".join(
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}\n"
+        for file in sorted(files)
+        if file.is_file()
+    )
+
+
+def _flwr(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [program("flwr", environment), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=SECONDS,
+    )
+    if done.returncode:
+        said = plain(done.stdout + done.stderr).strip()
+        raise LaunchError(f"`flwr {arguments[0]}` failed:\n{said}")

@@ -1,0 +1,98 @@
+"""Who takes part in a deployment, and where the server is reached."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.names import check_client_name, check_distinct
+from fedcompo.tensorfile import write_atomically
+
+FILE = "deployment.json"
+PORT = 8443
+"""Where clients reach the server."""
+SUPERLINK_PORT = 8000
+"""Where, on the server's loopback, Flower's SuperLink listens."""
+PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A server and its clients."""
+
+    server: str
+    """DNS name or IP address under which clients reach the server."""
+    clients: tuple[str, ...]
+    port: int = PORT
+    superlink_port: int = SUPERLINK_PORT
+
+    def __post_init__(self) -> None:
+        """Check ports and names.
+
+        Raises:
+            ConfigError: If a port is none, or taken by the other; if a name occurs twice, or could
+                not name a service.
+            ContributionError: If a name cannot be a client's, or resembles another.
+        """
+        for port in (self.port, self.superlink_port):
+            if not 0 < port < 65536:
+                raise ConfigError(f"{port} is no port; expected 1 to 65535.")
+        if self.port == self.superlink_port:
+            raise ConfigError(
+                f"Clients and the SuperLink cannot share port {self.port}: clients reach a proxy, "
+                "which alone reaches the SuperLink. Choose two ports."
+            )
+        if not self.clients:
+            raise ConfigError("A deployment needs a client. Name one, such as --clients a,b,c.")
+        for position, name in enumerate(self.clients):
+            check_client_name(name)
+            if not PLAIN.fullmatch(name):
+                raise ConfigError(
+                    f"{name!r} cannot name a service: use the letters a to z, digits, hyphens, "
+                    "underscores and dots, without spaces."
+                )
+            if name in self.clients[:position]:
+                raise ConfigError(f"The client {name!r} is named twice. Name each client once.")
+            check_distinct(name, self.clients[:position])
+
+    @property
+    def address(self) -> str:
+        """Host and port, as clients are told them."""
+        return f"{bracketed(self.server)}:{self.port}"
+
+    def with_client(self, name: str) -> Deployment:
+        """The same deployment with one more client."""
+        return replace(self, clients=(*self.clients, name))
+
+    def save(self, folder: Path) -> None:
+        """Write ``deployment.json``."""
+        write_atomically(folder / FILE, f"{json.dumps(asdict(self), indent=2)}\n".encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> Deployment:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: If there is no such file, or it holds something else.
+        """
+        file = folder / FILE
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**values, "clients": tuple(values["clients"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise FileFormatError(
+                f"{folder} is no deployment: {file} cannot be read ({error}). Make one with "
+                "`fedcompo init-deployment DIR --server HOST --clients a,b,c`."
+            ) from error
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands before a colon and a port: IPv6 addresses in brackets."""
+    try:
+        return f"[{host}]" if ipaddress.ip_address(host).version == 6 else host
+    except ValueError:
+        return host

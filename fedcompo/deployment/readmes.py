@@ -1,0 +1,107 @@
+"""What people read beside the files: which folder goes where, and the commands there."""
+
+from __future__ import annotations
+
+from fedcompo.deployment.files import fill
+from fedcompo.deployment.plan import Deployment
+from fedcompo.deployment.units import HOME
+
+TOP = """\
+# A federation at @{address}
+
+| folder | goes to | holds |
+|---|---|---|
+| `server/` | the server | its certificate and key, the clients' public keys, start scripts |
+| `clients/NAME/` | that client | its keys, the app it runs, start script, settings |
+| `operator/` | who administers the registry | certificate and key of an operator |
+| `authority/` | **nowhere** | the key that certifies all others; keep it off the server |
+| `given/` | nowhere | the app that clients are given, for those who come later |
+
+Private keys (`*.key`, `supernode`) are readable by their owner alone: copy with `scp -p` or
+`rsync -a`.
+
+A client that comes later, from where this folder lies:
+
+    fedcompo init-deployment . --add NAME
+
+Then copy `clients/NAME/` to it and `server/clients/NAME.pub` to the server's `clients/`, and run
+`./register` there. Nobody else notices. A client that leaves: delete its `.pub` on the server and
+start the SuperLink again.
+"""
+
+SERVER = """\
+# The server
+
+Copy this folder to @{home}/server on the machine that clients reach as `@{server}`, TCP port
+@{port}. There, as an ordinary user, with Python and nginx installed (PROJECT is a checkout of
+fedcompo, or its wheel):
+
+    python3 -m venv venv && venv/bin/pip install PROJECT
+    ./start-superlink &           # registers the clients of clients/
+    ./start-proxy &
+    ./run SETTINGS.toml           # once the clients are there
+
+Or with systemd, as root, after `useradd --system fedcompo` and `chown -R fedcompo: .` in this
+folder:
+
+    systemctl enable --now @{home}/server/systemd/fedcompo-superlink.service
+    systemctl enable --now @{home}/server/systemd/fedcompo-proxy.service
+    sudo -u fedcompo ./run SETTINGS.toml
+
+Or with Docker: `PROJECT=/path/of/fedcompo docker compose up -d`.
+
+- The SuperLink listens on loopback alone, because whoever reaches it may start runs: every account
+  of this machine can. Give nobody else one.
+- The proxy passes on `/v1/fleet/`, what clients need, and nothing else.
+- What is in flight stays in memory, not in a database: after a restart clients are registered
+  again, and a run that was interrupted is started again.
+- No telemetry, no look for updates, no installation at run time: see `environment`.
+"""
+
+CLIENT = """\
+# Client @{name}
+
+Copy this folder to @{home}/@{name} on the client's machine. Nothing needs to reach that machine
+from outside; it must reach @{address}. There, as an ordinary user, not root (PROJECT is a checkout
+of fedcompo, or its wheel):
+
+    python3 -m venv venv && venv/bin/pip install PROJECT
+    vi client.conf                # where the images are, device, limits
+    ./start                       # stays until it is ended
+
+Or with systemd, as root, after `useradd --system fedcompo` and `chown -R fedcompo: .` in this
+folder:
+
+    systemctl enable --now @{home}/@{name}/systemd/fedcompo-@{name}.service
+
+Or with Docker: `PROJECT=/path/of/fedcompo docker compose --env-file client.conf up -d`.
+
+- `./start` runs the app in `flower/apps` alone. It compares it and the installed library with
+  `app.sha256` and `library.sha256`, and sees to it that Flower cannot unpack another: code that the
+  server sends is not run. A run of another version fails, and says that it may not write there.
+  Compare with who wrote this folder, over the telephone:
+
+      sha256sum app.sha256 library.sha256
+
+- A client that was killed is refused for about a minute, until its session has expired. systemd
+  waits that long.
+- Private keys: `certificates/supernode` (with the SuperLink), `certificates/client.key` (with the
+  registry). Lost one? Ask for a new folder under another name.
+- No telemetry, no look for updates, no installation at run time: see `start`.
+"""
+
+
+def top_readme(deployment: Deployment) -> dict[str, str]:
+    """The README of the whole, by file name."""
+    return {"README.md": fill(TOP, address=deployment.address)}
+
+
+def server_readme(deployment: Deployment) -> dict[str, str]:
+    """The README of the server's folder, by file name."""
+    text = fill(SERVER, home=HOME, server=deployment.server, port=deployment.port)
+    return {"README.md": text}
+
+
+def client_readme(name: str, address: str) -> dict[str, str]:
+    """The README of a client's folder, by file name."""
+    return {"README.md": fill(CLIENT, home=HOME, name=name, address=address)}

@@ -1,0 +1,134 @@
+"""Shell scripts of the server: start the SuperLink and its proxy, register clients, run the app."""
+
+from __future__ import annotations
+
+from fedcompo.deployment.environment import SHARED, exports
+from fedcompo.deployment.files import fill
+from fedcompo.deployment.plan import Deployment
+
+ENVIRONMENT = (
+    """\
+# Read by the scripts of this folder, which stand in it.
+"""
+    + SHARED
+    + """\
+# Where Flower's command line finds the SuperLink, which asks nobody who they are: on loopback only.
+FLWR_HOME="$PWD/state/flower"
+export FLWR_HOME
+mkdir -p "$FLWR_HOME"
+# Flower wants an absolute path; scripts may start at the same time.
+cat > "$FLWR_HOME/config.$$" <<END
+[superlink]
+default = "federation"
+
+[superlink.federation]
+address = "127.0.0.1:@{superlink_port}"
+root-certificates = "$PWD/certificates/ca.crt"
+END
+mv "$FLWR_HOME/config.$$" "$FLWR_HOME/config.toml"
+"""
+)
+
+START_SUPERLINK = """\
+#!/bin/sh
+# Starts Flower's SuperLink on loopback, and registers the clients once it answers.
+#
+# It keeps its state in memory: a database would keep task vectors on disk, also after they were
+# deleted. A restart therefore forgets the clients, which is why they are registered at each start.
+set -eu
+cd "$(dirname "$0")"
+. ./environment
+./register &
+exec flower-superlink --host 127.0.0.1 --port @{superlink_port} \\
+    --ssl-ca-certfile certificates/ca.crt \\
+    --ssl-certfile certificates/server.crt \\
+    --ssl-keyfile certificates/server.key \\
+    --enable-supernode-auth --disable-runtime-dependency-installation
+"""
+
+START_PROXY = """\
+#!/bin/sh
+# Starts nginx, the only way to the SuperLink from outside.
+set -eu
+cd "$(dirname "$0")"
+. ./environment
+PATH="$PATH:/usr/sbin:/usr/local/sbin"
+exec nginx -p "$PWD" -c nginx.conf -e stderr -g 'daemon off;'
+"""
+
+REGISTER = """\
+#!/bin/sh
+# Registers each client of clients/ with the SuperLink, which lets nobody else in.
+# May be repeated: whoever is registered stays so.
+set -eu
+cd "$(dirname "$0")"
+. ./environment
+for key in clients/*.pub; do
+    name=$(basename "$key" .pub)
+    attempts=60
+    until said=$(flwr supernode register "$key" federation --name "$name" 2>&1); do
+        case $said in *"already"*) said=; break ;; esac
+        attempts=$((attempts - 1))
+        if [ "$attempts" -eq 0 ]; then
+            echo "register: $name could not be registered: $said" >&2
+            exit 1
+        fi
+        sleep 1
+    done
+    if [ -n "$said" ]; then
+        echo "register: $name is registered"
+    else
+        echo "register: $name was registered before"
+    fi
+done
+"""
+
+RUN = """\
+#!/bin/sh
+# Runs the app on the clients, shows its log, and ends with 0 only if the run was completed.
+#   ./run                  with the default settings
+#   ./run SETTINGS.toml    with those of a file; `fedcompo settings` lists them
+# Unless the file says otherwise, results go to runs/<name of the file>, and all clients take part.
+set -eu
+if [ "$#" -gt 0 ]; then given=$(realpath "$1"); else given=/dev/null; fi
+cd "$(dirname "$0")"
+. ./environment
+name=$(basename "$given" .toml)
+if [ "$name" = null ]; then name=default; fi
+settings="$TMPDIR/run.$$.toml"
+trap 'rm -f "$settings"' EXIT
+set -- clients/*.pub
+{
+    grep -q '^ *output *=' "$given" || echo "output = \\"$PWD/runs/$name\\""
+    grep -q '^ *num-clients *=' "$given" || echo "num-clients = $#"
+    cat "$given"
+} > "$settings"
+answer=$(flwr run app federation --run-config "$settings" --format json) || {
+    echo "run: the run was not started: $answer" >&2
+    exit 1
+}
+run=$(echo "$answer" | sed -n 's/.*"run-id": *"\\{0,1\\}\\([0-9]*\\).*/\\1/p')
+if [ -z "$run" ]; then
+    echo "run: the run was not started: $answer" >&2
+    exit 1
+fi
+echo "run: $run has started"
+flwr log "$run" federation --stream || true
+# Flower's own exit code says nothing about how the run ended.
+status=$(flwr list federation --run-id "$run" --format json |
+    sed -n 's/.*"status": *"\\([^"]*\\)".*/\\1/p')
+echo "run: $run is $status"
+[ "$status" = finished:completed ]
+"""
+
+
+def server_scripts(deployment: Deployment) -> dict[str, str]:
+    """The server's scripts by file name."""
+    port = deployment.superlink_port
+    return {
+        "environment": fill(ENVIRONMENT, exports=exports(), superlink_port=port),
+        "start-superlink": fill(START_SUPERLINK, superlink_port=port),
+        "start-proxy": START_PROXY,
+        "register": REGISTER,
+        "run": RUN,
+    }

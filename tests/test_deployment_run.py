@@ -1,0 +1,255 @@
+"""A federation of separate machines, run for real from the files that were written for it.
+
+TLS and authentication of nodes are on; each machine has a network of its own where that is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from deployed_federation import (
+    LET_IN,
+    RUN_SECONDS,
+    DeployedFederation,
+    Finished,
+    deployed,
+    digits_as_folders,
+    settle,
+)
+from guarded import until
+
+from fedcompo.contribution import Contribution
+from fedcompo.deployment import folders
+from fedcompo.scenario import as_toml
+
+pytestmark = pytest.mark.simulation
+
+DIGITS = {"hospital-a": (0, 1, 2), "hospital-b": (3, 4, 5), "hospital-c": (6, 7, 8, 9)}
+QUICK = {
+    "seed": 3,
+    "local-epochs": 1,
+    "rank": 2,
+    "fisher-examples": 6,
+    "realign": False,
+    "device": "cpu",
+}
+BLOCK = 64
+"""Bytes in a row that are looked for: by chance they occur nowhere."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    digits_as_folders(folder, DIGITS, training=6, test=12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def federation(
+    images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[DeployedFederation]:
+    folder = tmp_path_factory.mktemp("federation")
+    with deployed(folder, {client: images / client for client in DIGITS}) as started:
+        started.start_server()
+        for client in DIGITS:
+            started.start_client(client)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def watched(federation: DeployedFederation) -> tuple[Finished, int]:
+    """A run, and the size of the largest file that the server's state ever held during it."""
+    state, sizes = federation.home("server") / "state", [0]
+
+    def over() -> bool:
+        for file in state.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(file.stat().st_size if file.is_file() else 0)
+        return not run.alive
+
+    run = federation.submit(QUICK)
+    until(over, RUN_SECONDS, run)
+    finished = federation.finish(run)
+    assert finished.code == 0, finished.said
+    return finished, max(sizes)
+
+
+@pytest.fixture(scope="module")
+def done(watched: tuple[Finished, int]) -> Finished:
+    return watched[0]
+
+
+def task_vectors(output: Path) -> dict[str, dict[str, torch.Tensor]]:
+    registry = output / "registry" / "clients"
+    loaded = (Contribution.load(registry / client) for client in DIGITS)
+    return {one.client: dict(one.task_vector.tensors) for one in loaded}
+
+
+def test_a_deployment_finds_what_a_simulation_finds(
+    done: Finished, images: Path, tmp_path: Path
+) -> None:
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(as_toml({**QUICK, "data": f"folder:{images}"}))
+    command = [str(Path(sys.executable).with_name("fedcompo")), "simulate", str(scenario)]
+    simulated = subprocess.run(
+        [*command, "--output", str(tmp_path / "simulated")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert simulated.returncode == 0, simulated.stdout + simulated.stderr
+    there = Finished(0, "", tmp_path / "simulated")
+    accuracy = done.results["class_il_accuracy"]
+    assert accuracy == there.results["class_il_accuracy"]
+    assert 0.5 < accuracy < 1, "the comparison would not notice a difference"
+    assert list(done.results["per_client"]) == list(DIGITS)
+    # Not only as accurate, but the same, to the last bit.
+    expected = task_vectors(there.output)
+    for client, tensors in task_vectors(done.output).items():
+        assert tensors.keys() == expected[client].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[client][name]), (client, name)
+
+
+def blocks(output: Path) -> list[bytes]:
+    """A piece of each client's largest tensor, as it lies in memory and in messages."""
+    pieces = []
+    for tensors in task_vectors(output).values():
+        largest = max(tensors.values(), key=torch.Tensor.numel).contiguous().numpy().tobytes()
+        middle = len(largest) // 2
+        pieces.append(largest[middle : middle + BLOCK])
+        assert len(set(pieces[-1])) > BLOCK // 4, "a piece of zeros would be found anywhere"
+    return pieces
+
+
+def holders(folder: Path, pieces: list[bytes]) -> list[Path]:
+    """Files that hold one of the pieces."""
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    contents = {file: file.read_bytes() for file in files}
+    return [file for file, held in contents.items() if any(piece in held for piece in pieces)]
+
+
+def test_the_server_keeps_task_vectors_in_the_registry_alone(
+    federation: DeployedFederation, done: Finished
+) -> None:
+    server = federation.home("server")
+    assert (server / "state" / "flower").is_dir()
+    found = holders(server, blocks(done.output))
+    registry = done.output / "registry"
+    assert len([file for file in found if file.is_relative_to(registry / "clients")]) == len(DIGITS)
+    assert [file for file in found if not file.is_relative_to(registry)] == []
+
+
+def test_what_clients_send_is_never_on_the_servers_disk(
+    watched: tuple[Finished, int],
+) -> None:
+    finished, largest = watched
+    sent = [
+        tensor.numel() * tensor.element_size()
+        for tensors in task_vectors(finished.output).values()
+        for tensor in tensors.values()
+    ]
+    # The app's sources are there, each smaller than what a client sends.
+    assert 0 < largest < sum(sent) / len(DIGITS)
+
+
+def outsider(federation: DeployedFederation, address: str, *command: str) -> str:
+    """Give a Flower command from a machine that has the certificate, and nothing else."""
+    home = federation.home("outsider")
+    (home / "flower").mkdir(exist_ok=True)
+    certificate = shutil.copy(federation.folder / "server" / "certificates" / "ca.crt", home)
+    (home / "flower" / "config.toml").write_text(
+        f'[superlink.target]\naddress = "{address}"\nroot-certificates = "{certificate}"\n'
+    )
+    started = federation.start("outsider", "flwr", *command, FLWR_HOME=str(home / "flower"))
+    assert started.guard.wait(60) is not None
+    return started.said
+
+
+def runs(federation: DeployedFederation) -> str:
+    home = federation.home("server") / "state" / "flower"
+    asked = federation.start("server", "flwr", "list", "federation", FLWR_HOME=str(home))
+    assert asked.guard.wait(60) == 0, asked.said
+    return asked.said
+
+
+def test_an_outsider_can_neither_register_a_key_nor_start_a_run(
+    federation: DeployedFederation, done: Finished
+) -> None:
+    before = runs(federation)
+    folders.add(federation.folder, "intruder")
+    key = federation.folder / "clients" / "intruder" / "certificates" / "supernode.pub"
+    address = federation.deployment.address
+    said = outsider(federation, address, "supernode", "register", str(key), "target")
+    assert "registered successfully" not in said
+    assert "403" in said, said
+    said = outsider(federation, address, "run", "app", "target")
+    assert "Successfully started run" not in said
+    assert "403" in said, said
+    assert runs(federation) == before
+
+
+def test_from_outside_nobody_reaches_the_superlink_itself(
+    federation: DeployedFederation,
+) -> None:
+    if not federation.machines.separate:
+        pytest.skip("network namespaces are not allowed here: there is no outside")
+    deployment = federation.deployment
+    said = {}
+    for port in (deployment.port, deployment.superlink_port):
+        connect = f"import socket; socket.create_connection(({deployment.server!r}, {port}), 10)"
+        tried = federation.start("outsider", sys.executable, "-c", connect)
+        tried.guard.wait(30)
+        said[port] = tried.said
+    assert said[deployment.port] == ""
+    assert "ConnectionRefusedError" in said[deployment.superlink_port]
+
+
+def test_a_client_that_nobody_registered_is_not_let_in(
+    federation: DeployedFederation, images: Path, done: Finished
+) -> None:
+    if not (federation.folder / "clients" / "stranger").exists():
+        folders.add(federation.folder, "stranger")
+    home = federation.home("outsider") / "stranger"
+    settle(federation.folder / "clients" / "stranger", home, images / "hospital-a", position=9)
+    started = federation.start("outsider", *federation.unprivileged, str(home / "start"))
+    assert started.guard.wait(60) not in (0, 78), started.said
+    assert LET_IN not in started.said
+
+
+def test_clients_run_the_app_they_were_given_and_no_other(
+    federation: DeployedFederation, done: Finished, tmp_path: Path
+) -> None:
+    app = federation.home("server") / "app" / "clients" / "app.py"
+    given = app.read_text()
+    trace = tmp_path / "trace"
+    app.write_text(f"{given}\nopen({str(trace)!r}, 'w').close()\n")
+    try:
+        finished = federation.run(QUICK)
+    finally:
+        app.write_text(given)
+    assert finished.code == 1, finished.said
+    assert "Permission denied" in finished.said, finished.said
+    assert not trace.exists()
+    for client in DIGITS:
+        assert federation.clients[client].alive
+        assert len(list((federation.home(client) / "flower" / "apps").iterdir())) == 1
+
+
+def test_no_log_holds_a_secret(federation: DeployedFederation, done: Finished) -> None:
+    folder = federation.folder
+    keys = [*folder.rglob("*.key"), *folder.rglob("supernode")]
+    assert len(keys) >= 3 + 2 * len(DIGITS)
+    secrets = {line for key in keys for line in key.read_text().splitlines() if len(line) > 40}
+    said = [process.said for process in federation.started]
+    logs = [file.read_text() for file in federation.home("server").rglob("*.log")]
+    for text in [*said, *logs]:
+        assert not [secret for secret in secrets if secret in text]

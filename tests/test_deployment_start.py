@@ -1,0 +1,173 @@
+"""A client's start script: what it checks before it starts Flower, and how it starts it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+from deployed_federation import WITHOUT_OVERRIDE, settle
+
+from fedcompo.deployment import folders
+from fedcompo.deployment.client_scripts import MISCONFIGURED
+from fedcompo.deployment.plan import Deployment
+from fedcompo.launcher import find_app
+
+FAKE = """\
+#!/bin/sh
+for argument in "$@"; do echo "$argument"; done
+env
+umask
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deployment") / "fed"
+    folders.create(folder, Deployment("fed.example.org", ("a",)), find_app())
+    return folder / "clients" / "a"
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder with a ``flower-supernode`` that prints how it was started."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "flower-supernode").write_text(FAKE)
+    (folder / "flower-supernode").chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def client(written: Path, tmp_path: Path) -> Path:
+    """A client on its machine, with images in a folder whose name has a space."""
+    (tmp_path / "my images").mkdir()
+    settle(written, tmp_path / "a", tmp_path / "my images")
+    conf = tmp_path / "a" / "client.conf"
+    conf.write_text(conf.read_text().replace("DATA=", 'DATA="').replace(" images\n", ' images"\n'))
+    return tmp_path / "a"
+
+
+def start(
+    client: Path, programs: Path, *, ordinary: bool = True, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    path = [str(programs), sysconfig.get_path("scripts"), os.environ["PATH"]]
+    words = WITHOUT_OVERRIDE if ordinary and os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*words, client / "start"],
+        cwd="/",
+        env={**os.environ, "PATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_flower_is_started_with_keys_and_settings(client: Path, programs: Path) -> None:
+    said = start(client, programs).stdout.splitlines()
+    options = dict(zip(said[0:10:2], said[1:10:2], strict=True))
+    data = client.parent / "my images"
+    assert options == {
+        "--superlink": "fed.example.org:8443",
+        "--root-certificates": "certificates/ca.crt",
+        "--auth-supernode-private-key": "certificates/supernode",
+        "--port": "19094",
+        "--node-config": f'client="a" data="{data}" device="cpu" state="{client}/state"',
+    }
+    assert f"FLWR_HOME={client}/flower" in said
+    assert f"TMPDIR={client}/state/tmp" in said
+    assert "OMP_NUM_THREADS=1" in said
+    assert "FLWR_TELEMETRY_ENABLED=0" in said
+    assert said[-1] == "0077"
+    assert "--insecure" not in said
+
+
+def test_flower_understands_the_settings_of_the_node(client: Path, programs: Path) -> None:
+    from flwr.common.config import parse_config_args
+
+    conf = client / "client.conf"
+    conf.write_text(conf.read_text().replace("KIND=", "KIND=full"))
+    said = start(client, programs).stdout.splitlines()
+    assert parse_config_args([said[said.index("--node-config") + 1]]) == {
+        "client": "a",
+        "data": str(client.parent / "my images"),
+        "device": "cpu",
+        "state": f"{client}/state",
+        "kind": "full",
+    }
+
+
+def test_the_app_cannot_be_joined_by_another(client: Path, programs: Path) -> None:
+    start(client, programs)
+    start(client, programs)  # and again, though it is write-protected now
+    apps = client / "flower" / "apps"
+    assert not stat.S_IMODE(apps.stat().st_mode) & 0o222
+    assert len(list(apps.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may write everywhere")
+def test_whoever_may_write_everywhere_is_refused(client: Path, programs: Path) -> None:
+    said = start(client, programs, ordinary=False, code=MISCONFIGURED).stderr
+    assert "flower/apps can be written to" in said
+    assert "ordinary user" in said
+    assert len(list((client / "flower" / "apps").iterdir())) == 1
+
+
+def unpacked(client: Path) -> Path:
+    (app,) = (client / "flower" / "apps").iterdir()
+    return app
+
+
+def test_an_app_that_was_altered_is_not_started(client: Path, programs: Path) -> None:
+    with (unpacked(client) / "clients" / "app.py").open("a") as file:
+        file.write("# harmless\n")
+    said = start(client, programs, code=MISCONFIGURED)
+    assert "clients/app.py: FAILED" in said.stdout
+    assert "not the one that this client was given" in said.stderr
+
+
+def test_an_app_that_lacks_a_file_is_not_started(client: Path, programs: Path) -> None:
+    (unpacked(client) / "clients" / "local.py").unlink()
+    assert "not the one" in start(client, programs, code=MISCONFIGURED).stderr
+
+
+def test_an_app_that_lies_beside_it_is_not_started(client: Path, programs: Path) -> None:
+    shutil.copytree(unpacked(client), unpacked(client).with_name("other.app.1.0.0.12345678"))
+    assert "holds more than the app" in start(client, programs, code=MISCONFIGURED).stderr
+
+
+def test_another_version_of_the_library_is_not_started(client: Path, programs: Path) -> None:
+    digests = client / "library.sha256"
+    lines = digests.read_text().splitlines(keepends=True)
+    changed = [f"{'0' * 64}  training.py\n" if "  training.py" in line else line for line in lines]
+    assert changed != lines
+    digests.write_text("".join(changed))
+    said = start(client, programs, code=MISCONFIGURED)
+    assert "training.py: FAILED" in said.stdout
+    assert "the installed fedcompo" in said.stderr
+
+
+def test_without_images_the_setting_is_named(client: Path, programs: Path) -> None:
+    shutil.rmtree(client.parent / "my images")
+    said = start(client, programs, code=MISCONFIGURED).stderr
+    assert "DATA in client.conf is no folder" in said
+    assert "my images" in said
+
+
+def test_without_flower_the_command_to_install_it_is_named(client: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["/bin/sh", client / "start"],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == MISCONFIGURED
+    assert "venv/bin/pip install" in done.stderr
