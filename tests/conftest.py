@@ -27,9 +27,17 @@ STARTS_ENGINES = {"test_engine.py", "test_guard.py", "test_launcher.py", "test_s
 """Files whose tests start engines, and look for what these leave behind."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Tests of many minutes are asked for."""
+    parser.addoption("--slow", action="store_true", help="also run tests of many minutes")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let one process run all tests of a file, and one all tests that start Flower's engine."""
     for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes many minutes; run with --slow"))
         marked = item.get_closest_marker("simulation") is not None
         engine = marked or item.path.name in STARTS_ENGINES
         item.add_marker(pytest.mark.xdist_group("engine" if engine else item.path.name))

@@ -180,7 +180,12 @@ def test_a_run_without_results_is_a_failure(tmp_path: Path) -> None:
 
 @pytest.mark.simulation
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int

@@ -192,7 +192,10 @@ def test_the_interval_is_the_percentiles_of_figures_of_resampled_examples():
         assert mean(e.high for e in estimates) == pytest.approx(high, abs=0.06 * (high - middle))
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize(
+    "shift",
+    [pytest.param(0.0, marks=pytest.mark.slow), 0.5, pytest.param(1.5, marks=pytest.mark.slow)],
+)
 def test_intervals_cover_the_true_figures_about_as_often_as_they_say(shift):
     """Normal scores a shift apart: AUC = Φ(shift/√2), TPR(r) = 1 − Φ(Φ⁻¹(1 − r) − shift)."""
     truth = NORMAL.cdf(shift / math.sqrt(2)), 1 - NORMAL.cdf(NORMAL.inv_cdf(0.95) - shift)

@@ -14,7 +14,7 @@ from fedcompo.guard import GRACE
 from fedcompo.registry import Registry
 from fedcompo.verification import verify_registry
 
-pytestmark = pytest.mark.simulation
+pytestmark = [pytest.mark.simulation, pytest.mark.slow]
 
 
 def simulate(cwd: Path, *arguments: str) -> subprocess.Popen[str]:

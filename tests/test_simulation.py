@@ -58,6 +58,7 @@ def test_simulate_leaves_results_where_the_last_line_says(tmp_path):
         assert Contribution.load(output / "registry" / "clients" / client).client == client
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_exits_non_zero_and_says_why(tmp_path):
     folders = tmp_path / "images"
     for client in ("a", "b"):
