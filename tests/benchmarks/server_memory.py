@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from registry_workload import ARCHITECTURES, RANK
-from server_memory_clients import NUM_EXAMPLES, checkpoint
+from registry_workload import RANK
+from server_memory_clients import ARCHITECTURES, NUM_EXAMPLES, checkpoint
 
 from fedcompo.memory import peak_bytes, reset_peak
 

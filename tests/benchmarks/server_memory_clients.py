@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from registry_workload import ARCHITECTURES, RANK
+from registry_workload import RANK
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,15 +27,16 @@ from fedcompo.tensorfile import to_bytes
 from fedcompo.versions import of_this_process
 
 NUM_EXAMPLES = 20
+ARCHITECTURES = {"vit-b": "vit_base_patch16_224", "tiny": "vit_tiny_patch16_224"}
 
 
 def checkpoint(folder: Path, scale: str) -> dict[str, Any]:
     """Settings of a backbone with random weights, made once."""
-    architecture, options = ARCHITECTURES[scale]
+    architecture = ARCHITECTURES[scale]
     file = folder / f"{scale}.safetensors"
     if not file.exists():
         torch.manual_seed(0)
-        model = timm.create_model(architecture, num_classes=0, **options)
+        model = timm.create_model(architecture, num_classes=0)
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, file)
     return {"backbone": architecture, "checkpoint": str(file)}
 
