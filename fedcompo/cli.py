@@ -137,6 +137,7 @@ for command in (
     cli_service.serve,
     cli_service.publish,
     cli_service.fetch,
+    cli_service.members,
     cli_service.request_removal,
     audit,
 ):

@@ -33,6 +33,9 @@ def init_deployment(
         int | None,
         typer.Option(help="Port of the SuperLink on the server's loopback; default 8000."),
     ] = None,
+    registry_port: Annotated[
+        int | None, typer.Option(help="Port at which clients reach the registry; default 9443.")
+    ] = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Write keys, certificates and start files of a federation on separate machines.
@@ -53,7 +56,7 @@ def init_deployment(
                 "A new deployment needs `--server HOST` and `--clients a,b,c`; one that exists "
                 "takes another client with `--add CLIENT`."
             )
-        given = {"port": port, "superlink_port": superlink_port}
+        given = {"port": port, "superlink_port": superlink_port, "registry_port": registry_port}
         ports = {key: number for key, number in given.items() if number is not None}
         _create(folder, server, listed_names(clients), ports)
 

@@ -90,6 +90,23 @@ def print_list(summary: Mapping[str, Any]) -> None:
     say(f"Root {summary['root']}")
 
 
+def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) -> None:
+    """Print who is in a registry that is served elsewhere."""
+    table = Table(title=literal(f"Registry at {server}"))
+    for column in ("client", "kind", "classes"):
+        table.add_column(column, no_wrap=column == "client")
+    table.add_column("images", justify="right")
+    for member in members:
+        table.add_row(
+            literal(member["client"]),
+            member["kind"],
+            literal(shortened(member["classes"])),
+            str(member["num_examples"]),
+        )
+    table_console().print(table)
+    say(f"Root {root}")
+
+
 def print_details(details: Mapping[str, Any]) -> None:
     """Print what is known of one client."""
     table = Table(show_header=False, title=literal(details["client"]))

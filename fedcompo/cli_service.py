@@ -1,9 +1,10 @@
-"""The commands of the service: serve, and its client side: publish, fetch, request-removal."""
+"""The commands of the service: serve, and its client side: publish, fetch, members, leave."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,17 +57,31 @@ def serve(
         str,
         typer.Option(metavar="WHO", help="Who may compose: members, everyone or operators."),
     ] = "members",
+    revoked: Annotated[
+        Path | None,
+        typer.Option(help="List of certificates that count no more: SHA-256, one a line."),
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Change a limit, such as rate=5; repeatable."),
+    ] = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Serve a registry over gRPC, to whoever has a certificate of the authority.
 
-    It ends on Ctrl-C or SIGTERM, when the calls under way have ended.
+    It ends on Ctrl-C or SIGTERM, when the calls under way have ended. The list of revoked
+    certificates is read again whenever it has changed.
 
     What happened to each call is logged on standard error; every change is in the journal.
+
+    Limits, sizes in bytes and times in seconds: message, contribution, description, tensor, spare
+    (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, heavy,
+    models, seconds, grace.
     """
     with errors_as_sentences(verbose):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         from fedcompo.service.credentials import read_authority, read_credential
+        from fedcompo.service.limits import limits_of
         from fedcompo.service.permissions import Audience
         from fedcompo.service.server import Server, Settings
         from fedcompo.service.server import serve as run
@@ -80,6 +95,8 @@ def serve(
             host=host,
             port=port,
             audience=Audience(compose),
+            limits=limits_of(limit or ()),
+            revoked=revoked,
         )
 
         def ready(server: Server) -> None:
@@ -218,6 +235,50 @@ def request_removal(
             return
         say(f"Removed {name}. Receipt: {path}")
         say(f"Check it by: fedcompo verify {path} --public-key {public}")
+
+
+def members(
+    *,
+    server: ServerOption,
+    ca: AuthorityOption,
+    certificate: CertificateOption,
+    key: KeyOption,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Let the server derive again what it claims.")
+    ] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """List who is in a registry that is served.
+
+    With --verify it exits with 1 if a claim does not hold.
+    """
+    with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
+        from fedcompo import cli_print
+
+        with progress(quiet=as_json) as tell:
+            tell("asking")
+            there = service.list()
+            findings = service.verify() if verify else ()
+        rows = [
+            {
+                "client": member.client,
+                "kind": member.kind,
+                "num_examples": member.num_examples,
+                "classes": list(member.classes),
+                "added": member.added,
+            }
+            for member in there.members
+        ]
+        if as_json:
+            told = {"root": there.root, "backbone": there.base, "members": rows}
+            print_json(told | ({"findings": [asdict(f) for f in findings]} if verify else {}))
+        else:
+            cli_print.print_members(server, there.root, rows)
+            if verify:
+                cli_print.print_findings(findings)
+        if any(finding.holds is False for finding in findings):
+            raise typer.Exit(1)
 
 
 def _client(server: str, ca: Path, certificate: Path, key: Path) -> Client:

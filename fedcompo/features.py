@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, DataError
@@ -105,6 +104,9 @@ def _fit(
         shares, means = np.ones(1), values.mean(0, keepdims=True)
         variances = np.maximum(pooled, floor)[None]
     else:
+        # Here, because it takes seconds to import, and each phase of a client is a process.
+        from sklearn.mixture import GaussianMixture
+
         fitted = GaussianMixture(k, covariance_type="diag", reg_covar=floor, random_state=seed)
         fitted.fit(values)
         shares, means, variances = fitted.weights_, fitted.means_, fitted.covariances_

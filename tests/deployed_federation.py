@@ -182,7 +182,8 @@ def deployed(folder: Path, images: Mapping[str, Path]) -> Iterator[DeployedFeder
     """
     require_nginx()
     with Machines.connected(["server", *images, "outsider"]) as machines:
-        ports = (8443, 8000) if machines.separate else (free_port(), free_port())
+        separate = machines.separate
+        ports = (8443, 8000, 9443) if separate else (free_port(), free_port(), free_port())
         address = machines.addresses["server"]
         deployment = Deployment(address, tuple(images), *ports)
         written = folder / "written"

@@ -48,7 +48,11 @@ def server_credential() -> Credential:
 
 @contextmanager
 def served(
-    registry: Registry, *, limits: Limits | None = None, audience: Audience = Audience.MEMBERS
+    registry: Registry,
+    *,
+    limits: Limits | None = None,
+    audience: Audience = Audience.MEMBERS,
+    revoked: Path | None = None,
 ) -> Iterator[str]:
     """Serve a registry; yields the address, and leaves nothing running."""
     settings = Settings(
@@ -58,6 +62,7 @@ def served(
         port=0,
         limits=limits or Limits(grace=5.0),
         audience=audience,
+        revoked=revoked,
     )
     with Server(settings) as server:
         yield f"localhost:{server.port}"

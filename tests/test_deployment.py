@@ -60,7 +60,7 @@ def test_each_client_gets_a_folder_that_needs_no_other(original: tuple[Path, str
         found = {file.split("/")[0] for file in contents(client)}
         assert found == {
             "README.md", "app.sha256", "certificates", "client.conf", "compose.gpu.yaml",
-            "compose.yaml", "flower", "library.sha256", "start", "systemd",
+            "compose.yaml", "flower", "library.sha256", "registry", "start", "systemd",
         }  # fmt: skip
         assert {file.name for file in (client / "certificates").iterdir()} == {
             "ca.crt", "client.crt", "client.key", "supernode", "supernode.pub",
@@ -258,7 +258,9 @@ def test_a_folder_that_is_empty_is_taken(tmp_path: Path, monkeypatch: pytest.Mon
         (["--server", "x.org", "--clients", "a,a"], "named twice"),
         (["--server", "x.org", "--clients", "a b"], "cannot name a service"),
         (["--server", "x.org", "--clients", "a", "--port", "8000"], "cannot share port 8000"),
+        (["--server", "x.org", "--clients", "a", "--port", "9443"], "cannot share port 9443"),
         (["--server", "x.org", "--clients", "a", "--port", "0"], "no port"),
+        (["--server", "x.org", "--clients", "a", "--registry-port", "70000"], "no port"),
         (["--server", "x.org", "--add", "a"], "leave out `--server`"),
     ],
 )

@@ -33,7 +33,9 @@ def test_scripts_are_scripts_and_nothing_else_is(written: Path) -> None:
             found.add(file.name)
             checked = subprocess.run(["sh", "-n", file], capture_output=True, check=False)
             assert checked.returncode == 0, checked.stderr
-    assert found == {"start", "start-superlink", "start-proxy", "register", "run"}
+    assert found == {
+        "start", "registry", "start-superlink", "start-proxy", "start-registry", "register", "run",
+    }  # fmt: skip
 
 
 def test_no_program_calls_home_or_installs(written: Path) -> None:
@@ -54,7 +56,8 @@ def test_units_start_the_scripts_again_after_a_session_has_expired(
     folder = written
     units = {file.stem: file for file in folder.rglob("systemd/*.service")}
     assert sorted(units) == [
-        "fedcompo-a", "fedcompo-b", "fedcompo-c", "fedcompo-proxy", "fedcompo-superlink",
+        "fedcompo-a", "fedcompo-b", "fedcompo-c", "fedcompo-proxy", "fedcompo-registry",
+        "fedcompo-superlink",
     ]  # fmt: skip
     for name, file in units.items():
         unit = configparser.ConfigParser(strict=True, interpolation=None)
@@ -90,7 +93,7 @@ def test_systemd_finds_no_fault_with_the_units(written: Path) -> None:
         assert "Unknown" not in done.stderr, done.stderr
 
 
-def test_compose_files_call_the_same_scripts_and_publish_the_proxy_alone(
+def test_compose_files_call_the_same_scripts_and_publish_proxy_and_registry_alone(
     written: Path,
 ) -> None:
     folder = written
@@ -102,15 +105,17 @@ def test_compose_files_call_the_same_scripts_and_publish_the_proxy_alone(
         "client": ["/client/start"],
         "superlink": ["/server/start-superlink"],
         "proxy": ["/server/start-proxy"],
+        "registry": ["/server/start-registry"],
     }
     ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert ports == ["8443:8443"]
+    assert ports == ["8443:8443", "9443:9443"]
+    assert services["registry"]["profiles"] == ["registry"], "there is none before the first run"
     for name, service in services.items():
         assert service["restart"] == "always"
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert ".:/client:ro" in service["volumes"] or ".:/server:ro" in service["volumes"]
-        if name != "proxy":
+        if name not in ("proxy", "registry"):  # the registry's image is the SuperLink's
             assert "PROJECT" in service["build"]["context"]
     gpu = yaml.safe_load((folder / "clients" / "a" / "compose.gpu.yaml").read_text())
     assert set(gpu["services"]) <= set(client["services"])

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from deployed_federation import (
     LET_IN,
     RUN_SECONDS,
@@ -27,6 +29,8 @@ from guarded import until
 
 from fedcompo.contribution import Contribution
 from fedcompo.deployment import folders
+from fedcompo.record_verification import verify_record
+from fedcompo.registry import Registry
 from fedcompo.scenario import as_toml
 
 pytestmark = pytest.mark.simulation
@@ -242,6 +246,37 @@ def test_clients_run_the_app_they_were_given_and_no_other(
     for client in DIGITS:
         assert federation.clients[client].alive
         assert len(list((federation.home(client) / "flower" / "apps").iterdir())) == 1
+
+
+def test_a_client_leaves_from_its_own_machine(
+    federation: DeployedFederation, done: Finished
+) -> None:
+    """The registry is served, one client leaves, another's certificate is locked out."""
+    server, leaver = federation.home("server"), federation.home("hospital-b")
+    copy = server / "runs" / "leaving"
+    shutil.copytree(done.output / "registry", copy, symlinks=True)
+    service = federation.start("server", "./start-registry", str(copy), PYTHONUNBUFFERED="1")
+    try:
+        service.wait_for("Serving ")
+        there = federation.start("hospital-b", "./registry", "members")
+        assert there.guard.wait(120) == 0, there.said
+        assert all(client in there.said for client in DIGITS)
+        left = federation.start("hospital-b", "./registry", "request-removal", "--yes")
+        assert left.guard.wait(120) == 0, left.said + service.said
+        assert Registry(copy).clients == ("hospital-a", "hospital-c")
+        receipt, key = leaver / "removal-hospital-b.json", leaver / "removal-hospital-b.pem"
+        findings = verify_record(receipt, registry=Registry(copy), public_key=key)
+        assert not [finding for finding in findings if not finding.holds]
+        certificate = federation.home("hospital-c") / "certificates" / "client.crt"
+        known = x509.load_pem_x509_certificate(certificate.read_bytes())
+        with (server / "revoked").open("a") as file:
+            file.write(f"{known.fingerprint(hashes.SHA256()).hex()}\n")
+        locked_out = federation.start("hospital-c", "./registry", "members")
+        assert locked_out.guard.wait(120) == 1
+        assert "was revoked" in locked_out.said
+    finally:
+        service.end()
+        shutil.rmtree(copy)
 
 
 def test_no_log_holds_a_secret(federation: DeployedFederation, done: Finished) -> None:

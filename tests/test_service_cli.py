@@ -103,6 +103,26 @@ def test_an_operator_lets_another_go(home, address):
     assert Registry("registry").clients == ("ben", "cho")
 
 
+def test_members_are_listed_and_their_claims_derived_again(home, address):
+    registry = Registry("registry")
+    found = told("members", *as_("ben", address))
+    assert [member["client"] for member in found["members"]] == ["ada", "ben", "cho"]
+    assert (found["root"], found["backbone"]) == (registry.state.root, registry.state.base)
+    (ben,) = (member for member in found["members"] if member["client"] == "ben")
+    assert ben["classes"] == list(registry.state.members["ben"].classes)
+    assert "findings" not in found
+    out = run("members", *as_("ben", address)).stdout
+    assert all(name in out for name in ("ada", "ben", "cho", registry.state.root))
+    found = told("members", "--verify", *as_("ben", address))
+    assert found["findings"]
+    assert all(finding["holds"] for finding in found["findings"])
+    file = registry.path / "clients" / "cho" / "contribution.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    out = run("members", "--verify", *as_("ben", address), code=1).output
+    assert "cho" in out.partition("claims hold")[0]
+
+
 WRONG = {
     "no ca": ["--ca", "nowhere.crt", *own("ben")],
     "no pair": ["--ca", "ca.crt", "--certificate", "ben.crt", "--key", "ada.key"],
@@ -124,6 +144,28 @@ def test_an_address_has_a_host_and_a_port(home, where):
 
 def test_a_text_that_is_none_is_refused(home, address):
     run("request-removal", "--yes", "--reason", "\udcff", *as_("ben", address), code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("speed=3", "sets no limit"),
+        ("rate", "is a number, got ''"),
+        ("burst=1.5", "is a whole number"),
+        ("calls=0", "must be positive"),
+        ("rate=nan", "must be positive"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused(home, text, why):
+    command = ["serve", "registry", "--ca", "ca.crt", *own("server"), "--limit", text]
+    assert why in run(*command, code=2).output
+
+
+def test_what_is_no_list_of_certificates_is_refused(home):
+    command = ["serve", "registry", "--ca", "ca.crt", *own("server"), "--revoked", "list"]
+    assert "cannot be read" in run(*command, code=2).output
+    Path("list").write_text("# nobody\n\nben\n")
+    assert "line 3: 'ben' is no SHA-256" in run(*command, code=2).output
 
 
 def test_serve_until_sigterm(home):

@@ -1,10 +1,11 @@
-"""A client's settings, and the shell script that checks what it was given and starts it."""
+"""A client's settings, and its shell scripts: one starts it, one talks to the registry."""
 
 from __future__ import annotations
 
 from fedcompo.deployment.environment import SHARED, exports
 from fedcompo.deployment.files import fill
 from fedcompo.deployment.given_app import APP_DIGESTS, LIBRARY_DIGESTS
+from fedcompo.deployment.plan import Deployment
 
 CONFIG = """\
 # Settings of the client @{name}, read by ./start and by Docker: KEY=value, no spaces around the =;
@@ -86,26 +87,64 @@ state=\\"$PWD/state\\"${KIND:+ kind=\\"$KIND\\"}"
 """
 )
 
+REGISTRY = """\
+#!/bin/sh
+# Gives a command to the registry in the name of @{name}:
+#   ./registry members                  who is there
+#   ./registry fetch -o MODEL           a model composed of all, or --only / --without / --weights
+#   ./registry publish FOLDER           hand in a contribution
+#   ./registry request-removal          leave, with a signed receipt
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+if [ -d "$here/venv" ]; then PATH="$here/venv/bin:$PATH"; export PATH; fi
+FEDCOMPO_SERVER=@{registry}
+FEDCOMPO_CA="$here/@{certificates}ca.crt"
+FEDCOMPO_CERTIFICATE="$here/@{certificates}@{stem}.crt"
+FEDCOMPO_KEY="$here/@{certificates}@{stem}.key"
+export FEDCOMPO_SERVER FEDCOMPO_CA FEDCOMPO_CERTIFICATE FEDCOMPO_KEY
+exec fedcompo "$@"
+"""
+
+
 MISCONFIGURED = 78
 """Exit code of a start that would fail again (EX_CONFIG): no reason to restart."""
 
 
-def client_scripts(name: str, address: str) -> dict[str, str]:
+def client_scripts(name: str, deployment: Deployment) -> dict[str, str]:
     """A client's scripts and settings by file name.
 
     Args:
         name: Of the client.
-        address: Host and port of the server.
+        deployment: Where the server is.
     """
     return {
         "client.conf": fill(CONFIG, name=name),
         "start": fill(
             START,
             name=name,
-            address=address,
+            address=deployment.address,
             exports=exports(),
             misconfigured=MISCONFIGURED,
             app_digests=APP_DIGESTS,
             library_digests=LIBRARY_DIGESTS,
         ),
+        "registry": registry_script(name, "client", "certificates/", deployment),
     }
+
+
+def registry_script(name: str, stem: str, certificates: str, deployment: Deployment) -> str:
+    """The script that talks to the registry in somebody's name.
+
+    Args:
+        name: Whose.
+        stem: Name of certificate and key, without suffix.
+        certificates: Where they lie beside the script: a folder and a slash, or nothing.
+        deployment: Where the server is.
+    """
+    return fill(
+        REGISTRY,
+        name=name,
+        stem=stem,
+        certificates=certificates,
+        registry=deployment.registry_address,
+    )

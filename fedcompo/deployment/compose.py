@@ -79,6 +79,20 @@ services:
       - .:/server:ro
       - ./state:/server/state
       - ./runs:/server/runs
+  # Once there is one: docker compose --profile registry up -d
+  registry:
+    image: fedcompo
+    profiles: [registry]
+"""
+    + CAGE
+    + """\
+    command: [/server/start-registry]
+    restart: always
+    ports: ["@{registry_port}:@{registry_port}"]
+    volumes:
+      - .:/server:ro
+      - ./state:/server/state
+      - ./runs:/server/runs
   proxy:
     image: nginx:stable
 """
@@ -101,4 +115,6 @@ def client_compose() -> dict[str, str]:
 
 def server_compose(deployment: Deployment) -> dict[str, str]:
     """The server's compose file, by file name."""
-    return {"compose.yaml": fill(SERVER, port=deployment.port)}
+    return {
+        "compose.yaml": fill(SERVER, port=deployment.port, registry_port=deployment.registry_port)
+    }

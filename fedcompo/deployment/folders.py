@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedcompo.certificates import AUTHORITY_STEM, Authority, write_private
 from fedcompo.deployment import given_app
-from fedcompo.deployment.client_scripts import client_scripts
+from fedcompo.deployment.client_scripts import client_scripts, registry_script
 from fedcompo.deployment.compose import client_compose, server_compose
 from fedcompo.deployment.files import write_files
 from fedcompo.deployment.node_keys import NodeKey
@@ -54,6 +54,8 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         authority.save(draft / "authority")
         authority.issue_client(OPERATOR, operator=True).save(draft / OPERATOR, OPERATOR)
         _copy_authority(draft, draft / OPERATOR)
+        script = registry_script(OPERATOR, OPERATOR, "", deployment)
+        write_files(draft / OPERATOR, {"registry": script})
         _write_server(draft, deployment, authority, app)
         given_app.give(draft / "server" / "app", draft / "given")
         for name in deployment.clients:
@@ -123,10 +125,10 @@ def _write_client(folder: Path, name: str, deployment: Deployment, authority: Au
         write_files(
             client,
             {
-                **client_scripts(name, deployment.address),
+                **client_scripts(name, deployment),
                 **client_units(name),
                 **client_compose(),
-                **client_readme(name, deployment.address),
+                **client_readme(name, deployment),
             },
         )
     return key

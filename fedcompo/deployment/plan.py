@@ -17,6 +17,8 @@ PORT = 8443
 """Where clients reach the server."""
 SUPERLINK_PORT = 8000
 """Where, on the server's loopback, Flower's SuperLink listens."""
+REGISTRY_PORT = 9443
+"""Where clients reach the registry, to leave or to fetch a model."""
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", re.ASCII)
 
 
@@ -29,22 +31,28 @@ class Deployment:
     clients: tuple[str, ...]
     port: int = PORT
     superlink_port: int = SUPERLINK_PORT
+    registry_port: int = REGISTRY_PORT
 
     def __post_init__(self) -> None:
         """Check ports and names.
 
         Raises:
-            ConfigError: If a port is none, or taken by the other; if a name occurs twice, or could
+            ConfigError: If a port is none, or taken by another; if a name occurs twice, or could
                 not name a service.
             ContributionError: If a name cannot be a client's, or resembles another.
         """
-        for port in (self.port, self.superlink_port):
+        ports = (self.port, self.superlink_port, self.registry_port)
+        for port in ports:
             if not 0 < port < 65536:
                 raise ConfigError(f"{port} is no port; expected 1 to 65535.")
         if self.port == self.superlink_port:
             raise ConfigError(
                 f"Clients and the SuperLink cannot share port {self.port}: clients reach a proxy, "
                 "which alone reaches the SuperLink. Choose two ports."
+            )
+        if len(set(ports)) < len(ports):
+            raise ConfigError(
+                f"The registry cannot share port {self.registry_port}. Choose another."
             )
         if not self.clients:
             raise ConfigError("A deployment needs a client. Name one, such as --clients a,b,c.")
@@ -63,6 +71,11 @@ class Deployment:
     def address(self) -> str:
         """Host and port, as clients are told them."""
         return f"{bracketed(self.server)}:{self.port}"
+
+    @property
+    def registry_address(self) -> str:
+        """Host and port of the registry's service."""
+        return f"{bracketed(self.server)}:{self.registry_port}"
 
     def with_client(self, name: str) -> Deployment:
         """The same deployment with one more client."""

@@ -13,7 +13,7 @@ TOP = """\
 |---|---|---|
 | `server/` | the server | its certificate and key, the clients' public keys, start scripts |
 | `clients/NAME/` | that client | its keys, the app it runs, start script, settings |
-| `operator/` | who administers the registry | certificate and key of an operator |
+| `operator/` | who administers the registry | an operator's certificate and key, and the script `registry` |
 | `authority/` | **nowhere** | the key that certifies all others; keep it off the server |
 | `given/` | nowhere | the app that clients are given, for those who come later |
 
@@ -26,7 +26,8 @@ A client that comes later, from where this folder lies:
 
 Then copy `clients/NAME/` to it and `server/clients/NAME.pub` to the server's `clients/`, and run
 `./register` there. Nobody else notices. A client that leaves: delete its `.pub` on the server and
-start the SuperLink again.
+start the SuperLink again, put its certificate on the server's list `revoked`, and take out what it
+contributed with `operator/registry request-removal NAME`.
 """
 
 SERVER = """\
@@ -40,6 +41,7 @@ fedcompo, or its wheel):
     ./start-superlink &           # registers the clients of clients/
     ./start-proxy &
     ./run SETTINGS.toml           # once the clients are there
+    ./start-registry runs/SETTINGS/registry &      # clients fetch models there, and leave
 
 Or with systemd, as root, after `useradd --system fedcompo` and `chown -R fedcompo: .` in this
 folder:
@@ -47,12 +49,17 @@ folder:
     systemctl enable --now @{home}/server/systemd/fedcompo-superlink.service
     systemctl enable --now @{home}/server/systemd/fedcompo-proxy.service
     sudo -u fedcompo ./run SETTINGS.toml
+    systemctl enable --now @{home}/server/systemd/fedcompo-registry.service
+
+(That unit serves `runs/default/registry`: let its `ExecStart=` name another.)
 
 Or with Docker: `PROJECT=/path/of/fedcompo docker compose up -d`.
 
 - The SuperLink listens on loopback alone, because whoever reaches it may start runs: every account
   of this machine can. Give nobody else one.
 - The proxy passes on `/v1/fleet/`, what clients need, and nothing else.
+- The registry's service listens on TCP port @{registry_port}. Whose certificate stands in the file
+  `revoked` is let in no more; `revoked` says how.
 - What is in flight stays in memory, not in a database: after a restart clients are registered
   again, and a run that was interrupted is started again.
 - No telemetry, no look for updates, no installation at run time: see `environment`.
@@ -62,8 +69,8 @@ CLIENT = """\
 # Client @{name}
 
 Copy this folder to @{home}/@{name} on the client's machine. Nothing needs to reach that machine
-from outside; it must reach @{address}. There, as an ordinary user, not root (PROJECT is a checkout
-of fedcompo, or its wheel):
+from outside; it must reach @{address}, and @{registry} to talk to the
+registry. There, as an ordinary user, not root (PROJECT is a checkout of fedcompo, or its wheel):
 
     python3 -m venv venv && venv/bin/pip install PROJECT
     vi client.conf                # where the images are, device, limits
@@ -75,6 +82,12 @@ folder:
     systemctl enable --now @{home}/@{name}/systemd/fedcompo-@{name}.service
 
 Or with Docker: `PROJECT=/path/of/fedcompo docker compose --env-file client.conf up -d`.
+
+To see who is in the registry, fetch a model, or leave at any hour, with a signed receipt:
+
+    ./registry members
+    ./registry fetch -o MODEL
+    ./registry request-removal
 
 - `./start` runs the app in `flower/apps` alone. It compares it and the installed library with
   `app.sha256` and `library.sha256`, and sees to it that Flower cannot unpack another: code that the
@@ -98,10 +111,23 @@ def top_readme(deployment: Deployment) -> dict[str, str]:
 
 def server_readme(deployment: Deployment) -> dict[str, str]:
     """The README of the server's folder, by file name."""
-    text = fill(SERVER, home=HOME, server=deployment.server, port=deployment.port)
+    text = fill(
+        SERVER,
+        home=HOME,
+        server=deployment.server,
+        port=deployment.port,
+        registry_port=deployment.registry_port,
+    )
     return {"README.md": text}
 
 
-def client_readme(name: str, address: str) -> dict[str, str]:
+def client_readme(name: str, deployment: Deployment) -> dict[str, str]:
     """The README of a client's folder, by file name."""
-    return {"README.md": fill(CLIENT, home=HOME, name=name, address=address)}
+    text = fill(
+        CLIENT,
+        home=HOME,
+        name=name,
+        address=deployment.address,
+        registry=deployment.registry_address,
+    )
+    return {"README.md": text}

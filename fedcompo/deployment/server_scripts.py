@@ -1,4 +1,4 @@
-"""Shell scripts of the server: start the SuperLink and its proxy, register clients, run the app."""
+"""Shell scripts of the server: start what serves, register clients, run the app."""
 
 from __future__ import annotations
 
@@ -121,14 +121,38 @@ echo "run: $run is $status"
 [ "$status" = finished:completed ]
 """
 
+START_REGISTRY = """\
+#!/bin/sh
+# Serves a registry, so that clients fetch models and leave at any hour.
+#   ./start-registry             that of the run with the default settings
+#   ./start-registry REGISTRY    another, such as runs/first/registry
+# The file `revoked` locks certificates out; it is read again whenever it has changed.
+set -eu
+if [ "$#" -gt 0 ]; then registry=$(realpath "$1"); else registry=runs/default/registry; fi
+cd "$(dirname "$0")"
+. ./environment
+exec fedcompo serve "$registry" --host @{host} --port @{registry_port} --revoked revoked \\
+    --ca certificates/ca.crt --certificate certificates/server.crt --key certificates/server.key
+"""
+
+REVOKED = """\
+# Certificates that the registry lets in no more: the SHA-256 of each on a line of its own, as the
+# registry's journal has it, or as this prints it after the =:
+#   openssl x509 -noout -fingerprint -sha256 -in clients/NAME/certificates/client.crt
+"""
+
 
 def server_scripts(deployment: Deployment) -> dict[str, str]:
     """The server's scripts by file name."""
     port = deployment.superlink_port
+    # Every address of the machine, of the kind that clients use.
+    host = "::" if deployment.registry_address.startswith("[") else "0.0.0.0"
     return {
         "environment": fill(ENVIRONMENT, exports=exports(), superlink_port=port),
         "start-superlink": fill(START_SUPERLINK, superlink_port=port),
         "start-proxy": START_PROXY,
         "register": REGISTER,
         "run": RUN,
+        "start-registry": fill(START_REGISTRY, host=host, registry_port=deployment.registry_port),
+        "revoked": REVOKED,
     }

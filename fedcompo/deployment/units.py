@@ -95,9 +95,18 @@ def server_units(deployment: Deployment) -> dict[str, str]:
         writable=f"{folder}/state",
         capabilities=BIND_LOW_PORTS if deployment.port < FIRST_FREE_PORT else "",
     )
+    registry = _unit(
+        "fedcompo registry",
+        folder,
+        "start-registry",
+        delay=SERVER_DELAY,
+        writable=f"{folder}/state {folder}/runs",
+        capabilities=BIND_LOW_PORTS if deployment.registry_port < FIRST_FREE_PORT else "",
+    )
     return {
         "systemd/fedcompo-superlink.service": superlink,
         "systemd/fedcompo-proxy.service": proxy,
+        "systemd/fedcompo-registry.service": registry,
     }
 
 

@@ -19,6 +19,7 @@ from fedcompo.errors import FedcompoError
 from fedcompo.service.identity import peer_of
 from fedcompo.service.limits import Limits, Turns
 from fedcompo.service.refusals import LOGGER, Code, Refused, answer_to, log_call
+from fedcompo.service.revocation import Revoked
 
 Behaviour = Callable[[Any, grpc.ServicerContext], Any]
 
@@ -38,9 +39,10 @@ class Malformed:
 class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without types
     """Lets calls in, in turn, and turns their errors into a status."""
 
-    def __init__(self, limits: Limits, hidden: Mapping[Path, str]) -> None:
-        """Say what is borne, and which folders nobody outside needs to know."""
+    def __init__(self, limits: Limits, hidden: Mapping[Path, str], revoked: Revoked) -> None:
+        """Say what is borne, which folders nobody outside needs to know, and who is locked out."""
         self._limits, self._hidden, self._turns = limits, hidden, Turns(limits)
+        self._revoked = revoked
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], details: grpc.HandlerCallDetails
@@ -84,6 +86,7 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
     def _admitted(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
         """Count the call, and cut it off when it takes too long: its client may have stalled."""
         peer = peer_of(context)
+        self._revoked.require_valid(peer)
         with self._turns.taken(peer.name):
             timer = threading.Timer(self._limits.seconds, context.cancel)
             timer.daemon = True

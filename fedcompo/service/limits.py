@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fedcompo.errors import ConfigError
 from fedcompo.service.refusals import Code, Refused
@@ -56,6 +57,31 @@ class Limits:
             value = getattr(self, field.name)
             if not (value > 0 or (value == 0 and field.name == "spare")):
                 raise ConfigError(f"The limit `{field.name}` must be positive, got {value}.")
+
+
+def limits_of(texts: Sequence[str]) -> Limits:
+    """The limits with some of them changed.
+
+    Args:
+        texts: ``name=value``; sizes in bytes, times in seconds.
+
+    Raises:
+        ConfigError: If a name is no limit, or its value none that can be.
+    """
+    kinds = {field.name: type(field.default) for field in fields(Limits)}
+    changed: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise ConfigError(
+                f"`{text}` sets no limit; expected one of {', '.join(kinds)}, as name=value."
+            )
+        try:
+            changed[name] = kinds[name](value)
+        except ValueError as error:
+            what = "a whole number" if kinds[name] is int else "a number"
+            raise ConfigError(f"`{text}`: the limit `{name}` is {what}, got {value!r}.") from error
+    return Limits(**changed)
 
 
 class Turns:

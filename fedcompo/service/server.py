@@ -31,6 +31,7 @@ from fedcompo.service.gate import Gate
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.permissions import Audience
 from fedcompo.service.publishing import Publishing
+from fedcompo.service.revocation import Revoked
 from fedcompo.service.uploads import Uploads
 
 NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
@@ -54,6 +55,8 @@ class Settings:
     """0: any that is free."""
     audience: Audience = Audience.MEMBERS
     limits: Limits = field(default_factory=Limits)
+    revoked: Path | None = None
+    """List of certificates that count no more."""
 
 
 class Server:
@@ -64,17 +67,19 @@ class Server:
 
         Raises:
             RegistryError: If there is no registry.
+            ConfigError: If the list of revoked certificates cannot be read.
             ServiceError: If certificate and key cannot be used, or the port is taken.
         """
         self.settings, limits = settings, settings.limits
         root = Registry(settings.registry).path.resolve()
         folder = root.with_name(f".{root.name}.service")
         hidden = {root: "the registry", folder: "the upload"}
+        revoked = Revoked(settings.revoked)
         folder.mkdir(exist_ok=True, mode=0o700)
         self._health = health.HealthServicer(experimental_non_blocking=False)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(limits.calls, thread_name_prefix="call"),
-            interceptors=(Gate(limits, hidden),),
+            interceptors=(Gate(limits, hidden, revoked),),
             options=_options(limits),
             maximum_concurrent_rpcs=limits.calls,
         )

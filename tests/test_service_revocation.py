@@ -1,0 +1,81 @@
+"""Certificates that were revoked: refused at once, without a restart, whatever holds them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from registry_builders import three_clients
+from service_runs import authority, client_of, credential, served
+
+from fedcompo.errors import ConfigError, ServiceError
+from fedcompo.service.revocation import Revoked
+
+
+def fingerprint(name: str) -> str:
+    certificate = x509.load_pem_x509_certificate(credential(name).certificate)
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def test_a_certificate_is_revoked_and_let_in_again_while_the_service_runs(tmp_path: Path) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.write_text("# lost keys\n")
+    with (
+        served(three_clients(tmp_path / "registry"), revoked=revoked) as address,
+        client_of(address, "ben", attempts=1) as ben,
+        client_of(address, "ada", attempts=1) as ada,
+    ):
+        assert len(ben.list().members) == 3
+        revoked.write_text(f"{fingerprint('ben')}  # stolen with his laptop\n")
+        for call in (ben.list, ben.verify, ben.remove, lambda: ben.fetch(tmp_path / "out")):
+            with pytest.raises(ServiceError, match="certificate of ben was revoked"):
+                call()
+        assert len(ada.list().members) == 3
+        revoked.write_text("")
+        assert len(ben.list().members) == 3
+
+
+def test_who_has_a_new_certificate_is_let_in(tmp_path: Path) -> None:
+    """The certificate is locked out, not its holder."""
+    file = tmp_path / "revoked"
+    file.write_text(fingerprint("ben"))
+    new = authority().issue_client("ben")
+    certificate = x509.load_pem_x509_certificate(new.certificate)
+    assert certificate.fingerprint(hashes.SHA256()).hex() != fingerprint("ben")
+    assert fingerprint("ben") in Revoked(file)._current()
+    assert certificate.fingerprint(hashes.SHA256()).hex() not in Revoked(file)._current()
+
+
+def test_a_fingerprint_may_be_written_as_openssl_prints_it(tmp_path: Path) -> None:
+    plain = fingerprint("ben")
+    printed = ":".join(plain[i : i + 2] for i in range(0, 64, 2)).upper()
+    (tmp_path / "revoked").write_text(f"\n  {printed}\n# {fingerprint('ada')}\n")
+    assert Revoked(tmp_path / "revoked")._current() == {plain}
+
+
+@pytest.mark.parametrize("spoil", ["no fingerprint", "gone", "not text"])
+def test_a_list_that_cannot_be_read_leaves_the_last_one_in_force(
+    spoil: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "revoked"
+    file.write_text(fingerprint("ben"))
+    revoked = Revoked(file)
+    if spoil == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"\xff" if spoil == "not text" else b"ben")
+    with caplog.at_level(logging.ERROR):
+        assert revoked._current() == {fingerprint("ben")}
+        assert revoked._current() == {fingerprint("ben")}
+    (said,) = caplog.messages  # once, not at each call
+    assert "stays in force" in said
+    file.write_text(f"{fingerprint('ada')}\n")
+    assert revoked._current() == {fingerprint("ada")}
+
+
+def test_at_the_start_a_list_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Revoked(tmp_path / "nowhere")
