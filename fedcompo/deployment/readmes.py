@@ -13,7 +13,7 @@ TOP = """\
 |---|---|---|
 | `server/` | the server | its certificate and key, the clients' public keys, start scripts |
 | `clients/NAME/` | that client | its keys, the app it runs, start script, settings |
-| `operator/` | who administers the registry | an operator's certificate and key, and the script `registry` |
+| `operator/` | who administers the registry | certificate, key, and the script `registry` |
 | `authority/` | **nowhere** | the key that certifies all others; keep it off the server |
 | `given/` | nowhere | the app that clients are given, for those who come later |
 
