@@ -87,6 +87,11 @@ class Nodes(Books):
         """Give new nodes provisional names."""
         self._seen |= {node.node_id for node in nodes}
         self.registered |= {node.node_id: node.name for node in nodes if node.name}
-        new = {f"node {node.node_id}": node.node_id for node in nodes}
+        new = {self._called(node.node_id): node.node_id for node in nodes}
         self.nodes |= new
         return tuple(sorted(new))
+
+    def _called(self, node: int) -> str:
+        """What a client is called until it has said who it is."""
+        name = self.registered.get(node)
+        return f"node {node}, registered as {name}" if name else f"node {node}"

@@ -200,3 +200,10 @@ def test_who_was_left_out_is_not_taken_up_again_unless_it_is_to_be_looked_at_ane
     for client in ("client-0", "client-1"):
         exchange.leave_out("identify", client, "not now")
     assert exchange.look_again() == (("node 1001",), ())
+
+
+def test_who_fails_before_it_has_said_who_it_is_has_its_registered_name(tmp_path):
+    tamper = {(1, IDENTIFY): lost}
+    exchange, _ = connected(tmp_path, 2, timeout=0.5, names={0: "ada", 1: "ben"}, tamper=tamper)
+    identify(exchange)
+    assert [left.client for left in exchange.left_out] == ["node 1001, registered as ben"]
