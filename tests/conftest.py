@@ -23,8 +23,11 @@ settings.register_profile(
 settings.load_profile("fedcompo")
 
 
-STARTS_ENGINES = {"test_engine.py", "test_guard.py", "test_launcher.py", "test_simulation.py"}
-"""Files whose tests start engines, and look for what these leave behind."""
+ENGINE = {
+    "test_deployment_faults.py", "test_deployment_run.py", "test_engine.py", "test_guard.py",
+    "test_launcher.py", "test_resume_engine.py", "test_simulation.py",
+}  # fmt: skip
+"""Files whose tests start Flower's engine, and look for what it leaves behind."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,15 +35,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests of many minutes")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let one process run all tests of a file, and one all tests that start Flower's engine."""
+    """Begin with the engine, which takes longest, and leave out what takes many minutes."""
+    items.sort(key=lambda item: item.path.name not in ENGINE)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes many minutes; run with --slow"))
-        marked = item.get_closest_marker("simulation") is not None
-        engine = marked or item.path.name in STARTS_ENGINES
-        item.add_marker(pytest.mark.xdist_group("engine" if engine else item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Let one process run all tests of a file, and one all tests that start Flower's engine."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "engine" if Path(file).name in ENGINE else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
