@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
@@ -56,6 +55,7 @@ from fedcompo.heads import Head
 from fedcompo.membership import Attack, confidence, likelihood_ratio_attack, loss_attack, losses
 from fedcompo.registry import Registry
 from fedcompo.shadows import ClientTraining, check_count, logits_of, train_shadows
+from fedcompo.versions import version
 
 FORMAT_VERSION = 1
 LOSS, LIKELIHOOD_RATIO = "loss", "likelihood-ratio"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ CIFAR_ADVICE = (
 )
 
 
+@functools.cache  # the file takes longer to read than a small model to train on it
 def digits_catalogue() -> Catalogue:
     """List scikit-learn's 1797 handwritten digits, 8 x 8 pixels, classes "0" to "9".
 

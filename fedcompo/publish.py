@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fedcompo.model_card import CARD, ExportedModel, Member, model_card
 from fedcompo.selection import Selection, new_folder
 from fedcompo.specialise import write_model
 from fedcompo.tensorfile import write_atomically
+from fedcompo.versions import version
 
 
 def publish(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from fedcompo.registry_state import Member, State
 from fedcompo.removal import Influence, RemovalRecord, influence
 from fedcompo.tensorfile import tuples
 from fedcompo.tensorstream import file_sha256
+from fedcompo.versions import version
 
 if TYPE_CHECKING:
     from fedcompo.registry import Registry

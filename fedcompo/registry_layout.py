@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from fedcompo import journal, signing
@@ -16,6 +15,7 @@ from fedcompo.stored_backbone import save_backbone
 from fedcompo.tensorfile import write_atomically
 from fedcompo.tensorstream import file_sha256
 from fedcompo.transaction import JOURNAL, STATE
+from fedcompo.versions import version
 
 ABOUT, BACKBONE, PRIVATE, PUBLIC = "registry.json", "backbone.safetensors", "key.pem", "public.pem"
 FORMAT_VERSION = 1

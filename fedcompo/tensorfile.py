@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
+from fedcompo.versions import version
 
 FORMAT_VERSION = 1
 

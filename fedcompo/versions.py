@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 from fedcompo.errors import ContributionError
 
 PACKAGES = ("fedcompo", "torch", "timm")
 """What a client's figures depend on."""
+
+
+@functools.cache
+def version(package: str) -> str:
+    """Installed version of a package; looked up once, because that reads a file."""
+    return importlib.metadata.version(package)
 
 
 def of_this_process() -> dict[str, str]:

@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import RunConfig
+from fedcompo.versions import version
 from server import accounting
 from server.averaging import Averaging
 from server.books import totals

@@ -102,7 +102,7 @@ FEDCOMPO_CA="$here/@{certificates}ca.crt"
 FEDCOMPO_CERTIFICATE="$here/@{certificates}@{stem}.crt"
 FEDCOMPO_KEY="$here/@{certificates}@{stem}.key"
 export FEDCOMPO_SERVER FEDCOMPO_CA FEDCOMPO_CERTIFICATE FEDCOMPO_KEY
-exec fedcompo "$@"
+exec fedcompo "$@@"
 """
 
 
