@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,11 @@ def main(grid: Grid, context: Context) -> None:
         write_atomically(output / RESULTS, text.encode())
         clear(output)
     except BaseException as error:
-        exchange.tell("failed", reason=f"{type(error).__name__}: {error}")
         log(ERROR, "The run failed: %s", error)
+        if isinstance(error, OSError):
+            log(ERROR, "See to the server's disk, then go on with `resume`: nothing is lost.")
+        with suppress(OSError):  # a full disk must not hide what happened
+            exchange.tell("failed", reason=f"{type(error).__name__}: {error}")
         raise
     exchange.tell("finished", results=RESULTS)
     log(INFO, "Results: %s", output)

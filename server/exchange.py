@@ -172,6 +172,8 @@ class Exchange(Nodes):
         except FedcompoError as error:
             self._fail(asking, client, str(error), cost)
             return
+        except OSError:  # what fails is this server's disk: no fault of the client's
+            raise
         except Exception as error:  # whatever a strange answer can provoke
             reason = f"its answer is malformed ({type(error).__name__}: {error})"
             self._fail(asking, client, reason, cost)
