@@ -85,10 +85,13 @@ def _off_the_wire(
 
 
 def size_of(content: RecordDict) -> int:
-    """Bytes of a message's packed tensors and manifest."""
-    return sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
-    )
+    """Bytes of a message's packed tensors and manifest.
+
+    Flower's ``content.array_records`` would tie the content to itself, and keep it in memory until
+    Python's garbage collector next looks.
+    """
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 def head_tensors(head: Head) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A run whose server has no room left: it fails by name, blames no client, and goes on with room."""
+"""A run whose server has no room left: it fails, blames no client, and goes on once there is."""
 
 from __future__ import annotations
 
