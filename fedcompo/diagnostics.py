@@ -27,6 +27,8 @@ OUTLIER_RATIO = 3.0
 """A task vector this many times longer or shorter than the median of its kind stands out."""
 OPPOSED = -0.5
 """So does one whose mean cosine with the others, in the Fisher metric, is below this."""
+CHUNK = 1 << 16
+"""Weights of which each client's change is in memory as float64 at a time."""
 COMPARED = 64
 """Clients up to which each is compared with each; among more, memory and time would grow."""
 
@@ -69,9 +71,12 @@ def diagnose(
             lengths, part = _streamed(pool, name, weight, f, w)
             squared, gap = squared + lengths, gap + part
         else:
-            tau = torch.stack([_flat(c, name, weight) for c in pool])
-            gram += ((tau * f.to(tau)) @ tau.T).cpu()
-            squared += tau.square().sum(1).cpu()
+            tau = torch.stack([c.task_vector.delta(name, weight).flatten() for c in pool])
+            pieces = zip(tau.split(CHUNK, 1), f.to(tau.device).split(CHUNK), strict=True)
+            for columns, metric in pieces:
+                piece = columns.double()
+                gram += ((piece * metric) @ piece.T).cpu()
+                squared += piece.square().sum(1).cpu()
     norms = squared.sqrt()
     if gram is not None:
         gap = composition_gap(gram, w)
