@@ -26,6 +26,10 @@ def init_deployment(
         str | None,
         typer.Option(metavar="CLIENT", help="Add this client to what was written before."),
     ] = None,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Give everyone the installed version; keys stay."),
+    ] = False,
     port: Annotated[
         int | None, typer.Option(help="Port at which clients reach the server; default 8443.")
     ] = None,
@@ -43,6 +47,11 @@ def init_deployment(
     One folder for the server, one a client: copy each to its machine, follow the README in it.
     """
     with errors_as_sentences(verbose):
+        if update:
+            if add is not None or server is not None or clients is not None:
+                raise ConfigError("`--update` changes what DIR holds; give no other option.")
+            _update(folder)
+            return
         if add is not None:
             if server is not None or clients is not None:
                 raise ConfigError(
@@ -75,6 +84,18 @@ def _create(folder: Path, server: str, clients: tuple[str, ...], ports: dict[str
     say(f"  {folder / 'operator'}: for who administers the registry")
     say(f"  {folder / 'authority'}: its key certifies all others; keep it off the server")
     say("Each folder's README.md has the commands.")
+
+
+def _update(folder: Path) -> None:
+    from fedcompo.deployment import folders
+    from fedcompo.launcher import find_app
+
+    deployment = folders.update(folder, find_app())
+    say(f"Updated {folder} to the installed version; no key has changed.")
+    say(f"  {folder / 'server' / 'app'}: copy it to the server, in place of the one there")
+    for name in deployment.clients:
+        say(f"  {folder / 'clients' / name}: copy flower/, app.sha256 and library.sha256 to {name}")
+    say("Install the same version of fedcompo on each of these machines, and start again.")
 
 
 def _add(folder: Path, client: str) -> None:

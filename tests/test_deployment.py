@@ -226,6 +226,59 @@ def test_a_client_that_cannot_be_added_leaves_no_trace(
     assert contents(written) == before
 
 
+def test_an_update_gives_everyone_the_same_new_app_and_changes_no_key(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(written)
+    given = before["clients/a/app.sha256"]
+    app = tmp_path / "app"
+    given_app.copy_app(find_app(), app)
+    with (app / "clients" / "app.py").open("a") as file:
+        file.write("# another version\n")
+    monkeypatch.setattr("fedcompo.launcher.find_app", lambda: app)
+    printed = run("init-deployment", written, "--update").output
+    after = contents(written)
+    changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
+    parts = (
+        "given/",
+        "server/app/",
+        *(f"clients/{n}/{p}" for n in "abc" for p in ("flower/", "app.")),
+    )
+    assert all(file.startswith(parts) for file in changed), changed
+    assert after["server/app/clients/app.py"] != before["server/app/clients/app.py"]
+    assert len({after[f"clients/{name}/app.sha256"] for name in "abc"} | {given}) == 2
+    for name in "abc":
+        client = written / "clients" / name
+        assert str(client) in printed
+        (unpacked,) = (client / "flower" / "apps").iterdir()
+        assert (unpacked / "clients" / "app.py").read_text().endswith("# another version\n")
+        checked = ["sha256sum", "--check", "--strict", "--quiet", "app.sha256"]
+        assert subprocess.run(checked, cwd=client, check=False).returncode == 0
+    assert not [
+        file for file in written.rglob(".*") if file.name.startswith((".update", ".flower"))
+    ]
+
+
+def test_an_update_that_fails_changes_nothing(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(written)
+    assert (
+        "no other option"
+        in run("init-deployment", written, "--update", "--add", "d", code=2).stderr
+    )
+
+    def refuse(app: Path, folder: Path) -> None:
+        raise LaunchError("no bundle today")
+
+    monkeypatch.setattr(given_app, "give", refuse)
+    assert "no bundle" in run("init-deployment", written, "--update", code=1).stderr
+    assert contents(written) == before
+    assert (
+        "is no deployment" in run("init-deployment", written / "given", "--update", code=1).stderr
+    )
+
+
 def test_where_nothing_was_written_nobody_can_be_added(tmp_path: Path) -> None:
     assert "is no deployment" in run("init-deployment", tmp_path, "--add", "d", code=1).stderr
 

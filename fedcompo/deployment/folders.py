@@ -1,4 +1,4 @@
-"""Writes a deployment: everything at once, or one more client.
+"""Writes a deployment: everything at once, one more client, or another version of the app.
 
 A folder is written beside its place and renamed when it is complete, so that what was interrupted
 leaves nothing that looks like a deployment.
@@ -24,6 +24,7 @@ from fedcompo.deployment.readmes import client_readme, server_readme, top_readme
 from fedcompo.deployment.server_scripts import server_scripts
 from fedcompo.deployment.units import client_units, server_units
 from fedcompo.errors import ConfigError
+from fedcompo.tensorfile import write_atomically
 
 LOOPBACK = ("localhost", "127.0.0.1")
 """Where the SuperLink itself listens; its certificate must name that, too."""
@@ -89,6 +90,48 @@ def add(folder: Path, name: str) -> Deployment:
     _list_client(folder, name, key)
     deployment.save(folder)
     return deployment
+
+
+def update(folder: Path, app: Path) -> Deployment:
+    """Give server and clients another version of the app; keys, names and settings stay.
+
+    Interrupted, it is repeated: a client whose files do not belong together does not start.
+
+    Args:
+        folder: What :func:`create` wrote.
+        app: Folder of the Flower app, of the version that is installed.
+
+    Returns:
+        The deployment.
+
+    Raises:
+        FileFormatError: If the folder is no deployment.
+        LaunchError: If Flower cannot bundle the app.
+    """
+    deployment = Deployment.load(folder)
+    with tempfile.TemporaryDirectory(prefix=".update.", dir=folder) as scratch:
+        fresh, given = Path(scratch) / "app", Path(scratch) / "given"
+        given_app.copy_app(app, fresh)
+        given.mkdir()
+        given_app.give(fresh, given)
+        targets = [folder / "given", *(folder / "clients" / name for name in deployment.clients)]
+        for target in targets:
+            for part in sorted(given.iterdir()):
+                _put(part, target / part.name)
+        _put(fresh, folder / "server" / "app")
+    return deployment
+
+
+def _put(source: Path, target: Path) -> None:
+    """Put a copy of a file or a folder in the place of what is there."""
+    if source.is_dir():
+        draft = target.with_name(f".{target.name}.new")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(source, draft)
+        shutil.rmtree(target, ignore_errors=True)
+        draft.replace(target)
+    else:
+        write_atomically(target, source.read_bytes())
 
 
 def _write_server(folder: Path, deployment: Deployment, authority: Authority, app: Path) -> None:

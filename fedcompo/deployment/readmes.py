@@ -20,6 +20,14 @@ TOP = """\
 Private keys (`*.key`, `supernode`) are readable by their owner alone: copy with `scp -p` or
 `rsync -a`.
 
+Another version of fedcompo, once it is installed where this folder lies:
+
+    fedcompo init-deployment . --update
+
+Then copy `server/app/` to the server, and `flower/`, `app.sha256` and `library.sha256` of each
+client to it (on its machine `chmod -R u+w flower` first), install that version there, and start
+everything again. No key changes.
+
 A client that comes later, from where this folder lies:
 
     fedcompo init-deployment . --add NAME
