@@ -13,6 +13,7 @@ dealt out and split as images are; to all that follows they are images of a sing
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,7 +148,10 @@ def load_folder(
     )
 
 
-NAMED = {"digits": digits_catalogue, "cifar100": cifar100_catalogue}
+NAMED: dict[str, Callable[[], Catalogue]] = {
+    "digits": digits_catalogue,
+    "cifar100": cifar100_catalogue,
+}
 FILES = {"npz": npz_catalogue, "text": text_catalogue}
 PATHS = ("folder", *FILES)
 

@@ -72,8 +72,8 @@ def diagnose(
             squared, gap = squared + lengths, gap + part
         else:
             tau = torch.stack([c.task_vector.delta(name, weight).flatten() for c in pool])
-            pieces = zip(tau.split(CHUNK, 1), f.to(tau.device).split(CHUNK), strict=True)
-            for columns, metric in pieces:
+            pieces = torch.split(tau, CHUNK, dim=1), torch.split(f.to(tau.device), CHUNK)
+            for columns, metric in zip(*pieces, strict=True):
                 piece = columns.double()
                 gram += ((piece * metric) @ piece.T).cpu()
                 squared += piece.square().sum(1).cpu()

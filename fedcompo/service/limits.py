@@ -68,7 +68,9 @@ def limits_of(texts: Sequence[str]) -> Limits:
     Raises:
         ConfigError: If a name is no limit, or its value none that can be.
     """
-    kinds = {field.name: type(field.default) for field in fields(Limits)}
+    kinds: dict[str, type[int] | type[float]] = {
+        field.name: float if isinstance(field.default, float) else int for field in fields(Limits)
+    }
     changed: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
