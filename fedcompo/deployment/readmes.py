@@ -69,7 +69,7 @@ Or with Docker: `PROJECT=/path/of/fedcompo docker compose up -d`.
 - The registry's service listens on TCP port @{registry_port}. Whose certificate stands in the file
   `revoked` is let in no more; `revoked` says how.
 - What is in flight stays in memory, not in a database: after a restart clients are registered
-  again, and a run that was interrupted is started again.
+  again. A run that was interrupted goes on with `resume = true` in its SETTINGS.toml.
 - No telemetry, no look for updates, no installation at run time: see `environment`.
 """
 
