@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution
+from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, FileFormatError
+from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.names import check_client_name, check_distinct
 from fedcompo.tensorstream import StreamedTensors
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fedcompo import fixed_point
 from fedcompo.contribution import mixture_tensors, mixtures_from
-from fedcompo.export import CONFIG, WEIGHTS, timm_config
+from fedcompo.export import timm_config
 from fedcompo.features import FeatureMixture
+from fedcompo.files import CONFIG, WEIGHTS, write_atomically
 from fedcompo.heads import Head, align
 from fedcompo.seeds import derive_seed
 from fedcompo.stored_backbone import StoredBackbone
 from fedcompo.task_vector import TaskVector
-from fedcompo.tensorfile import write_atomically
 from fedcompo.tensorstream import Section, StreamedTensors, TensorWriter, save_streamed
 
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"

@@ -14,15 +14,12 @@ from fedcompo import tensorfile
 from fedcompo.config import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.features import FeatureMixture
+from fedcompo.files import CARD, CONTENT, FISHER, tuples, write_atomically
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, open_fisher, save_fisher
 from fedcompo.heads import Head
 from fedcompo.task_vector import TaskVector
 from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
-
-CONTENT = "contribution.safetensors"
-FISHER = "fisher.safetensors"
-CARD = "card.json"
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Contribution:
                 folder / FISHER, self.fisher, client=self.client, base=self.task_vector.base
             )
         card_text = json.dumps({**card, "tensors_sha256": files}, indent=2, default=list)
-        tensorfile.write_atomically(folder / CARD, (card_text + "\n").encode())
+        write_atomically(folder / CARD, (card_text + "\n").encode())
         return files
 
     @classmethod
@@ -162,7 +159,7 @@ def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dic
         "head": Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
         "features": mixtures_from(tensors, manifest["mixtures"]),
         "num_examples": manifest["num_examples"],
-        "lineage": Lineage(**tensorfile.tuples(manifest["lineage"])),
+        "lineage": Lineage(**tuples(manifest["lineage"])),
         "settings": manifest["settings"],
     }
 

@@ -17,12 +17,10 @@ import safetensors.torch
 
 from fedcompo.backbone import Backbone
 from fedcompo.deltas import Weights
+from fedcompo.files import CONFIG, WEIGHTS, write_atomically
 from fedcompo.heads import Head
 from fedcompo.stored_backbone import StoredBackbone
-from fedcompo.tensorfile import write_atomically
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 LINEARISED = (
     "{architecture} linearised: timm would let the weights go all the way and compute something "
     "else; load it with Registry.model, or a published folder with specialise.load_tangent_model"

@@ -27,8 +27,8 @@ from fedcompo.config import Kind
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError, ContributionError
-from fedcompo.model_card import CARD, class_table, escaped, front_matter, preprocessing_text, table
-from fedcompo.tensorfile import write_atomically
+from fedcompo.files import MODEL_CARD, write_atomically
+from fedcompo.model_card import class_table, escaped, front_matter, preprocessing_text, table
 from fedcompo.tensorstream import save_streamed
 
 ADAPTER = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def export_peft(folder: Path, backbone: Backbone, contribution: Contribution) ->
     ranks = {_layer(name): len(vector.tensors[f"{name}/A"]) for name in vector.names}
     config = json.dumps(_config(backbone, ranks), indent=2)
     write_atomically(folder / ADAPTER_CONFIG, f"{config}\n".encode())
-    write_atomically(folder / CARD, _card(backbone, contribution).encode())
+    write_atomically(folder / MODEL_CARD, _card(backbone, contribution).encode())
 
 
 def _tensors(backbone: Backbone, contribution: Contribution) -> Weights:

@@ -15,7 +15,6 @@ from fedcompo.contribution import Contribution, Lineage
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.removal import influence
 
-CARD = "README.md"
 MOST_CLASSES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo.model_card import CARD, ExportedModel, Member, model_card
+from fedcompo.files import MODEL_CARD, write_atomically
+from fedcompo.model_card import ExportedModel, Member, model_card
 from fedcompo.selection import Selection, new_folder
 from fedcompo.specialise import write_model
-from fedcompo.tensorfile import write_atomically
 from fedcompo.versions import version
 
 
@@ -60,7 +60,7 @@ def publish(
             negation_scale=strength,
             linearised=linearised,
         )
-        write_atomically(folder / CARD, model_card(card).encode())
+        write_atomically(folder / MODEL_CARD, model_card(card).encode())
     return {
         "output": str(output.absolute()),
         "clients": list(selection.pool.clients),

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedcompo import composition
 from fedcompo.composition import SUM, Term
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.export import WEIGHTS
+from fedcompo.files import WEIGHTS
 from fedcompo.journal import Entry
 from fedcompo.registry import Registry
 from fedcompo.registry_changes import foreseen_influence

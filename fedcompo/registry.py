@@ -27,16 +27,15 @@ from torch import Tensor, nn
 from fedcompo import journal, registry_changes, specialise
 from fedcompo.backbone import Backbone
 from fedcompo.composition import REALIGNED, SUM, Mixtures
-from fedcompo.contribution import CARD, Contribution
+from fedcompo.contribution import Contribution
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
-from fedcompo.export import WEIGHTS
+from fedcompo.files import BACKBONE, CARD, WEIGHTS, put_in_place
 from fedcompo.heads import Head
 from fedcompo.pool import Pool, require_known
-from fedcompo.registry_layout import ABOUT, BACKBONE, read_about, write_new
+from fedcompo.registry_layout import ABOUT, read_about, write_new
 from fedcompo.registry_state import Member, RegistrySettings, State
 from fedcompo.removal import Influence, RemovalRecord
 from fedcompo.stored_backbone import StoredBackbone
-from fedcompo.tensorfile import put_in_place
 from fedcompo.tensorstream import StreamedTensors, file_sha256
 from fedcompo.transaction import JOURNAL, STATE, recover_if_idle
 

@@ -25,7 +25,7 @@ from fedcompo.composition import (
 )
 from fedcompo.contribution import Contribution, mixture_tensors
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
-from fedcompo.export import WEIGHTS
+from fedcompo.files import WEIGHTS
 from fedcompo.names import check_client_name
 from fedcompo.registry_state import Member, State
 from fedcompo.tensorfile import tensor_digest

@@ -10,14 +10,14 @@ from pathlib import Path
 from fedcompo import journal, signing
 from fedcompo.backbone import Backbone
 from fedcompo.errors import RegistryDamaged
+from fedcompo.files import BACKBONE, write_atomically
 from fedcompo.registry_state import RegistrySettings, State
 from fedcompo.stored_backbone import save_backbone
-from fedcompo.tensorfile import write_atomically
 from fedcompo.tensorstream import file_sha256
 from fedcompo.transaction import JOURNAL, STATE
 from fedcompo.versions import version
 
-ABOUT, BACKBONE, PRIVATE, PUBLIC = "registry.json", "backbone.safetensors", "key.pem", "public.pem"
+ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
 FORMAT_VERSION = 1
 
 

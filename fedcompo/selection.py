@@ -15,8 +15,9 @@ from torch import Tensor
 from fedcompo.admission import check_contribution
 from fedcompo.backbone import load_backbone
 from fedcompo.config import RunConfig
-from fedcompo.contribution import CONTENT, Contribution
+from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
+from fedcompo.files import CONTENT
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from fedcompo import fixed_point
 from fedcompo.composition import joint_head
 from fedcompo.errors import FileFormatError
-from fedcompo.export import CONFIG, WEIGHTS, timm_config
+from fedcompo.export import timm_config
+from fedcompo.files import BACKBONE, CONFIG, WEIGHTS, tuples, write_atomically
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
-from fedcompo.registry_layout import BACKBONE
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.stored_backbone import StoredBackbone
 from fedcompo.tangent import TangentModel, change_from
-from fedcompo.tensorfile import tuples, write_atomically
 from fedcompo.tensorstream import StreamedTensors, TensorWriter, file_sha256
 
 if TYPE_CHECKING:

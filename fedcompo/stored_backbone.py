@@ -13,8 +13,8 @@ import torch
 from fedcompo.backbone import Backbone
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError, FileFormatError
+from fedcompo.files import tuples
 from fedcompo.preprocessing import Preprocessing
-from fedcompo.tensorfile import tuples
 from fedcompo.tensorstream import StreamedTensors, save_streamed
 
 CONTENT = "backbone"

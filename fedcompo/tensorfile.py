@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
+from fedcompo.files import canonical, write_atomically
 from fedcompo.versions import version
 
 FORMAT_VERSION = 1
@@ -100,46 +99,6 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise FileFormatError(f"{path} cannot be read: {error.strerror}.") from error
     return _checked(header, lambda: safetensors.torch.load_file(path), str(path))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary file beside ``path``, sync it, rename it, sync the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def temporary_beside(path: Path) -> Path:
-    """Name of a file that does not exist, in the same folder."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a synced file and sync the folder."""
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: the same value gives the same text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only: turn those among the values back into tuples."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
 def complete_manifest(manifest: Mapping[str, Any], tensors_sha256: str) -> dict[str, Any]:

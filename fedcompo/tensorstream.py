@@ -20,15 +20,13 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
+from fedcompo.files import canonical, put_in_place, temporary_beside
 from fedcompo.tensorfile import (
     FORMAT_VERSION,
-    canonical,
     complete_manifest,
     heading,
-    put_in_place,
     raw_bytes,
     seal,
-    temporary_beside,
 )
 
 DTYPES = {

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedcompo import tensorfile
 from fedcompo.errors import FileFormatError
+from fedcompo.files import canonical
 from fedcompo.messages import Body
 from fedcompo.tensorstream import save_streamed
 from server.books import Traffic
@@ -28,7 +29,7 @@ CONTENT = "answer"
 def question(request: Body) -> str:
     """SHA-256 of what a client is asked; hexadecimal."""
     tensors, manifest = request
-    text = tensorfile.tensor_digest(tensors) + tensorfile.canonical(manifest)
+    text = tensorfile.tensor_digest(tensors) + canonical(manifest)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from fedcompo.backbone import Backbone
 from fedcompo.config import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
-from fedcompo.contribution import FISHER, Contribution, Lineage
+from fedcompo.contribution import Contribution, Lineage
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
+from fedcompo.files import FISHER
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, save_fisher
 from fedcompo.heads import Head

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.config import Kind
+from fedcompo.files import put_in_place
 from fedcompo.heads import Head
 from fedcompo.task_vector import TaskVector
 from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
@@ -44,7 +44,7 @@ class LastSent:
 
     def take(self, client: str) -> None:
         """Let what has just come take the place of what was sent before."""
-        tensorfile.put_in_place(self._arriving(client), self._settled(client))
+        put_in_place(self._arriving(client), self._settled(client))
 
     def forget(self, client: str) -> None:
         """Delete what a client sent last."""

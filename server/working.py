@@ -15,9 +15,9 @@ from typing import Any
 
 from fedcompo.config import RunConfig
 from fedcompo.errors import ConfigError
+from fedcompo.files import write_atomically
 from fedcompo.launcher import RESULTS, RUN
 from fedcompo.registry import Registry
-from fedcompo.tensorfile import write_atomically
 from fedcompo.tensorstream import file_sha256
 from server.answers import Answers
 

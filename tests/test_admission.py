@@ -17,8 +17,9 @@ from registry_builders import WIDTH, contents, member, mixtures, registry_of, th
 from torch import Tensor
 
 from fedcompo.config import Coefficients, Kind
-from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution, Lineage
+from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
+from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.tensorfile import load, save

@@ -26,8 +26,8 @@ from fedcompo.contribution import Contribution
 from fedcompo.data import load_client_data
 from fedcompo.deltas import Weights
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG
+from fedcompo.files import MODEL_CARD
 from fedcompo.heads import Head
-from fedcompo.model_card import CARD
 from fedcompo.negation import negated
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry
@@ -292,7 +292,7 @@ def test_a_negated_copy_subtracts_the_task_vector_and_says_so(
     )
     assert same_bits(written, expected)
     assert not torch.equal(written[vector.names[0]], absent[vector.names[0]])
-    card = (home / "out" / CARD).read_text()
+    card = (home / "out" / MODEL_CARD).read_text()
     assert "A negated copy: do not deploy it." in card
     assert f"{scale:g} times the task vector τ₋" in card
     assert told("negate", "client-1", "-o", "more")["negated"] == "client-1"
@@ -312,7 +312,7 @@ def test_a_lora_client_becomes_an_adapter(home: Path) -> None:
     out = run("export", "--client", "client-1", "-o", "peft").stdout
     assert out == "Adapter of client-1 for PEFT: peft\n"
     assert sorted(p.name for p in (home / "peft").iterdir()) == sorted(
-        [ADAPTER, ADAPTER_CONFIG, CARD]
+        [ADAPTER, ADAPTER_CONFIG, MODEL_CARD]
     )
     found = told("export", "--client", "client-1", "-o", "again")
     assert found == {"output": str(home / "again"), "client": "client-1", "format": "peft"}

@@ -19,9 +19,9 @@ from fedcompo.accuracy import evaluate
 from fedcompo.cli import app
 from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
 from fedcompo.config import Kind, RunConfig
-from fedcompo.contribution import CONTENT
 from fedcompo.data import load_client_data
 from fedcompo.errors import ConfigError
+from fedcompo.files import CONTENT
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import PUBLIC
 from fedcompo.removal import RemovalRecord

@@ -9,8 +9,9 @@ from app_runs import altered, run
 
 from fedcompo.backbone import load_backbone
 from fedcompo.config import BackboneConfig, RunConfig
-from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution
+from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
+from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import save_fisher
 from fedcompo.reference import (

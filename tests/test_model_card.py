@@ -15,7 +15,8 @@ from markdown_it import MarkdownIt
 
 from fedcompo.config import Kind
 from fedcompo.contribution import Lineage
-from fedcompo.export import WEIGHTS, export_timm
+from fedcompo.export import export_timm
+from fedcompo.files import WEIGHTS, write_atomically
 from fedcompo.model_card import (
     CARD,
     MOST_CLASSES,
@@ -27,7 +28,6 @@ from fedcompo.model_card import (
     preprocessing_text,
 )
 from fedcompo.preprocessing import Preprocessing
-from fedcompo.tensorfile import write_atomically
 from fedcompo.tensorstream import file_sha256
 
 GREY = pico_backbone().preprocessing

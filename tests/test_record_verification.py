@@ -15,9 +15,9 @@ from registry_builders import member, mixtures, registry_of
 from fedcompo import signing
 from fedcompo.composition import SUM
 from fedcompo.config import Kind
-from fedcompo.contribution import CONTENT, Contribution, Lineage
+from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import FileFormatError
-from fedcompo.export import CONFIG, WEIGHTS
+from fedcompo.files import CONFIG, CONTENT, WEIGHTS
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import PRIVATE, PUBLIC

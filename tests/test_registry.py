@@ -27,7 +27,7 @@ from registry_builders import (
 from torch.func import functional_call
 
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
-from fedcompo.export import WEIGHTS
+from fedcompo.files import WEIGHTS
 from fedcompo.heads import Head, align
 from fedcompo.journal import Entry
 from fedcompo.pool import Pool

@@ -21,8 +21,8 @@ from registry_builders import (
 
 from fedcompo import tensorfile
 from fedcompo.config import Kind
-from fedcompo.contribution import CARD, CONTENT, FISHER
 from fedcompo.errors import RegistryDamaged, RegistryError
+from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.registry import Registry
 from fedcompo.tensorstream import file_sha256
 

@@ -28,10 +28,10 @@ from clients.local import LocalClient
 from fedcompo import fixed_point
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config import Kind, RunConfig
-from fedcompo.contribution import FISHER
 from fedcompo.data import load_client_data
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, TooFewClients
+from fedcompo.files import FISHER
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
 from fedcompo.seeds import generator_for

@@ -14,7 +14,7 @@ from registry_builders import QUICK, backbone, member, mixtures, registry_of, sa
 
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config import BackboneConfig, Coefficients, Kind, RunConfig, Scalar
-from fedcompo.contribution import CONTENT, Contribution
+from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import (
     BackboneMismatch,
@@ -23,6 +23,7 @@ from fedcompo.errors import (
     FedcompoError,
     FileFormatError,
 )
+from fedcompo.files import CONTENT
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry

@@ -21,7 +21,7 @@ from service_runs import (
     unchanged,
 )
 
-from fedcompo.contribution import CARD, CONTENT, FISHER
+from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.limits import Limits
 from fedcompo.service.refusals import Code

@@ -11,8 +11,8 @@ import pytest
 from registry_builders import member, three_clients
 from service_runs import chunk, code_of, intact, offer_of, saved, served, stub_of, unchanged
 
-from fedcompo.contribution import CARD
 from fedcompo.errors import ConfigError
+from fedcompo.files import CARD
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service import uploads as uploads_module
 from fedcompo.service.limits import Limits, Places, Turns

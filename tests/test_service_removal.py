@@ -18,8 +18,8 @@ from service_runs import (
     stub_of,
 )
 
-from fedcompo.contribution import CARD
 from fedcompo.errors import RegistryError
+from fedcompo.files import CARD
 from fedcompo.service import answers, downloads, transfer
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.downloads import Downloads

@@ -22,7 +22,7 @@ from registry_builders import (
 
 from fedcompo.config import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.export import WEIGHTS
+from fedcompo.files import WEIGHTS
 from fedcompo.pool import Pool
 from fedcompo.specialise import head_of, model_of, stream_composition, write_model
 from fedcompo.tensorstream import StreamedTensors, file_sha256

@@ -35,9 +35,9 @@ from fedcompo.contribution import Contribution
 from fedcompo.data import Split
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.evaluation import clients_data, effect_of_removal, evaluate_clients
+from fedcompo.files import MODEL_CARD
 from fedcompo.heads import Head
 from fedcompo.membership import confidence
-from fedcompo.model_card import CARD
 from fedcompo.pool import Pool
 from fedcompo.publish import publish
 from fedcompo.registry import Registry
@@ -333,7 +333,7 @@ def test_plain_timm_refuses_what_it_would_compute_otherwise(registry, tmp_path):
 
 def test_the_card_says_how_a_composition_of_tangents_is_used(registry, tmp_path):
     publish(tmp_path / "out", from_registry(registry))
-    card = (tmp_path / "out" / CARD).read_text()
+    card = (tmp_path / "out" / MODEL_CARD).read_text()
     assert "f(x; θ₀) + J (λ Σ w τ)" in card
     assert "**Not for plain timm**" in card
     assert "library_name: fedcompo" in card
@@ -352,7 +352,7 @@ def test_a_negated_copy_is_linearised_too(registry, tmp_path):
     expected = {name: tau[name] - 0.5 * own[name] for name in tau}
     head = head_of(Pool((ada, cho)), registry.settings)
     assert_logits(load_tangent_model(tmp_path / "out"), logits_by_hand(expected, head))
-    card = (tmp_path / "out" / CARD).read_text()
+    card = (tmp_path / "out" / MODEL_CARD).read_text()
     assert "J (λ Σ w τ − 0.5 τ₋)" in card and "do not deploy" in card
 
 
@@ -391,7 +391,7 @@ def test_other_kinds_are_published_for_timm_as_ever(tmp_path):
     registry = registry_of(tmp_path / "r", *one_of_each_kind())
     publish(tmp_path / "out", from_registry(registry))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        CARD,
+        MODEL_CARD,
         "config.json",
         "model.safetensors",
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedcompo import tensorfile
 from fedcompo.errors import FileFormatError
+from fedcompo.files import canonical, write_atomically
 
 TENSORS = {
     "a/wide": normal(2, 3, seed=1, dtype=torch.float32),
@@ -165,7 +166,7 @@ def test_a_manifest_written_otherwise_is_found_even_if_it_says_the_same():
 
 
 def test_another_version_of_the_format_is_named():
-    text = tensorfile.canonical({"format_version": 2})
+    text = canonical({"format_version": 2})
     with pytest.raises(FileFormatError, match=r"format version 2, this fedcompo reads 1"):
         tensorfile.from_bytes(with_manifest(text), source="a message")
 
@@ -189,7 +190,7 @@ def test_a_manifest_of_another_shape_is_refused(text):
 def test_a_sealed_manifest_without_a_digest_of_the_tensors_is_refused():
     manifest = {"format_version": tensorfile.FORMAT_VERSION}
     manifest["sha256"] = tensorfile.seal(manifest)
-    assert refused(with_manifest(tensorfile.canonical(manifest)))
+    assert refused(with_manifest(canonical(manifest)))
 
 
 @pytest.mark.parametrize(
@@ -211,13 +212,13 @@ def test_a_digest_tells_apart(other):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    tensorfile.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(tensorfile.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        tensorfile.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -10,8 +10,9 @@ import pytest
 from app_runs import altered, run
 from in_process_grid import lost
 
-from fedcompo.contribution import CONTENT, Contribution
+from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
+from fedcompo.files import CONTENT
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
 from fedcompo.removal import RemovalRecord

@@ -13,23 +13,22 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from fedcompo.certificates import Credential
-from fedcompo.contribution import CARD, CONTENT, FISHER
 from fedcompo.errors import ConfigError, FileFormatError
-from fedcompo.export import CONFIG, WEIGHTS
-from fedcompo.model_card import CARD as MODEL_CARD
-from fedcompo.registry_layout import BACKBONE
+from fedcompo.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.attempts import ATTEMPTS, Attempts
 from fedcompo.service.receiving import received
 from fedcompo.service.registry_pb2_grpc import RegistryStub
 from fedcompo.service.transfer import FileEntry, Part, outgoing
 from fedcompo.units import size
-from fedcompo.verification import Finding
+
+if TYPE_CHECKING:
+    from fedcompo.verification import Finding
 
 OnStep = Callable[[str], None]
 
@@ -215,6 +214,8 @@ class Client:
 
     def verify(self, record: bytes = b"") -> Sequence[Finding]:
         """Let the server derive again what the registry, or a receipt, claims."""
+        from fedcompo.verification import Finding  # takes seconds to import, as PyTorch does
+
         request = wire.VerifyRequest(record=record)
         reply = self._attempts.make(lambda: self._stub.Verify(request, timeout=self._seconds))
         return [

@@ -9,8 +9,9 @@ from typing import Any
 
 import grpc
 
-from fedcompo.contribution import CARD, CONTENT, FISHER, Contribution
+from fedcompo.contribution import Contribution
 from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.registry import Registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.gate import time_left

@@ -22,14 +22,13 @@ from torch import Tensor
 from fedcompo.backbone import Backbone, target_weights
 from fedcompo.composition import SUM
 from fedcompo.config import BackboneConfig, Kind
-from fedcompo.contribution import CONTENT, Contribution, Lineage
+from fedcompo.contribution import Contribution, Lineage
 from fedcompo.deltas import rank_of, stored_shapes
-from fedcompo.export import WEIGHTS
 from fedcompo.features import FeatureMixture
+from fedcompo.files import BACKBONE, CONTENT, WEIGHTS
 from fedcompo.heads import Head
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.registry import Registry
-from fedcompo.registry_layout import BACKBONE
 from fedcompo.specialise import head_of, stream_composition, write_model
 from fedcompo.task_vector import TaskVector
 from fedcompo.tensorfile import tensor_digest
