@@ -95,8 +95,18 @@ def simulate(
 @app.command()
 def settings(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    check: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Check a file of settings instead.")
+    ] = None,
 ) -> None:
     """List all settings of a run: name, default, meaning."""
+    if check is not None:
+        with errors_as_sentences(verbose=False):
+            from fedcompo import scenario
+
+            scenario.settings_of(check, (), {})
+        say(f"{check}: every setting is known, and in range.")
+        return
     defaults = RunConfig().flat()
     rows = [
         {"setting": key, "default": defaults[key], "help": declared.metadata["help"]}

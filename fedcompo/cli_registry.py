@@ -215,7 +215,8 @@ def verify(
 ) -> None:
     """Re-derive the claims of a removal record, or of a whole registry.
 
-    RECORD is a removal record; without one, every byte of the registry is checked.
+    RECORD is a removal record; without one, every byte of the registry is checked. A public key of
+    the same name beside it, as `fedcompo request-removal` leaves it, is used.
 
     Exits with 0 if every claim that can be derived again holds, with 1 if one does not.
     """
@@ -225,6 +226,9 @@ def verify(
         from fedcompo.record_verification import verify_record
         from fedcompo.verification import verify_registry
 
+        beside = record.with_suffix(".pem") if record is not None else None
+        if registry is None and public_key is None and beside is not None and beside.is_file():
+            public_key = beside
         with progress(quiet=as_json) as tell:
             if record is None:
                 findings = verify_registry(registry_path(registry), on_step=tell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -219,13 +220,20 @@ def request_removal(
         path = output or Path(f"removal-{name}.json")
         public = path.with_suffix(".pem")
         if taken := next((p for p in (path, public) if p.exists()), None):
-            raise ConfigError(f"{taken} exists; name another file with --output.")
+            raise ConfigError(
+                f"{taken} exists: has {name} left already? Check it by `fedcompo verify`, or name "
+                "another file with --output."
+            )
         if as_json and not yes:
             raise ConfigError("With --json nobody is asked: add --yes.")
         if not yes:
-            typer.confirm(f"Remove {name} from the registry at {server}?", abort=True)
+            question = f"Remove {name} from the registry at {server}?"
+            if not sys.stdin.isatty():
+                question += " Nobody may be there to answer: --yes does without."
+            typer.confirm(question, abort=True)
         with progress(quiet=as_json) as tell:
             tell(f"removing {name}")
+            there = name in [member.client for member in service.list().members]
             receipt = service.remove(name, reason=reason)
         write_atomically(path, receipt.record)
         write_atomically(public, receipt.public_key)
@@ -233,7 +241,7 @@ def request_removal(
         if as_json:
             typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
             return
-        say(f"Removed {name}. Receipt: {path}")
+        say(f"{'Removed' if there else 'Removed before:'} {name}. Receipt: {path}")
         say(f"Check it by: fedcompo verify {path} --public-key {public}")
 
 

@@ -192,7 +192,7 @@ class ServerConfig:
     )
     min_clients: int = setting(2, "Usable clients below which the run fails.", POSITIVE)
     timeout: float = setting(
-        1800.0, "Seconds from a request to its answer, waiting for a turn included.", POSITIVE
+        1800.0, "Seconds until clients have connected, and from a request to its answer.", POSITIVE
     )
     in_flight: int = setting(
         0, "Clients that work at a time; 0: all. Bounds what waits to be folded in.", NOT_NEGATIVE

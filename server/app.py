@@ -76,6 +76,9 @@ def main(grid: Grid, context: Context) -> None:
             exchange.tell("failed", reason=f"{type(error).__name__}: {error}")
         raise
     exchange.tell("finished", results=RESULTS)
+    if results.get("class_il_accuracy") is not None:
+        class_il, task_il = (100 * results[f"{name}_il_accuracy"] for name in ("class", "task"))
+        log(INFO, "Accuracy: class-IL %.1f %%, task-IL %.1f %%", class_il, task_il)
     log(INFO, "Results: %s", output)
 
 

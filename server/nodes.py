@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from logging import INFO
 from typing import Any
 
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedcompo.errors import TooFewClients
@@ -49,6 +51,10 @@ class Nodes(Books):
             now = time.monotonic()
             if len(nodes) != known:
                 known, last_change = len(nodes), now
+                if known < max(wanted, self.min_clients):
+                    least = wanted or self.min_clients
+                    text = "%d of %d client(s) are connected; waiting at most %g s for the others"
+                    log(INFO, text, known, least, self.timeout)
             settled = not wanted and known >= self.min_clients and now - last_change > SETTLED
             if settled or (wanted and known >= wanted):
                 break

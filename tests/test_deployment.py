@@ -216,7 +216,11 @@ def test_a_client_that_is_added_touches_no_other(written: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why", "code"),
-    [("a", "named twice", 2), ("A", "could be mistaken", 1), ("../d", "cannot be", 1)],
+    [
+        ("a", "in the deployment already", 2),
+        ("A", "could be mistaken", 1),
+        ("../d", "cannot be", 1),
+    ],
 )
 def test_a_client_that_cannot_be_added_leaves_no_trace(
     written: Path, name: str, why: str, code: int

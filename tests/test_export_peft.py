@@ -33,7 +33,7 @@ from fedcompo.contribution import Contribution
 from fedcompo.deltas import LoRA
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG, export_peft
-from fedcompo.model_card import CARD
+from fedcompo.files import MODEL_CARD
 from fedcompo.pool import Pool
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.task_vector import TaskVector
@@ -193,7 +193,7 @@ def test_the_code_of_the_card_makes_the_adapted_model(peft, config, tmp_path):
     backbone = load_backbone(config)
     client = client_of(backbone)
     export_peft(tmp_path, backbone, client)
-    card = (tmp_path / CARD).read_text(encoding="utf-8")
+    card = (tmp_path / MODEL_CARD).read_text(encoding="utf-8")
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(front)["library_name"] == "peft"
     images = images_for(backbone)
@@ -212,7 +212,7 @@ def test_the_card_of_a_backbone_from_the_hub_asks_timm_for_it(tmp_path):
     assert (
         "timm.create_model('vit_tiny_patch16_224.augreg', pretrained=True, "
         "num_classes=10, img_size=8)\n"
-    ) in (tmp_path / CARD).read_text(encoding="utf-8")
+    ) in (tmp_path / MODEL_CARD).read_text(encoding="utf-8")
 
 
 def test_the_adapter_says_whose_it_is_and_an_altered_byte_is_found(tmp_path):
@@ -285,5 +285,5 @@ def test_exporting_twice_writes_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
         export_peft(tmp_path / folder, backbone, client_of(backbone))
     files = {path.name: path.read_bytes() for path in Path(tmp_path / "a").iterdir()}
-    assert files.keys() == {ADAPTER, ADAPTER_CONFIG, CARD}
+    assert files.keys() == {ADAPTER, ADAPTER_CONFIG, MODEL_CARD}
     assert files == {path.name: path.read_bytes() for path in Path(tmp_path / "b").iterdir()}

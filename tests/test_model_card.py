@@ -16,9 +16,8 @@ from markdown_it import MarkdownIt
 from fedcompo.config import Kind
 from fedcompo.contribution import Lineage
 from fedcompo.export import export_timm
-from fedcompo.files import WEIGHTS, write_atomically
+from fedcompo.files import MODEL_CARD, WEIGHTS, write_atomically
 from fedcompo.model_card import (
-    CARD,
     MOST_CLASSES,
     ExportedModel,
     Member,
@@ -274,8 +273,8 @@ def test_the_code_of_the_card_loads_the_folder_beside_it(tmp_path):
     head = random_head(["cat", "dog"], backbone.num_features, seed=1)
     export_timm(tmp_path, backbone, backbone.theta_0, head)
     card = model_card(replace(MODEL, sha256=file_sha256(tmp_path / WEIGHTS)))
-    write_atomically(tmp_path / CARD, card.encode())
-    body = parts((tmp_path / CARD).read_text(encoding="utf-8"))[1]
+    write_atomically(tmp_path / MODEL_CARD, card.encode())
+    body = parts((tmp_path / MODEL_CARD).read_text(encoding="utf-8"))[1]
     code = next(token.content for token in tokens_of(body) if token.type == "fence")
     code = code.replace("path/to/this/folder", str(tmp_path))
     lines = [line for line in code.splitlines() if "logits" not in line]

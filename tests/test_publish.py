@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedcompo.config import Kind
 from fedcompo.errors import ConfigError
-from fedcompo.model_card import CARD
+from fedcompo.files import MODEL_CARD
 from fedcompo.publish import publish
 from fedcompo.registry import Registry
 from fedcompo.selection import from_registry
@@ -37,7 +37,7 @@ def test_the_folder_holds_model_configuration_and_card_and_what_is_told_is_in_it
     selection = from_registry(registry, without=("cho",), scale=2.0)
     told = publish(tmp_path / "out", selection)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        CARD,
+        MODEL_CARD,
         "config.json",
         "model.safetensors",
     ]
@@ -54,7 +54,7 @@ def test_the_folder_holds_model_configuration_and_card_and_what_is_told_is_in_it
     assert json.loads(json.dumps(told)) == told
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["label_names"] == told["classes"]
-    card = (tmp_path / "out" / CARD).read_text()
+    card = (tmp_path / "out" / MODEL_CARD).read_text()
     for text in (told["sha256"], "Without cho.", "λ = 2.", "| ada |", "| ben |", "owl"):
         assert text in card
     assert "| cho |" not in card
@@ -81,7 +81,7 @@ def test_a_negated_copy_is_labelled(registry: Registry, tmp_path: Path) -> None:
     weights = [(name, weight + 1) for name, weight in selection.stream()]
     told = publish(tmp_path / "out", selection, weights, negated="cho", strength=0.5)
     assert told["negated"] == "cho"
-    card = (tmp_path / "out" / CARD).read_text()
+    card = (tmp_path / "out" / MODEL_CARD).read_text()
     assert "do not deploy" in card and "0.5 times the task vector" in card
     found = StreamedTensors(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], weight) for name, weight in weights)

@@ -178,7 +178,7 @@ def test_a_call_is_given_up_in_the_end(tmp_path, monkeypatch):
     began = time.monotonic()
     with (
         client_of("localhost:1", "ada", attempts=3) as client,
-        pytest.raises(Exception, match="No service answers at localhost:1"),
+        pytest.raises(Exception, match="Nothing listens at localhost:1"),
     ):
         client.list()
     assert time.monotonic() - began < 20

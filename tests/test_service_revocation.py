@@ -52,8 +52,17 @@ def test_who_has_a_new_certificate_is_let_in(tmp_path: Path) -> None:
 def test_a_fingerprint_may_be_written_as_openssl_prints_it(tmp_path: Path) -> None:
     plain = fingerprint("ben")
     printed = ":".join(plain[i : i + 2] for i in range(0, 64, 2)).upper()
-    (tmp_path / "revoked").write_text(f"\n  {printed}\n# {fingerprint('ada')}\n")
-    assert Revoked(tmp_path / "revoked")._current() == {plain}
+    for text in (printed, f"sha256 Fingerprint={printed}", plain):
+        (tmp_path / "revoked").write_text(f"\n  {text}\n# {fingerprint('ada')}\n")
+        assert Revoked(tmp_path / "revoked")._current() == {plain}
+
+
+def test_beside_a_line_that_is_wrong_the_others_count(tmp_path: Path) -> None:
+    file = tmp_path / "revoked"
+    file.write_text(fingerprint("ben"))
+    revoked = Revoked(file)
+    file.write_text(f"oops\n{fingerprint('ada')}\n")
+    assert revoked._current() == {fingerprint("ben"), fingerprint("ada")}
 
 
 @pytest.mark.parametrize("spoil", ["no fingerprint", "gone", "not text"])

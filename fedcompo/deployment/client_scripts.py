@@ -47,6 +47,9 @@ refuse() {
     + SHARED
     + """\
 . ./client.conf
+for key in DATA DEVICE KIND THREADS PORT; do
+    eval "[ -n \"\\${$key+set}\" ]" || refuse "client.conf sets no $key; write $key=VALUE there."
+done
 OMP_NUM_THREADS=$THREADS
 FLWR_HOME="$PWD/flower"
 # Python would write compiled code beside the app.
@@ -78,6 +81,15 @@ if mkdir flower/apps/probe 2>/dev/null; then
         "Start as an ordinary user (root may write everywhere), or mount this folder read-only."
 fi
 
+# One process a folder, as long as it lives; the server would refuse another with the same key.
+if command -v flock > /dev/null; then
+    exec 9> state/lock
+    flock -n 9 || {
+        echo "start: @{name} runs in this folder already; end it before you start it again." >&2
+        exit 1
+    }
+fi
+
 exec flower-supernode --superlink @{address} \\
     --root-certificates certificates/ca.crt \\
     --auth-supernode-private-key certificates/supernode \\
@@ -93,7 +105,8 @@ REGISTRY = """\
 #   ./registry members                  who is there
 #   ./registry fetch -o MODEL           a model composed of all, or --only / --without / --weights
 #   ./registry publish FOLDER           hand in a contribution
-#   ./registry request-removal          leave, with a signed receipt
+#   ./registry request-removal          leave, with a signed receipt; an operator names the client
+# It takes fedcompo from venv/ beside it, or else from the PATH.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 if [ -d "$here/venv" ]; then PATH="$here/venv/bin:$PATH"; export PATH; fi

@@ -78,7 +78,9 @@ class Deployment:
         return f"{bracketed(self.server)}:{self.registry_port}"
 
     def with_client(self, name: str) -> Deployment:
-        """The same deployment with one more client."""
+        """The same deployment with one more client; raises ``ConfigError`` if it is there."""
+        if name in self.clients:
+            raise ConfigError(f"The client {name!r} is in the deployment already.")
         return replace(self, clients=(*self.clients, name))
 
     def save(self, folder: Path) -> None:

@@ -89,7 +89,13 @@ RUN = """\
 #   ./run                  with the default settings
 #   ./run SETTINGS.toml    with those of a file; `fedcompo settings` lists them
 # Unless the file says otherwise, results go to runs/<name of the file>, and all clients take part.
+# It waits for all of clients/ for as long as `timeout` says; with `num-clients = 2` in the file, for
+# two. Interrupted by Ctrl-C, it stops the run.
 set -eu
+if [ "$#" -gt 0 ] && [ ! -r "$1" ]; then
+    echo "run: there is no settings file $1. Write one, or leave it out for the defaults." >&2
+    exit 2
+fi
 if [ "$#" -gt 0 ]; then given=$(realpath "$1"); else given=/dev/null; fi
 cd "$(dirname "$0")"
 . ./environment
@@ -103,8 +109,9 @@ set -- clients/*.pub
     grep -q '^ *num-clients *=' "$given" || echo "num-clients = $#"
     cat "$given"
 } > "$settings"
+fedcompo settings --check "$settings" > /dev/null
 answer=$(flwr run app federation --run-config "$settings" --format json) || {
-    echo "run: the run was not started: $answer" >&2
+    echo "run: the run was not started; is ./start-superlink running? $answer" >&2
     exit 1
 }
 run=$(echo "$answer" | sed -n 's/.*"run-id": *"\\{0,1\\}\\([0-9]*\\).*/\\1/p')
@@ -113,7 +120,15 @@ if [ -z "$run" ]; then
     exit 1
 fi
 echo "run: $run has started"
-flwr log "$run" federation --stream || true
+stop() {
+    kill "$log" 2>/dev/null || true
+    echo "run: $run is being stopped" >&2
+    flwr stop "$run" federation >&2 || true
+    exit 130
+}
+trap stop INT TERM HUP
+flwr log "$run" federation --stream & log=$!
+wait "$log" || true
 # Flower's own exit code says nothing about how the run ended.
 status=$(flwr list federation --run-id "$run" --format json |
     sed -n 's/.*"status": *"\\([^"]*\\)".*/\\1/p')
@@ -128,6 +143,10 @@ START_REGISTRY = """\
 #   ./start-registry REGISTRY    another, such as runs/first/registry
 # The file `revoked` locks certificates out; it is read again whenever it has changed.
 set -eu
+if [ "$#" -gt 0 ] && [ ! -d "$1" ]; then
+    echo "start-registry: there is no registry $1. Name that of a run: runs/NAME/registry." >&2
+    exit 2
+fi
 if [ "$#" -gt 0 ]; then registry=$(realpath "$1"); else registry=runs/default/registry; fi
 cd "$(dirname "$0")"
 . ./environment
@@ -137,7 +156,7 @@ exec fedcompo serve "$registry" --host @{host} --port @{registry_port} --revoked
 
 REVOKED = """\
 # Certificates that the registry lets in no more: the SHA-256 of each on a line of its own, as the
-# registry's journal has it, or as this prints it after the =:
+# registry's journal has it, or as this prints it:
 #   openssl x509 -noout -fingerprint -sha256 -in clients/NAME/certificates/client.crt
 """
 

@@ -46,6 +46,11 @@ class Attempts:
 
     def _described(self, error: Any) -> ServiceError:
         code, details = error.code(), error.details()
+        if code is Code.UNAVAILABLE and "Connection refused" in str(details):
+            return ServiceError(
+                f"Nothing listens at {self.address}. Is that the address? If it is, ask its "
+                "operator to start the service."
+            )
         if code is Code.UNAVAILABLE:
             return ServiceError(
                 f"No service answers at {self.address}, it does not accept the certificate, or "

@@ -40,8 +40,13 @@ def received(
     draft = output.with_name(f".{output.name}.part")
     files = draft / FILES
     files.mkdir(parents=True, exist_ok=True)
-    replies = iter(call(_resume(draft)))
-    first = next(replies, None)
+    try:
+        replies = iter(call(_resume(draft)))
+        first = next(replies, None)
+    except BaseException:
+        if not any(files.iterdir()):  # nothing to go on with
+            shutil.rmtree(draft)
+        raise
     if first is None or first.WhichOneof("part") != "content":
         raise FileFormatError("The server's answer does not begin with what is to come.")
     content, entries = first.content, _entries(first.content, names)

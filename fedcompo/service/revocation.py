@@ -21,7 +21,7 @@ FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
 class Revoked:
     """The SHA-256 of certificates that are refused; one a line, and ``#`` begins a comment.
 
-    Capitals and colons do not matter: ``openssl x509 -noout -fingerprint -sha256`` prints both.
+    What ``openssl x509 -noout -fingerprint -sha256`` prints may stand there as it is.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -32,7 +32,9 @@ class Revoked:
         """
         self._file, self._lock = file, threading.Lock()
         self._seen = _stamp(file)
-        self._fingerprints = frozenset() if file is None else _read(file)
+        self._fingerprints, faults = (frozenset[str](), []) if file is None else _read(file)
+        if faults:
+            raise ConfigError("\n".join(faults))
 
     def require_valid(self, peer: Peer) -> None:
         """Raise ``Refused`` if a caller's certificate is on the list as it is now."""
@@ -43,13 +45,14 @@ class Revoked:
             )
 
     def _current(self) -> frozenset[str]:
-        """The list, read again if its file has changed; what cannot be read leaves the last one."""
+        """The list, read again if its file has changed; faults in it let nobody in again."""
         with self._lock:
             if self._file is not None and (stamp := _stamp(self._file)) != self._seen:
-                try:
-                    self._fingerprints = _read(self._file)
-                except ConfigError as error:
-                    LOGGER.error("The last list of revoked certificates stays in force: %s", error)
+                found, faults = _read(self._file)
+                # Where something is wrong, nobody is let in again.
+                self._fingerprints = found | (self._fingerprints if faults else frozenset())
+                for fault in faults:
+                    LOGGER.error("The last list of revoked certificates stays in force: %s", fault)
                 self._seen = stamp
             return self._fingerprints
 
@@ -63,21 +66,21 @@ def _stamp(file: Path | None) -> tuple[int, int, int] | None:
     return status and (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
-def _read(file: Path) -> frozenset[str]:
+def _read(file: Path) -> tuple[frozenset[str], list[str]]:
+    """Fingerprints of a list, and what is wrong with it."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"The revoked certificates cannot be read from {file}: {error}"
-        ) from error
-    found = []
+        return frozenset(), [f"The revoked certificates cannot be read from {file}: {error}"]
+    found, faults = [], []
     for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip().replace(":", "").lower()
-        if text and not FINGERPRINT.fullmatch(text):
-            raise ConfigError(
+        text = line.partition("#")[0].rpartition("=")[2].strip().replace(":", "").lower()
+        if FINGERPRINT.fullmatch(text):
+            found.append(text)
+        elif text:
+            faults.append(
                 f"{file}, line {number}: {line.strip()!r} is no SHA-256 of a certificate; expected "
-                "64 hexadecimal digits, as in the journal, or as `openssl x509 -noout "
-                "-fingerprint -sha256 -in NAME.crt` prints them after the =."
+                "64 hexadecimal digits, as in the journal, or what `openssl x509 -noout "
+                "-fingerprint -sha256 -in NAME.crt` prints."
             )
-        found.append(text)
-    return frozenset(filter(None, found))
+    return frozenset(found), faults
