@@ -81,7 +81,8 @@ from outside; it must reach @{address}, and @{registry} to talk to the
 registry. There, as an ordinary user, not root (PROJECT is a checkout of fedcompo, or its wheel):
 
     python3 -m venv venv && venv/bin/pip install PROJECT
-    vi client.conf                # where the images are, device, limits
+    vi client.conf                # where the images are, device, limits; PORT if another client of
+                                  # this federation is on the same machine
     ./start                       # stays until it is ended
 
 Or with systemd, as root, after `useradd --system fedcompo` and `chown -R fedcompo: .` in this
@@ -104,8 +105,8 @@ To see who is in the registry, fetch a model, or leave at any hour, with a signe
 
       sha256sum app.sha256 library.sha256
 
-- A client that was killed is refused for about a minute, until its session has expired. systemd
-  waits that long.
+- A client that was killed is refused for about a minute ("code 2004"), until its session has
+  expired, as is one that is connected already. systemd waits that long.
 - Private keys: `certificates/supernode` (with the SuperLink), `certificates/client.key` (with the
   registry). Lost one? Ask for a new folder under another name.
 - No telemetry, no look for updates, no installation at run time: see `start`.

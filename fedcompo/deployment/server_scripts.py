@@ -89,8 +89,8 @@ RUN = """\
 #   ./run                  with the default settings
 #   ./run SETTINGS.toml    with those of a file; `fedcompo settings` lists them
 # Unless the file says otherwise, results go to runs/<name of the file>, and all clients take part.
-# It waits for all of clients/ for as long as `timeout` says; with `num-clients = 2` in the file, for
-# two. Interrupted by Ctrl-C, it stops the run.
+# It waits for all of clients/ for as long as `timeout` says, or for `num-clients`, if the file sets
+# that. Interrupted by Ctrl-C, it stops the run.
 set -eu
 if [ "$#" -gt 0 ] && [ ! -r "$1" ]; then
     echo "run: there is no settings file $1. Write one, or leave it out for the defaults." >&2
