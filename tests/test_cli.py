@@ -148,6 +148,19 @@ def test_settings_lists_every_setting_with_its_default() -> None:
     assert all(key in table for key in all_settings())
 
 
+def test_a_file_of_settings_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "first.toml"
+    file.write_text('seed = 3\ndata = "folder:/nowhere/yet"\n')
+    assert (
+        "every setting is known"
+        in runner.invoke(cli.app, ["settings", "--check", str(file)]).stdout
+    )
+    file.write_text('sead = 3\nrank = "two"\n')
+    result = runner.invoke(cli.app, ["settings", "--check", str(file)])
+    assert result.exit_code == 2
+    assert all(fault in result.stderr for fault in ("`sead`", "`rank` must be of type int"))
+
+
 def test_version_is_that_of_the_project() -> None:
     assert runner.invoke(cli.app, ["version"]).stdout.strip() == cli._version()
     assert cli._version()[0].isdigit()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -246,6 +247,29 @@ def test_clients_run_the_app_they_were_given_and_no_other(
     for client in DIGITS:
         assert federation.clients[client].alive
         assert len(list((federation.home(client) / "flower" / "apps").iterdir())) == 1
+
+
+def test_a_run_that_waits_says_so_and_ends_with_its_command(
+    federation: DeployedFederation, done: Finished
+) -> None:
+    run = federation.submit({**QUICK, "num-clients": 9})
+    run.wait_for("3 of 9 client(s) are connected; waiting at most 1800 s")
+    run.kill(signal.SIGTERM)
+    assert "is being stopped" in run.said
+    assert "running" not in runs(federation)
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_starts(
+    federation: DeployedFederation, done: Finished
+) -> None:
+    before = runs(federation)
+    refused = federation.run({"sead": 3})
+    assert refused.code == 2
+    assert "`sead`" in refused.said
+    missing = federation.start("server", "./run", "nowhere.toml")
+    assert missing.guard.wait(60) == 2
+    assert "there is no settings file nowhere.toml" in missing.said
+    assert runs(federation) == before
 
 
 def test_a_client_leaves_from_its_own_machine(

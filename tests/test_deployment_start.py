@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
@@ -152,6 +153,23 @@ def test_another_version_of_the_library_is_not_started(client: Path, programs: P
     said = start(client, programs, code=MISCONFIGURED)
     assert "training.py: FAILED" in said.stdout
     assert "the installed fedcompo" in said.stderr
+
+
+def test_a_client_that_runs_already_is_not_started_again(client: Path, programs: Path) -> None:
+    start(client, programs)
+    with (client / "state" / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        said = start(client, programs, code=1).stderr
+    assert said == "start: a runs in this folder already; end it before you start it again.\n"
+    start(client, programs)
+
+
+@pytest.mark.parametrize("key", ["DATA", "DEVICE", "KIND", "THREADS", "PORT"])
+def test_a_setting_that_is_missing_is_named(client: Path, programs: Path, key: str) -> None:
+    conf = client / "client.conf"
+    lines = conf.read_text().splitlines()
+    conf.write_text("\n".join(line for line in lines if not line.startswith(f"{key}=")))
+    assert f"client.conf sets no {key}" in start(client, programs, code=78).stderr
 
 
 def test_without_images_the_setting_is_named(client: Path, programs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -170,6 +171,19 @@ def test_too_few_are_named_whether_left_out_or_missing(tmp_path):
 
 
 # -- who comes and goes -----------------------------------------------------------------------
+
+
+def test_who_waits_for_clients_says_for_how_many_and_how_long(tmp_path, caplog):
+    there = {0}
+    grid = SlowGrid(client_app, FOUR, 3, present=lambda i: i in there)
+    exchange = Exchange(grid, 1.0, 1, events=tmp_path / "events.jsonl")
+    with caplog.at_level(logging.INFO, "flwr"):
+        exchange.gather(3)
+    assert "1 of 3 client(s) are connected; waiting at most 1 s for the others" in caplog.messages
+    there |= {1, 2}
+    caplog.clear()
+    exchange.gather(3)
+    assert not [said for said in caplog.messages if "waiting" in said]
 
 
 def test_a_second_look_finds_who_came_and_who_went(tmp_path):
