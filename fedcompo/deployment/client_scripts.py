@@ -46,10 +46,10 @@ refuse() {
 """
     + SHARED
     + """\
-. ./client.conf
 for key in DATA DEVICE KIND THREADS PORT; do
-    eval "[ -n \"\\${$key+set}\" ]" || refuse "client.conf sets no $key; write $key=VALUE there."
+    grep -q "^$key=" client.conf || refuse "client.conf sets no $key; write $key=VALUE there."
 done
+. ./client.conf
 OMP_NUM_THREADS=$THREADS
 FLWR_HOME="$PWD/flower"
 # Python would write compiled code beside the app.
