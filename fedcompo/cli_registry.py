@@ -201,6 +201,15 @@ def _check_text(*texts: str) -> None:
             raise ConfigError(f"{text!r} is no text; write it in UTF-8.")
 
 
+def _near(record: Path) -> tuple[Path | None, Path | None]:
+    """What a record can be held against where nobody says: its own registry, or a key beside it."""
+    key = record.with_suffix(".pem")
+    for home in (record.absolute().parent.parent, registry_path(None)):
+        if (home / "registry.json").is_file():
+            return home, None
+    return None, key if key.is_file() else None
+
+
 def verify(
     record: Annotated[
         Path | None, typer.Argument(help="A removal record; none: check the whole registry.")
@@ -215,8 +224,9 @@ def verify(
 ) -> None:
     """Re-derive the claims of a removal record, or of a whole registry.
 
-    RECORD is a removal record; without one, every byte of the registry is checked. A public key of
-    the same name beside it, as `fedcompo request-removal` leaves it, is used.
+    RECORD is a removal record; without one, every byte of the registry is checked. One that lies in
+    its registry is held against that, one with a public key beside it, as `fedcompo
+    request-removal` leaves it, against the key.
 
     Exits with 0 if every claim that can be derived again holds, with 1 if one does not.
     """
@@ -226,9 +236,8 @@ def verify(
         from fedcompo.record_verification import verify_record
         from fedcompo.verification import verify_registry
 
-        beside = record.with_suffix(".pem") if record is not None else None
-        if registry is None and public_key is None and beside is not None and beside.is_file():
-            public_key = beside
+        if record is not None and registry is None and public_key is None:
+            registry, public_key = _near(record)
         with progress(quiet=as_json) as tell:
             if record is None:
                 findings = verify_registry(registry_path(registry), on_step=tell)

@@ -375,6 +375,11 @@ def test_verify_checks_a_record_with_the_registry_or_the_key_alone(home: Path) -
     assert "0 fail" in run("verify", path).stdout
     assert len(told("verify", path)) > 10
     shutil.move(home / "registry", home / "elsewhere")
+    assert "0 fail" in run("verify", home / "elsewhere" / "removals" / RECORD).stdout
+    assert "no registry" in run("verify", path, code=1).stdout
+    shutil.copy(home / "elsewhere" / PUBLIC, path.with_suffix(".pem"))
+    assert "1 of 1 claims hold" in run("verify", path).stdout
+    path.with_suffix(".pem").unlink()
     out = run("verify", path, "--public-key", home / "elsewhere" / PUBLIC).stdout
     assert "1 of 1 claims hold" in out
     assert "Without --registry nothing but the signature can be checked." in out
