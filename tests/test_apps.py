@@ -104,7 +104,7 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
     config = json.loads((output / "registry" / "model" / "config.json").read_text())
     assert config["label_names"] == results["classes"]
     preprocessing = load_backbone(BackboneConfig()).preprocessing
-    source = DataConfig(num_tasks=3, num_classes=6, images_per_class=12)
+    source = DataConfig(data=QUICK["data"], num_tasks=3, num_classes=6, images_per_class=12)
     for partition in range(3):
         data = load_client_data(source, preprocessing, partition=partition, seed=0)
         with torch.no_grad():
