@@ -48,7 +48,8 @@ def init_deployment(
     """
     with errors_as_sentences(verbose):
         if update:
-            if add is not None or server is not None or clients is not None:
+            others = (add, server, clients, port, superlink_port, registry_port)
+            if any(option is not None for option in others):
                 raise ConfigError("`--update` changes what DIR holds; give no other option.")
             _update(folder)
             return
@@ -95,6 +96,7 @@ def _update(folder: Path) -> None:
     say(f"  {folder / 'server' / 'app'}: copy it to the server, in place of the one there")
     for name in deployment.clients:
         say(f"  {folder / 'clients' / name}: copy flower/, app.sha256 and library.sha256 to {name}")
+    say("Delete what they take the place of first (chmod -R u+w flower && rm -r flower).")
     say("Install the same version of fedcompo on each of these machines, and start again.")
 
 

@@ -25,6 +25,7 @@ from fedcompo.cli_models import OnlyOption, ScaleOption, WeightsOption, WithoutO
 from fedcompo.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
+    from fedcompo.removal import RemovalRecord
     from fedcompo.service.client import Client, Receipt
 
 ServerOption = Annotated[
@@ -233,15 +234,14 @@ def request_removal(
             typer.confirm(question, abort=True)
         with progress(quiet=as_json) as tell:
             tell(f"removing {name}")
-            there = name in [member.client for member in service.list().members]
             receipt = service.remove(name, reason=reason)
         write_atomically(path, receipt.record)
         write_atomically(public, receipt.public_key)
-        _check(receipt, name)
         if as_json:
+            _check(receipt, name)
             typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
             return
-        say(f"{'Removed' if there else 'Removed before:'} {name}. Receipt: {path}")
+        say(f"Removed {name} on {_check(receipt, name).time}. Receipt: {path}")
         say(f"Check it by: fedcompo verify {path} --public-key {public}")
 
 
@@ -296,8 +296,8 @@ def _client(server: str, ca: Path, certificate: Path, key: Path) -> Client:
     return Client(server, read_authority(ca), read_credential(certificate, key))
 
 
-def _check(receipt: Receipt, client: str) -> None:
-    """Refuse a receipt that is not this client's, or not signed as it says."""
+def _check(receipt: Receipt, client: str) -> RemovalRecord:
+    """Read a receipt; refuse one that is not this client's, or not signed as it says."""
     from fedcompo.removal import RemovalRecord
     from fedcompo.signing import is_signed
 
@@ -311,3 +311,4 @@ def _check(receipt: Receipt, client: str) -> None:
             f"The server's receipt is of {record.client!r} and {'' if signed else 'not '}signed "
             f"by its key; expected a signed one of {client!r}. Keep it, and ask an operator."
         )
+    return record

@@ -81,4 +81,5 @@ class Answers:
 
     def _file(self, phase: str, client: str, asked: str) -> Path:
         folder = "".join(c if c.isalnum() else "-" for c in phase)
-        return self.folder / folder / f"{client}.{asked[:16]}.safetensors"
+        who = hashlib.sha256(client.encode()).hexdigest()[:16]  # names may be as long as a file's
+        return self.folder / folder / f"{who}.{asked[:16]}.safetensors"

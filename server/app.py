@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config import Action, Method, RunConfig, Schedule
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.files import write_atomically
-from fedcompo.launcher import EVENTS, LOG, RESULTS, reserve_output
+from fedcompo.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings
@@ -38,6 +39,7 @@ app = ServerApp()
 REGISTRY = "registry"
 HOME_OUTPUT = "fedcompo-runs"
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 RESUMABLE = tuple((Action.TRAIN, method) for method in (Method.ITA, Method.IEL))
 """What can go on where it was interrupted."""
 
@@ -70,7 +72,7 @@ def main(grid: Grid, context: Context) -> None:
         clear(output)
     except BaseException as error:
         log(ERROR, "The run failed: %s", error)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():
             log(ERROR, "See to the server's disk, then go on with `resume`: nothing is lost.")
         with suppress(OSError):  # a full disk must not hide what happened
             exchange.tell("failed", reason=f"{type(error).__name__}: {error}")

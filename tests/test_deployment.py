@@ -240,6 +240,8 @@ def test_an_update_gives_everyone_the_same_new_app_and_changes_no_key(
     with (app / "clients" / "app.py").open("a") as file:
         file.write("# another version\n")
     monkeypatch.setattr("fedcompo.launcher.find_app", lambda: app)
+    for folder in (written / "clients" / "b" / "flower").rglob("*"):
+        folder.chmod(folder.stat().st_mode & ~0o222)  # as it is after a start
     printed = run("init-deployment", written, "--update").output
     after = contents(written)
     changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
@@ -253,6 +255,7 @@ def test_an_update_gives_everyone_the_same_new_app_and_changes_no_key(
     assert len({after[f"clients/{name}/app.sha256"] for name in "abc"} | {given}) == 2
     for name in "abc":
         client = written / "clients" / name
+        assert not (client / ".flower.old").exists()
         assert str(client) in printed
         (unpacked,) = (client / "flower" / "apps").iterdir()
         assert (unpacked / "clients" / "app.py").read_text().endswith("# another version\n")

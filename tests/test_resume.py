@@ -11,6 +11,8 @@ from app_runs import run
 from fedcompo.errors import ConfigError
 from fedcompo.messages import from_record
 from fedcompo.registry import Registry
+from server.answers import Answers
+from server.books import NOTHING
 
 TYPES = ("query.features", "query.identify", "query.fisher", "train", "query.realign", "evaluate")
 ROUNDS = {"method": "iel", "num_server_rounds": 2}
@@ -164,3 +166,13 @@ def test_a_client_that_missed_a_round_before_the_interruption_still_has_missed_i
         ("client-1", "train, round 1")
     ]
     assert results["rounds"][1]["trained"] == ["client-0", "client-1", "client-2"]
+
+
+def test_the_longest_name_of_a_client_is_no_trouble(tmp_path):
+    """Until it has named itself, it is called by its node and its registered name, too."""
+    answers = Answers(tmp_path / "answers")
+    client = f"node {2**63}, registered as {'あ' * 64}"
+    answers.keep("features", client, "0" * 64, ({}, {"a": 1}), NOTHING)
+    kept = answers.recall("features", client, "0" * 64)
+    assert kept == (({}, {"a": 1}), NOTHING)
+    assert answers.recall("features", client[:-1], "0" * 64) is None

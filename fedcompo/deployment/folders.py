@@ -125,13 +125,25 @@ def update(folder: Path, app: Path) -> Deployment:
 def _put(source: Path, target: Path) -> None:
     """Put a copy of a file or a folder in the place of what is there."""
     if source.is_dir():
-        draft = target.with_name(f".{target.name}.new")
-        shutil.rmtree(draft, ignore_errors=True)
+        draft, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
+        for rest in (draft, old):
+            _delete(rest)
         shutil.copytree(source, draft)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.replace(old)
         draft.replace(target)
+        _delete(old)
     else:
         write_atomically(target, source.read_bytes())
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, also one that a start script has made read-only."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o700)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _write_server(folder: Path, deployment: Deployment, authority: Authority, app: Path) -> None:

@@ -25,8 +25,9 @@ Another version of fedcompo, once it is installed where this folder lies:
     fedcompo init-deployment . --update
 
 Then copy `server/app/` to the server, and `flower/`, `app.sha256` and `library.sha256` of each
-client to it (on its machine `chmod -R u+w flower` first), install that version there, and start
-everything again. No key changes.
+client to it, install that version there, and start everything again. No key changes. Delete first
+what they take the place of (`rm -r app`; `chmod -R u+w flower && rm -r flower`): copied over it,
+the old version would stay beside the new one, and `./start` refuse both.
 
 A client that comes later, from where this folder lies:
 
@@ -69,7 +70,8 @@ Or with Docker: `PROJECT=/path/of/fedcompo docker compose up -d`.
 - The registry's service listens on TCP port @{registry_port}. Whose certificate stands in the file
   `revoked` is let in no more; `revoked` says how.
 - What is in flight stays in memory, not in a database: after a restart clients are registered
-  again. A run that was interrupted goes on with `resume = true` in its SETTINGS.toml.
+  again. A run that was interrupted goes on with `resume = true` in its SETTINGS.toml, and `output`
+  the folder that it named.
 - No telemetry, no look for updates, no installation at run time: see `environment`.
 """
 

@@ -90,7 +90,7 @@ RUN = """\
 #   ./run SETTINGS.toml    with those of a file; `fedcompo settings` lists them
 # Unless the file says otherwise, results go to runs/<name of the file>, and all clients take part.
 # It waits for all of clients/ for as long as `timeout` says, or for `num-clients`, if the file sets
-# that. Interrupted by Ctrl-C, it stops the run.
+# that. Ctrl-C, and the end of the terminal, stop the run; `nohup ./run ... &` goes on without one.
 set -eu
 if [ "$#" -gt 0 ] && [ ! -r "$1" ]; then
     echo "run: there is no settings file $1. Write one, or leave it out for the defaults." >&2
@@ -110,6 +110,8 @@ set -- clients/*.pub
     cat "$given"
 } > "$settings"
 fedcompo settings --check "$settings" > /dev/null
+trap 'echo "run: interrupted while it was submitted; see: flwr list federation" >&2; exit 130' \
+    INT TERM HUP
 answer=$(flwr run app federation --run-config "$settings" --format json) || {
     echo "run: the run was not started; is ./start-superlink running? $answer" >&2
     exit 1
@@ -119,14 +121,16 @@ if [ -z "$run" ]; then
     echo "run: the run was not started: $answer" >&2
     exit 1
 fi
-echo "run: $run has started"
 stop() {
-    kill "$log" 2>/dev/null || true
+    set +e  # nobody may be there to read
+    kill "$log" 2>/dev/null
     echo "run: $run is being stopped" >&2
-    flwr stop "$run" federation >&2 || true
+    flwr stop "$run" federation >&2
     exit 130
 }
+log=
 trap stop INT TERM HUP
+echo "run: $run has started"
 flwr log "$run" federation --stream & log=$!
 wait "$log" || true
 # Flower's own exit code says nothing about how the run ended.
@@ -156,7 +160,7 @@ exec fedcompo serve "$registry" --host @{host} --port @{registry_port} --revoked
 
 REVOKED = """\
 # Certificates that the registry lets in no more: the SHA-256 of each on a line of its own, as the
-# registry's journal has it, or as this prints it:
+# registry's journal has it, or as this prints it, where the folder of the deployment lies:
 #   openssl x509 -noout -fingerprint -sha256 -in clients/NAME/certificates/client.crt
 """
 

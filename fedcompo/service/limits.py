@@ -57,6 +57,11 @@ class Limits:
             value = getattr(self, field.name)
             if not (value > 0 or (value == 0 and field.name == "spare")):
                 raise ConfigError(f"The limit `{field.name}` must be positive, got {value}.")
+        # gRPC counts bytes of a message, and milliseconds, in 32 bits.
+        largest = {"message": 2**31 - 1, "seconds": 2_000_000.0, "grace": 2_000_000.0}
+        for name, most in largest.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"The limit `{name}` may be {most:.0f} at most.")
 
 
 def limits_of(texts: Sequence[str]) -> Limits:
