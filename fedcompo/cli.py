@@ -18,6 +18,7 @@ from fedcompo.cli_common import errors_as_sentences, say
 from fedcompo.cli_deployment import init_deployment
 from fedcompo.cli_fisher import fisher
 from fedcompo.cli_print import print_removal
+from fedcompo.cli_serve import serve
 from fedcompo.config import Action, RunConfig, Scalar, all_settings
 from fedcompo.errors import ConfigError
 
@@ -144,7 +145,7 @@ for command in (
     cli_models.evaluate,
     cli_models.negate,
     cli_models.export,
-    cli_service.serve,
+    serve,
     cli_service.publish,
     cli_service.fetch,
     cli_service.members,

@@ -1,4 +1,4 @@
-"""Files of every kind: how they are written, so that a crash leaves the old one or the new one.
+"""What files of every kind share: names, JSON, and writing so that a crash leaves old or new.
 
 It imports nothing that takes long: whoever only sends files or asks for them need not wait for
 PyTorch.

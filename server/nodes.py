@@ -51,8 +51,7 @@ class Nodes(Books):
             now = time.monotonic()
             if len(nodes) != known:
                 known, last_change = len(nodes), now
-                if known < max(wanted, self.min_clients):
-                    least = max(wanted, self.min_clients)
+                if known < (least := max(wanted, self.min_clients)):
                     text = "%d of %d client(s) are connected; waiting at most %g s for the others"
                     log(INFO, text, known, least, self.timeout)
             settled = not wanted and known >= self.min_clients and now - last_change > SETTLED

@@ -44,6 +44,17 @@ from fedcompo.deployment.plan import Deployment
 from fedcompo.launcher import find_app
 from fedcompo.scenario import as_toml
 
+DIGITS = {"hospital-a": (0, 1, 2), "hospital-b": (3, 4, 5), "hospital-c": (6, 7, 8, 9)}
+"""Three clients and their classes."""
+QUICK: dict[str, Scalar] = {
+    "seed": 3,
+    "local-epochs": 1,
+    "rank": 2,
+    "fisher-examples": 6,
+    "realign": False,
+    "device": "cpu",
+}
+"""Settings of a run of a minute."""
 MARK = "FEDCOMPO_DEPLOYED"
 """Environment variable of all that a federation starts; its value is the federation's folder."""
 RUN_SECONDS = 600.0

@@ -286,6 +286,13 @@ def test_an_update_that_fails_changes_nothing(
     )
 
 
+def test_an_update_changes_no_port(written: Path) -> None:
+    before = contents(written)
+    said = run("init-deployment", written, "--update", "--port", "9999", code=2).stderr
+    assert "no other option" in said
+    assert contents(written) == before
+
+
 def test_where_nothing_was_written_nobody_can_be_added(tmp_path: Path) -> None:
     assert "is no deployment" in run("init-deployment", tmp_path, "--add", "d", code=1).stderr
 

@@ -13,21 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployed_federation import DeployedFederation, deployed, digits_as_folders
+from deployed_federation import DIGITS, QUICK, DeployedFederation, deployed, digits_as_folders
 
 pytestmark = [pytest.mark.simulation, pytest.mark.slow]
 
-DIGITS = {"hospital-a": (0, 1, 2), "hospital-b": (3, 4, 5), "hospital-c": (6, 7, 8, 9)}
-SETTINGS = {
-    "seed": 3,
-    "local-epochs": 1,
-    "rank": 2,
-    "fisher-examples": 6,
-    "realign": False,
-    "device": "cpu",
-    "min-clients": 2,
-    "timeout": 240.0,
-}
+SETTINGS = {**QUICK, "min-clients": 2, "timeout": 240.0}
 PATIENCE = 120.0
 """Seconds until a client that was killed is let in again."""
 SOON = 300.0

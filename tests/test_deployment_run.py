@@ -18,7 +18,9 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from deployed_federation import (
+    DIGITS,
     LET_IN,
+    QUICK,
     RUN_SECONDS,
     DeployedFederation,
     Finished,
@@ -36,15 +38,6 @@ from fedcompo.scenario import as_toml
 
 pytestmark = pytest.mark.simulation
 
-DIGITS = {"hospital-a": (0, 1, 2), "hospital-b": (3, 4, 5), "hospital-c": (6, 7, 8, 9)}
-QUICK = {
-    "seed": 3,
-    "local-epochs": 1,
-    "rank": 2,
-    "fisher-examples": 6,
-    "realign": False,
-    "device": "cpu",
-}
 BLOCK = 64
 """Bytes in a row that are looked for: by chance they occur nowhere."""
 

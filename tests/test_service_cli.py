@@ -77,6 +77,7 @@ def test_fetch_a_model_and_a_contribution(home, address):
     assert (
         "PERMISSION_DENIED" in run("fetch", "ada", "-o", "x", *as_("ben", address), code=1).output
     )
+    assert not (home / ".x.part").exists()
     run("fetch", "ben", "-o", "x", "--only", "ada", *as_("ben", address), code=2)
     run("fetch", "-o", "mine", *as_("ben", address), code=2)
 

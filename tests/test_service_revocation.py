@@ -97,6 +97,24 @@ def test_a_list_that_cannot_be_read_leaves_the_last_one_in_force(
     assert revoked._current() == {fingerprint("ada")}
 
 
+def test_a_list_that_could_not_be_read_once_is_read_again_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "revoked"
+    file.write_text("")
+    revoked = Revoked(file)
+    file.write_text(fingerprint("ben"))
+    settle(file)
+
+    def refuse(path: Path, **options: str) -> str:
+        raise PermissionError("not now")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_text", refuse)
+        assert revoked._current() == frozenset()
+    assert revoked._current() == {fingerprint("ben")}
+
+
 def test_at_the_start_a_list_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         Revoked(tmp_path / "nowhere")
