@@ -25,7 +25,6 @@ from fedcompo.caps import NODE_KEYS
 from fedcompo.config import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.contribution import mixture_tensors
 from fedcompo.data import ClientData, load_client_data, load_folder
-from fedcompo.device import pick_device
 from fedcompo.errors import DataError
 from fedcompo.features import extract_features
 from fedcompo.heads import Head
@@ -33,6 +32,7 @@ from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
 from fedcompo.names import check_client_name
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.probing import fit_probe
+from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.tangent import feature_map
 from fedcompo.training import Ensemble, Fitted, ensembled, fit_task_vector

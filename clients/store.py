@@ -17,9 +17,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.errors import FileFormatError
-from fedcompo.tensorstream import save_streamed
+from fedcompo.storage import tensorfile
+from fedcompo.storage.tensorstream import save_streamed
 
 logger = logging.getLogger(__name__)
 

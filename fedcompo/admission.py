@@ -10,9 +10,9 @@ from pathlib import Path
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, FileFormatError
-from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.names import check_client_name, check_distinct
-from fedcompo.tensorstream import StreamedTensors
+from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.storage.tensorstream import StreamedTensors
 
 PIECE = 1 << 22
 """Bytes copied at a time."""

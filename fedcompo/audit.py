@@ -48,12 +48,12 @@ from fedcompo.backbone import Backbone
 from fedcompo.config import RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData
-from fedcompo.device import pick_device
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data
 from fedcompo.heads import Head
 from fedcompo.membership import Attack, confidence, likelihood_ratio_attack, loss_attack, losses
 from fedcompo.registry import Registry
+from fedcompo.runtime import pick_device
 from fedcompo.shadows import ClientTraining, check_count, logits_of, train_shadows
 from fedcompo.versions import version
 

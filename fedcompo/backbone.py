@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fedcompo.text_backbone  # noqa: F401  timm knows its models from here on
-from fedcompo import tensorfile
 from fedcompo.checkpoint import fill, read_checkpoint
 from fedcompo.config import BackboneConfig
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError
 from fedcompo.preprocessing import Modality, Preprocessing
+from fedcompo.storage import tensorfile
 
 logger = logging.getLogger(__name__)
 

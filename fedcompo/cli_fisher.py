@@ -86,8 +86,8 @@ def fisher(
 def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
     """Estimate and write it; returns what there is to tell."""
     from fedcompo.backbone import load_backbone
-    from fedcompo.device import pick_device
     from fedcompo.reference import load_public_data, reference_fisher, save_reference
+    from fedcompo.runtime import pick_device
 
     started = time.monotonic()
     with progress(quiet=quiet) as tell:

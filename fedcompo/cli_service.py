@@ -152,8 +152,8 @@ def request_removal(
     Asked again, when an answer was lost, the service sends the same receipt.
     """
     with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
-        from fedcompo.files import write_atomically
         from fedcompo.service.credentials import name_in, read_credential
+        from fedcompo.storage.files import write_atomically
 
         name = client or name_in(read_credential(certificate, key))
         path = output or Path(f"removal-{name}.json")

@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.config import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.features import FeatureMixture
-from fedcompo.files import CARD, CONTENT, FISHER, tuples, write_atomically
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, open_fisher, save_fisher
 from fedcompo.heads import Head
+from fedcompo.storage import tensorfile
+from fedcompo.storage.files import CARD, CONTENT, FISHER, tuples, write_atomically
+from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 from fedcompo.task_vector import TaskVector
-from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import safetensors.torch
 
 from fedcompo.backbone import Backbone
 from fedcompo.deltas import Weights
-from fedcompo.files import CONFIG, WEIGHTS, write_atomically
 from fedcompo.heads import Head
+from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
 from fedcompo.stored_backbone import StoredBackbone
 
 LINEARISED = (

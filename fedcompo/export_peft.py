@@ -27,9 +27,9 @@ from fedcompo.config import Kind
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError, ContributionError
-from fedcompo.files import MODEL_CARD, write_atomically
 from fedcompo.model_card import class_table, escaped, front_matter, preprocessing_text, table
-from fedcompo.tensorstream import save_streamed
+from fedcompo.storage.files import MODEL_CARD, write_atomically
+from fedcompo.storage.tensorstream import save_streamed
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.fisher import FisherDiagonal
-from fedcompo.tensorstream import StreamedTensors
+from fedcompo.storage import tensorfile
+from fedcompo.storage.tensorstream import StreamedTensors
 
 
 def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:

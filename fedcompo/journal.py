@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.errors import RegistryDamaged
-from fedcompo.files import canonical
+from fedcompo.storage.files import canonical
 
 START = "0" * 64
 """What the first line carries in place of a predecessor's SHA-256."""

@@ -1,6 +1,6 @@
 """Contributions and requests as Flower records, and back: the only file that imports flwr.
 
-Tensors travel packed, as *one* array of bytes: a :mod:`fedcompo.tensorfile` with its manifest. Many
+Tensors travel packed, as *one* array of bytes: a :mod:`fedcompo.storage.tensorfile` with its manifest. Many
 small arrays are slow to store on their way, and bfloat16 would not pass at all.
 """
 
@@ -13,10 +13,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.choices import Wire
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.heads import Head
+from fedcompo.storage import tensorfile
 from fedcompo.wire import decode
 
 PAYLOAD = "payload"

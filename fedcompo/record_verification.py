@@ -9,14 +9,14 @@ from pathlib import Path
 from fedcompo import composition
 from fedcompo.composition import SUM, Term
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.files import WEIGHTS
 from fedcompo.journal import Entry
 from fedcompo.registry import Registry
 from fedcompo.registry_changes import foreseen_influence
 from fedcompo.registry_layout import PUBLIC
 from fedcompo.removal import RemovalRecord
 from fedcompo.replay import as_told, line_of, members_after, root_of
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage.files import WEIGHTS
+from fedcompo.storage.tensorstream import file_sha256
 from fedcompo.verification import Finding, all_but_folders, signature_finding
 
 OnStep = Callable[[str], None]

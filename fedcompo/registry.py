@@ -29,14 +29,14 @@ from fedcompo.backbone import Backbone
 from fedcompo.composition import REALIGNED, SUM, Mixtures
 from fedcompo.contribution import Contribution
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
-from fedcompo.files import BACKBONE, CARD, WEIGHTS, put_in_place
 from fedcompo.heads import Head
 from fedcompo.pool import Pool, require_known
 from fedcompo.registry_layout import ABOUT, read_about, write_new
 from fedcompo.registry_state import Member, RegistrySettings, State
 from fedcompo.removal import Influence, RemovalRecord
+from fedcompo.storage.files import BACKBONE, CARD, WEIGHTS, put_in_place
+from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 from fedcompo.stored_backbone import StoredBackbone
-from fedcompo.tensorstream import StreamedTensors, file_sha256
 from fedcompo.transaction import JOURNAL, STATE, recover_if_idle
 
 

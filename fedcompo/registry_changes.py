@@ -15,13 +15,13 @@ from fedcompo import journal, transaction
 from fedcompo.composition import Mixtures
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import ContributionError
-from fedcompo.files import tuples
 from fedcompo.pool import require_known, require_unmixed
 from fedcompo.registry_draft import Draft, OnStep, drafted
 from fedcompo.registry_layout import PRIVATE
 from fedcompo.registry_state import Member, State
 from fedcompo.removal import Influence, RemovalRecord, influence
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage.files import tuples
+from fedcompo.storage.tensorstream import file_sha256
 from fedcompo.versions import version
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from fedcompo.composition import (
 )
 from fedcompo.contribution import Contribution, mixture_tensors
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
-from fedcompo.files import WEIGHTS
 from fedcompo.names import check_client_name
 from fedcompo.registry_state import Member, State
-from fedcompo.tensorfile import tensor_digest
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage.files import WEIGHTS
+from fedcompo.storage.tensorfile import tensor_digest
+from fedcompo.storage.tensorstream import file_sha256
 
 if TYPE_CHECKING:
     from fedcompo.registry import Registry

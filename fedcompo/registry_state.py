@@ -17,8 +17,8 @@ from typing import Any
 from fedcompo.config import Coefficients, RunConfig
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import RegistryDamaged
-from fedcompo.files import canonical, tuples
 from fedcompo.pool import are_tangents
+from fedcompo.storage.files import canonical, tuples
 from fedcompo.transaction import require_inside
 
 FORMAT_VERSION = 1

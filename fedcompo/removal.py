@@ -16,7 +16,7 @@ from typing import Any
 from fedcompo import signing
 from fedcompo.contribution import Lineage
 from fedcompo.errors import FileFormatError
-from fedcompo.files import canonical, tuples
+from fedcompo.storage.files import canonical, tuples
 
 FORMAT_VERSION = 1
 CONTENT = "removal-record"

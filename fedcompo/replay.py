@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from fedcompo.contribution import Lineage
-from fedcompo.files import tuples
 from fedcompo.journal import Entry
 from fedcompo.registry_state import Member, State
+from fedcompo.storage.files import tuples
 
 Told = Mapping[str, Mapping[str, Any]]
 """Members by client, each as its line of the journal describes it."""

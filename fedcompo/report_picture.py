@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from fedcompo.files import write_atomically
+from fedcompo.storage.files import write_atomically
 from fedcompo.units import percent
 
 PICTURE = "report.svg"

@@ -17,15 +17,15 @@ from fedcompo.backbone import load_backbone
 from fedcompo.config import RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.files import CONTENT
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.specialise import head_of, stream_composition
+from fedcompo.storage.files import CONTENT
+from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.stored_backbone import StoredBackbone, save_backbone
-from fedcompo.tensorstream import StreamedTensors
 
 
 @dataclass(frozen=True)

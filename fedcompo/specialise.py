@@ -16,13 +16,13 @@ from fedcompo import fixed_point
 from fedcompo.composition import joint_head
 from fedcompo.errors import FileFormatError
 from fedcompo.export import timm_config
-from fedcompo.files import BACKBONE, CONFIG, WEIGHTS, tuples, write_atomically
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
 from fedcompo.registry_state import RegistrySettings
+from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples, write_atomically
+from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter, file_sha256
 from fedcompo.stored_backbone import StoredBackbone
 from fedcompo.tangent import TangentModel, change_from
-from fedcompo.tensorstream import StreamedTensors, TensorWriter, file_sha256
 
 if TYPE_CHECKING:
     from fedcompo.registry import Registry

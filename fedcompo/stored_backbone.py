@@ -13,9 +13,9 @@ import torch
 from fedcompo.backbone import Backbone
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError, FileFormatError
-from fedcompo.files import tuples
 from fedcompo.preprocessing import Preprocessing
-from fedcompo.tensorstream import StreamedTensors, save_streamed
+from fedcompo.storage.files import tuples
+from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
 CONTENT = "backbone"
 SAID = {

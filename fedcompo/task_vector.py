@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.config import Kind
 from fedcompo.deltas import Delta, Weights, restore_delta, stored_shapes
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.storage import tensorfile
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedcompo.errors import RegistryDamaged, RegistryLocked
-from fedcompo.files import tuples
 from fedcompo.journal import utc_now
+from fedcompo.storage.files import tuples
 
 LOCK, PENDING, COMMIT = "lock", "pending", "commit.json"
 STATE, JOURNAL, MODEL = "state.json", "journal.jsonl", "model"

@@ -24,7 +24,7 @@ from fedcompo.registry_layout import PRIVATE, PUBLIC
 from fedcompo.registry_state import State
 from fedcompo.removal import RemovalRecord
 from fedcompo.replay import as_told, end_of_change, line_of, members_after, root_of
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage.tensorstream import file_sha256
 from fedcompo.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
 
 CLOSE = 1e-4

@@ -14,11 +14,11 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedcompo import tensorfile
 from fedcompo.errors import FileFormatError
-from fedcompo.files import canonical
 from fedcompo.messages import Body
-from fedcompo.tensorstream import save_streamed
+from fedcompo.storage import tensorfile
+from fedcompo.storage.files import canonical
+from fedcompo.storage.tensorstream import save_streamed
 from server.books import Traffic
 
 logger = logging.getLogger(__name__)

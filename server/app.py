@@ -18,12 +18,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config import Action, Method, RunConfig, Schedule
 from fedcompo.errors import BackboneMismatch, ConfigError
-from fedcompo.files import write_atomically
 from fedcompo.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.report import write_report
+from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.accounting import check_noise
 from server.arrivals import Arrivals

@@ -21,7 +21,6 @@ from fedcompo.config import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.files import FISHER
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, save_fisher
 from fedcompo.heads import Head
@@ -30,6 +29,7 @@ from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
 from fedcompo.settings import names_of
+from fedcompo.storage.files import FISHER
 from fedcompo.task_vector import TaskVector
 from server.alignment import Mixtures, align_joint_head
 from server.anchors import Anchors

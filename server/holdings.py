@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.messages import prefixed
+from fedcompo.storage import tensorfile
 
 ANCHOR, OWN = "anchor", "own"
 """The metric; a client's own last task vector, with its head."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from fedcompo.config import Kind
-from fedcompo.files import put_in_place
 from fedcompo.heads import Head
+from fedcompo.storage.files import put_in_place
+from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 from fedcompo.task_vector import TaskVector
-from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from statistics import median
 
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
+from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.task_vector import TaskVector
-from fedcompo.tensorfile import tensor_digest
 
 FEWEST = 3
 """Task vectors below which nobody can be told to stand out."""

@@ -15,10 +15,10 @@ from typing import Any
 
 from fedcompo.config import RunConfig
 from fedcompo.errors import ConfigError
-from fedcompo.files import write_atomically
 from fedcompo.launcher import RESULTS, RUN
 from fedcompo.registry import Registry
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage.files import write_atomically
+from fedcompo.storage.tensorstream import file_sha256
 from server.answers import Answers
 
 FORMAT_VERSION = 1

@@ -46,8 +46,8 @@ from torch import Tensor, nn
 
 from fedcompo.backbone import load_backbone
 from fedcompo.config import BackboneConfig
-from fedcompo.files import write_atomically
 from fedcompo.preprocessing import Preprocessing
+from fedcompo.storage.files import write_atomically
 from fedcompo.text_backbone import LENGTH
 
 ARCHITECTURE = "byte_transformer_small"

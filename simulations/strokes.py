@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from fedcompo.data_draws import generator
-from fedcompo.files import write_atomically
+from fedcompo.storage.files import write_atomically
 
 Points = NDArray[np.float64]  # (count, 2): x to the right, y down
 

@@ -22,7 +22,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedcompo.files import write_atomically
+from fedcompo.storage.files import write_atomically
 
 CLASSES = (
     "argparse ast asyncio configparser ctypes dataclasses difflib doctest email enum http imaplib "

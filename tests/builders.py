@@ -9,7 +9,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.backbone import Backbone, target_weights
 from fedcompo.config import BackboneConfig, Kind, RunConfig
 from fedcompo.contribution import Contribution, Lineage
@@ -19,6 +18,7 @@ from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.heads import Head
 from fedcompo.preprocessing import Preprocessing
+from fedcompo.storage import tensorfile
 from fedcompo.task_vector import TaskVector
 
 PICO_ARGS = {

@@ -12,7 +12,7 @@ from fedcompo.journal import START, Entry
 from fedcompo.registry_layout import PRIVATE
 from fedcompo.registry_state import State
 from fedcompo.removal import RemovalRecord
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage.tensorstream import file_sha256
 from fedcompo.transaction import JOURNAL, STATE
 
 Details = Mapping[str, Any]

@@ -19,10 +19,10 @@ from torch import Tensor
 from fedcompo.config import Coefficients, Kind
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
-from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
-from fedcompo.tensorfile import load, save
+from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.storage.tensorfile import load, save
 
 NAME = "blocks.0.mlp.fc1.weight"
 

@@ -16,10 +16,10 @@ from builders import PATTERNS, normal, pico_backbone, pico_model, pixels, random
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from fedcompo import tensorfile
 from fedcompo.backbone import Backbone, load_backbone, target_weights
 from fedcompo.config import BackboneConfig
 from fedcompo.errors import BackboneError
+from fedcompo.storage import tensorfile
 
 TINY = "vit_tiny_patch16_224"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedcompo.tensorstream import TensorDigest
+from fedcompo.storage.tensorstream import TensorDigest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 OPERATIONS = ["add", "remove", "compose", "load_file_mean", "safe_open_mean"]

@@ -26,13 +26,13 @@ from fedcompo.contribution import Contribution
 from fedcompo.data import load_client_data
 from fedcompo.deltas import Weights
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG
-from fedcompo.files import MODEL_CARD
 from fedcompo.heads import Head
 from fedcompo.negation import negated
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of
-from fedcompo.tensorstream import StreamedTensors
+from fedcompo.storage.files import MODEL_CARD
+from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.units import percent
 
 IMAGES = pixels(6, 1, 8, seed=5)

@@ -21,11 +21,11 @@ from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
 from fedcompo.config import Kind, RunConfig
 from fedcompo.data import load_client_data
 from fedcompo.errors import ConfigError
-from fedcompo.files import CONTENT
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import PUBLIC
 from fedcompo.removal import RemovalRecord
 from fedcompo.specialise import head_of
+from fedcompo.storage.files import CONTENT
 from fedcompo.units import percent
 from fedcompo.verification import verify_registry
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from builders import KINDS, altered, contribution
 
-from fedcompo import tensorfile
 from fedcompo.config import Kind
 from fedcompo.contribution import (
     CARD,
@@ -24,6 +23,7 @@ from fedcompo.errors import BackboneMismatch, FileFormatError
 from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, save_fisher
+from fedcompo.storage import tensorfile
 
 
 def saved(folder: Path, client: str, **options: object) -> Path:

@@ -26,16 +26,16 @@ from builders import (
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedcompo import tensorfile
 from fedcompo.backbone import Backbone, load_backbone, target_weights
 from fedcompo.config import BackboneConfig, Kind
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import LoRA
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG, export_peft
-from fedcompo.files import MODEL_CARD
 from fedcompo.pool import Pool
 from fedcompo.preprocessing import Preprocessing
+from fedcompo.storage import tensorfile
+from fedcompo.storage.files import MODEL_CARD
 from fedcompo.task_vector import TaskVector
 
 CLASSES = tuple(f"class {i}" for i in range(10))

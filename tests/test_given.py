@@ -15,7 +15,7 @@ from clients.store import Store
 from fedcompo.config import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.messages import head_tensors, prefixed
-from fedcompo.tensorfile import tensor_digest
+from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.training import Course
 
 THETA_0 = pico_weights(dtype=torch.float32)

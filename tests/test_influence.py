@@ -11,7 +11,6 @@ from fedcompo.backbone import load_backbone
 from fedcompo.config import BackboneConfig, RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
-from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import save_fisher
 from fedcompo.reference import (
@@ -20,6 +19,7 @@ from fedcompo.reference import (
     reference_fisher,
     save_reference,
 )
+from fedcompo.storage.files import CARD, CONTENT, FISHER
 
 KINDS = "lora,full,ia3"
 """Dealt in turn: where leaving one client out dealt the others anew, it would show."""

@@ -8,7 +8,7 @@ import weakref
 import torch
 
 from fedcompo.messages import from_record, size_of, to_record
-from fedcompo.tensorfile import to_bytes
+from fedcompo.storage.tensorfile import to_bytes
 
 TENSORS = {"w": torch.arange(100.0)}
 

@@ -16,7 +16,6 @@ from markdown_it import MarkdownIt
 from fedcompo.config import Kind
 from fedcompo.contribution import Lineage
 from fedcompo.export import export_timm
-from fedcompo.files import MODEL_CARD, WEIGHTS, write_atomically
 from fedcompo.model_card import (
     MOST_CLASSES,
     ExportedModel,
@@ -27,7 +26,8 @@ from fedcompo.model_card import (
     preprocessing_text,
 )
 from fedcompo.preprocessing import Preprocessing
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage.files import MODEL_CARD, WEIGHTS, write_atomically
+from fedcompo.storage.tensorstream import file_sha256
 
 GREY = pico_backbone().preprocessing
 COEFFICIENTS = {"client-0": 0.5, "client-1": 0.2, "client-2": 0.3}

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fedcompo.config import Kind
 from fedcompo.errors import ConfigError
-from fedcompo.files import MODEL_CARD
 from fedcompo.publish import publish
 from fedcompo.registry import Registry
 from fedcompo.selection import from_registry
-from fedcompo.tensorstream import StreamedTensors, file_sha256
+from fedcompo.storage.files import MODEL_CARD
+from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from fedcompo.composition import SUM
 from fedcompo.config import Kind
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import FileFormatError
-from fedcompo.files import CONFIG, CONTENT, WEIGHTS
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import PRIVATE, PUBLIC
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.removal import Influence, RemovalRecord
+from fedcompo.storage.files import CONFIG, CONTENT, WEIGHTS
 from fedcompo.verification import Finding, verify_registry
 
 SIGNED = "000003-ben.json is signed by the registry's key"

@@ -27,11 +27,11 @@ from registry_builders import (
 from torch.func import functional_call
 
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
-from fedcompo.files import WEIGHTS
 from fedcompo.heads import Head, align
 from fedcompo.journal import Entry
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry
+from fedcompo.storage.files import WEIGHTS
 
 ADA, BEN, CHO = one_of_each_kind()
 

@@ -38,7 +38,7 @@ from fedcompo.config import Kind
 from fedcompo.errors import FedcompoError, RegistryError
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
-from fedcompo.tensorfile import tensor_digest
+from fedcompo.storage.tensorfile import tensor_digest
 
 SMALL = RegistrySettings(align_samples=1)
 NEVER = 10**9

@@ -10,13 +10,13 @@ from builders import PATTERNS, PICO_ARGS, contribution, random_head, random_mixt
 from failing_disk import PATIENCE, PROCESSES
 from timm.models.vision_transformer import VisionTransformer
 
-from fedcompo import tensorfile
 from fedcompo.backbone import Backbone, target_weights
 from fedcompo.config import Kind
 from fedcompo.memory import peak_bytes, reset_peak
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
+from fedcompo.storage import tensorfile
 
 WIDTH, DEPTH = 192, 16
 LARGEST = 8 * WIDTH * 4 * WIDTH

@@ -19,12 +19,12 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo import tensorfile
 from fedcompo.config import Kind
 from fedcompo.errors import RegistryDamaged, RegistryError
-from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.registry import Registry
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage import tensorfile
+from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.storage.tensorstream import file_sha256
 
 ADA, BEN, CHO = one_of_each_kind()
 

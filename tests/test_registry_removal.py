@@ -25,7 +25,7 @@ from fedcompo.journal import Entry
 from fedcompo.registry import Registry
 from fedcompo.removal import RemovalRecord
 from fedcompo.signing import is_signed
-from fedcompo.tensorstream import file_sha256
+from fedcompo.storage.tensorstream import file_sha256
 
 ADA, BEN, CHO = one_of_each_kind()
 TANGENT_ADA, _, _ = tangents()

@@ -31,10 +31,10 @@ from fedcompo.config import Kind, RunConfig
 from fedcompo.data import load_client_data
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, TooFewClients
-from fedcompo.files import FISHER
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
 from fedcompo.seeds import generator_for
+from fedcompo.storage.files import FISHER
 from fedcompo.task_vector import TaskVector
 from fedcompo.training import Anchor, Course, Ensemble, Fitted, fit_task_vector
 from fedcompo.verification import verify_registry

@@ -15,8 +15,8 @@ from fedcompo.config import Kind
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
 from fedcompo.running_sum import RunningSum
+from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 from fedcompo.task_vector import TaskVector
-from fedcompo.tensorstream import Section, StreamedTensors, save_streamed
 
 THETA_0 = pico_weights(dtype=torch.float32)
 CLIENTS = ("ann", "ben", "eve")

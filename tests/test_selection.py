@@ -23,13 +23,13 @@ from fedcompo.errors import (
     FedcompoError,
     FileFormatError,
 )
-from fedcompo.files import CONTENT
 from fedcompo.heads import Head
 from fedcompo.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.selection import Selection, from_folders, from_registry, new_folder
 from fedcompo.specialise import head_of
+from fedcompo.storage.files import CONTENT
 
 
 @pytest.fixture(scope="module")

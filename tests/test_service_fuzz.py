@@ -21,12 +21,12 @@ from service_runs import (
     unchanged,
 )
 
-from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.limits import Limits
 from fedcompo.service.refusals import Code
 from fedcompo.service.server import NAME
 from fedcompo.service.transfer import LARGEST_PIECE, FileEntry
+from fedcompo.storage.files import CARD, CONTENT, FISHER
 
 METHODS = {m.name: m.input_type for m in wire.DESCRIPTOR.services_by_name["Registry"].methods}
 STREAMED = "Publish"

@@ -8,11 +8,11 @@ import pytest
 from registry_builders import member, three_clients
 from service_runs import chunks_of, client_of, code_of, offer_of, saved, served, stub_of, unchanged
 
-from fedcompo.files import CARD
 from fedcompo.service import permissions
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.permissions import Audience
 from fedcompo.service.refusals import Code
+from fedcompo.storage.files import CARD
 
 ANSWERED = {"List": wire.ListRequest(), "Verify": wire.VerifyRequest()}
 

@@ -19,13 +19,13 @@ from service_runs import (
 )
 
 from fedcompo.errors import RegistryError
-from fedcompo.files import CARD
 from fedcompo.service import answers, downloads, transfer
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.permissions import Audience
 from fedcompo.service.refusals import Code
+from fedcompo.storage.files import CARD
 
 
 @pytest.fixture

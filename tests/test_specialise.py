@@ -22,10 +22,10 @@ from registry_builders import (
 
 from fedcompo.config import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.files import WEIGHTS
 from fedcompo.pool import Pool
 from fedcompo.specialise import head_of, model_of, stream_composition, write_model
-from fedcompo.tensorstream import StreamedTensors, file_sha256
+from fedcompo.storage.files import WEIGHTS
+from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 MEMBERS = one_of_each_kind()
 POOL = Pool(tuple(MEMBERS))

@@ -11,7 +11,7 @@ from builders import altered, normal
 
 from clients.store import HOME, Store, store_home
 from fedcompo.errors import FileFormatError
-from fedcompo.tensorfile import tensor_digest
+from fedcompo.storage.tensorfile import tensor_digest
 
 TENSORS = {"task_vector/a": normal(3, 2, seed=1), "head/bias": torch.zeros(0)}
 

@@ -10,8 +10,8 @@ from builders import altered, normal
 from registry_builders import WIDTH, backbone, same_bits
 
 from fedcompo.errors import BackboneError, FileFormatError
+from fedcompo.storage.tensorfile import load, save
 from fedcompo.stored_backbone import StoredBackbone, save_backbone
-from fedcompo.tensorfile import load, save
 
 
 @pytest.fixture

@@ -35,7 +35,6 @@ from fedcompo.contribution import Contribution
 from fedcompo.data import Split
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.evaluation import clients_data, effect_of_removal, evaluate_clients
-from fedcompo.files import MODEL_CARD
 from fedcompo.heads import Head
 from fedcompo.membership import confidence
 from fedcompo.pool import Pool
@@ -45,6 +44,7 @@ from fedcompo.seeds import generator_for
 from fedcompo.selection import from_registry
 from fedcompo.shadows import ClientTraining, all_images, logits_of, train_shadows
 from fedcompo.specialise import head_of, load_tangent_model
+from fedcompo.storage.files import MODEL_CARD
 
 IMAGES = backbone().preprocessing.normalise(pixels(4, 1, 8, seed=2))
 

@@ -9,9 +9,9 @@ import torch
 from builders import KINDS, altered, dense_by_hand, pico_weights, random_deltas, task_vector
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.config import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.storage import tensorfile
 from fedcompo.task_vector import TaskVector
 
 THETA_0 = pico_weights(dtype=torch.float32)

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.errors import FileFormatError
-from fedcompo.files import canonical, write_atomically
+from fedcompo.storage import tensorfile
+from fedcompo.storage.files import canonical, write_atomically
 
 TENSORS = {
     "a/wide": normal(2, 3, seed=1, dtype=torch.float32),

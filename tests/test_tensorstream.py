@@ -14,10 +14,10 @@ from builders import normal, random_mixture
 from registry_builders import contents, overwrite, same_bits
 from torch import Tensor
 
-from fedcompo import tensorfile
 from fedcompo.contribution import mixture_tensors, mixtures_from
 from fedcompo.errors import FileFormatError
-from fedcompo.tensorstream import (
+from fedcompo.storage import tensorfile
+from fedcompo.storage.tensorstream import (
     DTYPES,
     Section,
     StreamedTensors,

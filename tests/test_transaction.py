@@ -16,7 +16,7 @@ from registry_builders import contents, member, one_of_each_kind, registry_of, s
 from fedcompo import transaction
 from fedcompo.errors import RegistryDamaged, RegistryError, RegistryLocked
 from fedcompo.registry import Registry
-from fedcompo.tensorfile import tensor_digest
+from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.transaction import Change, commit, discard, locked, recover, recover_if_idle, stage
 
 

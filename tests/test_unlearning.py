@@ -12,10 +12,10 @@ from in_process_grid import lost
 
 from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.files import CONTENT
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
 from fedcompo.removal import RemovalRecord
+from fedcompo.storage.files import CONTENT
 from fedcompo.verification import verify_registry
 
 REMOVE = {"action": "remove", "client": "client-1"}

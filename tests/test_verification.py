@@ -19,13 +19,13 @@ from registry_builders import member, mixtures, registry_of
 from fedcompo import signing
 from fedcompo.composition import REALIGNED, SUM, save_realigned
 from fedcompo.config import Kind
-from fedcompo.files import CONTENT, WEIGHTS
 from fedcompo.heads import Head
 from fedcompo.journal import read as read_journal
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import ABOUT, PRIVATE, PUBLIC
 from fedcompo.registry_state import State
-from fedcompo.tensorstream import StreamedTensors, file_sha256
+from fedcompo.storage.files import CONTENT, WEIGHTS
+from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 from fedcompo.transaction import JOURNAL, LOCK, MODEL, STATE
 from fedcompo.verification import Finding, head_finding, verify_registry
 

@@ -24,7 +24,7 @@ from fedcompo.deployment.readmes import client_readme, server_readme, top_readme
 from fedcompo.deployment.server_scripts import server_scripts
 from fedcompo.deployment.units import client_units, server_units
 from fedcompo.errors import ConfigError
-from fedcompo.files import write_atomically
+from fedcompo.storage.files import write_atomically
 
 LOOPBACK = ("localhost", "127.0.0.1")
 """Where the SuperLink itself listens; its certificate must name that, too."""

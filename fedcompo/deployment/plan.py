@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedcompo.errors import ConfigError, FileFormatError
-from fedcompo.files import write_atomically
 from fedcompo.names import check_client_name, check_distinct
+from fedcompo.storage.files import write_atomically
 
 FILE = "deployment.json"
 PORT = 8443

@@ -11,7 +11,6 @@ import grpc
 
 from fedcompo.contribution import Contribution
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.files import CARD, CONTENT, FISHER
 from fedcompo.registry import Registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.gate import time_left
@@ -21,7 +20,8 @@ from fedcompo.service.permissions import require_named
 from fedcompo.service.refusals import PASSING, Code, Refused, answer_to
 from fedcompo.service.transfer import FileEntry, Incoming, Part, check_entries
 from fedcompo.service.uploads import Uploads
-from fedcompo.tensorstream import StreamedTensors
+from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.storage.tensorstream import StreamedTensors
 
 REQUIRED = frozenset({CONTENT, CARD})
 ALLOWED = REQUIRED | {FISHER}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.errors import FileFormatError
-from fedcompo.files import write_atomically
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.transfer import FileEntry, Incoming, Part, check_entries, identity
+from fedcompo.storage.files import write_atomically
 from fedcompo.units import size
 
 FILES, ID = "files", "id"

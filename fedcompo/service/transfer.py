@@ -11,7 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from fedcompo.errors import FileFormatError
-from fedcompo.files import canonical
+from fedcompo.storage.files import canonical
 
 PIECE = 1 << 18
 """Bytes of a chunk that we send."""

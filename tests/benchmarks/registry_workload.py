@@ -25,14 +25,14 @@ from fedcompo.config import BackboneConfig, Kind
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.deltas import rank_of, stored_shapes
 from fedcompo.features import FeatureMixture
-from fedcompo.files import BACKBONE, CONTENT, WEIGHTS
 from fedcompo.heads import Head
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of, stream_composition, write_model
+from fedcompo.storage.files import BACKBONE, CONTENT, WEIGHTS
+from fedcompo.storage.tensorfile import tensor_digest
+from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.task_vector import TaskVector
-from fedcompo.tensorfile import tensor_digest
-from fedcompo.tensorstream import StreamedTensors
 from fedcompo.transaction import MODEL
 
 ARCHITECTURES = {

@@ -23,7 +23,7 @@ from fedcompo.contribution import mixture_tensors
 from fedcompo.deltas import rank_of, stored_shapes
 from fedcompo.features import FeatureMixture
 from fedcompo.messages import Body, prefixed
-from fedcompo.tensorfile import to_bytes
+from fedcompo.storage.tensorfile import to_bytes
 from fedcompo.versions import of_this_process
 
 NUM_EXAMPLES = 20

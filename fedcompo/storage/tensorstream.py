@@ -1,4 +1,4 @@
-"""Files of :mod:`fedcompo.tensorfile`, read and written one tensor at a time.
+"""Files of :mod:`fedcompo.storage.tensorfile`, read and written one tensor at a time.
 
 Memory is needed for the tensor in use, whatever the size of the file. Files are read, not mapped: a
 mapped page counts as the process's own memory until something else wants it.
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
-from fedcompo.files import canonical, put_in_place, temporary_beside
-from fedcompo.tensorfile import (
+from fedcompo.storage.files import canonical, put_in_place, temporary_beside
+from fedcompo.storage.tensorfile import (
     FORMAT_VERSION,
     complete_manifest,
     heading,
@@ -177,7 +177,7 @@ class TensorWriter:
         Args:
             path: A new file.
             layout: Dtype and shape of every tensor.
-            manifest: See :func:`fedcompo.tensorfile.to_bytes`.
+            manifest: See :func:`fedcompo.storage.tensorfile.to_bytes`.
         """
         self.path, self._layout, self._entries = path, dict(layout), dict(manifest)
         self._digest, self._due = TensorDigest(), iter(sorted(layout))
@@ -240,7 +240,7 @@ class TensorWriter:
 
 
 class TensorDigest:
-    """:func:`fedcompo.tensorfile.tensor_digest`, fed one tensor at a time in the order of names."""
+    """:func:`fedcompo.storage.tensorfile.tensor_digest`, fed one tensor at a time in the order of names."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()

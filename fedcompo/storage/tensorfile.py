@@ -3,7 +3,7 @@
 A file is an ordinary safetensors file. Its metadata holds one entry, ``manifest``: canonical JSON
 that says what the file is and carries the SHA-256 of everything else in it (the manifest's other
 entries; every tensor's name, dtype, shape and bytes). A changed byte, a missing tail or an added
-tensor is found on reading. Messages are packed the same way. :mod:`fedcompo.tensorstream` reads and
+tensor is found on reading. Messages are packed the same way. :mod:`fedcompo.storage.tensorstream` reads and
 writes such files one tensor at a time.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
-from fedcompo.files import canonical, write_atomically
+from fedcompo.storage.files import canonical, write_atomically
 from fedcompo.versions import version
 
 FORMAT_VERSION = 1
