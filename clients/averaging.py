@@ -12,7 +12,7 @@ from torch import Tensor
 from clients import outgoing
 from clients.local import LocalClient
 from fedcompo.accuracy import evaluate
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.data import Split
 from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, section

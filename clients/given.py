@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from clients.store import Store
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.heads import Head
 from fedcompo.messages import head_from, section

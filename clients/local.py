@@ -21,8 +21,8 @@ from clients.given import OWN, Given
 from clients.store import Store, store_home
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
-from fedcompo.caps import NODE_KEYS
-from fedcompo.config import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
+from fedcompo.config.caps import NODE_KEYS
+from fedcompo.config.run import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.contribution import mixture_tensors
 from fedcompo.data import ClientData, load_client_data, load_folder
 from fedcompo.errors import DataError
@@ -67,7 +67,7 @@ class LocalClient:
             node_config: In a simulation ``partition-id``; in a deployment ``client`` (its name),
                 ``data`` (path of its images), and optionally ``kind``, ``device``, ``state``
                 (folder of what it keeps between rounds) and caps of what leaves it; see
-                :mod:`fedcompo.caps`.
+                :mod:`fedcompo.config.caps`.
             registered_name: Name under which the server knows the node; wins over ``client``.
 
         Raises:

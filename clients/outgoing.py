@@ -1,4 +1,4 @@
-"""What leaves this client, and in which numbers: its caps (:mod:`fedcompo.caps`) at work."""
+"""What leaves this client, and in which numbers: its caps (:mod:`fedcompo.config.caps`) at work."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone import Backbone
-from fedcompo.caps import CapsConfig
-from fedcompo.config import FisherForm, RunConfig, Wire
+from fedcompo.config.caps import CapsConfig
+from fedcompo.config.run import FisherForm, RunConfig, Wire
 from fedcompo.data import ClientData
 from fedcompo.deltas import Weights
 from fedcompo.factored_fisher import reduced, restored

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcompo.config import Penalty, TrainConfig
+from fedcompo.config.run import Penalty, TrainConfig
 from fedcompo.deltas import Delta, Weights
 from fedcompo.penalties import (
     explicit_step,

@@ -45,7 +45,7 @@ from fedcompo.audited_models import (
     distances_to_gold,
 )
 from fedcompo.backbone import Backbone
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData
 from fedcompo.errors import ContributionError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData
 from fedcompo.deltas import Weights

@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 import fedcompo.text_backbone  # noqa: F401  timm knows its models from here on
 from fedcompo.checkpoint import fill, read_checkpoint
-from fedcompo.config import BackboneConfig
+from fedcompo.config.run import BackboneConfig
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError
 from fedcompo.preprocessing import Modality, Preprocessing

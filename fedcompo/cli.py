@@ -19,7 +19,7 @@ from fedcompo.cli_deployment import init_deployment
 from fedcompo.cli_fisher import fisher
 from fedcompo.cli_print import print_removal
 from fedcompo.cli_serve import serve
-from fedcompo.config import Action, RunConfig, Scalar, all_settings
+from fedcompo.config.run import Action, RunConfig, Scalar, all_settings
 from fedcompo.errors import ConfigError
 
 app = typer.Typer(
@@ -103,7 +103,7 @@ def settings(
     """List all settings of a run: name, default, meaning."""
     if check is not None:
         with errors_as_sentences(verbose=False):
-            from fedcompo import scenario
+            from fedcompo.config import scenario
 
             scenario.settings_of(check, (), {})
         say(f"{check}: every setting is known, and in range.")
@@ -163,7 +163,8 @@ def _simulate(
     gpus_per_client: float | None,
     resume: Path | None,
 ) -> None:
-    from fedcompo import launcher, scenario
+    from fedcompo import launcher
+    from fedcompo.config import scenario
     from fedcompo.live import Display
     from fedcompo.resources import count_clients, fair_resources
 

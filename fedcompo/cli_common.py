@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, FedcompoError
-from fedcompo.settings import names_of
 
 if TYPE_CHECKING:
     from fedcompo.registry import Registry

@@ -21,7 +21,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.units import duration, size
 
 if TYPE_CHECKING:
-    from fedcompo.config import RunConfig
+    from fedcompo.config.run import RunConfig
 
 
 def fisher(
@@ -60,12 +60,12 @@ def fisher(
     Then: fedcompo simulate --set anchor=reference --set reference=FILE --set head-start=probe
     """
     with errors_as_sentences(verbose):
-        from fedcompo.scenario import settings_of
+        from fedcompo.config.scenario import settings_of
 
         if output.exists():
             raise ConfigError(f"{output} is there already. Name another file, or take it away.")
         values = settings_of(scenario, assignments or [], {"data": data})
-        from fedcompo.config import RunConfig
+        from fedcompo.config.run import RunConfig
 
         config = RunConfig.parse(values)
         summary = _make(config, output, quiet=as_json)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcompo.config import DataConfig
+from fedcompo.config.run import DataConfig
 from fedcompo.data_catalogue import Catalogue
 from fedcompo.data_draws import (
     Indices,

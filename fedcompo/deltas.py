@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 
 Weights = dict[str, Tensor]
 """Tensors under timm's own parameter names."""

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo import guard
-from fedcompo.config import Scalar
+from fedcompo.config.run import Scalar
+from fedcompo.config.scenario import as_toml
 from fedcompo.engine_log import last_error, plain, read_from
 from fedcompo.errors import LaunchError
-from fedcompo.scenario import as_toml
 
 MARKER = "FEDCOMPO_ENGINE"
 """Environment variable that every process of an engine carries; its value names the engine."""

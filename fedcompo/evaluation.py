@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone
-from fedcompo.config import DataConfig, RunConfig
+from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data import ClientData, load_client_data, num_clients
 from fedcompo.deltas import Weights
 from fedcompo.errors import DataError, FedcompoError

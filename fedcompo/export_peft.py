@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fedcompo.backbone import EMBEDDED, Backbone
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError, ContributionError
@@ -182,7 +182,7 @@ model = timm.create_model({backbone.name!r}, pretrained=True, {listed})"""
     seen = backbone.preprocessing
     return f"""\
 from fedcompo.backbone import load_backbone
-from fedcompo.config import BackboneConfig
+from fedcompo.config.run import BackboneConfig
 
 backbone = load_backbone(BackboneConfig(image_size={seen.image_size}, channels={seen.channels}))
 model = timm.create_model({backbone.architecture!r}, {listed})

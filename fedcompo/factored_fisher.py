@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedcompo.choices import FisherForm
+from fedcompo.config.choices import FisherForm
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
 from fedcompo.fisher import HEAD

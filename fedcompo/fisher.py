@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fedcompo.config import FisherKind
+from fedcompo.config.run import FisherKind
 from fedcompo.curvature import curvature_factors, leading_rank
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.deltas import stored_shapes
 from fedcompo.errors import ContributionError
 from fedcompo.task_vector import TaskVector

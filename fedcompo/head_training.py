@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedcompo.anchoring import Anchor
-from fedcompo.config import TrainConfig
+from fedcompo.config.run import TrainConfig
 from fedcompo.heads import Head
 from fedcompo.penalties import head_penalty
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from fedcompo.config import Scalar
+from fedcompo.config.run import Scalar
 from fedcompo.engine import Engine, started
 from fedcompo.engine_log import LineTail, last_error, read_from
 from fedcompo.errors import LaunchError

@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedcompo.choices import Wire
+from fedcompo.config.choices import Wire
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.heads import Head
 from fedcompo.storage import tensorfile

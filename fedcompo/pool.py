@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneMismatch, ContributionError

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fedcompo.choices import FisherForm
+from fedcompo.config.choices import FisherForm
 from fedcompo.curvature import curvature_factors
 from fedcompo.deltas import Weights
 from fedcompo.factored_fisher import COLUMNS, ROWS

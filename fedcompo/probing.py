@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import FisherConfig
+from fedcompo.config.run import FisherConfig
 from fedcompo.data import Split
 from fedcompo.features import extract_features
 from fedcompo.fisher import FisherDiagonal, FisherReport, estimate_fisher

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData, load_client_data, load_folder
 from fedcompo.fisher import FisherDiagonal, FisherReport
 from fedcompo.fisher_file import load_fisher, save_fisher

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedcompo.config import Coefficients, RunConfig
+from fedcompo.config.run import Coefficients, RunConfig
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import RegistryDamaged
 from fedcompo.pool import are_tangents

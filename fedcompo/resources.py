@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 
 CLIENTS_PER_GPU = 8

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedcompo.admission import check_contribution
 from fedcompo.backbone import load_backbone
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.heads import Head

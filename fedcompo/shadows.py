@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import AnchorBy, HeadStart, Kind, RunConfig
+from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig
 from fedcompo.data import ClientData, Split
 from fedcompo.deltas import Weights
 from fedcompo.errors import ConfigError, ContributionError

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.deltas import Delta, Weights, restore_delta, stored_shapes
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.storage import tensorfile

@@ -19,7 +19,7 @@ from fedcompo.anchoring import Ensemble as Ensemble
 from fedcompo.anchoring import Holding
 from fedcompo.augmentation import augment
 from fedcompo.backbone import Backbone
-from fedcompo.config import Kind, Precision, TrainConfig
+from fedcompo.config.run import Kind, Precision, TrainConfig
 from fedcompo.data import Split
 from fedcompo.deltas import Delta, Weights, new_deltas
 from fedcompo.errors import ContributionError

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedcompo.choices import Wire
+from fedcompo.config.choices import Wire
 from fedcompo.errors import FileFormatError
 
 BLOCK = 256

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
 
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 
 ACCOUNTANT = "flwr.serverapp.RdpAccountant"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.features import FeatureMixture
 from fedcompo.heads import Head, align
 from fedcompo.seeds import derive_seed

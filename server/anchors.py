@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fedcompo.config import AnchorBy
+from fedcompo.config.run import AnchorBy
 from fedcompo.deltas import Weights
 from fedcompo.fisher import FisherDiagonal
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.accuracy_matrix import AccuracyMatrix
+from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.settings import names_of
 from server import composing, fitting
 from server.composing import Composing
 from server.strategy import Strategy

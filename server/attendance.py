@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedcompo.config import ServerConfig, rounds_of
-from fedcompo.settings import names_of
+from fedcompo.config.run import ServerConfig, rounds_of
+from fedcompo.config.setting import names_of
 from server.exchange import Exchange
 from server.fitting import Fitting
 

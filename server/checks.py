@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import FisherForm, Kind, Wire
+from fedcompo.config.run import FisherForm, Kind, Wire
 from fedcompo.contribution import mixtures_from
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.factored_fisher import restored

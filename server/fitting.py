@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
+from fedcompo.config.run import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
+from fedcompo.config.setting import names_of
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
@@ -28,7 +29,6 @@ from fedcompo.messages import Body, head_from, head_tensors, prefixed
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
-from fedcompo.settings import names_of
 from fedcompo.storage.files import FISHER
 from fedcompo.task_vector import TaskVector
 from server.alignment import Mixtures, align_joint_head

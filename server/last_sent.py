@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.heads import Head
 from fedcompo.storage.files import put_in_place
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.versions import version
 from server import accounting
 from server.averaging import Averaging

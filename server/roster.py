@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.messages import Body
 from fedcompo.names import check_client_name

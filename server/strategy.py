@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 from flwr.common.logger import log
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import Kind, Method, RunConfig, kinds_of
+from fedcompo.config.run import Kind, Method, RunConfig, kinds_of
+from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.registry import Registry
-from fedcompo.settings import names_of
 from server import composing, fitting
 from server.composing import Composing
 from server.exchange import Exchange

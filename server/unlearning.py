@@ -20,7 +20,7 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import RegistryConfig, RunConfig
+from fedcompo.config.run import RegistryConfig, RunConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages import Body
 from fedcompo.names import check_client_name

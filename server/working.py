@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 from fedcompo.launcher import RESULTS, RUN
 from fedcompo.registry import Registry

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone
 from fedcompo.composition import joint_head
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData
 from fedcompo.deltas import Weights
 from fedcompo.evaluation import clients_data, run_config_of

@@ -33,7 +33,7 @@ from methods import METHODS, Method, settings_of
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from runs import run
 
-from fedcompo.scenario import settings_of as scenario_settings
+from fedcompo.config.scenario import settings_of as scenario_settings
 
 SEEDS = ("0", "1", "2")
 

@@ -25,11 +25,11 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedcompo.config import RunConfig, Scalar
+from fedcompo.config.run import RunConfig, Scalar
+from fedcompo.config.scenario import settings_of
 from fedcompo.data import num_clients
 from fedcompo.errors import FedcompoError
 from fedcompo.launcher import RESULTS, find_app, reserve_output
-from fedcompo.scenario import settings_of
 
 STATE = "FEDCOMPO_STATE"
 

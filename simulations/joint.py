@@ -16,7 +16,7 @@ import torch
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone
 from fedcompo.composition import Mixtures, joint_head
-from fedcompo.config import Kind, RunConfig
+from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import ClientData, Split
 from fedcompo.deltas import Weights
 from fedcompo.features import extract_features, fit_mixtures

@@ -18,7 +18,7 @@ from merged import FROZEN, evaluate_merges
 from merging import MERGES
 from methods import METHODS
 
-from fedcompo.config import kinds_of
+from fedcompo.config.run import kinds_of
 from fedcompo.heads import side_by_side
 from fedcompo.specialise import head_of
 

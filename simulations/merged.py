@@ -19,7 +19,7 @@ from joint import described, measured
 from merging import MERGES, Merge
 
 from fedcompo.composition import joint_head
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data, run_config_of

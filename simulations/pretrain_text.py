@@ -45,7 +45,7 @@ from text_corpus import (
 from torch import Tensor, nn
 
 from fedcompo.backbone import load_backbone
-from fedcompo.config import BackboneConfig
+from fedcompo.config.run import BackboneConfig
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage.files import write_atomically
 from fedcompo.text_backbone import LENGTH

@@ -13,7 +13,7 @@ from builders import pico_backbone
 from clients.local import LocalClient
 from fedcompo.backbone import Backbone
 from fedcompo.composition import joint_head
-from fedcompo.config import AnchorBy, HeadStart, Kind, RunConfig, kinds_of
+from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.contribution import Contribution, Lineage, mixtures_from
 from fedcompo.evaluation import clients_data
 from fedcompo.fisher import FisherDiagonal

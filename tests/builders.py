@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fedcompo.backbone import Backbone, target_weights
-from fedcompo.config import BackboneConfig, Kind, RunConfig
+from fedcompo.config.run import BackboneConfig, Kind, RunConfig
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.data import Split
 from fedcompo.deltas import Delta, Weights, new_deltas

@@ -11,7 +11,7 @@ from registry_builders import member, registry_of
 from typer.testing import CliRunner
 
 from fedcompo.cli import app
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import Lineage
 from fedcompo.registry import Registry
 

@@ -38,11 +38,11 @@ from machines import Machines
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fedcompo.config import Scalar
+from fedcompo.config.run import Scalar
+from fedcompo.config.scenario import as_toml
 from fedcompo.deployment import folders
 from fedcompo.deployment.plan import Deployment
 from fedcompo.launcher import find_app
-from fedcompo.scenario import as_toml
 
 DIGITS = {"hospital-a": (0, 1, 2), "hospital-b": (3, 4, 5), "hospital-c": (6, 7, 8, 9)}
 """Three clients and their classes."""

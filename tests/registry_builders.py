@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedcompo import fixed_point
 from fedcompo.backbone import Backbone
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.features import FeatureMixture
 from fedcompo.fisher import FisherDiagonal

@@ -9,7 +9,7 @@ import torch
 from builders import normal
 from torch import Tensor
 
-from fedcompo.config import AnchorBy
+from fedcompo.config.run import AnchorBy
 from fedcompo.fisher import FisherDiagonal
 from server.anchors import Anchors
 

@@ -13,7 +13,7 @@ from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, sa
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.composition import joint_head
-from fedcompo.config import Kind, RunConfig
+from fedcompo.config.run import Kind, RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.errors import TooFewClients

@@ -7,7 +7,7 @@ import torch
 from builders import pixels, rng
 
 from fedcompo.augmentation import SHIFT, SMALLEST_CROP, augment
-from fedcompo.config import Augmentation
+from fedcompo.config.run import Augmentation
 from fedcompo.errors import ConfigError
 
 RANDOM = [Augmentation.SHIFT, Augmentation.CROP_FLIP]

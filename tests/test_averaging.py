@@ -20,7 +20,7 @@ from torch import Tensor
 from clients import averaging
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
-from fedcompo.config import BackboneConfig, DataConfig, Kind, RunConfig
+from fedcompo.config.run import BackboneConfig, DataConfig, Kind, RunConfig
 from fedcompo.data import ClientData, Split, load_client_data
 from fedcompo.deltas import new_deltas
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients

@@ -17,7 +17,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fedcompo.backbone import Backbone, load_backbone, target_weights
-from fedcompo.config import BackboneConfig
+from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.storage import tensorfile
 

@@ -22,9 +22,9 @@ from round_runs import (
 from clients.local import LocalClient
 from fedcompo.anchoring import Anchor, Holding
 from fedcompo.backbone import load_backbone
-from fedcompo.caps import CapsConfig
-from fedcompo.choices import FisherForm, Wire
-from fedcompo.config import BackboneConfig, TrainConfig
+from fedcompo.config.caps import CapsConfig
+from fedcompo.config.choices import FisherForm, Wire
+from fedcompo.config.run import BackboneConfig, TrainConfig
 from fedcompo.deltas import new_deltas
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.factored_fisher import margins, outer

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcompo import cli, launcher
-from fedcompo.config import RunConfig, all_settings
+from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.errors import ConfigError, FedcompoError, LaunchError
 
 runner = CliRunner()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fedcompo.backbone import load_backbone
 from fedcompo.cli import app
-from fedcompo.config import BackboneConfig
+from fedcompo.config.run import BackboneConfig
 from fedcompo.reference import load_reference
 
 runner = CliRunner()

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import load_backbone
 from fedcompo.cli_common import VARIABLE
-from fedcompo.config import BackboneConfig, Kind, RunConfig
+from fedcompo.config.run import BackboneConfig, Kind, RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import load_client_data
 from fedcompo.deltas import Weights

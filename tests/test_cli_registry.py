@@ -18,7 +18,7 @@ from registry_builders import backbone, contents, member, registry_of
 from fedcompo.accuracy import evaluate
 from fedcompo.cli import app
 from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
-from fedcompo.config import Kind, RunConfig
+from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import load_client_data
 from fedcompo.errors import ConfigError
 from fedcompo.registry import Registry

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcompo.config import (
+from fedcompo.config.run import (
     SECTIONS,
     AnchorBy,
     FisherKind,
@@ -22,8 +22,8 @@ from fedcompo.config import (
     kinds_of,
     rounds_of,
 )
+from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError
-from fedcompo.settings import names_of
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 DEFAULTS = RunConfig().flat()

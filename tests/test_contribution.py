@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import KINDS, altered, contribution
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import (
     CARD,
     CONTENT,

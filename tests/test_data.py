@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from fedcompo.config import DataConfig
+from fedcompo.config.run import DataConfig
 from fedcompo.data import ClientData, load_client_data, load_folder, num_clients
 from fedcompo.data_draws import cap_members, deal_classes, draw_classes, generator, split_members
 from fedcompo.errors import DataError

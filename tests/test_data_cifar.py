@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fedcompo.config import DataConfig
+from fedcompo.config.run import DataConfig
 from fedcompo.data import load_client_data
 from fedcompo.errors import DataError
 from fedcompo.preprocessing import Preprocessing

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedcompo.config import DataConfig
+from fedcompo.config.run import DataConfig
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.errors import DataError
 from fedcompo.preprocessing import Preprocessing

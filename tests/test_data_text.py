@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcompo.config import DataConfig
+from fedcompo.config.run import DataConfig
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.errors import DataError
 from fedcompo.preprocessing import Modality, Preprocessing

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import KINDS, normal, pico_weights, random_deltas, rng
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.deltas import IA3, Full, LoRA, new_deltas, rank_of, restore_delta, stored_shapes
 
 THETA_0 = pico_weights()

@@ -20,7 +20,7 @@ from builders import (
 
 from fedcompo import anchoring
 from fedcompo.backbone import Backbone
-from fedcompo.config import Kind, Penalty, TrainConfig
+from fedcompo.config.run import Kind, Penalty, TrainConfig
 from fedcompo.penalties import iel_penalty
 from fedcompo.training import Anchor, Course, Ensemble, Fitted, ensembled, fit_task_vector
 

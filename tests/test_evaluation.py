@@ -11,7 +11,7 @@ from cli_runs import CLASSES, digits_registry
 from registry_builders import backbone, contents, member, registry_of
 
 from fedcompo.accuracy import evaluate
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.deltas import Weights
 from fedcompo.errors import ConfigError, DataError

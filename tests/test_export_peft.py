@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcompo.backbone import Backbone, load_backbone, target_weights
-from fedcompo.config import BackboneConfig, Kind
+from fedcompo.config.run import BackboneConfig, Kind
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import LoRA
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedcompo.choices import FisherForm, Wire
+from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import ContributionError
 from fedcompo.factored_fisher import margins, outer, reduced, restored
 from fedcompo.fisher import HEAD, FisherDiagonal

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from fedcompo import fisher, per_example
 from fedcompo.backbone import target_weights
-from fedcompo.config import BackboneConfig, FisherKind
+from fedcompo.config.run import BackboneConfig, FisherKind
 from fedcompo.curvature import curvature_factors
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError

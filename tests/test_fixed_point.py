@@ -16,7 +16,7 @@ from registry_builders import exact_delta, exact_term
 from torch import Tensor
 
 from fedcompo import fixed_point
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.fixed_point import BITS, CEILING, GRID, LARGEST
 from fedcompo.task_vector import TaskVector

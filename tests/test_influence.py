@@ -8,7 +8,7 @@ import pytest
 from app_runs import altered, run
 
 from fedcompo.backbone import load_backbone
-from fedcompo.config import BackboneConfig, RunConfig
+from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
 from fedcompo.fisher import FisherDiagonal

@@ -12,7 +12,7 @@ from builders import pico_backbone, rng
 
 from fedcompo.accuracy import evaluate
 from fedcompo.composition import joint_head
-from fedcompo.config import Kind, RunConfig
+from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import ClientData, Split
 from fedcompo.features import extract_features, fit_mixtures
 from fedcompo.heads import Head

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import contribution, dense_by_hand, pico_weights, random_like
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError

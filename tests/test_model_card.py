@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import Lineage
 from fedcompo.export import export_timm
 from fedcompo.model_card import (

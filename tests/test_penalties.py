@@ -10,7 +10,7 @@ import torch
 from builders import KINDS, normal, pico_weights, random_deltas, random_like
 from torch import Tensor
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.deltas import Delta, Weights
 from fedcompo.penalties import (
     GRADIENT_LIMIT,

@@ -17,7 +17,7 @@ from builders import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.pool import Pool

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcompo import privacy, private_fisher, private_statistics
-from fedcompo.caps import CapsConfig
-from fedcompo.choices import FisherForm, HeadStart
-from fedcompo.config import FisherKind, RunConfig
+from fedcompo.config.caps import CapsConfig
+from fedcompo.config.choices import FisherForm, HeadStart
+from fedcompo.config.run import FisherKind, RunConfig
 from fedcompo.deltas import Weights
 from fedcompo.errors import ConfigError
 from fedcompo.factored_fisher import reduced

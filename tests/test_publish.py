@@ -12,7 +12,7 @@ import torch
 from registry_builders import backbone, member, registry_of
 from torch import Tensor
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.errors import ConfigError
 from fedcompo.publish import publish
 from fedcompo.registry import Registry

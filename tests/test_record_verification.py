@@ -14,7 +14,7 @@ from registry_builders import member, mixtures, registry_of
 
 from fedcompo import signing
 from fedcompo.composition import SUM
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import FileFormatError
 from fedcompo.record_verification import verify_record

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fedcompo.backbone import Backbone
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
 from fedcompo.fisher_file import save_fisher

@@ -34,7 +34,7 @@ from registry_builders import (
 )
 
 from fedcompo import heads, journal
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.errors import FedcompoError, RegistryError
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings

@@ -11,7 +11,7 @@ from failing_disk import PATIENCE, PROCESSES
 from timm.models.vision_transformer import VisionTransformer
 
 from fedcompo.backbone import Backbone, target_weights
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.memory import peak_bytes, reset_peak
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.registry import Registry

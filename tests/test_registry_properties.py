@@ -27,7 +27,7 @@ from registry_builders import (
     same_bits,
 )
 
-from fedcompo.config import Coefficients, Kind
+from fedcompo.config.run import Coefficients, Kind
 from fedcompo.contribution import Contribution
 from fedcompo.fixed_point import BITS
 from fedcompo.pool import Pool

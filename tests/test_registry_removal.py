@@ -18,7 +18,7 @@ from registry_builders import (
 )
 
 from fedcompo import fixed_point
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import ContributionError
 from fedcompo.journal import Entry

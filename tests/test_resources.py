@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedcompo import resources
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 
 

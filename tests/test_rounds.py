@@ -27,7 +27,7 @@ from round_runs import (
 from clients.local import LocalClient
 from fedcompo import fixed_point
 from fedcompo.backbone import Backbone, load_backbone
-from fedcompo.config import Kind, RunConfig
+from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import load_client_data
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, TooFewClients

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcompo import fixed_point
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
 from fedcompo.running_sum import RunningSum

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcompo import scenario
+from fedcompo.config import scenario
 from fedcompo.errors import ConfigError
 
 

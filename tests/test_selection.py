@@ -13,7 +13,7 @@ from builders import contribution, random_head, random_mixture
 from registry_builders import QUICK, backbone, member, mixtures, registry_of, same_bits
 
 from fedcompo.backbone import Backbone, load_backbone
-from fedcompo.config import BackboneConfig, Coefficients, Kind, RunConfig, Scalar
+from fedcompo.config.run import BackboneConfig, Coefficients, Kind, RunConfig, Scalar
 from fedcompo.contribution import Contribution
 from fedcompo.deltas import Weights
 from fedcompo.errors import (

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.evaluation import clients_data
 from fedcompo.fisher import FisherDiagonal

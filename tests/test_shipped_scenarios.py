@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcompo.config import RunConfig
+from fedcompo.config.run import RunConfig
 
 SCENARIOS = sorted((Path(__file__).resolve().parents[1] / "simulations").glob("*.toml"))
 

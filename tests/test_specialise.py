@@ -20,7 +20,7 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo.config import Coefficients
+from fedcompo.config.run import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.pool import Pool
 from fedcompo.specialise import head_of, model_of, stream_composition, write_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedcompo.backbone import load_backbone
-from fedcompo.config import BackboneConfig, DataConfig
+from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data import load_client_data
 from fedcompo.features import extract_features
 from fedcompo.preprocessing import Preprocessing

@@ -7,7 +7,7 @@ import torch
 from app_runs import run
 
 from fedcompo.accuracy import evaluate
-from fedcompo.config import Method, RunConfig
+from fedcompo.config.run import Method, RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data
 from fedcompo.registry import Registry

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedcompo.accuracy import evaluate
 from fedcompo.audited_models import AFTER, BEFORE, audited_models
-from fedcompo.config import Kind, RunConfig
+from fedcompo.config.run import Kind, RunConfig
 from fedcompo.contribution import Contribution
 from fedcompo.data import Split
 from fedcompo.errors import ContributionError, FileFormatError

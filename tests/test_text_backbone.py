@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fedcompo.backbone import Backbone, load_backbone, target_weights
-from fedcompo.config import BackboneConfig, DataConfig
+from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data import load_client_data
 from fedcompo.errors import BackboneError, TooFewClients
 from fedcompo.pool import Pool

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedcompo.config import DataConfig
+from fedcompo.config.run import DataConfig
 from fedcompo.data import load_client_data
 from fedcompo.data_text import text_catalogue
 

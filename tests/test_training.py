@@ -25,7 +25,7 @@ from torch import Tensor
 from fedcompo import anchoring
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone
-from fedcompo.config import Augmentation, Kind, Penalty, TrainConfig
+from fedcompo.config.run import Augmentation, Kind, Penalty, TrainConfig
 from fedcompo.data import Split
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError

@@ -18,7 +18,7 @@ from registry_builders import member, mixtures, registry_of
 
 from fedcompo import signing
 from fedcompo.composition import REALIGNED, SUM, save_realigned
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.heads import Head
 from fedcompo.journal import read as read_journal
 from fedcompo.registry import Registry

@@ -9,8 +9,8 @@ import torch
 from builders import normal, pico_weights, random_like, task_vector
 from torch import Tensor
 
-from fedcompo.choices import Wire
-from fedcompo.config import Kind
+from fedcompo.config.choices import Wire
+from fedcompo.config.run import Kind
 from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.messages import from_record, prefixed, to_record

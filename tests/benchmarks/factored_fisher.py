@@ -21,8 +21,15 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone import Backbone, load_backbone
-from fedcompo.choices import FisherForm, Wire
-from fedcompo.config import BackboneConfig, DataConfig, FisherConfig, FisherKind, Kind, TrainConfig
+from fedcompo.config.choices import FisherForm, Wire
+from fedcompo.config.run import (
+    BackboneConfig,
+    DataConfig,
+    FisherConfig,
+    FisherKind,
+    Kind,
+    TrainConfig,
+)
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.deltas import Weights
 from fedcompo.factored_fisher import reduced, restored

@@ -16,7 +16,7 @@ import time
 import torch
 
 from fedcompo.backbone import load_backbone
-from fedcompo.config import BackboneConfig, DataConfig, FisherKind
+from fedcompo.config.run import BackboneConfig, DataConfig, FisherKind
 from fedcompo.data import load_client_data
 from fedcompo.features import extract_features
 from fedcompo.fisher import estimate_fisher

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone, target_weights
 from fedcompo.composition import SUM
-from fedcompo.config import BackboneConfig, Kind
+from fedcompo.config.run import BackboneConfig, Kind
 from fedcompo.contribution import Contribution, Lineage
 from fedcompo.deltas import rank_of, stored_shapes
 from fedcompo.features import FeatureMixture

@@ -116,7 +116,7 @@ def nothing(job: Job, work: Path) -> dict[str, int]:
     """Import the apps and load the backbone."""
     import server.app
     from fedcompo.backbone import load_backbone
-    from fedcompo.config import BackboneConfig
+    from fedcompo.config.run import BackboneConfig
 
     assert server.app.app
     file = checkpoint(Path(job.folder), job.scale)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedcompo.backbone import Backbone, load_backbone
-from fedcompo.config import BackboneConfig, Kind
+from fedcompo.config.run import BackboneConfig, Kind
 from fedcompo.contribution import mixture_tensors
 from fedcompo.deltas import rank_of, stored_shapes
 from fedcompo.features import FeatureMixture

@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the pico models of 
 from registry_builders import member, registry_of
 
 from fedcompo.certificates import Authority, Credential
-from fedcompo.config import Kind
+from fedcompo.config.run import Kind
 from fedcompo.registry import Registry
 from fedcompo.service.client import Client
 from fedcompo.verification import verify_registry

@@ -26,7 +26,7 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedcompo.backbone import Backbone, load_backbone
-from fedcompo.config import BackboneConfig
+from fedcompo.config.run import BackboneConfig
 from fedcompo.deltas import Weights
 from fedcompo.tangent import square_loss, tangent_features
 

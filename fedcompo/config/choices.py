@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 
-from fedcompo.settings import Check, names_of
+from fedcompo.config.setting import Check, names_of
 
 
 class Kind(StrEnum):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedcompo.choices import FisherForm, HeadStart, Wire
+from fedcompo.config.choices import FisherForm, HeadStart, Wire
+from fedcompo.config.setting import NOT_NEGATIVE, POSITIVE, Check, setting
 from fedcompo.errors import ConfigError
-from fedcompo.settings import NOT_NEGATIVE, POSITIVE, Check, setting
 
 PROBABILITY: Check = (lambda value: 0 < value < 1, "must be above 0 and below 1")
 

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fedcompo.config import RunConfig, Scalar, all_settings
+from fedcompo.config.run import RunConfig, Scalar, all_settings
 from fedcompo.errors import ConfigError
 
 PATH_SETTINGS = ("output", "checkpoint", "reference", "registry")

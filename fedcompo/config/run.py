@@ -12,24 +12,24 @@ from dataclasses import Field, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from fedcompo.caps import CapsConfig
-from fedcompo.choices import DEVICE, KINDS, ROUNDS, UNMIXED
-from fedcompo.choices import Action as Action
-from fedcompo.choices import AnchorBy as AnchorBy
-from fedcompo.choices import Augmentation as Augmentation
-from fedcompo.choices import Coefficients as Coefficients
-from fedcompo.choices import FisherForm as FisherForm
-from fedcompo.choices import FisherKind as FisherKind
-from fedcompo.choices import HeadStart as HeadStart
-from fedcompo.choices import Kind as Kind
-from fedcompo.choices import Method as Method
-from fedcompo.choices import Penalty as Penalty
-from fedcompo.choices import Precision as Precision
-from fedcompo.choices import Schedule as Schedule
-from fedcompo.choices import Wire as Wire
-from fedcompo.choices import kinds_of as kinds_of
-from fedcompo.choices import rounds_of as rounds_of
-from fedcompo.settings import (
+from fedcompo.config.caps import CapsConfig
+from fedcompo.config.choices import DEVICE, KINDS, ROUNDS, UNMIXED
+from fedcompo.config.choices import Action as Action
+from fedcompo.config.choices import AnchorBy as AnchorBy
+from fedcompo.config.choices import Augmentation as Augmentation
+from fedcompo.config.choices import Coefficients as Coefficients
+from fedcompo.config.choices import FisherForm as FisherForm
+from fedcompo.config.choices import FisherKind as FisherKind
+from fedcompo.config.choices import HeadStart as HeadStart
+from fedcompo.config.choices import Kind as Kind
+from fedcompo.config.choices import Method as Method
+from fedcompo.config.choices import Penalty as Penalty
+from fedcompo.config.choices import Precision as Precision
+from fedcompo.config.choices import Schedule as Schedule
+from fedcompo.config.choices import Wire as Wire
+from fedcompo.config.choices import kinds_of as kinds_of
+from fedcompo.config.choices import rounds_of as rounds_of
+from fedcompo.config.setting import (
     FRACTION,
     NAMES,
     NOT_NEGATIVE,
@@ -38,7 +38,7 @@ from fedcompo.settings import (
     check_all,
     setting,
 )
-from fedcompo.settings import Scalar as Scalar  # part of this module's face
+from fedcompo.config.setting import Scalar as Scalar  # part of this module's face
 
 
 @dataclass(frozen=True)
