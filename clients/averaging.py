@@ -14,10 +14,10 @@ from clients.local import LocalClient
 from fedcompo.accuracy import evaluate
 from fedcompo.config.run import Kind
 from fedcompo.data import Split
-from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, section
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from fedcompo.task_vector import TaskVector
 from fedcompo.training import Course, fit_task_vector
 
 logger = logging.getLogger(__name__)

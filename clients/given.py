@@ -11,9 +11,9 @@ from torch import Tensor
 from clients.store import Store
 from fedcompo.config.run import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.heads import Head
 from fedcompo.messages import head_from, section
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.training import Anchor, Course, Ensemble
 
 ANCHOR, OWN = "anchor", "own"

@@ -23,12 +23,12 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config.caps import NODE_KEYS
 from fedcompo.config.run import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
-from fedcompo.contribution import mixture_tensors
 from fedcompo.data import ClientData, load_client_data, load_folder
 from fedcompo.errors import DataError
-from fedcompo.features import extract_features
-from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
+from fedcompo.method.contribution import mixture_tensors
+from fedcompo.method.features import extract_features
+from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.probing import fit_probe

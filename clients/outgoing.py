@@ -14,12 +14,12 @@ from fedcompo.backbone import Backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.run import FisherForm, RunConfig, Wire
 from fedcompo.data import ClientData
-from fedcompo.deltas import Weights
 from fedcompo.factored_fisher import reduced, restored
-from fedcompo.features import FeatureMixture, fit_mixtures
-from fedcompo.fisher import HEAD
-from fedcompo.heads import Head
 from fedcompo.messages import Body, head_tensors, prefixed, section
+from fedcompo.method.deltas import Weights
+from fedcompo.method.features import FeatureMixture, fit_mixtures
+from fedcompo.method.fisher import HEAD
+from fedcompo.method.heads import Head
 from fedcompo.private_fisher import images_at_a_time, private_fisher
 from fedcompo.private_statistics import private_mixtures
 from fedcompo.probing import fisher_of_images

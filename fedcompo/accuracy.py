@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.data import Split
-from fedcompo.deltas import Weights
-from fedcompo.features import extract_features
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.features import extract_features
+from fedcompo.method.heads import Head
 from fedcompo.tangent import feature_map
 
 

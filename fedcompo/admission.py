@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedcompo.contribution import Contribution
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, FileFormatError
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import Weights
 from fedcompo.names import check_client_name, check_distinct
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.storage.tensorstream import StreamedTensors

@@ -1,7 +1,7 @@
 r"""How a penalty acts while a task vector is trained.
 
 ITA and IEL differ in what holds :math:`\tau`: the pre-trained weights alone, or also the others
-that it is added up with. :mod:`fedcompo.penalties` has the equations.
+that it is added up with. :mod:`fedcompo.method.penalties` has the equations.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.config.run import Penalty, TrainConfig
-from fedcompo.deltas import Delta, Weights
-from fedcompo.penalties import (
+from fedcompo.method.deltas import Delta, Weights
+from fedcompo.method.penalties import (
     explicit_step,
     iel_penalty,
     implicit_step,

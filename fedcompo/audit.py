@@ -46,12 +46,12 @@ from fedcompo.audited_models import (
 )
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import RunConfig
-from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data
-from fedcompo.heads import Head
 from fedcompo.membership import Attack, confidence, likelihood_ratio_attack, loss_attack, losses
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.runtime import pick_device
 from fedcompo.shadows import ClientTraining, check_count, logits_of, train_shadows

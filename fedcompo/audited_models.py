@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import RunConfig
-from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData
-from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
 from fedcompo.evaluation import clients_data
-from fedcompo.features import extract_features
-from fedcompo.heads import Head
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import Weights
+from fedcompo.method.features import extract_features
+from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.selection import from_registry
 from fedcompo.tangent import feature_map

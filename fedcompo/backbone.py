@@ -25,8 +25,8 @@ from torch.func import functional_call
 import fedcompo.text_backbone  # noqa: F401  timm knows its models from here on
 from fedcompo.checkpoint import fill, read_checkpoint
 from fedcompo.config.run import BackboneConfig
-from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError
+from fedcompo.method.deltas import Weights
 from fedcompo.preprocessing import Modality, Preprocessing
 from fedcompo.storage import tensorfile
 

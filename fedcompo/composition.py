@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from fedcompo import fixed_point
-from fedcompo.contribution import mixture_tensors, mixtures_from
 from fedcompo.export import timm_config
-from fedcompo.features import FeatureMixture
-from fedcompo.heads import Head, align
+from fedcompo.method.contribution import mixture_tensors, mixtures_from
+from fedcompo.method.features import FeatureMixture
+from fedcompo.method.heads import Head, align
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import derive_seed
 from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import Section, StreamedTensors, TensorWriter, save_streamed
 from fedcompo.stored_backbone import StoredBackbone
-from fedcompo.task_vector import TaskVector
 
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcompo.contribution import Contribution
-from fedcompo.deltas import Weights
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import Weights
+from fedcompo.method.pool import Pool
 
 OUTLIER_RATIO = 3.0
 """A task vector this many times longer or shorter than the median of its kind stands out."""

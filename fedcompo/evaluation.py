@@ -11,9 +11,9 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data import ClientData, load_client_data, num_clients
-from fedcompo.deltas import Weights
 from fedcompo.errors import DataError, FedcompoError
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of, stream_composition
 

@@ -16,8 +16,8 @@ from typing import Any
 import safetensors.torch
 
 from fedcompo.backbone import Backbone
-from fedcompo.deltas import Weights
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
 from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
 from fedcompo.stored_backbone import StoredBackbone
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fedcompo.config.choices import FisherForm
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.fisher import HEAD
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import HEAD
 
 ROWS, COLUMNS = "/rows", "/columns"
 

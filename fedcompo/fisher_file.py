@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
-from fedcompo.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.storage import tensorfile
 from fedcompo.storage.tensorstream import StreamedTensors
 

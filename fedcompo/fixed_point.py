@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from fedcompo.config.run import Kind
-from fedcompo.deltas import stored_shapes
 from fedcompo.errors import ContributionError
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.deltas import stored_shapes
+from fedcompo.method.task_vector import TaskVector
 
 BITS = 40
 GRID = 2.0**-BITS

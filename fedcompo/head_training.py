@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fedcompo.anchoring import Anchor
 from fedcompo.config.run import TrainConfig
-from fedcompo.heads import Head
-from fedcompo.penalties import head_penalty
+from fedcompo.method.heads import Head
+from fedcompo.method.penalties import head_penalty
 
 
 class HeadTraining:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedcompo.config.choices import Wire
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.heads import Head
+from fedcompo.method.heads import Head
 from fedcompo.storage import tensorfile
 from fedcompo.wire import decode
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.removal import influence
 

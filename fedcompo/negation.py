@@ -2,7 +2,7 @@ r"""Forgetting beyond absence: a copy of a model with a client's task vector sub
 
 .. math:: \theta - s\,\tau
 
-Leaving a client out (:meth:`fedcompo.pool.Pool.without`) gives the model that never had it.
+Leaving a client out (:meth:`fedcompo.method.pool.Pool.without`) gives the model that never had it.
 Negation goes further: it makes the model worse at the client's task than if it had never been
 there. The result is for a copy that says so, never for a registry.
 Source: Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023 (arXiv 2212.04089),
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.task_vector import TaskVector
 
 
 def negated(

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fedcompo.config.choices import FisherForm
 from fedcompo.curvature import curvature_factors
-from fedcompo.deltas import Weights
 from fedcompo.factored_fisher import COLUMNS, ROWS
-from fedcompo.fisher import HEAD
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import HEAD
+from fedcompo.method.heads import Head
 from fedcompo.per_example import (
     evaluation_mode,
     recorded,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedcompo.features import VARIANCE_FLOOR, FeatureMixture
+from fedcompo.method.features import VARIANCE_FLOOR, FeatureMixture
 from fedcompo.privacy import Entropy, clip_factors, noised
 
 PARTS = 3

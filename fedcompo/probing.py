@@ -13,9 +13,9 @@ from torch import Tensor
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import FisherConfig
 from fedcompo.data import Split
-from fedcompo.features import extract_features
-from fedcompo.fisher import FisherDiagonal, FisherReport, estimate_fisher
-from fedcompo.heads import Head, fit_head, zero_head
+from fedcompo.method.features import extract_features
+from fedcompo.method.fisher import FisherDiagonal, FisherReport, estimate_fisher
+from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.seeds import generator_for
 
 ImagesCallback = Callable[[int, int], None]
@@ -31,7 +31,7 @@ def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridg
         backbone: Pre-trained weights.
         data: Images and labels; labels index ``classes``.
         classes: Names of the classes.
-        ridge: How strongly the head is held to zero; see :func:`fedcompo.heads.fit_head`.
+        ridge: How strongly the head is held to zero; see :func:`fedcompo.method.heads.fit_head`.
     """
     features = extract_features(backbone.forward({}), data.images)
     start = zero_head(classes, backbone.num_features)

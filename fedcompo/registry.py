@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from fedcompo import journal, registry_changes, specialise
 from fedcompo.backbone import Backbone
 from fedcompo.composition import REALIGNED, SUM, Mixtures
-from fedcompo.contribution import Contribution
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
-from fedcompo.heads import Head
-from fedcompo.pool import Pool, require_known
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool, require_known
 from fedcompo.registry_layout import ABOUT, read_about, write_new
 from fedcompo.registry_state import Member, RegistrySettings, State
 from fedcompo.removal import Influence, RemovalRecord

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedcompo import journal, transaction
 from fedcompo.composition import Mixtures
-from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import ContributionError
-from fedcompo.pool import require_known, require_unmixed
+from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.pool import require_known, require_unmixed
 from fedcompo.registry_draft import Draft, OnStep, drafted
 from fedcompo.registry_layout import PRIVATE
 from fedcompo.registry_state import Member, State

@@ -23,8 +23,8 @@ from fedcompo.composition import (
     save_realigned,
     write_version,
 )
-from fedcompo.contribution import Contribution, mixture_tensors
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
+from fedcompo.method.contribution import Contribution, mixture_tensors
 from fedcompo.names import check_client_name
 from fedcompo.registry_state import Member, State
 from fedcompo.storage.files import WEIGHTS

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.config.run import Coefficients, RunConfig
-from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import RegistryDamaged
-from fedcompo.pool import are_tangents
+from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.pool import are_tangents
 from fedcompo.storage.files import canonical, tuples
 from fedcompo.transaction import require_inside
 

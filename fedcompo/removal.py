@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo import signing
-from fedcompo.contribution import Lineage
 from fedcompo.errors import FileFormatError
+from fedcompo.method.contribution import Lineage
 from fedcompo.storage.files import canonical, tuples
 
 FORMAT_VERSION = 1

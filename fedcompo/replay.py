@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedcompo.contribution import Lineage
 from fedcompo.journal import Entry
+from fedcompo.method.contribution import Lineage
 from fedcompo.registry_state import Member, State
 from fedcompo.storage.files import tuples
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fedcompo import fixed_point
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.deltas import Weights
+from fedcompo.method.task_vector import TaskVector
 
 
 @dataclass

@@ -15,10 +15,10 @@ from torch import Tensor
 from fedcompo.admission import check_contribution
 from fedcompo.backbone import load_backbone
 from fedcompo.config.run import RunConfig
-from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.heads import Head
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings

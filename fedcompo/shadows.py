@@ -34,19 +34,19 @@ from torch import Tensor
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig
 from fedcompo.data import ClientData, Split
-from fedcompo.deltas import Weights
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.features import extract_features
-from fedcompo.fisher import FisherDiagonal
-from fedcompo.heads import Head
 from fedcompo.membership import FEWEST_SHADOWS, confidence
+from fedcompo.method.deltas import Weights
+from fedcompo.method.features import extract_features
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.specialise import head_of, stream_composition
 from fedcompo.tangent import feature_map
-from fedcompo.task_vector import TaskVector
 from fedcompo.training import Anchor, fit_task_vector
 
 OnStep = Callable[[str], None]

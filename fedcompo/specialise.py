@@ -16,8 +16,8 @@ from fedcompo import fixed_point
 from fedcompo.composition import joint_head
 from fedcompo.errors import FileFormatError
 from fedcompo.export import timm_config
-from fedcompo.heads import Head
-from fedcompo.pool import Pool
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples, write_atomically
 from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter, file_sha256

@@ -11,8 +11,8 @@ import timm
 import torch
 
 from fedcompo.backbone import Backbone
-from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError, FileFormatError
+from fedcompo.method.deltas import Weights
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage.files import tuples
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed

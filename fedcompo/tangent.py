@@ -28,8 +28,8 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedcompo.backbone import Backbone
-from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError
+from fedcompo.method.deltas import Weights
 
 OfWeights = Callable[[Weights], Tensor]
 """A function of some of a model's weights, by name; differentiable."""

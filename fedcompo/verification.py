@@ -17,8 +17,8 @@ import torch
 from fedcompo import fixed_point, journal, signing
 from fedcompo.composition import REALIGNED, joint_head, load_realigned
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.heads import Head
 from fedcompo.journal import Entry
+from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import PRIVATE, PUBLIC
 from fedcompo.registry_state import State

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedcompo.config.run import RunConfig
-from fedcompo.features import FeatureMixture
-from fedcompo.heads import Head, align
+from fedcompo.method.features import FeatureMixture
+from fedcompo.method.heads import Head, align
 from fedcompo.seeds import derive_seed
 
 Mixtures = dict[str, FeatureMixture]

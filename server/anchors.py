@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fedcompo.config.run import AnchorBy
-from fedcompo.deltas import Weights
-from fedcompo.fisher import FisherDiagonal
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import FisherDiagonal
 
 TOLERATED = 10.0
 """A reference this many times larger or smaller than the clients' Fisher is worth a note."""

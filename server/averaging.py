@@ -25,13 +25,13 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import Kind, Method, RunConfig, Schedule, kinds_of
 from fedcompo.config.setting import names_of
-from fedcompo.deltas import Weights, new_deltas
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.export import export_timm
-from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
+from fedcompo.method.deltas import Weights, new_deltas
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from fedcompo.task_vector import TaskVector
 from server.alignment import align_joint_head
 from server.books import Traffic
 from server.checks import checked_fractions, checked_task_vector

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedcompo.backbone import Backbone
-from fedcompo.deltas import Weights
 from fedcompo.diagnostics import Diagnostics, diagnose
-from fedcompo.fisher import FisherDiagonal
-from fedcompo.heads import Head
 from fedcompo.messages import Body, head_tensors, prefixed
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from server.alignment import Mixtures
 from server.checks import checked_fractions, checked_mixtures

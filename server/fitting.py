@@ -19,18 +19,18 @@ from typing import Any
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
 from fedcompo.config.setting import names_of
-from fedcompo.contribution import Contribution, Lineage
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, save_fisher
-from fedcompo.heads import Head
 from fedcompo.messages import Body, head_from, head_tensors, prefixed
+from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
 from fedcompo.storage.files import FISHER
-from fedcompo.task_vector import TaskVector
 from server.alignment import Mixtures, align_joint_head
 from server.anchors import Anchors
 from server.checks import check_fisher, checked_fisher, checked_fractions, checked_task_vector

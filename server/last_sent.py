@@ -10,10 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from fedcompo.config.run import Kind
-from fedcompo.heads import Head
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.files import put_in_place
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
-from fedcompo.task_vector import TaskVector
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, TooFewClients
-from fedcompo.heads import Head
 from fedcompo.messages import Body, head_tensors, prefixed
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
-from fedcompo.task_vector import TaskVector
 from server.attendance import Attendance
 from server.exchange import Exchange
 from server.fitting import Fitting

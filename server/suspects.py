@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
+from fedcompo.method.deltas import Weights
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorfile import tensor_digest
-from fedcompo.task_vector import TaskVector
 
 FEWEST = 3
 """Task vectors below which nobody can be told to stand out."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedcompo.config.run import Method
-from fedcompo.contribution import Lineage
+from fedcompo.method.contribution import Lineage
 
 
 @dataclass

@@ -23,8 +23,8 @@ from fedcompo.backbone import Backbone
 from fedcompo.config.run import RegistryConfig, RunConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages import Body
+from fedcompo.method.pool import require_known
 from fedcompo.names import check_client_name
-from fedcompo.pool import require_known
 from fedcompo.registry import Registry
 from fedcompo.removal import RemovalRecord
 from server import fitting

@@ -19,10 +19,10 @@ from fedcompo.backbone import Backbone
 from fedcompo.composition import joint_head
 from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData
-from fedcompo.deltas import Weights
 from fedcompo.evaluation import clients_data, run_config_of
-from fedcompo.heads import Head
-from fedcompo.pool import Pool
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.specialise import stream_composition
 

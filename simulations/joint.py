@@ -18,9 +18,9 @@ from fedcompo.backbone import Backbone
 from fedcompo.composition import Mixtures, joint_head
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import ClientData, Split
-from fedcompo.deltas import Weights
-from fedcompo.features import extract_features, fit_mixtures
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.features import extract_features, fit_mixtures
+from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.tangent import feature_map
 from fedcompo.training import fit_task_vector

@@ -19,7 +19,7 @@ from merging import MERGES
 from methods import METHODS
 
 from fedcompo.config.run import kinds_of
-from fedcompo.heads import side_by_side
+from fedcompo.method.heads import side_by_side
 from fedcompo.specialise import head_of
 
 MEASURED = "measured"

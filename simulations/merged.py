@@ -20,10 +20,10 @@ from merging import MERGES, Merge
 
 from fedcompo.composition import joint_head
 from fedcompo.config.run import RunConfig
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data, run_config_of
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.runtime import pick_device
 from fedcompo.specialise import head_of

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Contribution
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import Weights
+from fedcompo.method.pool import Pool
 
 Merge = Callable[[Pool, Weights], Weights]
 """Makes merged target weights of a pool and θ₀, by name, each (out, in) and like θ₀'s."""

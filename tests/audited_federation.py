@@ -14,15 +14,15 @@ from clients.local import LocalClient
 from fedcompo.backbone import Backbone
 from fedcompo.composition import joint_head
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig, kinds_of
-from fedcompo.contribution import Contribution, Lineage, mixtures_from
 from fedcompo.evaluation import clients_data
-from fedcompo.fisher import FisherDiagonal
-from fedcompo.heads import Head
 from fedcompo.messages import head_from, head_tensors, prefixed, section
+from fedcompo.method.contribution import Contribution, Lineage, mixtures_from
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
-from fedcompo.task_vector import TaskVector
 
 CLIENTS = 2
 CLASSES = tuple(f"{index}" for index in range(2 * CLIENTS))

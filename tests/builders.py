@@ -11,15 +11,15 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone, target_weights
 from fedcompo.config.run import BackboneConfig, Kind, RunConfig
-from fedcompo.contribution import Contribution, Lineage
 from fedcompo.data import Split
-from fedcompo.deltas import Delta, Weights, new_deltas
-from fedcompo.features import FeatureMixture
-from fedcompo.fisher import FisherDiagonal
-from fedcompo.heads import Head
+from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.deltas import Delta, Weights, new_deltas
+from fedcompo.method.features import FeatureMixture
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage import tensorfile
-from fedcompo.task_vector import TaskVector
 
 PICO_ARGS = {
     "img_size": 8,

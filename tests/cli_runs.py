@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedcompo.cli import app
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Lineage
+from fedcompo.method.contribution import Lineage
 from fedcompo.registry import Registry
 
 CLASSES = {"client-0": ("1", "6"), "client-1": ("0", "7"), "client-2": ("2", "8")}

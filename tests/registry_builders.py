@@ -17,12 +17,12 @@ from torch import Tensor
 from fedcompo import fixed_point
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Contribution, Lineage
-from fedcompo.features import FeatureMixture
-from fedcompo.fisher import FisherDiagonal
+from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.features import FeatureMixture
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
-from fedcompo.task_vector import TaskVector
 
 WIDTH = 8
 """Features of the pico backbone."""

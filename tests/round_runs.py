@@ -14,9 +14,9 @@ from in_process_grid import Tamper
 from PIL import Image
 from torch import Tensor
 
-from fedcompo.contribution import Contribution
 from fedcompo.errors import FedcompoError
 from fedcompo.messages import from_record, section
+from fedcompo.method.contribution import Contribution
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
 

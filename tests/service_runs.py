@@ -12,7 +12,7 @@ import grpc
 from registry_builders import contents
 
 from fedcompo.certificates import Authority, Credential
-from fedcompo.contribution import Contribution
+from fedcompo.method.contribution import Contribution
 from fedcompo.registry import Registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.client import Client

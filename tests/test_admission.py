@@ -17,8 +17,8 @@ from registry_builders import WIDTH, contents, member, mixtures, registry_of, th
 from torch import Tensor
 
 from fedcompo.config.run import Coefficients, Kind
-from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
+from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.storage.files import CARD, CONTENT, FISHER

@@ -10,7 +10,7 @@ from builders import normal
 from torch import Tensor
 
 from fedcompo.config.run import AnchorBy
-from fedcompo.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal
 from server.anchors import Anchors
 
 OWNED = {"ann": ("cat", "dog"), "ben": ("dog", "emu"), "eve": ("owl", "cat")}

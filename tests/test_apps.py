@@ -18,10 +18,10 @@ from clients.app import app as client_app
 from clients.local import LocalClient
 from fedcompo.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig
-from fedcompo.contribution import Contribution
 from fedcompo.data import DataConfig, load_client_data
 from fedcompo.errors import ConfigError, TooFewClients
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.verification import verify_registry
 from server.app import app as server_app

@@ -14,13 +14,13 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.composition import joint_head
 from fedcompo.config.run import Kind, RunConfig
-from fedcompo.contribution import Contribution
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.errors import TooFewClients
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.pool import Pool
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
-from fedcompo.task_vector import TaskVector
 from fedcompo.training import Anchor, Ensemble, fit_task_vector
 from fedcompo.verification import verify_registry
 from server.alignment import align_joint_head

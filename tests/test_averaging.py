@@ -22,15 +22,15 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig, Kind, RunConfig
 from fedcompo.data import ClientData, Split, load_client_data
-from fedcompo.deltas import new_deltas
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients
-from fedcompo.features import extract_features, fit_mixtures
-from fedcompo.heads import Head
 from fedcompo.live import Progress
 from fedcompo.messages import head_tensors, prefixed, section
+from fedcompo.method.deltas import new_deltas
+from fedcompo.method.features import extract_features, fit_mixtures
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.report import print_results
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.task_vector import TaskVector
 from fedcompo.training import Course, Fitted, fit_task_vector
 from server.alignment import align_joint_head
 

@@ -25,11 +25,11 @@ from fedcompo.backbone import load_backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import BackboneConfig, TrainConfig
-from fedcompo.deltas import new_deltas
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.factored_fisher import margins, outer
-from fedcompo.fisher import HEAD
 from fedcompo.messages import from_record
+from fedcompo.method.deltas import new_deltas
+from fedcompo.method.fisher import HEAD
 from fedcompo.verification import verify_registry
 from fedcompo.wire import decode, encode
 from server import accounting

@@ -22,13 +22,13 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone import load_backbone
 from fedcompo.cli_common import VARIABLE
 from fedcompo.config.run import BackboneConfig, Kind, RunConfig
-from fedcompo.contribution import Contribution
 from fedcompo.data import load_client_data
-from fedcompo.deltas import Weights
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG
-from fedcompo.heads import Head
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool
 from fedcompo.negation import negated
-from fedcompo.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of
 from fedcompo.storage.files import MODEL_CARD

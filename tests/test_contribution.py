@@ -12,17 +12,17 @@ import torch
 from builders import KINDS, altered, contribution
 
 from fedcompo.config.run import Kind
-from fedcompo.contribution import (
+from fedcompo.errors import BackboneMismatch, FileFormatError
+from fedcompo.fisher_file import load_fisher, save_fisher
+from fedcompo.method.contribution import (
     CARD,
     CONTENT,
     FISHER,
     Contribution,
     Lineage,
 )
-from fedcompo.errors import BackboneMismatch, FileFormatError
-from fedcompo.features import FeatureMixture
-from fedcompo.fisher import FisherDiagonal
-from fedcompo.fisher_file import load_fisher, save_fisher
+from fedcompo.method.features import FeatureMixture
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.storage import tensorfile
 
 

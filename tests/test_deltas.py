@@ -7,7 +7,15 @@ import torch
 from builders import KINDS, normal, pico_weights, random_deltas, rng
 
 from fedcompo.config.run import Kind
-from fedcompo.deltas import IA3, Full, LoRA, new_deltas, rank_of, restore_delta, stored_shapes
+from fedcompo.method.deltas import (
+    IA3,
+    Full,
+    LoRA,
+    new_deltas,
+    rank_of,
+    restore_delta,
+    stored_shapes,
+)
 
 THETA_0 = pico_weights()
 QKV, FC1 = "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"

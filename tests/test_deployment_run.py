@@ -31,8 +31,8 @@ from deployed_federation import (
 from guarded import until
 
 from fedcompo.config.scenario import as_toml
-from fedcompo.contribution import Contribution
 from fedcompo.deployment import folders
+from fedcompo.method.contribution import Contribution
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcompo import diagnostics
 from fedcompo.diagnostics import composition_gap, diagnose
-from fedcompo.pool import Pool
+from fedcompo.method.pool import Pool
 
 THETA_0 = pico_weights(dtype=torch.float32)
 FISHER = random_like(THETA_0, seed=9, positive=True)

@@ -13,7 +13,6 @@ from registry_builders import backbone, contents, member, registry_of
 from fedcompo.accuracy import evaluate
 from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData, load_client_data
-from fedcompo.deltas import Weights
 from fedcompo.errors import ConfigError, DataError
 from fedcompo.evaluation import (
     Figures,
@@ -22,7 +21,8 @@ from fedcompo.evaluation import (
     evaluate_clients,
     run_config_of,
 )
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 
 CONFIG = RunConfig()

@@ -28,15 +28,15 @@ from torch.func import functional_call
 
 from fedcompo.backbone import Backbone, load_backbone, target_weights
 from fedcompo.config.run import BackboneConfig, Kind
-from fedcompo.contribution import Contribution
-from fedcompo.deltas import LoRA
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG, export_peft
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import LoRA
+from fedcompo.method.pool import Pool
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import MODEL_CARD
-from fedcompo.task_vector import TaskVector
 
 CLASSES = tuple(f"class {i}" for i in range(10))
 

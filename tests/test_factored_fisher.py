@@ -16,7 +16,7 @@ from torch import Tensor
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import ContributionError
 from fedcompo.factored_fisher import margins, outer, reduced, restored
-from fedcompo.fisher import HEAD, FisherDiagonal
+from fedcompo.method.fisher import HEAD, FisherDiagonal
 
 THETA_0 = pico_weights(dtype=torch.float32)
 NAME = next(iter(THETA_0))

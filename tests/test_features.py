@@ -9,7 +9,7 @@ import torch
 from builders import normal, random_mixture, rng
 
 from fedcompo.errors import ContributionError, DataError
-from fedcompo.features import (
+from fedcompo.method.features import (
     EXAMPLES_PER_COMPONENT,
     VARIANCE_FLOOR,
     FeatureMixture,

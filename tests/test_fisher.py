@@ -13,14 +13,15 @@ from builders import normal, pico_model, rng
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedcompo import fisher, per_example
+from fedcompo import per_example
 from fedcompo.backbone import target_weights
 from fedcompo.config.run import BackboneConfig, FisherKind
 from fedcompo.curvature import curvature_factors
-from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError
-from fedcompo.fisher import FisherDiagonal, FisherReport, estimate_fisher
-from fedcompo.heads import Head
+from fedcompo.method import fisher
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import FisherDiagonal, FisherReport, estimate_fisher
+from fedcompo.method.heads import Head
 
 FEATURES = 8
 FEW, MANY = 5, 11

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcompo.errors import ContributionError
-from fedcompo.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal
 
 
 def diagonal(seed: int, num_examples: int) -> FisherDiagonal:

@@ -19,7 +19,7 @@ from fedcompo import fixed_point
 from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.fixed_point import BITS, CEILING, GRID, LARGEST
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.task_vector import TaskVector
 
 NAME = "w"
 WEIGHT = normal(5, 4, seed=1, dtype=torch.float32)

@@ -9,7 +9,7 @@ from builders import normal, random_head, random_mixture
 from torch import Tensor
 
 from fedcompo.errors import ContributionError
-from fedcompo.heads import Head, align, fit_head, side_by_side, zero_head
+from fedcompo.method.heads import Head, align, fit_head, side_by_side, zero_head
 
 CLASSES = ("cat", "dog", "owl")
 FEATURES = 3.0 * normal(30, 4, seed=1)

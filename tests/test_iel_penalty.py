@@ -10,9 +10,9 @@ from builders import KINDS, normal, pico_weights, random_deltas, random_like
 from torch import Tensor
 
 from fedcompo.config.run import Kind
-from fedcompo.deltas import Delta, Weights
 from fedcompo.diagnostics import composition_gap
-from fedcompo.penalties import (
+from fedcompo.method.deltas import Delta, Weights
+from fedcompo.method.penalties import (
     GRADIENT_LIMIT,
     explicit_step,
     iel_penalty,

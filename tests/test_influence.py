@@ -9,10 +9,10 @@ from app_runs import altered, run
 
 from fedcompo.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, RunConfig
-from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
-from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import save_fisher
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.reference import (
     load_public_data,
     load_reference,

@@ -14,8 +14,8 @@ from fedcompo.accuracy import evaluate
 from fedcompo.composition import joint_head
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import ClientData, Split
-from fedcompo.features import extract_features, fit_mixtures
-from fedcompo.heads import Head
+from fedcompo.method.features import extract_features, fit_mixtures
+from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training import fit_task_vector
 

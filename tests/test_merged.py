@@ -11,8 +11,8 @@ from app_runs import run
 
 from fedcompo.accuracy import evaluate
 from fedcompo.evaluation import clients_data, run_config_of
-from fedcompo.heads import Head
-from fedcompo.pool import Pool
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of
 

@@ -13,12 +13,12 @@ import torch
 from builders import contribution, dense_by_hand, pico_weights, random_like
 
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Contribution
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.fisher import FisherDiagonal
-from fedcompo.pool import Pool
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.pool import Pool
+from fedcompo.method.task_vector import TaskVector
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
 merging = import_module("merging")

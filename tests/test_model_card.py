@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Lineage
 from fedcompo.export import export_timm
+from fedcompo.method.contribution import Lineage
 from fedcompo.model_card import (
     MOST_CLASSES,
     ExportedModel,

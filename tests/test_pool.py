@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcompo.config.run import Kind
-from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.pool import Pool
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.deltas import Weights
+from fedcompo.method.pool import Pool
+from fedcompo.method.task_vector import TaskVector
 
 THETA_0 = {
     **pico_weights(dtype=torch.float32),

@@ -18,11 +18,11 @@ from fedcompo import privacy, private_fisher, private_statistics
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, HeadStart
 from fedcompo.config.run import FisherKind, RunConfig
-from fedcompo.deltas import Weights
 from fedcompo.errors import ConfigError
 from fedcompo.factored_fisher import reduced
-from fedcompo.fisher import estimate_fisher
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import estimate_fisher
+from fedcompo.method.heads import Head
 from fedcompo.privacy import clip_factors, noised
 from fedcompo.privacy import normal as drawn
 from fedcompo.private_fisher import (

@@ -15,8 +15,8 @@ from registry_builders import member, mixtures, registry_of
 from fedcompo import signing
 from fedcompo.composition import SUM
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import FileFormatError
+from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import PRIVATE, PUBLIC

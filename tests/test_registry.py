@@ -27,9 +27,9 @@ from registry_builders import (
 from torch.func import functional_call
 
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
-from fedcompo.heads import Head, align
 from fedcompo.journal import Entry
-from fedcompo.pool import Pool
+from fedcompo.method.heads import Head, align
+from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.storage.files import WEIGHTS
 

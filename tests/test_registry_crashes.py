@@ -33,9 +33,10 @@ from registry_builders import (
     same_bits,
 )
 
-from fedcompo import heads, journal
+from fedcompo import journal
 from fedcompo.config.run import Kind
 from fedcompo.errors import FedcompoError, RegistryError
+from fedcompo.method import heads
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.storage.tensorfile import tensor_digest

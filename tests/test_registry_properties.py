@@ -28,9 +28,9 @@ from registry_builders import (
 )
 
 from fedcompo.config.run import Coefficients, Kind
-from fedcompo.contribution import Contribution
 from fedcompo.fixed_point import BITS
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 

@@ -19,9 +19,9 @@ from registry_builders import (
 
 from fedcompo import fixed_point
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Contribution, Lineage
 from fedcompo.errors import ContributionError
 from fedcompo.journal import Entry
+from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.registry import Registry
 from fedcompo.removal import RemovalRecord
 from fedcompo.signing import is_signed

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcompo import signing
-from fedcompo.contribution import Lineage
 from fedcompo.errors import FileFormatError
+from fedcompo.method.contribution import Lineage
 from fedcompo.removal import Influence, RemovalRecord, influence
 
 NAMES = "abcdef"

@@ -10,7 +10,7 @@ import torch
 from app_runs import altered
 from round_runs import Looks, Wire, draw_images, federate, same
 
-from fedcompo.contribution import Contribution
+from fedcompo.method.contribution import Contribution
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum

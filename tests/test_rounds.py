@@ -29,13 +29,13 @@ from fedcompo import fixed_point
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import load_client_data
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, TooFewClients
+from fedcompo.method.deltas import Weights
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
 from fedcompo.running_sum import RunningSum
 from fedcompo.seeds import generator_for
 from fedcompo.storage.files import FISHER
-from fedcompo.task_vector import TaskVector
 from fedcompo.training import Anchor, Course, Ensemble, Fitted, fit_task_vector
 from fedcompo.verification import verify_registry
 from server.alignment import align_joint_head

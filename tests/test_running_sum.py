@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from fedcompo import fixed_point
 from fedcompo.config.run import Kind
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
+from fedcompo.method.deltas import Weights
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.running_sum import RunningSum
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
-from fedcompo.task_vector import TaskVector
 
 THETA_0 = pico_weights(dtype=torch.float32)
 CLIENTS = ("ann", "ben", "eve")

@@ -14,8 +14,6 @@ from registry_builders import QUICK, backbone, member, mixtures, registry_of, sa
 
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, Coefficients, Kind, RunConfig, Scalar
-from fedcompo.contribution import Contribution
-from fedcompo.deltas import Weights
 from fedcompo.errors import (
     BackboneMismatch,
     ConfigError,
@@ -23,8 +21,10 @@ from fedcompo.errors import (
     FedcompoError,
     FileFormatError,
 )
-from fedcompo.heads import Head
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.selection import Selection, from_folders, from_registry, new_folder

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from fedcompo.config.run import Kind
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.evaluation import clients_data
-from fedcompo.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.reference import save_reference
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcompo.contribution import Contribution
+from fedcompo.method.contribution import Contribution
 
 pytestmark = pytest.mark.simulation
 

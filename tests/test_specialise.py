@@ -22,7 +22,7 @@ from registry_builders import (
 
 from fedcompo.config.run import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.pool import Pool
+from fedcompo.method.pool import Pool
 from fedcompo.specialise import head_of, model_of, stream_composition, write_model
 from fedcompo.storage.files import WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256

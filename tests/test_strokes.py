@@ -14,7 +14,7 @@ import torch
 from fedcompo.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data import load_client_data
-from fedcompo.features import extract_features
+from fedcompo.method.features import extract_features
 from fedcompo.preprocessing import Preprocessing
 
 SCRIPT = Path(__file__).resolve().parents[1] / "simulations" / "strokes.py"

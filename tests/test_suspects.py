@@ -8,7 +8,7 @@ from app_runs import altered, run
 
 from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.versions import check_versions, of_this_process
 from server.suspects import Originals, norm_of, too_long
 

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone, target_weights
-from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneError
+from fedcompo.method.deltas import Weights
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.tangent import (
     TangentModel,

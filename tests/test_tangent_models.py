@@ -31,13 +31,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedcompo.accuracy import evaluate
 from fedcompo.audited_models import AFTER, BEFORE, audited_models
 from fedcompo.config.run import Kind, RunConfig
-from fedcompo.contribution import Contribution
 from fedcompo.data import Split
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.evaluation import clients_data, effect_of_removal, evaluate_clients
-from fedcompo.heads import Head
 from fedcompo.membership import confidence
-from fedcompo.pool import Pool
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool
 from fedcompo.publish import publish
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedcompo.config.run import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
-from fedcompo.task_vector import TaskVector
 
 THETA_0 = pico_weights(dtype=torch.float32)
 QKV, FC1 = THETA_0

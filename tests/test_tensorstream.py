@@ -14,8 +14,8 @@ from builders import normal, random_mixture
 from registry_builders import contents, overwrite, same_bits
 from torch import Tensor
 
-from fedcompo.contribution import mixture_tensors, mixtures_from
 from fedcompo.errors import FileFormatError
+from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.storage import tensorfile
 from fedcompo.storage.tensorstream import (
     DTYPES,

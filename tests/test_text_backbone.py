@@ -22,7 +22,7 @@ from fedcompo.backbone import Backbone, load_backbone, target_weights
 from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data import load_client_data
 from fedcompo.errors import BackboneError, TooFewClients
-from fedcompo.pool import Pool
+from fedcompo.method.pool import Pool
 from fedcompo.preprocessing import Modality
 from fedcompo.registry import Registry
 from fedcompo.stored_backbone import StoredBackbone, save_backbone

@@ -27,12 +27,12 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone import Backbone
 from fedcompo.config.run import Augmentation, Kind, Penalty, TrainConfig
 from fedcompo.data import Split
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.heads import Head, zero_head
-from fedcompo.pool import Pool
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head, zero_head
+from fedcompo.method.pool import Pool
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.tangent import feature_map, square_loss
-from fedcompo.task_vector import TaskVector
 from fedcompo.training import Anchor, Fitted, fit_task_vector
 
 CLASSES = ("left", "right")

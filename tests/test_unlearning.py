@@ -10,8 +10,8 @@ import pytest
 from app_runs import altered, run
 from in_process_grid import lost
 
-from fedcompo.contribution import Contribution
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
+from fedcompo.method.contribution import Contribution
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
 from fedcompo.removal import RemovalRecord

@@ -19,8 +19,8 @@ from registry_builders import member, mixtures, registry_of
 from fedcompo import signing
 from fedcompo.composition import REALIGNED, SUM, save_realigned
 from fedcompo.config.run import Kind
-from fedcompo.heads import Head
 from fedcompo.journal import read as read_journal
+from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import ABOUT, PRIVATE, PUBLIC
 from fedcompo.registry_state import State

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fedcompo.config.choices import Wire
 from fedcompo.config.run import Kind
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.messages import from_record, prefixed, to_record
-from fedcompo.task_vector import TaskVector
+from fedcompo.method.deltas import Weights
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.wire import BLOCK, decode, encode, relative_error
 
 FEWER = (Wire.BFLOAT16, Wire.INT8)

@@ -9,7 +9,7 @@ from fedcompo.config.setting import Check, names_of
 
 
 class Kind(StrEnum):
-    """How the change of one weight is parametrised; see :mod:`fedcompo.deltas`."""
+    """How the change of one weight is parametrised; see :mod:`fedcompo.method.deltas`."""
 
     FULL = "full"
     LORA = "lora"
@@ -38,7 +38,7 @@ class Schedule(StrEnum):
 
 
 class FisherKind(StrEnum):
-    """How the Fisher diagonal is computed; see :mod:`fedcompo.fisher`."""
+    """How the Fisher diagonal is computed; see :mod:`fedcompo.method.fisher`."""
 
     EXACT = "exact"
     LEADING = "leading"
@@ -46,7 +46,7 @@ class FisherKind(StrEnum):
 
 
 class Penalty(StrEnum):
-    """How the anchor acts on training; see :mod:`fedcompo.penalties`."""
+    """How the anchor acts on training; see :mod:`fedcompo.method.penalties`."""
 
     COUPLED = "coupled"
     EXPLICIT = "explicit"

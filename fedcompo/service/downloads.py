@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from fedcompo.errors import ConfigError, ContributionError, RegistryError
-from fedcompo.pool import require_known
+from fedcompo.method.pool import require_known
 from fedcompo.publish import publish
 from fedcompo.registry import Registry
 from fedcompo.registry_state import Member

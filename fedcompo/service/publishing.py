@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 
-from fedcompo.contribution import Contribution
 from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.method.contribution import Contribution
 from fedcompo.registry import Registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.gate import time_left

@@ -31,13 +31,13 @@ from fedcompo.config.run import (
     TrainConfig,
 )
 from fedcompo.data import ClientData, load_client_data
-from fedcompo.deltas import Weights
 from fedcompo.factored_fisher import reduced, restored
-from fedcompo.features import extract_features
-from fedcompo.fisher import HEAD, FisherDiagonal
-from fedcompo.heads import fit_head, zero_head
 from fedcompo.messages import prefixed, section
-from fedcompo.penalties import ita_penalty
+from fedcompo.method.deltas import Weights
+from fedcompo.method.features import extract_features
+from fedcompo.method.fisher import HEAD, FisherDiagonal
+from fedcompo.method.heads import fit_head, zero_head
+from fedcompo.method.penalties import ita_penalty
 from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.seeds import generator_for
 from fedcompo.training import fit_task_vector

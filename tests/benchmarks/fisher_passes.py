@@ -18,9 +18,9 @@ import torch
 from fedcompo.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig, FisherKind
 from fedcompo.data import load_client_data
-from fedcompo.features import extract_features
-from fedcompo.fisher import estimate_fisher
-from fedcompo.heads import fit_head, zero_head
+from fedcompo.method.features import extract_features
+from fedcompo.method.fisher import estimate_fisher
+from fedcompo.method.heads import fit_head, zero_head
 
 
 def main() -> None:

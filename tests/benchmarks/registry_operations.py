@@ -32,8 +32,8 @@ from registry_workload import OPERATIONS, Job
 
 from fedcompo import composition, fixed_point
 from fedcompo.memory import peak_bytes
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorstream import StreamedTensors, TensorDigest, TensorWriter
-from fedcompo.task_vector import TaskVector
 
 PIECE = 1 << 22
 MEGABYTE = 1e6

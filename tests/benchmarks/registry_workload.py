@@ -22,17 +22,17 @@ from torch import Tensor
 from fedcompo.backbone import Backbone, target_weights
 from fedcompo.composition import SUM
 from fedcompo.config.run import BackboneConfig, Kind
-from fedcompo.contribution import Contribution, Lineage
-from fedcompo.deltas import rank_of, stored_shapes
-from fedcompo.features import FeatureMixture
-from fedcompo.heads import Head
+from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.deltas import rank_of, stored_shapes
+from fedcompo.method.features import FeatureMixture
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.preprocessing import Preprocessing
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of, stream_composition, write_model
 from fedcompo.storage.files import BACKBONE, CONTENT, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import StreamedTensors
-from fedcompo.task_vector import TaskVector
 from fedcompo.transaction import MODEL
 
 ARCHITECTURES = {

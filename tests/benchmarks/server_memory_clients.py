@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, Kind
-from fedcompo.contribution import mixture_tensors
-from fedcompo.deltas import rank_of, stored_shapes
-from fedcompo.features import FeatureMixture
 from fedcompo.messages import Body, prefixed
+from fedcompo.method.contribution import mixture_tensors
+from fedcompo.method.deltas import rank_of, stored_shapes
+from fedcompo.method.features import FeatureMixture
 from fedcompo.storage.tensorfile import to_bytes
 from fedcompo.versions import of_this_process
 

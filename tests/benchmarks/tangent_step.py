@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedcompo.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig
-from fedcompo.deltas import Weights
+from fedcompo.method.deltas import Weights
 from fedcompo.tangent import square_loss, tangent_features
 
 CLASSES = 10

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.config.run import Kind
-from fedcompo.deltas import Delta, Weights, restore_delta, stored_shapes
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.method.deltas import Delta, Weights, restore_delta, stored_shapes
 from fedcompo.storage import tensorfile
 
 

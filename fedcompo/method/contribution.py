@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fedcompo.config.run import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.features import FeatureMixture
-from fedcompo.fisher import FisherDiagonal
 from fedcompo.fisher_file import load_fisher, open_fisher, save_fisher
-from fedcompo.heads import Head
+from fedcompo.method.features import FeatureMixture
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import CARD, CONTENT, FISHER, tuples, write_atomically
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
-from fedcompo.task_vector import TaskVector
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fedcompo.config.run import Kind
-from fedcompo.contribution import Contribution
-from fedcompo.deltas import Weights
 from fedcompo.errors import BackboneMismatch, ContributionError
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.deltas import Weights
 
 
 @dataclass(frozen=True)

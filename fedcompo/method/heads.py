@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedcompo.errors import ContributionError
-from fedcompo.features import FeatureMixture, draw
+from fedcompo.method.features import FeatureMixture, draw
 
 ITERATIONS = 200
 

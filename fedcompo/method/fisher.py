@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from fedcompo.config.run import FisherKind
 from fedcompo.curvature import curvature_factors, leading_rank
-from fedcompo.deltas import Weights
 from fedcompo.errors import ContributionError
-from fedcompo.heads import Head
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
 from fedcompo.per_example import (
     evaluation_mode,
     recorded,

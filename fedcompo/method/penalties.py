@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedcompo.deltas import IA3, Delta, Full, LoRA, Weights
+from fedcompo.method.deltas import IA3, Delta, Full, LoRA, Weights
 
 GRADIENT_LIMIT = 100.0
 """Norm to which the paper clips the explicit step's gradient."""
