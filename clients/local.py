@@ -20,7 +20,9 @@ from clients import outgoing
 from clients.given import OWN, Given
 from clients.store import Store, store_home
 from fedcompo.accuracy import evaluate
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.caps import NODE_KEYS
 from fedcompo.config.run import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.data import ClientData, load_client_data, load_folder
@@ -30,11 +32,9 @@ from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.probing import fit_probe
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.tangent import feature_map
 from fedcompo.training import Ensemble, Fitted, ensembled, fit_task_vector
 
 logger = logging.getLogger(__name__)

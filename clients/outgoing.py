@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.run import FisherForm, RunConfig, Wire
 from fedcompo.data import ClientData

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.tangent import feature_map
 from fedcompo.data import Split
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
-from fedcompo.tangent import feature_map
 
 
 @dataclass(frozen=True)

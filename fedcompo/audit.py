@@ -44,7 +44,7 @@ from fedcompo.audited_models import (
     check_gold,
     distances_to_gold,
 )
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData
 from fedcompo.errors import ContributionError

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
@@ -21,7 +22,6 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.selection import from_registry
-from fedcompo.tangent import feature_map
 
 BEFORE, AFTER, GOLD = "before", "after", "gold"
 MAY_DIFFER = {"device"}

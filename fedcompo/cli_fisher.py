@@ -85,7 +85,7 @@ def fisher(
 
 def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
     """Estimate and write it; returns what there is to tell."""
-    from fedcompo.backbone import load_backbone
+    from fedcompo.backbone.backbone import load_backbone
     from fedcompo.reference import load_public_data, reference_fisher, save_reference
     from fedcompo.runtime import pick_device
 

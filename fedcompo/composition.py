@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedcompo import fixed_point
+from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.export import timm_config
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.method.features import FeatureMixture
@@ -27,7 +28,6 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import derive_seed
 from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import Section, StreamedTensors, TensorWriter, save_streamed
-from fedcompo.stored_backbone import StoredBackbone
 
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
 from fedcompo.data_catalogue import Catalogue
 from fedcompo.data_draws import (
@@ -37,7 +38,6 @@ from fedcompo.data_npz import npz_catalogue
 from fedcompo.data_once import read_once
 from fedcompo.data_text import TEXT_ENDINGS, text_catalogue
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Preprocessing
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
 TEST_SHARE = 0.2

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.data_draws import Indices
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Modality, Preprocessing
 
 FAULTS_SHOWN = 5
 """Unreadable images that an error lists; the rest is counted."""

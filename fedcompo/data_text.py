@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from fedcompo.backbone.preprocessing import Modality
 from fedcompo.data_catalogue import Catalogue, class_name
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Modality
 
 FIELDS = ("text", "label", "split")
 SPLITS = ("train", "test")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.accuracy import evaluate
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data import ClientData, load_client_data, num_clients
 from fedcompo.errors import DataError, FedcompoError

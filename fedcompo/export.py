@@ -15,11 +15,11 @@ from typing import Any
 
 import safetensors.torch
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
-from fedcompo.stored_backbone import StoredBackbone
 
 LINEARISED = (
     "{architecture} linearised: timm would let the weights go all the way and compute something "

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fedcompo.backbone import EMBEDDED, Backbone
+from fedcompo.backbone.backbone import EMBEDDED, Backbone
 from fedcompo.config.run import Kind
 from fedcompo.errors import BackboneError, ContributionError
 from fedcompo.method.contribution import Contribution
@@ -181,7 +181,7 @@ def _loading(backbone: Backbone, num_classes: int) -> str:
 model = timm.create_model({backbone.name!r}, pretrained=True, {listed})"""
     seen = backbone.preprocessing
     return f"""\
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig
 
 backbone = load_backbone(BackboneConfig(image_size={seen.image_size}, channels={seen.channels}))

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import Kind
 from fedcompo.method.contribution import Contribution, Lineage
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.removal import influence
 
 MOST_CLASSES = 200

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData, load_client_data, load_folder
 from fedcompo.fisher_file import load_fisher, save_fisher
 from fedcompo.method.fisher import FisherDiagonal, FisherReport
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.probing import ImagesCallback, fisher_of_images, fit_probe
 
 OWNER = "(reference)"

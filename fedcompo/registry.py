@@ -25,7 +25,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fedcompo import journal, registry_changes, specialise
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition import REALIGNED, SUM, Mixtures
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution
@@ -36,7 +37,6 @@ from fedcompo.registry_state import Member, RegistrySettings, State
 from fedcompo.removal import Influence, RemovalRecord
 from fedcompo.storage.files import BACKBONE, CARD, WEIGHTS, put_in_place
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
-from fedcompo.stored_backbone import StoredBackbone
 from fedcompo.transaction import JOURNAL, STATE, recover_if_idle
 
 

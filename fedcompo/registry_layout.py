@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fedcompo import journal, signing
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.stored import save_backbone
 from fedcompo.errors import RegistryDamaged
 from fedcompo.registry_state import RegistrySettings, State
 from fedcompo.storage.files import BACKBONE, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
-from fedcompo.stored_backbone import save_backbone
 from fedcompo.transaction import JOURNAL, STATE
 from fedcompo.versions import version
 

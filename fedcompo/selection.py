@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fedcompo.admission import check_contribution
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
+from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.method.contribution import Contribution
@@ -25,7 +26,6 @@ from fedcompo.registry_state import RegistrySettings
 from fedcompo.specialise import head_of, stream_composition
 from fedcompo.storage.files import CONTENT
 from fedcompo.storage.tensorstream import StreamedTensors
-from fedcompo.stored_backbone import StoredBackbone, save_backbone
 
 
 @dataclass(frozen=True)

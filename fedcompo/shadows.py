@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig
 from fedcompo.data import ClientData, Split
 from fedcompo.errors import ConfigError, ContributionError
@@ -46,7 +47,6 @@ from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.specialise import head_of, stream_composition
-from fedcompo.tangent import feature_map
 from fedcompo.training import Anchor, fit_task_vector
 
 OnStep = Callable[[str], None]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedcompo import fixed_point
+from fedcompo.backbone.stored import StoredBackbone
+from fedcompo.backbone.tangent import TangentModel, change_from
 from fedcompo.composition import joint_head
 from fedcompo.errors import FileFormatError
 from fedcompo.export import timm_config
@@ -21,8 +23,6 @@ from fedcompo.method.pool import Pool
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples, write_atomically
 from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter, file_sha256
-from fedcompo.stored_backbone import StoredBackbone
-from fedcompo.tangent import TangentModel, change_from
 
 if TYPE_CHECKING:
     from fedcompo.registry import Registry
@@ -142,7 +142,7 @@ def load_tangent_model(folder: Path | str) -> nn.Module:
     """Load a folder that :func:`write_model` wrote of tangents.
 
     Returns:
-        A :class:`~fedcompo.tangent.TangentModel` in evaluation mode.
+        A :class:`~fedcompo.backbone.tangent.TangentModel` in evaluation mode.
 
     Raises:
         FileFormatError: If a file is missing, altered, or belongs to another folder.
@@ -180,7 +180,7 @@ def model_of(
         weights: All of its weights by name, classifier included.
         classes: Names of the classes, in the order of the logits.
         linearised: Whether the weights are composed of tangents. The model is then a
-            :class:`~fedcompo.tangent.TangentModel`.
+            :class:`~fedcompo.backbone.tangent.TangentModel`.
     """
     seen = tuples(timm_config(backbone, classes)["pretrained_cfg"])
     model = timm.create_model(

@@ -18,7 +18,8 @@ from fedcompo.anchoring import Anchor as Anchor
 from fedcompo.anchoring import Ensemble as Ensemble
 from fedcompo.anchoring import Holding
 from fedcompo.augmentation import augment
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.tangent import square_loss, tangent_features
 from fedcompo.config.run import Kind, Precision, TrainConfig
 from fedcompo.data import Split
 from fedcompo.errors import ContributionError
@@ -26,7 +27,6 @@ from fedcompo.head_training import HeadTraining
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.tangent import square_loss, tangent_features
 
 LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step sizes of kinds that were given none: the fewer parameters, the larger."""

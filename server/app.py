@@ -15,7 +15,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import Action, Method, RunConfig, Schedule
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import Kind, Method, RunConfig, Schedule, kinds_of
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError

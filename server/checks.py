@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import FisherForm, Kind, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.factored_fisher import restored

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.versions import version
 from server import accounting

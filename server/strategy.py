@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from flwr.common.logger import log
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import Kind, Method, RunConfig, kinds_of
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError

@@ -19,7 +19,7 @@ from typing import Any
 
 from flwr.common.logger import log
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RegistryConfig, RunConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages import Body

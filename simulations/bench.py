@@ -15,7 +15,7 @@ from joint import described
 from torch import Tensor
 
 from fedcompo.accuracy import evaluate
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition import joint_head
 from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData

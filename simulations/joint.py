@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from fedcompo.accuracy import evaluate
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition import Mixtures, joint_head
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import ClientData, Split
@@ -22,7 +23,6 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.tangent import feature_map
 from fedcompo.training import fit_task_vector
 
 

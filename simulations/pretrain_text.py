@@ -44,11 +44,11 @@ from text_corpus import (
 )
 from torch import Tensor, nn
 
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.backbone.text import LENGTH
 from fedcompo.config.run import BackboneConfig
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage.files import write_atomically
-from fedcompo.text_backbone import LENGTH
 
 ARCHITECTURE = "byte_transformer_small"
 LEFT_OUT = {"site-packages", "test", "tests", "encodings", "pydoc_data", "this"}

@@ -11,7 +11,7 @@ import numpy as np
 from builders import pico_backbone
 
 from clients.local import LocalClient
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition import joint_head
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.evaluation import clients_data

@@ -9,7 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedcompo.backbone import Backbone, target_weights
+from fedcompo.backbone.backbone import Backbone, target_weights
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import BackboneConfig, Kind, RunConfig
 from fedcompo.data import Split
 from fedcompo.method.contribution import Contribution, Lineage
@@ -18,7 +19,6 @@ from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage import tensorfile
 
 PICO_ARGS = {

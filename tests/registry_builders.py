@@ -15,7 +15,7 @@ from builders import contribution, pico_backbone, random_head, random_like, rand
 from torch import Tensor
 
 from fedcompo import fixed_point
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import Kind
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.features import FeatureMixture

@@ -16,7 +16,7 @@ from PIL import Image
 
 from clients.app import app as client_app
 from clients.local import LocalClient
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig
 from fedcompo.data import DataConfig, load_client_data
 from fedcompo.errors import ConfigError, TooFewClients

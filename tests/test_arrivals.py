@@ -11,7 +11,7 @@ from in_process_grid import lost
 from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, same, sent_last
 
 from fedcompo.accuracy import evaluate
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition import joint_head
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import ClientData, load_client_data

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clients import averaging
 from fedcompo.accuracy import evaluate
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig, Kind, RunConfig
 from fedcompo.data import ClientData, Split, load_client_data
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients

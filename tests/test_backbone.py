@@ -16,7 +16,7 @@ from builders import PATTERNS, normal, pico_backbone, pico_model, pixels, random
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from fedcompo.backbone import Backbone, load_backbone, target_weights
+from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.storage import tensorfile

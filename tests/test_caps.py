@@ -21,7 +21,7 @@ from round_runs import (
 
 from clients.local import LocalClient
 from fedcompo.anchoring import Anchor, Holding
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import BackboneConfig, TrainConfig

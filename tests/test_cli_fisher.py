@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli import app
 from fedcompo.config.run import BackboneConfig
 from fedcompo.reference import load_reference

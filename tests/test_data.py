@@ -11,11 +11,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
 from fedcompo.data import ClientData, load_client_data, load_folder, num_clients
 from fedcompo.data_draws import cap_members, deal_classes, draw_classes, generator, split_members
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Preprocessing
 
 GREY_8 = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
 RGB_16 = Preprocessing(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)

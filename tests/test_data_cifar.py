@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
 from fedcompo.data import load_client_data
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Preprocessing
 
 RGB = Preprocessing(image_size=4, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
 CONFIG = DataConfig(data="cifar100", num_tasks=2)

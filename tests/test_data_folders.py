@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
 from fedcompo.data import load_client_data, load_folder, num_clients
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Preprocessing
 
 GREY = Preprocessing(image_size=4, channels=1, mean=(0.5,), std=(0.5,), interpolation="nearest")
 RGB = Preprocessing(

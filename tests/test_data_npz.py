@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Preprocessing
 
 GREY = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
 RGB = Preprocessing(image_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)

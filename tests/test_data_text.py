@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.run import DataConfig
 from fedcompo.data import ClientData, load_client_data
 from fedcompo.errors import DataError
-from fedcompo.preprocessing import Modality, Preprocessing
 
 LENGTH = 12
 TEXTS = Preprocessing(LENGTH, 1, mean=(0.0,), std=(1 / 255,), modality=Modality.TEXTS)

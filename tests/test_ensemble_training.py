@@ -19,7 +19,7 @@ from builders import (
 )
 
 from fedcompo import anchoring
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import Kind, Penalty, TrainConfig
 from fedcompo.method.penalties import iel_penalty
 from fedcompo.training import Anchor, Course, Ensemble, Fitted, ensembled, fit_task_vector

@@ -26,7 +26,8 @@ from builders import (
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedcompo.backbone import Backbone, load_backbone, target_weights
+from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import BackboneConfig, Kind
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG, export_peft
@@ -34,7 +35,6 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import LoRA
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import MODEL_CARD
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcompo import per_example
-from fedcompo.backbone import target_weights
+from fedcompo.backbone.backbone import target_weights
 from fedcompo.config.run import BackboneConfig, FisherKind
 from fedcompo.curvature import curvature_factors
 from fedcompo.errors import BackboneError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from app_runs import altered, run
 
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
 from fedcompo.fisher_file import save_fisher

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import Kind
 from fedcompo.export import export_timm
 from fedcompo.method.contribution import Lineage
@@ -25,7 +26,6 @@ from fedcompo.model_card import (
     model_card,
     preprocessing_text,
 )
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage.files import MODEL_CARD, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
 

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import RunConfig
 from fedcompo.data import ClientData
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
 from fedcompo.fisher_file import save_fisher
 from fedcompo.names import check_client_name
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.reference import (
     OWNER,

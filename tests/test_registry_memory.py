@@ -10,10 +10,10 @@ from builders import PATTERNS, PICO_ARGS, contribution, random_head, random_mixt
 from failing_disk import PATIENCE, PROCESSES
 from timm.models.vision_transformer import VisionTransformer
 
-from fedcompo.backbone import Backbone, target_weights
+from fedcompo.backbone.backbone import Backbone, target_weights
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import Kind
 from fedcompo.memory import peak_bytes, reset_peak
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.storage import tensorfile

@@ -26,7 +26,7 @@ from round_runs import (
 
 from clients.local import LocalClient
 from fedcompo import fixed_point
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data import load_client_data
 from fedcompo.errors import ContributionError, TooFewClients

@@ -12,7 +12,7 @@ import torch
 from builders import contribution, random_head, random_mixture
 from registry_builders import QUICK, backbone, member, mixtures, registry_of, same_bits
 
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, Coefficients, Kind, RunConfig, Scalar
 from fedcompo.errors import (
     BackboneMismatch,

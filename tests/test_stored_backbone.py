@@ -9,9 +9,9 @@ import torch
 from builders import altered, normal
 from registry_builders import WIDTH, backbone, same_bits
 
+from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.storage.tensorfile import load, save
-from fedcompo.stored_backbone import StoredBackbone, save_backbone
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data import load_client_data
 from fedcompo.method.features import extract_features
-from fedcompo.preprocessing import Preprocessing
 
 SCRIPT = Path(__file__).resolve().parents[1] / "simulations" / "strokes.py"
 GREY = Preprocessing(image_size=28, channels=1, mean=(0.5,), std=(0.5,))

@@ -20,17 +20,17 @@ from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedcompo.accuracy import evaluate
-from fedcompo.backbone import Backbone, target_weights
-from fedcompo.errors import BackboneError
-from fedcompo.method.deltas import Weights
-from fedcompo.preprocessing import Preprocessing
-from fedcompo.tangent import (
+from fedcompo.backbone.backbone import Backbone, target_weights
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.backbone.tangent import (
     TangentModel,
     feature_map,
     linearised,
     square_loss,
     tangent_features,
 )
+from fedcompo.errors import BackboneError
+from fedcompo.method.deltas import Weights
 
 IMAGES = pixels(3, 1, 8, seed=1)
 QKV, FC2 = "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"

@@ -18,15 +18,15 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.func import functional_call
 
-from fedcompo.backbone import Backbone, load_backbone, target_weights
+from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
+from fedcompo.backbone.preprocessing import Modality
+from fedcompo.backbone.stored import StoredBackbone, save_backbone
+from fedcompo.backbone.text import ByteTransformer
 from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data import load_client_data
 from fedcompo.errors import BackboneError, TooFewClients
 from fedcompo.method.pool import Pool
-from fedcompo.preprocessing import Modality
 from fedcompo.registry import Registry
-from fedcompo.stored_backbone import StoredBackbone, save_backbone
-from fedcompo.text_backbone import ByteTransformer
 
 NAME = "byte_transformer_small"
 LENGTH = 16
@@ -165,7 +165,7 @@ def test_what_was_stored_is_the_same_backbone_to_a_process_that_knows_only_where
     assert found.preprocessing == backbone.preprocessing
     assert torch.equal(found.forward({})(some_bytes(2)), backbone.forward({})(some_bytes(2)))
     code = (
-        "import sys; from pathlib import Path; from fedcompo.stored_backbone import StoredBackbone;"
+        "import sys; from pathlib import Path; from fedcompo.backbone.stored import StoredBackbone;"
         "print(StoredBackbone(Path(sys.argv[1])).load().fingerprint)"
     )
     done = subprocess.run(

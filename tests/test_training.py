@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fedcompo import anchoring
 from fedcompo.accuracy import evaluate
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.tangent import feature_map, square_loss
 from fedcompo.config.run import Augmentation, Kind, Penalty, TrainConfig
 from fedcompo.data import Split
 from fedcompo.errors import ContributionError
@@ -32,7 +33,6 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.tangent import feature_map, square_loss
 from fedcompo.training import Anchor, Fitted, fit_task_vector
 
 CLASSES = ("left", "right")

@@ -43,7 +43,7 @@ class Full(nn.Module):
 class Tangent(Full):
     """Dense too, but taken as a direction: features follow it to first order alone.
 
-    The weights stay at θ₀, and the backbone is linearised there; see :mod:`fedcompo.tangent`.
+    The weights stay at θ₀, and the backbone is linearised there; see :mod:`fedcompo.backbone.tangent`.
     """
 
 

@@ -5,7 +5,7 @@ r"""The pool of contributions, and the only place where task vectors are added u
 Removing a client is leaving out its term. Averaging LoRA factors separately would be wrong: sums
 are taken over dense :math:`\tau`, one weight at a time, so memory is a few weights, not models.
 Kinds mix, but for tangents: what is composed of them is a direction, in which the backbone is
-linearised (:mod:`fedcompo.tangent`); the others' sum is where the weights go.
+linearised (:mod:`fedcompo.backbone.tangent`); the others' sum is where the weights go.
 Source: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 2.
 """
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import (
     BackboneConfig,

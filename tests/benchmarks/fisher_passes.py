@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from fedcompo.backbone import load_backbone
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig, FisherKind
 from fedcompo.data import load_client_data
 from fedcompo.method.features import extract_features

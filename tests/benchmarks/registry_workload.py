@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedcompo.backbone import Backbone, target_weights
+from fedcompo.backbone.backbone import Backbone, target_weights
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition import SUM
 from fedcompo.config.run import BackboneConfig, Kind
 from fedcompo.method.contribution import Contribution, Lineage
@@ -27,7 +28,6 @@ from fedcompo.method.deltas import rank_of, stored_shapes
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.registry import Registry
 from fedcompo.specialise import head_of, stream_composition, write_model
 from fedcompo.storage.files import BACKBONE, CONTENT, WEIGHTS

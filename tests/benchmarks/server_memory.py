@@ -115,7 +115,7 @@ def measure(job: Job) -> Job:
 def nothing(job: Job, work: Path) -> dict[str, int]:
     """Import the apps and load the backbone."""
     import server.app
-    from fedcompo.backbone import load_backbone
+    from fedcompo.backbone.backbone import load_backbone
     from fedcompo.config.run import BackboneConfig
 
     assert server.app.app

@@ -17,7 +17,7 @@ from registry_workload import RANK
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, Kind
 from fedcompo.messages import Body, prefixed
 from fedcompo.method.contribution import mixture_tensors

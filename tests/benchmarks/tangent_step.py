@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedcompo.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.backbone.tangent import square_loss, tangent_features
 from fedcompo.config.run import BackboneConfig
 from fedcompo.method.deltas import Weights
-from fedcompo.tangent import square_loss, tangent_features
 
 CLASSES = 10
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
 
@@ -68,7 +68,7 @@ def tangent_features(backbone: Backbone, tau: Weights, images: Tensor) -> Tensor
 def linearised(backbone: Backbone, theta: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     r"""Return the map from uint8 images to features, linearised at the pre-trained weights.
 
-    It takes the place of :meth:`fedcompo.backbone.Backbone.forward` for what is composed of
+    It takes the place of :meth:`fedcompo.backbone.backbone.Backbone.forward` for what is composed of
     tangents: :math:`f(x;\theta_0) + J(\theta - \theta_0)`, by one JVP a batch.
 
     Args:

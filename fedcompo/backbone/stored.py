@@ -10,10 +10,10 @@ from typing import Any
 import timm
 import torch
 
-from fedcompo.backbone import Backbone
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.method.deltas import Weights
-from fedcompo.preprocessing import Preprocessing
 from fedcompo.storage.files import tuples
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 

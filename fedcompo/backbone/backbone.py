@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import fedcompo.text_backbone  # noqa: F401  timm knows its models from here on
-from fedcompo.checkpoint import fill, read_checkpoint
+import fedcompo.backbone.text  # noqa: F401  timm knows its models from here on
+from fedcompo.backbone.checkpoint import fill, read_checkpoint
+from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
-from fedcompo.preprocessing import Modality, Preprocessing
 from fedcompo.storage import tensorfile
 
 logger = logging.getLogger(__name__)

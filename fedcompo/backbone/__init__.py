@@ -1,0 +1,1 @@
+"""The pre-trained backbone: loading it, its weights, its pixels, its first-order expansion."""
