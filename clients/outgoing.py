@@ -13,7 +13,7 @@ from torch import Tensor
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.run import FisherForm, RunConfig, Wire
-from fedcompo.data import ClientData
+from fedcompo.data.client_data import ClientData
 from fedcompo.factored_fisher import reduced, restored
 from fedcompo.messages import Body, head_tensors, prefixed, section
 from fedcompo.method.deltas import Weights

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
-from fedcompo.data import Split
+from fedcompo.data.client_data import Split
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head

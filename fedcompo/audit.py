@@ -46,7 +46,7 @@ from fedcompo.audited_models import (
 )
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
-from fedcompo.data import ClientData
+from fedcompo.data.client_data import ClientData
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data
 from fedcompo.membership import Attack, confidence, likelihood_ratio_attack, loss_attack, losses

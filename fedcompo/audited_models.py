@@ -13,7 +13,7 @@ from torch import Tensor
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.run import RunConfig
-from fedcompo.data import ClientData
+from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
 from fedcompo.evaluation import clients_data
 from fedcompo.method.contribution import Contribution

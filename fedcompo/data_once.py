@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from fedcompo.data_catalogue import Catalogue
+from fedcompo.data.catalogue import Catalogue
 
 Reader = Callable[[Path], Catalogue]
 KEPT_BYTES = 256 * 2**20

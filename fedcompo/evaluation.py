@@ -10,7 +10,7 @@ from torch import Tensor
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import DataConfig, RunConfig
-from fedcompo.data import ClientData, load_client_data, num_clients
+from fedcompo.data.client_data import ClientData, load_client_data, num_clients
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import FisherConfig
-from fedcompo.data import Split
+from fedcompo.data.client_data import Split
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal, FisherReport, estimate_fisher
 from fedcompo.method.heads import Head, fit_head, zero_head

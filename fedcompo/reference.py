@@ -14,7 +14,7 @@ from pathlib import Path
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import RunConfig
-from fedcompo.data import ClientData, load_client_data, load_folder
+from fedcompo.data.client_data import ClientData, load_client_data, load_folder
 from fedcompo.fisher_file import load_fisher, save_fisher
 from fedcompo.method.fisher import FisherDiagonal, FisherReport
 from fedcompo.probing import ImagesCallback, fisher_of_images, fit_probe

@@ -41,7 +41,7 @@ def count_clients(config: RunConfig) -> int:
         ConfigError: If more clients are asked for than there are, or fewer than the run needs.
         DataError: If the data cannot be used.
     """
-    from fedcompo.data import num_clients  # imports torch
+    from fedcompo.data.client_data import num_clients  # imports torch
 
     available = num_clients(config.data)
     if config.server.num_clients > available:

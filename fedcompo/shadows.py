@@ -34,7 +34,7 @@ from torch import Tensor
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig
-from fedcompo.data import ClientData, Split
+from fedcompo.data.client_data import ClientData, Split
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.membership import FEWEST_SHADOWS, confidence
 from fedcompo.method.deltas import Weights

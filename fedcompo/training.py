@@ -21,7 +21,7 @@ from fedcompo.augmentation import augment
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import square_loss, tangent_features
 from fedcompo.config.run import Kind, Precision, TrainConfig
-from fedcompo.data import Split
+from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError
 from fedcompo.head_training import HeadTraining
 from fedcompo.method.deltas import Delta, Weights, new_deltas

@@ -18,7 +18,7 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition import joint_head
 from fedcompo.config.run import RunConfig
-from fedcompo.data import ClientData
+from fedcompo.data.client_data import ClientData
 from fedcompo.evaluation import clients_data, run_config_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head

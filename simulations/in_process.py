@@ -27,7 +27,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedcompo.config.run import RunConfig, Scalar
 from fedcompo.config.scenario import settings_of
-from fedcompo.data import num_clients
+from fedcompo.data.client_data import num_clients
 from fedcompo.errors import FedcompoError
 from fedcompo.launcher import RESULTS, find_app, reserve_output
 

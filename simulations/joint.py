@@ -18,7 +18,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition import Mixtures, joint_head
 from fedcompo.config.run import Kind, RunConfig
-from fedcompo.data import ClientData, Split
+from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features, fit_mixtures
 from fedcompo.method.heads import Head

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from fedcompo.data_draws import generator
+from fedcompo.data.draws import generator
 from fedcompo.storage.files import write_atomically
 
 Points = NDArray[np.float64]  # (count, 2): x to the right, y down
@@ -152,7 +152,7 @@ def draw_classes(
         hand: How much the images of a character differ; None: as :class:`Hand` says.
 
     Returns:
-        ``images``, ``labels``, ``split`` and ``names``, see :mod:`fedcompo.data_npz`.
+        ``images``, ``labels``, ``split`` and ``names``, see :mod:`fedcompo.data.npz`.
     """
     hand = hand or Hand()
     images, started = [], time.monotonic()

@@ -100,7 +100,7 @@ def corpus(classes: list[str], counts: dict[str, int]) -> list[dict[str, str]]:
         counts: Examples a class to keep, by split; where there are more, evenly spaced ones.
 
     Returns:
-        What :mod:`fedcompo.data_text` reads, one dictionary an example.
+        What :mod:`fedcompo.data.text` reads, one dictionary an example.
     """
     seen: set[str] = set()
     rows = []

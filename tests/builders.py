@@ -12,7 +12,7 @@ from torch import Tensor
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import BackboneConfig, Kind, RunConfig
-from fedcompo.data import Split
+from fedcompo.data.client_data import Split
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.features import FeatureMixture

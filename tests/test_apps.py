@@ -18,7 +18,7 @@ from clients.app import app as client_app
 from clients.local import LocalClient
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig
-from fedcompo.data import DataConfig, load_client_data
+from fedcompo.data.client_data import DataConfig, load_client_data
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool

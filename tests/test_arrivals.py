@@ -14,7 +14,7 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition import joint_head
 from fedcompo.config.run import Kind, RunConfig
-from fedcompo.data import ClientData, load_client_data
+from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import TooFewClients
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool

@@ -21,7 +21,7 @@ from clients import averaging
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig, Kind, RunConfig
-from fedcompo.data import ClientData, Split, load_client_data
+from fedcompo.data.client_data import ClientData, Split, load_client_data
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients
 from fedcompo.live import Progress
 from fedcompo.messages import head_tensors, prefixed, section

@@ -22,7 +22,7 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli_common import VARIABLE
 from fedcompo.config.run import BackboneConfig, Kind, RunConfig
-from fedcompo.data import load_client_data
+from fedcompo.data.client_data import load_client_data
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights

@@ -19,7 +19,7 @@ from fedcompo.accuracy import evaluate
 from fedcompo.cli import app
 from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
 from fedcompo.config.run import Kind, RunConfig
-from fedcompo.data import load_client_data
+from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import PUBLIC

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
-from fedcompo.data import ClientData, load_client_data, load_folder, num_clients
-from fedcompo.data_draws import cap_members, deal_classes, draw_classes, generator, split_members
+from fedcompo.data.client_data import ClientData, load_client_data, load_folder, num_clients
+from fedcompo.data.draws import cap_members, deal_classes, draw_classes, generator, split_members
 from fedcompo.errors import DataError
 
 GREY_8 = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))

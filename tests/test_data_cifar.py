@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
-from fedcompo.data import load_client_data
+from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import DataError
 
 RGB = Preprocessing(image_size=4, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)

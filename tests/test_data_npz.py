@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
-from fedcompo.data import ClientData, load_client_data
+from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import DataError
 
 GREY = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fedcompo import data_once
-from fedcompo.data_catalogue import Catalogue
+from fedcompo.data.catalogue import Catalogue
 from fedcompo.data_once import read_once
 from fedcompo.errors import DataError
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.run import DataConfig
-from fedcompo.data import ClientData, load_client_data
+from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import DataError
 
 LENGTH = 12

@@ -12,7 +12,7 @@ from registry_builders import backbone, contents, member, registry_of
 
 from fedcompo.accuracy import evaluate
 from fedcompo.config.run import RunConfig
-from fedcompo.data import ClientData, load_client_data
+from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import ConfigError, DataError
 from fedcompo.evaluation import (
     Figures,

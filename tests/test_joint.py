@@ -13,7 +13,7 @@ from builders import pico_backbone, rng
 from fedcompo.accuracy import evaluate
 from fedcompo.composition import joint_head
 from fedcompo.config.run import Kind, RunConfig
-from fedcompo.data import ClientData, Split
+from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.features import extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for

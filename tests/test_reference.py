@@ -14,7 +14,7 @@ from torch.func import functional_call
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import RunConfig
-from fedcompo.data import ClientData
+from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
 from fedcompo.fisher_file import save_fisher
 from fedcompo.names import check_client_name

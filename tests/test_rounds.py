@@ -28,7 +28,7 @@ from clients.local import LocalClient
 from fedcompo import fixed_point
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import Kind, RunConfig
-from fedcompo.data import load_client_data
+from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector

@@ -14,7 +14,7 @@ import torch
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import BackboneConfig, DataConfig
-from fedcompo.data import load_client_data
+from fedcompo.data.client_data import load_client_data
 from fedcompo.method.features import extract_features
 
 SCRIPT = Path(__file__).resolve().parents[1] / "simulations" / "strokes.py"

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedcompo.accuracy import evaluate
 from fedcompo.audited_models import AFTER, BEFORE, audited_models
 from fedcompo.config.run import Kind, RunConfig
-from fedcompo.data import Split
+from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.evaluation import clients_data, effect_of_removal, evaluate_clients
 from fedcompo.membership import confidence

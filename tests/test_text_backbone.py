@@ -23,7 +23,7 @@ from fedcompo.backbone.preprocessing import Modality
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.backbone.text import ByteTransformer
 from fedcompo.config.run import BackboneConfig, DataConfig
-from fedcompo.data import load_client_data
+from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import BackboneError, TooFewClients
 from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedcompo.config.run import DataConfig
-from fedcompo.data import load_client_data
-from fedcompo.data_text import text_catalogue
+from fedcompo.data.client_data import load_client_data
+from fedcompo.data.text import text_catalogue
 
 SIMULATIONS = Path(__file__).resolve().parents[1] / "simulations"
 LINES = [f"value_{place} = {place} * other_{place}" for place in range(200)]

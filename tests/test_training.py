@@ -27,7 +27,7 @@ from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map, square_loss
 from fedcompo.config.run import Augmentation, Kind, Penalty, TrainConfig
-from fedcompo.data import Split
+from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, zero_head

@@ -30,7 +30,7 @@ from fedcompo.config.run import (
     Kind,
     TrainConfig,
 )
-from fedcompo.data import ClientData, load_client_data
+from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.factored_fisher import reduced, restored
 from fedcompo.messages import prefixed, section
 from fedcompo.method.deltas import Weights

@@ -17,7 +17,7 @@ import torch
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig, FisherKind
-from fedcompo.data import load_client_data
+from fedcompo.data.client_data import load_client_data
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import estimate_fisher
 from fedcompo.method.heads import fit_head, zero_head

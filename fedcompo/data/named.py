@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fedcompo.data_catalogue import Catalogue, class_name
-from fedcompo.data_draws import generator, split_members
+from fedcompo.data.catalogue import Catalogue, class_name
+from fedcompo.data.draws import generator, split_members
 from fedcompo.errors import DataError
 
 DIGITS_SEED = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcompo.data_catalogue import Catalogue, class_name, read_picture
+from fedcompo.data.catalogue import Catalogue, class_name, read_picture
 from fedcompo.errors import DataError
 
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
-from fedcompo.data_catalogue import Catalogue
-from fedcompo.data_draws import (
+from fedcompo.data.catalogue import Catalogue
+from fedcompo.data.draws import (
     Indices,
     cap_members,
     deal_classes,
@@ -32,11 +32,11 @@ from fedcompo.data_draws import (
     generator,
     split_members,
 )
-from fedcompo.data_folders import client_folders, folder_catalogue
-from fedcompo.data_named import cifar100_catalogue, digits_catalogue
-from fedcompo.data_npz import npz_catalogue
+from fedcompo.data.folders import client_folders, folder_catalogue
+from fedcompo.data.named import cifar100_catalogue, digits_catalogue
+from fedcompo.data.npz import npz_catalogue
+from fedcompo.data.text import TEXT_ENDINGS, text_catalogue
 from fedcompo.data_once import read_once
-from fedcompo.data_text import TEXT_ENDINGS, text_catalogue
 from fedcompo.errors import DataError
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")

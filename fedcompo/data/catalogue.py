@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
-from fedcompo.data_draws import Indices
+from fedcompo.data.draws import Indices
 from fedcompo.errors import DataError
 
 FAULTS_SHOWN = 5

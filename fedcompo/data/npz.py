@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedcompo.data_catalogue import Catalogue, class_name, read_picture
+from fedcompo.data.catalogue import Catalogue, class_name, read_picture
 from fedcompo.errors import DataError
 
 Array = NDArray[Any]

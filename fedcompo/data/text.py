@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fedcompo.backbone.preprocessing import Modality
-from fedcompo.data_catalogue import Catalogue, class_name
+from fedcompo.data.catalogue import Catalogue, class_name
 from fedcompo.errors import DataError
 
 FIELDS = ("text", "label", "split")
