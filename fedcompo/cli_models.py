@@ -236,7 +236,7 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
     load = f'import timm; timm.create_model("local-dir:{folder}", pretrained=True)'
     if written["linearised"]:
         say("Composed of tangents: it is linearised, which timm cannot do. See its README.md.")
-        load = f'import fedcompo.specialise as s; s.load_tangent_model("{folder}")'
+        load = f'import fedcompo.composition.models as s; s.load_tangent_model("{folder}")'
     say(f"Model: {folder}\n{load}")
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.models import head_of, stream_composition
 from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data, num_clients
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
-from fedcompo.specialise import head_of, stream_composition
 
 OnStep = Callable[[str], None]
 Figures = dict[str, dict[str, Any]]

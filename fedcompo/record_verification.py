@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedcompo import composition
-from fedcompo.composition import SUM, Term
+from fedcompo.composition import version as composition
+from fedcompo.composition.version import SUM, Term
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.journal import Entry
 from fedcompo.registry import Registry

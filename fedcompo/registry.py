@@ -24,10 +24,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedcompo import journal, registry_changes, specialise
+from fedcompo import journal, registry_changes
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import StoredBackbone
-from fedcompo.composition import REALIGNED, SUM, Mixtures
+from fedcompo.composition import models as specialise
+from fedcompo.composition.version import REALIGNED, SUM, Mixtures
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcompo import journal, transaction
-from fedcompo.composition import Mixtures
+from fedcompo.composition.version import Mixtures
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.pool import require_known, require_unmixed

@@ -12,7 +12,7 @@ import torch
 
 from fedcompo import journal, transaction
 from fedcompo.admission import check_contribution, stage_contribution
-from fedcompo.composition import (
+from fedcompo.composition.version import (
     REALIGNED,
     SUM,
     Mixtures,

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedcompo.admission import check_contribution
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
+from fedcompo.composition.models import head_of, stream_composition
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.method.contribution import Contribution
@@ -23,7 +24,6 @@ from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import ABOUT
 from fedcompo.registry_state import RegistrySettings
-from fedcompo.specialise import head_of, stream_composition
 from fedcompo.storage.files import CONTENT
 from fedcompo.storage.tensorstream import StreamedTensors
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
+from fedcompo.composition.models import head_of, stream_composition
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.errors import ConfigError, ContributionError
@@ -46,7 +47,6 @@ from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
-from fedcompo.specialise import head_of, stream_composition
 from fedcompo.training import Anchor, fit_task_vector
 
 OnStep = Callable[[str], None]

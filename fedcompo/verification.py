@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from fedcompo import fixed_point, journal, signing
-from fedcompo.composition import REALIGNED, joint_head, load_realigned
+from fedcompo import journal, signing
+from fedcompo.composition import fixed_point
+from fedcompo.composition.version import REALIGNED, joint_head, load_realigned
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.journal import Entry
 from fedcompo.method.heads import Head

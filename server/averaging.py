@@ -23,10 +23,10 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.run import Kind, Method, RunConfig, Schedule, kinds_of
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.export import export_timm
 from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.diagnostics import Diagnostics, diagnose
+from fedcompo.composition.diagnostics import Diagnostics, diagnose
 from fedcompo.messages import Body, head_tensors, prefixed
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal

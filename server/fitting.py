@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
@@ -29,7 +30,6 @@ from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
-from fedcompo.running_sum import RunningSum
 from fedcompo.storage.files import FISHER
 from server.alignment import Mixtures, align_joint_head
 from server.anchors import Anchors

@@ -22,12 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages import Body, head_tensors, prefixed
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
-from fedcompo.running_sum import RunningSum
 from server.attendance import Attendance
 from server.exchange import Exchange
 from server.fitting import Fitting

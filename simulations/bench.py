@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition import joint_head
+from fedcompo.composition.models import stream_composition
+from fedcompo.composition.version import joint_head
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.evaluation import clients_data, run_config_of
@@ -24,7 +25,6 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
-from fedcompo.specialise import stream_composition
 
 Accuracies = dict[str, tuple[float, float]]
 """Class-IL and task-IL by client."""

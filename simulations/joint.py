@@ -16,7 +16,7 @@ import torch
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
-from fedcompo.composition import Mixtures, joint_head
+from fedcompo.composition.version import Mixtures, joint_head
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.deltas import Weights

@@ -18,9 +18,9 @@ from merged import FROZEN, evaluate_merges
 from merging import MERGES
 from methods import METHODS
 
+from fedcompo.composition.models import head_of
 from fedcompo.config.run import kinds_of
 from fedcompo.method.heads import side_by_side
-from fedcompo.specialise import head_of
 
 MEASURED = "measured"
 CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")

@@ -18,7 +18,8 @@ from typing import Any
 from joint import described, measured
 from merging import MERGES, Merge
 
-from fedcompo.composition import joint_head
+from fedcompo.composition.models import head_of
+from fedcompo.composition.version import joint_head
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data, run_config_of
@@ -26,7 +27,6 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
 from fedcompo.runtime import pick_device
-from fedcompo.specialise import head_of
 
 FROZEN = "frozen"
 """The pre-trained weights under the joint head: one round, and exactly removable."""

@@ -12,7 +12,7 @@ from builders import pico_backbone
 
 from clients.local import LocalClient
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition import joint_head
+from fedcompo.composition.version import joint_head
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.evaluation import clients_data
 from fedcompo.messages import head_from, head_tensors, prefixed, section

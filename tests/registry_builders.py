@@ -14,8 +14,8 @@ import torch
 from builders import contribution, pico_backbone, random_head, random_like, random_mixture
 from torch import Tensor
 
-from fedcompo import fixed_point
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition import fixed_point
 from fedcompo.config.run import Kind
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.features import FeatureMixture

@@ -14,11 +14,11 @@ from in_process_grid import Tamper
 from PIL import Image
 from torch import Tensor
 
+from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import FedcompoError
 from fedcompo.messages import from_record, section
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry import Registry
-from fedcompo.running_sum import RunningSum
 
 OWNED = {
     "ann": {"cat": 6, "dog": 4},

@@ -12,7 +12,7 @@ from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, sa
 
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.composition import joint_head
+from fedcompo.composition.version import joint_head
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import TooFewClients

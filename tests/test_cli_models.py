@@ -21,6 +21,7 @@ from torch.func import functional_call
 from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli_common import VARIABLE
+from fedcompo.composition.models import head_of
 from fedcompo.config.run import BackboneConfig, Kind, RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG
@@ -30,7 +31,6 @@ from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.negation import negated
 from fedcompo.registry import Registry
-from fedcompo.specialise import head_of
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.units import percent

@@ -18,13 +18,13 @@ from registry_builders import backbone, contents, member, registry_of
 from fedcompo.accuracy import evaluate
 from fedcompo.cli import app
 from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
+from fedcompo.composition.models import head_of
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError
 from fedcompo.registry import Registry
 from fedcompo.registry_layout import PUBLIC
 from fedcompo.removal import RemovalRecord
-from fedcompo.specialise import head_of
 from fedcompo.storage.files import CONTENT
 from fedcompo.units import percent
 from fedcompo.verification import verify_registry

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedcompo import diagnostics
-from fedcompo.diagnostics import composition_gap, diagnose
+from fedcompo.composition import diagnostics
+from fedcompo.composition.diagnostics import composition_gap, diagnose
 from fedcompo.method.pool import Pool
 
 THETA_0 = pico_weights(dtype=torch.float32)

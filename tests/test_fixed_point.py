@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from registry_builders import exact_delta, exact_term
 from torch import Tensor
 
-from fedcompo import fixed_point
+from fedcompo.composition import fixed_point
+from fedcompo.composition.fixed_point import BITS, CEILING, GRID, LARGEST
 from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
-from fedcompo.fixed_point import BITS, CEILING, GRID, LARGEST
 from fedcompo.method.task_vector import TaskVector
 
 NAME = "w"

@@ -9,8 +9,8 @@ import torch
 from builders import KINDS, normal, pico_weights, random_deltas, random_like
 from torch import Tensor
 
+from fedcompo.composition.diagnostics import composition_gap
 from fedcompo.config.run import Kind
-from fedcompo.diagnostics import composition_gap
 from fedcompo.method.deltas import Delta, Weights
 from fedcompo.method.penalties import (
     GRADIENT_LIMIT,

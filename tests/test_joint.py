@@ -11,7 +11,7 @@ import torch
 from builders import pico_backbone, rng
 
 from fedcompo.accuracy import evaluate
-from fedcompo.composition import joint_head
+from fedcompo.composition.version import joint_head
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.features import extract_features, fit_mixtures

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.run import Kind
-from fedcompo.export import export_timm
 from fedcompo.method.contribution import Lineage
 from fedcompo.model_card import (
     MOST_CLASSES,

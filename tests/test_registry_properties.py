@@ -27,8 +27,8 @@ from registry_builders import (
     same_bits,
 )
 
+from fedcompo.composition.fixed_point import BITS
 from fedcompo.config.run import Coefficients, Kind
-from fedcompo.fixed_point import BITS
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry

@@ -17,7 +17,7 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo import fixed_point
+from fedcompo.composition import fixed_point
 from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.journal import Entry

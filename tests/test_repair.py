@@ -10,10 +10,10 @@ import torch
 from app_runs import altered
 from round_runs import Looks, Wire, draw_images, federate, same
 
+from fedcompo.composition.running_sum import RunningSum
 from fedcompo.method.contribution import Contribution
 from fedcompo.record_verification import verify_record
 from fedcompo.registry import Registry
-from fedcompo.running_sum import RunningSum
 from fedcompo.verification import verify_registry
 from server.rounds import Rounds
 

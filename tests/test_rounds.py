@@ -25,15 +25,15 @@ from round_runs import (
 )
 
 from clients.local import LocalClient
-from fedcompo import fixed_point
 from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.composition import fixed_point
+from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
-from fedcompo.running_sum import RunningSum
 from fedcompo.seeds import generator_for
 from fedcompo.storage.files import FISHER
 from fedcompo.training import Anchor, Course, Ensemble, Fitted, fit_task_vector

@@ -10,12 +10,12 @@ from builders import MIXABLE, dense_by_hand, pico_weights, task_vector
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcompo import fixed_point
+from fedcompo.composition import fixed_point
+from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.running_sum import RunningSum
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
 THETA_0 = pico_weights(dtype=torch.float32)

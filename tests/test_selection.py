@@ -13,6 +13,7 @@ from builders import contribution, random_head, random_mixture
 from registry_builders import QUICK, backbone, member, mixtures, registry_of, same_bits
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.composition.models import head_of
 from fedcompo.config.run import BackboneConfig, Coefficients, Kind, RunConfig, Scalar
 from fedcompo.errors import (
     BackboneMismatch,
@@ -28,7 +29,6 @@ from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
 from fedcompo.registry_state import RegistrySettings
 from fedcompo.selection import Selection, from_folders, from_registry, new_folder
-from fedcompo.specialise import head_of
 from fedcompo.storage.files import CONTENT
 
 

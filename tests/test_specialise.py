@@ -20,10 +20,10 @@ from registry_builders import (
     three_clients,
 )
 
+from fedcompo.composition.models import head_of, model_of, stream_composition, write_model
 from fedcompo.config.run import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.pool import Pool
-from fedcompo.specialise import head_of, model_of, stream_composition, write_model
 from fedcompo.storage.files import WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 

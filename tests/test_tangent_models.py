@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedcompo.accuracy import evaluate
 from fedcompo.audited_models import AFTER, BEFORE, audited_models
+from fedcompo.composition.models import head_of, load_tangent_model
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError, FileFormatError
@@ -43,7 +44,6 @@ from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.selection import from_registry
 from fedcompo.shadows import ClientTraining, all_images, logits_of, train_shadows
-from fedcompo.specialise import head_of, load_tangent_model
 from fedcompo.storage.files import MODEL_CARD
 
 IMAGES = backbone().preprocessing.normalise(pixels(4, 1, 8, seed=2))

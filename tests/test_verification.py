@@ -17,7 +17,7 @@ from forgery import rewrite_line, rewrite_record, rewrite_state
 from registry_builders import member, mixtures, registry_of
 
 from fedcompo import signing
-from fedcompo.composition import REALIGNED, SUM, save_realigned
+from fedcompo.composition.version import REALIGNED, SUM, save_realigned
 from fedcompo.config.run import Kind
 from fedcompo.journal import read as read_journal
 from fedcompo.method.heads import Head

@@ -30,7 +30,8 @@ from unittest import mock
 import torch
 from registry_workload import OPERATIONS, Job
 
-from fedcompo import composition, fixed_point
+from fedcompo.composition import fixed_point
+from fedcompo.composition import version as composition
 from fedcompo.memory import peak_bytes
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorstream import StreamedTensors, TensorDigest, TensorWriter

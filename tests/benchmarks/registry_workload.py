@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.composition import SUM
+from fedcompo.composition.models import head_of, stream_composition, write_model
+from fedcompo.composition.version import SUM
 from fedcompo.config.run import BackboneConfig, Kind
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.deltas import rank_of, stored_shapes
@@ -29,7 +30,6 @@ from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
-from fedcompo.specialise import head_of, stream_composition, write_model
 from fedcompo.storage.files import BACKBONE, CONTENT, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import StreamedTensors

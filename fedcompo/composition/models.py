@@ -12,12 +12,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fedcompo import fixed_point
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.backbone.tangent import TangentModel, change_from
-from fedcompo.composition import joint_head
+from fedcompo.composition import fixed_point
+from fedcompo.composition.timm_folder import timm_config
+from fedcompo.composition.version import joint_head
 from fedcompo.errors import FileFormatError
-from fedcompo.export import timm_config
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry_state import RegistrySettings

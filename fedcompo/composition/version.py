@@ -1,7 +1,7 @@
 r"""A composed version on disk: the running sum and the model made of it, weight by weight.
 
 One pass over the target weights yields both files, with a few weights in memory. A sum is continued
-from the one before, or taken over all members; :mod:`fedcompo.fixed_point` makes the two the same,
+from the one before, or taken over all members; :mod:`fedcompo.composition.fixed_point` makes the two the same,
 bit for bit. The folder is one that plain timm loads, unless it is composed of tangents.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo import fixed_point
 from fedcompo.backbone.stored import StoredBackbone
-from fedcompo.export import timm_config
+from fedcompo.composition import fixed_point
+from fedcompo.composition.timm_folder import timm_config
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head, align

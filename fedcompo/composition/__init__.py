@@ -1,0 +1,1 @@
+"""One model of many task vectors, exactly: integer sums, the joint head, folders for timm."""
