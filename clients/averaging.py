@@ -11,14 +11,14 @@ from torch import Tensor
 
 from clients import outgoing
 from clients.local import LocalClient
-from fedcompo.accuracy import evaluate
 from fedcompo.config.run import Kind
 from fedcompo.data.client_data import Split
 from fedcompo.messages import Body, head_from, section
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from fedcompo.training import Course, fit_task_vector
+from fedcompo.training.accuracy import evaluate
+from fedcompo.training.fit import Course, fit_task_vector
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from fedcompo.errors import FileFormatError
 from fedcompo.messages import head_from, section
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.training import Anchor, Course, Ensemble
+from fedcompo.training.fit import Anchor, Course, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
 """What a client may be left to remember: the metric, and its own last task vector and head."""

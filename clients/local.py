@@ -19,7 +19,6 @@ from torch import Tensor
 from clients import outgoing
 from clients.given import OWN, Given
 from clients.store import Store, store_home
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import feature_map
@@ -32,10 +31,11 @@ from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
-from fedcompo.probing import fit_probe
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training import Ensemble, Fitted, ensembled, fit_task_vector
+from fedcompo.training.accuracy import evaluate
+from fedcompo.training.fit import Ensemble, Fitted, ensembled, fit_task_vector
+from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
 

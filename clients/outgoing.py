@@ -22,8 +22,8 @@ from fedcompo.method.fisher import HEAD
 from fedcompo.method.heads import Head
 from fedcompo.private_fisher import images_at_a_time, private_fisher
 from fedcompo.private_statistics import private_mixtures
-from fedcompo.probing import fisher_of_images
-from fedcompo.training import Fitted
+from fedcompo.training.fit import Fitted
+from fedcompo.training.probing import fisher_of_images
 from fedcompo.wire import decode, encode, relative_error
 
 ITSELF = "this client"

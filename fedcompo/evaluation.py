@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.models import head_of, stream_composition
 from fedcompo.config.run import DataConfig, RunConfig
@@ -16,6 +15,7 @@ from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
+from fedcompo.training.accuracy import evaluate
 
 OnStep = Callable[[str], None]
 Figures = dict[str, dict[str, Any]]

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedcompo.anchoring import Anchor
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.heads import Head
 from fedcompo.method.penalties import head_penalty
+from fedcompo.training.penalty import Anchor
 
 
 class HeadTraining:

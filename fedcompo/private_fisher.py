@@ -22,13 +22,13 @@ from fedcompo.factored_fisher import COLUMNS, ROWS
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import HEAD
 from fedcompo.method.heads import Head
-from fedcompo.per_example import (
+from fedcompo.privacy import Entropy, clip_factors, noised
+from fedcompo.training.per_example import (
     evaluation_mode,
     recorded,
     require_recorded,
     squared_gradients,
 )
-from fedcompo.privacy import Entropy, clip_factors, noised
 
 PARTS = 2
 """What one image adds: to the count, and to the Fisher, all its weights together."""

@@ -17,7 +17,7 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data, load_folder
 from fedcompo.fisher_file import load_fisher, save_fisher
 from fedcompo.method.fisher import FisherDiagonal, FisherReport
-from fedcompo.probing import ImagesCallback, fisher_of_images, fit_probe
+from fedcompo.training.probing import ImagesCallback, fisher_of_images, fit_probe
 
 OWNER = "(reference)"
 """Stands in the file where the client's name would; no client can be called so."""

@@ -43,11 +43,11 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
-from fedcompo.training import Anchor, fit_task_vector
+from fedcompo.training.fit import Anchor, fit_task_vector
+from fedcompo.training.probing import fisher_of_images, fit_probe
 
 OnStep = Callable[[str], None]
 

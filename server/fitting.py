@@ -31,8 +31,8 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.reference import load_reference
 from fedcompo.registry import Registry
 from fedcompo.storage.files import FISHER
+from fedcompo.training.anchors import Anchors
 from server.alignment import Mixtures, align_joint_head
-from server.anchors import Anchors
 from server.checks import check_fisher, checked_fisher, checked_fractions, checked_task_vector
 from server.exchange import Exchange
 from server.roster import Roster

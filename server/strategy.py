@@ -1,7 +1,7 @@
 """What a run does to get from connected clients to one model: fit, compose, realign, evaluate.
 
 ITA: every client trains alone, held near the pre-trained weights by a Fisher diagonal (see
-:mod:`server.anchors`). IEL: clients train in rounds inside their sum (:mod:`server.rounds`). Either
+:mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum (:mod:`server.rounds`). Either
 way the server adds up what comes back. It holds no data: statistics, sums and task vectors are all
 it sees. What they add up to lives in a registry: a new one, or one whose members the clients join.
 """

@@ -14,7 +14,6 @@ from pathlib import Path
 from joint import described
 from torch import Tensor
 
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.models import stream_composition
 from fedcompo.composition.version import joint_head
@@ -25,6 +24,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry import Registry
+from fedcompo.training.accuracy import evaluate
 
 Accuracies = dict[str, tuple[float, float]]
 """Class-IL and task-IL by client."""

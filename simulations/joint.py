@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.version import Mixtures, joint_head
@@ -23,7 +22,8 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training import fit_task_vector
+from fedcompo.training.accuracy import evaluate
+from fedcompo.training.fit import fit_task_vector
 
 
 def train_joint(

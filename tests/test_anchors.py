@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcompo.config.run import AnchorBy
 from fedcompo.method.fisher import FisherDiagonal
-from server.anchors import Anchors
+from fedcompo.training.anchors import Anchors
 
 OWNED = {"ann": ("cat", "dog"), "ben": ("dog", "emu"), "eve": ("owl", "cat")}
 """Classes of each client's head."""

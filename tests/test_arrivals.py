@@ -10,7 +10,6 @@ from app_runs import QUICK, altered
 from in_process_grid import lost
 from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, same, sent_last
 
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.version import joint_head
 from fedcompo.config.run import Kind, RunConfig
@@ -21,7 +20,8 @@ from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
-from fedcompo.training import Anchor, Ensemble, fit_task_vector
+from fedcompo.training.accuracy import evaluate
+from fedcompo.training.fit import Anchor, Ensemble, fit_task_vector
 from fedcompo.verification import verify_registry
 from server.alignment import align_joint_head
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from builders import pixels, rng
 
-from fedcompo.augmentation import SHIFT, SMALLEST_CROP, augment
 from fedcompo.config.run import Augmentation
 from fedcompo.errors import ConfigError
+from fedcompo.training.augmentation import SHIFT, SMALLEST_CROP, augment
 
 RANDOM = [Augmentation.SHIFT, Augmentation.CROP_FLIP]
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from torch import Tensor
 
 from clients import averaging
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig, Kind, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data
@@ -31,7 +30,8 @@ from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.report import print_results
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training import Course, Fitted, fit_task_vector
+from fedcompo.training.accuracy import evaluate
+from fedcompo.training.fit import Course, Fitted, fit_task_vector
 from server.alignment import align_joint_head
 
 OWNED = {"anna": {"dog": 12, "owl": 9}, "ben": {"cat": 5, "dog": 3}, "cleo": {"eel": 7, "fox": 7}}

@@ -20,7 +20,6 @@ from round_runs import (
 )
 
 from clients.local import LocalClient
-from fedcompo.anchoring import Anchor, Holding
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
@@ -30,6 +29,7 @@ from fedcompo.factored_fisher import margins, outer
 from fedcompo.messages import from_record
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.fisher import HEAD
+from fedcompo.training.penalty import Anchor, Holding
 from fedcompo.verification import verify_registry
 from fedcompo.wire import decode, encode
 from server import accounting

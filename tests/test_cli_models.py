@@ -18,7 +18,6 @@ from registry_builders import QUICK, backbone, contents, member, same_bits
 from torch import Tensor
 from torch.func import functional_call
 
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli_common import VARIABLE
 from fedcompo.composition.models import head_of
@@ -33,6 +32,7 @@ from fedcompo.negation import negated
 from fedcompo.registry import Registry
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors
+from fedcompo.training.accuracy import evaluate
 from fedcompo.units import percent
 
 IMAGES = pixels(6, 1, 8, seed=5)

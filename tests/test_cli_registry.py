@@ -15,7 +15,6 @@ import typer
 from cli_runs import CLASSES, digits_registry, run, told
 from registry_builders import backbone, contents, member, registry_of
 
-from fedcompo.accuracy import evaluate
 from fedcompo.cli import app
 from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
 from fedcompo.composition.models import head_of
@@ -26,6 +25,7 @@ from fedcompo.registry import Registry
 from fedcompo.registry_layout import PUBLIC
 from fedcompo.removal import RemovalRecord
 from fedcompo.storage.files import CONTENT
+from fedcompo.training.accuracy import evaluate
 from fedcompo.units import percent
 from fedcompo.verification import verify_registry
 

@@ -18,11 +18,11 @@ from builders import (
     task_vector,
 )
 
-from fedcompo import anchoring
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import Kind, Penalty, TrainConfig
 from fedcompo.method.penalties import iel_penalty
-from fedcompo.training import Anchor, Course, Ensemble, Fitted, ensembled, fit_task_vector
+from fedcompo.training import penalty as anchoring
+from fedcompo.training.fit import Anchor, Course, Ensemble, Fitted, ensembled, fit_task_vector
 
 CLASSES = ("left", "right")
 DATA = left_or_right(24)

@@ -10,7 +10,6 @@ import pytest
 from cli_runs import CLASSES, digits_registry
 from registry_builders import backbone, contents, member, registry_of
 
-from fedcompo.accuracy import evaluate
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import ConfigError, DataError
@@ -24,6 +23,7 @@ from fedcompo.evaluation import (
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry import Registry
+from fedcompo.training.accuracy import evaluate
 
 CONFIG = RunConfig()
 

@@ -13,7 +13,6 @@ from builders import normal, pico_model, rng
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedcompo import per_example
 from fedcompo.backbone.backbone import target_weights
 from fedcompo.config.run import BackboneConfig, FisherKind
 from fedcompo.curvature import curvature_factors
@@ -22,6 +21,7 @@ from fedcompo.method import fisher
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal, FisherReport, estimate_fisher
 from fedcompo.method.heads import Head
+from fedcompo.training import per_example
 
 FEATURES = 8
 FEW, MANY = 5, 11

@@ -16,7 +16,7 @@ from fedcompo.config.run import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.messages import head_tensors, prefixed
 from fedcompo.storage.tensorfile import tensor_digest
-from fedcompo.training import Course
+from fedcompo.training.fit import Course
 
 THETA_0 = pico_weights(dtype=torch.float32)
 CLASSES = ("cat", "dog")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from builders import pico_backbone, rng
 
-from fedcompo.accuracy import evaluate
 from fedcompo.composition.version import joint_head
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.features import extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training import fit_task_vector
+from fedcompo.training.accuracy import evaluate
+from fedcompo.training.fit import fit_task_vector
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
 joint = import_module("joint")

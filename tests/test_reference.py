@@ -18,7 +18,6 @@ from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
 from fedcompo.fisher_file import save_fisher
 from fedcompo.names import check_client_name
-from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.reference import (
     OWNER,
     load_public_data,
@@ -26,6 +25,7 @@ from fedcompo.reference import (
     reference_fisher,
     save_reference,
 )
+from fedcompo.training.probing import fisher_of_images, fit_probe
 
 CLASSES = ("left", "right")
 EXACT = RunConfig.parse({"fisher": "exact", "fisher-batch": 4})

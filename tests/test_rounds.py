@@ -36,7 +36,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.storage.files import FISHER
-from fedcompo.training import Anchor, Course, Ensemble, Fitted, fit_task_vector
+from fedcompo.training.fit import Anchor, Course, Ensemble, Fitted, fit_task_vector
 from fedcompo.verification import verify_registry
 from server.alignment import align_joint_head
 from server.rounds import Rounds

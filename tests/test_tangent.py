@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import (
@@ -31,6 +30,7 @@ from fedcompo.backbone.tangent import (
 )
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
+from fedcompo.training.accuracy import evaluate
 
 IMAGES = pixels(3, 1, 8, seed=1)
 QKV, FC2 = "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"

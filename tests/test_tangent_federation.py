@@ -6,11 +6,11 @@ import pytest
 import torch
 from app_runs import run
 
-from fedcompo.accuracy import evaluate
 from fedcompo.config.run import Method, RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data
 from fedcompo.registry import Registry
+from fedcompo.training.accuracy import evaluate
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedcompo.accuracy import evaluate
 from fedcompo.audited_models import AFTER, BEFORE, audited_models
 from fedcompo.composition.models import head_of, load_tangent_model
 from fedcompo.config.run import Kind, RunConfig
@@ -45,6 +44,7 @@ from fedcompo.seeds import generator_for
 from fedcompo.selection import from_registry
 from fedcompo.shadows import ClientTraining, all_images, logits_of, train_shadows
 from fedcompo.storage.files import MODEL_CARD
+from fedcompo.training.accuracy import evaluate
 
 IMAGES = backbone().preprocessing.normalise(pixels(4, 1, 8, seed=2))
 

@@ -22,8 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedcompo import anchoring
-from fedcompo.accuracy import evaluate
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map, square_loss
 from fedcompo.config.run import Augmentation, Kind, Penalty, TrainConfig
@@ -33,7 +31,9 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.training import Anchor, Fitted, fit_task_vector
+from fedcompo.training import penalty as anchoring
+from fedcompo.training.accuracy import evaluate
+from fedcompo.training.fit import Anchor, Fitted, fit_task_vector
 
 CLASSES = ("left", "right")
 DATA = left_or_right(24)

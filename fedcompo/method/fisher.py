@@ -32,7 +32,7 @@ from fedcompo.curvature import curvature_factors, leading_rank
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
-from fedcompo.per_example import (
+from fedcompo.training.per_example import (
     evaluation_mode,
     recorded,
     require_recorded,

@@ -38,9 +38,9 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import HEAD, FisherDiagonal
 from fedcompo.method.heads import fit_head, zero_head
 from fedcompo.method.penalties import ita_penalty
-from fedcompo.probing import fisher_of_images, fit_probe
 from fedcompo.seeds import generator_for
-from fedcompo.training import fit_task_vector
+from fedcompo.training.fit import fit_task_vector
+from fedcompo.training.probing import fisher_of_images, fit_probe
 from fedcompo.wire import decode, encode, relative_error
 
 CLIENTS = 5

@@ -14,10 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedcompo.anchoring import Anchor as Anchor
-from fedcompo.anchoring import Ensemble as Ensemble
-from fedcompo.anchoring import Holding
-from fedcompo.augmentation import augment
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import square_loss, tangent_features
 from fedcompo.config.run import Kind, Precision, TrainConfig
@@ -27,6 +23,10 @@ from fedcompo.head_training import HeadTraining
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.training.augmentation import augment
+from fedcompo.training.penalty import Anchor as Anchor
+from fedcompo.training.penalty import Ensemble as Ensemble
+from fedcompo.training.penalty import Holding
 
 LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step sizes of kinds that were given none: the fewer parameters, the larger."""
