@@ -14,14 +14,14 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.run import FisherForm, RunConfig, Wire
 from fedcompo.data.client_data import ClientData
-from fedcompo.factored_fisher import reduced, restored
 from fedcompo.messages import Body, head_tensors, prefixed, section
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import FeatureMixture, fit_mixtures
 from fedcompo.method.fisher import HEAD
 from fedcompo.method.heads import Head
-from fedcompo.private_fisher import images_at_a_time, private_fisher
-from fedcompo.private_statistics import private_mixtures
+from fedcompo.privacy.factored import reduced, restored
+from fedcompo.privacy.fisher import images_at_a_time, private_fisher
+from fedcompo.privacy.statistics import private_mixtures
 from fedcompo.training.fit import Fitted
 from fedcompo.training.probing import fisher_of_images
 from fedcompo.wire import decode, encode, relative_error

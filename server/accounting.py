@@ -1,7 +1,7 @@
 r"""What noise is worth: :math:`\varepsilon` at a :math:`\delta`, by Flower's accountant.
 
 Every answer that carries statistics or a Fisher under noise is one release of the Gaussian
-mechanism (:mod:`fedcompo.privacy`); a run's releases add up. No image is drawn by chance, so that
+mechanism (:mod:`fedcompo.privacy.noise`); a run's releases add up. No image is drawn by chance, so that
 nothing is amplified. Runs add up, too: what a client gave away in earlier ones is not known here.
 """
 

@@ -9,12 +9,12 @@ from typing import Any
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import FisherForm, Kind, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.factored_fisher import restored
 from fedcompo.messages import Body, section
 from fedcompo.method.contribution import mixtures_from
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.privacy.factored import restored
 
 CAP_WORDS = {"wire": list(Wire), "form": list(FisherForm)}
 """What a client can say of its caps in words."""

@@ -25,10 +25,10 @@ from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import BackboneConfig, TrainConfig
 from fedcompo.errors import ConfigError, TooFewClients
-from fedcompo.factored_fisher import margins, outer
 from fedcompo.messages import from_record
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.fisher import HEAD
+from fedcompo.privacy.factored import margins, outer
 from fedcompo.training.penalty import Anchor, Holding
 from fedcompo.verification import verify_registry
 from fedcompo.wire import decode, encode

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import ContributionError
-from fedcompo.factored_fisher import margins, outer, reduced, restored
 from fedcompo.method.fisher import HEAD, FisherDiagonal
+from fedcompo.privacy.factored import margins, outer, reduced, restored
 
 THETA_0 = pico_weights(dtype=torch.float32)
 NAME = next(iter(THETA_0))

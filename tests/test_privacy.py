@@ -14,23 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedcompo import privacy, private_fisher, private_statistics
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, HeadStart
 from fedcompo.config.run import FisherKind, RunConfig
 from fedcompo.errors import ConfigError
-from fedcompo.factored_fisher import reduced
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import estimate_fisher
 from fedcompo.method.heads import Head
-from fedcompo.privacy import clip_factors, noised
-from fedcompo.privacy import normal as drawn
-from fedcompo.private_fisher import (
+from fedcompo.privacy import fisher as private_fisher
+from fedcompo.privacy import noise as privacy
+from fedcompo.privacy import statistics as private_statistics
+from fedcompo.privacy.factored import reduced
+from fedcompo.privacy.fisher import (
     clipped_sum,
     images_at_a_time,
     per_example_fishers,
 )
-from fedcompo.private_statistics import clipped_sums, private_mixtures
+from fedcompo.privacy.noise import clip_factors, noised
+from fedcompo.privacy.noise import normal as drawn
+from fedcompo.privacy.statistics import clipped_sums, private_mixtures
 from server import accounting
 
 CLASSES = tuple(f"class-{index}" for index in range(4))

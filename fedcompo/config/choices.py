@@ -107,7 +107,7 @@ class Wire(StrEnum):
 
 
 class FisherForm(StrEnum):
-    """What of a Fisher leaves a client, most first; see :mod:`fedcompo.factored_fisher`."""
+    """What of a Fisher leaves a client, most first; see :mod:`fedcompo.privacy.factored`."""
 
     DENSE = "dense"
     FACTORED = "factored"

@@ -31,13 +31,13 @@ from fedcompo.config.run import (
     TrainConfig,
 )
 from fedcompo.data.client_data import ClientData, load_client_data
-from fedcompo.factored_fisher import reduced, restored
 from fedcompo.messages import prefixed, section
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import HEAD, FisherDiagonal
 from fedcompo.method.heads import fit_head, zero_head
 from fedcompo.method.penalties import ita_penalty
+from fedcompo.privacy.factored import reduced, restored
 from fedcompo.seeds import generator_for
 from fedcompo.training.fit import fit_task_vector
 from fedcompo.training.probing import fisher_of_images, fit_probe

@@ -2,7 +2,7 @@ r"""A Fisher sum under noise: what one image adds is clipped, in the form in whi
 
 The noise has to hide every number that is sent. Of a dense Fisher these are millions, and their
 noise drowns a few hundred images; of its row and column sums, thousands; of the head's rows,
-hundreds: the fewer numbers leave (:mod:`fedcompo.factored_fisher`), the less noise is in them.
+hundreds: the fewer numbers leave (:mod:`fedcompo.privacy.factored`), the less noise is in them.
 
 Only what one image's own pass yields may enter: the exact Fisher, of all images. The leading
 estimator chooses its rank by the whole batch, and a drawn subset changes with every image.
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from fedcompo.config.choices import FisherForm
 from fedcompo.curvature import curvature_factors
-from fedcompo.factored_fisher import COLUMNS, ROWS
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import HEAD
 from fedcompo.method.heads import Head
-from fedcompo.privacy import Entropy, clip_factors, noised
+from fedcompo.privacy.factored import COLUMNS, ROWS
+from fedcompo.privacy.noise import Entropy, clip_factors, noised
 from fedcompo.training.per_example import (
     evaluation_mode,
     recorded,
@@ -57,7 +57,7 @@ def per_example_fishers(
         form: dense, factored or head.
 
     Returns:
-        By the names of :func:`fedcompo.factored_fisher.reduced`, each (batch, ...).
+        By the names of :func:`fedcompo.privacy.factored.reduced`, each (batch, ...).
     """
     names = [] if form is FisherForm.HEAD else sorted(names)
     found: Weights = {}
@@ -122,10 +122,10 @@ def private_fisher(
         form: What leaves of it.
         clip: Largest Fisher, as a norm, that one image may add.
         noise: In sensitivities.
-        entropy: See :func:`fedcompo.privacy.normal`.
+        entropy: See :func:`fedcompo.privacy.noise.normal`.
 
     Returns:
-        What leaves, as :func:`fedcompo.factored_fisher.reduced` would, float32; noise may not leave
+        What leaves, as :func:`fedcompo.privacy.factored.reduced` would, float32; noise may not leave
         a number below zero. And the noised number of images, at least one.
     """
     sums: Weights = {}

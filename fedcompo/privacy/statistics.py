@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedcompo.method.features import VARIANCE_FLOOR, FeatureMixture
-from fedcompo.privacy import Entropy, clip_factors, noised
+from fedcompo.privacy.noise import Entropy, clip_factors, noised
 
 PARTS = 3
 """What one image adds: to a count, to a sum of features, to the sum of squares."""
@@ -69,7 +69,7 @@ def private_mixtures(
         classes: Names of the classes; which they are is told as it is.
         clip: Longest features that one image may add.
         noise: In sensitivities.
-        entropy: See :func:`fedcompo.privacy.normal`.
+        entropy: See :func:`fedcompo.privacy.noise.normal`.
 
     Returns:
         Mixtures by class name; their numbers of examples are noised too.
