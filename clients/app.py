@@ -15,7 +15,7 @@ from clients import averaging
 from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
 from fedcompo.memory import peak_bytes, reset_peak
-from fedcompo.messages import Body, from_record, refusal, to_record
+from fedcompo.messages.records import Body, from_record, refusal, to_record
 from fedcompo.versions import of_this_process
 
 app = ClientApp()

@@ -13,7 +13,7 @@ from clients import outgoing
 from clients.local import LocalClient
 from fedcompo.config.run import Kind
 from fedcompo.data.client_data import Split
-from fedcompo.messages import Body, head_from, section
+from fedcompo.messages.records import Body, head_from, section
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for

@@ -11,7 +11,7 @@ from torch import Tensor
 from clients.store import Store
 from fedcompo.config.run import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages import head_from, section
+from fedcompo.messages.records import head_from, section
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training.fit import Anchor, Course, Ensemble

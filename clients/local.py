@@ -26,7 +26,7 @@ from fedcompo.config.caps import NODE_KEYS
 from fedcompo.config.run import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
 from fedcompo.data.client_data import ClientData, load_client_data, load_folder
 from fedcompo.errors import DataError
-from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
+from fedcompo.messages.records import Body, head_from, head_tensors, prefixed, section
 from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head

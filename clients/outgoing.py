@@ -14,7 +14,8 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.run import FisherForm, RunConfig, Wire
 from fedcompo.data.client_data import ClientData
-from fedcompo.messages import Body, head_tensors, prefixed, section
+from fedcompo.messages.records import Body, head_tensors, prefixed, section
+from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import FeatureMixture, fit_mixtures
 from fedcompo.method.fisher import HEAD
@@ -24,7 +25,6 @@ from fedcompo.privacy.fisher import images_at_a_time, private_fisher
 from fedcompo.privacy.statistics import private_mixtures
 from fedcompo.training.fit import Fitted
 from fedcompo.training.probing import fisher_of_images
-from fedcompo.wire import decode, encode, relative_error
 
 ITSELF = "this client"
 

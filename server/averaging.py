@@ -27,7 +27,7 @@ from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.run import Kind, Method, RunConfig, Schedule, kinds_of
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.messages import Body, head_from, head_tensors, prefixed, section
+from fedcompo.messages.records import Body, head_from, head_tensors, prefixed, section
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector

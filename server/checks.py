@@ -9,7 +9,7 @@ from typing import Any
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import FisherForm, Kind, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.messages import Body, section
+from fedcompo.messages.records import Body, section
 from fedcompo.method.contribution import mixtures_from
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.diagnostics import Diagnostics, diagnose
-from fedcompo.messages import Body, head_tensors, prefixed
+from fedcompo.messages.records import Body, head_tensors, prefixed
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head

@@ -17,7 +17,7 @@ from flwr.common.logger import log
 
 from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.memory import reset_peak
-from fedcompo.messages import Body, from_record, size_of, to_record
+from fedcompo.messages.records import Body, from_record, size_of, to_record
 from server.answers import Answers, question
 from server.books import NOTHING, LeftOut, Traffic
 from server.checks import checked_caps

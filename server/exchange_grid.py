@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 
-from fedcompo.messages import Body
+from fedcompo.messages.records import Body
 from server.exchange import Exchange
 
 Read = Callable[[str, Body], RecordDict]

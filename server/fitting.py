@@ -22,7 +22,7 @@ from fedcompo.config.run import AnchorBy, HeadStart, Kind, Method, RunConfig, ki
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.fisher_file import load_fisher, save_fisher
-from fedcompo.messages import Body, head_from, head_tensors, prefixed
+from fedcompo.messages.records import Body, head_from, head_tensors, prefixed
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedcompo.messages import prefixed
+from fedcompo.messages.records import prefixed
 from fedcompo.storage import tensorfile
 
 ANCHOR, OWN = "anchor", "own"

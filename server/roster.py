@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
-from fedcompo.messages import Body
+from fedcompo.messages.records import Body
 from fedcompo.names import check_client_name
 from fedcompo.versions import check_versions
 from server.alignment import Mixtures

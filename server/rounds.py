@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import ContributionError, TooFewClients
-from fedcompo.messages import Body, head_tensors, prefixed
+from fedcompo.messages.records import Body, head_tensors, prefixed
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry import Registry

@@ -12,7 +12,7 @@ from in_process_grid import InProcessGrid
 from sklearn.datasets import load_digits
 
 from clients.app import app as client_app
-from fedcompo.messages import from_record, to_record
+from fedcompo.messages.records import from_record, to_record
 from server.app import app as server_app
 
 TRAINING, TEST = 40, 15

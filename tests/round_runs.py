@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import FedcompoError
-from fedcompo.messages import from_record, section
+from fedcompo.messages.records import from_record, section
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry import Registry
 

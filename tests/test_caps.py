@@ -25,13 +25,13 @@ from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import BackboneConfig, TrainConfig
 from fedcompo.errors import ConfigError, TooFewClients
-from fedcompo.messages import from_record
+from fedcompo.messages.records import from_record
+from fedcompo.messages.wire import decode, encode
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.fisher import HEAD
 from fedcompo.privacy.factored import margins, outer
 from fedcompo.training.penalty import Anchor, Holding
 from fedcompo.verification import verify_registry
-from fedcompo.wire import decode, encode
 from server import accounting
 
 CLIENTS = ("client-0", "client-1", "client-2")

@@ -16,7 +16,7 @@ from in_process_grid import InProcessGrid, lost
 
 from clients.app import app as client_app
 from fedcompo.errors import ContributionError, TooFewClients
-from fedcompo.messages import Body
+from fedcompo.messages.records import Body
 from server.books import Traffic
 from server.exchange import Exchange
 

@@ -14,7 +14,7 @@ from clients.given import Given
 from clients.store import Store
 from fedcompo.config.run import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages import head_tensors, prefixed
+from fedcompo.messages.records import head_tensors, prefixed
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.training.fit import Course
 

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from fedcompo.messages import from_record, size_of, to_record
+from fedcompo.messages.records import from_record, size_of, to_record
 from fedcompo.storage.tensorfile import to_bytes
 
 TENSORS = {"w": torch.arange(100.0)}

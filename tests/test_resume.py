@@ -9,7 +9,7 @@ import pytest
 from app_runs import run
 
 from fedcompo.errors import ConfigError
-from fedcompo.messages import from_record
+from fedcompo.messages.records import from_record
 from fedcompo.registry import Registry
 from server.answers import Answers
 from server.books import NOTHING

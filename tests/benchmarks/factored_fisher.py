@@ -31,7 +31,8 @@ from fedcompo.config.run import (
     TrainConfig,
 )
 from fedcompo.data.client_data import ClientData, load_client_data
-from fedcompo.messages import prefixed, section
+from fedcompo.messages.records import prefixed, section
+from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import HEAD, FisherDiagonal
@@ -41,7 +42,6 @@ from fedcompo.privacy.factored import reduced, restored
 from fedcompo.seeds import generator_for
 from fedcompo.training.fit import fit_task_vector
 from fedcompo.training.probing import fisher_of_images, fit_probe
-from fedcompo.wire import decode, encode, relative_error
 
 CLIENTS = 5
 ROWS = [(form, wire) for form in (FisherForm.DENSE, FisherForm.FACTORED) for wire in Wire]

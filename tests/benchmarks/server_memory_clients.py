@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, Kind
-from fedcompo.messages import Body, prefixed
+from fedcompo.messages.records import Body, prefixed
 from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.deltas import rank_of, stored_shapes
 from fedcompo.method.features import FeatureMixture

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fedcompo.config.choices import Wire
 from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.messages.wire import decode
 from fedcompo.method.heads import Head
 from fedcompo.storage import tensorfile
-from fedcompo.wire import decode
 
 PAYLOAD = "payload"
 REFUSAL = "refusal"
