@@ -52,7 +52,7 @@ from fedcompo.evaluation import clients_data
 from fedcompo.membership import Attack, confidence, likelihood_ratio_attack, loss_attack, losses
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.runtime import pick_device
 from fedcompo.shadows import ClientTraining, check_count, logits_of, train_shadows
 from fedcompo.versions import version

@@ -20,7 +20,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.selection import from_registry
 
 BEFORE, AFTER, GOLD = "before", "after", "gold"

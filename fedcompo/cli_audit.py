@@ -67,7 +67,7 @@ def audit(
     with errors_as_sentences(verbose):
         from fedcompo.audit import audit as measure
         from fedcompo.audit_report import print_audit, write_audit
-        from fedcompo.registry import Registry
+        from fedcompo.registry.registry import Registry
         from fedcompo.selection import new_folder
 
         started = time.monotonic()

@@ -20,7 +20,7 @@ from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, FedcompoError
 
 if TYPE_CHECKING:
-    from fedcompo.registry import Registry
+    from fedcompo.registry.registry import Registry
 
 INTERRUPTED = 130
 PIPE_WIDTH = 120
@@ -106,7 +106,7 @@ def open_registry(given: Path | None) -> Registry:
     Raises:
         RegistryError: If there is none.
     """
-    from fedcompo.registry import Registry
+    from fedcompo.registry.registry import Registry
 
     return Registry(registry_path(given))
 

@@ -13,10 +13,10 @@ from fedcompo.cli_common import literal, say, table_console
 from fedcompo.units import percent, shortened, size
 
 if TYPE_CHECKING:
-    from fedcompo.journal import Entry
-    from fedcompo.registry import Registry
-    from fedcompo.registry_state import Member
-    from fedcompo.verification import Finding
+    from fedcompo.registry.journal import Entry
+    from fedcompo.registry.registry import Registry
+    from fedcompo.registry.state import Member
+    from fedcompo.registry.verification import Finding
 
 UNALTERED = " is unaltered"
 """End of the claims about single files; those that hold are counted."""
@@ -25,7 +25,7 @@ MARKS = {True: ("holds", "green"), False: ("FAILS", "bold red"), None: ("open", 
 
 def row(registry: Registry, member: Member, entries: Sequence[Entry]) -> dict[str, Any]:
     """What a list says of a member; ``entries`` is the registry's journal."""
-    from fedcompo.registry_changes import foreseen_influence
+    from fedcompo.registry.changes import foreseen_influence
 
     lineage = member.lineage
     shaped_by = sorted({*lineage.anchored_by, *lineage.aligned_with, *lineage.ensemble})

@@ -31,7 +31,7 @@ def list_clients(
 ) -> None:
     """List the clients of a registry, and what it composes."""
     with errors_as_sentences(verbose):
-        from fedcompo.transaction import MODEL
+        from fedcompo.registry.transaction import MODEL
 
         opened = open_registry(registry)
         entries, state = opened.entries(), opened.state
@@ -233,8 +233,8 @@ def verify(
     with errors_as_sentences(verbose):
         if public_key is not None and record is None:
             raise ConfigError("`--public-key` checks a record; name one.")
-        from fedcompo.record_verification import verify_record
-        from fedcompo.verification import verify_registry
+        from fedcompo.registry.record_verification import verify_record
+        from fedcompo.registry.verification import verify_registry
 
         if record is not None and registry is None and public_key is None:
             registry, public_key = _near(record)

@@ -24,7 +24,7 @@ from fedcompo.cli_models import OnlyOption, ScaleOption, WeightsOption, WithoutO
 from fedcompo.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
-    from fedcompo.removal import RemovalRecord
+    from fedcompo.registry.removal import RemovalRecord
     from fedcompo.service.client import Client, Receipt
 
 ServerOption = Annotated[
@@ -236,8 +236,8 @@ def _client(server: str, ca: Path, certificate: Path, key: Path) -> Client:
 
 def _check(receipt: Receipt, client: str) -> RemovalRecord:
     """Read a receipt; refuse one that is not this client's, or not signed as it says."""
-    from fedcompo.removal import RemovalRecord
-    from fedcompo.signing import is_signed
+    from fedcompo.registry.removal import RemovalRecord
+    from fedcompo.registry.signing import is_signed
 
     record = RemovalRecord.parse(receipt.record, source="The receipt")
     with tempfile.TemporaryDirectory(prefix="fedcompo-") as folder:

@@ -14,7 +14,7 @@ from fedcompo.data.client_data import ClientData, load_client_data, num_clients
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import evaluate
 
 OnStep = Callable[[str], None]

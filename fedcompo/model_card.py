@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import Kind
 from fedcompo.method.contribution import Contribution, Lineage
-from fedcompo.removal import influence
+from fedcompo.registry.removal import influence
 
 MOST_CLASSES = 200
 SHARE = "client", "kind", "w", "training images", "classes"

@@ -7,14 +7,14 @@ import uuid
 from dataclasses import asdict
 from pathlib import Path
 
-from fedcompo import journal, signing
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import save_backbone
 from fedcompo.errors import RegistryDamaged
-from fedcompo.registry_state import RegistrySettings, State
+from fedcompo.registry import journal, signing
+from fedcompo.registry.state import RegistrySettings, State
+from fedcompo.registry.transaction import JOURNAL, STATE
 from fedcompo.storage.files import BACKBONE, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
-from fedcompo.transaction import JOURNAL, STATE
 from fedcompo.versions import version
 
 ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"

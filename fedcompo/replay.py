@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedcompo.journal import Entry
 from fedcompo.method.contribution import Lineage
-from fedcompo.registry_state import Member, State
+from fedcompo.registry.journal import Entry
+from fedcompo.registry.state import Member, State
 from fedcompo.storage.files import tuples
 
 Told = Mapping[str, Mapping[str, Any]]

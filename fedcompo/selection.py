@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedcompo.admission import check_contribution
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.composition.models import head_of, stream_composition
@@ -21,9 +20,10 @@ from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
-from fedcompo.registry import Registry
+from fedcompo.registry.admission import check_contribution
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import RegistrySettings
 from fedcompo.registry_layout import ABOUT
-from fedcompo.registry_state import RegistrySettings
 from fedcompo.storage.files import CONTENT
 from fedcompo.storage.tensorstream import StreamedTensors
 

@@ -44,7 +44,7 @@ from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.reference import load_reference
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.training.fit import Anchor, fit_task_vector
 from fedcompo.training.probing import fisher_of_images, fit_probe

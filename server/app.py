@@ -19,9 +19,9 @@ from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import Action, Method, RunConfig, Schedule
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import RegistrySettings
 from fedcompo.registry_layout import ABOUT
-from fedcompo.registry_state import RegistrySettings
 from fedcompo.report import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning

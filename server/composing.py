@@ -13,7 +13,7 @@ from fedcompo.messages.records import Body, head_tensors, prefixed
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from server.alignment import Mixtures
 from server.checks import checked_fractions, checked_mixtures
 from server.exchange import Exchange

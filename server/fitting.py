@@ -29,7 +29,7 @@ from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.reference import load_reference
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
 from fedcompo.training.anchors import Anchors
 from server.alignment import Mixtures, align_joint_head

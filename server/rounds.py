@@ -27,7 +27,7 @@ from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages.records import Body, head_tensors, prefixed
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from server.attendance import Attendance
 from server.exchange import Exchange
 from server.fitting import Fitting

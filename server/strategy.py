@@ -21,7 +21,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import Kind, Method, RunConfig, kinds_of
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from server import composing, fitting
 from server.composing import Composing
 from server.exchange import Exchange

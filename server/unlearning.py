@@ -25,8 +25,8 @@ from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages.records import Body
 from fedcompo.method.pool import require_known
 from fedcompo.names import check_client_name
-from fedcompo.registry import Registry
-from fedcompo.removal import RemovalRecord
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import RemovalRecord
 from server import fitting
 from server.checks import check_backbone
 from server.composing import Composing

@@ -16,7 +16,7 @@ from typing import Any
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 from fedcompo.launcher import RESULTS, RUN
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import write_atomically
 from fedcompo.storage.tensorstream import file_sha256
 from server.answers import Answers

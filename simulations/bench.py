@@ -23,7 +23,7 @@ from fedcompo.evaluation import clients_data, run_config_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import evaluate
 
 Accuracies = dict[str, tuple[float, float]]

@@ -25,7 +25,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data, run_config_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.runtime import pick_device
 
 FROZEN = "frozen"

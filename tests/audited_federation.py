@@ -21,8 +21,8 @@ from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.reference import load_reference
-from fedcompo.registry import Registry
-from fedcompo.registry_state import RegistrySettings
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import RegistrySettings
 
 CLIENTS = 2
 CLASSES = tuple(f"{index}" for index in range(2 * CLIENTS))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedcompo.cli import app
 from fedcompo.config.run import Kind
 from fedcompo.method.contribution import Lineage
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 
 CLASSES = {"client-0": ("1", "6"), "client-1": ("0", "7"), "client-2": ("2", "8")}
 """As the digits are dealt with seed 0."""

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "fedcompo.data.client_data", "fedcompo.registry"])
+PROCESSES.set_forkserver_preload(
+    ["pytest", "fedcompo.data.client_data", "fedcompo.registry.registry"]
+)
 PATIENCE = 300.0
 """Seconds after which a process counts as stuck."""
 Listener = Callable[[str, Callable[[], object]], None]

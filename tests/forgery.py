@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedcompo import journal
-from fedcompo.journal import START, Entry
+from fedcompo.registry import journal
+from fedcompo.registry.journal import START, Entry
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.state import State
+from fedcompo.registry.transaction import JOURNAL, STATE
 from fedcompo.registry_layout import PRIVATE
-from fedcompo.registry_state import State
-from fedcompo.removal import RemovalRecord
 from fedcompo.storage.tensorstream import file_sha256
-from fedcompo.transaction import JOURNAL, STATE
 
 Details = Mapping[str, Any]
 

@@ -21,8 +21,8 @@ from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry import Registry
-from fedcompo.registry_state import RegistrySettings
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import RegistrySettings
 
 WIDTH = 8
 """Features of the pico backbone."""

@@ -18,7 +18,7 @@ from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import FedcompoError
 from fedcompo.messages.records import from_record, section
 from fedcompo.method.contribution import Contribution
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 
 OWNED = {
     "ann": {"cat": 6, "dog": 4},

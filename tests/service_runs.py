@@ -13,7 +13,8 @@ from registry_builders import contents
 
 from fedcompo.certificates import Authority, Credential
 from fedcompo.method.contribution import Contribution
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.verification import verify_registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.client import Client
 from fedcompo.service.limits import Limits
@@ -21,7 +22,6 @@ from fedcompo.service.permissions import Audience
 from fedcompo.service.registry_pb2_grpc import RegistryStub
 from fedcompo.service.server import Server, Settings
 from fedcompo.service.transfer import FileEntry
-from fedcompo.verification import verify_registry
 
 SECONDS = 120.0
 """What a call may take before a test fails."""

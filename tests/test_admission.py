@@ -19,8 +19,8 @@ from torch import Tensor
 from fedcompo.config.run import Coefficients, Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
 from fedcompo.method.contribution import Contribution, Lineage
-from fedcompo.registry import Registry
-from fedcompo.registry_state import RegistrySettings
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import RegistrySettings
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.storage.tensorfile import load, save
 

@@ -22,8 +22,8 @@ from fedcompo.data.client_data import DataConfig, load_client_data
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool
-from fedcompo.registry import Registry
-from fedcompo.verification import verify_registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.verification import verify_registry
 from server.app import app as server_app
 
 

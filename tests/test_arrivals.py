@@ -18,11 +18,11 @@ from fedcompo.errors import TooFewClients
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.verification import verify_registry
 from fedcompo.seeds import generator_for
 from fedcompo.training.accuracy import evaluate
 from fedcompo.training.fit import Anchor, Ensemble, fit_task_vector
-from fedcompo.verification import verify_registry
 from server.alignment import align_joint_head
 
 THREE = ("ann", "ben", "eve")

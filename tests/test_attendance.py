@@ -22,7 +22,7 @@ from round_runs import (
 
 from clients.local import LocalClient
 from fedcompo.errors import TooFewClients
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.training.fit import fit_task_vector
 from server.fitting import Fitting
 from server.rounds import Rounds

@@ -19,7 +19,7 @@ from fedcompo.audited_models import AFTER, BEFORE, GOLD, audited_models, distanc
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError, DataError
 from fedcompo.evaluation import clients_data
 from fedcompo.membership import loss_attack
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 
 CLIENT, OTHER = "client-1", "client-0"
 QUICK = {"local_epochs": 1}

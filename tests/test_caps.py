@@ -30,8 +30,8 @@ from fedcompo.messages.wire import decode, encode
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.fisher import HEAD
 from fedcompo.privacy.factored import margins, outer
+from fedcompo.registry.verification import verify_registry
 from fedcompo.training.penalty import Anchor, Holding
-from fedcompo.verification import verify_registry
 from server import accounting
 
 CLIENTS = ("client-0", "client-1", "client-2")

@@ -29,7 +29,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.negation import negated
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.accuracy import evaluate

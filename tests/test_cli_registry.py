@@ -21,13 +21,13 @@ from fedcompo.composition.models import head_of
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.verification import verify_registry
 from fedcompo.registry_layout import PUBLIC
-from fedcompo.removal import RemovalRecord
 from fedcompo.storage.files import CONTENT
 from fedcompo.training.accuracy import evaluate
 from fedcompo.units import percent
-from fedcompo.verification import verify_registry
 
 ODD = ("[/]", "[bold]7", ":smile:", "\x1b[31mred")
 """Names of classes that markup, emoji codes and terminals would swallow."""

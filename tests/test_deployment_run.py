@@ -33,8 +33,8 @@ from guarded import until
 from fedcompo.config.scenario import as_toml
 from fedcompo.deployment import folders
 from fedcompo.method.contribution import Contribution
-from fedcompo.record_verification import verify_record
-from fedcompo.registry import Registry
+from fedcompo.registry.record_verification import verify_record
+from fedcompo.registry.registry import Registry
 
 pytestmark = pytest.mark.simulation
 

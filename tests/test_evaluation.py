@@ -22,7 +22,7 @@ from fedcompo.evaluation import (
 )
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import evaluate
 
 CONFIG = RunConfig()

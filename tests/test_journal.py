@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from registry_builders import overwrite
 
-from fedcompo import journal
 from fedcompo.errors import RegistryDamaged
-from fedcompo.journal import START, Entry
+from fedcompo.registry import journal
+from fedcompo.registry.journal import START, Entry
 
 EVENTS = [
     ("created", {"identity": "1f"}),

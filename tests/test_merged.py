@@ -13,7 +13,7 @@ from fedcompo.composition.models import head_of
 from fedcompo.evaluation import clients_data, run_config_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import evaluate
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))

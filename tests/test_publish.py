@@ -15,7 +15,7 @@ from torch import Tensor
 from fedcompo.config.run import Kind
 from fedcompo.errors import ConfigError
 from fedcompo.publish import publish
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.selection import from_registry
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256

@@ -12,18 +12,18 @@ import pytest
 from forgery import rewrite_line, rewrite_record
 from registry_builders import member, mixtures, registry_of
 
-from fedcompo import signing
 from fedcompo.composition.version import SUM
 from fedcompo.config.run import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.method.contribution import Contribution, Lineage
-from fedcompo.record_verification import verify_record
-from fedcompo.registry import Registry
+from fedcompo.registry import signing
+from fedcompo.registry.record_verification import verify_record
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import Influence, RemovalRecord
+from fedcompo.registry.state import RegistrySettings
+from fedcompo.registry.verification import Finding, verify_registry
 from fedcompo.registry_layout import PRIVATE, PUBLIC
-from fedcompo.registry_state import RegistrySettings
-from fedcompo.removal import Influence, RemovalRecord
 from fedcompo.storage.files import CONFIG, CONTENT, WEIGHTS
-from fedcompo.verification import Finding, verify_registry
 
 SIGNED = "000003-ben.json is signed by the registry's key"
 TOLD = "line 3 of the journal tells of this record"

@@ -27,10 +27,10 @@ from registry_builders import (
 from torch.func import functional_call
 
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
-from fedcompo.journal import Entry
 from fedcompo.method.heads import Head, align
 from fedcompo.method.pool import Pool
-from fedcompo.registry import Registry
+from fedcompo.registry.journal import Entry
+from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import WEIGHTS
 
 ADA, BEN, CHO = one_of_each_kind()

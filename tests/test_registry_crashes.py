@@ -33,12 +33,12 @@ from registry_builders import (
     same_bits,
 )
 
-from fedcompo import journal
 from fedcompo.config.run import Kind
 from fedcompo.errors import FedcompoError, RegistryError
 from fedcompo.method import heads
-from fedcompo.registry import Registry
-from fedcompo.registry_state import RegistrySettings
+from fedcompo.registry import journal
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import RegistrySettings
 from fedcompo.storage.tensorfile import tensor_digest
 
 SMALL = RegistrySettings(align_samples=1)

@@ -14,8 +14,8 @@ from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import Kind
 from fedcompo.memory import peak_bytes, reset_peak
-from fedcompo.registry import Registry
-from fedcompo.registry_state import RegistrySettings
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import RegistrySettings
 from fedcompo.storage import tensorfile
 
 WIDTH, DEPTH = 192, 16

@@ -31,8 +31,8 @@ from fedcompo.composition.fixed_point import BITS
 from fedcompo.config.run import Coefficients, Kind
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool
-from fedcompo.registry import Registry
-from fedcompo.registry_state import RegistrySettings
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import RegistrySettings
 
 CLASSES = (("cat", "dog"), ("dog", "owl"), ("cat",), ("owl", "yak", "zebu"))
 

@@ -20,11 +20,11 @@ from registry_builders import (
 from fedcompo.composition import fixed_point
 from fedcompo.config.run import Kind
 from fedcompo.errors import ContributionError
-from fedcompo.journal import Entry
 from fedcompo.method.contribution import Contribution, Lineage
-from fedcompo.registry import Registry
-from fedcompo.removal import RemovalRecord
-from fedcompo.signing import is_signed
+from fedcompo.registry.journal import Entry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.signing import is_signed
 from fedcompo.storage.tensorstream import file_sha256
 
 ADA, BEN, CHO = one_of_each_kind()

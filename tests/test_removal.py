@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcompo import signing
 from fedcompo.errors import FileFormatError
 from fedcompo.method.contribution import Lineage
-from fedcompo.removal import Influence, RemovalRecord, influence
+from fedcompo.registry import signing
+from fedcompo.registry.removal import Influence, RemovalRecord, influence
 
 NAMES = "abcdef"
 

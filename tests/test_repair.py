@@ -12,9 +12,9 @@ from round_runs import Looks, Wire, draw_images, federate, same
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.method.contribution import Contribution
-from fedcompo.record_verification import verify_record
-from fedcompo.registry import Registry
-from fedcompo.verification import verify_registry
+from fedcompo.registry.record_verification import verify_record
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.verification import verify_registry
 from server.rounds import Rounds
 
 

@@ -10,7 +10,7 @@ from app_runs import run
 
 from fedcompo.errors import ConfigError
 from fedcompo.messages.records import from_record
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from server.answers import Answers
 from server.books import NOTHING
 

@@ -11,8 +11,8 @@ import pytest
 from test_simulation import BIN, LIMIT, QUICK
 
 from fedcompo.guard import GRACE
-from fedcompo.registry import Registry
-from fedcompo.verification import verify_registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.verification import verify_registry
 
 pytestmark = [pytest.mark.simulation, pytest.mark.slow]
 

@@ -33,11 +33,11 @@ from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.verification import verify_registry
 from fedcompo.seeds import generator_for
 from fedcompo.storage.files import FISHER
 from fedcompo.training.fit import Anchor, Course, Ensemble, Fitted, fit_task_vector
-from fedcompo.verification import verify_registry
 from server.alignment import align_joint_head
 from server.rounds import Rounds
 

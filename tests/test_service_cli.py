@@ -15,8 +15,8 @@ from cli_runs import run, told
 from registry_builders import contents, member, three_clients
 from service_runs import authority, credential, saved, served, server_credential
 
-from fedcompo.registry import Registry
-from fedcompo.removal import RemovalRecord
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import RemovalRecord
 
 
 @pytest.fixture

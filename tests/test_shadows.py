@@ -19,7 +19,7 @@ from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.evaluation import clients_data
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.reference import save_reference
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.shadows import ClientTraining, halves, train_shadows
 

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from registry_builders import overwrite
 
-from fedcompo import signing
 from fedcompo.errors import FileFormatError
+from fedcompo.registry import signing
 
 MESSAGE = b"who, when, why"
 

@@ -9,7 +9,7 @@ from app_runs import run
 from fedcompo.config.run import Method, RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.evaluation import clients_data
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import evaluate
 
 

@@ -39,7 +39,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.publish import publish
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.selection import from_registry
 from fedcompo.shadows import ClientTraining, all_images, logits_of, train_shadows

@@ -26,7 +26,7 @@ from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import BackboneError, TooFewClients
 from fedcompo.method.pool import Pool
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 
 NAME = "byte_transformer_small"
 LENGTH = 16

@@ -13,11 +13,19 @@ import pytest
 from failing_disk import PATIENCE, PROCESSES
 from registry_builders import contents, member, one_of_each_kind, registry_of, same_bits
 
-from fedcompo import transaction
 from fedcompo.errors import RegistryDamaged, RegistryError, RegistryLocked
-from fedcompo.registry import Registry
+from fedcompo.registry import transaction
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.transaction import (
+    Change,
+    commit,
+    discard,
+    locked,
+    recover,
+    recover_if_idle,
+    stage,
+)
 from fedcompo.storage.tensorfile import tensor_digest
-from fedcompo.transaction import Change, commit, discard, locked, recover, recover_if_idle, stage
 
 
 @pytest.fixture

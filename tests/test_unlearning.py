@@ -12,11 +12,11 @@ from in_process_grid import lost
 
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.method.contribution import Contribution
-from fedcompo.record_verification import verify_record
-from fedcompo.registry import Registry
-from fedcompo.removal import RemovalRecord
+from fedcompo.registry.record_verification import verify_record
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.verification import verify_registry
 from fedcompo.storage.files import CONTENT
-from fedcompo.verification import verify_registry
 
 REMOVE = {"action": "remove", "client": "client-1"}
 

@@ -16,18 +16,18 @@ import torch
 from forgery import rewrite_line, rewrite_record, rewrite_state
 from registry_builders import member, mixtures, registry_of
 
-from fedcompo import signing
 from fedcompo.composition.version import REALIGNED, SUM, save_realigned
 from fedcompo.config.run import Kind
-from fedcompo.journal import read as read_journal
 from fedcompo.method.heads import Head
-from fedcompo.registry import Registry
+from fedcompo.registry import signing
+from fedcompo.registry.journal import read as read_journal
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import State
+from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, STATE
+from fedcompo.registry.verification import Finding, head_finding, verify_registry
 from fedcompo.registry_layout import ABOUT, PRIVATE, PUBLIC
-from fedcompo.registry_state import State
 from fedcompo.storage.files import CONTENT, WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
-from fedcompo.transaction import JOURNAL, LOCK, MODEL, STATE
-from fedcompo.verification import Finding, head_finding, verify_registry
 
 RECORD = "removals/000004-dan.json"
 KEPT = "versions/000003"

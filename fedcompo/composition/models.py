@@ -20,12 +20,12 @@ from fedcompo.composition.version import joint_head
 from fedcompo.errors import FileFormatError
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
-from fedcompo.registry_state import RegistrySettings
+from fedcompo.registry.state import RegistrySettings
 from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples, write_atomically
 from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter, file_sha256
 
 if TYPE_CHECKING:
-    from fedcompo.registry import Registry
+    from fedcompo.registry.registry import Registry
 
 
 def head_of(pool: Pool, settings: RegistrySettings) -> Head:

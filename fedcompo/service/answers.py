@@ -11,10 +11,12 @@ from typing import Any
 import grpc
 
 from fedcompo.errors import ContributionError, RegistryError
-from fedcompo.record_verification import verify_record
-from fedcompo.registry import Registry
+from fedcompo.registry.record_verification import verify_record
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import State
+from fedcompo.registry.transaction import STATE
+from fedcompo.registry.verification import Finding, verify_registry
 from fedcompo.registry_layout import PUBLIC
-from fedcompo.registry_state import State
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.downloads import require_members
 from fedcompo.service.gate import time_left
@@ -23,8 +25,6 @@ from fedcompo.service.limits import Limits, Places
 from fedcompo.service.permissions import require_owner
 from fedcompo.service.refusals import Code, Refused, outward
 from fedcompo.service.uploads import Uploads
-from fedcompo.transaction import STATE
-from fedcompo.verification import Finding, verify_registry
 
 LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""

@@ -28,7 +28,7 @@ from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODE
 from fedcompo.units import size
 
 if TYPE_CHECKING:
-    from fedcompo.verification import Finding
+    from fedcompo.registry.verification import Finding
 
 OnStep = Callable[[str], None]
 
@@ -214,7 +214,9 @@ class Client:
 
     def verify(self, record: bytes = b"") -> Sequence[Finding]:
         """Let the server derive again what the registry, or a receipt, claims."""
-        from fedcompo.verification import Finding  # takes seconds to import, as PyTorch does
+        from fedcompo.registry.verification import (
+            Finding,  # takes seconds to import, as PyTorch does
+        )
 
         request = wire.VerifyRequest(record=record)
         reply = self._attempts.make(lambda: self._stub.Verify(request, timeout=self._seconds))

@@ -20,8 +20,8 @@ import grpc
 from fedcompo.errors import ConfigError, ContributionError, RegistryError
 from fedcompo.method.pool import require_known
 from fedcompo.publish import publish
-from fedcompo.registry import Registry
-from fedcompo.registry_state import Member
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.state import Member
 from fedcompo.selection import from_registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.gate import time_left

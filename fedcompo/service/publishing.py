@@ -11,7 +11,7 @@ import grpc
 
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.contribution import Contribution
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.gate import time_left
 from fedcompo.service.identity import Peer, peer_of

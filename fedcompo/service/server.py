@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fedcompo.certificates import Credential
 from fedcompo.errors import ServiceError
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
 from fedcompo.service import registry_pb2, registry_pb2_grpc
 from fedcompo.service.answers import Answers
 from fedcompo.service.downloads import Downloads

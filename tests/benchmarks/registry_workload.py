@@ -29,11 +29,11 @@ from fedcompo.method.deltas import rank_of, stored_shapes
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.transaction import MODEL
 from fedcompo.storage.files import BACKBONE, CONTENT, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import StreamedTensors
-from fedcompo.transaction import MODEL
 
 ARCHITECTURES = {
     "vit-b": ("vit_base_patch16_224", {}),

@@ -31,9 +31,9 @@ from registry_builders import member, registry_of
 
 from fedcompo.certificates import Authority, Credential
 from fedcompo.config.run import Kind
-from fedcompo.registry import Registry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.verification import verify_registry
 from fedcompo.service.client import Client
-from fedcompo.verification import verify_registry
 
 KINDS = (Kind.LORA, Kind.FULL, Kind.IA3)
 SECONDS = 600.0

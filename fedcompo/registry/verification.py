@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from fedcompo import journal, signing
 from fedcompo.composition import fixed_point
 from fedcompo.composition.version import REALIGNED, joint_head, load_realigned
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.journal import Entry
 from fedcompo.method.heads import Head
-from fedcompo.registry import Registry
+from fedcompo.registry import journal, signing
+from fedcompo.registry.journal import Entry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.state import State
+from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
 from fedcompo.registry_layout import PRIVATE, PUBLIC
-from fedcompo.registry_state import State
-from fedcompo.removal import RemovalRecord
 from fedcompo.replay import as_told, end_of_change, line_of, members_after, root_of
 from fedcompo.storage.tensorstream import file_sha256
-from fedcompo.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
 
 CLOSE = 1e-4
 """Largest difference of a joint head that another machine's rounding can explain."""

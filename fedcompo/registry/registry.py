@@ -11,7 +11,7 @@ r"""The pool on disk: add a client, remove one exactly, and prove it.
     removals/            signed records of removals
     key.pem, public.pem  Ed25519; whoever has key.pem can sign in the registry's name
 
-Changes are transactions (:mod:`fedcompo.transaction`); readers take no lock.
+Changes are transactions (:mod:`fedcompo.registry.transaction`); readers take no lock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedcompo import journal, registry_changes
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition import models as specialise
@@ -33,12 +32,14 @@ from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool, require_known
+from fedcompo.registry import changes as registry_changes
+from fedcompo.registry import journal
+from fedcompo.registry.removal import Influence, RemovalRecord
+from fedcompo.registry.state import Member, RegistrySettings, State
+from fedcompo.registry.transaction import JOURNAL, STATE, recover_if_idle
 from fedcompo.registry_layout import ABOUT, read_about, write_new
-from fedcompo.registry_state import Member, RegistrySettings, State
-from fedcompo.removal import Influence, RemovalRecord
 from fedcompo.storage.files import BACKBONE, CARD, WEIGHTS, put_in_place
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
-from fedcompo.transaction import JOURNAL, STATE, recover_if_idle
 
 
 class Registry:

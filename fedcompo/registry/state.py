@@ -18,8 +18,8 @@ from fedcompo.config.run import Coefficients, RunConfig
 from fedcompo.errors import RegistryDamaged
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.pool import are_tangents
+from fedcompo.registry.transaction import require_inside
 from fedcompo.storage.files import canonical, tuples
-from fedcompo.transaction import require_inside
 
 FORMAT_VERSION = 1
 

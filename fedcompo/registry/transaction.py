@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedcompo.errors import RegistryDamaged, RegistryLocked
-from fedcompo.journal import utc_now
+from fedcompo.registry.journal import utc_now
 from fedcompo.storage.files import tuples
 
 LOCK, PENDING, COMMIT = "lock", "pending", "commit.json"

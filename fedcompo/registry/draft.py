@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedcompo import journal, transaction
-from fedcompo.admission import check_contribution, stage_contribution
 from fedcompo.composition.version import (
     REALIGNED,
     SUM,
@@ -26,13 +24,15 @@ from fedcompo.composition.version import (
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution, mixture_tensors
 from fedcompo.names import check_client_name
-from fedcompo.registry_state import Member, State
+from fedcompo.registry import journal, transaction
+from fedcompo.registry.admission import check_contribution, stage_contribution
+from fedcompo.registry.state import Member, State
 from fedcompo.storage.files import WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
 
 if TYPE_CHECKING:
-    from fedcompo.registry import Registry
+    from fedcompo.registry.registry import Registry
 
 CLIENTS, VERSIONS = "clients", "versions"
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedcompo import signing
 from fedcompo.errors import FileFormatError
 from fedcompo.method.contribution import Lineage
+from fedcompo.registry import signing
 from fedcompo.storage.files import canonical, tuples
 
 FORMAT_VERSION = 1

@@ -9,15 +9,15 @@ from pathlib import Path
 from fedcompo.composition import version as composition
 from fedcompo.composition.version import SUM, Term
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.journal import Entry
-from fedcompo.registry import Registry
-from fedcompo.registry_changes import foreseen_influence
+from fedcompo.registry.changes import foreseen_influence
+from fedcompo.registry.journal import Entry
+from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.verification import Finding, all_but_folders, signature_finding
 from fedcompo.registry_layout import PUBLIC
-from fedcompo.removal import RemovalRecord
 from fedcompo.replay import as_told, line_of, members_after, root_of
 from fedcompo.storage.files import WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
-from fedcompo.verification import Finding, all_but_folders, signature_finding
 
 OnStep = Callable[[str], None]
 

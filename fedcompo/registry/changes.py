@@ -11,21 +11,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcompo import journal, transaction
 from fedcompo.composition.version import Mixtures
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.pool import require_known, require_unmixed
-from fedcompo.registry_draft import Draft, OnStep, drafted
+from fedcompo.registry import journal, transaction
+from fedcompo.registry.draft import Draft, OnStep, drafted
+from fedcompo.registry.removal import Influence, RemovalRecord, influence
+from fedcompo.registry.state import Member, State
 from fedcompo.registry_layout import PRIVATE
-from fedcompo.registry_state import Member, State
-from fedcompo.removal import Influence, RemovalRecord, influence
 from fedcompo.storage.files import tuples
 from fedcompo.storage.tensorstream import file_sha256
 from fedcompo.versions import version
 
 if TYPE_CHECKING:
-    from fedcompo.registry import Registry
+    from fedcompo.registry.registry import Registry
 
 REMOVALS = "removals"
 
@@ -38,7 +38,7 @@ def add(
     requested_by: str = "",
     on_step: OnStep,
 ) -> None:
-    """Add contributions, all or none; see :meth:`fedcompo.registry.Registry.add`."""
+    """Add contributions, all or none; see :meth:`fedcompo.registry.registry.Registry.add`."""
     if not sources:
         raise ContributionError("There is nothing to add; name at least one contribution.")
     with drafted(registry, f"adding {len(sources)} contribution(s)", on_step) as draft:
@@ -75,7 +75,7 @@ def remove(
     keep_versions: bool,
     on_step: OnStep,
 ) -> RemovalRecord:
-    """Remove a client; see :meth:`fedcompo.registry.Registry.remove`."""
+    """Remove a client; see :meth:`fedcompo.registry.registry.Registry.remove`."""
     with drafted(registry, f"removing {client}", on_step) as draft:
         state = draft.before
         require_known([client], tuple(state.members), "registry")
@@ -125,7 +125,7 @@ def remove(
 
 
 def realign(registry: Registry, mixtures: Mapping[str, Mixtures]) -> None:
-    """Fit the joint head again; see :meth:`fedcompo.registry.Registry.realign`."""
+    """Fit the joint head again; see :meth:`fedcompo.registry.registry.Registry.realign`."""
     with drafted(registry, "aligning the joint head again", lambda step: None) as draft:
         state = draft.before
         described = {client: tuple(sorted(own)) for client, own in mixtures.items()}
