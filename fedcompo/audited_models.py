@@ -16,12 +16,12 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
 from fedcompo.evaluation import clients_data
+from fedcompo.export.selection import from_registry
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
-from fedcompo.selection import from_registry
 
 BEFORE, AFTER, GOLD = "before", "after", "gold"
 MAY_DIFFER = {"device"}

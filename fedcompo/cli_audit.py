@@ -67,8 +67,8 @@ def audit(
     with errors_as_sentences(verbose):
         from fedcompo.audit import audit as measure
         from fedcompo.audit_report import print_audit, write_audit
+        from fedcompo.export.selection import new_folder
         from fedcompo.registry.registry import Registry
-        from fedcompo.selection import new_folder
 
         started = time.monotonic()
         opened = open_registry(registry)

@@ -24,7 +24,7 @@ from fedcompo.cli_common import (
 from fedcompo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedcompo.selection import Selection
+    from fedcompo.export.selection import Selection
 
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
@@ -75,7 +75,7 @@ def compose(
     fedcompo compose A/ B/ -o DIR
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        from fedcompo.publish import publish
+        from fedcompo.export.folder import publish
 
         tell("reading")
         choice = {
@@ -129,7 +129,7 @@ def evaluate(
     """Measure a registry's model, or one of some of its members, on the clients' test images."""
     with errors_as_sentences(verbose):
         from fedcompo.evaluation import evaluate_clients, run_config_of
-        from fedcompo.selection import from_registry
+        from fedcompo.export.selection import from_registry
 
         with progress(quiet=as_json) as tell:
             opened = open_registry(registry)
@@ -174,9 +174,9 @@ def negate(
     The copy is labelled as what it is, and never enters the registry.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+        from fedcompo.export.folder import publish
+        from fedcompo.export.selection import from_registry
         from fedcompo.negation import negated
-        from fedcompo.publish import publish
-        from fedcompo.selection import from_registry
 
         opened = open_registry(registry)
         vector = opened.contribution(client).task_vector
@@ -204,8 +204,8 @@ def export(
 ) -> None:
     """Export the composed model for timm, or one client's LoRA for PEFT."""
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        from fedcompo.publish import publish
-        from fedcompo.selection import from_registry, new_folder
+        from fedcompo.export.folder import publish
+        from fedcompo.export.selection import from_registry, new_folder
 
         opened = open_registry(registry)
         if client is None:
@@ -213,7 +213,7 @@ def export(
             tell("writing")
             _report(publish(output, selection), as_json)
             return
-        from fedcompo.export_peft import export_peft
+        from fedcompo.export.peft import export_peft
 
         contribution = opened.contribution(client)
         with new_folder(output) as folder:
@@ -244,7 +244,7 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
 def _selected(
     folders: list[Path] | None, registry: Path | None, checkpoint: str, choice: Mapping[str, Any]
 ) -> Iterator[Selection]:
-    from fedcompo import selection
+    from fedcompo.export import selection
 
     if folders and registry is not None:
         raise ConfigError("Name folders of contributions, or a registry, not both.")

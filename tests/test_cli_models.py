@@ -23,7 +23,7 @@ from fedcompo.cli_common import VARIABLE
 from fedcompo.composition.models import head_of
 from fedcompo.config.run import BackboneConfig, Kind, RunConfig
 from fedcompo.data.client_data import load_client_data
-from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG
+from fedcompo.export.peft import ADAPTER, ADAPTER_CONFIG
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head

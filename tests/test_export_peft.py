@@ -30,7 +30,7 @@ from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import BackboneConfig, Kind
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
-from fedcompo.export_peft import ADAPTER, ADAPTER_CONFIG, export_peft
+from fedcompo.export.peft import ADAPTER, ADAPTER_CONFIG, export_peft
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import LoRA
 from fedcompo.method.pool import Pool

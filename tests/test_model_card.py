@@ -16,8 +16,7 @@ from markdown_it import MarkdownIt
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.run import Kind
-from fedcompo.method.contribution import Lineage
-from fedcompo.model_card import (
+from fedcompo.export.model_card import (
     MOST_CLASSES,
     ExportedModel,
     Member,
@@ -26,6 +25,7 @@ from fedcompo.model_card import (
     model_card,
     preprocessing_text,
 )
+from fedcompo.method.contribution import Lineage
 from fedcompo.storage.files import MODEL_CARD, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
 

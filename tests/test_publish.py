@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedcompo.config.run import Kind
 from fedcompo.errors import ConfigError
-from fedcompo.publish import publish
+from fedcompo.export.folder import publish
+from fedcompo.export.selection import from_registry
 from fedcompo.registry.registry import Registry
-from fedcompo.selection import from_registry
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 

@@ -22,13 +22,13 @@ from fedcompo.errors import (
     FedcompoError,
     FileFormatError,
 )
+from fedcompo.export.selection import Selection, from_folders, from_registry, new_folder
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import RegistrySettings
-from fedcompo.selection import Selection, from_folders, from_registry, new_folder
 from fedcompo.storage.files import CONTENT
 
 

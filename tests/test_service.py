@@ -11,12 +11,12 @@ from service_runs import client_of, credential, intact, saved, served
 
 from fedcompo.config.run import Kind
 from fedcompo.errors import ConfigError, ServiceError
-from fedcompo.publish import publish
+from fedcompo.export.folder import publish
+from fedcompo.export.selection import from_registry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.signing import is_signed
 from fedcompo.registry_layout import PUBLIC
-from fedcompo.selection import from_registry
 from fedcompo.service.identity import _read
 
 ADA, BEN, CHO = one_of_each_kind()

@@ -18,11 +18,11 @@ from typing import Any
 import grpc
 
 from fedcompo.errors import ConfigError, ContributionError, RegistryError
+from fedcompo.export.folder import publish
+from fedcompo.export.selection import from_registry
 from fedcompo.method.pool import require_known
-from fedcompo.publish import publish
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import Member
-from fedcompo.selection import from_registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.gate import time_left
 from fedcompo.service.identity import peer_of

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.composition.models import write_model
-from fedcompo.model_card import ExportedModel, Member, model_card
-from fedcompo.selection import Selection, new_folder
+from fedcompo.export.model_card import ExportedModel, Member, model_card
+from fedcompo.export.selection import Selection, new_folder
 from fedcompo.storage.files import MODEL_CARD, write_atomically
 from fedcompo.versions import version
 

@@ -25,9 +25,9 @@ import torch
 from fedcompo.backbone.backbone import EMBEDDED, Backbone
 from fedcompo.config.run import Kind
 from fedcompo.errors import BackboneError, ContributionError
+from fedcompo.export.model_card import class_table, escaped, front_matter, preprocessing_text, table
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
-from fedcompo.model_card import class_table, escaped, front_matter, preprocessing_text, table
 from fedcompo.storage.files import MODEL_CARD, write_atomically
 from fedcompo.storage.tensorstream import save_streamed
 
