@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 from fedcompo.audit import CLASS_IL, FIGURES, TASK_IL
 from fedcompo.audited_models import AFTER, BEFORE, GOLD
-from fedcompo.units import percent
+from fedcompo.report.units import percent
 
 Values = Mapping[str, Any]
 Groups = Sequence[tuple[str, Mapping[str, Values]]]

@@ -14,8 +14,8 @@ from fedcompo.audit import FIGURES
 from fedcompo.audit_picture import MODELS, TITLES, picture
 from fedcompo.audited_models import AFTER, BEFORE
 from fedcompo.cli_common import say, table_console
+from fedcompo.report.units import percent
 from fedcompo.storage.files import write_atomically
-from fedcompo.units import percent
 
 JSON, MARKDOWN, PICTURE = "audit.json", "audit.md", "audit.svg"
 

@@ -202,7 +202,7 @@ def _simulate(
     if config.registry.action is Action.REMOVE:
         print_removal(results)
     else:
-        from fedcompo.report import print_results
+        from fedcompo.report.results import print_results
 
         print_results(results, console)
     say(f"Results: {output}")

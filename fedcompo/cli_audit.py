@@ -18,7 +18,7 @@ from fedcompo.cli_common import (
     progress,
     say,
 )
-from fedcompo.units import duration
+from fedcompo.report.units import duration
 
 
 def audit(

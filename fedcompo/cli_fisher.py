@@ -18,7 +18,7 @@ from fedcompo.cli_common import (
     say,
 )
 from fedcompo.errors import ConfigError
-from fedcompo.units import duration, size
+from fedcompo.report.units import duration, size
 
 if TYPE_CHECKING:
     from fedcompo.config.run import RunConfig

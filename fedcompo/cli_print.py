@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedcompo.cli_common import literal, say, table_console
-from fedcompo.units import percent, shortened, size
+from fedcompo.report.units import percent, shortened, size
 
 if TYPE_CHECKING:
     from fedcompo.registry.journal import Entry

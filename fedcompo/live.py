@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedcompo.events import Event
-from fedcompo.units import duration, size
+from fedcompo.report.units import duration, size
 
 SERVER = "server"
 """Row of the phases in which no client takes part."""

@@ -22,7 +22,7 @@ from fedcompo.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import RegistrySettings
 from fedcompo.registry_layout import ABOUT
-from fedcompo.report import write_report
+from fedcompo.report.results import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.accounting import check_noise

@@ -27,7 +27,7 @@ from fedcompo.audit import FIGURES, LIKELIHOOD_RATIO, LOSS
 from fedcompo.audit_picture import TITLES, axis_of, document, interval_chart, legend, text
 from fedcompo.audit_report import interval, markdown_table
 from fedcompo.audited_models import AFTER, BEFORE, GOLD
-from fedcompo.units import percent
+from fedcompo.report.units import percent
 
 Audits = dict[tuple[str, str], dict]
 """What ``audit.json`` holds, by way of training and client."""

@@ -28,7 +28,7 @@ from fedcompo.method.deltas import new_deltas
 from fedcompo.method.features import extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.report import print_results
+from fedcompo.report.results import print_results
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training.accuracy import evaluate
 from fedcompo.training.fit import Course, Fitted, fit_task_vector

@@ -31,9 +31,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
         rest["on_event"]({"event": "note", "text": "a note", "time": 0.0})
         return {"accuracy": 0.5}
 
-    report = ModuleType("fedcompo.report")
+    report = ModuleType("fedcompo.report.results")
     report.print_results = lambda results, console: console.print(results)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fedcompo.report", report)
+    monkeypatch.setitem(sys.modules, "fedcompo.report.results", report)
     monkeypatch.setattr(launcher, "simulate", simulate)
     monkeypatch.chdir(tmp_path)
     return calls

@@ -30,10 +30,10 @@ from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.negation import negated
 from fedcompo.registry.registry import Registry
+from fedcompo.report.units import percent
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.accuracy import evaluate
-from fedcompo.units import percent
 
 IMAGES = pixels(6, 1, 8, seed=5)
 

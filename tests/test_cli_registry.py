@@ -25,9 +25,9 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.verification import verify_registry
 from fedcompo.registry_layout import PUBLIC
+from fedcompo.report.units import percent
 from fedcompo.storage.files import CONTENT
 from fedcompo.training.accuracy import evaluate
-from fedcompo.units import percent
 
 ODD = ("[/]", "[bold]7", ":smile:", "\x1b[31mred")
 """Names of classes that markup, emoji codes and terminals would swallow."""

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedcompo.events import Event, EventTail, note
 from fedcompo.live import SERVER, Display, Progress, Standing, line
-from fedcompo.units import duration, size
+from fedcompo.report.units import duration, size
 
 REPLY = {"bytes_sent": 1_500_000, "bytes_received": 2_000, "seconds": 4.25, "reason": ""}
 RUN: list[dict[str, Any]] = [

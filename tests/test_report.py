@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from fedcompo.report import percent, print_results, write_report
-from fedcompo.report_picture import cosines_of
+from fedcompo.report.picture import cosines_of
+from fedcompo.report.results import percent, print_results, write_report
 
 ACCURACIES = {
     "class_il_accuracy": 0.875,

@@ -91,9 +91,9 @@ sys.path.insert(0, {library!r})
 from fedcompo import cli, launcher
 
 launcher.find_app = lambda: Path({app!r})
-report = types.ModuleType("fedcompo.report")
+report = types.ModuleType("fedcompo.report.results")
 report.print_results = lambda results, console: console.print("replies:", results["replies"])
-sys.modules["fedcompo.report"] = report
+sys.modules["fedcompo.report.results"] = report
 cli.main()
 """
 

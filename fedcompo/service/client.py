@@ -19,13 +19,13 @@ import grpc
 
 from fedcompo.certificates import Credential
 from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.report.units import size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.attempts import ATTEMPTS, Attempts
 from fedcompo.service.receiving import received
 from fedcompo.service.registry_pb2_grpc import RegistryStub
 from fedcompo.service.transfer import FileEntry, Part, outgoing
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
-from fedcompo.units import size
 
 if TYPE_CHECKING:
     from fedcompo.registry.verification import Finding

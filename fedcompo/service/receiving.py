@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.errors import FileFormatError
+from fedcompo.report.units import size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.transfer import FileEntry, Incoming, Part, check_entries, identity
 from fedcompo.storage.files import write_atomically
-from fedcompo.units import size
 
 FILES, ID = "files", "id"
 LONGEST_ID = 64

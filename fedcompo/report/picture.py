@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from fedcompo.report.units import percent
 from fedcompo.storage.files import write_atomically
-from fedcompo.units import percent
 
 PICTURE = "report.svg"
 SHOWN = 40

@@ -1,4 +1,4 @@
-"""Results for people: tables in the terminal; the picture is :mod:`fedcompo.report_picture`."""
+"""Results for people: tables in the terminal; the picture is :mod:`fedcompo.report.picture`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedcompo.report_picture import SHOWN, Results, overlap, shown
-from fedcompo.report_picture import write_report as write_report
-from fedcompo.units import percent, shortened, size
+from fedcompo.report.picture import SHOWN, Results, overlap, shown
+from fedcompo.report.picture import write_report as write_report
+from fedcompo.report.units import percent, shortened, size
 
 COLUMNS = (
     ("frozen", "frozen_class_il_accuracy"),
