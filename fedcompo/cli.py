@@ -163,10 +163,10 @@ def _simulate(
     gpus_per_client: float | None,
     resume: Path | None,
 ) -> None:
-    from fedcompo import launcher
     from fedcompo.config import scenario
-    from fedcompo.live import Display
-    from fedcompo.resources import count_clients, fair_resources
+    from fedcompo.engine import launcher
+    from fedcompo.engine.live import Display
+    from fedcompo.engine.resources import count_clients, fair_resources
 
     console = Console()
     if resume is None:

@@ -74,7 +74,7 @@ def init_deployment(
 def _create(folder: Path, server: str, clients: tuple[str, ...], ports: dict[str, int]) -> None:
     from fedcompo.deployment import folders
     from fedcompo.deployment.plan import Deployment
-    from fedcompo.launcher import find_app
+    from fedcompo.engine.launcher import find_app
 
     deployment = Deployment(server, clients, **ports)
     folders.create(folder, deployment, find_app())
@@ -89,7 +89,7 @@ def _create(folder: Path, server: str, clients: tuple[str, ...], ports: dict[str
 
 def _update(folder: Path) -> None:
     from fedcompo.deployment import folders
-    from fedcompo.launcher import find_app
+    from fedcompo.engine.launcher import find_app
 
     deployment = folders.update(folder, find_app())
     say(f"Updated {folder} to the installed version; no key has changed.")

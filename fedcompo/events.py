@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedcompo.engine_log import LineTail
+from fedcompo.engine.log import LineTail
 
 Event = Mapping[str, Any]
 

@@ -17,8 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import Action, Method, RunConfig, Schedule
+from fedcompo.engine.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
-from fedcompo.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import RegistrySettings
 from fedcompo.registry_layout import ABOUT

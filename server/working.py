@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.config.run import RunConfig
+from fedcompo.engine.launcher import RESULTS, RUN
 from fedcompo.errors import ConfigError
-from fedcompo.launcher import RESULTS, RUN
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import write_atomically
 from fedcompo.storage.tensorstream import file_sha256

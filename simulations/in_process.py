@@ -28,8 +28,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedcompo.config.run import RunConfig, Scalar
 from fedcompo.config.scenario import settings_of
 from fedcompo.data.client_data import num_clients
+from fedcompo.engine.launcher import RESULTS, find_app, reserve_output
 from fedcompo.errors import FedcompoError
-from fedcompo.launcher import RESULTS, find_app, reserve_output
 
 STATE = "FEDCOMPO_STATE"
 

@@ -42,7 +42,7 @@ from fedcompo.config.run import Scalar
 from fedcompo.config.scenario import as_toml
 from fedcompo.deployment import folders
 from fedcompo.deployment.plan import Deployment
-from fedcompo.launcher import find_app
+from fedcompo.engine.launcher import find_app
 
 DIGITS = {"hospital-a": (0, 1, 2), "hospital-b": (3, 4, 5), "hospital-c": (6, 7, 8, 9)}
 """Three clients and their classes."""

@@ -1,6 +1,6 @@
 """Processes that tests start: each has a guard, which ends it and all that it starts.
 
-The guard (:mod:`fedcompo.guard`) notices when we end, however we end.
+The guard (:mod:`fedcompo.engine.guard`) notices when we end, however we end.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcompo import guard
-from fedcompo.engine_log import plain
+from fedcompo.engine import guard
+from fedcompo.engine.log import plain
 
 START_SECONDS = 180.0
 

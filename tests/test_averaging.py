@@ -21,8 +21,8 @@ from clients import averaging
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.run import BackboneConfig, DataConfig, Kind, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data
+from fedcompo.engine.live import Progress
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients
-from fedcompo.live import Progress
 from fedcompo.messages.records import head_tensors, prefixed, section
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.features import extract_features, fit_mixtures

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedcompo import cli, launcher
+from fedcompo import cli
 from fedcompo.config.run import RunConfig, all_settings
+from fedcompo.engine import launcher
 from fedcompo.errors import ConfigError, FedcompoError, LaunchError
 
 runner = CliRunner()

@@ -18,8 +18,8 @@ from cryptography.x509.oid import NameOID
 from fedcompo.certificates import Authority
 from fedcompo.deployment import folders, given_app
 from fedcompo.deployment.plan import Deployment
+from fedcompo.engine.launcher import find_app
 from fedcompo.errors import ConfigError, ContributionError, FileFormatError, LaunchError
-from fedcompo.launcher import find_app
 
 SECRETS = ("*.key", "supernode")
 
@@ -239,7 +239,7 @@ def test_an_update_gives_everyone_the_same_new_app_and_changes_no_key(
     given_app.copy_app(find_app(), app)
     with (app / "clients" / "app.py").open("a") as file:
         file.write("# another version\n")
-    monkeypatch.setattr("fedcompo.launcher.find_app", lambda: app)
+    monkeypatch.setattr("fedcompo.engine.launcher.find_app", lambda: app)
     for folder in (written / "clients" / "b" / "flower").rglob("*"):
         folder.chmod(folder.stat().st_mode & ~0o222)  # as it is after a start
     printed = run("init-deployment", written, "--update").output

@@ -16,7 +16,7 @@ from fedcompo.deployment.files import fill, write_files
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.proxy import nginx_conf
 from fedcompo.deployment.units import server_units
-from fedcompo.launcher import find_app
+from fedcompo.engine.launcher import find_app
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from deployed_federation import WITHOUT_OVERRIDE, settle
 from fedcompo.deployment import folders
 from fedcompo.deployment.client_scripts import MISCONFIGURED
 from fedcompo.deployment.plan import Deployment
-from fedcompo.launcher import find_app
+from fedcompo.engine.launcher import find_app
 
 FAKE = """\
 #!/bin/sh

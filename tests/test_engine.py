@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedcompo import engine
-from fedcompo.engine_log import LineTail, last_error
+from fedcompo.engine import superlink as engine
+from fedcompo.engine.log import LineTail, last_error
 from fedcompo.errors import LaunchError
 
 LOG = """\

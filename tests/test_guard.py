@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcompo import guard
+from fedcompo.engine import guard
 
 # A child in a session of its own whose parent has already ended: what Ray's daemons are.
 STRAY = "(setsid sleep 298.{tag} &) ; sleep 299.{tag}"

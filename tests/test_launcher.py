@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tiny_app import fedcompo, write_app
 
-from fedcompo import launcher
-from fedcompo.engine import MARKER
+from fedcompo.engine import launcher
+from fedcompo.engine.resources import Resources
+from fedcompo.engine.superlink import MARKER
 from fedcompo.errors import LaunchError
-from fedcompo.resources import Resources
 
 COMPONENTS = "[tool.flwr.app.components]\nserverapp = 'a:b'\nclientapp = 'c:d'\n"
 

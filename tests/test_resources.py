@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedcompo import resources
 from fedcompo.config.run import RunConfig
+from fedcompo.engine import resources
 from fedcompo.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_simulation import BIN, LIMIT, QUICK
 
-from fedcompo.guard import GRACE
+from fedcompo.engine.guard import GRACE
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 

@@ -7,8 +7,8 @@ import json
 import pytest
 from cli_runs import run
 
+from fedcompo.engine.launcher import begun_settings, reopen_output
 from fedcompo.errors import LaunchError
-from fedcompo.launcher import begun_settings, reopen_output
 
 
 def begun(folder, **settings):

@@ -88,7 +88,8 @@ import sys, types
 from pathlib import Path
 
 sys.path.insert(0, {library!r})
-from fedcompo import cli, launcher
+from fedcompo import cli
+from fedcompo.engine import launcher
 
 launcher.find_app = lambda: Path({app!r})
 report = types.ModuleType("fedcompo.report.results")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedcompo.engine import QUIET
+from fedcompo.engine.superlink import QUIET
 
 
 def exports() -> str:

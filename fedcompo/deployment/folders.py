@@ -39,7 +39,7 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
     Args:
         folder: Where to; must not exist, or be empty.
         deployment: Server and clients.
-        app: Folder of the Flower app; see :func:`fedcompo.launcher.find_app`.
+        app: Folder of the Flower app; see :func:`fedcompo.engine.launcher.find_app`.
 
     Raises:
         ConfigError: If the folder holds something, or the server's name is none.

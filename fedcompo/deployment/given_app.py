@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedcompo.engine import QUIET, program
-from fedcompo.engine_log import plain
+from fedcompo.engine.log import plain
+from fedcompo.engine.superlink import QUIET, program
 from fedcompo.errors import LaunchError
 
 APPS = Path("flower") / "apps"

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcompo import guard
 from fedcompo.config.run import Scalar
 from fedcompo.config.scenario import as_toml
-from fedcompo.engine_log import last_error, plain, read_from
+from fedcompo.engine import guard
+from fedcompo.engine.log import last_error, plain, read_from
 from fedcompo.errors import LaunchError
 
 MARKER = "FEDCOMPO_ENGINE"
@@ -62,7 +62,7 @@ class Engine:
         folder: Its private folder.
         log: File that its output is appended to.
         environment: Environment of every Flower program that is to find it.
-        guard: The process that ends it; see :mod:`fedcompo.guard`.
+        guard: The process that ends it; see :mod:`fedcompo.engine.guard`.
     """
 
     folder: Path

@@ -2,7 +2,7 @@
 
 ``flwr run`` works too, but needs the network at each run, runs old code from a lingering daemon,
 takes relative paths from that daemon's folder and exits with 0 when the run failed. Here, an engine
-of our own (:mod:`fedcompo.engine`) serves one run and goes; a run counts as done when Flower says
+of our own (:mod:`fedcompo.engine.superlink`) serves one run and goes; a run counts as done when Flower says
 so *and* its results are on disk.
 """
 
@@ -20,11 +20,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from fedcompo.config.run import Scalar
-from fedcompo.engine import Engine, started
-from fedcompo.engine_log import LineTail, last_error, read_from
+from fedcompo.engine.log import LineTail, last_error, read_from
+from fedcompo.engine.resources import Resources
+from fedcompo.engine.superlink import Engine, started
 from fedcompo.errors import LaunchError
 from fedcompo.events import Event, EventTail, note
-from fedcompo.resources import Resources
 
 LOG = "flower.log"
 EVENTS = "events.jsonl"
@@ -61,7 +61,7 @@ def simulate(
         output: The run's own folder, from :func:`reserve_output`.
         clients: Number of simulated clients.
         app: Folder of the Flower app; see :func:`find_app`.
-        resources: See :func:`fedcompo.resources.fair_resources`.
+        resources: See :func:`fedcompo.engine.resources.fair_resources`.
         on_event: Gets what the app reports, as it does.
 
     Raises:

@@ -1,0 +1,1 @@
+"""A simulation on Flower's real engine, started and ended by us; no torch."""
