@@ -65,8 +65,8 @@ def audit(
     trainings of the client.
     """
     with errors_as_sentences(verbose):
-        from fedcompo.audit import audit as measure
-        from fedcompo.audit_report import print_audit, write_audit
+        from fedcompo.audit.measure import audit as measure
+        from fedcompo.audit.report import print_audit, write_audit
         from fedcompo.export.selection import new_folder
         from fedcompo.registry.registry import Registry
 

@@ -128,7 +128,7 @@ def evaluate(
 ) -> None:
     """Measure a registry's model, or one of some of its members, on the clients' test images."""
     with errors_as_sentences(verbose):
-        from fedcompo.evaluation import evaluate_clients, run_config_of
+        from fedcompo.audit.evaluation import evaluate_clients, run_config_of
         from fedcompo.export.selection import from_registry
 
         with progress(quiet=as_json) as tell:

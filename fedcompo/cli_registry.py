@@ -158,7 +158,7 @@ def remove(
         plan = cli_print.plan(opened, client, keep_versions)
         if dry_run:
             with progress(quiet=as_json) as tell:
-                from fedcompo.evaluation import effect_of_removal
+                from fedcompo.audit.evaluation import effect_of_removal
 
                 plan["accuracy"] = effect_of_removal(opened, client, data, tell)
         if not as_json:

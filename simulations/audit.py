@@ -23,10 +23,10 @@ from pathlib import Path
 
 from runs import FEDCOMPO, run
 
-from fedcompo.audit import FIGURES, LIKELIHOOD_RATIO, LOSS
-from fedcompo.audit_picture import TITLES, axis_of, document, interval_chart, legend, text
-from fedcompo.audit_report import interval, markdown_table
-from fedcompo.audited_models import AFTER, BEFORE, GOLD
+from fedcompo.audit.measure import FIGURES, LIKELIHOOD_RATIO, LOSS
+from fedcompo.audit.models import AFTER, BEFORE, GOLD
+from fedcompo.audit.picture import TITLES, axis_of, document, interval_chart, legend, text
+from fedcompo.audit.report import interval, markdown_table
 from fedcompo.report.units import percent
 
 Audits = dict[tuple[str, str], dict]

@@ -14,12 +14,12 @@ from pathlib import Path
 from joint import described
 from torch import Tensor
 
+from fedcompo.audit.evaluation import clients_data, run_config_of
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.models import stream_composition
 from fedcompo.composition.version import joint_head
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
-from fedcompo.evaluation import clients_data, run_config_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedcompo.audit_report import markdown_table
+from fedcompo.audit.report import markdown_table
 
 Figures = Mapping[str, Any]
 

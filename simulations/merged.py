@@ -18,11 +18,11 @@ from typing import Any
 from joint import described, measured
 from merging import MERGES, Merge
 
+from fedcompo.audit.evaluation import clients_data, run_config_of
 from fedcompo.composition.models import head_of
 from fedcompo.composition.version import joint_head
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
-from fedcompo.evaluation import clients_data, run_config_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry

@@ -11,10 +11,10 @@ import numpy as np
 from builders import pico_backbone
 
 from clients.local import LocalClient
+from fedcompo.audit.evaluation import clients_data
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.version import joint_head
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig, kinds_of
-from fedcompo.evaluation import clients_data
 from fedcompo.messages.records import head_from, head_tensors, prefixed, section
 from fedcompo.method.contribution import Contribution, Lineage, mixtures_from
 from fedcompo.method.fisher import FisherDiagonal

@@ -14,11 +14,11 @@ from audited_federation import FREE, OTHERS, config_of, federate, noise
 from PIL import Image
 from torch.func import functional_call
 
-from fedcompo.audit import LIKELIHOOD_RATIO, LOSS, audit
-from fedcompo.audited_models import AFTER, BEFORE, GOLD, audited_models, distances_to_gold
+from fedcompo.audit.evaluation import clients_data
+from fedcompo.audit.measure import LIKELIHOOD_RATIO, LOSS, audit
+from fedcompo.audit.membership import loss_attack
+from fedcompo.audit.models import AFTER, BEFORE, GOLD, audited_models, distances_to_gold
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError, DataError
-from fedcompo.evaluation import clients_data
-from fedcompo.membership import loss_attack
 from fedcompo.registry.registry import Registry
 
 CLIENT, OTHER = "client-1", "client-0"

@@ -14,8 +14,8 @@ from audited_federation import config_of, federate, noise
 from typer.testing import CliRunner
 
 from fedcompo import cli
-from fedcompo.audit_picture import interval_chart
-from fedcompo.audit_report import markdown, write_audit
+from fedcompo.audit.picture import interval_chart
+from fedcompo.audit.report import markdown, write_audit
 
 runner = CliRunner()
 SVG = "{http://www.w3.org/2000/svg}"
@@ -189,7 +189,7 @@ def test_a_folder_that_holds_something_is_refused_at_once(folder, tmp_path, monk
     (tmp_path / "audit-client-1").mkdir()
     (tmp_path / "audit-client-1" / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedcompo.audit.audit", None)
+    monkeypatch.setattr("fedcompo.audit.measure.audit", None)
     result = run("-r", f"{folder}/registry")
     assert result.exit_code == 2
     assert "audit-client-1 holds something already" in result.stderr

@@ -10,16 +10,16 @@ import pytest
 from cli_runs import CLASSES, digits_registry
 from registry_builders import backbone, contents, member, registry_of
 
-from fedcompo.config.run import RunConfig
-from fedcompo.data.client_data import ClientData, load_client_data
-from fedcompo.errors import ConfigError, DataError
-from fedcompo.evaluation import (
+from fedcompo.audit.evaluation import (
     Figures,
     clients_data,
     effect_of_removal,
     evaluate_clients,
     run_config_of,
 )
+from fedcompo.config.run import RunConfig
+from fedcompo.data.client_data import ClientData, load_client_data
+from fedcompo.errors import ConfigError, DataError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedcompo.errors import DataError
-from fedcompo.membership import (
+from fedcompo.audit.membership import (
     Attack,
     Shadows,
     confidence,
@@ -24,6 +23,7 @@ from fedcompo.membership import (
     loss_attack,
     losses,
 )
+from fedcompo.errors import DataError
 
 NORMAL = NormalDist()
 FEW_LEVELS = st.lists(st.integers(-2, 2).map(float), min_size=2, max_size=30)

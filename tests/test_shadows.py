@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
 
+from fedcompo.audit.evaluation import clients_data
+from fedcompo.audit.shadows import ClientTraining, halves, train_shadows
 from fedcompo.config.run import Kind
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.evaluation import clients_data
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.reference import save_reference
 from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
-from fedcompo.shadows import ClientTraining, halves, train_shadows
 
 CLIENT = "client-1"
 

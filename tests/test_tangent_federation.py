@@ -6,9 +6,9 @@ import pytest
 import torch
 from app_runs import run
 
+from fedcompo.audit.evaluation import clients_data
 from fedcompo.config.run import Method, RunConfig
 from fedcompo.errors import ContributionError
-from fedcompo.evaluation import clients_data
 from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import evaluate
 

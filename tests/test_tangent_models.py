@@ -28,21 +28,21 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedcompo.audited_models import AFTER, BEFORE, audited_models
+from fedcompo.audit.evaluation import clients_data, effect_of_removal, evaluate_clients
+from fedcompo.audit.membership import confidence
+from fedcompo.audit.models import AFTER, BEFORE, audited_models
+from fedcompo.audit.shadows import ClientTraining, all_images, logits_of, train_shadows
 from fedcompo.composition.models import head_of, load_tangent_model
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError, FileFormatError
-from fedcompo.evaluation import clients_data, effect_of_removal, evaluate_clients
 from fedcompo.export.folder import publish
 from fedcompo.export.selection import from_registry
-from fedcompo.membership import confidence
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
-from fedcompo.shadows import ClientTraining, all_images, logits_of, train_shadows
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.training.accuracy import evaluate
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcompo.audit.evaluation import clients_data
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
-from fedcompo.evaluation import clients_data
 from fedcompo.export.selection import from_registry
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights

@@ -1,6 +1,6 @@
 r"""Models of the same federation, trained with and without each of a client's images.
 
-The likelihood-ratio attack (:mod:`fedcompo.membership`) holds an image's confidence under a model
+The likelihood-ratio attack (:mod:`fedcompo.audit.membership`) holds an image's confidence under a model
 against that of *shadows*: models that had the image, and models that had not. Here a shadow is the
 composition as it stands, with one client's task vector fitted again on half of the client's images,
 training and test images alike. What the other clients sent does not vary, nor does anything else
@@ -31,13 +31,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedcompo.audit.membership import FEWEST_SHADOWS, confidence
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.models import head_of, stream_composition
 from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.membership import FEWEST_SHADOWS, confidence
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
@@ -57,7 +57,7 @@ class ShadowModels:
     """What shadows say of a client's images, training images first."""
 
     phi: Tensor
-    """:func:`~fedcompo.membership.confidence`, (shadows, examples), float64."""
+    """:func:`~fedcompo.audit.membership.confidence`, (shadows, examples), float64."""
     trained_on: Tensor
     """Which shadow was fitted on which image, bool, (shadows, examples)."""
 

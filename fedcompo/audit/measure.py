@@ -20,7 +20,7 @@ no rows to attack) and puts it on the backbone before, after and gold: only the 
 That head is fitted to mixtures of the client's training features, a few Gaussians a class, so it
 can carry a little membership by itself, whatever backbone it sits on. The loss attack sees that
 too; gold, a backbone that never met the client, shows how much it is. The likelihood-ratio attack
-compares with shadows under the same head (:mod:`fedcompo.shadows`): what the head alone tells
+compares with shadows under the same head (:mod:`fedcompo.audit.shadows`): what the head alone tells
 stands on both sides. All shadows hold a task vector of the client, so backbones after and gold lie
 beside them: there the attack is weaker than before, and best read next to gold.
 """
@@ -35,7 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo.audited_models import (
+from fedcompo.audit.evaluation import clients_data
+from fedcompo.audit.membership import (
+    Attack,
+    confidence,
+    likelihood_ratio_attack,
+    loss_attack,
+    losses,
+)
+from fedcompo.audit.models import (
     AFTER,
     BEFORE,
     AuditedModel,
@@ -44,17 +52,15 @@ from fedcompo.audited_models import (
     check_gold,
     distances_to_gold,
 )
+from fedcompo.audit.shadows import ClientTraining, check_count, logits_of, train_shadows
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.errors import ContributionError
-from fedcompo.evaluation import clients_data
-from fedcompo.membership import Attack, confidence, likelihood_ratio_attack, loss_attack, losses
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
 from fedcompo.runtime import pick_device
-from fedcompo.shadows import ClientTraining, check_count, logits_of, train_shadows
 from fedcompo.versions import version
 
 FORMAT_VERSION = 1

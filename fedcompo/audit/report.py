@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedcompo.audit import FIGURES
-from fedcompo.audit_picture import MODELS, TITLES, picture
-from fedcompo.audited_models import AFTER, BEFORE
+from fedcompo.audit.measure import FIGURES
+from fedcompo.audit.models import AFTER, BEFORE
+from fedcompo.audit.picture import MODELS, TITLES, picture
 from fedcompo.cli_common import say, table_console
 from fedcompo.report.units import percent
 from fedcompo.storage.files import write_atomically

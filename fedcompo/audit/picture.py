@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-from fedcompo.audit import CLASS_IL, FIGURES, TASK_IL
-from fedcompo.audited_models import AFTER, BEFORE, GOLD
+from fedcompo.audit.measure import CLASS_IL, FIGURES, TASK_IL
+from fedcompo.audit.models import AFTER, BEFORE, GOLD
 from fedcompo.report.units import percent
 
 Values = Mapping[str, Any]
@@ -28,7 +28,7 @@ def picture(values: Values, facts: Sequence[str]) -> str:
     """Return an SVG: AUC with intervals on the left, accuracies on the right.
 
     Args:
-        values: What :func:`fedcompo.audit.audit` returns.
+        values: What :func:`fedcompo.audit.measure.audit` returns.
         facts: Short sentences to stand below.
     """
     names = list(values["models"])

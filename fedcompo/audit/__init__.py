@@ -1,0 +1,1 @@
+"""What can be measured of a registry's model: accuracy by client, and whether it forgets."""
