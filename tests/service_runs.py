@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 from registry_builders import contents
 
-from fedcompo.certificates import Authority, Credential
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.certificates import Authority, Credential
 from fedcompo.service.client import Client
 from fedcompo.service.limits import Limits
 from fedcompo.service.permissions import Audience

@@ -18,8 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedcompo.certificates import Authority, Credential, write_private
 from fedcompo.errors import ConfigError, ContributionError, FileFormatError
+from fedcompo.service.certificates import Authority, Credential, write_private
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
-from fedcompo.certificates import Authority
 from fedcompo.deployment import folders, given_app
 from fedcompo.deployment.plan import Deployment
 from fedcompo.engine.launcher import find_app
 from fedcompo.errors import ConfigError, ContributionError, FileFormatError, LaunchError
+from fedcompo.service.certificates import Authority
 
 SECRETS = ("*.key", "supernode")
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from fedcompo.deployment import folders
-from fedcompo.deployment.files import fill, write_files
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.proxy import nginx_conf
+from fedcompo.deployment.templates import fill, write_files
 from fedcompo.deployment.units import server_units
 from fedcompo.engine.launcher import find_app
 

@@ -17,11 +17,11 @@ import pytest
 from deployed_federation import free_port, require_nginx
 from guarded import start_guarded, until
 
-from fedcompo.certificates import Authority
-from fedcompo.deployment.files import write_files
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.proxy import nginx_conf
 from fedcompo.deployment.server_scripts import server_scripts
+from fedcompo.deployment.templates import write_files
+from fedcompo.service.certificates import Authority
 
 MEGABYTE = 1 << 20
 PIECE = bytes(range(256)) * (MEGABYTE // 256)

@@ -24,9 +24,9 @@ from service_runs import (
     unchanged,
 )
 
-from fedcompo.certificates import Authority, Credential
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.service.identity import peer_of
+from fedcompo.service.access import peer_of
+from fedcompo.service.certificates import Authority, Credential
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.registry_pb2_grpc import RegistryStub
 

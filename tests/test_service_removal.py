@@ -19,7 +19,8 @@ from service_runs import (
 )
 
 from fedcompo.errors import RegistryError
-from fedcompo.service import answers, downloads, transfer
+from fedcompo.service import downloads, transfer
+from fedcompo.service import members as answers
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.limits import Limits, Places

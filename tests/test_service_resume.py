@@ -10,9 +10,10 @@ from registry_builders import contents, member, registry_of, three_clients
 from service_runs import chunk, client_of, intact, offer_of, saved, served, stub_of
 
 from fedcompo.errors import FileFormatError, RegistryLocked
-from fedcompo.service import attempts, downloads, publishing, receiving, transfer
 from fedcompo.service import client as client_module
+from fedcompo.service import downloads, publishing, receiving, transfer
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service import retries as attempts
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import FileEntry, Incoming, Part, identity
 from fedcompo.storage.files import CARD, CONTENT

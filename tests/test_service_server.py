@@ -26,7 +26,8 @@ from service_runs import (
 )
 
 from fedcompo.errors import RegistryError, ServiceError
-from fedcompo.service import answers, downloads, publishing
+from fedcompo.service import downloads, publishing
+from fedcompo.service import members as answers
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.limits import Limits
 from fedcompo.service.refusals import UNFORESEEN, Code

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fedcompo.deployment.environment import SHARED, exports
-from fedcompo.deployment.files import fill
 from fedcompo.deployment.given_app import APP_DIGESTS, LIBRARY_DIGESTS
 from fedcompo.deployment.plan import Deployment
+from fedcompo.deployment.templates import fill
 
 CONFIG = """\
 # Settings of the client @{name}, read by ./start and by Docker: KEY=value, no spaces around the =;

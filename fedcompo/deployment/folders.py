@@ -12,18 +12,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedcompo.certificates import AUTHORITY_STEM, Authority, write_private
 from fedcompo.deployment import given_app
 from fedcompo.deployment.client_scripts import client_scripts, registry_script
 from fedcompo.deployment.compose import client_compose, server_compose
-from fedcompo.deployment.files import write_files
 from fedcompo.deployment.node_keys import NodeKey
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.proxy import nginx_conf
 from fedcompo.deployment.readmes import client_readme, server_readme, top_readme
 from fedcompo.deployment.server_scripts import server_scripts
+from fedcompo.deployment.templates import write_files
 from fedcompo.deployment.units import client_units, server_units
 from fedcompo.errors import ConfigError
+from fedcompo.service.certificates import AUTHORITY_STEM, Authority, write_private
 from fedcompo.storage.files import write_atomically
 
 LOOPBACK = ("localhost", "127.0.0.1")

@@ -8,8 +8,8 @@ only under TLS of its own: the way over loopback is encrypted once more.
 
 from __future__ import annotations
 
-from fedcompo.deployment.files import fill
 from fedcompo.deployment.plan import Deployment
+from fedcompo.deployment.templates import fill
 
 FLEET = "/v1/fleet/"
 LARGEST_BODY = "64m"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedcompo.deployment.files import fill
 from fedcompo.deployment.plan import Deployment
+from fedcompo.deployment.templates import fill
 from fedcompo.deployment.units import HOME
 
 TOP = """\

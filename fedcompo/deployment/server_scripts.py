@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedcompo.deployment.environment import SHARED, exports
-from fedcompo.deployment.files import fill
 from fedcompo.deployment.plan import Deployment
+from fedcompo.deployment.templates import fill
 
 ENVIRONMENT = (
     """\

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedcompo.deployment.client_scripts import MISCONFIGURED
-from fedcompo.deployment.files import fill
 from fedcompo.deployment.plan import Deployment
+from fedcompo.deployment.templates import fill
 
 HOME = "/opt/fedcompo"
 """Where the folders are expected to lie on their machines."""

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from fedcompo.certificates import Credential
 from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.report.units import size
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.service.attempts import ATTEMPTS, Attempts
+from fedcompo.service.certificates import Credential
 from fedcompo.service.receiving import received
 from fedcompo.service.registry_pb2_grpc import RegistryStub
+from fedcompo.service.retries import ATTEMPTS, Attempts
 from fedcompo.service.transfer import FileEntry, Part, outgoing
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
 

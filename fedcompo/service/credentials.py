@@ -11,8 +11,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
-from fedcompo.certificates import UNREADABLE, Credential
 from fedcompo.errors import ConfigError
+from fedcompo.service.certificates import UNREADABLE, Credential
 
 
 def read_authority(path: Path) -> bytes:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 
-from fedcompo.service.identity import Peer
+from fedcompo.service.access import Peer
 from fedcompo.service.refusals import Code, Refused
 
 

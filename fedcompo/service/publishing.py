@@ -13,8 +13,8 @@ from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.access import Peer, peer_of
 from fedcompo.service.gate import time_left
-from fedcompo.service.identity import Peer, peer_of
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.permissions import require_named
 from fedcompo.service.refusals import PASSING, Code, Refused, answer_to

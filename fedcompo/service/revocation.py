@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from fedcompo.errors import ConfigError
-from fedcompo.service.identity import Peer
+from fedcompo.service.access import Peer
 from fedcompo.service.refusals import LOGGER, Code, Refused
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)

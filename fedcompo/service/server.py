@@ -21,14 +21,14 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fedcompo.certificates import Credential
 from fedcompo.errors import ServiceError
 from fedcompo.registry.registry import Registry
 from fedcompo.service import registry_pb2, registry_pb2_grpc
-from fedcompo.service.answers import Answers
+from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.gate import Gate
 from fedcompo.service.limits import Limits, Places
+from fedcompo.service.members import Answers
 from fedcompo.service.permissions import Audience
 from fedcompo.service.publishing import Publishing
 from fedcompo.service.revocation import Revoked

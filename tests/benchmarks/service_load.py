@@ -29,10 +29,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the pico models of 
 
 from registry_builders import member, registry_of
 
-from fedcompo.certificates import Authority, Credential
 from fedcompo.config.run import Kind
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
+from fedcompo.service.certificates import Authority, Credential
 from fedcompo.service.client import Client
 
 KINDS = (Kind.LORA, Kind.FULL, Kind.IA3)

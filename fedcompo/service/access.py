@@ -16,9 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from fedcompo.certificates import CLIENT, OPERATOR
 from fedcompo.errors import ContributionError
 from fedcompo.names import check_client_name
+from fedcompo.service.certificates import CLIENT, OPERATOR
 from fedcompo.service.refusals import Code, Refused
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from fedcompo.registry.transaction import STATE
 from fedcompo.registry.verification import Finding, verify_registry
 from fedcompo.registry_layout import PUBLIC
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.access import peer_of
 from fedcompo.service.downloads import require_members
 from fedcompo.service.gate import time_left
-from fedcompo.service.identity import peer_of
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.permissions import require_owner
 from fedcompo.service.refusals import Code, Refused, outward
