@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcompo.cli_common import VerboseOption, errors_as_sentences, say
+from fedcompo.cli.common import VerboseOption, errors_as_sentences, say
 from fedcompo.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from click.testing import Result
 from registry_builders import member, registry_of
 from typer.testing import CliRunner
 
-from fedcompo.cli import app
+from fedcompo.cli.app import app
 from fedcompo.config.run import Kind
 from fedcompo.method.contribution import Lineage
 from fedcompo.registry.registry import Registry

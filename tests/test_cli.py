@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedcompo import cli
+from fedcompo.cli import app as cli
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.engine import launcher
 from fedcompo.errors import ConfigError, FedcompoError, LaunchError
@@ -168,7 +168,9 @@ def test_version_is_that_of_the_project() -> None:
 
 
 def test_the_command_line_loads_fast() -> None:
-    code = "import sys, fedcompo.cli; print({'torch', 'timm', 'flwr', 'ray'} & set(sys.modules))"
+    code = (
+        "import sys, fedcompo.cli.app; print({'torch', 'timm', 'flwr', 'ray'} & set(sys.modules))"
+    )
     root = Path(cli.__file__).resolve().parents[1]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert out.stdout.strip() == "set()", out.stderr

@@ -13,9 +13,9 @@ import pytest
 from audited_federation import config_of, federate, noise
 from typer.testing import CliRunner
 
-from fedcompo import cli
 from fedcompo.audit.picture import interval_chart
 from fedcompo.audit.report import markdown, write_audit
+from fedcompo.cli import app as cli
 
 runner = CliRunner()
 SVG = "{http://www.w3.org/2000/svg}"

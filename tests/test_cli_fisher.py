@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcompo.backbone.backbone import load_backbone
-from fedcompo.cli import app
+from fedcompo.cli.app import app
 from fedcompo.config.run import BackboneConfig
 from fedcompo.reference import load_reference
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fedcompo.backbone.backbone import load_backbone
-from fedcompo.cli_common import VARIABLE
+from fedcompo.cli.common import VARIABLE
 from fedcompo.composition.models import head_of
 from fedcompo.config.run import BackboneConfig, Kind, RunConfig
 from fedcompo.data.client_data import load_client_data

@@ -15,8 +15,8 @@ import typer
 from cli_runs import CLASSES, digits_registry, run, told
 from registry_builders import backbone, contents, member, registry_of
 
-from fedcompo.cli import app
-from fedcompo.cli_common import VARIABLE, listed_names, literal, weights_of
+from fedcompo.cli.app import app
+from fedcompo.cli.common import VARIABLE, listed_names, literal, weights_of
 from fedcompo.composition.models import head_of
 from fedcompo.config.run import Kind, RunConfig
 from fedcompo.data.client_data import load_client_data
@@ -427,7 +427,7 @@ def test_every_option_is_explained(
 def test_help_is_quick(home: Path) -> None:
     """The commands import what computes only when they compute."""
     code = (
-        "import sys\nfrom fedcompo.cli import app\n"
+        "import sys\nfrom fedcompo.cli.app import app\n"
         "for words in (['--help'], ['remove', '--help'], ['compose', '--help']):\n"
         "    try: app(words)\n"
         "    except SystemExit as end: assert end.code == 0\n"
@@ -438,7 +438,7 @@ def test_help_is_quick(home: Path) -> None:
 
 
 def test_a_real_process_keeps_its_output_clean(home: Path) -> None:
-    command = [sys.executable, "-m", "fedcompo.cli", "remove", "client-1", "--yes", "--json"]
+    command = [sys.executable, "-m", "fedcompo.cli.app", "remove", "client-1", "--yes", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)
     assert done.stdout == (home / "registry" / "removals" / RECORD).read_text()
     assert done.stderr == ""

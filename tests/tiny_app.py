@@ -88,7 +88,7 @@ import sys, types
 from pathlib import Path
 
 sys.path.insert(0, {library!r})
-from fedcompo import cli
+from fedcompo.cli import app as cli
 from fedcompo.engine import launcher
 
 launcher.find_app = lambda: Path({app!r})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcompo.cli_common import (
+from fedcompo.cli.common import (
     JsonOption,
     VerboseOption,
     errors_as_sentences,
@@ -20,7 +20,7 @@ from fedcompo.cli_common import (
     say,
     weights_of,
 )
-from fedcompo.cli_models import OnlyOption, ScaleOption, WeightsOption, WithoutOption
+from fedcompo.cli.models import OnlyOption, ScaleOption, WeightsOption, WithoutOption
 from fedcompo.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def members(
     With --verify it exits with 1 if a claim does not hold.
     """
     with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
-        from fedcompo import cli_print
+        from fedcompo.cli import tables as cli_print
 
         with progress(quiet=as_json) as tell:
             tell("asking")

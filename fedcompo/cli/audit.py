@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedcompo.cli_common import (
+from fedcompo.cli.common import (
     JsonOption,
     RegistryOption,
     VerboseOption,

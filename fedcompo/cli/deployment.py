@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedcompo.cli_common import VerboseOption, errors_as_sentences, listed_names, say
+from fedcompo.cli.common import VerboseOption, errors_as_sentences, listed_names, say
 from fedcompo.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli_common import (
+from fedcompo.cli.common import (
     JsonOption,
     RegistryOption,
     VerboseOption,
@@ -152,7 +152,7 @@ def evaluate(
         if as_json:
             print_json({"clients": list(selection.pool.clients), "accuracy": figures})
             return
-        from fedcompo.cli_print import print_accuracies
+        from fedcompo.cli.tables import print_accuracies
 
         print_accuracies("Accuracy, %", figures)
         say(f"Of the composition of {', '.join(selection.pool.clients)}.")

@@ -12,12 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedcompo import cli_models, cli_registry, cli_service
-from fedcompo.cli_audit import audit
-from fedcompo.cli_common import errors_as_sentences, say
-from fedcompo.cli_deployment import init_deployment
-from fedcompo.cli_fisher import fisher
-from fedcompo.cli_print import print_removal
+from fedcompo.cli import models as cli_models
+from fedcompo.cli import registry as cli_registry
+from fedcompo.cli import service as cli_service
+from fedcompo.cli.audit import audit
+from fedcompo.cli.common import errors_as_sentences, say
+from fedcompo.cli.deployment import init_deployment
+from fedcompo.cli.fisher import fisher
+from fedcompo.cli.tables import print_removal
 from fedcompo.cli_serve import serve
 from fedcompo.config.run import Action, RunConfig, Scalar, all_settings
 from fedcompo.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli_common import (
+from fedcompo.cli.common import (
     JsonOption,
     VerboseOption,
     errors_as_sentences,

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fedcompo import cli_print
-from fedcompo.cli_common import (
+from fedcompo.cli import tables as cli_print
+from fedcompo.cli.common import (
     JsonOption,
     RegistryOption,
     VerboseOption,
