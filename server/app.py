@@ -26,13 +26,13 @@ from fedcompo.report.results import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.accounting import check_noise
-from server.arrivals import Arrivals
 from server.averaging import Averaging
-from server.exchange import Exchange
+from server.exchange.exchange import Exchange
 from server.results import collect, collect_averaging, collect_removal
+from server.resume import Working, check_interrupted, clear
+from server.sequential import Arrivals
 from server.strategy import IelStrategy, ItaStrategy, Strategy
 from server.unlearning import Unlearning
-from server.working import Working, check_interrupted, clear
 
 app = ServerApp()
 

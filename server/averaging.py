@@ -33,11 +33,11 @@ from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
 from server.alignment import align_joint_head
-from server.books import Traffic
-from server.checks import checked_fractions, checked_task_vector
-from server.exchange import Exchange
+from server.exchange.books import Traffic
+from server.exchange.checks import checked_fractions, checked_task_vector
+from server.exchange.exchange import Exchange
 from server.exchange_grid import ExchangeGrid
-from server.roster import Roster
+from server.phases.roster import Roster
 
 METHODS = (Method.FEDAVG, Method.FEDPROX)
 FROZEN = ("frozen_class_il_accuracy", "frozen_task_il_accuracy")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 
 from fedcompo.messages.records import Body
-from server.exchange import Exchange
+from server.exchange.exchange import Exchange
 
 Read = Callable[[str, Body], RecordDict]
 """Takes a client's name and answer; checks it; returns what the strategy expects as a reply."""

@@ -16,9 +16,9 @@ from fedcompo.config.run import RunConfig
 from fedcompo.versions import version
 from server import accounting
 from server.averaging import Averaging
-from server.books import totals
-from server.composing import Composing
-from server.exchange import Exchange
+from server.exchange.books import totals
+from server.exchange.exchange import Exchange
+from server.phases.composing import Composing
 from server.strategy import Strategy
 from server.unlearning import Unlearning
 

@@ -1,7 +1,7 @@
 """What a run does to get from connected clients to one model: fit, compose, realign, evaluate.
 
 ITA: every client trains alone, held near the pre-trained weights by a Fisher diagonal (see
-:mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum (:mod:`server.rounds`). Either
+:mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum (:mod:`server.rounds.rounds`). Either
 way the server adds up what comes back. It holds no data: statistics, sums and task vectors are all
 it sees. What they add up to lives in a registry: a new one, or one whose members the clients join.
 """
@@ -22,14 +22,14 @@ from fedcompo.config.run import Kind, Method, RunConfig, kinds_of
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.registry.registry import Registry
-from server import composing, fitting
-from server.composing import Composing
-from server.exchange import Exchange
-from server.fitting import Fitting
+from server.exchange.exchange import Exchange
 from server.last_sent import LastSent
-from server.roster import Roster
-from server.rounds import Rounds
-from server.working import Working
+from server.phases import composing, fitting
+from server.phases.composing import Composing
+from server.phases.fitting import Fitting
+from server.phases.roster import Roster
+from server.resume import Working
+from server.rounds.rounds import Rounds
 
 INCOMING = "incoming"
 

@@ -4,7 +4,7 @@ identify → evaluate → remove → notify → realign → evaluate. The remova
 needs nobody; the other phases do what they can with the clients that are connected. Who cannot be
 reached does not hold it up: a client has the right to leave.
 
-With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds`), without
+With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds.rounds`), without
 the client: what was fitted to a model that held it is fitted to one that does not. They go on from
 what they were, so what they learnt from it is not undone, and their lineage still says so.
 """
@@ -27,14 +27,14 @@ from fedcompo.method.pool import require_known
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
-from server import fitting
-from server.checks import check_backbone
-from server.composing import Composing
-from server.exchange import Exchange
-from server.fitting import Fitting
+from server.exchange.checks import check_backbone
+from server.exchange.exchange import Exchange
 from server.last_sent import LastSent
-from server.roster import Roster
-from server.rounds import Rounds
+from server.phases import fitting
+from server.phases.composing import Composing
+from server.phases.fitting import Fitting
+from server.phases.roster import Roster
+from server.rounds.rounds import Rounds
 
 PHASES = ("identify", "evaluate before", "remove", "notify", "realign", "evaluate")
 

@@ -24,8 +24,8 @@ from clients.local import LocalClient
 from fedcompo.errors import TooFewClients
 from fedcompo.registry.registry import Registry
 from fedcompo.training.fit import fit_task_vector
-from server.fitting import Fitting
-from server.rounds import Rounds
+from server.phases.fitting import Fitting
+from server.rounds.rounds import Rounds
 
 THREE = ("ann", "ben", "eve")
 

@@ -17,8 +17,8 @@ from in_process_grid import InProcessGrid, lost
 from clients.app import app as client_app
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages.records import Body
-from server.books import Traffic
-from server.exchange import Exchange
+from server.exchange.books import Traffic
+from server.exchange.exchange import Exchange
 
 IDENTIFY = "query.identify"
 FOUR = {**QUICK, "num-tasks": 4, "num-classes": 8}

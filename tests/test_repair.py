@@ -15,7 +15,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
-from server.rounds import Rounds
+from server.rounds.rounds import Rounds
 
 
 @pytest.fixture(scope="module")

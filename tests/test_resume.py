@@ -11,8 +11,8 @@ from app_runs import run
 from fedcompo.errors import ConfigError
 from fedcompo.messages.records import from_record
 from fedcompo.registry.registry import Registry
-from server.answers import Answers
-from server.books import NOTHING
+from server.exchange.books import NOTHING
+from server.exchange.kept_answers import Answers
 
 TYPES = ("query.features", "query.identify", "query.fisher", "train", "query.realign", "evaluate")
 ROUNDS = {"method": "iel", "num_server_rounds": 2}

@@ -39,7 +39,7 @@ from fedcompo.seeds import generator_for
 from fedcompo.storage.files import FISHER
 from fedcompo.training.fit import Anchor, Course, Ensemble, Fitted, fit_task_vector
 from server.alignment import align_joint_head
-from server.rounds import Rounds
+from server.rounds.rounds import Rounds
 
 THREE = ("ann", "ben", "eve")
 

@@ -23,7 +23,7 @@ class Method(StrEnum):
     ITA = "ita"
     """Every client trains alone; see :mod:`server.strategy`."""
     IEL = "iel"
-    """Rounds in which clients train inside their sum; see :mod:`server.rounds`."""
+    """Rounds in which clients train inside their sum; see :mod:`server.rounds.rounds`."""
     FEDAVG = "fedavg"
     """Rounds in which all train one model, whose copies are averaged: a baseline."""
     FEDPROX = "fedprox"

@@ -30,7 +30,7 @@ LOG = "flower.log"
 EVENTS = "events.jsonl"
 RESULTS = "results.json"
 RUN = "run.json"
-"""How far a run has come; see :mod:`server.working`."""
+"""How far a run has come; see :mod:`server.resume`."""
 TICK = 0.2
 FIRST_POLL, LONGEST_POLL, LAST_POLL = 5.0, 20.0, 1.0
 """Seconds between two questions to Flower, each of which costs a second of CPU: at first, in the

@@ -13,8 +13,8 @@ from typing import Any
 
 from fedcompo.config.run import ServerConfig, rounds_of
 from fedcompo.config.setting import names_of
-from server.exchange import Exchange
-from server.fitting import Fitting
+from server.exchange.exchange import Exchange
+from server.phases.fitting import Fitting
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Attendance:
     closed: Collection[str] | None = None
     """Nobody but these takes part; None: whoever comes, as the settings have it."""
     past: Sequence[Mapping[str, Any]] = ()
-    """Rounds that were over when the run was interrupted; see :attr:`server.rounds.Rounds.history`.
+    """Rounds that were over when the run was interrupted; see :attr:`server.rounds.rounds.Rounds.history`.
     They are gone through again with those who were there."""
 
     def __post_init__(self) -> None:

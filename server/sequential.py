@@ -15,8 +15,8 @@ from typing import Any
 from fedcompo.accuracy_matrix import AccuracyMatrix
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
-from server import composing, fitting
-from server.composing import Composing
+from server.phases import composing, fitting
+from server.phases.composing import Composing
 from server.strategy import Strategy
 
 MEASURES = ("class_il_accuracy", "task_il_accuracy")

@@ -19,7 +19,7 @@ from fedcompo.messages.records import Body
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import canonical
 from fedcompo.storage.tensorstream import save_streamed
-from server.books import Traffic
+from server.exchange.books import Traffic
 
 logger = logging.getLogger(__name__)
 

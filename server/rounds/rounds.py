@@ -8,7 +8,7 @@ a message does not grow with the number of clients, nor does the memory of the s
 the sum and reads task vectors from disk.
 
 A client may miss a round (its last task vector stays), join in a later one, or leave between two
-(its task vector is taken out of the sum, exactly); see :mod:`server.attendance`. What it sent last
+(its task vector is taken out of the sum, exactly); see :mod:`server.rounds.attendance`. What it sent last
 is what is composed in the end.
 """
 
@@ -28,14 +28,14 @@ from fedcompo.messages.records import Body, head_tensors, prefixed
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
-from server.attendance import Attendance
-from server.exchange import Exchange
-from server.fitting import Fitting
-from server.holdings import ANCHOR, OWN, Holdings
+from server.exchange.exchange import Exchange
 from server.last_sent import LastSent
+from server.phases.fitting import Fitting
+from server.resume import Working
+from server.rounds.attendance import Attendance
+from server.rounds.holdings import ANCHOR, OWN, Holdings
 from server.suspects import too_long
 from server.traces import Trace
-from server.working import Working
 
 
 @dataclass

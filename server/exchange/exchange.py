@@ -18,10 +18,10 @@ from flwr.common.logger import log
 from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.memory import reset_peak
 from fedcompo.messages.records import Body, from_record, size_of, to_record
-from server.answers import Answers, question
-from server.books import NOTHING, LeftOut, Traffic
-from server.checks import checked_caps
-from server.nodes import Nodes
+from server.exchange.books import NOTHING, LeftOut, Traffic
+from server.exchange.checks import checked_caps
+from server.exchange.kept_answers import Answers, question
+from server.exchange.nodes import Nodes
 
 Fold = Callable[[str, Body], str]
 """Takes a client's name and answer; checks it, *then* keeps what is needed; returns the name under
@@ -221,7 +221,7 @@ class _Waiting:
 
     client: str
     asked: str
-    """:func:`server.answers.question` of it."""
+    """:func:`server.exchange.kept_answers.question` of it."""
     sent: int
     """Bytes."""
     departed: float

@@ -15,8 +15,8 @@ from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
 from server.alignment import Mixtures
-from server.checks import checked_fractions, checked_mixtures
-from server.exchange import Exchange
+from server.exchange.checks import checked_fractions, checked_mixtures
+from server.exchange.exchange import Exchange
 
 PHASES = ("compose", "realign", "evaluate")
 

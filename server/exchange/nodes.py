@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedcompo.errors import TooFewClients
-from server.books import Books
+from server.exchange.books import Books
 
 SETTLED = 3.0
 """Seconds without a new node after which all are there, where nobody says how many there are."""

@@ -1,7 +1,7 @@
 """The first half of a run: every client describes itself, and fits its task vector.
 
 Features → align → fisher → train. Under ITA each trains alone, under IEL inside the sum of those
-who are in the registry; rounds in which all train at a time are in :mod:`server.rounds`. Where
+who are in the registry; rounds in which all train at a time are in :mod:`server.rounds.rounds`. Where
 clients start from the joint head or are anchored by the others, what one learns depends on who else
 is there. Where each starts from its own probe and is anchored by its own Fisher or by a reference,
 it does not, to the last bit: its lineage is empty.
@@ -33,9 +33,14 @@ from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
 from fedcompo.training.anchors import Anchors
 from server.alignment import Mixtures, align_joint_head
-from server.checks import check_fisher, checked_fisher, checked_fractions, checked_task_vector
-from server.exchange import Exchange
-from server.roster import Roster
+from server.exchange.checks import (
+    check_fisher,
+    checked_fisher,
+    checked_fractions,
+    checked_task_vector,
+)
+from server.exchange.exchange import Exchange
+from server.phases.roster import Roster
 from server.suspects import Originals, norm_of, too_long
 
 PHASES = ("features", "align", "fisher", "train")

@@ -1,7 +1,7 @@
 """What a run leaves in its output while it goes, so that the same run, started again, goes on.
 
 ``run.json`` says with which settings it was begun, who was in the registry then, and how far its
-rounds or arrivals have come; ``answers/`` holds what clients sent (:mod:`server.answers`). When the
+rounds or arrivals have come; ``answers/`` holds what clients sent (:mod:`server.exchange.kept_answers`). When the
 results are on disk, both are deleted. Who gives a run up deletes its folder.
 """
 
@@ -19,7 +19,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import write_atomically
 from fedcompo.storage.tensorstream import file_sha256
-from server.answers import Answers
+from server.exchange.kept_answers import Answers
 
 FORMAT_VERSION = 1
 ANSWERS = "answers"

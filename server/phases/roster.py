@@ -12,9 +12,9 @@ from fedcompo.messages.records import Body
 from fedcompo.names import check_client_name
 from fedcompo.versions import check_versions
 from server.alignment import Mixtures
-from server.books import NOTHING
-from server.checks import check_backbone, checked_mixtures
-from server.exchange import Exchange
+from server.exchange.books import NOTHING
+from server.exchange.checks import check_backbone, checked_mixtures
+from server.exchange.exchange import Exchange
 
 PHASE, NAMING = "features", "identify"
 

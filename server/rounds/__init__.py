@@ -1,0 +1,1 @@
+"""Rounds in which clients train inside their sum (IEL)."""
