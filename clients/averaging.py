@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clients import outgoing
 from clients.local import LocalClient
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.data.client_data import Split
 from fedcompo.messages.records import Body, head_from, section
 from fedcompo.method.heads import Head

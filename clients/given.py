@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from clients.store import Store
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.records import head_from, section
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.training.fit import Anchor, Course, Ensemble
+from fedcompo.training.fit import Course
+from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
 """What a client may be left to remember: the metric, and its own last task vector and head."""

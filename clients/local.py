@@ -23,7 +23,8 @@ from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.caps import NODE_KEYS
-from fedcompo.config.run import BackboneConfig, DataConfig, HeadStart, Kind, RunConfig, kinds_of
+from fedcompo.config.choices import HeadStart, Kind, kinds_of
+from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data, load_folder
 from fedcompo.errors import DataError
 from fedcompo.messages.records import Body, head_from, head_tensors, prefixed, section
@@ -34,7 +35,8 @@ from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training.accuracy import evaluate
-from fedcompo.training.fit import Ensemble, Fitted, ensembled, fit_task_vector
+from fedcompo.training.fit import Fitted, ensembled, fit_task_vector
+from fedcompo.training.penalty import Ensemble
 from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)

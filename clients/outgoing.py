@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.caps import CapsConfig
-from fedcompo.config.run import FisherForm, RunConfig, Wire
+from fedcompo.config.choices import FisherForm, Wire
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.messages.records import Body, head_tensors, prefixed, section
 from fedcompo.messages.wire import decode, encode, relative_error

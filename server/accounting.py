@@ -1,8 +1,9 @@
 r"""What noise is worth: :math:`\varepsilon` at a :math:`\delta`, by Flower's accountant.
 
 Every answer that carries statistics or a Fisher under noise is one release of the Gaussian
-mechanism (:mod:`fedcompo.privacy.noise`); a run's releases add up. No image is drawn by chance, so that
-nothing is amplified. Runs add up, too: what a client gave away in earlier ones is not known here.
+mechanism (:mod:`fedcompo.privacy.noise`); a run's releases add up. No image is drawn by chance, so
+that nothing is amplified. Runs add up, too: what a client gave away in earlier ones is not known
+here.
 """
 
 from __future__ import annotations

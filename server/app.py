@@ -16,7 +16,8 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.config.run import Action, Method, RunConfig, Schedule
+from fedcompo.config.choices import Action, Method, Schedule
+from fedcompo.config.run import RunConfig
 from fedcompo.engine.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.registry.registry import Registry

@@ -24,7 +24,8 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.timm_folder import export_timm
-from fedcompo.config.run import Kind, Method, RunConfig, Schedule, kinds_of
+from fedcompo.config.choices import Kind, Method, Schedule, kinds_of
+from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.messages.records import Body, head_from, head_tensors, prefixed, section

@@ -1,8 +1,9 @@
 """What a run leaves in its output while it goes, so that the same run, started again, goes on.
 
 ``run.json`` says with which settings it was begun, who was in the registry then, and how far its
-rounds or arrivals have come; ``answers/`` holds what clients sent (:mod:`server.exchange.kept_answers`). When the
-results are on disk, both are deleted. Who gives a run up deletes its folder.
+rounds or arrivals have come; ``answers/`` holds what clients sent
+(:mod:`server.exchange.kept_answers`). When the results are on disk, both are deleted. Who gives a
+run up deletes its folder.
 """
 
 from __future__ import annotations

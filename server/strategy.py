@@ -1,9 +1,10 @@
 """What a run does to get from connected clients to one model: fit, compose, realign, evaluate.
 
 ITA: every client trains alone, held near the pre-trained weights by a Fisher diagonal (see
-:mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum (:mod:`server.rounds.rounds`). Either
-way the server adds up what comes back. It holds no data: statistics, sums and task vectors are all
-it sees. What they add up to lives in a registry: a new one, or one whose members the clients join.
+:mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum
+(:mod:`server.rounds.rounds`). Either way the server adds up what comes back. It holds no data:
+statistics, sums and task vectors are all it sees. What they add up to lives in a registry: a new
+one, or one whose members the clients join.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any, ClassVar
 from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.run import Kind, Method, RunConfig, kinds_of
+from fedcompo.config.choices import Kind, Method, kinds_of
+from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.registry.registry import Registry

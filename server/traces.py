@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fedcompo.config.run import Method
+from fedcompo.config.choices import Method
 from fedcompo.method.contribution import Lineage
 
 

@@ -4,9 +4,9 @@ identify → evaluate → remove → notify → realign → evaluate. The remova
 needs nobody; the other phases do what they can with the clients that are connected. Who cannot be
 reached does not hold it up: a client has the right to leave.
 
-With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds.rounds`), without
-the client: what was fitted to a model that held it is fitted to one that does not. They go on from
-what they were, so what they learnt from it is not undone, and their lineage still says so.
+With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds.rounds`),
+without the client: what was fitted to a model that held it is fitted to one that does not. They go
+on from what they were, so what they learnt from it is not undone, and their lineage still says so.
 """
 
 from __future__ import annotations

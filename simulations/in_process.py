@@ -25,8 +25,9 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedcompo.config.run import RunConfig, Scalar
+from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import settings_of
+from fedcompo.config.setting import Scalar
 from fedcompo.data.client_data import num_clients
 from fedcompo.engine.launcher import RESULTS, find_app, reserve_output
 from fedcompo.errors import FedcompoError

@@ -16,7 +16,8 @@ import torch
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.version import Mixtures, joint_head
-from fedcompo.config.run import Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features, fit_mixtures

@@ -19,7 +19,7 @@ from merging import MERGES
 from methods import METHODS
 
 from fedcompo.composition.models import head_of
-from fedcompo.config.run import kinds_of
+from fedcompo.config.choices import kinds_of
 from fedcompo.method.heads import side_by_side
 
 MEASURED = "measured"

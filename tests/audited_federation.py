@@ -14,7 +14,8 @@ from clients.local import LocalClient
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.version import joint_head
-from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig, kinds_of
+from fedcompo.config.choices import AnchorBy, HeadStart, Kind, kinds_of
+from fedcompo.config.run import RunConfig
 from fedcompo.messages.records import head_from, head_tensors, prefixed, section
 from fedcompo.method.contribution import Contribution, Lineage, mixtures_from
 from fedcompo.method.fisher import FisherDiagonal

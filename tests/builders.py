@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import BackboneConfig, Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import Split
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.deltas import Delta, Weights, new_deltas

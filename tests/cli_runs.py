@@ -11,7 +11,7 @@ from registry_builders import member, registry_of
 from typer.testing import CliRunner
 
 from fedcompo.cli.app import app
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.method.contribution import Lineage
 from fedcompo.registry.registry import Registry
 

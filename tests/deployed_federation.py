@@ -38,8 +38,8 @@ from machines import Machines
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fedcompo.config.run import Scalar
 from fedcompo.config.scenario import as_toml
+from fedcompo.config.setting import Scalar
 from fedcompo.deployment import folders
 from fedcompo.deployment.plan import Deployment
 from fedcompo.engine.launcher import find_app

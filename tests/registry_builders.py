@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition import fixed_point
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal

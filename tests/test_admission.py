@@ -16,7 +16,7 @@ from builders import altered
 from registry_builders import WIDTH, contents, member, mixtures, registry_of, three_clients
 from torch import Tensor
 
-from fedcompo.config.run import Coefficients, Kind
+from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.registry.registry import Registry

@@ -9,7 +9,7 @@ import torch
 from builders import normal
 from torch import Tensor
 
-from fedcompo.config.run import AnchorBy
+from fedcompo.config.choices import AnchorBy
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.training.anchors import Anchors
 

@@ -12,7 +12,8 @@ from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, sa
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.version import joint_head
-from fedcompo.config.run import Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import TooFewClients
 from fedcompo.method.contribution import Contribution
@@ -22,7 +23,8 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.seeds import generator_for
 from fedcompo.training.accuracy import evaluate
-from fedcompo.training.fit import Anchor, Ensemble, fit_task_vector
+from fedcompo.training.fit import fit_task_vector
+from fedcompo.training.penalty import Anchor, Ensemble
 from server.alignment import align_joint_head
 
 THREE = ("ann", "ben", "eve")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import pixels, rng
 
-from fedcompo.config.run import Augmentation
+from fedcompo.config.choices import Augmentation
 from fedcompo.errors import ConfigError
 from fedcompo.training.augmentation import SHIFT, SMALLEST_CROP, augment
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from clients import averaging
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.config.run import BackboneConfig, DataConfig, Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data
 from fedcompo.engine.live import Progress
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients

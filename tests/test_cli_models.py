@@ -21,7 +21,8 @@ from torch.func import functional_call
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli.common import VARIABLE
 from fedcompo.composition.models import head_of
-from fedcompo.config.run import BackboneConfig, Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.export.peft import ADAPTER, ADAPTER_CONFIG
 from fedcompo.method.contribution import Contribution

@@ -18,7 +18,8 @@ from registry_builders import backbone, contents, member, registry_of
 from fedcompo.cli.app import app
 from fedcompo.cli.common import VARIABLE, listed_names, literal, weights_of
 from fedcompo.composition.models import head_of
-from fedcompo.config.run import Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError
 from fedcompo.registry.registry import Registry

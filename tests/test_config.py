@@ -10,18 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcompo.config.run import (
-    SECTIONS,
+from fedcompo.config.choices import (
     AnchorBy,
     FisherKind,
     HeadStart,
     Kind,
     Penalty,
-    RunConfig,
-    all_settings,
     kinds_of,
     rounds_of,
 )
+from fedcompo.config.run import SECTIONS, RunConfig, all_settings
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import KINDS, altered, contribution
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, FileFormatError
 from fedcompo.fisher_file import load_fisher, save_fisher
 from fedcompo.method.contribution import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import KINDS, normal, pico_weights, random_deltas, rng
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.method.deltas import (
     IA3,
     Full,

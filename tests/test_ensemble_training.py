@@ -19,10 +19,12 @@ from builders import (
 )
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.run import Kind, Penalty, TrainConfig
+from fedcompo.config.choices import Kind, Penalty
+from fedcompo.config.run import TrainConfig
 from fedcompo.method.penalties import iel_penalty
 from fedcompo.training import penalty as anchoring
-from fedcompo.training.fit import Anchor, Course, Ensemble, Fitted, ensembled, fit_task_vector
+from fedcompo.training.fit import Course, Fitted, ensembled, fit_task_vector
+from fedcompo.training.penalty import Anchor, Ensemble
 
 CLASSES = ("left", "right")
 DATA = left_or_right(24)

@@ -28,7 +28,8 @@ from torch.func import functional_call
 
 from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import BackboneConfig, Kind
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.export.peft import ADAPTER, ADAPTER_CONFIG, export_peft
 from fedcompo.method.contribution import Contribution

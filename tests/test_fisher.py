@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcompo.backbone.backbone import target_weights
-from fedcompo.config.run import BackboneConfig, FisherKind
+from fedcompo.config.choices import FisherKind
+from fedcompo.config.run import BackboneConfig
 from fedcompo.curvature import curvature_factors
 from fedcompo.errors import BackboneError
 from fedcompo.method import fisher

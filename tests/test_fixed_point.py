@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedcompo.composition import fixed_point
 from fedcompo.composition.fixed_point import BITS, CEILING, GRID, LARGEST
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.task_vector import TaskVector
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clients.given import Given
 from clients.store import Store
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.records import head_tensors, prefixed
 from fedcompo.storage.tensorfile import tensor_digest

@@ -11,7 +11,8 @@ import torch
 from builders import pico_backbone, rng
 
 from fedcompo.composition.version import joint_head
-from fedcompo.config.run import Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.features import extract_features, fit_mixtures
 from fedcompo.method.heads import Head

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import contribution, dense_by_hand, pico_weights, random_like
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.timm_folder import export_timm
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.export.model_card import (
     MOST_CLASSES,
     ExportedModel,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import KINDS, dense_by_hand, pico_weights, random_like, task_vector
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.negation import negated
 

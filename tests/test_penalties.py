@@ -10,7 +10,7 @@ import torch
 from builders import KINDS, normal, pico_weights, random_deltas, random_like
 from torch import Tensor
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.method.deltas import Delta, Weights
 from fedcompo.method.penalties import (
     GRADIENT_LIMIT,

@@ -17,7 +17,7 @@ from builders import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.pool import Pool

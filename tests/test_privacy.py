@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcompo.config.caps import CapsConfig
-from fedcompo.config.choices import FisherForm, HeadStart
-from fedcompo.config.run import FisherKind, RunConfig
+from fedcompo.config.choices import FisherForm, FisherKind, HeadStart
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import estimate_fisher

@@ -12,7 +12,7 @@ import torch
 from registry_builders import backbone, member, registry_of
 from torch import Tensor
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import ConfigError
 from fedcompo.export.folder import publish
 from fedcompo.export.selection import from_registry

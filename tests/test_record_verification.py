@@ -13,7 +13,7 @@ from forgery import rewrite_line, rewrite_record
 from registry_builders import member, mixtures, registry_of
 
 from fedcompo.composition.version import SUM
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.registry import signing

@@ -33,7 +33,7 @@ from registry_builders import (
     same_bits,
 )
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import FedcompoError, RegistryError
 from fedcompo.method import heads
 from fedcompo.registry import journal

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.memory import peak_bytes, reset_peak
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import RegistrySettings

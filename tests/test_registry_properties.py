@@ -28,7 +28,7 @@ from registry_builders import (
 )
 
 from fedcompo.composition.fixed_point import BITS
-from fedcompo.config.run import Coefficients, Kind
+from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry

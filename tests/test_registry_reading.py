@@ -19,7 +19,7 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import RegistryDamaged, RegistryError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage import tensorfile

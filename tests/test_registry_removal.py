@@ -18,7 +18,7 @@ from registry_builders import (
 )
 
 from fedcompo.composition import fixed_point
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.registry.journal import Entry

@@ -28,7 +28,8 @@ from clients.local import LocalClient
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition import fixed_point
 from fedcompo.composition.running_sum import RunningSum
-from fedcompo.config.run import Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.method.deltas import Weights
@@ -37,7 +38,8 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.seeds import generator_for
 from fedcompo.storage.files import FISHER
-from fedcompo.training.fit import Anchor, Course, Ensemble, Fitted, fit_task_vector
+from fedcompo.training.fit import Course, Fitted, fit_task_vector
+from fedcompo.training.penalty import Anchor, Ensemble
 from server.alignment import align_joint_head
 from server.rounds.rounds import Rounds
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedcompo.composition import fixed_point
 from fedcompo.composition.running_sum import RunningSum
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector

@@ -14,7 +14,9 @@ from registry_builders import QUICK, backbone, member, mixtures, registry_of, sa
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.models import head_of
-from fedcompo.config.run import BackboneConfig, Coefficients, Kind, RunConfig, Scalar
+from fedcompo.config.choices import Coefficients, Kind
+from fedcompo.config.run import BackboneConfig, RunConfig
+from fedcompo.config.setting import Scalar
 from fedcompo.errors import (
     BackboneMismatch,
     ConfigError,

@@ -9,7 +9,7 @@ import timm
 from registry_builders import contents, member, one_of_each_kind, registry_of, three_clients
 from service_runs import client_of, credential, intact, saved, served
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import ConfigError, ServiceError
 from fedcompo.export.folder import publish
 from fedcompo.export.selection import from_registry

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.shadows import ClientTraining, halves, train_shadows
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.reference import save_reference

@@ -21,7 +21,7 @@ from registry_builders import (
 )
 
 from fedcompo.composition.models import head_of, model_of, stream_composition, write_model
-from fedcompo.config.run import Coefficients
+from fedcompo.config.choices import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.pool import Pool
 from fedcompo.storage.files import WEIGHTS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from app_runs import altered, run
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.versions import check_versions, of_this_process

@@ -7,7 +7,8 @@ import torch
 from app_runs import run
 
 from fedcompo.audit.evaluation import clients_data
-from fedcompo.config.run import Method, RunConfig
+from fedcompo.config.choices import Method
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import evaluate

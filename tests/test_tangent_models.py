@@ -33,7 +33,8 @@ from fedcompo.audit.membership import confidence
 from fedcompo.audit.models import AFTER, BEFORE, audited_models
 from fedcompo.audit.shadows import ClientTraining, all_images, logits_of, train_shadows
 from fedcompo.composition.models import head_of, load_tangent_model
-from fedcompo.config.run import Kind, RunConfig
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.export.folder import publish

@@ -9,7 +9,7 @@ import torch
 from builders import KINDS, altered, dense_by_hand, pico_weights, random_deltas, task_vector
 from torch import Tensor
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map, square_loss
-from fedcompo.config.run import Augmentation, Kind, Penalty, TrainConfig
+from fedcompo.config.choices import Augmentation, Kind, Penalty
+from fedcompo.config.run import TrainConfig
 from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
@@ -33,7 +34,8 @@ from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training import penalty as anchoring
 from fedcompo.training.accuracy import evaluate
-from fedcompo.training.fit import Anchor, Fitted, fit_task_vector
+from fedcompo.training.fit import Fitted, fit_task_vector
+from fedcompo.training.penalty import Anchor
 
 CLASSES = ("left", "right")
 DATA = left_or_right(24)

@@ -17,7 +17,7 @@ from forgery import rewrite_line, rewrite_record, rewrite_state
 from registry_builders import member, mixtures, registry_of
 
 from fedcompo.composition.version import REALIGNED, SUM, save_realigned
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.method.heads import Head
 from fedcompo.registry import signing
 from fedcompo.registry.journal import read as read_journal

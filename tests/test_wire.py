@@ -9,8 +9,7 @@ import torch
 from builders import normal, pico_weights, random_like, task_vector
 from torch import Tensor
 
-from fedcompo.config.choices import Wire
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind, Wire
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.messages.records import from_record, prefixed, to_record
 from fedcompo.messages.wire import BLOCK, decode, encode, relative_error

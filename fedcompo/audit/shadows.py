@@ -1,10 +1,10 @@
 r"""Models of the same federation, trained with and without each of a client's images.
 
-The likelihood-ratio attack (:mod:`fedcompo.audit.membership`) holds an image's confidence under a model
-against that of *shadows*: models that had the image, and models that had not. Here a shadow is the
-composition as it stands, with one client's task vector fitted again on half of the client's images,
-training and test images alike. What the other clients sent does not vary, nor does anything else
-but the draws of training: an attacker who can do this knows all but who was trained on.
+The likelihood-ratio attack (:mod:`fedcompo.audit.membership`) holds an image's confidence under a
+model against that of *shadows*: models that had the image, and models that had not. Here a shadow
+is the composition as it stands, with one client's task vector fitted again on half of the client's
+images, training and test images alike. What the other clients sent does not vary, nor does anything
+else but the draws of training: an attacker who can do this knows all but who was trained on.
 
 Shadows come in pairs. The first is fitted on a random half of every class, the second on the rest:
 of N shadows each image is in exactly N/2, and no image is missing from all by chance.
@@ -35,7 +35,8 @@ from fedcompo.audit.membership import FEWEST_SHADOWS, confidence
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.models import head_of, stream_composition
-from fedcompo.config.run import AnchorBy, HeadStart, Kind, RunConfig
+from fedcompo.config.choices import AnchorBy, HeadStart, Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.deltas import Weights
@@ -46,7 +47,8 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.reference import load_reference
 from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
-from fedcompo.training.fit import Anchor, fit_task_vector
+from fedcompo.training.fit import fit_task_vector
+from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import fisher_of_images, fit_probe
 
 OnStep = Callable[[str], None]

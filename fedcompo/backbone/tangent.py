@@ -68,8 +68,8 @@ def tangent_features(backbone: Backbone, tau: Weights, images: Tensor) -> Tensor
 def linearised(backbone: Backbone, theta: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     r"""Return the map from uint8 images to features, linearised at the pre-trained weights.
 
-    It takes the place of :meth:`fedcompo.backbone.backbone.Backbone.forward` for what is composed of
-    tangents: :math:`f(x;\theta_0) + J(\theta - \theta_0)`, by one JVP a batch.
+    It takes the place of :meth:`fedcompo.backbone.backbone.Backbone.forward` for what is composed
+    of tangents: :math:`f(x;\theta_0) + J(\theta - \theta_0)`, by one JVP a batch.
 
     Args:
         backbone: Pre-trained weights.

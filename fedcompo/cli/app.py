@@ -21,8 +21,11 @@ from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.tables import print_removal
 from fedcompo.cli_serve import serve
-from fedcompo.config.run import Action, RunConfig, Scalar, all_settings
+from fedcompo.config.choices import Action
+from fedcompo.config.run import RunConfig, all_settings
+from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
+from fedcompo.storage.files import PACKAGE
 
 app = typer.Typer(
     help="Federated fine-tuning into task vectors that add up to one model, and come out again.",
@@ -215,7 +218,7 @@ def _version() -> str:
     try:
         return importlib.metadata.version("fedcompo")
     except importlib.metadata.PackageNotFoundError:
-        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        project = PACKAGE.parent / "pyproject.toml"
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
 
 

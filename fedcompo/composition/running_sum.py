@@ -4,10 +4,10 @@ A client that trains inside the ensemble (IEL) needs of the others only their we
 
 .. math:: R_c = \frac{1}{2^{40} M} \Big(S - m_c q_c\Big), \qquad w_c = \frac{m_c}{M}
 
-on the grid of :mod:`fedcompo.composition.fixed_point`. A client's new task vector takes the place of its last
-one by one subtraction and one addition; whatever came and went, S is the sum of the last task
-vectors, bit for bit. Memory is that of S, of S anew while it changes, and of one weight: whatever
-the number of clients.
+on the grid of :mod:`fedcompo.composition.fixed_point`. A client's new task vector takes the place
+of its last one by one subtraction and one addition; whatever came and went, S is the sum of the
+last task vectors, bit for bit. Memory is that of S, of S anew while it changes, and of one weight:
+whatever the number of clients.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ LINEARISED = (
 def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) -> None:
     """Write weights and configuration for ``timm.create_model("local-dir:...")``.
 
-    What is composed of tangents is no such model: see :func:`fedcompo.composition.models.write_model`.
+    What is composed of tangents is no such model: see
+    :func:`fedcompo.composition.models.write_model`.
 
     Args:
         folder: Where to; made if need be.

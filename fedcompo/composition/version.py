@@ -1,8 +1,9 @@
 r"""A composed version on disk: the running sum and the model made of it, weight by weight.
 
 One pass over the target weights yields both files, with a few weights in memory. A sum is continued
-from the one before, or taken over all members; :mod:`fedcompo.composition.fixed_point` makes the two the same,
-bit for bit. The folder is one that plain timm loads, unless it is composed of tangents.
+from the one before, or taken over all members; :mod:`fedcompo.composition.fixed_point` makes the
+two the same, bit for bit. The folder is one that plain timm loads, unless it is composed of
+tangents.
 """
 
 from __future__ import annotations

@@ -99,7 +99,10 @@ class Precision(StrEnum):
 
 
 class Wire(StrEnum):
-    """Numbers of task vector and Fisher on the wire, most bits first; see :mod:`fedcompo.messages.wire`."""
+    """Numbers of task vector and Fisher on the wire, most bits first.
+
+    See :mod:`fedcompo.messages.wire`.
+    """
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"

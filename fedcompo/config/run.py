@@ -13,32 +13,32 @@ from enum import StrEnum
 from typing import Any
 
 from fedcompo.config.caps import CapsConfig
-from fedcompo.config.choices import DEVICE, KINDS, ROUNDS, UNMIXED
-from fedcompo.config.choices import Action as Action
-from fedcompo.config.choices import AnchorBy as AnchorBy
-from fedcompo.config.choices import Augmentation as Augmentation
-from fedcompo.config.choices import Coefficients as Coefficients
-from fedcompo.config.choices import FisherForm as FisherForm
-from fedcompo.config.choices import FisherKind as FisherKind
-from fedcompo.config.choices import HeadStart as HeadStart
-from fedcompo.config.choices import Kind as Kind
-from fedcompo.config.choices import Method as Method
-from fedcompo.config.choices import Penalty as Penalty
-from fedcompo.config.choices import Precision as Precision
-from fedcompo.config.choices import Schedule as Schedule
-from fedcompo.config.choices import Wire as Wire
-from fedcompo.config.choices import kinds_of as kinds_of
-from fedcompo.config.choices import rounds_of as rounds_of
+from fedcompo.config.choices import (
+    DEVICE,
+    KINDS,
+    ROUNDS,
+    UNMIXED,
+    Action,
+    AnchorBy,
+    Augmentation,
+    Coefficients,
+    FisherKind,
+    HeadStart,
+    Method,
+    Penalty,
+    Precision,
+    Schedule,
+)
 from fedcompo.config.setting import (
     FRACTION,
     NAMES,
     NOT_NEGATIVE,
     POSITIVE,
     Companion,
+    Scalar,
     check_all,
     setting,
 )
-from fedcompo.config.setting import Scalar as Scalar  # part of this module's face
 
 
 @dataclass(frozen=True)

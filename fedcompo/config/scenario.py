@@ -17,7 +17,8 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fedcompo.config.run import RunConfig, Scalar, all_settings
+from fedcompo.config.run import RunConfig, all_settings
+from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 
 PATH_SETTINGS = ("output", "checkpoint", "reference", "registry")

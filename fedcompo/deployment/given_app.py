@@ -20,6 +20,7 @@ from pathlib import Path
 from fedcompo.engine.log import plain
 from fedcompo.engine.superlink import QUIET, program
 from fedcompo.errors import LaunchError
+from fedcompo.storage.files import PACKAGE
 
 APPS = Path("flower") / "apps"
 APP_DIGESTS, LIBRARY_DIGESTS = "app.sha256", "library.sha256"
@@ -55,7 +56,7 @@ def give(app: Path, folder: Path) -> None:
         (bundle,) = Path(scratch).glob("*.fab")
         _flwr(["install", str(bundle)], scratch, environment)
     (folder / APP_DIGESTS).write_text(digests(folder, (folder / APPS).rglob("*")))
-    library = Path(__file__).resolve().parents[1]
+    library = PACKAGE
     (folder / LIBRARY_DIGESTS).write_text(digests(library, library_files(library)))
 
 

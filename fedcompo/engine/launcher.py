@@ -2,8 +2,8 @@
 
 ``flwr run`` works too, but needs the network at each run, runs old code from a lingering daemon,
 takes relative paths from that daemon's folder and exits with 0 when the run failed. Here, an engine
-of our own (:mod:`fedcompo.engine.superlink`) serves one run and goes; a run counts as done when Flower says
-so *and* its results are on disk.
+of our own (:mod:`fedcompo.engine.superlink`) serves one run and goes; a run counts as done when
+Flower says so *and* its results are on disk.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from fedcompo.config.run import Scalar
+from fedcompo.config.setting import Scalar
 from fedcompo.engine.log import LineTail, last_error, read_from
 from fedcompo.engine.resources import Resources
 from fedcompo.engine.superlink import Engine, started
 from fedcompo.errors import LaunchError
 from fedcompo.events import Event, EventTail, note
+from fedcompo.storage.files import PACKAGE
 
 LOG = "flower.log"
 EVENTS = "events.jsonl"
@@ -85,7 +86,7 @@ def find_app(package: Path | None = None) -> Path:
     Args:
         package: Folder of this package (default: where it was imported from).
     """
-    package = package or Path(__file__).resolve().parent
+    package = package or PACKAGE
     for folder in (package / "_app", package.parent):
         with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError, TypeError):
             project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))

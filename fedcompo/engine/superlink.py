@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcompo.config.run import Scalar
 from fedcompo.config.scenario import as_toml
+from fedcompo.config.setting import Scalar
 from fedcompo.engine import guard
 from fedcompo.engine.log import last_error, plain, read_from
 from fedcompo.errors import LaunchError
+from fedcompo.storage.files import PACKAGE
 
 MARKER = "FEDCOMPO_ENGINE"
 """Environment variable that every process of an engine carries; its value names the engine."""
@@ -267,12 +268,12 @@ def _furnish(folder: Path, port: int) -> None:
         # A link to this package alone: its checkout on the path would also bring that checkout's
         # `clients` and `server`, and they would hide the app's.
         (folder / "library").mkdir()
-        (folder / "library" / "fedcompo").symlink_to(Path(__file__).resolve().parent)
+        (folder / "library" / "fedcompo").symlink_to(PACKAGE)
 
 
 def _needs_showing() -> bool:
     """Whether this package lies outside the folder that the interpreter finds by itself."""
-    home = Path(__file__).resolve().parent.parent
+    home = PACKAGE.parent
     return home not in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.registry.removal import influence
 

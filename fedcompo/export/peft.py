@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fedcompo.backbone.backbone import EMBEDDED, Backbone
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError, ContributionError
 from fedcompo.export.model_card import class_table, escaped, front_matter, preprocessing_text, table
 from fedcompo.method.contribution import Contribution

@@ -1,7 +1,7 @@
 """Contributions and requests as Flower records, and back: the only file that imports flwr.
 
-Tensors travel packed, as *one* array of bytes: a :mod:`fedcompo.storage.tensorfile` with its manifest. Many
-small arrays are slow to store on their way, and bfloat16 would not pass at all.
+Tensors travel packed, as *one* array of bytes: a :mod:`fedcompo.storage.tensorfile` with its
+manifest. Many small arrays are slow to store on their way, and bfloat16 would not pass at all.
 """
 
 from __future__ import annotations

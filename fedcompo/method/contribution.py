@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.fisher_file import load_fisher, open_fisher, save_fisher
 from fedcompo.method.features import FeatureMixture

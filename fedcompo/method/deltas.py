@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 
 Weights = dict[str, Tensor]
 """Tensors under timm's own parameter names."""
@@ -43,7 +43,8 @@ class Full(nn.Module):
 class Tangent(Full):
     """Dense too, but taken as a direction: features follow it to first order alone.
 
-    The weights stay at θ₀, and the backbone is linearised there; see :mod:`fedcompo.backbone.tangent`.
+    The weights stay at θ₀, and the backbone is linearised there; see
+    :mod:`fedcompo.backbone.tangent`.
     """
 
 

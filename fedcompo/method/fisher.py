@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fedcompo.config.run import FisherKind
+from fedcompo.config.choices import FisherKind
 from fedcompo.curvature import curvature_factors, leading_rank
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights

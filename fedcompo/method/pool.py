@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.method.deltas import Delta, Weights, restore_delta, stored_shapes
 from fedcompo.storage import tensorfile

@@ -125,8 +125,8 @@ def private_fisher(
         entropy: See :func:`fedcompo.privacy.noise.normal`.
 
     Returns:
-        What leaves, as :func:`fedcompo.privacy.factored.reduced` would, float32; noise may not leave
-        a number below zero. And the noised number of images, at least one.
+        What leaves, as :func:`fedcompo.privacy.factored.reduced` would, float32; noise may not
+        leave a number below zero. And the noised number of images, at least one.
     """
     sums: Weights = {}
     count, names = 0, tuple(names)

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedcompo.config.run import Coefficients, RunConfig
+from fedcompo.config.choices import Coefficients
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import RegistryDamaged
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.pool import are_tangents

@@ -17,6 +17,8 @@ CONTENT, FISHER, CARD = "contribution.safetensors", "fisher.safetensors", "card.
 """Files of a contribution."""
 WEIGHTS, CONFIG, MODEL_CARD = "model.safetensors", "config.json", "README.md"
 """Files of a composed model."""
+PACKAGE = Path(__file__).resolve().parents[1]
+"""Folder of the installed library."""
 BACKBONE = "backbone.safetensors"
 """The pre-trained weights, in a registry; also beside what is composed of tangents."""
 

@@ -3,8 +3,8 @@
 A file is an ordinary safetensors file. Its metadata holds one entry, ``manifest``: canonical JSON
 that says what the file is and carries the SHA-256 of everything else in it (the manifest's other
 entries; every tensor's name, dtype, shape and bytes). A changed byte, a missing tail or an added
-tensor is found on reading. Messages are packed the same way. :mod:`fedcompo.storage.tensorstream` reads and
-writes such files one tensor at a time.
+tensor is found on reading. Messages are packed the same way. :mod:`fedcompo.storage.tensorstream`
+reads and writes such files one tensor at a time.
 """
 
 from __future__ import annotations

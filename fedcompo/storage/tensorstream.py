@@ -240,7 +240,10 @@ class TensorWriter:
 
 
 class TensorDigest:
-    """:func:`fedcompo.storage.tensorfile.tensor_digest`, fed one tensor at a time in the order of names."""
+    """A tensor digest, fed one tensor at a time in the order of names.
+
+    It equals :func:`fedcompo.storage.tensorfile.tensor_digest`.
+    """
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fedcompo.config.run import AnchorBy
+from fedcompo.config.choices import AnchorBy
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedcompo.config.run import Augmentation
+from fedcompo.config.choices import Augmentation
 from fedcompo.errors import ConfigError
 
 SHIFT = 0.15

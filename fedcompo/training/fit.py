@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import square_loss, tangent_features
-from fedcompo.config.run import Kind, Precision, TrainConfig
+from fedcompo.config.choices import Kind, Precision
+from fedcompo.config.run import TrainConfig
 from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError
 from fedcompo.head_training import HeadTraining
@@ -24,9 +25,7 @@ from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training.augmentation import augment
-from fedcompo.training.penalty import Anchor as Anchor
-from fedcompo.training.penalty import Ensemble as Ensemble
-from fedcompo.training.penalty import Holding
+from fedcompo.training.penalty import Anchor, Ensemble, Holding
 
 LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step sizes of kinds that were given none: the fewer parameters, the larger."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcompo.config.run import Penalty, TrainConfig
+from fedcompo.config.choices import Penalty
+from fedcompo.config.run import TrainConfig
 from fedcompo.method.deltas import Delta, Weights
 from fedcompo.method.penalties import (
     explicit_step,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.run import FisherForm, Kind, Wire
+from fedcompo.config.choices import FisherForm, Kind, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.messages.records import Body, section
 from fedcompo.method.contribution import mixtures_from

@@ -1,10 +1,10 @@
 """The first half of a run: every client describes itself, and fits its task vector.
 
 Features → align → fisher → train. Under ITA each trains alone, under IEL inside the sum of those
-who are in the registry; rounds in which all train at a time are in :mod:`server.rounds.rounds`. Where
-clients start from the joint head or are anchored by the others, what one learns depends on who else
-is there. Where each starts from its own probe and is anchored by its own Fisher or by a reference,
-it does not, to the last bit: its lineage is empty.
+who are in the registry; rounds in which all train at a time are in :mod:`server.rounds.rounds`.
+Where clients start from the joint head or are anchored by the others, what one learns depends on
+who else is there. Where each starts from its own probe and is anchored by its own Fisher or by a
+reference, it does not, to the last bit: its lineage is empty.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.running_sum import RunningSum
-from fedcompo.config.run import AnchorBy, HeadStart, Kind, Method, RunConfig, kinds_of
+from fedcompo.config.choices import AnchorBy, HeadStart, Kind, Method, kinds_of
+from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.fisher_file import load_fisher, save_fisher

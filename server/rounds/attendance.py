@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedcompo.config.run import ServerConfig, rounds_of
+from fedcompo.config.choices import rounds_of
+from fedcompo.config.run import ServerConfig
 from fedcompo.config.setting import names_of
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting

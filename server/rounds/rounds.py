@@ -8,8 +8,8 @@ a message does not grow with the number of clients, nor does the memory of the s
 the sum and reads task vectors from disk.
 
 A client may miss a round (its last task vector stays), join in a later one, or leave between two
-(its task vector is taken out of the sum, exactly); see :mod:`server.rounds.attendance`. What it sent last
-is what is composed in the end.
+(its task vector is taken out of the sum, exactly); see :mod:`server.rounds.attendance`. What it
+sent last is what is composed in the end.
 """
 
 from __future__ import annotations

@@ -21,15 +21,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.config.choices import FisherForm, Wire
-from fedcompo.config.run import (
-    BackboneConfig,
-    DataConfig,
-    FisherConfig,
-    FisherKind,
-    Kind,
-    TrainConfig,
-)
+from fedcompo.config.choices import FisherForm, FisherKind, Kind, Wire
+from fedcompo.config.run import BackboneConfig, DataConfig, FisherConfig, TrainConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.messages.records import prefixed, section
 from fedcompo.messages.wire import decode, encode, relative_error

@@ -16,7 +16,8 @@ import time
 import torch
 
 from fedcompo.backbone.backbone import load_backbone
-from fedcompo.config.run import BackboneConfig, DataConfig, FisherKind
+from fedcompo.config.choices import FisherKind
+from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import estimate_fisher

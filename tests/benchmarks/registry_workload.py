@@ -23,7 +23,8 @@ from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.models import head_of, stream_composition, write_model
 from fedcompo.composition.version import SUM
-from fedcompo.config.run import BackboneConfig, Kind
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import BackboneConfig
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.deltas import rank_of, stored_shapes
 from fedcompo.method.features import FeatureMixture

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.config.run import BackboneConfig, Kind
+from fedcompo.config.choices import Kind
+from fedcompo.config.run import BackboneConfig
 from fedcompo.messages.records import Body, prefixed
 from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.deltas import rank_of, stored_shapes

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the pico models of 
 
 from registry_builders import member, registry_of
 
-from fedcompo.config.run import Kind
+from fedcompo.config.choices import Kind
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.service.certificates import Authority, Credential
