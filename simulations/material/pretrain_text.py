@@ -10,7 +10,7 @@ reaches 44 % and 27 % (untrained 22 %); after the full training 50 %.
 It learns on modules of Python's library that are no class of the text corpus (see text_corpus.py),
 so that the tasks of the clients are new to it.
 
-    python simulations/pretrain_text.py runs/text/byte_transformer_small.safetensors
+    python simulations/material/pretrain_text.py runs/text/byte_transformer_small.safetensors
 
 takes some ten minutes on one core. Lines are drawn anew at each step; held-out stretches of every
 module say how well it does. The same library on the same machine gives the same weights.

@@ -13,7 +13,7 @@ from fedcompo.config.run import DataConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.data.text import text_catalogue
 
-SIMULATIONS = Path(__file__).resolve().parents[1] / "simulations"
+SIMULATIONS = Path(__file__).resolve().parents[2] / "simulations" / "material"
 LINES = [f"value_{place} = {place} * other_{place}" for place in range(200)]
 
 

@@ -20,7 +20,7 @@ from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training.accuracy import evaluate
 from fedcompo.training.fit import fit_task_vector
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "compare"))
 joint = import_module("joint")
 
 WHERE = {"left": (slice(None), slice(4)), "right": (slice(None), slice(4, None))}

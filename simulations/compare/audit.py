@@ -1,7 +1,7 @@
 """Does it forget? Audit the first, the central and the last client, for three ways of training.
 
-    python simulations/audit.py runs/audit-digits
-    python simulations/audit.py runs/audit-cifar simulations/cifar100_small.toml \
+    python simulations/compare/audit.py runs/audit-digits
+    python simulations/compare/audit.py runs/audit-cifar simulations/cifar100_small.toml \
         --reference reference.safetensors --set kind=full
 
 A client starts from the joint head and is anchored by the others (*others*), starts from its own

@@ -17,7 +17,7 @@ from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.method.features import extract_features
 
-SCRIPT = Path(__file__).resolve().parents[1] / "simulations" / "strokes.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "simulations" / "material" / "strokes.py"
 GREY = Preprocessing(image_size=28, channels=1, mean=(0.5,), std=(0.5,))
 TRAIN, TEST = 4, 2
 
@@ -39,7 +39,7 @@ def members(script):
 def command(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, SCRIPT, output, *options],
-        cwd=SCRIPT.parents[1],
+        cwd=SCRIPT.parents[2],
         capture_output=True,
         text=True,
         check=False,

@@ -23,7 +23,7 @@ from fedcompo.config.run import SECTIONS, RunConfig, all_settings
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError
 
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 DEFAULTS = RunConfig().flat()
 
 

@@ -6,7 +6,7 @@ and neither is a letter whose picture agrees with that of a digit 0-9, so that t
 digits of the default scenario are new to the backbone. Letters that resemble a digit less than
 that, such as ``S`` and ``l``, do stay.
 
-    python simulations/pretrain_glyphs.py --output fedcompo/assets/glyph_vit
+    python simulations/material/pretrain_glyphs.py --output fedcompo/assets/glyph_vit
 
 writes ``glyph_vit.safetensors`` (half precision) and ``glyph_vit.json`` (a timm configuration with
 the history of the training). About an hour on two cores, minutes on a GPU. It resumes from its

@@ -9,7 +9,7 @@ import pytest
 
 from fedcompo.config.run import RunConfig
 
-SCENARIOS = sorted((Path(__file__).resolve().parents[1] / "simulations").glob("*.toml"))
+SCENARIOS = sorted((Path(__file__).resolve().parents[2] / "simulations").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)

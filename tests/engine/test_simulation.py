@@ -15,7 +15,7 @@ from fedcompo.method.contribution import Contribution
 
 pytestmark = pytest.mark.simulation
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 QUICK = {
     "num-tasks": 2,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "fedcompo" / "assets"
 
 
@@ -21,7 +21,7 @@ ASSETS = ROOT / "fedcompo" / "assets"
 def script():
     pytest.importorskip("matplotlib")
     spec = importlib.util.spec_from_file_location(
-        "pretrain_glyphs", ROOT / "simulations" / "pretrain_glyphs.py"
+        "pretrain_glyphs", ROOT / "simulations" / "material" / "pretrain_glyphs.py"
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules["pretrain_glyphs"] = module

@@ -16,7 +16,7 @@ from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import evaluate
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "compare"))
 merged, merging = import_module("merged"), import_module("merging")
 
 MEASURES = ("class_il_accuracy", "task_il_accuracy")

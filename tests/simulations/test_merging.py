@@ -20,7 +20,7 @@ from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "compare"))
 merging = import_module("merging")
 
 THETA_0 = pico_weights()

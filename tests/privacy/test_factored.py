@@ -151,7 +151,7 @@ def test_whoever_sends_the_head_alone_sends_nothing_else():
 
 
 def test_the_benchmark_sets_every_form_beside_the_exact_one(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     script = importlib.import_module("factored_fisher")
     options = ["--images", "2", "--epochs", "1"]
     monkeypatch.setattr(sys, "argv", ["factored_fisher.py", *options])

@@ -1,7 +1,7 @@
 """Run a scenario in this very process: the real apps, one client after the other, no engine.
 
-    python simulations/in_process.py --output runs/quick --set kind=full
-    python simulations/in_process.py simulations/digits.toml --output runs/quick --seed 1
+    python simulations/compare/in_process.py --output runs/quick --set kind=full
+    python simulations/compare/in_process.py simulations/digits.toml --output runs/quick --seed 1
 
 Messages are handed from app to app instead of through Flower's SuperLink and Ray: a run starts at
 once, the backbone is loaded once, hundreds of clients need one process, and a debugger works. What

@@ -5,7 +5,7 @@ docstrings), 128 bytes at most. Nothing is downloaded. Blank lines, licences and
 are left out. Each file is cut into stretches of lines, some of them for testing; between one for
 testing and one for training an example is dropped, so that no neighbours lie on both sides.
 
-    python simulations/text_corpus.py runs/text/corpus.jsonl
+    python simulations/material/text_corpus.py runs/text/corpus.jsonl
 
 writes what ``data = "text:runs/text/corpus.jsonl"`` reads. Another version of Python brings another
 library, and so a slightly different corpus.

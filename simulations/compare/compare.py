@@ -1,7 +1,7 @@
 """Compare methods, kinds and seeds on a scenario: one table, and pictures.
 
-    python simulations/compare.py runs/compare-digits
-    python simulations/compare.py runs/compare-cifar simulations/cifar100_small.toml \
+    python simulations/compare/compare.py runs/compare-digits
+    python simulations/compare/compare.py runs/compare-cifar simulations/cifar100_small.toml \
         --method ita --method iel:beta=10 --method fedavg --kind lora --seed 0 --seed 1
 
 Without ``--method`` all of them are run (``--list`` tells which there are); ``name:key=value`` runs

@@ -111,7 +111,7 @@ def write_app(folder: Path, behaviour: str) -> Path:
 
 def fedcompo(app: Path, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """Start `fedcompo` with the app in place of its own."""
-    library = str(Path(__file__).resolve().parents[1])
+    library = str(Path(__file__).resolve().parents[2])
     code = COMMAND.format(library=library, app=str(app))
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
