@@ -24,10 +24,16 @@ settings.load_profile("fedcompo")
 
 
 ENGINE = {
-    "test_deployment_faults.py", "test_deployment_run.py", "test_engine.py", "test_guard.py",
-    "test_launcher.py", "test_resume_engine.py", "test_simulation.py",
+    "deployment/test_faults.py", "deployment/test_run.py", "engine/test_guard.py",
+    "engine/test_launcher.py", "engine/test_resume_engine.py", "engine/test_simulation.py",
+    "engine/test_superlink.py",
 }  # fmt: skip
 """Files whose tests start Flower's engine, and look for what it leaves behind."""
+
+
+def _place(path: Path) -> str:
+    """Folder and name of a test file."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the engine, which takes longest, and leave out what takes many minutes."""
-    items.sort(key=lambda item: item.path.name not in ENGINE)
+    items.sort(key=lambda item: _place(item.path) not in ENGINE)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes many minutes; run with --slow"))
@@ -51,7 +57,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "engine" if Path(file).name in ENGINE else file
+            return "engine" if _place(Path(file)) in ENGINE else file
 
     return Scheduling(config, log)
 

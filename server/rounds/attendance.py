@@ -28,7 +28,7 @@ class Attendance:
     closed: Collection[str] | None = None
     """Nobody but these takes part; None: whoever comes, as the settings have it."""
     past: Sequence[Mapping[str, Any]] = ()
-    """Rounds that were over when the run was interrupted; see :attr:`server.rounds.rounds.Rounds.history`.
+    """Rounds that were over when the run was interrupted, as in ``Rounds.history``.
     They are gone through again with those who were there."""
 
     def __post_init__(self) -> None:

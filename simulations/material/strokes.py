@@ -1,4 +1,4 @@
-"""Draw tasks for very many clients: characters of invented alphabets, made of a few strokes.
+r"""Draw tasks for very many clients: characters of invented alphabets, made of a few strokes.
 
 A class is a character that nobody uses: two to four lines, polylines or Bézier curves, drawn from
 the seed and the name of the class. Each image is by another hand: the points wander, the character
@@ -6,7 +6,8 @@ is turned, sheared, scaled and shifted, the pen is thinner or thicker, the scan 
 no downloads, in the spirit of Omniglot (Lake et al., *Science* 2015); light strokes on a dark
 ground, as the embedded backbone was trained to see.
 
-    python simulations/material/strokes.py runs/strokes-100.npz --classes 200 --train 20 --test 10 --seed 0
+    python simulations/material/strokes.py runs/strokes-100.npz \
+        --classes 200 --train 20 --test 10 --seed 0
 
 writes what ``data = "npz:runs/strokes-100.npz"`` reads. An image depends on the seed, its class and
 its own number alone: more classes, or more images, leave the others as they are.

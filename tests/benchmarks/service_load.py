@@ -25,7 +25,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))  # the pico models of the tests
+sys.path.append(
+    str(Path(__file__).resolve().parents[1] / "helpers")
+)  # the pico models of the tests
 
 from registry_builders import member, registry_of
 

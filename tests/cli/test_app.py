@@ -171,6 +171,6 @@ def test_the_command_line_loads_fast() -> None:
     code = (
         "import sys, fedcompo.cli.app; print({'torch', 'timm', 'flwr', 'ray'} & set(sys.modules))"
     )
-    root = Path(cli.__file__).resolve().parents[1]
+    root = Path(cli.__file__).resolve().parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert out.stdout.strip() == "set()", out.stderr

@@ -207,7 +207,7 @@ def test_whom_to_remove_must_be_said(folder):
 
 @pytest.fixture
 def script(monkeypatch):
-    folder = Path(cli.__file__).resolve().parents[1] / "simulations"
+    folder = Path(__file__).resolve().parents[2] / "simulations" / "compare"
     monkeypatch.syspath_prepend(folder)
     spec = importlib.util.spec_from_file_location("simulated_audit", folder / "audit.py")
     module = importlib.util.module_from_spec(spec)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_simulation import BIN, LIMIT, QUICK
+from engine_runs import BIN, LIMIT, QUICK
 
 from fedcompo.engine.guard import GRACE
 from fedcompo.registry.registry import Registry

@@ -10,23 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from engine_runs import BIN, LIMIT, QUICK
 
 from fedcompo.method.contribution import Contribution
 
 pytestmark = pytest.mark.simulation
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
-QUICK = {
-    "num-tasks": 2,
-    "num-classes": 4,
-    "images-per-class": 12,
-    "local-epochs": 1,
-    "rank": 2,
-    "fisher-examples": 6,
-}
-LIMIT = 300
-"""Seconds after which a run has hung."""
 
 
 def simulate(cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
