@@ -147,11 +147,11 @@ def test_an_app_that_lies_beside_it_is_not_started(client: Path, programs: Path)
 def test_another_version_of_the_library_is_not_started(client: Path, programs: Path) -> None:
     digests = client / "library.sha256"
     lines = digests.read_text().splitlines(keepends=True)
-    changed = [f"{'0' * 64}  training.py\n" if "  training.py" in line else line for line in lines]
+    changed = [f"{'0' * 64}  errors.py\n" if "  errors.py" in line else line for line in lines]
     assert changed != lines
     digests.write_text("".join(changed))
     said = start(client, programs, code=MISCONFIGURED)
-    assert "training.py: FAILED" in said.stdout
+    assert "errors.py: FAILED" in said.stdout
     assert "the installed fedcompo" in said.stderr
 
 
