@@ -96,7 +96,12 @@ def test_plain_flwr_run_works_too(tmp_path):
     )
     link = subprocess.Popen(
         [
-            *(sys.executable, CHECKOUT / "fedcompo" / "guard.py", home, BIN / "flower-superlink"),
+            *(
+                sys.executable,
+                CHECKOUT / "fedcompo" / "engine" / "guard.py",
+                home,
+                BIN / "flower-superlink",
+            ),
             *("--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)),
         ],
         cwd=tmp_path,
