@@ -13,10 +13,11 @@ from clients import outgoing
 from clients.local import LocalClient
 from fedcompo.config.choices import Kind
 from fedcompo.data.client_data import Split
-from fedcompo.messages.records import Body, head_from, section
-from fedcompo.method.heads import Head
+from fedcompo.messages.records import Body
+from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
+from fedcompo.storage.tensorfile import section
 from fedcompo.training.accuracy import evaluate
 from fedcompo.training.fit import Course, fit_task_vector
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from clients.store import Store
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.records import head_from, section
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.storage.tensorfile import section
 from fedcompo.training.fit import Course
 from fedcompo.training.penalty import Anchor, Ensemble
 

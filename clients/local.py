@@ -27,13 +27,14 @@ from fedcompo.config.choices import HeadStart, Kind, kinds_of
 from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data, load_folder
 from fedcompo.errors import DataError
-from fedcompo.messages.records import Body, head_from, head_tensors, prefixed, section
+from fedcompo.messages.records import Body
 from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.features import extract_features
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
+from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.accuracy import evaluate
 from fedcompo.training.fit import Fitted, ensembled, fit_task_vector
 from fedcompo.training.penalty import Ensemble

@@ -15,15 +15,16 @@ from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
-from fedcompo.messages.records import Body, head_tensors, prefixed, section
+from fedcompo.messages.records import Body
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import FeatureMixture, fit_mixtures
 from fedcompo.method.fisher import HEAD
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, head_tensors
 from fedcompo.privacy.factored import reduced, restored
 from fedcompo.privacy.fisher import images_at_a_time, private_fisher
 from fedcompo.privacy.statistics import private_mixtures
+from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.fit import Fitted
 from fedcompo.training.probing import fisher_of_images
 

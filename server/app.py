@@ -16,13 +16,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Action, Method, Schedule
 from fedcompo.config.run import RunConfig
-from fedcompo.engine.launcher import EVENTS, LOG, RESULTS, RUN, reserve_output
+from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
-from fedcompo.registry_layout import ABOUT
+from fedcompo.registry.state import ABOUT
 from fedcompo.report.results import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
@@ -102,7 +102,7 @@ def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) 
     exchange.answers = working.answers
     # Members count: a single newcomer can join them.
     exchange.min_clients = max(1, exchange.min_clients - len(working.members))
-    if registry.clients and registry.settings != RegistrySettings.of(config):
+    if registry.clients and registry.settings != CompositionSettings.of(config):
         exchange.note("The registry composes with its own settings, not with this run's.")
     exchange.gather(config.server.num_clients)
     chosen = strategy_of(config)(exchange, config, backbone, registry, working)
@@ -148,7 +148,7 @@ def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Regis
     """
     path = registry_path(config) if config.registry.registry else output / REGISTRY
     if not (path / ABOUT).exists():
-        return Registry.create(path, backbone, RegistrySettings.of(config))
+        return Registry.create(path, backbone, CompositionSettings.of(config))
     registry = Registry(path)
     if registry.state.base != backbone.fingerprint:
         raise BackboneMismatch(

@@ -11,33 +11,40 @@ p holds one task vector's parameters and the joint head of all classes, aligned 
 ITA. Of a LoRA, A and B are averaged each by itself, which is what FedAvg on a LoRA does:
 :math:`\bar B\bar A` is not the mean of the products, though all clients start from one A, drawn by
 the seed, and so stay comparable.
+
+What Flower's own strategies see of the clients: those still in the run, asked by the exchange.
+
+A strategy wants node ids of a grid, and replies to its messages. Flower's grid would send its many
+small arrays one by one, name nobody who fails, and count no bytes. Here its messages travel as all
+others do: packed, within the time and the number of requests that the settings allow, and booked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.head import joint_head
 from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.choices import Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.messages.records import Body, head_from, head_tensors, prefixed, section
+from fedcompo.messages.records import Body
 from fedcompo.method.deltas import Weights, new_deltas
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from server.alignment import align_joint_head
+from fedcompo.storage.tensorfile import prefixed, section
 from server.exchange.books import Traffic
 from server.exchange.checks import checked_fractions, checked_task_vector
 from server.exchange.exchange import Exchange
-from server.exchange_grid import ExchangeGrid
 from server.phases.roster import Roster
 
 METHODS = (Method.FEDAVG, Method.FEDPROX)
@@ -93,7 +100,13 @@ class Averaging:
     def align(self) -> Head:
         """Fit the joint head to features drawn from everyone's mixtures."""
         described = {c: self.roster.described[c].mixtures for c in self.exchange.clients}
-        return align_joint_head(described, self.config, "align")
+        return joint_head(
+            described,
+            samples=self.config.head.align_samples,
+            ridge=self.config.head.ridge,
+            seed=self.config.seed,
+            purpose="align",
+        )
 
     def start(self) -> dict[str, Any]:
         """Parameters that all begin with: of a task vector that changes nothing, and the head."""
@@ -216,3 +229,61 @@ def _only_kind(config: RunConfig) -> Kind:
             f"is {config.registry.registry!r}. Leave it empty, or use `method = ita`."
         )
     return kinds[0]
+
+
+Read = Callable[[str, Body], RecordDict]
+"""Takes a client's name and answer; checks it; returns what the strategy expects as a reply."""
+
+
+@dataclass
+class ExchangeGrid:
+    """As much of a ``flwr.serverapp.Grid`` as ``Strategy.start`` uses."""
+
+    exchange: Exchange
+    read: Read
+
+    def get_node_ids(self) -> list[int]:
+        """Nodes of the clients still in the run; whoever was left out is not asked again."""
+        return [self.exchange.nodes[client] for client in self.exchange.clients]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send clients a round's messages, and wait for their replies.
+
+        Args:
+            messages: Each with one record of arrays and one of settings.
+            timeout: Not used; the exchange has its own.
+
+        Returns:
+            Usable replies, in the order of clients' names: sums then do not depend on who was
+            faster.
+
+        Raises:
+            TooFewClients: If fewer than ``min-clients`` are left.
+        """
+        to = {message.metadata.dst_node_id: message for message in messages}
+        nodes = {client: self.exchange.nodes[client] for client in self.exchange.clients}
+        asked = {client: to[node] for client, node in nodes.items() if node in to}
+        if not asked:
+            return []
+        replies: dict[str, Message] = {}
+
+        def fold(client: str, body: Body) -> str:
+            replies[client] = Message(self.read(client, body), reply_to=asked[client])
+            return client
+
+        _, settings = _body(next(iter(asked.values())))
+        self.exchange.part = f"round {settings['server-round']}"
+        self.exchange.ask(
+            "train", "train", lambda client: _body(asked[client]), fold, clients=asked
+        )
+        self.exchange.part = ""
+        return [replies[client] for client in sorted(replies)]
+
+
+def _body(message: Message) -> Body:
+    """Arrays and settings of a strategy's message."""
+    (arrays,) = message.content.array_records.values()
+    (settings,) = message.content.config_records.values()
+    return dict(arrays.to_torch_state_dict()), dict(settings)

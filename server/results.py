@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
-from fedcompo.versions import version
+from fedcompo.runtime import version
 from server import accounting
 from server.averaging import Averaging
 from server.exchange.books import totals

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.config.run import RunConfig
-from fedcompo.engine.launcher import RESULTS, RUN
+from fedcompo.engine.run_folder import RESULTS, RUN
 from fedcompo.errors import ConfigError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import write_atomically

@@ -25,12 +25,12 @@ from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
-from server.last_sent import LastSent
 from server.phases import composing, fitting
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
 from server.phases.roster import Roster
 from server.resume import Working
+from server.rounds.holdings import LastSent
 from server.rounds.rounds import Rounds
 
 INCOMING = "incoming"

@@ -29,11 +29,11 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from server.exchange.checks import check_backbone
 from server.exchange.exchange import Exchange
-from server.last_sent import LastSent
 from server.phases import fitting
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
 from server.phases.roster import Roster
+from server.rounds.holdings import LastSent
 from server.rounds.rounds import Rounds
 
 PHASES = ("identify", "evaluate before", "remove", "notify", "realign", "evaluate")

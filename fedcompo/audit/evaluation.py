@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.models import head_of, stream_composition
+from fedcompo.composition.head import head_of
+from fedcompo.composition.models import stream_composition
 from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data, num_clients
 from fedcompo.errors import DataError, FedcompoError

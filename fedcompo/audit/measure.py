@@ -60,8 +60,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
-from fedcompo.runtime import pick_device
-from fedcompo.versions import version
+from fedcompo.runtime import pick_device, version
 
 FORMAT_VERSION = 1
 LOSS, LIKELIHOOD_RATIO = "loss", "likelihood-ratio"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
-from xml.sax.saxutils import escape
 
 from fedcompo.audit.measure import CLASS_IL, FIGURES, TASK_IL
 from fedcompo.audit.models import AFTER, BEFORE, GOLD
+from fedcompo.report.picture import document, text
 from fedcompo.report.units import percent
 
 Values = Mapping[str, Any]
@@ -47,19 +47,6 @@ def picture(values: Values, facts: Sequence[str]) -> str:
         *_bars(values, left=540, top=116),
     ]
     return document(960, 130 + 4 * _group_height(names), parts)
-
-
-def document(width: float, height: float, parts: Sequence[str]) -> str:
-    """Return a whole SVG."""
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            'font-family="system-ui, sans-serif" font-size="13" fill="#1f2933">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
 
 
 def legend(left: float, top: float, names: Sequence[str]) -> list[str]:
@@ -167,9 +154,3 @@ def _named(values: Values) -> str:
     """The client's name, as far as there is room."""
     client = str(values["client"])
     return client if len(client) <= 24 else f"{client[:23]}…"
-
-
-def text(x: float, y: float, words: str, *, bold: bool = False, anchor: str = "start") -> str:
-    """Return an SVG text."""
-    weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(words)}</text>'

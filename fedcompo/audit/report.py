@@ -13,7 +13,7 @@ from rich.text import Text
 from fedcompo.audit.measure import FIGURES
 from fedcompo.audit.models import AFTER, BEFORE
 from fedcompo.audit.picture import MODELS, TITLES, picture
-from fedcompo.cli.common import say, table_console
+from fedcompo.report.console import say, table_console
 from fedcompo.report.units import percent
 from fedcompo.storage.files import write_atomically
 

@@ -34,7 +34,8 @@ from torch import Tensor
 from fedcompo.audit.membership import FEWEST_SHADOWS, confidence
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
-from fedcompo.composition.models import head_of, stream_composition
+from fedcompo.composition.head import head_of
+from fedcompo.composition.models import stream_composition
 from fedcompo.config.choices import AnchorBy, HeadStart, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
@@ -44,12 +45,11 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.reference import load_reference
 from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.training.fit import fit_task_vector
 from fedcompo.training.penalty import Anchor
-from fedcompo.training.probing import fisher_of_images, fit_probe
+from fedcompo.training.probing import fisher_of_images, fit_probe, load_reference
 
 OnStep = Callable[[str], None]
 

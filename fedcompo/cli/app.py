@@ -16,15 +16,16 @@ from fedcompo.cli import models as cli_models
 from fedcompo.cli import registry as cli_registry
 from fedcompo.cli import service as cli_service
 from fedcompo.cli.audit import audit
-from fedcompo.cli.common import errors_as_sentences, say
+from fedcompo.cli.common import errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
+from fedcompo.cli.service import serve
 from fedcompo.cli.tables import print_removal
-from fedcompo.cli_serve import serve
 from fedcompo.config.choices import Action
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
+from fedcompo.report.console import say
 from fedcompo.storage.files import PACKAGE
 
 app = typer.Typer(
@@ -169,15 +170,16 @@ def _simulate(
     resume: Path | None,
 ) -> None:
     from fedcompo.config import scenario
-    from fedcompo.engine import launcher
+    from fedcompo.data.client_data import count_clients
+    from fedcompo.engine import launcher, run_folder
     from fedcompo.engine.live import Display
-    from fedcompo.engine.resources import count_clients, fair_resources
+    from fedcompo.engine.resources import fair_resources
 
     console = Console()
     if resume is None:
         values = scenario.settings_of(file, assignments, options)
     else:
-        values = launcher.begun_settings(resume.expanduser().absolute())
+        values = run_folder.begun_settings(resume.expanduser().absolute())
     config = RunConfig.parse(values)
     clients = count_clients(config)
     resources = fair_resources(
@@ -191,9 +193,9 @@ def _simulate(
     if config.registry.action is Action.REMOVE:
         name = f"remove-{config.registry.client}"
     if resume is None:
-        output = launcher.reserve_output(Path(config.output or Path.cwd() / "runs" / name))
+        output = run_folder.reserve_output(Path(config.output or Path.cwd() / "runs" / name))
     else:
-        output = launcher.reopen_output(Path(config.output))
+        output = run_folder.reopen_output(Path(config.output))
     say(f"Simulating {clients} clients. Results go to {output}")
     with Display(console) as display:
         results = launcher.simulate(

@@ -14,10 +14,9 @@ from fedcompo.cli.common import (
     VerboseOption,
     errors_as_sentences,
     open_registry,
-    print_json,
     progress,
-    say,
 )
+from fedcompo.report.console import print_json, say
 from fedcompo.report.units import duration
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -14,17 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, FedcompoError
+from fedcompo.report.console import literal, say
 
 if TYPE_CHECKING:
     from fedcompo.registry.registry import Registry
 
 INTERRUPTED = 130
-PIPE_WIDTH = 120
-"""Columns of a table that no terminal will show."""
 VARIABLE = "FEDCOMPO_REGISTRY"
 
 RegistryOption = Annotated[
@@ -62,31 +59,6 @@ def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
         sentence = f"The system refuses: {error}" if isinstance(error, OSError) else str(error)
         say(traceback.format_exc() if verbose else sentence, Console(stderr=True))
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-
-
-def literal(text: str) -> Text:
-    """Text to print as it is: without markup; invisible characters, by their numbers.
-
-    Some of those steer terminals, and names of classes come from outside.
-    """
-    visible = (c if c.isprintable() or c in "\n\t" else f"⟨U+{ord(c):04X}⟩" for c in text)
-    return Text("".join(visible))
-
-
-def say(text: str, console: Console | None = None) -> None:
-    """Print a sentence as it is."""
-    (console or Console()).print(literal(text), soft_wrap=True)
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON document, in ASCII: every terminal and every program can take it."""
-    typer.echo(json.dumps(value, indent=2, default=list))
-
-
-def table_console() -> Console:
-    """A console for tables: as wide as the terminal, or wide enough where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(PIPE_WIDTH, console.width))
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fedcompo.cli.common import VerboseOption, errors_as_sentences, listed_names, say
+from fedcompo.cli.common import VerboseOption, errors_as_sentences, listed_names
 from fedcompo.errors import ConfigError
+from fedcompo.report.console import say
 
 
 def init_deployment(

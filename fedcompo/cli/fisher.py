@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli.common import (
-    JsonOption,
-    VerboseOption,
-    errors_as_sentences,
-    print_json,
-    progress,
-    say,
-)
+from fedcompo.cli.common import JsonOption, VerboseOption, errors_as_sentences, progress
 from fedcompo.errors import ConfigError
+from fedcompo.report.console import print_json, say
 from fedcompo.report.units import duration, size
 
 if TYPE_CHECKING:
@@ -86,8 +80,8 @@ def fisher(
 def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
     """Estimate and write it; returns what there is to tell."""
     from fedcompo.backbone.backbone import load_backbone
-    from fedcompo.reference import load_public_data, reference_fisher, save_reference
     from fedcompo.runtime import pick_device
+    from fedcompo.training.probing import load_public_data, reference_fisher, save_reference
 
     started = time.monotonic()
     with progress(quiet=quiet) as tell:

@@ -16,12 +16,11 @@ from fedcompo.cli.common import (
     errors_as_sentences,
     listed_names,
     open_registry,
-    print_json,
     progress,
-    say,
     weights_of,
 )
 from fedcompo.errors import ConfigError
+from fedcompo.report.console import print_json, say
 
 if TYPE_CHECKING:
     from fedcompo.export.selection import Selection
@@ -174,9 +173,8 @@ def negate(
     The copy is labelled as what it is, and never enters the registry.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        from fedcompo.export.folder import publish
+        from fedcompo.export.folder import negated, publish
         from fedcompo.export.selection import from_registry
-        from fedcompo.negation import negated
 
         opened = open_registry(registry)
         vector = opened.contribution(client).task_vector

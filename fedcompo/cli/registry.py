@@ -16,12 +16,11 @@ from fedcompo.cli.common import (
     VerboseOption,
     errors_as_sentences,
     open_registry,
-    print_json,
     progress,
     registry_path,
-    say,
 )
 from fedcompo.errors import ConfigError
+from fedcompo.report.console import print_json, say
 
 ClientArgument = Annotated[str, typer.Argument(help="Name of the client.")]
 

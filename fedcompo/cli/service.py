@@ -1,7 +1,11 @@
-"""The client side of the service: publish, fetch, members, request-removal."""
+"""The service: `serve` a registry, and use one that is served.
+
+A client's side: `publish`, `fetch`, `members`, `request-removal`.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 from dataclasses import asdict
@@ -15,17 +19,17 @@ from fedcompo.cli.common import (
     VerboseOption,
     errors_as_sentences,
     listed_names,
-    print_json,
     progress,
-    say,
     weights_of,
 )
 from fedcompo.cli.models import OnlyOption, ScaleOption, WeightsOption, WithoutOption
 from fedcompo.errors import ConfigError, ServiceError
+from fedcompo.report.console import print_json, say
 
 if TYPE_CHECKING:
     from fedcompo.registry.removal import RemovalRecord
     from fedcompo.service.client import Client, Receipt
+    from fedcompo.service.server import Server
 
 ServerOption = Annotated[
     str,
@@ -152,7 +156,7 @@ def request_removal(
     Asked again, when an answer was lost, the service sends the same receipt.
     """
     with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
-        from fedcompo.service.credentials import name_in, read_credential
+        from fedcompo.service.certificates import name_in, read_credential
         from fedcompo.storage.files import write_atomically
 
         name = client or name_in(read_credential(certificate, key))
@@ -228,8 +232,8 @@ def members(
 
 
 def _client(server: str, ca: Path, certificate: Path, key: Path) -> Client:
+    from fedcompo.service.certificates import read_authority, read_credential
     from fedcompo.service.client import Client
-    from fedcompo.service.credentials import read_authority, read_credential
 
     return Client(server, read_authority(ca), read_credential(certificate, key))
 
@@ -250,3 +254,64 @@ def _check(receipt: Receipt, client: str) -> RemovalRecord:
             f"by its key; expected a signed one of {client!r}. Keep it, and ask an operator."
         )
     return record
+
+
+def serve(
+    registry: Annotated[Path, typer.Argument(help="Folder of the registry to serve.")],
+    *,
+    ca: Annotated[Path, typer.Option("--ca", help="Certificate of the authority: ca.crt.")],
+    certificate: Annotated[Path, typer.Option(help="The server's own certificate.")],
+    key: Annotated[Path, typer.Option(help="The certificate's private key.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 9443,
+    compose: Annotated[
+        str,
+        typer.Option(metavar="WHO", help="Who may compose: members, everyone or operators."),
+    ] = "members",
+    revoked: Annotated[
+        Path | None,
+        typer.Option(help="List of certificates that count no more: SHA-256, one a line."),
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Change a limit, such as rate=5; repeatable."),
+    ] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve a registry over gRPC, to whoever has a certificate of the authority.
+
+    It ends on Ctrl-C or SIGTERM, when the calls under way have ended. The list of revoked
+    certificates is read again whenever it has changed.
+
+    What happened to each call is logged on standard error; every change is in the journal.
+
+    Limits, sizes in bytes and times in seconds: message, contribution, description, tensor, spare
+    (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, heavy,
+    models, seconds, grace.
+    """
+    with errors_as_sentences(verbose):
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        from fedcompo.service.access import Audience
+        from fedcompo.service.certificates import read_authority, read_credential
+        from fedcompo.service.limits import limits_of
+        from fedcompo.service.server import Settings
+        from fedcompo.service.server import serve as run
+
+        if compose not in list(Audience):
+            raise ConfigError(f"`--compose {compose}` is none of {', '.join(Audience)}.")
+        settings = Settings(
+            registry=registry,
+            authority=read_authority(ca),
+            credential=read_credential(certificate, key),
+            host=host,
+            port=port,
+            audience=Audience(compose),
+            limits=limits_of(limit or ()),
+            revoked=revoked,
+        )
+
+        def ready(server: Server) -> None:
+            say(f"Serving {registry} on {host}:{server.port}; {compose} may compose.")
+
+        run(settings, on_ready=ready)
+        say("Ended.")

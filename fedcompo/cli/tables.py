@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from fedcompo.cli.common import literal, say, table_console
+from fedcompo.report.console import literal, say, table_console
 from fedcompo.report.units import percent, shortened, size
 
 if TYPE_CHECKING:

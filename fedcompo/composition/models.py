@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,34 +14,23 @@ from torch import Tensor, nn
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.backbone.tangent import TangentModel, change_from
 from fedcompo.composition import fixed_point
+from fedcompo.composition.head import head_of
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import timm_config
-from fedcompo.composition.version import joint_head
 from fedcompo.errors import FileFormatError
-from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
-from fedcompo.registry.state import RegistrySettings
-from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples, write_atomically
-from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter, file_sha256
+from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples
+from fedcompo.storage.tensorstream import StreamedTensors
 
 if TYPE_CHECKING:
     from fedcompo.registry.registry import Registry
-
-
-def head_of(pool: Pool, settings: RegistrySettings) -> Head:
-    """Fit the joint head of some clients to their mixtures of θ₀'s features."""
-    return joint_head(
-        {contribution.client: contribution.features for contribution in pool},
-        samples=settings.align_samples,
-        ridge=settings.ridge,
-        seed=settings.seed,
-    )
 
 
 def stream_composition(
     pool: Pool,
     backbone: StoredBackbone,
     coefficients: Mapping[str, float] | None,
-    settings: RegistrySettings,
+    settings: CompositionSettings,
 ) -> Iterator[tuple[str, Tensor]]:
     """Compose the target weights of a pool, one at a time, in the order of names.
 
@@ -73,54 +61,6 @@ def stream_composition(
             )
             total = fixed_point.add(total, values, settings.times(member.num_examples))
         yield name, fixed_point.compose(weight, total, count=count, scale=settings.scale)
-
-
-def write_model(
-    folder: Path,
-    backbone: StoredBackbone,
-    changed: Iterable[tuple[str, Tensor]],
-    head: Head,
-    *,
-    linearised: bool = False,
-) -> str:
-    """Write a folder that plain timm loads, one weight at a time.
-
-    Of tangents it is one that timm refuses, and :func:`load_tangent_model` loads: it holds the
-    pre-trained weights too.
-
-    Args:
-        folder: A folder that exists.
-        backbone: Pre-trained weights, for all that is not changed.
-        changed: Names and values of target weights, in the order of names.
-        head: Joint head.
-        linearised: Whether the weights are composed of tangents.
-
-    Returns:
-        SHA-256 of ``model.safetensors``.
-    """
-    classifier = {f"{backbone.classifier}.weight": head.weight}
-    classifier[f"{backbone.classifier}.bias"] = head.bias
-    layout = dict(backbone.tensors.layout)
-    layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in classifier.items()}
-    upcoming = iter(changed)
-    pending = next(upcoming, None)
-    manifest = {"content": "model", "base": backbone.fingerprint}
-    with TensorWriter(folder / WEIGHTS, layout, manifest) as writer:
-        for name in sorted(layout):
-            if pending is not None and pending[0] == name:
-                writer.write(name, pending[1])
-                pending = next(upcoming, None)
-            else:
-                writer.write(
-                    name, classifier[name] if name in classifier else backbone.tensors[name]
-                )
-    if pending is not None:
-        raise ValueError(f"{pending[0]!r} is no weight of the backbone, or came out of order")
-    if linearised:
-        shutil.copyfile(backbone.path, folder / BACKBONE)
-    config = json.dumps(timm_config(backbone, head.classes, linearised=linearised), indent=2)
-    write_atomically(folder / CONFIG, f"{config}\n".encode())
-    return file_sha256(folder / WEIGHTS)
 
 
 def composed_model(

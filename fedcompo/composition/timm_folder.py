@@ -10,16 +10,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
-from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
+from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, write_atomically
+from fedcompo.storage.tensorstream import TensorWriter, file_sha256
 
 LINEARISED = (
     "{architecture} linearised: timm would let the weights go all the way and compute something "
@@ -32,7 +36,7 @@ def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) ->
     """Write weights and configuration for ``timm.create_model("local-dir:...")``.
 
     What is composed of tangents is no such model: see
-    :func:`fedcompo.composition.models.write_model`.
+    :func:`fedcompo.composition.timm_folder.write_model`.
 
     Args:
         folder: Where to; made if need be.
@@ -83,3 +87,51 @@ def timm_config(
             "classifier": backbone.classifier,
         },
     }
+
+
+def write_model(
+    folder: Path,
+    backbone: StoredBackbone,
+    changed: Iterable[tuple[str, Tensor]],
+    head: Head,
+    *,
+    linearised: bool = False,
+) -> str:
+    """Write a folder that plain timm loads, one weight at a time.
+
+    Of tangents it is one that timm refuses, and :func:`load_tangent_model` loads: it holds the
+    pre-trained weights too.
+
+    Args:
+        folder: A folder that exists.
+        backbone: Pre-trained weights, for all that is not changed.
+        changed: Names and values of target weights, in the order of names.
+        head: Joint head.
+        linearised: Whether the weights are composed of tangents.
+
+    Returns:
+        SHA-256 of ``model.safetensors``.
+    """
+    classifier = {f"{backbone.classifier}.weight": head.weight}
+    classifier[f"{backbone.classifier}.bias"] = head.bias
+    layout = dict(backbone.tensors.layout)
+    layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in classifier.items()}
+    upcoming = iter(changed)
+    pending = next(upcoming, None)
+    manifest = {"content": "model", "base": backbone.fingerprint}
+    with TensorWriter(folder / WEIGHTS, layout, manifest) as writer:
+        for name in sorted(layout):
+            if pending is not None and pending[0] == name:
+                writer.write(name, pending[1])
+                pending = next(upcoming, None)
+            else:
+                writer.write(
+                    name, classifier[name] if name in classifier else backbone.tensors[name]
+                )
+    if pending is not None:
+        raise ValueError(f"{pending[0]!r} is no weight of the backbone, or came out of order")
+    if linearised:
+        shutil.copyfile(backbone.path, folder / BACKBONE)
+    config = json.dumps(timm_config(backbone, head.classes, linearised=linearised), indent=2)
+    write_atomically(folder / CONFIG, f"{config}\n".encode())
+    return file_sha256(folder / WEIGHTS)

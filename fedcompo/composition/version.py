@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,13 @@ from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition import fixed_point
 from fedcompo.composition.timm_folder import timm_config
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
-from fedcompo.method.features import FeatureMixture
-from fedcompo.method.heads import Head, align
+from fedcompo.method.features import FeatureMixture, Mixtures
+from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.seeds import derive_seed
 from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import Section, StreamedTensors, TensorWriter, save_streamed
 
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
-
-Mixtures = Mapping[str, FeatureMixture]
 
 
 class RoundedDifferently(Exception):
@@ -134,43 +131,6 @@ def _sum(name: str, weight: Tensor, recipe: Recipe, digests: Sequence[Any]) -> T
         fixed_point.feed(digest, name, values)
         total = fixed_point.add(total, values, term.times)
     return total
-
-
-def joint_head(mixtures: Mapping[str, Mixtures], *, samples: int, ridge: float, seed: int) -> Head:
-    """Fit the joint head to what the clients tell of their features.
-
-    Args:
-        mixtures: By client and class; of θ₀'s features, or of the composed model's.
-        samples: Features a class.
-        ridge: How strongly the head is held to zero.
-        seed: The registry's seed.
-
-    Returns:
-        The head of all classes, sorted; the same for any order of clients and number of threads.
-    """
-    by_class: dict[str, list[FeatureMixture]] = {}
-    for client in sorted(mixtures):
-        for name, mixture in mixtures[client].items():
-            by_class.setdefault(name, []).append(mixture)
-    with one_thread():
-        return align(
-            by_class,
-            sorted(by_class),
-            samples=samples,
-            ridge=ridge,
-            seed=derive_seed(seed, "joint-head"),
-        )
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums of a matrix product depend on the number of threads; here it is always one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def save_realigned(path: Path, mixtures: Mapping[str, Mixtures]) -> None:

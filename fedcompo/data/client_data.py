@@ -8,6 +8,11 @@ yields a number of clients. Each client owns at least two classes and loads noth
 Where the classes of a source are dealt out, no two clients own the same class; the folders of
 ``folder:`` may share classes. A damaged image or an ill-formed source is refused by name. Texts are
 dealt out and split as images are; to all that follows they are images of a single row of bytes.
+
+A file of many clients' examples, read once by a process that serves many of them.
+
+A simulation hands a process hundreds of clients, phase after phase. What was read last is kept
+until another file is asked for; a large file is read each time, for as long as it is needed.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig
+from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.draws import (
     Indices,
@@ -36,8 +42,7 @@ from fedcompo.data.folders import client_folders, folder_catalogue
 from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
 from fedcompo.data.text import TEXT_ENDINGS, text_catalogue
-from fedcompo.data_once import read_once
-from fedcompo.errors import DataError
+from fedcompo.errors import ConfigError, DataError
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
 TEST_SHARE = 0.2
@@ -242,3 +247,55 @@ def _labels(members: list[Indices]) -> Tensor:
     """Return the label of each image, (count,), given the images of each class."""
     counts = torch.tensor([len(own) for own in members])
     return torch.repeat_interleave(torch.arange(len(members)), counts)
+
+
+Reader = Callable[[Path], Catalogue]
+
+
+KEPT_BYTES = 256 * 2**20
+"""Size of the largest file whose content is kept."""
+
+
+def read_once(read: Reader, path: Path) -> Catalogue:
+    """Read a file, unless it is the one that was read last and has not changed since.
+
+    Args:
+        read: Reads it; raises if it cannot.
+        path: The file. It has changed if its size, its inode or the time of its last change has.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return read(path)  # and say what is wrong with it
+    if found.st_size > KEPT_BYTES:
+        return read(path)
+    return _kept(read, path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)
+def _kept(read: Reader, path: Path, version: tuple[int, ...]) -> Catalogue:
+    return read(path)
+
+
+def count_clients(config: RunConfig) -> int:
+    """Number of clients to simulate: ``num-clients``, else all that the data yields.
+
+    Raises:
+        ConfigError: If more clients are asked for than there are, or fewer than the run needs.
+        DataError: If the data cannot be used.
+    """
+    from fedcompo.data.client_data import num_clients  # imports torch
+
+    available = num_clients(config.data)
+    if config.server.num_clients > available:
+        raise ConfigError(
+            f"`num-clients` asks for {config.server.num_clients} clients, "
+            f"but {config.data.data} yields {available}."
+        )
+    clients = config.server.num_clients or available
+    if clients < config.server.min_clients:
+        raise ConfigError(
+            f"The run needs {config.server.min_clients} clients (`min-clients`), "
+            f"but would get {clients} from {config.data.data}."
+        )
+    return clients

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fedcompo.deployment.environment import SHARED, exports
 from fedcompo.deployment.given_app import APP_DIGESTS, LIBRARY_DIGESTS
 from fedcompo.deployment.plan import Deployment
-from fedcompo.deployment.templates import fill
+from fedcompo.deployment.templates import SHARED, exports, fill
 
 CONFIG = """\
 # Settings of the client @{name}, read by ./start and by Docker: KEY=value, no spaces around the =;

@@ -2,6 +2,8 @@
 
 A folder is written beside its place and renamed when it is complete, so that what was interrupted
 leaves nothing that looks like a deployment.
+
+The key pair by which Flower's SuperLink knows a client: P-384, in OpenSSH's format.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcompo.deployment import given_app
 from fedcompo.deployment.client_scripts import client_scripts, registry_script
 from fedcompo.deployment.compose import client_compose, server_compose
-from fedcompo.deployment.node_keys import NodeKey
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.proxy import nginx_conf
 from fedcompo.deployment.readmes import client_readme, server_readme, top_readme
@@ -211,3 +216,29 @@ def _completed(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+@dataclass(frozen=True)
+class NodeKey:
+    """A key pair, both halves in OpenSSH's format."""
+
+    public: bytes
+    private: bytes = field(repr=False)
+
+    @classmethod
+    def create(cls, name: str) -> NodeKey:
+        """Make a new pair.
+
+        Args:
+            name: Whose it is; becomes the comment of the public key.
+        """
+        key = ec.generate_private_key(ec.SECP384R1())
+        public = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+        return cls(public + f" {name}\n".encode(), private)

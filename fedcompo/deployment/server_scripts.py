@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fedcompo.deployment.environment import SHARED, exports
 from fedcompo.deployment.plan import Deployment
-from fedcompo.deployment.templates import fill
+from fedcompo.deployment.templates import SHARED, exports, fill
 
 ENVIRONMENT = (
     """\

@@ -20,18 +20,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from fedcompo.config.setting import Scalar
-from fedcompo.engine.log import LineTail, last_error, read_from
+from fedcompo.engine.log import Event, EventTail, LineTail, last_error, note, read_from
 from fedcompo.engine.resources import Resources
+from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS
 from fedcompo.engine.superlink import Engine, started
 from fedcompo.errors import LaunchError
-from fedcompo.events import Event, EventTail, note
 from fedcompo.storage.files import PACKAGE
 
-LOG = "flower.log"
-EVENTS = "events.jsonl"
-RESULTS = "results.json"
-RUN = "run.json"
-"""How far a run has come; see :mod:`server.resume`."""
 TICK = 0.2
 FIRST_POLL, LONGEST_POLL, LAST_POLL = 5.0, 20.0, 1.0
 """Seconds between two questions to Flower, each of which costs a second of CPU: at first, in the
@@ -97,70 +92,6 @@ def find_app(package: Path | None = None) -> Path:
         "pyproject.toml with [tool.flwr.app.components]. Install fedcompo again, or run it from a "
         "complete checkout."
     )
-
-
-def reserve_output(wanted: Path) -> Path:
-    """Take a folder for a run, and for no other: ``wanted``, or ``wanted-2``, ``wanted-3``, ...
-
-    A folder that holds something is left alone. Two runs that ask at the same time get two folders:
-    the first to create the log in it has it.
-
-    Raises:
-        LaunchError: If no folder can be made there.
-    """
-    if not wanted.name:
-        raise LaunchError(f"The output {wanted} cannot be a run's own folder; name another.")
-    number = 1
-    while True:
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        number += 1
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not any(folder.iterdir()):
-                (folder / LOG).open("x").close()
-                return folder
-        except FileExistsError:
-            if folder == wanted and not folder.is_dir():
-                raise LaunchError(f"The output {folder} is a file; name a folder.") from None
-        except OSError as error:
-            raise LaunchError(
-                f"The output folder {folder} cannot be made: {error.strerror}. "
-                "Choose another with --output."
-            ) from error
-
-
-def begun_settings(output: Path) -> dict[str, Scalar]:
-    """Settings to go on with: those that an interrupted run was begun with.
-
-    Args:
-        output: The run's folder; absolute.
-
-    Raises:
-        LaunchError: If it holds no such run.
-    """
-    path = output / RUN
-    if (output / RESULTS).exists():
-        raise LaunchError(f"The run in {output} is finished: there is a {RESULTS}.")
-    try:
-        begun = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LaunchError(
-            f"{output} holds no run to go on with: {path.name} cannot be read "
-            f"({type(error).__name__}). Check the path, or start the run anew."
-        ) from error
-    return {**begun, "output": str(output), "resume": True}
-
-
-def reopen_output(output: Path) -> Path:
-    """Put the log and the events of an interrupted run aside; a resumed one writes its own."""
-    for path in (output / LOG, output / EVENTS):
-        number = 1
-        while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-            number += 1
-        if path.exists():
-            path.rename(aside)
-    (output / LOG).touch()
-    return output
 
 
 def _follow(

@@ -15,7 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fedcompo.events import Event
+from fedcompo.engine.log import Event
 from fedcompo.report.units import duration, size
 
 SERVER = "server"

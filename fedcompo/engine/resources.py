@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 
 CLIENTS_PER_GPU = 8
@@ -32,30 +31,6 @@ class Resources:
             "client-resources-num-gpus": self.gpus_per_client,
             "init-args-num-cpus": self.cpus,
         }
-
-
-def count_clients(config: RunConfig) -> int:
-    """Number of clients to simulate: ``num-clients``, else all that the data yields.
-
-    Raises:
-        ConfigError: If more clients are asked for than there are, or fewer than the run needs.
-        DataError: If the data cannot be used.
-    """
-    from fedcompo.data.client_data import num_clients  # imports torch
-
-    available = num_clients(config.data)
-    if config.server.num_clients > available:
-        raise ConfigError(
-            f"`num-clients` asks for {config.server.num_clients} clients, "
-            f"but {config.data.data} yields {available}."
-        )
-    clients = config.server.num_clients or available
-    if clients < config.server.min_clients:
-        raise ConfigError(
-            f"The run needs {config.server.min_clients} clients (`min-clients`), "
-            f"but would get {clients} from {config.data.data}."
-        )
-    return clients
 
 
 def fair_resources(

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
-from fedcompo.composition.models import head_of, stream_composition
+from fedcompo.composition.head import head_of
+from fedcompo.composition.models import stream_composition
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.method.contribution import Contribution
@@ -22,8 +24,7 @@ from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.admission import check_contribution
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
-from fedcompo.registry_layout import ABOUT
+from fedcompo.registry.state import ABOUT
 from fedcompo.storage.files import CONTENT
 from fedcompo.storage.tensorstream import StreamedTensors
 
@@ -34,7 +35,7 @@ class Selection:
 
     pool: Pool
     backbone: StoredBackbone
-    settings: RegistrySettings
+    settings: CompositionSettings
     head: Head
     coefficients: Mapping[str, float] | None = None
     """By client; None: the registry's own."""
@@ -117,7 +118,7 @@ def from_folders(
     pool = _chosen(Pool(tuple(members)), only, without, weights)
     first = pool.contributions[0]
     config = _run_config(first, checkpoint)
-    settings = _scaled(RegistrySettings.of(config), scale)
+    settings = _scaled(CompositionSettings.of(config), scale)
     backbone = load_backbone(config.backbone)
     base = first.task_vector.base
     if backbone.fingerprint != base:
@@ -182,7 +183,7 @@ def _chosen(
     return pool
 
 
-def _scaled(settings: RegistrySettings, scale: float | None) -> RegistrySettings:
+def _scaled(settings: CompositionSettings, scale: float | None) -> CompositionSettings:
     if scale is None:
         return settings
     if not 0 < scale < math.inf:

@@ -16,7 +16,6 @@ from torch import Tensor
 from fedcompo.config.choices import Wire
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.messages.wire import decode
-from fedcompo.method.heads import Head
 from fedcompo.storage import tensorfile
 
 PAYLOAD = "payload"
@@ -92,24 +91,3 @@ def size_of(content: RecordDict) -> int:
     """
     records = [record for record in content.values() if isinstance(record, ArrayRecord)]
     return sum(len(array.data) for record in records for array in record.values())
-
-
-def head_tensors(head: Head) -> dict[str, Tensor]:
-    """A head as tensors; its classes go into the manifest as ``classes``."""
-    return {"head/weight": head.weight, "head/bias": head.bias}
-
-
-def head_from(tensors: Mapping[str, Tensor], classes: list[str]) -> Head:
-    """Rebuild a head from :func:`head_tensors` and its classes."""
-    return Head(tuple(classes), tensors["head/weight"], tensors["head/bias"])
-
-
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put ``<prefix>/`` before every name."""
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def section(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the tensors that :func:`prefixed` named, under their own names."""
-    start = f"{prefix}/"
-    return {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}

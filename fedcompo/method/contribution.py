@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.fisher_file import load_fisher, open_fisher, save_fisher
 from fedcompo.method.features import FeatureMixture
-from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal, load_fisher, open_fisher, save_fisher
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile

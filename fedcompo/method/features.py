@@ -60,6 +60,10 @@ class FeatureMixture:
             )
 
 
+Mixtures = Mapping[str, FeatureMixture]
+"""Of one client, by class name."""
+
+
 def fit_mixtures(
     features: Tensor, labels: Tensor, classes: Iterable[str], *, components: int, seed: int
 ) -> dict[str, FeatureMixture]:

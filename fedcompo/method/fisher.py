@@ -4,7 +4,7 @@ r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters to wha
    \qquad p = \mathrm{softmax}(W f(x; \theta) + b)
 
 With :math:`A(x)^\top A(x)` the softmax curvature as the features see it
-(:mod:`fedcompo.curvature`), one example's Fisher is :math:`J^\top A^\top A\,J` with
+(:mod:`fedcompo.training.fisher_estimate`), one example's Fisher is :math:`J^\top A^\top A\,J` with
 :math:`J = \partial f/\partial\theta`. Any vectors :math:`v_k` with
 :math:`\sum_k v_k v_k^\top = A^\top A` give its diagonal, :math:`\sum_k (J^\top v_k)^2`, by one
 backward pass each, all examples of a batch at once:
@@ -16,28 +16,24 @@ backward pass each, all examples of a batch at once:
 
 Source: Porrello et al., ICLR 2025 (arXiv 2405.16350); Martens, *New Insights and Perspectives on
 the Natural Gradient Method*, JMLR 2020, for the factorisation.
+
+A Fisher sum on disk: whose it is, at which weights, and which class each head row belongs to.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedcompo.config.choices import FisherKind
-from fedcompo.curvature import curvature_factors, leading_rank
-from fedcompo.errors import ContributionError
+from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.method.deltas import Weights
-from fedcompo.method.heads import Head
-from fedcompo.training.per_example import (
-    evaluation_mode,
-    recorded,
-    require_recorded,
-    squared_gradients,
-)
+from fedcompo.storage import tensorfile
+from fedcompo.storage.tensorstream import StreamedTensors
 
 HEAD = ("head.weight", "head.bias")
 """Names of the head's entries; their rows belong to classes."""
@@ -161,148 +157,81 @@ class FisherDiagonal:
             )
 
 
-@dataclass(frozen=True)
-class FisherReport:
-    """What an estimate cost and what it left out."""
-
-    passes: int = 0
-    """Backward passes, over all batches."""
-    batches: int = 0
-    trace: float = 0.0
-    """Sum of all entries of the estimate."""
-    discarded_mass: float = 0.0
-    """Share of the softmax curvature, seen through the head, that was left out."""
-    error_bound: float | None = 0.0
-    """Upper limit of the trace that was left out, as a sum: three standard errors above the
-    estimate of one pass with random signs. None where nothing is left out on purpose (Monte Carlo).
-    """
-
-
-def estimate_fisher(
-    model: nn.Module,
-    head: Head,
-    batches: Iterable[Tensor],
-    names: Iterable[str],
-    *,
-    kind: FisherKind = FisherKind.LEADING,
-    tolerance: float = 0.01,
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-) -> tuple[FisherDiagonal, FisherReport]:
-    """Estimate the Fisher diagonal of some weights of a model, and of its head.
+def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
+    """Write a Fisher sum (float32) to one file.
 
     Args:
-        model: Maps images to features, (batch, features); used in evaluation mode.
-        head: Turns features into logits.
-        batches: Normalised images, (batch, channels, height, width), on the model's device; neither
-            shuffled nor augmented, so that the same data gives the same Fisher.
-        names: Weights of linear layers, as ``named_parameters`` calls them.
-        kind: exact, leading or Monte Carlo.
-        tolerance: leading: share of the curvature that may be left out, batch by batch.
-        samples: Monte Carlo: labels drawn an example.
-        generator: Source of labels and signs, on the CPU.
+        path: Where to.
+        fisher: The sum.
+        client: Whose examples it sums over.
+        base: Fingerprint of the pre-trained weights it was estimated at.
 
     Returns:
-        The *sum* over examples (keys: ``names``, ``head.weight``, ``head.bias``), and a report.
+        SHA-256 of its tensors.
     """
-    names = sorted(names)
-    generator = generator or torch.Generator().manual_seed(0)
-    parameters = dict(model.named_parameters())
-    sums = {n: torch.zeros_like(parameters[n], dtype=torch.float64) for n in names}
-    weight = head.weight.to(next(model.parameters()).device)
-    head_sums = (
-        torch.zeros_like(weight, dtype=torch.float64),
-        torch.zeros_like(weight[:, 0], dtype=torch.float64),
-    )
-    count, bound, report = 0, 0.0, FisherReport()
-    with evaluation_mode(model), recorded(model, names) as record:
-        for images in batches:
-            features = model(images)
-            require_recorded(record, names)
-            logits = head(features.detach())
-            _add_head_fisher(head_sums, features.detach(), logits)
-            kept, rest, share = (
-                _cotangents(logits, weight, kind, tolerance, samples, generator)
-                if names  # of the head alone, it takes no backward pass
-                else ([], None, 0.0)
-            )
-            for cotangent in kept:
-                _add_squares(sums, record, features, cotangent)
-            missing = _residual(record, features, rest, generator)
-            bound += 0.0 if missing is None else _upper(missing)
-            report = replace(
-                report,
-                passes=report.passes + len(kept) + (missing is not None),
-                batches=report.batches + 1,
-                discarded_mass=report.discarded_mass + share * len(images),
-            )
-            count += len(images)
-            record.clear()
-    trace = float(sum(total.sum() for total in sums.values()))
-    report = replace(
-        report,
-        trace=trace,
-        discarded_mass=report.discarded_mass / max(1, count),
-        error_bound=None if kind is FisherKind.MONTE_CARLO else bound,
-    )
-    everything = {**sums, **dict(zip(HEAD, head_sums, strict=True))}
-    return FisherDiagonal(everything, count, head.classes), report
+    sums = {name: total.float() for name, total in fisher.sums.items()}
+    manifest = {
+        "content": "fisher",
+        "client": client,
+        "base": base,
+        "classes": list(fisher.classes),
+        "num_examples": fisher.num_examples,
+    }
+    tensorfile.save(path, sums, manifest)
+    return tensorfile.tensor_digest(sums)
 
 
-def _cotangents(
-    logits: Tensor,
-    head_weight: Tensor,
-    kind: FisherKind,
-    tolerance: float,
-    samples: int,
-    generator: torch.Generator,
-) -> tuple[list[Tensor], Tensor | None, float]:
-    """Return the cotangents to use, each (batch, features), those left out, and their share."""
-    if kind is FisherKind.MONTE_CARLO:
-        p = logits.double().softmax(-1)
-        drawn = torch.multinomial(p.cpu(), samples, replacement=True, generator=generator)
-        onehot = nn.functional.one_hot(drawn.T, p.shape[-1]).to(p)  # (samples, batch, classes)
-        return list((onehot - p) @ head_weight.double() / math.sqrt(samples)), None, 0.0
-    cotangents, mass = curvature_factors(logits, head_weight)
-    rank = leading_rank(mass, tolerance if kind is FisherKind.LEADING else 0.0)
-    total = float(mass.sum())
-    share = float(mass[:, rank:].sum()) / total if total > 0 else 0.0
-    rest = cotangents[:, rank:] if kind is FisherKind.LEADING and share > 1e-12 else None
-    return list(cotangents[:, :rank].unbind(1)), rest, share
+def load_fisher(path: Path, *, client: str, base: str) -> FisherDiagonal:
+    """Read what :func:`save_fisher` wrote.
+
+    Args:
+        path: The file.
+        client: Whose it must be.
+        base: Fingerprint of the pre-trained weights it must belong to.
+
+    Raises:
+        FileFormatError: If it is truncated, altered, incomplete, or not this client's.
+        BackboneMismatch: If it was estimated at other pre-trained weights.
+    """
+    sums, manifest = tensorfile.load(path)
+    return _checked(sums, manifest, path, client, base)
 
 
-def _add_head_fisher(head_sums: tuple[Tensor, Tensor], features: Tensor, logits: Tensor) -> None:
-    """The head is linear: its Fisher diagonal is p(1 - p) times the squared features."""
-    p = logits.double().softmax(-1)
-    variance = p * (1 - p)
-    head_sums[0].add_(variance.T @ features.double().square())
-    head_sums[1].add_(variance.sum(0))
+def open_fisher(
+    path: Path, *, client: str, base: str, guard: Callable[[], None] = lambda: None
+) -> FisherDiagonal:
+    """Like :func:`load_fisher`, but tensors are read when asked for, and not held to a digest.
+
+    Args:
+        path: The file.
+        client: Whose it must be.
+        base: Fingerprint of the pre-trained weights it must belong to.
+        guard: Called before a tensor is read; raises if the file is not to be trusted.
+    """
+    sums = StreamedTensors(path, guard=guard)
+    return _checked(sums, sums.manifest, path, client, base)
 
 
-def _add_squares(
-    sums: Weights, record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
-) -> None:
-    for name, _, squares in squared_gradients(record, features, cotangent):
-        sums[name].add_(squares.sum(0))
-
-
-def _residual(
-    record: Mapping[str, tuple[Tensor, Tensor]],
-    features: Tensor,
-    rest: Tensor | None,
-    generator: torch.Generator,
-) -> Tensor | None:
-    """Unbiased estimate, (batch,), of each example's trace along the cotangents left out."""
-    if rest is None:
-        return None
-    signs = torch.randint(0, 2, rest.shape[:2], generator=generator).to(rest) * 2 - 1
-    cotangent = (signs.unsqueeze(-1) * rest).sum(1)
-    missing = rest.new_zeros(len(rest))
-    for _, part, squares in squared_gradients(record, features, cotangent):
-        missing[part] += squares.sum((1, 2))
-    return missing
-
-
-def _upper(missing: Tensor) -> float:
-    """Three standard errors above the sum; each example's estimate has variance ≤ 2·mean²."""
-    return float(missing.sum() + 3 * math.sqrt(2) * missing.square().sum().sqrt())
+def _checked(
+    sums: Mapping[str, Tensor], manifest: Mapping[str, Any], path: Path, client: str, base: str
+) -> FisherDiagonal:
+    if manifest.get("content") != "fisher":
+        raise FileFormatError(f"{path} holds a {manifest.get('content')!r}, expected a 'fisher'.")
+    if missing := sorted({"client", "base", "classes", "num_examples"} - manifest.keys()):
+        raise FileFormatError(
+            f"The manifest of {path} has no {missing[0]!r}. It was written by another version of "
+            "fedcompo; estimate this Fisher again."
+        )
+    if manifest["client"] != client:
+        raise FileFormatError(
+            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
+        )
+    if manifest["base"] != base:
+        raise BackboneMismatch(
+            f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
+            "Use the same `backbone` and `checkpoint`, or estimate it again."
+        )
+    try:
+        return FisherDiagonal(sums, int(manifest["num_examples"]), tuple(manifest["classes"]))
+    except (ContributionError, ValueError, TypeError) as error:
+        raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error

@@ -154,3 +154,13 @@ def side_by_side(heads: Iterable[tuple[Head, Mapping[str, int]]], classes: Itera
         weights.append(sum(head.weight[0].double() * (count / total) for head, count in owners))
         biases.append(sum(head.bias[0].double() * (count / total) for head, count in owners))
     return Head(classes, torch.stack(weights).float(), torch.stack(biases).float())  # type: ignore[arg-type]
+
+
+def head_tensors(head: Head) -> dict[str, Tensor]:
+    """A head as tensors; its classes go into the manifest as ``classes``."""
+    return {"head/weight": head.weight, "head/bias": head.bias}
+
+
+def head_from(tensors: Mapping[str, Tensor], classes: list[str]) -> Head:
+    """Rebuild a head from :func:`head_tensors` and its classes."""
+    return Head(tuple(classes), tensors["head/weight"], tensors["head/bias"])

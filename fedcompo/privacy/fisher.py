@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fedcompo.config.choices import FisherForm
-from fedcompo.curvature import curvature_factors
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import HEAD
 from fedcompo.method.heads import Head
 from fedcompo.privacy.factored import COLUMNS, ROWS
 from fedcompo.privacy.noise import Entropy, clip_factors, noised
+from fedcompo.training.fisher_estimate import curvature_factors
 from fedcompo.training.per_example import (
     evaluation_mode,
     recorded,

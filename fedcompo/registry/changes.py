@@ -11,18 +11,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcompo.composition.version import Mixtures
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.features import Mixtures
 from fedcompo.method.pool import require_known, require_unmixed
-from fedcompo.registry import journal, transaction
+from fedcompo.registry import journal
 from fedcompo.registry.draft import Draft, OnStep, drafted
 from fedcompo.registry.removal import Influence, RemovalRecord, influence
-from fedcompo.registry.state import Member, State
-from fedcompo.registry_layout import PRIVATE
-from fedcompo.storage.files import tuples
+from fedcompo.registry.state import PRIVATE, Member, State
+from fedcompo.runtime import version
+from fedcompo.storage.files import tuples, write_synced
 from fedcompo.storage.tensorstream import file_sha256
-from fedcompo.versions import version
 
 if TYPE_CHECKING:
     from fedcompo.registry.registry import Registry
@@ -112,7 +111,7 @@ def remove(
         ).signed(registry.path / PRIVATE)
         name = f"{REMOVALS}/{draft.next_sequence:06d}-{client}.json"
         (draft.new / REMOVALS).mkdir()
-        transaction.write_synced(draft.new / name, record.text.encode())
+        write_synced(draft.new / name, record.text.encode())
         draft.moves.append(name)
         details = {
             **_essence(member),

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedcompo.composition.head import joint_head
 from fedcompo.composition.version import (
     REALIGNED,
     SUM,
-    Mixtures,
     Recipe,
     RoundedDifferently,
     Term,
-    joint_head,
     save_realigned,
     write_version,
 )
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution, mixture_tensors
+from fedcompo.method.features import Mixtures
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedcompo.composition import version as composition
+from fedcompo.composition.head import joint_head
 from fedcompo.composition.version import SUM, Term
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry.changes import foreseen_influence
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.state import PUBLIC, as_told, line_of, members_after, root_of
 from fedcompo.registry.verification import Finding, all_but_folders, signature_finding
-from fedcompo.registry_layout import PUBLIC
-from fedcompo.replay import as_told, line_of, members_after, root_of
 from fedcompo.storage.files import WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
@@ -172,7 +172,7 @@ def _compose_survivors(folder: Path, record: RemovalRecord, registry: Registry) 
     settings = registry.settings
     survivors = [registry.contribution(client) for client in record.survivors]
     times = {c.client: settings.times(c.num_examples) for c in survivors}
-    head = composition.joint_head(
+    head = joint_head(
         {c.client: c.features for c in survivors},
         samples=settings.align_samples,
         ridge=settings.ridge,

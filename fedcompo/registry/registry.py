@@ -27,17 +27,18 @@ from torch import Tensor, nn
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition import models as specialise
-from fedcompo.composition.version import REALIGNED, SUM, Mixtures
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.composition.version import REALIGNED, SUM
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.features import Mixtures
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool, require_known
 from fedcompo.registry import changes as registry_changes
 from fedcompo.registry import journal
 from fedcompo.registry.removal import Influence, RemovalRecord
-from fedcompo.registry.state import Member, RegistrySettings, State
+from fedcompo.registry.state import ABOUT, Member, State, read_about, write_new
 from fedcompo.registry.transaction import JOURNAL, STATE, recover_if_idle
-from fedcompo.registry_layout import ABOUT, read_about, write_new
 from fedcompo.storage.files import BACKBONE, CARD, WEIGHTS, put_in_place
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
@@ -81,7 +82,7 @@ class Registry:
 
     @classmethod
     def create(
-        cls, path: Path | str, backbone: Backbone, settings: RegistrySettings | None = None
+        cls, path: Path | str, backbone: Backbone, settings: CompositionSettings | None = None
     ) -> Registry:
         """Make a registry for contributions to one backbone.
 
@@ -91,7 +92,7 @@ class Registry:
             RegistryError: If something is at ``path`` already.
         """
         path = Path(path)
-        settings = settings or RegistrySettings()
+        settings = settings or CompositionSettings()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise RegistryError(f"{path} holds something already; name a new folder.")
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -118,7 +119,7 @@ class Registry:
         return tuple(self.state.members)
 
     @property
-    def settings(self) -> RegistrySettings:
+    def settings(self) -> CompositionSettings:
         """How it composes."""
         return self.state.settings
 

@@ -3,60 +3,36 @@
 The *root* is the SHA-256 over what the registry consists of: its settings, its members' files, the
 composition. It knows no time, no folder and no order of arrival: two registries of the same members
 have the same root.
+
+Beside it stand the files that never change: what the registry is, its pre-trained weights, its
+keys. And what it held at any moment, the lines of its journal tell.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.stored import save_backbone
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients
-from fedcompo.config.run import RunConfig
 from fedcompo.errors import RegistryDamaged
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.pool import are_tangents
-from fedcompo.registry.transaction import require_inside
-from fedcompo.storage.files import canonical, tuples
+from fedcompo.registry import journal, signing
+from fedcompo.registry.journal import Entry
+from fedcompo.registry.transaction import JOURNAL, STATE, require_inside
+from fedcompo.runtime import version
+from fedcompo.storage.files import BACKBONE, canonical, tuples, write_atomically
+from fedcompo.storage.tensorstream import file_sha256
 
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class RegistrySettings:
-    """How a registry composes; fixed when it is made."""
-
-    coefficients: Coefficients = Coefficients.UNIFORM
-    """How much of each task vector enters."""
-    scale: float = 1.0
-    """Factor on the weighted mean of the task vectors."""
-    align_samples: int = 256
-    """Features a class drawn to align the joint head."""
-    ridge: float = 0.001
-    """Pull of the joint head's fit to zero."""
-    seed: int = 0
-    """Seed of the draws."""
-    keep_versions: bool = False
-    """Keep earlier compositions when a new one takes their place."""
-
-    @classmethod
-    def of(cls, config: RunConfig) -> RegistrySettings:
-        """Take them from the settings of a run."""
-        return cls(
-            coefficients=config.compose.coefficients,
-            scale=config.compose.scale,
-            align_samples=config.head.align_samples,
-            ridge=config.head.ridge,
-            seed=config.seed,
-            keep_versions=config.registry.keep_versions,
-        )
-
-    def times(self, num_examples: int) -> int:
-        """How often a client counts in the sum: once, or once an example."""
-        return num_examples if self.coefficients is Coefficients.EXAMPLES else 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +97,7 @@ class State:
     """SHA-256 of that line."""
     base: str
     """Fingerprint of the pre-trained weights."""
-    settings: RegistrySettings
+    settings: CompositionSettings
     fixed: Mapping[str, str]
     """SHA-256 of the files that never change."""
     members: Mapping[str, Member] = field(default_factory=dict)
@@ -208,10 +184,95 @@ class State:
         return state
 
 
-def settings_from(values: Mapping[str, Any]) -> RegistrySettings:
+def settings_from(values: Mapping[str, Any]) -> CompositionSettings:
     """Rebuild settings from JSON; raises ``ValueError`` or ``TypeError``."""
-    return RegistrySettings(**{**values, "coefficients": Coefficients(values["coefficients"])})
+    return CompositionSettings(**{**values, "coefficients": Coefficients(values["coefficients"])})
 
 
-def _member(values: dict[str, Any]) -> Member:
+def _member(values: Mapping[str, Any]) -> Member:
     return Member(**{**tuples(values), "lineage": Lineage(**tuples(values["lineage"]))})
+
+
+ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
+
+
+def write_new(folder: Path, backbone: Backbone, settings: CompositionSettings) -> None:
+    """Write what a registry of nobody holds."""
+    save_backbone(folder / BACKBONE, backbone)
+    about = {
+        "content": "registry",
+        "format_version": FORMAT_VERSION,
+        "fedcompo_version": version("fedcompo"),
+        "identity": uuid.uuid4().hex,
+        "created": journal.utc_now(),
+        "base": backbone.fingerprint,
+        "settings": asdict(settings),
+    }
+    write_atomically(folder / ABOUT, f"{json.dumps(about, indent=2)}\n".encode())
+    signing.create_key(folder / PRIVATE, folder / PUBLIC)
+    fixed = {name: file_sha256(folder / name) for name in (ABOUT, BACKBONE, PUBLIC)}
+    details = {"identity": about["identity"], "base": backbone.fingerprint, "fixed": fixed}
+    (entry,) = journal.follow(None, [("created", details)])
+    write_atomically(folder / JOURNAL, f"{entry.line}\n".encode())
+    state = State(entry.sequence, entry.sha256, backbone.fingerprint, settings, fixed)
+    write_atomically(folder / STATE, state.text.encode())
+
+
+def read_about(path: Path, state: State) -> tuple[str, str]:
+    """Identity and time of creation."""
+    if file_sha256(path) != state.fixed.get(ABOUT):
+        raise RegistryDamaged(
+            f"{path} was altered, or what {STATE} says of it. Restore the registry from a copy."
+        )
+    about = json.loads(path.read_text(encoding="utf-8"))
+    return about["identity"], about["created"]
+
+
+Told = Mapping[str, Mapping[str, Any]]
+"""Members by client, each as its line of the journal describes it."""
+
+
+def members_after(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
+    """Members as the journal's lines leave them, by client."""
+    members: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.event == "added":
+            members |= {member["client"]: member for member in entry.details["clients"]}
+        elif entry.event == "removed":
+            members.pop(entry.details["client"], None)
+        for client, sha256 in entry.details.get("rounded", {}).items():
+            members[client] = {**members[client], "rounded_sha256": sha256}
+    return members
+
+
+def root_of(state: State, members: Told, files: Mapping[str, str]) -> str:
+    """Root that the registry has with these members.
+
+    Args:
+        state: Says backbone and settings, which never change.
+        members: Who is there.
+        files: SHA-256 of the composition's files, by name.
+    """
+    known = {
+        client: _member({**values, "folder": ""}) for client, values in sorted(members.items())
+    }
+    return replace(state, members=known, files=dict(files)).root
+
+
+def line_of(folder: str) -> int:
+    """Number of the journal's line that a composition came with, by its folder; 0: not told."""
+    number = folder.rpartition("/")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def end_of_change(entries: Sequence[Entry], line: int) -> Entry | None:
+    """Last line of the change whose first is this one, counted from 1; None: there is no such."""
+    after = entries[line - 1 :] if line > 0 else ()
+    return next((entry for entry in after if "root_after" in entry.details), None)
+
+
+def as_told(values: object) -> object:
+    """Values as they look once they have been JSON: tuples are lists."""
+    if isinstance(values, Mapping):
+        return {key: as_told(value) for key, value in values.items()}
+    return [as_told(value) for value in values] if isinstance(values, list | tuple) else values

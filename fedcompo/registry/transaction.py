@@ -29,7 +29,7 @@ from pathlib import Path
 
 from fedcompo.errors import RegistryDamaged, RegistryLocked
 from fedcompo.registry.journal import utc_now
-from fedcompo.storage.files import tuples
+from fedcompo.storage.files import sync_folder, tuples, write_synced
 
 LOCK, PENDING, COMMIT = "lock", "pending", "commit.json"
 STATE, JOURNAL, MODEL = "state.json", "journal.jsonl", "model"
@@ -130,7 +130,7 @@ def commit(root: Path, change: Change, state: str) -> None:
     write_synced(pending / STATE, state.encode())
     write_synced(pending / "commit", json.dumps(asdict(change)).encode())
     (pending / "commit").rename(pending / COMMIT)
-    _sync_folder(pending)
+    sync_folder(pending)
     _apply(root, change)
 
 
@@ -175,21 +175,21 @@ def _apply(root: Path, change: Change) -> None:
     pending = root / PENDING
     for path in change.moves:
         (root / path).parent.mkdir(exist_ok=True)
-    _sync_folder(root)  # a power cut must take neither pending/ nor a folder that is moved into
+    sync_folder(root)  # a power cut must take neither pending/ nor a folder that is moved into
     for path in change.moves:
         if (pending / "new" / path).exists():
             (pending / "new" / path).rename(root / path)
-            _sync_folder((root / path).parent)
+            sync_folder((root / path).parent)
     if (pending / STATE).exists():  # else readers go by the new state already, and its journal
         _grow_journal(root / JOURNAL, change)
         (pending / STATE).replace(root / STATE)
-        _sync_folder(root)
+        sync_folder(root)
     _point_model(root, change.model)
     for path in change.deletions:
         delete(root / path)
-        _sync_folder((root / path).parent)  # or it could be back after a power cut
+        sync_folder((root / path).parent)  # or it could be back after a power cut
     shutil.rmtree(pending)
-    _sync_folder(root)
+    sync_folder(root)
 
 
 def _grow_journal(path: Path, change: Change) -> None:
@@ -246,26 +246,10 @@ def _user() -> str:
         return f"user {os.getuid()}"
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a staged file, to disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync_tree(folder: Path) -> None:
     """Sync every folder below; their files were synced when they were written."""
     for path, _, _ in os.walk(folder):
-        _sync_folder(Path(path))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(Path(path))
 
 
 def size_of(path: Path) -> int:

@@ -15,17 +15,25 @@ from typing import Any
 import torch
 
 from fedcompo.composition import fixed_point
-from fedcompo.composition.version import REALIGNED, joint_head, load_realigned
+from fedcompo.composition.head import joint_head
+from fedcompo.composition.version import REALIGNED, load_realigned
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.heads import Head
 from fedcompo.registry import journal, signing
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
-from fedcompo.registry.state import State
+from fedcompo.registry.state import (
+    PRIVATE,
+    PUBLIC,
+    State,
+    as_told,
+    end_of_change,
+    line_of,
+    members_after,
+    root_of,
+)
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
-from fedcompo.registry_layout import PRIVATE, PUBLIC
-from fedcompo.replay import as_told, end_of_change, line_of, members_after, root_of
 from fedcompo.storage.tensorstream import file_sha256
 
 CLOSE = 1e-4

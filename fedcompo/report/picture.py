@@ -119,3 +119,22 @@ def _matrix(results: Results, cosines: list[list[float]], left: int, cell: int) 
 def _text(x: float, y: float, text: str, *, bold: bool = False) -> str:
     weight = ' font-weight="600"' if bold else ""
     return f'<text x="{x:.1f}" y="{y:.1f}"{weight}>{escape(text)}</text>'
+
+
+def document(width: float, height: float, parts: Sequence[str]) -> str:
+    """Return a whole SVG."""
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            'font-family="system-ui, sans-serif" font-size="13" fill="#1f2933">',
+            f'<rect width="{width}" height="{height}" fill="white"/>',
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+def text(x: float, y: float, words: str, *, bold: bool = False, anchor: str = "start") -> str:
+    """Return an SVG text."""
+    weight = ' font-weight="600"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(words)}</text>'

@@ -2,6 +2,33 @@
 
 Nothing that a message says counts. A certificate that expires while its connection lasts is
 refused from then on.
+
+Who may do what.
+
+================  ==============================  ========
+call              a client                        operator
+================  ==============================  ========
+List, Verify      yes                             yes
+health            yes                             yes
+reflection        yes                             yes
+Publish           its own                         its own
+Fetch             its own                         any
+Compose           as the :class:`Audience` says   yes
+Remove            its own                         any
+================  ==============================  ========
+
+"Its own" is the contribution that bears the name in the certificate. Nobody publishes in another's
+name, operators neither: what comes by mail they add at the registry itself.
+
+A model of one client alone is θ₀ plus that client's task vector, with a head fitted to its
+statistics, and of two models of many the difference can be taken: whoever composes freely can work
+out the task vectors, though Fisher, statistics and own head of a client are never sent. Where
+members shall not see that of each other, let operators alone compose.
+
+Certificates that count no more before they expire: a key was lost, or its holder shall go.
+
+They stand in a file of the operator's, which is read again whenever it has changed, so that nobody
+need restart the service to lock a thief out.
 """
 
 from __future__ import annotations
@@ -9,17 +36,23 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
+import re
+import threading
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.names import check_client_name
 from fedcompo.service.certificates import CLIENT, OPERATOR
-from fedcompo.service.refusals import Code, Refused
+from fedcompo.service.refusals import LOGGER, Code, Refused
 
 if TYPE_CHECKING:
     import grpc
@@ -89,3 +122,130 @@ def _read(pem: bytes) -> tuple[Peer, datetime.datetime, datetime.datetime]:
 
 def _values(certificate: x509.Certificate, kind: x509.ObjectIdentifier) -> list[str]:
     return [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(kind)]
+
+
+class Audience(StrEnum):
+    """Who may compose."""
+
+    MEMBERS = "members"
+    """Clients that are in the registry now, and operators."""
+    EVERYONE = "everyone"
+    """Whoever has a certificate of the authority."""
+    OPERATORS = "operators"
+
+
+def require_owner(peer: Peer, client: str, what: str) -> None:
+    """Raise ``Refused`` unless the contribution is the caller's own, or an operator calls."""
+    if peer.name != client and not peer.operator:
+        raise Refused(
+            Code.PERMISSION_DENIED,
+            f"{peer.name} may {what} its own contribution alone, not that of {client!r}. "
+            "Ask an operator.",
+        )
+
+
+def require_named(peer: Peer, client: object) -> None:
+    """Raise ``Refused`` unless a contribution that is handed in bears the caller's name."""
+    if client != peer.name:
+        raise Refused(
+            Code.PERMISSION_DENIED,
+            f"The contribution is of client {str(client)[:80]!r}, but the certificate is of "
+            f"{peer.name!r}. Everyone publishes in its own name.",
+        )
+
+
+def require_audience(peer: Peer, audience: Audience, members: Iterable[str]) -> None:
+    """Raise ``Refused`` unless the caller may compose."""
+    allowed = peer.operator or audience is Audience.EVERYONE
+    if allowed or (audience is Audience.MEMBERS and peer.name in members):
+        return
+    whom = "clients that are in it" if audience is Audience.MEMBERS else "operators"
+    raise Refused(
+        Code.PERMISSION_DENIED,
+        f"Of this registry {whom} may compose models; {peer.name} is none of them.",
+    )
+
+
+FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
+"""SHA-256 of a certificate, as it stands in the journal; colons are left out before."""
+
+
+SETTLED = 1.0
+"""Seconds without a change after which a list counts as complete: writing it takes a moment."""
+
+
+class Revoked:
+    """The SHA-256 of certificates that are refused; one a line, and ``#`` begins a comment.
+
+    What ``openssl x509 -noout -fingerprint -sha256`` prints may stand there as it is.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        """Read the list; without a file, nobody is on it.
+
+        Raises:
+            ConfigError: If it cannot be read, or holds what is no SHA-256.
+        """
+        self._file, self._lock = file, threading.Lock()
+        self._seen = _stamp(file)
+        self._fingerprints, faults = (frozenset[str](), ()) if file is None else _read_list(file)
+        self._told: tuple[str, ...] = ()
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+    def require_valid(self, peer: Peer) -> None:
+        """Raise ``Refused`` if a caller's certificate is on the list as it is now."""
+        if peer.fingerprint in self._current():
+            raise Refused(
+                Code.UNAUTHENTICATED,
+                f"This certificate of {peer.name} was revoked. Ask the authority for a new one.",
+            )
+
+    def _current(self) -> frozenset[str]:
+        """The list, read again if its file has changed.
+
+        Nobody is let in again while something is wrong with it, or while it may still be written.
+        """
+        with self._lock:
+            if self._file is not None and (stamp := _stamp(self._file)) != self._seen:
+                found, faults = _read_list(self._file)
+                settled = stamp is not None and not 0 <= time.time() - stamp[0] / 1e9 < SETTLED
+                if faults or not settled:
+                    found |= self._fingerprints
+                self._fingerprints = found
+                if settled and not faults:
+                    self._seen = stamp
+                if faults and faults != self._told:
+                    for fault in faults:
+                        LOGGER.error("The last revoked certificates stay revoked: %s", fault)
+                self._told = faults
+            return self._fingerprints
+
+
+def _stamp(file: Path | None) -> tuple[int, ...] | None:
+    """What changes with a file's content, or with who may read it."""
+    try:
+        status = file.stat() if file is not None else None
+    except OSError:
+        return None
+    return status and (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+
+
+def _read_list(file: Path) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Fingerprints of a list, and what is wrong with it."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return frozenset(), (f"The revoked certificates cannot be read from {file}: {error}",)
+    found, faults = [], []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].rpartition("=")[2].strip().replace(":", "").lower()
+        if FINGERPRINT.fullmatch(text):
+            found.append(text)
+        elif text:
+            faults.append(
+                f"{file}, line {number}: {line.strip()!r} is no SHA-256 of a certificate; expected "
+                "64 hexadecimal digits, as in the journal, or what `openssl x509 -noout "
+                "-fingerprint -sha256 -in NAME.crt` prints."
+            )
+    return frozenset(found), tuple(faults)

@@ -21,10 +21,9 @@ from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.report.units import size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
-from fedcompo.service.receiving import received
 from fedcompo.service.registry_pb2_grpc import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
-from fedcompo.service.transfer import FileEntry, Part, outgoing
+from fedcompo.service.transfer import FileEntry, Part, outgoing, received
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
 
 if TYPE_CHECKING:

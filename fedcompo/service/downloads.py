@@ -24,10 +24,9 @@ from fedcompo.method.pool import require_known
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import Member
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.service.access import peer_of
+from fedcompo.service.access import Audience, peer_of, require_audience, require_owner
 from fedcompo.service.gate import time_left
 from fedcompo.service.limits import Limits, Places
-from fedcompo.service.permissions import Audience, require_audience, require_owner
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import FileEntry, identity, outgoing
 

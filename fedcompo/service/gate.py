@@ -16,10 +16,9 @@ from typing import Any
 import grpc
 
 from fedcompo.errors import FedcompoError
-from fedcompo.service.access import peer_of
+from fedcompo.service.access import Revoked, peer_of
 from fedcompo.service.limits import Limits, Turns
 from fedcompo.service.refusals import LOGGER, Code, Refused, answer_to, log_call
-from fedcompo.service.revocation import Revoked
 
 Behaviour = Callable[[Any, grpc.ServicerContext], Any]
 

@@ -13,18 +13,16 @@ import grpc
 from fedcompo.errors import ContributionError, RegistryError
 from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import State
+from fedcompo.registry.state import PUBLIC, State
 from fedcompo.registry.transaction import STATE
 from fedcompo.registry.verification import Finding, verify_registry
-from fedcompo.registry_layout import PUBLIC
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.service.access import peer_of
+from fedcompo.service.access import peer_of, require_owner
 from fedcompo.service.downloads import require_members
 from fedcompo.service.gate import time_left
 from fedcompo.service.limits import Limits, Places
-from fedcompo.service.permissions import require_owner
+from fedcompo.service.publishing import Uploads
 from fedcompo.service.refusals import Code, Refused, outward
-from fedcompo.service.uploads import Uploads
 
 LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""

@@ -24,15 +24,13 @@ from grpc_reflection.v1alpha import reflection
 from fedcompo.errors import ServiceError
 from fedcompo.registry.registry import Registry
 from fedcompo.service import registry_pb2, registry_pb2_grpc
+from fedcompo.service.access import Audience, Revoked
 from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.gate import Gate
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.members import Answers
-from fedcompo.service.permissions import Audience
-from fedcompo.service.publishing import Publishing
-from fedcompo.service.revocation import Revoked
-from fedcompo.service.uploads import Uploads
+from fedcompo.service.publishing import Publishing, Uploads
 
 NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 KEEPALIVE_SECONDS = 30

@@ -61,3 +61,20 @@ def canonical(value: Any) -> str:
 def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON knows lists only: turn those among the values back into tuples."""
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a staged file, to disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
+from fedcompo.runtime import version
 from fedcompo.storage.files import canonical, write_atomically
-from fedcompo.versions import version
 
 FORMAT_VERSION = 1
 
@@ -155,3 +155,14 @@ def _check(tensors: Mapping[str, Tensor], manifest: dict[str, Any], text: str, s
             f"The tensors of {source} have SHA-256 {actual[:16]}…, the manifest says "
             f"{manifest['tensors_sha256'][:16]}…: they were altered. Get the file again."
         )
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put ``<prefix>/`` before every name."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def section(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Select the tensors that :func:`prefixed` named, under their own names."""
+    start = f"{prefix}/"
+    return {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}

@@ -4,7 +4,7 @@ r"""Whose Fisher diagonal anchors whom.
   2025, arXiv 2405.16350), or of all, as IEL has it. What a client learns then depends on who else
   is there.
 - *own*: the mean over its own examples: it keeps what of the backbone its own task rests on.
-- *reference*: the mean over examples of no client; see :mod:`fedcompo.reference`.
+- *reference*: the mean over examples of no client; see :mod:`fedcompo.training.probing`.
 """
 
 from __future__ import annotations

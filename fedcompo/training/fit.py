@@ -20,12 +20,11 @@ from fedcompo.config.choices import Kind, Precision
 from fedcompo.config.run import TrainConfig
 from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError
-from fedcompo.head_training import HeadTraining
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training.augmentation import augment
-from fedcompo.training.penalty import Anchor, Ensemble, Holding
+from fedcompo.training.penalty import Anchor, Ensemble, HeadTraining, Holding
 
 LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step sizes of kinds that were given none: the fewer parameters, the larger."""

@@ -2,6 +2,8 @@ r"""How a penalty acts while a task vector is trained.
 
 ITA and IEL differ in what holds :math:`\tau`: the pre-trained weights alone, or also the others
 that it is added up with. :mod:`fedcompo.method.penalties` has the equations.
+
+A client's head while it is trained, and the penalty that pulls it to the one it started from.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fedcompo.config.choices import Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.deltas import Delta, Weights
+from fedcompo.method.heads import Head
 from fedcompo.method.penalties import (
     explicit_step,
+    head_penalty,
     iel_penalty,
     implicit_step,
     ita_penalty,
@@ -123,3 +128,60 @@ def _beside(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
 
 def _device(delta: Delta) -> torch.device:
     return next(delta.parameters()).device
+
+
+class HeadTraining:
+    """Trainable rows of a head."""
+
+    def __init__(
+        self,
+        start: Head,
+        aligned: Head,
+        anchor: Anchor | None,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        """Begin at a head.
+
+        Args:
+            start: Where training begins.
+            aligned: What the penalty pulls to; same classes.
+            anchor: Metric of the penalty; None: the plain one alone.
+            config: Strengths.
+            device: Where to train.
+        """
+        self.classes = start.classes
+        self.weight = nn.Parameter(start.weight.float().to(device, copy=True))
+        self.bias = nn.Parameter(start.bias.float().to(device, copy=True))
+        self._aligned = aligned.weight.float().to(device), aligned.bias.float().to(device)
+        zeros = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        given = (anchor.head_weight.to(device), anchor.head_bias.to(device)) if anchor else zeros
+        self._fisher = given
+        self._strengths = {
+            "fisher_strength": config.head_alpha,
+            "plain_strength": config.head_decay,
+        }
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is trained: (classes, features) and (classes,)."""
+        return [self.weight, self.bias]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return (batch, classes) of features (batch, features)."""
+        return F.linear(features, self.weight, self.bias)
+
+    def penalty(self) -> Tensor:
+        """How far the head has gone from the aligned one; a scalar."""
+        return torch.stack(
+            [
+                head_penalty(parameter - aligned, fisher, **self._strengths)
+                for parameter, aligned, fisher in zip(
+                    self.parameters, self._aligned, self._fisher, strict=True
+                )
+            ]
+        ).sum()
+
+    def result(self) -> Head:
+        """The head as it is now, on the CPU."""
+        return Head(self.classes, self.weight.detach().cpu(), self.bias.detach().cpu())

@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.common.logger import log
 
-from fedcompo.memory import peak_bytes, reset_peak
+from fedcompo.runtime import peak_bytes, reset_peak
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
 from fedcompo.errors import FedcompoError, TooFewClients
-from fedcompo.memory import reset_peak
 from fedcompo.messages.records import Body, from_record, size_of, to_record
+from fedcompo.runtime import reset_peak
 from server.exchange.books import NOTHING, LeftOut, Traffic
 from server.exchange.checks import checked_caps
 from server.exchange.kept_answers import Answers, question

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.diagnostics import Diagnostics, diagnose
-from fedcompo.messages.records import Body, head_tensors, prefixed
+from fedcompo.messages.records import Body
 from fedcompo.method.deltas import Weights
+from fedcompo.method.features import Mixtures
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, head_tensors
 from fedcompo.registry.registry import Registry
-from server.alignment import Mixtures
+from fedcompo.storage.tensorfile import prefixed
 from server.exchange.checks import checked_fractions, checked_mixtures
 from server.exchange.exchange import Exchange
 

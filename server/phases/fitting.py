@@ -17,32 +17,35 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.choices import AnchorBy, HeadStart, Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
-from fedcompo.fisher_file import load_fisher, save_fisher
-from fedcompo.messages.records import Body, head_from, head_tensors, prefixed
+from fedcompo.messages.records import Body
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head
+from fedcompo.method.features import Mixtures
+from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
+from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.reference import load_reference
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
+from fedcompo.storage.tensorfile import prefixed
 from fedcompo.training.anchors import Anchors
-from server.alignment import Mixtures, align_joint_head
+from fedcompo.training.probing import load_reference
 from server.exchange.checks import (
+    Originals,
     check_fisher,
     checked_fisher,
     checked_fractions,
     checked_task_vector,
+    norm_of,
+    too_long,
 )
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
-from server.suspects import Originals, norm_of, too_long
 
 PHASES = ("features", "align", "fisher", "train")
 FIGURES = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
@@ -187,7 +190,13 @@ class Fitting:
             client: self.registry.contribution(client).features for client in self.members
         }
         self.described |= {c: self.roster.described[c].mixtures for c in self.parties}
-        return align_joint_head(self.described, self.config, "align")
+        return joint_head(
+            self.described,
+            samples=self.config.head.align_samples,
+            ridge=self.config.head.ridge,
+            seed=self.config.seed,
+            purpose="align",
+        )
 
     @property
     def _starts_aligned(self) -> bool:

@@ -9,9 +9,9 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.messages.records import Body
+from fedcompo.method.features import Mixtures
 from fedcompo.names import check_client_name
-from fedcompo.versions import check_versions
-from server.alignment import Mixtures
+from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
 from server.exchange.checks import check_backbone, checked_mixtures
 from server.exchange.exchange import Exchange

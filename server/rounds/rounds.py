@@ -24,17 +24,17 @@ from torch import Tensor
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import ContributionError, TooFewClients
-from fedcompo.messages.records import Body, head_tensors, prefixed
-from fedcompo.method.heads import Head
+from fedcompo.messages.records import Body
+from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
+from fedcompo.storage.tensorfile import prefixed
+from server.exchange.checks import too_long
 from server.exchange.exchange import Exchange
-from server.last_sent import LastSent
 from server.phases.fitting import Fitting
 from server.resume import Working
 from server.rounds.attendance import Attendance
-from server.rounds.holdings import ANCHOR, OWN, Holdings
-from server.suspects import too_long
+from server.rounds.holdings import ANCHOR, OWN, Holdings, LastSent
 from server.traces import Trace
 
 

@@ -25,8 +25,9 @@ from runs import FEDCOMPO, run
 
 from fedcompo.audit.measure import FIGURES, LIKELIHOOD_RATIO, LOSS
 from fedcompo.audit.models import AFTER, BEFORE, GOLD
-from fedcompo.audit.picture import TITLES, axis_of, document, interval_chart, legend, text
+from fedcompo.audit.picture import TITLES, axis_of, interval_chart, legend
 from fedcompo.audit.report import interval, markdown_table
+from fedcompo.report.picture import document, text
 from fedcompo.report.units import percent
 
 Audits = dict[tuple[str, str], dict]

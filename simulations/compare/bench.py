@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedcompo.audit.evaluation import clients_data, run_config_of
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.head import joint_head
 from fedcompo.composition.models import stream_composition
-from fedcompo.composition.version import joint_head
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.method.deltas import Weights

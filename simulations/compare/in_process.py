@@ -29,7 +29,8 @@ from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import settings_of
 from fedcompo.config.setting import Scalar
 from fedcompo.data.client_data import num_clients
-from fedcompo.engine.launcher import RESULTS, find_app, reserve_output
+from fedcompo.engine.launcher import find_app
+from fedcompo.engine.run_folder import RESULTS, reserve_output
 from fedcompo.errors import FedcompoError
 
 STATE = "FEDCOMPO_STATE"

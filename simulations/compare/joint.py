@@ -15,12 +15,12 @@ import torch
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
-from fedcompo.composition.version import Mixtures, joint_head
+from fedcompo.composition.head import joint_head
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.deltas import Weights
-from fedcompo.method.features import extract_features, fit_mixtures
+from fedcompo.method.features import Mixtures, extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training.accuracy import evaluate

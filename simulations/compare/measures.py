@@ -18,7 +18,7 @@ from merged import FROZEN, evaluate_merges
 from merging import MERGES
 from methods import METHODS
 
-from fedcompo.composition.models import head_of
+from fedcompo.composition.head import head_of
 from fedcompo.config.choices import kinds_of
 from fedcompo.method.heads import side_by_side
 

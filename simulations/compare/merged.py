@@ -19,8 +19,7 @@ from joint import described, measured
 from merging import MERGES, Merge
 
 from fedcompo.audit.evaluation import clients_data, run_config_of
-from fedcompo.composition.models import head_of
-from fedcompo.composition.version import joint_head
+from fedcompo.composition.head import head_of, joint_head
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights

@@ -19,9 +19,9 @@ from fedcompo.audit.shadows import ClientTraining, halves, train_shadows
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.reference import save_reference
 from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
+from fedcompo.training.probing import save_reference
 
 CLIENT = "client-1"
 

@@ -24,7 +24,6 @@ from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.choices import FisherForm, FisherKind, Kind, Wire
 from fedcompo.config.run import BackboneConfig, DataConfig, FisherConfig, TrainConfig
 from fedcompo.data.client_data import ClientData, load_client_data
-from fedcompo.messages.records import prefixed, section
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
@@ -33,6 +32,7 @@ from fedcompo.method.heads import fit_head, zero_head
 from fedcompo.method.penalties import ita_penalty
 from fedcompo.privacy.factored import reduced, restored
 from fedcompo.seeds import generator_for
+from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.fit import fit_task_vector
 from fedcompo.training.probing import fisher_of_images, fit_probe
 

@@ -20,8 +20,8 @@ from fedcompo.config.choices import FisherKind
 from fedcompo.config.run import BackboneConfig, DataConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.method.features import extract_features
-from fedcompo.method.fisher import estimate_fisher
 from fedcompo.method.heads import fit_head, zero_head
+from fedcompo.training.fisher_estimate import estimate_fisher
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ from registry_workload import OPERATIONS, Job
 
 from fedcompo.composition import fixed_point
 from fedcompo.composition import version as composition
-from fedcompo.memory import peak_bytes
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.runtime import peak_bytes
 from fedcompo.storage.tensorstream import StreamedTensors, TensorDigest, TensorWriter
 
 PIECE = 1 << 22

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.composition.models import head_of, stream_composition, write_model
+from fedcompo.composition.head import head_of
+from fedcompo.composition.models import stream_composition
+from fedcompo.composition.timm_folder import write_model
 from fedcompo.composition.version import SUM
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig

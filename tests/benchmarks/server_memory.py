@@ -30,7 +30,7 @@ import torch
 from registry_workload import RANK
 from server_memory_clients import ARCHITECTURES, NUM_EXAMPLES, checkpoint
 
-from fedcompo.memory import peak_bytes, reset_peak
+from fedcompo.runtime import peak_bytes, reset_peak
 
 MEGABYTE = 1e6
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
-from fedcompo.messages.records import Body, prefixed
+from fedcompo.messages.records import Body
 from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.deltas import rank_of, stored_shapes
 from fedcompo.method.features import FeatureMixture
-from fedcompo.storage.tensorfile import to_bytes
-from fedcompo.versions import of_this_process
+from fedcompo.runtime import of_this_process
+from fedcompo.storage.tensorfile import prefixed, to_bytes
 
 NUM_EXAMPLES = 20
 ARCHITECTURES = {"vit-b": "vit_base_patch16_224", "tiny": "vit_tiny_patch16_224"}

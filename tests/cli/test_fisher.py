@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli.app import app
 from fedcompo.config.run import BackboneConfig
-from fedcompo.reference import load_reference
+from fedcompo.training.probing import load_reference
 
 runner = CliRunner()
 FEW = ["fisher", "--data", "digits", "--set", "images-per-class=2", "--set", "fisher-examples=4"]

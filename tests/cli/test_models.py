@@ -20,16 +20,16 @@ from torch.func import functional_call
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli.common import VARIABLE
-from fedcompo.composition.models import head_of
+from fedcompo.composition.head import head_of
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import load_client_data
+from fedcompo.export.folder import negated
 from fedcompo.export.peft import ADAPTER, ADAPTER_CONFIG
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
-from fedcompo.negation import negated
 from fedcompo.registry.registry import Registry
 from fedcompo.report.units import percent
 from fedcompo.storage.files import MODEL_CARD

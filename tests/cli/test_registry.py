@@ -16,16 +16,17 @@ from cli_runs import CLASSES, digits_registry, run, told
 from registry_builders import backbone, contents, member, registry_of
 
 from fedcompo.cli.app import app
-from fedcompo.cli.common import VARIABLE, listed_names, literal, weights_of
-from fedcompo.composition.models import head_of
+from fedcompo.cli.common import VARIABLE, listed_names, weights_of
+from fedcompo.composition.head import head_of
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import verify_registry
-from fedcompo.registry_layout import PUBLIC
+from fedcompo.report.console import literal
 from fedcompo.report.units import percent
 from fedcompo.storage.files import CONTENT
 from fedcompo.training.accuracy import evaluate

@@ -14,8 +14,8 @@ from clients.given import Given
 from clients.store import Store
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.records import head_tensors, prefixed
-from fedcompo.storage.tensorfile import tensor_digest
+from fedcompo.method.heads import head_tensors
+from fedcompo.storage.tensorfile import prefixed, tensor_digest
 from fedcompo.training.fit import Course
 
 THETA_0 = pico_weights(dtype=torch.float32)

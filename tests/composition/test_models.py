@@ -20,7 +20,9 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo.composition.models import head_of, model_of, stream_composition, write_model
+from fedcompo.composition.head import head_of
+from fedcompo.composition.models import model_of, stream_composition
+from fedcompo.composition.timm_folder import write_model
 from fedcompo.config.choices import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.pool import Pool

@@ -32,7 +32,8 @@ from fedcompo.audit.evaluation import clients_data, effect_of_removal, evaluate_
 from fedcompo.audit.membership import confidence
 from fedcompo.audit.models import AFTER, BEFORE, audited_models
 from fedcompo.audit.shadows import ClientTraining, all_images, logits_of, train_shadows
-from fedcompo.composition.models import head_of, load_tangent_model
+from fedcompo.composition.head import head_of
+from fedcompo.composition.models import load_tangent_model
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import Split

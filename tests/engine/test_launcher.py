@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_app import fedcompo, write_app
 
-from fedcompo.engine import launcher
+from fedcompo.engine import launcher, run_folder
 from fedcompo.engine.resources import Resources
 from fedcompo.engine.superlink import MARKER
 from fedcompo.errors import LaunchError
@@ -36,12 +36,12 @@ def marked(folder: Path) -> list[int]:
 
 
 def test_a_new_folder_is_taken_as_asked(tmp_path: Path) -> None:
-    assert launcher.reserve_output(tmp_path / "a" / "digits") == tmp_path / "a" / "digits"
+    assert run_folder.reserve_output(tmp_path / "a" / "digits") == tmp_path / "a" / "digits"
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "digits").mkdir()
-    assert launcher.reserve_output(tmp_path / "digits") == tmp_path / "digits"
+    assert run_folder.reserve_output(tmp_path / "digits") == tmp_path / "digits"
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
@@ -49,25 +49,25 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("x")
     (tmp_path / "digits-3").write_text("a file")
-    assert launcher.reserve_output(tmp_path / "digits") == tmp_path / "digits-4"
+    assert run_folder.reserve_output(tmp_path / "digits") == tmp_path / "digits-4"
     assert [file.name for file in (tmp_path / "digits").iterdir()] == ["precious"]
 
 
 def test_runs_that_ask_at_the_same_time_get_a_folder_each(tmp_path: Path) -> None:
     (tmp_path / "digits").mkdir()  # empty: all may want it
     with ThreadPoolExecutor(32) as pool:
-        taken = list(pool.map(launcher.reserve_output, [tmp_path / "digits"] * 64))
+        taken = list(pool.map(run_folder.reserve_output, [tmp_path / "digits"] * 64))
     assert len(set(taken)) == 64
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(LaunchError, match="is a file"):
-        launcher.reserve_output(tmp_path / "file")
+        run_folder.reserve_output(tmp_path / "file")
     with pytest.raises(LaunchError, match="cannot be made"):
-        launcher.reserve_output(tmp_path / "file" / "below")
+        run_folder.reserve_output(tmp_path / "file" / "below")
     with pytest.raises(LaunchError, match="name another"):
-        launcher.reserve_output(Path("/"))
+        run_folder.reserve_output(Path("/"))
 
 
 # Which app runs.
@@ -164,7 +164,7 @@ def test_a_run_that_raises_is_a_failure_and_says_why(tmp_path: Path) -> None:
 @pytest.mark.simulation
 def test_a_run_without_results_is_a_failure(tmp_path: Path) -> None:
     app = write_app(tmp_path / "app", "forget")
-    output = launcher.reserve_output(tmp_path / "out")
+    output = run_folder.reserve_output(tmp_path / "out")
     events: list[str] = []
     with pytest.raises(LaunchError, match=r"completed, but results\.json"):
         launcher.simulate(

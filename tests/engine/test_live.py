@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fedcompo.engine.live import SERVER, Display, Progress, Standing, line
-from fedcompo.events import Event, EventTail, note
+from fedcompo.engine.log import Event, EventTail, note
 from fedcompo.report.units import duration, size
 
 REPLY = {"bytes_sent": 1_500_000, "bytes_received": 2_000, "seconds": 4.25, "reason": ""}

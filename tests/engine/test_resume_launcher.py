@@ -7,7 +7,7 @@ import json
 import pytest
 from cli_runs import run
 
-from fedcompo.engine.launcher import begun_settings, reopen_output
+from fedcompo.engine.run_folder import begun_settings, reopen_output
 from fedcompo.errors import LaunchError
 
 

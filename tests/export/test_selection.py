@@ -13,7 +13,8 @@ from builders import contribution, random_head, random_mixture
 from registry_builders import QUICK, backbone, member, mixtures, registry_of, same_bits
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.composition.models import head_of
+from fedcompo.composition.head import head_of
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.config.setting import Scalar
@@ -30,7 +31,6 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
 from fedcompo.storage.files import CONTENT
 
 
@@ -209,7 +209,7 @@ def test_folders_compose_without_a_registry(embedded: Backbone, mail: list[Path]
     with from_folders(mail) as selection:
         assert selection.pool.clients == ("ada", "ben")
         assert_near(selection, pool, embedded.theta_0, scale=1.5)
-        assert_same_head(selection.head, head_of(pool, RegistrySettings(align_samples=4)))
+        assert_same_head(selection.head, head_of(pool, CompositionSettings(align_samples=4)))
         assert selection.backbone.fingerprint == embedded.fingerprint
         assert selection.backbone.path.is_file()
     assert not selection.backbone.path.exists()

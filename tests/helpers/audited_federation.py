@@ -13,17 +13,17 @@ from builders import pico_backbone
 from clients.local import LocalClient
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.version import joint_head
+from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import AnchorBy, HeadStart, Kind, kinds_of
 from fedcompo.config.run import RunConfig
-from fedcompo.messages.records import head_from, head_tensors, prefixed, section
 from fedcompo.method.contribution import Contribution, Lineage, mixtures_from
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.reference import load_reference
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
+from fedcompo.storage.tensorfile import prefixed, section
+from fedcompo.training.probing import load_reference
 
 CLIENTS = 2
 CLASSES = tuple(f"{index}" for index in range(2 * CLIENTS))
@@ -76,7 +76,7 @@ def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> R
     for client in clients:
         tensors, manifest = client.features()
         described[client.name] = mixtures_from(tensors, manifest["mixtures"])
-    settings = RegistrySettings.of(config)
+    settings = CompositionSettings.of(config)
     aligned = joint_head(
         described, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
     )

@@ -10,9 +10,8 @@ from typing import Any
 from fedcompo.registry import journal
 from fedcompo.registry.journal import START, Entry
 from fedcompo.registry.removal import RemovalRecord
-from fedcompo.registry.state import State
+from fedcompo.registry.state import PRIVATE, State
 from fedcompo.registry.transaction import JOURNAL, STATE
-from fedcompo.registry_layout import PRIVATE
 from fedcompo.storage.tensorstream import file_sha256
 
 Details = Mapping[str, Any]

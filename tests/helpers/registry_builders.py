@@ -16,17 +16,17 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition import fixed_point
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
 
 WIDTH = 8
 """Features of the pico backbone."""
-QUICK = RegistrySettings(align_samples=8)
+QUICK = CompositionSettings(align_samples=8)
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def tangents() -> list[Contribution]:
 
 
 def registry_of(
-    path: Path, *contributions: Contribution, settings: RegistrySettings = QUICK
+    path: Path, *contributions: Contribution, settings: CompositionSettings = QUICK
 ) -> Registry:
     """A new registry of these clients."""
     registry = Registry.create(path, backbone(), settings)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import FedcompoError
-from fedcompo.messages.records import from_record, section
+from fedcompo.messages.records import from_record
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
+from fedcompo.storage.tensorfile import section
 
 OWNED = {
     "ann": {"cat": 6, "dog": 4},

@@ -15,10 +15,10 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.access import Audience
 from fedcompo.service.certificates import Authority, Credential
 from fedcompo.service.client import Client
 from fedcompo.service.limits import Limits
-from fedcompo.service.permissions import Audience
 from fedcompo.service.registry_pb2_grpc import RegistryStub
 from fedcompo.service.server import Server, Settings
 from fedcompo.service.transfer import FileEntry

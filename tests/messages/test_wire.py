@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fedcompo.config.choices import Kind, Wire
 from fedcompo.errors import ContributionError, FileFormatError
-from fedcompo.messages.records import from_record, prefixed, to_record
+from fedcompo.messages.records import from_record, to_record
 from fedcompo.messages.wire import BLOCK, decode, encode, relative_error
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.storage.tensorfile import prefixed
 
 FEWER = (Wire.BFLOAT16, Wire.INT8)
 SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)

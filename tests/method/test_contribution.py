@@ -13,7 +13,6 @@ from builders import KINDS, altered, contribution
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, FileFormatError
-from fedcompo.fisher_file import load_fisher, save_fisher
 from fedcompo.method.contribution import (
     CARD,
     CONTENT,
@@ -22,7 +21,7 @@ from fedcompo.method.contribution import (
     Lineage,
 )
 from fedcompo.method.features import FeatureMixture
-from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
 from fedcompo.storage import tensorfile
 
 

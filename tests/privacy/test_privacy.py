@@ -19,7 +19,6 @@ from fedcompo.config.choices import FisherForm, FisherKind, HeadStart
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import estimate_fisher
 from fedcompo.method.heads import Head
 from fedcompo.privacy import fisher as private_fisher
 from fedcompo.privacy import noise as privacy
@@ -33,6 +32,7 @@ from fedcompo.privacy.fisher import (
 from fedcompo.privacy.noise import clip_factors, noised
 from fedcompo.privacy.noise import normal as drawn
 from fedcompo.privacy.statistics import clipped_sums, private_mixtures
+from fedcompo.training.fisher_estimate import estimate_fisher
 from server import accounting
 
 CLASSES = tuple(f"class-{index}" for index in range(4))

@@ -16,11 +16,11 @@ from builders import altered
 from registry_builders import WIDTH, contents, member, mixtures, registry_of, three_clients
 from torch import Tensor
 
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.storage.tensorfile import load, save
 
@@ -248,7 +248,7 @@ def test_another_backbone_is_refused_and_both_are_named(registry):
 
 
 def test_examples_that_leave_the_range_of_the_sum_are_refused(tmp_path):
-    how = RegistrySettings(coefficients=Coefficients.EXAMPLES, align_samples=8)
+    how = CompositionSettings(coefficients=Coefficients.EXAMPLES, align_samples=8)
     registry = registry_of(tmp_path / "r", member("ada"), settings=how)
     error = refused(registry, replace(full(), num_examples=10**7))
     assert "`coefficients = uniform`" in str(error)

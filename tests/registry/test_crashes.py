@@ -33,15 +33,15 @@ from registry_builders import (
     same_bits,
 )
 
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FedcompoError, RegistryError
 from fedcompo.method import heads
 from fedcompo.registry import journal
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
 from fedcompo.storage.tensorfile import tensor_digest
 
-SMALL = RegistrySettings(align_samples=1)
+SMALL = CompositionSettings(align_samples=1)
 NEVER = 10**9
 
 

@@ -10,16 +10,15 @@ from app_runs import altered, run
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
-from fedcompo.fisher_file import save_fisher
 from fedcompo.method.contribution import Contribution
-from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.reference import (
+from fedcompo.method.fisher import FisherDiagonal, save_fisher
+from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.training.probing import (
     load_public_data,
     load_reference,
     reference_fisher,
     save_reference,
 )
-from fedcompo.storage.files import CARD, CONTENT, FISHER
 
 KINDS = "lora,full,ia3"
 """Dealt in turn: where leaving one client out dealt the others anew, it would show."""

@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
-from fedcompo.memory import peak_bytes, reset_peak
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
+from fedcompo.runtime import peak_bytes, reset_peak
 from fedcompo.storage import tensorfile
 
 WIDTH, DEPTH = 192, 16
@@ -42,7 +42,7 @@ def wide_backbone() -> Backbone:
 def prepare(folder: Path) -> None:
     """A registry, and folders of two clients to add to it."""
     backbone = wide_backbone()
-    Registry.create(folder / "registry", backbone, RegistrySettings(align_samples=2))
+    Registry.create(folder / "registry", backbone, CompositionSettings(align_samples=2))
     for seed, client in enumerate(("ada", "ben")):
         made = contribution(
             client,

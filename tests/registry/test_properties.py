@@ -28,11 +28,11 @@ from registry_builders import (
 )
 
 from fedcompo.composition.fixed_point import BITS
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import RegistrySettings
 
 CLASSES = (("cat", "dog"), ("dog", "owl"), ("cat",), ("owl", "yak", "zebu"))
 
@@ -90,7 +90,7 @@ together = st.sampled_from((MIXABLE, (Kind.TANGENT,)))
 """Kinds that may meet in a registry."""
 selections = together.flatmap(lambda kinds: specs(kinds, 4))
 compositions = st.builds(
-    RegistrySettings,
+    CompositionSettings,
     coefficients=st.sampled_from(Coefficients),
     scale=st.sampled_from((1.0, 0.3, 2.5)),
     align_samples=st.just(8),
@@ -125,7 +125,7 @@ class Expected:
     def mixtures(self, seed: int) -> dict[str, Any]:
         return {c: mixtures(s.classes, seed=100 * seed + s.seed) for c, s in self.specs.items()}
 
-    def rebuilt(self, path: Path, order: Sequence[Spec], settings: RegistrySettings) -> Registry:
+    def rebuilt(self, path: Path, order: Sequence[Spec], settings: CompositionSettings) -> Registry:
         """A registry that was never given anyone else."""
         registry = registry_of(path, settings=settings)
         for spec in order:

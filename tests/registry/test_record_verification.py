@@ -12,6 +12,7 @@ import pytest
 from forgery import rewrite_line, rewrite_record
 from registry_builders import member, mixtures, registry_of
 
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.version import SUM
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
@@ -20,9 +21,8 @@ from fedcompo.registry import signing
 from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import Influence, RemovalRecord
-from fedcompo.registry.state import RegistrySettings
+from fedcompo.registry.state import PRIVATE, PUBLIC
 from fedcompo.registry.verification import Finding, verify_registry
-from fedcompo.registry_layout import PRIVATE, PUBLIC
 from fedcompo.storage.files import CONFIG, CONTENT, WEIGHTS
 
 SIGNED = "000003-ben.json is signed by the registry's key"
@@ -30,7 +30,7 @@ TOLD = "line 3 of the journal tells of this record"
 GONE = "no file of ben is in the registry"
 KEPT = "of compositions that contain ben, only those named are kept"
 COMPOSED = [f"the survivors alone give the record's {name}" for name in (SUM, WEIGHTS)]
-SETTINGS = RegistrySettings(align_samples=8, keep_versions=True)
+SETTINGS = CompositionSettings(align_samples=8, keep_versions=True)
 
 
 def members() -> list[Contribution]:

@@ -22,10 +22,9 @@ from fedcompo.method.heads import Head
 from fedcompo.registry import signing
 from fedcompo.registry.journal import read as read_journal
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import State
+from fedcompo.registry.state import ABOUT, PRIVATE, PUBLIC, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, STATE
 from fedcompo.registry.verification import Finding, head_finding, verify_registry
-from fedcompo.registry_layout import ABOUT, PRIVATE, PUBLIC
 from fedcompo.storage.files import CONTENT, WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fedcompo.accuracy_matrix import AccuracyMatrix
+from server.sequential import AccuracyMatrix
 
 THREE = (
     AccuracyMatrix()

@@ -19,21 +19,21 @@ from torch import Tensor
 
 from clients import averaging
 from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.composition.head import joint_head
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data
 from fedcompo.engine.live import Progress
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients
-from fedcompo.messages.records import head_tensors, prefixed, section
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.features import extract_features, fit_mixtures
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.report.results import print_results
 from fedcompo.seeds import derive_seed, generator_for
+from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.accuracy import evaluate
 from fedcompo.training.fit import Course, Fitted, fit_task_vector
-from server.alignment import align_joint_head
 
 OWNED = {"anna": {"dog": 12, "owl": 9}, "ben": {"cat": 5, "dog": 3}, "cleo": {"eel": 7, "fox": 7}}
 """Training images by client and class: unequal numbers, and one class that two clients share."""
@@ -88,7 +88,13 @@ def start_of(backbone: Backbone, kind: Kind, datas: list[ClientData], config: Ru
     generator = generator_for(config.seed, "averaging")
     deltas = new_deltas(kind, backbone.theta_0, rank=config.train.rank, generator=generator)
     vector = TaskVector.of(kind, deltas, base=backbone.fingerprint)
-    return vector, align_joint_head(described, config, "align")
+    return vector, joint_head(
+        described,
+        samples=config.head.align_samples,
+        ridge=config.head.ridge,
+        seed=config.seed,
+        purpose="align",
+    )
 
 
 def fit(

@@ -27,6 +27,7 @@ from round_runs import (
 from clients.local import LocalClient
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition import fixed_point
+from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
@@ -40,7 +41,6 @@ from fedcompo.seeds import generator_for
 from fedcompo.storage.files import FISHER
 from fedcompo.training.fit import Course, Fitted, fit_task_vector
 from fedcompo.training.penalty import Anchor, Ensemble
-from server.alignment import align_joint_head
 from server.rounds.rounds import Rounds
 
 THREE = ("ann", "ben", "eve")
@@ -105,7 +105,13 @@ def rounds_by_hand(
 ) -> dict[str, Fitted]:
     """Oracle: all rounds as two loops, nothing between them but dictionaries."""
     members, number = sent_last(output), config.method.num_server_rounds
-    aligned = align_joint_head({c: m.features for c, m in members.items()}, config, "align")
+    aligned = joint_head(
+        {c: m.features for c, m in members.items()},
+        samples=config.head.align_samples,
+        ridge=config.head.ridge,
+        seed=config.seed,
+        purpose="align",
+    )
     zeros = {name: torch.zeros_like(weight) for name, weight in backbone.theta_0.items()}
     last: dict[str, Fitted] = {}
     for passed in range(number):

@@ -11,7 +11,7 @@ from in_process_grid import lost
 from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, same, sent_last
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.composition.version import joint_head
+from fedcompo.composition.head import joint_head
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data
@@ -25,7 +25,6 @@ from fedcompo.seeds import generator_for
 from fedcompo.training.accuracy import evaluate
 from fedcompo.training.fit import fit_task_vector
 from fedcompo.training.penalty import Anchor, Ensemble
-from server.alignment import align_joint_head
 
 THREE = ("ann", "ben", "eve")
 SEQUENTIAL = {"schedule": "sequential", "local_epochs": 2}
@@ -123,7 +122,13 @@ def step_by_hand(
     backbone, count = load_backbone(config.backbone), len(others) + 1
     data = data_of(client, config, backbone)
     described = {c: member.features for c, member in {**others, client: own}.items()}
-    aligned = align_joint_head(described, config, "align").rows(data.classes)
+    aligned = joint_head(
+        described,
+        samples=config.head.align_samples,
+        ridge=config.head.ridge,
+        seed=config.seed,
+        purpose="align",
+    ).rows(data.classes)
     fishers = [member.fisher for _, member in sorted({**others, client: own}.items())]
     images_seen = sum(fisher.num_examples for fisher in fishers)
     sums = [fisher.for_classes(data.classes).sums for fisher in fishers]

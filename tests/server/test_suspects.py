@@ -9,8 +9,8 @@ from app_runs import altered, run
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.versions import check_versions, of_this_process
-from server.suspects import Originals, norm_of, too_long
+from fedcompo.runtime import check_versions, of_this_process
+from server.exchange.checks import Originals, norm_of, too_long
 
 
 def vector(value: float) -> TaskVector:

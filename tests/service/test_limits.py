@@ -12,12 +12,12 @@ from registry_builders import member, three_clients
 from service_runs import chunk, code_of, intact, offer_of, saved, served, stub_of, unchanged
 
 from fedcompo.errors import ConfigError
+from fedcompo.service import publishing as uploads_module
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.service import uploads as uploads_module
 from fedcompo.service.limits import Limits, Places, Turns
+from fedcompo.service.publishing import Uploads
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import FileEntry
-from fedcompo.service.uploads import Uploads
 from fedcompo.storage.files import CARD
 
 ENTRY = FileEntry(CARD, 10, "0" * 64)

@@ -8,9 +8,9 @@ import pytest
 from registry_builders import member, three_clients
 from service_runs import chunks_of, client_of, code_of, offer_of, saved, served, stub_of, unchanged
 
-from fedcompo.service import permissions
+from fedcompo.service import access
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.service.permissions import Audience
+from fedcompo.service.access import Audience
 from fedcompo.service.refusals import Code
 from fedcompo.storage.files import CARD
 
@@ -107,6 +107,6 @@ def test_everyone_who_is_vouched_for_lists_and_verifies(registry, method):
 
 
 def test_the_table_names_every_method():
-    table = permissions.__doc__ or ""
+    table = access.__doc__ or ""
     service = wire.DESCRIPTOR.services_by_name["Registry"]
     assert all(re.search(rf"^.*\b{method.name}\b.* ", table, re.M) for method in service.methods)

@@ -14,7 +14,7 @@ from registry_builders import three_clients
 from service_runs import authority, client_of, credential, served
 
 from fedcompo.errors import ConfigError, ServiceError
-from fedcompo.service.revocation import Revoked
+from fedcompo.service.access import Revoked
 
 
 def settle(file: Path) -> None:

@@ -16,7 +16,7 @@ from fedcompo.export.selection import from_registry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.signing import is_signed
-from fedcompo.registry_layout import PUBLIC
+from fedcompo.registry.state import PUBLIC
 from fedcompo.service.access import _read
 
 ADA, BEN, CHO = one_of_each_kind()

@@ -22,9 +22,9 @@ from fedcompo.errors import RegistryError
 from fedcompo.service import downloads, transfer
 from fedcompo.service import members as answers
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.access import Audience
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.limits import Limits, Places
-from fedcompo.service.permissions import Audience
 from fedcompo.service.refusals import Code
 from fedcompo.storage.files import CARD
 

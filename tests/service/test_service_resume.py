@@ -11,7 +11,7 @@ from service_runs import chunk, client_of, intact, offer_of, saved, served, stub
 
 from fedcompo.errors import FileFormatError, RegistryLocked
 from fedcompo.service import client as client_module
-from fedcompo.service import downloads, publishing, receiving, transfer
+from fedcompo.service import downloads, publishing, transfer
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service import retries as attempts
 from fedcompo.service.refusals import Code, Refused
@@ -80,7 +80,7 @@ def test_a_line_that_keeps_breaking_delays_an_upload_and_loses_nothing(tmp_path,
                 left[0] -= 1
                 raise Refused(Code.UNAVAILABLE, "The line broke.")
 
-    monkeypatch.setattr("fedcompo.service.uploads.Incoming", Breaking)
+    monkeypatch.setattr("fedcompo.service.publishing.Incoming", Breaking)
     sizes = []
     monkeypatch.setattr(publishing, "_part", lambda r: counted(sizes, r))
     with served(registry) as address, client_of(address, "ada") as client:
@@ -165,7 +165,7 @@ def test_a_server_that_sends_other_files_is_not_believed(tmp_path, name, why):
     files = [wire.File(name=name, size=1, sha256="0" * 64)]
     content = wire.Content(id=identity(entries), files=files)
     with pytest.raises(FileFormatError, match=why):
-        receiving.received(
+        transfer.received(
             tmp_path / "own",
             lambda resume: [wire.Download(content=content)],
             client_module.CONTRIBUTION,
@@ -232,7 +232,7 @@ def test_an_id_that_is_not_that_of_the_files_is_not_believed(tmp_path):
     files = [wire.File(name=name, size=1, sha256="0" * 64) for name in (CARD, CONTENT)]
     content = wire.Content(id="1" * 64, files=files)
     with pytest.raises(FileFormatError, match="an id that is not theirs"):
-        receiving.received(
+        transfer.received(
             tmp_path / "own",
             lambda resume: [wire.Download(content=content)],
             client_module.CONTRIBUTION,

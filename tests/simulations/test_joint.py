@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import pico_backbone, rng
 
-from fedcompo.composition.version import joint_head
+from fedcompo.composition.head import joint_head
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split

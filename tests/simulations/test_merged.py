@@ -10,7 +10,7 @@ import pytest
 from app_runs import run
 
 from fedcompo.audit.evaluation import clients_data, run_config_of
-from fedcompo.composition.models import head_of
+from fedcompo.composition.head import head_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry

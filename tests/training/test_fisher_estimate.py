@@ -16,13 +16,13 @@ from torch.func import functional_call
 from fedcompo.backbone.backbone import target_weights
 from fedcompo.config.choices import FisherKind
 from fedcompo.config.run import BackboneConfig
-from fedcompo.curvature import curvature_factors
 from fedcompo.errors import BackboneError
 from fedcompo.method import fisher
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import FisherDiagonal, FisherReport, estimate_fisher
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.training import per_example
+from fedcompo.training.fisher_estimate import FisherReport, curvature_factors, estimate_fisher
 
 FEATURES = 8
 FEW, MANY = 5, 11

@@ -16,16 +16,17 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
-from fedcompo.fisher_file import save_fisher
+from fedcompo.method.fisher import save_fisher
 from fedcompo.names import check_client_name
-from fedcompo.reference import (
+from fedcompo.training.probing import (
     OWNER,
+    fisher_of_images,
+    fit_probe,
     load_public_data,
     load_reference,
     reference_fisher,
     save_reference,
 )
-from fedcompo.training.probing import fisher_of_images, fit_probe
 
 CLASSES = ("left", "right")
 EXACT = RunConfig.parse({"fisher": "exact", "fisher-batch": 4})

@@ -1,0 +1,69 @@
+"""The joint head: one classifier over all classes, aligned on what the clients say of features."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.method.features import FeatureMixture, Mixtures
+from fedcompo.method.heads import Head, align
+from fedcompo.method.pool import Pool
+from fedcompo.seeds import derive_seed
+
+
+def joint_head(
+    mixtures: Mapping[str, Mixtures],
+    *,
+    samples: int,
+    ridge: float,
+    seed: int,
+    purpose: str = "joint-head",
+) -> Head:
+    """Fit the joint head to features drawn from everyone's mixtures.
+
+    Args:
+        mixtures: By client and class; of θ₀'s features, or of the composed model's.
+        samples: Features a class.
+        ridge: How strongly the head is held to zero.
+        seed: The seed of the registry or of the run.
+        purpose: What the draws are for; each purpose has its own.
+
+    Returns:
+        The head of all classes, sorted; the same for any order of clients and number of threads.
+    """
+    by_class: dict[str, list[FeatureMixture]] = {}
+    for client in sorted(mixtures):
+        for name, mixture in mixtures[client].items():
+            by_class.setdefault(name, []).append(mixture)
+    with one_thread():
+        return align(
+            by_class,
+            sorted(by_class),
+            samples=samples,
+            ridge=ridge,
+            seed=derive_seed(seed, purpose),
+        )
+
+
+def head_of(pool: Pool, settings: CompositionSettings) -> Head:
+    """Fit the joint head of some clients to their mixtures of θ₀'s features."""
+    return joint_head(
+        {contribution.client: contribution.features for contribution in pool},
+        samples=settings.align_samples,
+        ridge=settings.ridge,
+        seed=settings.seed,
+    )
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread: the bits of a matrix product depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,218 @@
+r"""Estimates a client's Fisher diagonal: exact, by its leading directions, or by Monte Carlo.
+
+The softmax curvature, as the features see it, is taken in directions one by one. With :math:`p =
+\mathrm{softmax}(W f + b)` and :math:`A` the classes × features matrix of rows
+:math:`\sqrt{p_c}\,(W_c - \sum_k p_k W_k)`, the Hessian of the cross-entropy in the features f is
+:math:`A^\top A`, for every label. Its scaled eigenvectors :math:`v_k` are the *cotangents*:
+:math:`\sum_k v_k v_k^\top = A^\top A`, at most min(classes - 1, features) of them not zero.
+
+Source: Martens, *New Insights and Perspectives on the Natural Gradient Method*, JMLR 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedcompo.config.choices import FisherKind
+from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import HEAD, FisherDiagonal
+from fedcompo.method.heads import Head
+from fedcompo.training.per_example import (
+    evaluation_mode,
+    recorded,
+    require_recorded,
+    squared_gradients,
+)
+
+
+@dataclass(frozen=True)
+class FisherReport:
+    """What an estimate cost and what it left out."""
+
+    passes: int = 0
+    """Backward passes, over all batches."""
+    batches: int = 0
+    trace: float = 0.0
+    """Sum of all entries of the estimate."""
+    discarded_mass: float = 0.0
+    """Share of the softmax curvature, seen through the head, that was left out."""
+    error_bound: float | None = 0.0
+    """Upper limit of the trace that was left out, as a sum: three standard errors above the
+    estimate of one pass with random signs. None where nothing is left out on purpose (Monte Carlo).
+    """
+
+
+def estimate_fisher(
+    model: nn.Module,
+    head: Head,
+    batches: Iterable[Tensor],
+    names: Iterable[str],
+    *,
+    kind: FisherKind = FisherKind.LEADING,
+    tolerance: float = 0.01,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> tuple[FisherDiagonal, FisherReport]:
+    """Estimate the Fisher diagonal of some weights of a model, and of its head.
+
+    Args:
+        model: Maps images to features, (batch, features); used in evaluation mode.
+        head: Turns features into logits.
+        batches: Normalised images, (batch, channels, height, width), on the model's device; neither
+            shuffled nor augmented, so that the same data gives the same Fisher.
+        names: Weights of linear layers, as ``named_parameters`` calls them.
+        kind: exact, leading or Monte Carlo.
+        tolerance: leading: share of the curvature that may be left out, batch by batch.
+        samples: Monte Carlo: labels drawn an example.
+        generator: Source of labels and signs, on the CPU.
+
+    Returns:
+        The *sum* over examples (keys: ``names``, ``head.weight``, ``head.bias``), and a report.
+    """
+    names = sorted(names)
+    generator = generator or torch.Generator().manual_seed(0)
+    parameters = dict(model.named_parameters())
+    sums = {n: torch.zeros_like(parameters[n], dtype=torch.float64) for n in names}
+    weight = head.weight.to(next(model.parameters()).device)
+    head_sums = (
+        torch.zeros_like(weight, dtype=torch.float64),
+        torch.zeros_like(weight[:, 0], dtype=torch.float64),
+    )
+    count, bound, report = 0, 0.0, FisherReport()
+    with evaluation_mode(model), recorded(model, names) as record:
+        for images in batches:
+            features = model(images)
+            require_recorded(record, names)
+            logits = head(features.detach())
+            _add_head_fisher(head_sums, features.detach(), logits)
+            kept, rest, share = (
+                _cotangents(logits, weight, kind, tolerance, samples, generator)
+                if names  # of the head alone, it takes no backward pass
+                else ([], None, 0.0)
+            )
+            for cotangent in kept:
+                _add_squares(sums, record, features, cotangent)
+            missing = _residual(record, features, rest, generator)
+            bound += 0.0 if missing is None else _upper(missing)
+            report = replace(
+                report,
+                passes=report.passes + len(kept) + (missing is not None),
+                batches=report.batches + 1,
+                discarded_mass=report.discarded_mass + share * len(images),
+            )
+            count += len(images)
+            record.clear()
+    trace = float(sum(total.sum() for total in sums.values()))
+    report = replace(
+        report,
+        trace=trace,
+        discarded_mass=report.discarded_mass / max(1, count),
+        error_bound=None if kind is FisherKind.MONTE_CARLO else bound,
+    )
+    everything = {**sums, **dict(zip(HEAD, head_sums, strict=True))}
+    return FisherDiagonal(everything, count, head.classes), report
+
+
+def _cotangents(
+    logits: Tensor,
+    head_weight: Tensor,
+    kind: FisherKind,
+    tolerance: float,
+    samples: int,
+    generator: torch.Generator,
+) -> tuple[list[Tensor], Tensor | None, float]:
+    """Return the cotangents to use, each (batch, features), those left out, and their share."""
+    if kind is FisherKind.MONTE_CARLO:
+        p = logits.double().softmax(-1)
+        drawn = torch.multinomial(p.cpu(), samples, replacement=True, generator=generator)
+        onehot = nn.functional.one_hot(drawn.T, p.shape[-1]).to(p)  # (samples, batch, classes)
+        return list((onehot - p) @ head_weight.double() / math.sqrt(samples)), None, 0.0
+    cotangents, mass = curvature_factors(logits, head_weight)
+    rank = leading_rank(mass, tolerance if kind is FisherKind.LEADING else 0.0)
+    total = float(mass.sum())
+    share = float(mass[:, rank:].sum()) / total if total > 0 else 0.0
+    rest = cotangents[:, rank:] if kind is FisherKind.LEADING and share > 1e-12 else None
+    return list(cotangents[:, :rank].unbind(1)), rest, share
+
+
+def _add_head_fisher(head_sums: tuple[Tensor, Tensor], features: Tensor, logits: Tensor) -> None:
+    """The head is linear: its Fisher diagonal is p(1 - p) times the squared features."""
+    p = logits.double().softmax(-1)
+    variance = p * (1 - p)
+    head_sums[0].add_(variance.T @ features.double().square())
+    head_sums[1].add_(variance.sum(0))
+
+
+def _add_squares(
+    sums: Weights, record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+) -> None:
+    for name, _, squares in squared_gradients(record, features, cotangent):
+        sums[name].add_(squares.sum(0))
+
+
+def _residual(
+    record: Mapping[str, tuple[Tensor, Tensor]],
+    features: Tensor,
+    rest: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor | None:
+    """Unbiased estimate, (batch,), of each example's trace along the cotangents left out."""
+    if rest is None:
+        return None
+    signs = torch.randint(0, 2, rest.shape[:2], generator=generator).to(rest) * 2 - 1
+    cotangent = (signs.unsqueeze(-1) * rest).sum(1)
+    missing = rest.new_zeros(len(rest))
+    for _, part, squares in squared_gradients(record, features, cotangent):
+        missing[part] += squares.sum((1, 2))
+    return missing
+
+
+def _upper(missing: Tensor) -> float:
+    """Three standard errors above the sum; each example's estimate has variance ≤ 2·mean²."""
+    return float(missing.sum() + 3 * math.sqrt(2) * missing.square().sum().sqrt())
+
+
+@torch.no_grad()
+def curvature_factors(logits: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Factor each example's softmax Hessian as the features see it: :math:`A^\top A`.
+
+    Args:
+        logits: (batch, classes).
+        head_weight: W, (classes, features).
+
+    Returns:
+        Cotangents :math:`v_k`, (batch, k, features), by falling norm, and their squared norms,
+        (batch, k), with k = min(classes, features).
+    """
+    p = logits.double().softmax(-1)
+    weight = head_weight.double()
+    centred = weight - (p @ weight).unsqueeze(1)  # (batch, classes, features)
+    a = p.sqrt().unsqueeze(-1) * centred
+    if a.shape[1] <= a.shape[2]:
+        mass, u = torch.linalg.eigh(a @ a.mT)
+        cotangents = u.mT @ a
+    else:
+        mass, v = torch.linalg.eigh(a.mT @ a)
+        cotangents = mass.clamp_min(0).sqrt().unsqueeze(-1) * v.mT
+    return cotangents.flip(1), mass.flip(1).clamp_min(0)
+
+
+def leading_rank(mass: Tensor, tolerance: float) -> int:
+    """Smallest r that leaves out at most ``tolerance`` of a batch's curvature.
+
+    Args:
+        mass: Squared norms of the cotangents, (batch, k), falling.
+        tolerance: Share in [0, 1); 0 keeps all that is not zero.
+    """
+    per_rank = mass.sum(0)
+    total = float(per_rank.sum())
+    if total <= 0:
+        return 0
+    left_out = total - per_rank.cumsum(0)
+    threshold = max(tolerance, 1e-12) * total
+    return int((left_out > threshold).sum()) + 1
