@@ -102,9 +102,7 @@ class Averaging:
         described = {c: self.roster.described[c].mixtures for c in self.exchange.clients}
         return joint_head(
             described,
-            samples=self.config.head.align_samples,
-            ridge=self.config.head.ridge,
-            seed=self.config.seed,
+            CompositionSettings.of(self.config),
             purpose="align",
         )
 

@@ -138,7 +138,8 @@ class Draft:
         mixtures = realigned or {c: self._statistics(m) for c, m in after.members.items()}
         settings = after.settings
         head = joint_head(
-            mixtures, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
+            mixtures,
+            settings,
         )
         if realigned is not None:
             save_realigned(folder / REALIGNED, realigned)

@@ -192,9 +192,7 @@ class Fitting:
         self.described |= {c: self.roster.described[c].mixtures for c in self.parties}
         return joint_head(
             self.described,
-            samples=self.config.head.align_samples,
-            ridge=self.config.head.ridge,
-            seed=self.config.seed,
+            CompositionSettings.of(self.config),
             purpose="align",
         )
 

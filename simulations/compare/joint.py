@@ -51,9 +51,7 @@ def train_joint(
     """
     start = joint_head(
         described(backbone, {}, datas, config, purpose="features"),
-        samples=config.head.align_samples,
-        ridge=config.head.ridge,
-        seed=config.seed,
+        CompositionSettings.of(config),
     )
     labels = [start.indices(data.classes)[data.train.labels] for data in datas]
     together = Split(torch.cat([data.train.images for data in datas]), torch.cat(labels))

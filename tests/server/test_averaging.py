@@ -90,9 +90,7 @@ def start_of(backbone: Backbone, kind: Kind, datas: list[ClientData], config: Ru
     vector = TaskVector.of(kind, deltas, base=backbone.fingerprint)
     return vector, joint_head(
         described,
-        samples=config.head.align_samples,
-        ridge=config.head.ridge,
-        seed=config.seed,
+        CompositionSettings.of(config),
         purpose="align",
     )
 

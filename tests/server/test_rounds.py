@@ -107,9 +107,7 @@ def rounds_by_hand(
     members, number = sent_last(output), config.method.num_server_rounds
     aligned = joint_head(
         {c: m.features for c, m in members.items()},
-        samples=config.head.align_samples,
-        ridge=config.head.ridge,
-        seed=config.seed,
+        CompositionSettings.of(config),
         purpose="align",
     )
     zeros = {name: torch.zeros_like(weight) for name, weight in backbone.theta_0.items()}
