@@ -31,6 +31,7 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.choices import Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig

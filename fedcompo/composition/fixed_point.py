@@ -79,7 +79,7 @@ def sum_of(
     for index, term in enumerate(terms):
         values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
         if digests:
-            _feed(digests[index], name, values)
+            feed(digests[index], name, values)
         total = add(total, values, term.times)
     return total
 
@@ -151,7 +151,7 @@ def _largest(values: Tensor) -> float | int:
     return max(-low, high)
 
 
-def _feed(digest: Any, name: str, values: Tensor) -> None:
+def feed(digest: Any, name: str, values: Tensor) -> None:
     """Let a hash take in the rounded change of one weight."""
     digest.update(f"{name}|{tuple(values.shape)}|".encode())
     digest.update(values.contiguous().numpy().data)

@@ -104,7 +104,7 @@ def _composed(
     """Continue and write the sum of each weight; yield the weight made of it."""
     for name in sorted(recipe.backbone.target_weights):
         weight = recipe.backbone.tensors[name]
-        before = recipe.before and recipe.before[name]
+        before = recipe.before[name] if recipe.before is not None else None
         total = fixed_point.sum_of(recipe.terms, name, weight, start=before, digests=digests)
         running.write(name, total)
         yield name, fixed_point.compose(weight, total, count=recipe.count, scale=recipe.scale)

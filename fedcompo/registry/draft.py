@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.version import (
     REALIGNED,
     SUM,
     Recipe,
     RoundedDifferently,
-    Term,
     save_realigned,
     write_version,
 )

@@ -16,6 +16,7 @@ import torch
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split

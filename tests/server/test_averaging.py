@@ -20,6 +20,7 @@ from torch import Tensor
 from clients import averaging
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data

@@ -29,6 +29,7 @@ from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition import fixed_point
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data

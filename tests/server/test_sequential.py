@@ -12,6 +12,7 @@ from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, sa
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data
