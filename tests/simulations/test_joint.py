@@ -70,7 +70,7 @@ def start_of(backbone, datas: list[ClientData]) -> Head:
         mixtures[data.name] = fit_mixtures(
             features, data.train.labels, data.classes, components=1, seed=seed
         )
-    return joint_head(mixtures, settings)
+    return joint_head(mixtures, CompositionSettings.of(CONFIG))
 
 
 @pytest.mark.parametrize("kind", list(Kind))
