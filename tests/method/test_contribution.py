@@ -19,9 +19,11 @@ from fedcompo.method.contribution import (
     FISHER,
     Contribution,
     Lineage,
+    load_fisher,
+    save_fisher,
 )
 from fedcompo.method.features import FeatureMixture
-from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.storage import tensorfile
 
 
