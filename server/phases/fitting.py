@@ -34,7 +34,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
 from fedcompo.storage.tensorfile import prefixed
-from fedcompo.training.anchors import Anchors
+from fedcompo.training.anchors import FisherSums
 from fedcompo.training.probing import load_reference
 from server.exchange.checks import (
     Originals,
@@ -241,7 +241,7 @@ class Fitting:
         known = [c for c in self.members if FISHER in self.registry.member(c).files]
         parties = [c for c in self.parties if (self.folder(c) / FISHER).exists()]
         if everyone := (*known, *parties):
-            self.anchors = Anchors.of(
+            self.anchors = FisherSums.of(
                 everyone,
                 self._load_fisher,
                 by=self.config.train.anchor,
