@@ -1,10 +1,10 @@
 """One file format for disk and wire: safetensors with a manifest, checked as a whole.
 
-A file is an ordinary safetensors file. Its metadata has one entry, ``manifest``: canonical JSON that
-describes the content, with the SHA-256 of the manifest's other entries and of the tensors (names,
-dtypes, shapes, bytes). A file with a changed byte, a missing end or an added tensor is refused on
-reading. Messages are packed the same way. :mod:`fedcompo.storage.tensorstream` reads and writes such
-files one tensor at a time.
+A file is an ordinary safetensors file. Its metadata has one entry, ``manifest``: canonical JSON
+that describes the content, with the SHA-256 of the manifest's other entries and of the tensors
+(names, dtypes, shapes, bytes). A file with a changed byte, a missing end or an added tensor is
+refused on reading. Messages are packed the same way. :mod:`fedcompo.storage.tensorstream` reads and
+writes such files one tensor at a time.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class StreamedTensors(Mapping[str, Tensor]):
             )
 
     def _check_places(self, available: int) -> None:
-        """Refuse tensors that overlap, leave gaps, or do not fill the file; raises ``ValueError``."""
+        """Raise ``ValueError`` for tensors that overlap, leave gaps, or do not fill the file."""
         position = 0
         for dtype, shape, begin, end in sorted(self._places.values(), key=lambda p: (p[2], p[3])):
             if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
