@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import StoredBackbone
-from fedcompo.composition import models as specialise
+from fedcompo.composition.models import composed_model, model_of
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.version import REALIGNED, SUM
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
@@ -195,10 +195,11 @@ class Registry:
             without: Members to leave out.
         """
         if only is None and not without:
-            return specialise.model_of(
+            return model_of(
                 self.backbone, self.composed(), self.classes, linearised=self.linearised
             )
-        return specialise.composed_model(self, only=only, without=without)
+        pool = self.pool() if only is None else self.pool().only(*only)
+        return composed_model(pool.without(*without), self.backbone, self.settings)
 
     def entries(self) -> list[journal.Entry]:
         """Read the journal and check its chain.
