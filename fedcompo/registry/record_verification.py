@@ -10,10 +10,9 @@ from fedcompo.composition import version as composition
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.version import SUM, Term
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.registry.changes import foreseen_influence
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC, as_told, line_of, members_after, root_of
 from fedcompo.registry.verification import Finding, all_but_folders, signature_finding
 from fedcompo.storage.files import WEIGHTS
