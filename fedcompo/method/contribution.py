@@ -33,6 +33,16 @@ class Lineage:
     ensemble: tuple[str, ...] = ()
     """Clients whose task vectors were in the model that was trained."""
 
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Lineage:
+        """Rebuild a lineage from JSON; raises ``TypeError`` if the names of its fields differ."""
+        return cls(**tuples(values))
+
+    @property
+    def shaped_by(self) -> set[str]:
+        """All other clients whose data shaped the contribution."""
+        return {*self.anchored_by, *self.aligned_with, *self.ensemble}
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -158,7 +168,7 @@ def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dic
         "head": Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
         "features": mixtures_from(tensors, manifest["mixtures"]),
         "num_examples": manifest["num_examples"],
-        "lineage": Lineage(**tuples(manifest["lineage"])),
+        "lineage": Lineage.parse(manifest["lineage"]),
         "settings": manifest["settings"],
     }
 
