@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fedcompo.cli import tables as cli_print
+from fedcompo.cli import tables
 from fedcompo.cli.common import (
     JsonOption,
     RegistryOption,
@@ -30,26 +30,13 @@ def list_clients(
 ) -> None:
     """List the clients of a registry, and what it composes."""
     with errors_as_sentences(verbose):
-        from fedcompo.registry.transaction import MODEL
+        from fedcompo.registry.inspection import summary
 
-        opened = open_registry(registry)
-        entries, state = opened.entries(), opened.state
-        members = [cli_print.row(opened, member, entries) for member in state.members.values()]
-        summary = {
-            "registry": str(opened.path.absolute()),
-            "backbone": state.base,
-            "root": state.root,
-            "settings": asdict(opened.settings),
-            "model": str(opened.path.absolute() / MODEL) if members else None,
-            "classes": list(opened.classes),
-            "joint_head": "realigned" if opened.realigned else "aligned",
-            "kept_versions": list(state.kept),
-            "clients": members,
-        }
+        values = summary(open_registry(registry))
         if as_json:
-            print_json(summary)
+            print_json(values)
         else:
-            cli_print.print_list(summary)
+            tables.print_list(values)
 
 
 def show(
@@ -63,25 +50,13 @@ def show(
     CLIENT is its name; `fedcompo list` lists them.
     """
     with errors_as_sentences(verbose):
-        opened = open_registry(registry)
-        entries = opened.entries()
-        history = cli_print.history(entries, client)
-        present = client in opened.clients
-        if not present and not history:
-            opened.member(client)  # says who is there
-        details: dict[str, Any] = {"client": client, "present": present, "history": history}
-        if present:
-            member = opened.member(client)
-            details |= cli_print.row(opened, member, entries) | {
-                "folder": str(opened.path.absolute() / member.folder),
-                "files": dict(member.files),
-                "lineage": asdict(member.lineage),
-                "settings": dict(opened.contribution(client).settings),
-            }
+        from fedcompo.registry.inspection import details
+
+        values = details(open_registry(registry), client)
         if as_json:
-            print_json(details)
+            print_json(values)
             return
-        cli_print.print_details(details)
+        tables.print_details(values)
 
 
 def add(
@@ -151,17 +126,19 @@ def remove(
     The model is, bit for bit, the one that was never given it. Nobody is trained again.
     """
     with errors_as_sentences(verbose):
+        from fedcompo.registry.inspection import removal_plan
+
         _check_options(dry_run=dry_run, yes=yes, as_json=as_json, data=data)
         _check_text(requested_by, reason)
         opened = open_registry(registry)
-        plan = cli_print.plan(opened, client, keep_versions)
+        plan = removal_plan(opened, client, keep_versions=keep_versions)
         if dry_run:
             with progress(quiet=as_json) as tell:
                 from fedcompo.audit.evaluation import effect_of_removal
 
                 plan["accuracy"] = effect_of_removal(opened, client, data, tell)
         if not as_json:
-            cli_print.print_plan(plan)
+            tables.print_plan(plan)
         if dry_run:
             if as_json:
                 print_json(plan)
@@ -177,7 +154,7 @@ def remove(
                 keep_versions=keep_versions,
                 on_step=tell,
             )
-        path = opened.path / opened.entries()[record.sequence - 1].details["record"]
+        path = opened.path / record.place
         if as_json:
             typer.echo(record.text, nl=False)  # byte for byte: it can be kept and verified
             return
@@ -251,7 +228,7 @@ def verify(
         if as_json:
             print_json([asdict(finding) for finding in findings])
         else:
-            cli_print.print_findings(findings)
+            tables.print_findings(findings)
             if record is not None and registry is None and public_key is not None:
                 say("Without --registry nothing but the signature can be checked.")
         if any(finding.holds is False for finding in findings):
