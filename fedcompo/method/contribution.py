@@ -13,10 +13,9 @@ from torch import Tensor
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.method.features import FeatureMixture
-from fedcompo.method.fisher import FisherDiagonal, load_fisher, open_fisher, save_fisher
+from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.storage import tensorfile
 from fedcompo.storage.files import CARD, CONTENT, FISHER, tuples, write_atomically
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
@@ -93,84 +92,63 @@ class Contribution:
         return files
 
     @classmethod
-    def load(cls, folder: Path, *, with_fisher: bool = True) -> Contribution:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            folder: The contribution's own folder.
-            with_fisher: Read the Fisher too, where there is one.
-
-        Raises:
-            FileFormatError: If a file is missing, truncated, altered, or not this client's.
-            BackboneMismatch: If its Fisher was estimated at other pre-trained weights.
-        """
-        tensors, manifest = tensorfile.load(folder / CONTENT)
-        _expect(manifest, "contribution", folder / CONTENT)
-        stated = _checked_card(folder, manifest)
-        fisher = None
-        if with_fisher and FISHER in stated:
-            fisher = load_fisher(folder / FISHER, **_owner(manifest))
-            _same_digest(folder, FISHER, stated, tensorfile.tensor_digest(fisher.sums))
-        return _built(folder, tensors, manifest, fisher)
-
-    @classmethod
     def open(
         cls,
         folder: Path,
         *,
         with_fisher: bool = True,
+        check: bool = False,
         guard: Callable[[Path], None] = lambda path: None,
     ) -> Contribution:
-        """Like :meth:`load`, but task vector and Fisher are read tensor by tensor when asked for.
+        """Open what :meth:`save` wrote; tensors are read when they are asked for.
 
         Args:
             folder: The contribution's own folder.
             with_fisher: Offer the Fisher too, where there is one.
+            check: Read every tensor now and hold it against its digest.
             guard: Called with a file's path before a tensor is read from it; raises if the file is
-                not to be trusted. Without it, bytes are not held against their digests.
+                not to be trusted.
+
+        Raises:
+            FileFormatError: If a file is missing, truncated, altered, or not this client's.
+            BackboneMismatch: If its Fisher was estimated at other pre-trained weights.
         """
         path, fisher_path = folder / CONTENT, folder / FISHER
         tensors = StreamedTensors(path, guard=lambda: guard(path))
-        _expect(tensors.manifest, "contribution", folder / CONTENT)
-        stated = _checked_card(folder, tensors.manifest)
-        fisher = None
-        if with_fisher and FISHER in stated:
-            fisher = open_fisher(
-                fisher_path, **_owner(tensors.manifest), guard=lambda: guard(fisher_path)
+        manifest = tensors.manifest
+        if manifest.get("content") != "contribution":
+            raise FileFormatError(
+                f"{path} holds a {manifest.get('content')!r}, expected a 'contribution'."
             )
-            found = StreamedTensors(fisher_path).manifest["tensors_sha256"]
-            _same_digest(folder, FISHER, stated, found)
-        return _built(folder, tensors, tensors.manifest, fisher)
-
-
-def _built(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    manifest: Mapping[str, Any],
-    fisher: FisherDiagonal | None,
-) -> Contribution:
-    try:
-        return Contribution(**_unpacked(tensors, manifest), fisher=fisher)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FileFormatError(
-            f"The manifest of {folder / CONTENT} cannot be used ({type(error).__name__}: "
-            f"{error}). It was written by something else than this fedcompo."
-        ) from error
-
-
-def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a contribution, but for its Fisher."""
-    return {
-        "client": manifest["client"],
-        "task_vector": TaskVector(
-            Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
-        ),
-        "head": Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
-        "features": mixtures_from(tensors, manifest["mixtures"]),
-        "num_examples": manifest["num_examples"],
-        "lineage": Lineage.parse(manifest["lineage"]),
-        "settings": manifest["settings"],
-    }
+        stated = _checked_card(folder, manifest)
+        fisher = None
+        if check:
+            tensors.check()
+        if with_fisher and FISHER in stated:
+            streamed = StreamedTensors(fisher_path)
+            owner = {key: str(manifest.get(key)) for key in ("client", "base")}
+            fisher = load_fisher(fisher_path, **owner, guard=lambda: guard(fisher_path))
+            _same_digest(folder, FISHER, stated, streamed.manifest["tensors_sha256"])
+            if check:
+                streamed.check()
+        try:
+            return cls(
+                client=manifest["client"],
+                task_vector=TaskVector(
+                    Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
+                ),
+                head=Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
+                features=mixtures_from(tensors, manifest["mixtures"]),
+                num_examples=manifest["num_examples"],
+                lineage=Lineage.parse(manifest["lineage"]),
+                fisher=fisher,
+                settings=manifest["settings"],
+            )
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FileFormatError(
+                f"The manifest of {path} cannot be used ({type(error).__name__}: {error}). "
+                "It was written by something else than this fedcompo."
+            ) from error
 
 
 def mixture_tensors(mixtures: Mapping[str, FeatureMixture]) -> dict[str, Tensor]:
@@ -195,18 +173,6 @@ def mixtures_from(
         )
         for name, count in examples.items()
     }
-
-
-def _owner(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Whose Fisher belongs to a contribution, and at which weights."""
-    return {key: str(manifest.get(key)) for key in ("client", "base")}
-
-
-def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:
-    if manifest.get("content") != content:
-        raise FileFormatError(
-            f"{path} holds a {manifest.get('content')!r}, expected a {content!r}."
-        )
 
 
 def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:

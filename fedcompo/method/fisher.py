@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,40 +180,24 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
     return tensorfile.tensor_digest(sums)
 
 
-def load_fisher(path: Path, *, client: str, base: str) -> FisherDiagonal:
+def load_fisher(
+    path: Path, *, client: str, base: str, guard: Callable[[], None] | None = None
+) -> FisherDiagonal:
     """Read what :func:`save_fisher` wrote.
 
     Args:
         path: The file.
         client: Whose it must be.
         base: Fingerprint of the pre-trained weights it must belong to.
+        guard: None: every byte is read now and held against its digest. Otherwise tensors are read
+            when asked for, after a call of this, which raises if the file is not to be trusted.
 
     Raises:
         FileFormatError: If it is truncated, altered, incomplete, or not this client's.
         BackboneMismatch: If it was estimated at other pre-trained weights.
     """
-    sums, manifest = tensorfile.load(path)
-    return _checked(sums, manifest, path, client, base)
-
-
-def open_fisher(
-    path: Path, *, client: str, base: str, guard: Callable[[], None] = lambda: None
-) -> FisherDiagonal:
-    """Like :func:`load_fisher`, but tensors are read when asked for, and not held to a digest.
-
-    Args:
-        path: The file.
-        client: Whose it must be.
-        base: Fingerprint of the pre-trained weights it must belong to.
-        guard: Called before a tensor is read; raises if the file is not to be trusted.
-    """
-    sums = StreamedTensors(path, guard=guard)
-    return _checked(sums, sums.manifest, path, client, base)
-
-
-def _checked(
-    sums: Mapping[str, Tensor], manifest: Mapping[str, Any], path: Path, client: str, base: str
-) -> FisherDiagonal:
+    sums = StreamedTensors(path, guard=guard or (lambda: None))
+    manifest = sums.manifest
     if manifest.get("content") != "fisher":
         raise FileFormatError(f"{path} holds a {manifest.get('content')!r}, expected a 'fisher'.")
     if missing := sorted({"client", "base", "classes", "num_examples"} - manifest.keys()):
@@ -231,7 +214,10 @@ def _checked(
             f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
             "Use the same `backbone` and `checkpoint`, or estimate it again."
         )
+    if guard is None:
+        sums.check()
+    values = dict(sums) if guard is None else sums
     try:
-        return FisherDiagonal(sums, int(manifest["num_examples"]), tuple(manifest["classes"]))
+        return FisherDiagonal(values, int(manifest["num_examples"]), tuple(manifest["classes"]))
     except (ContributionError, ValueError, TypeError) as error:
         raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error
