@@ -167,7 +167,7 @@ def test_a_run_without_results_is_a_failure(tmp_path: Path) -> None:
     output = run_folder.reserve_output(tmp_path / "out")
     events: list[str] = []
     with pytest.raises(LaunchError, match=r"completed, but results\.json"):
-        launcher.simulate(
+        launcher.run_app(
             {},
             output=output,
             clients=2,
