@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from engine_runs import BIN, LIMIT, QUICK
+from golden import figures_of, nearly
 
 from fedcompo.method.contribution import Contribution
 
 pytestmark = pytest.mark.simulation
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+DIGITS = CHECKOUT / "tests" / "golden" / "digits.json"
 
 
 def simulate(cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
@@ -46,6 +48,20 @@ def test_simulate_leaves_results_where_the_last_line_says(tmp_path):
     assert (output / "report.svg").exists()
     for client in results["per_client"]:
         assert Contribution.load(output / "registry" / "clients" / client).client == client
+
+
+@pytest.mark.slow
+def test_the_default_run_gives_the_figures_it_always_gave(tmp_path):
+    done = subprocess.run(
+        [BIN / "fedcompo", "simulate", "--output", tmp_path / "digits"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    results = json.loads((tmp_path / "digits" / "results.json").read_text())
+    assert figures_of(results) == nearly(json.loads(DIGITS.read_text()))
 
 
 @pytest.mark.slow
