@@ -25,7 +25,7 @@ MARKS = {True: ("holds", "green"), False: ("FAILS", "bold red"), None: ("open", 
 
 def row(registry: Registry, member: Member, entries: Sequence[Entry]) -> dict[str, Any]:
     """What a list says of a member; ``entries`` is the registry's journal."""
-    from fedcompo.registry.changes import foreseen_influence
+    from fedcompo.registry.removal import foreseen_influence
 
     lineage = member.lineage
     shaped_by = sorted({*lineage.anchored_by, *lineage.aligned_with, *lineage.ensemble})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.names import check_client_name, check_distinct
-from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.storage.files import CARD, CONTENT, FISHER, sync
 from fedcompo.storage.tensorstream import StreamedTensors
 
 PIECE = 1 << 22
@@ -59,8 +58,7 @@ def _checked(folder: Path) -> Contribution:
 def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as original, target.open("xb") as copy:
         shutil.copyfileobj(original, copy, PIECE)
-        copy.flush()
-        os.fsync(copy.fileno())
+        sync(copy)
 
 
 def check_contribution(

@@ -9,28 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedcompo.errors import ContributionError
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import Mixtures
 from fedcompo.method.pool import require_known, require_unmixed
 from fedcompo.registry import journal
 from fedcompo.registry.draft import Draft, OnStep, drafted
-from fedcompo.registry.removal import Influence, RemovalRecord, influence
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PRIVATE, Member, State
 from fedcompo.runtime import version
-from fedcompo.storage.files import tuples, write_synced
+from fedcompo.storage.files import write_synced
 from fedcompo.storage.tensorstream import file_sha256
-
-if TYPE_CHECKING:
-    from fedcompo.registry.registry import Registry
 
 REMOVALS = "removals"
 
 
 def add(
-    registry: Registry,
+    registry: RegistryReader,
     sources: Sequence[Contribution | Path],
     *,
     replacing: bool,
@@ -66,7 +64,7 @@ def add(
 
 
 def remove(
-    registry: Registry,
+    registry: RegistryReader,
     client: str,
     *,
     requested_by: str,
@@ -123,7 +121,7 @@ def remove(
         return record
 
 
-def realign(registry: Registry, mixtures: Mapping[str, Mixtures]) -> None:
+def realign(registry: RegistryReader, mixtures: Mapping[str, Mixtures]) -> None:
     """Fit the joint head again; see :meth:`fedcompo.registry.registry.Registry.realign`."""
     with drafted(registry, "aligning the joint head again", lambda step: None) as draft:
         state = draft.before
@@ -142,19 +140,6 @@ def realign(registry: Registry, mixtures: Mapping[str, Mixtures]) -> None:
                 mixture.check(registry.backbone.num_features, f"client {client!r}")
         after = draft.compose(_with_members(state, state.members), [], [], mixtures)
         draft.finish(after, [("realigned", {"clients": sorted(mixtures)})])
-
-
-def foreseen_influence(
-    entries: Sequence[journal.Entry], client: str, survivors: Sequence[str]
-) -> Influence:
-    """What of a client would be left in the survivors; the journal knows everyone's lineage."""
-    everyone = [
-        (added["client"], Lineage(**tuples(added["lineage"])))
-        for entry in entries
-        if entry.event == "added"
-        for added in entry.details["clients"]
-    ]
-    return influence(client, survivors, dict(everyone), former=everyone)
 
 
 def _with_members(state: State, members: Mapping[str, Member], *, keep: bool = False) -> State:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,13 +26,11 @@ from fedcompo.method.features import Mixtures
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
 from fedcompo.storage.files import WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
-
-if TYPE_CHECKING:
-    from fedcompo.registry.registry import Registry
 
 CLIENTS, VERSIONS = "clients", "versions"
 
@@ -40,7 +38,7 @@ OnStep = Callable[[str], None]
 
 
 @contextmanager
-def drafted(registry: Registry, purpose: str, on_step: OnStep) -> Iterator[Draft]:
+def drafted(registry: RegistryReader, purpose: str, on_step: OnStep) -> Iterator[Draft]:
     """Hold the lock, see the current state, and leave nothing staged if anything goes wrong."""
 
     def waiting(holder: str) -> None:
@@ -68,7 +66,7 @@ def drafted(registry: Registry, purpose: str, on_step: OnStep) -> Iterator[Draft
 class Draft:
     """A change in the making, under the lock."""
 
-    registry: Registry
+    registry: RegistryReader
     new: Path
     """Folder that mirrors the registry and holds what is new."""
     on_step: OnStep

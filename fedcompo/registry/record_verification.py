@@ -9,10 +9,9 @@ from pathlib import Path
 from fedcompo.composition.version import SUM, Recipe, write_version
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.pool import Pool
-from fedcompo.registry.changes import foreseen_influence
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC, as_told, line_of, members_after, root_of
 from fedcompo.registry.verification import Finding, all_but_folders, signature_finding
 from fedcompo.storage.files import WEIGHTS

@@ -8,7 +8,7 @@ record says which survivors were, and is signed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from fedcompo.errors import FileFormatError
 from fedcompo.method.contribution import Lineage
 from fedcompo.registry import signing
+from fedcompo.registry.journal import Entry
 from fedcompo.storage.files import canonical, tuples
 
 FORMAT_VERSION = 1
@@ -81,6 +82,19 @@ def influence(
     known = {name for names in direct.values() for name in names}
     indirect = tuple(n for n in staying if _names(lineages[n]) & touched and n not in known)
     return Influence(**direct, indirect=indirect)
+
+
+def foreseen_influence(
+    entries: Sequence[Entry], client: str, survivors: Sequence[str]
+) -> Influence:
+    """What of a client would be left in the survivors; the journal knows everyone's lineage."""
+    everyone = [
+        (added["client"], Lineage(**tuples(added["lineage"])))
+        for entry in entries
+        if entry.event == "added"
+        for added in entry.details["clients"]
+    ]
+    return influence(client, survivors, dict(everyone), former=everyone)
 
 
 @dataclass(frozen=True)
