@@ -14,7 +14,8 @@ from typing import Any
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import Mixtures
-from fedcompo.method.pool import require_known, require_unmixed
+from fedcompo.method.pool import require_unmixed
+from fedcompo.names import require_known
 from fedcompo.registry import journal
 from fedcompo.registry.draft import Draft, OnStep, drafted
 from fedcompo.registry.reader import RegistryReader
