@@ -14,7 +14,7 @@ from fedcompo.report.units import percent, shortened, size
 
 if TYPE_CHECKING:
     from fedcompo.registry.journal import Entry
-    from fedcompo.registry.registry import Registry
+    from fedcompo.registry.reader import RegistryReader
     from fedcompo.registry.state import Member
     from fedcompo.registry.verification import Finding
 
@@ -23,7 +23,7 @@ UNALTERED = " is unaltered"
 MARKS = {True: ("holds", "green"), False: ("FAILS", "bold red"), None: ("open", "yellow")}
 
 
-def row(registry: Registry, member: Member, entries: Sequence[Entry]) -> dict[str, Any]:
+def row(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> dict[str, Any]:
     """What a list says of a member; ``entries`` is the registry's journal."""
     from fedcompo.registry.removal import foreseen_influence
 
@@ -137,7 +137,7 @@ def print_details(details: Mapping[str, Any]) -> None:
     table_console().print(table)
 
 
-def plan(registry: Registry, client: str, keep_versions: bool) -> dict[str, Any]:
+def plan(registry: RegistryReader, client: str, keep_versions: bool) -> dict[str, Any]:
     """What a removal would do."""
     member = registry.member(client)
     survivors = [name for name in registry.clients if name != client]
@@ -192,8 +192,6 @@ def print_plan(plan: Mapping[str, Any]) -> None:
             if lineage[part]:
                 say(f"  {what}: {', '.join(lineage[part])}")
         say(f"  To undo that too, train again: {', '.join(plan['to_retrain'])}")
-    if plan.get("accuracy"):
-        _print_effect(plan["accuracy"])
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -238,7 +236,7 @@ def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> No
 def print_removal(results: Mapping[str, Any]) -> None:
     """Print what a removal over Flower reports."""
     say(f"Removed {results['removed']}; {', '.join(results['survivors']) or 'nobody'} stay.")
-    _print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
+    print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
     if results["to_retrain"]:
         say(
             "Composition-exact, not influence-exact: trained with something of "
@@ -249,7 +247,8 @@ def print_removal(results: Mapping[str, Any]) -> None:
     say(f"Record: {results['record']}")
 
 
-def _print_effect(accuracy: Mapping[str, Any]) -> None:
+def print_effect(accuracy: Mapping[str, Any]) -> None:
+    """Print what a removal does to accuracy, client by client, or why nobody knows."""
     if "reason" in accuracy:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
@@ -274,6 +273,6 @@ def _print_effect(accuracy: Mapping[str, Any]) -> None:
     )
 
 
-def _bytes(registry: Registry, member: Member) -> int:
+def _bytes(registry: RegistryReader, member: Member) -> int:
     folder = registry.path / member.folder
     return sum((folder / file).stat().st_size for file in member.files)

@@ -5,10 +5,11 @@ Torch is imported where tensors are asked for: who is there, and how, is read wi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition.settings import CompositionSettings
@@ -18,7 +19,7 @@ from fedcompo.registry import journal
 from fedcompo.registry.removal import Influence, foreseen_influence
 from fedcompo.registry.state import ABOUT, Member, State, read_about
 from fedcompo.registry.transaction import JOURNAL, STATE, recover_if_idle
-from fedcompo.storage.files import BACKBONE, CARD, REALIGNED, SUM, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CARD, CONTENT, REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 if TYPE_CHECKING:
@@ -100,6 +101,15 @@ class RegistryReader:
         guard(folder / CARD)
         with self._reading(folder):
             return Contribution.open(folder, with_fisher=with_fisher, guard=guard)
+
+    def card(self, client: str) -> dict[str, Any]:
+        """What a member's contribution says of itself, such as its settings; no tensor is read."""
+        member = self.member(client)
+        folder = self.path / member.folder
+        for name in (CARD, CONTENT):
+            self.check_file(folder / name, member.files[name])
+        card: dict[str, Any] = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        return card
 
     def influence_of(self, client: str) -> Influence:
         """Which other members were trained with something of a client's."""
