@@ -36,26 +36,13 @@ def list_clients(
 ) -> None:
     """List the clients of a registry, and what it composes."""
     with errors_as_sentences(verbose):
-        from fedcompo.registry.transaction import MODEL
+        from fedcompo.registry.inspection import summary
 
-        opened = open_registry(registry)
-        entries, state = opened.entries(), opened.state
-        members = [tables.row(opened, member, entries) for member in state.members.values()]
-        summary = {
-            "registry": str(opened.path.absolute()),
-            "backbone": state.base,
-            "root": state.root,
-            "settings": asdict(opened.settings),
-            "model": str(opened.path.absolute() / MODEL) if members else None,
-            "classes": list(opened.classes),
-            "joint_head": "realigned" if opened.realigned else "aligned",
-            "kept_versions": list(state.kept),
-            "clients": members,
-        }
+        values = summary(open_registry(registry))
         if as_json:
-            print_json(summary)
+            print_json(values)
         else:
-            tables.print_list(summary)
+            tables.print_list(values)
 
 
 def show(
@@ -69,25 +56,13 @@ def show(
     CLIENT is its name; `fedcompo list` lists them.
     """
     with errors_as_sentences(verbose):
-        opened = open_registry(registry)
-        entries = opened.entries()
-        history = tables.history(entries, client)
-        present = client in opened.clients
-        if not present and not history:
-            opened.member(client)  # says who is there
-        details: dict[str, Any] = {"client": client, "present": present, "history": history}
-        if present:
-            member = opened.member(client)
-            details |= tables.row(opened, member, entries) | {
-                "folder": str(opened.path.absolute() / member.folder),
-                "files": dict(member.files),
-                "lineage": asdict(member.lineage),
-                "settings": opened.card(client)["settings"],
-            }
+        from fedcompo.registry.inspection import details
+
+        values = details(open_registry(registry), client)
         if as_json:
-            print_json(details)
+            print_json(values)
             return
-        tables.print_details(details)
+        tables.print_details(values)
 
 
 def add(
@@ -161,10 +136,12 @@ def remove(
     The model is, bit for bit, the one that was never given it. Nobody is trained again.
     """
     with errors_as_sentences(verbose):
+        from fedcompo.registry.inspection import removal_plan
+
         _check_options(dry_run=dry_run, yes=yes, as_json=as_json, data=data)
         _check_text(requested_by, reason)
         opened = open_registry(registry)
-        plan = tables.plan(opened, client, keep_versions)
+        plan = removal_plan(opened, client, keep_versions=keep_versions)
         if not as_json:
             tables.print_plan(plan)
         if dry_run:
@@ -183,7 +160,7 @@ def remove(
                 keep_versions=keep_versions,
                 on_step=tell,
             )
-        path = changed.path / changed.entries()[record.sequence - 1].details["record"]
+        path = changed.path / record.place
         if as_json:
             typer.echo(record.text, nl=False)  # byte for byte: it can be kept and verified
             return

@@ -18,7 +18,7 @@ from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
-from fedcompo.storage.files import CARD, CONTENT, FISHER, tuples, write_atomically
+from fedcompo.storage.files import CARD, CONTENT, FISHER, write_atomically
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
 
@@ -146,7 +146,7 @@ def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dic
         "head": Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
         "features": mixtures_from(tensors, manifest["mixtures"]),
         "num_examples": manifest["num_examples"],
-        "lineage": Lineage(**tuples(manifest["lineage"])),
+        "lineage": Lineage.parse(manifest["lineage"]),
         "settings": manifest["settings"],
     }
 

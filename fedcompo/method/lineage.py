@@ -1,8 +1,12 @@
-"""Whose data shaped a contribution: what a removal cannot undo without training again; no torch."""
+"""Whose data shaped a contribution: what only training again can undo; no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from fedcompo.storage.files import tuples
 
 
 @dataclass(frozen=True)
@@ -16,3 +20,13 @@ class Lineage:
     """Clients whose feature statistics shaped the head that training started from."""
     ensemble: tuple[str, ...] = ()
     """Clients whose task vectors were in the model that was trained."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Lineage:
+        """Rebuild a lineage from JSON; raises ``TypeError`` if the names of its fields differ."""
+        return cls(**tuples(values))
+
+    @property
+    def shaped_by(self) -> set[str]:
+        """All other clients whose data shaped the contribution."""
+        return {*self.anchored_by, *self.aligned_with, *self.ensemble}

@@ -192,7 +192,7 @@ def settings_from(values: Mapping[str, Any]) -> CompositionSettings:
 
 
 def _member(values: Mapping[str, Any]) -> Member:
-    return Member(**{**tuples(values), "lineage": Lineage(**tuples(values["lineage"]))})
+    return Member(**{**tuples(values), "lineage": Lineage.parse(values["lineage"])})
 
 
 ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
