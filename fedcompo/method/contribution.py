@@ -15,32 +15,10 @@ from fedcompo.errors import FileFormatError
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
 from fedcompo.method.heads import Head
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.storage.files import CARD, CONTENT, FISHER, tuples, write_atomically
+from fedcompo.storage.files import CARD, CONTENT, FISHER, write_atomically
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Whose data a contribution was made with, besides the client's own; names of clients."""
-
-    method: str = "ita"
-    anchored_by: tuple[str, ...] = ()
-    """Clients whose Fisher anchored the training."""
-    aligned_with: tuple[str, ...] = ()
-    """Clients whose feature statistics shaped the head that training started from."""
-    ensemble: tuple[str, ...] = ()
-    """Clients whose task vectors were in the model that was trained."""
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Lineage:
-        """Rebuild a lineage from JSON; raises ``TypeError`` if the names of its fields differ."""
-        return cls(**tuples(values))
-
-    @property
-    def shaped_by(self) -> set[str]:
-        """All other clients whose data shaped the contribution."""
-        return {*self.anchored_by, *self.aligned_with, *self.ensemble}
 
 
 @dataclass(frozen=True)
