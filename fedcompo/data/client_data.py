@@ -35,7 +35,7 @@ from fedcompo.data.draws import (
     cap_members,
     deal_classes,
     draw_classes,
-    generator,
+    frozen_generator,
     split_members,
 )
 from fedcompo.data.folders import client_folders, folder_catalogue
@@ -203,7 +203,7 @@ def _load_classes(
         )
     parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
-        cap_members(members, cap, draw=generator(seed, "subset", own))
+        cap_members(members, cap, draw=frozen_generator(seed, "subset", own))
         for own, (members, _) in zip(classes, parts, strict=True)
     ]
     test = [members for _, members in parts]
@@ -233,7 +233,7 @@ def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> l
                 f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
                 "are needed: add images, take the class out, or say which images are for testing."
             )
-        return split_members(members, share=TEST_SHARE, draw=generator(seed, "split", own))
+        return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
     tests = catalogue.is_test[members]
     if tests.all():
         raise DataError(

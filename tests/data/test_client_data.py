@@ -14,7 +14,13 @@ from sklearn.datasets import load_digits
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
 from fedcompo.data.client_data import ClientData, load_client_data, load_folder, num_clients
-from fedcompo.data.draws import cap_members, deal_classes, draw_classes, generator, split_members
+from fedcompo.data.draws import (
+    cap_members,
+    deal_classes,
+    draw_classes,
+    frozen_generator,
+    split_members,
+)
 from fedcompo.errors import DataError
 
 GREY_8 = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
@@ -132,7 +138,7 @@ def test_a_deal_is_a_partition_into_groups_as_equal_as_possible(num_tasks: int):
 def test_draws_are_the_same_on_every_machine():
     # Pinned once; NumPy guarantees this stream for good (NEP 19). Clients deal for themselves.
     assert draw_classes(list("abcdefgh"), 0, seed=0) == tuple("bacdegfh")
-    assert generator(2**70, "split", "é").randint(1000) == 765
+    assert frozen_generator(2**70, "split", "é").randint(1000) == 765
 
 
 def test_fewer_classes_are_drawn_as_the_head_of_a_longer_draw():
@@ -142,13 +148,13 @@ def test_fewer_classes_are_drawn_as_the_head_of_a_longer_draw():
 
 @pytest.mark.parametrize(("count", "tests"), [(2, 1), (3, 1), (10, 2), (101, 20)])
 def test_a_split_leaves_at_least_one_image_on_either_side(count: int, tests: int):
-    train, test = split_members(np.arange(count), share=0.2, draw=generator(0))
+    train, test = split_members(np.arange(count), share=0.2, draw=frozen_generator(0))
     assert len(test) == tests
     assert sorted([*train, *test]) == list(range(count))
 
 
 def test_a_smaller_cap_keeps_a_subset_of_a_larger_one():
-    few, more = (set(cap_members(np.arange(50), n, draw=generator(0))) for n in (5, 20))
+    few, more = (set(cap_members(np.arange(50), n, draw=frozen_generator(0))) for n in (5, 20))
     assert len(few) == 5
     assert few < more
 
