@@ -12,8 +12,14 @@ import torch
 from sklearn.datasets import load_digits
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig
-from fedcompo.data.client_data import ClientData, load_client_data, load_folder, num_clients
+from fedcompo.config.run import DataConfig, RunConfig
+from fedcompo.data.client_data import (
+    ClientData,
+    count_clients,
+    load_client_data,
+    load_folder,
+    num_clients,
+)
 from fedcompo.data.draws import (
     cap_members,
     deal_classes,
@@ -21,7 +27,7 @@ from fedcompo.data.draws import (
     frozen_generator,
     split_members,
 )
-from fedcompo.errors import DataError
+from fedcompo.errors import ConfigError, DataError
 
 GREY_8 = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
 RGB_16 = Preprocessing(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -177,6 +183,15 @@ def test_too_few_classes_are_refused_with_the_numbers():
 def test_a_partition_out_of_range_is_refused(partition: int):
     with pytest.raises(DataError, match=rf"no client {partition}.*yields 5 clients, 0 to 4"):
         load_client_data(DataConfig(), GREY_8, partition=partition, seed=0)
+
+
+def test_clients_are_counted_by_the_data_or_by_the_setting():
+    assert count_clients(RunConfig.parse({"num-tasks": 4})) == 4
+    assert count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 3})) == 3
+    with pytest.raises(ConfigError, match="asks for 5 clients, but digits yields 4"):
+        count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 5}))
+    with pytest.raises(ConfigError, match="needs 2 clients"):
+        count_clients(RunConfig.parse({"num-tasks": 1}))
 
 
 @pytest.mark.parametrize(
