@@ -18,7 +18,7 @@ from fedcompo.storage.files import tuples
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
 CONTENT = "backbone"
-SAID = {
+MANIFEST_KEYS = {
     "name",
     "fingerprint",
     "preprocessing",
@@ -28,7 +28,7 @@ SAID = {
     "num_features",
     "target_weights",
 }
-"""What the manifest says, besides."""
+"""Keys of the manifest besides ``content``."""
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
@@ -66,7 +66,7 @@ class StoredBackbone:
             raise FileFormatError(
                 f"{path} holds a {manifest.get('content')!r}, expected a {CONTENT!r}."
             )
-        if missing := sorted(SAID - manifest.keys()):
+        if missing := sorted(MANIFEST_KEYS - manifest.keys()):
             raise FileFormatError(
                 f"The manifest of {path} has no {missing[0]!r}. It was written by another version "
                 "of fedcompo; use that one, or make the file again."
