@@ -80,7 +80,7 @@ def sum_of(
     for index, term in enumerate(terms):
         values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
         if digests:
-            feed(digests[index], name, values)
+            hash_rounded(digests[index], name, values)
         total = add(total, values, term.times)
     return total
 
@@ -152,7 +152,7 @@ def _largest(values: Tensor) -> float | int:
     return max(-low, high)
 
 
-def feed(digest: Any, name: str, values: Tensor) -> None:
+def hash_rounded(digest: Any, name: str, values: Tensor) -> None:
     """Update a hash with the rounded change of one weight."""
     digest.update(f"{name}|{tuple(values.shape)}|".encode())
     digest.update(values.contiguous().numpy().data)

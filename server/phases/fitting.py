@@ -25,11 +25,12 @@ from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.messages.records import Body
-from fedcompo.method.contribution import Contribution, Lineage, load_fisher, save_fisher
+from fedcompo.method.contribution import Contribution, load_fisher, save_fisher
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
