@@ -39,7 +39,7 @@ class RunningSum:
     """S by weight name, int64."""
 
     def __post_init__(self) -> None:
-        """Start at zero, or where one is given."""
+        """Start at zero, unless a total is given."""
         if not self.total:
             self.total = {n: torch.zeros(w.shape, dtype=torch.int64) for n, w in self._weights()}
 

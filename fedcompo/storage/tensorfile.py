@@ -49,7 +49,7 @@ def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> byte
 
 
 def from_bytes(data: bytes, *, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Unpack and check what :func:`to_bytes` packed.
+    """Unpack and check bytes that :func:`to_bytes` packed.
 
     Args:
         data: A safetensors file with a manifest.
@@ -73,7 +73,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any])
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and check a file that :func:`save` wrote; see :func:`from_bytes`.
 
-    The tensors are mapped from the file, not copied: memory is needed only for what is in use.
+    The tensors are mapped from the file, not copied: pages are read when they are used.
     """
     try:
         with path.open("rb") as file:

@@ -147,7 +147,7 @@ class StreamedTensors(Mapping[str, "Tensor"]):
 
 
 class Section(Mapping[str, "Tensor"]):
-    """The tensors whose names start with ``<prefix>/``, under what follows it."""
+    """The tensors whose names start with ``<prefix>/``, named without it."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         self._tensors, self._start = tensors, f"{prefix}/"

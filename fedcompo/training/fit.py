@@ -46,7 +46,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Course:
-    """Where a training begins, what acts on it, and which part of a longer training it is."""
+    """The start of a training, the penalties that act on it, and its place in a longer training."""
 
     begin: TaskVector | None = None
     """Task vector to go on with; None: a new one."""
@@ -84,7 +84,7 @@ def fit_task_vector(
         aligned: Head that training begins with, and that the head penalty pulls to.
         config: How to train.
         generator: Source of LoRA's A, of the order of images and of augmentation; on the CPU.
-        course: Where to begin otherwise, and what acts; None: a whole training alone, no anchor.
+        course: Another start, penalties, part of a longer training; None: none of these.
         on_epoch: Called after each epoch.
 
     Returns:
