@@ -80,8 +80,7 @@ def _tensors(backbone: Backbone, contribution: Contribution) -> Weights:
         for name in vector.names
         for factor in ("A", "B")
     }
-    classifier = f"{PREFIX}{backbone.classifier}"
-    return {**factors, f"{classifier}.weight": head.weight, f"{classifier}.bias": head.bias}
+    return factors | head.as_classifier(f"{PREFIX}{backbone.classifier}")
 
 
 def _layer(name: str) -> str:

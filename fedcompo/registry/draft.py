@@ -16,6 +16,7 @@ from fedcompo.composition.version import Recipe, RoundedDifferently, save_realig
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution, mixture_tensors
 from fedcompo.method.features import Mixtures
+from fedcompo.method.heads import head_tensors
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
@@ -215,8 +216,7 @@ class Draft:
 
 
 def _statistics_digest(contribution: Contribution) -> str:
-    head = contribution.head
-    tensors = {"head/weight": head.weight, "head/bias": head.bias}
+    tensors = head_tensors(contribution.head)
     mixtures = contribution.features.items()
     counts = {f"examples/{name}": torch.tensor(m.num_examples) for name, m in mixtures}
     return tensor_digest(tensors | counts | mixture_tensors(contribution.features))

@@ -1,1 +1,1 @@
-"""Tensors and files on disk: atomic writes, and safetensors as a whole or tensor by tensor."""
+"""Files: atomic writes, and tensors with a manifest, as a whole or tensor by tensor."""
