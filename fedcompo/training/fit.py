@@ -36,12 +36,12 @@ EpochCallback = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training yields."""
+    """Result of a training."""
 
     task_vector: TaskVector
     head: Head
     losses: tuple[float, ...]
-    """Mean training loss (without penalties), one an epoch."""
+    """Mean training loss of each epoch, without penalties."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,7 @@ class _Training:
         return self._backbone.forward(theta)(images)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a batch; a scalar."""
         return F.cross_entropy(logits, labels)
 
     def _proximal(self) -> Tensor | float:
@@ -212,7 +213,7 @@ class _Training:
 
 
 class _TangentTraining(_Training):
-    r"""Of tangents: features are linear in :math:`\tau`, the loss is the square loss of TMC."""
+    r"""For tangents: features are linear in :math:`\tau`, and the loss is TMC's square loss."""
 
     def _features(self, tau: Weights, images: Tensor) -> Tensor:
         return tangent_features(self._backbone, _in_sum(tau, self._ensemble), images)

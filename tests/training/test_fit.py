@@ -30,7 +30,7 @@ from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training import penalty as acting
 from fedcompo.training.accuracy import accuracy_of
-from fedcompo.training.fit import Course, Fitted, fit_task_vector
+from fedcompo.training.fit import Course, EpochCallback, Fitted, fit_task_vector
 from fedcompo.training.penalty import Anchor
 
 CLASSES = ("left", "right")
@@ -55,14 +55,21 @@ def fit(
     kind: Kind = Kind.LORA,
     *,
     seed: int = 0,
+    start: Head | None = None,
     anchor: Anchor | None = None,
     data: Split = DATA,
+    on_epoch: EpochCallback = lambda *told: None,
     **settings: object,
 ) -> Fitted:
-    start = zero_head(CLASSES, 8)
-    config = replace(CONFIG, **settings)
     return fit_task_vector(
-        backbone, kind, data, start, config, generator=rng(seed), course=Course(anchor=anchor)
+        backbone,
+        kind,
+        data,
+        start or zero_head(CLASSES, 8),
+        replace(CONFIG, **settings),
+        generator=rng(seed),
+        course=Course(anchor=anchor),
+        on_epoch=on_epoch,
     )
 
 
@@ -116,14 +123,7 @@ def test_the_task_vector_lowers_the_loss_that_the_head_alone_is_left_with(backbo
 def test_the_first_epochs_loss_starts_at_that_of_the_pre_trained_weights(backbone, kind):
     """With steps too small to matter, the reported loss is the start's: τ starts at zero."""
     start = random_head(CLASSES, 8, seed=1)
-    fitted = fit_task_vector(
-        backbone,
-        kind,
-        DATA,
-        start,
-        replace(CONFIG, learning_rate=1e-12, local_epochs=1),
-        generator=rng(0),
-    )
+    fitted = fit(backbone, kind, start=start, learning_rate=1e-12, local_epochs=1)
     expected = loss_of(kind, start(backbone.forward({})(DATA.images)))
     assert fitted.losses[0] == pytest.approx(expected, rel=1e-4)
 
@@ -207,17 +207,10 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
 
 def test_a_strong_head_anchor_keeps_the_head_at_the_aligned_one(backbone):
     aligned = random_head(CLASSES, 8, seed=1)
-    config = replace(CONFIG, head_decay=1e4, learning_rate=1e-3)
-    fitted = fit_task_vector(backbone, Kind.IA3, DATA, aligned, config, generator=rng(0))
+    settings = {"start": aligned, "learning_rate": 1e-3}
+    fitted = fit(backbone, Kind.IA3, head_decay=1e4, **settings)
     assert (fitted.head.weight - aligned.weight).abs().max() < 5e-3
-    free = fit_task_vector(
-        backbone,
-        Kind.IA3,
-        DATA,
-        aligned,
-        replace(config, head_decay=0.0),
-        generator=rng(0),
-    )
+    free = fit(backbone, Kind.IA3, head_decay=0.0, **settings)
     assert (free.head.weight - aligned.weight).abs().max() > 8e-3
 
 
@@ -230,16 +223,7 @@ def test_a_loss_that_is_no_number_is_refused_with_advice(backbone):
 
 def test_progress_is_told_after_each_epoch(backbone):
     told = []
-    start = zero_head(CLASSES, 8)
-    fitted = fit_task_vector(
-        backbone,
-        Kind.IA3,
-        DATA,
-        start,
-        replace(CONFIG, local_epochs=3),
-        generator=rng(0),
-        on_epoch=lambda *arguments: told.append(arguments),
-    )
+    fitted = fit(backbone, Kind.IA3, local_epochs=3, on_epoch=lambda *report: told.append(report))
     assert told == [(i + 1, 3, loss) for i, loss in enumerate(fitted.losses)]
 
 
