@@ -12,6 +12,15 @@ from hypothesis import HealthCheck, settings
 # One thread: small tensors gain nothing from more, and sums then run in one order.
 torch.set_num_threads(1)
 
+
+def _no_waiting_for_the_disk(handle: int) -> None:
+    """Sync nothing: nobody cuts the power, and what was written is there for all who look."""
+    os.fstat(handle)  # one that is closed is still an error
+
+
+# What syncs are worth is shown in registry/test_crashes.py, from what was synced and what not.
+os.fsync = _no_waiting_for_the_disk
+
 # No deadline: a busy machine is no failure. Derandomised: the same examples in each run.
 settings.register_profile(
     "fedcompo",

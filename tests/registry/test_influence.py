@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from app_runs import altered, run
+from app_runs import FEW_WEIGHTS, altered, run
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, RunConfig
@@ -31,7 +31,7 @@ STAY = ("client-1", "client-2")
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
     """A reference Fisher, as `fedcompo fisher` makes it, of ten images."""
-    config = RunConfig.parse({"images-per-class": 1})
+    config = RunConfig.parse({"images-per-class": 1, "target-weights": FEW_WEIGHTS})
     backbone = load_backbone(config.backbone)
     data = load_public_data(config, backbone.preprocessing)
     fisher, _ = reference_fisher(backbone, data, config)
@@ -157,7 +157,7 @@ def _at_other_weights(fisher: FisherDiagonal, path: Path) -> None:
 
 
 def _of_fewer_weights(fisher: FisherDiagonal, path: Path) -> None:
-    sums = {name: total for name, total in fisher.sums.items() if "qkv" not in name}
+    sums = {name: total for name, total in fisher.sums.items() if "proj" not in name}
     save_reference(path, FisherDiagonal(sums, fisher.num_examples), base=base())
 
 
@@ -178,7 +178,7 @@ def base() -> str:
     ("write", "error", "reason"),
     [
         (_at_other_weights, BackboneMismatch, "backbone embedded@00, expected embedded@"),
-        (_of_fewer_weights, ContributionError, "qkv.*Use the same `target-weights`"),
+        (_of_fewer_weights, ContributionError, "proj.*Use the same `target-weights`"),
         (_negative, ContributionError, "negative or not finite"),
         (_of_a_client, FileFormatError, "belongs to client 'client-0', expected '\\(reference\\)'"),
         (lambda fisher, path: None, FileFormatError, "cannot be read"),

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from app_runs import QUICK, altered, run
+from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid, lost
 from PIL import Image
@@ -77,7 +77,7 @@ def test_the_composed_model_is_the_pool_of_the_saved_contributions(finished):
     output, results = finished
     folders = (output / "registry" / "clients").iterdir()
     pool = Pool(tuple(Contribution.load(folder) for folder in folders))
-    backbone = load_backbone(BackboneConfig())
+    backbone = load_backbone(BackboneConfig(target_weights=FEW_WEIGHTS))
     theta_p = pool.compose(backbone.theta_0)
     saved = safetensors.torch.load_file(output / "registry" / "model" / "model.safetensors")
     for name, weight in theta_p.items():  # the registry rounds each τ once, to its grid of 2⁻⁴⁰
