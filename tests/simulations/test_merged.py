@@ -23,11 +23,11 @@ MEASURES = ("class_il_accuracy", "task_il_accuracy")
 SETTINGS = {
     "target_weights": ALL_WEIGHTS,
     "alpha": 0.0,
-    "local_epochs": 4,
+    "local_epochs": 2,
     "learning_rate": 0.02,
     "batch_size": 4,
     "num_classes": 9,
-    "images_per_class": 24,
+    "images_per_class": 16,
     "mixture_components": 3,
     "seed": 3,
 }
