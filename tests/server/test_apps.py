@@ -33,6 +33,20 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
     return output, run({}, output)
 
 
+@pytest.fixture(scope="module")
+def again(finished) -> tuple[bytes, Path]:
+    """The same run, asked for in the same folder: what was there before, and where it is."""
+    output, _ = finished
+    before = (output / "results.json").read_bytes()
+    config = {**QUICK, "output": str(output)}
+    grid = InProcessGrid(client_app, config, 3)
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
+    )
+    server_app(grid, context)
+    return before, output.with_name("out-2")
+
+
 def test_a_run_reports_every_phase_and_client(finished):
     _, results = finished
     assert list(results["phases"]) == [
@@ -124,30 +138,19 @@ def test_lineage_names_the_others_and_never_the_client_itself(finished):
     assert lineage.ensemble == ()
 
 
-def test_the_same_seed_gives_the_same_result(finished, tmp_path):
-    output, results = finished
-    again = run({}, tmp_path / "again")
+def test_the_same_seed_gives_the_same_result(finished, again):
+    (output, results), (_, place) = finished, again
+    figures = json.loads((place / "results.json").read_text())["per_client"]
     ours = Contribution.load(output / "registry" / "clients" / "client-0").task_vector.tensors
-    theirs = Contribution.load(
-        tmp_path / "again" / "registry" / "clients" / "client-0"
-    ).task_vector.tensors
+    theirs = Contribution.load(place / "registry" / "clients" / "client-0").task_vector.tensors
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (
-        again["per_client"]["client-0"]["losses"] == (results["per_client"]["client-0"]["losses"])
-    )
+    assert figures["client-0"]["losses"] == results["per_client"]["client-0"]["losses"]
 
 
-def test_another_run_never_overwrites(finished, tmp_path):
-    run({}, tmp_path / "out", realign=False)
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    config = {**QUICK, "output": str(tmp_path / "out")}
-    grid = InProcessGrid(client_app, config, 3)
-    context = Context(
-        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
-    )
-    server_app(grid, context)
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
-    assert (tmp_path / "out-2" / "results.json").exists()
+def test_another_run_never_overwrites(finished, again):
+    (output, _), (before, place) = finished, again
+    assert (output / "results.json").read_bytes() == before
+    assert (place / "results.json").exists()
 
 
 def test_kinds_are_dealt_in_turn_and_a_node_may_insist(tmp_path):
