@@ -25,7 +25,7 @@ from fedcompo.config.run import TrainConfig
 from fedcompo.data.client_data import Split
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
-from fedcompo.method.heads import zero_head
+from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training import penalty as acting
