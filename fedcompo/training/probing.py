@@ -27,6 +27,9 @@ from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.seeds import generator_for
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
 
+OWNER = "(reference)"
+"""Stands in the file of a reference Fisher in place of a client's name; no client can have it."""
+
 ImagesCallback = Callable[[int, int], None]
 """Called after each batch with the number of images done, and of all images."""
 
@@ -94,10 +97,6 @@ def fisher_of_images(
     )
     sums = {name: total.float().cpu() for name, total in fisher.sums.items()}
     return FisherDiagonal(sums, fisher.num_examples, fisher.classes), report
-
-
-OWNER = "(reference)"
-"""Stands in the file in place of a client's name; no client can have it."""
 
 
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:
