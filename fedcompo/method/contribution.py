@@ -1,4 +1,7 @@
-"""All that a client sends, and all that must go when it leaves."""
+"""All that a client sends, and all that must be deleted when it leaves.
+
+On disk it is a folder: tensors, the Fisher sum where it is kept, and a card for people.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.errors import FileFormatError
+from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.method.features import FeatureMixture
-from fedcompo.method.fisher import FisherDiagonal, load_fisher, open_fisher, save_fisher
-from fedcompo.method.heads import Head
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
@@ -47,8 +50,7 @@ class Contribution:
             SHA-256 of each file's content, by file name.
         """
         tensors = {f"task_vector/{name}": t for name, t in self.task_vector.tensors.items()}
-        tensors |= {"head/weight": self.head.weight, "head/bias": self.head.bias}
-        tensors |= mixture_tensors(self.features)
+        tensors |= head_tensors(self.head) | mixture_tensors(self.features)
         card = {
             "content": "contribution",
             "client": self.client,
@@ -87,7 +89,9 @@ class Contribution:
         stated = _checked_card(folder, manifest)
         fisher = None
         if with_fisher and FISHER in stated:
-            fisher = load_fisher(folder / FISHER, **_owner(manifest))
+            fisher = load_fisher(
+                folder / FISHER, client=str(manifest.get("client")), base=str(manifest.get("base"))
+            )
             _same_digest(folder, FISHER, stated, tensorfile.tensor_digest(fisher.sums))
         return _built(folder, tensors, manifest, fisher)
 
@@ -113,8 +117,11 @@ class Contribution:
         stated = _checked_card(folder, tensors.manifest)
         fisher = None
         if with_fisher and FISHER in stated:
-            fisher = open_fisher(
-                fisher_path, **_owner(tensors.manifest), guard=lambda: guard(fisher_path)
+            fisher = load_fisher(
+                fisher_path,
+                client=str(tensors.manifest.get("client")),
+                base=str(tensors.manifest.get("base")),
+                guard=lambda: guard(fisher_path),
             )
             found = StreamedTensors(fisher_path).manifest["tensors_sha256"]
             _same_digest(folder, FISHER, stated, found)
@@ -143,7 +150,7 @@ def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dic
         "task_vector": TaskVector(
             Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
         ),
-        "head": Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
+        "head": head_from(tensors, manifest["classes"]),
         "features": mixtures_from(tensors, manifest["mixtures"]),
         "num_examples": manifest["num_examples"],
         "lineage": Lineage.parse(manifest["lineage"]),
@@ -173,11 +180,6 @@ def mixtures_from(
         )
         for name, count in examples.items()
     }
-
-
-def _owner(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Whose Fisher belongs to a contribution, and at which weights."""
-    return {key: str(manifest.get(key)) for key in ("client", "base")}
 
 
 def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:
@@ -219,3 +221,71 @@ def _same_digest(folder: Path, file: str, stated: Mapping[str, str], found: str)
             f"{folder / CARD} and {file} disagree on the tensors. "
             "One of them was altered or exchanged; restore the folder from where it came."
         )
+
+
+def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
+    """Write a Fisher sum (float32) to one file.
+
+    Args:
+        path: Where to.
+        fisher: The sum.
+        client: Whose examples it sums over.
+        base: Fingerprint of the pre-trained weights it was estimated at.
+
+    Returns:
+        SHA-256 of its tensors.
+    """
+    sums = {name: total.float() for name, total in fisher.sums.items()}
+    manifest = {
+        "content": "fisher",
+        "client": client,
+        "base": base,
+        "classes": list(fisher.classes),
+        "num_examples": fisher.num_examples,
+    }
+    tensorfile.save(path, sums, manifest)
+    return tensorfile.tensor_digest(sums)
+
+
+def load_fisher(
+    path: Path, *, client: str, base: str, guard: Callable[[], None] | None = None
+) -> FisherDiagonal:
+    """Read what :func:`save_fisher` wrote.
+
+    Args:
+        path: The file.
+        client: Whose it must be.
+        base: Fingerprint of the pre-trained weights it must belong to.
+        guard: None: all tensors are read now and compared with their digest. Otherwise each tensor
+            is read when it is used, after a call of ``guard``, which raises if the file is not to
+            be trusted.
+
+    Raises:
+        FileFormatError: If it is truncated, altered, incomplete, or not this client's.
+        BackboneMismatch: If it was estimated at other pre-trained weights.
+    """
+    sums: Mapping[str, Tensor]
+    if guard is None:
+        sums, manifest = tensorfile.load(path)
+    else:
+        sums = StreamedTensors(path, guard=guard)
+        manifest = sums.manifest
+    _expect(manifest, "fisher", path)
+    if missing := sorted({"client", "base", "classes", "num_examples"} - manifest.keys()):
+        raise FileFormatError(
+            f"The manifest of {path} has no {missing[0]!r}. It was written by another version of "
+            "fedcompo; estimate this Fisher again."
+        )
+    if manifest["client"] != client:
+        raise FileFormatError(
+            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
+        )
+    if manifest["base"] != base:
+        raise BackboneMismatch(
+            f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
+            "Use the same `backbone` and `checkpoint`, or estimate it again."
+        )
+    try:
+        return FisherDiagonal(sums, int(manifest["num_examples"]), tuple(manifest["classes"]))
+    except (ContributionError, ValueError, TypeError) as error:
+        raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error

@@ -89,11 +89,6 @@ class Pool:
         """Equal coefficients."""
         return {client: 1 / len(self) for client in self.clients}
 
-    def by_examples(self) -> dict[str, float]:
-        """Coefficients in proportion to the clients' numbers of training images."""
-        total = sum(contribution.num_examples for contribution in self)
-        return {c.client: c.num_examples / total for c in self}
-
     def compose(
         self,
         theta_0: Weights,

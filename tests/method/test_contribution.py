@@ -13,9 +13,16 @@ from builders import KINDS, altered, contribution
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, FileFormatError
-from fedcompo.method.contribution import CARD, CONTENT, FISHER, Contribution
+from fedcompo.method.contribution import (
+    CARD,
+    CONTENT,
+    FISHER,
+    Contribution,
+    load_fisher,
+    save_fisher,
+)
 from fedcompo.method.features import FeatureMixture
-from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.lineage import Lineage
 from fedcompo.storage import tensorfile
 
