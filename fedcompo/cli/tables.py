@@ -123,8 +123,6 @@ def print_plan(plan: Mapping[str, Any]) -> None:
             if lineage[part]:
                 say(f"  {what}: {', '.join(lineage[part])}")
         say(f"  To undo that too, train again: {', '.join(plan['to_retrain'])}")
-    if plan.get("accuracy"):
-        _print_effect(plan["accuracy"])
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -169,7 +167,7 @@ def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> No
 def print_removal(results: Mapping[str, Any]) -> None:
     """Print what a removal over Flower reports."""
     say(f"Removed {results['removed']}; {', '.join(results['survivors']) or 'nobody'} stay.")
-    _print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
+    print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
     if results["to_retrain"]:
         say(
             "Composition-exact, not influence-exact: trained with something of "
@@ -180,7 +178,8 @@ def print_removal(results: Mapping[str, Any]) -> None:
     say(f"Record: {results['record']}")
 
 
-def _print_effect(accuracy: Mapping[str, Any]) -> None:
+def print_effect(accuracy: Mapping[str, Any]) -> None:
+    """Print what a removal does to accuracy, client by client, or why nobody knows."""
     if "reason" in accuracy:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return

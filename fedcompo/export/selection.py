@@ -23,7 +23,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.admission import check_contribution
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import ABOUT
 
 
@@ -54,7 +54,7 @@ class Selection:
 
 
 def from_registry(
-    registry: Registry,
+    registry: RegistryReader,
     *,
     only: Sequence[str] = (),
     without: Sequence[str] = (),

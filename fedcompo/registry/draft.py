@@ -12,14 +12,7 @@ import torch
 
 from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import joint_head
-from fedcompo.composition.version import (
-    REALIGNED,
-    SUM,
-    Recipe,
-    RoundedDifferently,
-    save_realigned,
-    write_version,
-)
+from fedcompo.composition.version import Recipe, RoundedDifferently, save_realigned, write_version
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution, mixture_tensors
 from fedcompo.method.features import Mixtures
@@ -28,7 +21,7 @@ from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
-from fedcompo.storage.files import WEIGHTS
+from fedcompo.storage.files import REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
 

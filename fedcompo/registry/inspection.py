@@ -50,7 +50,7 @@ def details(registry: RegistryReader, client: str) -> Values:
         "folder": str(registry.path.absolute() / member.folder),
         "files": dict(member.files),
         "lineage": asdict(member.lineage),
-        "settings": dict(registry.contribution(client).settings),
+        "settings": registry.card(client)["settings"],
     }
 
 

@@ -1,26 +1,33 @@
-"""Reads a registry: what it holds, every byte held against its SHA-256; takes no lock."""
+"""Reads a registry: what it holds, every byte held against its SHA-256; takes no lock.
+
+Torch is imported where tensors are asked for: who is there, and how, is read without it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.composition.version import REALIGNED, SUM
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
-from fedcompo.method.contribution import Contribution
-from fedcompo.method.heads import Head
-from fedcompo.method.pool import Pool, require_known
+from fedcompo.names import require_known
 from fedcompo.registry import journal
 from fedcompo.registry.removal import Influence, foreseen_influence
 from fedcompo.registry.state import ABOUT, Member, State, read_about
 from fedcompo.registry.transaction import JOURNAL, STATE, recover_if_idle
-from fedcompo.storage.files import BACKBONE, CARD, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CARD, CONTENT, REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedcompo.method.contribution import Contribution
+    from fedcompo.method.heads import Head
+    from fedcompo.method.pool import Pool
 
 
 class RegistryReader:
@@ -83,6 +90,8 @@ class RegistryReader:
 
     def contribution(self, client: str, *, with_fisher: bool = False) -> Contribution:
         """Open a member's contribution; its tensors are read when asked for, and checked once."""
+        from fedcompo.method.contribution import Contribution
+
         member = self.member(client)
         folder = self.path / member.folder
 
@@ -93,6 +102,15 @@ class RegistryReader:
         with self._reading(folder):
             return Contribution.open(folder, with_fisher=with_fisher, guard=guard)
 
+    def card(self, client: str) -> dict[str, Any]:
+        """What a member's contribution says of itself, such as its settings; no tensor is read."""
+        member = self.member(client)
+        folder = self.path / member.folder
+        for name in (CARD, CONTENT):
+            self.check_file(folder / name, member.files[name])
+        card: dict[str, Any] = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        return card
+
     def influence_of(self, client: str) -> Influence:
         """Which other members were trained with something of a client's."""
         others = tuple(name for name in self.clients if name != client)
@@ -100,10 +118,14 @@ class RegistryReader:
 
     def pool(self, *, with_fisher: bool = False) -> Pool:
         """Open the members as a pool, to be composed with any coefficients."""
+        from fedcompo.method.pool import Pool
+
         return Pool(tuple(self.contribution(c, with_fisher=with_fisher) for c in self.clients))
 
     def joint_head(self) -> Head:
         """Read the joint head of the current composition."""
+        from fedcompo.method.heads import Head
+
         model = self.composed()
         classifier = self.backbone.classifier
         return Head(self.classes, model[f"{classifier}.weight"], model[f"{classifier}.bias"])

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fedcompo.composition.version import SUM, Recipe, write_version
+from fedcompo.composition.version import Recipe, write_version
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.pool import Pool
 from fedcompo.registry.journal import Entry
@@ -14,7 +14,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC, line_of, members_after, root_of
 from fedcompo.registry.verification import Finding, all_but_folders, as_json, signature_finding
-from fedcompo.storage.files import WEIGHTS
+from fedcompo.storage.files import SUM, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
 OnStep = Callable[[str], None]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.errors import FileFormatError
-from fedcompo.method.contribution import Lineage
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry import signing
 from fedcompo.registry.journal import Entry
 from fedcompo.storage.files import canonical, tuples

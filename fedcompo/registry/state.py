@@ -16,21 +16,23 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import save_backbone
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import Coefficients
+from fedcompo.config.choices import Coefficients, are_tangents
 from fedcompo.errors import RegistryDamaged
-from fedcompo.method.contribution import Contribution, Lineage
-from fedcompo.method.pool import are_tangents
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry import journal, signing
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.transaction import JOURNAL, STATE, require_inside
 from fedcompo.runtime import version
 from fedcompo.storage.files import BACKBONE, canonical, tuples, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
+
+if TYPE_CHECKING:
+    from fedcompo.backbone.backbone import Backbone
+    from fedcompo.method.contribution import Contribution
 
 FORMAT_VERSION = 1
 

@@ -18,7 +18,7 @@ import torch
 from fedcompo.composition import fixed_point
 from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import joint_head
-from fedcompo.composition.version import REALIGNED, load_realigned
+from fedcompo.composition.version import load_realigned
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.heads import Head
 from fedcompo.registry import journal, signing
@@ -35,7 +35,7 @@ from fedcompo.registry.state import (
     root_of,
 )
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
-from fedcompo.storage.files import canonical
+from fedcompo.storage.files import REALIGNED, canonical
 from fedcompo.storage.tensorstream import file_sha256
 
 CLOSE = 1e-4

@@ -21,6 +21,8 @@ CONTENT, FISHER, CARD = "contribution.safetensors", "fisher.safetensors", "card.
 """Files of a contribution."""
 WEIGHTS, CONFIG, MODEL_CARD = "model.safetensors", "config.json", "README.md"
 """Files of a composed model."""
+SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
+"""Files beside it in a registry: the integer sum; mixtures that its head was fitted to again."""
 PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of the installed library."""
 BACKBONE = "backbone.safetensors"

@@ -18,10 +18,12 @@ from fedcompo.method.contribution import (
     CONTENT,
     FISHER,
     Contribution,
-    Lineage,
+    load_fisher,
+    save_fisher,
 )
 from fedcompo.method.features import FeatureMixture
-from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.lineage import Lineage
 from fedcompo.storage import tensorfile
 
 

@@ -10,8 +10,8 @@ from app_runs import altered, run
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
-from fedcompo.method.contribution import Contribution
-from fedcompo.method.fisher import FisherDiagonal, save_fisher
+from fedcompo.method.contribution import Contribution, save_fisher
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.training.probing import (
     load_public_data,

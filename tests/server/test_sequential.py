@@ -24,7 +24,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.seeds import generator_for
 from fedcompo.training.accuracy import evaluate
-from fedcompo.training.fit import fit_task_vector
+from fedcompo.training.fit import Course, fit_task_vector
 from fedcompo.training.penalty import Anchor, Ensemble
 
 THREE = ("ann", "ben", "eve")
@@ -141,11 +141,11 @@ def step_by_hand(
         Kind.FULL,
         data.train,
         aligned,
-        aligned,
-        Anchor(mean, mean.pop("head.weight"), mean.pop("head.bias")),
         config.train,
         generator=generator_for(config.seed, "train", client),
-        ensemble=Ensemble(rest, 1 / count, config.method.beta),
+        course=Course(
+            anchor=Anchor.of(mean), ensemble=Ensemble(rest, 1 / count, config.method.beta)
+        ),
     ).task_vector
 
 
