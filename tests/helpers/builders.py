@@ -210,7 +210,11 @@ def altered(path: Path, position: int, mask: int = 1) -> None:
 
 
 def in_memory(folder: Path) -> Contribution:
-    """A contribution whose task vector is read now: its files may go."""
+    """A contribution whose tensors are read now: its files may go."""
     opened = Contribution.open(folder)
-    vector = opened.task_vector
-    return replace(opened, task_vector=replace(vector, tensors=dict(vector.tensors)))
+    vector, fisher = opened.task_vector, opened.fisher
+    return replace(
+        opened,
+        task_vector=replace(vector, tensors=dict(vector.tensors)),
+        fisher=replace(fisher, sums=dict(fisher.sums)) if fisher else None,
+    )
