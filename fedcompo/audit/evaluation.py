@@ -1,4 +1,4 @@
-"""Accuracy of a composition on the clients' images, where these are at hand in one place."""
+"""Measures a composition's accuracy on the clients' images, where these are on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Figures = dict[str, dict[str, Any]]
 
 
 def run_config_of(registry: RegistryReader, data: str | None = None) -> RunConfig:
-    """The settings that the registry's clients were trained with, perhaps on other data.
+    """Return the settings that the registry's clients were trained with, perhaps with other data.
 
     Raises:
         DataError: If nobody is there, and so no settings.
@@ -77,7 +77,7 @@ def evaluate_clients(
         config: Says which images.
         linearised: Whether the weights are composed of tangents.
         wanted: Names of the clients; empty: all.
-        on_step: Told whose images are looked at.
+        on_step: Called with whose images are measured.
 
     Raises:
         DataError: If the images cannot be had, or belong to none of the head's classes.

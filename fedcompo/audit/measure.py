@@ -1,4 +1,4 @@
-r"""Does a model forget a client that is taken out of it? What of that can be measured.
+r"""Measures whether a model forgets a client that is removed from it.
 
 Three models are compared:
 
@@ -92,7 +92,7 @@ def audit(
         gold: Registry of the same run without the client.
         shadows: Number of shadow models, even, at least 4.
         seed: Seed of shadows and bootstrap.
-        on_step: Told what is being done.
+        on_step: Called with what is being done.
 
     Returns:
         JSON values; accuracies are fractions in [0, 1]. ``accuracy`` by whose images (``removed``,
@@ -126,7 +126,7 @@ def audit(
 
 @dataclass(frozen=True)
 class _Audited:
-    """A client, its images, and the models that are to be told apart."""
+    """A client, its images, and the models that are compared."""
 
     registry: Registry
     contribution: Contribution
@@ -176,7 +176,7 @@ class _Audited:
         }
 
     def accuracy(self, on_step: OnStep) -> Values:
-        """By whose images, and by model."""
+        """Measure accuracy, by whose images and by model."""
         per_client = {self.client: self._accuracies(self.images)}
         for other in clients_data(
             self.config.data, self.backbone, seed=self.config.seed, wanted=self.remaining
@@ -190,7 +190,7 @@ class _Audited:
         }
 
     def _accuracies(self, data: ClientData) -> Values:
-        """On a client's test images; task-IL of the client to be removed by the rows kept."""
+        """Measure accuracy on a client's test images; task-IL of the removed one with kept rows."""
         labels, figures = data.test.labels, {}
         for name, model in self.models.items():
             features = model.features(self.backbone, data.test.images)
@@ -205,7 +205,7 @@ class _Audited:
         return figures
 
     def membership(self, shadows: int, seed: int, on_step: OnStep) -> Values:
-        """Both attacks, on each model's backbone under the head kept."""
+        """Run both attacks on each model's backbone, under the head that the attacker kept."""
         training = ClientTraining.of(self.registry, self.client, self.backbone)
         images, kept = self.images, self.kept
         shadow = train_shadows(
@@ -259,7 +259,7 @@ def _share(hits: Tensor) -> float:
 
 
 def _notes(values: Values, audited: _Audited) -> list[str]:
-    """What a reader must know of these figures, and cannot see from them."""
+    """List what a reader must know to read these figures."""
     models, left = audited.models, values["models"][AFTER]["rows_of_client"]
     gone = [name for name in audited.images.classes if name not in left]
     notes = []

@@ -1,4 +1,4 @@
-r"""Can one tell from a model which examples it was trained on? Two membership-inference attacks.
+r"""Two membership-inference attacks: which examples was a model trained on?
 
 Both give each example a score, higher where it looks like a member; an :class:`Attack` says how
 well the scores tell members from non-members. With :math:`s^+` and :math:`s^-` the scores of one of

@@ -1,4 +1,4 @@
-"""The models that an audit compares, with a client and without it, and the client's images."""
+"""Composes the models that an audit compares, and loads the client's images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class AuditedModel:
 
 
 def audited_images(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
-    """Load a client's images, and make sure that it is these it was trained on.
+    """Load a client's images and check that it was trained on them.
 
     Args:
         contribution: What the client sent.

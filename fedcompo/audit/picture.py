@@ -1,4 +1,4 @@
-"""An audit as a picture."""
+"""Draws an audit: AUC with intervals, and accuracies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An audit for people: tables for the terminal and as Markdown, and a picture."""
+"""Writes an audit for people: tables for the terminal and in Markdown, and a picture."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _attack_rows(values: Values) -> Rows:
 
 
 def _sentences(values: Values) -> list[str]:
-    """What was compared; then how to read it."""
+    """Say what was compared, then how to read it."""
     first = "; ".join(
         f"{name}: {MODELS[name][0]} ({', '.join(model['clients'])})"
         for name, model in values["models"].items()

@@ -55,7 +55,7 @@ OnStep = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ShadowModels:
-    """What shadows say of a client's images, training images first."""
+    """The shadows' confidences on a client's images, training images first."""
 
     phi: Tensor
     """:func:`~fedcompo.audit.membership.confidence`, (shadows, examples), float64."""
@@ -65,7 +65,7 @@ class ShadowModels:
 
 @dataclass(frozen=True)
 class ClientTraining:
-    """How a client came to its task vector, so that it can be done again on other images."""
+    """How a client was trained, so that it can be trained again on other images."""
 
     client: str
     classes: tuple[str, ...]
@@ -147,7 +147,7 @@ def train_shadows(
     seed: int,
     on_step: OnStep = lambda step: None,
 ) -> ShadowModels:
-    """Train shadows, and ask each about all of the client's images.
+    """Train shadows and compute the confidence of each on all of the client's images.
 
     Args:
         registry: The composition that the client is in.
@@ -156,7 +156,7 @@ def train_shadows(
         head: Joint head that the attacker puts on every backbone; has the client's classes.
         count: Number of shadows, even, at least 4.
         seed: Seed of the halves and of training.
-        on_step: Told which shadow is at work.
+        on_step: Called with which shadow is trained.
 
     Raises:
         ConfigError: If the number of shadows cannot be used.
@@ -223,7 +223,7 @@ def all_images(data: ClientData) -> tuple[Tensor, Tensor]:
 def logits_of(
     backbone: Backbone, theta: Weights, head: Head, data: ClientData, *, linearised: bool
 ) -> tuple[Tensor, Tensor]:
-    """What a model says of all of a client's images.
+    """Compute a model's logits on all of a client's images.
 
     Args:
         backbone: Pre-trained weights.
@@ -245,7 +245,7 @@ def _is_anchored(config: RunConfig) -> bool:
 
 
 def _anchor_of(registry: Registry, client: str, config: RunConfig) -> Weights | None:
-    """The mean Fisher that anchors a client, if it comes from elsewhere than its own images."""
+    """Return the mean Fisher that anchors a client, unless it is that of its own images."""
     if not _is_anchored(config) or config.train.anchor is AnchorBy.OWN:
         return None
     member = registry.member(client)

@@ -1,4 +1,4 @@
-"""Re-derives the claims of a removal record, with the registry at hand or the public key alone."""
+"""Verifies a removal record: with the registry all its claims, with the key its signature."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verify_record(
         path: The record.
         registry: The registry that wrote it; without it only the signature can be checked.
         public_key: Key to check the signature with; None: the registry's.
-        on_step: Told what is being done.
+        on_step: Called with what is being done.
 
     Returns:
         One finding for each claim.
@@ -64,7 +64,7 @@ def verify_record(
 def _against_journal(
     record: RemovalRecord, sha256: str, registry: Registry, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
-    """What the journal knows, replayed up to the removal."""
+    """Compare the record with the journal, replayed up to the removal."""
     claim = "the registry is the one of the record"
     yield _equal(claim, record.registry, registry.identity)
     claim = f"line {record.sequence} of the journal tells of this record"
@@ -100,7 +100,7 @@ def _against_journal(
 def _roots(
     record: RemovalRecord, registry: Registry, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
-    """The roots, and the compositions that they cover."""
+    """Compare the roots, and the compositions that they cover, with the journal."""
     for moment, lines, root, files in (
         ("before", record.sequence - 1, record.root_before, record.composition_before),
         ("after", record.sequence, record.root_after, record.composition_after),
@@ -114,7 +114,7 @@ def _roots(
 
 
 def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
-    """No file of the registry may be one of those that were removed."""
+    """Check that no file of the registry is one of those that were removed."""
     claim = f"no file of {record.client} is in the registry"
     digests = set(record.removed_files.values())
     files = (path for path in all_but_folders(registry.path) if path.is_file())
@@ -128,7 +128,7 @@ def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
 
 
 def _kept(record: RemovalRecord, registry: Registry) -> Finding:
-    """Earlier compositions that contain the client are there only as the record says."""
+    """Check that earlier compositions with the client are only those that the record names."""
     claim = f"of compositions that contain {record.client}, only those named are kept"
     left = [
         folder

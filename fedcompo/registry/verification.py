@@ -1,4 +1,4 @@
-"""Re-derives what a registry says of itself: every byte, every link, the composition from scratch.
+"""Derives all that a registry says of itself again: files, journal, records, composition.
 
 Nothing is taken on trust but the arithmetic: files are hashed again, the journal's chain is
 followed, the running sum and the composed weights are computed anew from the contributions.
@@ -66,7 +66,7 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
 
     Args:
         path: Its folder.
-        on_step: Told what is being done.
+        on_step: Called with what is being done.
 
     Returns:
         One finding for each claim; the registry is intact if all hold.
@@ -110,7 +110,7 @@ def _whole_journal(registry: Registry) -> list[Entry]:
 
 
 def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
-    """The journal, replayed, must lead to the state."""
+    """Replay the journal and compare the result with the state."""
     present, roots = members_after(entries), [e.details.get("root_after", "") for e in entries]
     root = next((root for root in reversed(roots) if root), "")
     members = {c: {**m.essence, "added": m.added} for c, m in state.members.items()}
@@ -127,7 +127,7 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
 def _kept_finding(
     folder: str, kept: Mapping[str, Any], state: State, entries: Sequence[Entry]
 ) -> Finding:
-    """An earlier composition is named after the line that it came with, whose root covers it."""
+    """Compare a kept composition with the journal's line that it is named after."""
     claim = f"the kept {folder} is what the journal tells of it"
     last = end_of_change(entries, line_of(folder))
     if last is None:
@@ -147,7 +147,7 @@ def _check_keys(registry: Registry) -> Iterator[Finding]:
 
 
 def _check_files(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
-    """Every file that the state names must be there, byte for byte."""
+    """Compare every file that the state names with its SHA-256."""
     state, root = registry.state, registry.path
     named = {f"the {file}": (root / file, digest) for file, digest in state.fixed.items()}
     for client, member in state.members.items():
@@ -169,7 +169,7 @@ def _check_files(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
 
 
 def _check_records(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
-    """Every removal that the journal tells of has a record, unaltered and signed."""
+    """Check that every removal in the journal has its record, unaltered and signed."""
     for entry in entries:
         if "record" in entry.details:
             path = registry.path / entry.details["record"]
@@ -192,7 +192,7 @@ def signature_finding(path: Path, public: Path) -> Finding:
 
 
 def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
-    """Nothing may lie there that the state does not name; the link must lead to the composition."""
+    """Find files that the state does not name; check where the link ``model`` leads."""
     state, root = registry.state, registry.path
     known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, *state.places)}
     known |= {root / e.details["record"] for e in entries if "record" in e.details}
@@ -210,7 +210,7 @@ def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Findi
 
 
 def _recomposed(registry: Registry) -> Finding:
-    """Sum the members' task vectors anew and hold every weight against the composition."""
+    """Sum the members' task vectors again and compare every weight with the composition."""
     claim = "the composition is that of the members"
     state, backbone = registry.state, registry.backbone
     running, model = registry.running_sum(), registry.composed()
