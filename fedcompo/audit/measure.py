@@ -59,7 +59,7 @@ from fedcompo.data.client_data import ClientData
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.runtime import pick_device, version
 
 FORMAT_VERSION = 1
@@ -74,11 +74,11 @@ Values = dict[str, Any]
 
 
 def audit(
-    registry: Registry,
+    registry: RegistryReader,
     client: str,
     *,
     data: str = "",
-    gold: Registry | None = None,
+    gold: RegistryReader | None = None,
     shadows: int = SHADOWS,
     seed: int = 0,
     on_step: OnStep = lambda step: None,
@@ -128,7 +128,7 @@ def audit(
 class _Audited:
     """A client, its images, and the models that are compared."""
 
-    registry: Registry
+    registry: RegistryReader
     contribution: Contribution
     config: RunConfig
     backbone: Backbone
@@ -136,7 +136,9 @@ class _Audited:
     models: Mapping[str, AuditedModel]
 
     @classmethod
-    def of(cls, registry: Registry, client: str, data: str, gold: Registry | None) -> _Audited:
+    def of(
+        cls, registry: RegistryReader, client: str, data: str, gold: RegistryReader | None
+    ) -> _Audited:
         contribution = registry.contribution(client)
         if registry.clients == (client,):
             raise ContributionError(

@@ -21,7 +21,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 
 BEFORE, AFTER, GOLD = "before", "after", "gold"
 MAY_DIFFER = {"device"}
@@ -78,7 +78,7 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
 
 
 def audited_models(
-    registry: Registry, client: str, gold: Registry | None = None
+    registry: RegistryReader, client: str, gold: RegistryReader | None = None
 ) -> dict[str, AuditedModel]:
     """Compose before, after and, if there is one, gold; by those names."""
     without = from_registry(registry, without=(client,))
@@ -112,7 +112,7 @@ def distances_to_gold(models: Mapping[str, AuditedModel]) -> dict[str, float]:
     }
 
 
-def check_gold(registry: Registry, gold: Registry, client: str) -> None:
+def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> None:
     """Refuse a gold registry that is not of the same run without the client.
 
     Raises:
@@ -142,7 +142,7 @@ def check_gold(registry: Registry, gold: Registry, client: str) -> None:
         )
 
 
-def _comparable(registry: Registry, clients: Iterable[str]) -> dict[str, Any]:
+def _comparable(registry: RegistryReader, clients: Iterable[str]) -> dict[str, Any]:
     settings = {f"the registry's {k}": v for k, v in asdict(registry.settings).items()}
     for client in clients:
         own = registry.contribution(client).settings
@@ -150,7 +150,7 @@ def _comparable(registry: Registry, clients: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
-def _composition_of(registry: Registry) -> AuditedModel:
+def _composition_of(registry: RegistryReader) -> AuditedModel:
     return AuditedModel(
         registry.theta_p(),
         registry.joint_head(),

@@ -43,7 +43,7 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.seeds import generator_for
 from fedcompo.training.anchors import FisherSums
 from fedcompo.training.fit import Course, fit_task_vector
@@ -78,7 +78,7 @@ class ClientTraining:
     """*Mean* Fisher that anchors it; None: nobody, or that of the images themselves."""
 
     @classmethod
-    def of(cls, registry: Registry, client: str, backbone: Backbone) -> ClientTraining:
+    def of(cls, registry: RegistryReader, client: str, backbone: Backbone) -> ClientTraining:
         """Gather from a registry what a member was trained with.
 
         Args:
@@ -138,7 +138,7 @@ class ClientTraining:
 
 
 def train_shadows(
-    registry: Registry,
+    registry: RegistryReader,
     training: ClientTraining,
     data: ClientData,
     head: Head,
@@ -244,7 +244,7 @@ def _is_anchored(config: RunConfig) -> bool:
     return config.train.alpha > 0 or config.train.head_alpha > 0
 
 
-def _anchor_of(registry: Registry, client: str, config: RunConfig) -> Weights | None:
+def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weights | None:
     """Return the mean Fisher that anchors a client, unless it is that of its own images."""
     if not _is_anchored(config) or config.train.anchor is AnchorBy.OWN:
         return None

@@ -10,7 +10,7 @@ from fedcompo.composition.version import Recipe, write_version
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.pool import Pool
 from fedcompo.registry.journal import Entry
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC, line_of, members_after, root_of
 from fedcompo.registry.verification import Finding, all_but_folders, as_json, signature_finding
@@ -23,7 +23,7 @@ OnStep = Callable[[str], None]
 def verify_record(
     path: Path,
     *,
-    registry: Registry | None = None,
+    registry: RegistryReader | None = None,
     public_key: Path | None = None,
     on_step: OnStep = lambda step: None,
 ) -> list[Finding]:
@@ -62,7 +62,7 @@ def verify_record(
 
 
 def _against_journal(
-    record: RemovalRecord, sha256: str, registry: Registry, entries: Sequence[Entry]
+    record: RemovalRecord, sha256: str, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compare the record with the journal, replayed up to the removal."""
     claim = "the registry is the one of the record"
@@ -98,7 +98,7 @@ def _against_journal(
 
 
 def _roots(
-    record: RemovalRecord, registry: Registry, entries: Sequence[Entry]
+    record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compare the roots, and the compositions that they cover, with the journal."""
     for moment, lines, root, files in (
@@ -113,7 +113,7 @@ def _roots(
         yield _equal(claim, [derived], journalled)
 
 
-def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
+def _is_gone(record: RemovalRecord, registry: RegistryReader) -> Finding:
     """Check that no file of the registry is one of those that were removed."""
     claim = f"no file of {record.client} is in the registry"
     digests = set(record.removed_files.values())
@@ -127,7 +127,7 @@ def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
     return Finding.of(claim, not left, f"still there: {', '.join(map(str, left))}")
 
 
-def _kept(record: RemovalRecord, registry: Registry) -> Finding:
+def _kept(record: RemovalRecord, registry: RegistryReader) -> Finding:
     """Check that earlier compositions with the client are only those that the record names."""
     claim = f"of compositions that contain {record.client}, only those named are kept"
     left = [
@@ -141,7 +141,7 @@ def _kept(record: RemovalRecord, registry: Registry) -> Finding:
 
 
 def _composed_again(
-    record: RemovalRecord, registry: Registry, entries: Sequence[Entry]
+    record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
     claims = [f"the survivors alone give the record's {name}" for name in (SUM, WEIGHTS)]

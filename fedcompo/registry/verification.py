@@ -23,7 +23,7 @@ from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.heads import Head
 from fedcompo.registry import journal, signing
 from fedcompo.registry.journal import Entry
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.state import (
     PRIVATE,
@@ -73,7 +73,7 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
     """
     try:
         on_step("state and journal")
-        registry = Registry(path)
+        registry = RegistryReader(path)
         entries = _whole_journal(registry)
     except FedcompoError as error:
         return [Finding("state and journal can be read and belong together", False, str(error))]
@@ -91,14 +91,16 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
     return findings
 
 
-def _guarded(claim: str, check: Callable[[Registry], Finding], registry: Registry) -> list[Finding]:
+def _guarded(
+    claim: str, check: Callable[[RegistryReader], Finding], registry: RegistryReader
+) -> list[Finding]:
     try:
         return [check(registry)]
     except FedcompoError as error:
         return [Finding(claim, False, str(error))]
 
 
-def _whole_journal(registry: Registry) -> list[Entry]:
+def _whole_journal(registry: RegistryReader) -> list[Entry]:
     registry.entries()
     entries = journal.read(registry.path / JOURNAL)
     if len(entries) != registry.state.sequence:
@@ -137,7 +139,7 @@ def _kept_finding(
     return _compared(claim, kept_root, (sorted(members), last.details["root_after"]))
 
 
-def _check_keys(registry: Registry) -> Iterator[Finding]:
+def _check_keys(registry: RegistryReader) -> Iterator[Finding]:
     claim = "the keys belong together"
     try:
         signing.check_pair(registry.path / PRIVATE, registry.path / PUBLIC)
@@ -146,7 +148,7 @@ def _check_keys(registry: Registry) -> Iterator[Finding]:
         yield Finding(claim, False, str(error))
 
 
-def _check_files(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
+def _check_files(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
     """Compare every file that the state names with its SHA-256."""
     state, root = registry.state, registry.path
     named = {f"the {file}": (root / file, digest) for file, digest in state.fixed.items()}
@@ -168,7 +170,7 @@ def _check_files(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
         yield _file_finding(f"{what} is unaltered", path, digest)
 
 
-def _check_records(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
+def _check_records(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
     """Check that every removal in the journal has its record, unaltered and signed."""
     for entry in entries:
         if "record" in entry.details:
@@ -191,7 +193,7 @@ def signature_finding(path: Path, public: Path) -> Finding:
     return Finding.of(claim, signed, f"the signature is not that of {public}")
 
 
-def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
+def _check_strangers(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
     """Find files that the state does not name; check where the link ``model`` leads."""
     state, root = registry.state, registry.path
     known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, *state.places)}
@@ -209,7 +211,7 @@ def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Findi
     yield _compared("the link `model` leads to the composition", target, state.version)
 
 
-def _recomposed(registry: Registry) -> Finding:
+def _recomposed(registry: RegistryReader) -> Finding:
     """Sum the members' task vectors again and compare every weight with the composition."""
     claim = "the composition is that of the members"
     state, backbone = registry.state, registry.backbone
@@ -241,7 +243,7 @@ def _recomposed(registry: Registry) -> Finding:
     return Finding(claim, True)
 
 
-def _realigned(registry: Registry) -> Finding:
+def _realigned(registry: RegistryReader) -> Finding:
     """Fit the joint head anew."""
     if registry.realigned:
         mixtures = load_realigned(registry.path / registry.state.version / REALIGNED)
