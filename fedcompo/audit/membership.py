@@ -1,4 +1,4 @@
-r"""Two membership-inference attacks: which examples was a model trained on?
+r"""Two membership-inference attacks, which tell a model's training examples from others.
 
 Both give each example a score, higher where it looks like a member; an :class:`Attack` says how
 well the scores tell members from non-members. With :math:`s^+` and :math:`s^-` the scores of one of

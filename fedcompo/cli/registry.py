@@ -234,10 +234,8 @@ def verify(
         if record is not None and registry is None and public_key is None:
             registry, public_key = _witness_of(record)
         alone = public_key is not None and registry is None
-        if record is not None and not alone:
-            open_registry(registry)  # refuses at once where there is none
+        opened = None if record is None or alone else open_registry(registry)
         from fedcompo.registry.record_verification import verify_record
-        from fedcompo.registry.registry import Registry
         from fedcompo.registry.verification import verify_registry
 
         with progress(quiet=as_json) as tell:
@@ -245,10 +243,7 @@ def verify(
                 findings = verify_registry(registry_path(registry), on_step=tell)
             else:
                 findings = verify_record(
-                    record,
-                    registry=None if alone else Registry(registry_path(registry)),
-                    public_key=public_key,
-                    on_step=tell,
+                    record, registry=opened, public_key=public_key, on_step=tell
                 )
         if as_json:
             print_json([asdict(finding) for finding in findings])
