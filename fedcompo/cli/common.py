@@ -1,4 +1,4 @@
-"""What the commands share: errors as sentences, output for people or programs, the registry."""
+"""What commands share: options, errors as sentences, progress, and how a registry is found."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ ScaleOption = Annotated[
 def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
     """Turn errors into sentences and exit codes: 2 for settings, 130 for Ctrl-C, else 1.
 
-    An error of the system (no room, no permission) is said as it is; a closed pipe is the reader's
-    wish, and left to typer.
+    An error of the system (no room, no permission) is printed as it is. A closed pipe is what its
+    reader wanted, and left to typer.
     """
     if verbose:
         logging.basicConfig(level=logging.INFO)
@@ -72,7 +72,7 @@ def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(*, quiet: bool) -> Iterator[Any]:
-    """Show what is being done while it is done, on standard error; yields who to tell."""
+    """Show the current step on standard error; yields a function that takes its name."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield lambda step: None
@@ -81,23 +81,23 @@ def progress(*, quiet: bool) -> Iterator[Any]:
         yield lambda step: status.update(literal(f"{step} …"))
 
 
-def open_registry(given: Path | None) -> RegistryReader:
-    """Open the registry that was named, or the one that is near, to read it; loads no torch.
+def open_registry(named: Path | None) -> RegistryReader:
+    """Open a registry to read it; loads no torch. See :func:`registry_path` for its place.
 
     Raises:
         RegistryError: If there is none.
     """
     from fedcompo.registry.reader import RegistryReader
 
-    return RegistryReader(registry_path(given))
+    return RegistryReader(registry_path(named))
 
 
-def registry_path(given: Path | None) -> Path:
-    """Folder of the registry that was named, or of the one that is near."""
-    if given is None and os.environ.get(VARIABLE):
-        given = Path(os.environ[VARIABLE])
+def registry_path(named: Path | None) -> Path:
+    """Find the folder of the registry: as named, by the environment, here, or in ``registry``."""
+    if named is None and os.environ.get(VARIABLE):
+        named = Path(os.environ[VARIABLE])
     near = (path for path in (Path(), Path("registry")) if (path / "registry.json").is_file())
-    return given or next(near, Path())
+    return named or next(near, Path())
 
 
 def listed_names(text: str | None) -> tuple[str, ...]:

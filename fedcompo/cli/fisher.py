@@ -78,7 +78,7 @@ def fisher(
 
 
 def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
-    """Estimate and write it; returns what there is to tell."""
+    """Estimate a reference Fisher and write it; returns a summary."""
     from fedcompo.backbone.backbone import load_backbone
     from fedcompo.runtime import pick_device
     from fedcompo.training.probing import load_public_data, reference_fisher, save_reference
