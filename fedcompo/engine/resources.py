@@ -1,4 +1,4 @@
-"""How a machine is shared among the clients of a simulation."""
+"""What each client of a simulation may use of this machine."""
 
 from __future__ import annotations
 

@@ -73,89 +73,60 @@ class Contribution:
         return files
 
     @classmethod
-    def load(cls, folder: Path, *, with_fisher: bool = True) -> Contribution:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            folder: The contribution's own folder.
-            with_fisher: Read the Fisher too, where there is one.
-
-        Raises:
-            FileFormatError: If a file is missing, truncated, altered, or not this client's.
-            BackboneMismatch: If its Fisher was estimated at other pre-trained weights.
-        """
-        tensors, manifest = tensorfile.load(folder / CONTENT)
-        _expect(manifest, "contribution", folder / CONTENT)
-        stated = _checked_card(folder, manifest)
-        fisher = None
-        if with_fisher and FISHER in stated:
-            fisher = load_fisher(
-                folder / FISHER, client=str(manifest.get("client")), base=str(manifest.get("base"))
-            )
-            _same_digest(folder, FISHER, stated, tensorfile.tensor_digest(fisher.sums))
-        return _built(folder, tensors, manifest, fisher)
-
-    @classmethod
     def open(
         cls,
         folder: Path,
         *,
         with_fisher: bool = True,
+        check: bool = False,
         guard: Callable[[Path], None] = lambda path: None,
     ) -> Contribution:
-        """Like :meth:`load`, but task vector and Fisher are read tensor by tensor when asked for.
+        """Open what :meth:`save` wrote; tensors are read when they are asked for.
 
         Args:
             folder: The contribution's own folder.
             with_fisher: Offer the Fisher too, where there is one.
+            check: Read every tensor now and hold it against its digest.
             guard: Called with a file's path before a tensor is read from it; raises if the file is
-                not to be trusted. Without it, bytes are not held against their digests.
+                not to be trusted.
+
+        Raises:
+            FileFormatError: If a file is missing, truncated, altered, or not this client's.
+            BackboneMismatch: If its Fisher was estimated at other pre-trained weights.
         """
         path, fisher_path = folder / CONTENT, folder / FISHER
         tensors = StreamedTensors(path, guard=lambda: guard(path))
-        _expect(tensors.manifest, "contribution", folder / CONTENT)
-        stated = _checked_card(folder, tensors.manifest)
+        manifest = tensors.manifest
+        _expect(manifest, "contribution", path)
+        stated = _checked_card(folder, manifest)
         fisher = None
+        if check:
+            tensors.check()
         if with_fisher and FISHER in stated:
-            fisher = load_fisher(
-                fisher_path,
-                client=str(tensors.manifest.get("client")),
-                base=str(tensors.manifest.get("base")),
-                guard=lambda: guard(fisher_path),
+            streamed = StreamedTensors(fisher_path)
+            owner = {key: str(manifest.get(key)) for key in ("client", "base")}
+            fisher = load_fisher(fisher_path, **owner, guard=lambda: guard(fisher_path))
+            _same_digest(folder, FISHER, stated, streamed.manifest["tensors_sha256"])
+            if check:
+                streamed.check()
+        try:
+            return cls(
+                client=manifest["client"],
+                task_vector=TaskVector(
+                    Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
+                ),
+                head=head_from(tensors, manifest["classes"]),
+                features=mixtures_from(tensors, manifest["mixtures"]),
+                num_examples=manifest["num_examples"],
+                lineage=Lineage.parse(manifest["lineage"]),
+                fisher=fisher,
+                settings=manifest["settings"],
             )
-            found = StreamedTensors(fisher_path).manifest["tensors_sha256"]
-            _same_digest(folder, FISHER, stated, found)
-        return _built(folder, tensors, tensors.manifest, fisher)
-
-
-def _built(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    manifest: Mapping[str, Any],
-    fisher: FisherDiagonal | None,
-) -> Contribution:
-    try:
-        return Contribution(**_unpacked(tensors, manifest), fisher=fisher)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FileFormatError(
-            f"The manifest of {folder / CONTENT} cannot be used ({type(error).__name__}: "
-            f"{error}). It was written by something else than this fedcompo."
-        ) from error
-
-
-def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a contribution, but for its Fisher."""
-    return {
-        "client": manifest["client"],
-        "task_vector": TaskVector(
-            Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
-        ),
-        "head": head_from(tensors, manifest["classes"]),
-        "features": mixtures_from(tensors, manifest["mixtures"]),
-        "num_examples": manifest["num_examples"],
-        "lineage": Lineage.parse(manifest["lineage"]),
-        "settings": manifest["settings"],
-    }
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FileFormatError(
+                f"The manifest of {path} cannot be used ({type(error).__name__}: {error}). "
+                "It was written by something else than this fedcompo."
+            ) from error
 
 
 def mixture_tensors(mixtures: Mapping[str, FeatureMixture]) -> dict[str, Tensor]:
@@ -264,12 +235,8 @@ def load_fisher(
         FileFormatError: If it is truncated, altered, incomplete, or not this client's.
         BackboneMismatch: If it was estimated at other pre-trained weights.
     """
-    sums: Mapping[str, Tensor]
-    if guard is None:
-        sums, manifest = tensorfile.load(path)
-    else:
-        sums = StreamedTensors(path, guard=guard)
-        manifest = sums.manifest
+    sums = StreamedTensors(path, guard=guard or (lambda: None))
+    manifest = sums.manifest
     _expect(manifest, "fisher", path)
     if missing := sorted({"client", "base", "classes", "num_examples"} - manifest.keys()):
         raise FileFormatError(
@@ -285,7 +252,10 @@ def load_fisher(
             f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
             "Use the same `backbone` and `checkpoint`, or estimate it again."
         )
+    if guard is None:
+        sums.check()
+    values = dict(sums) if guard is None else sums
     try:
-        return FisherDiagonal(sums, int(manifest["num_examples"]), tuple(manifest["classes"]))
+        return FisherDiagonal(values, int(manifest["num_examples"]), tuple(manifest["classes"]))
     except (ContributionError, ValueError, TypeError) as error:
         raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error

@@ -83,8 +83,8 @@ class Draft:
     def stage(self, source: Contribution | Path, known: set[str]) -> Member:
         """Copy a contribution to where it will live, check all of it, describe it."""
         registry = self.registry
-        given = source if isinstance(source, Contribution) else Contribution.open(source)
-        name = check_client_name(str(given.client))
+        opened = source if isinstance(source, Contribution) else Contribution.open(source)
+        name = check_client_name(str(opened.client))
         self.on_step(f"checking {name}")
         place = f"{CLIENTS}/{name}"
         if name in self.before.members:  # readers still need the old one

@@ -220,7 +220,7 @@ def _point_model(root: Path, folder: str) -> None:
 
 
 def _acquire(handle: int, root: Path, patience: float, on_wait: Callable[[str], None]) -> None:
-    deadline, told = time.monotonic() + patience, False
+    deadline, is_first = time.monotonic() + patience, True
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,9 +232,9 @@ def _acquire(handle: int, root: Path, patience: float, on_wait: Callable[[str], 
                 f"The registry {root} is being changed ({holder}), for more than {patience:g} s. "
                 "Wait for it to end, then try again."
             )
-        if not told:
+        if is_first:
             on_wait(holder)
-            told = True
+            is_first = False
         time.sleep(TICK)
 
 

@@ -170,7 +170,7 @@ def test_who_is_trained_anew_is_not_inside_a_sum_with_what_it_was(images, tmp_pa
     after, config = {}, config_of(images, **anew)
     for client in ("ann", "ben"):
         folder = registry / Registry(registry).member(client).folder
-        after[client] = Contribution.load(folder)
+        after[client] = Contribution.open(folder)
     ann = step_by_hand("ann", {"ben": before["ben"]}, after["ann"], config)
     assert same(after["ann"].task_vector.tensors, ann.tensors)
     ben = step_by_hand("ben", {"ann": after["ann"]}, after["ben"], config)
