@@ -16,7 +16,7 @@ from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 OnStep = Callable[[str], None]
 Figures = dict[str, dict[str, Any]]
@@ -87,7 +87,7 @@ def evaluate_clients(
     for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
         if set(data.classes) <= set(head.classes):
             on_step(f"evaluating on {data.name}")
-            found = evaluate(
+            found = accuracy_of(
                 backbone, weights, head, data.classes, data.test, linearised=linearised
             )
             figures[data.name] = {
