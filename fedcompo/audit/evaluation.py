@@ -87,13 +87,13 @@ def evaluate_clients(
     for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
         if set(data.classes) <= set(head.classes):
             on_step(f"evaluating on {data.name}")
-            found = accuracy_of(
+            accuracy = accuracy_of(
                 backbone, weights, head, data.classes, data.test, linearised=linearised
             )
             figures[data.name] = {
-                "class_il_accuracy": found.class_il,
-                "task_il_accuracy": found.task_il,
-                "num_examples": found.num_examples,
+                "class_il_accuracy": accuracy.class_il,
+                "task_il_accuracy": accuracy.task_il,
+                "num_examples": accuracy.num_examples,
             }
     if not figures:
         raise DataError(

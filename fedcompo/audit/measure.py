@@ -212,18 +212,20 @@ class _Audited:
             self.registry, training, images, kept, count=shadows, seed=seed, on_step=on_step
         )
         on_step("attacking")
-        found: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
+        attacks: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
         for name, model in self.models.items():
             logits, labels = logits_of(
                 self.backbone, model.theta, kept, images, linearised=model.linearised
             )
             loss, phi = losses(logits, labels), confidence(logits, labels)
             is_member = torch.arange(len(labels)) < len(images.train.labels)
-            found[LOSS][name] = _figures(loss_attack(loss[is_member], loss[~is_member], seed=seed))
-            found[LIKELIHOOD_RATIO][name] = _figures(
-                likelihood_ratio_attack(phi, shadow.phi, shadow.trained_on, is_member, seed=seed)
+            by_loss = loss_attack(loss[is_member], loss[~is_member], seed=seed)
+            by_ratio = likelihood_ratio_attack(
+                phi, shadow.phi, shadow.trained_on, is_member, seed=seed
             )
-        return found
+            attacks[LOSS][name] = _figures(by_loss)
+            attacks[LIKELIHOOD_RATIO][name] = _figures(by_ratio)
+        return attacks
 
 
 def _figures(attack: Attack) -> Values:

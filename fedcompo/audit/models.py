@@ -60,24 +60,21 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
         DataError: If the client is not among them, or had other numbers of training images.
     """
     client, source = contribution.client, config.data.data
-    found = next(
-        clients_data(config.data, backbone, seed=config.seed, wanted=(client,)),
-        None,
-    )
-    if found is None:
+    data = next(clients_data(config.data, backbone, seed=config.seed, wanted=(client,)), None)
+    if data is None:
         raise DataError(
             f"`data` {source!r} has no client {client!r}, whose images the audit needs. "
             "Name the source of the run with `--data`."
         )
-    counts = torch.bincount(found.train.labels, minlength=len(found.classes)).tolist()
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     trained_on = {name: mixture.num_examples for name, mixture in contribution.features.items()}
-    at_hand = dict(zip(found.classes, counts, strict=True))
+    at_hand = dict(zip(data.classes, counts, strict=True))
     if at_hand != trained_on:
         raise DataError(
             f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
             f"trained on {trained_on}. Name the images it was trained on with `--data`."
         )
-    return found
+    return data
 
 
 def audited_models(

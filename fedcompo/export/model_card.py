@@ -24,7 +24,7 @@ import timm
 
 model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()"""
 USE_LINEARISED = """\
-from fedcompo.composition.models import load_tangent_model
+from fedcompo import load_tangent_model
 
 model = load_tangent_model("path/to/this/folder")"""
 SPECIAL = re.compile(
