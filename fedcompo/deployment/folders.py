@@ -19,21 +19,21 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcompo.deployment import given_app
-from fedcompo.deployment.client_scripts import client_scripts, registry_script
-from fedcompo.deployment.compose import client_compose, server_compose
+from fedcompo.deployment.contents import (
+    OPERATOR,
+    client_files,
+    operator_files,
+    server_files,
+    top_files,
+)
 from fedcompo.deployment.plan import Deployment
-from fedcompo.deployment.proxy import nginx_conf
-from fedcompo.deployment.readmes import client_readme, server_readme, top_readme
-from fedcompo.deployment.server_scripts import server_scripts
 from fedcompo.deployment.templates import write_files
-from fedcompo.deployment.units import client_units, server_units
 from fedcompo.errors import ConfigError
 from fedcompo.service.certificates import AUTHORITY_STEM, Authority, write_private
 from fedcompo.storage.files import write_atomically
 
 LOOPBACK = ("localhost", "127.0.0.1")
 """Where the SuperLink itself listens; its certificate must name that, too."""
-OPERATOR = "operator"
 CERTIFICATES = "certificates"
 NODE_KEY = "supernode"
 
@@ -60,14 +60,13 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         authority.save(draft / "authority")
         authority.issue_client(OPERATOR, operator=True).save(draft / OPERATOR, OPERATOR)
         _copy_authority(draft, draft / OPERATOR)
-        script = registry_script(OPERATOR, OPERATOR, "", deployment)
-        write_files(draft / OPERATOR, {"registry": script})
+        write_files(draft / OPERATOR, operator_files(deployment))
         _write_server(draft, deployment, authority, app)
         given_app.give(draft / "server" / "app", draft / "given")
         for name in deployment.clients:
             key = _write_client(draft, name, deployment, authority)
             _list_client(draft, name, key)
-        write_files(draft, top_readme(deployment))
+        write_files(draft, top_files(deployment))
         deployment.save(draft)
 
 
@@ -159,16 +158,7 @@ def _write_server(folder: Path, deployment: Deployment, authority: Authority, ap
     given_app.copy_app(app, server / "app")
     for part in ("clients", "state", "runs"):
         (server / part).mkdir()
-    write_files(
-        server,
-        {
-            **server_scripts(deployment),
-            "nginx.conf": nginx_conf(deployment),
-            **server_units(deployment),
-            **server_compose(deployment),
-            **server_readme(deployment),
-        },
-    )
+    write_files(server, server_files(deployment))
 
 
 def _write_client(folder: Path, name: str, deployment: Deployment, authority: Authority) -> NodeKey:
@@ -182,15 +172,7 @@ def _write_client(folder: Path, name: str, deployment: Deployment, authority: Au
         (certificates / f"{NODE_KEY}.pub").write_bytes(key.public)
         _copy_authority(folder, certificates)
         (client / "state").mkdir()
-        write_files(
-            client,
-            {
-                **client_scripts(name, deployment),
-                **client_units(name),
-                **client_compose(),
-                **client_readme(name, deployment),
-            },
-        )
+        write_files(client, client_files(name, deployment))
     return key
 
 
