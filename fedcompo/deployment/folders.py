@@ -1,9 +1,7 @@
 """Writes a deployment: everything at once, one more client, or another version of the app.
 
-A folder is written beside its place and renamed when it is complete, so that what was interrupted
-leaves nothing that looks like a deployment.
-
-The key pair by which Flower's SuperLink knows a client: P-384, in OpenSSH's format.
+A folder is written beside its place and renamed when it is complete. An interrupted call leaves
+nothing that looks like a deployment.
 """
 
 from __future__ import annotations
@@ -99,7 +97,8 @@ def add(folder: Path, name: str) -> Deployment:
 def update(folder: Path, app: Path) -> Deployment:
     """Give server and clients another version of the app; keys, names and settings stay.
 
-    Interrupted, it is repeated: a client whose files do not belong together does not start.
+    Interrupted, it is repeated: a client whose files do not belong together does not start. What
+    an earlier version wrote and this one does not, such as Docker Compose files, is left alone.
 
     Args:
         folder: What :func:`create` wrote.
@@ -202,7 +201,7 @@ def _completed(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class NodeKey:
-    """A key pair, both halves in OpenSSH's format."""
+    """The key pair by which the SuperLink knows a client: P-384, in OpenSSH's format."""
 
     public: bytes
     private: bytes = field(repr=False)

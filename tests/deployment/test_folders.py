@@ -236,6 +236,11 @@ def test_a_client_that_cannot_be_added_leaves_no_trace(
 def test_an_update_gives_everyone_the_same_new_app_and_changes_no_key(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Earlier versions wrote Docker's files, too; they are left alone.
+    for place in ("server", "clients/a"):
+        (written / place / "compose.yaml").write_text("services:\n")
+    with (written / "clients" / "a" / "client.conf").open("a") as settings:
+        settings.write("MEMORY=32g\n")
     before = contents(written)
     given = before["clients/a/app.sha256"]
     app = tmp_path / "app"
