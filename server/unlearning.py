@@ -23,8 +23,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RegistryConfig, RunConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages.records import Body
-from fedcompo.method.pool import require_known
-from fedcompo.names import check_client_name
+from fedcompo.names import check_client_name, require_known
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from server.exchange.checks import check_backbone

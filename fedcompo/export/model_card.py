@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry.removal import influence
 
 MOST_CLASSES = 200
@@ -23,7 +24,7 @@ import timm
 
 model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()"""
 USE_LINEARISED = """\
-from fedcompo.composition.models import load_tangent_model
+from fedcompo import load_tangent_model
 
 model = load_tangent_model("path/to/this/folder")"""
 SPECIAL = re.compile(

@@ -137,29 +137,6 @@ def align(
     return fit_head(features, labels, start or zero_head(classes, features.shape[1]), ridge=ridge)
 
 
-def side_by_side(heads: Iterable[tuple[Head, Mapping[str, int]]], classes: Iterable[str]) -> Head:
-    """Join the heads of clients into one.
-
-    Args:
-        heads: Head of each client and its examples by class; clients that share a class have their
-            rows averaged, weighted by their examples of it.
-        classes: Names of all classes, in the order of the joint head.
-
-    Returns:
-        The joint head.
-    """
-    heads, classes = list(heads), tuple(classes)
-    weights, biases = [], []
-    for name in classes:
-        owners = [(h.rows([name]), examples[name]) for h, examples in heads if name in h.classes]
-        if not owners:
-            raise ContributionError(f"No head has the class {name!r}.")
-        total = sum(count for _, count in owners)
-        weights.append(sum(head.weight[0].double() * (count / total) for head, count in owners))
-        biases.append(sum(head.bias[0].double() * (count / total) for head, count in owners))
-    return Head(classes, torch.stack(weights).float(), torch.stack(biases).float())  # type: ignore[arg-type]
-
-
 def head_tensors(head: Head) -> dict[str, Tensor]:
     """A head as tensors; its classes go into the manifest as ``classes``."""
     return {"head/weight": head.weight, "head/bias": head.bias}

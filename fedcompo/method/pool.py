@@ -11,18 +11,18 @@ Source: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 2.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, are_tangents
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
+from fedcompo.names import require_known
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,6 @@ class Pool:
     def uniform(self) -> dict[str, float]:
         """Equal coefficients."""
         return {client: 1 / len(self) for client in self.clients}
-
-    def by_examples(self) -> dict[str, float]:
-        """Coefficients in proportion to the clients' numbers of training images."""
-        total = sum(contribution.num_examples for contribution in self)
-        return {c.client: c.num_examples / total for c in self}
 
     def compose(
         self,
@@ -177,23 +172,6 @@ class Pool:
                 f"Coefficients must be >= 0 and sum to 1, got {dict(coefficients)} with the sum "
                 f"{total:.6g}. Use `scale` to enlarge the sum."
             )
-
-
-def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> None:
-    """Raise ``ContributionError``, naming the nearest known name, unless all clients are known."""
-    for client in clients:
-        if client not in known:
-            near = difflib.get_close_matches(client, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ContributionError(
-                f"There is no client {client!r} in the {where}, which holds "
-                f"{', '.join(known) or 'nobody'}.{hint}"
-            )
-
-
-def are_tangents(kinds: Iterable[str]) -> bool:
-    """Whether there are any, and all are tangents."""
-    return set(kinds) == {Kind.TANGENT}
 
 
 def require_unmixed(kinds: Mapping[str, str]) -> None:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.deltas import Delta, Weights, restore_delta, stored_shapes
-from fedcompo.storage import tensorfile
 
 
 @dataclass(frozen=True)
@@ -108,31 +106,6 @@ class TaskVector:
                     f"The factors of {name!r} of {owner} have ranks {rank_a} (A) and {rank_b} (B); "
                     "they must agree."
                 )
-
-    def save(self, path: Path) -> None:
-        """Write to one safetensors file with a manifest and a digest."""
-        manifest = {"content": "task-vector", "kind": str(self.kind), "base": self.base}
-        tensorfile.save(path, self.tensors, manifest)
-
-    @classmethod
-    def load(cls, path: Path) -> TaskVector:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileFormatError: If the file is truncated, altered or of another kind.
-        """
-        tensors, manifest = tensorfile.load(path)
-        if manifest.get("content") != "task-vector":
-            raise FileFormatError(
-                f"{path} holds a {manifest.get('content')!r}, expected a 'task-vector'."
-            )
-        try:
-            return cls(Kind(manifest["kind"]), tensors, str(manifest["base"]))
-        except (KeyError, ValueError) as error:
-            raise FileFormatError(
-                f"The manifest of {path} cannot be used ({type(error).__name__}: {error}). "
-                "It was written by something else than this fedcompo."
-            ) from error
 
 
 def _check_tensor(tensor: Tensor, shape: tuple[int | None, ...], what: str) -> None:

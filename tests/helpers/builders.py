@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import Split
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
 
@@ -205,3 +207,10 @@ def altered(path: Path, position: int, mask: int = 1) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= mask
     path.write_bytes(bytes(data))
+
+
+def in_memory(folder: Path) -> Contribution:
+    """A contribution whose task vector is read now: its files may go."""
+    opened = Contribution.open(folder)
+    vector = opened.task_vector
+    return replace(opened, task_vector=replace(vector, tensors=dict(vector.tensors)))
