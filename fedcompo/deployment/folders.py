@@ -27,8 +27,8 @@ from fedcompo.deployment.contents import (
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.templates import write_files
 from fedcompo.errors import ConfigError
-from fedcompo.service.certificates import AUTHORITY_STEM, Authority, write_private
-from fedcompo.storage.files import write_atomically
+from fedcompo.service.certificates import AUTHORITY_STEM, Authority
+from fedcompo.storage.files import write_atomically, write_private
 
 LOOPBACK = ("localhost", "127.0.0.1")
 """Where the SuperLink itself listens; its certificate must name that, too."""

@@ -5,43 +5,38 @@ name) and what it may be (organizational unit: ``server``, ``client`` or ``opera
 key usage keeps a client from posing as the server. Keys lie on the curve P-384. The extensions are
 those that Python's strict verification (the default since 3.13) asks for.
 
-Certificates and keys in files, read and held against each other before they are used.
-
-gRPC takes anything for a certificate, and then fails to connect without saying why.
+Files are checked when they are read: gRPC takes anything for a certificate, and then fails to
+connect without saying why.
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.names import check_client_name
+from fedcompo.storage.files import UNREADABLE, private_pem, write_private
 
 SERVER, CLIENT, OPERATOR = "server", "client", "operator"
 """Organizational units: what the holder of a certificate may be."""
 
 ORGANIZATION = "fedcompo"
 AUTHORITY_STEM = "ca"
-OWNER_ONLY = 0o600
 LONGEST_COMMON_NAME = 64
 """Bytes; X.509 allows no more."""
 CLOCK_SKEW = datetime.timedelta(days=1)
 """Certificates hold from so long before they are issued: clocks of other machines may be slow."""
 DNS_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
-UNREADABLE = (OSError, ValueError, TypeError, UnsupportedAlgorithm, InternalError)
-"""What a file that holds no key or certificate can provoke."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +178,44 @@ class Authority:
         return _signed(builder, key, _private_key(self.credential.key))
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, from the first moment; it must not exist yet."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def read_authority(path: Path) -> bytes:
+    """Read the certificate of an authority; raises ``ConfigError`` if it is none."""
+    try:
+        pem = path.read_bytes()
+        x509.load_pem_x509_certificates(pem)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"The authority's certificate {path} cannot be read: {error}. "
+            "Name the ca.crt that the authority handed out."
+        ) from error
+    return pem
+
+
+def read_credential(certificate: Path, key: Path) -> Credential:
+    """Read a certificate and its key; raises ``ConfigError`` if they do not belong together."""
+    try:
+        pem = certificate.read_bytes()
+        public = x509.load_pem_x509_certificate(pem).public_key()
+    except UNREADABLE as error:
+        raise ConfigError(f"The certificate {certificate} cannot be read: {error}.") from error
+    try:
+        secret = key.read_bytes()
+        private = serialization.load_pem_private_key(secret, password=None)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"The key {key} cannot be read ({type(error).__name__}); expected a private key in "
+            "PEM, without a password."
+        ) from error
+    if private.public_key() != public:
+        raise ConfigError(f"The certificate {certificate} and the key {key} are no pair.")
+    return Credential(pem, secret)
+
+
+def name_in(credential: Credential) -> str:
+    """Whom a certificate names."""
+    subject = x509.load_pem_x509_certificate(credential.certificate).subject
+    names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
 
 
 def _new_key() -> ec.EllipticCurvePrivateKey:
@@ -266,51 +292,4 @@ def _signed(
 ) -> Credential:
     """Sign a certificate, and join it with the key that it is about."""
     certificate = builder.sign(signer, hashes.SHA384())
-    return Credential(
-        certificate.public_bytes(serialization.Encoding.PEM),
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        ),
-    )
-
-
-def read_authority(path: Path) -> bytes:
-    """Read the certificate of an authority; raises ``ConfigError`` if it is none."""
-    try:
-        pem = path.read_bytes()
-        x509.load_pem_x509_certificates(pem)
-    except UNREADABLE as error:
-        raise ConfigError(
-            f"The authority's certificate {path} cannot be read: {error}. "
-            "Name the ca.crt that the authority handed out."
-        ) from error
-    return pem
-
-
-def read_credential(certificate: Path, key: Path) -> Credential:
-    """Read a certificate and its key; raises ``ConfigError`` if they do not belong together."""
-    try:
-        pem = certificate.read_bytes()
-        public = x509.load_pem_x509_certificate(pem).public_key()
-    except UNREADABLE as error:
-        raise ConfigError(f"The certificate {certificate} cannot be read: {error}.") from error
-    try:
-        secret = key.read_bytes()
-        private = serialization.load_pem_private_key(secret, password=None)
-    except UNREADABLE as error:
-        raise ConfigError(
-            f"The key {key} cannot be read ({type(error).__name__}); expected a private key in "
-            "PEM, without a password."
-        ) from error
-    if private.public_key() != public:
-        raise ConfigError(f"The certificate {certificate} and the key {key} are no pair.")
-    return Credential(pem, secret)
-
-
-def name_in(credential: Credential) -> str:
-    """Whom a certificate names."""
-    subject = x509.load_pem_x509_certificate(credential.certificate).subject
-    names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(names[0].value) if names else ""
+    return Credential(certificate.public_bytes(serialization.Encoding.PEM), private_pem(key))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from fedcompo.errors import ConfigError, FileFormatError
-from fedcompo.report.units import size
+from fedcompo.report.units import OnStep, size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
 from fedcompo.service.registry_pb2_grpc import RegistryStub
@@ -29,7 +29,6 @@ from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODE
 if TYPE_CHECKING:
     from fedcompo.registry.verification import Finding
 
-OnStep = Callable[[str], None]
 
 CONTRIBUTION = frozenset({CONTENT, CARD}), frozenset({CONTENT, CARD, FISHER})
 """Files of a contribution: those that must be there, and those that may."""

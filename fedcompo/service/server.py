@@ -22,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedcompo.errors import ServiceError
+from fedcompo.names import address
 from fedcompo.registry.registry import Registry
 from fedcompo.service import registry_pb2, registry_pb2_grpc
 from fedcompo.service.access import Audience, Revoked
@@ -126,21 +127,21 @@ class Server:
         self.stop()
 
     def _claim(self, settings: Settings) -> int:
-        address = f"{_bracketed(settings.host)}:{settings.port}"
+        place = address(settings.host, settings.port)
         try:
             credentials = grpc.ssl_server_credentials(
                 [(settings.credential.key, settings.credential.certificate)],
                 root_certificates=settings.authority,
                 require_client_auth=True,
             )
-            port = int(self._server.add_secure_port(address, credentials))
+            port = int(self._server.add_secure_port(place, credentials))
         except (RuntimeError, ValueError) as error:
             port, why = 0, f" ({error})"
         else:
             why = ""
         if not port:
             raise ServiceError(
-                f"The service cannot listen on {address}{why}: the port is taken, the host is not "
+                f"The service cannot listen on {place}{why}: the port is taken, the host is not "
                 "this machine's, or certificate and key do not belong together."
             )
         return port
@@ -186,10 +187,6 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.max_connection_age_grace_ms", int(limits.seconds * 1000)),
         ("grpc.so_reuseport", 0),  # a second service on the port is an error, not a lottery
     ]
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _delete_old(folder: Path, seconds: float) -> None:
