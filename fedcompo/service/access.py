@@ -58,6 +58,11 @@ if TYPE_CHECKING:
     import grpc
 
 PEM = "x509_pem_cert"
+"""Where gRPC keeps the caller's certificate."""
+FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
+"""SHA-256 of a certificate, as it stands in the journal; colons are left out before."""
+SETTLED = 1.0
+"""Seconds without a change after which a list counts as complete: writing it takes a moment."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def peer_of(context: grpc.ServicerContext) -> Peer:
         raise Refused(
             Code.UNAUTHENTICATED, "No certificate came with the call. Connect by mutual TLS."
         )
-    peer, begins, ends = _read(bytes(pem))
+    peer, begins, ends = _read_certificate(bytes(pem))
     now = datetime.datetime.now(datetime.UTC)
     if not begins <= now <= ends:
         raise Refused(
@@ -96,32 +101,6 @@ def peer_of(context: grpc.ServicerContext) -> Peer:
             "Ask the authority for a new one.",
         )
     return peer
-
-
-@functools.lru_cache(maxsize=1024)
-def _read(pem: bytes) -> tuple[Peer, datetime.datetime, datetime.datetime]:
-    try:
-        certificate = x509.load_pem_x509_certificate(pem)
-        names = _values(certificate, NameOID.COMMON_NAME)
-        units = _values(certificate, NameOID.ORGANIZATIONAL_UNIT_NAME)
-        if len(names) != 1 or units not in ([CLIENT], [OPERATOR]):
-            raise ContributionError(
-                f"It has {len(names)} common names and the organizational units {units}; expected "
-                f"one name, and one of {CLIENT!r} and {OPERATOR!r}."
-            )
-        name = check_client_name(names[0])
-    except (ValueError, x509.InvalidVersion) as error:  # ContributionError is a ValueError
-        raise Refused(
-            Code.UNAUTHENTICATED,
-            f"The certificate names nobody who could be a client. {error}",
-        ) from error
-    fingerprint = hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
-    peer = Peer(name, units == [OPERATOR], fingerprint)
-    return peer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
-
-
-def _values(certificate: x509.Certificate, kind: x509.ObjectIdentifier) -> list[str]:
-    return [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(kind)]
 
 
 class Audience(StrEnum):
@@ -164,14 +143,6 @@ def require_audience(peer: Peer, audience: Audience, members: Iterable[str]) -> 
         Code.PERMISSION_DENIED,
         f"Of this registry {whom} may compose models; {peer.name} is none of them.",
     )
-
-
-FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
-"""SHA-256 of a certificate, as it stands in the journal; colons are left out before."""
-
-
-SETTLED = 1.0
-"""Seconds without a change after which a list counts as complete: writing it takes a moment."""
 
 
 class Revoked:
@@ -220,6 +191,32 @@ class Revoked:
                         LOGGER.error("The last revoked certificates stay revoked: %s", fault)
                 self._told = faults
             return self._fingerprints
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_certificate(pem: bytes) -> tuple[Peer, datetime.datetime, datetime.datetime]:
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        names = _subject_values(certificate, NameOID.COMMON_NAME)
+        units = _subject_values(certificate, NameOID.ORGANIZATIONAL_UNIT_NAME)
+        if len(names) != 1 or units not in ([CLIENT], [OPERATOR]):
+            raise ContributionError(
+                f"It has {len(names)} common names and the organizational units {units}; expected "
+                f"one name, and one of {CLIENT!r} and {OPERATOR!r}."
+            )
+        name = check_client_name(names[0])
+    except (ValueError, x509.InvalidVersion) as error:  # ContributionError is a ValueError
+        raise Refused(
+            Code.UNAUTHENTICATED,
+            f"The certificate names nobody who could be a client. {error}",
+        ) from error
+    fingerprint = hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
+    peer = Peer(name, units == [OPERATOR], fingerprint)
+    return peer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
+
+
+def _subject_values(certificate: x509.Certificate, kind: x509.ObjectIdentifier) -> list[str]:
+    return [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(kind)]
 
 
 def _stamp(file: Path | None) -> tuple[int, ...] | None:

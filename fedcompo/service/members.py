@@ -28,7 +28,7 @@ LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""
 
 
-class Answers:
+class Members:
     """Removes, lists and verifies."""
 
     def __init__(

@@ -42,6 +42,9 @@ REQUIRED = frozenset({CONTENT, CARD})
 ALLOWED = REQUIRED | {FISHER}
 LENGTH = 8
 """Bytes at the start of a file of tensors that tell the length of its header."""
+PATIENCE = 10.0
+"""Seconds to wait for an earlier call of the same client, whose end the server has yet to note."""
+TICK = 0.05
 
 
 class Publishing:
@@ -129,24 +132,6 @@ class Publishing:
             )
 
 
-def _part(request: Any) -> Part:
-    if request.WhichOneof("part") != "chunk":
-        raise FileFormatError("After the offer come chunks; something else came.")
-    return Part(request.chunk.file, request.chunk.offset, request.chunk.data)
-
-
-def _published(peer: Peer, registry: Registry, *, already: bool = False) -> Any:
-    told = wire.Published(client=peer.name, already=already, root=registry.state.root)
-    return wire.PublishReply(published=told)
-
-
-PATIENCE = 10.0
-"""Seconds to wait for an earlier call of the same client, whose end the server has yet to note."""
-
-
-TICK = 0.05
-
-
 class Uploads:
     """The uploads under way, in a folder of their own."""
 
@@ -214,6 +199,17 @@ class Uploads:
                 f"The server's disk has no room for the {needed} bytes that this upload needs. "
                 "Try again later, or tell its operator.",
             )
+
+
+def _part(request: Any) -> Part:
+    if request.WhichOneof("part") != "chunk":
+        raise FileFormatError("After the offer come chunks; something else came.")
+    return Part(request.chunk.file, request.chunk.offset, request.chunk.data)
+
+
+def _published(peer: Peer, registry: Registry, *, already: bool = False) -> Any:
+    published = wire.Published(client=peer.name, already=already, root=registry.state.root)
+    return wire.PublishReply(published=published)
 
 
 @contextmanager

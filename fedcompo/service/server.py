@@ -30,7 +30,7 @@ from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.gate import Gate
 from fedcompo.service.limits import Limits, Places
-from fedcompo.service.members import Answers
+from fedcompo.service.members import Members
 from fedcompo.service.publishing import Publishing, Uploads
 
 NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
@@ -87,14 +87,14 @@ class Server:
         models, heavy = folder / "models", Places(limits.heavy)
         _delete_old(models, limits.stale)
         downloads = Downloads(root, models, settings.audience, heavy, limits)
-        answers = Answers(root, uploads, writers, heavy, limits, hidden)
+        members = Members(root, uploads, writers, heavy, limits, hidden)
         methods = SimpleNamespace(
             Publish=Publishing(root, uploads, writers, limits).publish,
             Fetch=downloads.fetch,
             Compose=downloads.compose,
-            Remove=answers.remove,
-            List=answers.list,
-            Verify=answers.verify,
+            Remove=members.remove,
+            List=members.list,
+            Verify=members.verify,
         )
         registry_pb2_grpc.add_RegistryServicer_to_server(methods, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -24,6 +24,9 @@ PIECE = 1 << 18
 LARGEST_PIECE = 1 << 20
 """Bytes of a chunk that we take."""
 HEXADECIMAL = frozenset("0123456789abcdef")
+FILES, ID = "files", "id"
+"""In the folder of a download under way: what has come, and of which content."""
+LONGEST_ID = 64
 
 
 @dataclass(frozen=True)
@@ -184,12 +187,6 @@ class Incoming:
             path.unlink()
             return 0
         return size
-
-
-FILES, ID = "files", "id"
-
-
-LONGEST_ID = 64
 
 
 def received(
