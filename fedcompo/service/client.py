@@ -7,6 +7,7 @@ there. Every file is held against its SHA-256 before it takes its place.
 from __future__ import annotations
 
 import queue
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.errors import ConfigError, FileFormatError, ServiceError
 from fedcompo.report.units import OnStep, size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
@@ -27,6 +28,7 @@ from fedcompo.service.transfer import FileEntry, Part, outgoing, received
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
 
 if TYPE_CHECKING:
+    from fedcompo.registry.removal import RemovalRecord
     from fedcompo.registry.verification import Finding
 
 
@@ -49,6 +51,24 @@ class Receipt:
     """A removal record, signed."""
     public_key: bytes
     """What it is signed with, PEM."""
+
+    def checked(self, client: str) -> RemovalRecord:
+        """Read the record; raises ``ServiceError`` unless it is this client's, and signed."""
+        from fedcompo.registry.removal import RemovalRecord
+        from fedcompo.registry.signing import is_signed
+
+        record = RemovalRecord.parse(self.record, source="The receipt")
+        with tempfile.TemporaryDirectory(prefix="fedcompo-") as folder:
+            public = Path(folder) / "public.pem"
+            public.write_bytes(self.public_key)
+            signed = is_signed(record.signed_bytes, record.signature, public)
+        if record.client != client or not signed:
+            raise ServiceError(
+                f"The server's receipt is of {record.client!r} and {'' if signed else 'not '}"
+                f"signed by its key; expected a signed one of {client!r}. Keep it, and ask an "
+                "operator."
+            )
+        return record
 
 
 class Client:
