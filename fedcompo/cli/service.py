@@ -1,6 +1,6 @@
-"""The service: `serve` a registry, and use one that is served.
+"""Commands of a registry's service.
 
-A client's side: `publish`, `fetch`, `members`, `request-removal`.
+The server's is `serve`; a client's are `publish`, `fetch`, `members` and `request-removal`.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def fetch(
                 chosen = choice_of(only, without, weights, scale)
                 content = service.compose(output, **chosen, on_step=tell)
         files = {file.name: file.sha256 for file in content.files}
-        told = {"output": str(output.absolute()), "clients": list(content.clients)}
+        reply = {"output": str(output.absolute()), "clients": list(content.clients)}
         if as_json:
-            print_json({**told, "root": content.root, "files": files})
+            print_json({**reply, "root": content.root, "files": files})
             return
         what = "Contribution of" if client is not None else "Model composed of"
         say(f"{what} {', '.join(content.clients)}: {output}")
@@ -189,8 +189,8 @@ def members(
             for member in there.members
         ]
         if as_json:
-            told = {"root": there.root, "backbone": there.base, "members": rows}
-            print_json(told | ({"findings": [asdict(f) for f in findings]} if verify else {}))
+            reply = {"root": there.root, "backbone": there.base, "members": rows}
+            print_json(reply | ({"findings": [asdict(f) for f in findings]} if verify else {}))
         else:
             cli_print.print_members(connection.server, there.root, rows)
             if verify:

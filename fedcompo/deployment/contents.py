@@ -16,7 +16,7 @@ from fedcompo.deployment.templates import filled, filled_folder
 from fedcompo.engine.superlink import QUIET
 
 HOME = "/opt/fedcompo"
-"""Where the folders are expected to lie on their machines."""
+"""Where the folders lie on their machines, for units and READMEs."""
 OPERATOR = "operator"
 CLIENT_DELAY = 60
 """Seconds until a client is restarted: the SuperLink refuses one whose session has not expired,
@@ -24,11 +24,11 @@ which after a kill takes 54."""
 SERVER_DELAY = 5
 BIND_LOW_PORTS = "CAP_NET_BIND_SERVICE"
 FIRST_FREE_PORT = 1024
-"""Ports below are root's, or of whom root lets."""
+"""A process needs a right to listen on a port below."""
 
 
 def top_files(deployment: Deployment) -> dict[str, str]:
-    """What lies beside the folders, by file name."""
+    """The files beside the folders, by name."""
     return {"README.md": filled("README.md", _values(deployment))}
 
 
@@ -99,7 +99,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
 
 
 def _registry_script(name: str, stem: str, certificates: str, deployment: Deployment) -> str:
-    """The script that talks to the registry in somebody's name.
+    """The script that calls the registry in somebody's name.
 
     Args:
         name: Whose.

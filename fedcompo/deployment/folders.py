@@ -37,7 +37,7 @@ NODE_KEY = "supernode"
 
 
 def create(folder: Path, deployment: Deployment, app: Path) -> None:
-    """Write everything that a federation on separate machines needs.
+    """Write all folders of a federation on separate machines.
 
     Args:
         folder: Where to; must not exist, or be empty.
@@ -45,7 +45,7 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         app: Folder of the Flower app; see :func:`fedcompo.engine.launcher.find_app`.
 
     Raises:
-        ConfigError: If the folder holds something, or the server's name is none.
+        ConfigError: If the folder holds something, or the server's name is no host.
         LaunchError: If Flower cannot bundle the app.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -126,7 +126,7 @@ def update(folder: Path, app: Path) -> Deployment:
 
 
 def _put(source: Path, target: Path) -> None:
-    """Put a copy of a file or a folder in the place of what is there."""
+    """Replace a file or a folder by a copy of another."""
     if source.is_dir():
         draft, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
         for rest in (draft, old):
@@ -176,7 +176,7 @@ def _write_client(folder: Path, name: str, deployment: Deployment, authority: Au
 
 
 def _list_client(folder: Path, name: str, key: NodeKey) -> None:
-    """Put a client on the list that the server registers."""
+    """Add a client to those that the server registers."""
     (folder / "server" / "clients" / f"{name}.pub").write_bytes(key.public)
 
 
@@ -188,7 +188,7 @@ def _copy_authority(folder: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _completed(folder: Path) -> Iterator[Path]:
-    """A new folder, for its owner alone, that takes its place once the context has succeeded."""
+    """A new folder, for its owner alone; it moves to its place if the context succeeds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -1,4 +1,4 @@
-"""Who takes part in a deployment, and where the server is reached."""
+"""The plan of a deployment: its clients, and the server's address and ports."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Deployment:
         """Check ports and names.
 
         Raises:
-            ConfigError: If a port is none, or taken by another; if a name occurs twice, or could
-                not name a service.
+            ConfigError: If a port is not valid, or used twice; if a name occurs twice, or cannot
+                name a service.
             ContributionError: If a name cannot be a client's, or resembles another.
         """
         ports = (self.port, self.superlink_port, self.registry_port)
@@ -68,12 +68,12 @@ class Deployment:
 
     @property
     def address(self) -> str:
-        """Host and port, as clients are told them."""
+        """Host and port at which clients reach the server."""
         return address(self.server, self.port)
 
     @property
     def registry_address(self) -> str:
-        """Host and port of the registry's service."""
+        """Host and port at which clients reach the registry."""
         return address(self.server, self.registry_port)
 
     def with_client(self, name: str) -> Deployment:

@@ -1,17 +1,16 @@
-"""Runs one command and, when asked or left alone, ends everything that it started.
+"""Runs one command, and ends every process that the command started.
 
     python guard.py FOLDER COMMAND [ARGUMENT ...]
 
 Flower's SuperLink starts processes in sessions of their own, Ray starts more, and neither ends them
-all when it is interrupted. This small parent does. It adopts every orphan among its descendants
-(Linux's ``PR_SET_CHILD_SUBREAPER``), so that none can leave its tree; then it ends its *direct*
-children, whose process ids cannot be reused before it has waited for them, until no child is left.
-So it never signals a process that is not its own.
+all when it is interrupted. This small parent process does. It adopts every orphan among its
+descendants (Linux's ``PR_SET_CHILD_SUBREAPER``), so that none can leave its tree; then it ends its
+*direct* children, whose process ids cannot be reused before it has waited for them, until no child
+is left. So it never signals a process that is not its own.
 
-It ends everything when the command ends, when it gets SIGINT, SIGTERM or SIGHUP, and when its
-standard input closes: also a starter that is killed outright leaves nothing behind. Last it removes
-FOLDER.
-The exit status is the command's, 127 if it cannot be found, 128 + n if signal n ended it.
+It ends them when the command ends, when it gets SIGINT, SIGTERM or SIGHUP, and when its standard
+input closes: so a starter that is killed leaves no process behind. At last it removes FOLDER. The
+exit status is the command's, 127 if it cannot be found, 128 + n if signal n ended it.
 
 Standard library only: it runs as a file of its own (``python -I``), in milliseconds.
 """

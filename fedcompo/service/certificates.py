@@ -28,14 +28,14 @@ from fedcompo.names import check_client_name
 from fedcompo.storage.files import UNREADABLE, private_pem, write_private
 
 SERVER, CLIENT, OPERATOR = "server", "client", "operator"
-"""Organizational units: what the holder of a certificate may be."""
+"""Organizational units: the role of a certificate's holder."""
 
 ORGANIZATION = "fedcompo"
 AUTHORITY_STEM = "ca"
 LONGEST_COMMON_NAME = 64
 """Bytes; X.509 allows no more."""
 CLOCK_SKEW = datetime.timedelta(days=1)
-"""Certificates hold from so long before they are issued: clocks of other machines may be slow."""
+"""How long before its issue a certificate begins: clocks of other machines may be slow."""
 DNS_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
 
 
@@ -56,7 +56,7 @@ class Credential:
 
 @dataclass(frozen=True)
 class Authority:
-    """Whom everybody in a federation trusts to say who is who.
+    """The authority, whose certificates everybody in a federation trusts.
 
     Attributes:
         credential: Its own certificate, which everybody gets, and its key, which nobody gets.
@@ -70,7 +70,7 @@ class Authority:
 
         Args:
             name: Its common name.
-            days: How long its certificate holds; negative: it has expired (for tests).
+            days: How long its certificate is valid; negative: it has expired (for tests).
         """
         key = _new_key()
         subject = _subject(name, "authority")
@@ -123,7 +123,7 @@ class Authority:
 
         Args:
             hosts: DNS names and IP addresses under which it is reached.
-            days: How long the certificate holds; negative: it has expired (for tests).
+            days: How long the certificate is valid; negative: it has expired (for tests).
 
         Raises:
             ConfigError: If there is no host, or one is neither a DNS name nor an IP address.
@@ -140,7 +140,7 @@ class Authority:
         Args:
             name: Becomes the common name.
             operator: Whether it is an operator, who may do more than a client.
-            days: How long the certificate holds; negative: it has expired (for tests).
+            days: How long the certificate is valid; negative: it has expired (for tests).
 
         Raises:
             ContributionError: If the name cannot be a client's.
@@ -212,7 +212,7 @@ def read_credential(certificate: Path, key: Path) -> Credential:
 
 
 def name_in(credential: Credential) -> str:
-    """Whom a certificate names."""
+    """Return the common name in a certificate."""
     subject = x509.load_pem_x509_certificate(credential.certificate).subject
     names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if names else ""
@@ -270,7 +270,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
-    """What all certificates have in common."""
+    """Begin a certificate with the fields that all certificates have."""
     now = datetime.datetime.now(datetime.UTC)
     ends = now + datetime.timedelta(days=days)
     return (
@@ -290,6 +290,6 @@ def _signed(
     key: ec.EllipticCurvePrivateKey,
     signer: ec.EllipticCurvePrivateKey,
 ) -> Credential:
-    """Sign a certificate, and join it with the key that it is about."""
+    """Sign a certificate, and return it with its own private key."""
     certificate = builder.sign(signer, hashes.SHA384())
     return Credential(certificate.public_bytes(serialization.Encoding.PEM), private_pem(key))

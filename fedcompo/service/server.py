@@ -1,7 +1,7 @@
-"""The service as a whole: what it is made of, how it starts, and how it ends.
+"""Assembles the service, starts it and stops it.
 
 Beside the registry it keeps ``.<name>.service/``: uploads under way, and models being composed.
-Nothing in there is part of the registry, and all of it may be deleted while no service runs.
+None of it is part of the registry, and all of it may be deleted while no service runs.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from fedcompo.service.publishing import Publishing, Uploads
 
 NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 KEEPALIVE_SECONDS = 30
-"""A client that is gone without a word is noticed after about so long."""
+"""A client that vanished is noticed after about so long."""
 CONNECTION_SECONDS = 3600
 """Then a client has to connect, and show its certificate, again."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to serve, as whom, and to whom."""
+    """The registry to serve, the server's certificate, and who may call."""
 
     registry: Path
     authority: bytes
-    """Certificate of whoever vouches for the clients, PEM."""
+    """Certificate of the authority that certifies the clients, PEM."""
     credential: Credential
     """The server's own."""
     host: str = "127.0.0.1"
@@ -55,7 +55,7 @@ class Settings:
     audience: Audience = Audience.MEMBERS
     limits: Limits = field(default_factory=Limits)
     revoked: Path | None = None
-    """List of certificates that count no more."""
+    """File that lists revoked certificates."""
 
 
 class Server:
@@ -108,7 +108,7 @@ class Server:
         self._health.set(NAME, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
-        """Take no more calls, and let those under way end, for as long as the limits say."""
+        """Accept no more calls, and wait for those under way, as long as the limits allow."""
         self._health.enter_graceful_shutdown()
         self._server.stop(self.settings.limits.grace).wait()
 
@@ -148,11 +148,11 @@ class Server:
 
 
 def serve(settings: Settings, *, on_ready: Callable[[Server], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then end in good order.
+    """Serve until SIGTERM or SIGINT, then stop in good order.
 
     Args:
         settings: What to serve.
-        on_ready: Told when calls are answered.
+        on_ready: Called once calls are answered.
 
     Raises:
         RegistryError: If there is no registry.
@@ -190,7 +190,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
 
 
 def _delete_old(folder: Path, seconds: float) -> None:
-    """Delete what a service that was killed left; another one may be at work beside this."""
+    """Delete what a killed service left; another one may run beside this."""
     for path in folder.glob("*"):
         if path.stat().st_mtime < time.time() - seconds:
             shutil.rmtree(path, ignore_errors=True)
