@@ -20,7 +20,8 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.run import RegistryConfig, RunConfig
+from fedcompo.config.run import RunConfig
+from fedcompo.config.server import RegistryConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages.records import Body
 from fedcompo.names import check_client_name, require_known

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedcompo.method.deltas import Weights
 
 CONTENT = "backbone"
-SAID = {
+MANIFEST_KEYS = {
     "name",
     "fingerprint",
     "preprocessing",
@@ -32,7 +32,7 @@ SAID = {
     "num_features",
     "target_weights",
 }
-"""What the manifest says, besides."""
+"""Keys of the manifest besides ``content``."""
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
@@ -70,7 +70,7 @@ class StoredBackbone:
             raise FileFormatError(
                 f"{path} holds a {manifest.get('content')!r}, expected a {CONTENT!r}."
             )
-        if missing := sorted(SAID - manifest.keys()):
+        if missing := sorted(MANIFEST_KEYS - manifest.keys()):
             raise FileFormatError(
                 f"The manifest of {path} has no {missing[0]!r}. It was written by another version "
                 "of fedcompo; use that one, or make the file again."

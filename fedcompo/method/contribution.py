@@ -235,12 +235,8 @@ def load_fisher(
         FileFormatError: If it is truncated, altered, incomplete, or not this client's.
         BackboneMismatch: If it was estimated at other pre-trained weights.
     """
-    sums: Mapping[str, Tensor]
-    if guard is None:
-        sums, manifest = tensorfile.load(path)
-    else:
-        sums = StreamedTensors(path, guard=guard)
-        manifest = sums.manifest
+    sums = StreamedTensors(path, guard=guard or (lambda: None))
+    manifest = sums.manifest
     _expect(manifest, "fisher", path)
     if missing := sorted({"client", "base", "classes", "num_examples"} - manifest.keys()):
         raise FileFormatError(
@@ -256,7 +252,10 @@ def load_fisher(
             f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
             "Use the same `backbone` and `checkpoint`, or estimate it again."
         )
+    if guard is None:
+        sums.check()
+    values = dict(sums) if guard is None else sums
     try:
-        return FisherDiagonal(sums, int(manifest["num_examples"]), tuple(manifest["classes"]))
+        return FisherDiagonal(values, int(manifest["num_examples"]), tuple(manifest["classes"]))
     except (ContributionError, ValueError, TypeError) as error:
         raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error

@@ -27,21 +27,21 @@ HEAD = ("head.weight", "head.bias")
 
 @dataclass(frozen=True)
 class FisherDiagonal:
-    """A *sum* over examples, and their count: what can be added can be taken away again.
+    """A *sum* over examples, and their number.
 
-    The head's rows are known by class name. Parties whose heads have other classes can be summed:
-    the sum has a row for every class of either.
+    Clients' heads differ in their classes. A row of the head belongs to a class by name, and a sum
+    of two diagonals has a row for every class of either.
     """
 
     sums: Mapping[str, Tensor]
-    """Sum over examples, by weight name; each of its weight's shape."""
+    """Sum over examples, by weight name, each (out, in); and the head's two, see :data:`HEAD`."""
     num_examples: int
-    """Examples in the sum."""
+    """Number of examples in the sum."""
     classes: tuple[str, ...] = ()
-    """Class of each of the head's rows."""
+    """Class of each row of the head."""
 
     def __post_init__(self) -> None:
-        """Refuse head rows that do not belong to one class each."""
+        """Refuse a head whose rows do not belong to one class each."""
         rows = {len(self.sums[name]) for name in HEAD if name in self.sums}
         if rows - {len(self.classes)} or len(set(self.classes)) < len(self.classes):
             raise ContributionError(
@@ -50,10 +50,10 @@ class FisherDiagonal:
             )
 
     def check(self, theta_0: Mapping[str, Tensor], *, num_features: int, owner: str) -> None:
-        """Refuse sums that cannot anchor anyone.
+        """Refuse sums that do not fit the backbone.
 
         Args:
-            theta_0: The target weights, by name; only their shapes matter.
+            theta_0: The target weights, by name; only their shapes are used.
             num_features: Width of the head's rows.
             owner: Whose sums these are, for the error message.
 
@@ -66,10 +66,10 @@ class FisherDiagonal:
         expected |= dict(zip(HEAD, ((rows, num_features), (rows,)), strict=True))
         for name in sorted(expected.keys() | self.sums.keys()):
             total = self.sums.get(name)
-            found = None if total is None else tuple(total.shape)
-            if total is None or found != expected.get(name):
+            shape = None if total is None else tuple(total.shape)
+            if total is None or shape != expected.get(name):
                 raise ContributionError(
-                    f"The Fisher of {owner} has shape {found} at {name!r}, expected "
+                    f"The Fisher of {owner} has shape {shape} at {name!r}, expected "
                     f"{expected.get(name)}. Use the same `target-weights` everywhere."
                 )
             if not torch.isfinite(total).all() or (total < 0).any():
@@ -80,7 +80,7 @@ class FisherDiagonal:
             raise ContributionError(f"The Fisher of {owner} sums over no example.")
 
     def for_classes(self, classes: Iterable[str]) -> FisherDiagonal:
-        """Give the head the rows of these classes, in this order; zeros for one it did not have."""
+        """Return it with head rows of these classes, in this order; zeros for an unknown class."""
         classes = tuple(classes)
         places = {name: row for row, name in enumerate(self.classes)}
         known = [row for row, name in enumerate(classes) if name in places]
@@ -92,7 +92,7 @@ class FisherDiagonal:
         return FisherDiagonal(sums, self.num_examples, classes)
 
     def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """Pool two sets of examples, over the classes of either, sorted; computed in float64."""
+        """Add two sums over different examples, in float64; classes of either, sorted."""
         classes = tuple(sorted({*self.classes, *other.classes}))
         mine, theirs = self.for_classes(classes), other.for_classes(classes)
         mine._check_alike(theirs)
@@ -100,7 +100,7 @@ class FisherDiagonal:
         return FisherDiagonal(sums, self.num_examples + other.num_examples, classes)
 
     def __sub__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """Take a set of examples out; computed in float64, rounding never leaves it below zero."""
+        """Take examples out, in float64; rounding never makes an entry negative."""
         if unknown := sorted(set(other.classes) - set(self.classes)):
             raise ContributionError(
                 f"Cannot take out examples under a head with the class {unknown[0]!r}: the sum has "
@@ -119,12 +119,12 @@ class FisherDiagonal:
         return FisherDiagonal(sums, self.num_examples - other.num_examples, self.classes)
 
     def mean(self) -> Weights:
-        """Mean over examples, float32; zeros where there are none."""
+        """Return the mean over examples, float32; zeros if there are none."""
         count = max(1, self.num_examples)
         return {name: (total.double() / count).float() for name, total in self.sums.items()}
 
     def mean_trace(self) -> float:
-        """Mean trace an example, without the head: how firmly it holds the backbone in all."""
+        """Return the trace of the mean, without the head's entries."""
         total = sum(float(t.double().sum()) for name, t in self.sums.items() if name not in HEAD)
         return total / max(1, self.num_examples)
 

@@ -1,11 +1,11 @@
-r"""The pool of contributions, and the only place where task vectors are added up.
+r"""The pool of contributions: task vectors are added up here.
 
 .. math:: \theta_P = \theta_0 + \lambda \sum_c w_c\,\tau_c, \qquad w_c \ge 0,\ \sum_c w_c = 1
 
-Removing a client is leaving out its term. Averaging LoRA factors separately would be wrong: sums
-are taken over dense :math:`\tau`, one weight at a time, so memory is a few weights, not models.
-Kinds mix, but for tangents: what is composed of them is a direction, in which the backbone is
-linearised (:mod:`fedcompo.backbone.tangent`); the others' sum is where the weights go.
+To remove a client is to leave out its term. The sum is over dense :math:`\tau`, one weight at a
+time, so memory is a few weights, not models: averaging the factors of LoRAs would be wrong. Kinds
+mix, except for tangents: their sum is a direction, in which the backbone is linearised
+(:mod:`fedcompo.backbone.tangent`); the sum of the others is a change of the weights themselves.
 Source: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 2.
 """
 
@@ -37,7 +37,7 @@ class Pool:
     contributions: tuple[Contribution, ...] = ()
 
     def __post_init__(self) -> None:
-        """Order by name, so that no result depends on who came first."""
+        """Order by name, so that no result depends on the order of arrival."""
         ordered = tuple(sorted(self.contributions, key=lambda c: c.client))
         names = [contribution.client for contribution in ordered]
         if len(set(names)) < len(names):
@@ -60,7 +60,7 @@ class Pool:
 
     @property
     def linearised(self) -> bool:
-        """Whether its composition is to be evaluated linearised: all members are tangents."""
+        """Whether all members are tangents: the composition is then evaluated linearised."""
         return are_tangents(c.task_vector.kind for c in self)
 
     def __iter__(self) -> Iterator[Contribution]:
@@ -72,11 +72,11 @@ class Pool:
         return len(self.contributions)
 
     def add(self, contribution: Contribution) -> Pool:
-        """Return a pool with one client more; raises ``ContributionError`` if it is there."""
+        """Return a pool with one more client; raises ``ContributionError`` if it is in already."""
         return Pool((*self.contributions, contribution))
 
     def only(self, *clients: str) -> Pool:
-        """Return the pool of these clients: a specialised model."""
+        """Return the pool of these clients alone, for a specialised model."""
         require_known(clients, self.clients, "pool")
         return Pool(tuple(c for c in self.contributions if c.client in clients))
 
@@ -86,7 +86,7 @@ class Pool:
         return Pool(tuple(c for c in self.contributions if c.client not in clients))
 
     def uniform(self) -> dict[str, float]:
-        """Equal coefficients."""
+        """Return equal coefficients."""
         return {client: 1 / len(self) for client in self.clients}
 
     def compose(
@@ -99,14 +99,13 @@ class Pool:
     ) -> Weights:
         r"""Add the task vectors to the pre-trained weights.
 
-        Sums run in float64, in the order of clients' names: the result does not depend on the order
-        in which they came.
+        The sum is in float64, in the order of clients' names.
 
         Args:
             theta_0: Target weights by name, each (out, in).
             coefficients: :math:`w_c` by client; None: equal ones.
             scale: :math:`\lambda`.
-            base: Fingerprint of ``theta_0``; if given, it must be the contributions' own.
+            base: Fingerprint of ``theta_0``, to compare with that of the contributions; "": do not.
 
         Returns:
             :math:`\theta_P`, same names, shapes, dtypes as ``theta_0``.
@@ -128,10 +127,10 @@ class Pool:
         scale: float = 1.0,
         base: str = "",
     ) -> Iterator[tuple[str, Tensor]]:
-        """Compose one weight at a time; see :meth:`compose`.
+        """Compose one weight after the other, in the order of names; see :meth:`compose`.
 
         Yields:
-            Name and composed value of each weight that is changed, in the order of names.
+            Name and composed value, (out, in), of each weight that changes.
         """
         coefficients = self.check_composable(coefficients, base=base)
         for name in sorted({name for c in self for name in c.task_vector.names}):
@@ -146,7 +145,7 @@ class Pool:
     def check_composable(
         self, coefficients: Mapping[str, float] | None, *, base: str = ""
     ) -> dict[str, float]:
-        """Return the coefficients to compose with; raises as :meth:`compose` does."""
+        """Return the coefficients that :meth:`compose` uses; raises as it does."""
         if not self.contributions:
             raise ContributionError("An empty pool cannot be composed; add a contribution.")
         trained_on = self.contributions[0].task_vector.base
@@ -175,13 +174,10 @@ class Pool:
 
 
 def require_unmixed(kinds: Mapping[str, str]) -> None:
-    """Refuse tangents beside another kind.
+    """Refuse tangents together with another kind; raises ``ContributionError``.
 
     Args:
-        kinds: Kind of each client's task vector, by name.
-
-    Raises:
-        ContributionError: Naming one client of each sort.
+        kinds: Kind of each client's task vector, by client.
     """
     tangents = [client for client, kind in sorted(kinds.items()) if kind == Kind.TANGENT]
     others = [client for client, kind in sorted(kinds.items()) if kind != Kind.TANGENT]
