@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,9 +16,9 @@ from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.report.units import OnStep
 from fedcompo.training.accuracy import accuracy_of
 
-OnStep = Callable[[str], None]
 Figures = dict[str, dict[str, Any]]
 """By client: ``class_il_accuracy``, ``task_il_accuracy``, ``num_examples``."""
 

@@ -1,8 +1,11 @@
-"""Times, sizes, names and percentages, written for people."""
+"""Steps, times, sizes, names and percentages, written for people."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+OnStep = Callable[[str], None]
+"""Called with each step of something that takes long, in words."""
 
 
 def duration(seconds: float) -> str:
