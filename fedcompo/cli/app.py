@@ -15,7 +15,7 @@ from fedcompo.cli import models as cli_models
 from fedcompo.cli import registry as cli_registry
 from fedcompo.cli import service as cli_service
 from fedcompo.cli.audit import audit
-from fedcompo.cli.common import errors_as_sentences
+from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.service import serve
@@ -61,14 +61,7 @@ def simulate(
     scenario: Annotated[
         Path | None, typer.Argument(help="TOML file of settings; none: the default digits run.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Set one setting, such as kind=lora or alpha=0.5. May be repeated.",
-        ),
-    ] = None,
+    assignments: AssignmentsOption = None,
     output: Annotated[
         str | None,
         typer.Option(

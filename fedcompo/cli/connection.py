@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -47,27 +44,3 @@ class Connection:
         from fedcompo.service.client import Client
 
         return Client(self.server, read_authority(self.ca), self.credential)
-
-
-def connected(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a :class:`Connection`, in place of its parameter of that type.
-
-    Typer reads the options of a command from its signature.
-    """
-    options = [
-        Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind)
-        for name, kind in get_type_hints(Connection, include_extras=True).items()
-    ]
-
-    @functools.wraps(command)
-    def connecting(**values: Any) -> None:
-        connection = Connection(**{option.name: values.pop(option.name) for option in options})
-        command(connection=connection, **values)
-
-    own = signature(command, eval_str=True)
-    parameters = list(own.parameters.values())
-    at = list(own.parameters).index("connection")
-    parameters[at : at + 1] = options
-    connecting.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    connecting.__annotations__ = {each.name: each.annotation for each in parameters}
-    return connecting

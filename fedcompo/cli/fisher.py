@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli.common import JsonOption, VerboseOption, errors_as_sentences, progress
+from fedcompo.cli.common import (
+    AssignmentsOption,
+    JsonOption,
+    VerboseOption,
+    errors_as_sentences,
+    progress,
+)
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.units import duration, size
@@ -33,14 +39,7 @@ def fisher(
     scenario: Annotated[
         Path | None, typer.Argument(help="TOML file of settings; none: the defaults.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Set one setting, such as backbone=... or fisher-examples=500. May be repeated.",
-        ),
-    ] = None,
+    assignments: AssignmentsOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:

@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcompo.cli.common import (
+    Choice,
     JsonOption,
-    OnlyOption,
-    ScaleOption,
     VerboseOption,
-    WeightsOption,
-    WithoutOption,
-    choice_of,
     errors_as_sentences,
     progress,
+    with_options,
 )
-from fedcompo.cli.connection import Connection, connected
+from fedcompo.cli.connection import Connection
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
     from fedcompo.service.server import Server
 
 
-@connected
+@with_options("connection", Connection)
 def publish(
     folder: Annotated[Path, typer.Argument(help="Folder that holds your contribution.")],
     *,
@@ -59,7 +56,8 @@ def publish(
             say(f"Published {published.client}. Root {published.root}")
 
 
-@connected
+@with_options("connection", Connection)
+@with_options("choice", Choice)
 def fetch(
     client: Annotated[
         str | None,
@@ -70,10 +68,7 @@ def fetch(
         Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
     ],
     connection: Connection,
-    only: OnlyOption = None,
-    without: WithoutOption = None,
-    weights: WeightsOption = None,
-    scale: ScaleOption = None,
+    choice: Choice,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -82,8 +77,7 @@ def fetch(
     With CLIENT, its contribution, byte for byte: your own, or any if you are an operator.
     """
     with errors_as_sentences(verbose), connection.open() as service:
-        choice = only, without, weights, scale
-        if client is not None and any(option is not None for option in choice):
+        if client is not None and choice != Choice():
             raise ConfigError(
                 "A contribution is fetched as it is: name a client, or say what to "
                 "compose, not both."
@@ -92,8 +86,7 @@ def fetch(
             if client is not None:
                 content = service.fetch(output, client, on_step=tell)
             else:
-                chosen = choice_of(only, without, weights, scale)
-                content = service.compose(output, **chosen, on_step=tell)
+                content = service.compose(output, **choice.parsed(), on_step=tell)
         files = {file.name: file.sha256 for file in content.files}
         reply = {"output": str(output.absolute()), "clients": list(content.clients)}
         if as_json:
@@ -103,7 +96,7 @@ def fetch(
         say(f"{what} {', '.join(content.clients)}: {output}")
 
 
-@connected
+@with_options("connection", Connection)
 def request_removal(
     client: Annotated[
         str | None, typer.Argument(help="Who shall go; none: you. Others need an operator.")
@@ -157,7 +150,7 @@ def request_removal(
         say(f"Check it by: fedcompo verify {path} --public-key {public}")
 
 
-@connected
+@with_options("connection", Connection)
 def members(
     *,
     connection: Connection,
