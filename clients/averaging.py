@@ -18,7 +18,7 @@ from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorfile import section
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import Course, fit_task_vector
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def train(client: LocalClient, tensors: Mapping[str, Tensor], request: Mapping[s
 
 def _frozen(client: LocalClient, joint: Head) -> dict[str, float]:
     """Accuracy of the pre-trained backbone under the head that all start from."""
-    found = evaluate(client.backbone, {}, joint, client.data.classes, client.data.test)
+    found = accuracy_of(client.backbone, {}, joint, client.data.classes, client.data.test)
     return {
         "frozen_class_il_accuracy": found.class_il,
         "frozen_task_il_accuracy": found.task_il,

@@ -35,7 +35,7 @@ from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.storage.tensorfile import prefixed, section
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import Fitted, ensembled, fit_task_vector
 from fedcompo.training.penalty import Ensemble
 from fedcompo.training.probing import fit_probe
@@ -191,10 +191,10 @@ class LocalClient:
         classes, test, theta_0 = self.data.classes, self.data.test, self.backbone.theta_0
         theta = ensembled(fitted.task_vector.dense(theta_0), theta_0, ensemble)
         linearised = fitted.task_vector.kind is Kind.TANGENT
-        own = evaluate(self.backbone, theta, fitted.head, classes, test, linearised=linearised)
+        own = accuracy_of(self.backbone, theta, fitted.head, classes, test, linearised=linearised)
         figures = {"own_task_accuracy": own.task_il}
         if joint is not None:
-            frozen = evaluate(self.backbone, {}, joint, classes, test)
+            frozen = accuracy_of(self.backbone, {}, joint, classes, test)
             figures["frozen_class_il_accuracy"] = frozen.class_il
             figures["frozen_task_il_accuracy"] = frozen.task_il
         return figures
@@ -203,7 +203,7 @@ class LocalClient:
         """Measure the composed model on this client's test images."""
         head = head_from(tensors, request["classes"])
         theta = section("theta", tensors)
-        accuracy = evaluate(
+        accuracy = accuracy_of(
             self.backbone,
             theta,
             head,

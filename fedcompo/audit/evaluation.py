@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,9 +16,9 @@ from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.training.accuracy import evaluate
+from fedcompo.report.units import OnStep
+from fedcompo.training.accuracy import accuracy_of
 
-OnStep = Callable[[str], None]
 Figures = dict[str, dict[str, Any]]
 """By client: ``class_il_accuracy``, ``task_il_accuracy``, ``num_examples``."""
 
@@ -87,7 +87,7 @@ def evaluate_clients(
     for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
         if set(data.classes) <= set(head.classes):
             on_step(f"evaluating on {data.name}")
-            accuracy = evaluate(
+            accuracy = accuracy_of(
                 backbone, weights, head, data.classes, data.test, linearised=linearised
             )
             figures[data.name] = {

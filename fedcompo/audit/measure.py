@@ -27,7 +27,7 @@ beside them: there the attack is weaker than before, and best read next to gold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -60,6 +60,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.report.units import OnStep
 from fedcompo.runtime import pick_device, version
 
 FORMAT_VERSION = 1
@@ -69,7 +70,6 @@ FIGURES = (CLASS_IL, TASK_IL)
 SHADOWS = 16
 """Shadow models, unless told otherwise."""
 
-OnStep = Callable[[str], None]
 Values = dict[str, Any]
 
 

@@ -22,7 +22,6 @@ A client's own probe and own Fisher are made of the images that the shadow is fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,13 +43,12 @@ from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.report.units import OnStep
 from fedcompo.seeds import generator_for
 from fedcompo.training.anchors import FisherSums
 from fedcompo.training.fit import Course, fit_task_vector
 from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import fisher_of_images, fit_probe, load_reference
-
-OnStep = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from fedcompo._lazy import face
 if TYPE_CHECKING:
     from fedcompo.composition.diagnostics import Diagnostics as Diagnostics
     from fedcompo.composition.diagnostics import diagnose as diagnose
+    from fedcompo.composition.fixed_point import Term as Term
     from fedcompo.composition.head import joint_head as joint_head
     from fedcompo.composition.models import load_tangent_model as load_tangent_model
     from fedcompo.composition.running_sum import RunningSum as RunningSum
     from fedcompo.composition.settings import CompositionSettings as CompositionSettings
     from fedcompo.composition.timm_folder import export_timm as export_timm
     from fedcompo.composition.version import Recipe as Recipe
-    from fedcompo.composition.version import Term as Term
     from fedcompo.composition.version import write_version as write_version
 
 __all__, __getattr__, __dir__ = face(
@@ -28,7 +28,7 @@ __all__, __getattr__, __dir__ = face(
         "Diagnostics": "diagnostics",
         "Recipe": "version",
         "RunningSum": "running_sum",
-        "Term": "version",
+        "Term": "fixed_point",
         "diagnose": "diagnostics",
         "export_timm": "timm_folder",
         "joint_head": "head",

@@ -16,10 +16,11 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import Mixtures
 from fedcompo.method.pool import require_unmixed
 from fedcompo.registry import journal
-from fedcompo.registry.draft import Draft, OnStep, drafted
+from fedcompo.registry.draft import Draft, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PRIVATE, Member, State
+from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
 from fedcompo.storage.files import write_synced
 from fedcompo.storage.tensorstream import file_sha256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +21,12 @@ from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
+from fedcompo.report.units import OnStep
 from fedcompo.storage.files import REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
 
 CLIENTS, VERSIONS = "clients", "versions"
-
-OnStep = Callable[[str], None]
 
 
 @contextmanager

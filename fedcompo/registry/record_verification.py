@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedcompo.composition.version import Recipe, write_version
@@ -14,10 +14,9 @@ from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC, line_of, members_after, root_of
 from fedcompo.registry.verification import Finding, all_but_folders, as_json, signature_finding
+from fedcompo.report.units import OnStep
 from fedcompo.storage.files import SUM, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
-
-OnStep = Callable[[str], None]
 
 
 def verify_record(

@@ -35,13 +35,12 @@ from fedcompo.registry.state import (
     root_of,
 )
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
+from fedcompo.report.units import OnStep
 from fedcompo.storage.files import REALIGNED, canonical
 from fedcompo.storage.tensorstream import file_sha256
 
 CLOSE = 1e-4
 """Largest difference of a joint head that another machine's rounding can explain."""
-
-OnStep = Callable[[str], None]
 
 
 @dataclass(frozen=True)

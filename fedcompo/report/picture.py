@@ -112,7 +112,7 @@ def _matrix(results: Results, cosines: list[list[float]], left: int, cell: int) 
 
 
 def document(width: float, height: float, parts: Sequence[str]) -> str:
-    """Return a whole SVG."""
+    """Make an SVG file of its parts."""
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -125,7 +125,7 @@ def document(width: float, height: float, parts: Sequence[str]) -> str:
 
 
 def text(x: float, y: float, words: str, *, bold: bool = False, anchor: str = "start") -> str:
-    """Return an SVG text."""
+    """Make a line of text; ``anchor`` (start, middle, end) is its point at ``x``."""
     style = "" if anchor == "start" else f' text-anchor="{anchor}"'
     style += ' font-weight="600"' if bold else ""
     return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(words)}</text>'

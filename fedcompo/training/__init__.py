@@ -6,7 +6,7 @@ from fedcompo._lazy import face
 
 if TYPE_CHECKING:
     from fedcompo.training.accuracy import Accuracy as Accuracy
-    from fedcompo.training.accuracy import evaluate as evaluate
+    from fedcompo.training.accuracy import accuracy_of as accuracy_of
     from fedcompo.training.anchors import FisherSums as FisherSums
     from fedcompo.training.fisher_estimate import FisherReport as FisherReport
     from fedcompo.training.fisher_estimate import estimate_fisher as estimate_fisher
@@ -24,7 +24,7 @@ __all__, __getattr__, __dir__ = face(
         "FisherSums": "anchors",
         "Fitted": "fit",
         "estimate_fisher": "fisher_estimate",
-        "evaluate": "accuracy",
+        "accuracy_of": "accuracy",
         "fit_probe": "probing",
         "fit_task_vector": "fit",
         "load_reference": "probing",

@@ -24,7 +24,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures, extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import fit_task_vector
 
 
@@ -127,7 +127,7 @@ def measured(
     """
     per_client = {}
     for data in datas:
-        found = evaluate(backbone, theta, head, data.classes, data.test, linearised=linearised)
+        found = accuracy_of(backbone, theta, head, data.classes, data.test, linearised=linearised)
         per_client[data.name] = {
             "class_il_accuracy": found.class_il,
             "task_il_accuracy": found.task_il,
