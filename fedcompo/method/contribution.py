@@ -99,16 +99,16 @@ class Contribution:
         manifest = tensors.manifest
         _expect(manifest, "contribution", path)
         stated = _checked_card(folder, manifest)
-        fisher = None
         if check:
             tensors.check()
+        fisher = None
         if with_fisher and FISHER in stated:
-            streamed = StreamedTensors(fisher_path)
             owner = {key: str(manifest.get(key)) for key in ("client", "base")}
             fisher = load_fisher(fisher_path, **owner, guard=lambda: guard(fisher_path))
-            _same_digest(folder, FISHER, stated, streamed.manifest["tensors_sha256"])
+            file = StreamedTensors(fisher_path)
+            _same_digest(folder, FISHER, stated, file.manifest["tensors_sha256"])
             if check:
-                streamed.check()
+                file.check()
         try:
             return cls(
                 client=manifest["client"],

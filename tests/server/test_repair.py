@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from app_runs import altered
+from builders import in_memory
 from round_runs import Looks, Wire, draw_images, federate, same
 
 from fedcompo.composition.running_sum import RunningSum
@@ -69,7 +70,7 @@ def remove(images: Path, registry: Path, grid: dict | None = None, **settings) -
 
 def members(registry: Path) -> dict[str, Contribution]:
     opened = Registry(registry)
-    return {c: Contribution.open(registry / opened.member(c).folder) for c in opened.clients}
+    return {c: in_memory(registry / opened.member(c).folder) for c in opened.clients}
 
 
 def unchanged(one: Contribution, other: Contribution) -> bool:

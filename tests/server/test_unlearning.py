@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from app_runs import altered, run
+from builders import in_memory
 from in_process_grid import lost
 
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
@@ -67,7 +68,7 @@ def test_a_removal_is_measured_before_and_after_by_those_who_stay(registry, tmp_
 
 
 def test_the_removed_client_is_gone_from_the_registry_a_run_left(registry, tmp_path):
-    gone = Contribution.open(registry / "clients" / "client-1")
+    gone = in_memory(registry / "clients" / "client-1")
     remove(registry, tmp_path / "out")
     everything = b"".join(p.read_bytes() for p in registry.rglob("*") if p.is_file())
     for tensor in gone.task_vector.tensors.values():
