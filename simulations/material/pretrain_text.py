@@ -19,7 +19,6 @@ module say how well it does. The same library on the same machine gives the same
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from schedule import adamw, learning_rate
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from text_corpus import (
@@ -127,30 +127,10 @@ class Summary:
         return torch.from_numpy(found.astype(np.float32))
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def analysed(modules: list[Stretches], generator: np.random.RandomState) -> list[str]:
     """Draw the examples that the summary is fitted to, from all of the modules' examples."""
     whole = [text for module in modules for lines in module for text in examples(lines)]
     return [whole[place] for place in generator.permutation(len(whole))[:ANALYSED]]
-
-
-def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """Return an optimiser that decays matrices, but neither biases nor scales."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in model.parameters():
-        groups[parameter.ndim > 1].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": 0.05},
-            {"params": groups[False], "weight_decay": 0.0},
-        ]
-    )
 
 
 def pretrain(
@@ -183,12 +163,12 @@ def pretrain(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = timm.create_model(ARCHITECTURE, num_classes=0)
     both = nn.Sequential(model, nn.Linear(model.num_features, DIRECTIONS)).to(device)
-    optimiser = adamw(both)
+    optimiser = adamw(both.parameters())
     started = time.monotonic()
     for step in range(steps):
         texts = draw(train, batch, generator)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, steps, peak, warmup=100)
         loss = F.mse_loss(both(as_input(texts).to(device)), summary(texts).to(device))
         optimiser.zero_grad()
         loss.backward()
