@@ -34,31 +34,47 @@ from fedcompo.engine.run_folder import RESULTS, reserve_output
 from fedcompo.errors import FedcompoError
 
 STATE = "FEDCOMPO_STATE"
+FIRST_NODE = 1000
+"""Id of the node of partition 0; the others follow."""
 
 
 class InProcessGrid(Grid):
-    """Hands each message to the ClientApp at once and keeps the reply until it is asked for.
+    """Hands each message to the ClientApp at once and keeps the reply until it is asked for."""
 
-    Args:
-        app: The real ClientApp.
-        run_config: Flat settings, as the apps get them.
-        clients: Number of nodes; node i gets ``partition-id`` i.
-    """
+    def __init__(
+        self,
+        app: ClientApp,
+        run_config: Mapping[str, Scalar],
+        clients: int,
+        *,
+        node_configs: Mapping[int, Mapping[str, Scalar]] | None = None,
+    ) -> None:
+        """Connect all nodes.
 
-    def __init__(self, app: ClientApp, run_config: Mapping[str, Scalar], clients: int) -> None:
+        Args:
+            app: The real ClientApp.
+            run_config: Flat settings, as the apps get them.
+            clients: Number of nodes; node i gets ``partition-id`` i.
+            node_configs: Further node config by partition.
+        """
         # A Message outside a Flower process needs an identity to be made at all.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-        self._app, self._replies = app, {}
-        self._contexts = {
-            1000 + index: Context(
+        self.app = app
+        self.replies: dict[str, Message] = {}
+        self.contexts = [
+            Context(
                 run_id=1,
-                node_id=1000 + index,
-                node_config={"partition-id": index, "num-partitions": clients},
+                node_id=FIRST_NODE + i,
+                node_config={
+                    "partition-id": i,
+                    "num-partitions": clients,
+                    **(node_configs or {}).get(i, {}),
+                },
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
-            for index in range(clients)
-        }
+            for i in range(clients)
+        ]
 
     def set_run(self, run: object) -> None:
         """Nothing to set: there is one run."""
@@ -72,12 +88,12 @@ class InProcessGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of all nodes."""
-        return list(self._contexts)
+        """Ids of all nodes that are connected."""
+        return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """All nodes; they are always there."""
-        return [NodeInfo(node_id=node, name="", status="online") for node in self._contexts]
+        return [NodeInfo(node_id=c.node_id, name="", status="online") for c in self.contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let clients answer."""
@@ -85,12 +101,15 @@ class InProcessGrid(Grid):
         for message in messages:
             ids.append(str(uuid.uuid4()))
             message.metadata.__dict__["_message_id"] = ids[-1]
-            self._replies[ids[-1]] = self._answer(message)
+            partition = self.partition_of(message.metadata.dst_node_id)
+            reply = None if partition is None else self.answer(message, partition)
+            if reply is not None:
+                self.replies[ids[-1]] = reply
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Hand out answers, once each."""
-        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+        return [self.replies.pop(i) for i in list(message_ids) if i in self.replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -98,11 +117,16 @@ class InProcessGrid(Grid):
         """Both at once."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _answer(self, message: Message) -> Message:
+    def partition_of(self, node: int) -> int | None:
+        """Which client a node is; None: none any more."""
+        return node - FIRST_NODE
+
+    def answer(self, message: Message, partition: int) -> Message | None:
+        """Let one client answer; None: its reply never arrives."""
         request = copy.copy(message)
         request.metadata.__dict__["_src_node_id"] = 1
         try:
-            return self._app(request, self._contexts[message.metadata.dst_node_id])
+            return self.app(request, self.contexts[partition])
         except Exception as error:  # as Flower does: whatever is raised becomes an error reply
             return Message(Error(code=2, reason=repr(error)), reply_to=request)
 
