@@ -1,21 +1,25 @@
-"""The pre-trained weights as one file, so that a registry later needs no hub and no checkpoint."""
+"""The pre-trained weights as one file, so that a registry later needs no hub and no checkpoint.
+
+Torch and timm are imported where weights are used: the description is read without them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
-
-from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.errors import BackboneError, FileFormatError
-from fedcompo.method.deltas import Weights
 from fedcompo.storage.files import tuples
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedcompo.backbone.backbone import Backbone
+    from fedcompo.backbone.preprocessing import Preprocessing
+    from fedcompo.method.deltas import Weights
 
 CONTENT = "backbone"
 MANIFEST_KEYS = {
@@ -82,6 +86,8 @@ class StoredBackbone:
     @property
     def theta_shapes(self) -> Weights:
         """The target weights without their values (on torch's ``meta`` device)."""
+        import torch
+
         layout = self.tensors.layout
         return {
             name: torch.empty(layout[name][1], dtype=layout[name][0], device="meta")
@@ -95,6 +101,10 @@ class StoredBackbone:
             FileFormatError: If a byte of the weights was altered.
             BackboneError: If this timm cannot build the model.
         """
+        import timm
+
+        from fedcompo.backbone.backbone import Backbone
+
         self.tensors.check()
         manifest = self.tensors.manifest
         try:
@@ -123,4 +133,6 @@ class StoredBackbone:
     @property
     def preprocessing(self) -> Preprocessing:
         """The input it was trained to see."""
+        from fedcompo.backbone.preprocessing import Preprocessing
+
         return Preprocessing(**tuples(self.tensors.manifest["preprocessing"]))

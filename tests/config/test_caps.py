@@ -32,7 +32,7 @@ from fedcompo.method.fisher import HEAD
 from fedcompo.privacy.factored import margins, outer
 from fedcompo.privacy.noise import composed_epsilon
 from fedcompo.registry.verification import verify_registry
-from fedcompo.training.penalty import Anchor, Holding
+from fedcompo.training.penalty import Anchor, TrainingPenalty
 
 CLIENTS = ("client-0", "client-1", "client-2")
 PLAIN = CapsConfig()
@@ -269,10 +269,10 @@ def test_an_anchor_without_weights_holds_no_delta():
     deltas = new_deltas("full", {name: theta_0[name]}, rank=1, generator=torch.Generator())
     deltas[name].delta.data.fill_(1.0)
     anchor = Anchor({}, torch.ones(2, 3), torch.ones(2))
-    holding = Holding(deltas, anchor, None, TrainConfig(alpha=100.0, penalty_every=1))
-    holding.step(1.0, last=True)
+    penalty = TrainingPenalty(deltas, anchor, None, TrainConfig(alpha=100.0, penalty_every=1))
+    penalty.step(1.0, last=True)
     assert bool((deltas[name].delta == 1.0).all())
-    assert holding.loss({}) is None
+    assert penalty.loss({}) is None
 
 
 def test_caps_may_differ_from_node_to_node(tmp_path):
