@@ -136,10 +136,10 @@ UNMIXED: Check = (
 def rounds_of(value: str) -> dict[str, int]:
     """Split ``name:round`` pairs; raises ``ValueError`` on an ill-formed or repeated one."""
     pairs = [pair.rpartition(":")[::2] for pair in names_of(value)]
-    found = {name.strip(): int(number) for name, number in pairs}
-    if len(found) < len(pairs) or not all(found) or min(found.values(), default=1) < 1:
+    rounds = {name.strip(): int(number) for name, number in pairs}
+    if len(rounds) < len(pairs) or not all(rounds) or min(rounds.values(), default=1) < 1:
         raise ValueError(f"{value!r} names nobody, somebody twice, or a round before the first")
-    return found
+    return rounds
 
 
 def _are_rounds(value: str) -> bool:

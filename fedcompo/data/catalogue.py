@@ -107,12 +107,12 @@ def read_once(read: Reader, path: Path) -> Catalogue:
         path: The file. It counts as changed if its size, inode or modification time differs.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return read(path)  # its error says what is wrong
-    if found.st_size > KEPT_BYTES:
+    if status.st_size > KEPT_BYTES:
         return read(path)
-    return _kept(read, path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+    return _kept(read, path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=1)
