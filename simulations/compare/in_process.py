@@ -3,9 +3,9 @@
     python simulations/compare/in_process.py --output runs/quick --set kind=full
     python simulations/compare/in_process.py simulations/digits.toml --output runs/quick --seed 1
 
-Messages are handed from app to app instead of through Flower's SuperLink and Ray: a run starts at
-once, the backbone is loaded once, hundreds of clients need one process, and a debugger works. What
-is computed is the same. Comparisons of many runs use it; a federation does not.
+Messages go from app to app directly, without Flower's SuperLink and Ray. So a run starts at once,
+loads the backbone once, needs one process for hundreds of clients, and works under a debugger. The
+results are the same. Comparisons of many runs use it; a real federation does not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FIRST_NODE = 1000
 
 
 class InProcessGrid(Grid):
-    """Hands each message to the ClientApp at once and keeps the reply until it is asked for."""
+    """Passes each message to the ClientApp at once and keeps the reply until it is pulled."""
 
     def __init__(
         self,
@@ -77,26 +77,26 @@ class InProcessGrid(Grid):
         ]
 
     def set_run(self, run: object) -> None:
-        """Nothing to set: there is one run."""
+        """Do nothing: there is only one run."""
 
     @property
     def run(self) -> None:
-        """No run of an engine."""
+        """None: there is no engine."""
 
     def create_message(self, *args: object, **kwargs: object) -> Message:
-        """Messages are made by the app."""
+        """Refuse: the app makes its messages itself."""
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of all nodes that are connected."""
+        """Return the ids of all connected nodes."""
         return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """All nodes; they are always there."""
+        """Return all nodes; they are always connected."""
         return [NodeInfo(node_id=c.node_id, name="", status="online") for c in self.contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Let clients answer."""
+        """Let each message's client answer it, and keep the replies."""
         ids = []
         for message in messages:
             ids.append(str(uuid.uuid4()))
@@ -108,21 +108,21 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand out answers, once each."""
+        """Return replies, each of them once."""
         return [self.replies.pop(i) for i in list(message_ids) if i in self.replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Both at once."""
+        """Push messages and pull their replies."""
         return self.pull_messages(self.push_messages(messages))
 
     def partition_of(self, node: int) -> int | None:
-        """Which client a node is; None: none any more."""
+        """Return the partition of a node; None if it is no longer connected."""
         return node - FIRST_NODE
 
     def answer(self, message: Message, partition: int) -> Message | None:
-        """Let one client answer; None: its reply never arrives."""
+        """Return one client's reply; None if it never arrives."""
         request = copy.copy(message)
         request.metadata.__dict__["_src_node_id"] = 1
         try:
@@ -159,7 +159,7 @@ def run_in_process(settings: Mapping[str, Scalar], output: Path) -> dict:
 
 
 def main() -> None:
-    """Parse the command line, run, say where the results are."""
+    """Parse the command line, run, print where the results are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("scenario", nargs="?", type=Path, help="TOML file; default: the digits")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")

@@ -1,4 +1,4 @@
-"""Pictures of printed glyphs: what the embedded backbone learns to read.
+"""Pictures of printed glyphs, with which the embedded backbone is trained.
 
 The glyphs are letters and symbols of several scripts, rendered from the fonts that ship with
 matplotlib. No digit is among them in any form (plain, superscript, circled, of another script).
@@ -42,7 +42,7 @@ class Glyphs:
 
 
 def is_wanted(code: int) -> bool:
-    """Tell whether a code point is a plain letter or symbol, and not a digit in any form.
+    """Return whether a code point is a plain letter or symbol, and no digit in any form.
 
     Latin's tone letters are left out too: they were drawn after the digits 2, 5 and 6.
     """
@@ -60,7 +60,7 @@ def is_wanted(code: int) -> bool:
 
 
 def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-    """Draw one character, cropped and centred with its longer side filling 44 of 56 pixels."""
+    """Draw one character, cropped and centred; its longer side fills 44 of 56 pixels."""
     sheet = Image.new("L", (160, 160))
     ImageDraw.Draw(sheet).text((48, 32), character, fill=255, font=font)
     box = sheet.getbbox()
@@ -98,9 +98,9 @@ def load_glyphs(min_fonts: int = 4) -> Glyphs:
 
 
 def merge_look_alikes(rendered: dict[str, list[np.ndarray]], threshold: float = 0.96) -> Glyphs:
-    """Give characters whose pictures agree (Latin A, Greek Alpha, Cyrillic A) one class.
+    """Merge characters whose pictures agree (Latin A, Greek Alpha, Cyrillic A) into one class.
 
-    The digits are rendered for this comparison alone: they go, and so does what agrees with one.
+    Digits are rendered only for this comparison: they are dropped, with all that agrees with one.
     """
     names = sorted(rendered)
     first = np.stack([np.mean(rendered[name], axis=0).ravel() for name in names])
@@ -126,7 +126,7 @@ def merge_look_alikes(rendered: dict[str, list[np.ndarray]], threshold: float = 
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Make printed glyphs look handwritten and badly scanned.
+    """Distort printed glyphs so that they look handwritten and badly scanned.
 
     Args:
         images: (batch, CANVAS, CANVAS) uint8.

@@ -36,7 +36,7 @@ MODEL_ARGS = {
 
 
 def nearest_class_mean(model: torch.nn.Module, device: torch.device) -> float:
-    """Accuracy of nearest-class-mean on scikit-learn's digits; watched, never trained on."""
+    """Measure nearest-class-mean accuracy on scikit-learn's digits, which are never trained on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -168,7 +168,7 @@ def write(
 
 
 def main() -> None:
-    """Parse the command line."""
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--output", default="fedcompo/assets/glyph_vit", help="path, no suffix")
     parser.add_argument("--steps", type=int, default=12_000)

@@ -1,4 +1,4 @@
-"""How both pre-trainings step: AdamW, and the size of its steps."""
+"""Optimiser and learning rate of both pre-trainings."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def learning_rate(step: int, steps: int, peak: float, *, warmup: int) -> float:
-    """Return the size of a step: linear warm-up, then a cosine to zero."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """Return an optimiser that decays matrices, but neither biases nor scales."""
+    """Return AdamW with weight decay on matrices, but not on biases and scales."""
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for parameter in parameters:
         groups[parameter.ndim > 1].append(parameter)
