@@ -79,7 +79,7 @@ def described(
     purpose: str,
     linearised: bool = False,
 ) -> dict[str, Mixtures]:
-    """Describe everyone's features by mixtures, each client's as it would do it in a run.
+    """Fit mixtures to the features of every client, as each client does in a run.
 
     Args:
         backbone: Pre-trained weights.
