@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from logging import ERROR, INFO
@@ -28,7 +27,10 @@ from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.accounting import check_noise
 from server.averaging import Averaging
+from server.exchange.books import Books
 from server.exchange.exchange import Exchange
+from server.exchange.kept_answers import KeptAnswers
+from server.exchange.nodes import Nodes
 from server.results import collect, collect_averaging, collect_removal
 from server.resume import Working, check_interrupted, clear
 from server.sequential import Arrivals
@@ -44,30 +46,22 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 RESUMABLE = tuple((Action.TRAIN, method) for method in (Method.ITA, Method.IEL))
 """What can go on where it was interrupted."""
 
-Work = Callable[[Exchange, RunConfig, Path, float], dict[str, Any]]
-"""What a run does, given its output folder and when it started; returns its results."""
+Work = Callable[[Grid, Books, RunConfig, Path], dict[str, Any]]
+"""Does what a run is for; the path is its output folder. Returns the results."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Do what `action` says, once, and leave the results in the output folder."""
-    started = time.time()
     config = RunConfig.parse(context.run_config)
     check_noise(config)
     output = claim_output(config)
-    server = config.server
-    exchange = Exchange(
-        grid,
-        server.timeout,
-        server.min_clients,
-        in_flight=server.in_flight,
-        events=output / EVENTS,
-    )
+    books = Books(output / EVENTS)
     work, phases = work_of(config)
     wanted = [p for p in phases if p != "realign" or config.compose.realign]
-    exchange.tell("run", clients=[], phases=wanted)
+    books.tell("run", clients=[], phases=wanted)
     try:
-        results = work(exchange, config, output, started)
+        results = work(grid, books, config, output)
         text = json.dumps(results, indent=2, allow_nan=False) + "\n"
         write_atomically(output / RESULTS, text.encode())
         clear(output)
@@ -76,9 +70,9 @@ def main(grid: Grid, context: Context) -> None:
         if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():
             log(ERROR, "See to the server's disk, then go on with `resume`: nothing is lost.")
         with suppress(OSError):  # a full disk must not hide what happened
-            exchange.tell("failed", reason=f"{type(error).__name__}: {error}")
+            books.tell("failed", reason=f"{type(error).__name__}: {error}")
         raise
-    exchange.tell("finished", results=RESULTS)
+    books.tell("finished", results=RESULTS)
     if results.get("class_il_accuracy") is not None:
         class_il, task_il = (100 * results[f"{name}_il_accuracy"] for name in ("class", "task"))
         log(INFO, "Accuracy: class-IL %.1f %%, task-IL %.1f %%", class_il, task_il)
@@ -94,30 +88,31 @@ def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
     return _train, strategy_of(config).phases
 
 
-def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
+def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Train new clients; they join the registry."""
     backbone = load_backbone(config.backbone)
     registry = open_or_create(config, backbone, output)
     working = Working.open(output, config, registry)
-    exchange.answers = working.answers
     # Members count: a single newcomer can join them.
-    exchange.min_clients = max(1, exchange.min_clients - len(working.members))
+    least = max(1, config.server.min_clients - len(working.members))
+    exchange = new_exchange(grid, books, config, least=least, answers=working.answers)
     if registry.clients and registry.settings != CompositionSettings.of(config):
-        exchange.note("The registry composes with its own settings, not with this run's.")
+        books.note("The registry composes with its own settings, not with this run's.")
     exchange.gather(config.server.num_clients)
     chosen = strategy_of(config)(exchange, config, backbone, registry, working)
     chosen.run()
-    results = collect(chosen, started=started)
+    results = collect(chosen)
     write_report(output, results)
     return results
 
 
-def _average(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
+def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Train one model of all clients by FedAvg or FedProx; no registry comes of it."""
+    exchange = new_exchange(grid, books, config, least=config.server.min_clients)
     averaged = Averaging(exchange, config, load_backbone(config.backbone), output)
     exchange.gather(config.server.num_clients)
     averaged.run()
-    results = collect_averaging(averaged, started=started)
+    results = collect_averaging(averaged)
     write_report(output, results)
     return results
 
@@ -129,14 +124,30 @@ def strategy_of(config: RunConfig) -> type[Strategy]:
     return IelStrategy if config.method.method is Method.IEL else ItaStrategy
 
 
-def _remove(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
+def _remove(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Remove a client; those who stay are told, asked and measured as far as they are there."""
     registry = Registry(registry_path(config))
-    exchange.min_clients = 0
+    exchange = new_exchange(grid, books, config, least=0)
     removal = Unlearning(exchange, config, registry.backbone.load(), registry, output)
     exchange.gather(config.server.num_clients)
     removal.run()
-    return collect_removal(removal, started=started)
+    return collect_removal(removal)
+
+
+def new_exchange(
+    grid: Grid, books: Books, config: RunConfig, *, least: int, answers: KeptAnswers | None = None
+) -> Exchange:
+    """What talks to the clients of a run.
+
+    Args:
+        grid: Flower's.
+        books: Of the run.
+        config: Its settings.
+        least: Clients without which it fails.
+        answers: Where answers are kept, if the run may be interrupted.
+    """
+    server = config.server
+    return Exchange(books, Nodes(grid), server.timeout, least, server.in_flight, answers)
 
 
 def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Registry:

@@ -42,7 +42,6 @@ from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorfile import prefixed, section
-from server.exchange.books import Traffic
 from server.exchange.checks import checked_fractions, checked_task_vector
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
@@ -80,10 +79,10 @@ class Averaging:
     def run(self) -> None:
         """Do all phases; afterwards the model lies in its folder."""
         self.gather_features()
-        self.aligned: Head = self.exchange.timed("align", self.align)
+        self.aligned: Head = self.exchange.books.timed("align", self.align)
         self.train()
         export_timm(self.folder, self.backbone, self.theta, self.head)
-        self.exchange.note(NO_REGISTRY)
+        self.exchange.books.note(NO_REGISTRY)
         self.evaluate()
 
     def gather_features(self) -> None:
@@ -94,7 +93,7 @@ class Averaging:
             wanted = self.roster.described[client].kind
             if wanted not in (None, self.kind):
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
-                self.exchange.leave_out("features", client, reason, Traffic(0, 0, 0.0))
+                self.exchange.leave_out("features", client, reason)
         self.exchange.require_clients("features")
 
     def align(self) -> Head:
@@ -136,7 +135,7 @@ class Averaging:
         self.history = [
             {
                 "round": number,
-                "trained": sorted(self.exchange.traffic[f"train, round {number}"]),
+                "trained": sorted(self.exchange.books.traffic[f"train, round {number}"]),
                 "mean_loss": metrics["loss"],
             }
             for number, metrics in result.train_metrics_clientapp.items()
@@ -244,7 +243,7 @@ class ExchangeGrid:
 
     def get_node_ids(self) -> list[int]:
         """Nodes of the clients still in the run; whoever was left out is not asked again."""
-        return [self.exchange.nodes[client] for client in self.exchange.clients]
+        return [self.exchange.nodes.ids[client] for client in self.exchange.clients]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -263,7 +262,7 @@ class ExchangeGrid:
             TooFewClients: If fewer than ``min-clients`` are left.
         """
         to = {message.metadata.dst_node_id: message for message in messages}
-        nodes = {client: self.exchange.nodes[client] for client in self.exchange.clients}
+        nodes = self.exchange.nodes.ids
         asked = {client: to[node] for client, node in nodes.items() if node in to}
         if not asked:
             return []
@@ -274,11 +273,10 @@ class ExchangeGrid:
             return client
 
         _, settings = _body(next(iter(asked.values())))
-        self.exchange.part = f"round {settings['server-round']}"
-        self.exchange.ask(
-            "train", "train", lambda client: _body(asked[client]), fold, clients=asked
-        )
-        self.exchange.part = ""
+        with self.exchange.books.during(f"round {settings['server-round']}"):
+            self.exchange.ask(
+                "train", "train", lambda client: _body(asked[client]), fold, clients=asked
+            )
         return [replies[client] for client in sorted(replies)]
 
 

@@ -33,12 +33,11 @@ ACCURACIES = (
 PACKAGES = ("fedcompo", "torch", "timm", "flwr", "numpy", "safetensors", "scikit-learn")
 
 
-def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
+def collect(strategy: Strategy) -> dict[str, Any]:
     """Gather every figure of a finished run.
 
     Args:
         strategy: After its ``run``.
-        started: When the run began, in seconds since 1970.
 
     Returns:
         JSON values. Accuracies are fractions in [0, 1]; those of the run are means over clients.
@@ -52,7 +51,6 @@ def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
             exchange,
             strategy.backbone,
             method=str(config.method.method),
-            started=started,
         ),
         "schedule": str(config.method.schedule),
         **strategy.report(),
@@ -70,7 +68,7 @@ def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
     }
 
 
-def collect_averaging(averaging: Averaging, *, started: float) -> dict[str, Any]:
+def collect_averaging(averaging: Averaging) -> dict[str, Any]:
     """Gather every figure of a finished run of FedAvg or FedProx.
 
     Keys are those of :func:`collect` where they mean the same; there are no task vectors, and so no
@@ -80,7 +78,7 @@ def collect_averaging(averaging: Averaging, *, started: float) -> dict[str, Any]
     method = str(config.method.method)
     per_client = {client: _of_averaged(averaging, client) for client in averaging.trained}
     return {
-        **_common(config, exchange, averaging.backbone, method=method, started=started),
+        **_common(config, exchange, averaging.backbone, method=method),
         "rounds": averaging.history,
         **{name: _mean(per_client, name) for name in ACCURACIES},
         "clients_evaluated": _evaluated(per_client),
@@ -90,34 +88,35 @@ def collect_averaging(averaging: Averaging, *, started: float) -> dict[str, Any]
     }
 
 
-def collect_removal(removal: Unlearning, *, started: float) -> dict[str, Any]:
+def collect_removal(removal: Unlearning) -> dict[str, Any]:
     """Gather every figure of a finished removal; JSON values."""
     config, exchange, backbone = removal.config, removal.exchange, removal.backbone
     return {
-        **_common(config, exchange, backbone, method="removal", started=started),
+        **_common(config, exchange, backbone, method="removal"),
         **removal.results(),
     }
 
 
 def _common(
-    config: RunConfig, exchange: Exchange, backbone: Backbone, *, method: str, started: float
+    config: RunConfig, exchange: Exchange, backbone: Backbone, *, method: str
 ) -> dict[str, Any]:
     """What every kind of run reports."""
+    books = exchange.books
     return {
         "format_version": FORMAT_VERSION,
         "method": method,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 3),
-        "left_out": [asdict(client) for client in exchange.left_out],
-        "missed": [asdict(client) for client in exchange.missed],
-        "notes": [*exchange.notes, *accounting.notes(exchange.caps, delta=config.caps.dp_delta)],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(books.started)),
+        "seconds": round(time.time() - books.started, 3),
+        "left_out": [asdict(client) for client in books.left_out],
+        "missed": [asdict(client) for client in books.missed],
+        "notes": [*books.notes, *accounting.notes(books.caps, delta=config.caps.dp_delta)],
         "phases": {
             phase: {
                 "seconds": round(seconds, 3),
-                **totals(exchange.traffic.get(phase, {}).values()),
-                "peak_memory_bytes": exchange.memory[phase],
+                **totals(books.traffic.get(phase, {}).values()),
+                "peak_memory_bytes": books.memory[phase],
             }
-            for phase, seconds in exchange.seconds.items()
+            for phase, seconds in books.seconds.items()
         },
         "backbone": {
             "name": backbone.name,
@@ -177,13 +176,13 @@ def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
 
 def _caps(exchange: Exchange, client: str, config: RunConfig) -> dict[str, Any]:
     """What a client told of its caps, and what its noise is worth."""
-    told = exchange.caps.get(client, [])
+    told = exchange.books.caps.get(client, [])
     return {"caps": told, "privacy": accounting.spent(told, delta=config.caps.dp_delta)}
 
 
 def _traffic(exchange: Exchange, client: str) -> dict[str, Any]:
     """What each phase cost one client."""
-    costs = {phase: costs.get(client) for phase, costs in exchange.traffic.items()}
+    costs = {phase: costs.get(client) for phase, costs in exchange.books.traffic.items()}
     return {phase: asdict(cost) for phase, cost in costs.items() if cost is not None}
 
 

@@ -20,7 +20,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import write_atomically
 from fedcompo.storage.tensorstream import file_sha256
-from server.exchange.kept_answers import Answers
+from server.exchange.kept_answers import KeptAnswers
 
 FORMAT_VERSION = 1
 ANSWERS = "answers"
@@ -65,9 +65,9 @@ class Working:
         return cls(output, begun["settings"], members, begun["steps"], resumed=True)
 
     @property
-    def answers(self) -> Answers:
+    def answers(self) -> KeptAnswers:
         """What clients answered so far."""
-        return Answers(self.output / ANSWERS)
+        return KeptAnswers(self.output / ANSWERS)
 
     def step(self, entries: Mapping[str, Any]) -> None:
         """Take note that a round or an arrival is over."""
@@ -108,7 +108,7 @@ def check_same(path: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]
 
 def clear(output: Path) -> None:
     """Delete the working files of a run that is finished, if it has any."""
-    Answers(output / ANSWERS).clear()
+    KeptAnswers(output / ANSWERS).clear()
     (output / RUN).unlink(missing_ok=True)
 
 

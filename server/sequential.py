@@ -47,12 +47,11 @@ class Arrivals(Strategy):
         coming = self._coming()
         arrived = self._recall(coming)
         for client in coming:
-            self.exchange.part = client
             if client in arrived:
                 continue
-            if folders := self._fit(client):
-                self.arrive(client, folders)
-        self.exchange.part = ""
+            with self.exchange.books.during(client):
+                if folders := self._fit(client):
+                    self.arrive(client, folders)
         shutil.rmtree(self.fitting.contributions, ignore_errors=True)  # of who failed last
         self.exchange.require_clients("train", self.trained)
 
@@ -88,8 +87,8 @@ class Arrivals(Strategy):
         steps = {step["client"]: step for step in self.working.steps}
         arrived = tuple(there[:-1])
         for client in arrived:
-            self.exchange.part = client
-            self.roster.gather((client,))
+            with self.exchange.books.during(client):
+                self.roster.gather((client,))
             self.figures[client] = steps[client]["figures"]
             for measure, matrix in self.matrices.items():
                 self.matrices[measure] = matrix.after(client, steps[client]["rows"][measure])
@@ -115,7 +114,7 @@ class Arrivals(Strategy):
     def arrive(self, client: str, folders: list[Path]) -> None:
         """Add a client to the model, and measure it."""
         self.composing = Composing(self.exchange, self.backbone, self.registry)
-        self.exchange.timed("compose", lambda: self.compose(folders))
+        self.exchange.books.timed("compose", lambda: self.compose(folders))
         self.look(decisive=False)
         rows = {
             measure: {c: figures[measure] for c, figures in self.composing.figures.items()}

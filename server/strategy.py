@@ -79,7 +79,7 @@ class Strategy(ABC):
     def run(self) -> None:
         """Do all phases; afterwards the parts hold what there is to report."""
         folders = self.fit()
-        self.exchange.timed("compose", lambda: self.compose(folders))
+        self.exchange.books.timed("compose", lambda: self.compose(folders))
         self.look()
 
     @property

@@ -77,7 +77,7 @@ class Unlearning:
         """Do all phases; afterwards the attributes hold what there is to report."""
         self.identify()
         self.before = self.evaluate("evaluate before")
-        self.exchange.timed("remove", self.remove)
+        self.exchange.books.timed("remove", self.remove)
         self.notify()
         if self.request.repair_rounds and self.exchange.clients:
             self.repair()
@@ -97,7 +97,7 @@ class Unlearning:
         )
         missing = sorted(set(self.registry.clients) - {*self.exchange.clients, self.request.client})
         if missing:
-            self.exchange.note(
+            self.exchange.books.note(
                 f"Not connected, so neither asked nor told: {', '.join(missing)}. "
                 "The removal does not wait for them."
             )
@@ -107,7 +107,7 @@ class Unlearning:
         name = check_client_name(str(manifest["client"]))
         if name == self.request.client:
             raise ContributionError("This is the client to be removed; it is not asked again.")
-        if name in self.exchange.nodes:
+        if name in self.exchange.clients:
             raise ContributionError(
                 f"Two nodes call themselves {name!r}; give each node a name of its own."
             )
@@ -167,8 +167,7 @@ class Unlearning:
         try:
             self._repair()
         except (FedcompoError, OSError) as error:
-            self.exchange.part = ""
-            self.exchange.note(f"The repair failed, the removal stands: {error}")
+            self.exchange.books.note(f"The repair failed, the removal stands: {error}")
 
     def _repair(self) -> None:
         roster = Roster(self.exchange, self.backbone, names=set(self.exchange.clients))
@@ -182,7 +181,9 @@ class Unlearning:
         try:
             rounds.run()
             folders = rounds.keep()
-            self.exchange.timed("compose", lambda: self.registry.add(*folders, replacing=True))
+            self.exchange.books.timed(
+                "compose", lambda: self.registry.add(*folders, replacing=True)
+            )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             last.clear()

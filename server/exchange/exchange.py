@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from logging import INFO
 
 from flwr.app import Message, RecordDict
@@ -17,10 +17,9 @@ from flwr.common.logger import log
 
 from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.messages.records import Body, from_record, size_of, to_record
-from fedcompo.runtime import reset_peak
-from server.exchange.books import NOTHING, LeftOut, Traffic
+from server.exchange.books import NOTHING, Books, Traffic
 from server.exchange.checks import checked_caps
-from server.exchange.kept_answers import Answers, question
+from server.exchange.kept_answers import KeptAnswers, question
 from server.exchange.nodes import Nodes
 
 Fold = Callable[[str, Body], str]
@@ -33,13 +32,37 @@ POLL = 0.1, 2.0
 
 
 @dataclass
-class Exchange(Nodes):
-    """Talks to the clients of a run and keeps the books."""
+class Exchange:
+    """Talks to the clients of a run, and enters in the books what comes of it."""
 
+    books: Books
+    nodes: Nodes
+    timeout: float
+    """Seconds that a client has to connect, and to answer a request."""
+    min_clients: int
+    """Clients without which the run fails."""
     in_flight: int = 0
     """Requests under way at a time; 0: all. What waits to be folded in is no more than these."""
-    answers: Answers | None = None
+    answers: KeptAnswers | None = None
     """Answers of a run that may be interrupted; None: it starts anew then."""
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Names of the clients still in the run, sorted."""
+        return self.nodes.clients
+
+    def gather(self, wanted: int) -> None:
+        """Wait for clients to connect.
+
+        Args:
+            wanted: Number of clients; 0: all that are there once nobody new comes for 3 seconds.
+
+        Raises:
+            TooFewClients: If fewer than ``min_clients`` come in time.
+        """
+        came = self.nodes.gather(wanted, least=self.min_clients, timeout=self.timeout)
+        if came < wanted:
+            self.books.note(f"{came} of {wanted} client(s) connected within {self.timeout:g} s.")
 
     def ask(
         self,
@@ -66,20 +89,18 @@ class Exchange(Nodes):
         Raises:
             TooFewClients: If too few usable answers came.
         """
-        reset_peak()
-        started, label = time.monotonic(), self.label(phase)
-        self.traffic.setdefault(label, {})
-        self.memory.setdefault(label, {})
+        books, label = self.books, self.books.label(phase)
         asked = self.clients if clients is None else tuple(sorted(clients))
-        self.tell("phase-started", phase=phase, clients=[] if phase in NAMING else asked)
+        started = books.begin(phase, () if phase in NAMING else asked)
+        costs = books.traffic.setdefault(label, {})
         asking = _Asking(phase, message_type, request, fold, may_miss)
         for client in asked:
             while self.in_flight and len(asking.waiting) >= self.in_flight:
                 self._collect(asking, most=self.in_flight - 1)
             self._send(client, asking)
         self._collect(asking, most=0)
-        self._close(phase, started)
-        log(INFO, "%s: %d client(s), %.1f s", label, len(self.traffic[label]), self.seconds[label])
+        books.end(phase, started)
+        log(INFO, "%s: %d client(s), %.1f s", label, len(costs), books.seconds[label])
         if decisive:
             self.require_clients(phase)
 
@@ -90,11 +111,12 @@ class Exchange(Nodes):
             phase: What they have gone through.
             usable: Who remains; None: everyone still in the run.
         """
-        count = len(self.nodes if usable is None else usable)
+        count = len(self.clients if usable is None else usable)
         if count >= self.min_clients:
             return
-        missed = [m for m in self.missed if m.phase.partition(",")[0] == phase]
-        reasons = [f"  - {o.client} ({o.phase}): {o.reason}" for o in (*self.left_out, *missed)]
+        missed = [m for m in self.books.missed if m.phase.partition(",")[0] == phase]
+        without = (*self.books.left_out, *missed)
+        reasons = [f"  - {client.client} ({client.phase}): {client.reason}" for client in without]
         raise TooFewClients(
             f"{count} usable client(s) after the phase {phase!r}, `min-clients` is "
             f"{self.min_clients}. Left out:\n" + ("\n".join(reasons) or "  nobody")
@@ -106,11 +128,11 @@ class Exchange(Nodes):
         asked = "" if self.answers is None else question((tensors, manifest))
         if self._recalled(client, asking, asked):
             return
-        node = self.nodes[client]
-        name = self.registered.get(node, "")
+        name = self.nodes.registered_name(client)
         content = to_record(tensors, {"content": "request", "registered_name": name, **manifest})
+        node = self.nodes.ids[client]
         message = Message(content, node, asking.message_type, ttl=self.timeout)
-        ids, sent = list(self.grid.push_messages([message])), size_of(content)
+        ids, sent = list(self.nodes.grid.push_messages([message])), size_of(content)
         if ids and ids[0]:
             asking.waiting[ids[0]] = _Waiting(client, asked, sent, time.monotonic())
         else:
@@ -118,7 +140,7 @@ class Exchange(Nodes):
 
     def _recalled(self, client: str, asking: _Asking, asked: str) -> bool:
         """Whether a client's answer was kept, when this run was interrupted, and still serves."""
-        kept = self.answers and self.answers.recall(self.label(asking.phase), client, asked)
+        kept = self.answers and self.answers.recall(self.books.label(asking.phase), client, asked)
         if not kept:
             return False
         body, cost = kept
@@ -139,7 +161,7 @@ class Exchange(Nodes):
         while len(waiting) > most:
             answered = False
             for message_id in list(waiting):
-                for reply in self.grid.pull_messages([message_id]):
+                for reply in self.nodes.grid.pull_messages([message_id]):
                     self._take(asking, waiting.pop(message_id), reply)
                     answered = True
             self._give_up(asking)
@@ -179,40 +201,27 @@ class Exchange(Nodes):
             self._fail(asking, client, reason, cost)
             return
         if self.answers is not None:
-            self.answers.keep(self.label(asking.phase), name, awaited.asked, body, cost)
+            self.answers.keep(self.books.label(asking.phase), name, awaited.asked, body, cost)
         self._book(asking, client, name, body, cost)
 
     def _book(
         self, asking: _Asking, client: str, name: str, body: Body, cost: Traffic, reason: str = ""
     ) -> None:
         """Enter an answer that was folded in."""
-        phase, label = asking.phase, self.label(asking.phase)
-        self._remember_peak(label, _peaks(body))
         if name != client:
-            self.nodes[name] = self.nodes.pop(client)
-        before = self.traffic[label].get(name)
-        self.traffic[label][name] = cost if before is None else before + cost
-        if told := checked_caps(name, body):
-            self.caps.setdefault(name, []).append({**told, "phase": label})
-        self.tell("client", phase=phase, client=name, status="ok", reason=reason, **asdict(cost))
-        size, seconds = cost.bytes_received, cost.seconds
-        log(INFO, "%s: %s answered with %d bytes in %.1f s", label, name, size, seconds)
+            self.nodes.rename(client, name)
+        caps = checked_caps(name, body)
+        self.books.answered(asking.phase, name, cost, peaks=_peaks(body), caps=caps, reason=reason)
 
     def _fail(self, asking: _Asking, client: str, reason: str, cost: Traffic) -> None:
         """Do without a client: in this phase, or in all that follow."""
-        do_without = self.miss if asking.may_miss else self.leave_out
+        do_without = self.books.miss if asking.may_miss else self.leave_out
         do_without(asking.phase, client, reason, cost)
-
-    def miss(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
-        """Do without a client in this phase alone, and say why."""
-        self.missed.append(LeftOut(client, self.label(phase), reason))
-        self._say(phase, client, "missed", reason, cost)
 
     def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
         """Take a client out of all that follows, and say why."""
-        del self.nodes[client]
-        self.left_out.append(LeftOut(client, self.label(phase), reason))
-        self._say(phase, client, "left-out", reason, cost)
+        self.nodes.drop(client)
+        self.books.leave_out(phase, client, reason, cost)
 
 
 @dataclass(frozen=True)

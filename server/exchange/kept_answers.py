@@ -34,7 +34,7 @@ def question(request: Body) -> str:
 
 
 @dataclass(frozen=True)
-class Answers:
+class KeptAnswers:
     """A folder of answers, a file each."""
 
     folder: Path

@@ -52,7 +52,7 @@ class Composing:
             pool, self.backbone.theta_0, fisher.mean(), self.coefficients
         )
         for client in self.diagnostics.outliers:
-            self.exchange.note(
+            self.exchange.books.note(
                 f"The task vector of {client} stands out by its length, or opposes the others: "
                 "look at its data and its learning rate."
             )
@@ -68,7 +68,7 @@ class Composing:
         if not set(members) - set(self.exchange.clients):
             realigned = self._ask_mixtures(members)
         if missing := sorted(set(members) - set(realigned)):
-            self.exchange.note(
+            self.exchange.books.note(
                 f"The joint head was not aligned again: {', '.join(missing)} did not describe the "
                 "composed model's features. It stays aligned on pre-trained features."
             )
@@ -108,8 +108,7 @@ class Composing:
             phase, "evaluate", lambda c: request, self._fold, decisive=False, clients=asked
         )
         if decisive and not self.figures:
-            self.exchange.nodes.clear()
-            self.exchange.require_clients(phase)
+            self.exchange.require_clients(phase, ())
 
     def _theta(self) -> Weights:
         return self.registry.theta_p()

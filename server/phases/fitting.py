@@ -183,7 +183,7 @@ class Fitting:
 
     def align(self) -> None:
         """Fit the joint head to features drawn from everyone's mixtures."""
-        self.aligned: Head = self.exchange.timed("align", self._align)
+        self.aligned: Head = self.exchange.books.timed("align", self._align)
 
     def _align(self) -> Head:
         self.described = {
@@ -229,13 +229,13 @@ class Fitting:
             raise ContributionError(f"No Fisher came of {', '.join(asked) or 'any client'}.")
         known = [c for c in self.members if FISHER in self.registry.member(c).files]
         if without := sorted(set(self.members) - set(known)):
-            self.exchange.note(
+            self.exchange.books.note(
                 f"The registry keeps no Fisher of {', '.join(without)}: the clients of this run "
                 "are not anchored by theirs."
             )
         self._sum_fisher()
         if note := self.anchors.note(self.strength, setting="beta" if self.ensembled else "alpha"):
-            self.exchange.note(note)
+            self.exchange.books.note(note)
 
     def _sum_fisher(self) -> None:
         """Sum the Fisher of all who take part, as far as it is known."""

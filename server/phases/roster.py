@@ -92,10 +92,10 @@ class Roster:
         """Leave clients out, as if they had said nothing; raises ``TooFewClients``."""
         came = ", ".join(sorted(self.names))
         for client in clients:
-            if client in self.names & self.exchange.nodes.keys():
+            if client in self.names & {*self.exchange.clients}:
                 self._leave_out(client, "excluded by `exclude`")
             elif client not in self.ambiguous:
-                self.exchange.note(f"`exclude` names {client!r}, but only {came} came.")
+                self.exchange.books.note(f"`exclude` names {client!r}, but only {came} came.")
         self.exchange.require_clients(PHASE)
 
     def recognise(self, members: Mapping[str, tuple[str, ...]]) -> None:
@@ -122,7 +122,7 @@ class Roster:
         """Who a client is; refuses one that is another, or holds another backbone."""
         manifest = body[1]
         name = check_client_name(str(manifest["client"]))
-        registered = self.exchange.registered.get(self.exchange.nodes[client])
+        registered = self.exchange.nodes.registered_name(client)
         if registered and name != registered:
             raise ContributionError(
                 f"The node registered as {registered!r} calls itself {name!r}; it must use the "
@@ -132,8 +132,11 @@ class Roster:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
         if name != client:
             self._refuse_twins(client, name)
-        if (told := check_versions(name, manifest["versions"])) not in ("", *self.exchange.notes):
-            self.exchange.note(told)
+        if (told := check_versions(name, manifest["versions"])) not in (
+            "",
+            *self.exchange.books.notes,
+        ):
+            self.exchange.books.note(told)
         check_backbone(name, str(manifest["base"]), self.backbone)
         return name
 
@@ -164,10 +167,10 @@ class Roster:
         may be the same client, come back before its old node was found to be gone.
         """
         reason = f"Two nodes call themselves {name!r}; give each node a name of its own."
-        if name in self.exchange.nodes and self.late:
-            self.exchange.look_anew(client)
+        if name in self.exchange.clients and self.late:
+            self.exchange.nodes.look_anew(client)
             raise ContributionError(reason)
-        if name in self.exchange.nodes:
+        if name in self.exchange.clients:
             self.ambiguous.add(name)
             self.names.discard(name)
             self._leave_out(name, reason)
@@ -177,6 +180,6 @@ class Roster:
     def _leave_out(self, name: str, reason: str) -> None:
         """Forget a client that has been folded in."""
         self.described.pop(name, None)
-        phase = PHASE if self.exchange.label(PHASE) in self.exchange.traffic else NAMING
-        books = self.exchange.traffic[self.exchange.label(phase)]
+        phase = PHASE if self.exchange.books.label(PHASE) in self.exchange.books.traffic else NAMING
+        books = self.exchange.books.traffic[self.exchange.books.label(phase)]
         self.exchange.leave_out(phase, name, reason, books.pop(name, NOTHING))

@@ -54,7 +54,7 @@ class Attendance:
         """
         fitting, described = self.fitting, self.fitting.roster.described
         if number > 1:
-            nodes, gone = self.exchange.look_again()
+            nodes, gone = self.exchange.nodes.look_again()
             fitting.absent |= set(gone) & described.keys()
             if nodes:
                 fitting.roster.identify(nodes)
@@ -100,7 +100,7 @@ class Attendance:
                     text = f"there are {self.rounds} round(s)"
                 else:
                     continue
-                self.exchange.note(f"`{setting}` names {client}:{number}, but {text}.")
+                self.exchange.books.note(f"`{setting}` names {client}:{number}, but {text}.")
 
     def _turn_away(self, number: int) -> None:
         """Leave out who comes, but is not to take part."""

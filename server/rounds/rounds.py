@@ -87,17 +87,16 @@ class Rounds:
         """Do all rounds; raises ``TooFewClients`` if one of them has nobody left to train."""
         self.seat_members()
         for number in range(1, self.number + 1):
-            self.exchange.part = f"round {number}"
-            came = self.attendance.welcome(number)
-            if came:
-                self.holdings.change_anchors()
-            happened = self.round(number)
-            went = self.attendance.leaving(number)
-            self.part_with(went, number)
+            with self.exchange.books.during(f"round {number}"):
+                came = self.attendance.welcome(number)
+                if came:
+                    self.holdings.change_anchors()
+                happened = self.round(number)
+                went = self.attendance.leaving(number)
+                self.part_with(went, number)
             self.history.append({**happened, "came": list(came), "went": list(went)})
             if self.working and number > len(self.working.steps):
                 self.working.step(self.history[-1])
-        self.exchange.part = ""
         self.drop_silent()
         self.attendance.close()
 
@@ -148,9 +147,9 @@ class Rounds:
         missed = self.attendance.missed(number)
         for client in missed:
             reason = "it missed this round before the run was interrupted"
-            self.exchange.miss("train", client, reason)
+            self.exchange.books.miss("train", client, reason)
         for client in sorted(absent - set(missed)):
-            self.exchange.miss("train", client, "its node is not connected")
+            self.exchange.books.miss("train", client, "its node is not connected")
         if lacking := self._ask(asked):  # who lost what it was left to remember is sent all of it
             self._ask(lacking, again=True)
         norms = {client: figures["norm"] for client, figures in self._arrived.items()}
@@ -162,9 +161,11 @@ class Rounds:
                 self.fitting.note_figures(client, figures)
                 losses[client] = figures["losses"][-1]
         if not losses:
-            label = self.exchange.label("train")
+            label = self.exchange.books.label("train")
             reasons = [
-                f"  - {m.client}: {m.reason}" for m in self.exchange.missed if m.phase == label
+                f"  - {m.client}: {m.reason}"
+                for m in self.exchange.books.missed
+                if m.phase == label
             ]
             raise TooFewClients("\n".join([f"Nobody trained in round {number}:", *reasons]))
         return {
@@ -193,7 +194,9 @@ class Rounds:
                     raise ContributionError(f"It lacks {names}, but was sent all that it needs.")
                 self.holdings.lost(client)
                 lacking.append(client)
-                self.exchange.note(f"{client} has lost what it kept ({names}); it is sent again.")
+                self.exchange.books.note(
+                    f"{client} has lost what it kept ({names}); it is sent again."
+                )
             else:
                 self._check(client, body)
             return client
@@ -283,7 +286,7 @@ class Rounds:
         self.last.refuse(client)
         self.holdings.lost(client)
         self._arrived.pop(client, None)
-        self.exchange.miss("train", client, reason)
+        self.exchange.books.miss("train", client, reason)
 
     def _read(self, client: str, *, arriving: bool = False) -> tuple[TaskVector, Head]:
         fitting = self.fitting
