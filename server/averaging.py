@@ -31,6 +31,7 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.choices import Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig
@@ -101,9 +102,7 @@ class Averaging:
         described = {c: self.roster.described[c].mixtures for c in self.exchange.clients}
         return joint_head(
             described,
-            samples=self.config.head.align_samples,
-            ridge=self.config.head.ridge,
-            seed=self.config.seed,
+            CompositionSettings.of(self.config),
             purpose="align",
         )
 

@@ -17,8 +17,8 @@ fuses multiplication and addition; a library's matrix product would not promise 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,50 @@ CEILING = 2**62
 """No sum may come nearer to the end of int64 than by a factor of two."""
 PIECE = 1 << 16
 """Elements worked on at a time: what is between input and result stays in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One client's part of a sum."""
+
+    client: str
+    vector: TaskVector
+    times: int
+    """How often it counts: m_c; negative to take it out."""
+    rounded_sha256: str = ""
+    """What the SHA-256 of its rounded form must be; empty: not known yet."""
+
+
+def sum_of(
+    terms: Sequence[Term],
+    name: str,
+    weight: Tensor,
+    *,
+    start: Tensor | None = None,
+    digests: Sequence[Any] = (),
+) -> Tensor:
+    """Add the terms of one weight to a sum, exactly.
+
+    Args:
+        terms: Clients that come, or go.
+        name: Name of the weight.
+        weight: Its pre-trained value, (out, in).
+        start: The sum so far, (out, in), int64; None: zero.
+        digests: A hash for each term, which takes in its rounded form; or none.
+
+    Returns:
+        S, (out, in), int64.
+
+    Raises:
+        ContributionError: If a value is not finite, too large, or leaves the range of the sum.
+    """
+    total = torch.zeros(weight.shape, dtype=torch.int64) if start is None else start
+    for index, term in enumerate(terms):
+        values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
+        if digests:
+            feed(digests[index], name, values)
+        total = add(total, values, term.times)
+    return total
 
 
 def reproducible_delta(vector: TaskVector, name: str, weight: Tensor) -> Tensor:

@@ -15,20 +15,13 @@ from fedcompo.seeds import derive_seed
 
 
 def joint_head(
-    mixtures: Mapping[str, Mixtures],
-    *,
-    samples: int,
-    ridge: float,
-    seed: int,
-    purpose: str = "joint-head",
+    mixtures: Mapping[str, Mixtures], settings: CompositionSettings, *, purpose: str = "joint-head"
 ) -> Head:
     """Fit the joint head to features drawn from everyone's mixtures.
 
     Args:
         mixtures: By client and class; of θ₀'s features, or of the composed model's.
-        samples: Features a class.
-        ridge: How strongly the head is held to zero.
-        seed: The seed of the registry or of the run.
+        settings: How many features a class, how strongly the head is held to zero, and the seed.
         purpose: What the draws are for; each purpose has its own.
 
     Returns:
@@ -42,20 +35,15 @@ def joint_head(
         return align(
             by_class,
             sorted(by_class),
-            samples=samples,
-            ridge=ridge,
-            seed=derive_seed(seed, purpose),
+            samples=settings.align_samples,
+            ridge=settings.ridge,
+            seed=derive_seed(settings.seed, purpose),
         )
 
 
 def head_of(pool: Pool, settings: CompositionSettings) -> Head:
     """Fit the joint head of some clients to their mixtures of θ₀'s features."""
-    return joint_head(
-        {contribution.client: contribution.features for contribution in pool},
-        samples=settings.align_samples,
-        ridge=settings.ridge,
-        seed=settings.seed,
-    )
+    return joint_head({member.client: member.features for member in pool}, settings)
 
 
 @contextlib.contextmanager

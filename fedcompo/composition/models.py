@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.backbone.tangent import TangentModel, change_from
 from fedcompo.composition import fixed_point
+from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import head_of
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import timm_config
@@ -51,15 +51,11 @@ def stream_composition(
     if coefficients is not None:
         yield from pool.stream(backbone.tensors, coefficients, scale=settings.scale)
         return
-    count = sum(settings.times(member.num_examples) for member in pool)
+    terms = [Term(m.client, m.task_vector, settings.times(m.num_examples)) for m in pool]
+    count = sum(term.times for term in terms)
     for name in sorted(backbone.target_weights):
         weight = backbone.tensors[name]
-        total = torch.zeros(weight.shape, dtype=torch.int64)
-        for member in pool:
-            values = fixed_point.rounded(
-                member.task_vector, name, weight, owner=f"client {member.client!r}"
-            )
-            total = fixed_point.add(total, values, settings.times(member.num_examples))
+        total = fixed_point.sum_of(terms, name, weight)
         yield name, fixed_point.compose(weight, total, count=count, scale=settings.scale)
 
 
@@ -73,8 +69,7 @@ def composed_model(
     weights = dict(backbone.tensors)
     weights |= stream_composition(pool, backbone, None, registry.settings)
     head = head_of(pool, registry.settings)
-    weights |= {f"{backbone.classifier}.weight": head.weight}
-    weights |= {f"{backbone.classifier}.bias": head.bias}
+    weights |= head.as_classifier(backbone.classifier)
     return model_of(backbone, weights, head.classes, linearised=pool.linearised)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.composition import fixed_point
+from fedcompo.composition.fixed_point import Term
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector
@@ -68,11 +69,7 @@ class RunningSum:
         Raises:
             ContributionError: If a value cannot be summed; the sum is then as it was.
         """
-        changed = {
-            name: self._replaced(client, vector, times, name, weight)
-            for name, weight in self._weights()
-        }
-        self.total = changed
+        self.total = self._changed([*self._last(client), Term(client, vector, times)])
         self.vectors[client], self.times[client] = vector, times
 
     def drop(self, client: str) -> None:
@@ -82,12 +79,7 @@ class RunningSum:
                 f"There is no task vector of {client!r} in the sum, which holds "
                 f"{', '.join(self.clients) or 'nobody'}."
             )
-        self.total = {
-            name: fixed_point.add(
-                self.total[name], self._rounded(client, name, weight), -self.times[client]
-            )
-            for name, weight in self._weights()
-        }
+        self.total = self._changed(self._last(client))
         del self.vectors[client], self.times[client]
 
     def rest(self, client: str, *, together: int) -> Weights:
@@ -100,29 +92,25 @@ class RunningSum:
         Returns:
             By weight name, each (out, in), float32.
         """
+        last = self._last(client)
         rest = {}
         for name, weight in self._weights():
-            others = self.total[name]
-            if client in self.vectors:
-                own = self._rounded(client, name, weight)
-                others = fixed_point.add(others, own, -self.times[client])
+            others = fixed_point.sum_of(last, name, weight, start=self.total[name])
             rest[name] = others.double().mul_(fixed_point.GRID / together).float()
         return rest
 
-    def _replaced(
-        self, client: str, vector: TaskVector, times: int, name: str, weight: Tensor
-    ) -> Tensor:
-        """One weight's sum with a client's new task vector in place of its last one."""
-        total = self.total[name]
-        if client in self.vectors:
-            own = self._rounded(client, name, weight)
-            total = fixed_point.add(total, own, -self.times[client])
-        new = fixed_point.rounded(vector, name, weight, owner=f"client {client!r}")
-        return fixed_point.add(total, new, times)
+    def _last(self, client: str) -> list[Term]:
+        """The term that takes a client's last task vector out; none where it has none."""
+        if client not in self.vectors:
+            return []
+        return [Term(client, self.vectors[client], -self.times[client])]
 
-    def _rounded(self, client: str, name: str, weight: Tensor) -> Tensor:
-        """A client's last task vector on the grid, one weight of it."""
-        return fixed_point.rounded(self.vectors[client], name, weight, owner=f"client {client!r}")
+    def _changed(self, terms: list[Term]) -> dict[str, Tensor]:
+        """The sum with further terms; the present one stays as it is."""
+        return {
+            name: fixed_point.sum_of(terms, name, weight, start=self.total[name])
+            for name, weight in self._weights()
+        }
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """Target weights on the CPU, in the order of names."""

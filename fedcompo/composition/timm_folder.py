@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
-from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, write_atomically
-from fedcompo.storage.tensorstream import TensorWriter, file_sha256
+from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
+from fedcompo.storage.tensorstream import TensorWriter
 
 LINEARISED = (
     "{architecture} linearised: timm would let the weights go all the way and compute something "
-    "else; load it with Registry.model, or a published folder with specialise.load_tangent_model"
+    "else; load it with Registry.model, or a published folder with fedcompo.load_tangent_model"
 )
 """Stands for the architecture of what is composed of tangents; timm knows no such model."""
 
@@ -46,13 +45,10 @@ def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) ->
     """
     state = {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()}
     state |= {name: tensor.detach() for name, tensor in theta.items()}
-    classifier = backbone.classifier
-    state |= {f"{classifier}.weight": head.weight, f"{classifier}.bias": head.bias}
+    state |= head.as_classifier(backbone.classifier)
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}
     write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write_atomically(
-        folder / CONFIG, (json.dumps(timm_config(backbone, head.classes), indent=2) + "\n").encode()
-    )
+    _write_config(folder, timm_config(backbone, head.classes))
 
 
 def timm_config(
@@ -96,11 +92,9 @@ def write_model(
     head: Head,
     *,
     linearised: bool = False,
-) -> str:
-    """Write a folder that plain timm loads, one weight at a time.
-
-    Of tangents it is one that timm refuses, and :func:`load_tangent_model` loads: it holds the
-    pre-trained weights too.
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a folder that plain timm loads, one weight at a time; of tangents, one it refuses.
 
     Args:
         folder: A folder that exists.
@@ -108,17 +102,14 @@ def write_model(
         changed: Names and values of target weights, in the order of names.
         head: Joint head.
         linearised: Whether the weights are composed of tangents.
-
-    Returns:
-        SHA-256 of ``model.safetensors``.
+        about: Further entries of the manifest.
     """
-    classifier = {f"{backbone.classifier}.weight": head.weight}
-    classifier[f"{backbone.classifier}.bias"] = head.bias
+    classifier = head.as_classifier(backbone.classifier)
     layout = dict(backbone.tensors.layout)
     layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in classifier.items()}
     upcoming = iter(changed)
     pending = next(upcoming, None)
-    manifest = {"content": "model", "base": backbone.fingerprint}
+    manifest = {"content": "model", "base": backbone.fingerprint, **(about or {})}
     with TensorWriter(folder / WEIGHTS, layout, manifest) as writer:
         for name in sorted(layout):
             if pending is not None and pending[0] == name:
@@ -130,8 +121,8 @@ def write_model(
                 )
     if pending is not None:
         raise ValueError(f"{pending[0]!r} is no weight of the backbone, or came out of order")
-    if linearised:
-        shutil.copyfile(backbone.path, folder / BACKBONE)
-    config = json.dumps(timm_config(backbone, head.classes, linearised=linearised), indent=2)
-    write_atomically(folder / CONFIG, f"{config}\n".encode())
-    return file_sha256(folder / WEIGHTS)
+    _write_config(folder, timm_config(backbone, head.classes, linearised=linearised))
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    write_atomically(folder / CONFIG, f"{json.dumps(config, indent=2)}\n".encode())

@@ -8,10 +8,8 @@ tangents.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,14 @@ from torch import Tensor
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition import fixed_point
-from fedcompo.composition.timm_folder import timm_config
+from fedcompo.composition.fixed_point import Term
+from fedcompo.composition.head import head_of
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.composition.timm_folder import write_model
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.method.features import FeatureMixture, Mixtures
 from fedcompo.method.heads import Head
-from fedcompo.method.task_vector import TaskVector
-from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
+from fedcompo.method.pool import Pool
 from fedcompo.storage.tensorstream import Section, StreamedTensors, TensorWriter, save_streamed
 
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
@@ -34,18 +34,6 @@ SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
 
 class RoundedDifferently(Exception):
     """A task vector's rounded form is not the one that once went into the sum."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One client's part of the sum."""
-
-    client: str
-    vector: TaskVector
-    times: int
-    """How often it counts: m_c; negative to take it out."""
-    rounded_sha256: str = ""
-    """What its rounded form must be; empty: not known yet."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +52,14 @@ class Recipe:
     linearised: bool = False
     """Whether the members are tangents."""
 
+    @classmethod
+    def of(cls, pool: Pool, backbone: StoredBackbone, settings: CompositionSettings) -> Recipe:
+        """Compose these contributions, and nobody else."""
+        terms = [Term(m.client, m.task_vector, settings.times(m.num_examples)) for m in pool]
+        count = sum(term.times for term in terms)
+        head = head_of(pool, settings)
+        return cls(backbone, terms, None, count, settings.scale, head, pool.linearised)
+
 
 def write_version(folder: Path, recipe: Recipe) -> list[str]:
     """Write a version's running sum and model.
@@ -79,58 +75,39 @@ def write_version(folder: Path, recipe: Recipe) -> list[str]:
         RoundedDifferently: If a term's rounded form is not what it was; compose from all members.
         ContributionError: If a value leaves the range of the sum.
     """
-    backbone, head = recipe.backbone, recipe.head
-    targets = set(backbone.target_weights)
+    backbone = recipe.backbone
     digests = [hashlib.sha256() for _ in recipe.terms]
-    sums = {name: (torch.int64, backbone.tensors.layout[name][1]) for name in targets}
-    classifier = {f"{backbone.classifier}.weight": head.weight}
-    classifier[f"{backbone.classifier}.bias"] = head.bias
-    layout = {
-        **backbone.tensors.layout,
-        **{n: (t.dtype, tuple(t.shape)) for n, t in classifier.items()},
-    }
     about = {"base": backbone.fingerprint, "count": recipe.count}
-    with contextlib.ExitStack() as files:
-        running = files.enter_context(
-            TensorWriter(folder / SUM, sums, {"content": "sum", "bits": fixed_point.BITS, **about})
+    layout = {
+        name: (torch.int64, backbone.tensors.layout[name][1]) for name in backbone.target_weights
+    }
+    manifest = {"content": "sum", "bits": fixed_point.BITS, **about}
+    with TensorWriter(folder / SUM, layout, manifest) as running:
+        write_model(
+            folder,
+            backbone,
+            _composed(recipe, digests, running),
+            recipe.head,
+            linearised=recipe.linearised,
+            about={"scale": recipe.scale, **about},
         )
-        manifest = {"content": "model", "scale": recipe.scale, **about}
-        model = files.enter_context(TensorWriter(folder / WEIGHTS, layout, manifest))
-        for name in sorted(layout):
-            if name in classifier:
-                model.write(name, classifier[name])
-            elif name in targets:
-                model.write(name, _composed(name, recipe, digests, running))
-            else:
-                model.write(name, backbone.tensors[name])
     found = [digest.hexdigest() for digest in digests]
     for term, digest in zip(recipe.terms, found, strict=True):
         if term.rounded_sha256 not in ("", digest):
             raise RoundedDifferently(term.client)
-    described = timm_config(backbone, head.classes, linearised=recipe.linearised)
-    config = json.dumps(described, indent=2)
-    write_atomically(folder / CONFIG, f"{config}\n".encode())
     return found
 
 
-def _composed(name: str, recipe: Recipe, digests: Sequence[Any], running: TensorWriter) -> Tensor:
-    """Continue and write the sum of one weight; return the weight made of it."""
-    weight = recipe.backbone.tensors[name]
-    total = _sum(name, weight, recipe, digests)
-    running.write(name, total)
-    return fixed_point.compose(weight, total, count=recipe.count, scale=recipe.scale)
-
-
-def _sum(name: str, weight: Tensor, recipe: Recipe, digests: Sequence[Any]) -> Tensor:
-    """Continue the sum of one weight, and the digest of each term's rounded form."""
-    total = torch.zeros(weight.shape, dtype=torch.int64)
-    if recipe.before is not None:
-        total = recipe.before[name]
-    for term, digest in zip(recipe.terms, digests, strict=True):
-        values = fixed_point.rounded(term.vector, name, weight, owner=f"client {term.client!r}")
-        fixed_point.feed(digest, name, values)
-        total = fixed_point.add(total, values, term.times)
-    return total
+def _composed(
+    recipe: Recipe, digests: Sequence[Any], running: TensorWriter
+) -> Iterator[tuple[str, Tensor]]:
+    """Continue and write the sum of each weight; yield the weight made of it."""
+    for name in sorted(recipe.backbone.target_weights):
+        weight = recipe.backbone.tensors[name]
+        before = recipe.before[name] if recipe.before is not None else None
+        total = fixed_point.sum_of(recipe.terms, name, weight, start=before, digests=digests)
+        running.write(name, total)
+        yield name, fixed_point.compose(weight, total, count=recipe.count, scale=recipe.scale)
 
 
 def save_realigned(path: Path, mixtures: Mapping[str, Mixtures]) -> None:

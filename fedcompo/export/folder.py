@@ -14,6 +14,7 @@ section 3, "forgetting via negation".
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from fedcompo.export.model_card import ExportedModel, Member, model_card
 from fedcompo.export.selection import Selection, new_folder
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.runtime import version
-from fedcompo.storage.files import MODEL_CARD, write_atomically
+from fedcompo.storage.files import BACKBONE, MODEL_CARD, WEIGHTS, write_atomically
+from fedcompo.storage.tensorstream import file_sha256
 
 
 def publish(
@@ -57,7 +59,10 @@ def publish(
     linearised = selection.pool.linearised
     changed = selection.stream() if weights is None else weights
     with new_folder(output) as folder:
-        sha256 = write_model(folder, backbone, changed, selection.head, linearised=linearised)
+        write_model(folder, backbone, changed, selection.head, linearised=linearised)
+        if linearised:  # load_tangent_model needs the pre-trained weights too
+            shutil.copyfile(backbone.path, folder / BACKBONE)
+        sha256 = file_sha256(folder / WEIGHTS)
         card = ExportedModel(
             members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
             classes=selection.head.classes,

@@ -37,6 +37,10 @@ class Head:
         """Return logits, (batch, classes), of features (batch, features)."""
         return features @ self.weight.to(features).T + self.bias.to(features)
 
+    def as_classifier(self, name: str) -> dict[str, Tensor]:
+        """Weights of a model whose classifier has this name, such as ``head``."""
+        return {f"{name}.weight": self.weight, f"{name}.bias": self.bias}
+
     def rows(self, classes: Iterable[str]) -> Head:
         """Return the head of some of the classes, in the order given."""
         classes = tuple(classes)

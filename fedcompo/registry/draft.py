@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.version import (
     REALIGNED,
     SUM,
     Recipe,
     RoundedDifferently,
-    Term,
     save_realigned,
     write_version,
 )
@@ -138,7 +138,8 @@ class Draft:
         mixtures = realigned or {c: self._statistics(m) for c, m in after.members.items()}
         settings = after.settings
         head = joint_head(
-            mixtures, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
+            mixtures,
+            settings,
         )
         if realigned is not None:
             save_realigned(folder / REALIGNED, realigned)

@@ -6,10 +6,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedcompo.composition import version as composition
-from fedcompo.composition.head import joint_head
-from fedcompo.composition.version import SUM, Term
+from fedcompo.composition.version import SUM, Recipe, write_version
 from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.method.pool import Pool
 from fedcompo.registry.changes import foreseen_influence
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
@@ -158,7 +157,8 @@ def _composed_again(
         yield _equal("nothing is composed of nobody", dict(record.composition_after), {})
         return
     with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
-        _compose_survivors(Path(folder), record, registry)
+        pool = Pool(tuple(registry.contribution(client) for client in record.survivors))
+        write_version(Path(folder), Recipe.of(pool, registry.backbone, registry.settings))
         found = {name: file_sha256(Path(folder) / name) for name in (SUM, WEIGHTS)}
     holds = [found[name] == record.composition_after.get(name) for name in (SUM, WEIGHTS)]
     yield Finding(claims[0], holds[0], "" if holds[0] else f"here it is {found[SUM]}")
@@ -166,27 +166,6 @@ def _composed_again(
     if holds[0] and not holds[1]:  # the weights follow from the sum: it is the head that differs
         detail += ": the joint head is fitted with this machine's arithmetic"
     yield Finding(claims[1], holds[1] or (None if holds[0] else False), "" if holds[1] else detail)
-
-
-def _compose_survivors(folder: Path, record: RemovalRecord, registry: Registry) -> None:
-    settings = registry.settings
-    survivors = [registry.contribution(client) for client in record.survivors]
-    times = {c.client: settings.times(c.num_examples) for c in survivors}
-    head = joint_head(
-        {c.client: c.features for c in survivors},
-        samples=settings.align_samples,
-        ridge=settings.ridge,
-        seed=settings.seed,
-    )
-    recipe = composition.Recipe(
-        registry.backbone,
-        [Term(c.client, c.task_vector, times[c.client]) for c in survivors],
-        None,
-        sum(times.values()),
-        settings.scale,
-        head,
-    )
-    composition.write_version(folder, recipe)
 
 
 def _equal(claim: str, found: object, expected: object) -> Finding:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedcompo.composition import fixed_point
+from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.version import REALIGNED, load_realigned
 from fedcompo.errors import FedcompoError, FileFormatError
@@ -216,18 +217,19 @@ def _recomposed(registry: Registry) -> Finding:
     state, backbone = registry.state, registry.backbone
     running, model = registry.running_sum(), registry.composed()
     terms = [
-        (registry.contribution(client).task_vector, member)
+        Term(
+            client,
+            registry.contribution(client).task_vector,
+            state.settings.times(member.num_examples),
+            member.rounded_sha256,
+        )
         for client, member in state.members.items()
     ]
     digests = [hashlib.sha256() for _ in terms]
     for name in sorted(backbone.tensors):
         weight = backbone.tensors[name]
         if name in backbone.target_weights:
-            total = torch.zeros(weight.shape, dtype=torch.int64)
-            for (vector, member), digest in zip(terms, digests, strict=True):
-                values = fixed_point.rounded(vector, name, weight, owner=member.client)
-                fixed_point.feed(digest, name, values)
-                total = fixed_point.add(total, values, state.settings.times(member.num_examples))
+            total = fixed_point.sum_of(terms, name, weight, digests=digests)
             if not torch.equal(total, running[name]):
                 return Finding(claim, False, f"the running sum differs at {name!r}")
             weight = fixed_point.compose(
@@ -235,9 +237,9 @@ def _recomposed(registry: Registry) -> Finding:
             )
         if not torch.equal(weight, model[name]):
             return Finding(claim, False, f"the model differs at {name!r}")
-    for (_, member), digest in zip(terms, digests, strict=True):
-        if digest.hexdigest() != member.rounded_sha256:
-            return Finding(claim, False, f"{member.client} is rounded differently here")
+    for term, digest in zip(terms, digests, strict=True):
+        if digest.hexdigest() != term.rounded_sha256:
+            return Finding(claim, False, f"{term.client} is rounded differently here")
     return Finding(claim, True)
 
 
@@ -249,7 +251,8 @@ def _realigned(registry: Registry) -> Finding:
     else:
         mixtures = {c: registry.contribution(c).features for c in registry.clients}
     head = joint_head(
-        mixtures, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
+        mixtures,
+        settings,
     )
     return head_finding(registry.joint_head(), head)
 

@@ -19,6 +19,7 @@ from typing import Any
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import AnchorBy, HeadStart, Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
@@ -192,9 +193,7 @@ class Fitting:
         self.described |= {c: self.roster.described[c].mixtures for c in self.parties}
         return joint_head(
             self.described,
-            samples=self.config.head.align_samples,
-            ridge=self.config.head.ridge,
-            seed=self.config.seed,
+            CompositionSettings.of(self.config),
             purpose="align",
         )
 

@@ -86,7 +86,8 @@ class Bench:
         )
         settings = self.registry.settings
         return joint_head(
-            mixtures, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
+            mixtures,
+            settings,
         )
 
     def accuracies(

@@ -16,6 +16,7 @@ import torch
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
@@ -51,9 +52,7 @@ def train_joint(
     """
     start = joint_head(
         described(backbone, {}, datas, config, purpose="features"),
-        samples=config.head.align_samples,
-        ridge=config.head.ridge,
-        seed=config.seed,
+        CompositionSettings.of(config),
     )
     labels = [start.indices(data.classes)[data.train.labels] for data in datas]
     together = Split(torch.cat([data.train.images for data in datas]), torch.cat(labels))

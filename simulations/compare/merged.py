@@ -60,9 +60,7 @@ def evaluate_merges(
             return aligned
         return joint_head(
             described(backbone, theta, datas, config, purpose="realign", linearised=linearised),
-            samples=settings.align_samples,
-            ridge=settings.ridge,
-            seed=settings.seed,
+            settings,
         )
 
     figures = {FROZEN: measured(backbone, {}, aligned, datas)}

@@ -30,8 +30,7 @@ from unittest import mock
 import torch
 from registry_workload import OPERATIONS, Job
 
-from fedcompo.composition import fixed_point
-from fedcompo.composition import version as composition
+from fedcompo.composition import fixed_point, head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.runtime import peak_bytes
 from fedcompo.storage.tensorstream import StreamedTensors, TensorDigest, TensorWriter
@@ -54,7 +53,7 @@ SECTIONS = (
     ("arithmetic", fixed_point, "rounded"),
     ("arithmetic", fixed_point, "add"),
     ("arithmetic", fixed_point, "compose"),
-    ("head", composition, "align"),
+    ("head", head, "align"),
     ("write", TensorWriter, "write"),
     ("write", shutil, "copyfileobj"),
     ("sync", os, "fsync"),

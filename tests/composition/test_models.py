@@ -27,7 +27,7 @@ from fedcompo.config.choices import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.pool import Pool
 from fedcompo.storage.files import WEIGHTS
-from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
+from fedcompo.storage.tensorstream import StreamedTensors
 
 MEMBERS = one_of_each_kind()
 POOL = Pool(tuple(MEMBERS))
@@ -97,8 +97,7 @@ def test_the_head_of_some_is_the_joint_head_of_a_registry_of_them(tmp_path, regi
 def test_a_written_model_is_one_that_plain_timm_loads(tmp_path, stored):
     head = random_head(("x", "y", "z"), WIDTH, seed=1)
     changed = dict(stream_composition(POOL, stored, None, QUICK))
-    digest = write_model(tmp_path, stored, changed.items(), head)
-    assert digest == file_sha256(tmp_path / WEIGHTS)
+    write_model(tmp_path, stored, changed.items(), head)
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     weights = backbone().model.state_dict() | changed
     weights |= {"head.weight": head.weight, "head.bias": head.bias}

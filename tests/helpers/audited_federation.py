@@ -77,9 +77,7 @@ def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> R
         tensors, manifest = client.features()
         described[client.name] = mixtures_from(tensors, manifest["mixtures"])
     settings = CompositionSettings.of(config)
-    aligned = joint_head(
-        described, samples=settings.align_samples, ridge=settings.ridge, seed=settings.seed
-    )
+    aligned = joint_head(described, settings)
     fishers = {client.name: _fisher(client, aligned) for client in clients}
     registry = Registry.create(path, backbone, settings)
     registry.add(

@@ -192,7 +192,7 @@ def test_the_number_of_threads_changes_no_bit(registry, tmp_path, monkeypatch):
         used.append(torch.get_num_threads())
         return align(*arguments, **options)
 
-    monkeypatch.setattr("fedcompo.composition.version.align", aligned)
+    monkeypatch.setattr("fedcompo.composition.head.align", aligned)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)

@@ -20,6 +20,7 @@ from torch import Tensor
 from clients import averaging
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data
@@ -90,9 +91,7 @@ def start_of(backbone: Backbone, kind: Kind, datas: list[ClientData], config: Ru
     vector = TaskVector.of(kind, deltas, base=backbone.fingerprint)
     return vector, joint_head(
         described,
-        samples=config.head.align_samples,
-        ridge=config.head.ridge,
-        seed=config.seed,
+        CompositionSettings.of(config),
         purpose="align",
     )
 

@@ -29,6 +29,7 @@ from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition import fixed_point
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
@@ -107,9 +108,7 @@ def rounds_by_hand(
     members, number = sent_last(output), config.method.num_server_rounds
     aligned = joint_head(
         {c: m.features for c, m in members.items()},
-        samples=config.head.align_samples,
-        ridge=config.head.ridge,
-        seed=config.seed,
+        CompositionSettings.of(config),
         purpose="align",
     )
     zeros = {name: torch.zeros_like(weight) for name, weight in backbone.theta_0.items()}

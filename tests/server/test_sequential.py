@@ -12,6 +12,7 @@ from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, sa
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data
@@ -84,9 +85,7 @@ def test_what_is_measured_is_the_model_of_the_first_clients_alone(finished):
         theta = Pool(tuple(first.values())).compose(backbone.theta_0)
         head = joint_head(
             {client: member.features for client, member in first.items()},
-            samples=settings.align_samples,
-            ridge=settings.ridge,
-            seed=settings.seed,
+            settings,
         )
         for i, client in enumerate(first):
             data = data_of(client, config, backbone)
@@ -124,9 +123,7 @@ def step_by_hand(
     described = {c: member.features for c, member in {**others, client: own}.items()}
     aligned = joint_head(
         described,
-        samples=config.head.align_samples,
-        ridge=config.head.ridge,
-        seed=config.seed,
+        CompositionSettings.of(config),
         purpose="align",
     ).rows(data.classes)
     fishers = [member.fisher for _, member in sorted({**others, client: own}.items())]

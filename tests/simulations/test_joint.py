@@ -11,6 +11,7 @@ import torch
 from builders import pico_backbone, rng
 
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
@@ -69,10 +70,7 @@ def start_of(backbone, datas: list[ClientData]) -> Head:
         mixtures[data.name] = fit_mixtures(
             features, data.train.labels, data.classes, components=1, seed=seed
         )
-    settings = CONFIG.head
-    return joint_head(
-        mixtures, samples=settings.align_samples, ridge=settings.ridge, seed=CONFIG.seed
-    )
+    return joint_head(mixtures, CompositionSettings.of(CONFIG))
 
 
 @pytest.mark.parametrize("kind", list(Kind))

@@ -17,11 +17,10 @@ from fedcompo.backbone.backbone import target_weights
 from fedcompo.config.choices import FisherKind
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
-from fedcompo.method import fisher
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
-from fedcompo.training import per_example
+from fedcompo.training import fisher_estimate, per_example
 from fedcompo.training.fisher_estimate import FisherReport, curvature_factors, estimate_fisher
 
 FEATURES = 8
@@ -137,7 +136,9 @@ def test_leading_grows_with_its_rank_up_to_exact_and_says_what_it_leaves_out(cla
     exact = brute_force(classes)
     traces = []
     for rank in range(1, min(classes - 1, FEATURES) + 1):
-        monkeypatch.setattr(fisher, "leading_rank", lambda mass, tolerance, rank=rank: rank)
+        monkeypatch.setattr(
+            fisher_estimate, "leading_rank", lambda mass, tolerance, rank=rank: rank
+        )
         found, report = estimate(classes, batch=3, kind=FisherKind.LEADING)
         for name in NAMES:
             assert (found.sums[name] <= exact[name] * (1 + 1e-10)).all()
