@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,20 @@ class Lineage:
     """Clients whose feature statistics shaped the head that training started from."""
     ensemble: tuple[str, ...] = ()
     """Clients whose task vectors were in the model that was trained."""
+
+    def joined(self, later: Lineage, *, ensemble: Iterable[str] = ()) -> Lineage:
+        """This lineage and that of a later round of the same training; the method stays.
+
+        Args:
+            later: Whose data the later round was made with.
+            ensemble: Clients whose task vectors were in its model besides.
+        """
+        return replace(
+            self,
+            anchored_by=tuple(sorted({*self.anchored_by, *later.anchored_by})),
+            aligned_with=tuple(sorted({*self.aligned_with, *later.aligned_with})),
+            ensemble=tuple(sorted({*self.ensemble, *later.ensemble, *ensemble})),
+        )
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.composition.running_sum import RunningSum
+from fedcompo.config.choices import Method
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages.records import Body
+from fedcompo.method.contribution import Lineage
 from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
@@ -35,7 +37,9 @@ from server.phases.fitting import Fitting
 from server.resume import Working
 from server.rounds.attendance import Attendance
 from server.rounds.holdings import ANCHOR, OWN, Holdings, LastSent
-from server.traces import Trace
+
+ALONE = Lineage(method=str(Method.IEL))
+"""Lineage of a client before its first round."""
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Rounds:
         past = list(self.working.steps) if self.working else []
         self.attendance = Attendance(self.fitting, self.number, closed, past)
         self.heads: dict[str, Head] = {}
-        self.traces: dict[str, Trace] = {}
+        self.lineages: dict[str, Lineage] = {}
         self._entered: set[str] = set()
         self.holdings = Holdings()
 
@@ -80,7 +84,7 @@ class Rounds:
             if client not in self.fitting.members:
                 self.heads[client] = contribution.head
                 self.fitting.kinds[client] = contribution.task_vector.kind
-                self.traces.setdefault(client, Trace()).see(contribution.lineage)
+                self.lineages[client] = ALONE.joined(contribution.lineage)
         self.sum = RunningSum.of(theta_0, vectors, times)
 
     def run(self) -> None:
@@ -144,14 +148,16 @@ class Rounds:
             raise TooFewClients(f"Nobody is there to train in round {number}.")
         self._number, self._together = number, self._count(asked)
         self._arrived: dict[str, dict[str, Any]] = {}
+        self._lacking: set[str] = set()
         missed = self.attendance.missed(number)
         for client in missed:
             reason = "it missed this round before the run was interrupted"
             self.exchange.books.miss("train", client, reason)
         for client in sorted(absent - set(missed)):
             self.exchange.books.miss("train", client, "its node is not connected")
-        if lacking := self._ask(asked):  # who lost what it was left to remember is sent all of it
-            self._ask(lacking, again=True)
+        self._ask(asked)
+        if self._lacking:
+            self._ask(self._lacking)
         norms = {client: figures["norm"] for client, figures in self._arrived.items()}
         for client, reason in too_long(norms, self.fitting.config.server.max_norm_ratio).items():
             self._refuse(client, reason)
@@ -176,35 +182,33 @@ class Rounds:
             "mean_loss": fmean(losses.values()),
         }
 
-    def _ask(self, clients: tuple[str, ...], *, again: bool = False) -> tuple[str, ...]:
-        """Ask clients to train; returns who cannot without being sent more.
+    def _ask(self, clients: Iterable[str]) -> None:
+        """Ask clients to train inside the sum of the round's beginning.
 
-        All see the sum of the round's beginning. What arrives waits, on disk, for the round's end.
-
-        Args:
-            clients: Whom to ask.
-            again: Whether they are sent all that they need, and cannot lack anything.
+        What arrives waits, on disk, for the round's end. A client that has lost what it kept from
+        the round before is entered in ``_lacking``; asked again, it is sent all that it needs.
         """
-        lacking: list[str] = []
-
-        def fold(client: str, body: Body) -> str:
-            if lacks := body[1].get("lacks"):
-                names = " and ".join(lacks)
-                if again:
-                    raise ContributionError(f"It lacks {names}, but was sent all that it needs.")
-                self.holdings.lost(client)
-                lacking.append(client)
-                self.exchange.books.note(
-                    f"{client} has lost what it kept ({names}); it is sent again."
-                )
-            else:
-                self._check(client, body)
-            return client
-
         self.exchange.ask(
-            "train", "train", self._request, fold, may_miss=True, decisive=False, clients=clients
+            "train",
+            "train",
+            self._request,
+            self._fold,
+            may_miss=True,
+            decisive=False,
+            clients=clients,
         )
-        return tuple(sorted(lacking))
+
+    def _fold(self, client: str, body: Body) -> str:
+        lacks = " and ".join(body[1].get("lacks", ()))
+        if not lacks:
+            self._check(client, body)
+        elif client in self._lacking:
+            raise ContributionError(f"It lacks {lacks}, but was sent all that it needs.")
+        else:
+            self._lacking.add(client)
+            self.holdings.lost(client)
+            self.exchange.books.note(f"{client} has lost what it kept ({lacks}); it is sent again.")
+        return client
 
     def _count(self, asked: Iterable[str]) -> int:
         """M: how often all count who are in the sum, or are about to be."""
@@ -277,8 +281,8 @@ class Rounds:
         self.last.take(client)
         self.sum.vectors[client], self.heads[client] = self._read(client)
         self._entered.add(client)
-        trace = self.traces.setdefault(client, Trace())
-        trace.see(self.fitting.lineage(client), inside - {client})
+        before, lineage = self.lineages.get(client, ALONE), self.fitting.lineage(client)
+        self.lineages[client] = before.joined(lineage, ensemble=inside - {client})
         return True
 
     def _refuse(self, client: str, reason: str) -> None:
@@ -305,7 +309,8 @@ class Rounds:
         """Write the contributions of all who trained; returns their folders."""
         folders = []
         for client in self.trained:
-            lineage = self.traces[client].lineage
-            self.fitting.keep(client, self.sum.vectors[client], self.heads[client], lineage)
+            self.fitting.keep(
+                client, self.sum.vectors[client], self.heads[client], self.lineages[client]
+            )
             folders.append(self.fitting.folder(client))
         return folders
