@@ -91,7 +91,7 @@ class Averaging:
         self.roster.gather()
         self.roster.exclude(names_of(self.config.server.exclude))
         for client in self.exchange.clients:
-            wanted = self.roster.described[client].kind
+            wanted = self.roster.participants.described[client].kind
             if wanted not in (None, self.kind):
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
                 self.exchange.leave_out("features", client, reason)
@@ -99,7 +99,9 @@ class Averaging:
 
     def align(self) -> Head:
         """Fit the joint head to features drawn from everyone's mixtures."""
-        described = {c: self.roster.described[c].mixtures for c in self.exchange.clients}
+        described = {
+            c: self.roster.participants.described[c].mixtures for c in self.exchange.clients
+        }
         return joint_head(
             described,
             CompositionSettings.of(self.config),
@@ -187,7 +189,7 @@ class Averaging:
         frozen = checked_fractions(client, manifest, [name for name in FROZEN if name in manifest])
         losses = [float(loss) for loss in manifest["losses"]]
         metrics = {
-            "num-examples": self.roster.described[client].num_examples,
+            "num-examples": self.roster.participants.described[client].num_examples,
             "loss": losses[-1],
         }
         record = RecordDict({"arrays": ArrayRecord(tensors), "metrics": MetricRecord(metrics)})

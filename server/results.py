@@ -137,7 +137,7 @@ def _common(
 
 def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
     fitting, composing = strategy.fitting, strategy.composing
-    described = fitting.roster.described.get(client)
+    described = strategy.roster.participants.described.get(client)
     reported = fitting.figures.get(client, {}) | composing.figures.get(client, {})
     contribution = strategy.registry.contribution(client)
     index = composing.diagnostics.clients.index(client)
@@ -159,7 +159,8 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
 
 
 def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
-    described, reported = averaging.roster.described, averaging.figures[client]
+    described = averaging.roster.participants.described
+    reported = averaging.figures[client]
     together = sum(described[name].num_examples for name in averaging.trained)
     return {
         "classes": list(described[client].classes),

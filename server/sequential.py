@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
 from server.phases import composing, fitting
 from server.phases.composing import Composing
@@ -42,9 +41,8 @@ class Arrivals(Strategy):
     def run(self) -> None:
         """Let everyone arrive; afterwards the parts hold what the last arrival left."""
         self.matrices = {measure: AccuracyMatrix() for measure in MEASURES}
-        self.roster.identify()
-        self.roster.exclude(names_of(self.config.server.exclude))
-        coming = self._coming()
+        self.identify()
+        coming = self.roster.newcomers
         arrived = self._recall(coming)
         for client in coming:
             if client in arrived:
@@ -58,18 +56,6 @@ class Arrivals(Strategy):
     def fit(self) -> list[Path]:
         """Everyone is fitted in turn by :meth:`run`."""
         raise NotImplementedError
-
-    def _coming(self) -> Iterable[str]:
-        """Who is to arrive, in order."""
-        replace = self.config.registry.replace
-        members = self.working.members
-        coming = [c for c in self.exchange.clients if replace or c not in members]
-        if not coming:
-            raise ContributionError(
-                f"All connected clients are in the registry {self.registry.path} already. Train "
-                "them anew with `replace = true`, or start others."
-            )
-        return coming
 
     def _recall(self, coming: Iterable[str]) -> tuple[str, ...]:
         """Go over the arrivals that were over when the run was interrupted, all but the last.
@@ -99,8 +85,8 @@ class Arrivals(Strategy):
         """Let one client train; nothing comes of it if the client fails, which is named then."""
         if client not in self.exchange.clients:  # it failed while it was measured as a member
             return []
-        self.fitting = self.new_fitting((client,))
-        self.fitting.before = tuple(sorted({*self.working.members, *self.trained}))
+        self.roster.take_turn(client, {*self.working.members, *self.trained})
+        self.fitting = self.new_fitting()
         try:
             self.fitting.run()
         except ContributionError:

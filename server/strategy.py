@@ -22,13 +22,12 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
-from fedcompo.errors import ContributionError
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
 from server.phases import composing, fitting
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
-from server.phases.roster import Roster
+from server.phases.roster import Participants, Roster
 from server.resume import Working
 from server.rounds.holdings import LastSent
 from server.rounds.rounds import Rounds
@@ -51,18 +50,15 @@ class Strategy(ABC):
     def __post_init__(self) -> None:
         """Refuse a reference Fisher that cannot be used, before any client is asked."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
-        self.roster = Roster(self.exchange, self.backbone, tangent=tangent)
+        members = Participants(members=self.working.members)
+        self.roster = Roster(self.exchange, self.backbone, members, tangent=tangent)
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
         self.composing = Composing(self.exchange, self.backbone, self.registry)
         self.trained: tuple[str, ...] = ()
 
-    def new_fitting(self, asked: tuple[str, ...] | None = None) -> Fitting:
-        """What asks clients for contributions.
-
-        Args:
-            asked: Whose turn it is; None: everyone.
-        """
+    def new_fitting(self) -> Fitting:
+        """What asks those on the roster for contributions."""
         return Fitting(
             self.exchange,
             self.config,
@@ -70,9 +66,7 @@ class Strategy(ABC):
             self.registry,
             self.output / INCOMING,
             self.roster,
-            asked,
             self.figures,
-            before=self.working.members,
             ensembled=self.config.method.method is Method.IEL,
         )
 
@@ -81,6 +75,13 @@ class Strategy(ABC):
         folders = self.fit()
         self.exchange.books.timed("compose", lambda: self.compose(folders))
         self.look()
+
+    def identify(self) -> None:
+        """Learn who is connected, and settle whom of the registry nobody trains again."""
+        self.roster.identify()
+        self.roster.exclude(names_of(self.config.server.exclude))
+        self.roster.settle(self.registry, self.config, self.exchange.clients)
+        self.roster.require_newcomers(self.registry)
 
     @property
     def output(self) -> Path:
@@ -100,7 +101,7 @@ class Strategy(ABC):
                 on_step=lambda step: log(INFO, "registry: %s", step),
             )
         shutil.rmtree(self.fitting.contributions)
-        self.composing.compare(self.fitting.anchors.total)
+        self.composing.compare(self.fitting.fishers.anchors.total)
 
     def look(self, *, decisive: bool = True) -> None:
         """Align the joint head again, and measure.
@@ -138,14 +139,7 @@ class IelStrategy(Strategy):
 
     def fit(self) -> list[Path]:
         """Do the rounds."""
-        self.roster.identify()
-        self.roster.exclude(names_of(self.config.server.exclude))
-        self.fitting.settle_members(self.exchange.clients)
-        if not self.fitting.newcomers:
-            raise ContributionError(
-                f"All connected clients are in the registry {self.registry.path} already. Train "
-                "them anew with `replace = true`, or start others."
-            )
+        self.identify()
         number, last = self.config.method.num_server_rounds, LastSent(self.output / "rounds")
         self.rounds = Rounds(self.fitting, number, last, working=self.working)
         self.rounds.run()

@@ -20,6 +20,7 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.config.choices import Kind
 from fedcompo.config.run import RegistryConfig, RunConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages.records import Body
@@ -32,7 +33,7 @@ from server.exchange.exchange import Exchange
 from server.phases import fitting
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
-from server.phases.roster import Roster
+from server.phases.roster import Participants, Roster
 from server.rounds.holdings import LastSent
 from server.rounds.rounds import Rounds
 
@@ -170,12 +171,17 @@ class Unlearning:
             self.exchange.books.note(f"The repair failed, the removal stands: {error}")
 
     def _repair(self) -> None:
-        roster = Roster(self.exchange, self.backbone, names=set(self.exchange.clients))
+        going_on, members = self.exchange.clients, self.registry.state.members
+        participants = Participants(
+            members=tuple(client for client in members if client not in going_on),
+            names=frozenset(going_on),
+            kinds={client: Kind(members[client].kind) for client in going_on},
+        )
+        roster = Roster(self.exchange, self.backbone, participants)
         folder = self.output / "incoming"
         fitting = Fitting(
             self.exchange, self.config, self.backbone, self.registry, folder, roster, ensembled=True
         )
-        fitting.members = tuple(c for c in self.registry.clients if c not in self.exchange.clients)
         last = LastSent(self.output / "rounds")
         rounds = Rounds(fitting, self.request.repair_rounds, last, continuing=True)
         try:

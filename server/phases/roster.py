@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, kinds_of
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.records import Body
 from fedcompo.method.features import Mixtures
 from fedcompo.names import check_client_name
+from fedcompo.registry.registry import Registry
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
 from server.exchange.checks import check_backbone, checked_mixtures
@@ -31,22 +33,154 @@ class Description:
     """Kind of task vector it insists on."""
 
 
+@dataclass(frozen=True)
+class Participants:
+    """Who takes part in a run. When somebody comes or goes, a new value replaces this one."""
+
+    members: tuple[str, ...] = ()
+    """Members of the registry that nobody trains again."""
+    asked: tuple[str, ...] | None = None
+    """Whose turn it is; None: everyone who is connected."""
+    names: frozenset[str] = frozenset()
+    """All who said who they are, whether they were described or not."""
+    ambiguous: frozenset[str] = frozenset()
+    """Names that several nodes claimed."""
+    described: Mapping[str, Description] = field(default_factory=dict)
+    """All that could be used then, also those left out later; by name."""
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    """Kind of task vector, by client."""
+    absent: frozenset[str] = frozenset()
+    """Who takes part, but is not connected at the moment."""
+
+    def newcomers(self, connected: Iterable[str]) -> tuple[str, ...]:
+        """Those of the connected clients that are to be trained."""
+        asked = self.asked
+        return tuple(
+            c for c in connected if c not in self.members and (asked is None or c in asked)
+        )
+
+    def with_kinds(self, kinds: tuple[Kind, ...]) -> Participants:
+        """Deal kinds in turn, in the order of names, to everyone described who has none.
+
+        A client that insists on a kind gets that one.
+        """
+        dealt = {
+            client: self.described[client].kind or kinds[index % len(kinds)]
+            for index, client in enumerate(sorted(self.names))
+            if client in self.described
+        }
+        return replace(self, kinds=dealt | dict(self.kinds))
+
+    def without(self, clients: Collection[str]) -> Participants:
+        """Forget what clients said of themselves."""
+        described = {c: about for c, about in self.described.items() if c not in clients}
+        return replace(self, described=described, absent=self.absent - set(clients))
+
+
 @dataclass
 class Roster:
-    """Asks the clients who they are, and remembers."""
+    """Asks the clients who they are, and keeps track of who takes part."""
 
     exchange: Exchange
     backbone: Backbone
-    described: dict[str, Description] = field(default_factory=dict)
-    """All that could be used then, also those left out later; by name."""
+    participants: Participants = Participants()
+    """As they are now; only the roster replaces them."""
     tangent: bool | None = None
     """Whether this run's task vectors are tangents, which mix with no others; None: either."""
-    names: set[str] = field(default_factory=set)
-    """All who said who they are, whether they were described or not."""
-    ambiguous: set[str] = field(default_factory=set)
-    """Names that several nodes claimed."""
-    late: bool = False
+    _late: bool = False
     """Whether those who are asked come to others, who are there already."""
+
+    # -- who is there -----------------------------------------------------------------------------
+
+    @property
+    def newcomers(self) -> tuple[str, ...]:
+        """Clients still in the run that are to be trained now, sorted."""
+        return self.participants.newcomers(self.exchange.clients)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Those of the newcomers that are described, sorted."""
+        return tuple(c for c in self.newcomers if c in self.participants.described)
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        """Who is trained in this run, also who is not connected at the moment; sorted."""
+        return tuple(sorted({*self.present, *self.participants.absent}))
+
+    def require_newcomers(self, registry: Registry) -> None:
+        """Raise ``ContributionError`` if nobody is left who is to be trained."""
+        if not self.newcomers:
+            raise ContributionError(
+                f"All connected clients are in the registry {registry.path} already: "
+                f"{', '.join(self.exchange.clients)}. Train them anew with `replace = true`, or "
+                "start others."
+            )
+
+    # -- who comes and goes -----------------------------------------------------------------------
+
+    def exclude(self, clients: Iterable[str]) -> None:
+        """Leave clients out, as if they had said nothing; raises ``TooFewClients``."""
+        who = self.participants
+        came = ", ".join(sorted(who.names))
+        for client in clients:
+            if client in who.names & {*self.exchange.clients}:
+                self._leave_out(client, "excluded by `exclude`")
+            elif client not in who.ambiguous:
+                self.exchange.books.note(f"`exclude` names {client!r}, but only {came} came.")
+        self.exchange.require_clients(PHASE)
+
+    def settle(self, registry: Registry, config: RunConfig, coming: Collection[str]) -> None:
+        """Settle whom of the registry nobody trains again: all but those who are replaced.
+
+        Clients that are members, but have other classes now, are left out.
+
+        Args:
+            registry: What the clients join.
+            config: Settings of the run.
+            coming: Clients that are to be trained if the registry may replace them.
+
+        Raises:
+            ContributionError: If members and newcomers have kinds that do not mix.
+        """
+        who = self.participants
+        replaced = coming if config.registry.replace else ()
+        members = tuple(client for client in who.members if client not in replaced)
+        tangent = Kind.TANGENT in kinds_of(config.train.kind)
+        if members and registry.linearised != tangent:
+            raise ContributionError(
+                f"`kind` is {config.train.kind}, but {members[0]} and all who stay in "
+                f"the registry {registry.path} are {'' if not tangent else 'not '}of the kind "
+                f"{Kind.TANGENT}, which mixes with no other. Use a registry of its own."
+            )
+        self.participants = replace(who, members=members)
+        for client in sorted({*members} & who.described.keys()):
+            classes, known = who.described[client].classes, registry.member(client).classes
+            if classes != known:
+                self._leave_out(
+                    client,
+                    f"It has the classes {classes} now; in the registry it has {known}. "
+                    "Train it anew with `replace = true`, or give it another name.",
+                )
+
+    def take_turn(self, client: str, members: Iterable[str]) -> None:
+        """Let it be one client's turn, beside those who are members by then."""
+        self.participants = replace(
+            self.participants, asked=(client,), members=tuple(sorted(members))
+        )
+
+    def look_again(self) -> None:
+        """See who has come and who has gone since the last look; ask new nodes who they are."""
+        nodes, gone = self.exchange.nodes.look_again()
+        lost = self.participants.absent | (set(gone) & self.participants.described.keys())
+        if nodes:
+            self.identify(nodes)
+        self.participants = replace(self.participants, absent=lost - {*self.exchange.clients})
+
+    def forget(self, clients: Collection[str]) -> None:
+        """Go on without what clients said of themselves; they may come again."""
+        self.participants = self.participants.without(clients)
+
+    # -- who they say they are --------------------------------------------------------------------
 
     def identify(self, nodes: Iterable[str] | None = None) -> None:
         """Ask clients no more than who they are.
@@ -54,7 +188,7 @@ class Roster:
         Args:
             nodes: Provisional names of those to ask, who come late; None: everyone.
         """
-        self.late = nodes is not None
+        self._late = nodes is not None
         self.exchange.ask(
             NAMING,
             f"query.{NAMING}",
@@ -64,11 +198,18 @@ class Roster:
             clients=nodes,
         )
 
-    def gather(self, clients: Iterable[str] | None = None, *, decisive: bool = True) -> None:
-        """Ask clients what their classes look like to the pre-trained backbone.
+    def gather(
+        self,
+        clients: Iterable[str] | None = None,
+        *,
+        kinds: tuple[Kind, ...] = (),
+        decisive: bool = True,
+    ) -> None:
+        """Ask clients what their classes look like to the pre-trained backbone; deal kinds.
 
         Args:
             clients: Whom to ask; None: everyone.
+            kinds: To be dealt to those who are described; none: it does not matter.
             decisive: Fail if too few clients are left then.
         """
         self.exchange.ask(
@@ -79,65 +220,12 @@ class Roster:
             decisive=decisive,
             clients=clients,
         )
-
-    def deal(self, kinds: tuple[Kind, ...]) -> dict[str, Kind]:
-        """Deal kinds in turn, in the order of names; a client that insists on one gets that."""
-        return {
-            client: self.described[client].kind or kinds[index % len(kinds)]
-            for index, client in enumerate(sorted(self.names))
-            if client in self.described
-        }
-
-    def exclude(self, clients: Iterable[str]) -> None:
-        """Leave clients out, as if they had said nothing; raises ``TooFewClients``."""
-        came = ", ".join(sorted(self.names))
-        for client in clients:
-            if client in self.names & {*self.exchange.clients}:
-                self._leave_out(client, "excluded by `exclude`")
-            elif client not in self.ambiguous:
-                self.exchange.books.note(f"`exclude` names {client!r}, but only {came} came.")
-        self.exchange.require_clients(PHASE)
-
-    def recognise(self, members: Mapping[str, tuple[str, ...]]) -> None:
-        """Leave out clients that are members of the registry, but not what they were there.
-
-        Args:
-            members: Classes of each member, by name.
-        """
-        for client in sorted(members.keys() & self.described):
-            found, known = self.described[client].classes, members[client]
-            if found != known:
-                self._leave_out(
-                    client,
-                    f"It has the classes {found} now; in the registry it has {known}. "
-                    "Train it anew with `replace = true`, or give it another name.",
-                )
+        if kinds:
+            self.participants = self.participants.with_kinds(kinds)
 
     def _fold_identity(self, client: str, body: Body) -> str:
         name = self._checked_name(client, body)
-        self.names.add(name)
-        return name
-
-    def _checked_name(self, client: str, body: Body) -> str:
-        """Who a client is; refuses one that is another, or holds another backbone."""
-        manifest = body[1]
-        name = check_client_name(str(manifest["client"]))
-        registered = self.exchange.nodes.registered_name(client)
-        if registered and name != registered:
-            raise ContributionError(
-                f"The node registered as {registered!r} calls itself {name!r}; it must use the "
-                "name under which it is registered."
-            )
-        if client in self.names and name != client:
-            raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
-        if name != client:
-            self._refuse_twins(client, name)
-        if (told := check_versions(name, manifest["versions"])) not in (
-            "",
-            *self.exchange.books.notes,
-        ):
-            self.exchange.books.note(told)
-        check_backbone(name, str(manifest["base"]), self.backbone)
+        self._take_in(name)
         return name
 
     def _fold(self, client: str, body: Body) -> str:
@@ -150,14 +238,40 @@ class Roster:
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
                 "node another `kind`, or let it take part in a run of its own."
             )
-        self.described[name] = Description(
+        about = Description(
             classes=classes,
             mixtures=mixtures,
             num_examples=sum(mixture.num_examples for mixture in mixtures.values()),
             num_test_examples=int(manifest["num_test_examples"]),
             kind=kind,
         )
-        self.names.add(name)
+        self._take_in(name, {name: about})
+        return name
+
+    def _take_in(self, name: str, described: Mapping[str, Description] | None = None) -> None:
+        who = self.participants
+        self.participants = replace(
+            who, names=who.names | {name}, described={**who.described, **(described or {})}
+        )
+
+    def _checked_name(self, client: str, body: Body) -> str:
+        """Who a client is; refuses one that is another, or holds another backbone."""
+        manifest = body[1]
+        name = check_client_name(str(manifest["client"]))
+        registered = self.exchange.nodes.registered_name(client)
+        if registered and name != registered:
+            raise ContributionError(
+                f"The node registered as {registered!r} calls itself {name!r}; it must use the "
+                "name under which it is registered."
+            )
+        if client in self.participants.names and name != client:
+            raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
+        if name != client:
+            self._refuse_twins(client, name)
+        warning, books = check_versions(name, manifest["versions"]), self.exchange.books
+        if warning not in ("", *books.notes):
+            books.note(warning)
+        check_backbone(name, str(manifest["base"]), self.backbone)
         return name
 
     def _refuse_twins(self, client: str, name: str) -> None:
@@ -167,19 +281,22 @@ class Roster:
         may be the same client, come back before its old node was found to be gone.
         """
         reason = f"Two nodes call themselves {name!r}; give each node a name of its own."
-        if name in self.exchange.clients and self.late:
+        if name in self.exchange.clients and self._late:
             self.exchange.nodes.look_anew(client)
             raise ContributionError(reason)
         if name in self.exchange.clients:
-            self.ambiguous.add(name)
-            self.names.discard(name)
+            who = self.participants
+            self.participants = replace(
+                who, ambiguous=who.ambiguous | {name}, names=who.names - {name}
+            )
             self._leave_out(name, reason)
-        if name in self.ambiguous:
+        if name in self.participants.ambiguous:
             raise ContributionError(reason)
 
     def _leave_out(self, name: str, reason: str) -> None:
-        """Forget a client that has been folded in."""
-        self.described.pop(name, None)
-        phase = PHASE if self.exchange.books.label(PHASE) in self.exchange.books.traffic else NAMING
-        books = self.exchange.books.traffic[self.exchange.books.label(phase)]
-        self.exchange.leave_out(phase, name, reason, books.pop(name, NOTHING))
+        """Forget a client that has been folded in, and leave it out of the run."""
+        self.forget([name])
+        books = self.exchange.books
+        phase = PHASE if books.label(PHASE) in books.traffic else NAMING
+        cost = books.traffic[books.label(phase)].pop(name, NOTHING)
+        self.exchange.leave_out(phase, name, reason, cost)

@@ -16,6 +16,7 @@ from fedcompo.config.run import ServerConfig
 from fedcompo.config.setting import names_of
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting
+from server.phases.roster import Roster
 
 
 @dataclass
@@ -34,14 +35,10 @@ class Attendance:
     def __post_init__(self) -> None:
         """Read who is to come and go."""
         self.exchange: Exchange = self.fitting.exchange
+        self.roster: Roster = self.fitting.roster
         server = self.fitting.config.server if self.closed is None else ServerConfig()
         self.joins, self.leaves = rounds_of(server.joins), rounds_of(server.leaves)
         self.excluded = names_of(server.exclude)
-
-    @property
-    def present(self) -> tuple[str, ...]:
-        """Connected clients whose turn has come, sorted."""
-        return tuple(c for c in self.fitting.newcomers if c in self.fitting.roster.described)
 
     def welcome(self, number: int) -> tuple[str, ...]:
         """Take note of who has come or gone since the round before; describe who is new.
@@ -52,26 +49,23 @@ class Attendance:
         Returns:
             Who takes part from now on.
         """
-        fitting, described = self.fitting, self.fitting.roster.described
         if number > 1:
-            nodes, gone = self.exchange.nodes.look_again()
-            fitting.absent |= set(gone) & described.keys()
-            if nodes:
-                fitting.roster.identify(nodes)
-            fitting.absent -= set(self.exchange.clients)
+            self.roster.look_again()
         self._turn_away(number)
+        who = self.roster.participants
         clients = set(self.exchange.clients)
         waiting = {client for client in clients if self._first(client) > number}
-        here = clients - waiting - set(fitting.members)
-        new = sorted(here - described.keys())
-        return fitting.take_in(new, decisive=number == 1) if new else ()
+        here = clients - waiting - set(who.members)
+        new = sorted(here - who.described.keys())
+        return self.fitting.take_in(new, decisive=number == 1) if new else ()
 
     def asked(self, number: int) -> tuple[str, ...]:
         """Who is to train in a round, sorted: in one that was over already, who trained then."""
         if number > len(self.past):
-            return self.present
+            return self.roster.present
         trained = set(self.past[number - 1]["trained"])
-        return tuple(client for client in self.present if client in trained) or self.present
+        present = self.roster.present
+        return tuple(client for client in present if client in trained) or present
 
     def missed(self, number: int) -> tuple[str, ...]:
         """Who missed a round that was over already."""
@@ -84,17 +78,17 @@ class Attendance:
 
     def leaving(self, number: int) -> tuple[str, ...]:
         """Who leaves after a round."""
-        known = self.fitting.roster.names - set(self.fitting.members)
+        known = self.roster.participants.names - set(self.roster.participants.members)
         return tuple(c for c, last in sorted(self.leaves.items()) if last == number and c in known)
 
     def close(self) -> None:
         """Say what did not come about of what the settings ask for."""
-        known, members = self.fitting.roster.names, self.fitting.members
+        who = self.roster.participants
         for setting, rounds in (("joins", self.joins), ("leaves", self.leaves)):
             for client, number in sorted(rounds.items()):
-                if client in members:
+                if client in who.members:
                     text = "it is a member of the registry: nobody joins or leaves that in rounds"
-                elif client not in known:
+                elif client not in who.names:
                     text = "it never came"
                 elif number > self.rounds:
                     text = f"there are {self.rounds} round(s)"
@@ -104,10 +98,11 @@ class Attendance:
 
     def _turn_away(self, number: int) -> None:
         """Leave out who comes, but is not to take part."""
+        members = self.roster.participants.members
         for client in self.exchange.clients:
             if client in self.excluded:
                 reason = "excluded by `exclude`"
-            elif self.leaves.get(client, number) < number and client not in self.fitting.members:
+            elif self.leaves.get(client, number) < number and client not in members:
                 reason = f"it left after round {self.leaves[client]}"
             elif self.closed is not None and client not in self.closed:
                 reason = "it was not there, or not a member of the registry, at the beginning"

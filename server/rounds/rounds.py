@@ -14,7 +14,7 @@ sent last is what is composed in the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +34,7 @@ from fedcompo.storage.tensorfile import prefixed
 from server.exchange.checks import too_long
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting
+from server.phases.roster import Roster
 from server.resume import Working
 from server.rounds.attendance import Attendance
 from server.rounds.holdings import ANCHOR, OWN, Holdings, LastSent
@@ -62,7 +63,8 @@ class Rounds:
         """Begin with the sum of the registry's members."""
         self.exchange: Exchange = self.fitting.exchange
         self.registry: Registry = self.fitting.registry
-        closed = self.fitting.newcomers if self.continuing else None
+        self.roster: Roster = self.fitting.roster
+        closed = self.roster.newcomers if self.continuing else None
         past = list(self.working.steps) if self.working else []
         self.attendance = Attendance(self.fitting, self.number, closed, past)
         self.heads: dict[str, Head] = {}
@@ -76,14 +78,14 @@ class Rounds:
         """Put the registry's members into the sum: as they are, or to go on from there."""
         theta_0, settings = self.fitting.backbone.theta_0, self.registry.settings
         vectors, times = {}, {}
-        going_on = self.fitting.newcomers if self.continuing else ()
-        for client in (*self.fitting.members, *going_on):
+        members = self.roster.participants.members
+        going_on = self.roster.newcomers if self.continuing else ()
+        for client in (*members, *going_on):
             contribution = self.registry.contribution(client)
             vectors[client] = contribution.task_vector
             times[client] = settings.times(contribution.num_examples)
-            if client not in self.fitting.members:
+            if client in going_on:
                 self.heads[client] = contribution.head
-                self.fitting.kinds[client] = contribution.task_vector.kind
                 self.lineages[client] = ALONE.joined(contribution.lineage)
         self.sum = RunningSum.of(theta_0, vectors, times)
 
@@ -104,7 +106,7 @@ class Rounds:
         self.drop_silent()
         self.attendance.close()
 
-    def part_with(self, clients: Iterable[str], number: int) -> None:
+    def part_with(self, clients: Collection[str], number: int) -> None:
         """Take clients out: of the sum, of the metric, of the joint head, of all that follows.
 
         Args:
@@ -122,13 +124,13 @@ class Rounds:
         if clients:
             self.fitting.forget(clients)
             self.holdings.change_anchors()
-            if self.fitting.parties and number < self.number:
+            if self.roster.parties and number < self.number:
                 self.fitting.align()
 
     def drop_silent(self) -> None:
         """Leave out who never sent a task vector; raises ``TooFewClients``."""
-        there = {*self.attendance.present, *self.fitting.absent}
-        if silent := sorted(there - set(self.sum.clients)):
+        there = self.roster.parties
+        if silent := sorted(set(there) - set(self.sum.clients)):
             self.fitting.forget(silent)
         for client in set(silent) & set(self.exchange.clients):
             self.exchange.leave_out("train", client, "sent no task vector in any round")
@@ -142,7 +144,7 @@ class Rounds:
         Returns:
             What happened, as JSON values.
         """
-        asked, absent = self.attendance.asked(number), self.fitting.absent
+        asked, absent = self.attendance.asked(number), self.roster.participants.absent
         if not asked:
             self.exchange.require_clients("train", asked)
             raise TooFewClients(f"Nobody is there to train in round {number}.")
@@ -215,7 +217,7 @@ class Rounds:
         return sum((self.sum.times | {client: self._times(client) for client in asked}).values())
 
     def _times(self, client: str) -> int:
-        described = self.fitting.roster.described[client]
+        described = self.roster.participants.described[client]
         return self.registry.settings.times(described.num_examples)
 
     def _request(self, client: str) -> Body:
@@ -227,7 +229,7 @@ class Rounds:
         tensors |= missing
         manifest = {
             "classes": list(fitting.aligned.classes),
-            "kind": str(fitting.kinds[client]),
+            "kind": str(self.roster.participants.kinds[client]),
             "frozen": client not in fitting.figures or "losses" not in fitting.figures[client],
             "federation": self.registry.identity,
             "last": self._number == self.number,
@@ -243,13 +245,13 @@ class Rounds:
 
     def _needed(self, client: str) -> list[str]:
         """What a client trains with that it may have kept from the round before."""
-        anchored = [ANCHOR] if self.fitting.anchors.anchored(client, with_own=True) else []
+        anchored = [ANCHOR] if self.fitting.fishers.anchors.anchored(client, with_own=True) else []
         return [*anchored, OWN] if client in self.sum.clients else anchored
 
     def _wanted(self, client: str, name: str) -> dict[str, Tensor]:
         """The server's copy of it."""
         if name == ANCHOR:
-            return self.fitting.anchor_of(client)
+            return self.fitting.fishers.anchor_of(client)
         own = self.sum.vectors[client].tensors
         return prefixed("task_vector", {n: own[n] for n in own}) | head_tensors(self.heads[client])
 
@@ -293,9 +295,8 @@ class Rounds:
         self.exchange.books.miss("train", client, reason)
 
     def _read(self, client: str, *, arriving: bool = False) -> tuple[TaskVector, Head]:
-        fitting = self.fitting
-        kind, base = fitting.kinds[client], fitting.backbone.fingerprint
-        classes = fitting.roster.described[client].classes
+        who, base = self.roster.participants, self.fitting.backbone.fingerprint
+        kind, classes = who.kinds[client], who.described[client].classes
         return self.last.read(client, kind, base, classes, arriving=arriving)
 
     # -- what comes of it -------------------------------------------------------------------------
