@@ -2,21 +2,19 @@ r"""FedAvg and FedProx: baselines, by Flower's own strategies.
 
 .. math:: p \leftarrow \sum_c \frac{n_c}{\sum_s n_s}\,p_c
 
-Each round all clients train one model further, from the same parameters p, and the server averages
+In each round all clients train one model further, from the same parameters p. The server averages
 what they send, weighted by their numbers of examples (McMahan et al., AISTATS 2017, arXiv
-1602.05629). With FedProx a client's loss has :math:`\tfrac\mu2\lVert p_c - p\rVert^2` besides (Li
-et al., MLSys 2020, arXiv 1812.06127).
+1602.05629). FedProx adds :math:`\tfrac\mu2\lVert p_c - p\rVert^2` to a client's loss (Li et al.,
+MLSys 2020, arXiv 1812.06127).
 
-p holds one task vector's parameters and the joint head of all classes, aligned beforehand as for
-ITA. Of a LoRA, A and B are averaged each by itself, which is what FedAvg on a LoRA does:
-:math:`\bar B\bar A` is not the mean of the products, though all clients start from one A, drawn by
-the seed, and so stay comparable.
+p is the parameters of one task vector and the joint head of all classes, aligned beforehand as for
+ITA. The factors A and B of a LoRA are averaged separately, as FedAvg does:
+:math:`\bar B\bar A` is not the mean of the products. All clients start from the same A, drawn by
+the seed.
 
-What Flower's own strategies see of the clients: those still in the run, asked by the exchange.
-
-A strategy wants node ids of a grid, and replies to its messages. Flower's grid would send its many
-small arrays one by one, name nobody who fails, and count no bytes. Here its messages travel as all
-others do: packed, within the time and the number of requests that the settings allow, and booked.
+Flower's strategies talk to a grid. :class:`ExchangeGrid` is one that sends their messages through
+the exchange: each is one packed record, within the settings' time and number of requests; every
+byte is booked, and a client that fails is named. Flower's own grid does none of this.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ NO_REGISTRY = (
 
 @dataclass
 class Averaging:
-    """One run: everyone trains one model, in rounds."""
+    """A run in which all clients train one model, in rounds."""
 
     exchange: Exchange
     config: RunConfig
@@ -72,7 +70,7 @@ class Averaging:
     phases: ClassVar[tuple[str, ...]] = ("features", "align", "train", "evaluate")
 
     def __post_init__(self) -> None:
-        """Refuse settings that leave nothing to average, before any client is asked."""
+        """Refuse settings that allow no averaging, before any client is asked."""
         self.kind = _only_kind(self.config)
         self.roster = Roster(self.exchange, self.backbone)
         self.folder = self.output / "model"
@@ -99,17 +97,12 @@ class Averaging:
 
     def align(self) -> Head:
         """Fit the joint head to features drawn from everyone's mixtures."""
-        described = {
-            c: self.roster.participants.described[c].mixtures for c in self.exchange.clients
-        }
-        return joint_head(
-            described,
-            CompositionSettings.of(self.config),
-            purpose="align",
-        )
+        described = self.roster.participants.described
+        mixtures = {client: described[client].mixtures for client in self.exchange.clients}
+        return joint_head(mixtures, CompositionSettings.of(self.config), purpose="align")
 
     def start(self) -> dict[str, Any]:
-        """Parameters that all begin with: of a task vector that changes nothing, and the head."""
+        """The parameters that all clients start from: a task vector that is zero, and the head."""
         generator = generator_for(self.config.seed, "averaging")
         deltas = new_deltas(
             self.kind, self.backbone.theta_0, rank=self.config.train.rank, generator=generator
@@ -152,9 +145,9 @@ class Averaging:
         self.head = head_from(parameters, list(self.aligned.classes))
 
     def strategy(self) -> FedAvg:
-        """Flower's strategy: everyone in each round, and no round without ``min-clients``.
+        """Flower's strategy: all clients in each round, at least ``min-clients``.
 
-        The exchange fails the run where fewer are left, so none is ever waited for.
+        The exchange ends the run where fewer are left, so Flower never waits for more.
         """
         least = self.exchange.min_clients
         sampling = {
@@ -167,16 +160,16 @@ class Averaging:
         return FedProx(**sampling, proximal_mu=self.config.method.proximal_mu)
 
     def read(self, client: str, body: Body) -> RecordDict:
-        """Check what a client trained, note its figures, and hand it to the strategy.
+        """Check a client's answer, keep its figures, and turn it into a reply for the strategy.
 
         Raises:
-            ContributionError: If it is not what was sent, trained.
+            ContributionError: If its tensors are not those that were sent, trained further.
         """
         tensors, manifest = body
         checked_task_vector(client, body, self.backbone)
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        if found != self._shapes:
-            differing = sorted({*found.items()} ^ {*self._shapes.items()})
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != self._shapes:
+            differing = sorted({*shapes.items()} ^ {*self._shapes.items()})
             raise ContributionError(
                 f"Client {client!r} sent other tensors than it was given; first difference: "
                 f"{differing[0]}. Use the same fedcompo version everywhere."
@@ -211,7 +204,7 @@ class Averaging:
 
 
 def _only_kind(config: RunConfig) -> Kind:
-    """The kind of what is averaged; raises ``ConfigError`` if these settings allow no averaging."""
+    """The kind of task vector; raises ``ConfigError`` if these settings allow no averaging."""
     method, kinds = config.method.method, kinds_of(config.train.kind)
     if len(set(kinds)) > 1 or Kind.TANGENT in kinds:
         raise ConfigError(
@@ -232,31 +225,31 @@ def _only_kind(config: RunConfig) -> Kind:
 
 
 Read = Callable[[str, Body], RecordDict]
-"""Takes a client's name and answer; checks it; returns what the strategy expects as a reply."""
+"""Takes a client's name and answer, checks it, returns the reply that the strategy expects."""
 
 
 @dataclass
 class ExchangeGrid:
-    """As much of a ``flwr.serverapp.Grid`` as ``Strategy.start`` uses."""
+    """The part of a ``flwr.serverapp.Grid`` that ``Strategy.start`` uses."""
 
     exchange: Exchange
     read: Read
 
     def get_node_ids(self) -> list[int]:
-        """Nodes of the clients still in the run; whoever was left out is not asked again."""
+        """Nodes of the clients still in the run."""
         return [self.exchange.nodes.ids[client] for client in self.exchange.clients]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send clients a round's messages, and wait for their replies.
+        """Send the clients a round's messages and wait for their replies.
 
         Args:
             messages: Each with one record of arrays and one of settings.
             timeout: Not used; the exchange has its own.
 
         Returns:
-            Usable replies, in the order of clients' names: sums then do not depend on who was
+            Usable replies, in the order of clients' names, so that sums do not depend on who was
             faster.
 
         Raises:
