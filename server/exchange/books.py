@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one phase cost one client, seen from the server."""
+    """What one phase cost for one client, measured at the server."""
 
     bytes_sent: int
     """To the client."""
@@ -30,7 +30,7 @@ class Traffic:
     """From the request's departure to the answer's arrival."""
 
     def __add__(self, other: Traffic) -> Traffic:
-        """What two requests cost together."""
+        """The cost of two requests together."""
         return Traffic(
             self.bytes_sent + other.bytes_sent,
             self.bytes_received + other.bytes_received,
@@ -39,7 +39,7 @@ class Traffic:
 
 
 NOTHING = Traffic(0, 0, 0.0)
-"""What it costs not to be asked."""
+"""The cost of no request."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,22 @@ class Books:
     """When the run began, in seconds since 1970."""
     left_out: list[LeftOut] = field(default_factory=list)
     missed: list[LeftOut] = field(default_factory=list)
-    """Who missed a phase that may be missed."""
+    """Clients that missed a phase that may be missed."""
     traffic: dict[str, dict[str, Traffic]] = field(default_factory=dict)
-    """By phase and client."""
+    """By label of the phase, and client."""
     caps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By client, what each answer reported of its caps, and the answer's phase."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By phase."""
+    """By label of the phase."""
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     """Peak bytes by phase: ``server`` and ``client`` (the largest), resident; ``client_gpu``."""
     notes: list[str] = field(default_factory=list)
     """For whoever reads the results."""
     part: str = ""
-    """Which of several like phases this is, such as ``round 3``; empty: there is but one."""
+    """Where phases repeat, which part of the run this is, such as ``round 3``; else empty."""
 
     def label(self, phase: str) -> str:
-        """Name of a phase in the books: also says which of several like ones it is."""
+        """Name of a phase in the books: with the part of the run, where phases repeat."""
         return f"{phase}, {self.part}" if self.part else phase
 
     @contextmanager
@@ -187,7 +187,7 @@ class Books:
 
 
 def totals(traffic: Iterable[Traffic]) -> dict[str, int]:
-    """Bytes of a phase in each direction."""
+    """Bytes in each direction, over all clients."""
     costs = list(traffic)
     return {
         "bytes_sent": sum(cost.bytes_sent for cost in costs),

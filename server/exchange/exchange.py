@@ -1,8 +1,9 @@
-"""One request to every client, one answer at a time: who answered, how much, how long, who did not.
+"""Send a request to each client, and handle the answers one at a time.
 
-A client is known by its name, never by Flower's node id. One that raises, answers nonsense or does
-not answer in time is left out of all that follows, and named with the reason; where a phase may be
-missed (a round of many), it misses that one, and is named too.
+Clients go by their names, not by Flower's node ids. A client that raises, sends an answer that
+fails its checks, or does not answer in time is left out of the rest of the run. Where a phase may
+be missed (one round of many), it misses that phase alone. Either way the books name it, with the
+reason.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from server.exchange.kept_answers import KeptAnswers, question
 from server.exchange.nodes import Nodes
 
 Fold = Callable[[str, Body], str]
-"""Takes a client's name and answer; checks it, *then* keeps what is needed; returns the name under
-which the client is to be known. Raises to refuse it, and then has kept nothing."""
+"""Takes a client's name and answer, checks the answer, *then* keeps what is needed of it. Returns
+the client's name from now on. Raises to refuse the answer, and has kept nothing then."""
 NAMING = ("features", "identify")
-"""Phases in which clients are first called by their names."""
+"""Phases in which clients first say their names."""
 POLL = 0.1, 2.0
-"""Seconds between looks for an answer: at first, and at most."""
+"""Seconds between two looks for answers: at first, and at most."""
 
 
 @dataclass
 class Exchange:
-    """Talks to the clients of a run, and enters in the books what comes of it."""
+    """The conversation with the clients of a run. What it costs is entered in the books."""
 
     books: Books
     nodes: Nodes
@@ -42,9 +43,9 @@ class Exchange:
     min_clients: int
     """Clients without which the run fails."""
     in_flight: int = 0
-    """Requests under way at a time; 0: all. What waits to be folded in is no more than these."""
+    """Requests under way at a time, which bounds the answers in memory; 0: all at once."""
     answers: KeptAnswers | None = None
-    """Answers of a run that may be interrupted; None: it starts anew then."""
+    """Where answers are kept, if an interrupted run can be resumed; None: it cannot."""
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -75,19 +76,19 @@ class Exchange:
         may_miss: bool = False,
         clients: Iterable[str] | None = None,
     ) -> None:
-        """Send clients a request and fold their answers in, one at a time.
+        """Send clients a request, and fold in their answers one at a time.
 
         Args:
             phase: Name of the phase, for people.
             message_type: Flower's, such as ``query.features``.
             request: Makes the tensors and manifest for a client, by its name.
-            fold: Takes each answer.
+            fold: Checks and keeps each answer.
             decisive: Fail if fewer than ``min_clients`` remain.
-            may_miss: Who cannot be used misses this phase, and is not left out of the next.
+            may_miss: A client whose answer cannot be used misses this phase alone.
             clients: Whom to ask; None: everyone still in the run.
 
         Raises:
-            TooFewClients: If too few usable answers came.
+            TooFewClients: If it is decisive and too few clients remain.
         """
         books, label = self.books, self.books.label(phase)
         asked = self.clients if clients is None else tuple(sorted(clients))
@@ -105,11 +106,11 @@ class Exchange:
             self.require_clients(phase)
 
     def require_clients(self, phase: str, usable: Collection[str] | None = None) -> None:
-        """Raise ``TooFewClients``, naming everyone who could not be used, if too few remain.
+        """Raise ``TooFewClients``, with all who could not be used, if too few clients remain.
 
         Args:
-            phase: What they have gone through.
-            usable: Who remains; None: everyone still in the run.
+            phase: The phase that is over.
+            usable: The clients that remain; None: all that are still in the run.
         """
         count = len(self.clients if usable is None else usable)
         if count >= self.min_clients:
@@ -123,7 +124,7 @@ class Exchange:
         )
 
     def _send(self, client: str, asking: _Asking) -> None:
-        """Send a client its request, unless its answer is known already."""
+        """Send a client its request, unless its answer was kept."""
         tensors, manifest = asking.request(client)
         asked = "" if self.answers is None else question((tensors, manifest))
         if self._recalled(client, asking, asked):
@@ -139,7 +140,7 @@ class Exchange:
             self._fail(asking, client, "its node is gone", Traffic(sent, 0, 0.0))
 
     def _recalled(self, client: str, asking: _Asking, asked: str) -> bool:
-        """Whether a client's answer was kept, when this run was interrupted, and still serves."""
+        """Fold in an answer that was kept before an interruption; returns whether there was one."""
         kept = self.answers and self.answers.recall(self.books.label(asking.phase), client, asked)
         if not kept:
             return False
@@ -153,9 +154,9 @@ class Exchange:
         return True
 
     def _collect(self, asking: _Asking, *, most: int) -> None:
-        """Take answers as they come, until no more than so many are awaited, or their time is over.
+        """Take answers as they come, until at most so many requests are under way.
 
-        An answer's time runs from its own request's departure.
+        The time limit of an answer runs from the departure of its own request.
         """
         pause, waiting = POLL[0], asking.waiting
         while len(waiting) > most:
@@ -170,7 +171,7 @@ class Exchange:
                 time.sleep(pause)
 
     def _give_up(self, asking: _Asking) -> None:
-        """Wait no longer for answers whose time is over."""
+        """Stop waiting for answers whose time is over."""
         for message_id, awaited in list(asking.waiting.items()):
             seconds = time.monotonic() - awaited.departed
             if seconds >= self.timeout:
@@ -179,7 +180,7 @@ class Exchange:
                 self._fail(asking, awaited.client, reason, Traffic(awaited.sent, 0, seconds))
 
     def _take(self, asking: _Asking, awaited: _Waiting, reply: Message) -> None:
-        """Fold one reply in, or do without its client."""
+        """Fold one reply in, or go on without its client."""
         client, seconds = awaited.client, time.monotonic() - awaited.departed
         cost = Traffic(awaited.sent, _received(reply), seconds)
         if reply.has_error():
@@ -214,32 +215,32 @@ class Exchange:
         self.books.answered(asking.phase, name, cost, peaks=_peaks(body), caps=caps, reason=reason)
 
     def _fail(self, asking: _Asking, client: str, reason: str, cost: Traffic) -> None:
-        """Do without a client: in this phase, or in all that follow."""
+        """Go on without a client: in this phase, or in all that follow."""
         do_without = self.books.miss if asking.may_miss else self.leave_out
         do_without(asking.phase, client, reason, cost)
 
     def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
-        """Take a client out of all that follows, and say why."""
+        """Take a client out of the rest of the run; the books say why."""
         self.nodes.drop(client)
         self.books.leave_out(phase, client, reason, cost)
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A request that has not been answered yet."""
+    """A request to one client that is not answered yet."""
 
     client: str
     asked: str
-    """:func:`server.exchange.kept_answers.question` of it."""
+    """SHA-256 of the request; see :func:`server.exchange.kept_answers.question`."""
     sent: int
     """Bytes."""
     departed: float
-    """When."""
+    """Time of departure, by the monotonic clock."""
 
 
 @dataclass
 class _Asking:
-    """A request to several clients, and whose answer is awaited."""
+    """A request to several clients, and those that have not answered yet."""
 
     phase: str
     message_type: str
@@ -251,12 +252,12 @@ class _Asking:
 
     @property
     def expected(self) -> str:
-        """What an answer's manifest must call its content."""
+        """The ``content`` that an answer's manifest must have."""
         return self.message_type.rpartition(".")[2]
 
 
 def _peaks(body: Body) -> dict[str, int]:
-    """Peak memory that a client reports, in bytes."""
+    """Peak memory that a client reports, in bytes, by process and GPU."""
     peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
     return {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedcompo.errors import TooFewClients
 
 SETTLED = 3.0
-"""Seconds without a new node after which all are there, where nobody says how many there are."""
+"""Seconds without a new node after which a run starts, where the number of clients is not set."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Nodes:
     registered: dict[int, str] = field(default_factory=dict)
     """Names under which the SuperLink knows nodes, by node id."""
     _seen: set[int] = field(default_factory=set)
-    """Ids of all nodes that ever were taken up."""
+    """Ids of all nodes that have had a name."""
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -83,25 +83,25 @@ class Nodes:
         return known
 
     def look_again(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """See who has come and who has gone since the last look.
+        """Find nodes that appeared or disappeared since the last look.
 
         Returns:
-            Provisional names of the nodes that are new, and names of the clients whose node is no
-            longer there; these have lost their node, and may come back, under its id or another.
+            Provisional names of new nodes, and names of clients whose node is gone. Such a client
+            may come back, under the same node id or another.
         """
         nodes = list(self.grid.get_nodes())
         there = {node.node_id for node in nodes}
         gone = tuple(client for client in self.clients if self.ids[client] not in there)
-        for client in gone:  # also under the same id, if it was but out of reach
+        for client in gone:  # it may come back under the same id
             self._seen.discard(self.ids.pop(client))
         return self._take_up([node for node in nodes if node.node_id not in self._seen]), gone
 
     def look_anew(self, client: str) -> None:
-        """Let a client's node count as new at the next look, whatever becomes of it now."""
+        """Let a client's node count as new at the next look."""
         self._seen.discard(self.ids[client])
 
     def _take_up(self, nodes: list[Any]) -> tuple[str, ...]:
-        """Give new nodes provisional names."""
+        """Give new nodes provisional names; returns these, sorted."""
         self._seen |= {node.node_id for node in nodes}
         self.registered |= {node.node_id: node.name for node in nodes if node.name}
         new = {self._called(node.node_id): node.node_id for node in nodes}
@@ -109,6 +109,6 @@ class Nodes:
         return tuple(sorted(new))
 
     def _called(self, node: int) -> str:
-        """What a client is called until it has said who it is."""
+        """Provisional name of a client that has not said who it is."""
         name = self.registered.get(node)
         return f"node {node}, registered as {name}" if name else f"node {node}"
