@@ -1,4 +1,4 @@
-"""The ServerApp: checks the settings, trains or removes clients, writes the results."""
+"""The ServerApp: check the settings, train or remove clients, write the results."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ HOME_OUTPUT = "fedcompo-runs"
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 RESUMABLE = tuple((Action.TRAIN, method) for method in (Method.ITA, Method.IEL))
-"""What can go on where it was interrupted."""
+"""Actions and methods that can be resumed after an interruption."""
 
 Work = Callable[[Grid, Books, RunConfig, Path], dict[str, Any]]
-"""Does what a run is for; the path is its output folder. Returns the results."""
+"""Does the action of a run; the path is its output folder. Returns the results."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Do what `action` says, once, and leave the results in the output folder."""
+    """Do the `action` of the settings once, and write the results to the output folder."""
     config = RunConfig.parse(context.run_config)
     check_noise(config)
     output = claim_output(config)
@@ -80,7 +80,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
-    """What a run does, and the phases that it goes through."""
+    """The work of a run, and its phases."""
     if config.registry.action is Action.REMOVE:
         return _remove, unlearning.phases_of(config)
     if config.method.method in averaging.METHODS:
@@ -89,7 +89,7 @@ def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
 
 
 def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
-    """Train new clients; they join the registry."""
+    """Train new clients and add them to the registry."""
     backbone = load_backbone(config.backbone)
     registry = open_or_create(config, backbone, output)
     working = Working.open(output, config, registry)
@@ -107,7 +107,7 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
 
 
 def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
-    """Train one model of all clients by FedAvg or FedProx; no registry comes of it."""
+    """Train one model of all clients by FedAvg or FedProx; it has no registry."""
     exchange = new_exchange(grid, books, config, least=config.server.min_clients)
     averaged = Averaging(exchange, config, load_backbone(config.backbone), output)
     exchange.gather(config.server.num_clients)
@@ -118,14 +118,14 @@ def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[
 
 
 def strategy_of(config: RunConfig) -> type[Strategy]:
-    """How a run comes from clients to a model."""
+    """The strategy that the settings name."""
     if config.method.schedule is Schedule.SEQUENTIAL:
         return Arrivals
     return IelStrategy if config.method.method is Method.IEL else ItaStrategy
 
 
 def _remove(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
-    """Remove a client; those who stay are told, asked and measured as far as they are there."""
+    """Remove a client from the registry; those who stay and are connected take part."""
     registry = Registry(registry_path(config))
     exchange = new_exchange(grid, books, config, least=0)
     removal = Unlearning(exchange, config, registry.backbone.load(), registry, output)
@@ -137,25 +137,25 @@ def _remove(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[s
 def new_exchange(
     grid: Grid, books: Books, config: RunConfig, *, least: int, answers: KeptAnswers | None = None
 ) -> Exchange:
-    """What talks to the clients of a run.
+    """Begin the conversation with the clients of a run.
 
     Args:
         grid: Flower's.
         books: Of the run.
-        config: Its settings.
-        least: Clients without which it fails.
-        answers: Where answers are kept, if the run may be interrupted.
+        config: Settings of the run.
+        least: Number of clients without which it fails.
+        answers: Where answers are kept, if the run can be resumed.
     """
     server = config.server
     return Exchange(books, Nodes(grid), server.timeout, least, server.in_flight, answers)
 
 
 def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Registry:
-    """Open the registry that is named, or make one: there, or in the output.
+    """Open the registry of the settings, or create it; without a name, in the output folder.
 
     Raises:
-        BackboneMismatch: If it is one of other pre-trained weights.
-        RegistryError: If it cannot be opened or made.
+        BackboneMismatch: If it was made with other pre-trained weights.
+        RegistryError: If it cannot be opened or created.
     """
     path = registry_path(config) if config.registry.registry else output / REGISTRY
     if not (path / ABOUT).exists():
@@ -171,7 +171,7 @@ def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Regis
 
 
 def registry_path(config: RunConfig) -> Path:
-    """Folder of the registry that is named; raises ``ConfigError`` unless the path is absolute."""
+    """Folder of the registry; raises ``ConfigError`` unless the path is absolute."""
     path = Path(config.registry.registry).expanduser()
     if not path.is_absolute():
         raise ConfigError(
@@ -182,15 +182,15 @@ def registry_path(config: RunConfig) -> Path:
 
 
 def claim_output(config: RunConfig) -> Path:
-    """Take a folder for this run alone.
+    """Reserve an output folder for this run.
 
-    The launcher hands over a folder it has reserved. Started by plain ``flwr run``, this process
-    stands in a folder of Flower's, where nobody would look: a relative path is refused, and none
-    at all means ``~/fedcompo-runs/<data>``.
+    The launcher passes a folder that it has reserved. Started by plain ``flwr run``, this process
+    works in a folder of Flower's, where no user would look: a relative path is refused, and no path
+    means ``~/fedcompo-runs/<data>``.
 
     Raises:
-        ConfigError: If the path is relative, or `resume` is set and nothing can be resumed there.
-        LaunchError: If no folder can be made there.
+        ConfigError: If the path is relative, or `resume` is set and there is no run to resume.
+        LaunchError: If the folder cannot be made.
     """
     if config.server.resume and (config.registry.action, config.method.method) not in RESUMABLE:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The results of a run as one JSON value, under keys that stay."""
+"""Collect the results of a run as one JSON value; the keys are a format that users rely on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PACKAGES = ("fedcompo", "torch", "timm", "flwr", "numpy", "safetensors", "scikit
 
 
 def collect(strategy: Strategy) -> dict[str, Any]:
-    """Gather every figure of a finished run.
+    """Collect every figure of a finished run.
 
     Args:
         strategy: After its ``run``.
@@ -69,10 +69,10 @@ def collect(strategy: Strategy) -> dict[str, Any]:
 
 
 def collect_averaging(averaging: Averaging) -> dict[str, Any]:
-    """Gather every figure of a finished run of FedAvg or FedProx.
+    """Collect every figure of a finished run of FedAvg or FedProx.
 
-    Keys are those of :func:`collect` where they mean the same; there are no task vectors, and so no
-    diagnostics of any, no lineage and no registry.
+    Keys are those of :func:`collect` where they mean the same. Without task vectors there are no
+    diagnostics, no lineage and no registry.
     """
     config, exchange = averaging.config, averaging.exchange
     method = str(config.method.method)
@@ -89,7 +89,7 @@ def collect_averaging(averaging: Averaging) -> dict[str, Any]:
 
 
 def collect_removal(removal: Unlearning) -> dict[str, Any]:
-    """Gather every figure of a finished removal; JSON values."""
+    """Collect every figure of a finished removal, as JSON values."""
     config, exchange, backbone = removal.config, removal.exchange, removal.backbone
     return {
         **_common(config, exchange, backbone, method="removal"),
@@ -100,7 +100,7 @@ def collect_removal(removal: Unlearning) -> dict[str, Any]:
 def _common(
     config: RunConfig, exchange: Exchange, backbone: Backbone, *, method: str
 ) -> dict[str, Any]:
-    """What every kind of run reports."""
+    """Results that every kind of run has."""
     books = exchange.books
     return {
         "format_version": FORMAT_VERSION,
@@ -176,35 +176,35 @@ def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
 
 
 def _caps(exchange: Exchange, client: str, config: RunConfig) -> dict[str, Any]:
-    """What a client told of its caps, and what its noise is worth."""
-    told = exchange.books.caps.get(client, [])
-    return {"caps": told, "privacy": accounting.spent(told, delta=config.caps.dp_delta)}
+    """A client's report of its caps, and the ε of its noise."""
+    caps = exchange.books.caps.get(client, [])
+    return {"caps": caps, "privacy": accounting.spent(caps, delta=config.caps.dp_delta)}
 
 
 def _traffic(exchange: Exchange, client: str) -> dict[str, Any]:
-    """What each phase cost one client."""
+    """The cost of each phase for one client."""
     costs = {phase: costs.get(client) for phase, costs in exchange.books.traffic.items()}
     return {phase: asdict(cost) for phase, cost in costs.items() if cost is not None}
 
 
 def _evaluated(per_client: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Clients that measured the model."""
+    """Clients that measured the final model."""
     return [c for c, figures in per_client.items() if figures["class_il_accuracy"] is not None]
 
 
 def _diagnostics(composing: Composing) -> dict[str, Any]:
-    found = composing.diagnostics
+    diagnostics = composing.diagnostics
     return {
-        "clients": list(found.clients),
-        "fisher_gram": found.gram.tolist() if found.gram is not None else None,
-        "tau_norms": found.norms.tolist(),
-        "composition_gap": found.gap,
-        "outliers": list(found.outliers),
+        "clients": list(diagnostics.clients),
+        "fisher_gram": diagnostics.gram.tolist() if diagnostics.gram is not None else None,
+        "tau_norms": diagnostics.norms.tolist(),
+        "composition_gap": diagnostics.gap,
+        "outliers": list(diagnostics.outliers),
     }
 
 
 def _mean(per_client: dict[str, dict[str, Any]], name: str) -> float | None:
-    """Mean over the clients that reported the figure; None where nobody did."""
+    """Mean over the clients that reported the figure; None if there are none."""
     values = [figures[name] for figures in per_client.values() if figures[name] is not None]
     return fmean(values) if values else None
 

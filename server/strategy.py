@@ -1,10 +1,10 @@
-"""What a run does to get from connected clients to one model: fit, compose, realign, evaluate.
+"""Get from connected clients to one model: fit, compose, realign, evaluate.
 
-ITA: every client trains alone, held near the pre-trained weights by a Fisher diagonal (see
+ITA: each client trains alone, held near the pre-trained weights by a Fisher diagonal (see
 :mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum
-(:mod:`server.rounds.rounds`). Either way the server adds up what comes back. It holds no data:
-statistics, sums and task vectors are all it sees. What they add up to lives in a registry: a new
-one, or one whose members the clients join.
+(:mod:`server.rounds.rounds`). In both the server adds up the task vectors, in a registry: a new
+one, or one whose members the clients join. The server holds no data; it sees statistics, sums and
+task vectors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INCOMING = "incoming"
 
 @dataclass
 class Strategy(ABC):
-    """One run: contributions are fitted, then composed."""
+    """A run that fits contributions and composes them."""
 
     exchange: Exchange
     config: RunConfig
@@ -48,7 +48,7 @@ class Strategy(ABC):
     phases: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        """Refuse a reference Fisher that cannot be used, before any client is asked."""
+        """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
         members = Participants(members=self.working.members)
         self.roster = Roster(self.exchange, self.backbone, members, tangent=tangent)
@@ -58,7 +58,7 @@ class Strategy(ABC):
         self.trained: tuple[str, ...] = ()
 
     def new_fitting(self) -> Fitting:
-        """What asks those on the roster for contributions."""
+        """The phases that ask clients for contributions."""
         return Fitting(
             self.exchange,
             self.config,
@@ -71,7 +71,7 @@ class Strategy(ABC):
         )
 
     def run(self) -> None:
-        """Do all phases; afterwards the parts hold what there is to report."""
+        """Do all phases; afterwards ``fitting`` and ``composing`` hold the figures."""
         folders = self.fit()
         self.exchange.books.timed("compose", lambda: self.compose(folders))
         self.look()
@@ -93,7 +93,7 @@ class Strategy(ABC):
         """Let clients train; returns the folders of their contributions."""
 
     def compose(self, folders: list[Path]) -> None:
-        """Add contributions to the registry, which adds them up; they then live there alone."""
+        """Add contributions to the registry, which adds them up; delete them elsewhere."""
         if not self.working.joined(self.registry, {folder.name: folder for folder in folders}):
             self.registry.add(
                 *folders,
@@ -107,25 +107,25 @@ class Strategy(ABC):
         """Align the joint head again, and measure.
 
         Args:
-            decisive: Fail if nobody measures.
+            decisive: Fail if no client measures.
         """
         if self.config.compose.realign:
             self.composing.realign()
         self.composing.evaluate(decisive=decisive)
 
     def report(self) -> dict[str, Any]:
-        """What this strategy has to report besides what all do, as JSON values."""
+        """Results of this strategy alone, as JSON values."""
         return {}
 
 
 class ItaStrategy(Strategy):
-    """Everyone trains alone, all at once."""
+    """All clients train alone, at the same time."""
 
     phases = (*fitting.PHASES, *composing.PHASES)
 
     def fit(self) -> list[Path]:
-        """Fit everyone's task vector."""
-        if self.working.resumed:  # what was answered before is known by the clients' names
+        """Fit each client's task vector."""
+        if self.working.resumed:  # answers are kept under the clients' names
             self.roster.identify()
         self.fitting.run()
         self.trained = self.fitting.trained
@@ -133,7 +133,7 @@ class ItaStrategy(Strategy):
 
 
 class IelStrategy(Strategy):
-    """Everyone trains inside the sum of all, in rounds."""
+    """All clients train inside their sum, in rounds."""
 
     phases = ("identify", *fitting.PHASES, *composing.PHASES)
 
@@ -147,10 +147,10 @@ class IelStrategy(Strategy):
         return self.rounds.keep()
 
     def compose(self, folders: list[Path]) -> None:
-        """Add what the clients sent last to the registry."""
+        """Add the clients' last task vectors to the registry."""
         super().compose(folders)
         self.rounds.last.clear()
 
     def report(self) -> dict[str, Any]:
-        """What happened in each round."""
+        """The history of the rounds."""
         return {"rounds": self.rounds.history}

@@ -1,12 +1,12 @@
-"""Take a client out of a registry, and tell, ask and measure those who stay.
+"""Remove a client from a registry; tell those who stay, and measure the model before and after.
 
-identify → evaluate → remove → notify → realign → evaluate. The removal itself is the registry's and
-needs nobody; the other phases do what they can with the clients that are connected. Who cannot be
-reached does not hold it up: a client has the right to leave.
+identify → evaluate → remove → notify → realign → evaluate. The registry does the removal, and needs
+no client for it. The other phases use the clients that are connected; the removal waits for none of
+them, because a client has the right to leave.
 
 With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds.rounds`),
-without the client: what was fitted to a model that held it is fitted to one that does not. They go
-on from what they were, so what they learnt from it is not undone, and their lineage still says so.
+without the client. They continue from their task vectors: what these learnt from the client is not
+undone, and their lineage still names it.
 """
 
 from __future__ import annotations
@@ -41,41 +41,41 @@ PHASES = ("identify", "evaluate before", "remove", "notify", "realign", "evaluat
 
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
-    """All phases of a removal: with rounds of repair before the last two, where there are any."""
+    """All phases of a removal; rounds of repair, if there are any, come before the last two."""
     repair = (*fitting.PHASES, "compose") if config.registry.repair_rounds else ()
     return (*PHASES[:-2], *repair, *PHASES[-2:])
 
 
 @dataclass
 class Unlearning:
-    """One removal; its phases are its methods, in the order of :data:`PHASES`."""
+    """One removal; a method for each of :data:`PHASES`."""
 
     exchange: Exchange
     config: RunConfig
     backbone: Backbone
     registry: Registry
     output: Path
-    """Folder of the run, for what is under way."""
+    """Folder of the run, for temporary files."""
     images: dict[str, int] = field(default_factory=dict)
     """Test images, by client."""
     before: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracies of the model that has the client, by those who stay."""
+    """Accuracies before the removal, by client; measured by those who stay."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracies of the model without it, and repaired where that was asked for."""
+    """Accuracies at the end, after the removal and the repair."""
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    """What happened in each round of repair."""
+    """The history of the rounds of repair; see :class:`server.rounds.rounds.Rounds`."""
 
     def __post_init__(self) -> None:
-        """Refuse, before anyone is asked, to remove who is not there."""
+        """Raise, before any client is asked, if the client is not in the registry."""
         require_known([self.request.client], self.registry.clients, "registry")
 
     @property
     def request(self) -> RegistryConfig:
-        """Who is to be removed, and on whose request."""
+        """The client to remove, and who requested it."""
         return self.config.registry
 
     def run(self) -> None:
-        """Do all phases; afterwards the attributes hold what there is to report."""
+        """Do all phases; afterwards :meth:`results` says what happened."""
         self.identify()
         self.before = self.evaluate("evaluate before")
         self.exchange.books.timed("remove", self.remove)
@@ -88,7 +88,7 @@ class Unlearning:
         self.after = self.evaluate("evaluate")
 
     def identify(self) -> None:
-        """Learn who is connected; only members that stay take part in what follows."""
+        """Learn who is connected; only members that stay take part in the other phases."""
         self.exchange.ask(
             "identify",
             "query.identify",
@@ -144,7 +144,7 @@ class Unlearning:
         )
 
     def notify(self) -> None:
-        """Tell those who stay, and whom to train again if the influence shall go too."""
+        """Tell those who stay of the removal, and which of them learnt from the client."""
         retrain = self.record.influence.to_retrain
 
         def request(client: str) -> Body:
@@ -161,9 +161,9 @@ class Unlearning:
             )
 
     def repair(self) -> None:
-        """Let those who are connected train on inside the sum of all who stay.
+        """Let connected clients train on inside the sum of all who stay.
 
-        If that fails, the removal stands, and they stay as they were.
+        If that fails, the removal stands, and their contributions stay as they were.
         """
         try:
             self._repair()
@@ -196,7 +196,7 @@ class Unlearning:
         self.rounds = rounds.history
 
     def results(self) -> dict[str, Any]:
-        """What there is to report, as JSON values."""
+        """What happened, as JSON values."""
         path = self.registry.entries()[self.record.sequence - 1].details["record"]
         return {
             "removed": self.record.client,

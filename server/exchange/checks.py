@@ -24,7 +24,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.privacy.factored import restored
 from fedcompo.storage.tensorfile import section, tensor_digest
 
-CAP_WORDS = {"wire": list(Wire), "form": list(FisherForm)}
+CAP_WORDS: Mapping[str, list[Any]] = {"wire": list(Wire), "form": list(FisherForm)}
 """Caps that a client reports in words, and the words there are."""
 LONGEST = 10.0
 """Largest norm of a change to a weight, relative to the norm of that weight."""

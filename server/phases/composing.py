@@ -1,4 +1,4 @@
-"""The second half of a run: what the registry composed is looked at, aligned again, and measured.
+"""The second half of a run: compare task vectors, align the joint head again, measure the model.
 
 Compose → realign → evaluate. It needs a registry and connected clients, not their training.
 """
@@ -24,7 +24,7 @@ PHASES = ("compose", "realign", "evaluate")
 
 @dataclass
 class Composing:
-    """Works on the current composition of a registry."""
+    """Works on the current composition of a registry; a method for each of :data:`PHASES`."""
 
     exchange: Exchange
     backbone: Backbone
@@ -40,10 +40,10 @@ class Composing:
     # -- compose ----------------------------------------------------------------------------------
 
     def compare(self, fisher: FisherDiagonal) -> None:
-        """Measure the members' task vectors against each other, and read the composed weights.
+        """Compute the diagnostics of the members' task vectors.
 
         Args:
-            fisher: *Sum* over clients, in whose metric task vectors are compared.
+            fisher: *Sum* over clients; task vectors are compared in the metric of its mean.
         """
         settings, pool = self.registry.settings, self.registry.pool()
         times = {c.client: settings.times(c.num_examples) for c in pool}
@@ -62,7 +62,7 @@ class Composing:
     def realign(self) -> None:
         """Align the joint head again, on mixtures of the composed model's features.
 
-        It takes every member: a head aligned on some would favour their classes.
+        All members must describe these: a head aligned on some would favour their classes.
         """
         members, realigned = self.registry.clients, {}
         if not set(members) - set(self.exchange.clients):
@@ -93,11 +93,11 @@ class Composing:
     # -- evaluate ---------------------------------------------------------------------------------
 
     def evaluate(self, phase: str = "evaluate", *, decisive: bool = True) -> None:
-        """Let every client measure the composed model on its own test images.
+        """Let each client measure the composed model on its own test images.
 
         Args:
             phase: Name of the phase.
-            decisive: Fail if nobody does.
+            decisive: Fail if no client does.
         """
         head = self.joint_head
         tensors = prefixed("theta", self._theta()) | head_tensors(head)

@@ -1,4 +1,4 @@
-"""The Fisher diagonals of a run: each client's is asked for, kept on disk, and summed."""
+"""Ask clients for their Fisher diagonals, keep them on disk, and sum them."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from server.phases.roster import Roster
 
 @dataclass
 class Fishers:
-    """Asks for Fisher diagonals; knows which mean of them anchors whom."""
+    """Fisher diagonals of a run; computes the mean that anchors each client."""
 
     exchange: Exchange
     config: RunConfig
     backbone: Backbone
     registry: Registry
-    """Its members' Fisher diagonals count too, where it keeps them."""
+    """Its members' Fisher diagonals are in the sum, where it keeps them."""
     contributions: Path
-    """Folder with a sub-folder for each client's Fisher."""
+    """Folder with a sub-folder for each client."""
     roster: Roster
     figures: dict[str, dict[str, Any]]
-    """What clients report, by client; what the estimator reports goes here."""
+    """What clients report, by client; this phase adds the estimator's report."""
     ensembled: bool
     """Whether clients train inside the sum of the others."""
 
     def __post_init__(self) -> None:
-        """Read the reference before any client is asked; raises as reading it does."""
+        """Read the reference before any client is asked; raises if that fails."""
         self.reference = self._read_reference()
 
     def gather(
@@ -53,7 +53,7 @@ class Fishers:
 
         Args:
             clients: Whom to ask.
-            head: Where training starts from the joint head, that head; None: from each client's.
+            head: The joint head, if training starts from it; None: each client uses its own.
             decisive: Fail if nobody sends one, or too few clients are left then.
         """
         request: Body = {}, {}
@@ -80,7 +80,7 @@ class Fishers:
             self.exchange.books.note(note)
 
     def sum_up(self) -> None:
-        """Sum the Fisher of all who take part, as far as it is known."""
+        """Sum the known Fisher diagonals of all that take part."""
         parties = [c for c in self.roster.parties if self._file(c).exists()]
         if everyone := (*self._known_members(), *parties):
             self.anchors = Anchors.of(
@@ -96,7 +96,7 @@ class Fishers:
         return load_fisher(self._file(client), client=client, base=self.backbone.fingerprint)
 
     def anchor_of(self, client: str) -> Weights:
-        """The mean Fisher that holds a client, head rows included; empty if there is none."""
+        """The *mean* Fisher that anchors a client, head rows included; empty if there is none."""
         classes = self.roster.participants.described[client].classes
         mean = self.anchors.mean_for(client, classes, with_own=self.ensembled)
         if mean is None:
@@ -107,7 +107,7 @@ class Fishers:
 
     @property
     def strength(self) -> float:
-        """How firmly a Fisher holds a task vector."""
+        """Strength of the anchor: β in IEL, else α."""
         return self.config.method.beta if self.ensembled else self.config.train.alpha
 
     def _fold(self, client: str, body: Body, head: Head | None) -> str:

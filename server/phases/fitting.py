@@ -1,10 +1,13 @@
-"""The first half of a run: every client describes itself, and fits its task vector.
+"""The first half of a run: each client describes itself and fits its task vector.
 
-Features → align → fisher → train. Under ITA each trains alone, under IEL inside the sum of those
-who are in the registry; rounds in which all train at a time are in :mod:`server.rounds.rounds`.
-Where clients start from the joint head or are anchored by the others, what one learns depends on
-who else is there. Where each starts from its own probe and is anchored by its own Fisher or by a
-reference, it does not, to the last bit: its lineage is empty.
+Features → align → fisher → train. Under ITA each client trains alone, under IEL inside the sum of
+the registry's members. Rounds, in which all clients train at a time, are in
+:mod:`server.rounds.rounds`.
+
+If clients start from the joint head, or if the others' Fisher anchors them, a client's result
+depends on the others, and its lineage names them. If it starts from its own probe and is anchored
+by its own Fisher or by a reference, its result has the same bits whoever else takes part, and its
+lineage is empty.
 """
 
 from __future__ import annotations
@@ -45,20 +48,20 @@ from server.phases.roster import Roster
 
 PHASES = ("features", "align", "fisher", "train")
 FIGURES = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
-"""What a client reports of its training."""
+"""Accuracies that a client reports of its training."""
 
 
 @dataclass
 class Fitting:
-    """Asks for contributions; its phases are its methods, in the order of :data:`PHASES`."""
+    """Asks clients for contributions; a method for each of :data:`PHASES`, in this order."""
 
     exchange: Exchange
     config: RunConfig
     backbone: Backbone
     registry: Registry
-    """Whose members the clients of this run join; nobody of them is trained again."""
+    """The registry that the clients of this run join."""
     contributions: Path
-    """Folder of the clients' contributions on their way to the registry, a sub-folder each."""
+    """Folder of contributions that are not in the registry yet, with a sub-folder for each."""
     roster: Roster
     """Who the clients are."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -66,10 +69,10 @@ class Fitting:
     ensembled: bool = False
     """Whether clients train inside the sum of the others."""
     originals: Originals = field(default_factory=Originals)
-    """Whose each task vector is."""
+    """The first sender of each task vector."""
 
     def __post_init__(self) -> None:
-        """Read what must be at hand before any client is asked; raises as reading it does."""
+        """Read the reference before any client is asked; raises if that fails."""
         self.kinds = kinds_of(self.config.train.kind)
         self.fishers = Fishers(
             self.exchange,
@@ -96,9 +99,9 @@ class Fitting:
     # -- features, and align ----------------------------------------------------------------------
 
     def gather_features(self) -> None:
-        """Ask clients what their classes look like; settle who takes part, with which kind.
+        """Ask clients for their mixtures; settle who takes part, and with which kind.
 
-        Kinds are dealt before anyone is excluded, so that excluding one shifts nobody else's.
+        Kinds are dealt before clients are excluded: excluding one does not change another's kind.
         """
         asked = self.roster.participants.asked
         self.roster.gather(asked, kinds=self.kinds)
@@ -110,7 +113,7 @@ class Fitting:
         self.roster.require_newcomers(self.registry)
 
     def align(self) -> None:
-        """Fit the joint head to features drawn from everyone's mixtures."""
+        """Fit the joint head to features drawn from all clients' mixtures."""
         self.aligned: Head = self.exchange.books.timed("align", self._align)
 
     def _align(self) -> Head:
@@ -130,14 +133,14 @@ class Fitting:
     # -- who comes and goes between rounds --------------------------------------------------------
 
     def take_in(self, clients: Iterable[str], *, decisive: bool) -> tuple[str, ...]:
-        """Describe clients that come to those who are there: features → align → fisher.
+        """Let clients join a run that is under way: features → align → fisher.
 
         Args:
-            clients: Who comes.
+            clients: The ones that join.
             decisive: Fail if too few clients are left then.
 
         Returns:
-            Who of them can be trained. Whoever cannot is left out, but may come again.
+            Those that can be trained. The others are left out, but may come again.
         """
         clients = tuple(clients)
         self.roster.gather(clients, kinds=self.kinds, decisive=decisive)
@@ -149,7 +152,7 @@ class Fitting:
         return came
 
     def forget(self, clients: Collection[str]) -> None:
-        """Go on without clients, and without what they said of themselves."""
+        """Go on without clients; delete what is kept of them."""
         self.roster.forget(clients)
         for client in clients:
             shutil.rmtree(self.folder(client), ignore_errors=True)
@@ -158,7 +161,7 @@ class Fitting:
     # -- train ------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Let every client fit its task vector, near the pre-trained weights or near the others."""
+        """Let each client fit its task vector."""
         self.exchange.ask(
             "train", "train", self.train_request, self._fold_trained, clients=self.roster.newcomers
         )
@@ -169,9 +172,9 @@ class Fitting:
         self.trained = self.roster.newcomers
 
     def train_request(self, client: str) -> Body:
-        """The metric, and the joint head: to start from, or only to measure the frozen backbone.
+        """Request for a client: the joint head, the Fisher that anchors it, and in IEL the sum.
 
-        A client that trains inside the sum of the members (IEL) is sent that sum, too.
+        A client that does not start from the joint head measures the frozen backbone with it.
         """
         tensors = head_tensors(self.aligned)
         manifest = {
@@ -190,7 +193,7 @@ class Fitting:
         return tensors, manifest
 
     def _rest_of(self, client: str) -> tuple[Weights, float]:
-        """The sum of the members but for the client itself, and its share beside them."""
+        """The sum of all members but the client itself, and the client's share beside them."""
         registry, times = self.registry, self.registry.settings.times
         total = dict(registry.running_sum()) if registry.clients else {}
         others = RunningSum(self.backbone.theta_0, total=total)
@@ -209,7 +212,7 @@ class Fitting:
         return client
 
     def check_trained(self, client: str, body: Body) -> tuple[TaskVector, Head, dict[str, Any]]:
-        """Unpack what a client trained, and its figures; raises ``ContributionError``."""
+        """Check and unpack what a client trained; raises ``ContributionError``."""
         tensors, manifest = body
         vector, who = checked_task_vector(client, body, self.backbone), self.roster.participants
         if vector.kind is not who.kinds[client]:
@@ -229,7 +232,7 @@ class Fitting:
         return vector, head, {**figures, "losses": losses, "norm": norm}
 
     def note_figures(self, client: str, figures: Mapping[str, Any]) -> None:
-        """Keep what a client reports of its training; losses come after those of earlier rounds."""
+        """Keep what a client reports of its training; its losses are appended to earlier ones."""
         known = self.figures.setdefault(client, {})
         known |= {**figures, "losses": [*known.get("losses", []), *figures["losses"]]}
 
@@ -248,7 +251,7 @@ class Fitting:
         ).save(self.folder(client))
 
     def lineage(self, client: str) -> Lineage:
-        """Whose data a client's contribution was made with, besides its own."""
+        """Clients whose data shaped a client's contribution, besides its own."""
         anchored = self.fishers.strength > 0 or self.config.train.head_alpha > 0
         members = self.roster.participants.members if self.ensembled else ()
         aligned_with = self._aligned_with if self._start else ()

@@ -1,4 +1,4 @@
-"""Who takes part in a run, and what each client said of itself in the first phase."""
+"""Find out who takes part in a run, and how each client describes itself."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ PHASE, NAMING = "features", "identify"
 
 @dataclass(frozen=True)
 class Description:
-    """What a client said of itself."""
+    """A client's description of itself, from the phase ``features``."""
 
     classes: tuple[str, ...]
     mixtures: Mixtures
     num_examples: int
     num_test_examples: int
     kind: Kind | None
-    """Kind of task vector it insists on."""
+    """Kind of task vector that the client insists on, if any."""
 
 
 @dataclass(frozen=True)
 class Participants:
-    """Who takes part in a run. When somebody comes or goes, a new value replaces this one."""
+    """Who takes part in a run. The value is replaced when a client comes or goes."""
 
     members: tuple[str, ...] = ()
     """Members of the registry that nobody trains again."""
     asked: tuple[str, ...] | None = None
     """Whose turn it is; None: everyone who is connected."""
     names: frozenset[str] = frozenset()
-    """All who said who they are, whether they were described or not."""
+    """All clients that said who they are, described or not."""
     ambiguous: frozenset[str] = frozenset()
     """Names that several nodes claimed."""
     described: Mapping[str, Description] = field(default_factory=dict)
-    """All that could be used then, also those left out later; by name."""
+    """Descriptions by name, also of clients that were left out later."""
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     """Kind of task vector, by client."""
     absent: frozenset[str] = frozenset()
-    """Who takes part, but is not connected at the moment."""
+    """Clients that take part, but are not connected at the moment."""
 
     def newcomers(self, connected: Iterable[str]) -> tuple[str, ...]:
         """Those of the connected clients that are to be trained."""
@@ -60,7 +60,7 @@ class Participants:
         )
 
     def with_kinds(self, kinds: tuple[Kind, ...]) -> Participants:
-        """Deal kinds in turn, in the order of names, to everyone described who has none.
+        """Deal kinds in turn, in the order of names, to described clients that have none.
 
         A client that insists on a kind gets that one.
         """
@@ -72,23 +72,23 @@ class Participants:
         return replace(self, kinds=dealt | dict(self.kinds))
 
     def without(self, clients: Collection[str]) -> Participants:
-        """Forget what clients said of themselves."""
+        """Forget the descriptions of clients."""
         described = {c: about for c, about in self.described.items() if c not in clients}
         return replace(self, described=described, absent=self.absent - set(clients))
 
 
 @dataclass
 class Roster:
-    """Asks the clients who they are, and keeps track of who takes part."""
+    """Asks the clients who they are, and records who takes part."""
 
     exchange: Exchange
     backbone: Backbone
     participants: Participants = Participants()
-    """As they are now; only the roster replaces them."""
+    """The current value; only the roster replaces it."""
     tangent: bool | None = None
-    """Whether this run's task vectors are tangents, which mix with no others; None: either."""
+    """Whether the run's task vectors are tangents, which mix with no other kind; None: either."""
     _late: bool = False
-    """Whether those who are asked come to others, who are there already."""
+    """Whether the clients asked last came when the run was under way."""
 
     # -- who is there -----------------------------------------------------------------------------
 
@@ -104,11 +104,11 @@ class Roster:
 
     @property
     def parties(self) -> tuple[str, ...]:
-        """Who is trained in this run, also who is not connected at the moment; sorted."""
+        """All clients that are trained in this run, connected at the moment or not; sorted."""
         return tuple(sorted({*self.present, *self.participants.absent}))
 
     def require_newcomers(self, registry: Registry) -> None:
-        """Raise ``ContributionError`` if nobody is left who is to be trained."""
+        """Raise ``ContributionError`` if no client is to be trained."""
         if not self.newcomers:
             raise ContributionError(
                 f"All connected clients are in the registry {registry.path} already: "
@@ -119,7 +119,7 @@ class Roster:
     # -- who comes and goes -----------------------------------------------------------------------
 
     def exclude(self, clients: Iterable[str]) -> None:
-        """Leave clients out, as if they had said nothing; raises ``TooFewClients``."""
+        """Leave clients out and forget their descriptions; raises ``TooFewClients``."""
         who = self.participants
         came = ", ".join(sorted(who.names))
         for client in clients:
@@ -130,17 +130,17 @@ class Roster:
         self.exchange.require_clients(PHASE)
 
     def settle(self, registry: Registry, config: RunConfig, coming: Collection[str]) -> None:
-        """Settle whom of the registry nobody trains again: all but those who are replaced.
+        """Settle which members of the registry are not trained again: all that are not replaced.
 
-        Clients that are members, but have other classes now, are left out.
+        Such a member that is connected, but has other classes now, is left out.
 
         Args:
-            registry: What the clients join.
+            registry: The registry that the clients join.
             config: Settings of the run.
             coming: Clients that are to be trained if the registry may replace them.
 
         Raises:
-            ContributionError: If members and newcomers have kinds that do not mix.
+            ContributionError: If the run's kind does not mix with that of the members.
         """
         who = self.participants
         replaced = coming if config.registry.replace else ()
@@ -163,13 +163,13 @@ class Roster:
                 )
 
     def take_turn(self, client: str, members: Iterable[str]) -> None:
-        """Let it be one client's turn, beside those who are members by then."""
+        """Let one client be the only newcomer, and note who is a member by then."""
         self.participants = replace(
             self.participants, asked=(client,), members=tuple(sorted(members))
         )
 
     def look_again(self) -> None:
-        """See who has come and who has gone since the last look; ask new nodes who they are."""
+        """Note which clients came or went since the last look; ask new nodes who they are."""
         nodes, gone = self.exchange.nodes.look_again()
         lost = self.participants.absent | (set(gone) & self.participants.described.keys())
         if nodes:
@@ -177,16 +177,16 @@ class Roster:
         self.participants = replace(self.participants, absent=lost - {*self.exchange.clients})
 
     def forget(self, clients: Collection[str]) -> None:
-        """Go on without what clients said of themselves; they may come again."""
+        """Forget the descriptions of clients; they may come again."""
         self.participants = self.participants.without(clients)
 
     # -- who they say they are --------------------------------------------------------------------
 
     def identify(self, nodes: Iterable[str] | None = None) -> None:
-        """Ask clients no more than who they are.
+        """Ask clients who they are, and nothing else.
 
         Args:
-            nodes: Provisional names of those to ask, who come late; None: everyone.
+            nodes: Provisional names of nodes that came when the run was under way; None: ask all.
         """
         self._late = nodes is not None
         self.exchange.ask(
@@ -205,11 +205,11 @@ class Roster:
         kinds: tuple[Kind, ...] = (),
         decisive: bool = True,
     ) -> None:
-        """Ask clients what their classes look like to the pre-trained backbone; deal kinds.
+        """Ask clients for the mixtures of their classes' features; deal kinds to them.
 
         Args:
             clients: Whom to ask; None: everyone.
-            kinds: To be dealt to those who are described; none: it does not matter.
+            kinds: Kinds to deal; empty: deal none.
             decisive: Fail if too few clients are left then.
         """
         self.exchange.ask(
@@ -255,7 +255,7 @@ class Roster:
         )
 
     def _checked_name(self, client: str, body: Body) -> str:
-        """Who a client is; refuses one that is another, or holds another backbone."""
+        """Return a client's name; refuse it if name or backbone are not what they must be."""
         manifest = body[1]
         name = check_client_name(str(manifest["client"]))
         registered = self.exchange.nodes.registered_name(client)
@@ -275,10 +275,10 @@ class Roster:
         return name
 
     def _refuse_twins(self, client: str, name: str) -> None:
-        """Of two nodes with one name, neither can be trusted to be that client.
+        """Refuse both of two nodes with one name: neither can be trusted to be that client.
 
-        In a run that is under way the one that took part stays. The other is asked again later: it
-        may be the same client, come back before its old node was found to be gone.
+        In a run that is under way, the one that took part stays. The other is asked again later: it
+        may be the same client, back before its old node was found to be gone.
         """
         reason = f"Two nodes call themselves {name!r}; give each node a name of its own."
         if name in self.exchange.clients and self._late:
@@ -294,7 +294,7 @@ class Roster:
             raise ContributionError(reason)
 
     def _leave_out(self, name: str, reason: str) -> None:
-        """Forget a client that has been folded in, and leave it out of the run."""
+        """Forget a client whose answer was folded in, and leave it out of the run."""
         self.forget([name])
         books = self.exchange.books
         phase = PHASE if books.label(PHASE) in books.traffic else NAMING

@@ -2,14 +2,14 @@ r"""IEL: rounds in which clients train inside the sum of all, each its own task 
 
 .. math:: \theta_P = \theta_0 + \lambda \Big(\sum_{s \ne c} w_s \tau_s + w_c \tau_c\Big)
 
-is what client c trains, with only its own :math:`\tau_c` changing (Porrello et al., ICLR 2025,
-arXiv 2405.16350, Eq. 17 to 19). It is sent the sum over the others, its share and the mean Fisher:
-a message does not grow with the number of clients, nor does the memory of the server, which keeps
-the sum and reads task vectors from disk.
+is the model that client c trains; only its own :math:`\tau_c` changes (Porrello et al., ICLR 2025,
+arXiv 2405.16350, Eq. 17 to 19). The client is sent the sum over the others, its share and the mean
+Fisher, so a message does not grow with the number of clients. Nor does the server's memory: it
+keeps the sum, and reads task vectors from disk.
 
-A client may miss a round (its last task vector stays), join in a later one, or leave between two
-(its task vector is taken out of the sum, exactly); see :mod:`server.rounds.attendance`. What it
-sent last is what is composed in the end.
+A client may miss a round (its last task vector stays), join in a later one, or leave after one (its
+task vector is taken out of the sum, exactly); see :mod:`server.rounds.attendance`. In the end the
+last task vector of each client is composed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ALONE = Lineage(method=str(Method.IEL))
 
 @dataclass
 class Rounds:
-    """Lets clients train in rounds, from what a :class:`Fitting` knows of them."""
+    """Lets clients train in rounds; a :class:`Fitting` describes them and checks their answers."""
 
     fitting: Fitting
     number: int
@@ -55,12 +55,12 @@ class Rounds:
     continuing: bool = False
     """Whether members of the registry go on from what they are there."""
     working: Working | None = None
-    """Where rounds that are over are noted, for a run that is interrupted; None: nowhere."""
+    """Where finished rounds are noted, so that the run can be resumed; None: it cannot."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """By round: who is in the sum, trained, or missed it; the mean loss; who came, or went then."""
+    """By round: who is in the sum, trained, missed it, came or went; and the mean loss."""
 
     def __post_init__(self) -> None:
-        """Begin with the sum of the registry's members."""
+        """Set up what is kept from round to round."""
         self.exchange: Exchange = self.fitting.exchange
         self.registry: Registry = self.fitting.registry
         self.roster: Roster = self.fitting.roster
@@ -75,7 +75,7 @@ class Rounds:
     # -- who is there -----------------------------------------------------------------------------
 
     def seat_members(self) -> None:
-        """Put the registry's members into the sum: as they are, or to go on from there."""
+        """Put the registry's members into the sum; with ``continuing``, some of them train on."""
         theta_0, settings = self.fitting.backbone.theta_0, self.registry.settings
         vectors, times = {}, {}
         members = self.roster.participants.members
@@ -90,7 +90,7 @@ class Rounds:
         self.sum = RunningSum.of(theta_0, vectors, times)
 
     def run(self) -> None:
-        """Do all rounds; raises ``TooFewClients`` if one of them has nobody left to train."""
+        """Do all rounds; raises ``TooFewClients`` if there is a round in which nobody trains."""
         self.seat_members()
         for number in range(1, self.number + 1):
             with self.exchange.books.during(f"round {number}"):
@@ -107,11 +107,11 @@ class Rounds:
         self.attendance.close()
 
     def part_with(self, clients: Collection[str], number: int) -> None:
-        """Take clients out: of the sum, of the metric, of the joint head, of all that follows.
+        """Take clients out of the sum, the Fisher, the joint head, and the rest of the run.
 
         Args:
             clients: Who leaves.
-            number: Of the round that is over.
+            number: The round that is over.
         """
         for client in clients:
             if client in self.sum.clients:
@@ -128,7 +128,7 @@ class Rounds:
                 self.fitting.align()
 
     def drop_silent(self) -> None:
-        """Leave out who never sent a task vector; raises ``TooFewClients``."""
+        """Leave out clients that never sent a task vector; raises ``TooFewClients``."""
         there = self.roster.parties
         if silent := sorted(set(there) - set(self.sum.clients)):
             self.fitting.forget(silent)
@@ -139,7 +139,7 @@ class Rounds:
     # -- one round --------------------------------------------------------------------------------
 
     def round(self, number: int) -> dict[str, Any]:
-        """Let everyone who is there train, inside the sum as it is at the beginning.
+        """Let all connected clients train inside the sum of the round's beginning.
 
         Returns:
             What happened, as JSON values.
@@ -213,7 +213,7 @@ class Rounds:
         return client
 
     def _count(self, asked: Iterable[str]) -> int:
-        """M: how often all count who are in the sum, or are about to be."""
+        """How often all clients count that are in the sum, or are asked to train."""
         return sum((self.sum.times | {client: self._times(client) for client in asked}).values())
 
     def _times(self, client: str) -> int:
@@ -221,7 +221,7 @@ class Rounds:
         return self.registry.settings.times(described.num_examples)
 
     def _request(self, client: str) -> Body:
-        """The sum over the others, and what the client needs besides and does not hold."""
+        """Request for a client: the sum over the others, and what else it needs but lacks."""
         fitting, together = self.fitting, self._together
         tensors = head_tensors(fitting.aligned)
         tensors |= prefixed("rest", self.sum.rest(client, together=together))
@@ -244,19 +244,19 @@ class Rounds:
         return tensors, manifest
 
     def _needed(self, client: str) -> list[str]:
-        """What a client trains with that it may have kept from the round before."""
+        """Names of what a client trains with and may have kept from the round before."""
         anchored = [ANCHOR] if self.fitting.fishers.anchors.anchored(client, with_own=True) else []
         return [*anchored, OWN] if client in self.sum.clients else anchored
 
     def _wanted(self, client: str, name: str) -> dict[str, Tensor]:
-        """The server's copy of it."""
+        """The server's copy of what a client needs."""
         if name == ANCHOR:
             return self.fitting.fishers.anchor_of(client)
         own = self.sum.vectors[client].tensors
         return prefixed("task_vector", {n: own[n] for n in own}) | head_tensors(self.heads[client])
 
     def _check(self, client: str, body: Body) -> None:
-        """Check what a client trained, and put it beside what it trained the last time."""
+        """Check a client's answer, and write it beside the one of its last round."""
         vector, _, figures = self.fitting.check_trained(client, body)
         digest = self.last.arrive(client, vector, body[0])
         holds = {str(name): str(held) for name, held in body[1].get("holds", {}).items()}
@@ -264,15 +264,15 @@ class Rounds:
         self._arrived[client] = figures
 
     def _enter(self, client: str, inside: set[str]) -> bool:
-        """Let what a client sent take the place of what it sent before, in the sum and on disk.
+        """Let a client's new task vector take the place of its last one, in the sum and on disk.
 
         Args:
             client: Who trained.
-            inside: Whose task vectors were in the sum that it trained in.
+            inside: Clients whose task vectors were in the sum that it trained in.
 
         Returns:
-            Whether it could be summed. If not, the client misses the round, and goes on from what
-            it sent before.
+            Whether it could be summed. If not, the client misses the round, and its last task
+            vector stays.
         """
         vector, _ = self._read(client, arriving=True)
         try:
@@ -288,7 +288,7 @@ class Rounds:
         return True
 
     def _refuse(self, client: str, reason: str) -> None:
-        """Do without what a client sent in this round; it goes on from what it sent before."""
+        """Reject what a client sent in this round; its last task vector stays."""
         self.last.refuse(client)
         self.holdings.lost(client)
         self._arrived.pop(client, None)
