@@ -15,7 +15,7 @@ from clients import averaging
 from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
 from fedcompo.messages.records import Body, from_record, refusal, to_record
-from fedcompo.runtime import of_this_process, peak_bytes, reset_peak
+from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
 
 app = ClientApp()
 
@@ -83,7 +83,7 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
             context.run_config, context.node_config, request.get("registered_name", "")
         )
         answer, manifest = work(client, tensors, request)
-        about = {"peak_memory": peak_bytes(), "versions": of_this_process()}
+        about = {"peak_memory": peak_bytes(), "versions": installed_versions()}
         content = to_record(answer, {**manifest, **about})
     except FedcompoError as error:
         content = refusal(f"{type(error).__name__}: {error}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from clients.store import Store
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.method.heads import Head, head_from
+from fedcompo.method.heads import head_from
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorfile import section
 from fedcompo.training.fit import Course
@@ -25,11 +25,7 @@ ANCHOR, OWN = "anchor", "own"
 class Given:
     """A request, read."""
 
-    anchor: Anchor | None = None
-    ensemble: Ensemble | None = None
     course: Course = field(default_factory=Course)
-    head: Head | None = None
-    """Head to go on with; None: the one that training starts from."""
     lacks: tuple[str, ...] = ()
     """What the client was left to remember, and does not have."""
     holds: Mapping[str, str] = field(default_factory=dict)
@@ -82,13 +78,14 @@ class Given:
         begin = None
         if own:
             begin = TaskVector(Kind(request["kind"]), section("task_vector", own), base)
-        return cls(
-            anchor=_anchor(found[ANCHOR]) if ANCHOR in found else None,
-            ensemble=_ensemble(tensors, request, beta),
-            course=Course(begin, **part),
-            head=head_from(own, list(classes)) if own else None,
-            holds=holds,
+        course = Course(
+            begin,
+            head_from(own, list(classes)) if own else None,
+            _anchor(found[ANCHOR]) if ANCHOR in found else None,
+            _ensemble(tensors, request, beta),
+            **part,
         )
+        return cls(course, holds=holds)
 
 
 def _anchor(found: Mapping[str, Tensor]) -> Anchor:

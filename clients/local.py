@@ -158,12 +158,9 @@ class LocalClient:
             self.backbone,
             Kind(request["kind"]),
             self.data.train,
-            given.head or aligned,
             aligned,
-            given.anchor,
             self.config.train,
             generator=generator_for(self.config.seed, *purpose),
-            ensemble=given.ensemble,
             course=given.course,
             on_epoch=self._log_epoch,
         )
@@ -181,7 +178,9 @@ class LocalClient:
                 "losses": list(fitted.losses),
                 "holds": holds,
                 **told,
-                **self._measured(fitted, given.ensemble, joint if request["frozen"] else None),
+                **self._measured(
+                    fitted, given.course.ensemble, joint if request["frozen"] else None
+                ),
             },
         )
 

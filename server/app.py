@@ -25,7 +25,6 @@ from fedcompo.registry.state import ABOUT
 from fedcompo.report.results import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
-from server.accounting import check_noise
 from server.averaging import Averaging
 from server.exchange.books import Books
 from server.exchange.exchange import Exchange
@@ -54,7 +53,7 @@ Work = Callable[[Grid, Books, RunConfig, Path], dict[str, Any]]
 def main(grid: Grid, context: Context) -> None:
     """Do the `action` of the settings once, and write the results to the output folder."""
     config = RunConfig.parse(context.run_config)
-    check_noise(config)
+    config.caps.check_head_start(config.train.head_start)
     output = claim_output(config)
     books = Books(output / EVENTS)
     work, phases = work_of(config)

@@ -101,7 +101,7 @@ class Strategy(ABC):
                 on_step=lambda step: log(INFO, "registry: %s", step),
             )
         shutil.rmtree(self.fitting.contributions)
-        self.composing.compare(self.fitting.fishers.anchors.total)
+        self.composing.compare(self.fitting.fishers.sums.total)
 
     def look(self, *, decisive: bool = True) -> None:
         """Align the joint head again, and measure.

@@ -21,11 +21,11 @@ from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind
-from fedcompo.config.run import RegistryConfig, RunConfig
+from fedcompo.config.run import RunConfig
+from fedcompo.config.server import RegistryConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages.records import Body
-from fedcompo.method.pool import require_known
-from fedcompo.names import check_client_name
+from fedcompo.names import check_client_name, require_known
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from server.exchange.checks import check_backbone

@@ -12,13 +12,14 @@ from fedcompo.config.choices import AnchorBy
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.records import Body
+from fedcompo.method.contribution import load_fisher, save_fisher
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head, head_tensors
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
 from fedcompo.storage.tensorfile import prefixed
-from fedcompo.training.anchors import Anchors
+from fedcompo.training.anchors import FisherSums
 from fedcompo.training.probing import load_reference
 from server.exchange.checks import check_fisher, checked_fisher
 from server.exchange.exchange import Exchange
@@ -76,14 +77,14 @@ class Fishers:
                 "are not anchored by theirs."
             )
         self.sum_up()
-        if note := self.anchors.note(self.strength, setting="beta" if self.ensembled else "alpha"):
+        if note := self.sums.note(self.strength, setting="beta" if self.ensembled else "alpha"):
             self.exchange.books.note(note)
 
     def sum_up(self) -> None:
         """Sum the known Fisher diagonals of all that take part."""
         parties = [c for c in self.roster.parties if self._file(c).exists()]
         if everyone := (*self._known_members(), *parties):
-            self.anchors = Anchors.of(
+            self.sums = FisherSums.of(
                 everyone, self.load, by=self.config.train.anchor, reference=self.reference
             )
 
@@ -98,7 +99,7 @@ class Fishers:
     def anchor_of(self, client: str) -> Weights:
         """The *mean* Fisher that anchors a client, head rows included; empty if there is none."""
         classes = self.roster.participants.described[client].classes
-        mean = self.anchors.mean_for(client, classes, with_own=self.ensembled)
+        mean = self.sums.mean_for(client, classes, with_own=self.ensembled)
         if mean is None:
             return {}
         head = {"head/weight": mean.pop("head.weight"), "head/bias": mean.pop("head.bias")}

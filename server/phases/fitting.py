@@ -28,10 +28,11 @@ from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.messages.records import Body
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures
 from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.tensorfile import prefixed
@@ -243,7 +244,7 @@ class Fitting:
             client=client,
             task_vector=vector,
             head=head,
-            features=description.mixtures,
+            features=dict(description.mixtures),
             num_examples=description.num_examples,
             lineage=lineage,
             fisher=self.fishers.load(client) if self.config.server.keep_fisher else None,
@@ -257,7 +258,7 @@ class Fitting:
         aligned_with = self._aligned_with if self._start else ()
         return Lineage(
             method=str(Method.IEL if self.ensembled else Method.ITA),
-            anchored_by=self.fishers.anchors.others(client) if anchored else (),
+            anchored_by=self.fishers.sums.others(client) if anchored else (),
             aligned_with=tuple(c for c in aligned_with if c != client),
             ensemble=tuple(c for c in members if c != client),
         )

@@ -26,8 +26,8 @@ from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.choices import Method
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages.records import Body
-from fedcompo.method.contribution import Lineage
 from fedcompo.method.heads import Head, head_tensors
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.tensorfile import prefixed
@@ -245,7 +245,7 @@ class Rounds:
 
     def _needed(self, client: str) -> list[str]:
         """Names of what a client trains with and may have kept from the round before."""
-        anchored = [ANCHOR] if self.fitting.fishers.anchors.anchored(client, with_own=True) else []
+        anchored = [ANCHOR] if self.fitting.fishers.sums.anchored(client, with_own=True) else []
         return [*anchored, OWN] if client in self.sum.clients else anchored
 
     def _wanted(self, client: str, name: str) -> dict[str, Tensor]:

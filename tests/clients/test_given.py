@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,20 +53,20 @@ def read(
 def assert_whole(given: Given) -> None:
     """All that was sent is there, bit for bit."""
     assert given.lacks == ()
-    assert {n: t.tolist() for n, t in given.anchor.weights.items()} == {
+    assert {n: t.tolist() for n, t in given.course.anchor.weights.items()} == {
         n: ANCHOR[f"weights/{n}"].tolist() for n in THETA_0
     }
-    assert torch.equal(given.anchor.head_weight, ANCHOR["head/weight"])
-    assert torch.equal(given.anchor.head_bias, ANCHOR["head/bias"])
+    assert torch.equal(given.course.anchor.head_weight, ANCHOR["head/weight"])
+    assert torch.equal(given.course.anchor.head_bias, ANCHOR["head/bias"])
     begin = given.course.begin
     assert (begin.kind, begin.base) == (Kind.LORA, "pico@0")
     assert {n: t.tolist() for n, t in begin.tensors.items()} == {
         n: t.tolist() for n, t in VECTOR.tensors.items()
     }
     assert (given.course.passed, given.course.share) == (0.5, 0.5)
-    assert given.head.classes == CLASSES
-    assert torch.equal(given.head.weight, HEAD.weight)
-    ensemble = given.ensemble
+    assert given.course.head.classes == CLASSES
+    assert torch.equal(given.course.head.weight, HEAD.weight)
+    ensemble = given.course.ensemble
     assert (ensemble.share, ensemble.scale, ensemble.beta) == (0.25, 2.0, 7.0)
     assert all(torch.equal(ensemble.rest[n], REST[n]) for n in THETA_0)
 
@@ -98,8 +99,8 @@ def test_without_a_store_or_where_none_can_be_written_nothing_is_claimed_to_be_h
 
 def test_a_request_of_one_who_trains_alone_brings_an_anchor_or_nothing():
     anchored = read(prefixed("anchor", ANCHOR), {"kind": "full", "needs": {"anchor": ""}})
-    assert anchored.anchor is not None
-    assert (anchored.ensemble, anchored.head, anchored.course) == (None, None, Course())
+    assert anchored.course.anchor is not None
+    assert replace(anchored.course, anchor=None) == Course()
     assert read({}, {"kind": "full", "needs": {}}) == Given()
 
 

@@ -86,7 +86,7 @@ def done(watched: tuple[Finished, int]) -> Finished:
 
 def task_vectors(output: Path) -> dict[str, dict[str, torch.Tensor]]:
     registry = output / "registry" / "clients"
-    loaded = (Contribution.load(registry / client) for client in DIGITS)
+    loaded = (Contribution.open(registry / client) for client in DIGITS)
     return {one.client: dict(one.task_vector.tensors) for one in loaded}
 
 

@@ -47,7 +47,7 @@ def test_simulate_leaves_results_where_the_last_line_says(tmp_path):
     assert (output / "registry" / "model" / "config.json").exists()
     assert (output / "report.svg").exists()
     for client in results["per_client"]:
-        assert Contribution.load(output / "registry" / "clients" / client).client == client
+        assert Contribution.open(output / "registry" / "clients" / client).client == client
 
 
 @pytest.mark.slow

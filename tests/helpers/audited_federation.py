@@ -17,9 +17,10 @@ from fedcompo.composition.head import joint_head
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import AnchorBy, HeadStart, Kind, kinds_of
 from fedcompo.config.run import RunConfig
-from fedcompo.method.contribution import Contribution, Lineage, mixtures_from
+from fedcompo.method.contribution import Contribution, mixtures_from
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.tensorfile import prefixed, section

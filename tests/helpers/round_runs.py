@@ -136,7 +136,7 @@ class Looks:
 def sent_last(output: Path) -> dict[str, Contribution]:
     """Contributions in the registry of a run."""
     folders = (output / "registry" / "clients").iterdir()
-    return {c.client: c for c in map(Contribution.load, sorted(folders))}
+    return {c.client: c for c in map(Contribution.open, sorted(folders))}
 
 
 def assert_sum_of_the_last(output: Path, wire: Wire | None = None) -> None:

@@ -10,8 +10,8 @@ from app_runs import altered, run
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
-from fedcompo.method.contribution import Contribution
-from fedcompo.method.fisher import FisherDiagonal, save_fisher
+from fedcompo.method.contribution import Contribution, save_fisher
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.training.probing import (
     load_public_data,
@@ -52,7 +52,7 @@ def contributions(output: Path) -> dict[tuple[str, str], bytes]:
 
 def lineages(output: Path) -> list[tuple[str, ...]]:
     """Everyone whom the lineages of those who stay name."""
-    found = [Contribution.load(folder(output, client)).lineage for client in STAY]
+    found = [Contribution.open(folder(output, client)).lineage for client in STAY]
     return [(*f.anchored_by, *f.aligned_with, *f.ensemble) for f in found]
 
 
@@ -88,7 +88,7 @@ def test_with_lineage_the_others_show_and_are_named(settings, named, tmp_path):
     settings = {**PROBE, "head_start": "aligned", **settings}
     run({}, tmp_path / "with", **settings)
     run({}, tmp_path / "without", **settings, exclude=LEFT)
-    lineage = Contribution.load(folder(tmp_path / "with", "client-1")).lineage
+    lineage = Contribution.open(folder(tmp_path / "with", "client-1")).lineage
     for attribute in ("anchored_by", "aligned_with"):
         others = ("client-0", "client-2") if attribute in named else ()
         assert getattr(lineage, attribute) == others
@@ -96,7 +96,7 @@ def test_with_lineage_the_others_show_and_are_named(settings, named, tmp_path):
     assert all(together[client, CONTENT] != apart[client, CONTENT] for client in STAY)
     for client in STAY:
         found, expected = (
-            Contribution.load(folder(tmp_path / kind, client)).task_vector.tensors
+            Contribution.open(folder(tmp_path / kind, client)).task_vector.tensors
             for kind in ("with", "without")
         )
         assert any((found[name] != expected[name]).any() for name in expected)
@@ -114,10 +114,10 @@ def test_without_lineage_a_client_that_fails_half_way_leaves_no_trace(phase, tmp
 def test_under_its_own_probe_a_fisher_has_rows_for_its_own_classes_alone(tmp_path):
     results = run({}, tmp_path / "own", **LINEAGE_FREE["own"])
     for client, figures in results["per_client"].items():
-        fisher = Contribution.load(folder(tmp_path / "own", client)).fisher
+        fisher = Contribution.open(folder(tmp_path / "own", client)).fisher
         assert list(fisher.classes) == figures["classes"]
     results = run({}, tmp_path / "joint", realign=False)
-    fisher = Contribution.load(folder(tmp_path / "joint", "client-1")).fisher
+    fisher = Contribution.open(folder(tmp_path / "joint", "client-1")).fisher
     assert list(fisher.classes) == results["classes"]
 
 

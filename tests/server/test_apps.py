@@ -76,7 +76,7 @@ def test_traffic_is_booked_by_client_and_phase(finished):
 def test_the_composed_model_is_the_pool_of_the_saved_contributions(finished):
     output, results = finished
     folders = (output / "registry" / "clients").iterdir()
-    pool = Pool(tuple(Contribution.load(folder) for folder in folders))
+    pool = Pool(tuple(Contribution.open(folder) for folder in folders))
     backbone = load_backbone(BackboneConfig())
     theta_p = pool.compose(backbone.theta_0)
     saved = safetensors.torch.load_file(output / "registry" / "model" / "model.safetensors")
@@ -118,7 +118,7 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
 
 def test_lineage_names_the_others_and_never_the_client_itself(finished):
     output, _ = finished
-    lineage = Contribution.load(output / "registry" / "clients" / "client-1").lineage
+    lineage = Contribution.open(output / "registry" / "clients" / "client-1").lineage
     assert lineage.anchored_by == ("client-0", "client-2")
     assert lineage.aligned_with == ("client-0", "client-2")
     assert lineage.ensemble == ()
@@ -127,8 +127,8 @@ def test_lineage_names_the_others_and_never_the_client_itself(finished):
 def test_the_same_seed_gives_the_same_result(finished, tmp_path):
     output, results = finished
     again = run({}, tmp_path / "again")
-    ours = Contribution.load(output / "registry" / "clients" / "client-0").task_vector.tensors
-    theirs = Contribution.load(
+    ours = Contribution.open(output / "registry" / "clients" / "client-0").task_vector.tensors
+    theirs = Contribution.open(
         tmp_path / "again" / "registry" / "clients" / "client-0"
     ).task_vector.tensors
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -267,7 +267,7 @@ def test_a_refused_answer_leaves_no_trace(tmp_path, phase, change, reason):
     (left_out,) = results["left_out"]
     assert left_out["phase"] == phase
     assert reason in left_out["reason"]
-    lineage = Contribution.load(tmp_path / "out" / "registry" / "clients" / "client-0").lineage
+    lineage = Contribution.open(tmp_path / "out" / "registry" / "clients" / "client-0").lineage
     assert lineage.anchored_by == ("client-2",)
 
 

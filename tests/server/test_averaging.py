@@ -109,8 +109,6 @@ def fit(
         vector.kind,
         Split(data.train.images, labels),
         head,
-        head,
-        None,
         RunConfig.parse({**config.flat(), **quiet}).train,
         generator=generator_for(config.seed, "train", data.name, str(n)),
         course=Course(vector, passed=(n - 1) / rounds, share=1 / rounds),

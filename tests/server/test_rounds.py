@@ -87,8 +87,7 @@ def anchor_by_hand(output: Path, classes: tuple[str, ...]) -> Anchor:
     count = sum(fisher.num_examples for fisher in fishers)
     sums = [fisher.for_classes(classes).sums for fisher in fishers]
     mean = {n: (sum(s[n].double() for s in sums) / count).float() for n in sums[0]}
-    weight, bias = mean.pop("head.weight"), mean.pop("head.bias")
-    return Anchor(mean, weight, bias)
+    return Anchor.of(mean)
 
 
 def rest_by_hand(last: dict[str, Fitted], client: str, times: dict[str, int]) -> Weights:
@@ -122,19 +121,21 @@ def rounds_by_hand(
                 backbone,
                 Kind.FULL,
                 data.train,
-                before.head if before else own,
                 own,
-                anchor_by_hand(output, data.classes),
                 config.train,
                 generator=generator_for(config.seed, "train", client, str(passed + 1)),
-                ensemble=Ensemble(
-                    rest_by_hand(last, client, times) or zeros,
-                    times[client] / sum(times.values()),
-                    config.method.beta,
-                    config.compose.scale,
-                ),
                 course=Course(
-                    before.task_vector if before else None, passed / number, share=1 / number
+                    before.task_vector if before else None,
+                    before.head if before else None,
+                    anchor_by_hand(output, data.classes),
+                    Ensemble(
+                        rest_by_hand(last, client, times) or zeros,
+                        times[client] / sum(times.values()),
+                        config.method.beta,
+                        config.compose.scale,
+                    ),
+                    passed=passed / number,
+                    share=1 / number,
                 ),
             )
         last = trained
