@@ -60,12 +60,10 @@ class Strategy(ABC):
     def new_fitting(self) -> Fitting:
         """The phases that ask clients for contributions."""
         return Fitting(
-            self.exchange,
+            self.roster,
             self.config,
-            self.backbone,
             self.registry,
             self.output / INCOMING,
-            self.roster,
             self.figures,
             ensembled=self.config.method.method is Method.IEL,
         )

@@ -179,9 +179,7 @@ class Unlearning:
         )
         roster = Roster(self.exchange, self.backbone, participants)
         folder = self.output / "incoming"
-        fitting = Fitting(
-            self.exchange, self.config, self.backbone, self.registry, folder, roster, ensembled=True
-        )
+        fitting = Fitting(roster, self.config, self.registry, folder, ensembled=True)
         last = LastSent(self.output / "rounds")
         rounds = Rounds(fitting, self.request.repair_rounds, last, continuing=True)
         try:

@@ -30,14 +30,12 @@ from server.phases.roster import Roster
 class Fishers:
     """Fisher diagonals of a run; computes the mean that anchors each client."""
 
-    exchange: Exchange
+    roster: Roster
     config: RunConfig
-    backbone: Backbone
     registry: Registry
     """Its members' Fisher diagonals are in the sum, where it keeps them."""
     contributions: Path
     """Folder with a sub-folder for each client."""
-    roster: Roster
     figures: dict[str, dict[str, Any]]
     """What clients report, by client; this phase adds the estimator's report."""
     ensembled: bool
@@ -45,6 +43,8 @@ class Fishers:
 
     def __post_init__(self) -> None:
         """Read the reference before any client is asked; raises if that fails."""
+        self.exchange: Exchange = self.roster.exchange
+        self.backbone: Backbone = self.roster.backbone
         self.reference = self._read_reference()
 
     def gather(

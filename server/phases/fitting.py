@@ -56,15 +56,13 @@ FIGURES = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accu
 class Fitting:
     """Asks clients for contributions; a method for each of :data:`PHASES`, in this order."""
 
-    exchange: Exchange
+    roster: Roster
+    """Who the clients are."""
     config: RunConfig
-    backbone: Backbone
     registry: Registry
     """The registry that the clients of this run join."""
     contributions: Path
     """Folder of contributions that are not in the registry yet, with a sub-folder for each."""
-    roster: Roster
-    """Who the clients are."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What clients reported, by client."""
     ensembled: bool = False
@@ -74,14 +72,14 @@ class Fitting:
 
     def __post_init__(self) -> None:
         """Read the reference before any client is asked; raises if that fails."""
+        self.exchange: Exchange = self.roster.exchange
+        self.backbone: Backbone = self.roster.backbone
         self.kinds = kinds_of(self.config.train.kind)
         self.fishers = Fishers(
-            self.exchange,
+            self.roster,
             self.config,
-            self.backbone,
             self.registry,
             self.contributions,
-            self.roster,
             self.figures,
             self.ensembled,
         )
