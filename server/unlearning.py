@@ -33,7 +33,8 @@ from server.exchange.exchange import Exchange
 from server.phases import fitting
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
-from server.phases.roster import Participants, Roster
+from server.phases.participants import Participants
+from server.phases.roster import Roster
 from server.rounds.holdings import LastSent
 from server.rounds.rounds import Rounds
 

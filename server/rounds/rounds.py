@@ -144,19 +144,14 @@ class Rounds:
         Returns:
             What happened, as JSON values.
         """
-        asked, absent = self.attendance.asked(number), self.roster.participants.absent
+        asked = self.attendance.asked(number)
         if not asked:
             self.exchange.require_clients("train", asked)
             raise TooFewClients(f"Nobody is there to train in round {number}.")
         self._number, self._together = number, self._count(asked)
         self._arrived: dict[str, dict[str, Any]] = {}
         self._lacking: set[str] = set()
-        missed = self.attendance.missed(number)
-        for client in missed:
-            reason = "it missed this round before the run was interrupted"
-            self.exchange.books.miss("train", client, reason)
-        for client in sorted(absent - set(missed)):
-            self.exchange.books.miss("train", client, "its node is not connected")
+        missed = self._book_missed()
         self._ask(asked)
         if self._lacking:
             self._ask(self._lacking)
@@ -169,20 +164,26 @@ class Rounds:
                 self.fitting.note_figures(client, figures)
                 losses[client] = figures["losses"][-1]
         if not losses:
-            label = self.exchange.books.label("train")
-            reasons = [
-                f"  - {m.client}: {m.reason}"
-                for m in self.exchange.books.missed
-                if m.phase == label
-            ]
+            books = self.exchange.books
+            this = [missed for missed in books.missed if missed.phase == books.label("train")]
+            reasons = [f"  - {missed.client}: {missed.reason}" for missed in this]
             raise TooFewClients("\n".join([f"Nobody trained in round {number}:", *reasons]))
         return {
             "round": number,
             "members": list(self.sum.clients),
             "trained": sorted(losses),
-            "missed": sorted({*asked, *absent, *missed} - set(losses)),
+            "missed": sorted({*asked, *missed} - set(losses)),
             "mean_loss": fmean(losses.values()),
         }
+
+    def _book_missed(self) -> tuple[str, ...]:
+        """Book those who take part, but cannot be asked in this round; returns their names."""
+        missed, absent = self.attendance.missed(self._number), self.roster.participants.absent
+        reasons = dict.fromkeys(missed, "it missed this round before the run was interrupted")
+        reasons |= dict.fromkeys(sorted(absent - set(missed)), "its node is not connected")
+        for client, reason in reasons.items():
+            self.exchange.books.miss("train", client, reason)
+        return tuple(reasons)
 
     def _ask(self, clients: Iterable[str]) -> None:
         """Ask clients to train inside the sum of the round's beginning.
