@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from app_runs import altered, run
+from app_runs import ALL_WEIGHTS, altered, run
 from round_runs import (
     PARTITIONS,
     assert_sum_of_the_last,
@@ -213,7 +213,7 @@ def test_rounds_go_on_from_what_arrived_and_not_from_what_was_meant(images, tmp_
 
 
 def test_an_averaged_model_comes_in_fewer_bits_too(tmp_path):
-    settings = {"method": "fedavg", "num_server_rounds": 2}
+    settings = {"method": "fedavg", "num_server_rounds": 2, "target_weights": ALL_WEIGHTS}
     few = run({}, tmp_path / "few", wire="int8", **settings)
     full = run({}, tmp_path / "full", **settings)
     one, other = (received(results, "train, round 2") for results in (few, full))
@@ -229,7 +229,7 @@ def test_an_averaged_model_comes_in_fewer_bits_too(tmp_path):
 def test_a_factored_fisher_takes_kilobytes_and_is_expanded_before_it_is_kept(plain, tmp_path):
     results = run({}, tmp_path / "out", fisher_form="factored")
     assert_whole(tmp_path / "out", results)
-    assert max(received(results, "fisher")) < 0.02 * min(received(plain[1], "fisher"))
+    assert max(received(results, "fisher")) < 0.03 * min(received(plain[1], "fisher"))
     meant, found = sent_last(plain[0]), sent_last(tmp_path / "out")
     for client in CLIENTS:
         for name, total in meant[client].fisher.sums.items():

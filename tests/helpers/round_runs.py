@@ -33,7 +33,6 @@ PARTITIONS = {client: i for i, client in enumerate(OWNED)}
 SMALL = {
     "method": "iel",
     "num_server_rounds": 2,
-    "target_weights": "blocks.0.mlp.fc1.weight,blocks.1.attn.proj.weight",
     "batch_size": 8,
     "beta": 5.0,
     "realign": False,

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import safetensors.torch
 import torch
-from app_runs import QUICK, altered, run
+from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from builders import dense_by_hand
 from PIL import Image
 from rich.console import Console
@@ -45,7 +45,7 @@ Parameters = Mapping[str, Tensor]
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return load_backbone(BackboneConfig())
+    return load_backbone(BackboneConfig(target_weights=FEW_WEIGHTS))
 
 
 @pytest.fixture(scope="module")
