@@ -22,13 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo.composition.running_sum import RunningSum
-from fedcompo.config.choices import Method
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages.records import Body
-from fedcompo.method.heads import Head, head_tensors
-from fedcompo.method.lineage import Lineage
-from fedcompo.method.task_vector import TaskVector
+from fedcompo.method.heads import head_tensors
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.tensorfile import prefixed
 from server.exchange.checks import too_long
@@ -37,10 +33,8 @@ from server.phases.fitting import Fitting
 from server.phases.roster import Roster
 from server.resume import Working
 from server.rounds.attendance import Attendance
+from server.rounds.current_sum import CurrentSum
 from server.rounds.holdings import ANCHOR, OWN, Holdings, LastSent
-
-ALONE = Lineage(method=str(Method.IEL))
-"""Lineage of a client before its first round."""
 
 
 @dataclass
@@ -67,31 +61,15 @@ class Rounds:
         closed = self.roster.newcomers if self.continuing else None
         past = list(self.working.steps) if self.working else []
         self.attendance = Attendance(self.fitting, self.number, closed, past)
-        self.heads: dict[str, Head] = {}
-        self.lineages: dict[str, Lineage] = {}
-        self._entered: set[str] = set()
+        self.sum = CurrentSum(self.fitting, self.last)
         self.holdings = Holdings()
 
     # -- who is there -----------------------------------------------------------------------------
 
-    def seat_members(self) -> None:
-        """Put the registry's members into the sum; with ``continuing``, some of them train on."""
-        theta_0, settings = self.fitting.backbone.theta_0, self.registry.settings
-        vectors, times = {}, {}
-        members = self.roster.participants.members
-        going_on = self.roster.newcomers if self.continuing else ()
-        for client in (*members, *going_on):
-            contribution = self.registry.contribution(client)
-            vectors[client] = contribution.task_vector
-            times[client] = settings.times(contribution.num_examples)
-            if client in going_on:
-                self.heads[client] = contribution.head
-                self.lineages[client] = ALONE.joined(contribution.lineage)
-        self.sum = RunningSum.of(theta_0, vectors, times)
-
     def run(self) -> None:
         """Do all rounds; raises ``TooFewClients`` if there is a round in which nobody trains."""
-        self.seat_members()
+        going_on = self.roster.newcomers if self.continuing else ()
+        self.sum.begin(self.roster.participants.members, going_on)
         for number in range(1, self.number + 1):
             with self.exchange.books.during(f"round {number}"):
                 came = self.attendance.welcome(number)
@@ -114,10 +92,7 @@ class Rounds:
             number: The round that is over.
         """
         for client in clients:
-            if client in self.sum.clients:
-                self.sum.drop(client)
-                self.last.forget(client)
-                self._entered.discard(client)
+            self.sum.drop(client)
             if client in self.exchange.clients:
                 reason = f"left after round {number}; its task vector is out of the sum"
                 self.exchange.leave_out("train", client, reason)
@@ -148,7 +123,7 @@ class Rounds:
         if not asked:
             self.exchange.require_clients("train", asked)
             raise TooFewClients(f"Nobody is there to train in round {number}.")
-        self._number, self._together = number, self._count(asked)
+        self._number, self._together = number, self.sum.together(asked)
         self._arrived: dict[str, dict[str, Any]] = {}
         self._lacking: set[str] = set()
         missed = self._book_missed()
@@ -160,9 +135,13 @@ class Rounds:
             self._refuse(client, reason)
         inside, losses = set(self.sum.clients), {}
         for client, figures in sorted(self._arrived.items()):
-            if self._enter(client, inside):
-                self.fitting.note_figures(client, figures)
-                losses[client] = figures["losses"][-1]
+            try:
+                self.sum.put(client, inside)
+            except ContributionError as error:  # its values are too large to be summed
+                self._refuse(client, str(error))
+                continue
+            self.fitting.note_figures(client, figures)
+            losses[client] = figures["losses"][-1]
         if not losses:
             books = self.exchange.books
             this = [missed for missed in books.missed if missed.phase == books.label("train")]
@@ -213,14 +192,6 @@ class Rounds:
             self.exchange.books.note(f"{client} has lost what it kept ({lacks}); it is sent again.")
         return client
 
-    def _count(self, asked: Iterable[str]) -> int:
-        """How often all clients count that are in the sum, or are asked to train."""
-        return sum((self.sum.times | {client: self._times(client) for client in asked}).values())
-
-    def _times(self, client: str) -> int:
-        described = self.roster.participants.described[client]
-        return self.registry.settings.times(described.num_examples)
-
     def _request(self, client: str) -> Body:
         """Request for a client: the sum over the others, and what else it needs but lacks."""
         fitting, together = self.fitting, self._together
@@ -236,7 +207,7 @@ class Rounds:
             "last": self._number == self.number,
             "needs": needs,
             "ensemble": {
-                "share": self._times(client) / together,
+                "share": self.sum.times(client) / together,
                 "scale": self.registry.settings.scale,
             },
             "course": {"passed": (self._number - 1) / self.number, "share": 1 / self.number},
@@ -253,8 +224,7 @@ class Rounds:
         """The server's copy of what a client needs."""
         if name == ANCHOR:
             return self.fitting.fishers.anchor_of(client)
-        own = self.sum.vectors[client].tensors
-        return prefixed("task_vector", {n: own[n] for n in own}) | head_tensors(self.heads[client])
+        return self.sum.own(client)
 
     def _check(self, client: str, body: Body) -> None:
         """Check a client's answer, and write it beside the one of its last round."""
@@ -264,30 +234,6 @@ class Rounds:
         self.holdings.sent(client, digest, holds)
         self._arrived[client] = figures
 
-    def _enter(self, client: str, inside: set[str]) -> bool:
-        """Let a client's new task vector take the place of its last one, in the sum and on disk.
-
-        Args:
-            client: Who trained.
-            inside: Clients whose task vectors were in the sum that it trained in.
-
-        Returns:
-            Whether it could be summed. If not, the client misses the round, and its last task
-            vector stays.
-        """
-        vector, _ = self._read(client, arriving=True)
-        try:
-            self.sum.put(client, vector, times=self._times(client))
-        except ContributionError as error:
-            self._refuse(client, str(error))
-            return False
-        self.last.take(client)
-        self.sum.vectors[client], self.heads[client] = self._read(client)
-        self._entered.add(client)
-        before, lineage = self.lineages.get(client, ALONE), self.fitting.lineage(client)
-        self.lineages[client] = before.joined(lineage, ensemble=inside - {client})
-        return True
-
     def _refuse(self, client: str, reason: str) -> None:
         """Reject what a client sent in this round; its last task vector stays."""
         self.last.refuse(client)
@@ -295,24 +241,13 @@ class Rounds:
         self._arrived.pop(client, None)
         self.exchange.books.miss("train", client, reason)
 
-    def _read(self, client: str, *, arriving: bool = False) -> tuple[TaskVector, Head]:
-        who, base = self.roster.participants, self.fitting.backbone.fingerprint
-        kind, classes = who.kinds[client], who.described[client].classes
-        return self.last.read(client, kind, base, classes, arriving=arriving)
-
     # -- what comes of it -------------------------------------------------------------------------
 
     @property
     def trained(self) -> tuple[str, ...]:
         """Clients that trained in this run and are in the sum, sorted."""
-        return tuple(sorted(self._entered))
+        return self.sum.trained
 
     def keep(self) -> list[Path]:
-        """Write the contributions of all who trained; returns their folders."""
-        folders = []
-        for client in self.trained:
-            self.fitting.keep(
-                client, self.sum.vectors[client], self.heads[client], self.lineages[client]
-            )
-            folders.append(self.fitting.folder(client))
-        return folders
+        """Write the contributions of all that trained; returns their folders."""
+        return self.sum.keep()
