@@ -14,7 +14,8 @@ from torch import Tensor
 from clients import averaging
 from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
-from fedcompo.messages.records import Body, from_record, refusal, to_record
+from fedcompo.messages.body import Body
+from fedcompo.messages.records import from_record, refusal, to_record
 from fedcompo.runtime import of_this_process, peak_bytes, reset_peak
 
 app = ClientApp()

@@ -13,7 +13,7 @@ from clients import outgoing
 from clients.local import LocalClient
 from fedcompo.config.choices import Kind
 from fedcompo.data.client_data import Split
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for

@@ -27,7 +27,7 @@ from fedcompo.config.choices import HeadStart, Kind, kinds_of
 from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data, load_folder
 from fedcompo.errors import DataError
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head, head_from, head_tensors

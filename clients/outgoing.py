@@ -15,7 +15,7 @@ from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import FeatureMixture, fit_mixtures

@@ -37,7 +37,7 @@ from fedcompo.config.choices import Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector

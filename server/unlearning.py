@@ -22,7 +22,7 @@ from flwr.common.logger import log
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RegistryConfig, RunConfig
 from fedcompo.errors import ContributionError, FedcompoError
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.pool import require_known
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry

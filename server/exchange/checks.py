@@ -14,7 +14,7 @@ from typing import Any
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import FisherForm, Kind, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.contribution import mixtures_from
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import FeatureMixture

@@ -16,7 +16,8 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
 from fedcompo.errors import FedcompoError, TooFewClients
-from fedcompo.messages.records import Body, from_record, size_of, to_record
+from fedcompo.messages.body import Body
+from fedcompo.messages.records import from_record, size_of, to_record
 from fedcompo.runtime import reset_peak
 from server.exchange.books import NOTHING, LeftOut, Traffic
 from server.exchange.checks import checked_caps

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.diagnostics import Diagnostics, diagnose
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures
 from fedcompo.method.fisher import FisherDiagonal

@@ -24,7 +24,7 @@ from fedcompo.config.choices import AnchorBy, HeadStart, Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures

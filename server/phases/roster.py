@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.features import Mixtures
 from fedcompo.names import check_client_name
 from fedcompo.runtime import check_versions

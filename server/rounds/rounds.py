@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import ContributionError, TooFewClients
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
