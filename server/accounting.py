@@ -91,7 +91,7 @@ def composed_epsilon(noises: Sequence[float], *, delta: float) -> float:
     for noise in noises:
         event = GaussianPrivacyEvent(min(noise, STRONGEST), sample_size=1, population_size=1)
         accountant.compose(event)
-    return accountant.get_epsilon(delta)
+    return float(accountant.get_epsilon(delta))
 
 
 def notes(told: Mapping[str, Told], *, delta: float) -> list[str]:

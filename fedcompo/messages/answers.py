@@ -6,13 +6,13 @@ Reading an answer finds what is missing. Whether the rest can be true is for the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fedcompo.config.choices import FisherForm, Kind
-from fedcompo.messages.body import Body, Message, entry
+from fedcompo.messages.body import Body, Content, entry
 from fedcompo.messages.requests import TASK_VECTOR, own_tensors
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.method.features import Mixtures
@@ -24,7 +24,7 @@ FISHER = "fisher"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Process(Message):
+class Process(Content):
     """What every answer says of the process that it comes from."""
 
     peak_memory: Mapping[str, int] = entry()
@@ -34,7 +34,7 @@ class Process(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer(Message):
+class Answer(Content):
     """What every answer says of how it came about."""
 
     CONTENT: ClassVar[str]
@@ -44,6 +44,12 @@ class Answer(Message):
     caps: Mapping[str, Any] = entry(default={})
     """What the client tells of the caps it worked under; ``wire``: the tensors are in these
     numbers."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The accuracies that it reports, by name."""
+        values = {f: getattr(self, f.name) for f in fields(self) if f.name.endswith("_accuracy")}
+        return {f.name: value for f, value in values.items() if value is not f.default}
 
     def to_body(self) -> Body:
         """Tensors and manifest."""
@@ -203,3 +209,9 @@ class LacksAnswer(NoticeAnswer):
     CONTENT: ClassVar[str] = "train"
 
     lacks: tuple[str, ...] = entry(tuple)
+
+
+def read_trained(body: Body) -> TrainAnswer | LacksAnswer:
+    """Read the answer of a client that was left to keep something."""
+    lacking = bool(body[1].get("lacks"))
+    return LacksAnswer.from_body(body) if lacking else TrainAnswer.from_body(body)

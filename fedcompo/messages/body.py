@@ -30,7 +30,7 @@ def entry(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Message:
+class Content:
     """What is said, by server or client; its fields are entries, or written by ``_write``."""
 
     def to_body(self) -> Body:
@@ -65,7 +65,7 @@ class Message:
         return {}
 
 
-def _entries(message: type[Message]) -> list[tuple[str, str, Callable[[Any], Any], bool]]:
+def _entries(message: type[Content]) -> list[tuple[str, str, Callable[[Any], Any], bool]]:
     """Field, key, how to read it, and whether it may be missing."""
     return [
         (

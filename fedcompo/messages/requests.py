@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.body import Body, Message, entry
+from fedcompo.messages.body import Body, Content, entry
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
@@ -50,16 +50,16 @@ def anchor_tensors(anchor: Anchor) -> dict[str, Tensor]:
     return head_tensors(head) | prefixed(WEIGHTS, anchor.weights)
 
 
-class IdentifyRequest(Message):
+class IdentifyRequest(Content):
     """Who are you?"""
 
 
-class FeaturesRequest(Message):
+class FeaturesRequest(Content):
     """What do your classes look like to the pre-trained backbone?"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoticeRequest(Message):
+class NoticeRequest(Content):
     """A client was removed."""
 
     text: str = entry(str)
@@ -69,7 +69,7 @@ class NoticeRequest(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FisherRequest(Message):
+class FisherRequest(Content):
     """What is the Fisher diagonal of your images?"""
 
     joint: Head | None = None
@@ -84,7 +84,7 @@ class FisherRequest(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealignRequest(Message):
+class RealignRequest(Content):
     """What do your classes look like to the composed model?"""
 
     theta: Weights
@@ -142,7 +142,7 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRequest(Message):
+class TrainRequest(Content):
     """Fit your task vector: alone, or inside the sum of the others."""
 
     joint: Head
@@ -215,7 +215,7 @@ class TrainRequest(Message):
                     "fedcompo version everywhere."
                 )
         sent = {name: section(name, tensors) for name in manifest["needs"]}
-        values = {"sent": {name: found for name, found in sent.items() if found}}
+        values: dict[str, Any] = {"sent": {name: found for name, found in sent.items() if found}}
         if ensemble := manifest.get("ensemble"):
             rest = section(REST, tensors)
             values["others"] = Others(rest, ensemble["share"], ensemble["scale"])
@@ -227,7 +227,7 @@ class TrainRequest(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AveragingRequest(Message):
+class AveragingRequest(Content):
     """Train the model that all share (FedAvg, FedProx) for one round."""
 
     kind: Kind = entry(Kind)

@@ -16,8 +16,10 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
 from fedcompo.errors import FedcompoError, TooFewClients
+from fedcompo.messages.answers import Process
 from fedcompo.messages.body import Body
 from fedcompo.messages.records import from_record, size_of, to_record
+from fedcompo.messages.requests import addressed
 from fedcompo.runtime import reset_peak
 from server.exchange.books import NOTHING, LeftOut, Traffic
 from server.exchange.checks import checked_caps
@@ -109,7 +111,7 @@ class Exchange(Nodes):
             return
         node = self.nodes[client]
         name = self.registered.get(node, "")
-        content = to_record(tensors, {"content": "request", "registered_name": name, **manifest})
+        content = to_record(*addressed((tensors, manifest), name))
         message = Message(content, node, asking.message_type, ttl=self.timeout)
         ids, sent = list(self.grid.push_messages([message])), size_of(content)
         if ids and ids[0]:
@@ -249,7 +251,8 @@ class _Asking:
 
 def _peaks(body: Body) -> dict[str, int]:
     """Peak memory that a client reports, in bytes."""
-    peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
+    reported = Process.from_body(body).peak_memory
+    peak = {who: int(count) for who, count in reported.items()}
     return {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
 
 

@@ -24,17 +24,19 @@ from fedcompo.config.choices import AnchorBy, HeadStart, Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
+from fedcompo.messages.answers import FisherAnswer, TrainAnswer
 from fedcompo.messages.body import Body
+from fedcompo.messages.requests import ANCHOR, FisherRequest, Others, TrainRequest, anchor_tensors
 from fedcompo.method.contribution import Contribution, Lineage
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures
-from fedcompo.method.fisher import FisherDiagonal, load_fisher, save_fisher
-from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.fisher import HEAD, FisherDiagonal, load_fisher, save_fisher
+from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
-from fedcompo.storage.tensorfile import prefixed
 from fedcompo.training.anchors import Anchors
+from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import load_reference
 from server.exchange.checks import (
     Originals,
@@ -49,8 +51,6 @@ from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
 
 PHASES = ("features", "align", "fisher", "train")
-FIGURES = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
-"""What a client reports of its training."""
 
 
 @dataclass
@@ -212,9 +212,7 @@ class Fitting:
             clients: Whom to ask; None: everyone who is to be trained.
             decisive: Fail if nobody sends one, or too few clients are left then.
         """
-        request: Body = {}, {}
-        if self._starts_aligned:
-            request = head_tensors(self.aligned), {"classes": list(self.aligned.classes)}
+        request = FisherRequest(joint=self.aligned if self._starts_aligned else None).to_body()
         asked = self.newcomers if clients is None else clients
         self.exchange.ask(
             "fisher",
@@ -250,11 +248,11 @@ class Fitting:
 
     def _fold_fisher(self, client: str, body: Body) -> str:
         starts_from = self.aligned if self._starts_aligned else self.roster.described[client]
-        fisher = checked_fisher(client, body, self.backbone, starts_from.classes)
-        report = dict(body[1]["report"])
+        answer = FisherAnswer.from_body(body)
+        fisher = checked_fisher(client, answer, self.backbone, starts_from.classes)
         base = self.backbone.fingerprint
         save_fisher(self.folder(client) / FISHER, fisher, client=client, base=base)
-        self.figures.setdefault(client, {})["fisher"] = report
+        self.figures.setdefault(client, {})["fisher"] = answer.report
         return client
 
     def _load_fisher(self, client: str) -> FisherDiagonal:
@@ -291,23 +289,17 @@ class Fitting:
 
         A client that trains inside the sum of the members (IEL) is sent that sum, too.
         """
-        tensors = head_tensors(self.aligned)
-        manifest = {
-            "classes": list(self.aligned.classes),
-            "kind": str(self.kinds[client]),
-            "frozen": True,
-            "needs": {},
-        }
-        if anchor := self.anchor_of(client):
-            tensors |= prefixed("anchor", anchor)
-            manifest["needs"] = {"anchor": ""}
-        if self.ensembled:
-            rest, share = self._rest_of(client)
-            tensors |= prefixed("rest", rest)
-            manifest["ensemble"] = {"share": share, "scale": self.registry.settings.scale}
-        return tensors, manifest
+        anchor = self.anchor_of(client)
+        return TrainRequest(
+            joint=self.aligned,
+            kind=self.kinds[client],
+            frozen=True,
+            needs={ANCHOR: ""} if anchor else {},
+            sent={ANCHOR: anchor} if anchor else {},
+            others=self._others_of(client) if self.ensembled else None,
+        ).to_body()
 
-    def _rest_of(self, client: str) -> tuple[Weights, float]:
+    def _others_of(self, client: str) -> Others:
         """The sum of the members but for the client itself, and its share beside them."""
         registry, times = self.registry, self.registry.settings.times
         total = dict(registry.running_sum()) if registry.clients else {}
@@ -318,7 +310,8 @@ class Fitting:
             others.times[client] = times(before.num_examples)
         own = times(self.roster.described[client].num_examples)
         together = registry.state.count - others.times.get(client, 0) + own
-        return others.rest(client, together=together), own / together
+        rest, scale = others.rest(client, together=together), registry.settings.scale
+        return Others(rest=rest, share=own / together, scale=scale)
 
     def anchor_of(self, client: str) -> Weights:
         """The mean Fisher that holds a client, head rows included; empty if there is none."""
@@ -326,9 +319,9 @@ class Fitting:
         mean = self.anchors.mean_for(client, classes, with_own=self.ensembled)
         if mean is None:
             return {}
-        head = {"head/weight": mean.pop("head.weight"), "head/bias": mean.pop("head.bias")}
+        weight, bias = (mean.pop(name) for name in HEAD)
         held = self.strength > 0 and any(bool(f.any()) for f in mean.values())
-        return head | (prefixed("weights", mean) if held else {})
+        return anchor_tensors(Anchor(mean if held else {}, weight, bias))
 
     @property
     def strength(self) -> float:
@@ -336,27 +329,26 @@ class Fitting:
         return self.config.method.beta if self.ensembled else self.config.train.alpha
 
     def _fold_trained(self, client: str, body: Body) -> str:
-        vector, head, figures = self.check_trained(client, body)
+        vector, head, figures = self.check_trained(client, TrainAnswer.from_body(body))
         self.keep(client, vector, head, self.lineage(client))
         self.note_figures(client, figures)
         return client
 
-    def check_trained(self, client: str, body: Body) -> tuple[TaskVector, Head, dict[str, Any]]:
-        """Unpack what a client trained, and its figures; raises ``ContributionError``."""
-        tensors, manifest = body
-        vector = checked_task_vector(client, body, self.backbone)
+    def check_trained(
+        self, client: str, answer: TrainAnswer
+    ) -> tuple[TaskVector, Head, dict[str, Any]]:
+        """Check what a client trained, and its figures; raises ``ContributionError``."""
+        vector = checked_task_vector(client, answer, self.backbone)
         if vector.kind is not self.kinds[client]:
             raise ContributionError(
                 f"Client {client!r} sent a task vector of the kind {vector.kind}, it was asked for "
                 f"{self.kinds[client]}. Use the same fedcompo version everywhere."
             )
         self.originals.check(client, vector)
-        head = head_from(tensors, manifest["classes"])
+        head = answer.head(answer.classes)
         classes = self.roster.described[client].classes
         head.check(classes, self.backbone.num_features, f"client {client!r}")
-        names = [name for name in FIGURES if name in manifest]
-        figures = checked_fractions(client, manifest, names)
-        losses = [float(loss) for loss in manifest["losses"]]
+        figures, losses = checked_fractions(client, answer.figures), list(answer.losses)
         if not losses or not all(map(math.isfinite, losses)):
             raise ContributionError(f"Client {client!r} reports the losses {losses}.")
         norm = norm_of(vector, self.backbone.theta_0)
@@ -374,7 +366,7 @@ class Fitting:
             client=client,
             task_vector=vector,
             head=head,
-            features=description.mixtures,
+            features=dict(description.mixtures),
             num_examples=description.num_examples,
             lineage=lineage,
             fisher=self._load_fisher(client) if self.config.server.keep_fisher else None,

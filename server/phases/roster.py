@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
+from fedcompo.messages.answers import FeaturesAnswer, IdentifyAnswer, Process
 from fedcompo.messages.body import Body
+from fedcompo.messages.requests import FeaturesRequest, IdentifyRequest
 from fedcompo.method.features import Mixtures
 from fedcompo.names import check_client_name
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
-from server.exchange.checks import check_backbone, checked_mixtures
+from server.exchange.checks import check_backbone, check_mixtures
 from server.exchange.exchange import Exchange
 
 PHASE, NAMING = "features", "identify"
@@ -58,7 +60,7 @@ class Roster:
         self.exchange.ask(
             NAMING,
             f"query.{NAMING}",
-            lambda client: ({}, {}),
+            lambda client: IdentifyRequest().to_body(),
             self._fold_identity,
             decisive=nodes is None,
             clients=nodes,
@@ -74,7 +76,7 @@ class Roster:
         self.exchange.ask(
             PHASE,
             f"query.{PHASE}",
-            lambda client: ({}, {}),
+            lambda client: FeaturesRequest().to_body(),
             self._fold,
             decisive=decisive,
             clients=clients,
@@ -114,14 +116,13 @@ class Roster:
                 )
 
     def _fold_identity(self, client: str, body: Body) -> str:
-        name = self._checked_name(client, body)
+        name = self._checked_name(client, IdentifyAnswer.from_body(body), body)
         self.names.add(name)
         return name
 
-    def _checked_name(self, client: str, body: Body) -> str:
+    def _checked_name(self, client: str, answer: IdentifyAnswer, body: Body) -> str:
         """Who a client is; refuses one that is another, or holds another backbone."""
-        manifest = body[1]
-        name = check_client_name(str(manifest["client"]))
+        name = check_client_name(answer.client)
         registered = self.exchange.registered.get(self.exchange.nodes[client])
         if registered and name != registered:
             raise ContributionError(
@@ -132,26 +133,28 @@ class Roster:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
         if name != client:
             self._refuse_twins(client, name)
-        if (told := check_versions(name, manifest["versions"])) not in ("", *self.exchange.notes):
+        if (told := check_versions(name, Process.from_body(body).versions)) not in (
+            "",
+            *self.exchange.notes,
+        ):
             self.exchange.note(told)
-        check_backbone(name, str(manifest["base"]), self.backbone)
+        check_backbone(name, answer.base, self.backbone)
         return name
 
     def _fold(self, client: str, body: Body) -> str:
-        name, manifest = self._checked_name(client, body), body[1]
-        classes = tuple(manifest["classes"])
-        mixtures = checked_mixtures(name, body, classes, self.backbone.num_features)
-        kind = Kind(manifest["kind"]) if manifest.get("kind") else None
+        answer = FeaturesAnswer.from_body(body)
+        name, kind = self._checked_name(client, answer, body), answer.kind
+        check_mixtures(name, answer, answer.classes, self.backbone.num_features)
         if kind and self.tangent not in (None, kind is Kind.TANGENT):
             raise ContributionError(
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
                 "node another `kind`, or let it take part in a run of its own."
             )
         self.described[name] = Description(
-            classes=classes,
-            mixtures=mixtures,
-            num_examples=sum(mixture.num_examples for mixture in mixtures.values()),
-            num_test_examples=int(manifest["num_test_examples"]),
+            classes=answer.classes,
+            mixtures=answer.mixtures,
+            num_examples=sum(mixture.num_examples for mixture in answer.mixtures.values()),
+            num_test_examples=answer.num_test_examples,
             kind=kind,
         )
         self.names.add(name)

@@ -13,15 +13,12 @@ from pathlib import Path
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.method.heads import Head
+from fedcompo.messages.requests import ANCHOR, OWN, TASK_VECTOR
+from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import put_in_place
-from fedcompo.storage.tensorfile import prefixed
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
-
-ANCHOR, OWN = "anchor", "own"
-"""The metric; a client's own last task vector, with its head."""
 
 
 @dataclass
@@ -35,7 +32,7 @@ class Holdings:
 
     def request(
         self, client: str, names: Iterable[str], wanted: Callable[[str, str], Mapping[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, str]]:
         """What to send a client, and what to ask it to use.
 
         Args:
@@ -44,18 +41,18 @@ class Holdings:
             wanted: Makes the server's copy, given client and name.
 
         Returns:
-            Tensors that it does not keep, each under its name; SHA-256 of all it needs, by name.
+            The tensors of what it does not keep, and SHA-256 of all it needs, by name.
         """
-        tensors: dict[str, Tensor] = {}
+        sent: dict[str, Mapping[str, Tensor]] = {}
         needs: dict[str, str] = {}
         for name in names:
             digest = self.current.get((client, name), "")
             if not digest or digest != self.kept.get(client, {}).get(name):
                 copy = wanted(client, name)
                 digest = self.current[client, name] = tensorfile.tensor_digest(copy)
-                tensors |= prefixed(name, copy)
+                sent[name] = copy
             needs[name] = digest
-        return tensors, needs
+        return sent, needs
 
     def sent(self, client: str, own: str, kept: Mapping[str, str]) -> None:
         """Take note of what a client sent, and of what it says it keeps."""
@@ -76,19 +73,18 @@ class LastSent:
 
     folder: Path
 
-    def arrive(self, client: str, vector: TaskVector, tensors: Mapping[str, Tensor]) -> str:
+    def arrive(self, client: str, vector: TaskVector, own: Mapping[str, Tensor]) -> str:
         """Put what a client sent beside what it sent before.
 
         Args:
             client: Its name.
             vector: Its task vector.
-            tensors: Its answer's: task vector and head, under the names they travelled by.
+            own: Task vector and head, under the names they travelled by.
 
         Returns:
             SHA-256 of the tensors.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = {n: t for n, t in tensors.items() if n.split("/")[0] in ("task_vector", "head")}
         about = {"content": "round", "kind": str(vector.kind), "base": vector.base}
         return save_streamed(self._arriving(client), own, about)
 
@@ -118,8 +114,8 @@ class LastSent:
         """
         path = self._arriving(client) if arriving else self._settled(client)
         tensors = StreamedTensors(path)
-        vector = TaskVector(kind, Section(tensors, "task_vector"), base)
-        return vector, Head(classes, tensors["head/weight"], tensors["head/bias"])
+        vector = TaskVector(kind, Section(tensors, TASK_VECTOR), base)
+        return vector, head_from(tensors, list(classes))
 
     def clear(self) -> None:
         """Delete everything."""

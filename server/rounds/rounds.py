@@ -24,17 +24,18 @@ from torch import Tensor
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import ContributionError, TooFewClients
+from fedcompo.messages.answers import LacksAnswer, TrainAnswer, read_trained
 from fedcompo.messages.body import Body
-from fedcompo.method.heads import Head, head_tensors
+from fedcompo.messages.requests import ANCHOR, OWN, Others, Round, TrainRequest, own_tensors
+from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.tensorfile import prefixed
 from server.exchange.checks import too_long
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting
 from server.resume import Working
 from server.rounds.attendance import Attendance
-from server.rounds.holdings import ANCHOR, OWN, Holdings, LastSent
+from server.rounds.holdings import Holdings, LastSent
 from server.traces import Trace
 
 
@@ -187,15 +188,16 @@ class Rounds:
         lacking: list[str] = []
 
         def fold(client: str, body: Body) -> str:
-            if lacks := body[1].get("lacks"):
-                names = " and ".join(lacks)
+            answer = read_trained(body)
+            if isinstance(answer, LacksAnswer):
+                names = " and ".join(answer.lacks)
                 if again:
                     raise ContributionError(f"It lacks {names}, but was sent all that it needs.")
                 self.holdings.lost(client)
                 lacking.append(client)
                 self.exchange.note(f"{client} has lost what it kept ({names}); it is sent again.")
             else:
-                self._check(client, body)
+                self._check(client, answer)
             return client
 
         self.exchange.ask(
@@ -214,25 +216,26 @@ class Rounds:
     def _request(self, client: str) -> Body:
         """The sum over the others, and what the client needs besides and does not hold."""
         fitting, together = self.fitting, self._together
-        tensors = head_tensors(fitting.aligned)
-        tensors |= prefixed("rest", self.sum.rest(client, together=together))
-        missing, needs = self.holdings.request(client, self._needed(client), self._wanted)
-        tensors |= missing
-        manifest = {
-            "classes": list(fitting.aligned.classes),
-            "kind": str(fitting.kinds[client]),
-            "frozen": client not in fitting.figures or "losses" not in fitting.figures[client],
-            "federation": self.registry.identity,
-            "last": self._number == self.number,
-            "needs": needs,
-            "ensemble": {
-                "share": self._times(client) / together,
-                "scale": self.registry.settings.scale,
-            },
-            "course": {"passed": (self._number - 1) / self.number, "share": 1 / self.number},
-            "round": self._number,
-        }
-        return tensors, manifest
+        sent, needs = self.holdings.request(client, self._needed(client), self._wanted)
+        return TrainRequest(
+            joint=fitting.aligned,
+            kind=fitting.kinds[client],
+            frozen="losses" not in fitting.figures.get(client, {}),
+            needs=needs,
+            sent=sent,
+            others=Others(
+                rest=self.sum.rest(client, together=together),
+                share=self._times(client) / together,
+                scale=self.registry.settings.scale,
+            ),
+            round=Round(
+                number=self._number,
+                federation=self.registry.identity,
+                last=self._number == self.number,
+                passed=(self._number - 1) / self.number,
+                share=1 / self.number,
+            ),
+        ).to_body()
 
     def _needed(self, client: str) -> list[str]:
         """What a client trains with that it may have kept from the round before."""
@@ -244,14 +247,13 @@ class Rounds:
         if name == ANCHOR:
             return self.fitting.anchor_of(client)
         own = self.sum.vectors[client].tensors
-        return prefixed("task_vector", {n: own[n] for n in own}) | head_tensors(self.heads[client])
+        return own_tensors({n: own[n] for n in own}, self.heads[client])
 
-    def _check(self, client: str, body: Body) -> None:
+    def _check(self, client: str, answer: TrainAnswer) -> None:
         """Check what a client trained, and put it beside what it trained the last time."""
-        vector, _, figures = self.fitting.check_trained(client, body)
-        digest = self.last.arrive(client, vector, body[0])
-        holds = {str(name): str(held) for name, held in body[1].get("holds", {}).items()}
-        self.holdings.sent(client, digest, holds)
+        vector, _, figures = self.fitting.check_trained(client, answer)
+        digest = self.last.arrive(client, vector, answer.own)
+        self.holdings.sent(client, digest, answer.holds)
         self._arrived[client] = figures
 
     def _enter(self, client: str, inside: set[str]) -> bool:
