@@ -35,19 +35,18 @@ from fedcompo.config.choices import Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.messages.records import Body
+from fedcompo.messages.answers import AveragingAnswer, EvaluateAnswer
+from fedcompo.messages.body import Body
+from fedcompo.messages.requests import ROUND, AveragingRequest, EvaluateRequest
 from fedcompo.method.deltas import Weights, new_deltas
-from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from fedcompo.storage.tensorfile import prefixed, section
 from server.exchange.checks import checked_fractions, checked_task_vector
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
 
 METHODS = (Method.FEDAVG, Method.FEDPROX)
-FROZEN = ("frozen_class_il_accuracy", "frozen_task_il_accuracy")
-MEASURED = ("class_il_accuracy", "task_il_accuracy")
 NO_REGISTRY = (
     "There is no registry: what was averaged over rounds cannot be taken apart, so no client can "
     "be removed, and none can be specialised on."
@@ -101,28 +100,29 @@ class Averaging:
         mixtures = {client: described[client].mixtures for client in self.exchange.clients}
         return joint_head(mixtures, CompositionSettings.of(self.config), purpose="align")
 
-    def start(self) -> dict[str, Any]:
-        """The parameters that all clients start from: a task vector that is zero, and the head."""
+    def start(self) -> AveragingRequest:
+        """The request that all clients start from: a task vector that is zero, and the head."""
         generator = generator_for(self.config.seed, "averaging")
         deltas = new_deltas(
             self.kind, self.backbone.theta_0, rank=self.config.train.rank, generator=generator
         )
         vector = TaskVector.of(self.kind, deltas, base=self.backbone.fingerprint)
-        return prefixed("task_vector", vector.tensors) | head_tensors(self.aligned)
+        return AveragingRequest(
+            kind=self.kind,
+            task_vector=vector.tensors,
+            joint=self.aligned,
+            rounds=self.config.method.num_server_rounds,
+            number=1,
+        )
 
     def train(self) -> None:
         """Do all rounds."""
-        number, start = self.config.method.num_server_rounds, self.start()
+        start, settings = self.start().to_body()  # the strategy counts the rounds
         self._shapes = {name: tensor.shape for name, tensor in start.items()}
-        settings = {
-            "kind": str(self.kind),
-            "classes": list(self.aligned.classes),
-            "rounds": number,
-        }
         result = self.strategy().start(
             ExchangeGrid(self.exchange, self.read),
             ArrayRecord(start),
-            num_rounds=number,
+            num_rounds=self.config.method.num_server_rounds,
             train_config=ConfigRecord(settings),
         )
         self.trained = self.exchange.clients
@@ -136,13 +136,12 @@ class Averaging:
         ]
         parameters = dict(result.arrays.to_torch_state_dict())
         self.num_parameters = sum(tensor.numel() for tensor in parameters.values())
-        vector = TaskVector(
-            self.kind, section("task_vector", parameters), self.backbone.fingerprint
-        )
+        averaged = AveragingRequest.from_body((parameters, settings))
+        vector = TaskVector(self.kind, averaged.task_vector, self.backbone.fingerprint)
         theta_0 = self.backbone.theta_0
         changes = vector.dense(theta_0)
         self.theta: Weights = {name: theta_0[name] + change for name, change in changes.items()}
-        self.head = head_from(parameters, list(self.aligned.classes))
+        self.head = averaged.joint
 
     def strategy(self) -> FedAvg:
         """Flower's strategy: all clients in each round, at least ``min-clients``.
@@ -165,9 +164,9 @@ class Averaging:
         Raises:
             ContributionError: If its tensors are not those that were sent, trained further.
         """
-        tensors, manifest = body
-        checked_task_vector(client, body, self.backbone)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        answer = AveragingAnswer.from_body(body)
+        checked_task_vector(client, answer, self.backbone)
+        shapes = {name: tensor.shape for name, tensor in answer.tensors.items()}
         if shapes != self._shapes:
             differing = sorted({*shapes.items()} ^ {*self._shapes.items()})
             raise ContributionError(
@@ -175,27 +174,25 @@ class Averaging:
                 f"{differing[0]}. Use the same fedcompo version everywhere."
             )
         classes = self.aligned.classes
-        head_from(tensors, list(classes)).check(
-            classes, self.backbone.num_features, f"client {client!r}"
-        )
+        answer.head(classes).check(classes, self.backbone.num_features, f"client {client!r}")
         known = self.figures.get(client, {})
-        frozen = checked_fractions(client, manifest, [name for name in FROZEN if name in manifest])
-        losses = [float(loss) for loss in manifest["losses"]]
+        frozen, losses = checked_fractions(client, answer.figures), answer.losses
         metrics = {
             "num-examples": self.roster.participants.described[client].num_examples,
             "loss": losses[-1],
         }
-        record = RecordDict({"arrays": ArrayRecord(tensors), "metrics": MetricRecord(metrics)})
+        arrays = ArrayRecord(dict(answer.tensors))
+        record = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
         self.figures[client] = known | frozen | {"losses": [*known.get("losses", []), *losses]}
         return record
 
     def evaluate(self) -> None:
         """Let every client measure the model on its own test images."""
-        tensors = prefixed("theta", self.theta) | head_tensors(self.head)
-        request: Body = tensors, {"classes": list(self.head.classes), "linearised": False}
+        request = EvaluateRequest(theta=self.theta, joint=self.head, linearised=False).to_body()
 
         def fold(client: str, body: Body) -> str:
-            self.figures[client] |= checked_fractions(client, body[1], MEASURED)
+            figures = EvaluateAnswer.from_body(body).figures
+            self.figures[client] |= checked_fractions(client, figures)
             return client
 
         self.exchange.ask("evaluate", "evaluate", lambda c: request, fold, decisive=False)
@@ -267,7 +264,7 @@ class ExchangeGrid:
             return client
 
         _, settings = _body(next(iter(asked.values())))
-        with self.exchange.books.during(f"round {settings['server-round']}"):
+        with self.exchange.books.during(f"round {settings[ROUND]}"):
             self.exchange.ask(
                 "train", "train", lambda client: _body(asked[client]), fold, clients=asked
             )

@@ -24,7 +24,9 @@ from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.config.server import RegistryConfig
 from fedcompo.errors import ContributionError, FedcompoError
-from fedcompo.messages.records import Body
+from fedcompo.messages.answers import IdentifyAnswer
+from fedcompo.messages.body import Body
+from fedcompo.messages.requests import IdentifyRequest, NoticeRequest
 from fedcompo.names import check_client_name, require_known
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
@@ -93,7 +95,7 @@ class Unlearning:
         self.exchange.ask(
             "identify",
             "query.identify",
-            lambda client: ({}, {}),
+            lambda client: IdentifyRequest().to_body(),
             self._fold_identity,
             decisive=False,
         )
@@ -105,22 +107,22 @@ class Unlearning:
             )
 
     def _fold_identity(self, client: str, body: Body) -> str:
-        manifest = body[1]
-        name = check_client_name(str(manifest["client"]))
+        answer = IdentifyAnswer.from_body(body)
+        name = check_client_name(answer.client)
         if name == self.request.client:
             raise ContributionError("This is the client to be removed; it is not asked again.")
         if name in self.exchange.clients:
             raise ContributionError(
                 f"Two nodes call themselves {name!r}; give each node a name of its own."
             )
-        check_backbone(name, str(manifest["base"]), self.backbone)
+        check_backbone(name, answer.base, self.backbone)
         known = self.registry.member(name).classes
-        if tuple(manifest["classes"]) != known:
+        if answer.classes != known:
             raise ContributionError(
-                f"Client {name!r} has the classes {manifest['classes']} now; in the registry it "
+                f"Client {name!r} has the classes {list(answer.classes)} now; in the registry it "
                 f"has {list(known)}."
             )
-        self.images[name] = int(manifest["num_test_examples"])
+        self.images[name] = answer.num_test_examples
         return name
 
     def evaluate(self, phase: str) -> dict[str, dict[str, float]]:
@@ -154,7 +156,7 @@ class Unlearning:
             )
             if client in retrain:
                 text += " This client was trained with something of it; train again to undo that."
-            return {}, {"text": text, "record": self.record.text}
+            return NoticeRequest(text=text, record=self.record.text).to_body()
 
         if self.exchange.clients:
             self.exchange.ask(

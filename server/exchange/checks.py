@@ -7,22 +7,21 @@ for signs of a fault or of fraud: one that is far too long, and one that another
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import FisherForm, Kind, Wire
+from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.messages.records import Body
-from fedcompo.method.contribution import mixtures_from
+from fedcompo.messages.answers import AveragingAnswer, FeaturesAnswer, FisherAnswer, caps_of
+from fedcompo.messages.body import Body
 from fedcompo.method.deltas import Weights
-from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.privacy.factored import restored
-from fedcompo.storage.tensorfile import section, tensor_digest
+from fedcompo.storage.tensorfile import tensor_digest
 
 CAP_WORDS: Mapping[str, list[Any]] = {"wire": list(Wire), "form": list(FisherForm)}
 """Caps that a client reports in words, and the words there are."""
@@ -39,39 +38,34 @@ def check_backbone(client: str, base: str, backbone: Backbone) -> None:
         )
 
 
-def checked_mixtures(
-    client: str, body: Body, classes: tuple[str, ...], num_features: int
-) -> dict[str, FeatureMixture]:
-    """Unpack a client's mixtures, one for each class.
+def check_mixtures(
+    client: str, answer: FeaturesAnswer, classes: tuple[str, ...], num_features: int
+) -> None:
+    """Refuse a client's mixtures unless there is one for each class.
 
     Raises:
         ContributionError: If there are fewer than two classes, if they are unsorted or not those
             of the mixtures, or if no features can be drawn from a mixture.
     """
-    tensors, manifest = body
     if len(classes) < 2 or list(classes) != sorted(set(classes)):
         raise ContributionError(
             f"Client {client!r} names the classes {classes}, expected two or more, sorted."
         )
-    mixtures = mixtures_from(tensors, manifest["mixtures"])
-    if set(mixtures) != set(classes):
+    if set(answer.mixtures) != set(classes):
         raise ContributionError(
-            f"Client {client!r} describes {sorted(mixtures)}, but owns {list(classes)}."
+            f"Client {client!r} describes {sorted(answer.mixtures)}, but owns {list(classes)}."
         )
-    for mixture in mixtures.values():
+    for mixture in answer.mixtures.values():
         mixture.check(num_features, f"client {client!r}")
-    return mixtures
 
 
 def checked_fisher(
-    client: str, body: Body, backbone: Backbone, classes: tuple[str, ...]
+    client: str, answer: FisherAnswer, backbone: Backbone, classes: tuple[str, ...]
 ) -> FisherDiagonal:
-    """Unpack and expand a client's Fisher sum; raises as :func:`check_fisher` does."""
-    tensors, manifest = body
-    count, found = int(manifest["num_examples"]), tuple(manifest["classes"])
-    form, owner = FisherForm(manifest.get("form", FisherForm.DENSE)), f"client {client!r}"
-    sums = restored(section("fisher", tensors), form, backbone.theta_0, owner=owner)
-    fisher = FisherDiagonal(sums, count, found)
+    """Expand a client's Fisher sum; raises as :func:`check_fisher` does."""
+    owner = f"client {client!r}"
+    sums = restored(answer.parts, answer.form, backbone.theta_0, owner=owner)
+    fisher = FisherDiagonal(sums, answer.num_examples, answer.classes)
     check_fisher(fisher, backbone, classes, owner)
     return fisher
 
@@ -91,12 +85,9 @@ def check_fisher(
     fisher.check(backbone.theta_0, num_features=backbone.num_features, owner=owner)
 
 
-def checked_task_vector(client: str, body: Body, backbone: Backbone) -> TaskVector:
-    """Unpack a client's task vector; raises as :meth:`TaskVector.check` does."""
-    tensors, manifest = body
-    vector = TaskVector(
-        Kind(manifest["kind"]), section("task_vector", tensors), str(manifest["base"])
-    )
+def checked_task_vector(client: str, answer: AveragingAnswer, backbone: Backbone) -> TaskVector:
+    """Return a client's task vector; raises as :meth:`TaskVector.check` does."""
+    vector = TaskVector(answer.kind, answer.task_vector, answer.base)
     vector.check(backbone.theta_0, base=backbone.fingerprint, owner=f"client {client!r}")
     for name, weight in backbone.theta_0.items():
         length, limit = float(vector.delta(name, weight).norm()), LONGEST * float(weight.norm())
@@ -109,17 +100,14 @@ def checked_task_vector(client: str, body: Body, backbone: Backbone) -> TaskVect
     return vector
 
 
-def checked_fractions(
-    client: str, manifest: Mapping[str, Any], names: Iterable[str]
-) -> dict[str, float]:
+def checked_fractions(client: str, figures: Mapping[str, Any]) -> dict[str, float]:
     """Return reported accuracies by name; raises ``ContributionError`` if one is not in [0, 1]."""
-    for name in names:
-        value = manifest[name]
+    for name, value in figures.items():
         if not isinstance(value, float | int) or not 0 <= value <= 1:
             raise ContributionError(
                 f"Client {client!r} reports {name} = {value!r}, expected [0, 1]."
             )
-    return {name: float(manifest[name]) for name in names}
+    return {name: float(value) for name, value in figures.items()}
 
 
 def checked_caps(client: str, body: Body) -> dict[str, float | str]:
@@ -128,7 +116,7 @@ def checked_caps(client: str, body: Body) -> dict[str, float | str]:
     Raises:
         ContributionError: If an entry is neither a known word nor a figure >= 0.
     """
-    caps = body[1].get("caps", {})
+    caps = caps_of(body)
     if not isinstance(caps, dict) or not all(_can_be_true(*entry) for entry in caps.items()):
         raise ContributionError(
             f"Client {client!r} tells of the caps {caps!r}; expected a wire, a form and figures. "

@@ -17,7 +17,10 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
 from fedcompo.errors import FedcompoError, TooFewClients
-from fedcompo.messages.records import Body, from_record, size_of, to_record
+from fedcompo.messages.answers import Process
+from fedcompo.messages.body import Body
+from fedcompo.messages.records import from_record, size_of, to_record
+from fedcompo.messages.requests import addressed
 from server.exchange.books import NOTHING, Books, Traffic
 from server.exchange.checks import checked_caps
 from server.exchange.kept_answers import KeptAnswers, question
@@ -125,12 +128,12 @@ class Exchange:
 
     def _send(self, client: str, asking: _Asking) -> None:
         """Send a client its request, unless its answer was kept."""
-        tensors, manifest = asking.request(client)
-        asked = "" if self.answers is None else question((tensors, manifest))
+        request = asking.request(client)
+        asked = "" if self.answers is None else question(request)
         if self._recalled(client, asking, asked):
             return
         name = self.nodes.registered_name(client)
-        content = to_record(tensors, {"content": "request", "registered_name": name, **manifest})
+        content = to_record(*addressed(request, name))
         node = self.nodes.ids[client]
         message = Message(content, node, asking.message_type, ttl=self.timeout)
         ids, sent = list(self.nodes.grid.push_messages([message])), size_of(content)
@@ -258,7 +261,8 @@ class _Asking:
 
 def _peaks(body: Body) -> dict[str, int]:
     """Peak memory that a client reports, in bytes, by process and GPU."""
-    peak = {who: int(count) for who, count in body[1]["peak_memory"].items()}
+    reported = Process.from_body(body).peak_memory
+    peak = {who: int(count) for who, count in reported.items()}
     return {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import canonical
 from fedcompo.storage.tensorstream import save_streamed

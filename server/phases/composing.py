@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.diagnostics import Diagnostics, diagnose
-from fedcompo.messages.records import Body
-from fedcompo.method.deltas import Weights
+from fedcompo.messages.answers import EvaluateAnswer, RealignAnswer
+from fedcompo.messages.body import Body
+from fedcompo.messages.requests import EvaluateRequest, RealignRequest
 from fedcompo.method.features import Mixtures
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head, head_tensors
+from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.tensorfile import prefixed
-from server.exchange.checks import checked_fractions, checked_mixtures
+from server.exchange.checks import check_mixtures, checked_fractions
 from server.exchange.exchange import Exchange
 
 PHASES = ("compose", "realign", "evaluate")
@@ -77,12 +77,13 @@ class Composing:
 
     def _ask_mixtures(self, members: tuple[str, ...]) -> dict[str, Mixtures]:
         realigned: dict[str, Mixtures] = {}
-        linearised = {"linearised": self.registry.linearised}
-        request: Body = prefixed("theta", self._theta()), linearised
+        theta, linearised = self.registry.theta_p(), self.registry.linearised
+        request = RealignRequest(theta=theta, linearised=linearised).to_body()
 
         def fold(client: str, body: Body) -> str:
-            classes = self.registry.member(client).classes
-            realigned[client] = checked_mixtures(client, body, classes, self.backbone.num_features)
+            answer, classes = RealignAnswer.from_body(body), self.registry.member(client).classes
+            check_mixtures(client, answer, classes, self.backbone.num_features)
+            realigned[client] = answer.mixtures
             return client
 
         self.exchange.ask(
@@ -99,10 +100,11 @@ class Composing:
             phase: Name of the phase.
             decisive: Fail if no client does.
         """
-        head = self.joint_head
-        tensors = prefixed("theta", self._theta()) | head_tensors(head)
-        asked_for = {"classes": list(head.classes), "linearised": self.registry.linearised}
-        request: Body = tensors, asked_for
+        request = EvaluateRequest(
+            theta=self.registry.theta_p(),
+            joint=self.joint_head,
+            linearised=self.registry.linearised,
+        ).to_body()
         asked = [client for client in self.exchange.clients if client in self.registry.clients]
         self.exchange.ask(
             phase, "evaluate", lambda c: request, self._fold, decisive=False, clients=asked
@@ -110,10 +112,6 @@ class Composing:
         if decisive and not self.figures:
             self.exchange.require_clients(phase, ())
 
-    def _theta(self) -> Weights:
-        return self.registry.theta_p()
-
     def _fold(self, client: str, body: Body) -> str:
-        figures = ("class_il_accuracy", "task_il_accuracy")
-        self.figures[client] = checked_fractions(client, body[1], figures)
+        self.figures[client] = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
         return client

@@ -11,15 +11,17 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import AnchorBy
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
-from fedcompo.messages.records import Body
+from fedcompo.messages.answers import FisherAnswer
+from fedcompo.messages.body import Body
+from fedcompo.messages.requests import FisherRequest, anchor_tensors
 from fedcompo.method.contribution import load_fisher, save_fisher
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head, head_tensors
+from fedcompo.method.fisher import HEAD, FisherDiagonal
+from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
-from fedcompo.storage.tensorfile import prefixed
 from fedcompo.training.anchors import FisherSums
+from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import load_reference
 from server.exchange.checks import check_fisher, checked_fisher
 from server.exchange.exchange import Exchange
@@ -57,9 +59,7 @@ class Fishers:
             head: The joint head, if training starts from it; None: each client uses its own.
             decisive: Fail if nobody sends one, or too few clients are left then.
         """
-        request: Body = {}, {}
-        if head is not None:
-            request = head_tensors(head), {"classes": list(head.classes)}
+        request = FisherRequest(joint=head).to_body()
         self.exchange.ask(
             "fisher",
             "query.fisher",
@@ -102,9 +102,9 @@ class Fishers:
         mean = self.sums.mean_for(client, classes, with_own=self.ensembled)
         if mean is None:
             return {}
-        head = {"head/weight": mean.pop("head.weight"), "head/bias": mean.pop("head.bias")}
+        weight, bias = (mean.pop(name) for name in HEAD)
         held = self.strength > 0 and any(bool(f.any()) for f in mean.values())
-        return head | (prefixed("weights", mean) if held else {})
+        return anchor_tensors(Anchor(mean if held else {}, weight, bias))
 
     @property
     def strength(self) -> float:
@@ -113,10 +113,10 @@ class Fishers:
 
     def _fold(self, client: str, body: Body, head: Head | None) -> str:
         described = self.roster.participants.described[client]
-        fisher = checked_fisher(client, body, self.backbone, (head or described).classes)
-        report = dict(body[1]["report"])
+        answer = FisherAnswer.from_body(body)
+        fisher = checked_fisher(client, answer, self.backbone, (head or described).classes)
         save_fisher(self._file(client), fisher, client=client, base=self.backbone.fingerprint)
-        self.figures.setdefault(client, {})["fisher"] = report
+        self.figures.setdefault(client, {})["fisher"] = answer.report
         return client
 
     def _known_members(self) -> list[str]:

@@ -27,15 +27,15 @@ from fedcompo.config.choices import HeadStart, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
-from fedcompo.messages.records import Body
+from fedcompo.messages.answers import TrainAnswer
+from fedcompo.messages.body import Body
+from fedcompo.messages.requests import ANCHOR, Others, TrainRequest
 from fedcompo.method.contribution import Contribution
-from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures
-from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.tensorfile import prefixed
 from server.exchange.checks import (
     Originals,
     checked_fractions,
@@ -48,8 +48,6 @@ from server.phases.fisher import Fishers
 from server.phases.roster import Roster
 
 PHASES = ("features", "align", "fisher", "train")
-FIGURES = ("own_task_accuracy", "frozen_class_il_accuracy", "frozen_task_il_accuracy")
-"""Accuracies that a client reports of its training."""
 
 
 @dataclass
@@ -175,23 +173,17 @@ class Fitting:
 
         A client that does not start from the joint head measures the frozen backbone with it.
         """
-        tensors = head_tensors(self.aligned)
-        manifest = {
-            "classes": list(self.aligned.classes),
-            "kind": str(self.roster.participants.kinds[client]),
-            "frozen": True,
-            "needs": {},
-        }
-        if anchor := self.fishers.anchor_of(client):
-            tensors |= prefixed("anchor", anchor)
-            manifest["needs"] = {"anchor": ""}
-        if self.ensembled:
-            rest, share = self._rest_of(client)
-            tensors |= prefixed("rest", rest)
-            manifest["ensemble"] = {"share": share, "scale": self.registry.settings.scale}
-        return tensors, manifest
+        anchor = self.fishers.anchor_of(client)
+        return TrainRequest(
+            joint=self.aligned,
+            kind=self.roster.participants.kinds[client],
+            frozen=True,
+            needs={ANCHOR: ""} if anchor else {},
+            sent={ANCHOR: anchor} if anchor else {},
+            others=self._others_of(client) if self.ensembled else None,
+        ).to_body()
 
-    def _rest_of(self, client: str) -> tuple[Weights, float]:
+    def _others_of(self, client: str) -> Others:
         """The sum of all members but the client itself, and the client's share beside them."""
         registry, times = self.registry, self.registry.settings.times
         total = dict(registry.running_sum()) if registry.clients else {}
@@ -202,29 +194,29 @@ class Fitting:
             others.times[client] = times(before.num_examples)
         own = times(self.roster.participants.described[client].num_examples)
         together = registry.state.count - others.times.get(client, 0) + own
-        return others.rest(client, together=together), own / together
+        rest, scale = others.rest(client, together=together), registry.settings.scale
+        return Others(rest=rest, share=own / together, scale=scale)
 
     def _fold_trained(self, client: str, body: Body) -> str:
-        vector, head, figures = self.check_trained(client, body)
+        vector, head, figures = self.check_trained(client, TrainAnswer.from_body(body))
         self.keep(client, vector, head, self.lineage(client))
         self.note_figures(client, figures)
         return client
 
-    def check_trained(self, client: str, body: Body) -> tuple[TaskVector, Head, dict[str, Any]]:
+    def check_trained(
+        self, client: str, answer: TrainAnswer
+    ) -> tuple[TaskVector, Head, dict[str, Any]]:
         """Check and unpack what a client trained; raises ``ContributionError``."""
-        tensors, manifest = body
-        vector, who = checked_task_vector(client, body, self.backbone), self.roster.participants
+        vector, who = checked_task_vector(client, answer, self.backbone), self.roster.participants
         if vector.kind is not who.kinds[client]:
             raise ContributionError(
                 f"Client {client!r} sent a task vector of the kind {vector.kind}, it was asked for "
                 f"{who.kinds[client]}. Use the same fedcompo version everywhere."
             )
         self.originals.check(client, vector)
-        head = head_from(tensors, manifest["classes"])
+        head = answer.head(answer.classes)
         head.check(who.described[client].classes, self.backbone.num_features, f"client {client!r}")
-        names = [name for name in FIGURES if name in manifest]
-        figures = checked_fractions(client, manifest, names)
-        losses = [float(loss) for loss in manifest["losses"]]
+        figures, losses = checked_fractions(client, answer.figures), list(answer.losses)
         if not losses or not all(map(math.isfinite, losses)):
             raise ContributionError(f"Client {client!r} reports the losses {losses}.")
         norm = norm_of(vector, self.backbone.theta_0)

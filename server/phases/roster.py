@@ -9,12 +9,14 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
-from fedcompo.messages.records import Body
+from fedcompo.messages.answers import FeaturesAnswer, IdentifyAnswer, Process
+from fedcompo.messages.body import Body
+from fedcompo.messages.requests import FeaturesRequest, IdentifyRequest
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
-from server.exchange.checks import check_backbone, checked_mixtures
+from server.exchange.checks import check_backbone, check_mixtures
 from server.exchange.exchange import Exchange
 from server.phases.participants import Description, Participants
 
@@ -136,7 +138,7 @@ class Roster:
         self.exchange.ask(
             NAMING,
             f"query.{NAMING}",
-            lambda client: ({}, {}),
+            lambda client: IdentifyRequest().to_body(),
             self._fold_identity,
             decisive=nodes is None,
             clients=nodes,
@@ -159,7 +161,7 @@ class Roster:
         self.exchange.ask(
             PHASE,
             f"query.{PHASE}",
-            lambda client: ({}, {}),
+            lambda client: FeaturesRequest().to_body(),
             self._fold,
             decisive=decisive,
             clients=clients,
@@ -168,25 +170,24 @@ class Roster:
             self.participants = self.participants.with_kinds(kinds)
 
     def _fold_identity(self, client: str, body: Body) -> str:
-        name = self._checked_name(client, body)
+        name = self._checked_name(client, IdentifyAnswer.from_body(body), body)
         self._take_in(name)
         return name
 
     def _fold(self, client: str, body: Body) -> str:
-        name, manifest = self._checked_name(client, body), body[1]
-        classes = tuple(manifest["classes"])
-        mixtures = checked_mixtures(name, body, classes, self.backbone.num_features)
-        kind = Kind(manifest["kind"]) if manifest.get("kind") else None
+        answer = FeaturesAnswer.from_body(body)
+        name, kind = self._checked_name(client, answer, body), answer.kind
+        check_mixtures(name, answer, answer.classes, self.backbone.num_features)
         if kind and self.tangent not in (None, kind is Kind.TANGENT):
             raise ContributionError(
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
                 "node another `kind`, or let it take part in a run of its own."
             )
         about = Description(
-            classes=classes,
-            mixtures=mixtures,
-            num_examples=sum(mixture.num_examples for mixture in mixtures.values()),
-            num_test_examples=int(manifest["num_test_examples"]),
+            classes=answer.classes,
+            mixtures=answer.mixtures,
+            num_examples=sum(mixture.num_examples for mixture in answer.mixtures.values()),
+            num_test_examples=answer.num_test_examples,
             kind=kind,
         )
         self._take_in(name, {name: about})
@@ -198,10 +199,9 @@ class Roster:
             who, names=who.names | {name}, described={**who.described, **(described or {})}
         )
 
-    def _checked_name(self, client: str, body: Body) -> str:
+    def _checked_name(self, client: str, answer: IdentifyAnswer, body: Body) -> str:
         """Return a client's name; refuse it if name or backbone are not what they must be."""
-        manifest = body[1]
-        name = check_client_name(str(manifest["client"]))
+        name = check_client_name(answer.client)
         registered = self.exchange.nodes.registered_name(client)
         if registered and name != registered:
             raise ContributionError(
@@ -212,10 +212,10 @@ class Roster:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
         if name != client:
             self._refuse_twins(client, name)
-        warning, books = check_versions(name, manifest["versions"]), self.exchange.books
+        warning, books = check_versions(name, Process.from_body(body).versions), self.exchange.books
         if warning not in ("", *books.notes):
             books.note(warning)
-        check_backbone(name, str(manifest["base"]), self.backbone)
+        check_backbone(name, answer.base, self.backbone)
         return name
 
     def _refuse_twins(self, client: str, name: str) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.choices import Method
+from fedcompo.messages.requests import own_tensors
 from fedcompo.method.deltas import Weights
-from fedcompo.method.heads import Head, head_tensors
+from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.tensorfile import prefixed
 from server.phases.fitting import Fitting
 from server.phases.roster import Roster
 from server.rounds.holdings import LastSent
@@ -89,7 +89,7 @@ class CurrentSum:
     def own(self, client: str) -> dict[str, Tensor]:
         """A client's last task vector and head, as a message has them."""
         own = self.running.vectors[client].tensors
-        return prefixed("task_vector", {n: own[n] for n in own}) | head_tensors(self.heads[client])
+        return own_tensors({name: own[name] for name in own}, self.heads[client])
 
     # -- what it becomes --------------------------------------------------------------------------
 

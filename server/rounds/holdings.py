@@ -15,15 +15,12 @@ from pathlib import Path
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.method.heads import Head
+from fedcompo.messages.requests import ANCHOR, OWN, TASK_VECTOR
+from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import put_in_place
-from fedcompo.storage.tensorfile import prefixed
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
-
-ANCHOR, OWN = "anchor", "own"
-"""The metric; a client's own last task vector, with its head."""
 
 
 @dataclass
@@ -37,7 +34,7 @@ class Holdings:
 
     def request(
         self, client: str, names: Iterable[str], wanted: Callable[[str, str], Mapping[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, str]]:
         """What a client is sent, and what it is to use.
 
         Args:
@@ -46,18 +43,18 @@ class Holdings:
             wanted: Returns the server's copy, by client and name.
 
         Returns:
-            The tensors that it does not keep, prefixed by name; SHA-256 of all it needs, by name.
+            The tensors of what it does not keep, and SHA-256 of all it needs, by name.
         """
-        tensors: dict[str, Tensor] = {}
+        sent: dict[str, Mapping[str, Tensor]] = {}
         needs: dict[str, str] = {}
         for name in names:
             digest = self.current.get((client, name), "")
             if not digest or digest != self.kept.get(client, {}).get(name):
                 copy = wanted(client, name)
                 digest = self.current[client, name] = tensorfile.tensor_digest(copy)
-                tensors |= prefixed(name, copy)
+                sent[name] = copy
             needs[name] = digest
-        return tensors, needs
+        return sent, needs
 
     def sent(self, client: str, own: str, kept: Mapping[str, str]) -> None:
         """Note the digest of what a client sent, and the digests of what it says it keeps."""
@@ -78,19 +75,18 @@ class LastSent:
 
     folder: Path
 
-    def arrive(self, client: str, vector: TaskVector, tensors: Mapping[str, Tensor]) -> str:
+    def arrive(self, client: str, vector: TaskVector, own: Mapping[str, Tensor]) -> str:
         """Write a client's new task vector and head beside the last ones.
 
         Args:
             client: Its name.
             vector: Its task vector.
-            tensors: Of its answer: task vector and head, under the names of the message.
+            own: Its task vector and head, under the names of the message.
 
         Returns:
             SHA-256 of the tensors.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = {n: t for n, t in tensors.items() if n.split("/")[0] in ("task_vector", "head")}
         about = {"content": "round", "kind": str(vector.kind), "base": vector.base}
         return save_streamed(self._arriving(client), own, about)
 
@@ -120,8 +116,8 @@ class LastSent:
         """
         path = self._arriving(client) if arriving else self._settled(client)
         tensors = StreamedTensors(path)
-        vector = TaskVector(kind, Section(tensors, "task_vector"), base)
-        return vector, Head(classes, tensors["head/weight"], tensors["head/bias"])
+        vector = TaskVector(kind, Section(tensors, TASK_VECTOR), base)
+        return vector, head_from(tensors, list(classes))
 
     def clear(self) -> None:
         """Delete everything."""

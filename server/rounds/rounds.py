@@ -23,10 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, TooFewClients
-from fedcompo.messages.records import Body
-from fedcompo.method.heads import head_tensors
+from fedcompo.messages.answers import LacksAnswer, TrainAnswer, read_trained
+from fedcompo.messages.body import Body
+from fedcompo.messages.requests import ANCHOR, OWN, Others, Round, TrainRequest
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.tensorfile import prefixed
 from server.exchange.checks import too_long
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting
@@ -34,7 +34,7 @@ from server.phases.roster import Roster
 from server.resume import Working
 from server.rounds.attendance import Attendance
 from server.rounds.current_sum import CurrentSum
-from server.rounds.holdings import ANCHOR, OWN, Holdings, LastSent
+from server.rounds.holdings import Holdings, LastSent
 
 
 @dataclass
@@ -181,39 +181,41 @@ class Rounds:
         )
 
     def _fold(self, client: str, body: Body) -> str:
-        lacks = " and ".join(body[1].get("lacks", ()))
-        if not lacks:
-            self._check(client, body)
-        elif client in self._lacking:
+        answer = read_trained(body)
+        if not isinstance(answer, LacksAnswer):
+            self._check(client, answer)
+            return client
+        lacks = " and ".join(answer.lacks)
+        if client in self._lacking:
             raise ContributionError(f"It lacks {lacks}, but was sent all that it needs.")
-        else:
-            self._lacking.add(client)
-            self.holdings.lost(client)
-            self.exchange.books.note(f"{client} has lost what it kept ({lacks}); it is sent again.")
+        self._lacking.add(client)
+        self.holdings.lost(client)
+        self.exchange.books.note(f"{client} has lost what it kept ({lacks}); it is sent again.")
         return client
 
     def _request(self, client: str) -> Body:
         """Request for a client: the sum over the others, and what else it needs but lacks."""
         fitting, together = self.fitting, self._together
-        tensors = head_tensors(fitting.aligned)
-        tensors |= prefixed("rest", self.sum.rest(client, together=together))
-        missing, needs = self.holdings.request(client, self._needed(client), self._wanted)
-        tensors |= missing
-        manifest = {
-            "classes": list(fitting.aligned.classes),
-            "kind": str(self.roster.participants.kinds[client]),
-            "frozen": client not in fitting.figures or "losses" not in fitting.figures[client],
-            "federation": self.registry.identity,
-            "last": self._number == self.number,
-            "needs": needs,
-            "ensemble": {
-                "share": self.sum.times(client) / together,
-                "scale": self.registry.settings.scale,
-            },
-            "course": {"passed": (self._number - 1) / self.number, "share": 1 / self.number},
-            "round": self._number,
-        }
-        return tensors, manifest
+        sent, needs = self.holdings.request(client, self._needed(client), self._wanted)
+        return TrainRequest(
+            joint=fitting.aligned,
+            kind=self.roster.participants.kinds[client],
+            frozen="losses" not in fitting.figures.get(client, {}),
+            needs=needs,
+            sent=sent,
+            others=Others(
+                rest=self.sum.rest(client, together=together),
+                share=self.sum.times(client) / together,
+                scale=self.registry.settings.scale,
+            ),
+            round=Round(
+                number=self._number,
+                federation=self.registry.identity,
+                last=self._number == self.number,
+                passed=(self._number - 1) / self.number,
+                share=1 / self.number,
+            ),
+        ).to_body()
 
     def _needed(self, client: str) -> list[str]:
         """Names of what a client trains with and may have kept from the round before."""
@@ -226,12 +228,11 @@ class Rounds:
             return self.fitting.fishers.anchor_of(client)
         return self.sum.own(client)
 
-    def _check(self, client: str, body: Body) -> None:
+    def _check(self, client: str, answer: TrainAnswer) -> None:
         """Check a client's answer, and write it beside the one of its last round."""
-        vector, _, figures = self.fitting.check_trained(client, body)
-        digest = self.last.arrive(client, vector, body[0])
-        holds = {str(name): str(held) for name, held in body[1].get("holds", {}).items()}
-        self.holdings.sent(client, digest, holds)
+        vector, _, figures = self.fitting.check_trained(client, answer)
+        digest = self.last.arrive(client, vector, answer.own)
+        self.holdings.sent(client, digest, answer.holds)
         self._arrived[client] = figures
 
     def _refuse(self, client: str, reason: str) -> None:

@@ -16,7 +16,7 @@ from in_process_grid import InProcessGrid, lost
 
 from clients.app import app as client_app
 from fedcompo.errors import ContributionError, TooFewClients
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from server.exchange.books import Books, Traffic
 from server.exchange.exchange import Exchange
 from server.exchange.nodes import Nodes
