@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.choices import Method
 from fedcompo.messages.requests import own_tensors
-from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
@@ -53,23 +52,20 @@ class CurrentSum:
         """Those of them that trained in this run, sorted."""
         return tuple(sorted(self._trained))
 
-    def begin(self, members: Iterable[str], going_on: Iterable[str]) -> None:
-        """Begin with members of the registry.
+    def begin(self, members: Collection[str], going_on: Collection[str]) -> None:
+        """Put members of the registry into the sum.
 
         Args:
             members: Those that stay as they are.
             going_on: Those that train on.
         """
-        theta_0, settings = self.fitting.backbone.theta_0, self.registry.settings
-        vectors, times = {}, {}
         for client in (*members, *going_on):
             contribution = self.registry.contribution(client)
-            vectors[client] = contribution.task_vector
-            times[client] = settings.times(contribution.num_examples)
+            times = self.registry.settings.times(contribution.num_examples)
+            self.running.put(client, contribution.task_vector, times=times)
             if client in going_on:
                 self.heads[client] = contribution.head
                 self.lineages[client] = ALONE.joined(contribution.lineage)
-        self.running = RunningSum.of(theta_0, vectors, times)
 
     # -- what a client trains inside --------------------------------------------------------------
 
@@ -81,10 +77,6 @@ class CurrentSum:
     def together(self, asked: Iterable[str]) -> int:
         """How often all clients count that are in the sum, or are asked to train."""
         return sum((self.running.times | {client: self.times(client) for client in asked}).values())
-
-    def rest(self, client: str, *, together: int) -> Weights:
-        """The sum over the other clients; see :meth:`RunningSum.rest`."""
-        return self.running.rest(client, together=together)
 
     def own(self, client: str) -> dict[str, Tensor]:
         """A client's last task vector and head, as a message has them."""

@@ -204,7 +204,7 @@ class Rounds:
             needs=needs,
             sent=sent,
             others=Others(
-                rest=self.sum.rest(client, together=together),
+                rest=self.sum.running.rest(client, together=together),
                 share=self.sum.times(client) / together,
                 scale=self.registry.settings.scale,
             ),
