@@ -3,58 +3,70 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
 from clients import averaging
 from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
-from fedcompo.messages.records import Body, from_record, refusal, to_record
+from fedcompo.messages.answers import Answer, Process
+from fedcompo.messages.body import Body, Content
+from fedcompo.messages.records import from_record, refusal, to_record
+from fedcompo.messages.requests import (
+    REQUEST,
+    ROUND,
+    AveragingRequest,
+    EvaluateRequest,
+    FisherRequest,
+    NoticeRequest,
+    RealignRequest,
+    TrainRequest,
+    registered_name,
+)
 from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
 
 app = ClientApp()
 
-Work = Callable[[LocalClient, Mapping[str, Tensor], Mapping[str, Any]], Body]
+R = TypeVar("R", bound=Content)
+Work = Callable[[LocalClient, Body], Answer]
 
 
 @app.query("features")
 def features(message: Message, context: Context) -> Message:
     """Describe the images by mixtures of the pre-trained features."""
-    return _answer(message, context, lambda client, tensors, request: client.features())
+    return _answer(message, context, lambda client, body: client.features())
 
 
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
     """Say who this is, and of which classes."""
-    return _answer(message, context, lambda client, tensors, request: client.identify())
+    return _answer(message, context, lambda client, body: client.identify())
 
 
 @app.query("notice")
 def notice(message: Message, context: Context) -> Message:
     """Take note of a removal."""
-    return _answer(message, context, LocalClient.notice)
+    return _answer(message, context, _reading(NoticeRequest, LocalClient.notice))
 
 
 @app.query("fisher")
 def fisher(message: Message, context: Context) -> Message:
     """Sum the Fisher diagonal at the pre-trained weights."""
-    return _answer(message, context, LocalClient.fisher)
+    return _answer(message, context, _reading(FisherRequest, LocalClient.fisher))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Fit the task vector, or train the model that all share (FedAvg, FedProx)."""
 
-    def work(
-        client: LocalClient, tensors: Mapping[str, Tensor], request: Mapping[str, Any]
-    ) -> Body:
-        shared = averaging.ROUND in request
-        return (averaging.train if shared else LocalClient.train)(client, tensors, request)
+    def work(client: LocalClient, body: Body) -> Answer:
+        if ROUND in body[1]:
+            return averaging.train(client, AveragingRequest.from_body(body))
+        return client.train(TrainRequest.from_body(body))
 
     return _answer(message, context, work)
 
@@ -62,13 +74,17 @@ def train(message: Message, context: Context) -> Message:
 @app.query("realign")
 def realign(message: Message, context: Context) -> Message:
     """Describe the images by mixtures of the composed model's features."""
-    return _answer(message, context, LocalClient.realign)
+    return _answer(message, context, _reading(RealignRequest, LocalClient.realign))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the composed model on the client's test images."""
-    return _answer(message, context, LocalClient.evaluate)
+    return _answer(message, context, _reading(EvaluateRequest, LocalClient.evaluate))
+
+
+def _reading(request: type[R], work: Callable[[LocalClient, R], Answer]) -> Work:
+    return lambda client, body: work(client, request.from_body(body))
 
 
 def _answer(message: Message, context: Context, work: Work) -> Message:
@@ -78,13 +94,13 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
     torch.use_deterministic_algorithms(True, warn_only=True)
     reset_peak()
     try:
-        tensors, request = from_record(message.content, expected="request", source="the server")
+        body = from_record(message.content, expected=REQUEST, source="the server")
         client = LocalClient.from_node(
-            context.run_config, context.node_config, request.get("registered_name", "")
+            context.run_config, context.node_config, registered_name(body)
         )
-        answer, manifest = work(client, tensors, request)
-        about = {"peak_memory": peak_bytes(), "versions": installed_versions()}
-        content = to_record(answer, {**manifest, **about})
+        tensors, manifest = work(client, body).to_body()
+        process = Process(peak_memory=peak_bytes(), versions=installed_versions())
+        content = to_record(tensors, manifest | process.to_body()[1])
     except FedcompoError as error:
         content = refusal(f"{type(error).__name__}: {error}")
     return Message(content, reply_to=message)

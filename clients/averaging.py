@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
 
 from clients import outgoing
 from clients.local import LocalClient
-from fedcompo.config.choices import Kind
 from fedcompo.data.client_data import Split
-from fedcompo.messages.records import Body
-from fedcompo.method.heads import Head, head_from
+from fedcompo.messages.answers import AveragingAnswer
+from fedcompo.messages.requests import AveragingRequest
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from fedcompo.storage.tensorfile import section
-from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import Course, fit_task_vector
 
 logger = logging.getLogger(__name__)
 
-ROUND = "server-round"
-"""What Flower's strategies call the number of the round, from 1; no other request has it."""
-PROXIMAL = "proximal-mu"
-"""What Flower's FedProx calls its strength."""
 
-
-def train(client: LocalClient, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
     """Train the shared model on, by cross-entropy over the classes of all clients.
 
     Nothing but FedProx's term holds it: neither an anchor, nor a penalty of the head. Of the cosine
@@ -37,20 +25,18 @@ def train(client: LocalClient, tensors: Mapping[str, Tensor], request: Mapping[s
 
     Args:
         client: Whose images these are.
-        tensors: The shared task vector's parameters, and the joint head.
-        request: Kind, classes of the joint head, number of the round and of all rounds.
+        request: The shared task vector's parameters and the joint head; which round this is.
 
     Returns:
         The same tensors, trained; losses; in the first round the frozen backbone's accuracy.
     """
-    number, rounds = int(request[ROUND]), int(request["rounds"])
-    joint = head_from(tensors, request["classes"])
-    kind, base = Kind(request["kind"]), client.backbone.fingerprint
+    number, joint = request.number, request.joint
+    kind, base = request.kind, client.backbone.fingerprint
     course = Course(
-        TaskVector(kind, section("task_vector", tensors), base),
-        passed=(number - 1) / rounds,
-        share=1 / rounds,
-        proximal_mu=float(request.get(PROXIMAL, 0.0)),
+        TaskVector(kind, request.task_vector, base),
+        passed=(number - 1) / request.rounds,
+        share=1 / request.rounds,
+        proximal_mu=request.proximal_mu or 0.0,
     )
     own, train = joint.indices(client.data.classes), client.data.train
     fitted = fit_task_vector(
@@ -63,22 +49,12 @@ def train(client: LocalClient, tensors: Mapping[str, Tensor], request: Mapping[s
         course=course,
         on_epoch=lambda *told: logger.info("%s: epoch %d of %d, loss %.4f", client.name, *told),
     )
-    body, _, told = outgoing.trained(fitted, client.backbone, client.config.caps)
-    manifest = {
-        "content": "train",
-        "kind": str(kind),
-        "base": base,
-        "losses": list(fitted.losses),
-        **(_frozen(client, joint) if number == 1 else {}),
-        **told,
-    }
-    return body, manifest
-
-
-def _frozen(client: LocalClient, joint: Head) -> dict[str, float]:
-    """Accuracy of the pre-trained backbone under the head that all start from."""
-    found = accuracy_of(client.backbone, {}, joint, client.data.classes, client.data.test)
-    return {
-        "frozen_class_il_accuracy": found.class_il,
-        "frozen_task_il_accuracy": found.task_il,
-    }
+    tensors, _, caps = outgoing.trained(fitted, client.backbone, client.config.caps)
+    return AveragingAnswer(
+        base=base,
+        tensors=tensors,
+        kind=kind,
+        losses=fitted.losses,
+        **(client.frozen_accuracy(joint) if number == 1 else {}),
+        caps=caps,
+    )

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from clients import outgoing
-from clients.given import OWN, Given
-from clients.store import Store, store_home
+from clients.store import Store, completed, store_home
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import feature_map
@@ -26,21 +25,39 @@ from fedcompo.config.caps import NODE_KEYS
 from fedcompo.config.choices import HeadStart, Kind, kinds_of
 from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data, load_folder
-from fedcompo.errors import DataError
-from fedcompo.messages.records import Body
-from fedcompo.method.contribution import mixture_tensors
+from fedcompo.errors import DataError, FileFormatError
+from fedcompo.messages.answers import (
+    EvaluateAnswer,
+    FeaturesAnswer,
+    FisherAnswer,
+    IdentifyAnswer,
+    LacksAnswer,
+    NoticeAnswer,
+    RealignAnswer,
+    TrainAnswer,
+)
+from fedcompo.messages.requests import (
+    OWN,
+    EvaluateRequest,
+    FisherRequest,
+    NoticeRequest,
+    RealignRequest,
+    TrainRequest,
+    own_tensors,
+)
 from fedcompo.method.features import extract_features
-from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import Fitted, ensembled, fit_task_vector
 from fedcompo.training.penalty import Ensemble
 from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
+
+Features = TypeVar("Features", bound=FeaturesAnswer)
 
 
 @dataclass(frozen=True)
@@ -100,27 +117,25 @@ class LocalClient:
             store_home(str(node_config.get("state", ""))),
         )
 
-    def features(self) -> Body:
+    def features(self) -> FeaturesAnswer:
         """Describe the images by mixtures of the pre-trained features, class by class."""
-        return self._mixtures({}, content="features")
+        return self._mixtures(FeaturesAnswer, {})
 
-    def identify(self) -> Body:
+    def identify(self) -> IdentifyAnswer:
         """Say who this is; the images are looked at, not described."""
-        counts = {"num_test_examples": len(self.data.test.labels)}
-        return {}, self._manifest("identify", counts)
+        return IdentifyAnswer(**self._who(), num_test_examples=len(self.data.test.labels))
 
-    def notice(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+    def notice(self, request: NoticeRequest) -> NoticeAnswer:
         """Take note that another client was removed; the record goes to the log."""
-        logger.warning("%s: %s", self.name, request["text"])
-        logger.info("%s: the removal record:\n%s", self.name, request["record"])
-        return {}, self._manifest("notice", {})
+        logger.warning("%s: %s", self.name, request.text)
+        logger.info("%s: the removal record:\n%s", self.name, request.record)
+        return NoticeAnswer(**self._who())
 
-    def realign(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+    def realign(self, request: RealignRequest) -> RealignAnswer:
         """Describe the images by mixtures of the composed model's features."""
-        theta = section("theta", tensors)
-        return self._mixtures(theta, content="realign", linearised=bool(request["linearised"]))
+        return self._mixtures(RealignAnswer, request.theta, linearised=request.linearised)
 
-    def fisher(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+    def fisher(self, request: FisherRequest) -> FisherAnswer:
         """Sum the Fisher diagonal over the training images, under the head that training starts at.
 
         Under the joint head it weighs confusion with every client's classes, and so depends on
@@ -128,134 +143,132 @@ class LocalClient:
         of nobody else, and is smaller, so that the same ``alpha`` holds less. Clients' sums add up
         either way, each under its own head; a head's rows belong to its own classes.
         """
-        given = self._starts_aligned
-        head = head_from(tensors, request["classes"]) if given else self._probe()
-        body, entries = outgoing.fisher_of(
-            self.backbone, head, self.data.train.images, self.config, owner=self.name
+        head = self._joint(request.joint) if self._starts_aligned else self._probe()
+        return outgoing.fisher_of(
+            self.backbone, head, self.data.train.images, self.config, client=self.name
         )
-        return body, self._manifest("fisher", entries)
 
-    def train(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+    def train(self, request: TrainRequest) -> TrainAnswer | LacksAnswer:
         """Fit the task vector, alone or inside the sum of the others; measure what comes of it.
 
         What the request leaves the client to remember, and it does not, the answer asks for.
         """
-        store = self._store(str(request["federation"])) if request.get("federation") else None
-        given = Given.read(
-            tensors,
-            request,
-            store,
-            base=self.backbone.fingerprint,
-            classes=self.data.classes,
-            beta=self.config.method.beta,
-        )
-        if given.lacks:
-            return {}, self._manifest("train", {"lacks": list(given.lacks)})
-        joint = head_from(tensors, request["classes"])
-        aligned = joint.rows(self.data.classes) if self._starts_aligned else self._probe()
-        purpose = "train", self.name, *([str(request["round"])] if "round" in request else [])
+        store = None
+        if request.round:
+            store = Store.of(self.state, request.round.federation, self.name)
+        request, holds = completed(request, store)
+        if request.lacks:
+            return LacksAnswer(**self._who(), lacks=request.lacks)
+        joint, classes = request.joint, self.data.classes
+        aligned = joint.rows(classes) if self._starts_aligned else self._probe()
+        beta, base = self.config.method.beta, self.backbone.fingerprint
+        course = request.course(base, classes, beta)
+        purpose = "train", self.name, *([str(request.round.number)] if request.round else [])
         fitted = fit_task_vector(
             self.backbone,
-            Kind(request["kind"]),
+            request.kind,
             self.data.train,
             aligned,
             self.config.train,
             generator=generator_for(self.config.seed, *purpose),
-            course=given.course,
+            course=course,
             on_epoch=self._log_epoch,
         )
-        body, fitted, told = outgoing.trained(fitted, self.backbone, self.config.caps)
-        holds: dict[str, str] = {}
-        if store and request.get("last"):
+        tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
+        if store is None or request.round is None:
+            holds = {}
+        elif request.round.last:
+            holds = {}
             store.clear()
-        elif store:
-            own = prefixed("task_vector", fitted.task_vector.tensors) | head_tensors(fitted.head)
-            holds = {**given.holds, OWN: store.keep(OWN, own)}  # as the server has it, bit for bit
-        return body, self._manifest(
-            "train",
-            {
-                "kind": str(fitted.task_vector.kind),
-                "losses": list(fitted.losses),
-                "holds": holds,
-                **told,
-                **self._measured(
-                    fitted, given.course.ensemble, joint if request["frozen"] else None
-                ),
-            },
+        else:
+            own = own_tensors(fitted.task_vector.tensors, fitted.head)
+            holds[OWN] = store.keep(OWN, own)  # as the server has it, bit for bit
+        return TrainAnswer(
+            **self._who(),
+            tensors=tensors,
+            kind=fitted.task_vector.kind,
+            losses=fitted.losses,
+            holds=holds,
+            caps=caps,
+            **self._measured(fitted, course.ensemble, joint if request.frozen else None),
         )
 
     def _measured(
         self, fitted: Fitted, ensemble: Ensemble | None, joint: Head | None
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Accuracy of what was trained, on its own task; with the joint head, of the frozen one."""
         classes, test, theta_0 = self.data.classes, self.data.test, self.backbone.theta_0
         theta = ensembled(fitted.task_vector.dense(theta_0), theta_0, ensemble)
         linearised = fitted.task_vector.kind is Kind.TANGENT
         own = accuracy_of(self.backbone, theta, fitted.head, classes, test, linearised=linearised)
         figures = {"own_task_accuracy": own.task_il}
-        if joint is not None:
-            frozen = accuracy_of(self.backbone, {}, joint, classes, test)
-            figures["frozen_class_il_accuracy"] = frozen.class_il
-            figures["frozen_task_il_accuracy"] = frozen.task_il
-        return figures
+        return figures | (self.frozen_accuracy(joint) if joint else {})
 
-    def evaluate(self, tensors: Mapping[str, Tensor], request: Mapping[str, Any]) -> Body:
+    def frozen_accuracy(self, joint: Head) -> dict[str, Any]:
+        """Accuracy of the pre-trained backbone under the joint head; names as in an answer."""
+        frozen = accuracy_of(self.backbone, {}, joint, self.data.classes, self.data.test)
+        return {
+            "frozen_class_il_accuracy": frozen.class_il,
+            "frozen_task_il_accuracy": frozen.task_il,
+        }
+
+    def evaluate(self, request: EvaluateRequest) -> EvaluateAnswer:
         """Measure the composed model on this client's test images."""
-        head = head_from(tensors, request["classes"])
-        theta = section("theta", tensors)
         accuracy = accuracy_of(
             self.backbone,
-            theta,
-            head,
+            request.theta,
+            request.joint,
             self.data.classes,
             self.data.test,
-            linearised=bool(request["linearised"]),
+            linearised=request.linearised,
         )
-        figures = {"class_il_accuracy": accuracy.class_il, "task_il_accuracy": accuracy.task_il}
-        return {}, self._manifest("evaluate", figures)
-
-    def _store(self, federation: str) -> Store:
-        """What this client keeps between the rounds of a federation."""
-        return Store.of(self.state, federation, self.name)
+        return EvaluateAnswer(
+            **self._who(),
+            class_il_accuracy=accuracy.class_il,
+            task_il_accuracy=accuracy.task_il,
+        )
 
     @property
     def _starts_aligned(self) -> bool:
         return self.config.train.head_start is HeadStart.ALIGNED
 
     def _mixtures(
-        self, theta: Mapping[str, Tensor], content: str, *, linearised: bool = False
-    ) -> Body:
+        self, answer: type[Features], theta: Mapping[str, Tensor], *, linearised: bool = False
+    ) -> Features:
         weights = {name: tensor.to(self.backbone.device) for name, tensor in theta.items()}
         train = self.data.train
-        mixtures, told = outgoing.mixtures_of(
+        mixtures, caps = outgoing.mixtures_of(
             extract_features(feature_map(self.backbone, weights, tangent=linearised), train.images),
             self.data,
             self.config,
-            seed=derive_seed(self.config.seed, content, self.name),
+            seed=derive_seed(self.config.seed, answer.CONTENT, self.name),
         )
-        counts = {name: mixture.num_examples for name, mixture in mixtures.items()}
-        manifest = {
-            "mixtures": counts,
-            "num_examples": sum(counts.values()),
-            "num_test_examples": len(self.data.test.labels),
-            "kind": str(self.kind or ""),
-            **told,
-        }
-        return mixture_tensors(mixtures), self._manifest(content, manifest)
+        return answer(
+            **self._who(),
+            num_test_examples=len(self.data.test.labels),
+            mixtures=mixtures,
+            kind=self.kind,
+            caps=caps,
+        )
+
+    @staticmethod
+    def _joint(sent: Head | None) -> Head:
+        if sent is None:
+            raise FileFormatError(
+                "The server sent no joint head, which `head-start = aligned` starts from. Use the "
+                "same fedcompo version everywhere."
+            )
+        return sent
 
     def _probe(self) -> Head:
         """The client's own head; each phase that needs it fits it again, to the same bits."""
         ridge = self.config.head.ridge
         return fit_probe(self.backbone, self.data.train, self.data.classes, ridge=ridge)
 
-    def _manifest(self, content: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "content": content,
-            "client": self.name,
-            "base": self.backbone.fingerprint,
-            "classes": list(self.data.classes),
-            **entries,
-        }
+    def _who(self) -> dict[str, Any]:
+        """What every answer says of this client; see :class:`NoticeAnswer`."""
+        base, classes = self.backbone.fingerprint, self.data.classes
+        return {"client": self.name, "base": base, "classes": classes}
 
     def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)

@@ -15,12 +15,13 @@ from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
-from fedcompo.messages.records import Body
+from fedcompo.messages.answers import FISHER, FisherAnswer
+from fedcompo.messages.requests import TASK_VECTOR, own_tensors
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import FeatureMixture, fit_mixtures
 from fedcompo.method.fisher import HEAD
-from fedcompo.method.heads import Head, head_tensors
+from fedcompo.method.heads import Head
 from fedcompo.privacy.factored import reduced, restored
 from fedcompo.privacy.fisher import images_at_a_time, private_fisher
 from fedcompo.privacy.statistics import private_mixtures
@@ -43,21 +44,21 @@ def mixtures_of(
         seed: Where the fit without noise starts from.
 
     Returns:
-        Mixtures by class name, and what a manifest tells of caps.
+        Mixtures by class name, and what the answer tells of caps.
     """
     labels, caps = data.train.labels, config.caps
     if caps.dp_noise > 0:
         mixtures = private_mixtures(
             features, labels, data.classes, clip=caps.dp_clip_features, noise=caps.dp_noise
         )
-        return mixtures, {"caps": {"noise": caps.dp_noise, "clip": caps.dp_clip_features}}
+        return mixtures, {"noise": caps.dp_noise, "clip": caps.dp_clip_features}
     components = config.head.mixture_components
     return fit_mixtures(features, labels, data.classes, components=components, seed=seed), {}
 
 
 def fisher_of(
-    backbone: Backbone, head: Head, images: Tensor, config: RunConfig, *, owner: str
-) -> Body:
+    backbone: Backbone, head: Head, images: Tensor, config: RunConfig, *, client: str
+) -> FisherAnswer:
     """Sum the Fisher diagonal, in the form and the numbers in which it may leave.
 
     Args:
@@ -65,10 +66,7 @@ def fisher_of(
         head: Under which.
         images: Of training, (count, channels, size, size), uint8.
         config: Settings, capped.
-        owner: Name of the client.
-
-    Returns:
-        Tensors, and the manifest's entries: classes, number of examples, report, caps.
+        client: Its name.
     """
     started, caps = time.perf_counter(), config.caps
     told: dict[str, Any] = {}
@@ -82,23 +80,26 @@ def fisher_of(
         measured = caps.fisher_form is not FisherForm.HEAD
         held = backbone if measured else replace(backbone, theta_0={})
         fisher, figures = fisher_of_images(
-            held, head, images, config.fisher, seed=config.seed, owner=owner
+            held, head, images, config.fisher, seed=config.seed, owner=client
         )
         parts, count = reduced(fisher.sums, caps.fisher_form), fisher.num_examples
         report = asdict(figures)
         if caps.fisher_form is FisherForm.FACTORED:
             told["form_error"] = _factoring_error(fisher.sums, parts, backbone)
-    body = prefixed("fisher", parts)
-    coded, arrived, wire = _on_the_wire(body, caps)
-    if wire:
-        told["wire_error"] = relative_error(body, arrived)
-    return coded, {
-        "classes": list(head.classes),
-        "num_examples": count,
-        "form": str(caps.fisher_form),
-        "report": {**report, "seconds": time.perf_counter() - started},
-        **_manifest(told, wire),
-    }
+    body = prefixed(FISHER, parts)
+    coded, arrived = _on_the_wire(body, caps.wire)
+    if caps.wire is not Wire.FLOAT32:
+        told |= {"wire_error": relative_error(body, arrived), "wire": str(caps.wire)}
+    return FisherAnswer(
+        client=client,
+        base=backbone.fingerprint,
+        classes=head.classes,
+        tensors=coded,
+        num_examples=count,
+        form=caps.fisher_form,
+        report={**report, "seconds": time.perf_counter() - started},
+        caps=told,
+    )
 
 
 def _private(
@@ -136,32 +137,23 @@ def trained(
 
     Returns:
         The tensors of the message; what the server reads from them, which is what is to be measured
-        and gone on with; and what a manifest tells of caps.
+        and gone on with; and what the answer tells of caps.
     """
     vector = fitted.task_vector
-    body = prefixed("task_vector", vector.tensors) | head_tensors(fitted.head)
-    coded, arrived, wire = _on_the_wire(body, caps)
-    if not wire:
+    body = own_tensors(vector.tensors, fitted.head)
+    if caps.wire is Wire.FLOAT32:
         return body, fitted, {}
-    received = replace(vector, tensors=section("task_vector", arrived))
+    coded, arrived = _on_the_wire(body, caps.wire)
+    received = replace(vector, tensors=section(TASK_VECTOR, arrived))
     theta_0 = backbone.theta_0
     error = relative_error(vector.dense(theta_0), received.dense(theta_0))
-    return coded, replace(fitted, task_vector=received), _manifest({"wire_error": error}, wire)
+    told = {"wire_error": error, "wire": str(caps.wire)}
+    return coded, replace(fitted, task_vector=received), told
 
 
 def _on_the_wire(
-    tensors: dict[str, Tensor], caps: CapsConfig
-) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """What is sent, what arrives, and the wire's name; empty where both are the tensors."""
-    if caps.wire is Wire.FLOAT32:
-        return tensors, tensors, ""
-    coded = encode(tensors, caps.wire)
-    return coded, decode(coded, caps.wire, source=ITSELF), str(caps.wire)
-
-
-def _manifest(told: dict[str, Any], wire: str) -> dict[str, Any]:
-    """What a manifest tells of caps; nothing where there are none."""
-    entries: dict[str, Any] = {"wire": wire} if wire else {}
-    if told:
-        entries["caps"] = {**told, **entries}
-    return entries
+    tensors: dict[str, Tensor], wire: Wire
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is sent, and what the server reads from it."""
+    coded = encode(tensors, wire)
+    return coded, decode(coded, wire, source=ITSELF)

@@ -12,12 +12,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
+from fedcompo.messages.requests import TrainRequest
 from fedcompo.storage import tensorfile
 from fedcompo.storage.tensorstream import save_streamed
 
@@ -87,3 +88,24 @@ class Store:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def completed(request: TrainRequest, store: Store | None) -> tuple[TrainRequest, dict[str, str]]:
+    """Add to a request what the client was left to keep, and keep what came along.
+
+    Args:
+        request: As it came.
+        store: What this client keeps between rounds; None: nothing.
+
+    Returns:
+        The request with all that the client has of what it needs; SHA-256 of what it will keep.
+    """
+    sent, holds = dict(request.sent), {}
+    for name, digest in request.needs.items():
+        if store and name in sent:
+            digest = store.keep(name, sent[name])
+        elif store and (kept := store.recall(name, digest)):
+            sent[name] = kept
+        if digest:
+            holds[name] = digest
+    return replace(request, sent=sent), holds

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from fedcompo.config.choices import Wire
 from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.messages.body import Body
 from fedcompo.messages.wire import decode
 from fedcompo.storage import tensorfile
 
 PAYLOAD = "payload"
 REFUSAL = "refusal"
-
-Body = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and what is to be known about them (JSON)."""
 
 
 class ClientRefusal(FedcompoError):
@@ -69,9 +67,7 @@ def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
     return _off_the_wire(tensors, manifest, source)
 
 
-def _off_the_wire(
-    tensors: dict[str, Tensor], manifest: dict[str, Any], source: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _off_the_wire(tensors: dict[str, Tensor], manifest: dict[str, Any], source: str) -> Body:
     """Tensors in float32 again, where they were sent in fewer bits."""
     rest = dict(manifest)
     stated = rest.pop("wire", str(Wire.FLOAT32))

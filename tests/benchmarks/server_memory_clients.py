@@ -20,7 +20,7 @@ from torch import Tensor
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
-from fedcompo.messages.records import Body
+from fedcompo.messages.body import Body
 from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.deltas import rank_of, stored_shapes
 from fedcompo.method.features import FeatureMixture

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from builders import altered, normal
+from builders import altered, normal, pico_weights, random_head, random_like, task_vector
 
-from clients.store import HOME, Store, store_home
+from clients.store import HOME, Store, completed, store_home
+from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
+from fedcompo.messages.requests import ANCHOR, OWN, TrainRequest, anchor_tensors, own_tensors
 from fedcompo.storage.tensorfile import tensor_digest
+from fedcompo.training.penalty import Anchor
 
 TENSORS = {"task_vector/a": normal(3, 2, seed=1), "head/bias": torch.zeros(0)}
 
@@ -92,3 +96,46 @@ def test_its_home_is_what_the_node_states_then_the_environment_then_the_users_ow
     monkeypatch.delenv(HOME)
     assert store_home() == Path.home() / ".local" / "state" / "fedcompo"
     assert store_home("~/mine") == Path.home() / "mine"
+
+
+# -- what a request leaves the client to keep --------------------------------------------------
+
+THETA_0 = pico_weights(dtype=torch.float32)
+HEAD = random_head(("cat", "dog"), 3, seed=2)
+VECTOR = task_vector(Kind.LORA, THETA_0, seed=1, base="pico@0")
+SENT = {
+    ANCHOR: anchor_tensors(
+        Anchor(random_like(THETA_0, seed=3, positive=True), normal(2, 3, seed=4), normal(2, seed=5))
+    ),
+    OWN: own_tensors(VECTOR.tensors, HEAD),
+}
+DIGESTS = {name: tensor_digest(tensors) for name, tensors in SENT.items()}
+BARE = TrainRequest(joint=HEAD, kind=Kind.LORA, frozen=False, needs=DIGESTS)
+WHOLE = replace(BARE, sent=SENT)
+
+
+def test_what_comes_along_is_used_and_kept_for_the_next_time(store):
+    assert completed(WHOLE, store) == (WHOLE, DIGESTS)
+    again, holds = completed(BARE, store)
+    assert (again.lacks, holds) == ((), DIGESTS)
+    for name, tensors in SENT.items():
+        assert again.sent[name].keys() == tensors.keys()
+        assert all(torch.equal(again.sent[name][n], tensors[n]) for n in tensors)
+
+
+def test_what_neither_came_nor_was_kept_is_lacking(store):
+    assert completed(BARE, store)[0].lacks == (ANCHOR, OWN)
+    assert completed(BARE, None)[0].lacks == (ANCHOR, OWN)
+    completed(WHOLE, store)
+    stale = replace(BARE, needs={**DIGESTS, OWN: "00" * 32})
+    assert completed(stale, store)[0].lacks == (OWN,)
+
+
+def test_where_nothing_can_be_written_nothing_is_claimed_to_be_held(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    assert completed(WHOLE, Store.of(tmp_path / "file", "ab", "ann")) == (WHOLE, {})
+
+
+def test_a_request_of_one_who_trains_alone_is_complete_and_leaves_nothing_to_keep():
+    alone = replace(WHOLE, needs={ANCHOR: ""}, sent={ANCHOR: SENT[ANCHOR]})
+    assert completed(alone, None) == (alone, {})

@@ -17,13 +17,14 @@ from fedcompo.composition.head import joint_head
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import AnchorBy, HeadStart, Kind, kinds_of
 from fedcompo.config.run import RunConfig
-from fedcompo.method.contribution import Contribution, mixtures_from
+from fedcompo.messages.requests import ANCHOR, FisherRequest, TrainRequest, anchor_tensors
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.tensorfile import prefixed, section
+from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import load_reference
 
 CLIENTS = 2
@@ -75,8 +76,7 @@ def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> R
     clients = [client for client in clients if client.name not in without]
     described = {}
     for client in clients:
-        tensors, manifest = client.features()
-        described[client.name] = mixtures_from(tensors, manifest["mixtures"])
+        described[client.name] = client.features().mixtures
     settings = CompositionSettings.of(config)
     aligned = joint_head(described, settings)
     fishers = {client.name: _fisher(client, aligned) for client in clients}
@@ -91,9 +91,8 @@ def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> R
 
 
 def _fisher(client: LocalClient, aligned: Head) -> FisherDiagonal:
-    tensors, manifest = client.fisher(head_tensors(aligned), {"classes": list(aligned.classes)})
-    classes = tuple(manifest["classes"])
-    return FisherDiagonal(section("fisher", tensors), manifest["num_examples"], classes)
+    answer = client.fisher(FisherRequest(joint=aligned))
+    return FisherDiagonal(answer.parts, answer.num_examples, answer.classes)
 
 
 def _trained(client, kind: Kind, aligned: Head, fishers, mixtures, backbone: Backbone):
@@ -108,21 +107,17 @@ def _trained(client, kind: Kind, aligned: Head, fishers, mixtures, backbone: Bac
         ),
     }[settings.anchor]()
     mean = anchoring.for_classes(client.data.classes).mean()
-    head = {"weight": mean.pop("head.weight"), "bias": mean.pop("head.bias")}
-    anchor = prefixed("anchor/head", head) | prefixed("anchor/weights", mean)
-    request = {
-        "classes": list(aligned.classes),
-        "kind": str(kind),
-        "frozen": True,
-        "needs": {"anchor": ""},
-    }
-    tensors, manifest = client.train(head_tensors(aligned) | anchor, request)
+    weight, bias = mean.pop("head.weight"), mean.pop("head.bias")
+    sent = {ANCHOR: anchor_tensors(Anchor(mean, weight, bias))}
+    answer = client.train(
+        TrainRequest(joint=aligned, kind=kind, frozen=True, needs={ANCHOR: ""}, sent=sent)
+    )
     is_anchored = settings.alpha > 0 or settings.head_alpha > 0
     is_aligned = settings.head_start is HeadStart.ALIGNED
     return Contribution(
         client=name,
-        task_vector=TaskVector(kind, section("task_vector", tensors), backbone.fingerprint),
-        head=head_from(tensors, manifest["classes"]),
+        task_vector=TaskVector(kind, answer.task_vector, backbone.fingerprint),
+        head=answer.head(answer.classes),
         features=mixtures,
         num_examples=len(client.data.train.labels),
         lineage=Lineage(

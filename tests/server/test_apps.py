@@ -175,10 +175,10 @@ def test_registered_names_win_over_node_config_over_partition(tmp_path):
 def test_a_client_that_raises_is_named_and_left_out(tmp_path, monkeypatch):
     original = LocalClient.train
 
-    def fail(self, tensors, request):
+    def fail(self, request):
         if self.name == "client-1":
             raise RuntimeError("the disk of client-1 is full")
-        return original(self, tensors, request)
+        return original(self, request)
 
     monkeypatch.setattr("clients.app.LocalClient.train", fail)
     monkeypatch.setattr("clients.local.LocalClient.train", fail)

@@ -22,6 +22,7 @@ from round_runs import (
 
 from clients.local import LocalClient
 from fedcompo.errors import TooFewClients
+from fedcompo.messages.requests import TrainRequest
 from fedcompo.registry.registry import Registry
 from fedcompo.training.fit import fit_task_vector
 from server.phases.fitting import Fitting
@@ -48,7 +49,7 @@ def sums(monkeypatch) -> list[dict]:
 
     def run(self: Rounds) -> None:
         original(self)
-        seen.append(self.sum.total)
+        seen.append(self.sum.running.total)
 
     monkeypatch.setattr(Rounds, "run", run)
     return seen
@@ -60,13 +61,13 @@ def metrics(monkeypatch) -> dict[str, list[dict]]:
     seen: dict[str, list[dict]] = {client: [] for client in OWNED}
     original = LocalClient.train
 
-    def train(self: LocalClient, tensors: dict, request: dict):
+    def train(self: LocalClient, request: TrainRequest):
         def fit(*arguments, **options):
             seen[self.name].append(options["course"].anchor.weights)
             return fit_task_vector(*arguments, **options)
 
         monkeypatch.setattr("clients.local.fit_task_vector", fit)
-        return original(self, tensors, request)
+        return original(self, request)
 
     monkeypatch.setattr("clients.app.LocalClient.train", train)
     return seen
@@ -164,11 +165,11 @@ def test_who_failed_on_joining_may_come_again_under_another_node(
 ):
     original, asked = LocalClient.fisher, []
 
-    def fail_once(self, tensors, request):
+    def fail_once(self, request):
         asked.append(self.name)
         if asked.count("eve") == 1 and self.name == "eve":
             raise RuntimeError("out of memory")
-        return original(self, tensors, request)
+        return original(self, request)
 
     monkeypatch.setattr("clients.app.LocalClient.fisher", fail_once)
     results = rounds(images, tmp_path, Looks(nodes={"eve": [3]}).options, joins="eve:2")

@@ -281,10 +281,10 @@ def failing(monkeypatch, clients: tuple[str, ...], number: int) -> None:
     """Let the disks of clients be full in a round."""
     original = averaging.train
 
-    def fail(client, tensors, request):
-        if client.name in clients and request["server-round"] == number:
+    def fail(client, request):
+        if client.name in clients and request.number == number:
             raise RuntimeError(f"the disk of {client.name} is full")
-        return original(client, tensors, request)
+        return original(client, request)
 
     monkeypatch.setattr(averaging, "train", fail)
 

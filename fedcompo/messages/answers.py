@@ -1,0 +1,217 @@
+"""What clients answer; the names of entries stand here and nowhere else.
+
+Reading an answer finds what is missing. Whether the rest can be true is for the server to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fedcompo.config.choices import FisherForm, Kind
+from fedcompo.messages.body import Body, Content, entry
+from fedcompo.messages.requests import TASK_VECTOR, own_tensors
+from fedcompo.method.contribution import mixture_tensors, mixtures_from
+from fedcompo.method.features import Mixtures
+from fedcompo.method.heads import Head, head_from
+from fedcompo.storage.tensorfile import section
+
+FISHER = "fisher"
+"""Prefix of a Fisher's tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process(Content):
+    """What every answer says of the process that it comes from."""
+
+    peak_memory: Mapping[str, int] = entry()
+    """Bytes; see :func:`fedcompo.runtime.peak_bytes`."""
+    versions: Mapping[str, str] = entry()
+    """By package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Content):
+    """What every answer says of how it came about."""
+
+    CONTENT: ClassVar[str]
+
+    base: str = entry(str)
+    """Fingerprint of the client's backbone."""
+    caps: Mapping[str, Any] = entry(default={})
+    """What the client tells of the caps it worked under; ``wire``: the tensors are in these
+    numbers."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The accuracies that it reports, by name."""
+        values = {f: getattr(self, f.name) for f in fields(self) if f.name.endswith("_accuracy")}
+        return {f.name: value for f, value in values.items() if value is not f.default}
+
+    def to_body(self) -> Body:
+        """Tensors and manifest."""
+        tensors, manifest = super().to_body()
+        if not self.caps:
+            del manifest["caps"]
+        wire = {"wire": self.caps["wire"]} if "wire" in self.caps else {}
+        return tensors, {"content": self.CONTENT} | manifest | wire
+
+
+def caps_of(answer: Body) -> Any:
+    """What any answer tells of caps, be it true or not."""
+    return answer[1].get("caps", {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeAnswer(Answer):
+    """A client took note. All other answers say who it is too, but for those of averaging."""
+
+    CONTENT: ClassVar[str] = "notice"
+
+    client: str = entry(str)
+    classes: tuple[str, ...] = entry(tuple)
+    """The client's own, sorted; of a Fisher, those of the head that it is under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentifyAnswer(NoticeAnswer):
+    """Who a client is."""
+
+    CONTENT: ClassVar[str] = "identify"
+
+    num_test_examples: int = entry(int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesAnswer(IdentifyAnswer):
+    """What a client's classes look like to the pre-trained backbone."""
+
+    CONTENT: ClassVar[str] = "features"
+
+    mixtures: Mixtures
+    """By class."""
+    kind: Kind | None = None
+    """Kind of task vector that the client insists on."""
+
+    def _write(self) -> Body:
+        counts = {name: mixture.num_examples for name, mixture in self.mixtures.items()}
+        entries = {
+            "mixtures": counts,
+            "num_examples": sum(counts.values()),
+            "kind": str(self.kind or ""),
+        }
+        return mixture_tensors(self.mixtures), entries
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "mixtures": mixtures_from(tensors, manifest["mixtures"]),
+            "kind": Kind(manifest["kind"]) if manifest.get("kind") else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealignAnswer(FeaturesAnswer):
+    """What a client's classes look like to the composed model."""
+
+    CONTENT: ClassVar[str] = "realign"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithTensors(Answer):
+    """An answer whose tensors may be in other numbers on their way."""
+
+    tensors: Mapping[str, Tensor]
+    """Under the names that they travel by."""
+
+    def _write(self) -> Body:
+        return dict(self.tensors), {}
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return {"tensors": tensors}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherAnswer(_WithTensors, NoticeAnswer):
+    """The *sum* of the Fisher diagonal over a client's images."""
+
+    CONTENT: ClassVar[str] = "fisher"
+
+    num_examples: int = entry(int)
+    form: FisherForm = entry(FisherForm, default=FisherForm.DENSE)
+    report: Mapping[str, Any] = entry(dict)
+    """What the estimator tells of its work."""
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The sum in its form; see :mod:`fedcompo.privacy.factored`."""
+        return section(FISHER, self.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateAnswer(NoticeAnswer):
+    """Accuracy of the composed model on a client's test images."""
+
+    CONTENT: ClassVar[str] = "evaluate"
+
+    class_il_accuracy: float = entry()
+    task_il_accuracy: float = entry()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingAnswer(_WithTensors):
+    """A task vector's parameters and a head, trained."""
+
+    CONTENT: ClassVar[str] = "train"
+
+    kind: Kind = entry(Kind)
+    losses: tuple[float, ...] = entry(lambda losses: tuple(float(loss) for loss in losses))
+    """Of each epoch."""
+    frozen_class_il_accuracy: float | None = entry(default=None)
+    """Of the frozen backbone under the joint head, where that was asked for."""
+    frozen_task_il_accuracy: float | None = entry(default=None)
+
+    @property
+    def task_vector(self) -> dict[str, Tensor]:
+        """The task vector's parameters."""
+        return section(TASK_VECTOR, self.tensors)
+
+    def head(self, classes: tuple[str, ...]) -> Head:
+        """The head, whose rows are these classes."""
+        return head_from(self.tensors, list(classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainAnswer(AveragingAnswer, NoticeAnswer):
+    """A client's own task vector and head."""
+
+    own_task_accuracy: float | None = entry(default=None)
+    """Of the client's own model, within its own classes."""
+    holds: Mapping[str, str] = entry(
+        lambda holds: {str(name): str(digest) for name, digest in holds.items()}, default={}
+    )
+    """SHA-256 of what the client keeps for the next round, by name."""
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """Task vector and head, as the client keeps them."""
+        return own_tensors(self.task_vector, self.head(self.classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LacksAnswer(NoticeAnswer):
+    """A client cannot train: it does not have what it was left to keep."""
+
+    CONTENT: ClassVar[str] = "train"
+
+    lacks: tuple[str, ...] = entry(tuple)
+
+
+def read_trained(body: Body) -> TrainAnswer | LacksAnswer:
+    """Read the answer of a client that was left to keep something."""
+    lacking = bool(body[1].get("lacks"))
+    return LacksAnswer.from_body(body) if lacking else TrainAnswer.from_body(body)

@@ -1,0 +1,269 @@
+"""What the server asks of clients; the names of entries and tensors stand here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fedcompo.config.choices import Kind
+from fedcompo.errors import FileFormatError
+from fedcompo.messages.body import Body, Content, entry
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.task_vector import TaskVector
+from fedcompo.storage.tensorfile import prefixed, section
+from fedcompo.training.fit import Course
+from fedcompo.training.penalty import Anchor, Ensemble
+
+ANCHOR, OWN = "anchor", "own"
+"""What a client may keep between rounds: its metric; its last task vector, with its head."""
+TASK_VECTOR, THETA, REST, WEIGHTS = "task_vector", "theta", "rest", "weights"
+"""Prefixes of tensors: a task vector, composed weights, a sum over other clients, a metric."""
+REQUEST = "request"
+"""The ``content`` of every request."""
+ROUND = "server-round"
+"""Flower's name for the number of a round; only a request of averaging has it."""
+
+
+def addressed(request: Body, registered_name: str) -> Body:
+    """A request as it travels, with the name that the server knows the node by (or "")."""
+    tensors, manifest = request
+    return tensors, {"content": REQUEST, "registered_name": registered_name, **manifest}
+
+
+def registered_name(request: Body) -> str:
+    """The name that the server knows this node by; empty if there is none."""
+    return str(request[1].get("registered_name", ""))
+
+
+def own_tensors(task_vector: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
+    """A client's task vector and head as they travel; the classes go into the manifest."""
+    return prefixed(TASK_VECTOR, task_vector) | head_tensors(head)
+
+
+def anchor_tensors(anchor: Anchor) -> dict[str, Tensor]:
+    """A metric as it travels."""
+    head = Head((), anchor.head_weight, anchor.head_bias)
+    return head_tensors(head) | prefixed(WEIGHTS, anchor.weights)
+
+
+class IdentifyRequest(Content):
+    """Who are you?"""
+
+
+class FeaturesRequest(Content):
+    """What do your classes look like to the pre-trained backbone?"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeRequest(Content):
+    """A client was removed."""
+
+    text: str = entry(str)
+    """For people."""
+    record: str = entry(str)
+    """The removal record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherRequest(Content):
+    """What is the Fisher diagonal of your images?"""
+
+    joint: Head | None = None
+    """The head that it is under; None: the client's own."""
+
+    def _write(self) -> Body:
+        return _joint_body(self.joint) if self.joint else ({}, {})
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return _joint_from(tensors, manifest) if "classes" in manifest else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealignRequest(Content):
+    """What do your classes look like to the composed model?"""
+
+    theta: Weights
+    """Composed weights by name, each (out, in)."""
+    linearised: bool = entry(bool)
+    """Whether they change the model to first order alone."""
+
+    def _write(self) -> Body:
+        return prefixed(THETA, self.theta), {}
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return {"theta": section(THETA, tensors)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(RealignRequest):
+    """How well does the composed model do on your test images?"""
+
+    joint: Head
+
+    def _write(self) -> Body:
+        head, entries = _joint_body(self.joint)
+        return super()._write()[0] | head, entries
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return super()._read(tensors, manifest) | _joint_from(tensors, manifest)
+
+
+@dataclass(frozen=True)
+class Others:
+    """The sum that a client trains inside; see :class:`fedcompo.training.penalty.Ensemble`."""
+
+    rest: Weights
+    """Of the other clients, by weight name, each (out, in)."""
+    share: float
+    """The client's own coefficient."""
+    scale: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One of the rounds that a client trains in."""
+
+    number: int
+    """From 1."""
+    federation: str
+    """Under which name the client keeps something for the next round."""
+    last: bool
+    passed: float
+    """Share of the whole training that lies behind."""
+    share: float
+    """Share of the whole training that this round is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(Content):
+    """Fit your task vector: alone, or inside the sum of the others."""
+
+    joint: Head
+    """To start from, or only to measure the frozen backbone."""
+    kind: Kind = entry(Kind)
+    frozen: bool = entry(bool)
+    """Whether to measure the frozen backbone too."""
+    needs: Mapping[str, str] = entry(dict)
+    """SHA-256 of what the client needs besides, by name (:data:`ANCHOR`, :data:`OWN`); empty: it is
+    not to be kept."""
+    sent: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Of what it needs, the tensors that come along."""
+    others: Others | None = None
+    """None: the client trains alone."""
+    round: Round | None = None
+    """None: there is but one."""
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """What the client needs and does not have."""
+        return tuple(name for name in self.needs if name not in self.sent)
+
+    @property
+    def anchor(self) -> Anchor | None:
+        """The metric that the client is held in."""
+        if ANCHOR not in self.sent:
+            return None
+        head = head_from(self.sent[ANCHOR], [])
+        return Anchor(section(WEIGHTS, self.sent[ANCHOR]), head.weight, head.bias)
+
+    def head(self, classes: tuple[str, ...]) -> Head | None:
+        """The client's last head, to go on with; None: it begins."""
+        return head_from(self.sent[OWN], list(classes)) if OWN in self.sent else None
+
+    def course(self, base: str, classes: tuple[str, ...], beta: float) -> Course:
+        """Which part of the training this is, and what acts on it.
+
+        Args:
+            base: Fingerprint of the pre-trained weights.
+            classes: The client's own.
+            beta: How firmly the client is held to the others.
+        """
+        begin = None
+        if OWN in self.sent:
+            begin = TaskVector(self.kind, section(TASK_VECTOR, self.sent[OWN]), base)
+        return Course(
+            begin,
+            self.head(classes),
+            self.anchor,
+            self.ensemble(beta),
+            passed=self.round.passed if self.round else 0.0,
+            share=self.round.share if self.round else 1.0,
+        )
+
+    def ensemble(self, beta: float) -> Ensemble | None:
+        """The others, and how firmly the client is held to them."""
+        others = self.others
+        return Ensemble(others.rest, others.share, beta, others.scale) if others else None
+
+    def _write(self) -> Body:
+        tensors, manifest = _joint_body(self.joint)
+        for name, found in self.sent.items():
+            tensors |= prefixed(name, found)
+        if self.others:
+            tensors |= prefixed(REST, self.others.rest)
+            manifest["ensemble"] = {"share": self.others.share, "scale": self.others.scale}
+        if self.round:
+            manifest |= {
+                "round": self.round.number,
+                "federation": self.round.federation,
+                "last": self.round.last,
+                "course": {"passed": self.round.passed, "share": self.round.share},
+            }
+        return tensors, manifest
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises ``FileFormatError`` if something is needed that no client keeps."""
+        for name in manifest["needs"]:
+            if name not in (ANCHOR, OWN):
+                raise FileFormatError(
+                    f"The server asks for {name!r}, expected {ANCHOR} or {OWN}. Use the same "
+                    "fedcompo version everywhere."
+                )
+        sent = {name: section(name, tensors) for name in manifest["needs"]}
+        values: dict[str, Any] = {"sent": {name: found for name, found in sent.items() if found}}
+        if ensemble := manifest.get("ensemble"):
+            rest = section(REST, tensors)
+            values["others"] = Others(rest, ensemble["share"], ensemble["scale"])
+        if "round" in manifest:
+            number, federation = int(manifest["round"]), str(manifest["federation"])
+            course, last = manifest["course"], bool(manifest["last"])
+            values["round"] = Round(number, federation, last, course["passed"], course["share"])
+        return values | _joint_from(tensors, manifest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingRequest(Content):
+    """Train the model that all share (FedAvg, FedProx) for one round."""
+
+    kind: Kind = entry(Kind)
+    task_vector: Mapping[str, Tensor]
+    joint: Head
+    rounds: int = entry(int)
+    """How many there are."""
+    number: int = entry(int, key=ROUND)
+    """Which of them this is, from 1."""
+    proximal_mu: float | None = entry(float, key="proximal-mu", default=None)
+    """Strength of FedProx, by Flower's name; None: it is FedAvg."""
+
+    def _write(self) -> Body:
+        return own_tensors(self.task_vector, self.joint), _joint_body(self.joint)[1]
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return {"task_vector": section(TASK_VECTOR, tensors)} | _joint_from(tensors, manifest)
+
+
+def _joint_body(joint: Head) -> Body:
+    return head_tensors(joint), {"classes": list(joint.classes)}
+
+
+def _joint_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {"joint": head_from(tensors, manifest["classes"])}

@@ -1,0 +1,46 @@
+"""Who takes part in a run, as a value that is replaced."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from fedcompo.config.choices import Kind
+from server.phases.participants import Description, Participants
+
+
+def described(*clients: str, **insisting: Kind) -> Participants:
+    about = {
+        client: Description(("cat", "dog"), {}, 10, 5, insisting.get(client)) for client in clients
+    }
+    return Participants(names=frozenset(clients), described=about)
+
+
+def test_nobody_writes_participants_from_outside():
+    with pytest.raises(FrozenInstanceError):
+        Participants().members = ("ann",)
+
+
+def test_newcomers_are_connected_no_members_and_asked():
+    connected = ("ann", "ben", "eve")
+    assert Participants(members=("ann",)).newcomers(connected) == ("ben", "eve")
+    assert Participants(members=("ann",), asked=("eve",)).newcomers(connected) == ("eve",)
+
+
+def test_kinds_are_dealt_in_turn_once_and_who_insists_on_one_gets_it():
+    kinds = (Kind.LORA, Kind.FULL)
+    first = described("ann", "ben", "eve", eve=Kind.IA3).with_kinds(kinds)
+    assert dict(first.kinds) == {"ann": Kind.LORA, "ben": Kind.FULL, "eve": Kind.IA3}
+    assert dict(first.with_kinds((Kind.IA3,)).kinds) == dict(first.kinds)
+
+
+def test_who_is_forgotten_is_neither_described_nor_absent_but_keeps_its_name():
+    who = Participants(
+        names=frozenset({"ann", "ben"}),
+        described=described("ann", "ben").described,
+        absent=frozenset({"ben"}),
+    )
+    left = who.without(["ben"])
+    assert (set(left.described), left.absent, left.names) == ({"ann"}, set(), {"ann", "ben"})
+    assert set(who.described) == {"ann", "ben"}
