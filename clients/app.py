@@ -31,7 +31,7 @@ from fedcompo.runtime import of_this_process, peak_bytes, reset_peak
 
 app = ClientApp()
 
-R = TypeVar("R", bound=Content)
+Asked = TypeVar("Asked", bound=Content)
 Work = Callable[[LocalClient, Body], Answer]
 
 
@@ -83,7 +83,8 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, _reading(EvaluateRequest, LocalClient.evaluate))
 
 
-def _reading(request: type[R], work: Callable[[LocalClient, R], Answer]) -> Work:
+def _reading(request: type[Asked], work: Callable[[LocalClient, Asked], Answer]) -> Work:
+    """Let work that takes a request take the body that it comes as."""
     return lambda client, body: work(client, request.from_body(body))
 
 

@@ -51,12 +51,14 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         course=course,
         on_epoch=lambda *told: logger.info("%s: epoch %d of %d, loss %.4f", client.name, *told),
     )
+    frozen = client.measure({}, joint) if number == 1 else None
     tensors, _, caps = outgoing.trained(fitted, client.backbone, client.config.caps)
     return AveragingAnswer(
         base=base,
         tensors=tensors,
         kind=kind,
         losses=fitted.losses,
-        **(client.frozen_accuracy(joint) if number == 1 else {}),
         caps=caps,
+        frozen_class_il_accuracy=frozen.class_il if frozen else None,
+        frozen_task_il_accuracy=frozen.task_il if frozen else None,
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,19 +45,27 @@ from fedcompo.messages.requests import (
     TrainRequest,
     own_tensors,
 )
+from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import evaluate
-from fedcompo.training.fit import Fitted, ensembled, fit_task_vector
-from fedcompo.training.penalty import Ensemble
+from fedcompo.training.accuracy import Accuracy, evaluate
+from fedcompo.training.fit import ensembled, fit_task_vector
 from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
 
 Features = TypeVar("Features", bound=FeaturesAnswer)
+
+
+class Who(TypedDict):
+    """What every answer says of its client; see :class:`NoticeAnswer`."""
+
+    client: str
+    base: str
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,12 @@ class LocalClient:
         of nobody else, and is smaller, so that the same ``alpha`` holds less. Clients' sums add up
         either way, each under its own head; a head's rows belong to its own classes.
         """
-        head = self._joint(request.joint) if self._starts_aligned else self._probe()
+        head = request.joint if self._starts_aligned else self._probe()
+        if head is None:
+            raise FileFormatError(
+                "The server sent no joint head, which `head-start = aligned` starts from. Use the "
+                "same fedcompo version everywhere."
+            )
         return outgoing.fisher_of(
             self.backbone, head, self.data.train.images, self.config, client=self.name
         )
@@ -153,16 +166,15 @@ class LocalClient:
 
         What the request leaves the client to remember, and it does not, the answer asks for.
         """
-        store = None
-        if request.round:
-            store = Store.of(self.state, request.round.federation, self.name)
+        part = request.round
+        store = Store.of(self.state, part.federation, self.name) if part else None
         request, holds = completed(request, store)
         if request.lacks:
             return LacksAnswer(**self._who(), lacks=request.lacks)
-        joint, classes = request.joint, self.data.classes
-        aligned = joint.rows(classes) if self._starts_aligned else self._probe()
+        classes = self.data.classes
+        aligned = request.joint.rows(classes) if self._starts_aligned else self._probe()
         ensemble = request.ensemble(self.config.method.beta)
-        purpose = "train", self.name, *([str(request.round.number)] if request.round else [])
+        purpose = "train", self.name, *([str(part.number)] if part else [])
         fitted = fit_task_vector(
             self.backbone,
             request.kind,
@@ -177,58 +189,39 @@ class LocalClient:
             on_epoch=self._log_epoch,
         )
         tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
-        if store is None or request.round is None:
-            holds = {}
-        elif request.round.last:
+        if store and part and part.last:
             holds = {}
             store.clear()
-        else:
-            own = own_tensors(fitted.task_vector.tensors, fitted.head)
-            holds[OWN] = store.keep(OWN, own)  # as the server has it, bit for bit
+        elif store:
+            kept = own_tensors(fitted.task_vector.tensors, fitted.head)
+            holds[OWN] = store.keep(OWN, kept)  # as the server has it, bit for bit
+        vector, theta_0 = fitted.task_vector, self.backbone.theta_0
+        theta = ensembled(vector.dense(theta_0), theta_0, ensemble)
+        own = self.measure(theta, fitted.head, linearised=vector.kind is Kind.TANGENT)
+        frozen = self.measure({}, request.joint) if request.frozen else None
         return TrainAnswer(
             **self._who(),
             tensors=tensors,
-            kind=fitted.task_vector.kind,
+            kind=vector.kind,
             losses=fitted.losses,
             holds=holds,
             caps=caps,
-            **self._measured(fitted, ensemble, joint if request.frozen else None),
+            own_task_accuracy=own.task_il,
+            frozen_class_il_accuracy=frozen.class_il if frozen else None,
+            frozen_task_il_accuracy=frozen.task_il if frozen else None,
         )
-
-    def _measured(
-        self, fitted: Fitted, ensemble: Ensemble | None, joint: Head | None
-    ) -> dict[str, Any]:
-        """Accuracy of what was trained, on its own task; with the joint head, of the frozen one."""
-        classes, test, theta_0 = self.data.classes, self.data.test, self.backbone.theta_0
-        theta = ensembled(fitted.task_vector.dense(theta_0), theta_0, ensemble)
-        linearised = fitted.task_vector.kind is Kind.TANGENT
-        own = evaluate(self.backbone, theta, fitted.head, classes, test, linearised=linearised)
-        figures = {"own_task_accuracy": own.task_il}
-        return figures | (self.frozen_accuracy(joint) if joint else {})
-
-    def frozen_accuracy(self, joint: Head) -> dict[str, Any]:
-        """Accuracy of the pre-trained backbone under the joint head; names as in an answer."""
-        frozen = evaluate(self.backbone, {}, joint, self.data.classes, self.data.test)
-        return {
-            "frozen_class_il_accuracy": frozen.class_il,
-            "frozen_task_il_accuracy": frozen.task_il,
-        }
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateAnswer:
         """Measure the composed model on this client's test images."""
-        accuracy = evaluate(
-            self.backbone,
-            request.theta,
-            request.joint,
-            self.data.classes,
-            self.data.test,
-            linearised=request.linearised,
-        )
+        found = self.measure(request.theta, request.joint, linearised=request.linearised)
         return EvaluateAnswer(
-            **self._who(),
-            class_il_accuracy=accuracy.class_il,
-            task_il_accuracy=accuracy.task_il,
+            **self._who(), class_il_accuracy=found.class_il, task_il_accuracy=found.task_il
         )
+
+    def measure(self, theta: Weights, head: Head, *, linearised: bool = False) -> Accuracy:
+        """Accuracy on this client's test images; ``theta`` empty: of the pre-trained backbone."""
+        classes, test = self.data.classes, self.data.test
+        return evaluate(self.backbone, theta, head, classes, test, linearised=linearised)
 
     @property
     def _starts_aligned(self) -> bool:
@@ -253,24 +246,14 @@ class LocalClient:
             caps=caps,
         )
 
-    @staticmethod
-    def _joint(sent: Head | None) -> Head:
-        if sent is None:
-            raise FileFormatError(
-                "The server sent no joint head, which `head-start = aligned` starts from. Use the "
-                "same fedcompo version everywhere."
-            )
-        return sent
-
     def _probe(self) -> Head:
         """The client's own head; each phase that needs it fits it again, to the same bits."""
         ridge = self.config.head.ridge
         return fit_probe(self.backbone, self.data.train, self.data.classes, ridge=ridge)
 
-    def _who(self) -> dict[str, Any]:
-        """What every answer says of this client; see :class:`NoticeAnswer`."""
+    def _who(self) -> Who:
         base, classes = self.backbone.fingerprint, self.data.classes
-        return {"client": self.name, "base": base, "classes": classes}
+        return Who(client=self.name, base=base, classes=classes)
 
     def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)

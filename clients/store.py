@@ -102,9 +102,11 @@ def completed(request: TrainRequest, store: Store | None) -> tuple[TrainRequest,
     """
     sent, holds = dict(request.sent), {}
     for name, digest in request.needs.items():
-        if store and name in sent:
+        if store is None:
+            continue
+        if name in sent:
             digest = store.keep(name, sent[name])
-        elif store and (kept := store.recall(name, digest)):
+        elif kept := store.recall(name, digest):
             sent[name] = kept
         if digest:
             holds[name] = digest
