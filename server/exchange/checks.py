@@ -22,7 +22,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.privacy.factored import restored
 from fedcompo.storage.tensorfile import tensor_digest
 
-CAP_WORDS = {"wire": list(Wire), "form": list(FisherForm)}
+CAP_WORDS: dict[str, list[str]] = {"wire": list(Wire), "form": list(FisherForm)}
 """What a client can say of its caps in words."""
 LONGEST = 10.0
 """Norm of a change, in norms of the weight it changes, beyond which it is nonsense."""
