@@ -27,7 +27,7 @@ from fedcompo.messages.requests import (
     TrainRequest,
     registered_name,
 )
-from fedcompo.runtime import of_this_process, peak_bytes, reset_peak
+from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
 
 app = ClientApp()
 
@@ -100,7 +100,7 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
             context.run_config, context.node_config, registered_name(body)
         )
         tensors, manifest = work(client, body).to_body()
-        process = Process(peak_memory=peak_bytes(), versions=of_this_process())
+        process = Process(peak_memory=peak_bytes(), versions=installed_versions())
         content = to_record(tensors, manifest | process.to_body()[1])
     except FedcompoError as error:
         content = refusal(f"{type(error).__name__}: {error}")

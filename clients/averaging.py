@@ -44,8 +44,6 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         kind,
         Split(train.images, own[train.labels]),
         joint,
-        joint,
-        None,
         replace(client.config.train, head_alpha=0.0, head_decay=0.0),
         generator=generator_for(client.config.seed, "train", client.name, str(number)),
         course=course,

@@ -173,19 +173,18 @@ class LocalClient:
             return LacksAnswer(**self._who(), lacks=request.lacks)
         classes = self.data.classes
         aligned = request.joint.rows(classes) if self._starts_aligned else self._probe()
-        ensemble = request.ensemble(self.config.method.beta)
+        course = request.course(
+            base=self.backbone.fingerprint, classes=classes, beta=self.config.method.beta
+        )
         purpose = "train", self.name, *([str(part.number)] if part else [])
         fitted = fit_task_vector(
             self.backbone,
             request.kind,
             self.data.train,
-            request.head(classes) or aligned,
             aligned,
-            request.anchor,
             self.config.train,
             generator=generator_for(self.config.seed, *purpose),
-            ensemble=ensemble,
-            course=request.course(self.backbone.fingerprint),
+            course=course,
             on_epoch=self._log_epoch,
         )
         tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
@@ -196,7 +195,7 @@ class LocalClient:
             kept = own_tensors(fitted.task_vector.tensors, fitted.head)
             holds[OWN] = store.keep(OWN, kept)  # as the server has it, bit for bit
         vector, theta_0 = fitted.task_vector, self.backbone.theta_0
-        theta = ensembled(vector.dense(theta_0), theta_0, ensemble)
+        theta = ensembled(vector.dense(theta_0), theta_0, course.ensemble)
         own = self.measure(theta, fitted.head, linearised=vector.kind is Kind.TANGENT)
         frozen = self.measure({}, request.joint) if request.frozen else None
         return TrainAnswer(

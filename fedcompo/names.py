@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fedcompo.errors import ContributionError
 
@@ -97,3 +98,15 @@ def _script(letter: str) -> str:
     """First word of the letter's Unicode name, which is its script for nearly all letters."""
     first = unicodedata.name(letter, "UNNAMED").partition(" ")[0]
     return "CJK" if first in WRITTEN_TOGETHER else first
+
+
+def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raise ``ContributionError``, naming the nearest known name, unless all clients are known."""
+    for client in clients:
+        if client not in known:
+            near = difflib.get_close_matches(client, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ContributionError(
+                f"There is no client {client!r} in the {where}, which holds "
+                f"{', '.join(known) or 'nobody'}.{hint}"
+            )

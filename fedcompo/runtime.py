@@ -1,6 +1,6 @@
 """This process: its device, its peak memory, its packages.
 
-Torch is imported where it is used: whoever asks for a version alone does not wait for it.
+Torch is imported where it is used, so that a program that asks for a version does not wait for it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +17,17 @@ from fedcompo.errors import ConfigError, ContributionError
 if TYPE_CHECKING:
     import torch
 
+PACKAGES = ("fedcompo", "torch", "timm")
+"""Packages on which a client's results depend."""
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+"""Linux: figures of this process, and where writing 5 resets the largest (man proc)."""
+
 
 def pick_device(wanted: str) -> torch.device:
     """Return the device of that name; ``auto`` takes a GPU where there is one.
 
     Raises:
-        ConfigError: If it is a GPU and there is none.
+        ConfigError: If a GPU is wanted and there is none.
     """
     import torch
 
@@ -36,25 +40,21 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
 def reset_peak() -> None:
-    """Start a new measurement; where the system cannot, the old one goes on."""
+    """Start to measure the peak memory anew, where the system can."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
-        _RESET.write_text("5")  # Linux: forget the largest resident size so far (man proc)
+        _RESET.write_text("5")
 
 
 def peak_bytes() -> dict[str, int]:
-    """Largest memory since the last reset.
+    """Return the largest memory since the last reset.
 
     Returns:
-        ``resident``: of this process, where it is known (since the process began, where Linux's
-        reset is not to be had); ``gpu``: allocated by torch, where there is a GPU.
+        ``resident``: of this process, on Linux; ``gpu``: allocated by torch, where there is a GPU.
     """
     import torch
 
@@ -63,29 +63,19 @@ def peak_bytes() -> dict[str, int]:
         lines = _STATUS.read_text().splitlines()
         high_water = next(line for line in lines if line.startswith("VmHWM:"))
         peaks["resident"] = int(high_water.split()[1]) * 1024
-    if not peaks:
-        with contextlib.suppress(ImportError):
-            import resource
-
-            largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peaks["resident"] = largest * (1 if sys.platform == "darwin" else 1024)
     if torch.cuda.is_available():
         peaks["gpu"] = torch.cuda.max_memory_allocated()
     return peaks
 
 
-PACKAGES = ("fedcompo", "torch", "timm")
-"""What a client's figures depend on."""
-
-
 @functools.cache
 def version(package: str) -> str:
-    """Installed version of a package; looked up once, because that reads a file."""
+    """Return the installed version of a package; cached, because looking it up reads a file."""
     return importlib.metadata.version(package)
 
 
-def of_this_process() -> dict[str, str]:
-    """Installed versions by package."""
+def installed_versions() -> dict[str, str]:
+    """Return the versions of :data:`PACKAGES` that are installed here, by package."""
     return {package: version(package) for package in PACKAGES}
 
 
@@ -97,13 +87,13 @@ def check_versions(client: str, stated: Mapping[str, Any]) -> str:
         stated: Versions by package.
 
     Returns:
-        What should be known of them; empty: they are the same.
+        A note on the packages that differ; empty if none does.
 
     Raises:
-        ContributionError: If its fedcompo is of another release, which may mean something else by
-            the same numbers.
+        ContributionError: If its fedcompo is of another release, whose numbers may mean something
+            else.
     """
-    own = of_this_process()
+    own = installed_versions()
     theirs = {package: str(stated.get(package, "unknown")) for package in PACKAGES}
     if _release(theirs["fedcompo"]) != _release(own["fedcompo"]):
         raise ContributionError(
@@ -119,5 +109,5 @@ def check_versions(client: str, stated: Mapping[str, Any]) -> str:
 
 
 def _release(text: str) -> tuple[str, ...]:
-    """``1.2`` of ``1.2.3``."""
+    """Return ``1.2`` of ``1.2.3``."""
     return tuple(text.split(".")[:2])

@@ -1,39 +1,22 @@
-r"""What noise is worth: :math:`\varepsilon` at a :math:`\delta`, by Flower's accountant.
+r"""What each client released under noise, and the notes on it in the results.
 
 Every answer that carries statistics or a Fisher under noise is one release of the Gaussian
-mechanism (:mod:`fedcompo.privacy.noise`); a run's releases add up. No image is drawn by chance, so
-that nothing is amplified. Runs add up, too: what a client gave away in earlier ones is not known
-here.
+mechanism; :mod:`fedcompo.privacy.noise` turns a run's releases into one :math:`\varepsilon`. Runs
+add up, too, but what a client released in earlier runs is not known here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
 
-from fedcompo.config.run import RunConfig
-from fedcompo.errors import ConfigError
+from fedcompo.privacy.noise import composed_epsilon
 
-ACCOUNTANT = "flwr.serverapp.RdpAccountant"
-BACKEND = "dp_accounting"
-INSTALL = "pip install 'fedcompo[dp]'"
-WEAKEST, STRONGEST = 1e-6, 1e6
-"""Noise below is none; above, it counts as this much, since the accountant's floats overflow."""
+ACCOUNTANT = "analytic Gaussian mechanism"
 Told = Sequence[Mapping[str, Any]]
 """What a client told of the caps it worked under, answer by answer."""
-
-
-def check_noise(config: RunConfig) -> None:
-    """Refuse noise that would not protect, or whose ε nobody could tell; raises ``ConfigError``."""
-    config.caps.check_head_start(config.train.head_start)
-    if config.caps.dp_noise > 0 and find_spec(BACKEND) is None:
-        raise ConfigError(
-            f"`dp-noise` is {config.caps.dp_noise:g}, but Flower's accountant, which tells ε, is "
-            f"not complete here. Install the rest of it where the server runs: {INSTALL}"
-        )
 
 
 def spent(told: Told, *, delta: float) -> dict[str, Any] | None:
@@ -44,54 +27,19 @@ def spent(told: Told, *, delta: float) -> dict[str, Any] | None:
         delta: δ.
 
     Returns:
-        ε (None where the accountant is not installed), δ and the number of releases, as JSON
-        values; None if nothing was released under noise.
+        ε (None where there is next to no noise), δ and the number of releases, as JSON values;
+        None if nothing was released under noise.
     """
     noises = [float(answer["noise"]) for answer in told if answer.get("noise")]
     if not noises:
         return None
-    known = find_spec(BACKEND) is not None
-    epsilon = composed_epsilon(noises, delta=delta) if known else math.inf
+    epsilon = composed_epsilon(noises, delta=delta)
     return {
         "epsilon": epsilon if math.isfinite(epsilon) else None,
         "delta": delta,
         "releases": len(noises),
-        "accountant": ACCOUNTANT if known else None,
+        "accountant": ACCOUNTANT,
     }
-
-
-def composed_epsilon(noises: Sequence[float], *, delta: float) -> float:
-    """ε of several releases of the Gaussian mechanism together.
-
-    Args:
-        noises: Noise of each, in sensitivities, above 0.
-        delta: δ.
-
-    Returns:
-        ε, never too small; infinite where there is next to no noise.
-    """
-    if min(noises) < WEAKEST:
-        return math.inf
-    from flwr.serverapp import (  # its backend comes with `fedcompo[dp]` alone
-        GaussianPrivacyEvent,
-        NeighboringRelation,
-        PrivacyConfig,
-        RdpAccountant,
-        SamplingMethod,
-    )
-
-    accountant = RdpAccountant(
-        PrivacyConfig(
-            target_delta=delta,
-            population_size=1,  # counts only where examples are drawn by chance
-            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-            sampling_method=SamplingMethod.NO_AMPLIFICATION,
-        )
-    )
-    for noise in noises:
-        event = GaussianPrivacyEvent(min(noise, STRONGEST), sample_size=1, population_size=1)
-        accountant.compose(event)
-    return float(accountant.get_epsilon(delta))
 
 
 def notes(told: Mapping[str, Told], *, delta: float) -> list[str]:
@@ -144,7 +92,7 @@ def _privacy(told: Mapping[str, Told], delta: float) -> list[str]:
         )
     if unknown := sorted(private.keys() - known.keys()):
         found.append(
-            f"ε of {', '.join(unknown)} is not known: the noise is next to none, or Flower's "
-            f"accountant is not complete where the server runs ({INSTALL})."
+            f"{', '.join(unknown)} sent feature statistics and Fisher with next to no noise: they "
+            "are not private."
         )
     return found

@@ -26,7 +26,6 @@ from fedcompo.registry.state import ABOUT
 from fedcompo.report.results import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
-from server.accounting import check_noise
 from server.averaging import Averaging
 from server.exchange.exchange import Exchange
 from server.results import collect, collect_averaging, collect_removal
@@ -53,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     """Do what `action` says, once, and leave the results in the output folder."""
     started = time.time()
     config = RunConfig.parse(context.run_config)
-    check_noise(config)
+    config.caps.check_head_start(config.train.head_start)
     output = claim_output(config)
     server = config.server
     exchange = Exchange(

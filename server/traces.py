@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedcompo.config.choices import Method
-from fedcompo.method.contribution import Lineage
+from fedcompo.method.lineage import Lineage
 
 
 @dataclass

@@ -20,13 +20,13 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.run import RegistryConfig, RunConfig
+from fedcompo.config.run import RunConfig
+from fedcompo.config.server import RegistryConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages.answers import IdentifyAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import IdentifyRequest, NoticeRequest
-from fedcompo.method.pool import require_known
-from fedcompo.names import check_client_name
+from fedcompo.names import check_client_name, require_known
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from server.exchange.checks import check_backbone

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if TYPE_CHECKING:
+    from engine_runs import Simulated
+
 # One thread: small tensors gain nothing from more, and sums then run in one order.
 torch.set_num_threads(1)
+
+
+def _no_waiting_for_the_disk(handle: int) -> None:
+    """Sync nothing: nobody cuts the power, and what was written is there for all who look."""
+    os.fstat(handle)  # one that is closed is still an error
+
+
+# What syncs are worth is shown in registry/test_crashes.py, from what was synced and what not.
+os.fsync = _no_waiting_for_the_disk
 
 # No deadline: a busy machine is no failure. Derandomised: the same examples in each run.
 settings.register_profile(
@@ -70,3 +83,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set FEDCOMPO_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two clients, a folder each."""
+    from deployed_federation import TWO, digits_as_folders
+
+    folder = tmp_path_factory.mktemp("hospitals")
+    digits_as_folders(folder, TWO, training=6, test=12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def simulated(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
+    """Their federation by `fedcompo simulate`: one run for all that is said of such runs."""
+    from engine_runs import simulate
+
+    return simulate(tmp_path_factory.mktemp("simulated"), hospitals)

@@ -15,7 +15,7 @@ from fedcompo.data.client_data import ClientData, load_client_data, num_clients
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.training.accuracy import evaluate
 
 OnStep = Callable[[str], None]
@@ -23,7 +23,7 @@ Figures = dict[str, dict[str, Any]]
 """By client: ``class_il_accuracy``, ``task_il_accuracy``, ``num_examples``."""
 
 
-def run_config_of(registry: Registry, data: str | None = None) -> RunConfig:
+def run_config_of(registry: RegistryReader, data: str | None = None) -> RunConfig:
     """The settings that the registry's clients were trained with, perhaps on other data.
 
     Raises:
@@ -104,7 +104,7 @@ def evaluate_clients(
 
 
 def effect_of_removal(
-    registry: Registry, client: str, data: str | None, on_step: OnStep
+    registry: RegistryReader, client: str, data: str | None, on_step: OnStep
 ) -> dict[str, Any]:
     """Measure what a removal would do to accuracy; changes nothing.
 

@@ -22,8 +22,6 @@ A client's own probe and own Fisher are made of the images that the shadow is fi
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +45,8 @@ from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
-from fedcompo.training.fit import fit_task_vector
+from fedcompo.training.anchors import FisherSums
+from fedcompo.training.fit import Course, fit_task_vector
 from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import fisher_of_images, fit_probe, load_reference
 
@@ -123,13 +122,10 @@ class ClientTraining:
         mean = self.anchor
         if train.anchor is AnchorBy.OWN and _is_anchored(self.config):
             mean = self._own_fisher(head, data)
-        anchor = None
-        if mean is not None:
-            targets = {name: mean[name] for name in self.backbone.theta_0}
-            anchor = Anchor(targets, mean["head.weight"], mean["head.bias"])
+        course = Course(anchor=Anchor.of(mean) if mean is not None else None)
         start = head.rows(self.classes)
         fitted = fit_task_vector(
-            self.backbone, self.kind, data, start, start, anchor, train, generator=generator
+            self.backbone, self.kind, data, start, train, generator=generator, course=course
         )
         return fitted.task_vector
 
@@ -270,6 +266,5 @@ def _anchor_of(registry: Registry, client: str, config: RunConfig) -> Weights | 
             )
         return fisher
 
-    # As in training: the sum over all, in the order of names, less the client's own.
-    total = functools.reduce(operator.add, map(kept, sorted({client, *others})))
-    return (total - kept(client)).for_classes(member.classes).mean()
+    sums = FisherSums.of({client, *others}, kept, by=AnchorBy.OTHERS)
+    return sums.mean_for(client, member.classes)

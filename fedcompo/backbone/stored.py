@@ -1,24 +1,28 @@
-"""The pre-trained weights as one file, so that a registry later needs no hub and no checkpoint."""
+"""The pre-trained weights as one file, so that a registry later needs no hub and no checkpoint.
+
+Torch and timm are imported where weights are used: the description is read without them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
-
-from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.errors import BackboneError, FileFormatError
-from fedcompo.method.deltas import Weights
 from fedcompo.storage.files import tuples
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
+if TYPE_CHECKING:
+    import torch
+
+    from fedcompo.backbone.backbone import Backbone
+    from fedcompo.backbone.preprocessing import Preprocessing
+    from fedcompo.method.deltas import Weights
+
 CONTENT = "backbone"
-SAID = {
+MANIFEST_KEYS = {
     "name",
     "fingerprint",
     "preprocessing",
@@ -28,7 +32,7 @@ SAID = {
     "num_features",
     "target_weights",
 }
-"""What the manifest says, besides."""
+"""Keys of the manifest besides ``content``."""
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
@@ -66,7 +70,7 @@ class StoredBackbone:
             raise FileFormatError(
                 f"{path} holds a {manifest.get('content')!r}, expected a {CONTENT!r}."
             )
-        if missing := sorted(SAID - manifest.keys()):
+        if missing := sorted(MANIFEST_KEYS - manifest.keys()):
             raise FileFormatError(
                 f"The manifest of {path} has no {missing[0]!r}. It was written by another version "
                 "of fedcompo; use that one, or make the file again."
@@ -82,6 +86,8 @@ class StoredBackbone:
     @property
     def theta_shapes(self) -> Weights:
         """The target weights without their values (on torch's ``meta`` device)."""
+        import torch
+
         layout = self.tensors.layout
         return {
             name: torch.empty(layout[name][1], dtype=layout[name][0], device="meta")
@@ -95,6 +101,10 @@ class StoredBackbone:
             FileFormatError: If a byte of the weights was altered.
             BackboneError: If this timm cannot build the model.
         """
+        import timm
+
+        from fedcompo.backbone.backbone import Backbone
+
         self.tensors.check()
         manifest = self.tensors.manifest
         try:
@@ -123,4 +133,6 @@ class StoredBackbone:
     @property
     def preprocessing(self) -> Preprocessing:
         """The input it was trained to see."""
+        from fedcompo.backbone.preprocessing import Preprocessing
+
         return Preprocessing(**tuples(self.tensors.manifest["preprocessing"]))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import fedcompo
 from fedcompo.cli import models as cli_models
 from fedcompo.cli import registry as cli_registry
 from fedcompo.cli import service as cli_service
@@ -21,24 +20,39 @@ from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.service import serve
 from fedcompo.cli.tables import print_removal
-from fedcompo.config.choices import Action
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import say
-from fedcompo.storage.files import PACKAGE
 
 app = typer.Typer(
-    help="Federated fine-tuning into task vectors that add up to one model, and come out again.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 def main() -> None:
     """Run the command line."""
     app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(fedcompo.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Federated fine-tuning into task vectors that add up to one model, and come out again."""
 
 
 @app.command()
@@ -135,7 +149,7 @@ def settings(
 @app.command()
 def version() -> None:
     """Print the version."""
-    say(_version())
+    say(fedcompo.__version__)
 
 
 app.command()(fisher)
@@ -170,59 +184,29 @@ def _simulate(
     resume: Path | None,
 ) -> None:
     from fedcompo.config import scenario
-    from fedcompo.data.client_data import count_clients
-    from fedcompo.engine import launcher, run_folder
+    from fedcompo.engine import run_folder
     from fedcompo.engine.live import Display
-    from fedcompo.engine.resources import fair_resources
+    from fedcompo.engine.simulation import prepare
 
     console = Console()
     if resume is None:
         values = scenario.settings_of(file, assignments, options)
     else:
         values = run_folder.begun_settings(resume.expanduser().absolute())
-    config = RunConfig.parse(values)
-    clients = count_clients(config)
-    resources = fair_resources(
-        clients,
-        config.device,
+    run = prepare(
+        values,
+        name=scenario.scenario_name(file, values),
+        resuming=resume is not None,
         cpus_per_client=cpus_per_client,
         gpus_per_client=gpus_per_client,
     )
-    app_folder = launcher.find_app()
-    name = scenario.scenario_name(file, values)
-    if config.registry.action is Action.REMOVE:
-        name = f"remove-{config.registry.client}"
-    if resume is None:
-        output = run_folder.reserve_output(Path(config.output or Path.cwd() / "runs" / name))
-    else:
-        output = run_folder.reopen_output(Path(config.output))
-    say(f"Simulating {clients} clients. Results go to {output}")
+    say(f"Simulating {run.clients} clients. Results go to {run.output}")
     with Display(console) as display:
-        results = launcher.simulate(
-            values,
-            output=output,
-            clients=clients,
-            app=app_folder,
-            resources=resources,
-            on_event=display.show,
-        )
-    if config.registry.action is Action.REMOVE:
+        results = run.run(display.show)
+    if run.removes:
         print_removal(results)
     else:
         from fedcompo.report.results import print_results
 
         print_results(results, console)
-    say(f"Results: {output}")
-
-
-def _version() -> str:
-    """The installed version, or that of the checkout that this file lies in."""
-    try:
-        return importlib.metadata.version("fedcompo")
-    except importlib.metadata.PackageNotFoundError:
-        project = PACKAGE.parent / "pyproject.toml"
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
-
-
-if __name__ == "__main__":
-    main()
+    say(f"Results: {run.output}")

@@ -64,18 +64,18 @@ def audit(
     trainings of the client.
     """
     with errors_as_sentences(verbose):
+        started = time.monotonic()
+        opened = open_registry(registry)
+        opened.member(remove)  # refuses at once who is not there
         from fedcompo.audit.measure import audit as measure
         from fedcompo.audit.report import print_audit, write_audit
         from fedcompo.export.selection import new_folder
         from fedcompo.registry.registry import Registry
 
-        started = time.monotonic()
-        opened = open_registry(registry)
-        opened.member(remove)
         folder = output or Path(f"audit-{remove}")
         with new_folder(folder) as draft, progress(quiet=as_json) as tell:
             values = measure(
-                opened,
+                Registry(opened.path),
                 remove,
                 data=data,
                 gold=Registry(gold) if gold else None,

@@ -19,7 +19,7 @@ from fedcompo.errors import ConfigError, FedcompoError
 from fedcompo.report.console import literal, say
 
 if TYPE_CHECKING:
-    from fedcompo.registry.registry import Registry
+    from fedcompo.registry.reader import RegistryReader
 
 INTERRUPTED = 130
 VARIABLE = "FEDCOMPO_REGISTRY"
@@ -36,6 +36,15 @@ RegistryOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
+]
+OnlyOption = Annotated[str | None, typer.Option(metavar="A,B", help="Compose these clients alone.")]
+WithoutOption = Annotated[str | None, typer.Option(metavar="A,B", help="Leave these clients out.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(metavar="A=0.7,B=0.3", help="Coefficients; they must sum to 1. Default: equal."),
+]
+ScaleOption = Annotated[
+    float | None, typer.Option(help="Factor on the sum; default: the registry's own.")
 ]
 
 
@@ -72,15 +81,15 @@ def progress(*, quiet: bool) -> Iterator[Any]:
         yield lambda step: status.update(literal(f"{step} …"))
 
 
-def open_registry(given: Path | None) -> Registry:
-    """Open the registry that was named, or the one that is near.
+def open_registry(given: Path | None) -> RegistryReader:
+    """Open the registry that was named, or the one that is near, to read it; loads no torch.
 
     Raises:
         RegistryError: If there is none.
     """
-    from fedcompo.registry.registry import Registry
+    from fedcompo.registry.reader import RegistryReader
 
-    return Registry(registry_path(given))
+    return RegistryReader(registry_path(given))
 
 
 def registry_path(given: Path | None) -> Path:
@@ -125,3 +134,19 @@ def weights_of(text: str | None) -> dict[str, float] | None:
             "`--scale` enlarges the sum."
         )
     return weights
+
+
+def choice_of(
+    only: str | None, without: str | None, weights: str | None, scale: float | None
+) -> dict[str, Any]:
+    """Read the options that choose whom to compose, and with what.
+
+    Raises:
+        ConfigError: If one is not of its form.
+    """
+    return {
+        "only": listed_names(only),
+        "without": listed_names(without),
+        "weights": weights_of(weights),
+        "scale": scale,
+    }

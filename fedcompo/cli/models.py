@@ -11,13 +11,16 @@ import typer
 
 from fedcompo.cli.common import (
     JsonOption,
+    OnlyOption,
     RegistryOption,
+    ScaleOption,
     VerboseOption,
+    WeightsOption,
+    WithoutOption,
+    choice_of,
     errors_as_sentences,
-    listed_names,
     open_registry,
     progress,
-    weights_of,
 )
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
@@ -27,15 +30,6 @@ if TYPE_CHECKING:
 
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
-]
-OnlyOption = Annotated[str | None, typer.Option(metavar="A,B", help="Compose these clients alone.")]
-WithoutOption = Annotated[str | None, typer.Option(metavar="A,B", help="Leave these clients out.")]
-WeightsOption = Annotated[
-    str | None,
-    typer.Option(metavar="A=0.7,B=0.3", help="Coefficients; they must sum to 1. Default: equal."),
-]
-ScaleOption = Annotated[
-    float | None, typer.Option(help="Factor on the sum; default: the registry's own.")
 ]
 DataOption = Annotated[
     str | None,
@@ -74,16 +68,11 @@ def compose(
     fedcompo compose A/ B/ -o DIR
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        from fedcompo.export.folder import publish
-
         tell("reading")
-        choice = {
-            "only": listed_names(only),
-            "without": listed_names(without),
-            "weights": weights_of(weights),
-            "scale": scale,
-        }
+        choice = choice_of(only, without, weights, scale)
         with _selected(folders, registry, checkpoint, choice) as selection:
+            from fedcompo.export.folder import publish
+
             tell("composing")
             written = publish(output, selection)
         _report(written, as_json)
@@ -127,18 +116,13 @@ def evaluate(
 ) -> None:
     """Measure a registry's model, or one of some of its members, on the clients' test images."""
     with errors_as_sentences(verbose):
+        choice = choice_of(only, without, weights, scale)
+        opened = open_registry(registry)
         from fedcompo.audit.evaluation import evaluate_clients, run_config_of
         from fedcompo.export.selection import from_registry
 
         with progress(quiet=as_json) as tell:
-            opened = open_registry(registry)
-            selection = from_registry(
-                opened,
-                only=listed_names(only),
-                without=listed_names(without),
-                weights=weights_of(weights),
-                scale=scale,
-            )
+            selection = from_registry(opened, **choice)
             backbone = opened.backbone.load()
             figures = evaluate_clients(
                 backbone,
@@ -173,10 +157,11 @@ def negate(
     The copy is labelled as what it is, and never enters the registry.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+        opened = open_registry(registry)
+        opened.member(client)  # refuses at once who is not there
         from fedcompo.export.folder import negated, publish
         from fedcompo.export.selection import from_registry
 
-        opened = open_registry(registry)
         vector = opened.contribution(client).task_vector
         selection = from_registry(opened, without=(client,))
         tell("composing")
@@ -202,10 +187,12 @@ def export(
 ) -> None:
     """Export the composed model for timm, or one client's LoRA for PEFT."""
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+        opened = open_registry(registry)
+        if client is not None:
+            opened.member(client)  # refuses at once who is not there
         from fedcompo.export.folder import publish
         from fedcompo.export.selection import from_registry, new_folder
 
-        opened = open_registry(registry)
         if client is None:
             selection = from_registry(opened)
             tell("writing")
@@ -234,7 +221,7 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
     load = f'import timm; timm.create_model("local-dir:{folder}", pretrained=True)'
     if written["linearised"]:
         say("Composed of tangents: it is linearised, which timm cannot do. See its README.md.")
-        load = f'import fedcompo.composition.models as s; s.load_tangent_model("{folder}")'
+        load = f'import fedcompo; fedcompo.load_tangent_model("{folder}")'
     say(f"Model: {folder}\n{load}")
 
 
@@ -242,14 +229,16 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
 def _selected(
     folders: list[Path] | None, registry: Path | None, checkpoint: str, choice: Mapping[str, Any]
 ) -> Iterator[Selection]:
-    from fedcompo.export import selection
-
     if folders and registry is not None:
         raise ConfigError("Name folders of contributions, or a registry, not both.")
     if checkpoint and not folders:
         raise ConfigError("`--checkpoint` goes with folders; a registry holds its own weights.")
+    if not folders:
+        open_registry(registry)  # refuses at once where there is none
+    from fedcompo.export import selection
+
     if folders:
-        with selection.from_folders(folders, checkpoint=checkpoint, **choice) as found:
-            yield found
+        with selection.from_folders(folders, checkpoint=checkpoint, **choice) as chosen:
+            yield chosen
     else:
         yield selection.from_registry(open_registry(registry), **choice)

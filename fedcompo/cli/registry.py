@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli import tables as cli_print
+from fedcompo.cli import tables
 from fedcompo.cli.common import (
     JsonOption,
     RegistryOption,
@@ -22,6 +23,11 @@ from fedcompo.cli.common import (
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
+if TYPE_CHECKING:
+    from fedcompo.registry.reader import RegistryReader
+
+NO_DATA = "none"
+"""Value of ``--data``: measure nothing."""
 ClientArgument = Annotated[str, typer.Argument(help="Name of the client.")]
 
 
@@ -30,26 +36,13 @@ def list_clients(
 ) -> None:
     """List the clients of a registry, and what it composes."""
     with errors_as_sentences(verbose):
-        from fedcompo.registry.transaction import MODEL
+        from fedcompo.registry.inspection import summary
 
-        opened = open_registry(registry)
-        entries, state = opened.entries(), opened.state
-        members = [cli_print.row(opened, member, entries) for member in state.members.values()]
-        summary = {
-            "registry": str(opened.path.absolute()),
-            "backbone": state.base,
-            "root": state.root,
-            "settings": asdict(opened.settings),
-            "model": str(opened.path.absolute() / MODEL) if members else None,
-            "classes": list(opened.classes),
-            "joint_head": "realigned" if opened.realigned else "aligned",
-            "kept_versions": list(state.kept),
-            "clients": members,
-        }
+        values = summary(open_registry(registry))
         if as_json:
-            print_json(summary)
+            print_json(values)
         else:
-            cli_print.print_list(summary)
+            tables.print_list(values)
 
 
 def show(
@@ -63,25 +56,13 @@ def show(
     CLIENT is its name; `fedcompo list` lists them.
     """
     with errors_as_sentences(verbose):
-        opened = open_registry(registry)
-        entries = opened.entries()
-        history = cli_print.history(entries, client)
-        present = client in opened.clients
-        if not present and not history:
-            opened.member(client)  # says who is there
-        details: dict[str, Any] = {"client": client, "present": present, "history": history}
-        if present:
-            member = opened.member(client)
-            details |= cli_print.row(opened, member, entries) | {
-                "folder": str(opened.path.absolute() / member.folder),
-                "files": dict(member.files),
-                "lineage": asdict(member.lineage),
-                "settings": dict(opened.contribution(client).settings),
-            }
+        from fedcompo.registry.inspection import details
+
+        values = details(open_registry(registry), client)
         if as_json:
-            print_json(details)
+            print_json(values)
             return
-        cli_print.print_details(details)
+        tables.print_details(values)
 
 
 def add(
@@ -98,7 +79,10 @@ def add(
     FOLDERS hold one contribution each. Every byte is checked before anything changes.
     """
     with errors_as_sentences(verbose):
-        opened = open_registry(registry)
+        path = open_registry(registry).path  # refuses at once where there is none
+        from fedcompo.registry.registry import Registry
+
+        opened = Registry(path)
         before = opened.clients
         with progress(quiet=as_json) as tell:
             opened.add(*folders, replacing=replace, on_step=tell)
@@ -136,7 +120,8 @@ def remove(
         str | None,
         typer.Option(
             help="Images to measure the effect on, with --dry-run: digits, folder:<path>, "
-            "npz:<path>; default: those the clients were trained on, where they are at hand."
+            "npz:<path>, or none to measure nothing; default: those the clients were trained on, "
+            "where they are at hand."
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -151,38 +136,52 @@ def remove(
     The model is, bit for bit, the one that was never given it. Nobody is trained again.
     """
     with errors_as_sentences(verbose):
+        from fedcompo.registry.inspection import removal_plan
+
         _check_options(dry_run=dry_run, yes=yes, as_json=as_json, data=data)
         _check_text(requested_by, reason)
         opened = open_registry(registry)
-        plan = cli_print.plan(opened, client, keep_versions)
-        if dry_run:
-            with progress(quiet=as_json) as tell:
-                from fedcompo.audit.evaluation import effect_of_removal
-
-                plan["accuracy"] = effect_of_removal(opened, client, data, tell)
+        plan = removal_plan(opened, client, keep_versions=keep_versions)
         if not as_json:
-            cli_print.print_plan(plan)
+            tables.print_plan(plan)
         if dry_run:
-            if as_json:
-                print_json(plan)
+            _preview(opened, plan, data, as_json)
             return
         if not yes:
             typer.confirm(f"Remove {client} from {opened.path}?", abort=True)
-        started = time.monotonic()
+        from fedcompo.registry.registry import Registry
+
+        changed, started = Registry(opened.path), time.monotonic()
         with progress(quiet=as_json) as tell:
-            record = opened.remove(
+            record = changed.remove(
                 client,
                 requested_by=requested_by,
                 reason=reason,
                 keep_versions=keep_versions,
                 on_step=tell,
             )
-        path = opened.path / opened.entries()[record.sequence - 1].details["record"]
+        path = changed.path / record.place
         if as_json:
             typer.echo(record.text, nl=False)  # byte for byte: it can be kept and verified
             return
         say(f"Removed {client} in {time.monotonic() - started:.1f} s. Record: {path}")
-        say(f"Check it by: fedcompo verify {path} --registry {opened.path}")
+        say(f"Check it by: fedcompo verify {path} --registry {changed.path}")
+
+
+def _preview(
+    registry: RegistryReader, plan: Mapping[str, Any], data: str | None, as_json: bool
+) -> None:
+    """End a dry run: measure the effect on accuracy, unless that is not wanted."""
+    if data != NO_DATA:
+        from fedcompo.audit.evaluation import effect_of_removal
+
+        with progress(quiet=as_json) as tell:
+            effect = effect_of_removal(registry, plan["client"], data, tell)
+        plan = {**plan, "accuracy": effect}
+        if not as_json:
+            tables.print_effect(effect)
+    if as_json:
+        print_json(plan)
 
 
 def _check_options(*, dry_run: bool, yes: bool, as_json: bool, data: str | None) -> None:
@@ -200,8 +199,8 @@ def _check_text(*texts: str) -> None:
             raise ConfigError(f"{text!r} is no text; write it in UTF-8.")
 
 
-def _near(record: Path) -> tuple[Path | None, Path | None]:
-    """What a record can be held against where nobody says: its own registry, or a key beside it."""
+def _witness_of(record: Path) -> tuple[Path | None, Path | None]:
+    """Find what a record is checked against by default: its registry, or else a key beside it."""
     key = record.with_suffix(".pem")
     for home in (record.absolute().parent.parent, registry_path(None)):
         if (home / "registry.json").is_file():
@@ -232,27 +231,30 @@ def verify(
     with errors_as_sentences(verbose):
         if public_key is not None and record is None:
             raise ConfigError("`--public-key` checks a record; name one.")
+        if record is not None and registry is None and public_key is None:
+            registry, public_key = _witness_of(record)
+        alone = public_key is not None and registry is None
+        if record is not None and not alone:
+            open_registry(registry)  # refuses at once where there is none
         from fedcompo.registry.record_verification import verify_record
+        from fedcompo.registry.registry import Registry
         from fedcompo.registry.verification import verify_registry
 
-        if record is not None and registry is None and public_key is None:
-            registry, public_key = _near(record)
         with progress(quiet=as_json) as tell:
             if record is None:
                 findings = verify_registry(registry_path(registry), on_step=tell)
             else:
-                alone = public_key is not None and registry is None
                 findings = verify_record(
                     record,
-                    registry=None if alone else open_registry(registry),
+                    registry=None if alone else Registry(registry_path(registry)),
                     public_key=public_key,
                     on_step=tell,
                 )
         if as_json:
             print_json([asdict(finding) for finding in findings])
         else:
-            cli_print.print_findings(findings)
-            if record is not None and registry is None and public_key is not None:
+            tables.print_findings(findings)
+            if record is not None and alone:
                 say("Without --registry nothing but the signature can be checked.")
         if any(finding.holds is False for finding in findings):
             raise typer.Exit(1)

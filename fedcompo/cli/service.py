@@ -16,13 +16,15 @@ import typer
 
 from fedcompo.cli.common import (
     JsonOption,
+    OnlyOption,
+    ScaleOption,
     VerboseOption,
+    WeightsOption,
+    WithoutOption,
+    choice_of,
     errors_as_sentences,
-    listed_names,
     progress,
-    weights_of,
 )
-from fedcompo.cli.models import OnlyOption, ScaleOption, WeightsOption, WithoutOption
 from fedcompo.errors import ConfigError, ServiceError
 from fedcompo.report.console import print_json, say
 
@@ -114,14 +116,8 @@ def fetch(
             if client is not None:
                 content = service.fetch(output, client, on_step=tell)
             else:
-                content = service.compose(
-                    output,
-                    only=listed_names(only),
-                    without=listed_names(without),
-                    weights=weights_of(weights),
-                    scale=scale,
-                    on_step=tell,
-                )
+                chosen = choice_of(only, without, weights, scale)
+                content = service.compose(output, **chosen, on_step=tell)
         files = {file.name: file.sha256 for file in content.files}
         told = {"output": str(output.absolute()), "clients": list(content.clients)}
         if as_json:

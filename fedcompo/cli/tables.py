@@ -1,9 +1,8 @@
-"""What the registry's commands say, as values for programs and as tables for people."""
+"""Prints what the registry's commands say, as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -13,50 +12,11 @@ from fedcompo.report.console import literal, say, table_console
 from fedcompo.report.units import percent, shortened, size
 
 if TYPE_CHECKING:
-    from fedcompo.registry.journal import Entry
-    from fedcompo.registry.registry import Registry
-    from fedcompo.registry.state import Member
     from fedcompo.registry.verification import Finding
 
 UNALTERED = " is unaltered"
 """End of the claims about single files; those that hold are counted."""
 MARKS = {True: ("holds", "green"), False: ("FAILS", "bold red"), None: ("open", "yellow")}
-
-
-def row(registry: Registry, member: Member, entries: Sequence[Entry]) -> dict[str, Any]:
-    """What a list says of a member; ``entries`` is the registry's journal."""
-    from fedcompo.registry.changes import foreseen_influence
-
-    lineage = member.lineage
-    shaped_by = sorted({*lineage.anchored_by, *lineage.aligned_with, *lineage.ensemble})
-    others = [client for client in registry.clients if client != member.client]
-    return {
-        "client": member.client,
-        "kind": member.kind,
-        "classes": list(member.classes),
-        "num_examples": member.num_examples,
-        "bytes": _bytes(registry, member),
-        "added": entries[member.added - 1].time,
-        "shaped_by": shaped_by,
-        "shapes": list(foreseen_influence(entries, member.client, others).to_retrain),
-    }
-
-
-def history(entries: Sequence[Entry], client: str) -> list[dict[str, Any]]:
-    """What the journal tells of a client."""
-    told = []
-    for entry in entries:
-        names = [m["client"] for m in entry.details.get("clients", ()) if isinstance(m, dict)]
-        if client in (*names, entry.details.get("client")):
-            told.append(
-                {
-                    "sequence": entry.sequence,
-                    "time": entry.time,
-                    "event": entry.event,
-                    **{k: v for k, v in entry.details.items() if k in ("record", "within")},
-                }
-            )
-    return told
 
 
 def print_list(summary: Mapping[str, Any]) -> None:
@@ -137,35 +97,6 @@ def print_details(details: Mapping[str, Any]) -> None:
     table_console().print(table)
 
 
-def plan(registry: Registry, client: str, keep_versions: bool) -> dict[str, Any]:
-    """What a removal would do."""
-    member = registry.member(client)
-    survivors = [name for name in registry.clients if name != client]
-    staying = {name for c in survivors for name in registry.state.members[c].classes}
-    old = [f for f, kept in registry.state.kept.items() if client in kept["clients"]]
-    containing = [*old, registry.state.version]
-    influence = registry.influence_of(client)
-    return {
-        "client": client,
-        "goes": {
-            "folder": member.folder,
-            "bytes": _bytes(registry, member),
-            "task_vector": member.kind,
-            "classes": [name for name in member.classes if name not in staying],
-            "versions": [] if keep_versions else containing,
-        },
-        "stays": {
-            "clients": survivors,
-            "classes": sorted(staying),
-            "versions": containing if keep_versions else [],
-        },
-        "composition_exact": True,
-        "influence_exact": influence.exact,
-        "lineage": asdict(influence),
-        "to_retrain": list(influence.to_retrain),
-    }
-
-
 def print_plan(plan: Mapping[str, Any]) -> None:
     """Say what a removal does, and what it cannot do."""
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
@@ -192,8 +123,6 @@ def print_plan(plan: Mapping[str, Any]) -> None:
             if lineage[part]:
                 say(f"  {what}: {', '.join(lineage[part])}")
         say(f"  To undo that too, train again: {', '.join(plan['to_retrain'])}")
-    if plan.get("accuracy"):
-        _print_effect(plan["accuracy"])
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -238,7 +167,7 @@ def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> No
 def print_removal(results: Mapping[str, Any]) -> None:
     """Print what a removal over Flower reports."""
     say(f"Removed {results['removed']}; {', '.join(results['survivors']) or 'nobody'} stay.")
-    _print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
+    print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
     if results["to_retrain"]:
         say(
             "Composition-exact, not influence-exact: trained with something of "
@@ -249,7 +178,8 @@ def print_removal(results: Mapping[str, Any]) -> None:
     say(f"Record: {results['record']}")
 
 
-def _print_effect(accuracy: Mapping[str, Any]) -> None:
+def print_effect(accuracy: Mapping[str, Any]) -> None:
+    """Print what a removal does to accuracy, client by client, or why nobody knows."""
     if "reason" in accuracy:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
@@ -272,8 +202,3 @@ def _print_effect(accuracy: Mapping[str, Any]) -> None:
         "class-IL: right among all classes of the model, which are fewer afterwards. "
         "task-IL: right among the client's own."
     )
-
-
-def _bytes(registry: Registry, member: Member) -> int:
-    folder = registry.path / member.folder
-    return sum((folder / file).stat().st_size for file in member.files)

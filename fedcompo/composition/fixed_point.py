@@ -79,7 +79,7 @@ def sum_of(
     for index, term in enumerate(terms):
         values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
         if digests:
-            feed(digests[index], name, values)
+            hash_rounded(digests[index], name, values)
         total = add(total, values, term.times)
     return total
 
@@ -151,8 +151,8 @@ def _largest(values: Tensor) -> float | int:
     return max(-low, high)
 
 
-def feed(digest: Any, name: str, values: Tensor) -> None:
-    """Let a hash take in the rounded change of one weight."""
+def hash_rounded(digest: Any, name: str, values: Tensor) -> None:
+    """Update a hash with the rounded change of one weight."""
     digest.update(f"{name}|{tuple(values.shape)}|".encode())
     digest.update(values.contiguous().numpy().data)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import timm
 from torch import Tensor, nn
@@ -21,9 +20,6 @@ from fedcompo.errors import FileFormatError
 from fedcompo.method.pool import Pool
 from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples
 from fedcompo.storage.tensorstream import StreamedTensors
-
-if TYPE_CHECKING:
-    from fedcompo.registry.registry import Registry
 
 
 def stream_composition(
@@ -60,15 +56,12 @@ def stream_composition(
 
 
 def composed_model(
-    registry: Registry, *, only: Sequence[str] | None, without: Sequence[str]
+    pool: Pool, backbone: StoredBackbone, settings: CompositionSettings
 ) -> nn.Module:
-    """Return a ready timm model of some members; see ``Registry.model``."""
-    pool = registry.pool()
-    pool = pool.without(*without) if only is None else pool.only(*only).without(*without)
-    backbone = registry.backbone
+    """Return a ready timm model of a pool, composed with the registry's own coefficients."""
     weights = dict(backbone.tensors)
-    weights |= stream_composition(pool, backbone, None, registry.settings)
-    head = head_of(pool, registry.settings)
+    weights |= stream_composition(pool, backbone, None, settings)
+    head = head_of(pool, settings)
     weights |= head.as_classifier(backbone.classifier)
     return model_of(backbone, weights, head.classes, linearised=pool.linearised)
 

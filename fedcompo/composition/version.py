@@ -27,9 +27,8 @@ from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.method.features import FeatureMixture, Mixtures
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
+from fedcompo.storage.files import SUM
 from fedcompo.storage.tensorstream import Section, StreamedTensors, TensorWriter, save_streamed
-
-SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
 
 
 class RoundedDifferently(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 
 from fedcompo.config.setting import Check, names_of
@@ -154,3 +155,8 @@ DEVICE: Check = (
     lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
     "must be auto, cpu, cuda or cuda:<n>",
 )
+
+
+def are_tangents(kinds: Iterable[str]) -> bool:
+    """Whether there are any, and all are tangents."""
+    return set(kinds) == {Kind.TANGENT}

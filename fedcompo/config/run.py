@@ -16,12 +16,10 @@ from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import (
     DEVICE,
     KINDS,
-    ROUNDS,
     UNMIXED,
     Action,
     AnchorBy,
     Augmentation,
-    Coefficients,
     FisherKind,
     HeadStart,
     Method,
@@ -29,9 +27,9 @@ from fedcompo.config.choices import (
     Precision,
     Schedule,
 )
+from fedcompo.config.server import ComposeConfig, RegistryConfig, ServerConfig
 from fedcompo.config.setting import (
     FRACTION,
-    NAMES,
     NOT_NEGATIVE,
     POSITIVE,
     Companion,
@@ -172,69 +170,6 @@ class TrainConfig:
     precision: Precision = setting(Precision.AUTO, "auto (bfloat16 on a GPU), float32, bfloat16.")
 
 
-@dataclass(frozen=True)
-class ComposeConfig:
-    """How the task vectors are added up."""
-
-    coefficients: Coefficients = setting(
-        Coefficients.UNIFORM, "uniform, or in proportion to each client's examples."
-    )
-    scale: float = setting(1.0, "Factor on the weighted mean of the task vectors.", POSITIVE)
-    realign: bool = setting(True, "Align the joint head again on features of the composed model.")
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What the coordinator waits for."""
-
-    num_clients: int = setting(
-        0, "Clients to wait for; 0: all that are simulated, or connected.", NOT_NEGATIVE
-    )
-    min_clients: int = setting(2, "Usable clients below which the run fails.", POSITIVE)
-    timeout: float = setting(
-        1800.0, "Seconds until clients have connected, and from a request to its answer.", POSITIVE
-    )
-    in_flight: int = setting(
-        0, "Clients that work at a time; 0: all. Bounds what waits to be folded in.", NOT_NEGATIVE
-    )
-    max_norm_ratio: float = setting(
-        0.0, "Refuse a task vector this many times longer than the median; 0: none.", NOT_NEGATIVE
-    )
-    joins: str = setting(
-        "", "iel: who joins in a later round than the first: client-3:2, joined by commas.", ROUNDS
-    )
-    leaves: str = setting(
-        "", "iel: who leaves after a round, and is taken out: client-1:3, joined by commas.", ROUNDS
-    )
-    resume: bool = setting(
-        False, "Go on with the interrupted run in `output`, which was begun with these settings."
-    )
-    keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
-    exclude: str = setting("", "Clients to leave out, by name, joined by commas.", NAMES)
-
-
-@dataclass(frozen=True)
-class RegistryConfig:
-    """Which registry a run works on, and what it does there."""
-
-    action: Action = setting(
-        Action.TRAIN, "train (new clients, who join the registry), or remove (one of its clients)."
-    )
-    registry: str = setting("", "Folder of the registry; empty: a new one in the output.")
-    replace: bool = setting(
-        False, "train: train clients anew that are in the registry, and replace them there."
-    )
-    keep_versions: bool = setting(False, "Keep earlier compositions, also those with who left.")
-    client: str = setting("", "remove: name of the client to remove.")
-    repair_rounds: int = setting(
-        0,
-        "remove: rounds of iel in which those who stay train on without the client.",
-        NOT_NEGATIVE,
-    )
-    requested_by: str = setting("", "remove: on whose request; stands in the record.")
-    reason: str = setting("", "remove: why; stands in the record.")
-
-
 COMPANIONS: tuple[Companion, ...] = (
     ("reference", "anchor", AnchorBy.REFERENCE),
     ("client", "action", Action.REMOVE),
@@ -302,7 +237,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def all_settings() -> dict[str, Field[Any]]:
-    """Every setting by its run-config key, in the order of this file."""
+    """Every setting by its run-config key, in the order of :class:`RunConfig`."""
     declared = [f for kind in (RunConfig, *SECTIONS.values()) for f in fields(kind)]
     return {_key(f): f for f in declared if "help" in f.metadata}
 

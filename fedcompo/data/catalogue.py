@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +25,8 @@ from fedcompo.errors import DataError
 
 FAULTS_SHOWN = 5
 """Unreadable images that an error lists; the rest is counted."""
+KEPT_BYTES = 256 * 2**20
+"""Size of the largest file whose content :func:`read_once` keeps."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,34 @@ class Catalogue:
                 "Repair them or take them out; images are never skipped."
             )
         return images
+
+
+Reader = Callable[[Path], Catalogue]
+"""Lists the examples of a file; raises if it cannot."""
+
+
+def read_once(read: Reader, path: Path) -> Catalogue:
+    """Read a file, unless it is the one that was read last and has not changed since.
+
+    A process of a simulation serves hundreds of clients, phase after phase, from one file. A large
+    file is read each time: its content is kept no longer than it is needed.
+
+    Args:
+        read: Reads it; raises if it cannot.
+        path: The file. It has changed if its size, its inode or the time of its last change has.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return read(path)  # and say what is wrong with it
+    if found.st_size > KEPT_BYTES:
+        return read(path)
+    return _kept(read, path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)
+def _kept(read: Reader, path: Path, version: tuple[int, ...]) -> Catalogue:
+    return read(path)
 
 
 def class_name(raw: str, *, source: str) -> str:

@@ -8,11 +8,6 @@ yields a number of clients. Each client owns at least two classes and loads noth
 Where the classes of a source are dealt out, no two clients own the same class; the folders of
 ``folder:`` may share classes. A damaged image or an ill-formed source is refused by name. Texts are
 dealt out and split as images are; to all that follows they are images of a single row of bytes.
-
-A file of many clients' examples, read once by a process that serves many of them.
-
-A simulation hands a process hundreds of clients, phase after phase. What was read last is kept
-until another file is asked for; a large file is read each time, for as long as it is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +15,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +23,13 @@ from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig, RunConfig
-from fedcompo.data.catalogue import Catalogue
+from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.draws import (
     Indices,
     cap_members,
     deal_classes,
     draw_classes,
-    generator,
+    frozen_generator,
     split_members,
 )
 from fedcompo.data.folders import client_folders, folder_catalogue
@@ -45,6 +39,12 @@ from fedcompo.data.text import TEXT_ENDINGS, text_catalogue
 from fedcompo.errors import ConfigError, DataError
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
+NAMED: dict[str, Callable[[], Catalogue]] = {
+    "digits": digits_catalogue,
+    "cifar100": cifar100_catalogue,
+}
+FILES = {"npz": npz_catalogue, "text": text_catalogue}
+PATHS = ("folder", *FILES)
 TEST_SHARE = 0.2
 """Share of each class that becomes test images where a source does not say which are."""
 
@@ -81,6 +81,28 @@ def num_clients(source: DataConfig) -> int:
     """
     kind, rest = _parse(source.data)
     return len(client_folders(Path(rest).expanduser())) if kind == "folder" else source.num_tasks
+
+
+def count_clients(config: RunConfig) -> int:
+    """Number of clients to simulate: ``num-clients``, else all that the data yields.
+
+    Raises:
+        ConfigError: If more clients are asked for than there are, or fewer than the run needs.
+        DataError: If the data cannot be used.
+    """
+    available = num_clients(config.data)
+    if config.server.num_clients > available:
+        raise ConfigError(
+            f"`num-clients` asks for {config.server.num_clients} clients, "
+            f"but {config.data.data} yields {available}."
+        )
+    clients = config.server.num_clients or available
+    if clients < config.server.min_clients:
+        raise ConfigError(
+            f"The run needs {config.server.min_clients} clients (`min-clients`), "
+            f"but would get {clients} from {config.data.data}."
+        )
+    return clients
 
 
 def load_client_data(
@@ -153,14 +175,6 @@ def load_folder(
     )
 
 
-NAMED: dict[str, Callable[[], Catalogue]] = {
-    "digits": digits_catalogue,
-    "cifar100": cifar100_catalogue,
-}
-FILES = {"npz": npz_catalogue, "text": text_catalogue}
-PATHS = ("folder", *FILES)
-
-
 def _parse(data: str) -> tuple[str, str]:
     """Split ``data`` into its kind and, for those that have one, its path."""
     kind, _, rest = data.partition(":")
@@ -203,7 +217,7 @@ def _load_classes(
         )
     parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
-        cap_members(members, cap, draw=generator(seed, "subset", own))
+        cap_members(members, cap, draw=frozen_generator(seed, "subset", own))
         for own, (members, _) in zip(classes, parts, strict=True)
     ]
     test = [members for _, members in parts]
@@ -233,7 +247,7 @@ def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> l
                 f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
                 "are needed: add images, take the class out, or say which images are for testing."
             )
-        return split_members(members, share=TEST_SHARE, draw=generator(seed, "split", own))
+        return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
     tests = catalogue.is_test[members]
     if tests.all():
         raise DataError(
@@ -247,55 +261,3 @@ def _labels(members: list[Indices]) -> Tensor:
     """Return the label of each image, (count,), given the images of each class."""
     counts = torch.tensor([len(own) for own in members])
     return torch.repeat_interleave(torch.arange(len(members)), counts)
-
-
-Reader = Callable[[Path], Catalogue]
-
-
-KEPT_BYTES = 256 * 2**20
-"""Size of the largest file whose content is kept."""
-
-
-def read_once(read: Reader, path: Path) -> Catalogue:
-    """Read a file, unless it is the one that was read last and has not changed since.
-
-    Args:
-        read: Reads it; raises if it cannot.
-        path: The file. It has changed if its size, its inode or the time of its last change has.
-    """
-    try:
-        found = path.stat()
-    except OSError:
-        return read(path)  # and say what is wrong with it
-    if found.st_size > KEPT_BYTES:
-        return read(path)
-    return _kept(read, path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
-
-
-@lru_cache(maxsize=1)
-def _kept(read: Reader, path: Path, version: tuple[int, ...]) -> Catalogue:
-    return read(path)
-
-
-def count_clients(config: RunConfig) -> int:
-    """Number of clients to simulate: ``num-clients``, else all that the data yields.
-
-    Raises:
-        ConfigError: If more clients are asked for than there are, or fewer than the run needs.
-        DataError: If the data cannot be used.
-    """
-    from fedcompo.data.client_data import num_clients  # imports torch
-
-    available = num_clients(config.data)
-    if config.server.num_clients > available:
-        raise ConfigError(
-            f"`num-clients` asks for {config.server.num_clients} clients, "
-            f"but {config.data.data} yields {available}."
-        )
-    clients = config.server.num_clients or available
-    if clients < config.server.min_clients:
-        raise ConfigError(
-            f"The run needs {config.server.min_clients} clients (`min-clients`), "
-            f"but would get {clients} from {config.data.data}."
-        )
-    return clients

@@ -19,7 +19,7 @@ from fedcompo.seeds import derive_seed
 Indices = NDArray[np.int64]
 
 
-def generator(seed: int, *purpose: str) -> np.random.RandomState:
+def frozen_generator(seed: int, *purpose: str) -> np.random.RandomState:
     """Return the generator of one draw.
 
     Args:
@@ -36,7 +36,7 @@ def draw_classes(names: Sequence[str], count: int, *, seed: int) -> tuple[str, .
         >>> sorted(draw_classes(["cat", "dog", "emu"], 0, seed=7))
         ['cat', 'dog', 'emu']
     """
-    order = generator(seed, "classes").permutation(len(names))
+    order = frozen_generator(seed, "classes").permutation(len(names))
     drawn = tuple(sorted(names)[place] for place in order)
     return drawn[:count] if count else drawn
 

@@ -37,7 +37,7 @@ UNANSWERED = 5
 """Questions in a row that Flower may leave unanswered before the run is given up."""
 
 
-def simulate(
+def run_app(
     settings: Mapping[str, Scalar],
     *,
     output: Path,

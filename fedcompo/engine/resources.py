@@ -1,4 +1,4 @@
-"""How many clients a simulation has, and what each may use of this machine."""
+"""What each client of a simulation may use of this machine."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry.removal import influence
 
 MOST_CLASSES = 200

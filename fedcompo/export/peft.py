@@ -138,11 +138,10 @@ def _check_called(backbone: Backbone, layers: Iterable[str]) -> None:
 
 def _card(backbone: Backbone, contribution: Contribution) -> str:
     head, lineage = contribution.head, contribution.lineage
-    shaped_by = {*lineage.anchored_by, *lineage.aligned_with, *lineage.ensemble}
     rows = (
         ("client", contribution.client),
         ("training images", str(contribution.num_examples)),
-        ("other clients whose data shaped its training", str(len(shaped_by))),
+        ("other clients whose data shaped its training", str(len(lineage.shaped_by))),
         ("backbone", backbone.name),
         ("fingerprint of its weights", backbone.fingerprint),
     )

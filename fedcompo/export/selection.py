@@ -23,10 +23,8 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.admission import check_contribution
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import ABOUT
-from fedcompo.storage.files import CONTENT
-from fedcompo.storage.tensorstream import StreamedTensors
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Selection:
 
 
 def from_registry(
-    registry: Registry,
+    registry: RegistryReader,
     *,
     only: Sequence[str] = (),
     without: Sequence[str] = (),
@@ -109,10 +107,7 @@ def from_folders(
         ContributionError: If the contributions do not go together.
         ConfigError: If λ is not a positive number, or settings of the run cannot be used.
     """
-    members = []
-    for folder in folders:
-        StreamedTensors(folder / CONTENT).check()
-        members.append(Contribution.open(folder, with_fisher=False))
+    members = [Contribution.open(folder, with_fisher=False, check=True) for folder in folders]
     if not members:
         raise ContributionError("There is nothing to compose; name at least one folder.")
     pool = _chosen(Pool(tuple(members)), only, without, weights)

@@ -1,4 +1,7 @@
-"""All that a client sends, and all that must go when it leaves."""
+"""All that a client sends, and all that must be deleted when it leaves.
+
+On disk it is a folder: tensors, the Fisher sum where it is kept, and a card for people.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.errors import FileFormatError
+from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.method.features import FeatureMixture
-from fedcompo.method.fisher import FisherDiagonal, load_fisher, open_fisher, save_fisher
-from fedcompo.method.heads import Head
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head, head_from, head_tensors
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
-from fedcompo.storage.files import CARD, CONTENT, FISHER, tuples, write_atomically
+from fedcompo.storage.files import CARD, CONTENT, FISHER, write_atomically
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Whose data a contribution was made with, besides the client's own; names of clients."""
-
-    method: str = "ita"
-    anchored_by: tuple[str, ...] = ()
-    """Clients whose Fisher anchored the training."""
-    aligned_with: tuple[str, ...] = ()
-    """Clients whose feature statistics shaped the head that training started from."""
-    ensemble: tuple[str, ...] = ()
-    """Clients whose task vectors were in the model that was trained."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +50,7 @@ class Contribution:
             SHA-256 of each file's content, by file name.
         """
         tensors = {f"task_vector/{name}": t for name, t in self.task_vector.tensors.items()}
-        tensors |= {"head/weight": self.head.weight, "head/bias": self.head.bias}
-        tensors |= mixture_tensors(self.features)
+        tensors |= head_tensors(self.head) | mixture_tensors(self.features)
         card = {
             "content": "contribution",
             "client": self.client,
@@ -83,84 +73,60 @@ class Contribution:
         return files
 
     @classmethod
-    def load(cls, folder: Path, *, with_fisher: bool = True) -> Contribution:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            folder: The contribution's own folder.
-            with_fisher: Read the Fisher too, where there is one.
-
-        Raises:
-            FileFormatError: If a file is missing, truncated, altered, or not this client's.
-            BackboneMismatch: If its Fisher was estimated at other pre-trained weights.
-        """
-        tensors, manifest = tensorfile.load(folder / CONTENT)
-        _expect(manifest, "contribution", folder / CONTENT)
-        stated = _checked_card(folder, manifest)
-        fisher = None
-        if with_fisher and FISHER in stated:
-            fisher = load_fisher(folder / FISHER, **_owner(manifest))
-            _same_digest(folder, FISHER, stated, tensorfile.tensor_digest(fisher.sums))
-        return _built(folder, tensors, manifest, fisher)
-
-    @classmethod
     def open(
         cls,
         folder: Path,
         *,
         with_fisher: bool = True,
+        check: bool = False,
         guard: Callable[[Path], None] = lambda path: None,
     ) -> Contribution:
-        """Like :meth:`load`, but task vector and Fisher are read tensor by tensor when asked for.
+        """Open what :meth:`save` wrote; tensors are read when they are asked for.
 
         Args:
             folder: The contribution's own folder.
             with_fisher: Offer the Fisher too, where there is one.
+            check: Read every tensor now and hold it against its digest.
             guard: Called with a file's path before a tensor is read from it; raises if the file is
-                not to be trusted. Without it, bytes are not held against their digests.
+                not to be trusted.
+
+        Raises:
+            FileFormatError: If a file is missing, truncated, altered, or not this client's.
+            BackboneMismatch: If its Fisher was estimated at other pre-trained weights.
         """
         path, fisher_path = folder / CONTENT, folder / FISHER
         tensors = StreamedTensors(path, guard=lambda: guard(path))
-        _expect(tensors.manifest, "contribution", folder / CONTENT)
-        stated = _checked_card(folder, tensors.manifest)
+        manifest = tensors.manifest
+        _expect(manifest, "contribution", path)
+        stated = _checked_card(folder, manifest)
         fisher = None
+        if check:
+            tensors.check()
         if with_fisher and FISHER in stated:
-            fisher = open_fisher(
-                fisher_path, **_owner(tensors.manifest), guard=lambda: guard(fisher_path)
+            streamed = StreamedTensors(fisher_path)
+            owner = {key: str(manifest.get(key)) for key in ("client", "base")}
+            fisher = load_fisher(fisher_path, **owner, guard=lambda: guard(fisher_path))
+            _same_digest(folder, FISHER, stated, streamed.manifest["tensors_sha256"])
+            if check:
+                streamed.check()
+        try:
+            return cls(
+                client=manifest["client"],
+                task_vector=TaskVector(
+                    Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
+                ),
+                head=head_from(tensors, manifest["classes"]),
+                features=mixtures_from(tensors, manifest["mixtures"]),
+                num_examples=manifest["num_examples"],
+                lineage=Lineage.parse(manifest["lineage"]),
+                fisher=fisher,
+                settings=manifest["settings"],
             )
-            found = StreamedTensors(fisher_path).manifest["tensors_sha256"]
-            _same_digest(folder, FISHER, stated, found)
-        return _built(folder, tensors, tensors.manifest, fisher)
-
-
-def _built(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    manifest: Mapping[str, Any],
-    fisher: FisherDiagonal | None,
-) -> Contribution:
-    try:
-        return Contribution(**_unpacked(tensors, manifest), fisher=fisher)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FileFormatError(
-            f"The manifest of {folder / CONTENT} cannot be used ({type(error).__name__}: "
-            f"{error}). It was written by something else than this fedcompo."
-        ) from error
-
-
-def _unpacked(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a contribution, but for its Fisher."""
-    return {
-        "client": manifest["client"],
-        "task_vector": TaskVector(
-            Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
-        ),
-        "head": Head(tuple(manifest["classes"]), tensors["head/weight"], tensors["head/bias"]),
-        "features": mixtures_from(tensors, manifest["mixtures"]),
-        "num_examples": manifest["num_examples"],
-        "lineage": Lineage(**tuples(manifest["lineage"])),
-        "settings": manifest["settings"],
-    }
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FileFormatError(
+                f"The manifest of {path} cannot be used ({type(error).__name__}: {error}). "
+                "It was written by something else than this fedcompo."
+            ) from error
 
 
 def mixture_tensors(mixtures: Mapping[str, FeatureMixture]) -> dict[str, Tensor]:
@@ -185,11 +151,6 @@ def mixtures_from(
         )
         for name, count in examples.items()
     }
-
-
-def _owner(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Whose Fisher belongs to a contribution, and at which weights."""
-    return {key: str(manifest.get(key)) for key in ("client", "base")}
 
 
 def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:
@@ -231,3 +192,70 @@ def _same_digest(folder: Path, file: str, stated: Mapping[str, str], found: str)
             f"{folder / CARD} and {file} disagree on the tensors. "
             "One of them was altered or exchanged; restore the folder from where it came."
         )
+
+
+def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
+    """Write a Fisher sum (float32) to one file.
+
+    Args:
+        path: Where to.
+        fisher: The sum.
+        client: Whose examples it sums over.
+        base: Fingerprint of the pre-trained weights it was estimated at.
+
+    Returns:
+        SHA-256 of its tensors.
+    """
+    sums = {name: total.float() for name, total in fisher.sums.items()}
+    manifest = {
+        "content": "fisher",
+        "client": client,
+        "base": base,
+        "classes": list(fisher.classes),
+        "num_examples": fisher.num_examples,
+    }
+    tensorfile.save(path, sums, manifest)
+    return tensorfile.tensor_digest(sums)
+
+
+def load_fisher(
+    path: Path, *, client: str, base: str, guard: Callable[[], None] | None = None
+) -> FisherDiagonal:
+    """Read what :func:`save_fisher` wrote.
+
+    Args:
+        path: The file.
+        client: Whose it must be.
+        base: Fingerprint of the pre-trained weights it must belong to.
+        guard: None: all tensors are read now and compared with their digest. Otherwise each tensor
+            is read when it is used, after a call of ``guard``, which raises if the file is not to
+            be trusted.
+
+    Raises:
+        FileFormatError: If it is truncated, altered, incomplete, or not this client's.
+        BackboneMismatch: If it was estimated at other pre-trained weights.
+    """
+    sums = StreamedTensors(path, guard=guard or (lambda: None))
+    manifest = sums.manifest
+    _expect(manifest, "fisher", path)
+    if missing := sorted({"client", "base", "classes", "num_examples"} - manifest.keys()):
+        raise FileFormatError(
+            f"The manifest of {path} has no {missing[0]!r}. It was written by another version of "
+            "fedcompo; estimate this Fisher again."
+        )
+    if manifest["client"] != client:
+        raise FileFormatError(
+            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
+        )
+    if manifest["base"] != base:
+        raise BackboneMismatch(
+            f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
+            "Use the same `backbone` and `checkpoint`, or estimate it again."
+        )
+    if guard is None:
+        sums.check()
+    values = dict(sums) if guard is None else sums
+    try:
+        return FisherDiagonal(values, int(manifest["num_examples"]), tuple(manifest["classes"]))
+    except (ContributionError, ValueError, TypeError) as error:
+        raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error

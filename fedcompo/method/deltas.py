@@ -1,7 +1,7 @@
-r"""The trainable change :math:`\Delta` of one weight matrix: one class a kind.
+r"""The trainable change :math:`\Delta` of one weight matrix: one class for each kind.
 
-A kind is a module whose ``forward`` yields :math:`\Delta`; autograd does the rest. Its parameters
-are what a client trains, sends and stores; they start so that :math:`\Delta = 0`.
+A kind is a module whose ``forward`` returns :math:`\Delta`; autograd does the rest. A client
+trains, sends and stores its parameters. At the start :math:`\Delta = 0`.
 
 Source: Porrello et al., *A Second-Order Perspective on Model Compositionality and Incremental
 Learning*, ICLR 2025 (arXiv 2405.16350), section 4.
@@ -22,16 +22,10 @@ Weights = dict[str, Tensor]
 
 
 class Full(nn.Module):
-    r""":math:`\Delta` itself, dense."""
+    r""":math:`\Delta` itself, dense, (out, in)."""
 
     def __init__(self, weight: Tensor, rank: int = 0, generator: torch.Generator | None = None):
-        """Start at zero.
-
-        Args:
-            weight: The pre-trained weight, (out, in).
-            rank: Not used; all kinds are built alike.
-            generator: Not used.
-        """
+        """Start at zero, in the shape of the weight; ``rank`` and ``generator`` are not used."""
         super().__init__()
         self.delta = nn.Parameter(torch.zeros_like(weight))
 
@@ -41,21 +35,20 @@ class Full(nn.Module):
 
 
 class Tangent(Full):
-    """Dense too, but taken as a direction: features follow it to first order alone.
+    """Dense too, but a direction: the features are linearised in it, around θ₀.
 
-    The weights stay at θ₀, and the backbone is linearised there; see
-    :mod:`fedcompo.backbone.tangent`.
+    See :mod:`fedcompo.backbone.tangent`.
     """
 
 
 class LoRA(nn.Module):
     r""":math:`\Delta = BA`, with A (rank, in) and B (out, rank). B starts at zero, so Δ does too.
 
-    No factor α/r: the learning rate is the only step size (Hu et al., arXiv 2106.09685, has one).
+    Source: Hu et al., arXiv 2106.09685; but without its factor α/r, as the learning rate is enough.
     """
 
     def __init__(self, weight: Tensor, rank: int = 16, generator: torch.Generator | None = None):
-        """Draw A uniformly, as Kaiming does with a = √5: within ±1/√in.
+        """Draw A uniformly from ±1/√in, as Kaiming's initialisation with a = √5.
 
         Args:
             weight: The pre-trained weight, (out, in).
@@ -79,15 +72,9 @@ class IA3(nn.Module):
     r""":math:`\Delta = W_0 \odot (l - 1)`: one scale l per output row, starting at 1."""
 
     def __init__(self, weight: Tensor, rank: int = 0, generator: torch.Generator | None = None):
-        """Start at l = 1.
-
-        Args:
-            weight: The pre-trained weight, (out, in); kept as a constant, not as state.
-            rank: Not used.
-            generator: Not used.
-        """
+        """Start at l = 1, (out, 1); ``rank`` and ``generator`` are not used."""
         super().__init__()
-        self.weight = weight.detach()
+        self.weight = weight.detach()  # a constant, (out, in), not a part of the module's state
         self.l = nn.Parameter(weight.new_ones(weight.shape[0], 1))
 
     def forward(self) -> Tensor:
@@ -105,7 +92,7 @@ KINDS: Mapping[Kind, type[Full] | type[LoRA] | type[IA3]] = {
 
 
 def rank_of(name: str, rank: int) -> int:
-    """Rank of a weight's LoRA: a fused ``qkv`` holds three matrices and gets three times it."""
+    """Return the rank of a weight's LoRA: three times it for a fused qkv, which is 3 matrices."""
     return 3 * rank if "qkv" in name.split(".") else rank
 
 
@@ -121,7 +108,7 @@ def new_deltas(
         generator: Source of LoRA's A, drawn in the order of names.
 
     Returns:
-        Delta modules by weight name; each yields zeros.
+        Delta modules by weight name; each returns zeros.
     """
     return {
         name: KINDS[kind](theta_0[name], rank_of(name, rank), generator) for name in sorted(theta_0)
@@ -129,7 +116,7 @@ def new_deltas(
 
 
 def restore_delta(kind: Kind, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Compute the change from stored parameters, by the same formula as in training.
+    """Compute the change from stored parameters, with the formula of training.
 
     Args:
         kind: How it is parametrised.
@@ -147,7 +134,7 @@ def restore_delta(kind: Kind, weight: Tensor, parameters: Mapping[str, Tensor]) 
 
 
 def stored_shapes(kind: Kind, weight: Tensor) -> dict[str, tuple[int | None, ...]]:
-    """Shapes that a weight's stored parameters must have; None where any rank will do."""
+    """Return the shapes of a weight's stored parameters; None stands for any rank."""
     out, width = weight.shape
     shapes: dict[Kind, dict[str, tuple[int | None, ...]]] = {
         Kind.FULL: {"delta": (out, width)},

@@ -1,6 +1,7 @@
-"""What a client tells about its images: a mixture of Gaussians over θ₀'s features, class by class.
+"""Statistics of a client's images: for each class a mixture of Gaussians over θ₀'s features.
 
-Kilobytes instead of images; the server draws from the mixtures to align the heads of all clients.
+A client sends these kilobytes instead of images. The server draws features from the mixtures of all
+clients and fits the joint head to them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from fedcompo.errors import ContributionError, DataError
 
 EXAMPLES_PER_COMPONENT = 8
+"""Fewest images for each Gaussian."""
 VARIANCE_FLOOR = 1e-3
 """Smallest variance of a component, as a share of the client's mean variance."""
 
@@ -30,7 +32,7 @@ class FeatureMixture:
     variances: Tensor
     """(k, features), positive."""
     num_examples: int
-    """Images the mixture was fitted to."""
+    """Number of images that the mixture was fitted to."""
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw features, (count, features), float32."""
@@ -61,20 +63,20 @@ class FeatureMixture:
 
 
 Mixtures = Mapping[str, FeatureMixture]
-"""Of one client, by class name."""
+"""The mixtures of one client, by class name."""
 
 
 def fit_mixtures(
     features: Tensor, labels: Tensor, classes: Iterable[str], *, components: int, seed: int
 ) -> dict[str, FeatureMixture]:
-    """Fit one mixture a class.
+    """Fit one mixture for each class.
 
     Args:
         features: (count, features).
         labels: (count,), index into ``classes``.
         classes: Names of the classes.
-        components: Gaussians a class, at most; a class of few images gets fewer.
-        seed: Where the fit starts from.
+        components: Most Gaussians for a class; a class with few images gets fewer.
+        seed: Seed of the fit's start.
 
     Returns:
         Mixtures by class name, float32.
@@ -104,11 +106,11 @@ def _fit(
     if count == 0:
         raise DataError(f"Class {name!r} has no training image; remove it or add images.")
     k = max(1, min(components, count // EXAMPLES_PER_COMPONENT))
-    if count < EXAMPLES_PER_COMPONENT:  # a variance of so few is no estimate: use the client's
+    if count < EXAMPLES_PER_COMPONENT:  # too few for a variance: use that of all classes
         shares, means = np.ones(1), values.mean(0, keepdims=True)
         variances = np.maximum(pooled, floor)[None]
     else:
-        # Here, because it takes seconds to import, and each phase of a client is a process.
+        # Imported here because it takes seconds, and each phase of a client is a process.
         from sklearn.mixture import GaussianMixture
 
         fitted = GaussianMixture(k, covariance_type="diag", reg_covar=floor, random_state=seed)
@@ -152,9 +154,9 @@ def draw(
     """Draw features of every class; clients that share a class share its samples.
 
     Args:
-        mixtures: By class name, one mixture for each client that owns the class.
+        mixtures: By class name, one mixture for each client that has the class.
         classes: Names in the order of the joint head.
-        samples: Features a class.
+        samples: Features for each class, in proportion to the clients' images of it.
         generator: Source of the draws, on the CPU.
 
     Returns:

@@ -1,61 +1,47 @@
-r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters to what the model says.
+r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters to the predictions.
 
 .. math:: F = \sum_x \sum_c p_c(x) \left(\frac{\partial \log p_c(x)}{\partial\theta}\right)^2,
    \qquad p = \mathrm{softmax}(W f(x; \theta) + b)
 
-With :math:`A(x)^\top A(x)` the softmax curvature as the features see it
-(:mod:`fedcompo.training.fisher_estimate`), one example's Fisher is :math:`J^\top A^\top A\,J` with
-:math:`J = \partial f/\partial\theta`. Any vectors :math:`v_k` with
-:math:`\sum_k v_k v_k^\top = A^\top A` give its diagonal, :math:`\sum_k (J^\top v_k)^2`, by one
-backward pass each, all examples of a batch at once:
+with x the examples, c the classes of the head (W, b) and f the backbone's features. It is kept as a
+*sum* with the number of examples: sums of several clients add up, and one can be taken out again.
+:mod:`fedcompo.training.fisher_estimate` estimates it.
 
-- *exact*: the scaled eigenvectors of :math:`A^\top A`, at most min(classes - 1, features) of them;
-- *leading*: only the first r of these. The result is never above the exact one, and what is
-  missing is measured by one more pass with random signs over the eigenvectors left out;
-- *Monte Carlo*: ``samples`` labels drawn from p.
-
-Source: Porrello et al., ICLR 2025 (arXiv 2405.16350); Martens, *New Insights and Perspectives on
-the Natural Gradient Method*, JMLR 2020, for the factorisation.
-
-A Fisher sum on disk: whose it is, at which weights, and which class each head row belongs to.
+Source: Porrello et al., ICLR 2025 (arXiv 2405.16350).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
-from fedcompo.storage import tensorfile
-from fedcompo.storage.tensorstream import StreamedTensors
 
 HEAD = ("head.weight", "head.bias")
-"""Names of the head's entries; their rows belong to classes."""
+"""Names of the head's weight (classes, features) and bias (classes,); a row belongs to a class."""
 
 
 @dataclass(frozen=True)
 class FisherDiagonal:
-    """A *sum* over examples, and their count: what can be added can be taken away again.
+    """A *sum* over examples, and their number.
 
-    The head's rows are known by class name. Parties whose heads have other classes can be summed:
-    the sum has a row for every class of either.
+    Clients' heads differ in their classes. A row of the head belongs to a class by name, and a sum
+    of two diagonals has a row for every class of either.
     """
 
     sums: Mapping[str, Tensor]
-    """Sum over examples, by weight name; each of its weight's shape."""
+    """Sum over examples, by weight name, each (out, in); and the head's two, see :data:`HEAD`."""
     num_examples: int
-    """Examples in the sum."""
+    """Number of examples in the sum."""
     classes: tuple[str, ...] = ()
-    """Class of each of the head's rows."""
+    """Class of each row of the head."""
 
     def __post_init__(self) -> None:
-        """Refuse head rows that do not belong to one class each."""
+        """Refuse a head whose rows do not belong to one class each."""
         rows = {len(self.sums[name]) for name in HEAD if name in self.sums}
         if rows - {len(self.classes)} or len(set(self.classes)) < len(self.classes):
             raise ContributionError(
@@ -64,10 +50,10 @@ class FisherDiagonal:
             )
 
     def check(self, theta_0: Mapping[str, Tensor], *, num_features: int, owner: str) -> None:
-        """Refuse sums that cannot anchor anyone.
+        """Refuse sums that do not fit the backbone.
 
         Args:
-            theta_0: The target weights, by name; only their shapes matter.
+            theta_0: The target weights, by name; only their shapes are used.
             num_features: Width of the head's rows.
             owner: Whose sums these are, for the error message.
 
@@ -77,13 +63,13 @@ class FisherDiagonal:
         """
         rows = len(self.classes)
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
-        expected |= {"head.weight": (rows, num_features), "head.bias": (rows,)}
+        expected |= dict(zip(HEAD, ((rows, num_features), (rows,)), strict=True))
         for name in sorted(expected.keys() | self.sums.keys()):
             total = self.sums.get(name)
-            found = None if total is None else tuple(total.shape)
-            if total is None or found != expected.get(name):
+            shape = None if total is None else tuple(total.shape)
+            if total is None or shape != expected.get(name):
                 raise ContributionError(
-                    f"The Fisher of {owner} has shape {found} at {name!r}, expected "
+                    f"The Fisher of {owner} has shape {shape} at {name!r}, expected "
                     f"{expected.get(name)}. Use the same `target-weights` everywhere."
                 )
             if not torch.isfinite(total).all() or (total < 0).any():
@@ -94,7 +80,7 @@ class FisherDiagonal:
             raise ContributionError(f"The Fisher of {owner} sums over no example.")
 
     def for_classes(self, classes: Iterable[str]) -> FisherDiagonal:
-        """Give the head the rows of these classes, in this order; zeros for one it did not have."""
+        """Return it with head rows of these classes, in this order; zeros for an unknown class."""
         classes = tuple(classes)
         places = {name: row for row, name in enumerate(self.classes)}
         known = [row for row, name in enumerate(classes) if name in places]
@@ -106,7 +92,7 @@ class FisherDiagonal:
         return FisherDiagonal(sums, self.num_examples, classes)
 
     def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """Pool two sets of examples, over the classes of either, sorted; computed in float64."""
+        """Add two sums over different examples, in float64; classes of either, sorted."""
         classes = tuple(sorted({*self.classes, *other.classes}))
         mine, theirs = self.for_classes(classes), other.for_classes(classes)
         mine._check_alike(theirs)
@@ -114,7 +100,7 @@ class FisherDiagonal:
         return FisherDiagonal(sums, self.num_examples + other.num_examples, classes)
 
     def __sub__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """Take a set of examples out; computed in float64, rounding never leaves it below zero."""
+        """Take examples out, in float64; rounding never makes an entry negative."""
         if unknown := sorted(set(other.classes) - set(self.classes)):
             raise ContributionError(
                 f"Cannot take out examples under a head with the class {unknown[0]!r}: the sum has "
@@ -133,12 +119,12 @@ class FisherDiagonal:
         return FisherDiagonal(sums, self.num_examples - other.num_examples, self.classes)
 
     def mean(self) -> Weights:
-        """Mean over examples, float32; zeros where there are none."""
+        """Return the mean over examples, float32; zeros if there are none."""
         count = max(1, self.num_examples)
         return {name: (total.double() / count).float() for name, total in self.sums.items()}
 
     def mean_trace(self) -> float:
-        """Mean trace an example, without the head: how firmly it holds the backbone in all."""
+        """Return the trace of the mean, without the head's entries."""
         total = sum(float(t.double().sum()) for name, t in self.sums.items() if name not in HEAD)
         return total / max(1, self.num_examples)
 
@@ -155,83 +141,3 @@ class FisherDiagonal:
                 f"Two Fisher diagonals differ in {len(differing)} weights, among them "
                 f"{min(differing)!r}; they must have the same names and shapes."
             )
-
-
-def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
-    """Write a Fisher sum (float32) to one file.
-
-    Args:
-        path: Where to.
-        fisher: The sum.
-        client: Whose examples it sums over.
-        base: Fingerprint of the pre-trained weights it was estimated at.
-
-    Returns:
-        SHA-256 of its tensors.
-    """
-    sums = {name: total.float() for name, total in fisher.sums.items()}
-    manifest = {
-        "content": "fisher",
-        "client": client,
-        "base": base,
-        "classes": list(fisher.classes),
-        "num_examples": fisher.num_examples,
-    }
-    tensorfile.save(path, sums, manifest)
-    return tensorfile.tensor_digest(sums)
-
-
-def load_fisher(path: Path, *, client: str, base: str) -> FisherDiagonal:
-    """Read what :func:`save_fisher` wrote.
-
-    Args:
-        path: The file.
-        client: Whose it must be.
-        base: Fingerprint of the pre-trained weights it must belong to.
-
-    Raises:
-        FileFormatError: If it is truncated, altered, incomplete, or not this client's.
-        BackboneMismatch: If it was estimated at other pre-trained weights.
-    """
-    sums, manifest = tensorfile.load(path)
-    return _checked(sums, manifest, path, client, base)
-
-
-def open_fisher(
-    path: Path, *, client: str, base: str, guard: Callable[[], None] = lambda: None
-) -> FisherDiagonal:
-    """Like :func:`load_fisher`, but tensors are read when asked for, and not held to a digest.
-
-    Args:
-        path: The file.
-        client: Whose it must be.
-        base: Fingerprint of the pre-trained weights it must belong to.
-        guard: Called before a tensor is read; raises if the file is not to be trusted.
-    """
-    sums = StreamedTensors(path, guard=guard)
-    return _checked(sums, sums.manifest, path, client, base)
-
-
-def _checked(
-    sums: Mapping[str, Tensor], manifest: Mapping[str, Any], path: Path, client: str, base: str
-) -> FisherDiagonal:
-    if manifest.get("content") != "fisher":
-        raise FileFormatError(f"{path} holds a {manifest.get('content')!r}, expected a 'fisher'.")
-    if missing := sorted({"client", "base", "classes", "num_examples"} - manifest.keys()):
-        raise FileFormatError(
-            f"The manifest of {path} has no {missing[0]!r}. It was written by another version of "
-            "fedcompo; estimate this Fisher again."
-        )
-    if manifest["client"] != client:
-        raise FileFormatError(
-            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
-        )
-    if manifest["base"] != base:
-        raise BackboneMismatch(
-            f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
-            "Use the same `backbone` and `checkpoint`, or estimate it again."
-        )
-    try:
-        return FisherDiagonal(sums, int(manifest["num_examples"]), tuple(manifest["classes"]))
-    except (ContributionError, ValueError, TypeError) as error:
-        raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error

@@ -1,11 +1,12 @@
-r"""The classifiers: one a client, and the joint head that holds them side by side.
+r"""The classifiers: one for each client, and the joint head with the classes of all clients.
 
-The backbone's weights are added up, the heads never are: in class-incremental use (class-IL) the
-arg max runs over the rows of all clients, in task-incremental use (task-IL) over one client's own.
+The changes of the backbone's weights are added up, the heads are not. In class-incremental use
+(class-IL) the arg max runs over the rows of all classes, in task-incremental use (task-IL) over the
+rows of one client's classes.
 
 A head is fitted by minimising cross-entropy plus :math:`\lambda\lVert W - W_{start}\rVert^2` on
-features divided by their root mean square: a convex problem, solved by L-BFGS, with one solution
-whatever the order of clients.
+features divided by their root mean square. The problem is convex; L-BFGS solves it. Its solution
+does not depend on the order of clients.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.method.features import FeatureMixture, draw
 
 ITERATIONS = 200
+"""Most iterations of L-BFGS."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Head:
         return features @ self.weight.to(features).T + self.bias.to(features)
 
     def as_classifier(self, name: str) -> dict[str, Tensor]:
-        """Weights of a model whose classifier has this name, such as ``head``."""
+        """Return the weights of a model's classifier of this name, such as ``head``."""
         return {f"{name}.weight": self.weight, f"{name}.bias": self.bias}
 
     def rows(self, classes: Iterable[str]) -> Head:
@@ -48,7 +50,7 @@ class Head:
         return Head(classes, self.weight[index], self.bias[index])
 
     def indices(self, classes: Iterable[str]) -> Tensor:
-        """Positions of classes among this head's rows, (count,)."""
+        """Return the row numbers of some classes, (count,); raises ``ContributionError``."""
         classes = tuple(classes)
         if unknown := sorted(set(classes) - set(self.classes)):
             raise ContributionError(
@@ -57,12 +59,12 @@ class Head:
         return torch.tensor([self.classes.index(name) for name in classes])
 
     def check(self, classes: tuple[str, ...], num_features: int, owner: str) -> None:
-        """Refuse a head of other classes, shapes, or not finite; raises ``ContributionError``."""
+        """Refuse other classes or shapes, or values not finite; raises ``ContributionError``."""
         expected = (len(classes), num_features), (len(classes),)
-        found = tuple(self.weight.shape), tuple(self.bias.shape)
-        if self.classes != classes or found != expected:
+        shapes = tuple(self.weight.shape), tuple(self.bias.shape)
+        if self.classes != classes or shapes != expected:
             raise ContributionError(
-                f"The head of {owner} has classes {self.classes} and shapes {found}, expected "
+                f"The head of {owner} has classes {self.classes} and shapes {shapes}, expected "
                 f"{classes} and {expected}."
             )
         if not (torch.isfinite(self.weight).all() and torch.isfinite(self.bias).all()):
@@ -70,18 +72,18 @@ class Head:
 
 
 def zero_head(classes: Iterable[str], num_features: int) -> Head:
-    """Return a head that knows nothing."""
+    """Return a head of zeros: its logits are zero for every class."""
     classes = tuple(classes)
     return Head(classes, torch.zeros(len(classes), num_features), torch.zeros(len(classes)))
 
 
 def fit_head(features: Tensor, labels: Tensor, start: Head, *, ridge: float) -> Head:
-    """Fit a head to features, staying near the one it starts from.
+    """Fit a head to features, with a ridge towards the head it starts from.
 
     Args:
         features: (count, features).
         labels: (count,), index into ``start.classes``.
-        start: Where the fit begins, and what the ridge pulls to.
+        start: Where the fit begins, and where the ridge pulls to.
         ridge: λ, on the scale of features divided by their root mean square.
 
     Returns:
@@ -120,11 +122,11 @@ def align(
     """Fit the joint head to features drawn from the mixtures of all clients.
 
     Args:
-        mixtures: By class name, one mixture for each client that owns the class, clients in order
-            of their names.
+        mixtures: By class name, one mixture for each client that has the class, in the order of
+            clients' names.
         classes: Names of all classes, in the order of the joint head.
-        samples: Features a class.
-        ridge: How strongly the head is held to where it starts.
+        samples: Features drawn for each class.
+        ridge: λ of :func:`fit_head`.
         seed: Seed of the draws.
         start: Where the fit begins; None: zeros.
 
@@ -137,34 +139,11 @@ def align(
     return fit_head(features, labels, start or zero_head(classes, features.shape[1]), ridge=ridge)
 
 
-def side_by_side(heads: Iterable[tuple[Head, Mapping[str, int]]], classes: Iterable[str]) -> Head:
-    """Join the heads of clients into one.
-
-    Args:
-        heads: Head of each client and its examples by class; clients that share a class have their
-            rows averaged, weighted by their examples of it.
-        classes: Names of all classes, in the order of the joint head.
-
-    Returns:
-        The joint head.
-    """
-    heads, classes = list(heads), tuple(classes)
-    weights, biases = [], []
-    for name in classes:
-        owners = [(h.rows([name]), examples[name]) for h, examples in heads if name in h.classes]
-        if not owners:
-            raise ContributionError(f"No head has the class {name!r}.")
-        total = sum(count for _, count in owners)
-        weights.append(sum(head.weight[0].double() * (count / total) for head, count in owners))
-        biases.append(sum(head.bias[0].double() * (count / total) for head, count in owners))
-    return Head(classes, torch.stack(weights).float(), torch.stack(biases).float())  # type: ignore[arg-type]
-
-
 def head_tensors(head: Head) -> dict[str, Tensor]:
-    """A head as tensors; its classes go into the manifest as ``classes``."""
+    """Name the tensors of a head in a file or message; its classes stand in the manifest."""
     return {"head/weight": head.weight, "head/bias": head.bias}
 
 
-def head_from(tensors: Mapping[str, Tensor], classes: list[str]) -> Head:
-    """Rebuild a head from :func:`head_tensors` and its classes."""
+def head_from(tensors: Mapping[str, Tensor], classes: Iterable[str]) -> Head:
+    """Rebuild a head from the tensors that :func:`head_tensors` named, and its classes."""
     return Head(tuple(classes), tensors["head/weight"], tensors["head/bias"])

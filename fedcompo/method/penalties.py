@@ -1,4 +1,4 @@
-r"""What keeps a task vector near the pre-trained weights, or near the others.
+r"""Penalties that keep a task vector near the pre-trained weights, or near the others.
 
 ITA's anchor is :math:`\tfrac{\alpha}{2}\,\tau^\top \bar F\,\tau`, with :math:`\bar F` the mean
 Fisher diagonal of the *other* clients at :math:`\theta_0` (Porrello et al., arXiv 2405.16350, Eq.
@@ -8,10 +8,12 @@ Fisher diagonal of the *other* clients at :math:`\theta_0` (Porrello et al., arX
 
 with a *pull* p, which is zero in ITA. A penalty acts in one of three ways:
 
-- *coupled*: it is part of the loss, and the optimiser sees its gradient;
-- *explicit*: beside the optimiser, :math:`p \leftarrow p - c\,\nabla_p`, as the paper does it, with
-  c the cosine schedule. It diverges as soon as :math:`c\,a \max \bar F > 2`;
-- *implicit*: the proximal step with the same limit for small c, which cannot diverge.
+- *coupled*: as a part of the loss, through the optimiser;
+- *explicit*: beside the optimiser, by a gradient step :math:`q \leftarrow q - c\,\nabla_q` on the
+  parameters q, with c the cosine schedule, as in the paper. It diverges if
+  :math:`c\,a \max \bar F > 2`;
+- *implicit*: beside the optimiser, by a proximal step, which cannot diverge. For small c the two
+  steps agree.
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ from torch import Tensor
 from fedcompo.method.deltas import IA3, Delta, Full, LoRA, Weights
 
 GRADIENT_LIMIT = 100.0
-"""Norm to which the paper clips the explicit step's gradient."""
+"""Largest norm of the explicit step's gradient, as in the paper; a longer one is clipped to it."""
 
 
 def ita_penalty(tau: Weights, fisher: Weights, alpha: float) -> Tensor:
-    r"""Anchor a task vector to the weights it left: :math:`\tfrac{\alpha}{2}\,\tau^\top F\,\tau`.
+    r"""Anchor a task vector to theta_0: :math:`\tfrac{\alpha}{2}\,\tau^\top F\,\tau`.
 
     Args:
         tau: Task vector, dense; each entry (out, in).
         fisher: *Mean* Fisher diagonal at theta_0; has the keys of ``tau``, same shapes.
-        alpha: Strength of the anchor. 0 disables it.
+        alpha: Strength of the anchor; 0 disables it.
 
     Returns:
         A scalar.
@@ -45,21 +47,21 @@ def ita_penalty(tau: Weights, fisher: Weights, alpha: float) -> Tensor:
 def iel_penalty(
     tau: Weights, fisher: Weights, rest: Weights, *, share: float, beta: float
 ) -> Tensor:
-    r"""Hold a task vector to the others that it is added up with.
+    r"""Pull a task vector towards those that it is added up with (IEL).
 
     .. math:: \beta\left[\tfrac12 (1 - w)\,\tau^\top F\,\tau
               - \langle F\,\tau, R\rangle\right], \qquad R = \sum_{s \ne c} w_s \tau_s
 
-    Up to what does not depend on :math:`\tau`, this is :math:`\beta\,\Omega / w`, with the gap of
-    Theorem 1 in the metric F: dividing by w (T for equal shares) is the authors' scaling. It needs
-    the sum over the others alone, so its cost does not grow with their number.
+    Up to a term without :math:`\tau` this is :math:`\beta\,\Omega / w`, with the gap :math:`\Omega`
+    of Theorem 1 in the metric F. The division by w is the authors' scaling: T for equal shares.
+    Only the sum over the others is needed, so the cost does not grow with their number.
 
     Args:
         tau: This client's task vector, dense; each entry (out, in).
         fisher: *Mean* Fisher diagonal at theta_0; has the keys of ``tau``, same shapes.
         rest: R, same keys and shapes.
-        share: w, the client's own coefficient. At 1 nobody else is there: as in the paper, the
-            first factor is then 1/2, an anchor to theta_0.
+        share: w, the client's own coefficient. A client alone has 1: as in the paper, 1 - w is
+            then replaced by 1/2, which is an anchor to theta_0.
         beta: Strength.
 
     Returns:
@@ -73,7 +75,7 @@ def iel_penalty(
 
 
 def own_strength(share: float) -> float:
-    """Factor of the quadratic term of IEL's penalty: 1 - w, or 1/2 for whoever is alone."""
+    """Return the factor of the quadratic term of IEL's penalty: 1 - w, or 1/2 for w = 1."""
     return 1 - share if share < 1 else 0.5
 
 
@@ -83,7 +85,7 @@ def head_penalty(
     r"""Anchor a head to the aligned one: :math:`a\sum F\odot\delta^2 + b\,\lVert\delta\rVert^2`.
 
     Args:
-        change: :math:`\delta`, the head minus the aligned head; any shape.
+        change: :math:`\delta`, the head minus the aligned head: its weight or bias, any shape.
         fisher: *Mean* Fisher diagonal of the head; same shape.
         fisher_strength: a.
         plain_strength: b.
@@ -99,11 +101,11 @@ def explicit_step(
     schedule: float,
     pull: Weights | None = None,
 ) -> None:
-    r"""Step down a penalty's gradient, in place: :math:`p \leftarrow p-c\,\mathrm{clip}(\nabla)`.
+    r"""Take a gradient step, in place: :math:`q \leftarrow q-c\,\mathrm{clip}(\nabla_q)`.
 
     Args:
         deltas: Trainable changes by weight name.
-        fisher: *Mean* Fisher diagonal, by weight name.
+        fisher: *Mean* Fisher diagonal by weight name, each (out, in).
         strength: a; :math:`\alpha` in ITA.
         schedule: c in (0, 1].
         pull: p, by weight name, each (out, in); None: zero.
@@ -130,7 +132,7 @@ def implicit_step(
     schedule: float,
     pull: Weights | None = None,
 ) -> None:
-    r"""Take a penalty's proximal step, in place; without a pull it shrinks, whatever the strength.
+    r"""Take a proximal step, in place; without a pull it shrinks the change.
 
     .. math:: q \leftarrow \arg\min_{q'}\ \tfrac12\lVert q' - q\rVert^2 + c\left[
               \tfrac a2\,\tau(q')^\top \bar F\,\tau(q') - \langle\bar F\,\tau(q'), p\rangle\right]
@@ -139,16 +141,16 @@ def implicit_step(
 
     Args:
         deltas: Trainable changes by weight name.
-        fisher: *Mean* Fisher diagonal, by weight name.
+        fisher: *Mean* Fisher diagonal by weight name, each (out, in).
         strength: a; :math:`\alpha` in ITA.
-        schedule: c in (0, 1]; the sum of several, to make up for as many steps at once.
+        schedule: c in (0, 1], or the sum of several, for one step in place of as many.
         pull: p, by weight name, each (out, in); None: zero.
     """
     if strength == 0 and pull is None:
         return
     for name, delta in deltas.items():
         f = schedule * fisher[name]
-        g = f * pull[name] if pull is not None else None  # what pulls at each weight
+        g = f * pull[name] if pull is not None else None
         if isinstance(delta, Full):
             if g is not None:
                 delta.delta.add_(g)

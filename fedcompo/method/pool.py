@@ -1,28 +1,28 @@
-r"""The pool of contributions, and the only place where task vectors are added up.
+r"""The pool of contributions: task vectors are added up here.
 
 .. math:: \theta_P = \theta_0 + \lambda \sum_c w_c\,\tau_c, \qquad w_c \ge 0,\ \sum_c w_c = 1
 
-Removing a client is leaving out its term. Averaging LoRA factors separately would be wrong: sums
-are taken over dense :math:`\tau`, one weight at a time, so memory is a few weights, not models.
-Kinds mix, but for tangents: what is composed of them is a direction, in which the backbone is
-linearised (:mod:`fedcompo.backbone.tangent`); the others' sum is where the weights go.
+To remove a client is to leave out its term. The sum is over dense :math:`\tau`, one weight at a
+time, so memory is a few weights, not models: averaging the factors of LoRAs would be wrong. Kinds
+mix, except for tangents: their sum is a direction, in which the backbone is linearised
+(:mod:`fedcompo.backbone.tangent`); the sum of the others is a change of the weights themselves.
 Source: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 2.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, are_tangents
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
+from fedcompo.names import require_known
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Pool:
     contributions: tuple[Contribution, ...] = ()
 
     def __post_init__(self) -> None:
-        """Order by name, so that no result depends on who came first."""
+        """Order by name, so that no result depends on the order of arrival."""
         ordered = tuple(sorted(self.contributions, key=lambda c: c.client))
         names = [contribution.client for contribution in ordered]
         if len(set(names)) < len(names):
@@ -60,7 +60,7 @@ class Pool:
 
     @property
     def linearised(self) -> bool:
-        """Whether its composition is to be evaluated linearised: all members are tangents."""
+        """Whether all members are tangents: the composition is then evaluated linearised."""
         return are_tangents(c.task_vector.kind for c in self)
 
     def __iter__(self) -> Iterator[Contribution]:
@@ -72,11 +72,11 @@ class Pool:
         return len(self.contributions)
 
     def add(self, contribution: Contribution) -> Pool:
-        """Return a pool with one client more; raises ``ContributionError`` if it is there."""
+        """Return a pool with one more client; raises ``ContributionError`` if it is in already."""
         return Pool((*self.contributions, contribution))
 
     def only(self, *clients: str) -> Pool:
-        """Return the pool of these clients: a specialised model."""
+        """Return the pool of these clients alone, for a specialised model."""
         require_known(clients, self.clients, "pool")
         return Pool(tuple(c for c in self.contributions if c.client in clients))
 
@@ -86,13 +86,8 @@ class Pool:
         return Pool(tuple(c for c in self.contributions if c.client not in clients))
 
     def uniform(self) -> dict[str, float]:
-        """Equal coefficients."""
+        """Return equal coefficients."""
         return {client: 1 / len(self) for client in self.clients}
-
-    def by_examples(self) -> dict[str, float]:
-        """Coefficients in proportion to the clients' numbers of training images."""
-        total = sum(contribution.num_examples for contribution in self)
-        return {c.client: c.num_examples / total for c in self}
 
     def compose(
         self,
@@ -104,14 +99,13 @@ class Pool:
     ) -> Weights:
         r"""Add the task vectors to the pre-trained weights.
 
-        Sums run in float64, in the order of clients' names: the result does not depend on the order
-        in which they came.
+        The sum is in float64, in the order of clients' names.
 
         Args:
             theta_0: Target weights by name, each (out, in).
             coefficients: :math:`w_c` by client; None: equal ones.
             scale: :math:`\lambda`.
-            base: Fingerprint of ``theta_0``; if given, it must be the contributions' own.
+            base: Fingerprint of ``theta_0``, to compare with that of the contributions; "": do not.
 
         Returns:
             :math:`\theta_P`, same names, shapes, dtypes as ``theta_0``.
@@ -133,10 +127,10 @@ class Pool:
         scale: float = 1.0,
         base: str = "",
     ) -> Iterator[tuple[str, Tensor]]:
-        """Compose one weight at a time; see :meth:`compose`.
+        """Compose one weight after the other, in the order of names; see :meth:`compose`.
 
         Yields:
-            Name and composed value of each weight that is changed, in the order of names.
+            Name and composed value, (out, in), of each weight that changes.
         """
         coefficients = self.check_composable(coefficients, base=base)
         for name in sorted({name for c in self for name in c.task_vector.names}):
@@ -151,7 +145,7 @@ class Pool:
     def check_composable(
         self, coefficients: Mapping[str, float] | None, *, base: str = ""
     ) -> dict[str, float]:
-        """Return the coefficients to compose with; raises as :meth:`compose` does."""
+        """Return the coefficients that :meth:`compose` uses; raises as it does."""
         if not self.contributions:
             raise ContributionError("An empty pool cannot be composed; add a contribution.")
         trained_on = self.contributions[0].task_vector.base
@@ -179,31 +173,11 @@ class Pool:
             )
 
 
-def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> None:
-    """Raise ``ContributionError``, naming the nearest known name, unless all clients are known."""
-    for client in clients:
-        if client not in known:
-            near = difflib.get_close_matches(client, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ContributionError(
-                f"There is no client {client!r} in the {where}, which holds "
-                f"{', '.join(known) or 'nobody'}.{hint}"
-            )
-
-
-def are_tangents(kinds: Iterable[str]) -> bool:
-    """Whether there are any, and all are tangents."""
-    return set(kinds) == {Kind.TANGENT}
-
-
 def require_unmixed(kinds: Mapping[str, str]) -> None:
-    """Refuse tangents beside another kind.
+    """Refuse tangents together with another kind; raises ``ContributionError``.
 
     Args:
-        kinds: Kind of each client's task vector, by name.
-
-    Raises:
-        ContributionError: Naming one client of each sort.
+        kinds: Kind of each client's task vector, by client.
     """
     tangents = [client for client, kind in sorted(kinds.items()) if kind == Kind.TANGENT]
     others = [client for client, kind in sorted(kinds.items()) if kind != Kind.TANGENT]

@@ -1,39 +1,37 @@
-r"""What a client changed: :math:`\tau = \theta - \theta_0`.
+r"""A client's change to the pre-trained weights: :math:`\tau = \theta - \theta_0`.
 
-A task vector is stored as its kind trains it (a LoRA as its factors), and is dense only where it is
-added up. Source: Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023 (arXiv
-2212.04089); Porrello et al., ICLR 2025 (arXiv 2405.16350).
+A task vector is stored as its kind trains it: a LoRA as its factors. It is made dense only where
+task vectors are added up. Source: Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023
+(arXiv 2212.04089); Porrello et al., ICLR 2025 (arXiv 2405.16350).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.deltas import Delta, Weights, restore_delta, stored_shapes
-from fedcompo.storage import tensorfile
 
 
 @dataclass(frozen=True)
 class TaskVector:
-    """A client's change to the pre-trained weights."""
+    """The change of all target weights, as parameters of its kind."""
 
     kind: Kind
     """How the change is parametrised."""
     tensors: Mapping[str, Tensor]
-    """The delta's parameters, ``<weight name>/<parameter name>``."""
+    """Parameters of the deltas, named ``<weight name>/<parameter name>``."""
     base: str
-    """Fingerprint of the pre-trained weights it belongs to."""
+    """Fingerprint of the pre-trained weights that it changes."""
 
     @classmethod
     def of(cls, kind: Kind, deltas: Mapping[str, Delta], *, base: str) -> TaskVector:
-        """Take the task vector from trained deltas, by weight name; tensors go to the CPU."""
+        """Copy the parameters of trained deltas, given by weight name, to the CPU."""
         tensors = {
             f"{name}/{parameter}": value.detach().cpu().clone()
             for name, delta in deltas.items()
@@ -47,7 +45,7 @@ class TaskVector:
         return tuple(sorted({name.rpartition("/")[0] for name in self.tensors}))
 
     def delta(self, name: str, weight: Tensor) -> Tensor:
-        r"""The change of one weight.
+        r"""Return the change of one weight.
 
         Args:
             name: Name of the weight.
@@ -58,17 +56,17 @@ class TaskVector:
         """
         parameters = {
             key.rpartition("/")[2]: self.tensors[key]
-            for key in self.tensors  # read from disk, perhaps: no more than is needed
+            for key in self.tensors  # perhaps on disk: read no more than is needed
             if key.rpartition("/")[0] == name
         }
         return restore_delta(self.kind, weight, parameters)
 
     def dense(self, theta_0: Weights) -> Weights:
-        r"""All changes: :math:`\tau` by weight name, each (out, in)."""
+        r"""Return :math:`\tau` of all weights, by name, each (out, in)."""
         return {name: self.delta(name, theta_0[name]) for name in self.names}
 
     def check(self, theta_0: Weights, *, base: str, owner: str) -> None:
-        """Refuse what cannot be added to these weights.
+        """Refuse a task vector that cannot be added to these weights.
 
         Args:
             theta_0: The target weights, by name.
@@ -109,36 +107,11 @@ class TaskVector:
                     "they must agree."
                 )
 
-    def save(self, path: Path) -> None:
-        """Write to one safetensors file with a manifest and a digest."""
-        manifest = {"content": "task-vector", "kind": str(self.kind), "base": self.base}
-        tensorfile.save(path, self.tensors, manifest)
-
-    @classmethod
-    def load(cls, path: Path) -> TaskVector:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileFormatError: If the file is truncated, altered or of another kind.
-        """
-        tensors, manifest = tensorfile.load(path)
-        if manifest.get("content") != "task-vector":
-            raise FileFormatError(
-                f"{path} holds a {manifest.get('content')!r}, expected a 'task-vector'."
-            )
-        try:
-            return cls(Kind(manifest["kind"]), tensors, str(manifest["base"]))
-        except (KeyError, ValueError) as error:
-            raise FileFormatError(
-                f"The manifest of {path} cannot be used ({type(error).__name__}: {error}). "
-                "It was written by something else than this fedcompo."
-            ) from error
-
 
 def _check_tensor(tensor: Tensor, shape: tuple[int | None, ...], what: str) -> None:
-    """Refuse a tensor of another shape, of another dtype than floating point, or not finite."""
+    """Refuse a tensor of another shape, of an integer dtype, or with values not finite."""
     fits = len(shape) == tensor.ndim and all(
-        expected in (None, found) for expected, found in zip(shape, tensor.shape, strict=True)
+        expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
         raise ContributionError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +10,7 @@ from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.names import check_client_name, check_distinct
-from fedcompo.storage.files import CARD, CONTENT, FISHER
-from fedcompo.storage.tensorstream import StreamedTensors
+from fedcompo.storage.files import CARD, CONTENT, FISHER, sync
 
 PIECE = 1 << 22
 """Bytes copied at a time."""
@@ -39,28 +37,20 @@ def stage_contribution(source: Contribution | Path, folder: Path) -> Contributio
             if (source / name).is_file():
                 _copy(source / name, folder / name)
     try:
-        return _checked(folder)
+        staged = Contribution.open(folder, check=True)
     except FileFormatError as error:
         if isinstance(source, Path):  # name the file that will still be there
             raise FileFormatError(str(error).replace(str(folder), str(source))) from error
         raise
-
-
-def _checked(folder: Path) -> Contribution:
-    staged = Contribution.open(folder)
     if staged.fisher is None:  # the card names none, so that one is not its own
         (folder / FISHER).unlink(missing_ok=True)
-    for name in (CONTENT, FISHER):
-        if (folder / name).exists():
-            StreamedTensors(folder / name).check()
     return staged
 
 
 def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as original, target.open("xb") as copy:
         shutil.copyfileobj(original, copy, PIECE)
-        copy.flush()
-        os.fsync(copy.fileno())
+        sync(copy)
 
 
 def check_contribution(

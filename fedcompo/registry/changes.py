@@ -9,28 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedcompo.errors import ContributionError
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import Mixtures
-from fedcompo.method.pool import require_known, require_unmixed
+from fedcompo.method.pool import require_unmixed
 from fedcompo.registry import journal
 from fedcompo.registry.draft import Draft, OnStep, drafted
-from fedcompo.registry.removal import Influence, RemovalRecord, influence
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PRIVATE, Member, State
 from fedcompo.runtime import version
-from fedcompo.storage.files import tuples, write_synced
+from fedcompo.storage.files import write_synced
 from fedcompo.storage.tensorstream import file_sha256
-
-if TYPE_CHECKING:
-    from fedcompo.registry.registry import Registry
-
-REMOVALS = "removals"
 
 
 def add(
-    registry: Registry,
+    registry: RegistryReader,
     sources: Sequence[Contribution | Path],
     *,
     replacing: bool,
@@ -58,15 +54,15 @@ def add(
         after = _with_members(state, {**state.members, **coming})
         require_unmixed({client: member.kind for client, member in after.members.items()})
         after = draft.compose(after, coming=list(coming.values()), going=gone)
-        events = [("removed", {**_essence(member), "within": "replacement"}) for member in gone]
-        told = [_essence(after.members[client]) for client in sorted(coming)]
-        events.append(("added", {"clients": told, **_asked(requested_by)}))
+        events = [("removed", {**_journalled(member), "within": "replacement"}) for member in gone]
+        newcomers = [_journalled(after.members[client]) for client in sorted(coming)]
+        events.append(("added", {"clients": newcomers, **_requester(requested_by)}))
         draft.deletions += [member.folder for member in gone]
         draft.finish(after, events)
 
 
 def remove(
-    registry: Registry,
+    registry: RegistryReader,
     client: str,
     *,
     requested_by: str,
@@ -76,54 +72,61 @@ def remove(
 ) -> RemovalRecord:
     """Remove a client; see :meth:`fedcompo.registry.registry.Registry.remove`."""
     with drafted(registry, f"removing {client}", on_step) as draft:
-        state = draft.before
-        require_known([client], tuple(state.members), "registry")
-        member = state.members[client]
+        state, member = draft.before, registry.member(client)
         staying = {name: m for name, m in state.members.items() if name != client}
         after = _with_members(state, staying, keep=keep_versions)
         after = draft.compose(after, coming=[], going=[member])
         after = _drop_versions(draft, after, client, keep=keep_versions)
         draft.deletions.append(member.folder)
-        record = RemovalRecord(
-            registry=registry.identity,
-            sequence=draft.next_sequence,
-            time=journal.utc_now(),
-            client=client,
-            requested_by=requested_by,
-            reason=reason,
-            kind=member.kind,
-            num_examples=member.num_examples,
-            classes=member.classes,
-            removed_files=member.files,
-            removed_rounded_sha256=member.rounded_sha256,
-            added=member.added,
-            root_before=state.root,
-            root_after=after.root,
-            journal_before=state.journal_sha256,
-            composition_before=state.files,
-            composition_after=after.files,
-            survivors=tuple(after.members),
-            classes_after=after.classes,
-            kept_versions=tuple(n for n, kept in after.kept.items() if client in kept["clients"]),
-            recomposed=draft.recomposed,
-            influence=foreseen_influence(draft.entries, client, tuple(staying)),
-            fedcompo_version=version("fedcompo"),
-        ).signed(registry.path / PRIVATE)
-        name = f"{REMOVALS}/{draft.next_sequence:06d}-{client}.json"
-        (draft.new / REMOVALS).mkdir()
-        write_synced(draft.new / name, record.text.encode())
-        draft.moves.append(name)
+        record = _record(draft, member, after, requested_by=requested_by, reason=reason)
+        path = draft.new / record.place
+        path.parent.mkdir()
+        write_synced(path, record.text.encode())
+        draft.moves.append(record.place)
         details = {
-            **_essence(member),
-            "record": name,
-            "record_sha256": file_sha256(draft.new / name),
-            **_asked(requested_by),
+            **_journalled(member),
+            "record": record.place,
+            "record_sha256": file_sha256(path),
+            **_requester(requested_by),
         }
         draft.finish(after, [("removed", details)])
         return record
 
 
-def realign(registry: Registry, mixtures: Mapping[str, Mixtures]) -> None:
+def _record(
+    draft: Draft, member: Member, after: State, *, requested_by: str, reason: str
+) -> RemovalRecord:
+    """Write down a removal, and sign it."""
+    registry, before, client = draft.registry, draft.before, member.client
+    record = RemovalRecord(
+        registry=registry.identity,
+        sequence=draft.next_sequence,
+        time=journal.utc_now(),
+        client=client,
+        requested_by=requested_by,
+        reason=reason,
+        kind=member.kind,
+        num_examples=member.num_examples,
+        classes=member.classes,
+        removed_files=member.files,
+        removed_rounded_sha256=member.rounded_sha256,
+        added=member.added,
+        root_before=before.root,
+        root_after=after.root,
+        journal_before=before.journal_sha256,
+        composition_before=before.files,
+        composition_after=after.files,
+        survivors=tuple(after.members),
+        classes_after=after.classes,
+        kept_versions=tuple(n for n, kept in after.kept.items() if client in kept["clients"]),
+        recomposed=draft.recomposed,
+        influence=foreseen_influence(draft.entries, client, tuple(after.members)),
+        fedcompo_version=version("fedcompo"),
+    )
+    return record.signed(registry.path / PRIVATE)
+
+
+def realign(registry: RegistryReader, mixtures: Mapping[str, Mixtures]) -> None:
     """Fit the joint head again; see :meth:`fedcompo.registry.registry.Registry.realign`."""
     with drafted(registry, "aligning the joint head again", lambda step: None) as draft:
         state = draft.before
@@ -144,19 +147,6 @@ def realign(registry: Registry, mixtures: Mapping[str, Mixtures]) -> None:
         draft.finish(after, [("realigned", {"clients": sorted(mixtures)})])
 
 
-def foreseen_influence(
-    entries: Sequence[journal.Entry], client: str, survivors: Sequence[str]
-) -> Influence:
-    """What of a client would be left in the survivors; the journal knows everyone's lineage."""
-    everyone = [
-        (added["client"], Lineage(**tuples(added["lineage"])))
-        for entry in entries
-        if entry.event == "added"
-        for added in entry.details["clients"]
-    ]
-    return influence(client, survivors, dict(everyone), former=everyone)
-
-
 def _with_members(state: State, members: Mapping[str, Member], *, keep: bool = False) -> State:
     """The same registry with other members, and no composition yet."""
     ordered = {client: members[client] for client in sorted(members)}
@@ -175,13 +165,13 @@ def _drop_versions(draft: Draft, after: State, client: str, *, keep: bool) -> St
     return replace(after, kept={p: kept for p, kept in after.kept.items() if p not in going})
 
 
-def _asked(requested_by: str) -> dict[str, str]:
-    """What the journal keeps of who asked, where it is known."""
+def _requester(requested_by: str) -> dict[str, str]:
+    """Who asked for a change, for the journal; nothing where that is not known."""
     return {"requested_by": requested_by} if requested_by else {}
 
 
-def _essence(member: Member) -> dict[str, Any]:
-    """What the journal keeps of a member: names, numbers and digests."""
+def _journalled(member: Member) -> dict[str, Any]:
+    """A member as the journal keeps it: names, numbers and digests."""
     values = asdict(member)
     del values["folder"]
     return values

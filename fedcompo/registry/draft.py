@@ -6,33 +6,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import joint_head
-from fedcompo.composition.version import (
-    REALIGNED,
-    SUM,
-    Recipe,
-    RoundedDifferently,
-    save_realigned,
-    write_version,
-)
+from fedcompo.composition.version import Recipe, RoundedDifferently, save_realigned, write_version
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution, mixture_tensors
 from fedcompo.method.features import Mixtures
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
-from fedcompo.storage.files import WEIGHTS
+from fedcompo.storage.files import REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
-
-if TYPE_CHECKING:
-    from fedcompo.registry.registry import Registry
 
 CLIENTS, VERSIONS = "clients", "versions"
 
@@ -40,7 +31,7 @@ OnStep = Callable[[str], None]
 
 
 @contextmanager
-def drafted(registry: Registry, purpose: str, on_step: OnStep) -> Iterator[Draft]:
+def drafted(registry: RegistryReader, purpose: str, on_step: OnStep) -> Iterator[Draft]:
     """Hold the lock, see the current state, and leave nothing staged if anything goes wrong."""
 
     def waiting(holder: str) -> None:
@@ -68,7 +59,7 @@ def drafted(registry: Registry, purpose: str, on_step: OnStep) -> Iterator[Draft
 class Draft:
     """A change in the making, under the lock."""
 
-    registry: Registry
+    registry: RegistryReader
     new: Path
     """Folder that mirrors the registry and holds what is new."""
     on_step: OnStep
@@ -92,8 +83,8 @@ class Draft:
     def stage(self, source: Contribution | Path, known: set[str]) -> Member:
         """Copy a contribution to where it will live, check all of it, describe it."""
         registry = self.registry
-        given = source if isinstance(source, Contribution) else Contribution.open(source)
-        name = check_client_name(str(given.client))
+        opened = source if isinstance(source, Contribution) else Contribution.open(source)
+        name = check_client_name(str(opened.client))
         self.on_step(f"checking {name}")
         place = f"{CLIENTS}/{name}"
         if name in self.before.members:  # readers still need the old one

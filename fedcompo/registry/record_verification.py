@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fedcompo.composition.version import SUM, Recipe, write_version
+from fedcompo.composition.version import Recipe, write_version
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.pool import Pool
-from fedcompo.registry.changes import foreseen_influence
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.removal import RemovalRecord
-from fedcompo.registry.state import PUBLIC, as_told, line_of, members_after, root_of
-from fedcompo.registry.verification import Finding, all_but_folders, signature_finding
-from fedcompo.storage.files import WEIGHTS
+from fedcompo.registry.removal import RemovalRecord, foreseen_influence
+from fedcompo.registry.state import PUBLIC, line_of, members_after, root_of
+from fedcompo.registry.verification import Finding, all_but_folders, as_json, signature_finding
+from fedcompo.storage.files import SUM, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
 OnStep = Callable[[str], None]
@@ -73,8 +72,8 @@ def _against_journal(
         yield Finding(claim, False, f"the journal has {len(entries)} lines")
         return
     entry, earlier = entries[record.sequence - 1], entries[: record.sequence - 1]
-    told = entry.event, entry.details.get("client"), entry.details.get("record_sha256")
-    yield _equal(claim, ("removed", record.client, sha256), told)
+    line = entry.event, entry.details.get("client"), entry.details.get("record_sha256")
+    yield _equal(claim, ("removed", record.client, sha256), line)
     yield _equal("the journal stood where it says", record.journal_before, earlier[-1].sha256)
     yield from _roots(record, registry, entries)
     members = members_after(earlier)
@@ -88,7 +87,7 @@ def _against_journal(
         "added": record.added,
     }
     known = {key: added.get(key) for key in claimed}
-    yield _equal("what was removed is what had been added", as_told(claimed), known)
+    yield _equal("what was removed is what had been added", as_json(claimed), known)
     yield _equal("the survivors are those of the journal", record.survivors, tuple(sorted(members)))
     classes = {name for member in members.values() for name in member["classes"]}
     yield _equal("the classes are the survivors'", record.classes_after, tuple(sorted(classes)))
@@ -107,11 +106,11 @@ def _roots(
         ("after", record.sequence, record.root_after, record.composition_after),
     ):
         earlier = entries[:lines]
-        told = [e.details["root_after"] for e in earlier if "root_after" in e.details][-1:]
-        yield _equal(f"the root {moment} is the journal's", [root], told)
+        journalled = [e.details["root_after"] for e in earlier if "root_after" in e.details][-1:]
+        yield _equal(f"the root {moment} is the journal's", [root], journalled)
         derived = root_of(registry.state, members_after(earlier), files)
         claim = f"the composition {moment} is covered by the journal's root"
-        yield _equal(claim, [derived], told)
+        yield _equal(claim, [derived], journalled)
 
 
 def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
@@ -125,7 +124,7 @@ def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
         home = registry.path / again.folder
         if left and all(home in path.parents for path in left):
             return Finding(claim, None, f"it came back, with line {again.added} of the journal")
-    return Finding(claim, not left, f"still there: {', '.join(map(str, left))}" if left else "")
+    return Finding.of(claim, not left, f"still there: {', '.join(map(str, left))}")
 
 
 def _kept(record: RemovalRecord, registry: Registry) -> Finding:
@@ -138,7 +137,7 @@ def _kept(record: RemovalRecord, registry: Registry) -> Finding:
         and line_of(folder) < record.sequence
         and folder not in record.kept_versions
     ]
-    return Finding(claim, not left, f"still there: {', '.join(left)}" if left else "")
+    return Finding.of(claim, not left, f"still there: {', '.join(left)}")
 
 
 def _composed_again(
@@ -159,17 +158,15 @@ def _composed_again(
     with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
         pool = Pool(tuple(registry.contribution(client) for client in record.survivors))
         write_version(Path(folder), Recipe.of(pool, registry.backbone, registry.settings))
-        found = {name: file_sha256(Path(folder) / name) for name in (SUM, WEIGHTS)}
-    holds = [found[name] == record.composition_after.get(name) for name in (SUM, WEIGHTS)]
-    yield Finding(claims[0], holds[0], "" if holds[0] else f"here it is {found[SUM]}")
-    detail = f"here it is {found[WEIGHTS]}"
+        here = {name: file_sha256(Path(folder) / name) for name in (SUM, WEIGHTS)}
+    holds = [here[name] == record.composition_after.get(name) for name in (SUM, WEIGHTS)]
+    yield Finding.of(claims[0], holds[0], f"here it is {here[SUM]}")
+    detail = f"here it is {here[WEIGHTS]}"
     if holds[0] and not holds[1]:  # the weights follow from the sum: it is the head that differs
         detail += ": the joint head is fitted with this machine's arithmetic"
     yield Finding(claims[1], holds[1] or (None if holds[0] else False), "" if holds[1] else detail)
 
 
-def _equal(claim: str, found: object, expected: object) -> Finding:
-    if isinstance(found, Mapping):
-        found = dict(found)
-    detail = f"the record says {str(found)[:200]}, derived is {str(expected)[:200]}"
-    return Finding(claim, found == expected, "" if found == expected else detail)
+def _equal(claim: str, recorded: object, derived: object) -> Finding:
+    detail = f"the record says {str(recorded)[:200]}, derived is {str(derived)[:200]}"
+    return Finding.of(claim, recorded == derived, detail)

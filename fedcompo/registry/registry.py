@@ -18,32 +18,25 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.stored import StoredBackbone
-from fedcompo.composition import models as specialise
+from fedcompo.composition.models import composed_model, model_of
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.composition.version import REALIGNED, SUM
-from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
+from fedcompo.errors import RegistryError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import Mixtures
-from fedcompo.method.heads import Head
-from fedcompo.method.pool import Pool, require_known
-from fedcompo.registry import changes as registry_changes
-from fedcompo.registry import journal
-from fedcompo.registry.removal import Influence, RemovalRecord
-from fedcompo.registry.state import ABOUT, Member, State, read_about, write_new
-from fedcompo.registry.transaction import JOURNAL, STATE, recover_if_idle
-from fedcompo.storage.files import BACKBONE, CARD, WEIGHTS, put_in_place
-from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
+from fedcompo.registry import changes
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.state import write_new
+from fedcompo.storage.files import put_in_place
 
 
-class Registry:
+class Registry(RegistryReader):
     """Contributions of clients in a folder, and the model composed of them.
 
     Example::
@@ -53,32 +46,6 @@ class Registry:
         specialist = registry.model(only=["client-0", "client-3"])
         record = registry.remove("client-1", requested_by="client-1")
     """
-
-    def __init__(self, path: Path | str) -> None:
-        """Open a registry; a change that a crash interrupted is completed or undone first.
-
-        Raises:
-            RegistryError: If there is none.
-            RegistryDamaged: If its files do not say what they should.
-        """
-        self.path = Path(path)
-        if not (self.path / ABOUT).is_file():
-            raise RegistryError(
-                f"There is no registry at {self.path}: no {ABOUT}. "
-                "Name the folder of a registry, such as <output>/registry of a run."
-            )
-        recover_if_idle(self.path)
-        self._trusted: set[tuple[str, int, int]] = set()
-        self.refresh()
-        self.identity, self.created = read_about(self.path / ABOUT, self.state)
-        path, digest = self.path / BACKBONE, self.state.fixed.get(BACKBONE, "")
-        with self._reading(path):
-            self.backbone = StoredBackbone(path, guard=lambda: self.check_file(path, digest))
-        if self.backbone.fingerprint != self.state.base:
-            raise RegistryDamaged(
-                f"{path} holds {self.backbone.fingerprint}, the registry was made "
-                f"for {self.state.base}. Restore the registry from a copy."
-            )
 
     @classmethod
     def create(
@@ -107,86 +74,6 @@ class Registry:
             raise
         return cls(path)
 
-    # -- reading ----------------------------------------------------------------------------------
-
-    def refresh(self) -> None:
-        """Take note of changes that others made."""
-        self.state = State.read(self.path / STATE)
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """Names of the members, sorted."""
-        return tuple(self.state.members)
-
-    @property
-    def settings(self) -> CompositionSettings:
-        """How it composes."""
-        return self.state.settings
-
-    @property
-    def realigned(self) -> bool:
-        """Whether the joint head was fitted to features of the composed model."""
-        return REALIGNED in self.state.files
-
-    @property
-    def linearised(self) -> bool:
-        """Whether the composition is to be evaluated linearised: all members are tangents."""
-        return self.state.linearised
-
-    def member(self, client: str) -> Member:
-        """Return what is known of a member; raises ``ContributionError`` if there is none."""
-        require_known([client], self.clients, "registry")
-        return self.state.members[client]
-
-    def contribution(self, client: str, *, with_fisher: bool = False) -> Contribution:
-        """Open a member's contribution; its tensors are read when asked for, and checked once."""
-        member = self.member(client)
-        folder = self.path / member.folder
-
-        def guard(file: Path) -> None:
-            self.check_file(file, member.files.get(file.name, ""))
-
-        guard(folder / CARD)
-        with self._reading(folder):
-            return Contribution.open(folder, with_fisher=with_fisher, guard=guard)
-
-    def influence_of(self, client: str) -> Influence:
-        """Which other members were trained with something of a client's."""
-        others = tuple(name for name in self.clients if name != client)
-        return registry_changes.foreseen_influence(self.entries(), client, others)
-
-    def pool(self, *, with_fisher: bool = False) -> Pool:
-        """Open the members as a pool, to be composed with any coefficients."""
-        return Pool(tuple(self.contribution(c, with_fisher=with_fisher) for c in self.clients))
-
-    def joint_head(self) -> Head:
-        """Read the joint head of the current composition."""
-        model = self.composed()
-        classifier = self.backbone.classifier
-        return Head(self.classes, model[f"{classifier}.weight"], model[f"{classifier}.bias"])
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the joint head's classes, sorted."""
-        return self.state.classes
-
-    def composed(self) -> StreamedTensors:
-        """All weights of the current composition, classifier included; read when asked for.
-
-        Raises:
-            RegistryError: If nobody is in the registry.
-        """
-        return self._version_file(WEIGHTS)
-
-    def running_sum(self) -> StreamedTensors:
-        """The integer sum behind the current composition, by weight name; int64."""
-        return self._version_file(SUM)
-
-    def theta_p(self) -> dict[str, Tensor]:
-        """Read the composed target weights, by name."""
-        model = self.composed()
-        return {name: model[name] for name in self.backbone.target_weights}
-
     def model(self, *, only: Sequence[str] | None = None, without: Sequence[str] = ()) -> nn.Module:
         """Return a ready timm model: all members, or some; a ``TangentModel`` of tangents.
 
@@ -195,70 +82,11 @@ class Registry:
             without: Members to leave out.
         """
         if only is None and not without:
-            return specialise.model_of(
+            return model_of(
                 self.backbone, self.composed(), self.classes, linearised=self.linearised
             )
-        return specialise.composed_model(self, only=only, without=without)
-
-    def entries(self) -> list[journal.Entry]:
-        """Read the journal and check its chain.
-
-        Raises:
-            RegistryDamaged: If a line was altered, or the last one is not what the state says.
-        """
-        entries = journal.read(self.path / JOURNAL, upto=self.state.sequence)
-        if entries[-1].sha256 != self.state.journal_sha256:
-            raise RegistryDamaged(
-                f"The journal {self.path / JOURNAL} ends otherwise than {STATE} says: one of them "
-                "was altered or exchanged. Restore the registry from a copy."
-            )
-        return entries
-
-    def check_file(self, path: Path, sha256: str) -> None:
-        """Hold a file against its SHA-256; once for each opening of the registry.
-
-        Raises:
-            RegistryDamaged: If it is missing, altered, or was replaced.
-        """
-        try:
-            status = path.stat()
-            key = (str(path), status.st_mtime_ns, status.st_ino)
-            if key in self._trusted:
-                return
-            found = file_sha256(path)
-        except OSError as error:
-            raise self._fault(f"{path} cannot be read: {error.strerror}") from error
-        if found != sha256:
-            raise self._fault(
-                f"{path} has SHA-256 {found[:16]}…, expected {sha256[:16]}…: it was altered"
-            )
-        self._trusted.add(key)
-
-    def _version_file(self, name: str) -> StreamedTensors:
-        if not self.state.version:
-            raise RegistryError(
-                f"Nobody is in the registry {self.path}, so nothing is composed. Add a client."
-            )
-        path, digest = self.path / self.state.version / name, self.state.files[name]
-        with self._reading(path):
-            return StreamedTensors(path, guard=lambda: self.check_file(path, digest))
-
-    @contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except FileFormatError as error:
-            raise self._fault(f"{path} cannot be read ({error})") from error
-
-    def _fault(self, what: str) -> RegistryError:
-        """A file is not as the state says: the registry was changed meanwhile, or is damaged."""
-        if State.read(self.path / STATE) != self.state:
-            return RegistryError(
-                f"The registry {self.path} was changed while it was being read. Try again."
-            )
-        return RegistryDamaged(f"{what}. Restore the registry from a copy.")
-
-    # -- changing ---------------------------------------------------------------------------------
+        pool = self.pool() if only is None else self.pool().only(*only)
+        return composed_model(pool.without(*without), self.backbone, self.settings)
 
     def add(
         self,
@@ -281,9 +109,7 @@ class Registry:
             BackboneMismatch: If one was trained on other pre-trained weights.
             RegistryLocked: If another process keeps changing the registry.
         """
-        registry_changes.add(
-            self, sources, replacing=replacing, requested_by=requested_by, on_step=on_step
-        )
+        changes.add(self, sources, replacing=replacing, requested_by=requested_by, on_step=on_step)
 
     def remove(
         self,
@@ -310,7 +136,7 @@ class Registry:
             ContributionError: If there is no such client.
             RegistryLocked: If another process keeps changing the registry.
         """
-        return registry_changes.remove(
+        return changes.remove(
             self,
             client,
             requested_by=requested_by,
@@ -328,4 +154,4 @@ class Registry:
         Raises:
             ContributionError: If a member's are missing or cannot be used.
         """
-        registry_changes.realign(self, mixtures)
+        changes.realign(self, mixtures)

@@ -8,18 +8,20 @@ record says which survivors were, and is signed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedcompo.errors import FileFormatError
-from fedcompo.method.contribution import Lineage
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry import signing
+from fedcompo.registry.journal import Entry
 from fedcompo.storage.files import canonical, tuples
 
 FORMAT_VERSION = 1
 CONTENT = "removal-record"
+REMOVALS = "removals"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def influence(
     """
     everyone = [*lineages.items(), *former]
     touched = {client}
-    while more := {n for n, lineage in everyone if _names(lineage) & touched} - touched:
+    while more := {n for n, lineage in everyone if lineage.shaped_by & touched} - touched:
         touched |= more
     staying = sorted(set(survivors))
     direct = {
@@ -79,8 +81,21 @@ def influence(
         )
     }
     known = {name for names in direct.values() for name in names}
-    indirect = tuple(n for n in staying if _names(lineages[n]) & touched and n not in known)
+    indirect = tuple(n for n in staying if lineages[n].shaped_by & touched and n not in known)
     return Influence(**direct, indirect=indirect)
+
+
+def foreseen_influence(
+    entries: Sequence[Entry], client: str, survivors: Sequence[str]
+) -> Influence:
+    """What of a client would be left in the survivors; the journal knows everyone's lineage."""
+    everyone = [
+        (added["client"], Lineage.parse(added["lineage"]))
+        for entry in entries
+        if entry.event == "added"
+        for added in entry.details["clients"]
+    ]
+    return influence(client, survivors, dict(everyone), former=everyone)
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,11 @@ class RemovalRecord:
     fedcompo_version: str
     signature: str = ""
     """Ed25519 over everything else, hexadecimal."""
+
+    @property
+    def place(self) -> str:
+        """Path of its file, relative to the registry."""
+        return f"{REMOVALS}/{self.sequence:06d}-{self.client}.json"
 
     @property
     def text(self) -> str:
@@ -183,7 +203,3 @@ class RemovalRecord:
             **values,
             "lineage": statement,
         }
-
-
-def _names(lineage: Lineage) -> set[str]:
-    return {*lineage.anchored_by, *lineage.aligned_with, *lineage.ensemble}

@@ -6,32 +6,21 @@ check a record, but not make one.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedcompo.errors import FileFormatError
-
-OWNER_ONLY = 0o600
-UNREADABLE = (OSError, ValueError, TypeError, UnsupportedAlgorithm, InternalError)
-"""What a file that holds no key can provoke."""
+from fedcompo.storage.files import UNREADABLE, private_pem, write_private, write_synced
 
 
 def create_key(private: Path, public: Path) -> None:
     """Make a key pair and write both halves as PEM; the files must not exist yet."""
     key = Ed25519PrivateKey.generate()
-    handle = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
-    with os.fdopen(handle, "wb") as file:
-        file.write(_private_pem(key))
-        file.flush()
-        os.fsync(file.fileno())
-    with public.open("xb") as file:
-        file.write(_public_pem(key.public_key()))
-        file.flush()
-        os.fsync(file.fileno())
+    write_private(private, private_pem(key))
+    write_synced(public, _public_pem(key.public_key()), mode="xb")
 
 
 def sign(message: bytes, private: Path) -> str:
@@ -65,7 +54,7 @@ def check_pair(private: Path, public: Path) -> None:
         FileFormatError: Naming the file.
     """
     key, known = _read_private(private), _read_public(public)
-    if private.read_bytes() != _private_pem(key):
+    if private.read_bytes() != private_pem(key):
         raise FileFormatError(f"The private key {private} was altered.")
     if public.read_bytes() != _public_pem(known):
         raise FileFormatError(f"The public key {public} was altered.")
@@ -91,14 +80,6 @@ def _read_public(path: Path) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise FileFormatError(f"{path} holds a {type(key).__name__}, expected an Ed25519 key.")
     return key
-
-
-def _private_pem(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
 
 
 def _public_pem(key: Ed25519PublicKey) -> bytes:

@@ -16,21 +16,23 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import save_backbone
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import Coefficients
+from fedcompo.config.choices import Coefficients, are_tangents
 from fedcompo.errors import RegistryDamaged
-from fedcompo.method.contribution import Contribution, Lineage
-from fedcompo.method.pool import are_tangents
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry import journal, signing
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.transaction import JOURNAL, STATE, require_inside
 from fedcompo.runtime import version
 from fedcompo.storage.files import BACKBONE, canonical, tuples, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
+
+if TYPE_CHECKING:
+    from fedcompo.backbone.backbone import Backbone
+    from fedcompo.method.contribution import Contribution
 
 FORMAT_VERSION = 1
 
@@ -160,10 +162,10 @@ class State:
         try:
             text = path.read_bytes().decode()
             values = json.loads(text)
-            found = values.pop("format_version")
-            if found != FORMAT_VERSION:
+            written = values.pop("format_version")
+            if written != FORMAT_VERSION:
                 raise RegistryDamaged(
-                    f"{path} has format version {found!r}, this fedcompo reads {FORMAT_VERSION}. "
+                    f"{path} has format version {written!r}, this fedcompo reads {FORMAT_VERSION}. "
                     "Use the fedcompo version that wrote it."
                 )
             del values["root"], values["sha256"]  # derived; the text is compared as a whole
@@ -190,7 +192,7 @@ def settings_from(values: Mapping[str, Any]) -> CompositionSettings:
 
 
 def _member(values: Mapping[str, Any]) -> Member:
-    return Member(**{**tuples(values), "lineage": Lineage(**tuples(values["lineage"]))})
+    return Member(**{**tuples(values), "lineage": Lineage.parse(values["lineage"])})
 
 
 ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
@@ -228,10 +230,6 @@ def read_about(path: Path, state: State) -> tuple[str, str]:
     return about["identity"], about["created"]
 
 
-Told = Mapping[str, Mapping[str, Any]]
-"""Members by client, each as its line of the journal describes it."""
-
-
 def members_after(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
     """Members as the journal's lines leave them, by client."""
     members: dict[str, dict[str, Any]] = {}
@@ -245,12 +243,14 @@ def members_after(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
     return members
 
 
-def root_of(state: State, members: Told, files: Mapping[str, str]) -> str:
+def root_of(
+    state: State, members: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]
+) -> str:
     """Root that the registry has with these members.
 
     Args:
         state: Says backbone and settings, which never change.
-        members: Who is there.
+        members: By client, each as its line of the journal describes it.
         files: SHA-256 of the composition's files, by name.
     """
     known = {
@@ -269,10 +269,3 @@ def end_of_change(entries: Sequence[Entry], line: int) -> Entry | None:
     """Last line of the change whose first is this one, counted from 1; None: there is no such."""
     after = entries[line - 1 :] if line > 0 else ()
     return next((entry for entry in after if "root_after" in entry.details), None)
-
-
-def as_told(values: object) -> object:
-    """Values as they look once they have been JSON: tuples are lists."""
-    if isinstance(values, Mapping):
-        return {key: as_told(value) for key, value in values.items()}
-    return [as_told(value) for value in values] if isinstance(values, list | tuple) else values

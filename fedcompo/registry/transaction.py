@@ -23,13 +23,13 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedcompo.errors import RegistryDamaged, RegistryLocked
 from fedcompo.registry.journal import utc_now
-from fedcompo.storage.files import sync_folder, tuples, write_synced
+from fedcompo.storage.files import sync, sync_folder, tuples, write_synced
 
 LOCK, PENDING, COMMIT = "lock", "pending", "commit.json"
 STATE, JOURNAL, MODEL = "state.json", "journal.jsonl", "model"
@@ -197,8 +197,7 @@ def _grow_journal(path: Path, change: Change) -> None:
         file.truncate(change.journal_size)
         file.seek(change.journal_size)
         file.write("".join(f"{line}\n" for line in change.journal_lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
 
 
 def delete(path: Path) -> None:
@@ -221,7 +220,7 @@ def _point_model(root: Path, folder: str) -> None:
 
 
 def _acquire(handle: int, root: Path, patience: float, on_wait: Callable[[str], None]) -> None:
-    deadline, told = time.monotonic() + patience, False
+    deadline, is_first = time.monotonic() + patience, True
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,9 +232,9 @@ def _acquire(handle: int, root: Path, patience: float, on_wait: Callable[[str], 
                 f"The registry {root} is being changed ({holder}), for more than {patience:g} s. "
                 "Wait for it to end, then try again."
             )
-        if not told:
+        if is_first:
             on_wait(holder)
-            told = True
+            is_first = False
         time.sleep(TICK)
 
 
@@ -250,9 +249,3 @@ def _sync_tree(folder: Path) -> None:
     """Sync every folder below; their files were synced when they were written."""
     for path, _, _ in os.walk(folder):
         sync_folder(Path(path))
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    files: Sequence[Path] = [path] if path.is_file() else list(path.rglob("*"))
-    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())

@@ -7,6 +7,7 @@ followed, the running sum and the composed weights are computed anew from the co
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from fedcompo.composition import fixed_point
 from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import joint_head
-from fedcompo.composition.version import REALIGNED, load_realigned
+from fedcompo.composition.version import load_realigned
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.heads import Head
 from fedcompo.registry import journal, signing
@@ -28,13 +29,13 @@ from fedcompo.registry.state import (
     PRIVATE,
     PUBLIC,
     State,
-    as_told,
     end_of_change,
     line_of,
     members_after,
     root_of,
 )
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
+from fedcompo.storage.files import REALIGNED, canonical
 from fedcompo.storage.tensorstream import file_sha256
 
 CLOSE = 1e-4
@@ -52,7 +53,12 @@ class Finding:
     holds: bool | None
     """None: it cannot be derived again from what is at hand."""
     detail: str = ""
-    """What was found where it does not hold; names the file."""
+    """Why it does not hold; names the file."""
+
+    @classmethod
+    def of(cls, claim: str, holds: bool, detail: str) -> Finding:
+        """Judge a claim; the detail is kept only if it does not hold."""
+        return cls(claim, holds, "" if holds else detail)
 
 
 def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[Finding]:
@@ -107,8 +113,8 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
     """The journal, replayed, must lead to the state."""
     present, roots = members_after(entries), [e.details.get("root_after", "") for e in entries]
     root = next((root for root in reversed(roots) if root), "")
-    said = {c: {**m.essence, "added": m.added} for c, m in state.members.items()}
-    yield _compared("the members are those of the journal", as_told(said), present)
+    members = {c: {**m.essence, "added": m.added} for c, m in state.members.items()}
+    yield _compared("the members are those of the journal", as_json(members), present)
     if root:
         yield _compared("the root is that of the journal's last line", state.root, root)
     fixed = entries[0].details.get("fixed")
@@ -127,8 +133,8 @@ def _kept_finding(
     if last is None:
         return Finding(claim, False, f"{JOURNAL} has no such line")
     members = members_after(entries[: last.sequence])
-    found = sorted(kept["clients"]), root_of(state, members, kept["files"])
-    return _compared(claim, found, (sorted(members), last.details["root_after"]))
+    kept_root = sorted(kept["clients"]), root_of(state, members, kept["files"])
+    return _compared(claim, kept_root, (sorted(members), last.details["root_after"]))
 
 
 def _check_keys(registry: Registry) -> Iterator[Finding]:
@@ -182,18 +188,13 @@ def signature_finding(path: Path, public: Path) -> Finding:
         signed = signing.is_signed(record.signed_bytes, record.signature, public)
     except (FileFormatError, OSError) as error:
         return Finding(claim, False, str(error))
-    return Finding(claim, signed, "" if signed else f"the signature is not that of {public}")
+    return Finding.of(claim, signed, f"the signature is not that of {public}")
 
 
 def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
     """Nothing may lie there that the state does not name; the link must lead to the composition."""
     state, root = registry.state, registry.path
-    known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, *state.fixed)}
-    for member in state.members.values():
-        known |= {root / member.folder / file for file in member.files}
-    known |= {root / state.version / file for file in state.files}
-    for folder, kept in state.kept.items():
-        known |= {root / folder / file for file in kept["files"]}
+    known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, *state.places)}
     known |= {root / e.details["record"] for e in entries if "record" in e.details}
     link = root / MODEL
     known |= {link} if link.is_symlink() else set()
@@ -202,11 +203,8 @@ def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Findi
         for path in all_but_folders(root)
         if path not in known and PENDING not in path.relative_to(root).parts[:1]
     )
-    yield Finding(
-        "there is no file that the registry does not know",
-        not strangers,
-        ", ".join(strangers),
-    )
+    claim = "there is no file that the registry does not know"
+    yield Finding(claim, not strangers, ", ".join(strangers))
     target = str(link.readlink()) if link.is_symlink() else ""
     yield _compared("the link `model` leads to the composition", target, state.version)
 
@@ -245,16 +243,11 @@ def _recomposed(registry: Registry) -> Finding:
 
 def _realigned(registry: Registry) -> Finding:
     """Fit the joint head anew."""
-    settings, version = registry.settings, registry.path / registry.state.version
     if registry.realigned:
-        mixtures = load_realigned(version / REALIGNED)
+        mixtures = load_realigned(registry.path / registry.state.version / REALIGNED)
     else:
         mixtures = {c: registry.contribution(c).features for c in registry.clients}
-    head = joint_head(
-        mixtures,
-        settings,
-    )
-    return head_finding(registry.joint_head(), head)
+    return head_finding(registry.joint_head(), joint_head(mixtures, registry.settings))
 
 
 def head_finding(stored: Head, derived: Head) -> Finding:
@@ -277,16 +270,20 @@ def head_finding(stored: Head, derived: Head) -> Finding:
 
 def _file_finding(claim: str, path: Path, digest: str) -> Finding:
     try:
-        found = file_sha256(path)
+        actual = file_sha256(path)
     except OSError as error:
         return Finding(claim, False, f"{path} cannot be read: {error.strerror}")
-    detail = f"{path} has SHA-256 {found}, expected {digest}"
-    return Finding(claim, found == digest, "" if found == digest else detail)
+    return Finding.of(claim, actual == digest, f"{path} has SHA-256 {actual}, expected {digest}")
 
 
-def _compared(claim: str, found: object, expected: object) -> Finding:
-    detail = f"found {str(found)[:200]}, expected {str(expected)[:200]}"
-    return Finding(claim, found == expected, "" if found == expected else detail)
+def _compared(claim: str, actual: object, expected: object) -> Finding:
+    detail = f"found {str(actual)[:200]}, expected {str(expected)[:200]}"
+    return Finding.of(claim, actual == expected, detail)
+
+
+def as_json(values: object) -> object:
+    """Values as they are once they were JSON: tuples are lists."""
+    return json.loads(canonical(values))
 
 
 def all_but_folders(root: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ import grpc
 from fedcompo.errors import ConfigError, ContributionError, RegistryError
 from fedcompo.export.folder import publish
 from fedcompo.export.selection import from_registry
-from fedcompo.method.pool import require_known
+from fedcompo.names import require_known
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import Member
 from fedcompo.service import registry_pb2 as wire

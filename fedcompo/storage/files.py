@@ -1,4 +1,4 @@
-"""What files of every kind share: names, JSON, and writing so that a crash leaves old or new.
+"""What files of every kind share: names, JSON, PEM, and writes that leave old or new in a crash.
 
 It imports nothing that takes long: whoever only sends files or asks for them need not wait for
 PyTorch.
@@ -11,16 +11,26 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 CONTENT, FISHER, CARD = "contribution.safetensors", "fisher.safetensors", "card.json"
 """Files of a contribution."""
 WEIGHTS, CONFIG, MODEL_CARD = "model.safetensors", "config.json", "README.md"
 """Files of a composed model."""
+SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
+"""Files beside it in a registry: the integer sum; mixtures that its head was fitted to again."""
 PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of the installed library."""
 BACKBONE = "backbone.safetensors"
 """The pre-trained weights, in a registry; also beside what is composed of tangents."""
+OWNER_ONLY = 0o600
+"""Mode of a private key's file."""
+UNREADABLE = (OSError, ValueError, TypeError, UnsupportedAlgorithm, InternalError)
+"""What reading a key or a certificate raises if the file holds none."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -28,10 +38,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, data, mode="xb")
         put_in_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -46,11 +53,7 @@ def temporary_beside(path: Path) -> Path:
 def put_in_place(temporary: Path, path: Path) -> None:
     """Rename a synced file and sync the folder."""
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def canonical(value: Any) -> str:
@@ -63,12 +66,34 @@ def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a staged file, to disk."""
-    with path.open("wb") as file:
+def sync(file: IO[bytes]) -> None:
+    """Put to disk what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_synced(path: Path, data: bytes, *, mode: str = "wb") -> None:
+    """Write a file and sync it; with mode ``xb`` it must not exist yet."""
+    with path.open(mode) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a new file that only its owner can read, from the first moment, and sync it."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        sync(file)
+
+
+def private_pem(key: PrivateKeyTypes) -> bytes:
+    """A private key as PEM, without a password."""
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
 
 
 def sync_folder(folder: Path) -> None:

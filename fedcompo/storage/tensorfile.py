@@ -9,7 +9,6 @@ reads and writes such files one tensor at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,36 +16,20 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
-from fedcompo.runtime import version
 from fedcompo.storage.files import canonical, write_atomically
-
-FORMAT_VERSION = 1
+from fedcompo.storage.manifest import FORMAT_VERSION, complete_manifest, seal
+from fedcompo.storage.tensorstream import TensorDigest
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in the order of names; hexadecimal."""
-    digest = hashlib.sha256()
+    digest = TensorDigest()
     for name in sorted(tensors):
-        digest.update(heading(name, tensors[name]))
-        digest.update(raw_bytes(tensors[name]))
+        digest.add(name, tensors[name])
     return digest.hexdigest()
-
-
-def heading(name: str, tensor: Tensor) -> bytes:
-    """What stands before a tensor's bytes in a digest; any name that JSON can hold will do."""
-    return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(errors="surrogatepass")
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor as bytes, in the order of its indices; copied only if need be."""
-    tensor = tensor.detach().cpu().contiguous()
-    # Where there is one value, torch takes any stride for contiguous, but reads bytes at 1 only.
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    return flat.view(torch.uint8).numpy().data
 
 
 def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
@@ -99,23 +82,6 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise FileFormatError(f"{path} cannot be read: {error.strerror}.") from error
     return _checked(header, lambda: safetensors.torch.load_file(path), str(path))
-
-
-def complete_manifest(manifest: Mapping[str, Any], tensors_sha256: str) -> dict[str, Any]:
-    """Add versions, the tensors' digest and the seal to what a file says of itself."""
-    complete = {
-        **manifest,
-        "format_version": FORMAT_VERSION,
-        "fedcompo_version": version("fedcompo"),
-        "tensors_sha256": tensors_sha256,
-    }
-    return {**complete, "sha256": seal(complete)}
-
-
-def seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's other entries."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(canonical(rest).encode()).hexdigest()
 
 
 def _checked(

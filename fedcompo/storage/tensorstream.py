@@ -2,6 +2,8 @@
 
 Memory is needed for the tensor in use, whatever the size of the file. Files are read, not mapped: a
 mapped page counts as the process's own memory until something else wants it.
+
+Torch is imported where tensors are read or written: a header is read without it.
 """
 
 from __future__ import annotations
@@ -13,38 +15,33 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any
 
 from fedcompo.errors import FileFormatError
 from fedcompo.storage.files import canonical, put_in_place, temporary_beside
-from fedcompo.storage.tensorfile import (
-    FORMAT_VERSION,
-    complete_manifest,
-    heading,
-    raw_bytes,
-    seal,
-)
+from fedcompo.storage.manifest import complete_manifest, manifest_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "U8": ("uint8", 1),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Torch's name and the bytes of one value, by the name of safetensors."""
+NAMES = {f"torch.{name}": key for key, (name, _) in DTYPES.items()}
 
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Layout = Mapping[str, tuple["torch.dtype", tuple[int, ...]]]
 """Dtype and shape of each tensor, by name."""
 
 
-class StreamedTensors(Mapping[str, Tensor]):
+class StreamedTensors(Mapping[str, "Tensor"]):
     """The tensors of a file; each is read when it is asked for, and not kept."""
 
     def __init__(self, path: Path, *, guard: Callable[[], None] = lambda: None) -> None:
@@ -65,9 +62,9 @@ class StreamedTensors(Mapping[str, Tensor]):
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(length, size)))
             self._start = 8 + length
-            self.manifest = _manifest_of(header)
+            self.manifest = manifest_of(header)
             self._places = {
-                str(name): (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
+                str(name): (*DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
@@ -82,8 +79,12 @@ class StreamedTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor."""
+        import numpy as np
+        import torch
+
         self._guard()
-        dtype, shape, begin, end = self._places[name]
+        torch_name, _, shape, begin, end = self._places[name]
+        dtype = getattr(torch, torch_name)
         try:
             with self.path.open("rb") as file:
                 file.seek(self._start + begin)
@@ -112,7 +113,9 @@ class StreamedTensors(Mapping[str, Tensor]):
     @property
     def layout(self) -> Layout:
         """Dtype and shape of each tensor, by name; nothing is read."""
-        return {name: place[:2] for name, place in self._places.items()}
+        import torch
+
+        return {name: (getattr(torch, p[0]), p[2]) for name, p in self._places.items()}
 
     def check(self) -> None:
         """Read every tensor once and hold it against the manifest.
@@ -133,17 +136,17 @@ class StreamedTensors(Mapping[str, Tensor]):
     def _check_places(self, available: int) -> None:
         """Tensors must lie end to end and fill the file."""
         position = 0
-        for dtype, shape, begin, end in sorted(self._places.values(), key=lambda p: (p[2], p[3])):
+        for _, width, shape, begin, end in sorted(self._places.values(), key=lambda p: p[3:]):
             if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
                 raise ValueError(f"shape {shape} or place {begin}, {end} of a tensor")
-            if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+            if begin != position or end - begin != math.prod(shape) * width:
                 raise ValueError(f"the tensors do not lie end to end at byte {position}")
             position = end
         if position != available:
             raise ValueError(f"{available} bytes of tensors, expected {position}")
 
 
-class Section(Mapping[str, Tensor]):
+class Section(Mapping[str, "Tensor"]):
     """The tensors whose names start with ``<prefix>/``, under what follows it."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -229,7 +232,7 @@ class TensorWriter:
             dtype, shape = self._layout[name]
             end = position + math.prod(shape) * dtype.itemsize
             header[name] = {
-                "dtype": NAMES[dtype],
+                "dtype": NAMES[str(dtype)],
                 "shape": list(shape),
                 "data_offsets": [position, end],
             }
@@ -284,13 +287,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_of(header: Mapping[str, Any]) -> dict[str, Any]:
-    text = header["__metadata__"]["manifest"]
-    manifest: dict[str, Any] = json.loads(text)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"format version {manifest.get('format_version')!r}, expected {FORMAT_VERSION}"
-        )
-    if manifest.get("sha256") != seal(manifest) or text != canonical(manifest):
-        raise ValueError("the manifest does not match its own SHA-256")
-    return manifest
+def heading(name: str, tensor: Tensor) -> bytes:
+    """What stands before a tensor's bytes in a digest; any name that JSON can hold will do."""
+    return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(errors="surrogatepass")
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as bytes, in the order of its indices; copied only if need be."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    # Where there is one value, torch takes any stride for contiguous, but reads bytes at 1 only.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data

@@ -23,7 +23,7 @@ TOLERATED = 10.0
 
 
 @dataclass(frozen=True)
-class Anchors:
+class FisherSums:
     """The Fisher sums of a run."""
 
     by: AnchorBy
@@ -43,7 +43,7 @@ class Anchors:
         *,
         by: AnchorBy,
         reference: FisherDiagonal | None = None,
-    ) -> Anchors:
+    ) -> FisherSums:
         """Sum up, in the order of names: no bit depends on who answered first.
 
         Args:

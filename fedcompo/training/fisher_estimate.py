@@ -1,12 +1,20 @@
 r"""Estimates a client's Fisher diagonal: exact, by its leading directions, or by Monte Carlo.
 
-The softmax curvature, as the features see it, is taken in directions one by one. With :math:`p =
-\mathrm{softmax}(W f + b)` and :math:`A` the classes × features matrix of rows
-:math:`\sqrt{p_c}\,(W_c - \sum_k p_k W_k)`, the Hessian of the cross-entropy in the features f is
-:math:`A^\top A`, for every label. Its scaled eigenvectors :math:`v_k` are the *cotangents*:
-:math:`\sum_k v_k v_k^\top = A^\top A`, at most min(classes - 1, features) of them not zero.
+With :math:`p = \mathrm{softmax}(W f + b)`, let :math:`A` be the matrix (classes, features) with the
+rows :math:`\sqrt{p_c}\,(W_c - \sum_k p_k W_k)`. The Hessian of the cross-entropy in the features f
+is :math:`A^\top A`, whatever the label. With :math:`J = \partial f/\partial\theta`, one example's
+Fisher is :math:`J^\top A^\top A\,J`. Any vectors :math:`v_k` with
+:math:`\sum_k v_k v_k^\top = A^\top A` (the *cotangents*) give its diagonal,
+:math:`\sum_k (J^\top v_k)^2`, by one backward pass each, for all examples of a batch at once:
 
-Source: Martens, *New Insights and Perspectives on the Natural Gradient Method*, JMLR 2020.
+- *exact*: the scaled eigenvectors of :math:`A^\top A`; at most min(classes - 1, features) of them
+  are not zero;
+- *leading*: only the first r of these. The result is never above the exact one. One more pass, with
+  random signs over the eigenvectors left out, measures what is missing;
+- *Monte Carlo*: ``samples`` labels drawn from p.
+
+Source: Porrello et al., ICLR 2025 (arXiv 2405.16350); Martens, *New Insights and Perspectives on
+the Natural Gradient Method*, JMLR 2020, for the factorisation.
 """
 
 from __future__ import annotations
@@ -72,7 +80,7 @@ def estimate_fisher(
         generator: Source of labels and signs, on the CPU.
 
     Returns:
-        The *sum* over examples (keys: ``names``, ``head.weight``, ``head.bias``), and a report.
+        The *sum* over examples, and a report. Its keys: ``names``, and the head's two (``HEAD``).
     """
     names = sorted(names)
     generator = generator or torch.Generator().manual_seed(0)

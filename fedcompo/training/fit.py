@@ -1,7 +1,8 @@
 """Fit a client's task vector: alone (ITA), or inside the sum of all (IEL).
 
-The plain path serves every kind: the weights θ₀ + Δ go into ``functional_call``, and autograd does
-the rest. Source of the procedure: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 4.
+The weights θ₀ + Δ go into ``functional_call`` and autograd does the rest, for every kind but
+tangents, which are trained to first order (:mod:`fedcompo.backbone.tangent`). Source of the
+procedure: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 4.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training.augmentation import augment
-from fedcompo.training.penalty import Anchor, Ensemble, HeadTraining, Holding
+from fedcompo.training.penalty import Anchor, Ensemble, HeadTraining, TrainingPenalty
 
 LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
-"""Peak step sizes of kinds that were given none: the fewer parameters, the larger."""
+"""Peak step size of each kind where ``learning-rate`` is 0: the fewer parameters, the larger."""
 
 EpochCallback = Callable[[int, int, float], None]
 """Called after each epoch with the epoch (from 1), the number of epochs, the mean loss."""
@@ -45,12 +46,18 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Course:
-    """Which part of a training that goes on over several rounds this is."""
+    """Where a training begins, what acts on it, and which part of a longer training it is."""
 
     begin: TaskVector | None = None
     """Task vector to go on with; None: a new one."""
+    head: Head | None = None
+    """Head to go on with; None: the aligned one."""
+    anchor: Anchor | None = None
+    """Metric of the penalties; None: no Fisher penalty."""
+    ensemble: Ensemble | None = None
+    """The others that the client trains in sum with (IEL); None: alone (ITA)."""
     passed: float = 0.0
-    """Share of the whole training that lies behind when this part begins."""
+    """Share of the whole training that is done when this part begins."""
     share: float = 1.0
     """Share of the whole training that this part is; the cosine schedule runs over the whole."""
     proximal_mu: float = 0.0
@@ -61,13 +68,10 @@ def fit_task_vector(
     backbone: Backbone,
     kind: Kind,
     data: Split,
-    start: Head,
     aligned: Head,
-    anchor: Anchor | None,
     config: TrainConfig,
     *,
     generator: torch.Generator,
-    ensemble: Ensemble | None = None,
     course: Course | None = None,
     on_epoch: EpochCallback = lambda epoch, epochs, loss: None,
 ) -> Fitted:
@@ -76,15 +80,12 @@ def fit_task_vector(
     Args:
         backbone: Pre-trained weights.
         kind: How the task vector is parametrised.
-        data: Training images; labels index ``start.classes``.
-        start: Head that training begins with.
-        aligned: Head that the head penalty pulls to; same classes.
-        anchor: Mean Fisher, the metric of the penalty; None: no Fisher penalty.
+        data: Training images; labels index ``aligned.classes``.
+        aligned: Head that training begins with, and that the head penalty pulls to.
         config: How to train.
         generator: Source of LoRA's A, of the order of images and of augmentation; on the CPU.
-        ensemble: The others that the client trains in sum with (IEL); None: alone (ITA).
-        course: Which part of a longer training this is; None: all of it.
-        on_epoch: Told of progress.
+        course: Where to begin otherwise, and what acts; None: a whole training alone, no anchor.
+        on_epoch: Called after each epoch.
 
     Returns:
         Task vector, head, losses.
@@ -93,14 +94,8 @@ def fit_task_vector(
         ContributionError: If the loss stops being finite.
     """
     course = course or Course()
-    deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
-    if course.begin is not None:
-        _restore(deltas, course.begin)
-    head = HeadTraining(start, aligned, anchor, config, backbone.device)
-    holding = Holding(deltas, anchor, ensemble, config)
-    training = _Training(backbone, kind, deltas, head, holding, config, generator)
-    training.inside(ensemble)
-    training.near(course.proximal_mu)
+    training_of = _TangentTraining if kind is Kind.TANGENT else _Training
+    training = training_of(backbone, kind, aligned, config, course, generator)
     steps = config.local_epochs * math.ceil(len(data.labels) / config.batch_size)
     losses: list[float] = []
     step = 0
@@ -118,17 +113,17 @@ def fit_task_vector(
                 "Lower `learning-rate`, or use `penalty = implicit`."
             )
         on_epoch(epoch + 1, config.local_epochs, losses[-1])
-    vector = TaskVector.of(kind, deltas, base=backbone.fingerprint)
-    return Fitted(vector, head.result(), tuple(losses))
+    vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
+    return Fitted(vector, training.head.result(), tuple(losses))
 
 
 def ensembled(tau: Weights, theta_0: Weights, ensemble: Ensemble | None) -> Weights:
-    r"""The weights a client trains at: :math:`\theta_0 + \lambda(R + w\,\tau)`, or alone θ₀ + τ.
+    r"""Return the weights trained at: :math:`\theta_0 + \lambda(R + w\,\tau)`, or alone θ₀ + τ.
 
     Args:
         tau: The client's own task vector, dense; each entry (out, in).
         theta_0: Pre-trained weights; has the keys of ``tau``, same shapes.
-        ensemble: The others; None: nobody.
+        ensemble: The others; None: there are none.
 
     Returns:
         By weight name, each (out, in).
@@ -151,40 +146,34 @@ class _Training:
         self,
         backbone: Backbone,
         kind: Kind,
-        deltas: dict[str, Delta],
-        head: HeadTraining,
-        holding: Holding,
+        aligned: Head,
         config: TrainConfig,
+        course: Course,
         generator: torch.Generator,
     ) -> None:
         self._backbone, self._config, self._generator = backbone, config, generator
-        self._deltas, self._head, self._holding = deltas, head, holding
-        self._linearised = kind is Kind.TANGENT
-        trained = [p for delta in deltas.values() for p in delta.parameters()]
+        self.deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
+        if course.begin is not None:
+            _restore(self.deltas, course.begin)
+        start = course.head or aligned
+        self.head = HeadTraining(start, aligned, course.anchor, config, backbone.device)
+        self._penalty = TrainingPenalty(self.deltas, course.anchor, course.ensemble, config)
+        self._ensemble = course.ensemble
+        if self._ensemble is not None:
+            rest = {name: t.to(backbone.device) for name, t in self._ensemble.rest.items()}
+            self._ensemble = replace(self._ensemble, rest=rest)
+        trained = [p for delta in self.deltas.values() for p in delta.parameters()]
         # AdamW decays towards zero; a scale of (IA)³ rests at one, and would take the weight along.
         decay = 0.0 if kind is Kind.IA3 else config.weight_decay
         groups = [
             {"params": trained, "weight_decay": decay},
-            {"params": head.parameters, "weight_decay": 0.0},
+            {"params": self.head.parameters, "weight_decay": 0.0},
         ]
         self._peak = config.learning_rate or LEARNING_RATES[kind]
         self._optimiser = torch.optim.AdamW(groups, lr=self._peak)
-        self._parameters = [*trained, *head.parameters]
-        self.inside(None)
-        self.near(0.0)
-
-    def inside(self, ensemble: Ensemble | None) -> None:
-        """Train in sum with others; None: alone."""
-        self._ensemble = ensemble
-        if ensemble is not None:
-            device = self._backbone.device
-            rest = {name: others.to(device) for name, others in ensemble.rest.items()}
-            self._ensemble = replace(ensemble, rest=rest)
-
-    def near(self, mu: float) -> None:
-        """Stay near where the parameters are now."""
-        self._mu = mu
-        self._began = [p.detach().clone() for p in self._parameters] if mu else []
+        self._parameters = [*trained, *self.head.parameters]
+        self._mu = course.proximal_mu
+        self._began = [p.detach().clone() for p in self._parameters] if self._mu else []
 
     def step(self, images: Tensor, labels: Tensor, schedule: float, *, last: bool) -> float:
         """Take one step on a batch; returns its mean loss, without penalties."""
@@ -193,30 +182,25 @@ class _Training:
         images = augment(
             images.to(self._backbone.device), self._config.augmentation, self._generator
         )
-        tau = {name: delta() for name, delta in self._deltas.items()}
+        tau = {name: delta() for name, delta in self.deltas.items()}
         with _autocast(self._config.precision, self._backbone.device):
-            logits = self._head.logits(self._features(tau, images))
+            logits = self.head.logits(self._features(tau, images))
         loss = self._loss(logits.float(), labels.to(self._backbone.device))
-        objective = loss + self._head.penalty() + self._proximal()
-        if (penalty := self._holding.loss(tau)) is not None:
+        objective = loss + self.head.penalty() + self._proximal()
+        if (penalty := self._penalty.loss(tau)) is not None:
             objective = objective + penalty
         self._optimiser.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
-        self._holding.step(schedule, last=last)
+        self._penalty.step(schedule, last=last)
         return float(loss.detach())
 
     def _features(self, tau: Weights, images: Tensor) -> Tensor:
         """Features (batch, features) under the weights that are trained."""
-        if self._linearised:
-            return tangent_features(self._backbone, _in_sum(tau, self._ensemble), images)
         theta = ensembled(tau, self._backbone.theta_0, self._ensemble)
         return self._backbone.forward(theta)(images)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy; of tangents the rescaled square loss of TMC."""
-        if self._linearised:
-            return square_loss(logits, labels, self._config.target_logit)
         return F.cross_entropy(logits, labels)
 
     def _proximal(self) -> Tensor | float:
@@ -225,6 +209,16 @@ class _Training:
             return 0.0
         pairs = zip(self._parameters, self._began, strict=True)
         return 0.5 * self._mu * torch.stack([(p - b).square().sum() for p, b in pairs]).sum()
+
+
+class _TangentTraining(_Training):
+    r"""Of tangents: features are linear in :math:`\tau`, the loss is the square loss of TMC."""
+
+    def _features(self, tau: Weights, images: Tensor) -> Tensor:
+        return tangent_features(self._backbone, _in_sum(tau, self._ensemble), images)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return square_loss(logits, labels, self._config.target_logit)
 
 
 def _restore(deltas: dict[str, Delta], vector: TaskVector) -> None:

@@ -1,9 +1,8 @@
-r"""How a penalty acts while a task vector is trained.
+r"""How the penalties act while a client trains: on its task vector, and on its head.
 
-ITA and IEL differ in what holds :math:`\tau`: the pre-trained weights alone, or also the others
-that it is added up with. :mod:`fedcompo.method.penalties` has the equations.
-
-A client's head while it is trained, and the penalty that pulls it to the one it started from.
+ITA and IEL differ in what holds :math:`\tau`: the pre-trained weights alone, or also the other task
+vectors that it is added up with. :mod:`fedcompo.method.penalties` has the equations. The head is
+pulled to the aligned head.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from fedcompo.config.choices import Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.deltas import Delta, Weights
+from fedcompo.method.fisher import HEAD
 from fedcompo.method.heads import Head
 from fedcompo.method.penalties import (
     explicit_step,
@@ -31,14 +31,20 @@ from fedcompo.method.penalties import (
 
 @dataclass(frozen=True)
 class Anchor:
-    """In whose metric a client is held: a *mean* Fisher."""
+    """The metric of a client's penalties: a *mean* Fisher."""
 
     weights: Weights
-    """By weight name, each (out, in); none: only the head is held."""
+    """By weight name, each (out, in); empty: there is a penalty on the head alone."""
     head_weight: Tensor
     """(own classes, features)."""
     head_bias: Tensor
     """(own classes,)."""
+
+    @classmethod
+    def of(cls, mean: Weights) -> Anchor:
+        """Split a mean Fisher, whose head rows are the client's own classes."""
+        weights = {name: fisher for name, fisher in mean.items() if name not in HEAD}
+        return cls(weights, *(mean[name] for name in HEAD))
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,12 @@ class Ensemble:
     share: float
     """w, the client's own coefficient, in (0, 1]."""
     beta: float
-    """Strength of the penalty that holds it to the others."""
+    """Strength of IEL's penalty."""
     scale: float = 1.0
     r""":math:`\lambda`."""
 
 
-class Holding:
+class TrainingPenalty:
     """Applies a penalty to deltas in training: as part of the loss, or beside the optimiser.
 
     A LoRA's proximal step solves a small system for each row and column, which on a small model
@@ -69,12 +75,12 @@ class Holding:
         ensemble: Ensemble | None,
         config: TrainConfig,
     ) -> None:
-        """Take what holds the deltas to their device.
+        """Move the metric, and the sum of the others, to the device of the deltas.
 
         Args:
             deltas: Trainable changes by weight name.
-            anchor: The metric; None: nothing is held.
-            ensemble: The others; None: ITA.
+            anchor: The metric; None: there is no penalty.
+            ensemble: The others (IEL); None: ITA.
             config: Strength, and how the penalty acts.
         """
         self._deltas, self._config, self._ensemble = deltas, config, ensemble
@@ -90,10 +96,10 @@ class Holding:
         self._schedules: list[float] = []
 
     def loss(self, tau: Weights) -> Tensor | None:
-        """The penalty as part of the loss; None where it is not.
+        """Return the penalty as part of the loss; None unless it is coupled.
 
         Args:
-            tau: The task vector, dense.
+            tau: The task vector, dense; each entry (out, in).
         """
         if not self._fisher or self._config.penalty is not Penalty.COUPLED:
             return None
@@ -103,11 +109,11 @@ class Holding:
         return iel_penalty(tau, self._fisher, self._rest, share=share, beta=beta)
 
     def step(self, schedule: float, *, last: bool) -> None:
-        """Act beside the optimiser, after its step.
+        """Take the penalty's own step, after the optimiser's; none if it is coupled.
 
         Args:
             schedule: c in (0, 1].
-            last: Whether no step follows.
+            last: Whether this is the last step of the training.
         """
         if not self._fisher:
             return
@@ -122,7 +128,7 @@ class Holding:
 
 
 def _beside(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
-    """The weights of the deltas, on their device."""
+    """Select the entries of the deltas, each on its delta's device."""
     return {name: weights[name].to(_device(delta)) for name, delta in deltas.items()}
 
 
@@ -141,12 +147,12 @@ class HeadTraining:
         config: TrainConfig,
         device: torch.device,
     ) -> None:
-        """Begin at a head.
+        """Copy a head, to be trained.
 
         Args:
             start: Where training begins.
             aligned: What the penalty pulls to; same classes.
-            anchor: Metric of the penalty; None: the plain one alone.
+            anchor: Metric of the penalty; None: only the plain square is left.
             config: Strengths.
             device: Where to train.
         """
@@ -155,8 +161,9 @@ class HeadTraining:
         self.bias = nn.Parameter(start.bias.float().to(device, copy=True))
         self._aligned = aligned.weight.float().to(device), aligned.bias.float().to(device)
         zeros = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        given = (anchor.head_weight.to(device), anchor.head_bias.to(device)) if anchor else zeros
-        self._fisher = given
+        self._fisher = zeros
+        if anchor is not None:
+            self._fisher = anchor.head_weight.to(device), anchor.head_bias.to(device)
         self._strengths = {
             "fisher_strength": config.head_alpha,
             "plain_strength": config.head_decay,
@@ -164,7 +171,7 @@ class HeadTraining:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What is trained: (classes, features) and (classes,)."""
+        """Weight (classes, features) and bias (classes,)."""
         return [self.weight, self.bias]
 
     def logits(self, features: Tensor) -> Tensor:
@@ -172,7 +179,7 @@ class HeadTraining:
         return F.linear(features, self.weight, self.bias)
 
     def penalty(self) -> Tensor:
-        """How far the head has gone from the aligned one; a scalar."""
+        """Return the penalty on the distance from the aligned head; a scalar."""
         return torch.stack(
             [
                 head_penalty(parameter - aligned, fisher, **self._strengths)
@@ -183,5 +190,5 @@ class HeadTraining:
         ).sum()
 
     def result(self) -> Head:
-        """The head as it is now, on the CPU."""
+        """Return the head as it is now, on the CPU."""
         return Head(self.classes, self.weight.detach().cpu(), self.bias.detach().cpu())

@@ -27,15 +27,16 @@ from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import FisherAnswer, TrainAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import ANCHOR, FisherRequest, Others, TrainRequest, anchor_tensors
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution, load_fisher, save_fisher
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures
-from fedcompo.method.fisher import HEAD, FisherDiagonal, load_fisher, save_fisher
+from fedcompo.method.fisher import HEAD, FisherDiagonal
 from fedcompo.method.heads import Head
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
-from fedcompo.training.anchors import Anchors
+from fedcompo.training.anchors import FisherSums
 from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import load_reference
 from server.exchange.checks import (
@@ -239,7 +240,7 @@ class Fitting:
         known = [c for c in self.members if FISHER in self.registry.member(c).files]
         parties = [c for c in self.parties if (self.folder(c) / FISHER).exists()]
         if everyone := (*known, *parties):
-            self.anchors = Anchors.of(
+            self.anchors = FisherSums.of(
                 everyone,
                 self._load_fisher,
                 by=self.config.train.anchor,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedcompo.config.choices import rounds_of
-from fedcompo.config.run import ServerConfig
+from fedcompo.config.server import ServerConfig
 from fedcompo.config.setting import names_of
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting

@@ -62,8 +62,6 @@ def train_joint(
         kind,
         together,
         start,
-        start,
-        None,
         replace(config.train, local_epochs=passes, head_alpha=0.0, head_decay=0.0),
         generator=generator_for(config.seed, "train", "joint"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,8 @@ from methods import METHODS
 
 from fedcompo.composition.head import head_of
 from fedcompo.config.choices import kinds_of
-from fedcompo.method.heads import side_by_side
+from fedcompo.errors import ContributionError
+from fedcompo.method.heads import Head
 
 MEASURED = "measured"
 CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
@@ -146,6 +148,29 @@ def under_other_heads(bench: Bench) -> dict[str, dict[str, float]]:
             name: fmean(class_il for class_il, _ in all_.values()) for name, all_ in found.items()
         }
     }
+
+
+def side_by_side(heads: Iterable[tuple[Head, Mapping[str, int]]], classes: Iterable[str]) -> Head:
+    """Join the heads of clients into one.
+
+    Args:
+        heads: Head of each client and its examples by class; clients that share a class have their
+            rows averaged, weighted by their examples of it.
+        classes: Names of all classes, in the order of the joint head.
+
+    Returns:
+        The joint head.
+    """
+    heads, classes = list(heads), tuple(classes)
+    weights, biases = [], []
+    for name in classes:
+        owners = [(h.rows([name]), examples[name]) for h, examples in heads if name in h.classes]
+        if not owners:
+            raise ContributionError(f"No head has the class {name!r}.")
+        total = sum(count for _, count in owners)
+        weights.append(sum(head.weight[0].double() * (count / total) for head, count in owners))
+        biases.append(sum(head.bias[0].double() * (count / total) for head, count in owners))
+    return Head(classes, torch.stack(weights).float(), torch.stack(biases).float())  # type: ignore[arg-type]
 
 
 def mean_cosine(bench: Bench) -> float | None:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from fedcompo.data.draws import generator
+from fedcompo.data.draws import frozen_generator
 from fedcompo.storage.files import write_atomically
 
 Points = NDArray[np.float64]  # (count, 2): x to the right, y down
@@ -159,10 +159,10 @@ def draw_classes(
     images, started = [], time.monotonic()
     names = [f"glyph-{number:04d}" for number in range(classes)]
     for number, name in enumerate(names, start=1):
-        character = new_character(generator(seed, "strokes", name))
+        character = new_character(frozen_generator(seed, "strokes", name))
         for part, count in zip(PARTS, counts, strict=True):
             for index in range(count):
-                draw = generator(seed, "strokes", name, part, str(index))
+                draw = frozen_generator(seed, "strokes", name, part, str(index))
                 images.append(write_by_hand(character, draw, hand))
         if number % 50 == 0 or number == classes:
             print(f"{number}/{classes} classes  {time.monotonic() - started:.0f} s", flush=True)

@@ -97,8 +97,6 @@ def changes(backbone: Backbone, data: ClientData, epochs: int) -> dict[str, Weig
             kind,
             data.train,
             probe,
-            probe,
-            None,
             TrainConfig(kind=str(kind), local_epochs=epochs),
             generator=generator_for(0, "train", data.name),
         )

@@ -48,7 +48,7 @@ SECTIONS = (
     ("read", StreamedTensors, "__getitem__"),
     ("SHA-256", hashlib, "file_digest"),
     ("SHA-256", TensorDigest, "add"),
-    ("SHA-256", fixed_point, "feed"),
+    ("SHA-256", fixed_point, "hash_rounded"),
     ("arithmetic", TaskVector, "check"),
     ("arithmetic", fixed_point, "rounded"),
     ("arithmetic", fixed_point, "add"),

@@ -24,17 +24,17 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import stream_composition
 from fedcompo.composition.timm_folder import write_model
-from fedcompo.composition.version import SUM
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import rank_of, stored_shapes
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.transaction import MODEL
-from fedcompo.storage.files import BACKBONE, CONTENT, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CONTENT, SUM, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import StreamedTensors
 

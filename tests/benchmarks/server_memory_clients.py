@@ -24,7 +24,7 @@ from fedcompo.messages.body import Body
 from fedcompo.method.contribution import mixture_tensors
 from fedcompo.method.deltas import rank_of, stored_shapes
 from fedcompo.method.features import FeatureMixture
-from fedcompo.runtime import of_this_process
+from fedcompo.runtime import installed_versions
 from fedcompo.storage.tensorfile import prefixed, to_bytes
 
 NUM_EXAMPLES = 20
@@ -71,7 +71,7 @@ class Clients:
                 "base": self.backbone.fingerprint,
                 "classes": self.classes(client),
                 "peak_memory": {},
-                "versions": of_this_process(),
+                "versions": installed_versions(),
             }
             path.write_bytes(to_bytes(tensors, {**about, **entries}))
         return path

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+import fedcompo
 from fedcompo.cli import app as cli
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.engine import launcher
 from fedcompo.errors import ConfigError, FedcompoError, LaunchError
 
 runner = CliRunner()
+ROOT = Path(__file__).resolve().parents[2]
 Started = list[dict[str, Any]]
 
 
@@ -27,7 +31,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
     """Stand in `tmp_path`, and note what would be started instead of starting it."""
     calls: Started = []
 
-    def simulate(settings: dict[str, Any], **rest: Any) -> dict[str, Any]:
+    def run_app(settings: dict[str, Any], **rest: Any) -> dict[str, Any]:
         calls.append({"settings": settings, **rest})
         rest["on_event"]({"event": "note", "text": "a note", "time": 0.0})
         return {"accuracy": 0.5}
@@ -35,7 +39,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
     report = ModuleType("fedcompo.report.results")
     report.print_results = lambda results, console: console.print(results)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fedcompo.report.results", report)
-    monkeypatch.setattr(launcher, "simulate", simulate)
+    monkeypatch.setattr(launcher, "run_app", run_app)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -123,7 +127,7 @@ def test_a_scenario_that_is_not_there_is_a_sentence(started: Started) -> None:
 def test_errors_become_sentences_and_exit_codes(
     started: Started, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    monkeypatch.setattr(launcher, "simulate", failing(error))
+    monkeypatch.setattr(launcher, "run_app", failing(error))
     result = runner.invoke(cli.app, ["simulate"])
     assert result.exit_code == code
     assert "Traceback" not in result.output
@@ -134,7 +138,7 @@ def test_errors_become_sentences_and_exit_codes(
 def test_verbose_shows_the_traceback_and_keeps_the_exit_code(
     started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "simulate", failing(LaunchError("no engine")))
+    monkeypatch.setattr(launcher, "run_app", failing(LaunchError("no engine")))
     result = runner.invoke(cli.app, ["simulate", "--verbose"])
     assert result.exit_code == 1
     assert "Traceback (most recent call last)" in result.stderr
@@ -163,14 +167,35 @@ def test_a_file_of_settings_is_checked(tmp_path: Path) -> None:
 
 
 def test_version_is_that_of_the_project() -> None:
-    assert runner.invoke(cli.app, ["version"]).stdout.strip() == cli._version()
-    assert cli._version()[0].isdigit()
+    for arguments in (["version"], ["--version"]):
+        assert runner.invoke(cli.app, arguments).stdout.strip() == fedcompo.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert fedcompo.__version__ == project["version"]
 
 
-def test_the_command_line_loads_fast() -> None:
-    code = (
-        "import sys, fedcompo.cli.app; print({'torch', 'timm', 'flwr', 'ray'} & set(sys.modules))"
+def test_every_command_explains_itself_by_a_short_option_too() -> None:
+    for name in ("", *typer.main.get_command(cli.app).commands):  # type: ignore[attr-defined]
+        asked = [name] if name else []
+        long, short = (runner.invoke(cli.app, [*asked, option]) for option in ("--help", "-h"))
+        assert short.exit_code == 0
+        assert short.stdout == long.stdout
+
+
+def test_shells_can_complete_the_commands() -> None:
+    completed = runner.invoke(
+        cli.app,
+        [],
+        prog_name="fedcompo",
+        env={
+            "_FEDCOMPO_COMPLETE": "complete_bash",
+            "COMP_WORDS": "fedcompo spec",
+            "COMP_CWORD": "1",
+        },
     )
-    root = Path(cli.__file__).resolve().parents[2]
-    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert out.stdout.strip() == "set()", out.stderr
+    assert completed.stdout.split() == ["specialise"]
+
+
+def test_the_command_can_be_run_as_a_module() -> None:
+    command = [sys.executable, "-m", "fedcompo.cli", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == fedcompo.__version__

@@ -216,7 +216,7 @@ def test_folders_compose_without_registry_or_server(
     found = told("compose", "from-ben", "from-ada", "-o", "out")
     assert found["clients"] == ["ada", "ben"]
     assert found["classes"] == ["ada-1", "ada-2", "ben-1", "ben-2"]
-    pool = Pool(tuple(Contribution.load(tmp_path / f"from-{c}") for c in found["clients"]))
+    pool = Pool(tuple(Contribution.open(tmp_path / f"from-{c}") for c in found["clients"]))
     written = tensors(tmp_path / "out")
     for name, weight in pool.compose(embedded.theta_0).items():
         torch.testing.assert_close(written[name], weight, rtol=1e-5, atol=1e-6)

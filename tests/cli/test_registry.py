@@ -440,7 +440,7 @@ def test_help_is_quick(home: Path) -> None:
 
 
 def test_a_real_process_keeps_its_output_clean(home: Path) -> None:
-    command = [sys.executable, "-m", "fedcompo.cli.app", "remove", "client-1", "--yes", "--json"]
+    command = [sys.executable, "-m", "fedcompo.cli", "remove", "client-1", "--yes", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)
     assert done.stdout == (home / "registry" / "removals" / RECORD).read_text()
     assert done.stderr == ""

@@ -12,10 +12,22 @@ import torch
 from sklearn.datasets import load_digits
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig
-from fedcompo.data.client_data import ClientData, load_client_data, load_folder, num_clients
-from fedcompo.data.draws import cap_members, deal_classes, draw_classes, generator, split_members
-from fedcompo.errors import DataError
+from fedcompo.config.run import DataConfig, RunConfig
+from fedcompo.data.client_data import (
+    ClientData,
+    count_clients,
+    load_client_data,
+    load_folder,
+    num_clients,
+)
+from fedcompo.data.draws import (
+    cap_members,
+    deal_classes,
+    draw_classes,
+    frozen_generator,
+    split_members,
+)
+from fedcompo.errors import ConfigError, DataError
 
 GREY_8 = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
 RGB_16 = Preprocessing(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -132,7 +144,7 @@ def test_a_deal_is_a_partition_into_groups_as_equal_as_possible(num_tasks: int):
 def test_draws_are_the_same_on_every_machine():
     # Pinned once; NumPy guarantees this stream for good (NEP 19). Clients deal for themselves.
     assert draw_classes(list("abcdefgh"), 0, seed=0) == tuple("bacdegfh")
-    assert generator(2**70, "split", "é").randint(1000) == 765
+    assert frozen_generator(2**70, "split", "é").randint(1000) == 765
 
 
 def test_fewer_classes_are_drawn_as_the_head_of_a_longer_draw():
@@ -142,13 +154,13 @@ def test_fewer_classes_are_drawn_as_the_head_of_a_longer_draw():
 
 @pytest.mark.parametrize(("count", "tests"), [(2, 1), (3, 1), (10, 2), (101, 20)])
 def test_a_split_leaves_at_least_one_image_on_either_side(count: int, tests: int):
-    train, test = split_members(np.arange(count), share=0.2, draw=generator(0))
+    train, test = split_members(np.arange(count), share=0.2, draw=frozen_generator(0))
     assert len(test) == tests
     assert sorted([*train, *test]) == list(range(count))
 
 
 def test_a_smaller_cap_keeps_a_subset_of_a_larger_one():
-    few, more = (set(cap_members(np.arange(50), n, draw=generator(0))) for n in (5, 20))
+    few, more = (set(cap_members(np.arange(50), n, draw=frozen_generator(0))) for n in (5, 20))
     assert len(few) == 5
     assert few < more
 
@@ -171,6 +183,15 @@ def test_too_few_classes_are_refused_with_the_numbers():
 def test_a_partition_out_of_range_is_refused(partition: int):
     with pytest.raises(DataError, match=rf"no client {partition}.*yields 5 clients, 0 to 4"):
         load_client_data(DataConfig(), GREY_8, partition=partition, seed=0)
+
+
+def test_clients_are_counted_by_the_data_or_by_the_setting():
+    assert count_clients(RunConfig.parse({"num-tasks": 4})) == 4
+    assert count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 3})) == 3
+    with pytest.raises(ConfigError, match="asks for 5 clients, but digits yields 4"):
+        count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 5}))
+    with pytest.raises(ConfigError, match="needs 2 clients"):
+        count_clients(RunConfig.parse({"num-tasks": 1}))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedcompo.data import client_data
-from fedcompo.data.catalogue import Catalogue
-from fedcompo.data.client_data import read_once
+from fedcompo.data import catalogue
+from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.errors import DataError
 
 
@@ -85,7 +84,7 @@ def test_only_the_last_file_is_kept(file: Path):
 
 
 def test_a_large_file_is_not_kept(file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(client_data, "KEPT_BYTES", 2)
+    monkeypatch.setattr(catalogue, "KEPT_BYTES", 2)
     reader = Reader()
     for _ in range(3):
         read_once(reader, file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +17,17 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from deployed_federation import (
-    DIGITS,
     LET_IN,
-    QUICK,
     RUN_SECONDS,
+    TWO,
     DeployedFederation,
     Finished,
     deployed,
-    digits_as_folders,
     settle,
 )
+from engine_runs import SHARED, Simulated
 from guarded import until
 
-from fedcompo.config.scenario import as_toml
 from fedcompo.deployment import folders
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.record_verification import verify_record
@@ -43,20 +40,13 @@ BLOCK = 64
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    digits_as_folders(folder, DIGITS, training=6, test=12)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def federation(
-    images: Path, tmp_path_factory: pytest.TempPathFactory
+    hospitals: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[DeployedFederation]:
     folder = tmp_path_factory.mktemp("federation")
-    with deployed(folder, {client: images / client for client in DIGITS}) as started:
+    with deployed(folder, {client: hospitals / client for client in TWO}) as started:
         started.start_server()
-        for client in DIGITS:
+        for client in TWO:
             started.start_client(client)
         yield started
 
@@ -72,7 +62,7 @@ def watched(federation: DeployedFederation) -> tuple[Finished, int]:
                 sizes.append(file.stat().st_size if file.is_file() else 0)
         return not run.alive
 
-    run = federation.submit(QUICK)
+    run = federation.submit(SHARED)
     until(over, RUN_SECONDS, run)
     finished = federation.finish(run)
     assert finished.code == 0, finished.said
@@ -86,29 +76,17 @@ def done(watched: tuple[Finished, int]) -> Finished:
 
 def task_vectors(output: Path) -> dict[str, dict[str, torch.Tensor]]:
     registry = output / "registry" / "clients"
-    loaded = (Contribution.load(registry / client) for client in DIGITS)
+    loaded = (Contribution.open(registry / client) for client in TWO)
     return {one.client: dict(one.task_vector.tensors) for one in loaded}
 
 
-def test_a_deployment_finds_what_a_simulation_finds(
-    done: Finished, images: Path, tmp_path: Path
-) -> None:
-    scenario = tmp_path / "scenario.toml"
-    scenario.write_text(as_toml({**QUICK, "data": f"folder:{images}"}))
-    command = [str(Path(sys.executable).with_name("fedcompo")), "simulate", str(scenario)]
-    simulated = subprocess.run(
-        [*command, "--output", str(tmp_path / "simulated")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert simulated.returncode == 0, simulated.stdout + simulated.stderr
-    there = Finished(0, "", tmp_path / "simulated")
+def test_a_deployment_finds_what_a_simulation_finds(done: Finished, simulated: Simulated) -> None:
+    assert simulated.command.returncode == 0, simulated.command.stderr
+    there = Finished(0, "", simulated.output)
     accuracy = done.results["class_il_accuracy"]
     assert accuracy == there.results["class_il_accuracy"]
     assert 0.5 < accuracy < 1, "the comparison would not notice a difference"
-    assert list(done.results["per_client"]) == list(DIGITS)
+    assert list(done.results["per_client"]) == list(TWO)
     # Not only as accurate, but the same, to the last bit.
     expected = task_vectors(there.output)
     for client, tensors in task_vectors(done.output).items():
@@ -142,7 +120,7 @@ def test_the_server_keeps_task_vectors_in_the_registry_alone(
     assert (server / "state" / "flower").is_dir()
     found = holders(server, blocks(done.output))
     registry = done.output / "registry"
-    assert len([file for file in found if file.is_relative_to(registry / "clients")]) == len(DIGITS)
+    assert len([file for file in found if file.is_relative_to(registry / "clients")]) == len(TWO)
     assert [file for file in found if not file.is_relative_to(registry)] == []
 
 
@@ -156,7 +134,7 @@ def test_what_clients_send_is_never_on_the_servers_disk(
         for tensor in tensors.values()
     ]
     # The app's sources are there, each smaller than what a client sends.
-    assert 0 < largest < sum(sent) / len(DIGITS)
+    assert 0 < largest < sum(sent) / len(TWO)
 
 
 def outsider(federation: DeployedFederation, address: str, *command: str) -> str:
@@ -212,12 +190,12 @@ def test_from_outside_nobody_reaches_the_superlink_itself(
 
 
 def test_a_client_that_nobody_registered_is_not_let_in(
-    federation: DeployedFederation, images: Path, done: Finished
+    federation: DeployedFederation, hospitals: Path, done: Finished
 ) -> None:
     if not (federation.folder / "clients" / "stranger").exists():
         folders.add(federation.folder, "stranger")
     home = federation.home("outsider") / "stranger"
-    settle(federation.folder / "clients" / "stranger", home, images / "hospital-a", position=9)
+    settle(federation.folder / "clients" / "stranger", home, hospitals / "hospital-a", position=9)
     started = federation.start("outsider", *federation.unprivileged, str(home / "start"))
     assert started.guard.wait(60) not in (0, 78), started.said
     assert LET_IN not in started.said
@@ -231,13 +209,13 @@ def test_clients_run_the_app_they_were_given_and_no_other(
     trace = tmp_path / "trace"
     app.write_text(f"{given}\nopen({str(trace)!r}, 'w').close()\n")
     try:
-        finished = federation.run(QUICK)
+        finished = federation.run(SHARED)
     finally:
         app.write_text(given)
     assert finished.code == 1, finished.said
     assert "Permission denied" in finished.said, finished.said
     assert not trace.exists()
-    for client in DIGITS:
+    for client in TWO:
         assert federation.clients[client].alive
         assert len(list((federation.home(client) / "flower" / "apps").iterdir())) == 1
 
@@ -245,8 +223,8 @@ def test_clients_run_the_app_they_were_given_and_no_other(
 def test_a_run_that_waits_says_so_and_ends_with_its_command(
     federation: DeployedFederation, done: Finished
 ) -> None:
-    run = federation.submit({**QUICK, "num-clients": 9})
-    run.wait_for("3 of 9 client(s) are connected; waiting at most 1800 s")
+    run = federation.submit({**SHARED, "num-clients": 9})
+    run.wait_for("2 of 9 client(s) are connected; waiting at most 1800 s")
     run.kill(signal.SIGTERM)
     assert "is being stopped" in run.said
     assert "running" not in runs(federation)
@@ -277,18 +255,18 @@ def test_a_client_leaves_from_its_own_machine(
         service.wait_for("Serving ")
         there = federation.start("hospital-b", "./registry", "members")
         assert there.guard.wait(120) == 0, there.said
-        assert all(client in there.said for client in DIGITS)
+        assert all(client in there.said for client in TWO)
         left = federation.start("hospital-b", "./registry", "request-removal", "--yes")
         assert left.guard.wait(120) == 0, left.said + service.said
-        assert Registry(copy).clients == ("hospital-a", "hospital-c")
+        assert Registry(copy).clients == ("hospital-a",)
         receipt, key = leaver / "removal-hospital-b.json", leaver / "removal-hospital-b.pem"
         findings = verify_record(receipt, registry=Registry(copy), public_key=key)
         assert not [finding for finding in findings if not finding.holds]
-        certificate = federation.home("hospital-c") / "certificates" / "client.crt"
+        certificate = federation.home("hospital-a") / "certificates" / "client.crt"
         known = x509.load_pem_x509_certificate(certificate.read_bytes())
         with (server / "revoked").open("a") as file:
             file.write(f"{known.fingerprint(hashes.SHA256()).hex()}\n")
-        locked_out = federation.start("hospital-c", "./registry", "members")
+        locked_out = federation.start("hospital-a", "./registry", "members")
         assert locked_out.guard.wait(120) == 1
         assert "was revoked" in locked_out.said
     finally:
@@ -299,7 +277,7 @@ def test_a_client_leaves_from_its_own_machine(
 def test_no_log_holds_a_secret(federation: DeployedFederation, done: Finished) -> None:
     folder = federation.folder
     keys = [*folder.rglob("*.key"), *folder.rglob("supernode")]
-    assert len(keys) >= 3 + 2 * len(DIGITS)
+    assert len(keys) >= 3 + 2 * len(TWO)
     secrets = {line for key in keys for line in key.read_text().splitlines() if len(line) > 40}
     said = [process.said for process in federation.started]
     logs = [file.read_text() for file in federation.home("server").rglob("*.log")]

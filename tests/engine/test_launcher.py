@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tiny_app import fedcompo, write_app
 
+from fedcompo import RunConfig, simulate
 from fedcompo.engine import launcher, run_folder
-from fedcompo.engine.resources import Resources
 from fedcompo.engine.superlink import MARKER
-from fedcompo.errors import LaunchError
+from fedcompo.errors import ConfigError, LaunchError
 
 COMPONENTS = "[tool.flwr.app.components]\nserverapp = 'a:b'\nclientapp = 'c:d'\n"
 
@@ -162,20 +162,37 @@ def test_a_run_that_raises_is_a_failure_and_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.simulation
-def test_a_run_without_results_is_a_failure(tmp_path: Path) -> None:
+def test_a_run_without_results_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = write_app(tmp_path / "app", "forget")
-    output = run_folder.reserve_output(tmp_path / "out")
+    monkeypatch.setattr(launcher, "find_app", lambda: app)
     events: list[str] = []
     with pytest.raises(LaunchError, match=r"completed, but results\.json"):
-        launcher.simulate(
-            {},
-            output=output,
-            clients=2,
-            app=app,
-            resources=Resources(1, 0.0, 1),
-            on_event=lambda event: events.append(event["event"]),
-        )
+        simulate(output=tmp_path / "out", on_event=lambda event: events.append(event["event"]))
     assert events == ["note", "run", "phase-started", "note", "finished"]
+
+
+def test_python_users_simulate_as_the_command_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def run_app(settings: dict[str, object], **rest: object) -> dict[str, object]:
+        started.append({"settings": settings, **rest})
+        return {"accuracy": 1.0}
+
+    monkeypatch.setattr(launcher, "run_app", run_app)
+    monkeypatch.chdir(tmp_path)
+    assert simulate({"num-tasks": 3, "checkpoint": "weights.pt"}) == {"accuracy": 1.0}
+    assert simulate(RunConfig(), output="mine") == {"accuracy": 1.0}
+    few, all_defaults = started
+    assert few["settings"] == {"num-tasks": 3, "checkpoint": f"{tmp_path}/weights.pt"}
+    assert (few["clients"], few["output"]) == (3, tmp_path / "runs" / "digits")
+    assert all_defaults["settings"] == {**RunConfig().flat(), "output": f"{tmp_path}/mine"}
+    assert all_defaults["output"] == tmp_path / "mine"
+    with pytest.raises(ConfigError, match="Did you mean `rank`"):
+        simulate({"rnk": 3})
 
 
 @pytest.mark.simulation

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from fedcompo.config.run import RunConfig
-from fedcompo.data import client_data
 from fedcompo.engine import resources
 from fedcompo.errors import ConfigError
 
@@ -59,12 +57,3 @@ def test_the_federation_is_what_flower_calls_it() -> None:
         "client-resources-num-gpus": 0.25,
         "init-args-num-cpus": 8,
     }
-
-
-def test_clients_are_counted_by_the_data_or_by_the_setting() -> None:
-    assert client_data.count_clients(RunConfig.parse({"num-tasks": 4})) == 4
-    assert client_data.count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 3})) == 3
-    with pytest.raises(ConfigError, match="asks for 5 clients, but digits yields 4"):
-        client_data.count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 5}))
-    with pytest.raises(ConfigError, match="needs 2 clients"):
-        client_data.count_clients(RunConfig.parse({"num-tasks": 1}))

@@ -21,33 +21,21 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 DIGITS = CHECKOUT / "tests" / "golden" / "digits.json"
 
 
-def simulate(cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    chosen = {**QUICK, **{key.replace("_", "-"): value for key, value in settings.items()}}
-    options = [part for key, value in chosen.items() for part in ("--set", f"{key}={value}")]
-    return subprocess.run(
-        [BIN / "fedcompo", "simulate", *arguments, *options],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-
-
-def test_simulate_leaves_results_where_the_last_line_says(tmp_path):
-    done = simulate(tmp_path, "--output", "here/mine", kind="lora,full")
+def test_simulate_leaves_results_where_the_last_line_says(simulated):
+    done = simulated.command
     assert done.returncode == 0, done.stderr + done.stdout
     said = done.stdout.splitlines()[-1]
     output = Path(said.removeprefix("Results: "))
-    assert output == tmp_path / "here" / "mine"
+    assert output == simulated.folder / "here" / "mine" == simulated.output
     results = json.loads((output / "results.json").read_text())
     assert results["settings"]["rank"] == 2
-    assert list(results["per_client"]) == ["client-0", "client-1"]
+    assert list(results["per_client"]) == ["hospital-a", "hospital-b"]
     assert [f["kind"] for f in results["per_client"].values()] == ["lora", "full"]
     assert f"{100 * results['class_il_accuracy']:.1f}" in done.stdout
     assert (output / "registry" / "model" / "config.json").exists()
     assert (output / "report.svg").exists()
     for client in results["per_client"]:
-        assert Contribution.load(output / "registry" / "clients" / client).client == client
+        assert Contribution.open(output / "registry" / "clients" / client).client == client
 
 
 @pytest.mark.slow
@@ -106,7 +94,7 @@ def test_plain_flwr_run_works_too(tmp_path):
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     output = tmp_path / "out"
-    values = {**QUICK, "output": str(output), "realign": "false"}
+    values = {**QUICK, "output": str(output)}
     config = " ".join(
         f'{key}="{value}"' if key == "output" else f"{key}={value}" for key, value in values.items()
     )
@@ -141,7 +129,9 @@ def test_plain_flwr_run_works_too(tmp_path):
         )
         results = output / "results.json"
         assert results.exists(), done.stdout + done.stderr
-        assert json.loads(results.read_text())["left_out"] == []
+        found = json.loads(results.read_text())
+        assert found["left_out"] == []
+        assert found["realigned_with"] == ["client-0", "client-1"]
     finally:
         link.terminate()
         link.wait(60)

@@ -25,7 +25,7 @@ from fedcompo.export.model_card import (
     model_card,
     preprocessing_text,
 )
-from fedcompo.method.contribution import Lineage
+from fedcompo.method.lineage import Lineage
 from fedcompo.storage.files import MODEL_CARD, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
 

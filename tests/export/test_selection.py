@@ -205,7 +205,7 @@ def mail(embedded: Backbone, tmp_path_factory: pytest.TempPathFactory) -> list[P
 
 
 def test_folders_compose_without_a_registry(embedded: Backbone, mail: list[Path]) -> None:
-    pool = Pool(tuple(Contribution.load(folder) for folder in mail))
+    pool = Pool(tuple(Contribution.open(folder) for folder in mail))
     with from_folders(mail) as selection:
         assert selection.pool.clients == ("ada", "ben")
         assert_near(selection, pool, embedded.theta_0, scale=1.5)
@@ -231,7 +231,7 @@ def test_some_of_the_folders_can_be_chosen(embedded: Backbone, mail: list[Path])
         with from_folders(mail, scale=1.0, **options) as selection:
             assert selection.pool.clients == ("ben",)
             assert selection.settings.seed == 7  # of ben's run
-            pool = Pool((Contribution.load(mail[1]),))
+            pool = Pool((Contribution.open(mail[1]),))
             assert_near(selection, pool, embedded.theta_0)
 
 

@@ -12,6 +12,7 @@ from in_process_grid import InProcessGrid
 from sklearn.datasets import load_digits
 
 from clients.app import app as client_app
+from fedcompo.config.run import BackboneConfig
 from fedcompo.messages.records import from_record, to_record
 from server.app import app as server_app
 
@@ -31,6 +32,9 @@ def few_digits(folder: Path) -> Path:
     return path
 
 
+FEW_WEIGHTS = "blocks.0.mlp.fc1.weight,blocks.1.attn.proj.weight"
+"""Of the attention and of the perceptron one each: a Fisher of all 24 weights takes seconds."""
+ALL_WEIGHTS = BackboneConfig().target_weights
 _FOLDER = tempfile.TemporaryDirectory(prefix="fedcompo-tests-")
 QUICK = {
     "data": f"npz:{few_digits(Path(_FOLDER.name))}",
@@ -39,6 +43,7 @@ QUICK = {
     "images-per-class": 12,
     "local-epochs": 1,
     "rank": 2,
+    "target-weights": FEW_WEIGHTS,
     "fisher-examples": 6,
     "mixture-components": 1,
     "align-samples": 16,

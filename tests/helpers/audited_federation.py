@@ -18,9 +18,10 @@ from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import AnchorBy, HeadStart, Kind, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.messages.requests import ANCHOR, FisherRequest, TrainRequest, anchor_tensors
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.training.penalty import Anchor

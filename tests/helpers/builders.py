@@ -14,11 +14,12 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import Split
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
 

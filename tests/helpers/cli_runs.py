@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedcompo.cli.app import app
 from fedcompo.config.choices import Kind
-from fedcompo.method.contribution import Lineage
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry.registry import Registry
 
 CLASSES = {"client-0": ("1", "6"), "client-1": ("0", "7"), "client-2": ("2", "8")}

@@ -46,6 +46,8 @@ from fedcompo.engine.launcher import find_app
 
 DIGITS = {"hospital-a": (0, 1, 2), "hospital-b": (3, 4, 5), "hospital-c": (6, 7, 8, 9)}
 """Three clients and their classes."""
+TWO = {client: DIGITS[client] for client in ("hospital-a", "hospital-b")}
+"""Enough where nobody fails: each message to a client starts a process there."""
 QUICK: dict[str, Scalar] = {
     "seed": 3,
     "local-epochs": 1,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from fedcompo.config.scenario import as_toml
+from fedcompo.config.setting import Scalar
 
 BIN = Path(sys.executable).parent
 QUICK = {
@@ -16,3 +21,46 @@ QUICK = {
 }
 LIMIT = 300
 """Seconds after which a run has hung."""
+SHARED: dict[str, Scalar] = {
+    "seed": 3,
+    "local-epochs": 1,
+    "rank": 2,
+    "fisher-examples": 6,
+    "realign": False,
+    "kind": "lora,full",
+    "device": "cpu",
+}
+"""Settings of the one run that is simulated and deployed."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A simulation that has ended."""
+
+    command: subprocess.CompletedProcess[str]
+    folder: Path
+    """Where the command was given."""
+    output: Path
+    """Where its results were asked for."""
+
+
+def simulate(folder: Path, images: Path) -> Simulated:
+    """Give the command as a user would: some settings in a file, one beside it, a relative output.
+
+    Args:
+        folder: Where it is given.
+        images: Of all clients.
+    """
+    settings = {**SHARED, "data": f"folder:{images}"}
+    rank = settings.pop("rank")
+    (folder / "scenario.toml").write_text(as_toml(settings))
+    options = ["scenario.toml", "--output", "here/mine", "--set", f"rank={rank}"]
+    done = subprocess.run(
+        [BIN / "fedcompo", "simulate", *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    return Simulated(done, folder, folder / "here" / "mine")

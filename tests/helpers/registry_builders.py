@@ -18,9 +18,10 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition import fixed_point
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 

@@ -33,7 +33,6 @@ PARTITIONS = {client: i for i, client in enumerate(OWNED)}
 SMALL = {
     "method": "iel",
     "num_server_rounds": 2,
-    "target_weights": "blocks.0.mlp.fc1.weight,blocks.1.attn.proj.weight",
     "batch_size": 8,
     "beta": 5.0,
     "realign": False,
@@ -136,7 +135,7 @@ class Looks:
 def sent_last(output: Path) -> dict[str, Contribution]:
     """Contributions in the registry of a run."""
     folders = (output / "registry" / "clients").iterdir()
-    return {c.client: c for c in map(Contribution.load, sorted(folders))}
+    return {c.client: c for c in map(Contribution.open, sorted(folders))}
 
 
 def assert_sum_of_the_last(output: Path, wire: Wire | None = None) -> None:

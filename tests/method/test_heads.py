@@ -9,7 +9,7 @@ from builders import normal, random_head, random_mixture
 from torch import Tensor
 
 from fedcompo.errors import ContributionError
-from fedcompo.method.heads import Head, align, fit_head, side_by_side, zero_head
+from fedcompo.method.heads import Head, align, fit_head, zero_head
 
 CLASSES = ("cat", "dog", "owl")
 FEATURES = 3.0 * normal(30, 4, seed=1)
@@ -130,27 +130,6 @@ def test_alignment_starts_from_the_head_it_is_given():
     start = random_head(CLASSES, 4, seed=3)
     held = align(MIXTURES, CLASSES, samples=40, ridge=1e8, seed=0, start=start)
     torch.testing.assert_close(held.weight, start.weight, rtol=1e-4, atol=1e-4)
-
-
-def test_heads_side_by_side_keep_the_rows_of_their_owners():
-    a, b = random_head(("cat", "owl"), 4, seed=1), random_head(("dog",), 4, seed=5)
-    joint = side_by_side(
-        [(a, dict.fromkeys(a.classes, 3)), (b, dict.fromkeys(b.classes, 90))], ("cat", "dog", "owl")
-    )
-    assert joint.classes == ("cat", "dog", "owl")
-    assert torch.equal(joint.weight, torch.stack([a.weight[0], b.weight[0], a.weight[1]]))
-    assert torch.equal(joint.bias, torch.stack([a.bias[0], b.bias[0], a.bias[1]]))
-
-
-def test_rows_of_a_shared_class_are_averaged_by_examples():
-    a, b = random_head(("cat", "dog"), 4, seed=1), random_head(("dog",), 4, seed=5)
-    joint = side_by_side(
-        [(a, dict.fromkeys(a.classes, 30)), (b, dict.fromkeys(b.classes, 10))], ("cat", "dog")
-    )
-    expected = 0.75 * a.weight[1].double() + 0.25 * b.weight[0].double()
-    torch.testing.assert_close(joint.weight[1], expected.float())
-    torch.testing.assert_close(joint.bias[1], 0.75 * a.bias[1] + 0.25 * b.bias[0])
-    assert torch.equal(joint.weight[0], a.weight[0])
 
 
 def test_rows_are_taken_by_name_in_the_order_given():

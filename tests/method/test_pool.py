@@ -173,19 +173,18 @@ def test_coefficients_that_are_no_weighted_mean_of_the_clients_are_refused(coeff
         POOL.compose(THETA_0, coefficients)
 
 
-def test_coefficients_by_examples_are_in_proportion_to_them():
-    assert POOL.by_examples() == pytest.approx({f"client-{i}": (10 + i) / 33 for i in range(3)})
+def test_coefficients_are_equal_unless_given():
     assert POOL.uniform() == pytest.approx(dict.fromkeys(POOL.clients, 1 / 3))
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=8))
-def test_both_ways_to_choose_coefficients_pass_the_pools_own_check(examples):
+def test_equal_shares_and_shares_of_examples_pass_the_pools_own_check(examples):
     member = MEMBERS[2]
     pool = Pool(
         tuple(replace(member, client=str(i), num_examples=n) for i, n in enumerate(examples))
     )
     pool.compose(ADAPTED, pool.uniform())
-    pool.compose(ADAPTED, pool.by_examples())
+    pool.compose(ADAPTED, {str(i): n / sum(examples) for i, n in enumerate(examples)})
 
 
 def test_averaging_the_factors_of_loras_separately_is_something_else():

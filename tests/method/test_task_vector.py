@@ -1,4 +1,4 @@
-"""A client's change: dense form, checks, and the file it is stored in."""
+"""A client's change: dense form and checks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import KINDS, altered, dense_by_hand, pico_weights, random_deltas, task_vector
+from builders import KINDS, dense_by_hand, pico_weights, random_deltas, task_vector
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.storage import tensorfile
 
 THETA_0 = pico_weights(dtype=torch.float32)
 QKV, FC1 = THETA_0
@@ -29,12 +28,6 @@ def changed(vector: TaskVector, **tensors: Tensor) -> TaskVector:
 
 def check(vector: TaskVector) -> None:
     vector.check(THETA_0, base="pico@0", owner=OWNER)
-
-
-def assert_same(actual: TaskVector, expected: TaskVector) -> None:
-    assert (actual.kind, actual.base) == (expected.kind, expected.base)
-    assert actual.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(actual.tensors[n], t) for n, t in expected.tensors.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,45 +122,3 @@ def test_a_value_that_is_not_finite_is_refused(kind, value):
         broken[name].view(-1)[-1] = value
         with pytest.raises(ContributionError, match=f"'{name}' of .* has 1 values"):
             check(replace(vector, tensors=broken))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_loaded_is_what_was_saved(kind, tmp_path):
-    vector = task_vector(kind, THETA_0, seed=1)
-    vector.save(tmp_path / "τ.safetensors")
-    assert_same(TaskVector.load(tmp_path / "τ.safetensors"), vector)
-
-
-def test_half_precision_stays_half_precision(tmp_path):
-    vector = task_vector(Kind.LORA, THETA_0, seed=1)
-    half = replace(vector, tensors={n: t.bfloat16() for n, t in vector.tensors.items()})
-    half.save(tmp_path / "half")
-    assert_same(TaskVector.load(tmp_path / "half"), half)
-
-
-def test_an_altered_or_truncated_file_is_refused(tmp_path):
-    path = tmp_path / "vector"
-    task_vector(Kind.IA3, THETA_0, seed=1).save(path)
-    whole = path.read_bytes()
-    for position in range(0, len(whole), 7):  # each byte of such a file: test_tensorfile
-        altered(path, position)
-        with pytest.raises(FileFormatError):
-            TaskVector.load(path)
-        path.write_bytes(whole[:position])
-        with pytest.raises(FileFormatError):
-            TaskVector.load(path)
-        path.write_bytes(whole)
-    TaskVector.load(path)
-
-
-def test_a_file_that_holds_something_else_is_refused(tmp_path):
-    tensorfile.save(tmp_path / "file", {"a": torch.ones(1)}, {"content": "fisher"})
-    with pytest.raises(FileFormatError, match="holds a 'fisher', expected a 'task-vector'"):
-        TaskVector.load(tmp_path / "file")
-
-
-@pytest.mark.parametrize("entries", [{"kind": "dora", "base": "x"}, {"kind": "full"}])
-def test_a_whole_file_of_an_unknown_kind_or_without_base_is_refused(tmp_path, entries):
-    tensorfile.save(tmp_path / "file", {"a": torch.ones(1)}, {"content": "task-vector", **entries})
-    with pytest.raises(FileFormatError):
-        TaskVector.load(tmp_path / "file")

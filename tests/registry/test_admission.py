@@ -19,7 +19,8 @@ from torch import Tensor
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.storage.tensorfile import load, save

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from app_runs import altered, run
+from app_runs import FEW_WEIGHTS, altered, run
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
-from fedcompo.method.contribution import Contribution
-from fedcompo.method.fisher import FisherDiagonal, save_fisher
+from fedcompo.method.contribution import Contribution, save_fisher
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.training.probing import (
     load_public_data,
@@ -30,7 +30,7 @@ STAY = ("client-1", "client-2")
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
     """A reference Fisher, as `fedcompo fisher` makes it, of ten images."""
-    config = RunConfig.parse({"images-per-class": 1})
+    config = RunConfig.parse({"images-per-class": 1, "target-weights": FEW_WEIGHTS})
     backbone = load_backbone(config.backbone)
     data = load_public_data(config, backbone.preprocessing)
     fisher, _ = reference_fisher(backbone, data, config)
@@ -52,7 +52,7 @@ def contributions(output: Path) -> dict[tuple[str, str], bytes]:
 
 def lineages(output: Path) -> list[tuple[str, ...]]:
     """Everyone whom the lineages of those who stay name."""
-    found = [Contribution.load(folder(output, client)).lineage for client in STAY]
+    found = [Contribution.open(folder(output, client)).lineage for client in STAY]
     return [(*f.anchored_by, *f.aligned_with, *f.ensemble) for f in found]
 
 
@@ -63,16 +63,25 @@ LINEAGE_FREE = {
 }
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> tuple[Path, dict]:
+    """A run in which everyone is anchored by itself; its folder and results."""
+    output = tmp_path_factory.mktemp("own") / "with"
+    return output, run({}, output, **LINEAGE_FREE["own"])
+
+
 @pytest.mark.parametrize("way", LINEAGE_FREE)
-def test_without_lineage_not_a_bit_depends_on_who_else_takes_part(way, reference, tmp_path):
-    settings = LINEAGE_FREE[way]
+def test_without_lineage_not_a_bit_depends_on_who_else_takes_part(way, own, reference, tmp_path):
+    settings, together = LINEAGE_FREE[way], own[0]
     if way == "reference":
         settings = {**settings, "reference": str(reference)}
-    run({}, tmp_path / "with", **settings)
+    if way != "own":
+        together = tmp_path / "with"
+        run({}, together, **settings)
     run({}, tmp_path / "without", **settings, exclude=LEFT)
-    assert lineages(tmp_path / "with") == [(), ()]
+    assert lineages(together) == [(), ()]
     assert not folder(tmp_path / "without", LEFT).exists()
-    assert contributions(tmp_path / "with") == contributions(tmp_path / "without")
+    assert contributions(together) == contributions(tmp_path / "without")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +97,7 @@ def test_with_lineage_the_others_show_and_are_named(settings, named, tmp_path):
     settings = {**PROBE, "head_start": "aligned", **settings}
     run({}, tmp_path / "with", **settings)
     run({}, tmp_path / "without", **settings, exclude=LEFT)
-    lineage = Contribution.load(folder(tmp_path / "with", "client-1")).lineage
+    lineage = Contribution.open(folder(tmp_path / "with", "client-1")).lineage
     for attribute in ("anchored_by", "aligned_with"):
         others = ("client-0", "client-2") if attribute in named else ()
         assert getattr(lineage, attribute) == others
@@ -96,28 +105,27 @@ def test_with_lineage_the_others_show_and_are_named(settings, named, tmp_path):
     assert all(together[client, CONTENT] != apart[client, CONTENT] for client in STAY)
     for client in STAY:
         found, expected = (
-            Contribution.load(folder(tmp_path / kind, client)).task_vector.tensors
+            Contribution.open(folder(tmp_path / kind, client)).task_vector.tensors
             for kind in ("with", "without")
         )
         assert any((found[name] != expected[name]).any() for name in expected)
 
 
 @pytest.mark.parametrize("phase", ["query.fisher", "train"])
-def test_without_lineage_a_client_that_fails_half_way_leaves_no_trace(phase, tmp_path):
-    run({}, tmp_path / "with", **LINEAGE_FREE["own"])
+def test_without_lineage_a_client_that_fails_half_way_leaves_no_trace(phase, own, tmp_path):
     options = {"tamper": {(0, phase): altered(lambda tensors, manifest: manifest.clear())}}
     results = run(options, tmp_path / "failing", **LINEAGE_FREE["own"])
     assert [c["client"] for c in results["left_out"]] == [LEFT]
-    assert contributions(tmp_path / "with") == contributions(tmp_path / "failing")
+    assert contributions(own[0]) == contributions(tmp_path / "failing")
 
 
-def test_under_its_own_probe_a_fisher_has_rows_for_its_own_classes_alone(tmp_path):
-    results = run({}, tmp_path / "own", **LINEAGE_FREE["own"])
+def test_under_its_own_probe_a_fisher_has_rows_for_its_own_classes_alone(own, tmp_path):
+    output, results = own
     for client, figures in results["per_client"].items():
-        fisher = Contribution.load(folder(tmp_path / "own", client)).fisher
+        fisher = Contribution.open(folder(output, client)).fisher
         assert list(fisher.classes) == figures["classes"]
     results = run({}, tmp_path / "joint", realign=False)
-    fisher = Contribution.load(folder(tmp_path / "joint", "client-1")).fisher
+    fisher = Contribution.open(folder(tmp_path / "joint", "client-1")).fisher
     assert list(fisher.classes) == results["classes"]
 
 
@@ -156,7 +164,7 @@ def _at_other_weights(fisher: FisherDiagonal, path: Path) -> None:
 
 
 def _of_fewer_weights(fisher: FisherDiagonal, path: Path) -> None:
-    sums = {name: total for name, total in fisher.sums.items() if "qkv" not in name}
+    sums = {name: total for name, total in fisher.sums.items() if "proj" not in name}
     save_reference(path, FisherDiagonal(sums, fisher.num_examples), base=base())
 
 
@@ -177,7 +185,7 @@ def base() -> str:
     ("write", "error", "reason"),
     [
         (_at_other_weights, BackboneMismatch, "backbone embedded@00, expected embedded@"),
-        (_of_fewer_weights, ContributionError, "qkv.*Use the same `target-weights`"),
+        (_of_fewer_weights, ContributionError, "proj.*Use the same `target-weights`"),
         (_negative, ContributionError, "negative or not finite"),
         (_of_a_client, FileFormatError, "belongs to client 'client-0', expected '\\(reference\\)'"),
         (lambda fisher, path: None, FileFormatError, "cannot be read"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from builders import MIXABLE
 from hypothesis import given, settings
@@ -133,11 +131,6 @@ class Expected:
         if self.realigned is not None:
             registry.realign(self.mixtures(self.realigned))
         return registry
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def assert_same(registry: Registry, other: Registry) -> None:

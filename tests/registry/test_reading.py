@@ -116,7 +116,7 @@ def test_a_file_is_hashed_once_for_each_opening(registry, monkeypatch):
         hashed.append(path)
         return original(path)
 
-    monkeypatch.setattr("fedcompo.registry.registry.file_sha256", counting)
+    monkeypatch.setattr("fedcompo.registry.reader.file_sha256", counting)
     for _ in range(3):
         registry.theta_p()
         dict(registry.pool().only("ada").contributions[0].task_vector.tensors)

@@ -13,17 +13,17 @@ from forgery import rewrite_line, rewrite_record
 from registry_builders import member, mixtures, registry_of
 
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.composition.version import SUM
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry import signing
 from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import Influence, RemovalRecord
 from fedcompo.registry.state import PRIVATE, PUBLIC
 from fedcompo.registry.verification import Finding, verify_registry
-from fedcompo.storage.files import CONFIG, CONTENT, WEIGHTS
+from fedcompo.storage.files import CONFIG, CONTENT, SUM, WEIGHTS
 
 SIGNED = "000003-ben.json is signed by the registry's key"
 TOLD = "line 3 of the journal tells of this record"

@@ -20,7 +20,8 @@ from registry_builders import (
 from fedcompo.composition import fixed_point
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
-from fedcompo.method.contribution import Contribution, Lineage
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcompo.errors import FileFormatError
-from fedcompo.method.contribution import Lineage
+from fedcompo.method.lineage import Lineage
 from fedcompo.registry import signing
 from fedcompo.registry.removal import Influence, RemovalRecord, influence
 

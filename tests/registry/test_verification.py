@@ -16,7 +16,7 @@ import torch
 from forgery import rewrite_line, rewrite_record, rewrite_state
 from registry_builders import member, mixtures, registry_of
 
-from fedcompo.composition.version import REALIGNED, SUM, save_realigned
+from fedcompo.composition.version import save_realigned
 from fedcompo.config.choices import Kind
 from fedcompo.method.heads import Head
 from fedcompo.registry import signing
@@ -25,7 +25,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT, PRIVATE, PUBLIC, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, STATE
 from fedcompo.registry.verification import Finding, head_finding, verify_registry
-from fedcompo.storage.files import CONTENT, WEIGHTS
+from fedcompo.storage.files import CONTENT, REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 RECORD = "removals/000004-dan.json"

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from app_runs import QUICK, altered, run
+from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid, lost
 from PIL import Image
@@ -31,6 +31,20 @@ from server.app import app as server_app
 def finished(tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("run") / "out"
     return output, run({}, output)
+
+
+@pytest.fixture(scope="module")
+def again(finished) -> tuple[bytes, Path]:
+    """The same run, asked for in the same folder: what was there before, and where it is."""
+    output, _ = finished
+    before = (output / "results.json").read_bytes()
+    config = {**QUICK, "output": str(output)}
+    grid = InProcessGrid(client_app, config, 3)
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
+    )
+    server_app(grid, context)
+    return before, output.with_name("out-2")
 
 
 def test_a_run_reports_every_phase_and_client(finished):
@@ -76,8 +90,8 @@ def test_traffic_is_booked_by_client_and_phase(finished):
 def test_the_composed_model_is_the_pool_of_the_saved_contributions(finished):
     output, results = finished
     folders = (output / "registry" / "clients").iterdir()
-    pool = Pool(tuple(Contribution.load(folder) for folder in folders))
-    backbone = load_backbone(BackboneConfig())
+    pool = Pool(tuple(Contribution.open(folder) for folder in folders))
+    backbone = load_backbone(BackboneConfig(target_weights=FEW_WEIGHTS))
     theta_p = pool.compose(backbone.theta_0)
     saved = safetensors.torch.load_file(output / "registry" / "model" / "model.safetensors")
     for name, weight in theta_p.items():  # the registry rounds each τ once, to its grid of 2⁻⁴⁰
@@ -118,36 +132,25 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
 
 def test_lineage_names_the_others_and_never_the_client_itself(finished):
     output, _ = finished
-    lineage = Contribution.load(output / "registry" / "clients" / "client-1").lineage
+    lineage = Contribution.open(output / "registry" / "clients" / "client-1").lineage
     assert lineage.anchored_by == ("client-0", "client-2")
     assert lineage.aligned_with == ("client-0", "client-2")
     assert lineage.ensemble == ()
 
 
-def test_the_same_seed_gives_the_same_result(finished, tmp_path):
-    output, results = finished
-    again = run({}, tmp_path / "again")
-    ours = Contribution.load(output / "registry" / "clients" / "client-0").task_vector.tensors
-    theirs = Contribution.load(
-        tmp_path / "again" / "registry" / "clients" / "client-0"
-    ).task_vector.tensors
+def test_the_same_seed_gives_the_same_result(finished, again):
+    (output, results), (_, place) = finished, again
+    figures = json.loads((place / "results.json").read_text())["per_client"]
+    ours = Contribution.open(output / "registry" / "clients" / "client-0").task_vector.tensors
+    theirs = Contribution.open(place / "registry" / "clients" / "client-0").task_vector.tensors
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (
-        again["per_client"]["client-0"]["losses"] == (results["per_client"]["client-0"]["losses"])
-    )
+    assert figures["client-0"]["losses"] == results["per_client"]["client-0"]["losses"]
 
 
-def test_another_run_never_overwrites(finished, tmp_path):
-    run({}, tmp_path / "out", realign=False)
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    config = {**QUICK, "output": str(tmp_path / "out")}
-    grid = InProcessGrid(client_app, config, 3)
-    context = Context(
-        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
-    )
-    server_app(grid, context)
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
-    assert (tmp_path / "out-2" / "results.json").exists()
+def test_another_run_never_overwrites(finished, again):
+    (output, _), (before, place) = finished, again
+    assert (output / "results.json").read_bytes() == before
+    assert (place / "results.json").exists()
 
 
 def test_kinds_are_dealt_in_turn_and_a_node_may_insist(tmp_path):
@@ -267,7 +270,7 @@ def test_a_refused_answer_leaves_no_trace(tmp_path, phase, change, reason):
     (left_out,) = results["left_out"]
     assert left_out["phase"] == phase
     assert reason in left_out["reason"]
-    lineage = Contribution.load(tmp_path / "out" / "registry" / "clients" / "client-0").lineage
+    lineage = Contribution.open(tmp_path / "out" / "registry" / "clients" / "client-0").lineage
     assert lineage.anchored_by == ("client-2",)
 
 
@@ -316,10 +319,10 @@ def test_a_flipped_byte_on_the_way_is_refused(tmp_path):
 
 
 def test_a_client_that_never_answers_is_left_out_after_the_timeout(tmp_path):
-    one_by_one = {"timeout": 5.0, "in_flight": 1}  # so nobody waits while others train
+    one_by_one = {"timeout": 1.0, "in_flight": 1}  # so nobody waits while others train
     results = run({"tamper": {(1, "train"): lost}}, tmp_path / "out", realign=False, **one_by_one)
     (left_out,) = results["left_out"]
-    assert "no answer within 5 s" in left_out["reason"]
+    assert "no answer within 1 s" in left_out["reason"]
     assert list(results["per_client"]) == ["client-0", "client-2"]
 
 
@@ -332,7 +335,7 @@ def test_of_two_nodes_with_one_name_neither_is_used(tmp_path):
 
 
 def test_without_everyones_features_the_head_stays_as_the_registry_aligned_it(tmp_path):
-    one_by_one = {"timeout": 5.0, "in_flight": 1}
+    one_by_one = {"timeout": 1.0, "in_flight": 1}
     results = run({"tamper": {(0, "query.realign"): lost}}, tmp_path / "out", **one_by_one)
     assert any("not aligned again" in note for note in results["notes"])
     assert results["per_client"]["client-0"]["class_il_accuracy"] is None

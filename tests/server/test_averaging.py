@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import safetensors.torch
 import torch
-from app_runs import QUICK, altered, run
+from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from builders import dense_by_hand
 from PIL import Image
 from rich.console import Console
@@ -45,7 +45,7 @@ Parameters = Mapping[str, Tensor]
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return load_backbone(BackboneConfig())
+    return load_backbone(BackboneConfig(target_weights=FEW_WEIGHTS))
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,6 @@ def fit(
         vector.kind,
         Split(data.train.images, labels),
         head,
-        head,
-        None,
         RunConfig.parse({**config.flat(), **quiet}).train,
         generator=generator_for(config.seed, "train", data.name, str(n)),
         course=Course(vector, passed=(n - 1) / rounds, share=1 / rounds),

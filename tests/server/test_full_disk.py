@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from app_runs import run
+from app_runs import ALL_WEIGHTS, run
 
 from fedcompo.errors import RegistryError
 
 MEGABYTE = 1 << 20
 ENOUGH = 512
+LARGE = {"target_weights": ALL_WEIGHTS}
+"""A run that needs some fifty megabytes."""
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def resized(folder: Path, megabytes: float, *, new: bool = False) -> bool:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return run({}, tmp_path_factory.mktemp("whole") / "run")
+    return run({}, tmp_path_factory.mktemp("whole") / "run", **LARGE)
 
 
 @pytest.mark.parametrize("megabytes", [5, 12, 20, 40])
@@ -48,9 +50,9 @@ def test_a_full_disk_fails_the_run_and_with_room_it_goes_on(disk, expected, mega
     assert resized(disk, megabytes)
     output = disk / "run"
     with pytest.raises((OSError, RegistryError), match="No space left"):
-        run({}, output)
+        run({}, output, **LARGE)
     assert resized(disk, ENOUGH)
-    results = run({}, output, resume=True)
+    results = run({}, output, **LARGE, resume=True)
     assert results["left_out"] == []
     assert results["registry"]["root"] == expected["registry"]["root"]
     assert results["class_il_accuracy"] == expected["class_il_accuracy"]

@@ -69,7 +69,7 @@ def remove(images: Path, registry: Path, grid: dict | None = None, **settings) -
 
 def members(registry: Path) -> dict[str, Contribution]:
     opened = Registry(registry)
-    return {c: Contribution.load(registry / opened.member(c).folder) for c in opened.clients}
+    return {c: Contribution.open(registry / opened.member(c).folder) for c in opened.clients}
 
 
 def unchanged(one: Contribution, other: Contribution) -> bool:

@@ -152,7 +152,7 @@ def test_a_client_that_missed_a_round_before_the_interruption_still_has_missed_i
             reply = super()._see(partition, kind, reply)
             return None if kind == "train" and partition == 1 else reply
 
-    settings = {"method": "iel", "num_server_rounds": 2, "timeout": 2.0}
+    settings = {"method": "iel", "num_server_rounds": 2, "timeout": 1.0}
     output: Path = tmp_path / "run"
     first = Missing(14)
     with pytest.raises(Killed):

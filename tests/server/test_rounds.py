@@ -59,6 +59,15 @@ def state(tmp_path, monkeypatch) -> Path:
     return tmp_path / "state"
 
 
+@pytest.fixture(scope="module")
+def plain(images, tmp_path_factory) -> tuple[Path, dict, Path]:
+    """A run of two rounds in which nothing happens: its folder, results, and its clients' state."""
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDCOMPO_STATE", str(folder / "state"))
+        return folder / "out", federate(images, folder / "out"), folder / "state"
+
+
 @pytest.fixture
 def watched(monkeypatch) -> list[Rounds]:
     """The rounds of each run, as they were when the run had done them."""
@@ -87,8 +96,7 @@ def anchor_by_hand(output: Path, classes: tuple[str, ...]) -> Anchor:
     count = sum(fisher.num_examples for fisher in fishers)
     sums = [fisher.for_classes(classes).sums for fisher in fishers]
     mean = {n: (sum(s[n].double() for s in sums) / count).float() for n in sums[0]}
-    weight, bias = mean.pop("head.weight"), mean.pop("head.bias")
-    return Anchor(mean, weight, bias)
+    return Anchor.of(mean)
 
 
 def rest_by_hand(last: dict[str, Fitted], client: str, times: dict[str, int]) -> Weights:
@@ -122,19 +130,21 @@ def rounds_by_hand(
                 backbone,
                 Kind.FULL,
                 data.train,
-                before.head if before else own,
                 own,
-                anchor_by_hand(output, data.classes),
                 config.train,
                 generator=generator_for(config.seed, "train", client, str(passed + 1)),
-                ensemble=Ensemble(
-                    rest_by_hand(last, client, times) or zeros,
-                    times[client] / sum(times.values()),
-                    config.method.beta,
-                    config.compose.scale,
-                ),
                 course=Course(
-                    before.task_vector if before else None, passed / number, share=1 / number
+                    before.task_vector if before else None,
+                    before.head if before else None,
+                    anchor_by_hand(output, data.classes),
+                    Ensemble(
+                        rest_by_hand(last, client, times) or zeros,
+                        times[client] / sum(times.values()),
+                        config.method.beta,
+                        config.compose.scale,
+                    ),
+                    passed=passed / number,
+                    share=1 / number,
                 ),
             )
         last = trained
@@ -180,8 +190,8 @@ def test_what_is_composed_is_the_sum_the_rounds_ended_with(images, tmp_path, wat
     assert all(finding.holds for finding in verify_registry(registry.path))
 
 
-def test_a_run_tells_of_its_rounds_and_leaves_nothing_but_the_registry(images, tmp_path, state):
-    results = federate(images, tmp_path / "out")
+def test_a_run_tells_of_its_rounds_and_leaves_nothing_but_the_registry(plain):
+    output, results, state = plain
     for number, happened in enumerate(results["rounds"], 1):
         assert happened["round"] == number
         assert happened["members"] == happened["trained"] == list(THREE)
@@ -201,20 +211,18 @@ def test_a_run_tells_of_its_rounds_and_leaves_nothing_but_the_registry(images, t
     ]
     assert results["missed"] == results["left_out"] == results["notes"] == []
     assert all(0 <= f["frozen_class_il_accuracy"] <= 1 for f in results["per_client"].values())
-    left = {path.name for path in (tmp_path / "out").iterdir()}
+    left = {path.name for path in output.iterdir()}
     assert left == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
     assert list(state.rglob("*")) == []
 
 
-def test_the_same_seed_gives_the_same_result_whoever_answers_at_a_time(images, tmp_path):
-    federate(images, tmp_path / "all")
+def test_the_same_seed_gives_the_same_result_whoever_answers_at_a_time(plain, images, tmp_path):
     federate(images, tmp_path / "one", in_flight=1)
-    assert same_contributions(tmp_path / "all", tmp_path / "one")
+    assert same_contributions(plain[0], tmp_path / "one")
 
 
-def test_every_contribution_names_who_it_was_trained_with(images, tmp_path):
-    federate(images, tmp_path / "out")
-    for client, member in sent_last(tmp_path / "out").items():
+def test_every_contribution_names_who_it_was_trained_with(plain):
+    for client, member in sent_last(plain[0]).items():
         others = tuple(name for name in THREE if name != client)
         assert member.lineage.method == "iel"
         assert member.lineage.anchored_by == member.lineage.aligned_with == others

@@ -24,7 +24,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.seeds import generator_for
 from fedcompo.training.accuracy import evaluate
-from fedcompo.training.fit import fit_task_vector
+from fedcompo.training.fit import Course, fit_task_vector
 from fedcompo.training.penalty import Anchor, Ensemble
 
 THREE = ("ann", "ben", "eve")
@@ -141,11 +141,11 @@ def step_by_hand(
         Kind.FULL,
         data.train,
         aligned,
-        aligned,
-        Anchor(mean, mean.pop("head.weight"), mean.pop("head.bias")),
         config.train,
         generator=generator_for(config.seed, "train", client),
-        ensemble=Ensemble(rest, 1 / count, config.method.beta),
+        course=Course(
+            anchor=Anchor.of(mean), ensemble=Ensemble(rest, 1 / count, config.method.beta)
+        ),
     ).task_vector
 
 
@@ -170,7 +170,7 @@ def test_who_is_trained_anew_is_not_inside_a_sum_with_what_it_was(images, tmp_pa
     after, config = {}, config_of(images, **anew)
     for client in ("ann", "ben"):
         folder = registry / Registry(registry).member(client).folder
-        after[client] = Contribution.load(folder)
+        after[client] = Contribution.open(folder)
     ann = step_by_hand("ann", {"ben": before["ben"]}, after["ann"], config)
     assert same(after["ann"].task_vector.tensors, ann.tensors)
     ben = step_by_hand("ben", {"ann": after["ann"]}, after["ben"], config)

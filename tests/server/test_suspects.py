@@ -9,7 +9,7 @@ from app_runs import altered, run
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.runtime import check_versions, of_this_process
+from fedcompo.runtime import check_versions, installed_versions
 from server.exchange.checks import Originals, norm_of, too_long
 
 
@@ -59,11 +59,11 @@ def test_two_clients_may_both_learn_nothing():
 
 
 def test_the_same_versions_leave_nothing_to_say():
-    assert check_versions("a", of_this_process()) == ""
+    assert check_versions("a", installed_versions()) == ""
 
 
 def test_another_torch_is_noted():
-    told = check_versions("a", {**of_this_process(), "torch": "1.0"})
+    told = check_versions("a", {**installed_versions(), "torch": "1.0"})
     assert told.startswith("a runs torch 1.0 (here ")
 
 
@@ -74,8 +74,8 @@ def test_another_release_of_fedcompo_is_refused(stated):
 
 
 def test_builds_of_one_torch_for_different_devices_are_the_same():
-    torch_version = of_this_process()["torch"].partition("+")[0]
-    assert check_versions("a", {**of_this_process(), "torch": f"{torch_version}+other"}) == ""
+    torch_version = installed_versions()["torch"].partition("+")[0]
+    assert check_versions("a", {**installed_versions(), "torch": f"{torch_version}+other"}) == ""
 
 
 def longer(tensors, manifest):

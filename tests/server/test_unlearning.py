@@ -67,18 +67,18 @@ def test_a_removal_is_measured_before_and_after_by_those_who_stay(registry, tmp_
 
 
 def test_the_removed_client_is_gone_from_the_registry_a_run_left(registry, tmp_path):
-    gone = Contribution.load(registry / "clients" / "client-1")
+    gone = Contribution.open(registry / "clients" / "client-1")
     remove(registry, tmp_path / "out")
     everything = b"".join(p.read_bytes() for p in registry.rglob("*") if p.is_file())
     for tensor in gone.task_vector.tensors.values():
         assert tensor.numpy().tobytes() not in everything
-    kept = Contribution.load(registry / "clients" / "client-0").task_vector.tensors
+    kept = Contribution.open(registry / "clients" / "client-0").task_vector.tensors
     assert all(tensor.numpy().tobytes() in everything for tensor in kept.values())
 
 
 def test_a_removal_waits_for_nobody(registry, tmp_path):
     options = {"clients": 1, "tamper": {(0, "evaluate"): lost}}
-    results = remove(registry, tmp_path / "out", options, num_clients=1, timeout=3.0)
+    results = remove(registry, tmp_path / "out", options, num_clients=1, timeout=1.0)
     assert Registry(registry).clients == ("client-0", "client-2")
     assert results["accuracy_before"] == results["accuracy_after"] == {}
     assert any("client-2" in note and "does not wait" in note for note in results["notes"])
@@ -130,7 +130,7 @@ def test_clients_of_a_later_run_join_those_already_there(tmp_path):
     assert all(f["class_il_accuracy"] is not None for f in results["per_client"].values())
     for client, files in members.items():  # nobody is trained again
         assert folder_bytes(registry / "clients" / client) == files
-    lineage = Contribution.load(registry / "clients" / "client-2").lineage
+    lineage = Contribution.open(registry / "clients" / "client-2").lineage
     assert lineage.anchored_by == lineage.aligned_with == ("client-0", "client-1")
     assert all(finding.holds for finding in verify_registry(registry))
 

@@ -172,7 +172,7 @@ def test_what_is_no_list_of_certificates_is_refused(home):
 
 
 def test_serve_until_sigterm(home):
-    command = [sys.executable, "-m", "fedcompo.cli.app", "serve", "registry", "--port", "0"]
+    command = [sys.executable, "-m", "fedcompo.cli", "serve", "registry", "--port", "0"]
     command += ["--ca", "ca.crt", *own("server")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

@@ -87,8 +87,6 @@ def test_it_is_training_on_the_union_with_labels_by_the_names_of_classes(backbon
         kind,
         Split(torch.stack(images), torch.tensor(labels)),
         start,
-        start,
-        None,
         quiet.train,
         generator=generator_for(CONFIG.seed, "train", "joint"),
     )

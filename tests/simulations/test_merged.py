@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from app_runs import run
+from app_runs import ALL_WEIGHTS, run
 
 from fedcompo.audit.evaluation import clients_data, run_config_of
 from fedcompo.composition.head import head_of
@@ -21,12 +21,13 @@ merged, merging = import_module("merged"), import_module("merging")
 
 MEASURES = ("class_il_accuracy", "task_il_accuracy")
 SETTINGS = {
+    "target_weights": ALL_WEIGHTS,
     "alpha": 0.0,
-    "local_epochs": 4,
+    "local_epochs": 2,
     "learning_rate": 0.02,
     "batch_size": 4,
     "num_classes": 9,
-    "images_per_class": 24,
+    "images_per_class": 16,
     "mixture_components": 3,
     "seed": 3,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,14 +37,9 @@ def members(script):
     return script.draw_classes(8, (TRAIN, TEST), seed=0)
 
 
-def command(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, output, *options],
-        cwd=SCRIPT.parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def command(script, monkeypatch, output: Path, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(output), *options])
+    script.main()
 
 
 def test_the_same_seed_draws_the_same_bits_and_another_seed_others(script, members):
@@ -94,9 +90,18 @@ def test_a_stroke_goes_from_its_first_point_to_its_last_one(script, curved):
     assert np.allclose(middle, bezier if curved else points[1])
 
 
-def test_the_command_writes_what_clients_load(tmp_path: Path):
-    output = tmp_path / "new" / "tasks.npz"
-    done = command(output, "--classes", "6", "--train", "3", "--test", "1")
+def test_the_command_writes_what_clients_load_and_the_same_bytes_twice(
+    script, monkeypatch, tmp_path: Path
+):
+    output, again = tmp_path / "new" / "tasks.npz", tmp_path / "again.npz"
+    options = ["--classes", "6", "--train", "3", "--test", "1"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, output, *options],
+        cwd=SCRIPT.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "6/6 classes" in done.stdout
     assert [path.name for path in output.parent.iterdir()] == ["tasks.npz"]
@@ -106,13 +111,8 @@ def test_the_command_writes_what_clients_load(tmp_path: Path):
     for client in clients:
         assert client.train.images.shape == (6, 1, 28, 28)
         assert client.test.labels.tolist() == [0, 1]
-
-
-def test_the_command_writes_the_same_bytes_twice(tmp_path: Path):
-    files = [tmp_path / f"{name}.npz" for name in "ab"]
-    for file in files:
-        assert command(file, "--classes", "2", "--train", "1", "--test", "1").returncode == 0
-    assert files[0].read_bytes() == files[1].read_bytes()
+    command(script, monkeypatch, again, *options)  # in another process
+    assert again.read_bytes() == output.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,9 @@ def test_the_command_writes_the_same_bytes_twice(tmp_path: Path):
         ("tasks.npz", ("--seed", "-1"), "--seed must be at least 0, got -1"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, output, options, message):
-    done = command(tmp_path / output, *options)
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_the_command_refuses_what_it_cannot_do(
+    script, monkeypatch, tmp_path: Path, output, options, message
+):
+    with pytest.raises(SystemExit, match=re.escape(message)):  # printed, and no success
+        command(script, monkeypatch, tmp_path / output, *options)
     assert not list(tmp_path.iterdir())

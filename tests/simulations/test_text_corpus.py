@@ -98,9 +98,10 @@ def test_nothing_is_learnt_beforehand_from_a_class_of_the_corpus(corpus, pretrai
 
 def test_pre_training_learns_and_is_the_same_each_time(pretraining, capsys, monkeypatch):
     monkeypatch.setattr(pretraining, "DIRECTIONS", 8)
+    monkeypatch.setattr(pretraining, "HELD_OUT", 200)
     lines = [pretraining.lines_of(Path(file)) for file in (pretraining.__file__, __file__)]
     modules = [[own[start : start + 50] for start in range(0, len(own), 50)] for own in lines]
-    settings = {"steps": 30, "batch": 16, "peak": 4e-3, "seed": 0}
+    settings = {"steps": 20, "batch": 8, "peak": 4e-3, "seed": 0}
     models = [pretraining.pretrain(modules, modules, **settings) for _ in range(2)]
     states = [model.state_dict() for model in models]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedcompo.errors import FileFormatError
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import canonical, write_atomically
+from fedcompo.storage.manifest import FORMAT_VERSION, seal
 
 TENSORS = {
     "a/wide": normal(2, 3, seed=1, dtype=torch.float32),
@@ -67,7 +68,7 @@ def test_tensors_and_manifest_come_back_bit_for_bit():
         assert tensors[name].dtype == tensor.dtype
         assert torch.equal(tensors[name], tensor)
     assert {key: manifest[key] for key in MANIFEST} == MANIFEST
-    assert manifest["format_version"] == tensorfile.FORMAT_VERSION
+    assert manifest["format_version"] == FORMAT_VERSION
 
 
 def test_a_file_holds_the_same_bytes_as_a_message(tmp_path):
@@ -189,8 +190,8 @@ def test_a_manifest_of_another_shape_is_refused(text):
 
 
 def test_a_sealed_manifest_without_a_digest_of_the_tensors_is_refused():
-    manifest = {"format_version": tensorfile.FORMAT_VERSION}
-    manifest["sha256"] = tensorfile.seal(manifest)
+    manifest = {"format_version": FORMAT_VERSION}
+    manifest["sha256"] = seal(manifest)
     assert refused(with_manifest(canonical(manifest)))
 
 

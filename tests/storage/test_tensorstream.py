@@ -32,7 +32,10 @@ MANIFEST = {"content": "test", "note": "Größe"}
 
 def tensors() -> dict[str, Tensor]:
     """Every dtype, and every odd shape."""
-    drawn = {f"of/{name}": (50 * normal(2, 3, seed=1)).to(d) for name, d in DTYPES.items()}
+    drawn = {
+        f"of/{name}": (50 * normal(2, 3, seed=1)).to(getattr(torch, d))
+        for name, (d, _) in DTYPES.items()
+    }
     odd = {"empty": torch.zeros(0, 4), "scalar": torch.tensor(0.5), "a b/ü": torch.arange(5)}
     return drawn | odd
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcompo.config.choices import AnchorBy
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.training.anchors import Anchors
+from fedcompo.training.anchors import FisherSums
 
 OWNED = {"ann": ("cat", "dog"), "ben": ("dog", "emu"), "eve": ("owl", "cat")}
 """Classes of each client's head."""
@@ -35,8 +35,8 @@ def fisher_of(client: str) -> FisherDiagonal:
     return FisherDiagonal(sums, 4 + seed, OWNED[client])
 
 
-def anchors(by: AnchorBy, members: tuple[str, ...] = tuple(OWNED)) -> Anchors:
-    return Anchors.of(members, fisher_of, by=by, reference=NOBODYS)
+def anchors(by: AnchorBy, members: tuple[str, ...] = tuple(OWNED)) -> FisherSums:
+    return FisherSums.of(members, fisher_of, by=by, reference=NOBODYS)
 
 
 def mean_by_hand(anchoring: tuple[str, ...], classes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -100,17 +100,17 @@ def test_a_reference_on_another_scale_than_the_clients_is_noted(times, noted):
     for factor in (times, 1 / times):
         sums = {"a": torch.full((1,), 3.0, dtype=torch.float64) * mean * factor}
         reference = FisherDiagonal(sums, 3)
-        given = Anchors.of(OWNED, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
+        given = FisherSums.of(OWNED, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
         note = given.note(alpha=30.0)
         assert bool(note) == noted
         assert not note or f"set `alpha` to {30 / factor:.3g}." in note
         assert given.note(alpha=0.0) == ""
-    assert Anchors.of(OWNED, fisher_of, by=AnchorBy.OWN).note(alpha=30.0) == ""
+    assert FisherSums.of(OWNED, fisher_of, by=AnchorBy.OWN).note(alpha=30.0) == ""
 
 
 def test_the_note_names_the_setting_that_acts_on_the_reference():
     reference = FisherDiagonal({"a": torch.full((1,), 1e6, dtype=torch.float64)}, 3)
-    given = Anchors.of(OWNED, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
+    given = FisherSums.of(OWNED, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
     note = given.note(alpha=7.0, setting="beta")
     assert note.startswith("`beta` 7 acts on")
     assert "set `beta` to" in note

@@ -22,7 +22,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.penalties import iel_penalty
-from fedcompo.training import penalty as anchoring
+from fedcompo.training import penalty as acting
 from fedcompo.training.fit import Course, Fitted, ensembled, fit_task_vector
 from fedcompo.training.penalty import Anchor, Ensemble
 
@@ -62,12 +62,9 @@ def fit(
         kind,
         DATA,
         HEAD,
-        HEAD,
-        anchor,
         replace(STILL, **settings),
         generator=rng(0),
-        ensemble=ensemble,
-        course=course,
+        course=replace(course or Course(), anchor=anchor, ensemble=ensemble),
     )
 
 
@@ -114,7 +111,7 @@ def steps(monkeypatch) -> list[tuple]:
     def step(deltas, fisher, strength, schedule, pull) -> None:
         taken.append((strength, schedule, pull))
 
-    monkeypatch.setattr(anchoring, "implicit_step", step)
+    monkeypatch.setattr(acting, "implicit_step", step)
     return taken
 
 
@@ -143,7 +140,7 @@ def test_coupled_to_the_loss_it_is_the_ensemble_penalty(backbone):
     config = replace(STILL, penalty=Penalty.COUPLED, alpha=99.0)
     tau = task_vector(Kind.FULL, backbone.theta_0, seed=3).dense(backbone.theta_0)
     deltas = {name: torch.nn.Linear(1, 1) for name in tau}
-    found = anchoring.Holding(deltas, anchor, ensemble, config).loss(tau)
+    found = acting.TrainingPenalty(deltas, anchor, ensemble, config).loss(tau)
     expected = iel_penalty(tau, anchor.weights, ensemble.rest, share=0.25, beta=7.0)
     assert torch.equal(found, expected)
 

@@ -32,9 +32,9 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.training import penalty as anchoring
+from fedcompo.training import penalty as acting
 from fedcompo.training.accuracy import evaluate
-from fedcompo.training.fit import Fitted, fit_task_vector
+from fedcompo.training.fit import Course, Fitted, fit_task_vector
 from fedcompo.training.penalty import Anchor
 
 CLASSES = ("left", "right")
@@ -65,7 +65,9 @@ def fit(
 ) -> Fitted:
     start = zero_head(CLASSES, 8)
     config = replace(CONFIG, **settings)
-    return fit_task_vector(backbone, kind, data, start, start, anchor, config, generator=rng(seed))
+    return fit_task_vector(
+        backbone, kind, data, start, config, generator=rng(seed), course=Course(anchor=anchor)
+    )
 
 
 def size(vector: TaskVector, theta_0: Weights) -> float:
@@ -123,8 +125,6 @@ def test_the_first_epochs_loss_starts_at_that_of_the_pre_trained_weights(backbon
         kind,
         DATA,
         start,
-        start,
-        None,
         replace(CONFIG, learning_rate=1e-12, local_epochs=1),
         generator=rng(0),
     )
@@ -198,8 +198,8 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
     def step(deltas: object, fisher: object, alpha: float, schedule: float, pull: None) -> None:
         taken.append((alpha, schedule))
 
-    monkeypatch.setattr(anchoring, "implicit_step", step)
-    monkeypatch.setattr(anchoring, "explicit_step", step)
+    monkeypatch.setattr(acting, "implicit_step", step)
+    monkeypatch.setattr(acting, "explicit_step", step)
     settings = {"penalty": penalty, "penalty_every": every, "local_epochs": 2}
     fit(backbone, anchor=anchor_of(backbone), alpha=7.0, **settings)
     cosine = [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
@@ -212,17 +212,13 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
 def test_a_strong_head_anchor_keeps_the_head_at_the_aligned_one(backbone):
     aligned = random_head(CLASSES, 8, seed=1)
     config = replace(CONFIG, head_decay=1e4, learning_rate=1e-3)
-    fitted = fit_task_vector(
-        backbone, Kind.IA3, DATA, aligned, aligned, None, config, generator=rng(0)
-    )
+    fitted = fit_task_vector(backbone, Kind.IA3, DATA, aligned, config, generator=rng(0))
     assert (fitted.head.weight - aligned.weight).abs().max() < 5e-3
     free = fit_task_vector(
         backbone,
         Kind.IA3,
         DATA,
         aligned,
-        aligned,
-        None,
         replace(config, head_decay=0.0),
         generator=rng(0),
     )
@@ -244,8 +240,6 @@ def test_progress_is_told_after_each_epoch(backbone):
         Kind.IA3,
         DATA,
         start,
-        start,
-        None,
         replace(CONFIG, local_epochs=3),
         generator=rng(0),
         on_epoch=lambda *arguments: told.append(arguments),

@@ -1,0 +1,5 @@
+"""``python -m fedcompo.cli`` is the ``fedcompo`` command."""
+
+from fedcompo.cli.app import main
+
+main()

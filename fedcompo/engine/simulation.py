@@ -1,0 +1,135 @@
+"""Simulates a federation on this machine: from settings to results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcompo.config.choices import Action
+from fedcompo.config.run import RunConfig
+from fedcompo.config.scenario import scenario_name, with_absolute_paths
+from fedcompo.config.setting import Scalar
+from fedcompo.engine import launcher
+from fedcompo.engine.log import Event
+from fedcompo.engine.resources import Resources, fair_resources
+from fedcompo.engine.run_folder import reopen_output, reserve_output
+
+
+def simulate(
+    settings: RunConfig | Mapping[str, Scalar] | None = None,
+    *,
+    output: Path | str | None = None,
+    cpus_per_client: int | None = None,
+    gpus_per_client: float | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Simulate a federation on this machine, with Flower's real engine.
+
+    It takes minutes, and ends every process that it started, however it ends. Example::
+
+        results = simulate({"kind": "lora", "num-tasks": 3}, output="runs/lora")
+        results["class_il_accuracy"], results["settings"]["output"]
+
+    Args:
+        settings: Settings that differ from the defaults, by the names that ``fedcompo settings``
+            lists, or a whole :class:`~fedcompo.config.run.RunConfig`. Relative paths start in the
+            working directory.
+        output: Folder of the results; default ``runs/<data>``. If it holds something,
+            ``<folder>-2``, ``<folder>-3``, ... is taken.
+        cpus_per_client: CPUs a client; default 1.
+        gpus_per_client: GPUs a client; default: an even share.
+        on_event: Called with each event of the run; see :mod:`fedcompo.engine.log`.
+
+    Returns:
+        What ``results.json`` holds; its ``settings`` name the folder it lies in, as ``output``.
+
+    Raises:
+        ConfigError: If a setting cannot be used; with all faults.
+        DataError: If the data cannot be used.
+        LaunchError: If the run could not start or failed; with the reason.
+    """
+    given = settings.flat() if isinstance(settings, RunConfig) else dict(settings or {})
+    if output is not None:
+        given["output"] = str(output)
+    RunConfig.parse(given)
+    given = with_absolute_paths(given, Path.cwd())
+    return prepare(
+        given,
+        name=scenario_name(None, given),
+        cpus_per_client=cpus_per_client,
+        gpus_per_client=gpus_per_client,
+    ).run(on_event)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A run that is ready to start."""
+
+    settings: Mapping[str, Scalar]
+    """Those that differ from the defaults; paths absolute."""
+    output: Path
+    """Folder that is this run's alone."""
+    clients: int
+    app: Path
+    """Folder of the Flower app."""
+    resources: Resources
+
+    @property
+    def removes(self) -> bool:
+        """Whether it removes a client instead of training."""
+        return RunConfig.parse(self.settings).registry.action is Action.REMOVE
+
+    def run(self, on_event: Callable[[Event], None] = lambda event: None) -> dict[str, Any]:
+        """Run it and return its results; see :func:`fedcompo.engine.launcher.run_app`."""
+        return launcher.run_app(
+            self.settings,
+            output=self.output,
+            clients=self.clients,
+            app=self.app,
+            resources=self.resources,
+            on_event=on_event,
+        )
+
+
+def prepare(
+    settings: Mapping[str, Scalar],
+    *,
+    name: str,
+    resuming: bool = False,
+    cpus_per_client: int | None = None,
+    gpus_per_client: float | None = None,
+) -> Simulation:
+    """Count the clients, share the machine among them, and take a folder for the results.
+
+    Args:
+        settings: Those that differ from the defaults; paths absolute.
+        name: Of the folder below ``runs/``, where the settings name no output.
+        resuming: Go on in the folder of an interrupted run instead of taking a new one.
+        cpus_per_client: As for :func:`simulate`.
+        gpus_per_client: As for :func:`simulate`.
+
+    Raises:
+        ConfigError: If the settings, or the shares of the machine, cannot be used.
+        DataError: If the data cannot be used.
+        LaunchError: If there is no app, or no folder can be made.
+    """
+    from fedcompo.data.client_data import count_clients  # imports torch
+
+    config = RunConfig.parse(settings)
+    clients = count_clients(config)
+    resources = fair_resources(
+        clients,
+        config.device,
+        cpus_per_client=cpus_per_client,
+        gpus_per_client=gpus_per_client,
+    )
+    app = launcher.find_app()
+    if resuming:
+        output = reopen_output(Path(config.output))
+    else:
+        if config.registry.action is Action.REMOVE:
+            name = f"remove-{config.registry.client}"
+        output = reserve_output(Path(config.output or Path.cwd() / "runs" / name))
+    return Simulation(settings, output, clients, app, resources)

@@ -1,0 +1,125 @@
+"""Looks into a registry: its members, the history of one, what a removal would do; JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fedcompo.registry.journal import Entry
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.removal import foreseen_influence
+from fedcompo.registry.state import Member
+from fedcompo.registry.transaction import MODEL
+
+Values = dict[str, Any]
+
+
+def summary(registry: RegistryReader) -> Values:
+    """Describe a registry, what it composes, and each of its members."""
+    state, entries = registry.state, registry.entries()
+    members = [_row(registry, member, entries) for member in state.members.values()]
+    return {
+        "registry": str(registry.path.absolute()),
+        "backbone": state.base,
+        "root": state.root,
+        "settings": asdict(registry.settings),
+        "model": str(registry.path.absolute() / MODEL) if members else None,
+        "classes": list(registry.classes),
+        "joint_head": "realigned" if registry.realigned else "aligned",
+        "kept_versions": list(state.kept),
+        "clients": members,
+    }
+
+
+def details(registry: RegistryReader, client: str) -> Values:
+    """Describe a client that is a member, or once was one.
+
+    Raises:
+        ContributionError: If it never was.
+    """
+    entries = registry.entries()
+    history, present = history_of(entries, client), client in registry.clients
+    values: Values = {"client": client, "present": present, "history": history}
+    if history and not present:
+        return values
+    member = registry.member(client)
+    return {
+        **values,
+        **_row(registry, member, entries),
+        "folder": str(registry.path.absolute() / member.folder),
+        "files": dict(member.files),
+        "lineage": asdict(member.lineage),
+        "settings": registry.card(client)["settings"],
+    }
+
+
+def history_of(entries: Sequence[Entry], client: str) -> list[Values]:
+    """List the lines of a journal that are about a client."""
+    history = []
+    for entry in entries:
+        added = [m["client"] for m in entry.details.get("clients", ()) if isinstance(m, dict)]
+        if client in (*added, entry.details.get("client")):
+            history.append(
+                {
+                    "sequence": entry.sequence,
+                    "time": entry.time,
+                    "event": entry.event,
+                    **{k: v for k, v in entry.details.items() if k in ("record", "within")},
+                }
+            )
+    return history
+
+
+def removal_plan(registry: RegistryReader, client: str, *, keep_versions: bool) -> Values:
+    """Say what a removal would delete, what it would keep, and what it could not undo.
+
+    Raises:
+        ContributionError: If there is no such client.
+    """
+    member = registry.member(client)
+    survivors = [name for name in registry.clients if name != client]
+    staying = {name for c in survivors for name in registry.state.members[c].classes}
+    old = [f for f, kept in registry.state.kept.items() if client in kept["clients"]]
+    containing = [*old, registry.state.version]
+    influence = registry.influence_of(client)
+    return {
+        "client": client,
+        "goes": {
+            "folder": member.folder,
+            "bytes": _bytes(registry, member),
+            "task_vector": member.kind,
+            "classes": [name for name in member.classes if name not in staying],
+            "versions": [] if keep_versions else containing,
+        },
+        "stays": {
+            "clients": survivors,
+            "classes": sorted(staying),
+            "versions": containing if keep_versions else [],
+        },
+        "composition_exact": True,
+        "influence_exact": influence.exact,
+        "lineage": asdict(influence),
+        "to_retrain": list(influence.to_retrain),
+    }
+
+
+def _row(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> Values:
+    """Describe a member in a few values; the entries are the registry's journal."""
+    others = [client for client in registry.clients if client != member.client]
+    influence = foreseen_influence(entries, member.client, others)
+    return {
+        "client": member.client,
+        "kind": member.kind,
+        "classes": list(member.classes),
+        "num_examples": member.num_examples,
+        "bytes": _bytes(registry, member),
+        "added": entries[member.added - 1].time,
+        "shaped_by": sorted(member.lineage.shaped_by),
+        "shapes": list(influence.to_retrain),
+    }
+
+
+def _bytes(registry: RegistryReader, member: Member) -> int:
+    folder = registry.path / member.folder
+    return sum((folder / file).stat().st_size for file in member.files)

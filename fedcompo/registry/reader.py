@@ -1,0 +1,211 @@
+"""Reads a registry: what it holds, every byte held against its SHA-256; takes no lock.
+
+Torch is imported where tensors are asked for: who is there, and how, is read without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedcompo.backbone.stored import StoredBackbone
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
+from fedcompo.names import require_known
+from fedcompo.registry import journal
+from fedcompo.registry.removal import Influence, foreseen_influence
+from fedcompo.registry.state import ABOUT, Member, State, read_about
+from fedcompo.registry.transaction import JOURNAL, STATE, recover_if_idle
+from fedcompo.storage.files import BACKBONE, CARD, CONTENT, REALIGNED, SUM, WEIGHTS
+from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedcompo.method.contribution import Contribution
+    from fedcompo.method.heads import Head
+    from fedcompo.method.pool import Pool
+
+
+class RegistryReader:
+    """A registry as it was when it was opened, or last refreshed."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Open a registry; a change that a crash interrupted is completed or undone first.
+
+        Raises:
+            RegistryError: If there is none.
+            RegistryDamaged: If its files do not say what they should.
+        """
+        self.path = Path(path)
+        if not (self.path / ABOUT).is_file():
+            raise RegistryError(
+                f"There is no registry at {self.path}: no {ABOUT}. "
+                "Name the folder of a registry, such as <output>/registry of a run."
+            )
+        recover_if_idle(self.path)
+        self._trusted: set[tuple[str, int, int]] = set()
+        self.refresh()
+        self.identity, self.created = read_about(self.path / ABOUT, self.state)
+        path, digest = self.path / BACKBONE, self.state.fixed.get(BACKBONE, "")
+        with self._reading(path):
+            self.backbone = StoredBackbone(path, guard=lambda: self.check_file(path, digest))
+        if self.backbone.fingerprint != self.state.base:
+            raise RegistryDamaged(
+                f"{path} holds {self.backbone.fingerprint}, the registry was made "
+                f"for {self.state.base}. Restore the registry from a copy."
+            )
+
+    def refresh(self) -> None:
+        """Take note of changes that others made."""
+        self.state = State.read(self.path / STATE)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Names of the members, sorted."""
+        return tuple(self.state.members)
+
+    @property
+    def settings(self) -> CompositionSettings:
+        """How it composes."""
+        return self.state.settings
+
+    @property
+    def realigned(self) -> bool:
+        """Whether the joint head was fitted to features of the composed model."""
+        return REALIGNED in self.state.files
+
+    @property
+    def linearised(self) -> bool:
+        """Whether the composition is to be evaluated linearised: all members are tangents."""
+        return self.state.linearised
+
+    def member(self, client: str) -> Member:
+        """Return what is known of a member; raises ``ContributionError`` if there is none."""
+        require_known([client], self.clients, "registry")
+        return self.state.members[client]
+
+    def contribution(self, client: str, *, with_fisher: bool = False) -> Contribution:
+        """Open a member's contribution; its tensors are read when asked for, and checked once."""
+        from fedcompo.method.contribution import Contribution
+
+        member = self.member(client)
+        folder = self.path / member.folder
+
+        def guard(file: Path) -> None:
+            self.check_file(file, member.files.get(file.name, ""))
+
+        guard(folder / CARD)
+        with self._reading(folder):
+            return Contribution.open(folder, with_fisher=with_fisher, guard=guard)
+
+    def card(self, client: str) -> dict[str, Any]:
+        """What a member's contribution says of itself, such as its settings; no tensor is read."""
+        member = self.member(client)
+        folder = self.path / member.folder
+        for name in (CARD, CONTENT):
+            self.check_file(folder / name, member.files[name])
+        card: dict[str, Any] = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        return card
+
+    def influence_of(self, client: str) -> Influence:
+        """Which other members were trained with something of a client's."""
+        others = tuple(name for name in self.clients if name != client)
+        return foreseen_influence(self.entries(), client, others)
+
+    def pool(self, *, with_fisher: bool = False) -> Pool:
+        """Open the members as a pool, to be composed with any coefficients."""
+        from fedcompo.method.pool import Pool
+
+        return Pool(tuple(self.contribution(c, with_fisher=with_fisher) for c in self.clients))
+
+    def joint_head(self) -> Head:
+        """Read the joint head of the current composition."""
+        from fedcompo.method.heads import Head
+
+        model = self.composed()
+        classifier = self.backbone.classifier
+        return Head(self.classes, model[f"{classifier}.weight"], model[f"{classifier}.bias"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the joint head's classes, sorted."""
+        return self.state.classes
+
+    def composed(self) -> StreamedTensors:
+        """All weights of the current composition, classifier included; read when asked for.
+
+        Raises:
+            RegistryError: If nobody is in the registry.
+        """
+        return self._version_file(WEIGHTS)
+
+    def running_sum(self) -> StreamedTensors:
+        """The integer sum behind the current composition, by weight name; int64."""
+        return self._version_file(SUM)
+
+    def theta_p(self) -> dict[str, Tensor]:
+        """Read the composed target weights, by name."""
+        model = self.composed()
+        return {name: model[name] for name in self.backbone.target_weights}
+
+    def entries(self) -> list[journal.Entry]:
+        """Read the journal and check its chain.
+
+        Raises:
+            RegistryDamaged: If a line was altered, or the last one is not what the state says.
+        """
+        entries = journal.read(self.path / JOURNAL, upto=self.state.sequence)
+        if entries[-1].sha256 != self.state.journal_sha256:
+            raise RegistryDamaged(
+                f"The journal {self.path / JOURNAL} ends otherwise than {STATE} says: one of them "
+                "was altered or exchanged. Restore the registry from a copy."
+            )
+        return entries
+
+    def check_file(self, path: Path, sha256: str) -> None:
+        """Hold a file against its SHA-256; once for each opening of the registry.
+
+        Raises:
+            RegistryDamaged: If it is missing, altered, or was replaced.
+        """
+        try:
+            status = path.stat()
+            key = (str(path), status.st_mtime_ns, status.st_ino)
+            if key in self._trusted:
+                return
+            digest = file_sha256(path)
+        except OSError as error:
+            raise self._fault(f"{path} cannot be read: {error.strerror}") from error
+        if digest != sha256:
+            raise self._fault(
+                f"{path} has SHA-256 {digest[:16]}…, expected {sha256[:16]}…: it was altered"
+            )
+        self._trusted.add(key)
+
+    def _version_file(self, name: str) -> StreamedTensors:
+        if not self.state.version:
+            raise RegistryError(
+                f"Nobody is in the registry {self.path}, so nothing is composed. Add a client."
+            )
+        path, digest = self.path / self.state.version / name, self.state.files[name]
+        with self._reading(path):
+            return StreamedTensors(path, guard=lambda: self.check_file(path, digest))
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except FileFormatError as error:
+            raise self._fault(f"{path} cannot be read ({error})") from error
+
+    def _fault(self, what: str) -> RegistryError:
+        """A file is not as the state says: the registry was changed meanwhile, or is damaged."""
+        if State.read(self.path / STATE) != self.state:
+            return RegistryError(
+                f"The registry {self.path} was changed while it was being read. Try again."
+            )
+        return RegistryDamaged(f"{what}. Restore the registry from a copy.")

@@ -1,0 +1,82 @@
+"""Commands that answer at once: they load no torch, which alone takes seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+REGISTRY = ROOT / "tests" / "golden" / "mixed"
+RUNNER = """
+import json, sys
+from typer.testing import CliRunner
+from fedcompo.cli.app import app
+
+for words in json.load(sys.stdin):
+    result = CliRunner().invoke(app, words)
+    slow = sorted({"torch", "timm", "flwr", "ray", "sklearn"} & set(sys.modules))
+    print(json.dumps({"words": words, "code": result.exit_code, "slow": slow}))
+    if slow:
+        break
+"""
+ANSWERS = [
+    "--version",
+    "--help",
+    "settings",
+    "list -r R",
+    "list -r R --json",
+    "show ada -r R",
+    "show dan -r R --json",
+    "remove ada -r R --dry-run --data none",
+    "remove ada -r R --dry-run --data none --json",
+]
+REFUSALS = [
+    "show zoe -r R",
+    "remove zoe -r R --yes",
+    "remove zoe -r R --dry-run",
+    "negate zoe -r R -o out",
+    "export -r R --client zoe -o out",
+    "audit -r R --remove zoe",
+    *(f"{words} -r nowhere" for words in ("list", "add ada", "compose -o out", "evaluate")),
+    *(f"{words} -r nowhere" for words in ("negate ada -o out", "verify record.json")),
+    "compose -r R -o out --weights ada=2",
+    "fetch -o out --weights ada=2 --server localhost:1 --ca no --certificate no --key no",
+    "simulate --set knid=lora",
+    "fisher --data digits -o out --set rank=many",
+    "members --server localhost:1 --ca no --certificate no --key no",
+    "init-deployment out",
+]
+
+
+@pytest.mark.parametrize(
+    ("commands", "code"), [(ANSWERS, {0}), (REFUSALS, {1, 2})], ids=["answers", "refusals"]
+)
+def test_commands_answer_before_anything_slow_is_loaded(
+    tmp_path: Path, commands: list[str], code: set[int]
+) -> None:
+    shutil.copytree(REGISTRY, tmp_path / "R")
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        cwd=tmp_path,
+        input=json.dumps([words.split() for words in commands]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [entry for entry in told if entry["slow"] or entry["code"] not in code] == []
+    assert len(told) == len(commands)
+
+
+def test_a_client_of_the_service_needs_no_torch() -> None:
+    code = (
+        "import sys, fedcompo.service.client, fedcompo.service.certificates\n"
+        "import fedcompo.registry.removal, fedcompo.registry.signing\n"
+        "assert not {'torch', 'timm', 'flwr'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
