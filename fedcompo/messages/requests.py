@@ -182,7 +182,7 @@ class TrainRequest(Content):
             )
         if OWN in self.sent:
             begin = TaskVector(self.kind, section(TASK_VECTOR, self.sent[OWN]), base)
-            head = head_from(self.sent[OWN], list(classes))
+            head = head_from(self.sent[OWN], classes)
             course = replace(course, begin=begin, head=head)
         if others:
             ensemble = Ensemble(others.rest, others.share, beta, others.scale)
