@@ -15,22 +15,22 @@ from typing import Any
 from fedcompo.privacy.noise import composed_epsilon
 
 ACCOUNTANT = "analytic Gaussian mechanism"
-Told = Sequence[Mapping[str, Any]]
-"""What a client told of the caps it worked under, answer by answer."""
+Reports = Sequence[Mapping[str, Any]]
+"""A client's reports of the caps it worked under, one for each answer."""
 
 
-def spent(told: Told, *, delta: float) -> dict[str, Any] | None:
-    """What a client's releases under noise cost each of its images.
+def spent(reports: Reports, *, delta: float) -> dict[str, Any] | None:
+    """Compute the ε of all that a client released under noise, for each of its images.
 
     Args:
-        told: By the client, answer by answer.
+        reports: Of the client.
         delta: δ.
 
     Returns:
         ε (None where there is next to no noise), δ and the number of releases, as JSON values;
         None if nothing was released under noise.
     """
-    noises = [float(answer["noise"]) for answer in told if answer.get("noise")]
+    noises = [float(answer["noise"]) for answer in reports if answer.get("noise")]
     if not noises:
         return None
     epsilon = composed_epsilon(noises, delta=delta)
@@ -42,36 +42,38 @@ def spent(told: Told, *, delta: float) -> dict[str, Any] | None:
     }
 
 
-def notes(told: Mapping[str, Told], *, delta: float) -> list[str]:
-    """What whoever reads the results should know of the clients' caps, in a few sentences.
+def notes(reports: Mapping[str, Reports], *, delta: float) -> list[str]:
+    """Write what readers of the results should know of the clients' caps, in a few sentences.
 
     Args:
-        told: By client.
+        reports: By client.
         delta: δ.
     """
-    answers = [answer for one in told.values() for answer in one]
-    return [*_errors(answers), *_silence(told), *_privacy(told, delta)]
+    answers = [answer for answers in reports.values() for answer in answers]
+    return [*_errors(answers), *_silence(reports), *_privacy(reports, delta)]
 
 
-def _errors(answers: Told) -> list[str]:
-    """How far what came is from what was meant, by phase and by what was done to it."""
-    found: dict[str, list[float]] = {}
+def _errors(answers: Reports) -> list[str]:
+    """Relative errors of what arrived, by phase and cause."""
+    errors_of: dict[str, list[float]] = {}
     for answer in answers:
         phase = answer["phase"].partition(",")[0]
         if "form_error" in answer:
             what = f"The {answer.get('form', 'dense')} Fisher of the backbone"
-            found.setdefault(what, []).append(answer["form_error"])
+            errors_of.setdefault(what, []).append(answer["form_error"])
         if "wire_error" in answer:
             what = f"What came in {answer.get('wire', 'float32')} in the phase {phase}"
-            found.setdefault(what, []).append(answer["wire_error"])
+            errors_of.setdefault(what, []).append(answer["wire_error"])
     return [
         f"{what} is off by {fmean(errors):.2%} of its length on average, {max(errors):.2%} at most."
-        for what, errors in sorted(found.items())
+        for what, errors in sorted(errors_of.items())
     ]
 
 
-def _silence(told: Mapping[str, Told]) -> list[str]:
-    silent = sorted(c for c, one in told.items() if any(a.get("form") == "head" for a in one))
+def _silence(reports: Mapping[str, Reports]) -> list[str]:
+    silent = sorted(
+        c for c, answers in reports.items() if any(a.get("form") == "head" for a in answers)
+    )
     if not silent:
         return []
     return [
@@ -80,19 +82,20 @@ def _silence(told: Mapping[str, Told]) -> list[str]:
     ]
 
 
-def _privacy(told: Mapping[str, Told], delta: float) -> list[str]:
-    private = {c: cost for c, one in sorted(told.items()) if (cost := spent(one, delta=delta))}
+def _privacy(reports: Mapping[str, Reports], delta: float) -> list[str]:
+    costs = {c: spent(answers, delta=delta) for c, answers in sorted(reports.items())}
+    private = {c: cost for c, cost in costs.items() if cost}
     known = {c: cost["epsilon"] for c, cost in private.items() if cost["epsilon"] is not None}
-    found = []
+    sentences = []
     if known:
-        found.append(
+        sentences.append(
             f"Feature statistics and Fisher of {', '.join(known)} are (ε, δ)-private for each "
             f"training image, ε at most {max(known.values()):.3g} at δ = {delta:g}, in this run. "
             "Task vectors, heads, losses and accuracies are not."
         )
     if unknown := sorted(private.keys() - known.keys()):
-        found.append(
+        sentences.append(
             f"{', '.join(unknown)} sent feature statistics and Fisher with next to no noise: they "
             "are not private."
         )
-    return found
+    return sentences

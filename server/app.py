@@ -1,10 +1,9 @@
-"""The ServerApp: checks the settings, trains or removes clients, writes the results."""
+"""The ServerApp: check the settings, train or remove clients, write the results."""
 
 from __future__ import annotations
 
 import errno
 import json
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from logging import ERROR, INFO
@@ -27,7 +26,10 @@ from fedcompo.report.results import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.averaging import Averaging
+from server.exchange.books import Books
 from server.exchange.exchange import Exchange
+from server.exchange.kept_answers import KeptAnswers
+from server.exchange.nodes import Nodes
 from server.results import collect, collect_averaging, collect_removal
 from server.resume import Working, check_interrupted, clear
 from server.sequential import Arrivals
@@ -41,32 +43,24 @@ HOME_OUTPUT = "fedcompo-runs"
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 RESUMABLE = tuple((Action.TRAIN, method) for method in (Method.ITA, Method.IEL))
-"""What can go on where it was interrupted."""
+"""Actions and methods that can be resumed after an interruption."""
 
-Work = Callable[[Exchange, RunConfig, Path, float], dict[str, Any]]
-"""What a run does, given its output folder and when it started; returns its results."""
+Work = Callable[[Grid, Books, RunConfig, Path], dict[str, Any]]
+"""Does the action of a run; the path is its output folder. Returns the results."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Do what `action` says, once, and leave the results in the output folder."""
-    started = time.time()
+    """Do the `action` of the settings once, and write the results to the output folder."""
     config = RunConfig.parse(context.run_config)
     config.caps.check_head_start(config.train.head_start)
     output = claim_output(config)
-    server = config.server
-    exchange = Exchange(
-        grid,
-        server.timeout,
-        server.min_clients,
-        in_flight=server.in_flight,
-        events=output / EVENTS,
-    )
+    books = Books(output / EVENTS)
     work, phases = work_of(config)
     wanted = [p for p in phases if p != "realign" or config.compose.realign]
-    exchange.tell("run", clients=[], phases=wanted)
+    books.tell("run", clients=[], phases=wanted)
     try:
-        results = work(exchange, config, output, started)
+        results = work(grid, books, config, output)
         text = json.dumps(results, indent=2, allow_nan=False) + "\n"
         write_atomically(output / RESULTS, text.encode())
         clear(output)
@@ -75,9 +69,9 @@ def main(grid: Grid, context: Context) -> None:
         if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():
             log(ERROR, "See to the server's disk, then go on with `resume`: nothing is lost.")
         with suppress(OSError):  # a full disk must not hide what happened
-            exchange.tell("failed", reason=f"{type(error).__name__}: {error}")
+            books.tell("failed", reason=f"{type(error).__name__}: {error}")
         raise
-    exchange.tell("finished", results=RESULTS)
+    books.tell("finished", results=RESULTS)
     if results.get("class_il_accuracy") is not None:
         class_il, task_il = (100 * results[f"{name}_il_accuracy"] for name in ("class", "task"))
         log(INFO, "Accuracy: class-IL %.1f %%, task-IL %.1f %%", class_il, task_il)
@@ -85,7 +79,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
-    """What a run does, and the phases that it goes through."""
+    """The work of a run, and its phases."""
     if config.registry.action is Action.REMOVE:
         return _remove, unlearning.phases_of(config)
     if config.method.method in averaging.METHODS:
@@ -93,57 +87,74 @@ def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
     return _train, strategy_of(config).phases
 
 
-def _train(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
-    """Train new clients; they join the registry."""
+def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
+    """Train new clients and add them to the registry."""
     backbone = load_backbone(config.backbone)
     registry = open_or_create(config, backbone, output)
     working = Working.open(output, config, registry)
-    exchange.answers = working.answers
     # Members count: a single newcomer can join them.
-    exchange.min_clients = max(1, exchange.min_clients - len(working.members))
+    least = max(1, config.server.min_clients - len(working.members))
+    exchange = new_exchange(grid, books, config, least=least, answers=working.answers)
     if registry.clients and registry.settings != CompositionSettings.of(config):
-        exchange.note("The registry composes with its own settings, not with this run's.")
+        books.note("The registry composes with its own settings, not with this run's.")
     exchange.gather(config.server.num_clients)
     chosen = strategy_of(config)(exchange, config, backbone, registry, working)
     chosen.run()
-    results = collect(chosen, started=started)
+    results = collect(chosen)
     write_report(output, results)
     return results
 
 
-def _average(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
-    """Train one model of all clients by FedAvg or FedProx; no registry comes of it."""
+def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
+    """Train one model of all clients by FedAvg or FedProx; it has no registry."""
+    exchange = new_exchange(grid, books, config, least=config.server.min_clients)
     averaged = Averaging(exchange, config, load_backbone(config.backbone), output)
     exchange.gather(config.server.num_clients)
     averaged.run()
-    results = collect_averaging(averaged, started=started)
+    results = collect_averaging(averaged)
     write_report(output, results)
     return results
 
 
 def strategy_of(config: RunConfig) -> type[Strategy]:
-    """How a run comes from clients to a model."""
+    """The strategy that the settings name."""
     if config.method.schedule is Schedule.SEQUENTIAL:
         return Arrivals
     return IelStrategy if config.method.method is Method.IEL else ItaStrategy
 
 
-def _remove(exchange: Exchange, config: RunConfig, output: Path, started: float) -> dict[str, Any]:
-    """Remove a client; those who stay are told, asked and measured as far as they are there."""
+def _remove(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
+    """Remove a client from the registry; those who stay and are connected take part."""
     registry = Registry(registry_path(config))
-    exchange.min_clients = 0
+    exchange = new_exchange(grid, books, config, least=0)
     removal = Unlearning(exchange, config, registry.backbone.load(), registry, output)
     exchange.gather(config.server.num_clients)
     removal.run()
-    return collect_removal(removal, started=started)
+    return collect_removal(removal)
+
+
+def new_exchange(
+    grid: Grid, books: Books, config: RunConfig, *, least: int, answers: KeptAnswers | None = None
+) -> Exchange:
+    """Begin the conversation with the clients of a run.
+
+    Args:
+        grid: Flower's.
+        books: Of the run.
+        config: Settings of the run.
+        least: Number of clients without which it fails.
+        answers: Where answers are kept, if the run can be resumed.
+    """
+    server = config.server
+    return Exchange(books, Nodes(grid), server.timeout, least, server.in_flight, answers)
 
 
 def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Registry:
-    """Open the registry that is named, or make one: there, or in the output.
+    """Open the registry of the settings, or create it; without a name, in the output folder.
 
     Raises:
-        BackboneMismatch: If it is one of other pre-trained weights.
-        RegistryError: If it cannot be opened or made.
+        BackboneMismatch: If it was made with other pre-trained weights.
+        RegistryError: If it cannot be opened or created.
     """
     path = registry_path(config) if config.registry.registry else output / REGISTRY
     if not (path / ABOUT).exists():
@@ -159,7 +170,7 @@ def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Regis
 
 
 def registry_path(config: RunConfig) -> Path:
-    """Folder of the registry that is named; raises ``ConfigError`` unless the path is absolute."""
+    """Folder of the registry; raises ``ConfigError`` unless the path is absolute."""
     path = Path(config.registry.registry).expanduser()
     if not path.is_absolute():
         raise ConfigError(
@@ -170,15 +181,15 @@ def registry_path(config: RunConfig) -> Path:
 
 
 def claim_output(config: RunConfig) -> Path:
-    """Take a folder for this run alone.
+    """Reserve an output folder for this run.
 
-    The launcher hands over a folder it has reserved. Started by plain ``flwr run``, this process
-    stands in a folder of Flower's, where nobody would look: a relative path is refused, and none
-    at all means ``~/fedcompo-runs/<data>``.
+    The launcher passes a folder that it has reserved. Started by plain ``flwr run``, this process
+    works in a folder of Flower's, where no user would look: a relative path is refused, and no path
+    means ``~/fedcompo-runs/<data>``.
 
     Raises:
-        ConfigError: If the path is relative, or `resume` is set and nothing can be resumed there.
-        LaunchError: If no folder can be made there.
+        ConfigError: If the path is relative, or `resume` is set and there is no run to resume.
+        LaunchError: If the folder cannot be made.
     """
     if config.server.resume and (config.registry.action, config.method.method) not in RESUMABLE:
         raise ConfigError(

@@ -2,21 +2,19 @@ r"""FedAvg and FedProx: baselines, by Flower's own strategies.
 
 .. math:: p \leftarrow \sum_c \frac{n_c}{\sum_s n_s}\,p_c
 
-Each round all clients train one model further, from the same parameters p, and the server averages
+In each round all clients train one model further, from the same parameters p. The server averages
 what they send, weighted by their numbers of examples (McMahan et al., AISTATS 2017, arXiv
-1602.05629). With FedProx a client's loss has :math:`\tfrac\mu2\lVert p_c - p\rVert^2` besides (Li
-et al., MLSys 2020, arXiv 1812.06127).
+1602.05629). FedProx adds :math:`\tfrac\mu2\lVert p_c - p\rVert^2` to a client's loss (Li et al.,
+MLSys 2020, arXiv 1812.06127).
 
-p holds one task vector's parameters and the joint head of all classes, aligned beforehand as for
-ITA. Of a LoRA, A and B are averaged each by itself, which is what FedAvg on a LoRA does:
-:math:`\bar B\bar A` is not the mean of the products, though all clients start from one A, drawn by
-the seed, and so stay comparable.
+p is the parameters of one task vector and the joint head of all classes, aligned beforehand as for
+ITA. The factors A and B of a LoRA are averaged separately, as FedAvg does:
+:math:`\bar B\bar A` is not the mean of the products. All clients start from the same A, drawn by
+the seed.
 
-What Flower's own strategies see of the clients: those still in the run, asked by the exchange.
-
-A strategy wants node ids of a grid, and replies to its messages. Flower's grid would send its many
-small arrays one by one, name nobody who fails, and count no bytes. Here its messages travel as all
-others do: packed, within the time and the number of requests that the settings allow, and booked.
+Flower's strategies talk to a grid. :class:`ExchangeGrid` is one that sends their messages through
+the exchange: each is one packed record, within the settings' time and number of requests; every
+byte is booked, and a client that fails is named. Flower's own grid does none of this.
 """
 
 from __future__ import annotations
@@ -44,7 +42,6 @@ from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from server.exchange.books import Traffic
 from server.exchange.checks import checked_fractions, checked_task_vector
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
@@ -58,7 +55,7 @@ NO_REGISTRY = (
 
 @dataclass
 class Averaging:
-    """One run: everyone trains one model, in rounds."""
+    """A run in which all clients train one model, in rounds."""
 
     exchange: Exchange
     config: RunConfig
@@ -72,7 +69,7 @@ class Averaging:
     phases: ClassVar[tuple[str, ...]] = ("features", "align", "train", "evaluate")
 
     def __post_init__(self) -> None:
-        """Refuse settings that leave nothing to average, before any client is asked."""
+        """Refuse settings that allow no averaging, before any client is asked."""
         self.kind = _only_kind(self.config)
         self.roster = Roster(self.exchange, self.backbone)
         self.folder = self.output / "model"
@@ -80,10 +77,10 @@ class Averaging:
     def run(self) -> None:
         """Do all phases; afterwards the model lies in its folder."""
         self.gather_features()
-        self.aligned: Head = self.exchange.timed("align", self.align)
+        self.aligned: Head = self.exchange.books.timed("align", self.align)
         self.train()
         export_timm(self.folder, self.backbone, self.theta, self.head)
-        self.exchange.note(NO_REGISTRY)
+        self.exchange.books.note(NO_REGISTRY)
         self.evaluate()
 
     def gather_features(self) -> None:
@@ -91,23 +88,20 @@ class Averaging:
         self.roster.gather()
         self.roster.exclude(names_of(self.config.server.exclude))
         for client in self.exchange.clients:
-            wanted = self.roster.described[client].kind
+            wanted = self.roster.participants.described[client].kind
             if wanted not in (None, self.kind):
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
-                self.exchange.leave_out("features", client, reason, Traffic(0, 0, 0.0))
+                self.exchange.leave_out("features", client, reason)
         self.exchange.require_clients("features")
 
     def align(self) -> Head:
         """Fit the joint head to features drawn from everyone's mixtures."""
-        described = {c: self.roster.described[c].mixtures for c in self.exchange.clients}
-        return joint_head(
-            described,
-            CompositionSettings.of(self.config),
-            purpose="align",
-        )
+        described = self.roster.participants.described
+        mixtures = {client: described[client].mixtures for client in self.exchange.clients}
+        return joint_head(mixtures, CompositionSettings.of(self.config), purpose="align")
 
     def start(self) -> AveragingRequest:
-        """What all begin with: a task vector that changes nothing, and the joint head."""
+        """The request that all clients start from: a task vector that is zero, and the head."""
         generator = generator_for(self.config.seed, "averaging")
         deltas = new_deltas(
             self.kind, self.backbone.theta_0, rank=self.config.train.rank, generator=generator
@@ -135,7 +129,7 @@ class Averaging:
         self.history = [
             {
                 "round": number,
-                "trained": sorted(self.exchange.traffic[f"train, round {number}"]),
+                "trained": sorted(self.exchange.books.traffic[f"train, round {number}"]),
                 "mean_loss": metrics["loss"],
             }
             for number, metrics in result.train_metrics_clientapp.items()
@@ -150,9 +144,9 @@ class Averaging:
         self.head = averaged.joint
 
     def strategy(self) -> FedAvg:
-        """Flower's strategy: everyone in each round, and no round without ``min-clients``.
+        """Flower's strategy: all clients in each round, at least ``min-clients``.
 
-        The exchange fails the run where fewer are left, so none is ever waited for.
+        The exchange ends the run where fewer are left, so Flower never waits for more.
         """
         least = self.exchange.min_clients
         sampling = {
@@ -165,16 +159,16 @@ class Averaging:
         return FedProx(**sampling, proximal_mu=self.config.method.proximal_mu)
 
     def read(self, client: str, body: Body) -> RecordDict:
-        """Check what a client trained, note its figures, and hand it to the strategy.
+        """Check a client's answer, keep its figures, and turn it into a reply for the strategy.
 
         Raises:
-            ContributionError: If it is not what was sent, trained.
+            ContributionError: If its tensors are not those that were sent, trained further.
         """
         answer = AveragingAnswer.from_body(body)
         checked_task_vector(client, answer, self.backbone)
-        found = {name: tensor.shape for name, tensor in answer.tensors.items()}
-        if found != self._shapes:
-            differing = sorted({*found.items()} ^ {*self._shapes.items()})
+        shapes = {name: tensor.shape for name, tensor in answer.tensors.items()}
+        if shapes != self._shapes:
+            differing = sorted({*shapes.items()} ^ {*self._shapes.items()})
             raise ContributionError(
                 f"Client {client!r} sent other tensors than it was given; first difference: "
                 f"{differing[0]}. Use the same fedcompo version everywhere."
@@ -184,12 +178,11 @@ class Averaging:
         known = self.figures.get(client, {})
         frozen, losses = checked_fractions(client, answer.figures), answer.losses
         metrics = {
-            "num-examples": self.roster.described[client].num_examples,
+            "num-examples": self.roster.participants.described[client].num_examples,
             "loss": losses[-1],
         }
-        record = RecordDict(
-            {"arrays": ArrayRecord(dict(answer.tensors)), "metrics": MetricRecord(metrics)}
-        )
+        arrays = ArrayRecord(dict(answer.tensors))
+        record = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
         self.figures[client] = known | frozen | {"losses": [*known.get("losses", []), *losses]}
         return record
 
@@ -198,9 +191,8 @@ class Averaging:
         request = EvaluateRequest(theta=self.theta, joint=self.head, linearised=False).to_body()
 
         def fold(client: str, body: Body) -> str:
-            self.figures[client] |= checked_fractions(
-                client, EvaluateAnswer.from_body(body).figures
-            )
+            figures = EvaluateAnswer.from_body(body).figures
+            self.figures[client] |= checked_fractions(client, figures)
             return client
 
         self.exchange.ask("evaluate", "evaluate", lambda c: request, fold, decisive=False)
@@ -209,7 +201,7 @@ class Averaging:
 
 
 def _only_kind(config: RunConfig) -> Kind:
-    """The kind of what is averaged; raises ``ConfigError`` if these settings allow no averaging."""
+    """The kind of task vector; raises ``ConfigError`` if these settings allow no averaging."""
     method, kinds = config.method.method, kinds_of(config.train.kind)
     if len(set(kinds)) > 1 or Kind.TANGENT in kinds:
         raise ConfigError(
@@ -230,38 +222,38 @@ def _only_kind(config: RunConfig) -> Kind:
 
 
 Read = Callable[[str, Body], RecordDict]
-"""Takes a client's name and answer; checks it; returns what the strategy expects as a reply."""
+"""Takes a client's name and answer, checks it, returns the reply that the strategy expects."""
 
 
 @dataclass
 class ExchangeGrid:
-    """As much of a ``flwr.serverapp.Grid`` as ``Strategy.start`` uses."""
+    """The part of a ``flwr.serverapp.Grid`` that ``Strategy.start`` uses."""
 
     exchange: Exchange
     read: Read
 
     def get_node_ids(self) -> list[int]:
-        """Nodes of the clients still in the run; whoever was left out is not asked again."""
-        return [self.exchange.nodes[client] for client in self.exchange.clients]
+        """Nodes of the clients still in the run."""
+        return [self.exchange.nodes.ids[client] for client in self.exchange.clients]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send clients a round's messages, and wait for their replies.
+        """Send the clients a round's messages and wait for their replies.
 
         Args:
             messages: Each with one record of arrays and one of settings.
             timeout: Not used; the exchange has its own.
 
         Returns:
-            Usable replies, in the order of clients' names: sums then do not depend on who was
+            Usable replies, in the order of clients' names, so that sums do not depend on who was
             faster.
 
         Raises:
             TooFewClients: If fewer than ``min-clients`` are left.
         """
         to = {message.metadata.dst_node_id: message for message in messages}
-        nodes = {client: self.exchange.nodes[client] for client in self.exchange.clients}
+        nodes = self.exchange.nodes.ids
         asked = {client: to[node] for client, node in nodes.items() if node in to}
         if not asked:
             return []
@@ -272,11 +264,10 @@ class ExchangeGrid:
             return client
 
         _, settings = _body(next(iter(asked.values())))
-        self.exchange.part = f"round {settings[ROUND]}"
-        self.exchange.ask(
-            "train", "train", lambda client: _body(asked[client]), fold, clients=asked
-        )
-        self.exchange.part = ""
+        with self.exchange.books.during(f"round {settings[ROUND]}"):
+            self.exchange.ask(
+                "train", "train", lambda client: _body(asked[client]), fold, clients=asked
+            )
         return [replies[client] for client in sorted(replies)]
 
 

@@ -1,4 +1,4 @@
-"""The results of a run as one JSON value, under keys that stay."""
+"""Collect the results of a run as one JSON value; the keys are a format that users rely on."""
 
 from __future__ import annotations
 
@@ -33,12 +33,11 @@ ACCURACIES = (
 PACKAGES = ("fedcompo", "torch", "timm", "flwr", "numpy", "safetensors", "scikit-learn")
 
 
-def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
-    """Gather every figure of a finished run.
+def collect(strategy: Strategy) -> dict[str, Any]:
+    """Collect every figure of a finished run.
 
     Args:
         strategy: After its ``run``.
-        started: When the run began, in seconds since 1970.
 
     Returns:
         JSON values. Accuracies are fractions in [0, 1]; those of the run are means over clients.
@@ -52,7 +51,6 @@ def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
             exchange,
             strategy.backbone,
             method=str(config.method.method),
-            started=started,
         ),
         "schedule": str(config.method.schedule),
         **strategy.report(),
@@ -70,17 +68,17 @@ def collect(strategy: Strategy, *, started: float) -> dict[str, Any]:
     }
 
 
-def collect_averaging(averaging: Averaging, *, started: float) -> dict[str, Any]:
-    """Gather every figure of a finished run of FedAvg or FedProx.
+def collect_averaging(averaging: Averaging) -> dict[str, Any]:
+    """Collect every figure of a finished run of FedAvg or FedProx.
 
-    Keys are those of :func:`collect` where they mean the same; there are no task vectors, and so no
-    diagnostics of any, no lineage and no registry.
+    Keys are those of :func:`collect` where they mean the same. Without task vectors there are no
+    diagnostics, no lineage and no registry.
     """
     config, exchange = averaging.config, averaging.exchange
     method = str(config.method.method)
     per_client = {client: _of_averaged(averaging, client) for client in averaging.trained}
     return {
-        **_common(config, exchange, averaging.backbone, method=method, started=started),
+        **_common(config, exchange, averaging.backbone, method=method),
         "rounds": averaging.history,
         **{name: _mean(per_client, name) for name in ACCURACIES},
         "clients_evaluated": _evaluated(per_client),
@@ -90,34 +88,35 @@ def collect_averaging(averaging: Averaging, *, started: float) -> dict[str, Any]
     }
 
 
-def collect_removal(removal: Unlearning, *, started: float) -> dict[str, Any]:
-    """Gather every figure of a finished removal; JSON values."""
+def collect_removal(removal: Unlearning) -> dict[str, Any]:
+    """Collect every figure of a finished removal, as JSON values."""
     config, exchange, backbone = removal.config, removal.exchange, removal.backbone
     return {
-        **_common(config, exchange, backbone, method="removal", started=started),
+        **_common(config, exchange, backbone, method="removal"),
         **removal.results(),
     }
 
 
 def _common(
-    config: RunConfig, exchange: Exchange, backbone: Backbone, *, method: str, started: float
+    config: RunConfig, exchange: Exchange, backbone: Backbone, *, method: str
 ) -> dict[str, Any]:
-    """What every kind of run reports."""
+    """Results that every kind of run has."""
+    books = exchange.books
     return {
         "format_version": FORMAT_VERSION,
         "method": method,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 3),
-        "left_out": [asdict(client) for client in exchange.left_out],
-        "missed": [asdict(client) for client in exchange.missed],
-        "notes": [*exchange.notes, *accounting.notes(exchange.caps, delta=config.caps.dp_delta)],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(books.started)),
+        "seconds": round(time.time() - books.started, 3),
+        "left_out": [asdict(client) for client in books.left_out],
+        "missed": [asdict(client) for client in books.missed],
+        "notes": [*books.notes, *accounting.notes(books.caps, delta=config.caps.dp_delta)],
         "phases": {
             phase: {
                 "seconds": round(seconds, 3),
-                **totals(exchange.traffic.get(phase, {}).values()),
-                "peak_memory_bytes": exchange.memory[phase],
+                **totals(books.traffic.get(phase, {}).values()),
+                "peak_memory_bytes": books.memory[phase],
             }
-            for phase, seconds in exchange.seconds.items()
+            for phase, seconds in books.seconds.items()
         },
         "backbone": {
             "name": backbone.name,
@@ -138,7 +137,7 @@ def _common(
 
 def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
     fitting, composing = strategy.fitting, strategy.composing
-    described = fitting.roster.described.get(client)
+    described = strategy.roster.participants.described.get(client)
     reported = fitting.figures.get(client, {}) | composing.figures.get(client, {})
     contribution = strategy.registry.contribution(client)
     index = composing.diagnostics.clients.index(client)
@@ -160,7 +159,8 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
 
 
 def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
-    described, reported = averaging.roster.described, averaging.figures[client]
+    described = averaging.roster.participants.described
+    reported = averaging.figures[client]
     together = sum(described[name].num_examples for name in averaging.trained)
     return {
         "classes": list(described[client].classes),
@@ -176,35 +176,35 @@ def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
 
 
 def _caps(exchange: Exchange, client: str, config: RunConfig) -> dict[str, Any]:
-    """What a client told of its caps, and what its noise is worth."""
-    told = exchange.caps.get(client, [])
-    return {"caps": told, "privacy": accounting.spent(told, delta=config.caps.dp_delta)}
+    """A client's report of its caps, and the ε of its noise."""
+    caps = exchange.books.caps.get(client, [])
+    return {"caps": caps, "privacy": accounting.spent(caps, delta=config.caps.dp_delta)}
 
 
 def _traffic(exchange: Exchange, client: str) -> dict[str, Any]:
-    """What each phase cost one client."""
-    costs = {phase: costs.get(client) for phase, costs in exchange.traffic.items()}
+    """The cost of each phase for one client."""
+    costs = {phase: costs.get(client) for phase, costs in exchange.books.traffic.items()}
     return {phase: asdict(cost) for phase, cost in costs.items() if cost is not None}
 
 
 def _evaluated(per_client: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Clients that measured the model."""
+    """Clients that measured the final model."""
     return [c for c, figures in per_client.items() if figures["class_il_accuracy"] is not None]
 
 
 def _diagnostics(composing: Composing) -> dict[str, Any]:
-    found = composing.diagnostics
+    diagnostics = composing.diagnostics
     return {
-        "clients": list(found.clients),
-        "fisher_gram": found.gram.tolist() if found.gram is not None else None,
-        "tau_norms": found.norms.tolist(),
-        "composition_gap": found.gap,
-        "outliers": list(found.outliers),
+        "clients": list(diagnostics.clients),
+        "fisher_gram": diagnostics.gram.tolist() if diagnostics.gram is not None else None,
+        "tau_norms": diagnostics.norms.tolist(),
+        "composition_gap": diagnostics.gap,
+        "outliers": list(diagnostics.outliers),
     }
 
 
 def _mean(per_client: dict[str, dict[str, Any]], name: str) -> float | None:
-    """Mean over the clients that reported the figure; None where nobody did."""
+    """Mean over the clients that reported the figure; None if there are none."""
     values = [figures[name] for figures in per_client.values() if figures[name] is not None]
     return fmean(values) if values else None
 

@@ -1,9 +1,8 @@
-"""What a run leaves in its output while it goes, so that the same run, started again, goes on.
+"""Files in a run's output with which the same run, started again, can be resumed.
 
-``run.json`` says with which settings it was begun, who was in the registry then, and how far its
-rounds or arrivals have come; ``answers/`` holds what clients sent
-(:mod:`server.exchange.kept_answers`). When the results are on disk, both are deleted. Who gives a
-run up deletes its folder.
+``run.json`` holds the settings of the run, the registry's members when it began, and its finished
+rounds or arrivals. ``answers/`` holds the clients' answers (:mod:`server.exchange.kept_answers`).
+Both are deleted when the results are on disk. To give a run up, delete its folder.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from fedcompo.errors import ConfigError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import write_atomically
 from fedcompo.storage.tensorstream import file_sha256
-from server.exchange.kept_answers import Answers
+from server.exchange.kept_answers import KeptAnswers
 
 FORMAT_VERSION = 1
 ANSWERS = "answers"
 MAY_DIFFER = ("output", "resume", "num-clients", "min-clients", "timeout", "in-flight")
-"""Settings that do not change what comes out."""
+"""Settings that may differ when a run is resumed: they do not change its results."""
 
 
 @dataclass
@@ -34,17 +33,17 @@ class Working:
 
     output: Path
     settings: Mapping[str, Any]
-    """Those that the run was begun with."""
+    """Settings that the run was begun with."""
     members: tuple[str, ...]
-    """Of the registry, when the run began."""
+    """Members of the registry when the run began."""
     steps: list[dict[str, Any]] = field(default_factory=list)
-    """Rounds or arrivals that are over, as JSON values."""
+    """Finished rounds or arrivals, as JSON values."""
     resumed: bool = False
-    """Whether the run was begun before."""
+    """Whether this is a run that was interrupted."""
 
     @classmethod
     def open(cls, output: Path, config: RunConfig, registry: Registry) -> Working:
-        """Begin, or find what was begun.
+        """Begin a run, or read where an interrupted one stands.
 
         Args:
             output: The run's own folder.
@@ -52,7 +51,7 @@ class Working:
             registry: Its registry, opened.
 
         Raises:
-            ConfigError: If what was begun is another run.
+            ConfigError: If the run was begun with other settings.
         """
         path, settings = output / RUN, config.flat()
         if not config.server.resume:
@@ -65,17 +64,17 @@ class Working:
         return cls(output, begun["settings"], members, begun["steps"], resumed=True)
 
     @property
-    def answers(self) -> Answers:
-        """What clients answered so far."""
-        return Answers(self.output / ANSWERS)
+    def answers(self) -> KeptAnswers:
+        """The answers that are kept."""
+        return KeptAnswers(self.output / ANSWERS)
 
     def step(self, entries: Mapping[str, Any]) -> None:
-        """Take note that a round or an arrival is over."""
+        """Note that a round or an arrival is finished."""
         self.steps.append(dict(entries))
         self._write()
 
     def joined(self, registry: Registry, folders: Mapping[str, Path]) -> bool:
-        """Whether these contributions are in the registry already: added before an interruption."""
+        """Whether these contributions were added to the registry before an interruption."""
         return self.resumed and all(
             client in registry.clients and _same(registry.member(client).files, folder)
             for client, folder in folders.items()
@@ -108,12 +107,12 @@ def check_same(path: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]
 
 def clear(output: Path) -> None:
     """Delete the working files of a run that is finished, if it has any."""
-    Answers(output / ANSWERS).clear()
+    KeptAnswers(output / ANSWERS).clear()
     (output / RUN).unlink(missing_ok=True)
 
 
 def check_interrupted(output: Path) -> None:
-    """Refuse a folder that holds no run to go on with.
+    """Refuse a folder that holds no interrupted run.
 
     Raises:
         ConfigError: If there is none, or it is finished.

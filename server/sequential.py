@@ -1,19 +1,15 @@
-r"""Clients come one after the other, and those who are there stay as they are.
+r"""Clients arrive one after the other; those who are there stay as they are.
 
-The class-incremental protocol (Porrello et al., ICLR 2025, arXiv 2405.16350): client t is anchored
-by those before it (ITA), or trains inside their sum (IEL). After each arrival all who are there
-measure the composed model.
-
-What is remembered as clients arrive one after the other.
-
-After arrival t each client i that is there is measured: :math:`a_{t,i}`. From this matrix
+This is the class-incremental protocol (Porrello et al., ICLR 2025, arXiv 2405.16350). Client t is
+anchored by those before it (ITA), or trains inside their sum (IEL). After each arrival t, all
+clients i that are there measure the composed model: :math:`a_{t,i}`. From this matrix follow
 
 .. math:: A_t = \frac1t \sum_{i \le t} a_{t,i}, \qquad
    \bar A = \frac1T \sum_t A_t, \qquad
    F = \frac{1}{T-1} \sum_{i < T} \max_{t < T} \big(a_{t,i}\big) - a_{T,i}
 
-are the accuracy after t arrivals, the *average incremental accuracy* and the *forgetting*
-(Chaudhry et al., ECCV 2018, arXiv 1801.10112). :math:`A_T` is the *final accuracy*.
+the accuracy after t arrivals, the *average incremental accuracy* and the *forgetting* (Chaudhry et
+al., ECCV 2018, arXiv 1801.10112). :math:`A_T` is the *final accuracy*.
 """
 
 from __future__ import annotations
@@ -25,7 +21,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
 from server.phases import composing, fitting
 from server.phases.composing import Composing
@@ -34,119 +29,21 @@ from server.strategy import Strategy
 MEASURES = ("class_il_accuracy", "task_il_accuracy")
 
 
-class Arrivals(Strategy):
-    """Fits, composes and measures once for each client, in the order of names."""
-
-    phases = ("identify", *fitting.PHASES, *composing.PHASES)
-
-    def run(self) -> None:
-        """Let everyone arrive; afterwards the parts hold what the last arrival left."""
-        self.matrices = {measure: AccuracyMatrix() for measure in MEASURES}
-        self.roster.identify()
-        self.roster.exclude(names_of(self.config.server.exclude))
-        coming = self._coming()
-        arrived = self._recall(coming)
-        for client in coming:
-            self.exchange.part = client
-            if client in arrived:
-                continue
-            if folders := self._fit(client):
-                self.arrive(client, folders)
-        self.exchange.part = ""
-        shutil.rmtree(self.fitting.contributions, ignore_errors=True)  # of who failed last
-        self.exchange.require_clients("train", self.trained)
-
-    def fit(self) -> list[Path]:
-        """Everyone is fitted in turn by :meth:`run`."""
-        raise NotImplementedError
-
-    def _coming(self) -> Iterable[str]:
-        """Who is to arrive, in order."""
-        replace = self.config.registry.replace
-        members = self.working.members
-        coming = [c for c in self.exchange.clients if replace or c not in members]
-        if not coming:
-            raise ContributionError(
-                f"All connected clients are in the registry {self.registry.path} already. Train "
-                "them anew with `replace = true`, or start others."
-            )
-        return coming
-
-    def _recall(self, coming: Iterable[str]) -> tuple[str, ...]:
-        """Go over the arrivals that were over when the run was interrupted, all but the last.
-
-        The last one is gone through again: what clients answered then is known.
-
-        Returns:
-            Who need not arrive again.
-        """
-        if self.working.resumed and self.config.registry.replace:
-            raise ConfigError(
-                "`schedule = sequential` with `replace` cannot be resumed; start it anew."
-            )
-        there = [c for c in coming if self.working.resumed and c in self.registry.clients]
-        steps = {step["client"]: step for step in self.working.steps}
-        arrived = tuple(there[:-1])
-        for client in arrived:
-            self.exchange.part = client
-            self.roster.gather((client,))
-            self.figures[client] = steps[client]["figures"]
-            for measure, matrix in self.matrices.items():
-                self.matrices[measure] = matrix.after(client, steps[client]["rows"][measure])
-        self.trained = arrived
-        return arrived
-
-    def _fit(self, client: str) -> list[Path]:
-        """Let one client train; nothing comes of it if the client fails, which is named then."""
-        if client not in self.exchange.clients:  # it failed while it was measured as a member
-            return []
-        self.fitting = self.new_fitting((client,))
-        self.fitting.before = tuple(sorted({*self.working.members, *self.trained}))
-        try:
-            self.fitting.run()
-        except ContributionError:
-            if client in self.exchange.clients:
-                raise
-        if client not in self.exchange.clients:
-            return []
-        self.trained = (*self.trained, client)
-        return [self.fitting.folder(client)]
-
-    def arrive(self, client: str, folders: list[Path]) -> None:
-        """Add a client to the model, and measure it."""
-        self.composing = Composing(self.exchange, self.backbone, self.registry)
-        self.exchange.timed("compose", lambda: self.compose(folders))
-        self.look(decisive=False)
-        rows = {
-            measure: {c: figures[measure] for c, figures in self.composing.figures.items()}
-            for measure in MEASURES
-        }
-        for measure, matrix in self.matrices.items():
-            self.matrices[measure] = matrix.after(client, rows[measure])
-        if client not in [step["client"] for step in self.working.steps]:
-            figures = self.figures.get(client, {})
-            self.working.step({"client": client, "rows": rows, "figures": figures})
-
-    def report(self) -> dict[str, Any]:
-        """Accuracy after each arrival."""
-        return {"arrivals": {measure: m.as_json() for measure, m in self.matrices.items()}}
-
-
 @dataclass(frozen=True)
 class AccuracyMatrix:
-    """One row an arrival; a value grows by :meth:`after`."""
+    """Accuracies, one row for each arrival; :meth:`after` adds a row and returns a new matrix."""
 
     arrivals: tuple[str, ...] = ()
     """Clients in the order in which they came."""
     rows: tuple[Mapping[str, float], ...] = ()
-    """Accuracy by client, in [0, 1], after each arrival; who could not be measured is missing."""
+    """Accuracy by client, in [0, 1], after each arrival; missing: it was not measured."""
 
     def after(self, client: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
-        """The matrix with one row more.
+        """Return the matrix with one row more.
 
         Args:
-            client: Who came.
-            accuracies: Of those who are there then.
+            client: The one that arrived.
+            accuracies: By client, of those that measured the model then.
         """
         return AccuracyMatrix((*self.arrivals, client), (*self.rows, dict(accuracies)))
 
@@ -178,7 +75,7 @@ class AccuracyMatrix:
         return fmean(lost) if lost else None
 
     def as_json(self) -> dict[str, object]:
-        """All of it, as JSON values."""
+        """The matrix and the measures that follow from it, as JSON values."""
         return {
             "arrivals": list(self.arrivals),
             "matrix": [[row.get(client) for client in self.arrivals] for row in self.rows],
@@ -187,3 +84,89 @@ class AccuracyMatrix:
             "final": self.final,
             "forgetting": self.forgetting,
         }
+
+
+class Arrivals(Strategy):
+    """Fits, composes and measures for one client after the other, in the order of names."""
+
+    phases = ("identify", *fitting.PHASES, *composing.PHASES)
+
+    def run(self) -> None:
+        """Let every client arrive; ``fitting`` and ``composing`` are then those of the last one."""
+        self.matrices = {measure: AccuracyMatrix() for measure in MEASURES}
+        self.identify()
+        coming = self.roster.newcomers
+        arrived = self._recall(coming)
+        for client in coming:
+            if client in arrived:
+                continue
+            with self.exchange.books.during(client):
+                if folders := self._fit(client):
+                    self.arrive(client, folders)
+        shutil.rmtree(
+            self.fitting.contributions, ignore_errors=True
+        )  # of a client that failed last
+        self.exchange.require_clients("train", self.trained)
+
+    def fit(self) -> list[Path]:
+        """Not used: :meth:`run` fits the clients in turn."""
+        raise NotImplementedError
+
+    def _recall(self, coming: Iterable[str]) -> tuple[str, ...]:
+        """Restore the arrivals that were over when the run was interrupted, all but the last.
+
+        The last one is repeated, from the answers that were kept.
+
+        Returns:
+            Who need not arrive again.
+        """
+        if self.working.resumed and self.config.registry.replace:
+            raise ConfigError(
+                "`schedule = sequential` with `replace` cannot be resumed; start it anew."
+            )
+        there = [c for c in coming if self.working.resumed and c in self.registry.clients]
+        steps = {step["client"]: step for step in self.working.steps}
+        arrived = tuple(there[:-1])
+        for client in arrived:
+            with self.exchange.books.during(client):
+                self.roster.gather((client,))
+            self.figures[client] = steps[client]["figures"]
+            for measure, matrix in self.matrices.items():
+                self.matrices[measure] = matrix.after(client, steps[client]["rows"][measure])
+        self.trained = arrived
+        return arrived
+
+    def _fit(self, client: str) -> list[Path]:
+        """Let one client train; returns its contribution's folder, or none if the client failed."""
+        if client not in self.exchange.clients:  # it failed when it measured as a member
+            return []
+        self.roster.take_turn(client, {*self.working.members, *self.trained})
+        self.fitting = self.new_fitting()
+        try:
+            self.fitting.run()
+        except ContributionError:
+            if client in self.exchange.clients:
+                raise
+        if client not in self.exchange.clients:
+            return []
+        self.trained = (*self.trained, client)
+        return [self.fitting.folder(client)]
+
+    def arrive(self, client: str, folders: list[Path]) -> None:
+        """Add a client's contribution to the registry, and measure the composed model."""
+        self.composing = Composing(self.exchange, self.backbone, self.registry)
+        self.exchange.books.timed("compose", lambda: self.compose(folders))
+        self.look(decisive=False)
+        rows = {
+            measure: {c: figures[measure] for c, figures in self.composing.figures.items()}
+            for measure in MEASURES
+        }
+        for measure, matrix in self.matrices.items():
+            self.matrices[measure] = matrix.after(client, rows[measure])
+        if client not in [step["client"] for step in self.working.steps]:
+            figures = self.figures.get(client, {})
+            self.working.step({"client": client, "rows": rows, "figures": figures})
+
+    def report(self) -> dict[str, Any]:
+        """Accuracy after each arrival."""
+        return {"arrivals": {measure: m.as_json() for measure, m in self.matrices.items()}}

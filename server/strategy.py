@@ -1,10 +1,10 @@
-"""What a run does to get from connected clients to one model: fit, compose, realign, evaluate.
+"""Get from connected clients to one model: fit, compose, realign, evaluate.
 
-ITA: every client trains alone, held near the pre-trained weights by a Fisher diagonal (see
+ITA: each client trains alone, held near the pre-trained weights by a Fisher diagonal (see
 :mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum
-(:mod:`server.rounds.rounds`). Either way the server adds up what comes back. It holds no data:
-statistics, sums and task vectors are all it sees. What they add up to lives in a registry: a new
-one, or one whose members the clients join.
+(:mod:`server.rounds.rounds`). In both the server adds up the task vectors, in a registry: a new
+one, or one whose members the clients join. The server holds no data; it sees statistics, sums and
+task vectors.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
-from fedcompo.errors import ContributionError
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
 from server.phases import composing, fitting
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
+from server.phases.participants import Participants
 from server.phases.roster import Roster
 from server.resume import Working
 from server.rounds.holdings import LastSent
@@ -38,7 +38,7 @@ INCOMING = "incoming"
 
 @dataclass
 class Strategy(ABC):
-    """One run: contributions are fitted, then composed."""
+    """A run that fits contributions and composes them."""
 
     exchange: Exchange
     config: RunConfig
@@ -49,38 +49,38 @@ class Strategy(ABC):
     phases: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        """Refuse a reference Fisher that cannot be used, before any client is asked."""
+        """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
-        self.roster = Roster(self.exchange, self.backbone, tangent=tangent)
+        members = Participants(members=self.working.members)
+        self.roster = Roster(self.exchange, self.backbone, members, tangent=tangent)
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
         self.composing = Composing(self.exchange, self.backbone, self.registry)
         self.trained: tuple[str, ...] = ()
 
-    def new_fitting(self, asked: tuple[str, ...] | None = None) -> Fitting:
-        """What asks clients for contributions.
-
-        Args:
-            asked: Whose turn it is; None: everyone.
-        """
+    def new_fitting(self) -> Fitting:
+        """The phases that ask clients for contributions."""
         return Fitting(
-            self.exchange,
+            self.roster,
             self.config,
-            self.backbone,
             self.registry,
             self.output / INCOMING,
-            self.roster,
-            asked,
             self.figures,
-            before=self.working.members,
             ensembled=self.config.method.method is Method.IEL,
         )
 
     def run(self) -> None:
-        """Do all phases; afterwards the parts hold what there is to report."""
+        """Do all phases; afterwards ``fitting`` and ``composing`` hold the figures."""
         folders = self.fit()
-        self.exchange.timed("compose", lambda: self.compose(folders))
+        self.exchange.books.timed("compose", lambda: self.compose(folders))
         self.look()
+
+    def identify(self) -> None:
+        """Learn who is connected, and settle whom of the registry nobody trains again."""
+        self.roster.identify()
+        self.roster.exclude(names_of(self.config.server.exclude))
+        self.roster.settle(self.registry, self.config, self.exchange.clients)
+        self.roster.require_newcomers(self.registry)
 
     @property
     def output(self) -> Path:
@@ -92,7 +92,7 @@ class Strategy(ABC):
         """Let clients train; returns the folders of their contributions."""
 
     def compose(self, folders: list[Path]) -> None:
-        """Add contributions to the registry, which adds them up; they then live there alone."""
+        """Add contributions to the registry, which adds them up; delete them elsewhere."""
         if not self.working.joined(self.registry, {folder.name: folder for folder in folders}):
             self.registry.add(
                 *folders,
@@ -100,31 +100,31 @@ class Strategy(ABC):
                 on_step=lambda step: log(INFO, "registry: %s", step),
             )
         shutil.rmtree(self.fitting.contributions)
-        self.composing.compare(self.fitting.anchors.total)
+        self.composing.compare(self.fitting.fishers.sums.total)
 
     def look(self, *, decisive: bool = True) -> None:
         """Align the joint head again, and measure.
 
         Args:
-            decisive: Fail if nobody measures.
+            decisive: Fail if no client measures.
         """
         if self.config.compose.realign:
             self.composing.realign()
         self.composing.evaluate(decisive=decisive)
 
     def report(self) -> dict[str, Any]:
-        """What this strategy has to report besides what all do, as JSON values."""
+        """Results of this strategy alone, as JSON values."""
         return {}
 
 
 class ItaStrategy(Strategy):
-    """Everyone trains alone, all at once."""
+    """All clients train alone, at the same time."""
 
     phases = (*fitting.PHASES, *composing.PHASES)
 
     def fit(self) -> list[Path]:
-        """Fit everyone's task vector."""
-        if self.working.resumed:  # what was answered before is known by the clients' names
+        """Fit each client's task vector."""
+        if self.working.resumed:  # answers are kept under the clients' names
             self.roster.identify()
         self.fitting.run()
         self.trained = self.fitting.trained
@@ -132,20 +132,13 @@ class ItaStrategy(Strategy):
 
 
 class IelStrategy(Strategy):
-    """Everyone trains inside the sum of all, in rounds."""
+    """All clients train inside their sum, in rounds."""
 
     phases = ("identify", *fitting.PHASES, *composing.PHASES)
 
     def fit(self) -> list[Path]:
         """Do the rounds."""
-        self.roster.identify()
-        self.roster.exclude(names_of(self.config.server.exclude))
-        self.fitting.settle_members(self.exchange.clients)
-        if not self.fitting.newcomers:
-            raise ContributionError(
-                f"All connected clients are in the registry {self.registry.path} already. Train "
-                "them anew with `replace = true`, or start others."
-            )
+        self.identify()
         number, last = self.config.method.num_server_rounds, LastSent(self.output / "rounds")
         self.rounds = Rounds(self.fitting, number, last, working=self.working)
         self.rounds.run()
@@ -153,10 +146,10 @@ class IelStrategy(Strategy):
         return self.rounds.keep()
 
     def compose(self, folders: list[Path]) -> None:
-        """Add what the clients sent last to the registry."""
+        """Add the clients' last task vectors to the registry."""
         super().compose(folders)
         self.rounds.last.clear()
 
     def report(self) -> dict[str, Any]:
-        """What happened in each round."""
+        """The history of the rounds."""
         return {"rounds": self.rounds.history}

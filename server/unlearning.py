@@ -1,12 +1,12 @@
-"""Take a client out of a registry, and tell, ask and measure those who stay.
+"""Remove a client from a registry; tell those who stay, and measure the model before and after.
 
-identify → evaluate → remove → notify → realign → evaluate. The removal itself is the registry's and
-needs nobody; the other phases do what they can with the clients that are connected. Who cannot be
-reached does not hold it up: a client has the right to leave.
+identify → evaluate → remove → notify → realign → evaluate. The registry does the removal, and needs
+no client for it. The other phases use the clients that are connected; the removal waits for none of
+them, because a client has the right to leave.
 
 With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds.rounds`),
-without the client: what was fitted to a model that held it is fitted to one that does not. They go
-on from what they were, so what they learnt from it is not undone, and their lineage still says so.
+without the client. They continue from their task vectors: what these learnt from the client is not
+undone, and their lineage still names it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.config.server import RegistryConfig
 from fedcompo.errors import ContributionError, FedcompoError
@@ -34,6 +35,7 @@ from server.exchange.exchange import Exchange
 from server.phases import fitting
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
+from server.phases.participants import Participants
 from server.phases.roster import Roster
 from server.rounds.holdings import LastSent
 from server.rounds.rounds import Rounds
@@ -42,44 +44,44 @@ PHASES = ("identify", "evaluate before", "remove", "notify", "realign", "evaluat
 
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
-    """All phases of a removal: with rounds of repair before the last two, where there are any."""
+    """All phases of a removal; rounds of repair, if there are any, come before the last two."""
     repair = (*fitting.PHASES, "compose") if config.registry.repair_rounds else ()
     return (*PHASES[:-2], *repair, *PHASES[-2:])
 
 
 @dataclass
 class Unlearning:
-    """One removal; its phases are its methods, in the order of :data:`PHASES`."""
+    """One removal; a method for each of :data:`PHASES`."""
 
     exchange: Exchange
     config: RunConfig
     backbone: Backbone
     registry: Registry
     output: Path
-    """Folder of the run, for what is under way."""
+    """Folder of the run, for temporary files."""
     images: dict[str, int] = field(default_factory=dict)
     """Test images, by client."""
     before: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracies of the model that has the client, by those who stay."""
+    """Accuracies before the removal, by client; measured by those who stay."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracies of the model without it, and repaired where that was asked for."""
+    """Accuracies at the end, after the removal and the repair."""
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    """What happened in each round of repair."""
+    """The history of the rounds of repair; see :class:`server.rounds.rounds.Rounds`."""
 
     def __post_init__(self) -> None:
-        """Refuse, before anyone is asked, to remove who is not there."""
+        """Raise, before any client is asked, if the client is not in the registry."""
         require_known([self.request.client], self.registry.clients, "registry")
 
     @property
     def request(self) -> RegistryConfig:
-        """Who is to be removed, and on whose request."""
+        """The client to remove, and who requested it."""
         return self.config.registry
 
     def run(self) -> None:
-        """Do all phases; afterwards the attributes hold what there is to report."""
+        """Do all phases; afterwards :meth:`results` says what happened."""
         self.identify()
         self.before = self.evaluate("evaluate before")
-        self.exchange.timed("remove", self.remove)
+        self.exchange.books.timed("remove", self.remove)
         self.notify()
         if self.request.repair_rounds and self.exchange.clients:
             self.repair()
@@ -89,7 +91,7 @@ class Unlearning:
         self.after = self.evaluate("evaluate")
 
     def identify(self) -> None:
-        """Learn who is connected; only members that stay take part in what follows."""
+        """Learn who is connected; only members that stay take part in the other phases."""
         self.exchange.ask(
             "identify",
             "query.identify",
@@ -99,7 +101,7 @@ class Unlearning:
         )
         missing = sorted(set(self.registry.clients) - {*self.exchange.clients, self.request.client})
         if missing:
-            self.exchange.note(
+            self.exchange.books.note(
                 f"Not connected, so neither asked nor told: {', '.join(missing)}. "
                 "The removal does not wait for them."
             )
@@ -109,7 +111,7 @@ class Unlearning:
         name = check_client_name(answer.client)
         if name == self.request.client:
             raise ContributionError("This is the client to be removed; it is not asked again.")
-        if name in self.exchange.nodes:
+        if name in self.exchange.clients:
             raise ContributionError(
                 f"Two nodes call themselves {name!r}; give each node a name of its own."
             )
@@ -145,7 +147,7 @@ class Unlearning:
         )
 
     def notify(self) -> None:
-        """Tell those who stay, and whom to train again if the influence shall go too."""
+        """Tell those who stay of the removal, and which of them learnt from the client."""
         retrain = self.record.influence.to_retrain
 
         def request(client: str) -> Body:
@@ -162,36 +164,40 @@ class Unlearning:
             )
 
     def repair(self) -> None:
-        """Let those who are connected train on inside the sum of all who stay.
+        """Let connected clients train on inside the sum of all who stay.
 
-        If that fails, the removal stands, and they stay as they were.
+        If that fails, the removal stands, and their contributions stay as they were.
         """
         try:
             self._repair()
         except (FedcompoError, OSError) as error:
-            self.exchange.part = ""
-            self.exchange.note(f"The repair failed, the removal stands: {error}")
+            self.exchange.books.note(f"The repair failed, the removal stands: {error}")
 
     def _repair(self) -> None:
-        roster = Roster(self.exchange, self.backbone, names=set(self.exchange.clients))
-        folder = self.output / "incoming"
-        fitting = Fitting(
-            self.exchange, self.config, self.backbone, self.registry, folder, roster, ensembled=True
+        going_on, members = self.exchange.clients, self.registry.state.members
+        participants = Participants(
+            members=tuple(client for client in members if client not in going_on),
+            names=frozenset(going_on),
+            kinds={client: Kind(members[client].kind) for client in going_on},
         )
-        fitting.members = tuple(c for c in self.registry.clients if c not in self.exchange.clients)
+        roster = Roster(self.exchange, self.backbone, participants)
+        folder = self.output / "incoming"
+        fitting = Fitting(roster, self.config, self.registry, folder, ensembled=True)
         last = LastSent(self.output / "rounds")
         rounds = Rounds(fitting, self.request.repair_rounds, last, continuing=True)
         try:
             rounds.run()
             folders = rounds.keep()
-            self.exchange.timed("compose", lambda: self.registry.add(*folders, replacing=True))
+            self.exchange.books.timed(
+                "compose", lambda: self.registry.add(*folders, replacing=True)
+            )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             last.clear()
         self.rounds = rounds.history
 
     def results(self) -> dict[str, Any]:
-        """What there is to report, as JSON values."""
+        """What happened, as JSON values."""
         path = self.registry.entries()[self.record.sequence - 1].details["record"]
         return {
             "removed": self.record.client,

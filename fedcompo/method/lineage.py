@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedcompo.storage.files import tuples
@@ -25,6 +25,20 @@ class Lineage:
     def parse(cls, values: Mapping[str, Any]) -> Lineage:
         """Rebuild a lineage from JSON; raises ``TypeError`` if the names of its fields differ."""
         return cls(**tuples(values))
+
+    def joined(self, later: Lineage, *, ensemble: Iterable[str] = ()) -> Lineage:
+        """This lineage and that of a later round of the same training; the method stays.
+
+        Args:
+            later: Lineage of the later round.
+            ensemble: Clients whose task vectors were in its model, besides those of ``later``.
+        """
+        return replace(
+            self,
+            anchored_by=tuple(sorted({*self.anchored_by, *later.anchored_by})),
+            aligned_with=tuple(sorted({*self.aligned_with, *later.aligned_with})),
+            ensemble=tuple(sorted({*self.ensemble, *later.ensemble, *ensemble})),
+        )
 
     @property
     def shaped_by(self) -> set[str]:

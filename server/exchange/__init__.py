@@ -1,1 +1,1 @@
-"""Requests and answers: who is asked, who answered, at what cost, who was left out."""
+"""The conversation with the clients: nodes, requests, answers and their checks, the books."""

@@ -1,23 +1,26 @@
-"""The books of a run: what phases cost, who could not be used, and what is told while it goes."""
+"""The books of a run: what each phase cost, which clients could not be used, and its events."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.common.logger import log
 
 from fedcompo.runtime import peak_bytes, reset_peak
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one phase cost one client, seen from the server."""
+    """What one phase cost for one client, measured at the server."""
 
     bytes_sent: int
     """To the client."""
@@ -27,7 +30,7 @@ class Traffic:
     """From the request's departure to the answer's arrival."""
 
     def __add__(self, other: Traffic) -> Traffic:
-        """What two requests cost together."""
+        """The cost of two requests together."""
         return Traffic(
             self.bytes_sent + other.bytes_sent,
             self.bytes_received + other.bytes_received,
@@ -36,7 +39,7 @@ class Traffic:
 
 
 NOTHING = Traffic(0, 0, 0.0)
-"""What it costs not to be asked."""
+"""The cost of no request."""
 
 
 @dataclass(frozen=True)
@@ -48,42 +51,115 @@ class LeftOut:
     reason: str
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Books:
-    """Kept while a run goes, read when it is over."""
+    """Written while a run goes, read when it is over."""
 
     events: Path
     """File to which each event is appended, one JSON object a line."""
+    started: float = field(default_factory=time.time)
+    """When the run began, in seconds since 1970."""
     left_out: list[LeftOut] = field(default_factory=list)
     missed: list[LeftOut] = field(default_factory=list)
-    """Who missed a phase that may be missed."""
+    """Clients that missed a phase that may be missed."""
     traffic: dict[str, dict[str, Traffic]] = field(default_factory=dict)
-    """By phase and client."""
+    """By label of the phase, and client."""
     caps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """By client, what it told of the caps it worked under, answer by answer, with the phase."""
+    """By client, what each answer reported of its caps, and the answer's phase."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By phase."""
+    """By label of the phase."""
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     """Peak bytes by phase: ``server`` and ``client`` (the largest), resident; ``client_gpu``."""
     notes: list[str] = field(default_factory=list)
-    """What whoever reads the results should know."""
+    """For whoever reads the results."""
     part: str = ""
-    """Which of several like phases this is, such as ``round 3``; empty: there is but one."""
+    """Where phases repeat, which part of the run this is, such as ``round 3``; else empty."""
 
     def label(self, phase: str) -> str:
-        """Name of a phase in the books: also says which of several like ones it is."""
+        """Name of a phase in the books: with the part of the run, where phases repeat."""
         return f"{phase}, {self.part}" if self.part else phase
 
-    def timed(self, phase: str, work: Callable[[], Any]) -> Any:
-        """Do a phase that happens on the server, and book its time."""
-        self.tell("phase-started", phase=phase, clients=[])
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """Book what happens inside as this part of the run, such as ``round 3``."""
+        self.part = part
+        try:
+            yield
+        finally:
+            self.part = ""
+
+    # -- phases -----------------------------------------------------------------------------------
+
+    def begin(self, phase: str, clients: Iterable[str] = ()) -> float:
+        """Open a phase; returns when it began.
+
+        Args:
+            phase: Its name.
+            clients: Who is asked, where that is known by name.
+        """
+        self.tell("phase-started", phase=phase, clients=clients)
         reset_peak()
-        started, label = time.monotonic(), self.label(phase)
-        self.memory.setdefault(label, {})
+        self.memory.setdefault(self.label(phase), {})
+        return time.monotonic()
+
+    def end(self, phase: str, started: float) -> None:
+        """Close a phase that :meth:`begin` opened; book its time and the server's memory."""
+        label, seconds = self.label(phase), time.monotonic() - started
+        self.seconds[label] = self.seconds.get(label, 0.0) + seconds
+        self._remember_peak(label, {"server": peak_bytes().get("resident", 0)})
+        self.tell("phase-finished", phase=phase, seconds=round(seconds, 3))
+
+    def timed(self, phase: str, work: Callable[[], T]) -> T:
+        """Do a phase that happens on the server, and book its time."""
+        started = self.begin(phase)
         result = work()
-        self._close(phase, started)
+        self.end(phase, started)
+        label = self.label(phase)
         log(INFO, "%s: %.1f s on the server", label, self.seconds[label])
         return result
+
+    # -- clients ----------------------------------------------------------------------------------
+
+    def answered(
+        self,
+        phase: str,
+        client: str,
+        cost: Traffic,
+        *,
+        peaks: Mapping[str, int],
+        caps: Mapping[str, Any],
+        reason: str = "",
+    ) -> None:
+        """Book an answer that was used.
+
+        Args:
+            phase: Name of the phase.
+            client: Who answered.
+            cost: What it cost; that of two answers in one phase adds up.
+            peaks: Peak memory that the client reports, in bytes.
+            caps: What the client reports of its caps.
+            reason: Anything special about it, for people.
+        """
+        label = self.label(phase)
+        self._remember_peak(label, peaks)
+        self.traffic[label][client] = self.traffic[label].get(client, NOTHING) + cost
+        if caps:
+            self.caps.setdefault(client, []).append({**caps, "phase": label})
+        self._tell_of(phase, client, "ok", reason, cost)
+        size, seconds = cost.bytes_received, cost.seconds
+        log(INFO, "%s: %s answered with %d bytes in %.1f s", label, client, size, seconds)
+
+    def miss(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
+        """Book that a client misses this phase alone, and why."""
+        self.missed.append(LeftOut(client, self.label(phase), reason))
+        self._warn(phase, client, "missed", reason, cost)
+
+    def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
+        """Book that a client is out of all that follows, and why."""
+        self.left_out.append(LeftOut(client, self.label(phase), reason))
+        self._warn(phase, client, "left-out", reason, cost)
+
+    # -- for whoever follows the run --------------------------------------------------------------
 
     def note(self, text: str) -> None:
         """Say something to whoever follows the run, and in the results."""
@@ -91,32 +167,27 @@ class Books:
         self.tell("note", text=text)
 
     def tell(self, event: str, **entries: Any) -> None:
-        """Append an event for whoever follows the run."""
+        """Append an event to the file of events."""
         part = {"part": self.part} if self.part and "phase" in entries else {}
         line = json.dumps({"event": event, **entries, **part, "time": time.time()}, default=list)
         with self.events.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def _close(self, phase: str, started: float) -> None:
-        label, seconds = self.label(phase), time.monotonic() - started
-        self.seconds[label] = self.seconds.get(label, 0.0) + seconds
-        self._remember_peak(label, {"server": peak_bytes().get("resident", 0)})
-        self.tell("phase-finished", phase=phase, seconds=round(seconds, 3))
+    def _tell_of(self, phase: str, client: str, status: str, reason: str, cost: Traffic) -> None:
+        about = {"phase": phase, "client": client, "status": status, "reason": reason}
+        self.tell("client", **about, **asdict(cost))
+
+    def _warn(self, phase: str, client: str, status: str, reason: str, cost: Traffic) -> None:
+        self._tell_of(phase, client, status, reason, cost)
+        log(WARNING, "%s: %s is %s: %s", self.label(phase), client, status, reason)
 
     def _remember_peak(self, label: str, peaks: Mapping[str, int]) -> None:
         known = self.memory[label]
         known |= {who: max(int(peak), known.get(who, 0)) for who, peak in peaks.items()}
 
-    def _say(self, phase: str, client: str, status: str, reason: str, cost: Traffic) -> None:
-        """Tell of a client that could not be used."""
-        self.tell(
-            "client", phase=phase, client=client, status=status, reason=reason, **asdict(cost)
-        )
-        log(WARNING, "%s: %s is %s: %s", self.label(phase), client, status, reason)
-
 
 def totals(traffic: Iterable[Traffic]) -> dict[str, int]:
-    """Bytes of a phase in each direction."""
+    """Bytes in each direction, over all clients."""
     costs = list(traffic)
     return {
         "bytes_sent": sum(cost.bytes_sent for cost in costs),

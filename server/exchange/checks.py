@@ -1,6 +1,7 @@
-"""What the server demands of an answer before anything else sees it.
+"""Check a client's answer before anything else uses it.
 
-Task vectors that cannot be what they are said to be: far too long, or somebody else's.
+Each check unpacks one part of an answer and raises if it cannot be used. Two look at task vectors
+for signs of a fault or of fraud: one that is far too long, and one that another client sent before.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.privacy.factored import restored
 from fedcompo.storage.tensorfile import tensor_digest
 
-CAP_WORDS: dict[str, list[str]] = {"wire": list(Wire), "form": list(FisherForm)}
-"""What a client can say of its caps in words."""
+CAP_WORDS: Mapping[str, list[Any]] = {"wire": list(Wire), "form": list(FisherForm)}
+"""Caps that a client reports in words, and the words there are."""
 LONGEST = 10.0
-"""Norm of a change, in norms of the weight it changes, beyond which it is nonsense."""
+"""Largest norm of a change to a weight, relative to the norm of that weight."""
 
 
 def check_backbone(client: str, base: str, backbone: Backbone) -> None:
-    """Refuse a client that holds other pre-trained weights; raises ``BackboneMismatch``."""
+    """Raise ``BackboneMismatch`` if a client holds other pre-trained weights."""
     if base != backbone.fingerprint:
         raise BackboneMismatch(
             f"Client {client!r} holds the backbone {base}, the server holds "
@@ -40,11 +41,11 @@ def check_backbone(client: str, base: str, backbone: Backbone) -> None:
 def check_mixtures(
     client: str, answer: FeaturesAnswer, classes: tuple[str, ...], num_features: int
 ) -> None:
-    """Refuse mixtures that are not one a class.
+    """Refuse a client's mixtures unless there is one for each class.
 
     Raises:
-        ContributionError: If classes are fewer than two, unsorted, or not those described, or a
-            mixture cannot be drawn from.
+        ContributionError: If there are fewer than two classes, if they are unsorted or not those
+            of the mixtures, or if no features can be drawn from a mixture.
     """
     if len(classes) < 2 or list(classes) != sorted(set(classes)):
         raise ContributionError(
@@ -72,7 +73,7 @@ def checked_fisher(
 def check_fisher(
     fisher: FisherDiagonal, backbone: Backbone, classes: tuple[str, ...], owner: str
 ) -> None:
-    """Refuse a Fisher sum of another head, or one that cannot anchor anyone.
+    """Refuse a Fisher sum under another head, or one that cannot anchor a client.
 
     Raises:
         ContributionError: See :meth:`FisherDiagonal.check`.
@@ -100,7 +101,7 @@ def checked_task_vector(client: str, answer: AveragingAnswer, backbone: Backbone
 
 
 def checked_fractions(client: str, figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return reported accuracies by name; raises ``ContributionError`` if one cannot be true."""
+    """Return reported accuracies by name; raises ``ContributionError`` if one is not in [0, 1]."""
     for name, value in figures.items():
         if not isinstance(value, float | int) or not 0 <= value <= 1:
             raise ContributionError(
@@ -110,40 +111,40 @@ def checked_fractions(client: str, figures: Mapping[str, Any]) -> dict[str, floa
 
 
 def checked_caps(client: str, body: Body) -> dict[str, float | str]:
-    """Return what a client tells of the caps it worked under; empty where it tells of none.
+    """Return a client's report of its caps; empty if it reports none.
 
     Raises:
-        ContributionError: If it is no table of words that are known, and figures, none below zero.
+        ContributionError: If an entry is neither a known word nor a figure >= 0.
     """
-    told = caps_of(body)
-    if not isinstance(told, dict) or not all(_can_be_told(*entry) for entry in told.items()):
+    caps = caps_of(body)
+    if not isinstance(caps, dict) or not all(_can_be_true(*entry) for entry in caps.items()):
         raise ContributionError(
-            f"Client {client!r} tells of the caps {told!r}; expected a wire, a form and figures. "
+            f"Client {client!r} tells of the caps {caps!r}; expected a wire, a form and figures. "
             "Use the same fedcompo version everywhere."
         )
-    return dict(told)
+    return dict(caps)
 
 
-def _can_be_told(name: str, value: Any) -> bool:
+def _can_be_true(name: str, value: Any) -> bool:
     if name in CAP_WORDS:
         return value in CAP_WORDS[name]
     figure = isinstance(value, int | float) and not isinstance(value, bool)
-    return figure and math.isfinite(value) and bool(value >= 0)
+    return figure and math.isfinite(value) and value >= 0
 
 
 FEWEST = 3
-"""Task vectors below which nobody can be told to stand out."""
+"""Number of task vectors from which on one can be too long beside the others."""
 
 
 def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
-    r"""Whose :math:`\lVert\tau_c\rVert` exceeds ratio times the median of all norms.
+    r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times the median of all norms.
 
     Args:
         norms: Norm of each client's task vector.
-        ratio: 0: nobody's is too long.
+        ratio: 0: no task vector is too long.
 
     Returns:
-        By client, why it is refused.
+        The reason to refuse the task vector, by client.
     """
     if not ratio or len(norms) < FEWEST:
         return {}
@@ -166,15 +167,15 @@ def norm_of(vector: TaskVector, theta_0: Weights) -> float:
 
 @dataclass
 class Originals:
-    """Who was the first to send a task vector."""
+    """The first sender of each task vector."""
 
     owners: dict[str, str] = field(default_factory=dict)
-    """Client, by SHA-256 of its task vector."""
+    """First sender, by SHA-256 of the task vector."""
 
     def check(self, client: str, vector: TaskVector) -> None:
-        """Refuse what another client sent before; raises ``ContributionError``.
+        """Raise ``ContributionError`` if another client sent the same task vector before.
 
-        Two trainings never end at the same bits, unless they learnt nothing at all.
+        Two trainings do not end at the same bits, unless both vectors are zero.
         """
         if not any(bool(tensor.any()) for tensor in vector.tensors.values()):
             return

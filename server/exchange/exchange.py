@@ -1,15 +1,16 @@
-"""One request to every client, one answer at a time: who answered, how much, how long, who did not.
+"""Send a request to each client, and handle the answers one at a time.
 
-A client is known by its name, never by Flower's node id. One that raises, answers nonsense or does
-not answer in time is left out of all that follows, and named with the reason; where a phase may be
-missed (a round of many), it misses that one, and is named too.
+Clients go by their names, not by Flower's node ids. A client that raises, sends an answer that
+fails its checks, or does not answer in time is left out of the rest of the run. Where a phase may
+be missed (one round of many), it misses that phase alone. Either way the books name it, with the
+reason.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from logging import INFO
 
 from flwr.app import Message, RecordDict
@@ -20,29 +21,52 @@ from fedcompo.messages.answers import Process
 from fedcompo.messages.body import Body
 from fedcompo.messages.records import from_record, size_of, to_record
 from fedcompo.messages.requests import addressed
-from fedcompo.runtime import reset_peak
-from server.exchange.books import NOTHING, LeftOut, Traffic
+from server.exchange.books import NOTHING, Books, Traffic
 from server.exchange.checks import checked_caps
-from server.exchange.kept_answers import Answers, question
+from server.exchange.kept_answers import KeptAnswers, question
 from server.exchange.nodes import Nodes
 
 Fold = Callable[[str, Body], str]
-"""Takes a client's name and answer; checks it, *then* keeps what is needed; returns the name under
-which the client is to be known. Raises to refuse it, and then has kept nothing."""
+"""Takes a client's name and answer, checks the answer, *then* keeps what is needed of it. Returns
+the client's name from now on. Raises to refuse the answer, and has kept nothing then."""
 NAMING = ("features", "identify")
-"""Phases in which clients are first called by their names."""
+"""Phases in which clients first say their names."""
 POLL = 0.1, 2.0
-"""Seconds between looks for an answer: at first, and at most."""
+"""Seconds between two looks for answers: at first, and at most."""
 
 
 @dataclass
-class Exchange(Nodes):
-    """Talks to the clients of a run and keeps the books."""
+class Exchange:
+    """The conversation with the clients of a run. What it costs is entered in the books."""
 
+    books: Books
+    nodes: Nodes
+    timeout: float
+    """Seconds that a client has to connect, and to answer a request."""
+    min_clients: int
+    """Clients without which the run fails."""
     in_flight: int = 0
-    """Requests under way at a time; 0: all. What waits to be folded in is no more than these."""
-    answers: Answers | None = None
-    """Answers of a run that may be interrupted; None: it starts anew then."""
+    """Requests under way at a time, which bounds the answers in memory; 0: all at once."""
+    answers: KeptAnswers | None = None
+    """Where answers are kept, if an interrupted run can be resumed; None: it cannot."""
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Names of the clients still in the run, sorted."""
+        return self.nodes.clients
+
+    def gather(self, wanted: int) -> None:
+        """Wait for clients to connect.
+
+        Args:
+            wanted: Number of clients; 0: all that are there once nobody new comes for 3 seconds.
+
+        Raises:
+            TooFewClients: If fewer than ``min_clients`` come in time.
+        """
+        came = self.nodes.gather(wanted, least=self.min_clients, timeout=self.timeout)
+        if came < wanted:
+            self.books.note(f"{came} of {wanted} client(s) connected within {self.timeout:g} s.")
 
     def ask(
         self,
@@ -55,73 +79,72 @@ class Exchange(Nodes):
         may_miss: bool = False,
         clients: Iterable[str] | None = None,
     ) -> None:
-        """Send clients a request and fold their answers in, one at a time.
+        """Send clients a request, and fold in their answers one at a time.
 
         Args:
             phase: Name of the phase, for people.
             message_type: Flower's, such as ``query.features``.
             request: Makes the tensors and manifest for a client, by its name.
-            fold: Takes each answer.
+            fold: Checks and keeps each answer.
             decisive: Fail if fewer than ``min_clients`` remain.
-            may_miss: Who cannot be used misses this phase, and is not left out of the next.
+            may_miss: A client whose answer cannot be used misses this phase alone.
             clients: Whom to ask; None: everyone still in the run.
 
         Raises:
-            TooFewClients: If too few usable answers came.
+            TooFewClients: If it is decisive and too few clients remain.
         """
-        reset_peak()
-        started, label = time.monotonic(), self.label(phase)
-        self.traffic.setdefault(label, {})
-        self.memory.setdefault(label, {})
+        books, label = self.books, self.books.label(phase)
         asked = self.clients if clients is None else tuple(sorted(clients))
-        self.tell("phase-started", phase=phase, clients=[] if phase in NAMING else asked)
+        started = books.begin(phase, () if phase in NAMING else asked)
+        costs = books.traffic.setdefault(label, {})
         asking = _Asking(phase, message_type, request, fold, may_miss)
         for client in asked:
             while self.in_flight and len(asking.waiting) >= self.in_flight:
                 self._collect(asking, most=self.in_flight - 1)
             self._send(client, asking)
         self._collect(asking, most=0)
-        self._close(phase, started)
-        log(INFO, "%s: %d client(s), %.1f s", label, len(self.traffic[label]), self.seconds[label])
+        books.end(phase, started)
+        log(INFO, "%s: %d client(s), %.1f s", label, len(costs), books.seconds[label])
         if decisive:
             self.require_clients(phase)
 
     def require_clients(self, phase: str, usable: Collection[str] | None = None) -> None:
-        """Raise ``TooFewClients``, naming everyone who could not be used, if too few remain.
+        """Raise ``TooFewClients``, with all who could not be used, if too few clients remain.
 
         Args:
-            phase: What they have gone through.
-            usable: Who remains; None: everyone still in the run.
+            phase: The phase that is over.
+            usable: The clients that remain; None: all that are still in the run.
         """
-        count = len(self.nodes if usable is None else usable)
+        count = len(self.clients if usable is None else usable)
         if count >= self.min_clients:
             return
-        missed = [m for m in self.missed if m.phase.partition(",")[0] == phase]
-        reasons = [f"  - {o.client} ({o.phase}): {o.reason}" for o in (*self.left_out, *missed)]
+        missed = [m for m in self.books.missed if m.phase.partition(",")[0] == phase]
+        without = (*self.books.left_out, *missed)
+        reasons = [f"  - {client.client} ({client.phase}): {client.reason}" for client in without]
         raise TooFewClients(
             f"{count} usable client(s) after the phase {phase!r}, `min-clients` is "
             f"{self.min_clients}. Left out:\n" + ("\n".join(reasons) or "  nobody")
         )
 
     def _send(self, client: str, asking: _Asking) -> None:
-        """Send a client its request, unless its answer is known already."""
-        tensors, manifest = asking.request(client)
-        asked = "" if self.answers is None else question((tensors, manifest))
+        """Send a client its request, unless its answer was kept."""
+        request = asking.request(client)
+        asked = "" if self.answers is None else question(request)
         if self._recalled(client, asking, asked):
             return
-        node = self.nodes[client]
-        name = self.registered.get(node, "")
-        content = to_record(*addressed((tensors, manifest), name))
+        name = self.nodes.registered_name(client)
+        content = to_record(*addressed(request, name))
+        node = self.nodes.ids[client]
         message = Message(content, node, asking.message_type, ttl=self.timeout)
-        ids, sent = list(self.grid.push_messages([message])), size_of(content)
+        ids, sent = list(self.nodes.grid.push_messages([message])), size_of(content)
         if ids and ids[0]:
             asking.waiting[ids[0]] = _Waiting(client, asked, sent, time.monotonic())
         else:
             self._fail(asking, client, "its node is gone", Traffic(sent, 0, 0.0))
 
     def _recalled(self, client: str, asking: _Asking, asked: str) -> bool:
-        """Whether a client's answer was kept, when this run was interrupted, and still serves."""
-        kept = self.answers and self.answers.recall(self.label(asking.phase), client, asked)
+        """Fold in an answer that was kept before an interruption; returns whether there was one."""
+        kept = self.answers and self.answers.recall(self.books.label(asking.phase), client, asked)
         if not kept:
             return False
         body, cost = kept
@@ -134,15 +157,15 @@ class Exchange(Nodes):
         return True
 
     def _collect(self, asking: _Asking, *, most: int) -> None:
-        """Take answers as they come, until no more than so many are awaited, or their time is over.
+        """Take answers as they come, until at most so many requests are under way.
 
-        An answer's time runs from its own request's departure.
+        The time limit of an answer runs from the departure of its own request.
         """
         pause, waiting = POLL[0], asking.waiting
         while len(waiting) > most:
             answered = False
             for message_id in list(waiting):
-                for reply in self.grid.pull_messages([message_id]):
+                for reply in self.nodes.grid.pull_messages([message_id]):
                     self._take(asking, waiting.pop(message_id), reply)
                     answered = True
             self._give_up(asking)
@@ -151,7 +174,7 @@ class Exchange(Nodes):
                 time.sleep(pause)
 
     def _give_up(self, asking: _Asking) -> None:
-        """Wait no longer for answers whose time is over."""
+        """Stop waiting for answers whose time is over."""
         for message_id, awaited in list(asking.waiting.items()):
             seconds = time.monotonic() - awaited.departed
             if seconds >= self.timeout:
@@ -160,7 +183,7 @@ class Exchange(Nodes):
                 self._fail(asking, awaited.client, reason, Traffic(awaited.sent, 0, seconds))
 
     def _take(self, asking: _Asking, awaited: _Waiting, reply: Message) -> None:
-        """Fold one reply in, or do without its client."""
+        """Fold one reply in, or go on without its client."""
         client, seconds = awaited.client, time.monotonic() - awaited.departed
         cost = Traffic(awaited.sent, _received(reply), seconds)
         if reply.has_error():
@@ -182,58 +205,45 @@ class Exchange(Nodes):
             self._fail(asking, client, reason, cost)
             return
         if self.answers is not None:
-            self.answers.keep(self.label(asking.phase), name, awaited.asked, body, cost)
+            self.answers.keep(self.books.label(asking.phase), name, awaited.asked, body, cost)
         self._book(asking, client, name, body, cost)
 
     def _book(
         self, asking: _Asking, client: str, name: str, body: Body, cost: Traffic, reason: str = ""
     ) -> None:
         """Enter an answer that was folded in."""
-        phase, label = asking.phase, self.label(asking.phase)
-        self._remember_peak(label, _peaks(body))
         if name != client:
-            self.nodes[name] = self.nodes.pop(client)
-        before = self.traffic[label].get(name)
-        self.traffic[label][name] = cost if before is None else before + cost
-        if told := checked_caps(name, body):
-            self.caps.setdefault(name, []).append({**told, "phase": label})
-        self.tell("client", phase=phase, client=name, status="ok", reason=reason, **asdict(cost))
-        size, seconds = cost.bytes_received, cost.seconds
-        log(INFO, "%s: %s answered with %d bytes in %.1f s", label, name, size, seconds)
+            self.nodes.rename(client, name)
+        caps = checked_caps(name, body)
+        self.books.answered(asking.phase, name, cost, peaks=_peaks(body), caps=caps, reason=reason)
 
     def _fail(self, asking: _Asking, client: str, reason: str, cost: Traffic) -> None:
-        """Do without a client: in this phase, or in all that follow."""
-        do_without = self.miss if asking.may_miss else self.leave_out
+        """Go on without a client: in this phase, or in all that follow."""
+        do_without = self.books.miss if asking.may_miss else self.leave_out
         do_without(asking.phase, client, reason, cost)
 
-    def miss(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
-        """Do without a client in this phase alone, and say why."""
-        self.missed.append(LeftOut(client, self.label(phase), reason))
-        self._say(phase, client, "missed", reason, cost)
-
     def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
-        """Take a client out of all that follows, and say why."""
-        del self.nodes[client]
-        self.left_out.append(LeftOut(client, self.label(phase), reason))
-        self._say(phase, client, "left-out", reason, cost)
+        """Take a client out of the rest of the run; the books say why."""
+        self.nodes.drop(client)
+        self.books.leave_out(phase, client, reason, cost)
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A request that has not been answered yet."""
+    """A request to one client that is not answered yet."""
 
     client: str
     asked: str
-    """:func:`server.exchange.kept_answers.question` of it."""
+    """SHA-256 of the request; see :func:`server.exchange.kept_answers.question`."""
     sent: int
     """Bytes."""
     departed: float
-    """When."""
+    """Time of departure, by the monotonic clock."""
 
 
 @dataclass
 class _Asking:
-    """A request to several clients, and whose answer is awaited."""
+    """A request to several clients, and those that have not answered yet."""
 
     phase: str
     message_type: str
@@ -245,12 +255,12 @@ class _Asking:
 
     @property
     def expected(self) -> str:
-        """What an answer's manifest must call its content."""
+        """The ``content`` that an answer's manifest must have."""
         return self.message_type.rpartition(".")[2]
 
 
 def _peaks(body: Body) -> dict[str, int]:
-    """Peak memory that a client reports, in bytes."""
+    """Peak memory that a client reports, in bytes, by process and GPU."""
     reported = Process.from_body(body).peak_memory
     peak = {who: int(count) for who, count in reported.items()}
     return {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}

@@ -1,9 +1,9 @@
-"""The answers of a run, kept until what they came to is safe.
+"""Keep the answers of a run on disk until its results are safe.
 
-A run that was killed is started again; it asks the same questions, and whatever was answered
-before is taken from here. A question is the same if its bytes are: who would be asked something
-else (because somebody came or went meanwhile) is asked again. So little more than the answers has
-to be remembered: all else follows from them, by the code that a run goes through anyway.
+A run that was killed is started again with the same settings, and asks the same questions. An
+answer that was kept is used instead of asking the client. Two questions are the same if their bytes
+are: if clients came or went meanwhile, requests differ, and are sent. Apart from the answers almost
+nothing has to be saved, because the resumed run computes everything else from them again.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ CONTENT = "answer"
 
 
 def question(request: Body) -> str:
-    """SHA-256 of what a client is asked; hexadecimal."""
+    """SHA-256 of a request, hexadecimal."""
     tensors, manifest = request
     text = tensorfile.tensor_digest(tensors) + canonical(manifest)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A folder of answers, a file each."""
+class KeptAnswers:
+    """A folder with one file for each answer."""
 
     folder: Path
 
     def keep(self, phase: str, client: str, asked: str, answer: Body, cost: Traffic) -> None:
-        """Keep an answer that could be used.
+        """Keep an answer that was used.
 
         Args:
             phase: Label of the phase.
             client: Who answered.
             asked: :func:`question` of the request.
             answer: Tensors and manifest.
-            cost: What it cost.
+            cost: Bytes and seconds.
 
         Raises:
             OSError: If it cannot be written.
@@ -59,9 +59,9 @@ class Answers:
         save_streamed(path, tensors, about)
 
     def recall(self, phase: str, client: str, asked: str) -> tuple[Body, Traffic] | None:
-        """The answer to this very question, and what it cost; None if there is none.
+        """Return the answer to this question, and its cost; None if there is none.
 
-        One that cannot be read is as good as none: the client is asked again.
+        A file that cannot be read counts as none: the client is asked again.
         """
         path = self._file(phase, client, asked)
         if not path.exists():

@@ -1,4 +1,4 @@
-"""The second half of a run: what the registry composed is looked at, aligned again, and measured.
+"""The second half of a run: compare task vectors, align the joint head again, measure the model.
 
 Compose → realign → evaluate. It needs a registry and connected clients, not their training.
 """
@@ -24,7 +24,7 @@ PHASES = ("compose", "realign", "evaluate")
 
 @dataclass
 class Composing:
-    """Works on the current composition of a registry."""
+    """Works on the current composition of a registry; a method for each of :data:`PHASES`."""
 
     exchange: Exchange
     backbone: Backbone
@@ -40,10 +40,10 @@ class Composing:
     # -- compose ----------------------------------------------------------------------------------
 
     def compare(self, fisher: FisherDiagonal) -> None:
-        """Measure the members' task vectors against each other, and read the composed weights.
+        """Compute the diagnostics of the members' task vectors.
 
         Args:
-            fisher: *Sum* over clients, in whose metric task vectors are compared.
+            fisher: *Sum* over clients; task vectors are compared in the metric of its mean.
         """
         settings, pool = self.registry.settings, self.registry.pool()
         times = {c.client: settings.times(c.num_examples) for c in pool}
@@ -52,7 +52,7 @@ class Composing:
             pool, self.backbone.theta_0, fisher.mean(), self.coefficients
         )
         for client in self.diagnostics.outliers:
-            self.exchange.note(
+            self.exchange.books.note(
                 f"The task vector of {client} stands out by its length, or opposes the others: "
                 "look at its data and its learning rate."
             )
@@ -62,13 +62,13 @@ class Composing:
     def realign(self) -> None:
         """Align the joint head again, on mixtures of the composed model's features.
 
-        It takes every member: a head aligned on some would favour their classes.
+        All members must describe these: a head aligned on some would favour their classes.
         """
         members, realigned = self.registry.clients, {}
         if not set(members) - set(self.exchange.clients):
             realigned = self._ask_mixtures(members)
         if missing := sorted(set(members) - set(realigned)):
-            self.exchange.note(
+            self.exchange.books.note(
                 f"The joint head was not aligned again: {', '.join(missing)} did not describe the "
                 "composed model's features. It stays aligned on pre-trained features."
             )
@@ -94,11 +94,11 @@ class Composing:
     # -- evaluate ---------------------------------------------------------------------------------
 
     def evaluate(self, phase: str = "evaluate", *, decisive: bool = True) -> None:
-        """Let every client measure the composed model on its own test images.
+        """Let each client measure the composed model on its own test images.
 
         Args:
             phase: Name of the phase.
-            decisive: Fail if nobody does.
+            decisive: Fail if no client does.
         """
         request = EvaluateRequest(
             theta=self.registry.theta_p(),
@@ -110,8 +110,7 @@ class Composing:
             phase, "evaluate", lambda c: request, self._fold, decisive=False, clients=asked
         )
         if decisive and not self.figures:
-            self.exchange.nodes.clear()
-            self.exchange.require_clients(phase)
+            self.exchange.require_clients(phase, ())
 
     def _fold(self, client: str, body: Body) -> str:
         self.figures[client] = checked_fractions(client, EvaluateAnswer.from_body(body).figures)

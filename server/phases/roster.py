@@ -1,62 +1,140 @@
-"""Who takes part in a run, and what each client said of itself in the first phase."""
+"""Find out who takes part in a run, and how each client describes itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, kinds_of
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import FeaturesAnswer, IdentifyAnswer, Process
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import FeaturesRequest, IdentifyRequest
-from fedcompo.method.features import Mixtures
 from fedcompo.names import check_client_name
+from fedcompo.registry.registry import Registry
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
 from server.exchange.checks import check_backbone, check_mixtures
 from server.exchange.exchange import Exchange
+from server.phases.participants import Description, Participants
 
 PHASE, NAMING = "features", "identify"
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a client said of itself."""
-
-    classes: tuple[str, ...]
-    mixtures: Mixtures
-    num_examples: int
-    num_test_examples: int
-    kind: Kind | None
-    """Kind of task vector it insists on."""
-
-
 @dataclass
 class Roster:
-    """Asks the clients who they are, and remembers."""
+    """Asks the clients who they are, and records who takes part."""
 
     exchange: Exchange
     backbone: Backbone
-    described: dict[str, Description] = field(default_factory=dict)
-    """All that could be used then, also those left out later; by name."""
+    participants: Participants = Participants()
+    """The current value; only the roster replaces it."""
     tangent: bool | None = None
-    """Whether this run's task vectors are tangents, which mix with no others; None: either."""
-    names: set[str] = field(default_factory=set)
-    """All who said who they are, whether they were described or not."""
-    ambiguous: set[str] = field(default_factory=set)
-    """Names that several nodes claimed."""
-    late: bool = False
-    """Whether those who are asked come to others, who are there already."""
+    """Whether the run's task vectors are tangents, which mix with no other kind; None: either."""
+    _late: bool = False
+    """Whether the clients asked last came when the run was under way."""
 
-    def identify(self, nodes: Iterable[str] | None = None) -> None:
-        """Ask clients no more than who they are.
+    # -- who is there -----------------------------------------------------------------------------
+
+    @property
+    def newcomers(self) -> tuple[str, ...]:
+        """Clients still in the run that are to be trained now, sorted."""
+        return self.participants.newcomers(self.exchange.clients)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Those of the newcomers that are described, sorted."""
+        return tuple(c for c in self.newcomers if c in self.participants.described)
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        """All clients that are trained in this run, connected at the moment or not; sorted."""
+        return tuple(sorted({*self.present, *self.participants.absent}))
+
+    def require_newcomers(self, registry: Registry) -> None:
+        """Raise ``ContributionError`` if no client is to be trained."""
+        if not self.newcomers:
+            raise ContributionError(
+                f"All connected clients are in the registry {registry.path} already: "
+                f"{', '.join(self.exchange.clients)}. Train them anew with `replace = true`, or "
+                "start others."
+            )
+
+    # -- who comes and goes -----------------------------------------------------------------------
+
+    def exclude(self, clients: Iterable[str]) -> None:
+        """Leave clients out and forget their descriptions; raises ``TooFewClients``."""
+        who = self.participants
+        came = ", ".join(sorted(who.names))
+        for client in clients:
+            if client in who.names & {*self.exchange.clients}:
+                self._leave_out(client, "excluded by `exclude`")
+            elif client not in who.ambiguous:
+                self.exchange.books.note(f"`exclude` names {client!r}, but only {came} came.")
+        self.exchange.require_clients(PHASE)
+
+    def settle(self, registry: Registry, config: RunConfig, coming: Collection[str]) -> None:
+        """Settle which members of the registry are not trained again: all that are not replaced.
+
+        Such a member that is connected, but has other classes now, is left out.
 
         Args:
-            nodes: Provisional names of those to ask, who come late; None: everyone.
+            registry: The registry that the clients join.
+            config: Settings of the run.
+            coming: Clients that are to be trained if the registry may replace them.
+
+        Raises:
+            ContributionError: If the run's kind does not mix with that of the members.
         """
-        self.late = nodes is not None
+        who = self.participants
+        replaced = coming if config.registry.replace else ()
+        members = tuple(client for client in who.members if client not in replaced)
+        tangent = Kind.TANGENT in kinds_of(config.train.kind)
+        if members and registry.linearised != tangent:
+            raise ContributionError(
+                f"`kind` is {config.train.kind}, but {members[0]} and all who stay in "
+                f"the registry {registry.path} are {'' if not tangent else 'not '}of the kind "
+                f"{Kind.TANGENT}, which mixes with no other. Use a registry of its own."
+            )
+        self.participants = replace(who, members=members)
+        for client in sorted({*members} & who.described.keys()):
+            classes, known = who.described[client].classes, registry.member(client).classes
+            if classes != known:
+                self._leave_out(
+                    client,
+                    f"It has the classes {classes} now; in the registry it has {known}. "
+                    "Train it anew with `replace = true`, or give it another name.",
+                )
+
+    def take_turn(self, client: str, members: Iterable[str]) -> None:
+        """Let one client be the only newcomer, and note who is a member by then."""
+        self.participants = replace(
+            self.participants, asked=(client,), members=tuple(sorted(members))
+        )
+
+    def look_again(self) -> None:
+        """Note which clients came or went since the last look; ask new nodes who they are."""
+        nodes, gone = self.exchange.nodes.look_again()
+        lost = self.participants.absent | (set(gone) & self.participants.described.keys())
+        if nodes:
+            self.identify(nodes)
+        self.participants = replace(self.participants, absent=lost - {*self.exchange.clients})
+
+    def forget(self, clients: Collection[str]) -> None:
+        """Forget the descriptions of clients; they may come again."""
+        self.participants = self.participants.without(clients)
+
+    # -- who they say they are --------------------------------------------------------------------
+
+    def identify(self, nodes: Iterable[str] | None = None) -> None:
+        """Ask clients who they are, and nothing else.
+
+        Args:
+            nodes: Provisional names of nodes that came when the run was under way; None: ask all.
+        """
+        self._late = nodes is not None
         self.exchange.ask(
             NAMING,
             f"query.{NAMING}",
@@ -66,11 +144,18 @@ class Roster:
             clients=nodes,
         )
 
-    def gather(self, clients: Iterable[str] | None = None, *, decisive: bool = True) -> None:
-        """Ask clients what their classes look like to the pre-trained backbone.
+    def gather(
+        self,
+        clients: Iterable[str] | None = None,
+        *,
+        kinds: tuple[Kind, ...] = (),
+        decisive: bool = True,
+    ) -> None:
+        """Ask clients for the mixtures of their classes' features; deal kinds to them.
 
         Args:
             clients: Whom to ask; None: everyone.
+            kinds: Kinds to deal; empty: deal none.
             decisive: Fail if too few clients are left then.
         """
         self.exchange.ask(
@@ -81,64 +166,12 @@ class Roster:
             decisive=decisive,
             clients=clients,
         )
-
-    def deal(self, kinds: tuple[Kind, ...]) -> dict[str, Kind]:
-        """Deal kinds in turn, in the order of names; a client that insists on one gets that."""
-        return {
-            client: self.described[client].kind or kinds[index % len(kinds)]
-            for index, client in enumerate(sorted(self.names))
-            if client in self.described
-        }
-
-    def exclude(self, clients: Iterable[str]) -> None:
-        """Leave clients out, as if they had said nothing; raises ``TooFewClients``."""
-        came = ", ".join(sorted(self.names))
-        for client in clients:
-            if client in self.names & self.exchange.nodes.keys():
-                self._leave_out(client, "excluded by `exclude`")
-            elif client not in self.ambiguous:
-                self.exchange.note(f"`exclude` names {client!r}, but only {came} came.")
-        self.exchange.require_clients(PHASE)
-
-    def recognise(self, members: Mapping[str, tuple[str, ...]]) -> None:
-        """Leave out clients that are members of the registry, but not what they were there.
-
-        Args:
-            members: Classes of each member, by name.
-        """
-        for client in sorted(members.keys() & self.described):
-            found, known = self.described[client].classes, members[client]
-            if found != known:
-                self._leave_out(
-                    client,
-                    f"It has the classes {found} now; in the registry it has {known}. "
-                    "Train it anew with `replace = true`, or give it another name.",
-                )
+        if kinds:
+            self.participants = self.participants.with_kinds(kinds)
 
     def _fold_identity(self, client: str, body: Body) -> str:
         name = self._checked_name(client, IdentifyAnswer.from_body(body), body)
-        self.names.add(name)
-        return name
-
-    def _checked_name(self, client: str, answer: IdentifyAnswer, body: Body) -> str:
-        """Who a client is; refuses one that is another, or holds another backbone."""
-        name = check_client_name(answer.client)
-        registered = self.exchange.registered.get(self.exchange.nodes[client])
-        if registered and name != registered:
-            raise ContributionError(
-                f"The node registered as {registered!r} calls itself {name!r}; it must use the "
-                "name under which it is registered."
-            )
-        if client in self.names and name != client:
-            raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
-        if name != client:
-            self._refuse_twins(client, name)
-        if (told := check_versions(name, Process.from_body(body).versions)) not in (
-            "",
-            *self.exchange.notes,
-        ):
-            self.exchange.note(told)
-        check_backbone(name, answer.base, self.backbone)
+        self._take_in(name)
         return name
 
     def _fold(self, client: str, body: Body) -> str:
@@ -150,36 +183,64 @@ class Roster:
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
                 "node another `kind`, or let it take part in a run of its own."
             )
-        self.described[name] = Description(
+        about = Description(
             classes=answer.classes,
             mixtures=answer.mixtures,
             num_examples=sum(mixture.num_examples for mixture in answer.mixtures.values()),
             num_test_examples=answer.num_test_examples,
             kind=kind,
         )
-        self.names.add(name)
+        self._take_in(name, {name: about})
+        return name
+
+    def _take_in(self, name: str, described: Mapping[str, Description] | None = None) -> None:
+        who = self.participants
+        self.participants = replace(
+            who, names=who.names | {name}, described={**who.described, **(described or {})}
+        )
+
+    def _checked_name(self, client: str, answer: IdentifyAnswer, body: Body) -> str:
+        """Return a client's name; refuse it if name or backbone are not what they must be."""
+        name = check_client_name(answer.client)
+        registered = self.exchange.nodes.registered_name(client)
+        if registered and name != registered:
+            raise ContributionError(
+                f"The node registered as {registered!r} calls itself {name!r}; it must use the "
+                "name under which it is registered."
+            )
+        if client in self.participants.names and name != client:
+            raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
+        if name != client:
+            self._refuse_twins(client, name)
+        warning, books = check_versions(name, Process.from_body(body).versions), self.exchange.books
+        if warning not in ("", *books.notes):
+            books.note(warning)
+        check_backbone(name, answer.base, self.backbone)
         return name
 
     def _refuse_twins(self, client: str, name: str) -> None:
-        """Of two nodes with one name, neither can be trusted to be that client.
+        """Refuse both of two nodes with one name: neither can be trusted to be that client.
 
-        In a run that is under way the one that took part stays. The other is asked again later: it
-        may be the same client, come back before its old node was found to be gone.
+        In a run that is under way, the one that took part stays. The other is asked again later: it
+        may be the same client, back before its old node was found to be gone.
         """
         reason = f"Two nodes call themselves {name!r}; give each node a name of its own."
-        if name in self.exchange.nodes and self.late:
-            self.exchange.look_anew(client)
+        if name in self.exchange.clients and self._late:
+            self.exchange.nodes.look_anew(client)
             raise ContributionError(reason)
-        if name in self.exchange.nodes:
-            self.ambiguous.add(name)
-            self.names.discard(name)
+        if name in self.exchange.clients:
+            who = self.participants
+            self.participants = replace(
+                who, ambiguous=who.ambiguous | {name}, names=who.names - {name}
+            )
             self._leave_out(name, reason)
-        if name in self.ambiguous:
+        if name in self.participants.ambiguous:
             raise ContributionError(reason)
 
     def _leave_out(self, name: str, reason: str) -> None:
-        """Forget a client that has been folded in."""
-        self.described.pop(name, None)
-        phase = PHASE if self.exchange.label(PHASE) in self.exchange.traffic else NAMING
-        books = self.exchange.traffic[self.exchange.label(phase)]
-        self.exchange.leave_out(phase, name, reason, books.pop(name, NOTHING))
+        """Forget a client whose answer was folded in, and leave it out of the run."""
+        self.forget([name])
+        books = self.exchange.books
+        phase = PHASE if books.label(PHASE) in books.traffic else NAMING
+        cost = books.traffic[books.label(phase)].pop(name, NOTHING)
+        self.exchange.leave_out(phase, name, reason, cost)

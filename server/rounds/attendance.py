@@ -1,8 +1,8 @@
-"""Who is there in which round: clients that come, go, lose their node, and come back.
+"""Decide who takes part in which round: clients come, go, lose their node, and come back.
 
-A client joins when its node appears, or in the round that ``joins`` names; it leaves after the
-round that ``leaves`` names. One whose node is gone is absent: it still takes part, with what it
-sent last, and trains again once a node of its name is back.
+A client joins when its node appears, or in the round that ``joins`` names. It leaves after the
+round that ``leaves`` names. A client whose node is gone is absent: its last task vector stays in
+the sum, and it trains again when a node of its name is back.
 """
 
 from __future__ import annotations
@@ -16,98 +16,93 @@ from fedcompo.config.server import ServerConfig
 from fedcompo.config.setting import names_of
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting
+from server.phases.roster import Roster
 
 
 @dataclass
 class Attendance:
-    """Sees, from round to round, who takes part in what a :class:`Fitting` knows of."""
+    """Decides, round by round, who takes part."""
 
     fitting: Fitting
     rounds: int
     """How many there are."""
     closed: Collection[str] | None = None
-    """Nobody but these takes part; None: whoever comes, as the settings have it."""
+    """Only these clients take part; None: all that come, as ``joins`` and ``leaves`` say."""
     past: Sequence[Mapping[str, Any]] = ()
-    """Rounds that were over when the run was interrupted, as in ``Rounds.history``.
-    They are gone through again with those who were there."""
+    """Rounds that were over when the run was interrupted, as in ``Rounds.history``. They are
+    repeated with the clients that took part then."""
 
     def __post_init__(self) -> None:
-        """Read who is to come and go."""
+        """Read which clients are to come and go."""
         self.exchange: Exchange = self.fitting.exchange
+        self.roster: Roster = self.fitting.roster
         server = self.fitting.config.server if self.closed is None else ServerConfig()
         self.joins, self.leaves = rounds_of(server.joins), rounds_of(server.leaves)
         self.excluded = names_of(server.exclude)
 
-    @property
-    def present(self) -> tuple[str, ...]:
-        """Connected clients whose turn has come, sorted."""
-        return tuple(c for c in self.fitting.newcomers if c in self.fitting.roster.described)
-
     def welcome(self, number: int) -> tuple[str, ...]:
-        """Take note of who has come or gone since the round before; describe who is new.
+        """Note which clients came or went since the round before; let new ones join.
 
         Args:
-            number: Of the round that begins.
+            number: The round that begins.
 
         Returns:
-            Who takes part from now on.
+            The clients that join.
         """
-        fitting, described = self.fitting, self.fitting.roster.described
         if number > 1:
-            nodes, gone = self.exchange.look_again()
-            fitting.absent |= set(gone) & described.keys()
-            if nodes:
-                fitting.roster.identify(nodes)
-            fitting.absent -= set(self.exchange.clients)
+            self.roster.look_again()
         self._turn_away(number)
+        who = self.roster.participants
         clients = set(self.exchange.clients)
         waiting = {client for client in clients if self._first(client) > number}
-        here = clients - waiting - set(fitting.members)
-        new = sorted(here - described.keys())
-        return fitting.take_in(new, decisive=number == 1) if new else ()
+        here = clients - waiting - set(who.members)
+        new = sorted(here - who.described.keys())
+        return self.fitting.take_in(new, decisive=number == 1) if new else ()
 
     def asked(self, number: int) -> tuple[str, ...]:
-        """Who is to train in a round, sorted: in one that was over already, who trained then."""
+        """Clients to train in a round, sorted; in a repeated one, those that trained then."""
         if number > len(self.past):
-            return self.present
+            return self.roster.present
         trained = set(self.past[number - 1]["trained"])
-        return tuple(client for client in self.present if client in trained) or self.present
+        present = self.roster.present
+        return tuple(client for client in present if client in trained) or present
 
     def missed(self, number: int) -> tuple[str, ...]:
-        """Who missed a round that was over already."""
+        """Clients that missed a round which is repeated."""
         return tuple(self.past[number - 1]["missed"]) if number <= len(self.past) else ()
 
     def _first(self, client: str) -> int:
-        """The round that a client joins in."""
+        """The round in which a client joins."""
         came = [number for number, past in enumerate(self.past, 1) if client in past["came"]]
         return came[0] if came else max(self.joins.get(client, 1), len(self.past) + 1)
 
     def leaving(self, number: int) -> tuple[str, ...]:
-        """Who leaves after a round."""
-        known = self.fitting.roster.names - set(self.fitting.members)
+        """Clients that leave after a round."""
+        known = self.roster.participants.names - set(self.roster.participants.members)
         return tuple(c for c, last in sorted(self.leaves.items()) if last == number and c in known)
 
     def close(self) -> None:
-        """Say what did not come about of what the settings ask for."""
-        known, members = self.fitting.roster.names, self.fitting.members
+        """Note every entry of ``joins`` and ``leaves`` that had no effect."""
+        who = self.roster.participants
         for setting, rounds in (("joins", self.joins), ("leaves", self.leaves)):
             for client, number in sorted(rounds.items()):
-                if client in members:
+                if client in who.members:
                     text = "it is a member of the registry: nobody joins or leaves that in rounds"
-                elif client not in known:
+                elif client not in who.names:
                     text = "it never came"
                 elif number > self.rounds:
                     text = f"there are {self.rounds} round(s)"
                 else:
                     continue
-                self.exchange.note(f"`{setting}` names {client}:{number}, but {text}.")
+                self.exchange.books.note(f"`{setting}` names {client}:{number}, but {text}.")
 
     def _turn_away(self, number: int) -> None:
-        """Leave out who comes, but is not to take part."""
+        """Leave out connected clients that are not to take part."""
+        members = self.roster.participants.members
         for client in self.exchange.clients:
             if client in self.excluded:
                 reason = "excluded by `exclude`"
-            elif self.leaves.get(client, number) < number and client not in self.fitting.members:
+            elif self.leaves.get(client, number) < number and client not in members:
                 reason = f"it left after round {self.leaves[client]}"
             elif self.closed is not None and client not in self.closed:
                 reason = "it was not there, or not a member of the registry, at the beginning"

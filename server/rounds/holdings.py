@@ -1,6 +1,8 @@
-"""What clients keep between rounds, as far as the server knows; what they lack, it sends.
+"""What clients and server keep between two rounds.
 
-The task vector and head that each client sent last, in files: memory does not grow with them.
+A client keeps the Fisher that anchors it and its own last task vector; the server sends only what
+the client lacks. The server keeps each client's last task vector in a file, so that its memory does
+not grow with the number of clients.
 """
 
 from __future__ import annotations
@@ -23,22 +25,22 @@ from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streame
 
 @dataclass
 class Holdings:
-    """Compares what each client needs with what it said it would keep; by SHA-256."""
+    """Compares what each client needs with what it keeps, by SHA-256."""
 
     current: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Of what a client needs, by client and name; missing: not known yet."""
+    """SHA-256 of what a client needs, by client and name; missing: not known yet."""
     kept: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Of what a client keeps, by client and name."""
+    """SHA-256 of what a client keeps, by client and name."""
 
     def request(
         self, client: str, names: Iterable[str], wanted: Callable[[str, str], Mapping[str, Tensor]]
     ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, str]]:
-        """What to send a client, and what to ask it to use.
+        """What a client is sent, and what it is to use.
 
         Args:
             client: Its name.
-            names: Of what it needs.
-            wanted: Makes the server's copy, given client and name.
+            names: Names of what it needs.
+            wanted: Returns the server's copy, by client and name.
 
         Returns:
             The tensors of what it does not keep, and SHA-256 of all it needs, by name.
@@ -55,31 +57,31 @@ class Holdings:
         return sent, needs
 
     def sent(self, client: str, own: str, kept: Mapping[str, str]) -> None:
-        """Take note of what a client sent, and of what it says it keeps."""
+        """Note the digest of what a client sent, and the digests of what it says it keeps."""
         self.current[client, OWN], self.kept[client] = own, dict(kept)
 
     def lost(self, client: str) -> None:
-        """Count on nothing that a client keeps."""
+        """Assume that a client keeps nothing."""
         self.kept.pop(client, None)
 
     def change_anchors(self) -> None:
-        """Let all clients be sent their metrics anew."""
+        """Forget the digests of all anchors: they changed, and are sent again."""
         self.current = {at: digest for at, digest in self.current.items() if at[1] != ANCHOR}
 
 
 @dataclass(frozen=True)
 class LastSent:
-    """A folder with a file a client; what has just come lies beside it until it is taken."""
+    """The last task vector of each client, in one file; a new one lies beside it until accepted."""
 
     folder: Path
 
     def arrive(self, client: str, vector: TaskVector, own: Mapping[str, Tensor]) -> str:
-        """Put what a client sent beside what it sent before.
+        """Write a client's new task vector and head beside the last ones.
 
         Args:
             client: Its name.
             vector: Its task vector.
-            own: Task vector and head, under the names they travelled by.
+            own: Its task vector and head, under the names of the message.
 
         Returns:
             SHA-256 of the tensors.
@@ -89,28 +91,28 @@ class LastSent:
         return save_streamed(self._arriving(client), own, about)
 
     def refuse(self, client: str) -> None:
-        """Delete what has just come."""
+        """Delete the new ones."""
         self._arriving(client).unlink()
 
     def take(self, client: str) -> None:
-        """Let what has just come take the place of what was sent before."""
+        """Let the new ones take the place of the last ones."""
         put_in_place(self._arriving(client), self._settled(client))
 
     def forget(self, client: str) -> None:
-        """Delete what a client sent last."""
+        """Delete the last ones."""
         self._settled(client).unlink()
 
     def read(
         self, client: str, kind: Kind, base: str, classes: tuple[str, ...], *, arriving: bool
     ) -> tuple[TaskVector, Head]:
-        """Open what a client sent; the task vector is read weight by weight, when it is needed.
+        """Open a client's task vector and head; the task vector is read weight by weight.
 
         Args:
             client: Its name.
             kind: Of its task vector.
             base: Fingerprint of the pre-trained weights.
             classes: Rows of its head.
-            arriving: What has just come, not what was taken.
+            arriving: Read the new ones, not the last ones.
         """
         path = self._arriving(client) if arriving else self._settled(client)
         tensors = StreamedTensors(path)

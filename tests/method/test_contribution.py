@@ -258,3 +258,10 @@ def test_a_fisher_without_head_rows_is_kept_as_such(tmp_path):
     assert loaded.classes == ()
     assert loaded.sums["head.weight"].shape == (0, 3)
     assert not loaded.for_classes(["cat"]).sums["head.weight"].any()
+
+
+def test_the_lineage_of_rounds_is_all_that_any_of_them_saw():
+    first = Lineage("iel", ("ben",), (), ("ann",))
+    second = Lineage("ita", ("ann", "ben"), ("eve",), ("eve",))
+    joined = first.joined(second, ensemble={"ben", "ann"})
+    assert joined == Lineage("iel", ("ann", "ben"), ("eve",), ("ann", "ben", "eve"))

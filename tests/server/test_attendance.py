@@ -49,7 +49,7 @@ def sums(monkeypatch) -> list[dict]:
 
     def run(self: Rounds) -> None:
         original(self)
-        seen.append(self.sum.total)
+        seen.append(self.sum.running.total)
 
     monkeypatch.setattr(Rounds, "run", run)
     return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,13 @@ def remove(images: Path, registry: Path, grid: dict | None = None, **settings) -
 
 
 def members(registry: Path) -> dict[str, Contribution]:
-    opened = Registry(registry)
-    return {c: Contribution.open(registry / opened.member(c).folder) for c in opened.clients}
+    """Contributions as they are now, in memory: a run replaces and deletes their files."""
+    opened, found = Registry(registry), {}
+    for client in opened.clients:
+        member = Contribution.open(registry / opened.member(client).folder)
+        vector = replace(member.task_vector, tensors=dict(member.task_vector.tensors))
+        found[client] = replace(member, task_vector=vector)
+    return found
 
 
 def unchanged(one: Contribution, other: Contribution) -> bool:

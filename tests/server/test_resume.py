@@ -12,7 +12,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.messages.records import from_record
 from fedcompo.registry.registry import Registry
 from server.exchange.books import NOTHING
-from server.exchange.kept_answers import Answers
+from server.exchange.kept_answers import KeptAnswers
 
 TYPES = ("query.features", "query.identify", "query.fisher", "train", "query.realign", "evaluate")
 ROUNDS = {"method": "iel", "num_server_rounds": 2}
@@ -170,7 +170,7 @@ def test_a_client_that_missed_a_round_before_the_interruption_still_has_missed_i
 
 def test_the_longest_name_of_a_client_is_no_trouble(tmp_path):
     """Until it has named itself, it is called by its node and its registered name, too."""
-    answers = Answers(tmp_path / "answers")
+    answers = KeptAnswers(tmp_path / "answers")
     client = f"node {2**63}, registered as {'あ' * 64}"
     answers.keep("features", client, "0" * 64, ({}, {"a": 1}), NOTHING)
     kept = answers.recall("features", client, "0" * 64)

@@ -183,7 +183,7 @@ def test_what_is_composed_is_the_sum_the_rounds_ended_with(images, tmp_path, wat
     assert_sum_of_the_last(tmp_path / "out", wire)
     registry = Registry(tmp_path / "out" / "registry")
     (rounds,) = watched
-    assert same(registry.running_sum(), rounds.sum.total)
+    assert same(registry.running_sum(), rounds.sum.running.total)
     assert [f["kind"] for f in results["per_client"].values()] == ["lora", "full", "ia3"]
     shares = [f["coefficient"] for f in results["per_client"].values()]
     assert shares == pytest.approx([EXAMPLES[c] / 31 for c in THREE])
@@ -320,7 +320,7 @@ def test_who_misses_a_round_stays_with_what_it_sent_last(images, tmp_path, watch
     assert [h["members"] for h in results["rounds"]] == [list(THREE)] * 3
     assert len(results["per_client"]["ben"]["losses"]) == 2
     assert_sum_of_the_last(tmp_path / "out", wire)
-    assert same(Registry(tmp_path / "out" / "registry").running_sum(), watched[0].sum.total)
+    assert same(Registry(tmp_path / "out" / "registry").running_sum(), watched[0].sum.running.total)
 
 
 def test_what_it_sent_last_stays_in_the_sum_also_if_it_never_answers_again(images, tmp_path):
@@ -372,7 +372,7 @@ def test_what_cannot_be_summed_is_as_if_it_had_not_been_sent(
     ]
     assert len(results["per_client"]["ben"]["losses"]) == 2
     assert_sum_of_the_last(tmp_path / "out", wire)
-    assert same(Registry(tmp_path / "out" / "registry").running_sum(), watched[0].sum.total)
+    assert same(Registry(tmp_path / "out" / "registry").running_sum(), watched[0].sum.running.total)
 
 
 def test_whyever_a_round_was_missed_the_client_goes_on_from_what_it_sent_before(
@@ -498,4 +498,4 @@ def test_members_that_are_trained_anew_take_no_part_as_what_they_were(images, tm
     anew, fresh = sent_last(tmp_path / "first"), sent_last(tmp_path / "fresh")
     assert all(same(anew[c].task_vector.tensors, fresh[c].task_vector.tensors) for c in fresh)
     assert_sum_of_the_last(tmp_path / "first")
-    assert same(Registry(Path(registry)).running_sum(), watched[-1].sum.total)
+    assert same(Registry(Path(registry)).running_sum(), watched[-1].sum.running.total)
