@@ -1,7 +1,7 @@
-"""One client's part of each phase: tensors and figures in, tensors and figures out; no Flower.
+"""One client's part of each phase: from a request to an answer, without Flower.
 
-Whatever a client needs besides its data comes with the request. Between the rounds of a training it
-keeps its own task vector, so as not to be sent it each time; the server has a copy.
+A request brings all that a client needs besides its data. Between rounds a client keeps its own
+task vector and its metric, so that they need not be sent again; the server has a copy.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Features = TypeVar("Features", bound=FeaturesAnswer)
 
 
 class Who(TypedDict):
-    """What every answer says of its client; see :class:`NoticeAnswer`."""
+    """Fields that every answer has; see :class:`NoticeAnswer`."""
 
     client: str
     base: str
@@ -77,9 +77,9 @@ class LocalClient:
     backbone: Backbone
     data: ClientData
     kind: Kind | None = None
-    """Kind of task vector, if this node insists on one."""
+    """The only kind of task vector that this node trains; None: any."""
     state: Path = field(default_factory=store_home)
-    """Folder of what it keeps between rounds."""
+    """Folder of what this client keeps between rounds."""
 
     @classmethod
     def from_node(
@@ -130,11 +130,11 @@ class LocalClient:
         return self._mixtures(FeaturesAnswer, {})
 
     def identify(self) -> IdentifyAnswer:
-        """Say who this is; the images are looked at, not described."""
+        """Send name, backbone, classes and the number of test images."""
         return IdentifyAnswer(**self._who(), num_test_examples=len(self.data.test.labels))
 
     def notice(self, request: NoticeRequest) -> NoticeAnswer:
-        """Take note that another client was removed; the record goes to the log."""
+        """Log that another client was removed, with the removal record."""
         logger.warning("%s: %s", self.name, request.text)
         logger.info("%s: the removal record:\n%s", self.name, request.record)
         return NoticeAnswer(**self._who())
@@ -146,10 +146,10 @@ class LocalClient:
     def fisher(self, request: FisherRequest) -> FisherAnswer:
         """Sum the Fisher diagonal over the training images, under the head that training starts at.
 
-        Under the joint head it weighs confusion with every client's classes, and so depends on
-        them. Under the client's own probe it weighs confusion among its own classes alone: it knows
-        of nobody else, and is smaller, so that the same ``alpha`` holds less. Clients' sums add up
-        either way, each under its own head; a head's rows belong to its own classes.
+        Under the joint head the Fisher depends on the classes of all clients. Under the client's
+        own probe it depends on its own classes only. It is smaller then, so the same ``alpha``
+        penalises less. Clients' sums can be added in both cases; a head's rows belong to its own
+        classes.
         """
         head = request.joint if self._starts_aligned else self._probe()
         if head is None:
@@ -162,9 +162,9 @@ class LocalClient:
         )
 
     def train(self, request: TrainRequest) -> TrainAnswer | LacksAnswer:
-        """Fit the task vector, alone or inside the sum of the others; measure what comes of it.
+        """Fit the task vector, alone or inside the sum of the others, and measure it.
 
-        What the request leaves the client to remember, and it does not, the answer asks for.
+        If the request relies on something that this client no longer keeps, the answer names it.
         """
         part = request.round
         store = Store.of(self.state, part.federation, self.name) if part else None
@@ -218,7 +218,7 @@ class LocalClient:
         )
 
     def measure(self, theta: Weights, head: Head, *, linearised: bool = False) -> Accuracy:
-        """Accuracy on this client's test images; ``theta`` empty: of the pre-trained backbone."""
+        """Accuracy on the client's test images; with an empty ``theta``, of the frozen backbone."""
         classes, test = self.data.classes, self.data.test
         return evaluate(self.backbone, theta, head, classes, test, linearised=linearised)
 
@@ -246,7 +246,7 @@ class LocalClient:
         )
 
     def _probe(self) -> Head:
-        """The client's own head; each phase that needs it fits it again, to the same bits."""
+        """The client's own head. Each phase fits it again and gets the same bits."""
         ridge = self.config.head.ridge
         return fit_probe(self.backbone, self.data.train, self.data.classes, ridge=ridge)
 
@@ -260,7 +260,7 @@ class LocalClient:
 
 @lru_cache(maxsize=1)
 def _load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
-    """A process that serves several phases, or several clients, loads the backbone once."""
+    """Load the backbone once for all phases and clients of this process."""
     return load_backbone(config, device)
 
 
