@@ -29,7 +29,7 @@ HOME = "FEDCOMPO_STATE"
 
 
 def store_home(stated: str = "") -> Path:
-    """Folder of all stores: the node's setting, else ``FEDCOMPO_STATE``, else in the home folder."""
+    """Folder of all stores: the node's setting, else ``FEDCOMPO_STATE``, else the user's own."""
     default = Path.home() / ".local" / "state" / "fedcompo"
     return Path(stated or os.environ.get(HOME, "") or default).expanduser()
 
