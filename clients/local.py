@@ -51,7 +51,7 @@ from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import Accuracy, evaluate
+from fedcompo.training.accuracy import Accuracy, accuracy_of
 from fedcompo.training.fit import ensembled, fit_task_vector
 from fedcompo.training.probing import fit_probe
 
@@ -220,7 +220,7 @@ class LocalClient:
     def measure(self, theta: Weights, head: Head, *, linearised: bool = False) -> Accuracy:
         """Accuracy on the client's test images; with an empty ``theta``, of the frozen backbone."""
         classes, test = self.data.classes, self.data.test
-        return evaluate(self.backbone, theta, head, classes, test, linearised=linearised)
+        return accuracy_of(self.backbone, theta, head, classes, test, linearised=linearised)
 
     @property
     def _starts_aligned(self) -> bool:
