@@ -1,1 +1,1 @@
-"""What runs where the data is."""
+"""The client: it trains and measures where the data is, and sends what its caps allow."""

@@ -1,4 +1,4 @@
-"""The ClientApp: hands each request to the local client, and its answer back."""
+"""The ClientApp: reads each request, lets the local client do the work, sends the answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
 
 app = ClientApp()
 
-R = TypeVar("R", bound=Content)
+Asked = TypeVar("Asked", bound=Content)
 Work = Callable[[LocalClient, Body], Answer]
 
 
@@ -43,13 +43,13 @@ def features(message: Message, context: Context) -> Message:
 
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
-    """Say who this is, and of which classes."""
+    """Send the client's name and classes."""
     return _answer(message, context, lambda client, body: client.identify())
 
 
 @app.query("notice")
 def notice(message: Message, context: Context) -> Message:
-    """Take note of a removal."""
+    """Log that another client was removed."""
     return _answer(message, context, _reading(NoticeRequest, LocalClient.notice))
 
 
@@ -83,12 +83,13 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, _reading(EvaluateRequest, LocalClient.evaluate))
 
 
-def _reading(request: type[R], work: Callable[[LocalClient, R], Answer]) -> Work:
+def _reading(request: type[Asked], work: Callable[[LocalClient, Asked], Answer]) -> Work:
+    """Adapt work on a request to the body that the request travels as."""
     return lambda client, body: work(client, request.from_body(body))
 
 
 def _answer(message: Message, context: Context, work: Work) -> Message:
-    """Do the work; what goes wrong on purpose is answered in words, not as a stack trace."""
+    """Do the work; a ``FedcompoError`` is answered as a refusal with its text."""
     # The same seed gives the same result, also on a GPU, where torch knows such an algorithm.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

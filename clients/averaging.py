@@ -1,4 +1,4 @@
-"""One client's part of a round of FedAvg or FedProx: the model that all share, trained a while."""
+"""One client's part of a round of FedAvg or FedProx: train the shared model further."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
-    """Train the shared model on, by cross-entropy over the classes of all clients.
+    """Train the shared model further, by cross-entropy over the classes of all clients.
 
-    Nothing but FedProx's term holds it: neither an anchor, nor a penalty of the head. Of the cosine
-    schedule, which runs over all rounds, a round is one part.
+    FedProx's term is the only penalty: there is no anchor and no penalty on the head. The cosine
+    schedule runs over all rounds.
 
     Args:
-        client: Whose images these are.
-        request: The shared task vector's parameters and the joint head; which round this is.
+        client: The client that trains.
+        request: The shared task vector's parameters, the joint head and the round.
 
     Returns:
-        The same tensors, trained; losses; in the first round the frozen backbone's accuracy.
+        The trained tensors and the losses; in the first round also the frozen backbone's accuracy.
     """
     number, joint = request.number, request.joint
     kind, base = request.kind, client.backbone.fingerprint
@@ -47,14 +47,16 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         replace(client.config.train, head_alpha=0.0, head_decay=0.0),
         generator=generator_for(client.config.seed, "train", client.name, str(number)),
         course=course,
-        on_epoch=lambda *told: logger.info("%s: epoch %d of %d, loss %.4f", client.name, *told),
+        on_epoch=lambda *epoch: logger.info("%s: epoch %d of %d, loss %.4f", client.name, *epoch),
     )
+    frozen = client.measure({}, joint) if number == 1 else None
     tensors, _, caps = outgoing.trained(fitted, client.backbone, client.config.caps)
     return AveragingAnswer(
         base=base,
         tensors=tensors,
         kind=kind,
         losses=fitted.losses,
-        **(client.frozen_accuracy(joint) if number == 1 else {}),
         caps=caps,
+        frozen_class_il_accuracy=frozen.class_il if frozen else None,
+        frozen_task_il_accuracy=frozen.task_il if frozen else None,
     )

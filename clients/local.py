@@ -1,7 +1,7 @@
-"""One client's part of each phase: tensors and figures in, tensors and figures out; no Flower.
+"""One client's part of each phase: from a request to an answer, without Flower.
 
-Whatever a client needs besides its data comes with the request. Between the rounds of a training it
-keeps its own task vector, so as not to be sent it each time; the server has a copy.
+A request brings all that a client needs besides its data. Between rounds a client keeps its own
+task vector and its metric, so that they need not be sent again; the server has a copy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,19 +45,27 @@ from fedcompo.messages.requests import (
     TrainRequest,
     own_tensors,
 )
+from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import accuracy_of
-from fedcompo.training.fit import Fitted, ensembled, fit_task_vector
-from fedcompo.training.penalty import Ensemble
+from fedcompo.training.accuracy import Accuracy, accuracy_of
+from fedcompo.training.fit import ensembled, fit_task_vector
 from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
 
 Features = TypeVar("Features", bound=FeaturesAnswer)
+
+
+class Who(TypedDict):
+    """Fields that every answer has; see :class:`NoticeAnswer`."""
+
+    client: str
+    base: str
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,9 @@ class LocalClient:
     backbone: Backbone
     data: ClientData
     kind: Kind | None = None
-    """Kind of task vector, if this node insists on one."""
+    """The only kind of task vector that this node trains; None: any."""
     state: Path = field(default_factory=store_home)
-    """Folder of what it keeps between rounds."""
+    """Folder of what this client keeps between rounds."""
 
     @classmethod
     def from_node(
@@ -122,11 +130,11 @@ class LocalClient:
         return self._mixtures(FeaturesAnswer, {})
 
     def identify(self) -> IdentifyAnswer:
-        """Say who this is; the images are looked at, not described."""
+        """Send name, backbone, classes and the number of test images."""
         return IdentifyAnswer(**self._who(), num_test_examples=len(self.data.test.labels))
 
     def notice(self, request: NoticeRequest) -> NoticeAnswer:
-        """Take note that another client was removed; the record goes to the log."""
+        """Log that another client was removed, with the removal record."""
         logger.warning("%s: %s", self.name, request.text)
         logger.info("%s: the removal record:\n%s", self.name, request.record)
         return NoticeAnswer(**self._who())
@@ -138,32 +146,37 @@ class LocalClient:
     def fisher(self, request: FisherRequest) -> FisherAnswer:
         """Sum the Fisher diagonal over the training images, under the head that training starts at.
 
-        Under the joint head it weighs confusion with every client's classes, and so depends on
-        them. Under the client's own probe it weighs confusion among its own classes alone: it knows
-        of nobody else, and is smaller, so that the same ``alpha`` holds less. Clients' sums add up
-        either way, each under its own head; a head's rows belong to its own classes.
+        Under the joint head the Fisher depends on the classes of all clients. Under the client's
+        own probe it depends on its own classes only. It is smaller then, so the same ``alpha``
+        penalises less. Clients' sums can be added in both cases; a head's rows belong to its own
+        classes.
         """
-        head = self._joint(request.joint) if self._starts_aligned else self._probe()
+        head = request.joint if self._starts_aligned else self._probe()
+        if head is None:
+            raise FileFormatError(
+                "The server sent no joint head, which `head-start = aligned` starts from. Use the "
+                "same fedcompo version everywhere."
+            )
         return outgoing.fisher_of(
             self.backbone, head, self.data.train.images, self.config, client=self.name
         )
 
     def train(self, request: TrainRequest) -> TrainAnswer | LacksAnswer:
-        """Fit the task vector, alone or inside the sum of the others; measure what comes of it.
+        """Fit the task vector, alone or inside the sum of the others, and measure it.
 
-        What the request leaves the client to remember, and it does not, the answer asks for.
+        If the request relies on something that this client no longer keeps, the answer names it.
         """
-        store = None
-        if request.round:
-            store = Store.of(self.state, request.round.federation, self.name)
+        part = request.round
+        store = Store.of(self.state, part.federation, self.name) if part else None
         request, holds = completed(request, store)
         if request.lacks:
             return LacksAnswer(**self._who(), lacks=request.lacks)
-        joint, classes = request.joint, self.data.classes
-        aligned = joint.rows(classes) if self._starts_aligned else self._probe()
-        beta, base = self.config.method.beta, self.backbone.fingerprint
-        course = request.course(base, classes, beta)
-        purpose = "train", self.name, *([str(request.round.number)] if request.round else [])
+        classes = self.data.classes
+        aligned = request.joint.rows(classes) if self._starts_aligned else self._probe()
+        course = request.course(
+            base=self.backbone.fingerprint, classes=classes, beta=self.config.method.beta
+        )
+        purpose = "train", self.name, *([str(part.number)] if part else [])
         fitted = fit_task_vector(
             self.backbone,
             request.kind,
@@ -175,58 +188,39 @@ class LocalClient:
             on_epoch=self._log_epoch,
         )
         tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
-        if store is None or request.round is None:
-            holds = {}
-        elif request.round.last:
+        if store and part and part.last:
             holds = {}
             store.clear()
-        else:
-            own = own_tensors(fitted.task_vector.tensors, fitted.head)
-            holds[OWN] = store.keep(OWN, own)  # as the server has it, bit for bit
+        elif store:
+            kept = own_tensors(fitted.task_vector.tensors, fitted.head)
+            holds[OWN] = store.keep(OWN, kept)  # as the server has it, bit for bit
+        vector, theta_0 = fitted.task_vector, self.backbone.theta_0
+        theta = ensembled(vector.dense(theta_0), theta_0, course.ensemble)
+        own = self.measure(theta, fitted.head, linearised=vector.kind is Kind.TANGENT)
+        frozen = self.measure({}, request.joint) if request.frozen else None
         return TrainAnswer(
             **self._who(),
             tensors=tensors,
-            kind=fitted.task_vector.kind,
+            kind=vector.kind,
             losses=fitted.losses,
             holds=holds,
             caps=caps,
-            **self._measured(fitted, course.ensemble, joint if request.frozen else None),
+            own_task_accuracy=own.task_il,
+            frozen_class_il_accuracy=frozen.class_il if frozen else None,
+            frozen_task_il_accuracy=frozen.task_il if frozen else None,
         )
-
-    def _measured(
-        self, fitted: Fitted, ensemble: Ensemble | None, joint: Head | None
-    ) -> dict[str, Any]:
-        """Accuracy of what was trained, on its own task; with the joint head, of the frozen one."""
-        classes, test, theta_0 = self.data.classes, self.data.test, self.backbone.theta_0
-        theta = ensembled(fitted.task_vector.dense(theta_0), theta_0, ensemble)
-        linearised = fitted.task_vector.kind is Kind.TANGENT
-        own = accuracy_of(self.backbone, theta, fitted.head, classes, test, linearised=linearised)
-        figures = {"own_task_accuracy": own.task_il}
-        return figures | (self.frozen_accuracy(joint) if joint else {})
-
-    def frozen_accuracy(self, joint: Head) -> dict[str, Any]:
-        """Accuracy of the pre-trained backbone under the joint head; names as in an answer."""
-        frozen = accuracy_of(self.backbone, {}, joint, self.data.classes, self.data.test)
-        return {
-            "frozen_class_il_accuracy": frozen.class_il,
-            "frozen_task_il_accuracy": frozen.task_il,
-        }
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateAnswer:
         """Measure the composed model on this client's test images."""
-        accuracy = accuracy_of(
-            self.backbone,
-            request.theta,
-            request.joint,
-            self.data.classes,
-            self.data.test,
-            linearised=request.linearised,
-        )
+        found = self.measure(request.theta, request.joint, linearised=request.linearised)
         return EvaluateAnswer(
-            **self._who(),
-            class_il_accuracy=accuracy.class_il,
-            task_il_accuracy=accuracy.task_il,
+            **self._who(), class_il_accuracy=found.class_il, task_il_accuracy=found.task_il
         )
+
+    def measure(self, theta: Weights, head: Head, *, linearised: bool = False) -> Accuracy:
+        """Accuracy on the client's test images; with an empty ``theta``, of the frozen backbone."""
+        classes, test = self.data.classes, self.data.test
+        return accuracy_of(self.backbone, theta, head, classes, test, linearised=linearised)
 
     @property
     def _starts_aligned(self) -> bool:
@@ -251,24 +245,14 @@ class LocalClient:
             caps=caps,
         )
 
-    @staticmethod
-    def _joint(sent: Head | None) -> Head:
-        if sent is None:
-            raise FileFormatError(
-                "The server sent no joint head, which `head-start = aligned` starts from. Use the "
-                "same fedcompo version everywhere."
-            )
-        return sent
-
     def _probe(self) -> Head:
-        """The client's own head; each phase that needs it fits it again, to the same bits."""
+        """The client's own head. Each phase fits it again and gets the same bits."""
         ridge = self.config.head.ridge
         return fit_probe(self.backbone, self.data.train, self.data.classes, ridge=ridge)
 
-    def _who(self) -> dict[str, Any]:
-        """What every answer says of this client; see :class:`NoticeAnswer`."""
+    def _who(self) -> Who:
         base, classes = self.backbone.fingerprint, self.data.classes
-        return {"client": self.name, "base": base, "classes": classes}
+        return Who(client=self.name, base=base, classes=classes)
 
     def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)
@@ -276,7 +260,7 @@ class LocalClient:
 
 @lru_cache(maxsize=1)
 def _load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
-    """A process that serves several phases, or several clients, loads the backbone once."""
+    """Load the backbone once for all phases and clients of this process."""
     return load_backbone(config, device)
 
 

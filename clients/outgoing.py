@@ -1,4 +1,4 @@
-"""What leaves this client, and in which numbers: its caps (:mod:`fedcompo.config.caps`) at work."""
+"""What leaves this client, as its caps (:mod:`fedcompo.config.caps`) allow."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ ITSELF = "this client"
 def mixtures_of(
     features: Tensor, data: ClientData, config: RunConfig, *, seed: int
 ) -> tuple[dict[str, FeatureMixture], dict[str, Any]]:
-    """Describe features class by class; under `dp-noise` by what noised sums tell.
+    """Fit mixtures to the features of each class; under `dp-noise` from noised sums.
 
     Args:
         features: Of the training images, (count, features).
         data: Labels and classes.
         config: Settings, capped.
-        seed: Where the fit without noise starts from.
+        seed: Seed of the fit without noise.
 
     Returns:
-        Mixtures by class name, and what the answer tells of caps.
+        Mixtures by class name, and the answer's report on caps.
     """
     labels, caps = data.train.labels, config.caps
     if caps.dp_noise > 0:
@@ -59,23 +59,23 @@ def mixtures_of(
 def fisher_of(
     backbone: Backbone, head: Head, images: Tensor, config: RunConfig, *, client: str
 ) -> FisherAnswer:
-    """Sum the Fisher diagonal, in the form and the numbers in which it may leave.
+    """Sum the Fisher diagonal, in the form and number format that the caps allow.
 
     Args:
         backbone: Pre-trained weights.
-        head: Under which.
+        head: Head of the model that it is the Fisher of.
         images: Of training, (count, channels, size, size), uint8.
         config: Settings, capped.
         client: Its name.
     """
     started, caps = time.perf_counter(), config.caps
-    told: dict[str, Any] = {}
+    caps_report: dict[str, Any] = {}
     if caps.fisher_form is not FisherForm.DENSE:
-        told["form"] = str(caps.fisher_form)
+        caps_report["form"] = str(caps.fisher_form)
     if caps.dp_noise > 0:
         parts, count = _private(backbone, head, images, config)
         report: dict[str, Any] = {}  # what an estimator tells of its work is not noised
-        told |= {"noise": caps.dp_noise, "clip": caps.dp_clip_fisher}
+        caps_report |= {"noise": caps.dp_noise, "clip": caps.dp_clip_fisher}
     else:
         measured = caps.fisher_form is not FisherForm.HEAD
         held = backbone if measured else replace(backbone, theta_0={})
@@ -85,11 +85,11 @@ def fisher_of(
         parts, count = reduced(fisher.sums, caps.fisher_form), fisher.num_examples
         report = asdict(figures)
         if caps.fisher_form is FisherForm.FACTORED:
-            told["form_error"] = _factoring_error(fisher.sums, parts, backbone)
+            caps_report["form_error"] = _factoring_error(fisher.sums, parts, backbone)
     body = prefixed(FISHER, parts)
     coded, arrived = _on_the_wire(body, caps.wire)
     if caps.wire is not Wire.FLOAT32:
-        told |= {"wire_error": relative_error(body, arrived), "wire": str(caps.wire)}
+        caps_report |= {"wire_error": relative_error(body, arrived), "wire": str(caps.wire)}
     return FisherAnswer(
         client=client,
         base=backbone.fingerprint,
@@ -98,7 +98,7 @@ def fisher_of(
         num_examples=count,
         form=caps.fisher_form,
         report={**report, "seconds": time.perf_counter() - started},
-        caps=told,
+        caps=caps_report,
     )
 
 
@@ -119,7 +119,7 @@ def _private(
 
 
 def _factoring_error(sums: Mapping[str, Tensor], parts: Weights, backbone: Backbone) -> float:
-    """How far the expanded Fisher is from the one it was taken of, without the head."""
+    """Relative error of the factored Fisher once it is expanded, without the head."""
     expanded = restored(parts, FisherForm.FACTORED, backbone.theta_0, owner=ITSELF)
     meant = {name: total for name, total in sums.items() if name not in HEAD}
     return relative_error(meant, expanded)
@@ -128,16 +128,16 @@ def _factoring_error(sums: Mapping[str, Tensor], parts: Weights, backbone: Backb
 def trained(
     fitted: Fitted, backbone: Backbone, caps: CapsConfig
 ) -> tuple[dict[str, Tensor], Fitted, dict[str, Any]]:
-    """Put what was trained into the numbers in which it may leave.
+    """Write what was trained in the number format that the caps allow.
 
     Args:
         fitted: As it was trained.
         backbone: Pre-trained weights.
-        caps: Which numbers.
+        caps: Which format.
 
     Returns:
-        The tensors of the message; what the server reads from them, which is what is to be measured
-        and gone on with; and what the answer tells of caps.
+        The tensors of the answer; the task vector and head that the server reads from them, which
+        the client measures and continues with; the answer's report on caps.
     """
     vector = fitted.task_vector
     body = own_tensors(vector.tensors, fitted.head)
@@ -147,13 +147,13 @@ def trained(
     received = replace(vector, tensors=section(TASK_VECTOR, arrived))
     theta_0 = backbone.theta_0
     error = relative_error(vector.dense(theta_0), received.dense(theta_0))
-    told = {"wire_error": error, "wire": str(caps.wire)}
-    return coded, replace(fitted, task_vector=received), told
+    caps_report = {"wire_error": error, "wire": str(caps.wire)}
+    return coded, replace(fitted, task_vector=received), caps_report
 
 
 def _on_the_wire(
     tensors: dict[str, Tensor], wire: Wire
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is sent, and what the server reads from it."""
+    """The tensors that are sent, and those that the server reads from them."""
     coded = encode(tensors, wire)
     return coded, decode(coded, wire, source=ITSELF)

@@ -1,8 +1,8 @@
-"""What a client keeps between rounds: its own task vector, and the metric that holds it.
+"""What a client keeps between rounds: its own task vector with its head, and its metric.
 
-The server has a copy of all of it, so losing a store costs one more message and nothing else. It
-lies in files of the client's own, not in Flower's client state: that is lost when the node is
-restarted, and silently dropped where it is larger than some 120 MB. The last round clears it.
+The server has a copy, so a lost store costs one more message and nothing else. The store is a
+folder of files. Flower's client state would not do: it is lost when the node restarts, and silently
+dropped above some 120 MB. The last round deletes the store.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ HOME = "FEDCOMPO_STATE"
 
 
 def store_home(stated: str = "") -> Path:
-    """Folder of all stores: what the node states, else ``FEDCOMPO_STATE``, else the user's own."""
+    """Folder of all stores: the node's setting, else ``FEDCOMPO_STATE``, else the user's own."""
     default = Path.home() / ".local" / "state" / "fedcompo"
     return Path(stated or os.environ.get(HOME, "") or default).expanduser()
 
 
 @dataclass(frozen=True)
 class Store:
-    """Tensors of one client in one federation, by what they are called and their digest."""
+    """Tensors of one client in one federation, by name and digest."""
 
     folder: Path
 
@@ -46,7 +46,7 @@ class Store:
 
         Args:
             home: Folder of all stores.
-            federation: What the server calls it.
+            federation: Name that the server gives it.
             client: Name of the client.
 
         Raises:
@@ -60,10 +60,10 @@ class Store:
         return cls(home / federation / client)
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """Write tensors in the place of those of that name, for nobody else to read.
+        """Replace the tensors of a name; only this user can read the file.
 
         Returns:
-            Their SHA-256, by which they are asked for again; empty if they could not be written.
+            Their SHA-256, to recall them by; empty if they could not be written.
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class Store:
             return ""
 
     def recall(self, name: str, digest: str) -> dict[str, Tensor] | None:
-        """Read tensors; None if they are not there, or are others than those asked for."""
+        """Read tensors; None if they are missing or have another digest."""
         try:
             tensors, manifest = tensorfile.load(self._file(name))
         except FileFormatError:
@@ -91,20 +91,22 @@ class Store:
 
 
 def completed(request: TrainRequest, store: Store | None) -> tuple[TrainRequest, dict[str, str]]:
-    """Add to a request what the client was left to keep, and keep what came along.
+    """Add the tensors that the client has kept to a request; keep those that came with it.
 
     Args:
         request: As it came.
-        store: What this client keeps between rounds; None: nothing.
+        store: Of this client; None: it keeps nothing.
 
     Returns:
-        The request with all that the client has of what it needs; SHA-256 of what it will keep.
+        The request with all that the client has; SHA-256 of what it keeps, by name.
     """
     sent, holds = dict(request.sent), {}
     for name, digest in request.needs.items():
-        if store and name in sent:
+        if store is None:
+            continue
+        if name in sent:
             digest = store.keep(name, sent[name])
-        elif store and (kept := store.recall(name, digest)):
+        elif kept := store.recall(name, digest):
             sent[name] = kept
         if digest:
             holds[name] = digest

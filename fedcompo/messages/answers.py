@@ -182,7 +182,7 @@ class AveragingAnswer(_WithTensors):
 
     def head(self, classes: tuple[str, ...]) -> Head:
         """The head, whose rows are these classes."""
-        return head_from(self.tensors, list(classes))
+        return head_from(self.tensors, classes)
 
 
 @dataclass(frozen=True, kw_only=True)

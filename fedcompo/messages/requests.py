@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -165,42 +165,31 @@ class TrainRequest(Content):
         """What the client needs and does not have."""
         return tuple(name for name in self.needs if name not in self.sent)
 
-    @property
-    def anchor(self) -> Anchor | None:
-        """The metric that the client is held in."""
-        if ANCHOR not in self.sent:
-            return None
-        head = head_from(self.sent[ANCHOR], [])
-        return Anchor(section(WEIGHTS, self.sent[ANCHOR]), head.weight, head.bias)
-
-    def head(self, classes: tuple[str, ...]) -> Head | None:
-        """The client's last head, to go on with; None: it begins."""
-        return head_from(self.sent[OWN], list(classes)) if OWN in self.sent else None
-
-    def course(self, base: str, classes: tuple[str, ...], beta: float) -> Course:
-        """Which part of the training this is, and what acts on it.
+    def course(self, *, base: str, classes: tuple[str, ...], beta: float) -> Course:
+        """What training begins with and what acts on it.
 
         Args:
-            base: Fingerprint of the pre-trained weights.
+            base: Fingerprint of the client's pre-trained weights.
             classes: The client's own.
-            beta: How firmly the client is held to the others.
+            beta: Strength of the penalty that holds it to the others.
         """
-        begin = None
+        course, others = Course(), self.others
+        if ANCHOR in self.sent:
+            metric = self.sent[ANCHOR]
+            head = head_from(metric, [])
+            course = replace(
+                course, anchor=Anchor(section(WEIGHTS, metric), head.weight, head.bias)
+            )
         if OWN in self.sent:
             begin = TaskVector(self.kind, section(TASK_VECTOR, self.sent[OWN]), base)
-        return Course(
-            begin,
-            self.head(classes),
-            self.anchor,
-            self.ensemble(beta),
-            passed=self.round.passed if self.round else 0.0,
-            share=self.round.share if self.round else 1.0,
-        )
-
-    def ensemble(self, beta: float) -> Ensemble | None:
-        """The others, and how firmly the client is held to them."""
-        others = self.others
-        return Ensemble(others.rest, others.share, beta, others.scale) if others else None
+            head = head_from(self.sent[OWN], classes)
+            course = replace(course, begin=begin, head=head)
+        if others:
+            ensemble = Ensemble(others.rest, others.share, beta, others.scale)
+            course = replace(course, ensemble=ensemble)
+        if self.round:
+            course = replace(course, passed=self.round.passed, share=self.round.share)
+        return course
 
     def _write(self) -> Body:
         tensors, manifest = _joint_body(self.joint)

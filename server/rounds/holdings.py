@@ -117,7 +117,7 @@ class LastSent:
         path = self._arriving(client) if arriving else self._settled(client)
         tensors = StreamedTensors(path)
         vector = TaskVector(kind, Section(tensors, TASK_VECTOR), base)
-        return vector, head_from(tensors, list(classes))
+        return vector, head_from(tensors, classes)
 
     def clear(self) -> None:
         """Delete everything."""

@@ -353,10 +353,9 @@ def test_an_entry_that_is_missing_is_named(case):
 def test_what_a_request_to_train_needs_besides_is_read_from_what_came_along():
     request = CASES["train in a round"][0]
     assert request.lacks == ("anchor",)
-    assert request.anchor is None
-    assert request.head(CLASSES) == HEAD
-    course, ensemble = request.course("pico@0", CLASSES, 7.0), request.ensemble(7.0)
-    assert (course.head, course.anchor, course.ensemble) == (HEAD, None, ensemble)
+    course = request.course(base="pico@0", classes=CLASSES, beta=7.0)
+    ensemble = course.ensemble
+    assert (course.head, course.anchor) == (HEAD, None)
     assert (course.begin.kind, course.begin.base) == (Kind.LORA, "pico@0")
     assert course.begin.tensors == VECTOR
     assert (course.passed, course.share) == (0.5, 0.5)
@@ -365,10 +364,9 @@ def test_what_a_request_to_train_needs_besides_is_read_from_what_came_along():
 
 
 def test_a_request_to_train_alone_brings_a_metric_or_nothing():
-    assert CASES["train"][0].anchor == METRIC
-    nothing = CASES["train, held by nothing"][0]
-    assert (nothing.anchor, nothing.head(CLASSES), nothing.ensemble(1.0)) == (None, None, None)
-    assert (nothing.course("", CLASSES, 1.0), nothing.lacks) == (Course(), ())
+    who = {"base": "pico@0", "classes": CLASSES, "beta": 1.0}
+    assert CASES["train"][0].course(**who) == Course(anchor=METRIC)
+    assert CASES["train, held by nothing"][0].course(**who) == Course()
 
 
 def test_what_was_trained_is_read_from_the_tensors_that_came():
