@@ -364,7 +364,7 @@ def test_the_compose_command_says_who_loads_the_folder(registry, tmp_path):
     out = run("compose", "--registry", registry.path, "-o", tmp_path / "out").stdout
     assert "timm.create_model" not in out
     scope: dict[str, object] = {}
-    exec(out.strip().splitlines()[-1].replace("s.load", "model = s.load"), scope)
+    exec(out.strip().splitlines()[-1].replace("; ", "; model = ", 1), scope)
     assert torch.equal(scope["model"](IMAGES), registry.model()(IMAGES))
 
 
