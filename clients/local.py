@@ -50,7 +50,7 @@ from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import Fitted, ensembled, fit_task_vector
 from fedcompo.training.penalty import Ensemble
 from fedcompo.training.probing import fit_probe
@@ -200,13 +200,13 @@ class LocalClient:
         classes, test, theta_0 = self.data.classes, self.data.test, self.backbone.theta_0
         theta = ensembled(fitted.task_vector.dense(theta_0), theta_0, ensemble)
         linearised = fitted.task_vector.kind is Kind.TANGENT
-        own = evaluate(self.backbone, theta, fitted.head, classes, test, linearised=linearised)
+        own = accuracy_of(self.backbone, theta, fitted.head, classes, test, linearised=linearised)
         figures = {"own_task_accuracy": own.task_il}
         return figures | (self.frozen_accuracy(joint) if joint else {})
 
     def frozen_accuracy(self, joint: Head) -> dict[str, Any]:
         """Accuracy of the pre-trained backbone under the joint head; names as in an answer."""
-        frozen = evaluate(self.backbone, {}, joint, self.data.classes, self.data.test)
+        frozen = accuracy_of(self.backbone, {}, joint, self.data.classes, self.data.test)
         return {
             "frozen_class_il_accuracy": frozen.class_il,
             "frozen_task_il_accuracy": frozen.task_il,
@@ -214,7 +214,7 @@ class LocalClient:
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateAnswer:
         """Measure the composed model on this client's test images."""
-        accuracy = evaluate(
+        accuracy = accuracy_of(
             self.backbone,
             request.theta,
             request.joint,

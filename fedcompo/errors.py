@@ -1,4 +1,4 @@
-"""Every error fedcompo raises on purpose.
+"""All errors that fedcompo raises on purpose.
 
 ::
 
@@ -16,7 +16,7 @@
     ├── LaunchError          a simulation that could not start or did not finish
     └── ServiceError         a registry's service that refuses, or cannot be reached
 
-A message says what is wrong, what was expected, what was found and what to do about it.
+A message says what is wrong, what was expected, what was found and how to fix it.
 """
 
 from __future__ import annotations

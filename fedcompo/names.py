@@ -1,8 +1,9 @@
-"""Names of clients: they become folders, and people must be able to tell them apart."""
+"""Names of clients, which become folders and must not be mistaken, and addresses of servers."""
 
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -110,3 +111,13 @@ def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> N
                 f"There is no client {client!r} in the {where}, which holds "
                 f"{', '.join(known) or 'nobody'}.{hint}"
             )
+
+
+def address(host: str, port: int) -> str:
+    """Host and port as one text; an IPv6 address stands in brackets."""
+    try:
+        if ipaddress.ip_address(host).version == 6:
+            host = f"[{host}]"
+    except ValueError:  # a DNS name
+        pass
+    return f"{host}:{port}"

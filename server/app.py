@@ -22,7 +22,7 @@ from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
-from fedcompo.report.results import write_report
+from fedcompo.report.picture import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.averaging import Averaging

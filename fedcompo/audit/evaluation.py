@@ -1,8 +1,8 @@
-"""Accuracy of a composition on the clients' images, where these are at hand in one place."""
+"""Measures a composition's accuracy on the clients' images, where these are on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,15 +16,15 @@ from fedcompo.errors import DataError, FedcompoError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.training.accuracy import evaluate
+from fedcompo.report.units import OnStep
+from fedcompo.training.accuracy import accuracy_of
 
-OnStep = Callable[[str], None]
 Figures = dict[str, dict[str, Any]]
 """By client: ``class_il_accuracy``, ``task_il_accuracy``, ``num_examples``."""
 
 
 def run_config_of(registry: RegistryReader, data: str | None = None) -> RunConfig:
-    """The settings that the registry's clients were trained with, perhaps on other data.
+    """Return the settings that the registry's clients were trained with, perhaps with other data.
 
     Raises:
         DataError: If nobody is there, and so no settings.
@@ -77,7 +77,7 @@ def evaluate_clients(
         config: Says which images.
         linearised: Whether the weights are composed of tangents.
         wanted: Names of the clients; empty: all.
-        on_step: Told whose images are looked at.
+        on_step: Called with whose images are measured.
 
     Raises:
         DataError: If the images cannot be had, or belong to none of the head's classes.
@@ -87,13 +87,13 @@ def evaluate_clients(
     for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
         if set(data.classes) <= set(head.classes):
             on_step(f"evaluating on {data.name}")
-            found = evaluate(
+            accuracy = accuracy_of(
                 backbone, weights, head, data.classes, data.test, linearised=linearised
             )
             figures[data.name] = {
-                "class_il_accuracy": found.class_il,
-                "task_il_accuracy": found.task_il,
-                "num_examples": found.num_examples,
+                "class_il_accuracy": accuracy.class_il,
+                "task_il_accuracy": accuracy.task_il,
+                "num_examples": accuracy.num_examples,
             }
     if not figures:
         raise DataError(

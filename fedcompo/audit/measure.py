@@ -1,4 +1,4 @@
-r"""Does a model forget a client that is taken out of it? What of that can be measured.
+r"""Measures whether a model forgets a client that is removed from it.
 
 Three models are compared:
 
@@ -27,7 +27,7 @@ beside them: there the attack is weaker than before, and best read next to gold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -59,7 +59,8 @@ from fedcompo.data.client_data import ClientData
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.report.units import OnStep
 from fedcompo.runtime import pick_device, version
 
 FORMAT_VERSION = 1
@@ -69,16 +70,15 @@ FIGURES = (CLASS_IL, TASK_IL)
 SHADOWS = 16
 """Shadow models, unless told otherwise."""
 
-OnStep = Callable[[str], None]
 Values = dict[str, Any]
 
 
 def audit(
-    registry: Registry,
+    registry: RegistryReader,
     client: str,
     *,
     data: str = "",
-    gold: Registry | None = None,
+    gold: RegistryReader | None = None,
     shadows: int = SHADOWS,
     seed: int = 0,
     on_step: OnStep = lambda step: None,
@@ -92,7 +92,7 @@ def audit(
         gold: Registry of the same run without the client.
         shadows: Number of shadow models, even, at least 4.
         seed: Seed of shadows and bootstrap.
-        on_step: Told what is being done.
+        on_step: Called with what is being done.
 
     Returns:
         JSON values; accuracies are fractions in [0, 1]. ``accuracy`` by whose images (``removed``,
@@ -126,9 +126,9 @@ def audit(
 
 @dataclass(frozen=True)
 class _Audited:
-    """A client, its images, and the models that are to be told apart."""
+    """A client, its images, and the models that are compared."""
 
-    registry: Registry
+    registry: RegistryReader
     contribution: Contribution
     config: RunConfig
     backbone: Backbone
@@ -136,7 +136,9 @@ class _Audited:
     models: Mapping[str, AuditedModel]
 
     @classmethod
-    def of(cls, registry: Registry, client: str, data: str, gold: Registry | None) -> _Audited:
+    def of(
+        cls, registry: RegistryReader, client: str, data: str, gold: RegistryReader | None
+    ) -> _Audited:
         contribution = registry.contribution(client)
         if registry.clients == (client,):
             raise ContributionError(
@@ -176,7 +178,7 @@ class _Audited:
         }
 
     def accuracy(self, on_step: OnStep) -> Values:
-        """By whose images, and by model."""
+        """Measure accuracy, by whose images and by model."""
         per_client = {self.client: self._accuracies(self.images)}
         for other in clients_data(
             self.config.data, self.backbone, seed=self.config.seed, wanted=self.remaining
@@ -190,7 +192,7 @@ class _Audited:
         }
 
     def _accuracies(self, data: ClientData) -> Values:
-        """On a client's test images; task-IL of the client to be removed by the rows kept."""
+        """Measure accuracy on a client's test images; task-IL of the removed one with kept rows."""
         labels, figures = data.test.labels, {}
         for name, model in self.models.items():
             features = model.features(self.backbone, data.test.images)
@@ -205,25 +207,27 @@ class _Audited:
         return figures
 
     def membership(self, shadows: int, seed: int, on_step: OnStep) -> Values:
-        """Both attacks, on each model's backbone under the head kept."""
+        """Run both attacks on each model's backbone, under the head that the attacker kept."""
         training = ClientTraining.of(self.registry, self.client, self.backbone)
         images, kept = self.images, self.kept
         shadow = train_shadows(
             self.registry, training, images, kept, count=shadows, seed=seed, on_step=on_step
         )
         on_step("attacking")
-        found: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
+        attacks: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
         for name, model in self.models.items():
             logits, labels = logits_of(
                 self.backbone, model.theta, kept, images, linearised=model.linearised
             )
             loss, phi = losses(logits, labels), confidence(logits, labels)
             is_member = torch.arange(len(labels)) < len(images.train.labels)
-            found[LOSS][name] = _figures(loss_attack(loss[is_member], loss[~is_member], seed=seed))
-            found[LIKELIHOOD_RATIO][name] = _figures(
-                likelihood_ratio_attack(phi, shadow.phi, shadow.trained_on, is_member, seed=seed)
+            by_loss = loss_attack(loss[is_member], loss[~is_member], seed=seed)
+            by_ratio = likelihood_ratio_attack(
+                phi, shadow.phi, shadow.trained_on, is_member, seed=seed
             )
-        return found
+            attacks[LOSS][name] = _figures(by_loss)
+            attacks[LIKELIHOOD_RATIO][name] = _figures(by_ratio)
+        return attacks
 
 
 def _figures(attack: Attack) -> Values:
@@ -257,7 +261,7 @@ def _share(hits: Tensor) -> float:
 
 
 def _notes(values: Values, audited: _Audited) -> list[str]:
-    """What a reader must know of these figures, and cannot see from them."""
+    """List what a reader must know to read these figures."""
     models, left = audited.models, values["models"][AFTER]["rows_of_client"]
     gone = [name for name in audited.images.classes if name not in left]
     notes = []

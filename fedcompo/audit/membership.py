@@ -1,4 +1,4 @@
-r"""Can one tell from a model which examples it was trained on? Two membership-inference attacks.
+r"""Two membership-inference attacks, which tell a model's training examples from others.
 
 Both give each example a score, higher where it looks like a member; an :class:`Attack` says how
 well the scores tell members from non-members. With :math:`s^+` and :math:`s^-` the scores of one of
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import torch
@@ -39,15 +38,6 @@ LEVEL = 0.95
 FEWEST_SHADOWS = 2
 SMALLEST_SPREAD = 1e-4
 """Least standard deviation of phi: about what the rounding of float32 logits leaves of it."""
-
-
-class Shadows(StrEnum):
-    """Which shadow models the likelihood-ratio attack uses."""
-
-    ONLINE = "online"
-    """Those that had the example and those that had not."""
-    OFFLINE = "offline"
-    """Only those that had not; they can be trained before anyone asks about the example."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +172,6 @@ def likelihood_ratio_attack(
     trained_on: Tensor,
     is_member: Tensor,
     *,
-    shadows: Shadows = Shadows.ONLINE,
     seed: int = 0,
 ) -> Attack:
     """Take examples for members that :func:`likelihood_ratios` scores high (LiRA).
@@ -193,29 +182,25 @@ def likelihood_ratio_attack(
             not be among them.
         trained_on: Which shadow was trained on which example, bool, (shadows, examples).
         is_member: Which examples the attacked model was trained on, bool, (examples,).
-        shadows: Which shadow models to use.
         seed: Seed of the bootstrap.
 
     Raises:
         DataError: If shapes or dtypes do not fit, a value is not finite, an example has fewer than
-            2 shadows of a sort that is used, or there are fewer than 2 members or non-members.
+            2 shadows of either sort, or there are fewer than 2 members or non-members.
     """
-    scores = likelihood_ratios(target_phi, shadow_phi, trained_on, shadows=shadows)
+    scores = likelihood_ratios(target_phi, shadow_phi, trained_on)
     _check_mask(is_member, scores.shape, "is_member")
     return Attack.of(scores[is_member], scores[~is_member], seed=seed)
 
 
-def likelihood_ratios(
-    target_phi: Tensor, shadow_phi: Tensor, trained_on: Tensor, *, shadows: Shadows = Shadows.ONLINE
-) -> Tensor:
+def likelihood_ratios(target_phi: Tensor, shadow_phi: Tensor, trained_on: Tensor) -> Tensor:
     r"""Score each example i by how much likelier its :math:`\phi_i` is for a member.
 
     .. math:: \log\frac{\mathcal N(\phi_i \mid \mu_i^{in}, \sigma_{in}^2)}
-                       {\mathcal N(\phi_i \mid \mu_i^{out}, \sigma_{out}^2)} \quad\text{(online)},
-              \qquad \frac{\phi_i-\mu_i^{out}}{\sigma_{out}} \quad\text{(offline)}
+                       {\mathcal N(\phi_i \mid \mu_i^{out}, \sigma_{out}^2)}
 
-    Offline this orders examples as the paper's one-sided :math:`P(Z \le \phi_i)` does, yet does
-    not saturate. The means are the example's own. The variances are pooled over examples, as the
+    "In" are the shadows that were trained on the example, "out" those that were not: the paper's
+    online attack. The means are the example's own. The variances are pooled over examples, as the
     paper advises below 64 shadows: one for "in", one for "out", each the mean square about the
     examples' own means with :math:`\sum_i(n_i-1)` degrees of freedom.
 
@@ -231,8 +216,6 @@ def likelihood_ratios(
     # About the first shadow: where all shadows agree, means are exact and both terms cancel.
     target, phi = target - phi[0], phi - phi[0]
     z_out, spread_out = _standardise(target, phi, ~trained_on, "without")
-    if shadows is Shadows.OFFLINE:
-        return z_out
     z_in, spread_in = _standardise(target, phi, trained_on, "with")
     return (z_out.square() - z_in.square()) / 2 + (spread_out / spread_in).log()
 
@@ -262,9 +245,9 @@ def _figures(
     alarms = np.bincount(nonmembers, minlength=count)
     alarms_so_far = alarms.cumsum()
     won = hits @ (n - alarms_so_far) + hits @ alarms / 2
-    found = np.concatenate([[0], hits.cumsum()])
+    hits_so_far = np.concatenate([[0], hits.cumsum()])
     within = alarms_so_far.searchsorted([n // k for k in one_in], side="right")
-    return [float(won / (m * n)), *(found[within] / m).tolist()]
+    return [float(won / (m * n)), *(hits_so_far[within] / m).tolist()]
 
 
 def _finite(values: Tensor, what: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The models that an audit compares, with a client and without it, and the client's images."""
+"""Composes the models that an audit compares, and loads the client's images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 
 BEFORE, AFTER, GOLD = "before", "after", "gold"
 MAY_DIFFER = {"device"}
@@ -49,7 +49,7 @@ class AuditedModel:
 
 
 def audited_images(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
-    """Load a client's images, and make sure that it is these it was trained on.
+    """Load a client's images and check that it was trained on them.
 
     Args:
         contribution: What the client sent.
@@ -60,28 +60,25 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
         DataError: If the client is not among them, or had other numbers of training images.
     """
     client, source = contribution.client, config.data.data
-    found = next(
-        clients_data(config.data, backbone, seed=config.seed, wanted=(client,)),
-        None,
-    )
-    if found is None:
+    data = next(clients_data(config.data, backbone, seed=config.seed, wanted=(client,)), None)
+    if data is None:
         raise DataError(
             f"`data` {source!r} has no client {client!r}, whose images the audit needs. "
             "Name the source of the run with `--data`."
         )
-    counts = torch.bincount(found.train.labels, minlength=len(found.classes)).tolist()
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     trained_on = {name: mixture.num_examples for name, mixture in contribution.features.items()}
-    at_hand = dict(zip(found.classes, counts, strict=True))
+    at_hand = dict(zip(data.classes, counts, strict=True))
     if at_hand != trained_on:
         raise DataError(
             f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
             f"trained on {trained_on}. Name the images it was trained on with `--data`."
         )
-    return found
+    return data
 
 
 def audited_models(
-    registry: Registry, client: str, gold: Registry | None = None
+    registry: RegistryReader, client: str, gold: RegistryReader | None = None
 ) -> dict[str, AuditedModel]:
     """Compose before, after and, if there is one, gold; by those names."""
     without = from_registry(registry, without=(client,))
@@ -115,7 +112,7 @@ def distances_to_gold(models: Mapping[str, AuditedModel]) -> dict[str, float]:
     }
 
 
-def check_gold(registry: Registry, gold: Registry, client: str) -> None:
+def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> None:
     """Refuse a gold registry that is not of the same run without the client.
 
     Raises:
@@ -145,7 +142,7 @@ def check_gold(registry: Registry, gold: Registry, client: str) -> None:
         )
 
 
-def _comparable(registry: Registry, clients: Iterable[str]) -> dict[str, Any]:
+def _comparable(registry: RegistryReader, clients: Iterable[str]) -> dict[str, Any]:
     settings = {f"the registry's {k}": v for k, v in asdict(registry.settings).items()}
     for client in clients:
         own = registry.contribution(client).settings
@@ -153,7 +150,7 @@ def _comparable(registry: Registry, clients: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
-def _composition_of(registry: Registry) -> AuditedModel:
+def _composition_of(registry: RegistryReader) -> AuditedModel:
     return AuditedModel(
         registry.theta_p(),
         registry.joint_head(),

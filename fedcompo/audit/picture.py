@@ -1,4 +1,4 @@
-"""An audit as a picture."""
+"""Draws an audit: AUC with intervals, and accuracies."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def picture(values: Values, facts: Sequence[str]) -> str:
     """
     names = list(values["models"])
     groups = [
-        (attack.replace("-", " "), {name: found[name]["auc"] for name in names})
-        for attack, found in values["membership"].items()
+        (attack.replace("-", " "), {name: by_model[name]["auc"] for name in names})
+        for attack, by_model in values["membership"].items()
     ]
     top, row = 122, 100
     parts = [
@@ -62,7 +62,7 @@ def legend(left: float, top: float, names: Sequence[str]) -> list[str]:
 
 def axis_of(groups: Groups) -> tuple[float, float]:
     """Ends of an axis that holds all intervals, and chance; whole tenths."""
-    estimates = [estimate for _, found in groups for estimate in found.values()]
+    estimates = [estimate for _, by_model in groups for estimate in by_model.values()]
     first = math.floor(10 * min(0.4, *(float(e["low"]) for e in estimates))) / 10
     last = math.ceil(10 * max(0.6, *(float(e["high"]) for e in estimates))) / 10
     return first, last
@@ -100,11 +100,11 @@ def interval_chart(
         parts.append(f'<path d="M{at:.1f} {top}V{bottom}" {line}/>')
         parts.append(text(at, bottom + 18, f"{tick / 10:.1f}", anchor="middle"))
     parts.append(text(x(0.5), bottom + 34, "chance", anchor="middle"))
-    for index, (label, found) in enumerate(groups):
+    for index, (label, by_model) in enumerate(groups):
         middle = top + row * (index + 0.5)
         parts.append(text(left - 12, middle + 5, label, anchor="end"))
-        for place, (name, estimate) in enumerate(found.items()):
-            y = middle + (place - (len(found) - 1) / 2) * min(26.0, row / (len(found) + 0.5))
+        for place, (name, estimate) in enumerate(by_model.items()):
+            y = middle + (place - (len(by_model) - 1) / 2) * min(26.0, row / (len(by_model) + 0.5))
             parts += _point(x, y, estimate, MODELS[name][1])
     return parts
 
@@ -141,12 +141,12 @@ def _bars(values: Values, *, left: float, top: float) -> list[str]:
             share = values["accuracy"][part][name][key]
             at = y + 18 + 22 * place
             no_rows = part == "removed" and key == CLASS_IL and not about["rows_of_client"]
-            said = "0.0: its head has no rows of these classes" if no_rows else percent(share)
+            caption = "0.0: its head has no rows of these classes" if no_rows else percent(share)
             parts.append(
                 f'<rect x="{left}" y="{at}" width="{320 * share:.1f}" height="18" '
                 f'fill="{MODELS[name][1]}"/>'
             )
-            parts.append(text(left + 320 * share + 6, at + 14, said))
+            parts.append(text(left + 320 * share + 6, at + 14, caption))
     return parts
 
 

@@ -1,4 +1,4 @@
-"""An audit for people: tables for the terminal and as Markdown, and a picture."""
+"""Writes an audit for people: tables for the terminal and in Markdown, and a picture."""
 
 from __future__ import annotations
 
@@ -100,18 +100,18 @@ def _accuracy_rows(values: Values) -> Rows:
 def _attack_rows(values: Values) -> Rows:
     names = list(values["models"])
     rows = [["attack", "figure", *names]]
-    for attack, found in values["membership"].items():
+    for attack, by_model in values["membership"].items():
         label = attack.replace("-", " ")
-        rows.append([label, "AUC", *(interval(found[name]["auc"]) for name in names)])
-        for rate in found[names[0]]["tpr"]:
-            estimates = [found[name]["tpr"][rate] for name in names]
+        rows.append([label, "AUC", *(interval(by_model[name]["auc"]) for name in names)])
+        for rate in by_model[names[0]]["tpr"]:
+            estimates = [by_model[name]["tpr"][rate] for name in names]
             cells = [f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]" for e in estimates]
             rows.append([label, f"TPR at FPR {rate}", *cells])
     return rows
 
 
 def _sentences(values: Values) -> list[str]:
-    """What was compared; then how to read it."""
+    """Say what was compared, then how to read it."""
     first = "; ".join(
         f"{name}: {MODELS[name][0]} ({', '.join(model['clients'])})"
         for name, model in values["models"].items()

@@ -22,7 +22,6 @@ A client's own probe and own Fisher are made of the images that the shadow is fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,19 +42,18 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.report.units import OnStep
 from fedcompo.seeds import generator_for
 from fedcompo.training.anchors import FisherSums
 from fedcompo.training.fit import Course, fit_task_vector
 from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import fisher_of_images, fit_probe, load_reference
 
-OnStep = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class ShadowModels:
-    """What shadows say of a client's images, training images first."""
+    """The shadows' confidences on a client's images, training images first."""
 
     phi: Tensor
     """:func:`~fedcompo.audit.membership.confidence`, (shadows, examples), float64."""
@@ -65,7 +63,7 @@ class ShadowModels:
 
 @dataclass(frozen=True)
 class ClientTraining:
-    """How a client came to its task vector, so that it can be done again on other images."""
+    """How a client was trained, so that it can be trained again on other images."""
 
     client: str
     classes: tuple[str, ...]
@@ -78,7 +76,7 @@ class ClientTraining:
     """*Mean* Fisher that anchors it; None: nobody, or that of the images themselves."""
 
     @classmethod
-    def of(cls, registry: Registry, client: str, backbone: Backbone) -> ClientTraining:
+    def of(cls, registry: RegistryReader, client: str, backbone: Backbone) -> ClientTraining:
         """Gather from a registry what a member was trained with.
 
         Args:
@@ -138,7 +136,7 @@ class ClientTraining:
 
 
 def train_shadows(
-    registry: Registry,
+    registry: RegistryReader,
     training: ClientTraining,
     data: ClientData,
     head: Head,
@@ -147,7 +145,7 @@ def train_shadows(
     seed: int,
     on_step: OnStep = lambda step: None,
 ) -> ShadowModels:
-    """Train shadows, and ask each about all of the client's images.
+    """Train shadows and compute the confidence of each on all of the client's images.
 
     Args:
         registry: The composition that the client is in.
@@ -156,7 +154,7 @@ def train_shadows(
         head: Joint head that the attacker puts on every backbone; has the client's classes.
         count: Number of shadows, even, at least 4.
         seed: Seed of the halves and of training.
-        on_step: Told which shadow is at work.
+        on_step: Called with which shadow is trained.
 
     Raises:
         ConfigError: If the number of shadows cannot be used.
@@ -223,7 +221,7 @@ def all_images(data: ClientData) -> tuple[Tensor, Tensor]:
 def logits_of(
     backbone: Backbone, theta: Weights, head: Head, data: ClientData, *, linearised: bool
 ) -> tuple[Tensor, Tensor]:
-    """What a model says of all of a client's images.
+    """Compute a model's logits on all of a client's images.
 
     Args:
         backbone: Pre-trained weights.
@@ -244,8 +242,8 @@ def _is_anchored(config: RunConfig) -> bool:
     return config.train.alpha > 0 or config.train.head_alpha > 0
 
 
-def _anchor_of(registry: Registry, client: str, config: RunConfig) -> Weights | None:
-    """The mean Fisher that anchors a client, if it comes from elsewhere than its own images."""
+def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weights | None:
+    """Return the mean Fisher that anchors a client, unless it is that of its own images."""
     if not _is_anchored(config) or config.train.anchor is AnchorBy.OWN:
         return None
     member = registry.member(client)

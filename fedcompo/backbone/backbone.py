@@ -1,7 +1,7 @@
 """The pre-trained weights θ₀ that all clients share: from timm's hub, a file, or embedded.
 
-Depth, width and names are asked of the model; nothing here knows a particular architecture. What a
-model reads is asked of it too: images, unless its ``modality`` says texts.
+Depth, width and names of weights come from the model; no architecture is hard-coded. A model reads
+images, unless its attribute ``modality`` says texts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A transformer without classifier, its target weights and how it wants its images or texts."""
+    """A transformer without classifier, its target weights and its preprocessing."""
 
     model: nn.Module
     """Maps normalised images (batch, channels, size, size) to features (batch, features)."""
@@ -62,14 +62,14 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     def forward(self, theta: Weights) -> Callable[[Tensor], Tensor]:
         """Return the map from uint8 images to features under other target weights.
 
         Args:
-            theta: Target weights by name, (out, in); those not named stay pre-trained.
+            theta: Target weights by name, (out, in); the others stay pre-trained.
         """
         weights = {name: tensor.to(self.device) for name, tensor in theta.items()}
 
@@ -87,13 +87,13 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
 
     Args:
         config: Which backbone, at which image size and number of channels.
-        device: Where the model shall lie.
+        device: Device of the model.
 
     Returns:
         The backbone, frozen, in evaluation mode, float32.
 
     Raises:
-        BackboneError: If the name is unknown, the weights cannot be had, or no weight matches.
+        BackboneError: If the name is unknown, the weights cannot be loaded, or no weight matches.
     """
     if config.backbone == EMBEDDED:
         model, architecture, model_args, cfg = _embedded(config)
@@ -125,19 +125,19 @@ def target_weights(model: nn.Module, patterns: str) -> Weights:
         The weights by name, detached, sharing memory with the model.
 
     Raises:
-        BackboneError: If a pattern matches nothing, or a weight that is no linear layer's.
+        BackboneError: If a pattern matches nothing, or a weight of another layer than a linear one.
     """
     parameters = dict(model.named_parameters())
     chosen: set[str] = set()
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        found = {name for name in parameters if fnmatchcase(name, pattern)}
-        if not found:
+        matching = {name for name in parameters if fnmatchcase(name, pattern)}
+        if not matching:
             raise BackboneError(
                 f"No weight matches {pattern!r}. The weights of the first block are: "
                 f"{', '.join(n for n in parameters if n.startswith('blocks.0.')) or 'none'}. "
                 "Change `target-weights`."
             )
-        chosen |= found
+        chosen |= matching
     for name in sorted(chosen):
         layer = model.get_submodule(name.rpartition(".")[0])
         if not (name.endswith(".weight") and isinstance(layer, nn.Linear)):
@@ -149,7 +149,7 @@ def target_weights(model: nn.Module, patterns: str) -> Weights:
 
 
 def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
-    """Read the backbone that travels with the package (half precision on disk)."""
+    """Read the backbone that is part of the package (half precision on disk)."""
     if config.checkpoint:
         raise BackboneError(
             f"`checkpoint` is {config.checkpoint!r}, but the embedded backbone brings its weights. "
@@ -176,10 +176,10 @@ def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], 
         )
     if config.checkpoint:
         try:
-            found = timm.get_pretrained_cfg(name)
+            pretrained_cfg = timm.get_pretrained_cfg(name)
         except Exception as error:
             raise BackboneError(f"timm cannot tell how {name!r} was trained: {error}.") from error
-        cfg = found.to_dict() if found is not None else {}
+        cfg = pretrained_cfg.to_dict() if pretrained_cfg is not None else {}
         return _build(name, {}, cfg, read_checkpoint(Path(config.checkpoint)), config)
     model_args = _input_args(config)
     try:
@@ -201,7 +201,7 @@ def _build(
     state: dict[str, Tensor] | Path,
     config: BackboneConfig,
 ) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
-    """Make a model and load weights at hand, resampled to the wanted input."""
+    """Make a model and load weights from disk, resampled to the wanted input."""
     model_args = {**fixed_args, **_input_args(config)}
     try:
         model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)

@@ -1,4 +1,4 @@
-"""Weights on disk, and how they get into a model of the wanted input size."""
+"""Read weights from disk, and load them into a model of another input size."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def fill(
     *,
     channels: int,
 ) -> None:
-    """Load weights into a model, position and patch embeddings resampled to its input.
+    """Load weights into a model; resample position and patch embeddings to its input.
 
     Args:
         model: A vision transformer without classifier.
         architecture: Its name, for error messages.
-        cfg: timm's configuration of the weights: how many channels they expect, above all.
+        cfg: timm's configuration of the weights, such as the channels they expect.
         state: The weights by name, or an .npz in JAX's layout.
         channels: Channels that the model expects.
 
     Raises:
-        BackboneError: If a weight of the model is missing or NaN, or one of a block has no place.
+        BackboneError: If a weight of the model is missing or NaN, or a block's weight is unknown.
     """
-    with torch.no_grad():  # what the weights do not fill stays NaN, and is found
+    with torch.no_grad():  # a parameter that is not loaded stays NaN, which is checked
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     module = sys.modules[type(model).__module__]
@@ -45,11 +45,11 @@ def fill(
     else:
         source = {"state_dict": {name: tensor.float() for name, tensor in state.items()}}
     # timm drops the classifier where the number of classes differs, and then is not strict.
-    given = {**cfg, "url": "", "hf_hub_id": None, "source": "", "num_classes": -1, **source}
+    local = {**cfg, "url": "", "hf_hub_id": None, "source": "", "num_classes": -1, **source}
     try:
         load_pretrained(
             model,
-            pretrained_cfg=given,
+            pretrained_cfg=local,
             num_classes=0,
             in_chans=channels,
             filter_fn=convert,
@@ -76,7 +76,7 @@ def fill(
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor] | Path:
-    """Read a local checkpoint; .npz is left to timm, which reads JAX's layout.
+    """Read a local checkpoint; of an .npz return the path, since timm reads JAX's layout.
 
     Raises:
         BackboneError: If the file is missing, damaged, of another kind, or would run code.

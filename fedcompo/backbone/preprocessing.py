@@ -1,7 +1,7 @@
-"""From a picture, or a text, to the tensor a backbone expects.
+"""Turn a picture, or a text, into the tensor that a backbone expects.
 
-Pictures are resized once, on loading, and kept as uint8; they are normalised batch by batch. Texts
-go the same way as the bytes they are: one row of a single channel, cut or filled to one length.
+Pictures are resized once, on loading, and kept as uint8; each batch is normalised when it is used.
+The bytes of a text become one row of a single channel, cut or filled to a fixed length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESAMPLING = {
 
 
 class Modality(StrEnum):
-    """What a source of data holds, and what a backbone reads."""
+    """Kind of the examples that a source of data holds and a backbone reads."""
 
     PICTURES = "pictures"
     TEXTS = "texts"
@@ -31,12 +31,12 @@ class Modality(StrEnum):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone was trained to see; taken from its own timm configuration."""
+    """Input of a backbone, taken from its own timm configuration."""
 
     image_size: int
     """Side of the square input, in pixels; of a text, its length in bytes."""
     channels: int
-    """1 (grey) or 3 (RGB); pictures of the other sort are converted. 1 for texts."""
+    """1 (grey) or 3 (RGB), to which pictures are converted; 1 for texts."""
     mean: tuple[float, ...]
     """Mean a channel, of values in [0, 1]."""
     std: tuple[float, ...]
@@ -50,19 +50,19 @@ class Preprocessing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one example: (channels, image_size, image_size); of a text (1, 1, length)."""
+        """Shape of one example: (channels, image_size, image_size); of a text (1, 1, length)."""
         height = 1 if self.modality == Modality.TEXTS else self.image_size
         return self.channels, height, self.image_size
 
     def prepare(self, example: Image.Image | bytes) -> Tensor:
-        """Bring an example into its shape, uint8: resize a picture, cut or fill a text."""
+        """Convert an example to its shape, uint8: resize a picture, cut or fill a text."""
         return self.fill(example) if isinstance(example, bytes) else self.resize(example)
 
     def fill(self, text: bytes) -> Tensor:
-        """Cut a text to its length, or fill it with zeros.
+        """Cut a text to the fixed length, or fill it with zeros.
 
         Args:
-            text: As it is encoded, at least one byte.
+            text: Its bytes, at least one.
 
         Returns:
             (1, 1, length), uint8.

@@ -1,4 +1,4 @@
-"""The pre-trained weights as one file, so that a registry later needs no hub and no checkpoint.
+"""The pre-trained weights in one file, so that a registry needs neither hub nor checkpoint later.
 
 Torch and timm are imported where weights are used: the description is read without them.
 """
@@ -36,7 +36,7 @@ MANIFEST_KEYS = {
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
-    """Write all weights of a backbone, and what is needed to build it again."""
+    """Write all weights of a backbone, and a manifest from which it can be rebuilt."""
     manifest = {
         "content": CONTENT,
         "name": backbone.name,
@@ -52,17 +52,17 @@ def save_backbone(path: Path, backbone: Backbone) -> None:
 
 
 class StoredBackbone:
-    """Pre-trained weights on disk; a weight is read when it is asked for."""
+    """Pre-trained weights on disk; each weight is read when it is used."""
 
     def __init__(self, path: Path, *, guard: Callable[[], None] = lambda: None) -> None:
-        """Read the header of what :func:`save_backbone` wrote.
+        """Read the header of a file that :func:`save_backbone` wrote.
 
         Args:
             path: The file.
-            guard: Called before a weight is read; raises if the file is not to be trusted.
+            guard: Called before each read; raises if the file must not be trusted.
 
         Raises:
-            FileFormatError: If it is altered, or something else.
+            FileFormatError: If it is altered, or no backbone.
         """
         self.tensors = StreamedTensors(path, guard=guard)
         manifest = self.tensors.manifest
@@ -85,7 +85,7 @@ class StoredBackbone:
 
     @property
     def theta_shapes(self) -> Weights:
-        """The target weights without their values (on torch's ``meta`` device)."""
+        """The target weights on torch's ``meta`` device: shapes and dtypes without values."""
         import torch
 
         layout = self.tensors.layout
@@ -95,7 +95,7 @@ class StoredBackbone:
         }
 
     def load(self, device: torch.device | str = "cpu") -> Backbone:
-        """Build the model and fill it.
+        """Build the model and load its weights.
 
         Raises:
             FileFormatError: If a byte of the weights was altered.
@@ -132,7 +132,7 @@ class StoredBackbone:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The input it was trained to see."""
+        """Input of the model."""
         from fedcompo.backbone.preprocessing import Preprocessing
 
         return Preprocessing(**tuples(self.tensors.manifest["preprocessing"]))

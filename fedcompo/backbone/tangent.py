@@ -1,11 +1,11 @@
-r"""Tangent task vectors: features that follow a change of the weights to first order alone.
+r"""Tangent task vectors: features are expanded to first order in the change of the weights.
 
 .. math:: f(x;\tau) = f(x;\theta_0) + J_{\theta_0}(x)\,\tau
 
 with f the backbone's features and J their Jacobian in the target weights. Features are linear in
-:math:`\tau`: those of :math:`\sum_c w_c\tau_c` are the clients' own, averaged alike, at the cost of
-one Jacobian-vector product (JVP) whatever the number of clients. Nothing of a client that is left
-out acts through the others.
+:math:`\tau`: those of the average :math:`\sum_c w_c\tau_c` are the clients' features, averaged with
+the same weights, at the cost of one Jacobian-vector product (JVP) for any number of clients. A
+client that is left out has no effect through the others.
 
 As :math:`\partial L/\partial\tau = J_{\theta_0}^\top\,\partial L/\partial f`, a training step is
 one JVP and one ordinary backward pass at :math:`\theta_0`, and holds no more activations than a
@@ -32,11 +32,11 @@ from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
 
 OfWeights = Callable[[Weights], Tensor]
-"""A function of some of a model's weights, by name; differentiable."""
+"""A differentiable function of some of a model's weights, by name."""
 
 
 def tangent_features(backbone: Backbone, tau: Weights, images: Tensor) -> Tensor:
-    r"""Features of a batch under a tangent task vector, differentiable in it.
+    r"""Compute the features of a batch under a tangent task vector, differentiable in it.
 
     Under autocast the JVP and the backward pass both run in its precision.
 
@@ -68,8 +68,8 @@ def tangent_features(backbone: Backbone, tau: Weights, images: Tensor) -> Tensor
 def linearised(backbone: Backbone, theta: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     r"""Return the map from uint8 images to features, linearised at the pre-trained weights.
 
-    It takes the place of :meth:`fedcompo.backbone.backbone.Backbone.forward` for what is composed
-    of tangents: :math:`f(x;\theta_0) + J(\theta - \theta_0)`, by one JVP a batch.
+    It replaces :meth:`fedcompo.backbone.backbone.Backbone.forward` for compositions of tangents:
+    :math:`f(x;\theta_0) + J(\theta - \theta_0)`, by one JVP a batch.
 
     Args:
         backbone: Pre-trained weights.
@@ -89,7 +89,7 @@ def feature_map(backbone: Backbone, theta: Weights, *, tangent: bool) -> Callabl
     Args:
         backbone: Pre-trained weights.
         theta: Composed target weights by name, (out, in).
-        tangent: Whether they are composed of tangents, so that the backbone is to be linearised.
+        tangent: Whether they are composed of tangents, so that the backbone is linearised.
     """
     return linearised(backbone, theta) if tangent else backbone.forward(theta)
 
@@ -100,7 +100,7 @@ def change_from(theta_0: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> W
 
 
 def square_loss(logits: Tensor, labels: Tensor, target: float) -> Tensor:
-    r"""Mean square of what logits are off :math:`\kappa` for the true class, 0 for the others.
+    r"""Mean squared error of logits against :math:`\kappa` for the true class, 0 for the others.
 
     Args:
         logits: (batch, classes).
@@ -115,14 +115,14 @@ def square_loss(logits: Tensor, labels: Tensor, target: float) -> Tensor:
 
 
 class TangentModel(nn.Module):
-    r"""A composition of tangents in place of a timm model: normalised images to logits.
+    r"""A composition of tangents, used like a timm model: normalised images to logits.
 
     The classifier is linear in the features, so the whole model is linearised at once: with W and b
     its weight and bias, logits are :math:`W(f(x;\theta_0) + J\tau) + b`.
     """
 
     def __init__(self, model: nn.Module, tau: Weights) -> None:
-        r"""Take the model over, not a copy.
+        r"""Wrap the model, which is not copied.
 
         Args:
             model: A timm model at the pre-trained weights, with the joint head.
@@ -149,7 +149,7 @@ class TangentModel(nn.Module):
 
 
 def _to_first_order(function: OfWeights, theta_0: Weights, tau: Weights) -> Tensor:
-    """Value and derivative in the direction of a change, added up: one JVP."""
+    """Return a function's value plus its derivative in the direction of a change: one JVP."""
     try:
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
             value, change = jvp(function, (theta_0,), (tau,))[:2]
@@ -164,7 +164,7 @@ def _to_first_order(function: OfWeights, theta_0: Weights, tau: Weights) -> Tens
 
 
 class _ToFirstOrder(torch.autograd.Function):
-    """One JVP forwards, one ordinary backward pass at θ₀ backwards."""
+    """Forward: one JVP. Backward: one ordinary backward pass at θ₀."""
 
     @staticmethod
     def forward(ctx: Any, function: OfWeights, theta_0: Weights, *tau: Tensor) -> Tensor:

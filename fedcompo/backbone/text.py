@@ -1,16 +1,15 @@
 """A backbone that reads texts: a small transformer over bytes, made of timm's own blocks.
 
-To all the rest of fedcompo it is one more timm model. It is registered under its name, so that
-``timm.create_model("byte_transformer_small")`` builds it, now and from a registry years later, in
-any program that imports this module. Its weights stand in ``blocks.*`` under the names that a
-vision transformer's have, and get the same task vectors::
+The rest of fedcompo treats it as any timm model. It is registered under its name: in a program
+that imports this module, ``timm.create_model("byte_transformer_small")`` builds it. Its weights in
+``blocks.*`` have the names of a vision transformer's, and get the same task vectors::
 
     bytes (batch, 1, 1, length) -> embedding of each byte -> overlapping windows, one token each
     -> + position -> blocks -> norm -> mean over the tokens with text -> features (batch, features)
 
-A text is UTF-8, cut to ``length`` bytes or filled with zeros; a character of several bytes is as
-many bytes to it. Windows in place of single bytes make a quarter of the tokens, as in *CANINE*
-(Clark et al., TACL 2022, arXiv 2103.06874): attention over 32 tokens is what one core can train.
+A text is UTF-8, cut to ``length`` bytes or filled with zeros; the model sees bytes, not characters.
+Windows instead of single bytes give a quarter of the tokens, as in *CANINE* (Clark et al., TACL
+2022, arXiv 2103.06874), so that one core can train attention over 32 tokens.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from fedcompo.backbone.preprocessing import Modality
 
 BYTES = 256
 FILLING = 0
-"""Byte that fills a text up; no text holds it."""
+"""Byte that fills short texts; no text contains it."""
 LENGTH = 128
-"""Bytes of a text, unless told otherwise."""
+"""Bytes of a text by default."""
 
 default_cfgs = generate_default_cfgs(
     {
@@ -63,7 +62,7 @@ class ByteTransformer(nn.Module):
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
     ) -> None:
-        """Make a model with random weights; arguments are named as timm names them.
+        """Make a model with random weights; the arguments have timm's names.
 
         Args:
             img_size: Bytes of a text, a multiple of ``stride``; or as (1, bytes).
@@ -98,7 +97,7 @@ class ByteTransformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
     def forward(self, texts: Tensor) -> Tensor:
-        """Read texts.
+        """Compute the features, or logits, of texts.
 
         Args:
             texts: (batch, 1, 1, length), bytes as numbers of any type.
@@ -119,7 +118,7 @@ class ByteTransformer(nn.Module):
 
 @register_model  # type: ignore[untyped-decorator]
 def byte_transformer_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Four blocks of width 128, 0.8 million target weights; reads 128 bytes."""
+    """Build four blocks of width 128 (0.8 million target weights) that read 128 bytes."""
     model: nn.Module = build_model_with_cfg(
         ByteTransformer, "byte_transformer_small", pretrained, **kwargs
     )

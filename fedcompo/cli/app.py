@@ -15,12 +15,13 @@ from fedcompo.cli import models as cli_models
 from fedcompo.cli import registry as cli_registry
 from fedcompo.cli import service as cli_service
 from fedcompo.cli.audit import audit
-from fedcompo.cli.common import errors_as_sentences
+from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.service import serve
 from fedcompo.cli.tables import print_removal
 from fedcompo.config.run import RunConfig, all_settings
+from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import say
@@ -60,14 +61,7 @@ def simulate(
     scenario: Annotated[
         Path | None, typer.Argument(help="TOML file of settings; none: the default digits run.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Set one setting, such as kind=lora or alpha=0.5. May be repeated.",
-        ),
-    ] = None,
+    assignments: AssignmentsOption = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -102,8 +96,8 @@ def simulate(
 
     `fedcompo settings` lists all settings.
     """
-    given = {"output": output, "seed": seed}
-    options: dict[str, Scalar] = {key: v for key, v in given.items() if v is not None}
+    chosen = {"output": output, "seed": seed}
+    options: dict[str, Scalar] = {key: v for key, v in chosen.items() if v is not None}
     with errors_as_sentences(verbose):
         if resume is not None and (scenario or assignments or options):
             raise ConfigError(
@@ -123,9 +117,7 @@ def settings(
     """List all settings of a run: name, default, meaning."""
     if check is not None:
         with errors_as_sentences(verbose=False):
-            from fedcompo.config import scenario
-
-            scenario.settings_of(check, (), {})
+            settings_of(check, (), {})
         say(f"{check}: every setting is known, and in range.")
         return
     defaults = RunConfig().flat()
@@ -183,30 +175,29 @@ def _simulate(
     gpus_per_client: float | None,
     resume: Path | None,
 ) -> None:
-    from fedcompo.config import scenario
-    from fedcompo.engine import run_folder
     from fedcompo.engine.live import Display
+    from fedcompo.engine.run_folder import begun_settings
     from fedcompo.engine.simulation import prepare
 
     console = Console()
     if resume is None:
-        values = scenario.settings_of(file, assignments, options)
+        values = settings_of(file, assignments, options)
     else:
-        values = run_folder.begun_settings(resume.expanduser().absolute())
-    run = prepare(
+        values = begun_settings(resume.expanduser().absolute())
+    simulation = prepare(
         values,
-        name=scenario.scenario_name(file, values),
+        name=scenario_name(file, values),
         resuming=resume is not None,
         cpus_per_client=cpus_per_client,
         gpus_per_client=gpus_per_client,
     )
-    say(f"Simulating {run.clients} clients. Results go to {run.output}")
+    say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:
-        results = run.run(display.show)
-    if run.removes:
+        results = simulation.run(display.show)
+    if simulation.removes:
         print_removal(results)
     else:
         from fedcompo.report.results import print_results
 
         print_results(results, console)
-    say(f"Results: {run.output}")
+    say(f"Results: {simulation.output}")

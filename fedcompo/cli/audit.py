@@ -70,15 +70,15 @@ def audit(
         from fedcompo.audit.measure import audit as measure
         from fedcompo.audit.report import print_audit, write_audit
         from fedcompo.export.selection import new_folder
-        from fedcompo.registry.registry import Registry
+        from fedcompo.registry.reader import RegistryReader
 
         folder = output or Path(f"audit-{remove}")
         with new_folder(folder) as draft, progress(quiet=as_json) as tell:
             values = measure(
-                Registry(opened.path),
+                opened,
                 remove,
                 data=data,
-                gold=Registry(gold) if gold else None,
+                gold=RegistryReader(gold) if gold else None,
                 shadows=shadows,
                 seed=seed,
                 on_step=tell,

@@ -1,15 +1,18 @@
-"""What the commands share: errors as sentences, output for people or programs, the registry."""
+"""What commands share: options, errors as sentences, progress, and how a registry is found."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -21,6 +24,7 @@ from fedcompo.report.console import literal, say
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
 
+Command = Callable[..., None]
 INTERRUPTED = 130
 VARIABLE = "FEDCOMPO_REGISTRY"
 
@@ -46,14 +50,22 @@ WeightsOption = Annotated[
 ScaleOption = Annotated[
     float | None, typer.Option(help="Factor on the sum; default: the registry's own.")
 ]
+AssignmentsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one setting, such as kind=lora or alpha=0.5. May be repeated.",
+    ),
+]
 
 
 @contextlib.contextmanager
 def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
     """Turn errors into sentences and exit codes: 2 for settings, 130 for Ctrl-C, else 1.
 
-    An error of the system (no room, no permission) is said as it is; a closed pipe is the reader's
-    wish, and left to typer.
+    An error of the system (no room, no permission) is printed as it is. A closed pipe is what its
+    reader wanted, and left to typer.
     """
     if verbose:
         logging.basicConfig(level=logging.INFO)
@@ -72,7 +84,7 @@ def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(*, quiet: bool) -> Iterator[Any]:
-    """Show what is being done while it is done, on standard error; yields who to tell."""
+    """Show the current step on standard error; yields a function that takes its name."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield lambda step: None
@@ -81,23 +93,23 @@ def progress(*, quiet: bool) -> Iterator[Any]:
         yield lambda step: status.update(literal(f"{step} …"))
 
 
-def open_registry(given: Path | None) -> RegistryReader:
-    """Open the registry that was named, or the one that is near, to read it; loads no torch.
+def open_registry(named: Path | None) -> RegistryReader:
+    """Open a registry to read it; loads no torch. See :func:`registry_path` for its place.
 
     Raises:
         RegistryError: If there is none.
     """
     from fedcompo.registry.reader import RegistryReader
 
-    return RegistryReader(registry_path(given))
+    return RegistryReader(registry_path(named))
 
 
-def registry_path(given: Path | None) -> Path:
-    """Folder of the registry that was named, or of the one that is near."""
-    if given is None and os.environ.get(VARIABLE):
-        given = Path(os.environ[VARIABLE])
+def registry_path(named: Path | None) -> Path:
+    """Find the folder of the registry: as named, by the environment, here, or in ``registry``."""
+    if named is None and os.environ.get(VARIABLE):
+        named = Path(os.environ[VARIABLE])
     near = (path for path in (Path(), Path("registry")) if (path / "registry.json").is_file())
-    return given or next(near, Path())
+    return named or next(near, Path())
 
 
 def listed_names(text: str | None) -> tuple[str, ...]:
@@ -136,17 +148,62 @@ def weights_of(text: str | None) -> dict[str, float] | None:
     return weights
 
 
-def choice_of(
-    only: str | None, without: str | None, weights: str | None, scale: float | None
-) -> dict[str, Any]:
-    """Read the options that choose whom to compose, and with what.
+@dataclass(frozen=True)
+class Choice:
+    """The options that choose whom to compose, and with what."""
 
-    Raises:
-        ConfigError: If one is not of its form.
+    only: OnlyOption = None
+    without: WithoutOption = None
+    weights: WeightsOption = None
+    scale: ScaleOption = None
+
+    def parsed(self) -> dict[str, Any]:
+        """Read the lists of names and the weights.
+
+        Raises:
+            ConfigError: If one is not of its form.
+        """
+        return {
+            "only": listed_names(self.only),
+            "without": listed_names(self.without),
+            "weights": weights_of(self.weights),
+            "scale": self.scale,
+        }
+
+
+def with_options(
+    parameter: str, group: type
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that a dataclass declares, in place of one of its parameters.
+
+    Typer reads the options of a command from its signature.
+
+    Args:
+        parameter: The command's parameter that takes the dataclass; keyword-only.
+        group: The dataclass, whose fields are annotated as options.
     """
-    return {
-        "only": listed_names(only),
-        "without": listed_names(without),
-        "weights": weights_of(weights),
-        "scale": scale,
-    }
+    options = [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            annotation=kind,
+            default=getattr(group, name, Parameter.empty),
+        )
+        for name, kind in get_type_hints(group, include_extras=True).items()
+    ]
+
+    def replaced(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def gathering(**values: Any) -> None:
+            own = {o.name: values.pop(o.name) for o in options if o.name in values}
+            command(**{parameter: group(**own)}, **values)
+
+        signed = signature(command, eval_str=True)
+        parameters = list(signed.parameters.values())
+        at = list(signed.parameters).index(parameter)
+        parameters[at : at + 1] = options
+        gathering.__signature__ = signed.replace(parameters=parameters)  # type: ignore[attr-defined]
+        gathering.__annotations__ = {each.name: each.annotation for each in parameters}
+        return gathering
+
+    return replaced

@@ -1,4 +1,4 @@
-"""The command that writes what a federation on separate machines needs."""
+"""The command that writes the folders of a federation on separate machines."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def init_deployment(
                 "A new deployment needs `--server HOST` and `--clients a,b,c`; one that exists "
                 "takes another client with `--add CLIENT`."
             )
-        given = {"port": port, "superlink_port": superlink_port, "registry_port": registry_port}
-        ports = {key: number for key, number in given.items() if number is not None}
+        chosen = {"port": port, "superlink_port": superlink_port, "registry_port": registry_port}
+        ports = {key: number for key, number in chosen.items() if number is not None}
         _create(folder, server, listed_names(clients), ports)
 
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli.common import JsonOption, VerboseOption, errors_as_sentences, progress
+from fedcompo.cli.common import (
+    AssignmentsOption,
+    JsonOption,
+    VerboseOption,
+    errors_as_sentences,
+    progress,
+)
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.units import duration, size
@@ -33,14 +39,7 @@ def fisher(
     scenario: Annotated[
         Path | None, typer.Argument(help="TOML file of settings; none: the defaults.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Set one setting, such as backbone=... or fisher-examples=500. May be repeated.",
-        ),
-    ] = None,
+    assignments: AssignmentsOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -78,7 +77,7 @@ def fisher(
 
 
 def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
-    """Estimate and write it; returns what there is to tell."""
+    """Estimate a reference Fisher and write it; returns a summary."""
     from fedcompo.backbone.backbone import load_backbone
     from fedcompo.runtime import pick_device
     from fedcompo.training.probing import load_public_data, reference_fisher, save_reference

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcompo.cli.common import (
+    Choice,
     JsonOption,
-    OnlyOption,
     RegistryOption,
     ScaleOption,
     VerboseOption,
     WeightsOption,
-    WithoutOption,
-    choice_of,
     errors_as_sentences,
     open_registry,
     progress,
+    with_options,
 )
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
@@ -39,6 +38,7 @@ DataOption = Annotated[
 ]
 
 
+@with_options("choice", Choice)
 def compose(
     folders: Annotated[
         list[Path] | None,
@@ -47,10 +47,7 @@ def compose(
     *,
     output: OutputOption,
     registry: RegistryOption = None,
-    only: OnlyOption = None,
-    without: WithoutOption = None,
-    weights: WeightsOption = None,
-    scale: ScaleOption = None,
+    choice: Choice,
     checkpoint: Annotated[
         str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
     ] = "",
@@ -69,8 +66,7 @@ def compose(
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         tell("reading")
-        choice = choice_of(only, without, weights, scale)
-        with _selected(folders, registry, checkpoint, choice) as selection:
+        with _selected(folders, registry, checkpoint, choice.parsed()) as selection:
             from fedcompo.export.folder import publish
 
             tell("composing")
@@ -93,7 +89,6 @@ def specialise(
     A,B are their names; `fedcompo list` lists them.
     """
     compose(
-        None,
         output=output,
         registry=registry,
         only=clients,
@@ -104,25 +99,24 @@ def specialise(
     )
 
 
+@with_options("choice", Choice)
 def evaluate(
+    *,
     data: DataOption = None,
     registry: RegistryOption = None,
-    only: OnlyOption = None,
-    without: WithoutOption = None,
-    weights: WeightsOption = None,
-    scale: ScaleOption = None,
+    choice: Choice,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Measure a registry's model, or one of some of its members, on the clients' test images."""
     with errors_as_sentences(verbose):
-        choice = choice_of(only, without, weights, scale)
+        chosen = choice.parsed()
         opened = open_registry(registry)
         from fedcompo.audit.evaluation import evaluate_clients, run_config_of
         from fedcompo.export.selection import from_registry
 
         with progress(quiet=as_json) as tell:
-            selection = from_registry(opened, **choice)
+            selection = from_registry(opened, **chosen)
             backbone = opened.backbone.load()
             figures = evaluate_clients(
                 backbone,

@@ -86,20 +86,20 @@ def add(
         before = opened.clients
         with progress(quiet=as_json) as tell:
             opened.add(*folders, replacing=replace, on_step=tell)
-        came = [member["client"] for member in opened.entries()[-1].details["clients"]]
-        told = {
-            "added": [client for client in came if client not in before],
-            "replaced": [client for client in came if client in before],
+        new = [member["client"] for member in opened.entries()[-1].details["clients"]]
+        summary = {
+            "added": [client for client in new if client not in before],
+            "replaced": [client for client in new if client in before],
             "clients": opened.clients,
             "root": opened.state.root,
         }
         if as_json:
-            print_json(told)
+            print_json(summary)
             return
         for what in ("added", "replaced"):
-            if told[what]:
-                say(f"{what.capitalize()} {', '.join(told[what])}.")
-        say(f"{len(opened.clients)} clients, {len(opened.classes)} classes. Root {told['root']}")
+            if summary[what]:
+                say(f"{what.capitalize()} {', '.join(summary[what])}.")
+        say(f"{len(opened.clients)} clients, {len(opened.classes)} classes. Root {summary['root']}")
 
 
 def remove(
@@ -185,7 +185,7 @@ def _preview(
 
 
 def _check_options(*, dry_run: bool, yes: bool, as_json: bool, data: str | None) -> None:
-    """Refuse what would be passed over in silence."""
+    """Refuse options that would have no effect, and questions that nobody would see."""
     if data is not None and not dry_run:
         raise ConfigError("`--data` is what --dry-run measures on. Add --dry-run, or leave it out.")
     if as_json and not (yes or dry_run):
@@ -193,7 +193,7 @@ def _check_options(*, dry_run: bool, yes: bool, as_json: bool, data: str | None)
 
 
 def _check_text(*texts: str) -> None:
-    """Refuse what no file can hold: bytes of the command line that are not UTF-8."""
+    """Refuse arguments that are not UTF-8: a record cannot hold them."""
     for text in texts:
         if text.encode(errors="replace").decode() != text:
             raise ConfigError(f"{text!r} is no text; write it in UTF-8.")
@@ -234,10 +234,8 @@ def verify(
         if record is not None and registry is None and public_key is None:
             registry, public_key = _witness_of(record)
         alone = public_key is not None and registry is None
-        if record is not None and not alone:
-            open_registry(registry)  # refuses at once where there is none
+        opened = None if record is None or alone else open_registry(registry)
         from fedcompo.registry.record_verification import verify_record
-        from fedcompo.registry.registry import Registry
         from fedcompo.registry.verification import verify_registry
 
         with progress(quiet=as_json) as tell:
@@ -245,10 +243,7 @@ def verify(
                 findings = verify_registry(registry_path(registry), on_step=tell)
             else:
                 findings = verify_record(
-                    record,
-                    registry=None if alone else Registry(registry_path(registry)),
-                    public_key=public_key,
-                    on_step=tell,
+                    record, registry=opened, public_key=public_key, on_step=tell
                 )
         if as_json:
             print_json([asdict(finding) for finding in findings])

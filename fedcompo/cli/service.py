@@ -1,13 +1,12 @@
-"""The service: `serve` a registry, and use one that is served.
+"""Commands of a registry's service.
 
-A client's side: `publish`, `fetch`, `members`, `request-removal`.
+The server's is `serve`; a client's are `publish`, `fetch`, `members` and `request-removal`.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,50 +14,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcompo.cli.common import (
+    Choice,
     JsonOption,
-    OnlyOption,
-    ScaleOption,
     VerboseOption,
-    WeightsOption,
-    WithoutOption,
-    choice_of,
     errors_as_sentences,
     progress,
+    with_options,
 )
-from fedcompo.errors import ConfigError, ServiceError
+from fedcompo.cli.connection import Connection
+from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
 if TYPE_CHECKING:
-    from fedcompo.registry.removal import RemovalRecord
-    from fedcompo.service.client import Client, Receipt
     from fedcompo.service.server import Server
 
-ServerOption = Annotated[
-    str,
-    typer.Option(
-        "--server", envvar="FEDCOMPO_SERVER", metavar="HOST:PORT", help="Where the service listens."
-    ),
-]
-AuthorityOption = Annotated[
-    Path,
-    typer.Option("--ca", envvar="FEDCOMPO_CA", help="Certificate of the authority: ca.crt."),
-]
-CertificateOption = Annotated[
-    Path,
-    typer.Option("--certificate", envvar="FEDCOMPO_CERTIFICATE", help="Your own; it names you."),
-]
-KeyOption = Annotated[
-    Path, typer.Option("--key", envvar="FEDCOMPO_KEY", help="The certificate's private key.")
-]
 
-
+@with_options("connection", Connection)
 def publish(
     folder: Annotated[Path, typer.Argument(help="Folder that holds your contribution.")],
     *,
-    server: ServerOption,
-    ca: AuthorityOption,
-    certificate: CertificateOption,
-    key: KeyOption,
+    connection: Connection,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of your earlier contribution.")
     ] = False,
@@ -69,7 +44,7 @@ def publish(
 
     FOLDER bears the name that your certificate bears. Every byte is checked before it is taken in.
     """
-    with errors_as_sentences(verbose), _client(server, ca, certificate, key) as client:
+    with errors_as_sentences(verbose), connection.open() as client:
         with progress(quiet=as_json) as tell:
             published = client.publish(folder, replace=replace, on_step=tell)
         if as_json:
@@ -81,6 +56,8 @@ def publish(
             say(f"Published {published.client}. Root {published.root}")
 
 
+@with_options("connection", Connection)
+@with_options("choice", Choice)
 def fetch(
     client: Annotated[
         str | None,
@@ -90,14 +67,8 @@ def fetch(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
     ],
-    server: ServerOption,
-    ca: AuthorityOption,
-    certificate: CertificateOption,
-    key: KeyOption,
-    only: OnlyOption = None,
-    without: WithoutOption = None,
-    weights: WeightsOption = None,
-    scale: ScaleOption = None,
+    connection: Connection,
+    choice: Choice,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -105,9 +76,8 @@ def fetch(
 
     With CLIENT, its contribution, byte for byte: your own, or any if you are an operator.
     """
-    with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
-        choice = only, without, weights, scale
-        if client is not None and any(option is not None for option in choice):
+    with errors_as_sentences(verbose), connection.open() as service:
+        if client is not None and choice != Choice():
             raise ConfigError(
                 "A contribution is fetched as it is: name a client, or say what to "
                 "compose, not both."
@@ -116,26 +86,23 @@ def fetch(
             if client is not None:
                 content = service.fetch(output, client, on_step=tell)
             else:
-                chosen = choice_of(only, without, weights, scale)
-                content = service.compose(output, **chosen, on_step=tell)
+                content = service.compose(output, **choice.parsed(), on_step=tell)
         files = {file.name: file.sha256 for file in content.files}
-        told = {"output": str(output.absolute()), "clients": list(content.clients)}
+        reply = {"output": str(output.absolute()), "clients": list(content.clients)}
         if as_json:
-            print_json({**told, "root": content.root, "files": files})
+            print_json({**reply, "root": content.root, "files": files})
             return
         what = "Contribution of" if client is not None else "Model composed of"
         say(f"{what} {', '.join(content.clients)}: {output}")
 
 
+@with_options("connection", Connection)
 def request_removal(
     client: Annotated[
         str | None, typer.Argument(help="Who shall go; none: you. Others need an operator.")
     ] = None,
     *,
-    server: ServerOption,
-    ca: AuthorityOption,
-    certificate: CertificateOption,
-    key: KeyOption,
+    connection: Connection,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File of the receipt; default removal-<client>.json."),
@@ -151,11 +118,11 @@ def request_removal(
 
     Asked again, when an answer was lost, the service sends the same receipt.
     """
-    with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
-        from fedcompo.service.certificates import name_in, read_credential
+    with errors_as_sentences(verbose), connection.open() as service:
+        from fedcompo.service.certificates import name_in
         from fedcompo.storage.files import write_atomically
 
-        name = client or name_in(read_credential(certificate, key))
+        name = client or name_in(connection.credential)
         path = output or Path(f"removal-{name}.json")
         public = path.with_suffix(".pem")
         if taken := next((p for p in (path, public) if p.exists()), None):
@@ -166,7 +133,7 @@ def request_removal(
         if as_json and not yes:
             raise ConfigError("With --json nobody is asked: add --yes.")
         if not yes:
-            question = f"Remove {name} from the registry at {server}?"
+            question = f"Remove {name} from the registry at {connection.server}?"
             if not sys.stdin.isatty():
                 question += " Nobody may be there to answer: --yes does without."
             typer.confirm(question, abort=True)
@@ -175,20 +142,18 @@ def request_removal(
             receipt = service.remove(name, reason=reason)
         write_atomically(path, receipt.record)
         write_atomically(public, receipt.public_key)
+        record = receipt.checked(name)
         if as_json:
-            _check(receipt, name)
             typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
             return
-        say(f"Removed {name} on {_check(receipt, name).time}. Receipt: {path}")
+        say(f"Removed {name} on {record.time}. Receipt: {path}")
         say(f"Check it by: fedcompo verify {path} --public-key {public}")
 
 
+@with_options("connection", Connection)
 def members(
     *,
-    server: ServerOption,
-    ca: AuthorityOption,
-    certificate: CertificateOption,
-    key: KeyOption,
+    connection: Connection,
     verify: Annotated[
         bool, typer.Option("--verify", help="Let the server derive again what it claims.")
     ] = False,
@@ -199,7 +164,7 @@ def members(
 
     With --verify it exits with 1 if a claim does not hold.
     """
-    with errors_as_sentences(verbose), _client(server, ca, certificate, key) as service:
+    with errors_as_sentences(verbose), connection.open() as service:
         from fedcompo.cli import tables as cli_print
 
         with progress(quiet=as_json) as tell:
@@ -217,39 +182,14 @@ def members(
             for member in there.members
         ]
         if as_json:
-            told = {"root": there.root, "backbone": there.base, "members": rows}
-            print_json(told | ({"findings": [asdict(f) for f in findings]} if verify else {}))
+            reply = {"root": there.root, "backbone": there.base, "members": rows}
+            print_json(reply | ({"findings": [asdict(f) for f in findings]} if verify else {}))
         else:
-            cli_print.print_members(server, there.root, rows)
+            cli_print.print_members(connection.server, there.root, rows)
             if verify:
                 cli_print.print_findings(findings)
         if any(finding.holds is False for finding in findings):
             raise typer.Exit(1)
-
-
-def _client(server: str, ca: Path, certificate: Path, key: Path) -> Client:
-    from fedcompo.service.certificates import read_authority, read_credential
-    from fedcompo.service.client import Client
-
-    return Client(server, read_authority(ca), read_credential(certificate, key))
-
-
-def _check(receipt: Receipt, client: str) -> RemovalRecord:
-    """Read a receipt; refuse one that is not this client's, or not signed as it says."""
-    from fedcompo.registry.removal import RemovalRecord
-    from fedcompo.registry.signing import is_signed
-
-    record = RemovalRecord.parse(receipt.record, source="The receipt")
-    with tempfile.TemporaryDirectory(prefix="fedcompo-") as folder:
-        public = Path(folder) / "public.pem"
-        public.write_bytes(receipt.public_key)
-        signed = is_signed(record.signed_bytes, record.signature, public)
-    if record.client != client or not signed:
-        raise ServiceError(
-            f"The server's receipt is of {record.client!r} and {'' if signed else 'not '}signed "
-            f"by its key; expected a signed one of {client!r}. Keep it, and ask an operator."
-        )
-    return record
 
 
 def serve(

@@ -98,7 +98,7 @@ def print_details(details: Mapping[str, Any]) -> None:
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
-    """Say what a removal does, and what it cannot do."""
+    """Print what a removal deletes, what it keeps, and what it cannot undo."""
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
     client = plan["client"]
     say(f"Goes:  {goes['folder']} ({size(goes['bytes'])}), its term of the sum")
@@ -126,7 +126,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print each claim and whether it holds; details below."""
+    """Print each claim and whether it holds, then the details of those that do not."""
     table = Table("claim", "derived again")
     whole = [f for f in findings if f.holds and f.claim.endswith(UNALTERED)]
     for finding in findings:

@@ -1,4 +1,4 @@
-r"""What a composition looks like from the inside: norms, overlaps, and the gap of Theorem 1.
+r"""Figures of a composition: norms of the task vectors, their overlaps, the gap of Theorem 1.
 
 With the second-order proxy :math:`\hat\ell` of the loss at :math:`\theta_0` (Porrello et al., arXiv
 2405.16350, Theorem 1)
@@ -6,8 +6,8 @@ With the second-order proxy :math:`\hat\ell` of the loss at :math:`\theta_0` (Po
 .. math:: \hat\ell(\theta_P) = \sum_t w_t \hat\ell(\theta_t) - \Omega, \qquad
    \Omega = \tfrac12 \sum_t \sum_{t'<t} w_t w_{t'} (\tau_t - \tau_{t'})^\top H (\tau_t - \tau_{t'})
 
-so composing never does worse than the weighted mean of its members, *on the proxy*. Here H is the
-mean Fisher diagonal of all clients.
+so *on the proxy* the composition is never worse than the weighted mean of its members. Here H is
+the mean Fisher diagonal of all clients.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.pool import Pool
 
 OUTLIER_RATIO = 3.0
-"""A task vector this many times longer or shorter than the median of its kind stands out."""
+"""A task vector is an outlier if it is this many times longer or shorter than its kind's median."""
 OPPOSED = -0.5
-"""So does one whose mean cosine with the others, in the Fisher metric, is below this."""
+"""Or if its mean cosine with the others, in the Fisher metric, is below this."""
 CHUNK = 1 << 16
-"""Weights of which each client's change is in memory as float64 at a time."""
+"""Entries of a weight that are in memory for all clients, in float64, at a time."""
 COMPARED = 64
-"""Clients up to which each is compared with each; among more, memory and time would grow."""
+"""Most clients that are compared in pairs; memory and time grow with the square of their number."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Diagnostics:
     gap: float
     r""":math:`\Omega` at the coefficients of the composition."""
     outliers: tuple[str, ...]
-    """Clients whose task vector stands out; see :data:`OUTLIER_RATIO` and :data:`OPPOSED`."""
+    """Clients whose task vector is an outlier; see :data:`OUTLIER_RATIO` and :data:`OPPOSED`."""
 
 
 def diagnose(
     pool: Pool, theta_0: Weights, fisher: Weights, coefficients: Mapping[str, float]
 ) -> Diagnostics:
-    """Measure the task vectors of a pool against each other, one weight at a time.
+    """Compare the task vectors of a pool, one weight at a time.
 
     Args:
         pool: At least one contribution.
@@ -84,14 +84,14 @@ def diagnose(
 
 
 def _flat(contribution: Contribution, name: str, weight: Tensor) -> Tensor:
-    """A client's change of one weight, (elements,), float64."""
+    """Return a client's change of one weight, (elements,), float64."""
     return contribution.task_vector.delta(name, weight).flatten().double()
 
 
 def _streamed(
     pool: Pool, name: str, weight: Tensor, fisher: Tensor, w: Tensor
 ) -> tuple[Tensor, float]:
-    r"""Squared lengths, and one weight's part of the gap, a client at a time.
+    r"""Return squared lengths, (clients,), and one weight's part of the gap; one client at a time.
 
     .. math:: \Omega = \tfrac12\Big(\sum_t w_t\,\tau_t^\top H\,\tau_t
               - \bar\tau^\top H\,\bar\tau\Big), \qquad \bar\tau = \sum_t w_t \tau_t
@@ -119,9 +119,9 @@ def composition_gap(gram: Tensor, coefficients: Tensor) -> float:
 
 
 def _outliers(pool: Pool, gram: Tensor | None, norms: Tensor) -> tuple[str, ...]:
-    """Clients that are far longer or shorter than others of their kind, or oppose the others.
+    """Return the clients whose task vectors are far longer or shorter, or oppose the others.
 
-    Who opposes is known only where each was compared with each.
+    Without a Gram matrix only lengths count.
     """
     values = norms.tolist()
     kinds = [contribution.task_vector.kind for contribution in pool]
@@ -130,7 +130,7 @@ def _outliers(pool: Pool, gram: Tensor | None, norms: Tensor) -> tuple[str, ...]
     if gram is not None and others >= 2:
         lengths = gram.diagonal().clamp_min(1e-300).sqrt()
         means = ((gram / (lengths.unsqueeze(1) * lengths)).sum(1) - 1) / others
-    found = []
+    outliers = []
     for index, client in enumerate(pool.clients):
         alike = [v for i, v in enumerate(values) if i != index and kinds[i] == kinds[index]]
         if len(alike) >= 2:
@@ -139,5 +139,5 @@ def _outliers(pool: Pool, gram: Tensor | None, norms: Tensor) -> tuple[str, ...]
         else:
             odd = False
         if odd or float(means[index]) < OPPOSED:
-            found.append(client)
-    return tuple(found)
+            outliers.append(client)
+    return tuple(outliers)

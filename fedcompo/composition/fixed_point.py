@@ -1,7 +1,7 @@
-r"""Task vectors as whole numbers, so that a sum of them can be taken apart again.
+r"""Task vectors as whole numbers: a term can be subtracted from their sum exactly.
 
-Floating-point sums depend on the order of their terms, and subtracting a term does not undo adding
-it. Here each :math:`\tau` is rounded once to a grid,
+A floating-point sum depends on the order of its terms, and a subtraction does not undo an addition.
+Here each :math:`\tau` is rounded once to a grid,
 
 .. math:: q = \mathrm{round}(2^{40}\,\tau), \qquad S = \sum_c m_c\,q_c, \qquad
    \theta_P = \theta_0 + \frac{\lambda}{2^{40} M} S, \qquad M = \sum_c m_c
@@ -10,9 +10,10 @@ with whole :math:`m_c` (1, or the client's number of examples), and S is summed 
 subtracting are exact, in any order, at a cost that does not grow with the number of clients.
 :math:`2^{-40} \approx 10^{-12}` is far below float32's resolution of a weight.
 
-The rounding is the same on every machine. A product of two float32 factors is exact in float64, so
-a LoRA's sum over its ranks, taken in their order, rounds once a rank whether or not the processor
-fuses multiplication and addition; a library's matrix product would not promise that.
+The rounding is the same on every machine. The product of two float32 factors is exact in float64.
+A LoRA's sum over its ranks, taken in their order, therefore rounds once for each rank, whether or
+not the processor fuses multiplication and addition. A library's matrix product does not promise
+that.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from fedcompo.method.task_vector import TaskVector
 
 BITS = 40
 GRID = 2.0**-BITS
-"""Distance of two neighbouring values."""
+"""Distance between two neighbouring values."""
 LARGEST = 2.0**10
 """Values of a task vector beyond this are refused; weights of a trained network are of order 1."""
 CEILING = 2**62
-"""No sum may come nearer to the end of int64 than by a factor of two."""
+"""Sums stay below this: half of the range of int64."""
 PIECE = 1 << 16
-"""Elements worked on at a time: what is between input and result stays in the processor's cache."""
+"""Elements taken at a time, so that intermediate values stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Term:
     client: str
     vector: TaskVector
     times: int
-    """How often it counts: m_c; negative to take it out."""
+    """How often it counts: m_c; negative to take the client out."""
     rounded_sha256: str = ""
-    """What the SHA-256 of its rounded form must be; empty: not known yet."""
+    """Expected SHA-256 of its rounded form; empty: not known yet."""
 
 
 def sum_of(
@@ -63,11 +64,11 @@ def sum_of(
     """Add the terms of one weight to a sum, exactly.
 
     Args:
-        terms: Clients that come, or go.
+        terms: Clients to add or to take out.
         name: Name of the weight.
         weight: Its pre-trained value, (out, in).
         start: The sum so far, (out, in), int64; None: zero.
-        digests: A hash for each term, which takes in its rounded form; or none.
+        digests: A hash for each term, updated with its rounded form; or none.
 
     Returns:
         S, (out, in), int64.
@@ -85,7 +86,7 @@ def sum_of(
 
 
 def reproducible_delta(vector: TaskVector, name: str, weight: Tensor) -> Tensor:
-    r"""The change of one weight in float64, the same bits on every machine.
+    r"""Return the change of one weight in float64, the same bits on every machine.
 
     Args:
         vector: A task vector of any kind; the factors of a LoRA are taken as float32.
@@ -93,7 +94,7 @@ def reproducible_delta(vector: TaskVector, name: str, weight: Tensor) -> Tensor:
         weight: Its pre-trained value, (out, in).
 
     Returns:
-        :math:`\tau` of this weight, (out, in), float64, on the CPU; memory of its own.
+        :math:`\tau` of this weight, (out, in), float64, on the CPU; a new tensor.
     """
     if vector.kind in (Kind.FULL, Kind.TANGENT):
         return vector.tensors[f"{name}/delta"].to(torch.float64, copy=True)
@@ -137,14 +138,14 @@ def rounded(vector: TaskVector, name: str, weight: Tensor, *, owner: str) -> Ten
 
 
 def _pieces(weight: Tensor) -> Iterator[slice]:
-    """Rows of a weight, about :data:`PIECE` elements at a time."""
+    """Split a weight into slices of rows, each of about :data:`PIECE` elements."""
     if weight.numel():
         step = max(1, PIECE * len(weight) // weight.numel())
         yield from (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def _largest(values: Tensor) -> float | int:
-    """Largest absolute value; not a number if one of them is not."""
+    """Return the largest absolute value; NaN if a value is NaN."""
     if not values.numel():
         return 0
     low, high = (bound.item() for bound in values.aminmax())
@@ -158,7 +159,7 @@ def hash_rounded(digest: Any, name: str, values: Tensor) -> None:
 
 
 def add(total: Tensor, term: Tensor, times: int) -> Tensor:
-    """Return ``total + times * term``, exactly; negative ``times`` takes terms out.
+    """Return ``total + times * term``, exactly; a negative ``times`` takes the term out.
 
     Raises:
         ContributionError: If the sum would leave the range of int64.

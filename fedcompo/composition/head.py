@@ -1,4 +1,4 @@
-"""The joint head: one classifier over all classes, aligned on what the clients say of features."""
+"""The joint head: one classifier for all classes, fitted to the clients' mixtures."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from fedcompo.seeds import derive_seed
 def joint_head(
     mixtures: Mapping[str, Mixtures], settings: CompositionSettings, *, purpose: str = "joint-head"
 ) -> Head:
-    """Fit the joint head to features drawn from everyone's mixtures.
+    """Fit the joint head to features drawn from all clients' mixtures.
 
     Args:
         mixtures: By client and class; of θ₀'s features, or of the composed model's.
-        settings: How many features a class, how strongly the head is held to zero, and the seed.
-        purpose: What the draws are for; each purpose has its own.
+        settings: Number of features for each class, ridge and seed.
+        purpose: What the draws are for; each purpose has draws of its own.
 
     Returns:
-        The head of all classes, sorted; the same for any order of clients and number of threads.
+        The head of all classes, sorted. The order of clients and the number of threads do not
+        change it.
     """
     by_class: dict[str, list[FeatureMixture]] = {}
     for client in sorted(mixtures):
@@ -48,7 +49,7 @@ def head_of(pool: Pool, settings: CompositionSettings) -> Head:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Use one thread: the bits of a matrix product depend on how many there are."""
+    """Use one thread: the bits of a matrix product depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Models of some of a pool's members: with any coefficients, streamed to a folder or in memory."""
+"""Models of the members of a pool, with any coefficients: weight by weight, or in memory."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def stream_composition(
 ) -> Iterator[tuple[str, Tensor]]:
     """Compose the target weights of a pool, one at a time, in the order of names.
 
-    With the registry's own coefficients the sum is taken on its grid: leaving a client out gives,
-    bit for bit, what removing it would. Other coefficients are summed in float64.
+    With the registry's own coefficients the sum is in fixed point: to leave a client out gives the
+    same bits as to remove it. With other coefficients the sum is in float64.
 
     Args:
         pool: At least one contribution, all on this backbone.
@@ -67,7 +67,7 @@ def composed_model(
 
 
 def load_tangent_model(folder: Path | str) -> nn.Module:
-    """Load a folder that :func:`write_model` wrote of tangents.
+    """Load a published folder that is composed of tangents.
 
     Returns:
         A :class:`~fedcompo.backbone.tangent.TangentModel` in evaluation mode.
@@ -104,8 +104,8 @@ def model_of(
     """Return a timm model in evaluation mode, as timm builds it from a folder.
 
     Args:
-        backbone: Says which model it is.
-        weights: All of its weights by name, classifier included.
+        backbone: Gives the architecture.
+        weights: All of its weights by name, with the classifier.
         classes: Names of the classes, in the order of the logits.
         linearised: Whether the weights are composed of tangents. The model is then a
             :class:`~fedcompo.backbone.tangent.TangentModel`.

@@ -1,13 +1,13 @@
-r"""The sum of task vectors while clients come, train on, and go: :math:`S = \sum_c m_c q_c`, exact.
+r"""The exact sum of task vectors while they change: :math:`S = \sum_c m_c q_c`.
 
-A client that trains inside the ensemble (IEL) needs of the others only their weighted sum,
+A client that trains inside the ensemble (IEL) needs only the weighted sum of the others,
 
 .. math:: R_c = \frac{1}{2^{40} M} \Big(S - m_c q_c\Big), \qquad w_c = \frac{m_c}{M}
 
-on the grid of :mod:`fedcompo.composition.fixed_point`. A client's new task vector takes the place
-of its last one by one subtraction and one addition; whatever came and went, S is the sum of the
-last task vectors, bit for bit. Memory is that of S, of S anew while it changes, and of one weight:
-whatever the number of clients.
+on the grid of :mod:`fedcompo.composition.fixed_point`. A client's new task vector replaces its last
+one by one subtraction and one addition. Whatever came before, S is the sum of the last task
+vectors, bit for bit. Memory does not depend on the number of clients: it is that of S, of its
+successor while it changes, and of one weight.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from fedcompo.method.task_vector import TaskVector
 
 @dataclass
 class RunningSum:
-    """A sum in memory, continued in place; task vectors are read from where they lie."""
+    """A sum in memory, changed in place; task vectors may stay on disk."""
 
     theta_0: Weights
     """The target weights at their pre-trained values, each (out, in)."""
     vectors: dict[str, TaskVector] = field(default_factory=dict)
-    """Last task vector by client; tensors may be on disk."""
+    """Last task vector of each client."""
     times: dict[str, int] = field(default_factory=dict)
-    r"""How often a client counts, :math:`m_c`."""
+    r"""How often each client counts, :math:`m_c`."""
     total: dict[str, Tensor] = field(default_factory=dict)
     """S by weight name, int64."""
 
     def __post_init__(self) -> None:
-        """Start at zero, or where one is given."""
+        """Start at zero, unless a total is given."""
         if not self.total:
             self.total = {n: torch.zeros(w.shape, dtype=torch.int64) for n, w in self._weights()}
 
@@ -47,33 +47,33 @@ class RunningSum:
     def of(
         cls, theta_0: Weights, vectors: Mapping[str, TaskVector], times: Mapping[str, int]
     ) -> RunningSum:
-        """Take the sum anew, of all clients."""
-        found = cls(theta_0)
+        """Sum the task vectors of all clients."""
+        running = cls(theta_0)
         for client in vectors:
-            found.put(client, vectors[client], times=times[client])
-        return found
+            running.put(client, vectors[client], times=times[client])
+        return running
 
     @property
     def clients(self) -> tuple[str, ...]:
-        """Whose task vectors are in it, sorted."""
+        """Clients whose task vectors are in it, sorted."""
         return tuple(sorted(self.vectors))
 
     def put(self, client: str, vector: TaskVector, *, times: int) -> None:
-        """Let a client's task vector take the place of its last one, if there is one.
+        """Add a client's task vector, and take out its last one if there is one.
 
         Args:
             client: Its name.
-            vector: Its new task vector; must stay readable until it is replaced in turn.
+            vector: Its new task vector; must stay readable until it is replaced.
             times: How often it counts.
 
         Raises:
-            ContributionError: If a value cannot be summed; the sum is then as it was.
+            ContributionError: If a value cannot be summed; the sum is then unchanged.
         """
         self.total = self._changed([*self._last(client), Term(client, vector, times)])
         self.vectors[client], self.times[client] = vector, times
 
     def drop(self, client: str) -> None:
-        """Take a client out, as if it had never been there."""
+        """Take a client out, as if it had never been in."""
         if client not in self.vectors:
             raise ContributionError(
                 f"There is no task vector of {client!r} in the sum, which holds "
@@ -83,11 +83,11 @@ class RunningSum:
         del self.vectors[client], self.times[client]
 
     def rest(self, client: str, *, together: int) -> Weights:
-        r"""What a client sees of the others: :math:`R_c`.
+        r"""Return the weighted sum of the others, :math:`R_c`.
 
         Args:
             client: Need not be in the sum yet.
-            together: M, over all who take part, also those whose task vector is still zero.
+            together: M, over all clients of the round, also those whose task vector is still zero.
 
         Returns:
             By weight name, each (out, in), float32.
@@ -100,13 +100,13 @@ class RunningSum:
         return rest
 
     def _last(self, client: str) -> list[Term]:
-        """The term that takes a client's last task vector out; none where it has none."""
+        """Return the term that takes a client's last task vector out, if it has one."""
         if client not in self.vectors:
             return []
         return [Term(client, self.vectors[client], -self.times[client])]
 
     def _changed(self, terms: list[Term]) -> dict[str, Tensor]:
-        """The sum with further terms; the present one stays as it is."""
+        """Return the sum with more terms; the present sum stays as it is."""
         return {
             name: fixed_point.sum_of(terms, name, weight, start=self.total[name])
             for name, weight in self._weights()

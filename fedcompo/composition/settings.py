@@ -1,4 +1,4 @@
-"""How a registry composes: the settings that are fixed when it is made."""
+"""How a registry composes its model."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from fedcompo.config.run import RunConfig
 
 @dataclass(frozen=True)
 class CompositionSettings:
-    """How a registry composes; fixed when it is made."""
+    """Settings of a composition; fixed when the registry is created."""
 
     coefficients: Coefficients = Coefficients.UNIFORM
-    """How much of each task vector enters."""
+    """Weight of each task vector in the mean: equal, or by number of examples."""
     scale: float = 1.0
     """Factor on the weighted mean of the task vectors."""
     align_samples: int = 256
-    """Features a class drawn to align the joint head."""
+    """Features drawn for each class to fit the joint head."""
     ridge: float = 0.001
-    """Pull of the joint head's fit to zero."""
+    """Pull of the joint head to zero."""
     seed: int = 0
     """Seed of the draws."""
     keep_versions: bool = False
-    """Keep earlier compositions when a new one takes their place."""
+    """Whether earlier compositions are kept when a new one replaces them."""
 
     @classmethod
     def of(cls, config: RunConfig) -> CompositionSettings:
-        """Take them from the settings of a run."""
+        """Take them from the config of a run."""
         return cls(
             coefficients=config.compose.coefficients,
             scale=config.compose.scale,
@@ -38,5 +38,5 @@ class CompositionSettings:
         )
 
     def times(self, num_examples: int) -> int:
-        """How often a client counts in the sum: once, or once an example."""
+        """Return how often a client counts in the sum: once, or once for each of its examples."""
         return num_examples if self.coefficients is Coefficients.EXAMPLES else 1

@@ -28,17 +28,16 @@ LINEARISED = (
     "{architecture} linearised: timm would let the weights go all the way and compute something "
     "else; load it with Registry.model, or a published folder with fedcompo.load_tangent_model"
 )
-"""Stands for the architecture of what is composed of tangents; timm knows no such model."""
+"""Stands in place of the architecture for a composition of tangents; timm knows no such model."""
 
 
 def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) -> None:
     """Write weights and configuration for ``timm.create_model("local-dir:...")``.
 
-    What is composed of tangents is no such model: see
-    :func:`fedcompo.composition.timm_folder.write_model`.
+    Not for a composition of tangents; see :func:`write_model`.
 
     Args:
-        folder: Where to; made if need be.
+        folder: Where to; created if it does not exist.
         backbone: Pre-trained weights, for all that ``theta`` does not name.
         theta: Target weights by name.
         head: Joint head; its classes become ``label_names``.
@@ -54,12 +53,12 @@ def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) ->
 def timm_config(
     backbone: Backbone | StoredBackbone, classes: tuple[str, ...], *, linearised: bool = False
 ) -> dict[str, Any]:
-    """What timm must know to build the model and feed it.
+    """Return the content of config.json: what timm needs to build the model and feed it.
 
     Args:
-        backbone: Says which model it is.
+        backbone: Gives the architecture and its preprocessing.
         classes: Names of the classes, in the order of the logits; become ``label_names``.
-        linearised: The weights are composed of tangents; timm is then kept from building a model.
+        linearised: Whether the weights are composed of tangents; timm then refuses the folder.
     """
     seen = backbone.preprocessing
     name = LINEARISED if linearised else "{architecture}"
@@ -94,7 +93,7 @@ def write_model(
     linearised: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that plain timm loads, one weight at a time; of tangents, one it refuses.
+    """Write a folder that plain timm loads (of tangents: refuses), one weight at a time.
 
     Args:
         folder: A folder that exists.

@@ -1,8 +1,8 @@
-r"""A composed version on disk: the running sum and the model made of it, weight by weight.
+r"""A composed version on disk: the running sum and the model computed from it.
 
-One pass over the target weights yields both files, with a few weights in memory. A sum is continued
-from the one before, or taken over all members; :mod:`fedcompo.composition.fixed_point` makes the
-two the same, bit for bit. The folder is one that plain timm loads, unless it is composed of
+One pass over the target weights writes both files, with a few weights in memory. The sum continues
+the one before, or is taken over all members; both give the same bits
+(:mod:`fedcompo.composition.fixed_point`). Plain timm loads the folder, unless it is composed of
 tangents.
 """
 
@@ -32,20 +32,20 @@ from fedcompo.storage.tensorstream import Section, StreamedTensors, TensorWriter
 
 
 class RoundedDifferently(Exception):
-    """A task vector's rounded form is not the one that once went into the sum."""
+    """A task vector's rounded form differs from the one that went into the sum."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a version is made of."""
+    """All inputs of a version."""
 
     backbone: StoredBackbone
     terms: Sequence[Term]
-    """Clients that come (or, where ``before`` is given, come and go)."""
+    """Clients to add; where ``before`` is given, also clients to take out."""
     before: StreamedTensors | None
-    """Sum to continue from; None: start at zero."""
+    """Sum to continue; None: start at zero."""
     count: int
-    """M, over all members afterwards."""
+    """M, over all members of the version."""
     scale: float
     head: Head
     linearised: bool = False
@@ -53,7 +53,7 @@ class Recipe:
 
     @classmethod
     def of(cls, pool: Pool, backbone: StoredBackbone, settings: CompositionSettings) -> Recipe:
-        """Compose these contributions, and nobody else."""
+        """Compose exactly these contributions."""
         terms = [Term(m.client, m.task_vector, settings.times(m.num_examples)) for m in pool]
         count = sum(term.times for term in terms)
         head = head_of(pool, settings)
@@ -71,7 +71,7 @@ def write_version(folder: Path, recipe: Recipe) -> list[str]:
         SHA-256 of each term's rounded form, in the order of the terms.
 
     Raises:
-        RoundedDifferently: If a term's rounded form is not what it was; compose from all members.
+        RoundedDifferently: If a term's rounded form has changed; then compose from all members.
         ContributionError: If a value leaves the range of the sum.
     """
     backbone = recipe.backbone
@@ -90,17 +90,17 @@ def write_version(folder: Path, recipe: Recipe) -> list[str]:
             linearised=recipe.linearised,
             about={"scale": recipe.scale, **about},
         )
-    found = [digest.hexdigest() for digest in digests]
-    for term, digest in zip(recipe.terms, found, strict=True):
+    rounded = [digest.hexdigest() for digest in digests]
+    for term, digest in zip(recipe.terms, rounded, strict=True):
         if term.rounded_sha256 not in ("", digest):
             raise RoundedDifferently(term.client)
-    return found
+    return rounded
 
 
 def _composed(
     recipe: Recipe, digests: Sequence[Any], running: TensorWriter
 ) -> Iterator[tuple[str, Tensor]]:
-    """Continue and write the sum of each weight; yield the weight made of it."""
+    """Compute and write the sum of each weight; yield the composed weight."""
     for name in sorted(recipe.backbone.target_weights):
         weight = recipe.backbone.tensors[name]
         before = recipe.before[name] if recipe.before is not None else None

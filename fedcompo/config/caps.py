@@ -1,7 +1,7 @@
-"""What may leave a client at most.
+"""Limits on what a client sends: bits, form of the Fisher, noise.
 
-A run wishes, a node may cap: of the two the stricter counts, setting by setting, so that a node can
-send less than it is asked for and can never be made to send more than it allows.
+Both the run and the node set them. Of each, the stricter counts. So a node may send less than the
+run asks for, and no run can make it send more than it allows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PROBABILITY: Check = (lambda value: 0 < value < 1, "must be above 0 and below 1"
 
 @dataclass(frozen=True)
 class CapsConfig:
-    """What may leave a client at most; a node may be stricter, by the same names."""
+    """Limits on what a client sends; a node may set stricter ones, by the same names."""
 
     wire: Wire = setting(
         Wire.FLOAT32,
@@ -53,11 +53,11 @@ class CapsConfig:
     )
 
     def strictest(self, own: CapsConfig) -> CapsConfig:
-        """Cap a run's wish by a node's own word.
+        """Combine a run's limits with a node's own: of each, take the stricter.
 
         Args:
-            own: What the node allows; its limits of what one image adds stand, as the noise is in
-                proportion to them.
+            own: The node's limits. Its clips replace the run's, because the noise is in proportion
+                to them.
         """
         return replace(
             own,
@@ -67,7 +67,7 @@ class CapsConfig:
         )
 
     def check_head_start(self, start: HeadStart) -> None:
-        """Refuse noise that would not protect: raises ``ConfigError``.
+        """Refuse noise that would not protect; raises ``ConfigError``.
 
         Under a probe fitted to the images, one image changes the Fisher of every other, and no
         limit on what each adds bounds that.
@@ -81,4 +81,4 @@ class CapsConfig:
 
 
 NODE_KEYS = ("wire", "fisher-form", "dp-noise", "dp-clip-features", "dp-clip-fisher")
-"""What a node may state in its node config."""
+"""Keys that a node may set in its node config."""

@@ -1,4 +1,4 @@
-"""Settings that are one of a few words, or a list of them."""
+"""Enums of the settings that take one of a few words, and checks of those that take a list."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Kind(StrEnum):
 
 
 class Method(StrEnum):
-    """How the model of all tasks comes about."""
+    """How the clients train towards one model."""
 
     ITA = "ita"
     """Every client trains alone; see :mod:`server.strategy`."""
     IEL = "iel"
     """Rounds in which clients train inside their sum; see :mod:`server.rounds.rounds`."""
     FEDAVG = "fedavg"
-    """Rounds in which all train one model, whose copies are averaged: a baseline."""
+    """Rounds in which clients train copies of one model, which are averaged: a baseline."""
     FEDPROX = "fedprox"
-    """The same, each copy held near the average."""
+    """FedAvg with a penalty that keeps each copy near the average: a baseline."""
 
 
 class Schedule(StrEnum):
-    """Whether clients come all at once, or one after the other."""
+    """Whether clients train all at once, or one after the other."""
 
     PARALLEL = "parallel"
     SEQUENTIAL = "sequential"
@@ -55,7 +55,7 @@ class Penalty(StrEnum):
 
 
 class AnchorBy(StrEnum):
-    """Whose Fisher diagonal holds a client near the pre-trained weights."""
+    """Whose Fisher diagonal is in the anchoring penalty of a client."""
 
     OTHERS = "others"
     OWN = "own"
@@ -63,28 +63,28 @@ class AnchorBy(StrEnum):
 
 
 class Action(StrEnum):
-    """What a run does."""
+    """What a run does: train clients, or remove one."""
 
     TRAIN = "train"
     REMOVE = "remove"
 
 
 class HeadStart(StrEnum):
-    """The head that a client's training starts from, and under which its Fisher is estimated."""
+    """Head from which a client's training starts, and with which its Fisher is estimated."""
 
     ALIGNED = "aligned"
     PROBE = "probe"
 
 
 class Coefficients(StrEnum):
-    """How much of each task vector enters."""
+    """How the composition coefficients are chosen."""
 
     UNIFORM = "uniform"
     EXAMPLES = "examples"
 
 
 class Augmentation(StrEnum):
-    """How training images are varied."""
+    """Random changes of the training images."""
 
     NONE = "none"
     SHIFT = "shift"
@@ -100,7 +100,7 @@ class Precision(StrEnum):
 
 
 class Wire(StrEnum):
-    """Numbers of task vector and Fisher on the wire, most bits first.
+    """Number format of task vector and Fisher on the wire, most bits first.
 
     See :mod:`fedcompo.messages.wire`.
     """
@@ -111,7 +111,7 @@ class Wire(StrEnum):
 
 
 class FisherForm(StrEnum):
-    """What of a Fisher leaves a client, most first; see :mod:`fedcompo.privacy.factored`."""
+    """How much of its Fisher a client sends, most first; see :mod:`fedcompo.privacy.factored`."""
 
     DENSE = "dense"
     FACTORED = "factored"
@@ -134,12 +134,12 @@ UNMIXED: Check = (
 
 
 def rounds_of(value: str) -> dict[str, int]:
-    """Split ``name:round`` pairs; raises ``ValueError`` on one that is none, or comes twice."""
+    """Split ``name:round`` pairs; raises ``ValueError`` on an ill-formed or repeated one."""
     pairs = [pair.rpartition(":")[::2] for pair in names_of(value)]
-    found = {name.strip(): int(number) for name, number in pairs}
-    if len(found) < len(pairs) or not all(found) or min(found.values(), default=1) < 1:
+    rounds = {name.strip(): int(number) for name, number in pairs}
+    if len(rounds) < len(pairs) or not all(rounds) or min(rounds.values(), default=1) < 1:
         raise ValueError(f"{value!r} names nobody, somebody twice, or a round before the first")
-    return found
+    return rounds
 
 
 def _are_rounds(value: str) -> bool:
@@ -158,5 +158,5 @@ DEVICE: Check = (
 
 
 def are_tangents(kinds: Iterable[str]) -> bool:
-    """Whether there are any, and all are tangents."""
+    """Return whether there is at least one kind, and all are tangents."""
     return set(kinds) == {Kind.TANGENT}

@@ -1,8 +1,8 @@
-"""The settings of a run: one frozen dataclass a concern, parsed from Flower's flat run config.
+"""The settings of a run, parsed from Flower's flat run config into frozen dataclasses.
 
-Each setting stands here once, with its default, the sentence that explains it and the check it
-must pass. Its run-config key is its name with hyphens (``local_epochs`` is ``local-epochs``); the
-defaults in ``pyproject.toml`` are these (a test holds them equal).
+Each setting is declared once, with its default, a sentence that explains it and the checks it must
+pass. Its run-config key is its name with hyphens: ``local_epochs`` is ``local-epochs``. The
+defaults in ``pyproject.toml`` are the same (a test compares them).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """How one model comes of all the clients."""
+    """How the clients train towards one model."""
 
     method: Method = setting(
         Method.ITA,
@@ -196,10 +196,10 @@ class RunConfig:
 
     @classmethod
     def parse(cls, values: Mapping[str, Scalar]) -> RunConfig:
-        """Check a flat run config and return the settings.
+        """Check a flat run config.
 
         Args:
-            values: Run-config keys (kebab-case) and scalars; what is missing keeps its default.
+            values: Scalars by run-config key (kebab-case); a missing setting keeps its default.
 
         Raises:
             ConfigError: With *all* faults: unknown keys (and the nearest known one), wrong types,
@@ -222,9 +222,9 @@ class RunConfig:
         return {key: str(v) if isinstance(v, StrEnum) else v for key, v in values.items()}
 
     def of_client(self) -> dict[str, Scalar]:
-        """Return what can shape a client's contribution: not who else is there, nor what follows.
+        """Return the settings that can change a client's contribution, as a flat run config.
 
-        Contributions say how they came about; two runs that train a client alike must say the same.
+        They are stored with the contribution. Two runs that train a client alike store the same.
         """
         for_server = fields(ComposeConfig) + fields(ServerConfig) + fields(RegistryConfig)
         apart = {"output", *map(_key, for_server)}
@@ -237,7 +237,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def all_settings() -> dict[str, Field[Any]]:
-    """Every setting by its run-config key, in the order of :class:`RunConfig`."""
+    """Return every setting by its run-config key, in the order of :class:`RunConfig`."""
     declared = [f for kind in (RunConfig, *SECTIONS.values()) for f in fields(kind)]
     return {_key(f): f for f in declared if "help" in f.metadata}
 

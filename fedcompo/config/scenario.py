@@ -1,4 +1,4 @@
-"""What a simulation is asked to do: settings from a scenario file and from the command line.
+"""Settings of a simulation, from a scenario file and from the command line.
 
 A scenario is a TOML file of run-config keys at the top level::
 
@@ -6,7 +6,7 @@ A scenario is a TOML file of run-config keys at the top level::
     kind = "lora"
     alpha = 30
 
-Later sources win: the file, then ``--set key=value``, then options of their own such as ``--seed``.
+Later sources win: the file, then ``--set key=value``, then options such as ``--seed``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PATH_SOURCES = ("folder:", "npz:", "text:")
 def settings_of(
     file: Path | None, assignments: Iterable[str], options: Mapping[str, Scalar]
 ) -> dict[str, Scalar]:
-    """Gather the settings of a run, checked, with every path absolute.
+    """Collect the settings of a run, check them and make every path absolute.
 
     Args:
         file: The scenario, or None for the defaults.
         assignments: ``key=value`` each, as on the command line; they win over the file.
-        options: Settings given by options of their own; they win over all.
+        options: Settings that have an option, such as ``--seed``; they win over all.
 
     Raises:
         ConfigError: With all faults of all sources at once.
@@ -57,7 +57,7 @@ def settings_of(
 
 
 def read_scenario(file: Path) -> dict[str, Scalar]:
-    """Read a scenario file; what its values mean is checked later.
+    """Read a scenario file; its keys and values are checked later.
 
     Raises:
         ConfigError: If it cannot be read, is no TOML, or holds more than keys and scalars.
@@ -82,9 +82,9 @@ def read_scenario(file: Path) -> dict[str, Scalar]:
 
 
 def parse_assignment(assignment: str) -> tuple[str, Scalar]:
-    """Split ``key=value``; the value is a TOML scalar, or else the bare text it is.
+    """Split ``key=value``. The value is read as a TOML scalar, or else as text.
 
-    A setting that is a text takes what was typed (``output=2026``), unless it is quoted.
+    For a setting that is a text, an unquoted number stays text (``output=2026``).
 
     Raises:
         ConfigError: If there is no key or no ``=``.
@@ -107,7 +107,7 @@ def parse_assignment(assignment: str) -> tuple[str, Scalar]:
 def with_absolute_paths(values: Mapping[str, Scalar], where: Path) -> dict[str, Scalar]:
     """Make every path among the settings absolute, as seen from the folder ``where``.
 
-    Flower's processes run elsewhere: a relative path would mean another place to them.
+    Flower's processes run in other folders, where a relative path would name another file.
     """
     resolved = dict(values)
     for key in PATH_SETTINGS:
@@ -126,7 +126,7 @@ def as_toml(values: Mapping[str, Scalar]) -> str:
 
 
 def scenario_name(file: Path | None, values: Mapping[str, Scalar]) -> str:
-    """Name of a run's folder: the scenario's, or else that of its data."""
+    """Return the name of a run's folder: that of its scenario, or else of its data."""
     if file:
         return file.stem
     data = str(values.get("data", all_settings()["data"].default))

@@ -1,4 +1,4 @@
-"""Settings of the server alone: none of them can shape what a client computes."""
+"""Settings of the server alone; none of them changes what a client computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ComposeConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What the coordinator waits for."""
+    """How many clients the server waits for, how long, and which it leaves out."""
 
     num_clients: int = setting(
         0, "Clients to wait for; 0: all that are simulated, or connected.", NOT_NEGATIVE
@@ -51,7 +51,7 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class RegistryConfig:
-    """Which registry a run works on, and what it does there."""
+    """Which registry a run opens, and whether it adds clients or removes one."""
 
     action: Action = setting(
         Action.TRAIN, "train (new clients, who join the registry), or remove (one of its clients)."

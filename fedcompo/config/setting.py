@@ -1,4 +1,4 @@
-"""What a setting is: a default, a sentence for people, and the checks that its value must pass."""
+"""Declare a setting (default, explanation, checks), and check the values of many."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fedcompo.errors import ConfigError
 
 Scalar = bool | int | float | str
 Check = tuple[Callable[[Any], bool], str]
-"""What must hold, and how to demand it."""
+"""A predicate of the value, and the demand for the error message."""
 Companion = tuple[str, str, StrEnum]
-"""Key of a text, key of a mode, and the one mode that needs the text, and alone makes use of it."""
+"""Key of a text, key of a mode, and the only mode that needs the text and may have it."""
 
 POSITIVE: Check = (lambda value: value > 0, "must be > 0")
 NOT_NEGATIVE: Check = (lambda value: value >= 0, "must be >= 0")
@@ -22,7 +22,7 @@ FRACTION: Check = (lambda value: 0 <= value < 1, "must be in [0, 1)")
 
 
 def setting(default: Scalar, description: str, *checks: Check) -> Any:
-    """Declare a setting: its default, a sentence for people, the checks its value must pass."""
+    """Declare a setting: its default, a sentence that explains it, the checks of its value."""
     return field(default=default, metadata={"help": description, "checks": checks})
 
 
@@ -41,14 +41,14 @@ def check_all(
 
     Args:
         known: Declared settings by key.
-        values: What was given, by key.
-        companions: What must be given together; looked at where both are fine alone.
+        values: Values by key.
+        companions: Settings that need each other; checked where both are valid alone.
 
     Returns:
         Values by field name.
 
     Raises:
-        ConfigError: With all faults.
+        ConfigError: Lists all faults.
     """
     checked, faults, faulty = {}, [], set()
     for key, value in values.items():

@@ -1,1 +1,23 @@
 """The images of one client: from a named data set, folders, arrays or text to train and test."""
+
+from typing import TYPE_CHECKING
+
+from fedcompo._lazy import face
+
+if TYPE_CHECKING:
+    from fedcompo.data.catalogue import Catalogue as Catalogue
+    from fedcompo.data.client_data import ClientData as ClientData
+    from fedcompo.data.client_data import Split as Split
+    from fedcompo.data.client_data import count_clients as count_clients
+    from fedcompo.data.client_data import load_client_data as load_client_data
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "Catalogue": "catalogue",
+        "ClientData": "client_data",
+        "Split": "client_data",
+        "count_clients": "client_data",
+        "load_client_data": "client_data",
+    },
+)

@@ -1,6 +1,6 @@
-"""Pictures, or texts, whose classes are known, and how one is opened.
+"""A list of pictures or texts with their classes, and a way to read each.
 
-Every source of data becomes a :class:`Catalogue`; pixels are read only for the images that a client
+Every source of data becomes a :class:`Catalogue`. Pixels are read only of the images that a client
 keeps.
 """
 
@@ -24,14 +24,14 @@ from fedcompo.data.draws import Indices
 from fedcompo.errors import DataError
 
 FAULTS_SHOWN = 5
-"""Unreadable images that an error lists; the rest is counted."""
+"""Number of unreadable images that an error lists; it counts the rest."""
 KEPT_BYTES = 256 * 2**20
 """Size of the largest file whose content :func:`read_once` keeps."""
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Images of one source: their classes are known, their pixels are not read yet."""
+    """The images of one source: their classes are read, their pixels are not yet."""
 
     source: str
     """Where the images come from, for messages."""
@@ -40,12 +40,12 @@ class Catalogue:
     is_test: NDArray[np.bool_] | None
     """(count,) whether each is a test image; None: the source does not say."""
     open: Callable[[int], Image.Image | bytes]
-    """Read one image, upright and of 8 bits a channel, or one text as bytes; raises anything if it
-    cannot."""
+    """Read one image, upright and of 8 bits a channel, or one text as bytes. May raise any
+    exception."""
     describe: Callable[[int], str]
-    """Name one image, for messages."""
+    """Describe one image, for messages."""
     modality: Modality = Modality.PICTURES
-    """Whether these are images at all, or texts."""
+    """Pictures or texts."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -93,26 +93,26 @@ class Catalogue:
 
 
 Reader = Callable[[Path], Catalogue]
-"""Lists the examples of a file; raises if it cannot."""
+"""Lists the examples of a file; raises ``DataError`` if it cannot."""
 
 
 def read_once(read: Reader, path: Path) -> Catalogue:
-    """Read a file, unless it is the one that was read last and has not changed since.
+    """Read a file, or return what was read last if it is the same file, unchanged.
 
-    A process of a simulation serves hundreds of clients, phase after phase, from one file. A large
-    file is read each time: its content is kept no longer than it is needed.
+    One process of a simulation serves hundreds of clients from one file, phase after phase. A file
+    of more than :data:`KEPT_BYTES` is read each time, so that its content does not stay in memory.
 
     Args:
-        read: Reads it; raises if it cannot.
-        path: The file. It has changed if its size, its inode or the time of its last change has.
+        read: Reads the file.
+        path: The file. It counts as changed if its size, inode or modification time differs.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
-        return read(path)  # and say what is wrong with it
-    if found.st_size > KEPT_BYTES:
+        return read(path)  # its error says what is wrong
+    if status.st_size > KEPT_BYTES:
         return read(path)
-    return _kept(read, path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+    return _kept(read, path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=1)
@@ -121,9 +121,9 @@ def _kept(read: Reader, path: Path, version: tuple[int, ...]) -> Catalogue:
 
 
 def class_name(raw: str, *, source: str) -> str:
-    """Bring a class or client name into Unicode's composed form (NFC).
+    """Normalise the name of a class or client to Unicode's composed form (NFC).
 
-    Systems spell the same name differently (macOS decomposes "é"); clients must agree on it.
+    Systems encode the same name differently (macOS decomposes "é"), but clients must agree on it.
 
     Raises:
         DataError: If the name is empty or no valid Unicode.
@@ -140,12 +140,12 @@ def class_name(raw: str, *, source: str) -> str:
 
 
 def read_picture(source: Path | IO[bytes]) -> Image.Image:
-    """Read an image file, turn it upright as its EXIF tag says, bring it to 8 bits a channel.
+    """Read an image file, rotate it as its EXIF tag says, convert it to 8 bits a channel.
 
-    Of an animation the first frame is read.
+    Of an animation only the first frame is read.
 
     Raises:
-        Exception: Whatever Pillow raises on a file that is damaged or no image.
+        Exception: Any that Pillow raises on a file that is damaged or no image.
     """
     with Image.open(source) as opened:
         opened.load()
@@ -155,8 +155,8 @@ def read_picture(source: Path | IO[bytes]) -> Image.Image:
 def to_8_bits(picture: Image.Image) -> Image.Image:
     """Scale a 16-bit grey picture to 8 bits; Pillow's own conversion would clip at 255.
 
-    0..65535 becomes 0..255 whatever values occur, so that pictures stay comparable: 12-bit data in
-    a 16-bit file comes out dark. Other pictures are returned as they are.
+    0..65535 is mapped to 0..255 whatever values occur, so that pictures stay comparable; 12-bit
+    data in a 16-bit file becomes dark. Other pictures are returned unchanged.
 
     Raises:
         ValueError: If pixels are floating-point numbers, or integers outside 0..65535.

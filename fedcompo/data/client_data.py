@@ -1,13 +1,13 @@
 """The images of one client, ready for its backbone.
 
 A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``text:<path>``, ``cifar100``)
-yields a number of clients. Each client owns at least two classes and loads nothing but its own::
+yields a number of clients. Each client owns at least two classes and loads only its own images::
 
     source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
 
-Where the classes of a source are dealt out, no two clients own the same class; the folders of
-``folder:`` may share classes. A damaged image or an ill-formed source is refused by name. Texts are
-dealt out and split as images are; to all that follows they are images of a single row of bytes.
+Classes of a source are dealt to the clients, each class to one client; only the folders of
+``folder:`` may share classes. An error names the damaged image or ill-formed source. Texts are
+dealt and split like images; the rest of fedcompo treats them as images with a single row of bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NAMED: dict[str, Callable[[], Catalogue]] = {
 FILES = {"npz": npz_catalogue, "text": text_catalogue}
 PATHS = ("folder", *FILES)
 TEST_SHARE = 0.2
-"""Share of each class that becomes test images where a source does not say which are."""
+"""Share of each class that becomes test images where the source does not mark them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def num_clients(source: DataConfig) -> int:
 
 
 def count_clients(config: RunConfig) -> int:
-    """Number of clients to simulate: ``num-clients``, else all that the data yields.
+    """Return the number of clients to simulate: ``num-clients``, or else all of the data.
 
     Raises:
         ConfigError: If more clients are asked for than there are, or fewer than the run needs.
@@ -114,8 +114,8 @@ def load_client_data(
         config: The source, and how it is dealt.
         preprocessing: Input that the backbone expects.
         partition: Number of the client, from 0.
-        seed: Seed of the run: deals classes, draws subsets, and draws test images where the source
-            does not say which they are. Test images of ``digits`` are the same for all seeds.
+        seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
+            source does not mark them. Test images of ``digits`` are the same for all seeds.
 
     Raises:
         DataError: If the source or one of its images cannot be used, or the client does not exist.
@@ -155,12 +155,12 @@ def load_folder(
     images_per_class: int = 0,
     name: str = "",
 ) -> ClientData:
-    """Load one client's own folder, as in a deployment, where each node has its own path.
+    """Load the folder of one client; in a deployment each node has its own path.
 
     Args:
         path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
         preprocessing: Input that the backbone expects.
-        seed: Seed of the run: draws subsets, and test images if there is no ``test``.
+        seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
         images_per_class: Keep at most this many training images a class; 0: all.
         name: The client's name; empty: the folder's.
 
@@ -193,7 +193,7 @@ def _parse(data: str) -> tuple[str, str]:
 
 
 def _kind_of(path: Path) -> str:
-    """Return the kind of source that a path looks like."""
+    """Guess the kind of source from a path."""
     if path.is_dir():
         return "folder"
     return "text" if path.suffix in TEXT_ENDINGS else "npz"

@@ -1,9 +1,9 @@
-"""What is drawn at random about data: the classes of a client, its test images, its subset.
+"""Random draws of data: the classes of a client, its test images, its subset.
 
-Each client works out its own share from the seed; nobody deals it out. So a draw must come out the
-same on every machine and under every version of NumPy: these use the legacy ``RandomState``, whose
-stream is frozen (https://numpy.org/neps/nep-0019-rng-policy.html). A draw is keyed by its purpose
-and its class, so that one class's images do not depend on which other classes there are.
+Each client derives its own share from the seed. So a draw must give the same result on every
+machine and with every version of NumPy: it uses the legacy ``RandomState``, whose stream is frozen
+(https://numpy.org/neps/nep-0019-rng-policy.html). Each purpose and class has a generator of its
+own, so that the images drawn of one class do not depend on the other classes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Indices = NDArray[np.int64]
 
 
 def frozen_generator(seed: int, *purpose: str) -> np.random.RandomState:
-    """Return the generator of one draw.
+    """Return NumPy's generator for one draw.
 
     Args:
         seed: Seed of the run, >= 0.
-        purpose: What is drawn, for instance ``"split", "cat"``; each purpose has its own stream.
+        purpose: Words such as ``"split", "cat"``; each purpose has its own stream.
     """
     return np.random.RandomState(derive_seed(seed, "data", *purpose))
 
@@ -44,7 +44,7 @@ def draw_classes(names: Sequence[str], count: int, *, seed: int) -> tuple[str, .
 def deal_classes(
     names: Sequence[str], num_tasks: int, *, num_classes: int, seed: int, source: str
 ) -> list[tuple[str, ...]]:
-    """Cut the classes into one group a client, as equal as possible.
+    """Divide the classes into one group a client, of sizes as equal as possible.
 
     Args:
         names: Class names; their order does not matter.

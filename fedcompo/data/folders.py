@@ -1,6 +1,6 @@
-"""Folders of images: ``<clients>/<client>/train/<class>/*`` and, if you like, ``.../test/...``.
+"""Folders of images: ``<clients>/<client>/train/<class>/*`` and optionally ``.../test/...``.
 
-Files that systems leave behind (``.DS_Store``, ``Thumbs.db``) do not count. Everything else in a
+Files that operating systems create (``.DS_Store``, ``Thumbs.db``) are ignored. Everything else in a
 class folder must be an image.
 """
 
@@ -21,7 +21,7 @@ def client_folders(path: Path) -> dict[str, Path]:
     """Find the clients' folders.
 
     Args:
-        path: Folder with one sub-folder a client; files beside them are left alone.
+        path: Folder with one sub-folder a client; files beside them are ignored.
 
     Returns:
         Folder of each client by its name, sorted by name.
@@ -52,10 +52,10 @@ def folder_catalogue(path: Path, *, client: str) -> Catalogue:
 
     Returns:
         Training images, then test images, each sorted by class and file name. Without a ``test``
-        folder, which of them are test images is left open.
+        folder, no image is marked as a test image.
 
     Raises:
-        DataError: If folders are missing, empty or misspelt, or classes are not where they should.
+        DataError: If folders are missing, empty, misspelt or in the wrong place.
     """
     folders = {name: entry for name, entry in _entries(path, client).items() if entry.is_dir()}
     for name in folders:
@@ -123,7 +123,7 @@ def _classes(folder: Path, client: str) -> dict[str, list[Path]]:
 
 
 def _entries(folder: Path, client: str = "") -> dict[str, Path]:
-    """List a folder by name in NFC, sorted, without what systems leave behind."""
+    """List a folder by name in NFC, sorted, without the files that operating systems create."""
     whose = f"Client {client!r}: folder" if client else "Folder"
     try:
         entries = list(folder.iterdir())

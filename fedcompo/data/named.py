@@ -12,7 +12,7 @@ from fedcompo.data.draws import frozen_generator, split_members
 from fedcompo.errors import DataError
 
 DIGITS_SEED = 0
-"""Seed of the split of digits: its own, so that all runs are tested on the same images."""
+"""Seed of the split of digits; fixed, so that all runs are tested on the same images."""
 DIGITS_TEST_SHARE = 0.25
 CIFAR_ADVICE = (
     "CIFAR-100 is fetched from the network once. Where there is none, save it as an npz file and "

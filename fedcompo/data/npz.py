@@ -4,8 +4,8 @@ Its members::
 
     labels   (count,)                     integers
     split    (count,)                     0 train, 1 test; if missing, test images are drawn
-    names    (classes,)                   text by label; if missing, a class is named by its label
-    images   (count, height, width[, 3])  uint8, or in its stead
+    names    (classes,)                   text by label; if missing, the label is the name
+    images   (count, height, width[, 3])  uint8; or instead of it:
     jpeg     (bytes,)                     uint8, image i is jpeg[offsets[i]:offsets[i + 1]]
     offsets  (count + 1,)                 integers
 """
@@ -29,7 +29,7 @@ from fedcompo.errors import DataError
 Array = NDArray[Any]
 Opener = Callable[[int], Image.Image]
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What NumPy raises on files that are no npz, damaged, or hold pickled objects."""
+"""Errors of NumPy on files that are no npz, are damaged, or hold pickled objects."""
 
 
 def npz_catalogue(path: Path) -> Catalogue:
@@ -39,8 +39,8 @@ def npz_catalogue(path: Path) -> Catalogue:
         path: The file; see above for its members.
 
     Raises:
-        DataError: If the file is missing, no npz or damaged, or if its members are missing, of the
-            wrong type or disagree.
+        DataError: If the file is missing, damaged or no npz; if members are missing, have a wrong
+            type or contradict each other.
     """
     members = _read(path)
     if "images" in members:
@@ -64,7 +64,7 @@ def npz_catalogue(path: Path) -> Catalogue:
 
 
 def _read(path: Path) -> dict[str, Array]:
-    """Read each member that is known, once."""
+    """Read each known member once."""
     known = ("images", "jpeg", "offsets", "labels", "split", "names")
     try:
         with path.open("rb") as file:

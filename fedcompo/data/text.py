@@ -1,13 +1,13 @@
-"""Texts in one file, a line or a row each: JSON lines (``.jsonl``) or tab-separated (``.tsv``).
+"""Texts in one file, one a line or row: JSON lines (``.jsonl``) or tab-separated (``.tsv``).
 
 Its fields::
 
-    text    what is classified; UTF-8
+    text    the text to classify; UTF-8
     label   name of its class
-    split   train or test; in each text or in none, and then test texts are drawn
+    split   train or test; all texts have it, or none has it and test texts are drawn
 
-As JSON, ``{"text": "A fine day.", "label": "weather", "split": "train"}``. A ``.tsv`` file names
-its columns in the first row; a text that holds tabs or line breaks stands in double quotes there.
+As JSON: ``{"text": "A fine day.", "label": "weather", "split": "train"}``. The first row of a
+``.tsv`` file names the columns; a text with tabs or line breaks is put in double quotes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedcompo.errors import DataError
 FIELDS = ("text", "label", "split")
 SPLITS = ("train", "test")
 Row = tuple[str, dict[str, Any]]
-"""Where a text stands, for messages; its fields."""
+"""File and line of a text, for messages; its fields."""
 
 
 def text_catalogue(path: Path) -> Catalogue:
@@ -37,8 +37,8 @@ def text_catalogue(path: Path) -> Catalogue:
         path: The file; see above for its fields.
 
     Raises:
-        DataError: If the file is missing, of another kind or damaged, or if a field is missing, of
-            the wrong type or of a value that cannot be used.
+        DataError: If the file is missing, damaged or of another kind; if a field is missing, or has
+            a wrong type or value.
     """
     if path.suffix not in READERS:
         raise DataError(

@@ -1,1 +1,21 @@
 """Writes what a federation on separate machines needs: one folder for the server, one a client."""
+
+from typing import TYPE_CHECKING
+
+from fedcompo._lazy import face
+
+if TYPE_CHECKING:
+    from fedcompo.deployment.folders import add as add
+    from fedcompo.deployment.folders import create as create
+    from fedcompo.deployment.folders import update as update
+    from fedcompo.deployment.plan import Deployment as Deployment
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "Deployment": "plan",
+        "add": "folders",
+        "create": "folders",
+        "update": "folders",
+    },
+)

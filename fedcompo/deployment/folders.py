@@ -1,9 +1,7 @@
 """Writes a deployment: everything at once, one more client, or another version of the app.
 
-A folder is written beside its place and renamed when it is complete, so that what was interrupted
-leaves nothing that looks like a deployment.
-
-The key pair by which Flower's SuperLink knows a client: P-384, in OpenSSH's format.
+A folder is written beside its place and renamed when it is complete. An interrupted call leaves
+nothing that looks like a deployment.
 """
 
 from __future__ import annotations
@@ -19,27 +17,27 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcompo.deployment import given_app
-from fedcompo.deployment.client_scripts import client_scripts, registry_script
-from fedcompo.deployment.compose import client_compose, server_compose
+from fedcompo.deployment.contents import (
+    OPERATOR,
+    client_files,
+    operator_files,
+    server_files,
+    top_files,
+)
 from fedcompo.deployment.plan import Deployment
-from fedcompo.deployment.proxy import nginx_conf
-from fedcompo.deployment.readmes import client_readme, server_readme, top_readme
-from fedcompo.deployment.server_scripts import server_scripts
 from fedcompo.deployment.templates import write_files
-from fedcompo.deployment.units import client_units, server_units
 from fedcompo.errors import ConfigError
-from fedcompo.service.certificates import AUTHORITY_STEM, Authority, write_private
-from fedcompo.storage.files import write_atomically
+from fedcompo.service.certificates import AUTHORITY_STEM, Authority
+from fedcompo.storage.files import write_atomically, write_private
 
 LOOPBACK = ("localhost", "127.0.0.1")
 """Where the SuperLink itself listens; its certificate must name that, too."""
-OPERATOR = "operator"
 CERTIFICATES = "certificates"
 NODE_KEY = "supernode"
 
 
 def create(folder: Path, deployment: Deployment, app: Path) -> None:
-    """Write everything that a federation on separate machines needs.
+    """Write all folders of a federation on separate machines.
 
     Args:
         folder: Where to; must not exist, or be empty.
@@ -47,7 +45,7 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         app: Folder of the Flower app; see :func:`fedcompo.engine.launcher.find_app`.
 
     Raises:
-        ConfigError: If the folder holds something, or the server's name is none.
+        ConfigError: If the folder holds something, or the server's name is no host.
         LaunchError: If Flower cannot bundle the app.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -60,14 +58,13 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         authority.save(draft / "authority")
         authority.issue_client(OPERATOR, operator=True).save(draft / OPERATOR, OPERATOR)
         _copy_authority(draft, draft / OPERATOR)
-        script = registry_script(OPERATOR, OPERATOR, "", deployment)
-        write_files(draft / OPERATOR, {"registry": script})
+        write_files(draft / OPERATOR, operator_files(deployment))
         _write_server(draft, deployment, authority, app)
         given_app.give(draft / "server" / "app", draft / "given")
         for name in deployment.clients:
             key = _write_client(draft, name, deployment, authority)
             _list_client(draft, name, key)
-        write_files(draft, top_readme(deployment))
+        write_files(draft, top_files(deployment))
         deployment.save(draft)
 
 
@@ -100,7 +97,8 @@ def add(folder: Path, name: str) -> Deployment:
 def update(folder: Path, app: Path) -> Deployment:
     """Give server and clients another version of the app; keys, names and settings stay.
 
-    Interrupted, it is repeated: a client whose files do not belong together does not start.
+    Interrupted, it is repeated: a client whose files do not belong together does not start. What
+    an earlier version wrote and this one does not, such as Docker Compose files, is left alone.
 
     Args:
         folder: What :func:`create` wrote.
@@ -128,7 +126,7 @@ def update(folder: Path, app: Path) -> Deployment:
 
 
 def _put(source: Path, target: Path) -> None:
-    """Put a copy of a file or a folder in the place of what is there."""
+    """Replace a file or a folder by a copy of another."""
     if source.is_dir():
         draft, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
         for rest in (draft, old):
@@ -159,16 +157,7 @@ def _write_server(folder: Path, deployment: Deployment, authority: Authority, ap
     given_app.copy_app(app, server / "app")
     for part in ("clients", "state", "runs"):
         (server / part).mkdir()
-    write_files(
-        server,
-        {
-            **server_scripts(deployment),
-            "nginx.conf": nginx_conf(deployment),
-            **server_units(deployment),
-            **server_compose(deployment),
-            **server_readme(deployment),
-        },
-    )
+    write_files(server, server_files(deployment))
 
 
 def _write_client(folder: Path, name: str, deployment: Deployment, authority: Authority) -> NodeKey:
@@ -182,20 +171,12 @@ def _write_client(folder: Path, name: str, deployment: Deployment, authority: Au
         (certificates / f"{NODE_KEY}.pub").write_bytes(key.public)
         _copy_authority(folder, certificates)
         (client / "state").mkdir()
-        write_files(
-            client,
-            {
-                **client_scripts(name, deployment),
-                **client_units(name),
-                **client_compose(),
-                **client_readme(name, deployment),
-            },
-        )
+        write_files(client, client_files(name, deployment))
     return key
 
 
 def _list_client(folder: Path, name: str, key: NodeKey) -> None:
-    """Put a client on the list that the server registers."""
+    """Add a client to those that the server registers."""
     (folder / "server" / "clients" / f"{name}.pub").write_bytes(key.public)
 
 
@@ -207,7 +188,7 @@ def _copy_authority(folder: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _completed(folder: Path) -> Iterator[Path]:
-    """A new folder, for its owner alone, that takes its place once the context has succeeded."""
+    """A new folder, for its owner alone; it moves to its place if the context succeeds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -220,7 +201,7 @@ def _completed(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class NodeKey:
-    """A key pair, both halves in OpenSSH's format."""
+    """The key pair by which the SuperLink knows a client: P-384, in OpenSSH's format."""
 
     public: bytes
     private: bytes = field(repr=False)

@@ -1,9 +1,9 @@
-"""The app that clients are given: the code that Flower runs on them, and how they check it.
+"""The app that clients get in advance: the code that Flower runs on them, and its digests.
 
-A run brings the app with it, as a bundle that the server sends to every client. Flower unpacks a
-bundle into ``FLWR_HOME/apps/<name and hash>``, unless that folder exists; then it runs what lies
-there. So each client gets that folder in advance, and its start script makes sure that no other can
-be made beside it: what the server sends is never run, only what the client was given.
+In a run, the server sends every client the app, as a bundle. Flower unpacks a bundle into
+``FLWR_HOME/apps/<name and hash>`` unless that folder exists, and runs what lies there. So each
+client gets that folder in advance, and its start script makes sure that no other folder can be made
+beside it. A client never runs code that the server sends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ APP_FILES = ("pyproject.toml", "LICENSE", "clients/**/*.py", "server/**/*.py")
 
 
 def copy_app(app: Path, folder: Path) -> None:
-    """Copy the files of a Flower app, and nothing that lies beside them."""
+    """Copy the files of a Flower app alone."""
     for pattern in APP_FILES:
         for file in sorted(app.glob(pattern)):
             target = folder / file.relative_to(app)
@@ -61,10 +61,10 @@ def give(app: Path, folder: Path) -> None:
 
 
 def library_files(library: Path) -> list[Path]:
-    """Sources and weights of the library, without the app that an installed one carries."""
+    """Sources, templates and weights of the library, without the app that an installed one has."""
     sources = library.rglob("*.py")
     own = [file for file in sources if "_app" not in file.relative_to(library).parts]
-    return [*own, *(library / "assets").iterdir()]
+    return [*own, *library.glob("deployment/templates/**/*"), *library.glob("assets/*")]
 
 
 def digests(folder: Path, files: Iterable[Path]) -> str:

@@ -1,15 +1,14 @@
-"""Who takes part in a deployment, and where the server is reached."""
+"""The plan of a deployment: its clients, and the server's address and ports."""
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedcompo.errors import ConfigError, FileFormatError
-from fedcompo.names import check_client_name, check_distinct
+from fedcompo.names import address, check_client_name, check_distinct
 from fedcompo.storage.files import write_atomically
 
 FILE = "deployment.json"
@@ -37,8 +36,8 @@ class Deployment:
         """Check ports and names.
 
         Raises:
-            ConfigError: If a port is none, or taken by another; if a name occurs twice, or could
-                not name a service.
+            ConfigError: If a port is not valid, or used twice; if a name occurs twice, or cannot
+                name a service.
             ContributionError: If a name cannot be a client's, or resembles another.
         """
         ports = (self.port, self.superlink_port, self.registry_port)
@@ -69,13 +68,13 @@ class Deployment:
 
     @property
     def address(self) -> str:
-        """Host and port, as clients are told them."""
-        return f"{bracketed(self.server)}:{self.port}"
+        """Host and port at which clients reach the server."""
+        return address(self.server, self.port)
 
     @property
     def registry_address(self) -> str:
-        """Host and port of the registry's service."""
-        return f"{bracketed(self.server)}:{self.registry_port}"
+        """Host and port at which clients reach the registry."""
+        return address(self.server, self.registry_port)
 
     def with_client(self, name: str) -> Deployment:
         """The same deployment with one more client; raises ``ConfigError`` if it is there."""
@@ -103,11 +102,3 @@ class Deployment:
                 f"{folder} is no deployment: {file} cannot be read ({error}). Make one with "
                 "`fedcompo init-deployment DIR --server HOST --clients a,b,c`."
             ) from error
-
-
-def bracketed(host: str) -> str:
-    """A host as it stands before a colon and a port: IPv6 addresses in brackets."""
-    try:
-        return f"[{host}]" if ipaddress.ip_address(host).version == 6 else host
-    except ValueError:
-        return host

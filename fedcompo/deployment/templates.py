@@ -1,29 +1,43 @@
-"""Text files from templates: scripts become executable, and a value that is missing is an error.
+"""Texts of a deployment: files of ``templates/``, with names, ports and paths put in.
 
-What every script of a deployment sets first: private files, quiet programs, where they are.
+A place for a value is written ``@NAME@``. To a shell, to nginx and to systemd that is a word like
+any other, where ``$name`` and ``{name}`` mean something: shellcheck reads the scripts as they
+stand. Scripts end in ``.sh`` there, and have no suffix in a deployment.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from string import Template
 
-from fedcompo.engine.superlink import QUIET
+from fedcompo.storage.files import PACKAGE
 
+TEMPLATES = PACKAGE / "deployment" / "templates"
+PLACE = re.compile(r"@([A-Z][A-Z0-9_]*)@")
 SCRIPT = "#!"
 EXECUTABLE = 0o755
 
 
-class _Sheet(Template):
-    """A template with ``@{name}``: shell scripts, units and nginx use ``$`` themselves."""
+def fill(template: str, values: Mapping[str, object]) -> str:
+    """Put values in the places of a text; raises ``KeyError`` if one is missing.
 
-    delimiter = "@"
+    Args:
+        template: The text; a place is written ``@NAME@``.
+        values: By name, in lower case.
+    """
+    return PLACE.sub(lambda place: str(values[place[1].lower()]), template)
 
 
-def fill(template: str, **values: object) -> str:
-    """Put values in a template's places, which are written ``@{name}``."""
-    return _Sheet(template).substitute({key: str(value) for key, value in values.items()})
+def filled(name: str, values: Mapping[str, object]) -> str:
+    """Fill the template of this name."""
+    return fill((TEMPLATES / name).read_text(encoding="utf-8"), values)
+
+
+def filled_folder(name: str, values: Mapping[str, object]) -> dict[str, str]:
+    """Fill all templates of a folder; returns the texts by the name that each file bears."""
+    files = sorted((TEMPLATES / name).iterdir())
+    return {file.name.removesuffix(".sh"): filled(f"{name}/{file.name}", values) for file in files}
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -40,25 +54,3 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
             file.write(text)
         if text.startswith(SCRIPT):
             path.chmod(EXECUTABLE)
-
-
-def exports() -> str:
-    """Shell lines that switch off telemetry, looking for updates and installing at run time."""
-    return "\n".join(f"export {key}={value}" for key, value in QUIET.items())
-
-
-SHARED = """\
-# What is written here is nobody else's business.
-umask 077
-if [ -d venv ]; then PATH="$PWD/venv/bin:$PATH"; export PATH; fi
-# No telemetry, no look for updates, no installation at run time.
-@{exports}
-# Temporary files may hold what clients sent: they stay in this folder.
-TMPDIR="$PWD/state/tmp"
-export TMPDIR
-mkdir -p "$TMPDIR"
-# Flower's processes talk to each other over loopback, where no proxy of the house reaches them.
-NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
-no_proxy=$NO_PROXY
-export NO_PROXY no_proxy
-"""

@@ -1,1 +1,29 @@
-"""A simulation on Flower's real engine, started and ended by us; no torch."""
+"""A simulation on Flower's real engine, started and ended by us; no torch on import."""
+
+from typing import TYPE_CHECKING
+
+from fedcompo._lazy import face
+
+if TYPE_CHECKING:
+    from fedcompo.engine.launcher import find_app as find_app
+    from fedcompo.engine.launcher import run_app as run_app
+    from fedcompo.engine.live import Display as Display
+    from fedcompo.engine.resources import Resources as Resources
+    from fedcompo.engine.resources import fair_resources as fair_resources
+    from fedcompo.engine.simulation import Simulation as Simulation
+    from fedcompo.engine.simulation import prepare as prepare
+    from fedcompo.engine.simulation import simulate as simulate
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "Display": "live",
+        "Resources": "resources",
+        "Simulation": "simulation",
+        "fair_resources": "resources",
+        "find_app": "launcher",
+        "prepare": "simulation",
+        "run_app": "launcher",
+        "simulate": "simulation",
+    },
+)

@@ -1,17 +1,16 @@
-"""Runs one command and, when asked or left alone, ends everything that it started.
+"""Runs one command, and ends every process that the command started.
 
     python guard.py FOLDER COMMAND [ARGUMENT ...]
 
 Flower's SuperLink starts processes in sessions of their own, Ray starts more, and neither ends them
-all when it is interrupted. This small parent does. On Linux it adopts every orphan among its
-descendants (``PR_SET_CHILD_SUBREAPER``), so that none can leave its tree; then it ends its *direct*
-children, whose process ids cannot be reused before it has waited for them, until no child is left.
-So it never signals a process that is not its own. Elsewhere it walks the tree that ``ps`` shows.
+all when it is interrupted. This small parent process does. It adopts every orphan among its
+descendants (Linux's ``PR_SET_CHILD_SUBREAPER``), so that none can leave its tree; then it ends its
+*direct* children, whose process ids cannot be reused before it has waited for them, until no child
+is left. So it never signals a process that is not its own.
 
-It ends everything when the command ends, when it gets SIGINT, SIGTERM or SIGHUP, and when its
-standard input closes: also a starter that is killed outright leaves nothing behind. Last it removes
-FOLDER.
-The exit status is the command's, 127 if it cannot be found, 128 + n if signal n ended it.
+It ends them when the command ends, when it gets SIGINT, SIGTERM or SIGHUP, and when its standard
+input closes: so a starter that is killed leaves no process behind. At last it removes FOLDER. The
+exit status is the command's, 127 if it cannot be found, 128 + n if signal n ended it.
 
 Standard library only: it runs as a file of its own (``python -I``), in milliseconds.
 """
@@ -24,7 +23,6 @@ import os
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,7 +33,6 @@ GRACE = 3.0
 TICK = 0.05
 
 _PR_SET_CHILD_SUBREAPER = 36
-_LINUX = sys.platform == "linux"
 
 
 def main(arguments: list[str]) -> int:
@@ -44,8 +41,7 @@ def main(arguments: list[str]) -> int:
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, frame: asked.append(received))
-    if _LINUX:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         leader = os.posix_spawnp(
             command[0],
@@ -72,54 +68,31 @@ def end_all(leader: int | None) -> dict[int, int]:
         The wait status of each child that was waited for, by process id.
     """
     ended: dict[int, int] = {}
-    seen = descendants(os.getpid())
     if leader is not None:
         os.kill(leader, signal.SIGTERM)
     deadline = time.monotonic() + GRACE
     while True:
         ended.update(_reap())
-        children = parents()
-        seen = {pid for pid in seen | descendants(os.getpid(), children) if pid in children}
-        own = {pid for pid in seen if children[pid] == os.getpid()}
-        victims = own if _LINUX else seen
-        if not victims:
+        left = children(os.getpid())
+        if not left:
             return ended
         if leader is None or leader in ended or time.monotonic() > deadline:
-            for pid in victims:
+            for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(TICK)
 
 
-def parents() -> dict[int, int]:
-    """The parent of every process on this machine, by process id."""
-    table: dict[int, int] = {}
-    if not _LINUX:
-        listing = ["ps", "-A", "-o", "pid=,ppid="]
-        with subprocess.Popen(listing, stdout=subprocess.PIPE, text=True) as ps:
-            listed = ps.communicate()[0].splitlines()
-        table = {int(pid): int(parent) for pid, parent in map(str.split, listed)}
-        return {pid: parent for pid, parent in table.items() if pid != ps.pid}
+def children(parent: int) -> set[int]:
+    """Process ids of a process's children, those that it has adopted included."""
+    own = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError):  # ended meanwhile
             # pid (name) state parent ...; the name may hold blanks and brackets
             after_name = stat.read_text(errors="replace").rpartition(")")[2].split()
-            table[int(stat.parent.name)] = int(after_name[1])
-    return table
-
-
-def descendants(root: int, table: dict[int, int] | None = None) -> set[int]:
-    """Children of ``root``, their children and so on, by a table of parents (default: now's)."""
-    children: dict[int, list[int]] = {}
-    for pid, parent in (parents() if table is None else table).items():
-        children.setdefault(parent, []).append(pid)
-    found: set[int] = set()
-    waiting = [root]
-    while waiting:
-        new = [pid for pid in children.get(waiting.pop(), []) if pid not in found]
-        found.update(new)
-        waiting.extend(new)
-    return found
+            if int(after_name[1]) == parent:
+                own.add(int(stat.parent.name))
+    return own
 
 
 def _left_alone() -> bool:

@@ -1,9 +1,9 @@
-"""Starts a simulation on Flower's real engine and tells truthfully how it ended.
+"""Runs the Flower app on an engine of its own, and reports how the run ended.
 
-``flwr run`` works too, but needs the network at each run, runs old code from a lingering daemon,
-takes relative paths from that daemon's folder and exits with 0 when the run failed. Here, an engine
-of our own (:mod:`fedcompo.engine.superlink`) serves one run and goes; a run counts as done when
-Flower says so *and* its results are on disk.
+``flwr run`` works too. But it needs the network for each run, may run old code in a daemon that is
+still there, takes relative paths from that daemon's folder, and exits with 0 when a run has failed.
+Here an engine (:mod:`fedcompo.engine.superlink`) serves one run and ends with it. A run is done
+when Flower says so *and* its results are on disk.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fedcompo.storage.files import PACKAGE
 
 TICK = 0.2
 FIRST_POLL, LONGEST_POLL, LAST_POLL = 5.0, 20.0, 1.0
-"""Seconds between two questions to Flower, each of which costs a second of CPU: at first, in the
-middle of a run, and once its end has shown up in the log."""
+"""Seconds between two questions to Flower, which cost a second of CPU each: at first, in the middle
+of a run, and once the log says that it has ended."""
 END_OF_TASK = "Finished task"
 INTRODUCTION = "Simulation failed with exception: "
 UNANSWERED = 5
-"""Questions in a row that Flower may leave unanswered before the run is given up."""
+"""A run is given up after so many unanswered questions in a row."""
 
 
 def run_app(
@@ -54,11 +54,11 @@ def run_app(
     Args:
         settings: Run config that differs from the app's defaults; paths absolute. ``output`` and,
             if it is not given, ``num-clients`` are added.
-        output: The run's own folder, from :func:`reserve_output`.
+        output: The run's own folder; see :mod:`fedcompo.engine.run_folder`.
         clients: Number of simulated clients.
         app: Folder of the Flower app; see :func:`find_app`.
         resources: See :func:`fedcompo.engine.resources.fair_resources`.
-        on_event: Gets what the app reports, as it does.
+        on_event: Called with each event that the app reports.
 
     Raises:
         LaunchError: If the run could not start or failed; with the reason.
@@ -76,7 +76,7 @@ def run_app(
 
 
 def find_app(package: Path | None = None) -> Path:
-    """Folder of the Flower app: inside the installed package, else the checkout that holds it.
+    """Find the folder of the Flower app: in the installed package, else in its checkout.
 
     Args:
         package: Folder of this package (default: where it was imported from).
@@ -127,7 +127,7 @@ def _follow(
 
 
 def _results(output: Path, status: str, details: str, reported: str) -> dict[str, Any]:
-    """The results of a run that has ended; raises LaunchError if it has none."""
+    """Read the results of a run that has ended; raises LaunchError if there are none."""
     log = output / LOG
     if status == "finished:completed":
         try:
@@ -140,17 +140,17 @@ def _results(output: Path, status: str, details: str, reported: str) -> dict[str
         reason = f"Flower calls the run completed, but {why}."
     else:
         parts = (reported, details.removeprefix(INTRODUCTION))
-        told = dict.fromkeys(part.strip() for part in parts if part.strip())
+        reasons = dict.fromkeys(part.strip() for part in parts if part.strip())
         # Flower repeats the app's words, and the app may put the error's name before them.
-        words = [one for one in told if not any(one != other and other in one for other in told)]
-        reason = "The run failed: " + " ".join(words or [f"Flower says {status}."])
+        shortest = [r for r in reasons if not any(r != other and other in r for other in reasons)]
+        reason = "The run failed: " + " ".join(shortest or [f"Flower says {status}."])
     ending = last_error(read_from(log, 0))
     raise LaunchError(f"{reason}\nThe end of Flower's log:\n{ending}\nThe whole log: {log}")
 
 
 @contextlib.contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does: by an exception that every ``finally`` sees."""
+    """Let SIGTERM raise an exception, as Ctrl-C does, so that every ``finally`` is run."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

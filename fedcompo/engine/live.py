@@ -1,4 +1,4 @@
-"""Shows a simulation while it runs: a table in a terminal, a line an event in a pipe."""
+"""Shows a simulation while it runs: as a table in a terminal, else as one line for each event."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Progress:
-    """All that is known of a run so far; :meth:`after` an event, more."""
+    """What is known of a run so far; :meth:`after` an event it is another value."""
 
     phases: tuple[str, ...] = ()
     clients: tuple[str, ...] = ()
     cells: Mapping[tuple[str, str], Cell] = field(default_factory=dict)
-    """By client and phase; what is missing waits."""
+    """By client and phase; a client without a cell is waiting."""
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -139,10 +139,10 @@ class Progress:
 
 
 class Display:
-    """Shows events as they come; a context, so that a terminal is left tidy.
+    """Shows events as they come; used as a context, so that a terminal is left tidy.
 
     Args:
-        console: Where to.
+        console: The console to show them on.
     """
 
     def __init__(self, console: Console) -> None:
@@ -195,10 +195,10 @@ def line(event: Event, began: float) -> str:
         began: Start of the run, in seconds since 1970.
     """
     stamp = f"[{max(0.0, float(event.get('time', began)) - began):6.1f} s]"
-    return f"{stamp} {_said(event)}"
+    return f"{stamp} {_described(event)}"
 
 
-def _said(event: Event) -> str:
+def _described(event: Event) -> str:
     kind, phase = event["event"], event.get("phase", "")
     if part := event.get("part"):
         phase = f"{phase}, {part}"

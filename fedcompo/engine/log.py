@@ -1,6 +1,6 @@
-"""Reading the log of Flower's engine: what went wrong, without the noise around it.
+"""Reads what a run writes while it goes: Flower's log, and the events of our server.
 
-What a run reports while it goes: one JSON object a line, appended to a file by the server.
+Of the log, the last error is kept without the noise around it. Events are JSON objects, one a line:
 
 ==================  =====================================================================
 ``event``           with
@@ -15,8 +15,8 @@ What a run reports while it goes: one JSON object a line, appended to a file by 
 ``failed``          ``reason``
 ==================  =====================================================================
 
-Each also has ``time``, in seconds since 1970. Of several like phases, such as rounds, those that
-have a ``phase`` also say in ``part`` which it is: ``round 3``.
+Each event also has ``time``, in seconds since 1970. Where a phase is repeated, as rounds are, its
+events say in ``part`` which one it is: ``round 3``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR)\s*:|^\d{4}-\d\d-\d\dT")
 
 
 def read_from(file: Path, position: int) -> str:
-    """The text of a file from a byte on; empty if there is no file."""
+    """Read the text of a file from a byte on; empty if there is no file."""
     if not file.exists():
         return ""
     with file.open("rb") as stream:
@@ -46,7 +46,7 @@ def read_from(file: Path, position: int) -> str:
 
 
 class LineTail:
-    """Reads what has been added to a file, whole lines at a time.
+    """Reads what was added to a file since the last time, in whole lines.
 
     Args:
         file: May not exist yet.
@@ -57,7 +57,7 @@ class LineTail:
         self._position = 0
 
     def read(self) -> list[str]:
-        """The lines since the last call; one that is still being written waits for the next."""
+        """Read the lines since the last call; an unfinished line waits for the next call."""
         if not self._file.exists():
             return []
         with self._file.open("rb") as stream:
@@ -74,7 +74,7 @@ def plain(text: str) -> str:
 
 
 def last_error(text: str, lines: int = 15) -> str:
-    """The end of the last traceback in a log, or of the log if it holds none; indented."""
+    """Find the end of the last traceback in a log, or else the log's own end; indented."""
     kept = [line.rstrip() for line in plain(text).splitlines()]
     kept = [line for line in kept if line and not NOISE.search(line)]
     begins = [index for index, line in enumerate(kept) if TRACEBACK in line]
@@ -89,7 +89,7 @@ Event = Mapping[str, Any]
 
 
 class EventTail:
-    """Reads what has been added to a file of events.
+    """Reads the events that were added to a file since the last time.
 
     Args:
         file: May not exist yet.
@@ -101,7 +101,7 @@ class EventTail:
         """Reason of a ``failed`` event, once there was one."""
 
     def read(self) -> list[Event]:
-        """The events since the last call."""
+        """Read the events since the last call."""
         events = [_event(line) for line in self._lines.read() if line.strip()]
         for event in events:
             if event["event"] == "failed":
@@ -110,7 +110,7 @@ class EventTail:
 
 
 def note(text: str) -> Event:
-    """An event that only says something."""
+    """Make an event that is only a message."""
     return {"event": "note", "text": text, "time": time.time()}
 
 

@@ -24,7 +24,7 @@ class Resources:
     """CPUs given to Ray in all: it starts a process for each client that fits in."""
 
     def federation(self, clients: int) -> dict[str, float]:
-        """As Flower's simulation settings."""
+        """Return them as Flower's simulation settings."""
         return {
             "num-supernodes": clients,
             "client-resources-num-cpus": self.cpus_per_client,
@@ -65,14 +65,17 @@ def fair_resources(
     if cpus > available:
         raise ConfigError(f"A client cannot get {cpus} CPUs: this machine has {available}.")
     at_once = min(clients, available // cpus)
-    found = 0 if device not in ("auto", "cuda") else _gpus() if gpus is None else gpus
-    if (gpus_per_client or 0) > found:
+    if device not in ("auto", "cuda"):
+        gpus = 0
+    elif gpus is None:
+        gpus = _gpus()
+    if (gpus_per_client or 0) > gpus:
         raise ConfigError(
             f"A client cannot get {gpus_per_client} GPUs: "
-            f"with `device` = {device!r} there are {found}."
+            f"with `device` = {device!r} there are {gpus}."
         )
     if gpus_per_client is None:
-        sharing = min(CLIENTS_PER_GPU, math.ceil(at_once / found)) if found else 0
+        sharing = min(CLIENTS_PER_GPU, math.ceil(at_once / gpus)) if gpus else 0
         # Rounded down, so that they fit; Ray knows four decimals.
         gpus_per_client = math.floor(10_000 / sharing) / 10_000 if sharing else 0.0
     return Resources(cpus, gpus_per_client, at_once * cpus)

@@ -1,4 +1,4 @@
-"""The folder of a run: its files, a folder that no other run writes to, and the way back in."""
+"""The folder of a run: the names of its files, how a run gets one, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ from pathlib import Path
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import LaunchError
 
-LOG = "flower.log"
-
-
-EVENTS = "events.jsonl"
-
-
-RESULTS = "results.json"
-
-
+LOG, EVENTS, RESULTS = "flower.log", "events.jsonl", "results.json"
 RUN = "run.json"
 """How far a run has come; see :mod:`server.resume`."""
 
@@ -52,7 +44,7 @@ def reserve_output(wanted: Path) -> Path:
 
 
 def begun_settings(output: Path) -> dict[str, Scalar]:
-    """Settings to go on with: those that an interrupted run was begun with.
+    """Read the settings that an interrupted run was begun with, to resume it.
 
     Args:
         output: The run's folder; absolute.

@@ -1,8 +1,8 @@
-"""Flower's engine as a child of ours: a private SuperLink that runs simulations and then is gone.
+"""Flower's engine as a child process: a private SuperLink that serves simulations, then ends.
 
-Everything it needs lies in a folder of its own, which goes with it: Flower's home, Ray's session,
-an empty working directory (Ray's workers look there for code before they look in the app). Whoever
-has a Flower or Ray of their own on this machine does not notice. All of it listens on loopback.
+Everything it needs lies in a folder of its own, which is deleted with it: Flower's home, Ray's
+session, an empty working directory (Ray's workers look for code there before they look in the app).
+It does not disturb another Flower or Ray on this machine, and listens on loopback only.
 """
 
 from __future__ import annotations
@@ -140,13 +140,13 @@ class Engine:
                 f"`flwr {arguments[0]}` did not answer within {ANSWER_SECONDS:.0f} seconds."
             ) from error
         except ValueError as error:
-            said = plain(answer.stdout + answer.stderr).strip()
-            raise LaunchError(f"`flwr {arguments[0]}` failed:\n{said}") from error
+            output = plain(answer.stdout + answer.stderr).strip()
+            raise LaunchError(f"`flwr {arguments[0]}` failed:\n{output}") from error
         if not parsed.get("success"):
-            said = plain(str(parsed.get("error-message", parsed)))
-            kept = [line for line in said.splitlines() if not line.startswith("Using SuperLink")]
-            said = "\n".join(kept).strip()
-            raise LaunchError(f"`flwr {arguments[0]}` failed:\n{said}\nFlower's log: {self.log}")
+            lines = plain(str(parsed.get("error-message", parsed))).splitlines()
+            kept = [line for line in lines if not line.startswith("Using SuperLink")]
+            reason = "\n".join(kept).strip()
+            raise LaunchError(f"`flwr {arguments[0]}` failed:\n{reason}\nFlower's log: {self.log}")
         return dict(parsed)
 
     def _program(self, name: str) -> str:
@@ -166,26 +166,26 @@ def started(log: Path) -> Iterator[Engine]:
     for _ in range(ATTEMPTS):
         begins = log.stat().st_size if log.exists() else 0
         with _superlink(log) as engine:
-            said = _wait_until_ready(engine, begins)
-            if READY in said:
+            logged = _wait_until_ready(engine, begins)
+            if READY in logged:
                 yield engine
                 return
-        if PORT_TAKEN not in said:
+        if PORT_TAKEN not in logged:
             break
     raise LaunchError(
-        f"Flower's SuperLink did not start. The end of its log ({log}):\n{last_error(said)}"
+        f"Flower's SuperLink did not start. The end of its log ({log}):\n{last_error(logged)}"
     )
 
 
 def program(name: str, environment: Mapping[str, str]) -> str:
     """Path of one of Flower's programs; raises LaunchError if it is not installed."""
-    found = shutil.which(name, path=environment["PATH"])
-    if found is None:
+    path = shutil.which(name, path=environment["PATH"])
+    if path is None:
         raise LaunchError(
             f"Flower's program `{name}` was found neither in {_scripts()} nor on the PATH. "
             'Install it into this interpreter: pip install "flwr[simulation]>=1.41,<1.42".'
         )
-    return found
+    return path
 
 
 @contextlib.contextmanager
@@ -227,20 +227,20 @@ def _superlink(log: Path) -> Iterator[Engine]:
 
 
 def _wait_until_ready(engine: Engine, begins: int) -> str:
-    """What the SuperLink has said, once it is ready or has ended or is too slow.
+    """Wait until the SuperLink is ready, has ended, or is too slow; returns what it has logged.
 
-    Its own log tells, not a connection: on a taken port somebody else would answer.
+    Its log decides, not a connection: on a taken port another program would answer.
     """
     deadline = time.monotonic() + START_SECONDS
-    said = ""
-    while READY not in said and engine.alive and time.monotonic() < deadline:
+    logged = ""
+    while READY not in logged and engine.alive and time.monotonic() < deadline:
         time.sleep(0.05)
-        said = read_from(engine.log, begins)
+        logged = read_from(engine.log, begins)
     return read_from(engine.log, begins)
 
 
 def _environment(folder: Path, user: Mapping[str, str]) -> dict[str, str]:
-    """The user's environment, with the traps of Flower and Ray closed."""
+    """Make the engine's environment: the user's, without what would mislead Flower or Ray."""
     environment = {key: value for key, value in user.items() if key != "RAY_ADDRESS"}
     environment |= QUIET
     environment |= {MARKER: uuid.uuid4().hex, "FLWR_HOME": str(folder / "home")}
@@ -250,29 +250,29 @@ def _environment(folder: Path, user: Mapping[str, str]) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([_scripts(), user.get("PATH", os.defpath)])
     for key in ("NO_PROXY", "no_proxy"):
         environment[key] = ",".join(filter(None, [user.get(key), "127.0.0.1,localhost"]))
-    if _needs_showing():
+    if _must_be_linked():
         paths = [str(folder / "library"), user.get("PYTHONPATH")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
 
 def _furnish(folder: Path, port: int) -> None:
-    """Lay out an engine's private folder."""
+    """Write the files of an engine's private folder."""
     (folder / "cwd").mkdir()
     (folder / "home").mkdir()
     (folder / "home" / "config.toml").write_text(
         f'[superlink]\ndefault = "{LINK}"\n\n'
         f'[superlink.{LINK}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    if _needs_showing():
+    if _must_be_linked():
         # A link to this package alone: its checkout on the path would also bring that checkout's
         # `clients` and `server`, and they would hide the app's.
         (folder / "library").mkdir()
         (folder / "library" / "fedcompo").symlink_to(PACKAGE)
 
 
-def _needs_showing() -> bool:
-    """Whether this package lies outside the folder that the interpreter finds by itself."""
+def _must_be_linked() -> bool:
+    """Whether this package lies outside the folders in which the interpreter finds packages."""
     home = PACKAGE.parent
     return home not in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
 

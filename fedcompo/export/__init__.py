@@ -1,1 +1,27 @@
 """Models for others: a selection of task vectors as a folder with its card, or as an adapter."""
+
+from typing import TYPE_CHECKING
+
+from fedcompo._lazy import face
+
+if TYPE_CHECKING:
+    from fedcompo.export.folder import negated as negated
+    from fedcompo.export.folder import publish as publish
+    from fedcompo.export.model_card import ExportedModel as ExportedModel
+    from fedcompo.export.peft import export_peft as export_peft
+    from fedcompo.export.selection import Selection as Selection
+    from fedcompo.export.selection import from_folders as from_folders
+    from fedcompo.export.selection import from_registry as from_registry
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "ExportedModel": "model_card",
+        "Selection": "selection",
+        "export_peft": "peft",
+        "from_folders": "selection",
+        "from_registry": "selection",
+        "negated": "folder",
+        "publish": "folder",
+    },
+)

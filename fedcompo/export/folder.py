@@ -1,12 +1,13 @@
-r"""A selection as a folder for others: the model, its configuration for timm, its card.
+r"""Writes a selection as a folder for others: the model, its configuration for timm, its card.
 
-Forgetting beyond absence: a copy of a model with a client's task vector subtracted.
+The weights are the selection's composition, or a *negated* copy of a model: one from which a
+client's task vector was subtracted,
 
 .. math:: \theta - s\,\tau
 
 Leaving a client out (:meth:`fedcompo.method.pool.Pool.without`) gives the model that never had it.
-Negation goes further: it makes the model worse at the client's task than if it had never been
-there. The result is for a copy that says so, never for a registry.
+A negated copy is worse at the client's task than that. It is an experiment in forgetting: its card
+says so, and it never goes into a registry.
 Source: Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023 (arXiv 2212.04089),
 section 3, "forgetting via negation".
 """

@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is made of, and what is not to be expected of it.
+"""Writes the README of an exported model: what it is made of, and what it is not made for.
 
 Names of clients and classes come from outside and are shown literally, whatever they hold. The
 front matter, which machines read, consists of fixed words.
@@ -24,7 +24,7 @@ import timm
 
 model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()"""
 USE_LINEARISED = """\
-from fedcompo.composition.models import load_tangent_model
+from fedcompo import load_tangent_model
 
 model = load_tangent_model("path/to/this/folder")"""
 SPECIAL = re.compile(
@@ -62,7 +62,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What there is to say about a composed model in a timm folder."""
+    """All that the card says of a composed model in a timm folder."""
 
     members: tuple[Member, ...]
     classes: tuple[str, ...]
@@ -80,7 +80,7 @@ class ExportedModel:
     scale: float = 1.0
     """λ."""
     only: tuple[str, ...] = ()
-    """Clients that were chosen; empty: nobody was."""
+    """Clients that were chosen by name; empty: all."""
     without: tuple[str, ...] = ()
     """Clients that were left out by name."""
     negated: str = ""

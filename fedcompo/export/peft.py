@@ -1,4 +1,4 @@
-r"""One LoRA client as an adapter folder that PEFT's own loader applies to the plain timm model.
+r"""Writes one LoRA client as an adapter folder, which PEFT loads onto the plain timm model.
 
 PEFT turns a layer's output :math:`W_0x` into :math:`W_0x + \tfrac{\alpha}{r}\,BAx`. With α = r at
 every layer this is fedcompo's :math:`(W_0 + BA)x`. The client's head replaces the model's own
@@ -80,8 +80,7 @@ def _tensors(backbone: Backbone, contribution: Contribution) -> Weights:
         for name in vector.names
         for factor in ("A", "B")
     }
-    classifier = f"{PREFIX}{backbone.classifier}"
-    return {**factors, f"{classifier}.weight": head.weight, f"{classifier}.bias": head.bias}
+    return factors | head.as_classifier(f"{PREFIX}{backbone.classifier}")
 
 
 def _layer(name: str) -> str:
@@ -90,7 +89,7 @@ def _layer(name: str) -> str:
 
 
 def _config(backbone: Backbone, ranks: dict[str, int]) -> dict[str, Any]:
-    """What PEFT must know: the most common rank, and that of each layer which differs."""
+    """Return PEFT's configuration: the most common rank, and the layers whose rank differs."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {layer: rank for layer, rank in ranks.items() if rank != usual}
     return {
@@ -112,7 +111,7 @@ def _config(backbone: Backbone, ranks: dict[str, int]) -> dict[str, Any]:
 
 
 def _check_called(backbone: Backbone, layers: Iterable[str]) -> None:
-    """Run an empty image. PEFT changes what a layer returns; some models only read its weight."""
+    """Check, with an empty image, that the layers are called: PEFT changes what they return."""
     idle = set(layers)
     hooks = [
         backbone.model.get_submodule(layer).register_forward_hook(

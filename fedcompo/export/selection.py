@@ -1,4 +1,4 @@
-"""A model that somebody asks for: whose task vectors, how much of each, with which head."""
+"""Selects what to compose: whose task vectors, with which coefficients and which head."""
 
 from __future__ import annotations
 

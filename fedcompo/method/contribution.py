@@ -27,7 +27,7 @@ from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streame
 
 @dataclass(frozen=True)
 class Contribution:
-    """A client's part in a composition."""
+    """All that a client sends."""
 
     client: str
     task_vector: TaskVector
@@ -36,15 +36,15 @@ class Contribution:
     features: dict[str, FeatureMixture]
     """Mixtures of θ₀'s features, by class name."""
     num_examples: int
-    """Training images."""
+    """Number of training images."""
     lineage: Lineage
     fisher: FisherDiagonal | None = None
-    """Fisher *sum* at θ₀; None where it is not kept."""
+    """Fisher *sum* at θ₀; None if it is not kept."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The run config it was trained with."""
+    """Settings of the run that it was trained with."""
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Write the contribution into a folder of its own: tensors, and a card for people.
+        """Write tensors, Fisher and card into a folder of the contribution's own.
 
         Returns:
             SHA-256 of each file's content, by file name.
@@ -81,12 +81,12 @@ class Contribution:
         check: bool = False,
         guard: Callable[[Path], None] = lambda path: None,
     ) -> Contribution:
-        """Open what :meth:`save` wrote; tensors are read when they are asked for.
+        """Open a folder that :meth:`save` wrote; each tensor is read when it is used.
 
         Args:
             folder: The contribution's own folder.
-            with_fisher: Offer the Fisher too, where there is one.
-            check: Read every tensor now and hold it against its digest.
+            with_fisher: Open the Fisher too, if there is one.
+            check: Read every tensor now and compare it with its digest.
             guard: Called with a file's path before a tensor is read from it; raises if the file is
                 not to be trusted.
 
@@ -99,16 +99,16 @@ class Contribution:
         manifest = tensors.manifest
         _expect(manifest, "contribution", path)
         stated = _checked_card(folder, manifest)
-        fisher = None
         if check:
             tensors.check()
+        fisher = None
         if with_fisher and FISHER in stated:
-            streamed = StreamedTensors(fisher_path)
             owner = {key: str(manifest.get(key)) for key in ("client", "base")}
             fisher = load_fisher(fisher_path, **owner, guard=lambda: guard(fisher_path))
-            _same_digest(folder, FISHER, stated, streamed.manifest["tensors_sha256"])
+            file = StreamedTensors(fisher_path)
+            _same_digest(folder, FISHER, stated, file.manifest["tensors_sha256"])
             if check:
-                streamed.check()
+                file.check()
         try:
             return cls(
                 client=manifest["client"],
@@ -141,7 +141,7 @@ def mixture_tensors(mixtures: Mapping[str, FeatureMixture]) -> dict[str, Tensor]
 def mixtures_from(
     tensors: Mapping[str, Tensor], examples: Mapping[str, int]
 ) -> dict[str, FeatureMixture]:
-    """Rebuild mixtures from :func:`mixture_tensors` and the number of examples a class."""
+    """Rebuild mixtures from :func:`mixture_tensors` and the number of examples of each class."""
     return {
         name: FeatureMixture(
             tensors[f"features/{name}/weights"],
@@ -161,7 +161,7 @@ def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:
 
 
 def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The card is for people, but it must say what the tensors say; returns its digests."""
+    """Refuse a card that differs from the manifest of the tensors; return the card's digests."""
     own = {"format_version", "fedcompo_version", "tensors_sha256", "sha256"}
     expected = {key: value for key, value in manifest.items() if key not in own}
     try:
@@ -186,8 +186,8 @@ def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     return stated
 
 
-def _same_digest(folder: Path, file: str, stated: Mapping[str, str], found: str) -> None:
-    if stated.get(file) != found:
+def _same_digest(folder: Path, file: str, stated: Mapping[str, str], digest: str) -> None:
+    if stated.get(file) != digest:
         raise FileFormatError(
             f"{folder / CARD} and {file} disagree on the tensors. "
             "One of them was altered or exchanged; restore the folder from where it came."
@@ -198,7 +198,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
     """Write a Fisher sum (float32) to one file.
 
     Args:
-        path: Where to.
+        path: The file.
         fisher: The sum.
         client: Whose examples it sums over.
         base: Fingerprint of the pre-trained weights it was estimated at.
@@ -221,7 +221,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
 def load_fisher(
     path: Path, *, client: str, base: str, guard: Callable[[], None] | None = None
 ) -> FisherDiagonal:
-    """Read what :func:`save_fisher` wrote.
+    """Read a file that :func:`save_fisher` wrote.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Whose data shaped a contribution: what only training again can undo; no torch."""
+"""Whose data shaped a contribution: an influence that only a new training undoes; no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedcompo.storage.files import tuples
 
 @dataclass(frozen=True)
 class Lineage:
-    """Whose data a contribution was made with, besides the client's own; names of clients."""
+    """Other clients whose data shaped a contribution, by name."""
 
     method: str = "ita"
     anchored_by: tuple[str, ...] = ()

@@ -1,1 +1,23 @@
 """What leaves a client, made less telling: noise, and smaller forms of the Fisher diagonal."""
+
+from typing import TYPE_CHECKING
+
+from fedcompo._lazy import face
+
+if TYPE_CHECKING:
+    from fedcompo.privacy.factored import reduced as reduced
+    from fedcompo.privacy.factored import restored as restored
+    from fedcompo.privacy.fisher import private_fisher as private_fisher
+    from fedcompo.privacy.noise import noised as noised
+    from fedcompo.privacy.statistics import private_mixtures as private_mixtures
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "noised": "noise",
+        "private_fisher": "fisher",
+        "private_mixtures": "statistics",
+        "reduced": "factored",
+        "restored": "factored",
+    },
+)

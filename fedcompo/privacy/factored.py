@@ -1,4 +1,4 @@
-r"""A Fisher diagonal in fewer numbers: a row and a column sum in place of every weight.
+r"""A Fisher diagonal in fewer numbers: row and column sums of each weight's Fisher.
 
 For one weight's Fisher F, (out, in), with row sums r and column sums c,
 
@@ -11,7 +11,8 @@ noise they differ, and their geometric mean stands for either.) Source: Shazeer 
 *Adafactor*, ICML 2018 (arXiv 1804.04235), section 3; Lee & Seung, *Algorithms for Non-negative
 Matrix Factorization*, NIPS 2000.
 
-A sum of matrices of rank one is none: clients' sums are expanded one by one, and added up dense.
+A sum of matrices of rank one has a higher rank. So each client's sums are expanded before they are
+added up.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ROWS, COLUMNS = "/rows", "/columns"
 
 
 def margins(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Row sums, (out,), and column sums, (in,), of a matrix, (out, in); taken in float64."""
+    """Return row sums, (out,), and column sums, (in,), of a matrix, (out, in); in float64."""
     total = total.double()
     return total.sum(1), total.sum(0)
 
@@ -53,11 +54,11 @@ def outer(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def reduced(sums: Mapping[str, Tensor], form: FisherForm) -> Weights:
-    """Take what of a Fisher sum leaves a client.
+    """Reduce a Fisher sum to the form in which it leaves a client.
 
     Args:
-        sums: By weight name, each (out, in); the head's rows are small and always leave whole.
-        form: dense: all; factored: margins in place of each weight's; head: the head's alone.
+        sums: By weight name, each (out, in). The head's are small and always sent whole.
+        form: dense: all; factored: margins of each weight's; head: the head's alone.
 
     Returns:
         Tensors by name; ``<weight>/rows`` and ``<weight>/columns`` for margins, float32.
@@ -75,16 +76,16 @@ def reduced(sums: Mapping[str, Tensor], form: FisherForm) -> Weights:
 def restored(
     parts: Mapping[str, Tensor], form: FisherForm, theta_0: Weights, *, owner: str
 ) -> Weights:
-    """Expand what :func:`reduced` took; what did not leave the client counts as zero.
+    """Expand the result of :func:`reduced`; parts that were not sent count as zero.
 
     Args:
-        parts: As they came.
-        form: How they were taken.
-        theta_0: The target weights; only names and shapes matter.
-        owner: Whose they are, for error messages.
+        parts: Tensors as received.
+        form: Form in which they were sent.
+        theta_0: The target weights; only names and shapes are used.
+        owner: Client who sent them, for error messages.
 
     Returns:
-        Sums by weight name, as far as they can be told; to be checked as any.
+        Sums by weight name, not checked yet.
 
     Raises:
         ContributionError: If margins are missing, negative, or do not fit their weight.
@@ -111,12 +112,12 @@ def restored(
     return sums
 
 
-def _margin(found: Tensor | None, name: str, length: int, owner: str) -> Tensor:
-    """A margin as it came; what does not fit its weight is refused before it is expanded."""
-    shape = None if found is None else tuple(found.shape)
-    if found is None or shape != (length,) or not bool((found >= 0).all()):
+def _margin(margin: Tensor | None, name: str, length: int, owner: str) -> Tensor:
+    """Check a received margin before it is expanded: its shape and signs."""
+    shape = None if margin is None else tuple(margin.shape)
+    if margin is None or shape != (length,) or not bool((margin >= 0).all()):
         raise ContributionError(
             f"The factored Fisher of {owner} has shape {shape} at {name!r}, expected ({length},), "
             "no value below zero. Use the same `target-weights` and fedcompo version everywhere."
         )
-    return found
+    return margin

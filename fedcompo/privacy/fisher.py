@@ -1,10 +1,11 @@
-r"""A Fisher sum under noise: what one image adds is clipped, in the form in which it leaves.
+r"""A Fisher sum under noise: clip what each image adds, sum, add noise.
 
-The noise has to hide every number that is sent. Of a dense Fisher these are millions, and their
-noise drowns a few hundred images; of its row and column sums, thousands; of the head's rows,
-hundreds: the fewer numbers leave (:mod:`fedcompo.privacy.factored`), the less noise is in them.
+Images are clipped in the form in which the sum is sent (:mod:`fedcompo.privacy.factored`). The
+noise must hide every number that is sent, so fewer numbers need less noise: a dense Fisher has
+millions, and their noise drowns a few hundred images; row and column sums are thousands; the
+head's Fisher is hundreds.
 
-Only what one image's own pass yields may enter: the exact Fisher, of all images. The leading
+An image's part may depend on that image alone. Hence the exact Fisher of all images: the leading
 estimator chooses its rank by the whole batch, and a drawn subset changes with every image.
 """
 
@@ -31,13 +32,13 @@ from fedcompo.training.per_example import (
 )
 
 PARTS = 2
-"""What one image adds: to the count, and to the Fisher, all its weights together."""
+"""Parts that one image adds: to the count, and to the Fisher of all weights together."""
 MEMORY = 256 * 2**20
-"""Bytes for the Fishers of single images that are held at a time."""
+"""Bytes of the Fishers of single images that are in memory at a time."""
 
 
 def images_at_a_time(theta_0: Weights, form: FisherForm, most: int) -> int:
-    """How many images' own Fishers fit the memory; at least one, at most ``most``."""
+    """Return how many images' own Fishers fit the memory; at least one, at most ``most``."""
     if form is not FisherForm.DENSE:
         return most
     one = sum(4 * weight.numel() for weight in theta_0.values())
@@ -47,7 +48,7 @@ def images_at_a_time(theta_0: Weights, form: FisherForm, most: int) -> int:
 def per_example_fishers(
     model: nn.Module, head: Head, images: Tensor, names: Iterable[str], form: FisherForm
 ) -> Weights:
-    """The exact Fisher of each image by itself, in the form in which it leaves.
+    """Compute the exact Fisher of each image by itself, in the form in which it is sent.
 
     Args:
         model: Maps images to features; in evaluation mode.
@@ -60,7 +61,7 @@ def per_example_fishers(
         By the names of :func:`fedcompo.privacy.factored.reduced`, each (batch, ...).
     """
     names = [] if form is FisherForm.HEAD else sorted(names)
-    found: Weights = {}
+    fishers: Weights = {}
     with evaluation_mode(model), recorded(model, names) as record:
         features = model(images)
         require_recorded(record, names)
@@ -70,24 +71,26 @@ def per_example_fishers(
         for cotangent in cotangents:
             for name, part, squares in squared_gradients(record, features, cotangent):
                 for key, values in _taken(name, squares, form):
-                    total = found.setdefault(key, values.new_zeros(len(images), *values.shape[1:]))
+                    total = fishers.setdefault(
+                        key, values.new_zeros(len(images), *values.shape[1:])
+                    )
                     total[part] += values
     p = logits.double().softmax(-1)
     variance = p * (1 - p)  # (batch, classes)
     squared = features.detach().double().square()
     weight_fisher = variance.unsqueeze(2) * squared.unsqueeze(1)  # (batch, classes, features)
-    return {**found, HEAD[0]: weight_fisher, HEAD[1]: variance}
+    return {**fishers, HEAD[0]: weight_fisher, HEAD[1]: variance}
 
 
 def _taken(name: str, squares: Tensor, form: FisherForm) -> list[tuple[str, Tensor]]:
-    """What is kept of one weight's squares, (examples, out, in)."""
+    """Reduce one weight's squares, (examples, out, in), to a form."""
     if form is FisherForm.DENSE:
         return [(name, squares)]
     return [(f"{name}{ROWS}", squares.sum(2)), (f"{name}{COLUMNS}", squares.sum(1))]
 
 
 def clipped_sum(fishers: Weights, clip: float) -> Weights:
-    """Sum images' Fishers, each clipped to a norm over all its numbers together; float64.
+    """Clip the Fisher of each image by its norm over all weights together, and sum; float64.
 
     Args:
         fishers: By name, each (batch, ...).
@@ -112,21 +115,21 @@ def private_fisher(
     noise: float,
     entropy: Entropy = os.urandom,
 ) -> tuple[Weights, int]:
-    """Estimate a Fisher sum that hides each image's part in it.
+    """Compute a Fisher sum under noise that hides what each image adds.
 
     Args:
         model: Maps images to features.
-        head: Turns features into logits; must not be fitted to these images but through noise.
-        batches: Normalised images, all there are, neither shuffled nor augmented.
+        head: Turns features into logits; must not be fitted to these images without noise.
+        batches: All normalised images, neither shuffled nor augmented.
         names: Weights of linear layers.
-        form: What leaves of it.
+        form: Form in which it is sent.
         clip: Largest Fisher, as a norm, that one image may add.
         noise: In sensitivities.
         entropy: See :func:`fedcompo.privacy.noise.normal`.
 
     Returns:
-        What leaves, as :func:`fedcompo.privacy.factored.reduced` would, float32; noise may not
-        leave a number below zero. And the noised number of images, at least one.
+        The sum under noise by the names of :func:`fedcompo.privacy.factored.reduced`, float32,
+        negative numbers set to zero; and the number of images under noise, at least one.
     """
     sums: Weights = {}
     count, names = 0, tuple(names)
@@ -137,6 +140,6 @@ def private_fisher(
         count += len(images)
     sums["count"] = torch.tensor(float(count))
     limits = dict.fromkeys(sums, clip) | {"count": 1.0}
-    found = noised(sums, limits, parts=PARTS, noise=noise, entropy=entropy)
-    examples = max(1, round(float(found.pop("count"))))
-    return {name: total.clamp_min(0).float() for name, total in found.items()}, examples
+    released = noised(sums, limits, parts=PARTS, noise=noise, entropy=entropy)
+    examples = max(1, round(float(released.pop("count"))))
+    return {name: total.clamp_min(0).float() for name, total in released.items()}, examples

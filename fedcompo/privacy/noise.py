@@ -40,17 +40,17 @@ from scipy.special import erfcx, ndtr, ndtri
 from torch import Tensor
 
 Entropy = Callable[[int], bytes]
-"""Returns so many unpredictable bytes."""
+"""Returns the asked number of unpredictable bytes."""
 STRONGEST_SIGNAL = 1e6
 r"""Largest :math:`\mu` that is accounted for; above, there is no privacy to speak of."""
 
 
 def normal(shape: torch.Size | tuple[int, ...], entropy: Entropy = os.urandom) -> Tensor:
-    """Draw standard normal numbers, float64: the quantiles of 52 random bits each.
+    """Draw standard normal numbers, float64: each the quantile of 52 random bits.
 
     Args:
         shape: Of the result.
-        entropy: Source of bytes; another than the operating system's for tests alone.
+        entropy: Source of bytes; only tests use another than the operating system's.
     """
     count = math.prod(shape)
     bits = np.frombuffer(entropy(8 * count), dtype=np.uint64) >> np.uint64(12)
@@ -60,7 +60,7 @@ def normal(shape: torch.Size | tuple[int, ...], entropy: Entropy = os.urandom) -
 
 
 def clip_factors(norms: Tensor, limit: float) -> Tensor:
-    r"""Factor of each example that brings it to the limit: :math:`\min(1, C / \lVert x\rVert)`.
+    r"""Return each example's factor that keeps the limit: :math:`\min(1, C / \lVert x\rVert)`.
 
     Args:
         norms: (examples,).
@@ -81,8 +81,8 @@ def noised(
 
     Args:
         sums: By name, any shapes.
-        limits: C of each; entries of one part have the same, and are clipped together.
-        parts: Into how many parts an example was divided.
+        limits: C of each; entries of one part have the same C, since they are clipped together.
+        parts: Number of parts of an example.
         noise: :math:`\sigma`, in sensitivities.
         entropy: See :func:`normal`.
 

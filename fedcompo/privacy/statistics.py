@@ -1,7 +1,7 @@
-r"""What a client tells about its images, from noised sums: one Gaussian a class.
+r"""Feature statistics under noise: one Gaussian a class, from noised sums.
 
-A mixture fitted by expectation-maximisation is no sum, so no noise can be measured for it. Of each
-class come a count and a sum of features, of all classes together a sum of squared features,
+A mixture fitted by expectation-maximisation is no sum, so its sensitivity is unknown. Instead, each
+class gives a count and a sum of features, and all classes together a sum of squared features,
 
 .. math:: n_k = \sum_{y=k} 1, \qquad S_k = \sum_{y=k} x, \qquad Q = \sum x^{\odot 2},
 
@@ -24,13 +24,13 @@ from fedcompo.method.features import VARIANCE_FLOOR, FeatureMixture
 from fedcompo.privacy.noise import Entropy, clip_factors, noised
 
 PARTS = 3
-"""What one image adds: to a count, to a sum of features, to the sum of squares."""
+"""Parts that one image adds: to a count, to a sum of features, to the sum of squares."""
 
 
 def clipped_sums(
     features: Tensor, labels: Tensor, *, num_classes: int, clip: float
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    r"""Sum what each image adds, clipped part by part.
+    r"""Clip each part of what an image adds, and sum over images.
 
     Args:
         features: x, (count, features).
@@ -61,27 +61,27 @@ def private_mixtures(
     noise: float,
     entropy: Entropy = os.urandom,
 ) -> dict[str, FeatureMixture]:
-    """Describe classes by one Gaussian each, from noised sums alone.
+    """Describe each class by one Gaussian, from noised sums alone.
 
     Args:
         features: (count, features).
         labels: (count,), index into ``classes``.
-        classes: Names of the classes; which they are is told as it is.
-        clip: Longest features that one image may add.
+        classes: Names of the classes; they are sent without noise.
+        clip: Largest norm of the features of one image.
         noise: In sensitivities.
         entropy: See :func:`fedcompo.privacy.noise.normal`.
 
     Returns:
-        Mixtures by class name; their numbers of examples are noised too.
+        Mixtures by class name; their numbers of examples are under noise, too.
     """
     classes = tuple(classes)
     sums, limits = clipped_sums(features, labels, num_classes=len(classes), clip=clip)
-    found = noised(sums, limits, parts=PARTS, noise=noise, entropy=entropy)
-    counts = found["counts"].round().clamp_min(1)
-    means = found["features"] / counts.unsqueeze(1)  # (classes, features)
+    released = noised(sums, limits, parts=PARTS, noise=noise, entropy=entropy)
+    counts = released["counts"].round().clamp_min(1)
+    means = released["features"] / counts.unsqueeze(1)  # (classes, features)
     blur = (noise * math.sqrt(PARTS) * clip / counts).square()  # of a mean, by noise alone
     between = (counts.unsqueeze(1) * (means.square() - blur.unsqueeze(1))).sum(0)
-    variances = ((found["squares"] - between) / counts.sum()).clamp_min(
+    variances = ((released["squares"] - between) / counts.sum()).clamp_min(
         VARIANCE_FLOOR * clip**2 / features.shape[1]
     )
     means = means * clip_factors(means.norm(dim=1), clip).unsqueeze(1)  # no mean can be longer

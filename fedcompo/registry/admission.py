@@ -1,4 +1,4 @@
-"""What is demanded of a contribution at the registry's door, before any state changes."""
+"""Checks a contribution before the registry changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIECE = 1 << 22
 
 
 def stage_contribution(source: Contribution | Path, folder: Path) -> Contribution:
-    """Put a contribution into a new folder and check every byte of it there.
+    """Copy a contribution to a new folder and check every byte of the copy.
 
     Args:
         source: A contribution, or the folder of one; of that, only its own files are taken.
@@ -61,14 +61,14 @@ def check_contribution(
     num_features: int,
     members: Iterable[str],
 ) -> None:
-    """Refuse a contribution that cannot live with the others.
+    """Refuse a contribution that cannot be composed with the others.
 
     Args:
         contribution: With all its tensors at hand, or streamed.
         theta_shapes: The target weights; only their shapes matter.
         base: Fingerprint of the pre-trained weights.
         num_features: Width of the backbone's features.
-        members: Names that the contribution's must not be mistaken for.
+        members: Names that the contribution's name must differ from.
 
     Raises:
         BackboneMismatch: If it was trained on other pre-trained weights.
@@ -96,7 +96,7 @@ def check_contribution(
 
 
 def _check_statements(contribution: Contribution, owner: str) -> None:
-    """Refuse what JSON can say, but no client of ours does."""
+    """Refuse names, numbers and settings of the wrong type: JSON can hold any."""
     lineage = contribution.lineage
     lists = (
         (contribution.client, lineage.method),
@@ -118,5 +118,5 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
 
 
 def _is_text(name: object) -> bool:
-    """Half of a surrogate pair, which JSON can hold, is none."""
+    """Whether a value is text; half of a surrogate pair, which JSON can hold, is not."""
     return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name

@@ -1,7 +1,7 @@
-"""How a registry changes: who comes, who goes, and the composition that follows from it.
+"""Changes a registry: adds and removes contributions, and composes what results.
 
-Every change is one transaction: stage, check, compose, commit. The cost of a change is that of the
-contributions that come and go, never of those that stay.
+Every change is one transaction: stage, check, compose, commit. Its cost grows with the
+contributions that are added or removed, not with those that stay.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import Mixtures
 from fedcompo.method.pool import require_unmixed
 from fedcompo.registry import journal
-from fedcompo.registry.draft import Draft, OnStep, drafted
+from fedcompo.registry.draft import Draft, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PRIVATE, Member, State
+from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
 from fedcompo.storage.files import write_synced
 from fedcompo.storage.tensorstream import file_sha256
@@ -96,7 +97,7 @@ def remove(
 def _record(
     draft: Draft, member: Member, after: State, *, requested_by: str, reason: str
 ) -> RemovalRecord:
-    """Write down a removal, and sign it."""
+    """Describe a removal in a signed record."""
     registry, before, client = draft.registry, draft.before, member.client
     record = RemovalRecord(
         registry=registry.identity,
@@ -148,7 +149,7 @@ def realign(registry: RegistryReader, mixtures: Mapping[str, Mixtures]) -> None:
 
 
 def _with_members(state: State, members: Mapping[str, Member], *, keep: bool = False) -> State:
-    """The same registry with other members, and no composition yet."""
+    """Return the state with other members, and with no composition yet."""
     ordered = {client: members[client] for client in sorted(members)}
     kept = dict(state.kept)
     if state.version and (keep or state.settings.keep_versions):
@@ -157,7 +158,7 @@ def _with_members(state: State, members: Mapping[str, Member], *, keep: bool = F
 
 
 def _drop_versions(draft: Draft, after: State, client: str, *, keep: bool) -> State:
-    """Let earlier compositions that contain a client go with it."""
+    """Mark earlier compositions that contain a client for deletion, unless they are kept."""
     if keep:
         return after
     going = [place for place, kept in after.kept.items() if client in kept["clients"]]
@@ -166,12 +167,12 @@ def _drop_versions(draft: Draft, after: State, client: str, *, keep: bool) -> St
 
 
 def _requester(requested_by: str) -> dict[str, str]:
-    """Who asked for a change, for the journal; nothing where that is not known."""
+    """Return who asked for a change, for the journal; empty if that is not known."""
     return {"requested_by": requested_by} if requested_by else {}
 
 
 def _journalled(member: Member) -> dict[str, Any]:
-    """A member as the journal keeps it: names, numbers and digests."""
+    """Return a member as the journal keeps it: names, numbers and digests."""
     values = asdict(member)
     del values["folder"]
     return values

@@ -1,8 +1,8 @@
-"""A change of a registry in the making, under the lock: what is staged, composed, and committed."""
+"""Prepares a change of a registry under its lock: stages files, composes, and commits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,23 +16,23 @@ from fedcompo.composition.version import Recipe, RoundedDifferently, save_realig
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
 from fedcompo.method.contribution import Contribution, mixture_tensors
 from fedcompo.method.features import Mixtures
+from fedcompo.method.heads import head_tensors
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
+from fedcompo.report.units import OnStep
 from fedcompo.storage.files import REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
 
 CLIENTS, VERSIONS = "clients", "versions"
 
-OnStep = Callable[[str], None]
-
 
 @contextmanager
 def drafted(registry: RegistryReader, purpose: str, on_step: OnStep) -> Iterator[Draft]:
-    """Hold the lock, see the current state, and leave nothing staged if anything goes wrong."""
+    """Hold the lock, read the current state, and delete what was staged if an error occurs."""
 
     def waiting(holder: str) -> None:
         on_step(f"waiting for another writer ({holder})")
@@ -57,7 +57,7 @@ def drafted(registry: RegistryReader, purpose: str, on_step: OnStep) -> Iterator
 
 @dataclass
 class Draft:
-    """A change in the making, under the lock."""
+    """A change that is being prepared, under the lock."""
 
     registry: RegistryReader
     new: Path
@@ -68,7 +68,7 @@ class Draft:
     moves: list[str] = field(default_factory=list)
     """What was staged, relative to the registry."""
     deletions: list[str] = field(default_factory=list)
-    """What goes once the change is committed."""
+    """What is deleted once the change is committed, relative to the registry."""
     recomposed: bool = False
     """Whether the sum was taken anew."""
 
@@ -81,7 +81,7 @@ class Draft:
         return self.before.sequence + 1
 
     def stage(self, source: Contribution | Path, known: set[str]) -> Member:
-        """Copy a contribution to where it will live, check all of it, describe it."""
+        """Copy a contribution, check all of it, and describe it as a member."""
         registry = self.registry
         opened = source if isinstance(source, Contribution) else Contribution.open(source)
         name = check_client_name(str(opened.client))
@@ -116,7 +116,7 @@ class Draft:
         going: Sequence[Member],
         realigned: Mapping[str, Mixtures] | None = None,
     ) -> State:
-        """Write the composition of the new members, continuing the sum where that is exact."""
+        """Write the composition of the new members, continuing the running sum where it can."""
         registry, before = self.registry, self.before
         if before.version:
             self.deletions.append(before.version)
@@ -160,7 +160,7 @@ class Draft:
         coming: Sequence[Member],
         everyone: Sequence[Member],
     ) -> dict[str, str]:
-        """Write the version; returns SHA-256 of rounded forms that were not known, by client."""
+        """Write the version; return the SHA-256 of rounded forms that were not known, by client."""
         self.on_step("composing")
         try:
             rounded = write_version(folder, recipe)
@@ -175,7 +175,7 @@ class Draft:
         return {m.client: digest for m, digest in zip(everyone, rounded, strict=True)}
 
     def _term(self, member: Member, sign: int) -> Term:
-        """A member's term of the sum; one that is new is read from where it is staged."""
+        """Return a member's term of the sum; a new member is read from the staged files."""
         if (self.new / member.folder).exists():
             contribution = Contribution.open(self.new / member.folder, with_fisher=False)
         else:
@@ -184,7 +184,7 @@ class Draft:
         return Term(member.client, contribution.task_vector, times, member.rounded_sha256)
 
     def _statistics(self, member: Member) -> Mixtures:
-        """A member's mixtures; only they are read, and held against a digest of their own."""
+        """Read a member's mixtures alone, and compare them with a digest of their own."""
         staged = self.new / member.folder
         folder = staged if staged.exists() else self.registry.path / member.folder
         contribution = Contribution.open(folder, with_fisher=False)
@@ -215,8 +215,7 @@ class Draft:
 
 
 def _statistics_digest(contribution: Contribution) -> str:
-    head = contribution.head
-    tensors = {"head/weight": head.weight, "head/bias": head.bias}
+    tensors = head_tensors(contribution.head)
     mixtures = contribution.features.items()
     counts = {f"examples/{name}": torch.tensor(m.num_examples) for name, m in mixtures}
     return tensor_digest(tensors | counts | mixture_tensors(contribution.features))

@@ -60,7 +60,7 @@ class RegistryReader:
             )
 
     def refresh(self) -> None:
-        """Take note of changes that others made."""
+        """Read the state again: another process may have changed the registry."""
         self.state = State.read(self.path / STATE)
 
     @property
@@ -84,7 +84,7 @@ class RegistryReader:
         return self.state.linearised
 
     def member(self, client: str) -> Member:
-        """Return what is known of a member; raises ``ContributionError`` if there is none."""
+        """Describe a member; raises ``ContributionError`` if there is none of that name."""
         require_known([client], self.clients, "registry")
         return self.state.members[client]
 
@@ -112,7 +112,7 @@ class RegistryReader:
         return card
 
     def influence_of(self, client: str) -> Influence:
-        """Which other members were trained with something of a client's."""
+        """Find which other members were trained with data of a client."""
         others = tuple(name for name in self.clients if name != client)
         return foreseen_influence(self.entries(), client, others)
 
@@ -203,7 +203,7 @@ class RegistryReader:
             raise self._fault(f"{path} cannot be read ({error})") from error
 
     def _fault(self, what: str) -> RegistryError:
-        """A file is not as the state says: the registry was changed meanwhile, or is damaged."""
+        """Make the error for a file that differs from the state: a change meanwhile, or damage."""
         if State.read(self.path / STATE) != self.state:
             return RegistryError(
                 f"The registry {self.path} was changed while it was being read. Try again."

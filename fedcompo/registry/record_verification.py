@@ -1,29 +1,28 @@
-"""Re-derives the claims of a removal record, with the registry at hand or the public key alone."""
+"""Verifies a removal record: with the registry all its claims, with the key its signature."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedcompo.composition.version import Recipe, write_version
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.pool import Pool
 from fedcompo.registry.journal import Entry
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC, line_of, members_after, root_of
 from fedcompo.registry.verification import Finding, all_but_folders, as_json, signature_finding
+from fedcompo.report.units import OnStep
 from fedcompo.storage.files import SUM, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
-
-OnStep = Callable[[str], None]
 
 
 def verify_record(
     path: Path,
     *,
-    registry: Registry | None = None,
+    registry: RegistryReader | None = None,
     public_key: Path | None = None,
     on_step: OnStep = lambda step: None,
 ) -> list[Finding]:
@@ -33,7 +32,7 @@ def verify_record(
         path: The record.
         registry: The registry that wrote it; without it only the signature can be checked.
         public_key: Key to check the signature with; None: the registry's.
-        on_step: Told what is being done.
+        on_step: Called with what is being done.
 
     Returns:
         One finding for each claim.
@@ -62,9 +61,9 @@ def verify_record(
 
 
 def _against_journal(
-    record: RemovalRecord, sha256: str, registry: Registry, entries: Sequence[Entry]
+    record: RemovalRecord, sha256: str, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
-    """What the journal knows, replayed up to the removal."""
+    """Compare the record with the journal, replayed up to the removal."""
     claim = "the registry is the one of the record"
     yield _equal(claim, record.registry, registry.identity)
     claim = f"line {record.sequence} of the journal tells of this record"
@@ -98,9 +97,9 @@ def _against_journal(
 
 
 def _roots(
-    record: RemovalRecord, registry: Registry, entries: Sequence[Entry]
+    record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
-    """The roots, and the compositions that they cover."""
+    """Compare the roots, and the compositions that they cover, with the journal."""
     for moment, lines, root, files in (
         ("before", record.sequence - 1, record.root_before, record.composition_before),
         ("after", record.sequence, record.root_after, record.composition_after),
@@ -113,8 +112,8 @@ def _roots(
         yield _equal(claim, [derived], journalled)
 
 
-def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
-    """No file of the registry may be one of those that were removed."""
+def _is_gone(record: RemovalRecord, registry: RegistryReader) -> Finding:
+    """Check that no file of the registry is one of those that were removed."""
     claim = f"no file of {record.client} is in the registry"
     digests = set(record.removed_files.values())
     files = (path for path in all_but_folders(registry.path) if path.is_file())
@@ -127,8 +126,8 @@ def _is_gone(record: RemovalRecord, registry: Registry) -> Finding:
     return Finding.of(claim, not left, f"still there: {', '.join(map(str, left))}")
 
 
-def _kept(record: RemovalRecord, registry: Registry) -> Finding:
-    """Earlier compositions that contain the client are there only as the record says."""
+def _kept(record: RemovalRecord, registry: RegistryReader) -> Finding:
+    """Check that earlier compositions with the client are only those that the record names."""
     claim = f"of compositions that contain {record.client}, only those named are kept"
     left = [
         folder
@@ -141,7 +140,7 @@ def _kept(record: RemovalRecord, registry: Registry) -> Finding:
 
 
 def _composed_again(
-    record: RemovalRecord, registry: Registry, entries: Sequence[Entry]
+    record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
     claims = [f"the survivors alone give the record's {name}" for name in (SUM, WEIGHTS)]

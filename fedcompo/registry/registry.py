@@ -11,7 +11,8 @@ r"""The pool on disk: add a client, remove one exactly, and prove it.
     removals/            signed records of removals
     key.pem, public.pem  Ed25519; whoever has key.pem can sign in the registry's name
 
-Changes are transactions (:mod:`fedcompo.registry.transaction`); readers take no lock.
+Changes are transactions (:mod:`fedcompo.registry.transaction`). Reading takes no lock
+(:mod:`fedcompo.registry.reader`).
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Registry(RegistryReader):
             sources: Contributions, or folders that hold one each.
             replacing: Take the place of members of the same name; a removal and an addition.
             requested_by: On whose request; stands in the journal.
-            on_step: Told what is being done.
+            on_step: Called with what is being done.
 
         Raises:
             ContributionError: If one cannot be used, its client is there and not replaced, or
@@ -127,7 +128,7 @@ class Registry(RegistryReader):
             requested_by: On whose request; for the record.
             reason: Why; for the record.
             keep_versions: Keep the composition until now, and earlier ones that contain the client.
-            on_step: Told what is being done.
+            on_step: Called with what is being done.
 
         Returns:
             The signed record, which also lies in ``removals/``.

@@ -1,4 +1,4 @@
-"""The receipt of a removal: what went, what stayed, and what of it can still be felt.
+"""The record of a removal: what was deleted, what stays, and which members it still influences.
 
 A removal is always *composition-exact*: the model is, bit for bit, the one that was never given the
 client. It is *influence-exact* only if no survivor was trained with anything of the client's. The
@@ -26,7 +26,7 @@ REMOVALS = "removals"
 
 @dataclass(frozen=True)
 class Influence:
-    """Which survivors were trained with something of the removed client's; names, sorted."""
+    """Which survivors were trained with data of the removed client; names, sorted."""
 
     fisher: tuple[str, ...]
     """Anchored by its Fisher."""
@@ -88,7 +88,7 @@ def influence(
 def foreseen_influence(
     entries: Sequence[Entry], client: str, survivors: Sequence[str]
 ) -> Influence:
-    """What of a client would be left in the survivors; the journal knows everyone's lineage."""
+    """Find whom a removed client would still influence, by the lineages in the journal."""
     everyone = [
         (added["client"], Lineage.parse(added["lineage"]))
         for entry in entries
@@ -100,7 +100,7 @@ def foreseen_influence(
 
 @dataclass(frozen=True)
 class RemovalRecord:
-    """A removal, signed; everything that the registry knows of it."""
+    """A signed record of a removal: all that the registry knows of it."""
 
     registry: str
     """Identity of the registry."""

@@ -1,11 +1,11 @@
-"""What a registry holds, as one JSON file: the only thing that readers go by.
+"""The state of a registry, one JSON file: it names every file that counts, with its SHA-256.
 
 The *root* is the SHA-256 over what the registry consists of: its settings, its members' files, the
 composition. It knows no time, no folder and no order of arrival: two registries of the same members
 have the same root.
 
-Beside it stand the files that never change: what the registry is, its pre-trained weights, its
-keys. And what it held at any moment, the lines of its journal tell.
+Here too: writing the files of a new registry that never change, and replaying the journal to
+learn what the registry held at any earlier moment.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Member:
 
     @property
     def essence(self) -> dict[str, Any]:
-        """What enters the root: no folder, no time of arrival."""
+        """What enters the root: all but the folder and the time of arrival."""
         values = asdict(self)
         del values["folder"], values["added"]
         return values
@@ -139,7 +139,7 @@ class State:
 
     @property
     def places(self) -> list[str]:
-        """Every file that it names, relative to the registry."""
+        """Every file that the state names, relative to the registry."""
         files = {m.folder: m.files for m in self.members.values()}
         files |= {folder: kept["files"] for folder, kept in self.kept.items()}
         files |= {self.version: self.files} if self.version else {}
@@ -199,7 +199,7 @@ ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
 
 
 def write_new(folder: Path, backbone: Backbone, settings: CompositionSettings) -> None:
-    """Write what a registry of nobody holds."""
+    """Write the files of a registry without members."""
     save_backbone(folder / BACKBONE, backbone)
     about = {
         "content": "registry",
@@ -221,7 +221,7 @@ def write_new(folder: Path, backbone: Backbone, settings: CompositionSettings) -
 
 
 def read_about(path: Path, state: State) -> tuple[str, str]:
-    """Identity and time of creation."""
+    """Read the registry's identity and time of creation."""
     if file_sha256(path) != state.fixed.get(ABOUT):
         raise RegistryDamaged(
             f"{path} was altered, or what {STATE} says of it. Restore the registry from a copy."
@@ -231,7 +231,7 @@ def read_about(path: Path, state: State) -> tuple[str, str]:
 
 
 def members_after(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-    """Members as the journal's lines leave them, by client."""
+    """Replay the journal: the members after these lines, by client."""
     members: dict[str, dict[str, Any]] = {}
     for entry in entries:
         if entry.event == "added":
@@ -246,7 +246,7 @@ def members_after(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
 def root_of(
     state: State, members: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]
 ) -> str:
-    """Root that the registry has with these members.
+    """Compute the root of the registry with these members.
 
     Args:
         state: Says backbone and settings, which never change.
@@ -260,12 +260,12 @@ def root_of(
 
 
 def line_of(folder: str) -> int:
-    """Number of the journal's line that a composition came with, by its folder; 0: not told."""
+    """Number of the journal's line that wrote a composition, by its folder; 0: not known."""
     number = folder.rpartition("/")[2]
     return int(number) if number.isdecimal() else 0
 
 
 def end_of_change(entries: Sequence[Entry], line: int) -> Entry | None:
-    """Last line of the change whose first is this one, counted from 1; None: there is no such."""
+    """Find the last line of the change that begins with a line, counted from 1."""
     after = entries[line - 1 :] if line > 0 else ()
     return next((entry for entry in after if "root_after" in entry.details), None)

@@ -39,14 +39,14 @@ TICK = 0.1
 
 @dataclass(frozen=True)
 class Change:
-    """What is left to do once a change is committed; paths are relative to the folder."""
+    """A committed change: what is to be done; paths are relative to the folder."""
 
     moves: tuple[str, ...]
-    """Staged folders and files that take their places; new names all."""
+    """Staged folders and files that move to their places; nothing is there yet."""
     journal_size: int
     """Bytes of the journal before the change."""
     journal_lines: tuple[str, ...]
-    """What it grows by."""
+    """Lines that are appended to it."""
     deletions: tuple[str, ...]
     """Folders and files that the new state no longer names."""
     model: str
@@ -61,13 +61,13 @@ def locked(
     patience: float = 60.0,
     on_wait: Callable[[str], None] = lambda holder: None,
 ) -> Iterator[None]:
-    """Hold the writer's lock, after completing or undoing what a dead writer left.
+    """Hold the writer's lock; first complete or undo what a dead writer left.
 
     Args:
         root: The folder.
-        purpose: What for; told to whoever waits.
+        purpose: What the lock is held for; other writers that wait are shown it.
         patience: Seconds to wait for another writer.
-        on_wait: Told once who holds the lock.
+        on_wait: Called once with who holds the lock, if another writer does.
 
     Raises:
         RegistryLocked: If another writer holds it for longer; says who, and since when.
@@ -109,11 +109,11 @@ def discard(root: Path) -> None:
 
 
 def commit(root: Path, change: Change, state: str) -> None:
-    """Make a staged change happen.
+    """Commit a staged change and apply it.
 
     Args:
         root: The folder; the lock is held.
-        change: What to do.
+        change: What is to be done.
         state: The new ``state.json``.
 
     Raises:
@@ -171,7 +171,7 @@ def require_inside(root: Path, path: str) -> None:
 
 
 def _apply(root: Path, change: Change) -> None:
-    """Do, or finish, what a commit says; every step may have been done already."""
+    """Do what a commit says; any step may have been done already."""
     pending = root / PENDING
     for path in change.moves:
         (root / path).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Re-derives what a registry says of itself: every byte, every link, the composition from scratch.
+"""Derives all that a registry says of itself again: files, journal, records, composition.
 
 Nothing is taken on trust but the arithmetic: files are hashed again, the journal's chain is
 followed, the running sum and the composed weights are computed anew from the contributions.
@@ -23,7 +23,7 @@ from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.heads import Head
 from fedcompo.registry import journal, signing
 from fedcompo.registry.journal import Entry
-from fedcompo.registry.registry import Registry
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.state import (
     PRIVATE,
@@ -35,13 +35,12 @@ from fedcompo.registry.state import (
     root_of,
 )
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
+from fedcompo.report.units import OnStep
 from fedcompo.storage.files import REALIGNED, canonical
 from fedcompo.storage.tensorstream import file_sha256
 
 CLOSE = 1e-4
 """Largest difference of a joint head that another machine's rounding can explain."""
-
-OnStep = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,14 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
 
     Args:
         path: Its folder.
-        on_step: Told what is being done.
+        on_step: Called with what is being done.
 
     Returns:
         One finding for each claim; the registry is intact if all hold.
     """
     try:
         on_step("state and journal")
-        registry = Registry(path)
+        registry = RegistryReader(path)
         entries = _whole_journal(registry)
     except FedcompoError as error:
         return [Finding("state and journal can be read and belong together", False, str(error))]
@@ -91,14 +90,16 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
     return findings
 
 
-def _guarded(claim: str, check: Callable[[Registry], Finding], registry: Registry) -> list[Finding]:
+def _guarded(
+    claim: str, check: Callable[[RegistryReader], Finding], registry: RegistryReader
+) -> list[Finding]:
     try:
         return [check(registry)]
     except FedcompoError as error:
         return [Finding(claim, False, str(error))]
 
 
-def _whole_journal(registry: Registry) -> list[Entry]:
+def _whole_journal(registry: RegistryReader) -> list[Entry]:
     registry.entries()
     entries = journal.read(registry.path / JOURNAL)
     if len(entries) != registry.state.sequence:
@@ -110,7 +111,7 @@ def _whole_journal(registry: Registry) -> list[Entry]:
 
 
 def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
-    """The journal, replayed, must lead to the state."""
+    """Replay the journal and compare the result with the state."""
     present, roots = members_after(entries), [e.details.get("root_after", "") for e in entries]
     root = next((root for root in reversed(roots) if root), "")
     members = {c: {**m.essence, "added": m.added} for c, m in state.members.items()}
@@ -127,7 +128,7 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
 def _kept_finding(
     folder: str, kept: Mapping[str, Any], state: State, entries: Sequence[Entry]
 ) -> Finding:
-    """An earlier composition is named after the line that it came with, whose root covers it."""
+    """Compare a kept composition with the journal's line that it is named after."""
     claim = f"the kept {folder} is what the journal tells of it"
     last = end_of_change(entries, line_of(folder))
     if last is None:
@@ -137,7 +138,7 @@ def _kept_finding(
     return _compared(claim, kept_root, (sorted(members), last.details["root_after"]))
 
 
-def _check_keys(registry: Registry) -> Iterator[Finding]:
+def _check_keys(registry: RegistryReader) -> Iterator[Finding]:
     claim = "the keys belong together"
     try:
         signing.check_pair(registry.path / PRIVATE, registry.path / PUBLIC)
@@ -146,8 +147,8 @@ def _check_keys(registry: Registry) -> Iterator[Finding]:
         yield Finding(claim, False, str(error))
 
 
-def _check_files(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
-    """Every file that the state names must be there, byte for byte."""
+def _check_files(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
+    """Compare every file that the state names with its SHA-256."""
     state, root = registry.state, registry.path
     named = {f"the {file}": (root / file, digest) for file, digest in state.fixed.items()}
     for client, member in state.members.items():
@@ -168,8 +169,8 @@ def _check_files(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
         yield _file_finding(f"{what} is unaltered", path, digest)
 
 
-def _check_records(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
-    """Every removal that the journal tells of has a record, unaltered and signed."""
+def _check_records(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
+    """Check that every removal in the journal has its record, unaltered and signed."""
     for entry in entries:
         if "record" in entry.details:
             path = registry.path / entry.details["record"]
@@ -191,8 +192,8 @@ def signature_finding(path: Path, public: Path) -> Finding:
     return Finding.of(claim, signed, f"the signature is not that of {public}")
 
 
-def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Finding]:
-    """Nothing may lie there that the state does not name; the link must lead to the composition."""
+def _check_strangers(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
+    """Find files that the state does not name; check where the link ``model`` leads."""
     state, root = registry.state, registry.path
     known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, *state.places)}
     known |= {root / e.details["record"] for e in entries if "record" in e.details}
@@ -209,8 +210,8 @@ def _check_strangers(registry: Registry, entries: list[Entry]) -> Iterator[Findi
     yield _compared("the link `model` leads to the composition", target, state.version)
 
 
-def _recomposed(registry: Registry) -> Finding:
-    """Sum the members' task vectors anew and hold every weight against the composition."""
+def _recomposed(registry: RegistryReader) -> Finding:
+    """Sum the members' task vectors again and compare every weight with the composition."""
     claim = "the composition is that of the members"
     state, backbone = registry.state, registry.backbone
     running, model = registry.running_sum(), registry.composed()
@@ -241,7 +242,7 @@ def _recomposed(registry: Registry) -> Finding:
     return Finding(claim, True)
 
 
-def _realigned(registry: Registry) -> Finding:
+def _realigned(registry: RegistryReader) -> Finding:
     """Fit the joint head anew."""
     if registry.realigned:
         mixtures = load_realigned(registry.path / registry.state.version / REALIGNED)

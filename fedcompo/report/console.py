@@ -1,4 +1,4 @@
-"""What commands print: sentences, tables, JSON."""
+"""Printing for people and programs: sentences, tables, JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PIPE_WIDTH = 120
 
 
 def literal(text: str) -> Text:
-    """Text to print as it is: without markup; invisible characters, by their numbers.
+    """Make text that is printed as it is: without markup, invisible characters by their numbers.
 
-    Some of those steer terminals, and names of classes come from outside.
+    Some characters steer terminals, and names of classes come from outside.
     """
     visible = (c if c.isprintable() or c in "\n\t" else f"⟨U+{ord(c):04X}⟩" for c in text)
     return Text("".join(visible))
@@ -32,7 +32,9 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=list))
 
 
-def table_console() -> Console:
-    """A console for tables: as wide as the terminal, or wide enough where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(PIPE_WIDTH, console.width))
+def table_console(console: Console | None = None) -> Console:
+    """Make a console wide enough for tables, also where there is no terminal."""
+    console = console or Console()
+    if console.is_terminal:
+        return console
+    return Console(file=console.file, width=max(PIPE_WIDTH, console.width))

@@ -66,20 +66,15 @@ def _picture(results: Results) -> str:
     if cosines:
         width = matrix_left + 120 + cell * len(clients)
         height = max(height, 130 + cell * len(clients))
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="#1f2933">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        _text(20, 28, "Accuracy by client", bold=True),
-    ]
+    parts = [text(20, 28, "Accuracy by client", bold=True)]
     for index, (title, _, colour) in enumerate(BARS):
         left = 20 + 180 * index
         parts.append(f'<rect x="{left}" y="42" width="12" height="12" fill="{colour}"/>')
-        parts.append(_text(left + 17, 53, title))
+        parts.append(text(left + 17, 53, title))
     for index, name in enumerate(rows):
         top = 74 + row_height * index
         figures = results if name == "mean" else results["per_client"][name]
-        parts.append(_text(20, top + 40, name[:18], bold=name == "mean"))
+        parts.append(text(20, top + 40, name[:18], bold=name == "mean"))
         for bar, (_, key, colour) in enumerate(BARS):
             value, y = figures[key], top + bar * (bar_height + 2)
             length = 480 * (value or 0)
@@ -87,17 +82,17 @@ def _picture(results: Results) -> str:
                 f'<rect x="150" y="{y}" width="{length:.1f}" height="{bar_height}" '
                 f'fill="{colour}"/>'
             )
-            parts.append(_text(156 + length, y + 13, percent(value)))
+            parts.append(text(156 + length, y + 13, percent(value)))
     if cosines:
         parts += _matrix(results, cosines, matrix_left, cell)
-    return "\n".join([*parts, "</svg>\n"])
+    return document(width, height, parts)
 
 
 def _matrix(results: Results, cosines: list[list[float]], left: int, cell: int) -> list[str]:
-    found = results["diagnostics"]
-    parts = [_text(left, 28, "Cosine of task vectors, Fisher metric", bold=True)]
+    clients = results["diagnostics"]["clients"]
+    parts = [text(left, 28, "Cosine of task vectors, Fisher metric", bold=True)]
     for i, row in enumerate(cosines):
-        parts.append(_text(left, 74 + cell * i + cell // 2 + 5, found["clients"][i][:14]))
+        parts.append(text(left, 74 + cell * i + cell // 2 + 5, clients[i][:14]))
         for j, value in enumerate(row):
             x, y = left + 100 + cell * j, 74 + cell * i
             strength = min(1.0, abs(value))
@@ -116,13 +111,8 @@ def _matrix(results: Results, cosines: list[list[float]], left: int, cell: int) 
     return parts
 
 
-def _text(x: float, y: float, text: str, *, bold: bool = False) -> str:
-    weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}"{weight}>{escape(text)}</text>'
-
-
 def document(width: float, height: float, parts: Sequence[str]) -> str:
-    """Return a whole SVG."""
+    """Make an SVG file of its parts."""
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -135,6 +125,7 @@ def document(width: float, height: float, parts: Sequence[str]) -> str:
 
 
 def text(x: float, y: float, words: str, *, bold: bool = False, anchor: str = "start") -> str:
-    """Return an SVG text."""
-    weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(words)}</text>'
+    """Make a line of text; ``anchor`` (start, middle, end) is its point at ``x``."""
+    style = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    style += ' font-weight="600"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(words)}</text>'

@@ -1,4 +1,4 @@
-"""Results for people: tables in the terminal; the picture is :mod:`fedcompo.report.picture`."""
+"""The results of a run as tables in the terminal; as a picture: :mod:`fedcompo.report.picture`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedcompo.report.console import table_console
 from fedcompo.report.picture import SHOWN, Results, overlap, shown
-from fedcompo.report.picture import write_report as write_report
 from fedcompo.report.units import percent, shortened, size
 
 COLUMNS = (
@@ -21,8 +21,6 @@ COLUMNS = (
 CAPTION = """frozen: pre-trained backbone, aligned head, all classes
 own: each client's own module on its own classes
 class-IL, task-IL: the one model of all, all classes; the client's classes"""
-PIPE_WIDTH = 120
-"""Columns of a table that no terminal will show."""
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -30,10 +28,9 @@ def print_results(results: Results, console: Console) -> None:
 
     Args:
         results: What ``results.json`` holds.
-        console: Where to.
+        console: The console to print to.
     """
-    if not console.is_terminal:
-        console = Console(file=console.file, width=max(PIPE_WIDTH, console.width))
+    console = table_console(console)
     console.print(_accuracy_table(results))
     console.print(_traffic_table(results))
     if "diagnostics" in results:
@@ -113,11 +110,11 @@ def _traffic_table(results: Results) -> Table:
 
 
 def _phases(results: Results) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Phases by name; of several like ones, such as rounds, all under one."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    """Group phases by name: all rounds, for example, under one."""
+    by_name: dict[str, dict[str, Mapping[str, Any]]] = {}
     for label, phase in results["phases"].items():
-        found.setdefault(label.partition(", ")[0], {})[label] = phase
-    return found
+        by_name.setdefault(label.partition(", ")[0], {})[label] = phase
+    return by_name
 
 
 def _total(parts: Mapping[str, Mapping[str, Any]], name: str) -> Any:
@@ -125,7 +122,7 @@ def _total(parts: Mapping[str, Mapping[str, Any]], name: str) -> Any:
 
 
 def _diagnostics_table(results: Results) -> Table:
-    found = results["diagnostics"]
+    diagnostics = results["diagnostics"]
     cosines = overlap(results)
     title = "Task vectors: length" + (", and cosine in the Fisher metric" if cosines else "")
     table = Table(title=title, padding=(0, 1, 0, 0))  # five clients fit a terminal
@@ -133,12 +130,12 @@ def _diagnostics_table(results: Results) -> Table:
     table.add_column("‖τ‖", justify="right")
     if cosines:
         table.add_column("τᵀF̄τ", justify="right")
-        for client in found["clients"]:
+        for client in diagnostics["clients"]:
             table.add_column(client, justify="right")
-    for index, client in enumerate(found["clients"][:SHOWN]):
-        row = [client, f"{found['tau_norms'][index]:.3g}"]
+    for index, client in enumerate(diagnostics["clients"][:SHOWN]):
+        row = [client, f"{diagnostics['tau_norms'][index]:.3g}"]
         if cosines:
-            row.append(f"{found['fisher_gram'][index][index]:.2g}")
+            row.append(f"{diagnostics['fisher_gram'][index][index]:.2g}")
             row += [f"{value:+.2f}" for value in cosines[index]]
         table.add_row(*row)
     return table

@@ -1,12 +1,15 @@
-"""Times and sizes for people."""
+"""Steps, times, sizes, names and percentages, written for people."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+OnStep = Callable[[str], None]
+"""Called with each step of something that takes long, in words."""
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: ``4.2 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    """Write seconds for people: ``4.2 s``, ``3 min 5 s``, ``2 h 10 min``."""
     seconds = max(0.0, seconds)
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -17,7 +20,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people, in powers of 1000: ``616 B``, ``4.7 MB``, ``597 kB``."""
+    """Write bytes for people, in powers of 1000: ``616 B``, ``4.7 MB``, ``597 kB``."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -26,11 +29,11 @@ def size(count: int) -> str:
 
 
 def shortened(names: Sequence[str], limit: int = 24) -> str:
-    """Names joined by commas; of long lists the number and the first."""
+    """Join names by commas; a list that is too long shows its length and its first names."""
     text = ", ".join(names)
     return text if len(text) <= limit else f"{len(names)}: {text[: limit - 5]}…"
 
 
 def percent(value: float | None) -> str:
-    """A fraction as a percentage; a dash where nobody reported one."""
+    """Write a fraction as a percentage, or a dash where there is none."""
     return "–" if value is None else f"{100 * value:.1f}"

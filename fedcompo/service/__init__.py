@@ -1,1 +1,38 @@
-"""The registry as a service: publish, fetch, compose and leave over gRPC, with mutual TLS."""
+"""The registry over gRPC, with mutual TLS: publish, fetch, compose and leave.
+
+A client of the service needs no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from fedcompo._lazy import face
+
+if TYPE_CHECKING:
+    from fedcompo.service.access import Audience as Audience
+    from fedcompo.service.certificates import Authority as Authority
+    from fedcompo.service.certificates import Credential as Credential
+    from fedcompo.service.certificates import read_authority as read_authority
+    from fedcompo.service.certificates import read_credential as read_credential
+    from fedcompo.service.client import Client as Client
+    from fedcompo.service.client import Receipt as Receipt
+    from fedcompo.service.limits import Limits as Limits
+    from fedcompo.service.server import Server as Server
+    from fedcompo.service.server import Settings as Settings
+    from fedcompo.service.server import serve as serve
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "Audience": "access",
+        "Authority": "certificates",
+        "Client": "client",
+        "Credential": "certificates",
+        "Limits": "limits",
+        "Receipt": "client",
+        "Server": "server",
+        "Settings": "server",
+        "read_authority": "certificates",
+        "read_credential": "certificates",
+        "serve": "server",
+    },
+)

@@ -1,9 +1,7 @@
-"""Who calls: the name and the role in the certificate that TLS has verified.
+"""Who calls the service, and what each caller may do.
 
-Nothing that a message says counts. A certificate that expires while its connection lasts is
-refused from then on.
-
-Who may do what.
+The caller's name and role are those in the certificate that TLS has verified; nothing in a message
+changes them. A certificate that expires while its connection lasts is refused from then on.
 
 ================  ==============================  ========
 call              a client                        operator
@@ -21,14 +19,13 @@ Remove            its own                         any
 name, operators neither: what comes by mail they add at the registry itself.
 
 A model of one client alone is θ₀ plus that client's task vector, with a head fitted to its
-statistics, and of two models of many the difference can be taken: whoever composes freely can work
-out the task vectors, though Fisher, statistics and own head of a client are never sent. Where
-members shall not see that of each other, let operators alone compose.
+statistics; and two models of many clients can be subtracted. So whoever composes freely can compute
+the task vectors, though a client's Fisher, statistics and own head are never sent. Where members
+must not see each other's task vectors, let operators alone compose.
 
-Certificates that count no more before they expire: a key was lost, or its holder shall go.
-
-They stand in a file of the operator's, which is read again whenever it has changed, so that nobody
-need restart the service to lock a thief out.
+A certificate can be revoked before it expires, because a key was lost or its holder must leave. The
+operator lists revoked certificates in a file. The service reads it again whenever it has changed,
+so nobody need restart it.
 """
 
 from __future__ import annotations
@@ -58,11 +55,16 @@ if TYPE_CHECKING:
     import grpc
 
 PEM = "x509_pem_cert"
+"""Where gRPC keeps the caller's certificate."""
+FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
+"""SHA-256 of a certificate, as it stands in the journal; colons are left out before."""
+SETTLED = 1.0
+"""Seconds without a change after which a list counts as complete: writing it takes a moment."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Whoever holds a certificate of the authority."""
+    """A caller, who holds a certificate of the authority."""
 
     name: str
     operator: bool
@@ -71,7 +73,7 @@ class Peer:
 
     @property
     def signature(self) -> str:
-        """What the journal and the receipts say of who asked."""
+        """The caller, as the journal and the receipts name it."""
         role = OPERATOR if self.operator else CLIENT
         return f"{self.name} ({role}, certificate SHA-256 {self.fingerprint})"
 
@@ -87,7 +89,7 @@ def peer_of(context: grpc.ServicerContext) -> Peer:
         raise Refused(
             Code.UNAUTHENTICATED, "No certificate came with the call. Connect by mutual TLS."
         )
-    peer, begins, ends = _read(bytes(pem))
+    peer, begins, ends = _read_certificate(bytes(pem))
     now = datetime.datetime.now(datetime.UTC)
     if not begins <= now <= ends:
         raise Refused(
@@ -98,34 +100,8 @@ def peer_of(context: grpc.ServicerContext) -> Peer:
     return peer
 
 
-@functools.lru_cache(maxsize=1024)
-def _read(pem: bytes) -> tuple[Peer, datetime.datetime, datetime.datetime]:
-    try:
-        certificate = x509.load_pem_x509_certificate(pem)
-        names = _values(certificate, NameOID.COMMON_NAME)
-        units = _values(certificate, NameOID.ORGANIZATIONAL_UNIT_NAME)
-        if len(names) != 1 or units not in ([CLIENT], [OPERATOR]):
-            raise ContributionError(
-                f"It has {len(names)} common names and the organizational units {units}; expected "
-                f"one name, and one of {CLIENT!r} and {OPERATOR!r}."
-            )
-        name = check_client_name(names[0])
-    except (ValueError, x509.InvalidVersion) as error:  # ContributionError is a ValueError
-        raise Refused(
-            Code.UNAUTHENTICATED,
-            f"The certificate names nobody who could be a client. {error}",
-        ) from error
-    fingerprint = hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
-    peer = Peer(name, units == [OPERATOR], fingerprint)
-    return peer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
-
-
-def _values(certificate: x509.Certificate, kind: x509.ObjectIdentifier) -> list[str]:
-    return [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(kind)]
-
-
 class Audience(StrEnum):
-    """Who may compose."""
+    """Who may compose models."""
 
     MEMBERS = "members"
     """Clients that are in the registry now, and operators."""
@@ -145,7 +121,7 @@ def require_owner(peer: Peer, client: str, what: str) -> None:
 
 
 def require_named(peer: Peer, client: object) -> None:
-    """Raise ``Refused`` unless a contribution that is handed in bears the caller's name."""
+    """Raise ``Refused`` unless a published contribution bears the caller's name."""
     if client != peer.name:
         raise Refused(
             Code.PERMISSION_DENIED,
@@ -166,30 +142,22 @@ def require_audience(peer: Peer, audience: Audience, members: Iterable[str]) -> 
     )
 
 
-FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
-"""SHA-256 of a certificate, as it stands in the journal; colons are left out before."""
-
-
-SETTLED = 1.0
-"""Seconds without a change after which a list counts as complete: writing it takes a moment."""
-
-
 class Revoked:
-    """The SHA-256 of certificates that are refused; one a line, and ``#`` begins a comment.
+    """A list of revoked certificates: the SHA-256 of each on a line; ``#`` begins a comment.
 
-    What ``openssl x509 -noout -fingerprint -sha256`` prints may stand there as it is.
+    A line may also be what ``openssl x509 -noout -fingerprint -sha256`` prints.
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        """Read the list; without a file, nobody is on it.
+        """Read the list; without a file it is empty.
 
         Raises:
-            ConfigError: If it cannot be read, or holds what is no SHA-256.
+            ConfigError: If it cannot be read, or a line is no SHA-256.
         """
         self._file, self._lock = file, threading.Lock()
         self._seen = _stamp(file)
         self._fingerprints, faults = (frozenset[str](), ()) if file is None else _read_list(file)
-        self._told: tuple[str, ...] = ()
+        self._reported: tuple[str, ...] = ()
         if faults:
             raise ConfigError("\n".join(faults))
 
@@ -202,28 +170,54 @@ class Revoked:
             )
 
     def _current(self) -> frozenset[str]:
-        """The list, read again if its file has changed.
+        """Return the list, read again if its file has changed.
 
-        Nobody is let in again while something is wrong with it, or while it may still be written.
+        While the file has a fault, or may still be being written, nothing is taken off the list.
         """
         with self._lock:
             if self._file is not None and (stamp := _stamp(self._file)) != self._seen:
-                found, faults = _read_list(self._file)
+                fingerprints, faults = _read_list(self._file)
                 settled = stamp is not None and not 0 <= time.time() - stamp[0] / 1e9 < SETTLED
                 if faults or not settled:
-                    found |= self._fingerprints
-                self._fingerprints = found
+                    fingerprints |= self._fingerprints
+                self._fingerprints = fingerprints
                 if settled and not faults:
                     self._seen = stamp
-                if faults and faults != self._told:
+                if faults and faults != self._reported:
                     for fault in faults:
                         LOGGER.error("The last revoked certificates stay revoked: %s", fault)
-                self._told = faults
+                self._reported = faults
             return self._fingerprints
 
 
+@functools.lru_cache(maxsize=1024)
+def _read_certificate(pem: bytes) -> tuple[Peer, datetime.datetime, datetime.datetime]:
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        names = _subject_values(certificate, NameOID.COMMON_NAME)
+        units = _subject_values(certificate, NameOID.ORGANIZATIONAL_UNIT_NAME)
+        if len(names) != 1 or units not in ([CLIENT], [OPERATOR]):
+            raise ContributionError(
+                f"It has {len(names)} common names and the organizational units {units}; expected "
+                f"one name, and one of {CLIENT!r} and {OPERATOR!r}."
+            )
+        name = check_client_name(names[0])
+    except (ValueError, x509.InvalidVersion) as error:  # ContributionError is a ValueError
+        raise Refused(
+            Code.UNAUTHENTICATED,
+            f"The certificate names nobody who could be a client. {error}",
+        ) from error
+    fingerprint = hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
+    peer = Peer(name, units == [OPERATOR], fingerprint)
+    return peer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
+
+
+def _subject_values(certificate: x509.Certificate, kind: x509.ObjectIdentifier) -> list[str]:
+    return [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(kind)]
+
+
 def _stamp(file: Path | None) -> tuple[int, ...] | None:
-    """What changes with a file's content, or with who may read it."""
+    """Values that change with a file's content, or with who may read it."""
     try:
         status = file.stat() if file is not None else None
     except OSError:
@@ -232,20 +226,20 @@ def _stamp(file: Path | None) -> tuple[int, ...] | None:
 
 
 def _read_list(file: Path) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Fingerprints of a list, and what is wrong with it."""
+    """Read a list of fingerprints; returns them, and the faults of the file."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         return frozenset(), (f"The revoked certificates cannot be read from {file}: {error}",)
-    found, faults = [], []
+    fingerprints, faults = [], []
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].rpartition("=")[2].strip().replace(":", "").lower()
         if FINGERPRINT.fullmatch(text):
-            found.append(text)
+            fingerprints.append(text)
         elif text:
             faults.append(
                 f"{file}, line {number}: {line.strip()!r} is no SHA-256 of a certificate; expected "
                 "64 hexadecimal digits, as in the journal, or what `openssl x509 -noout "
                 "-fingerprint -sha256 -in NAME.crt` prints."
             )
-    return frozenset(found), tuple(faults)
+    return frozenset(fingerprints), tuple(faults)

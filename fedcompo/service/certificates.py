@@ -5,43 +5,38 @@ name) and what it may be (organizational unit: ``server``, ``client`` or ``opera
 key usage keeps a client from posing as the server. Keys lie on the curve P-384. The extensions are
 those that Python's strict verification (the default since 3.13) asks for.
 
-Certificates and keys in files, read and held against each other before they are used.
-
-gRPC takes anything for a certificate, and then fails to connect without saying why.
+Files are checked when they are read: gRPC takes anything for a certificate, and then fails to
+connect without saying why.
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.names import check_client_name
+from fedcompo.storage.files import UNREADABLE, private_pem, write_private
 
 SERVER, CLIENT, OPERATOR = "server", "client", "operator"
-"""Organizational units: what the holder of a certificate may be."""
+"""Organizational units: the role of a certificate's holder."""
 
 ORGANIZATION = "fedcompo"
 AUTHORITY_STEM = "ca"
-OWNER_ONLY = 0o600
 LONGEST_COMMON_NAME = 64
 """Bytes; X.509 allows no more."""
 CLOCK_SKEW = datetime.timedelta(days=1)
-"""Certificates hold from so long before they are issued: clocks of other machines may be slow."""
+"""How long before its issue a certificate begins: clocks of other machines may be slow."""
 DNS_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
-UNREADABLE = (OSError, ValueError, TypeError, UnsupportedAlgorithm, InternalError)
-"""What a file that holds no key or certificate can provoke."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Credential:
 
 @dataclass(frozen=True)
 class Authority:
-    """Whom everybody in a federation trusts to say who is who.
+    """The authority, whose certificates everybody in a federation trusts.
 
     Attributes:
         credential: Its own certificate, which everybody gets, and its key, which nobody gets.
@@ -75,7 +70,7 @@ class Authority:
 
         Args:
             name: Its common name.
-            days: How long its certificate holds; negative: it has expired (for tests).
+            days: How long its certificate is valid; negative: it has expired (for tests).
         """
         key = _new_key()
         subject = _subject(name, "authority")
@@ -128,7 +123,7 @@ class Authority:
 
         Args:
             hosts: DNS names and IP addresses under which it is reached.
-            days: How long the certificate holds; negative: it has expired (for tests).
+            days: How long the certificate is valid; negative: it has expired (for tests).
 
         Raises:
             ConfigError: If there is no host, or one is neither a DNS name nor an IP address.
@@ -145,7 +140,7 @@ class Authority:
         Args:
             name: Becomes the common name.
             operator: Whether it is an operator, who may do more than a client.
-            days: How long the certificate holds; negative: it has expired (for tests).
+            days: How long the certificate is valid; negative: it has expired (for tests).
 
         Raises:
             ContributionError: If the name cannot be a client's.
@@ -183,13 +178,44 @@ class Authority:
         return _signed(builder, key, _private_key(self.credential.key))
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, from the first moment; it must not exist yet."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def read_authority(path: Path) -> bytes:
+    """Read the certificate of an authority; raises ``ConfigError`` if it is none."""
+    try:
+        pem = path.read_bytes()
+        x509.load_pem_x509_certificates(pem)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"The authority's certificate {path} cannot be read: {error}. "
+            "Name the ca.crt that the authority handed out."
+        ) from error
+    return pem
+
+
+def read_credential(certificate: Path, key: Path) -> Credential:
+    """Read a certificate and its key; raises ``ConfigError`` if they do not belong together."""
+    try:
+        pem = certificate.read_bytes()
+        public = x509.load_pem_x509_certificate(pem).public_key()
+    except UNREADABLE as error:
+        raise ConfigError(f"The certificate {certificate} cannot be read: {error}.") from error
+    try:
+        secret = key.read_bytes()
+        private = serialization.load_pem_private_key(secret, password=None)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"The key {key} cannot be read ({type(error).__name__}); expected a private key in "
+            "PEM, without a password."
+        ) from error
+    if private.public_key() != public:
+        raise ConfigError(f"The certificate {certificate} and the key {key} are no pair.")
+    return Credential(pem, secret)
+
+
+def name_in(credential: Credential) -> str:
+    """Return the common name in a certificate."""
+    subject = x509.load_pem_x509_certificate(credential.certificate).subject
+    names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
 
 
 def _new_key() -> ec.EllipticCurvePrivateKey:
@@ -244,7 +270,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
-    """What all certificates have in common."""
+    """Begin a certificate with the fields that all certificates have."""
     now = datetime.datetime.now(datetime.UTC)
     ends = now + datetime.timedelta(days=days)
     return (
@@ -264,53 +290,6 @@ def _signed(
     key: ec.EllipticCurvePrivateKey,
     signer: ec.EllipticCurvePrivateKey,
 ) -> Credential:
-    """Sign a certificate, and join it with the key that it is about."""
+    """Sign a certificate, and return it with its own private key."""
     certificate = builder.sign(signer, hashes.SHA384())
-    return Credential(
-        certificate.public_bytes(serialization.Encoding.PEM),
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        ),
-    )
-
-
-def read_authority(path: Path) -> bytes:
-    """Read the certificate of an authority; raises ``ConfigError`` if it is none."""
-    try:
-        pem = path.read_bytes()
-        x509.load_pem_x509_certificates(pem)
-    except UNREADABLE as error:
-        raise ConfigError(
-            f"The authority's certificate {path} cannot be read: {error}. "
-            "Name the ca.crt that the authority handed out."
-        ) from error
-    return pem
-
-
-def read_credential(certificate: Path, key: Path) -> Credential:
-    """Read a certificate and its key; raises ``ConfigError`` if they do not belong together."""
-    try:
-        pem = certificate.read_bytes()
-        public = x509.load_pem_x509_certificate(pem).public_key()
-    except UNREADABLE as error:
-        raise ConfigError(f"The certificate {certificate} cannot be read: {error}.") from error
-    try:
-        secret = key.read_bytes()
-        private = serialization.load_pem_private_key(secret, password=None)
-    except UNREADABLE as error:
-        raise ConfigError(
-            f"The key {key} cannot be read ({type(error).__name__}); expected a private key in "
-            "PEM, without a password."
-        ) from error
-    if private.public_key() != public:
-        raise ConfigError(f"The certificate {certificate} and the key {key} are no pair.")
-    return Credential(pem, secret)
-
-
-def name_in(credential: Credential) -> str:
-    """Whom a certificate names."""
-    subject = x509.load_pem_x509_certificate(credential.certificate).subject
-    names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(names[0].value) if names else ""
+    return Credential(certificate.public_bytes(serialization.Encoding.PEM), private_pem(key))

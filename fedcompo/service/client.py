@@ -1,24 +1,24 @@
-"""The client's side: publish, fetch, compose and leave, however often the line breaks.
+"""The client's side: publish, fetch, compose and leave, over an unreliable connection.
 
-What has come, or gone, is not sent again: a call that broke off is made anew and goes on from
-there. Every file is held against its SHA-256 before it takes its place.
+A broken call is repeated and resumes: what was transferred is not sent again. Every file is
+compared with its SHA-256 before it takes its place.
 """
 
 from __future__ import annotations
 
 import queue
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from fedcompo.errors import ConfigError, FileFormatError
-from fedcompo.report.units import size
+from fedcompo.errors import ConfigError, FileFormatError, ServiceError
+from fedcompo.report.units import OnStep, size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
 from fedcompo.service.registry_pb2_grpc import RegistryStub
@@ -27,9 +27,9 @@ from fedcompo.service.transfer import FileEntry, Part, outgoing, received
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
 
 if TYPE_CHECKING:
+    from fedcompo.registry.removal import RemovalRecord
     from fedcompo.registry.verification import Finding
 
-OnStep = Callable[[str], None]
 
 CONTRIBUTION = frozenset({CONTENT, CARD}), frozenset({CONTENT, CARD, FISHER})
 """Files of a contribution: those that must be there, and those that may."""
@@ -44,12 +44,30 @@ LARGEST_MESSAGE = 16 << 20
 
 @dataclass(frozen=True)
 class Receipt:
-    """What comes back when a client leaves."""
+    """What a client gets when it leaves."""
 
     record: bytes
     """A removal record, signed."""
     public_key: bytes
-    """What it is signed with, PEM."""
+    """The key that checks its signature, PEM."""
+
+    def checked(self, client: str) -> RemovalRecord:
+        """Read the record; raises ``ServiceError`` unless it is this client's, and signed."""
+        from fedcompo.registry.removal import RemovalRecord
+        from fedcompo.registry.signing import is_signed
+
+        record = RemovalRecord.parse(self.record, source="The receipt")
+        with tempfile.TemporaryDirectory(prefix="fedcompo-") as folder:
+            public = Path(folder) / "public.pem"
+            public.write_bytes(self.public_key)
+            signed = is_signed(record.signed_bytes, record.signature, public)
+        if record.client != client or not signed:
+            raise ServiceError(
+                f"The server's receipt is of {record.client!r} and {'' if signed else 'not '}"
+                f"signed by its key; expected a signed one of {client!r}. Keep it, and ask an "
+                "operator."
+            )
+        return record
 
 
 class Client:
@@ -71,11 +89,11 @@ class Client:
         attempts: int = ATTEMPTS,
         seconds: float = 3600.0,
     ) -> None:
-        """Say whom to call, and who calls; the connection is made at the first call.
+        """Describe the connection; it is made at the first call.
 
         Args:
             address: ``host:port``.
-            authority: Certificate of whoever vouches for the server, PEM.
+            authority: Certificate of the authority that certifies the server, PEM.
             credential: The caller's own.
             attempts: How often to call before giving up.
             seconds: What one call may take.
@@ -99,12 +117,7 @@ class Client:
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the connection."""
         self._channel.close()
 
@@ -116,7 +129,7 @@ class Client:
         Args:
             folder: As ``Contribution.save`` writes it.
             replace: Take the place of the caller's earlier one.
-            on_step: Told how much has been sent.
+            on_step: Called with how much was sent.
 
         Returns:
             The message ``Published``.
@@ -150,7 +163,7 @@ class Client:
         Args:
             output: A new folder.
             client: Whose; empty: the caller's own.
-            on_step: Told how much has come.
+            on_step: Called with how much was received.
 
         Raises:
             ConfigError: If something is at ``output`` already.
@@ -183,7 +196,7 @@ class Client:
             without: Whom to leave out.
             weights: Coefficients by client; None: the registry's own.
             scale: Factor on the sum; None: the registry's own.
-            on_step: Told how much has come.
+            on_step: Called with how much was received.
 
         Raises:
             ConfigError: If something is at ``output`` already.
@@ -207,12 +220,12 @@ class Client:
         return Receipt(reply.record, reply.public_key)
 
     def list(self) -> Any:
-        """Ask who is there; returns the message ``ListReply``."""
+        """List the members; returns the message ``ListReply``."""
         request = wire.ListRequest()
         return self._attempts.make(lambda: self._stub.List(request, timeout=self._seconds))
 
     def verify(self, record: bytes = b"") -> Sequence[Finding]:
-        """Let the server derive again what the registry, or a receipt, claims."""
+        """Let the server verify every claim of the registry, or of a receipt."""
         from fedcompo.registry.verification import (
             Finding,  # takes seconds to import, as PyTorch does
         )
@@ -230,7 +243,7 @@ class Client:
         parts: Callable[[Mapping[str, int]], Iterator[Part]],
         on_step: OnStep,
     ) -> Any:
-        """One attempt to publish: offer, hear what is there, send the rest."""
+        """Make one attempt to publish: offer, learn what the server has, send the rest."""
         total = sum(file.size for file in offer.offer.files)
         heard: queue.SimpleQueue[Mapping[str, int] | None] = queue.SimpleQueue()
 
@@ -273,7 +286,7 @@ def _opened(folder: Path, names: Sequence[str]) -> Iterator[dict[str, BufferedRe
 
 
 def _require_text(*texts: str) -> None:
-    """Refuse what no message can hold: bytes of a command line that are not UTF-8."""
+    """Refuse bytes of a command line that are not UTF-8: no message can hold them."""
     for text in texts:
         if text.encode(errors="replace").decode() != text:
             raise ConfigError(f"{text!r} is no text; write it in UTF-8.")

@@ -1,7 +1,7 @@
-"""Handing out: a contribution as it came, or a model composed for the one who asks.
+"""Sends a contribution as it was published, or a model composed for the caller.
 
-Files are opened, and hashed, before the first byte is sent: a removal meanwhile takes their names,
-not what is open. What was composed while its clients changed is not sent at all.
+Files are opened, and hashed, before the first byte is sent: a removal meanwhile deletes their
+names, not the open files. A model whose clients changed while it was composed is not sent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ class Downloads:
         heavy: Places,
         limits: Limits,
     ) -> None:
-        """Say whence, where models are made, who may have them, and who else is at work."""
+        """Describe what is sent, to whom, and how much at a time.
+
+        Args:
+            registry: Folder of the registry.
+            folder: Where models are composed.
+            audience: Who may compose.
+            heavy: The places of calls that compute for long.
+            limits: The service's.
+        """
         self._registry, self._folder, self._audience = registry, folder, audience
         self._heavy, self._models, self._limits = heavy, Places(limits.models), limits
 
@@ -107,7 +115,7 @@ class Downloads:
 
     @contextmanager
     def _workshop(self) -> Iterator[Path]:
-        """A folder that is gone at the end; what was opened in it can still be read."""
+        """A folder that is deleted at the end; files opened in it can still be read."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         try:
@@ -125,7 +133,7 @@ def require_members(registry: Registry, clients: Sequence[str]) -> None:
 
 
 def _check_weights(weights: Mapping[str, float] | None) -> None:
-    """A message can hold numbers that no command line would let through."""
+    """Refuse weights outside [0, 1], which a message can hold."""
     for client, weight in (weights or {}).items():
         if not (math.isfinite(weight) and 0 <= weight <= 1):
             raise ConfigError(f"The weight of {client} must lie between 0 and 1, got {weight}.")
@@ -148,7 +156,7 @@ def _member_files(
 def _sent(
     content: Any, files: Mapping[str, BufferedReader], entries: Sequence[FileEntry], resume: Any
 ) -> Iterator[Any]:
-    """Describe the files, then send what has not come; of other content, nothing has."""
+    """Describe the files, then send the rest; a caller that has other content gets all."""
     content.id = identity(entries)
     content.files.extend(wire.File(name=e.name, size=e.size, sha256=e.sha256) for e in entries)
     yield wire.Download(content=content)

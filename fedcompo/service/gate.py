@@ -1,7 +1,7 @@
-"""What every call passes: who calls, how often, for how long; and how errors leave.
+"""Checks every call: its caller, its rate and its duration; turns errors into a status.
 
-It stands before all methods, those of health and reflection included. A message that cannot be
-parsed is refused like any other fault of the caller.
+It stands before all methods, health and reflection included. A message that cannot be parsed is
+refused like any other fault of the caller.
 """
 
 from __future__ import annotations
@@ -32,14 +32,20 @@ BUILDERS = {
 
 
 class Malformed:
-    """What stands for a message that cannot be parsed."""
+    """Stands for a message that cannot be parsed."""
 
 
 class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without types
-    """Lets calls in, in turn, and turns their errors into a status."""
+    """Admits calls within the limits, and turns their errors into a status."""
 
     def __init__(self, limits: Limits, hidden: Mapping[Path, str], revoked: Revoked) -> None:
-        """Say what is borne, which folders nobody outside needs to know, and who is locked out."""
+        """Describe what is admitted, and what no answer may reveal.
+
+        Args:
+            limits: The service's.
+            hidden: Folders that no answer may name, and what to call them instead.
+            revoked: Certificates that are refused.
+        """
         self._limits, self._hidden, self._turns = limits, hidden, Turns(limits)
         self._revoked = revoked
 
@@ -101,7 +107,7 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
     def _refusal(
         self, method: str, context: grpc.ServicerContext, error: Exception
     ) -> tuple[grpc.StatusCode, str]:
-        """Log a refusal, with whose it was, and say how to end the call.
+        """Log a refusal and its caller; returns how to end the call.
 
         The error is not kept: its frames would keep the call, and with it a stream, open.
         """
@@ -132,7 +138,7 @@ def time_left(context: grpc.ServicerContext, limits: Limits) -> float:
 
 
 def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Parse a message; grpc itself would call what cannot be parsed a failure of the server."""
+    """Parse a message; grpc itself would report a malformed one as a failure of the server."""
 
     def tolerant(data: bytes) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""How much one caller, and all of them together, may ask of the service."""
+"""Limits of the service, for one caller and for all together."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ CALLERS_KNOWN = 4096
 
 @dataclass(frozen=True)
 class Limits:
-    """What the service bears; sizes in bytes, times in seconds."""
+    """The limits; sizes in bytes, times in seconds."""
 
     message: int = LARGEST_PIECE + (1 << 16)
     """A single message: one chunk and its wrapping."""
     contribution: int = 4 << 30
-    """All files of a contribution, and with it what a client has sent and was not taken in."""
+    """All files of a contribution, and so of a client's upload."""
     description: int = 4 << 20
-    """What of a contribution is read as a whole: its card, the header of a file of tensors."""
+    """The parts of a contribution that are read as a whole: its card, the header of tensors."""
     tensor: int = 256 << 20
     """A single tensor; each is in memory as a whole while it is checked."""
     spare: int = 256 << 20
-    """Room on the disk that no upload may take."""
+    """Space on the disk that no upload may take."""
     stale: float = 86_400.0
-    """Uploads that nobody goes on with are deleted after so long."""
+    """Abandoned uploads are deleted after so long."""
     rate: float = 20.0
     """Calls a second and caller, in the long run."""
     burst: int = 60
@@ -49,7 +49,7 @@ class Limits:
     seconds: float = 3600.0
     """The longest a call may take, waiting included."""
     grace: float = 30.0
-    """What calls under way are given to end when the service ends."""
+    """How long calls under way may take to end when the service ends."""
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` unless all are positive; only ``spare`` may be zero."""
@@ -71,7 +71,7 @@ def limits_of(texts: Sequence[str]) -> Limits:
         texts: ``name=value``; sizes in bytes, times in seconds.
 
     Raises:
-        ConfigError: If a name is no limit, or its value none that can be.
+        ConfigError: If a name is no limit, or its value is not valid.
     """
     kinds: dict[str, type[int] | type[float]] = {
         field.name: float if isinstance(field.default, float) else int for field in fields(Limits)
@@ -92,7 +92,7 @@ def limits_of(texts: Sequence[str]) -> Limits:
 
 
 class Turns:
-    """Who may call now: so many calls a second, and so many at a time, for each caller."""
+    """Limits each caller to so many calls a second (a token bucket), and so many at a time."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with full buckets."""
@@ -140,10 +140,10 @@ class Turns:
 
 
 class Places:
-    """So many at a time; the others wait for as long as their call may take."""
+    """A number of places; a call without one waits for as long as it may take."""
 
     def __init__(self, count: int) -> None:
-        """Say how many."""
+        """Set how many there are."""
         self._free = threading.Semaphore(count)
 
     @contextmanager

@@ -28,8 +28,8 @@ LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""
 
 
-class Answers:
-    """Removes, lists and verifies."""
+class Members:
+    """The methods ``Remove``, ``List`` and ``Verify``."""
 
     def __init__(
         self,
@@ -40,12 +40,21 @@ class Answers:
         limits: Limits,
         hidden: Mapping[Path, str],
     ) -> None:
-        """Say of what, and who else is at work."""
+        """Describe the registry, and what is shared with other calls.
+
+        Args:
+            registry: Folder of the registry.
+            uploads: What clients are sending.
+            writers: The place that a call takes while it changes the registry.
+            heavy: The places of calls that compute for long.
+            limits: The service's.
+            hidden: Folders that no answer may name, and what to call them instead.
+        """
         self._registry, self._uploads, self._hidden = registry, uploads, hidden
         self._writers, self._heavy, self._limits = writers, heavy, limits
 
     def remove(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Remove a client and return the receipt; of one that is gone, the receipt it was given."""
+        """Remove a client and return the receipt; for one that has left, its last receipt."""
         peer = peer_of(context)
         client = request.client or peer.name
         require_owner(peer, client, "remove")
@@ -66,7 +75,7 @@ class Answers:
         return wire.RemoveReply(record=record, public_key=_public_key(registry))
 
     def list(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Tell who is there."""
+        """List the members."""
         registry = Registry(self._registry)
         state = registry.state
         return wire.ListReply(
@@ -88,7 +97,7 @@ class Answers:
         )
 
     def verify(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Derive the claims of the registry, or of a receipt, again."""
+        """Verify every claim of the registry, or of a receipt."""
         with self._heavy.taken(time_left(context, self._limits)):
             before = State.read(self._registry / STATE)
             findings = self._findings(request.record)
@@ -118,7 +127,7 @@ class Answers:
 
 
 def _last_record(registry: Registry, client: str) -> bytes:
-    """The newest receipt of a client that is not there."""
+    """The newest receipt of a client that has left."""
     registry.refresh()
     for entry in reversed(registry.entries()):
         if entry.details.get("client") == client and "record" in entry.details:

@@ -1,14 +1,12 @@
-"""Taking a contribution in: offered, sent in pieces, checked, and added in one transaction.
+"""Receives a contribution: offered, sent in pieces, checked, and added in one transaction.
 
-What clients have sent and was not taken in yet: beside the registry, never in it.
-
-::
+Uploads are kept beside the registry, never in it, until they are added::
 
     <folder>/<SHA-256 of the client's name>/<SHA-256 of the announced files>/<file>
 
-A client has one upload at a time; another one takes its place. So nobody can fill the disk with
-what was begun and left, and what is left is deleted after a day. The lock on a client's folder is
-the system's: it goes with the call, however that ends.
+A client has one upload at a time; a new one replaces it. So nobody can fill the disk with uploads
+that were begun and abandoned. They are deleted after a day. A client's folder is locked by the
+operating system: the lock ends with the call, however the call ends.
 """
 
 from __future__ import annotations
@@ -41,19 +39,29 @@ from fedcompo.storage.tensorstream import StreamedTensors
 REQUIRED = frozenset({CONTENT, CARD})
 ALLOWED = REQUIRED | {FISHER}
 LENGTH = 8
-"""Bytes at the start of a file of tensors that tell the length of its header."""
+"""Bytes at the start of a file of tensors that hold the length of its header."""
+PATIENCE = 10.0
+"""Seconds to wait for an earlier call of the same client, whose end the server has yet to note."""
+TICK = 0.05
 
 
 class Publishing:
     """The method ``Publish``."""
 
     def __init__(self, registry: Path, uploads: Uploads, writers: Places, limits: Limits) -> None:
-        """Say where to, by way of which folder, and who else writes."""
+        """Describe where contributions go, and what limits them.
+
+        Args:
+            registry: Folder of the registry.
+            uploads: Where files are kept while they are being received.
+            writers: The place that a call takes while it changes the registry.
+            limits: The service's.
+        """
         self._registry, self._uploads = registry, uploads
         self._writers, self._limits = writers, limits
 
     def publish(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        """Take in a contribution; nothing changes unless every byte and every check is right."""
+        """Add a contribution; nothing changes unless every byte and every check is right."""
         peer = peer_of(context)
         offer, entries = self._offer(requests)
         registry = Registry(self._registry)
@@ -75,7 +83,7 @@ class Publishing:
             for request in requests:
                 incoming.write(_part(request))
             incoming.check()
-            self._take_in(peer, incoming, context, replacing=offer.replace)
+            self._add(peer, incoming, context, replacing=offer.replace)
         registry.refresh()
         yield _published(peer, registry)
 
@@ -89,10 +97,10 @@ class Publishing:
         self._require_modest(CARD, card.size)
         return first.offer, entries
 
-    def _take_in(
+    def _add(
         self, peer: Peer, incoming: Incoming, context: grpc.ServicerContext, *, replacing: bool
     ) -> None:
-        """Add what has come; what can never be added is deleted."""
+        """Add an upload to the registry; one that can never be added is deleted."""
         try:
             for name in incoming.entries.keys() - {CARD}:
                 self._require_bearable(incoming.folder / name)
@@ -110,7 +118,7 @@ class Publishing:
         incoming.discard()
 
     def _require_bearable(self, path: Path) -> None:
-        """Refuse tensors that would fill the memory before anyone could look at their shapes."""
+        """Refuse tensors that would fill the memory before their shapes are checked."""
         with path.open("rb") as file:
             self._require_modest(path.name, int.from_bytes(file.read(LENGTH), "little"))
         for name, (dtype, shape) in StreamedTensors(path).layout.items():
@@ -121,7 +129,7 @@ class Publishing:
                 )
 
     def _require_modest(self, name: str, size: int) -> None:
-        """Descriptions are read as a whole: one that is huge would fill the memory."""
+        """Refuse a huge description: it is read as a whole, and would fill the memory."""
         if size > self._limits.description:
             raise FileFormatError(
                 f"The description in {name} has {size} bytes, and may have "
@@ -129,39 +137,21 @@ class Publishing:
             )
 
 
-def _part(request: Any) -> Part:
-    if request.WhichOneof("part") != "chunk":
-        raise FileFormatError("After the offer come chunks; something else came.")
-    return Part(request.chunk.file, request.chunk.offset, request.chunk.data)
-
-
-def _published(peer: Peer, registry: Registry, *, already: bool = False) -> Any:
-    told = wire.Published(client=peer.name, already=already, root=registry.state.root)
-    return wire.PublishReply(published=told)
-
-
-PATIENCE = 10.0
-"""Seconds to wait for an earlier call of the same client, whose end the server has yet to note."""
-
-
-TICK = 0.05
-
-
 class Uploads:
     """The uploads under way, in a folder of their own."""
 
     def __init__(self, folder: Path, limits: Limits) -> None:
-        """Name the folder; it is made when something comes."""
+        """Name the folder; it is made with the first upload."""
         self.folder, self._limits = folder, limits
 
     @contextmanager
     def opened(
         self, client: str, entries: Sequence[FileEntry], *, patience: float = PATIENCE
     ) -> Iterator[Incoming]:
-        """Take up an upload, or begin it; no other call touches it meanwhile.
+        """Resume an upload, or begin it; no other call touches it meanwhile.
 
         Raises:
-            Refused: If it is too large, or another call of the client's is at it.
+            Refused: If it is too large, or another call of the client is writing it.
         """
         self._check_size(client, entries)
         home = self._home(client)
@@ -184,7 +174,7 @@ class Uploads:
                 shutil.rmtree(upload, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Delete uploads that nobody goes on with; the clients' own folders stay, empty."""
+        """Delete abandoned uploads; the clients' own folders stay, empty."""
         before = time.time() - self._limits.stale
         for upload in self.folder.glob("*/*"):
             with suppress(Refused, FileNotFoundError), _locked(upload.parent, "", patience=0):
@@ -193,7 +183,7 @@ class Uploads:
                     shutil.rmtree(upload, ignore_errors=True)
 
     def _home(self, client: str) -> Path:
-        """Names that differ in case alone are one folder on some systems; their digests differ."""
+        """A client's folder, named by a digest: some systems do not tell cases of names apart."""
         return self.folder / hashlib.sha256(client.encode()).hexdigest()[:32]
 
     def _check_size(self, client: str, entries: Sequence[FileEntry]) -> None:
@@ -206,7 +196,7 @@ class Uploads:
             )
 
     def _check_room(self, entries: Sequence[FileEntry], incoming: Incoming) -> None:
-        """What is missing must fit on the disk, and a copy of all of it, for the registry."""
+        """Refuse what does not fit on the disk: the missing bytes, and a copy for the registry."""
         needed = incoming.missing + sum(entry.size for entry in entries)
         if shutil.disk_usage(incoming.folder).free < needed + self._limits.spare:
             raise Refused(
@@ -214,6 +204,17 @@ class Uploads:
                 f"The server's disk has no room for the {needed} bytes that this upload needs. "
                 "Try again later, or tell its operator.",
             )
+
+
+def _part(request: Any) -> Part:
+    if request.WhichOneof("part") != "chunk":
+        raise FileFormatError("After the offer come chunks; something else came.")
+    return Part(request.chunk.file, request.chunk.offset, request.chunk.data)
+
+
+def _published(peer: Peer, registry: Registry, *, already: bool = False) -> Any:
+    published = wire.Published(client=peer.name, already=already, root=registry.state.root)
+    return wire.PublishReply(published=published)
 
 
 @contextmanager

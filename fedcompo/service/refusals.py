@@ -1,7 +1,7 @@
-"""What the service says when it does not do what it is asked: a status, and a whole sentence.
+"""Turns an error into the answer to a call: a status, and a whole sentence.
 
-Of the machine it runs on it tells nothing: paths are cut to the last name, and what nobody foresaw
-is logged here and not told there.
+The answer reveals nothing about the server's machine: hidden folders are renamed, and an unforeseen
+error is logged here and not sent.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ CODES: tuple[tuple[type[FedcompoError], grpc.StatusCode], ...] = (
     (RegistryDamaged, Code.DATA_LOSS),
     (RegistryError, Code.ABORTED),
 )
-"""The first that fits counts. ABORTED and UNAVAILABLE say: the same call may succeed later."""
+"""The first that fits counts. After ABORTED and UNAVAILABLE, the same call may succeed later."""
 PASSING = frozenset({Code.ABORTED, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
-"""What may be otherwise when the call is made again; all else is final."""
+"""Statuses after which a call may be made again; all others are final."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LONGEST = 2000
 """Characters of a sentence; it travels in a header."""
@@ -52,7 +52,7 @@ class Refused(ServiceError):
     """A call that is refused, with the status to refuse it with."""
 
     def __init__(self, code: grpc.StatusCode, sentence: str) -> None:
-        """Say how, and why."""
+        """Keep the status, and the reason as a sentence."""
         super().__init__(sentence)
         self.code = code
 
@@ -62,7 +62,7 @@ def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.Status
 
     Args:
         error: What was raised.
-        hidden: Folders that nobody outside needs to know, and what to call them instead.
+        hidden: Folders that no answer may name, and what to call them instead.
     """
     if isinstance(error, Refused):
         return error.code, outward(str(error), hidden)
@@ -75,13 +75,13 @@ def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.Status
 
 
 def outward(text: str, hidden: Mapping[Path, str]) -> str:
-    """A text as it may leave the machine."""
+    """Shorten a text and rename hidden folders, so that it may leave the machine."""
     for path, name in sorted(hidden.items(), key=lambda item: -len(str(item[0]))):
         text = text.replace(str(path), name)
     return text[:LONGEST]
 
 
 def log_call(event: str, **values: object) -> None:
-    """Write one line for programs: what happened to a call, and whose it was."""
+    """Log one line for programs: what happened to a call, and who made it."""
     level = logging.WARNING if event == "refused" else logging.INFO
     LOGGER.log(level, "%s %s", event, json.dumps(values, sort_keys=True, default=str))

@@ -1,4 +1,4 @@
-"""Calls that are made again while that may help, and errors as a caller can understand them."""
+"""Repeats calls that may succeed later, and explains errors to the caller."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Attempts:
     """Of the server, for errors."""
 
     def make(self, attempt: Callable[[], T]) -> T:
-        """Call until there is an answer, or a refusal that is final.
+        """Call until there is an answer, or a final refusal.
 
         Raises:
             ServiceError: If the server refuses, or cannot be reached.

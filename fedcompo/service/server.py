@@ -1,7 +1,7 @@
-"""The service as a whole: what it is made of, how it starts, and how it ends.
+"""Assembles the service, starts it and stops it.
 
 Beside the registry it keeps ``.<name>.service/``: uploads under way, and models being composed.
-Nothing in there is part of the registry, and all of it may be deleted while no service runs.
+None of it is part of the registry, and all of it may be deleted while no service runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, SimpleNamespace, TracebackType
+from types import FrameType, SimpleNamespace
 
 import grpc
 import torch
@@ -22,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedcompo.errors import ServiceError
+from fedcompo.names import address
 from fedcompo.registry.registry import Registry
 from fedcompo.service import registry_pb2, registry_pb2_grpc
 from fedcompo.service.access import Audience, Revoked
@@ -29,23 +30,23 @@ from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.gate import Gate
 from fedcompo.service.limits import Limits, Places
-from fedcompo.service.members import Answers
+from fedcompo.service.members import Members
 from fedcompo.service.publishing import Publishing, Uploads
 
 NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 KEEPALIVE_SECONDS = 30
-"""A client that is gone without a word is noticed after about so long."""
+"""A client that vanished is noticed after about so long."""
 CONNECTION_SECONDS = 3600
 """Then a client has to connect, and show its certificate, again."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to serve, as whom, and to whom."""
+    """The registry to serve, the server's certificate, and who may call."""
 
     registry: Path
     authority: bytes
-    """Certificate of whoever vouches for the clients, PEM."""
+    """Certificate of the authority that certifies the clients, PEM."""
     credential: Credential
     """The server's own."""
     host: str = "127.0.0.1"
@@ -54,7 +55,7 @@ class Settings:
     audience: Audience = Audience.MEMBERS
     limits: Limits = field(default_factory=Limits)
     revoked: Path | None = None
-    """List of certificates that count no more."""
+    """File that lists revoked certificates."""
 
 
 class Server:
@@ -86,14 +87,14 @@ class Server:
         models, heavy = folder / "models", Places(limits.heavy)
         _delete_old(models, limits.stale)
         downloads = Downloads(root, models, settings.audience, heavy, limits)
-        answers = Answers(root, uploads, writers, heavy, limits, hidden)
+        members = Members(root, uploads, writers, heavy, limits, hidden)
         methods = SimpleNamespace(
             Publish=Publishing(root, uploads, writers, limits).publish,
             Fetch=downloads.fetch,
             Compose=downloads.compose,
-            Remove=answers.remove,
-            List=answers.list,
-            Verify=answers.verify,
+            Remove=members.remove,
+            List=members.list,
+            Verify=members.verify,
         )
         registry_pb2_grpc.add_RegistryServicer_to_server(methods, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -107,7 +108,7 @@ class Server:
         self._health.set(NAME, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
-        """Take no more calls, and let those under way end, for as long as the limits say."""
+        """Accept no more calls, and wait for those under way, as long as the limits allow."""
         self._health.enter_graceful_shutdown()
         self._server.stop(self.settings.limits.grace).wait()
 
@@ -116,42 +117,37 @@ class Server:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop."""
         self.stop()
 
     def _claim(self, settings: Settings) -> int:
-        address = f"{_bracketed(settings.host)}:{settings.port}"
+        place = address(settings.host, settings.port)
         try:
             credentials = grpc.ssl_server_credentials(
                 [(settings.credential.key, settings.credential.certificate)],
                 root_certificates=settings.authority,
                 require_client_auth=True,
             )
-            port = int(self._server.add_secure_port(address, credentials))
+            port = int(self._server.add_secure_port(place, credentials))
         except (RuntimeError, ValueError) as error:
             port, why = 0, f" ({error})"
         else:
             why = ""
         if not port:
             raise ServiceError(
-                f"The service cannot listen on {address}{why}: the port is taken, the host is not "
+                f"The service cannot listen on {place}{why}: the port is taken, the host is not "
                 "this machine's, or certificate and key do not belong together."
             )
         return port
 
 
 def serve(settings: Settings, *, on_ready: Callable[[Server], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then end in good order.
+    """Serve until SIGTERM or SIGINT, then stop in good order.
 
     Args:
         settings: What to serve.
-        on_ready: Told when calls are answered.
+        on_ready: Called once calls are answered.
 
     Raises:
         RegistryError: If there is no registry.
@@ -188,12 +184,8 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
     ]
 
 
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
 def _delete_old(folder: Path, seconds: float) -> None:
-    """Delete what a service that was killed left; another one may be at work beside this."""
+    """Delete what a killed service left; another one may run beside this."""
     for path in folder.glob("*"):
         if path.stat().st_mtime < time.time() - seconds:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Files in pieces, in both directions: what has come stays, the rest follows, SHA-256 decides.
+"""Sends and receives files in pieces. A broken transfer resumes; SHA-256 checks every file.
 
-A folder that comes in pieces: kept as ``.<name>.part`` until all of it is there and right.
+A folder that is being received is kept as ``.<name>.part`` until it is complete and checked.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from fedcompo.service import registry_pb2 as wire
 from fedcompo.storage.files import canonical, write_atomically
 
 PIECE = 1 << 18
-"""Bytes of a chunk that we send."""
+"""Bytes of a chunk that is sent."""
 LARGEST_PIECE = 1 << 20
-"""Bytes of a chunk that we take."""
+"""Bytes of a chunk that is accepted."""
 HEXADECIMAL = frozenset("0123456789abcdef")
+FILES, ID = "files", "id"
+"""In the folder of a download under way: what has come, and of which content."""
+LONGEST_ID = 64
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file as it is when all of it has come."""
+    """Name, size and digest of a complete file."""
 
     name: str
     size: int
@@ -46,7 +49,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a file, and where it belongs."""
+    """A piece of a file, and its position."""
 
     file: str
     offset: int
@@ -62,11 +65,11 @@ def identity(entries: Sequence[FileEntry]) -> str:
 def check_entries(
     entries: Sequence[FileEntry], *, allowed: frozenset[str], required: frozenset[str]
 ) -> None:
-    """Refuse files that were not asked for; their names become names of files here.
+    """Refuse unexpected files: their names become names of files here.
 
     Raises:
-        FileFormatError: If a name is not allowed, missing or there twice, a file is empty, or a
-            digest is none.
+        FileFormatError: If a name is not allowed, missing or repeated, a file is empty, or a digest
+            is malformed.
     """
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names) or not required <= set(names) <= allowed:
@@ -86,12 +89,12 @@ def check_entries(
 def outgoing(
     files: Mapping[str, BufferedReader], entries: Sequence[FileEntry], come: Mapping[str, int]
 ) -> Iterator[Part]:
-    """Cut what has not come yet into pieces.
+    """Cut the missing rest of files into pieces.
 
     Args:
         files: Open files by name.
         entries: What they were when they were described.
-        come: Bytes of each that are there already, by name; more than there are count as all.
+        come: Bytes of each that the receiver has, by name; too large a number counts as all.
 
     Raises:
         FileFormatError: If a file became shorter meanwhile.
@@ -111,16 +114,16 @@ def outgoing(
 
 
 class Incoming:
-    """Files that come in pieces, in a folder of their own; what has come outlives the call."""
+    """Files that are received in pieces, into a folder of their own; it outlives the call."""
 
     def __init__(self, folder: Path, entries: Sequence[FileEntry]) -> None:
-        """Take up what is in the folder; it must exist, and belong to these files alone."""
+        """Resume from the folder; it must exist, and belong to these files alone."""
         self.folder, self.entries = folder, {entry.name: entry for entry in entries}
         self._positions = {name: self._size(name) for name in self.entries}
 
     @property
     def positions(self) -> dict[str, int]:
-        """How much of each file has come, by name."""
+        """Bytes received of each file, by name."""
         return dict(self._positions)
 
     @property
@@ -152,7 +155,7 @@ class Incoming:
         self._positions[part.file] = position + len(part.data)
 
     def check(self) -> None:
-        """Hold what has come against its digests; a file that does not fit is deleted.
+        """Compare each file with its digest; a file that differs is deleted.
 
         Raises:
             FileFormatError: If something is missing, or was altered on the way.
@@ -164,20 +167,20 @@ class Incoming:
             )
         for name, entry in self.entries.items():
             with (self.folder / name).open("rb") as file:
-                found = FileEntry.of(name, file)
-            if found != entry:
+                received = FileEntry.of(name, file)
+            if received != entry:
                 (self.folder / name).unlink()
                 raise FileFormatError(
-                    f"{name} arrived with SHA-256 {found.sha256[:16]}…, announced was "
+                    f"{name} arrived with SHA-256 {received.sha256[:16]}…, announced was "
                     f"{entry.sha256[:16]}…: it was altered on the way. Send it again."
                 )
 
     def discard(self) -> None:
-        """Delete all that has come."""
+        """Delete all that was received."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _size(self, name: str) -> int:
-        """Bytes of a file that has come in part; one that is too long is none of ours."""
+        """Bytes received of a file; one that is too long is foreign, and deleted."""
         path = self.folder / name
         size = path.stat().st_size if path.is_file() else 0
         if size > self.entries[name].size:
@@ -186,31 +189,25 @@ class Incoming:
         return size
 
 
-FILES, ID = "files", "id"
-
-
-LONGEST_ID = 64
-
-
 def received(
     output: Path,
     call: Callable[[Any], Iterable[Any]],
     names: tuple[frozenset[str], frozenset[str]],
     on_step: Callable[[str], None],
 ) -> Any:
-    """Make one call, and put what it brings in its place once nothing is missing.
+    """Make one call, receive its files, and move them to their place once they are complete.
 
     Args:
         output: A folder that is new, or empty.
         call: Makes the call, given the message ``Resume``; yields messages ``Download``.
         names: Files that must come, and files that may.
-        on_step: Told how much has come.
+        on_step: Called with how much was received.
 
     Returns:
         The message ``Content``.
 
     Raises:
-        FileFormatError: If something came that was not announced, or was altered on the way.
+        FileFormatError: If a file was not announced, or was altered on the way.
     """
     draft = output.with_name(f".{output.name}.part")
     files = draft / FILES
@@ -255,7 +252,7 @@ def _known_id(draft: Path) -> str:
 
 
 def _resume(draft: Path) -> Any:
-    """What an earlier call left, and of which content."""
+    """Describe what an earlier call received, and of which content."""
     positions = [
         wire.Position(file=path.name, bytes=path.stat().st_size)
         for path in sorted((draft / FILES).iterdir())

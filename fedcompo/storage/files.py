@@ -1,7 +1,6 @@
 """What files of every kind share: names, JSON, PEM, and writes that leave old or new in a crash.
 
-It imports nothing that takes long: whoever only sends files or asks for them need not wait for
-PyTorch.
+It imports nothing that takes long: a client of the service does not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
 PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of the installed library."""
 BACKBONE = "backbone.safetensors"
-"""The pre-trained weights, in a registry; also beside what is composed of tangents."""
+"""File of the pre-trained weights in a registry, and in a folder composed of tangents."""
 OWNER_ONLY = 0o600
 """Mode of a private key's file."""
 UNREADABLE = (OSError, ValueError, TypeError, UnsupportedAlgorithm, InternalError)
@@ -67,7 +66,7 @@ def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Put to disk what was written to an open file."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -1,4 +1,4 @@
-"""The manifest of a tensor file: what the file says of itself, sealed by a SHA-256; no torch."""
+"""The manifest of a tensor file: its description, with a SHA-256 of itself; no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 
 
 def complete_manifest(manifest: Mapping[str, Any], tensors_sha256: str) -> dict[str, Any]:
-    """Add versions, the tensors' digest and the seal to what a file says of itself."""
+    """Add versions, the tensors' digest and the seal to a file's description."""
     complete = {
         **manifest,
         "format_version": FORMAT_VERSION,

@@ -1,10 +1,10 @@
 """One file format for disk and wire: safetensors with a manifest, checked as a whole.
 
-A file is an ordinary safetensors file. Its metadata holds one entry, ``manifest``: canonical JSON
-that says what the file is and carries the SHA-256 of everything else in it (the manifest's other
-entries; every tensor's name, dtype, shape and bytes). A changed byte, a missing tail or an added
-tensor is found on reading. Messages are packed the same way. :mod:`fedcompo.storage.tensorstream`
-reads and writes such files one tensor at a time.
+A file is an ordinary safetensors file. Its metadata has one entry, ``manifest``: canonical JSON
+that describes the content, with the SHA-256 of the manifest's other entries and of the tensors
+(names, dtypes, shapes, bytes). A file with a changed byte, a missing end or an added tensor is
+refused on reading. Messages are packed the same way. :mod:`fedcompo.storage.tensorstream` reads and
+writes such files one tensor at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
-    """Pack tensors and what is to be known about them.
+    """Pack tensors and a manifest.
 
     Args:
         tensors: Any tensors by name; moved to the CPU.
@@ -49,7 +49,7 @@ def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> byte
 
 
 def from_bytes(data: bytes, *, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Unpack and check what :func:`to_bytes` packed.
+    """Unpack and check bytes that :func:`to_bytes` packed.
 
     Args:
         data: A safetensors file with a manifest.
@@ -73,7 +73,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any])
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and check a file that :func:`save` wrote; see :func:`from_bytes`.
 
-    The tensors are mapped from the file, not copied: memory is needed only for what is in use.
+    The tensors are mapped from the file, not copied: pages are read when they are used.
     """
     try:
         with path.open("rb") as file:
@@ -87,7 +87,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _checked(
     header: bytes, read: Callable[[], dict[str, Tensor]], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Parse the manifest, read the tensors, hold one against the other."""
+    """Parse the manifest, read the tensors, and compare one with the other."""
     try:
         text = json.loads(header)["__metadata__"]["manifest"]
         manifest = json.loads(text)
@@ -104,10 +104,10 @@ def _checked(
 
 
 def _check(tensors: Mapping[str, Tensor], manifest: dict[str, Any], text: str, source: str) -> None:
-    found = manifest.get("format_version")
-    if found != FORMAT_VERSION:
+    version_read = manifest.get("format_version")
+    if version_read != FORMAT_VERSION:
         raise FileFormatError(
-            f"{source} has format version {found!r}, this fedcompo reads {FORMAT_VERSION}. "
+            f"{source} has format version {version_read!r}, this fedcompo reads {FORMAT_VERSION}. "
             "Use the fedcompo version that wrote it."
         )
     if manifest.get("sha256") != seal(manifest) or text != canonical(manifest):

@@ -1,7 +1,7 @@
 """Files of :mod:`fedcompo.storage.tensorfile`, read and written one tensor at a time.
 
-Memory is needed for the tensor in use, whatever the size of the file. Files are read, not mapped: a
-mapped page counts as the process's own memory until something else wants it.
+Memory is needed for the tensor in use alone, whatever the size of the file. Files are read, not
+mapped: mapped pages count as memory of the process until the system needs them for something else.
 
 Torch is imported where tensors are read or written: a header is read without it.
 """
@@ -42,7 +42,7 @@ Layout = Mapping[str, tuple["torch.dtype", tuple[int, ...]]]
 
 
 class StreamedTensors(Mapping[str, "Tensor"]):
-    """The tensors of a file; each is read when it is asked for, and not kept."""
+    """The tensors of a file; each is read at every access, and not kept."""
 
     def __init__(self, path: Path, *, guard: Callable[[], None] = lambda: None) -> None:
         """Read the header.
@@ -118,7 +118,7 @@ class StreamedTensors(Mapping[str, "Tensor"]):
         return {name: (getattr(torch, p[0]), p[2]) for name, p in self._places.items()}
 
     def check(self) -> None:
-        """Read every tensor once and hold it against the manifest.
+        """Read every tensor once and compare their digest with the manifest.
 
         Raises:
             FileFormatError: If a byte was altered.
@@ -134,7 +134,7 @@ class StreamedTensors(Mapping[str, "Tensor"]):
             )
 
     def _check_places(self, available: int) -> None:
-        """Tensors must lie end to end and fill the file."""
+        """Raise ``ValueError`` for tensors that overlap, leave gaps, or do not fill the file."""
         position = 0
         for _, width, shape, begin, end in sorted(self._places.values(), key=lambda p: p[3:]):
             if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
@@ -147,7 +147,7 @@ class StreamedTensors(Mapping[str, "Tensor"]):
 
 
 class Section(Mapping[str, "Tensor"]):
-    """The tensors whose names start with ``<prefix>/``, under what follows it."""
+    """The tensors whose names start with ``<prefix>/``, named without it."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         self._tensors, self._start = tensors, f"{prefix}/"
@@ -169,13 +169,13 @@ class Section(Mapping[str, "Tensor"]):
 class TensorWriter:
     """Writes a file tensor by tensor, in the order of names; use it as a context.
 
-    The digest of the tensors stands in the header, before them: it is filled in at the end, at the
-    same length. The file is synced to disk when the context ends without an error; putting it in
-    its place is up to the caller.
+    The digest of the tensors stands in the header, before them. It is written at the end, over a
+    placeholder of the same length. The file is synced to disk when the context ends without an
+    error; the caller renames it.
     """
 
     def __init__(self, path: Path, layout: Layout, manifest: Mapping[str, Any]) -> None:
-        """Say what will come.
+        """Take the description of the file; nothing is written yet.
 
         Args:
             path: A new file.
@@ -195,9 +195,9 @@ class TensorWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Append one tensor; names must come sorted, dtypes and shapes as announced."""
         due = next(self._due, None)
-        found = tensor.dtype, tuple(tensor.shape)
-        if name != due or found != self._layout[name]:
-            raise ValueError(f"{name!r} {found} is written to {self.path.name}, but {due!r} is due")
+        kind = tensor.dtype, tuple(tensor.shape)
+        if name != due or kind != self._layout[name]:
+            raise ValueError(f"{name!r} {kind} is written to {self.path.name}, but {due!r} is due")
         self._digest.add(name, tensor)
         self._file.write(raw_bytes(tensor))
 
@@ -207,7 +207,7 @@ class TensorWriter:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        """Fill in the digest and sync; after an error leave the file as it is."""
+        """Write the digest and sync; after an error leave the file as it is."""
         with self._file as file:
             if kind is not None:
                 return
@@ -252,7 +252,7 @@ class TensorDigest:
         self._sha = hashlib.sha256()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take in one tensor."""
+        """Update the digest with one tensor."""
         self._sha.update(heading(name, tensor))
         self._sha.update(raw_bytes(tensor))
 

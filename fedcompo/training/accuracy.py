@@ -1,4 +1,4 @@
-"""How well a model does on a client's images: class-incremental and task-incremental accuracy."""
+"""Class-incremental and task-incremental accuracy of a model on one client's images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Accuracy:
     num_examples: int
 
 
-def evaluate(
+def accuracy_of(
     backbone: Backbone,
     theta: Weights,
     head: Head,
@@ -34,14 +34,14 @@ def evaluate(
     *,
     linearised: bool = False,
 ) -> Accuracy:
-    """Classify a client's images.
+    """Classify a client's images and compare with their labels.
 
     Args:
         backbone: Pre-trained weights.
-        theta: Target weights to use in their place, by name.
-        head: Joint head; may hold more classes than the client's, must hold all of those.
+        theta: Target weights to use in their place, by name, each (out, in).
+        head: Joint head; must have all of the client's classes, and may have more.
         classes: The client's classes, which ``data.labels`` index.
-        data: Images and labels.
+        data: Images and labels; of none, accuracy is NaN.
         linearised: Whether the weights are composed of tangents.
     """
     forward = feature_map(backbone, theta, tangent=linearised)

@@ -1,9 +1,9 @@
-r"""Whose Fisher diagonal anchors whom.
+r"""Whose mean Fisher diagonal anchors a client (the setting ``anchor``).
 
-- *others*: the mean over all examples of the *other* clients, as ITA has it (Porrello et al., ICLR
-  2025, arXiv 2405.16350), or of all, as IEL has it. What a client learns then depends on who else
-  is there.
-- *own*: the mean over its own examples: it keeps what of the backbone its own task rests on.
+- *others*: the mean over all examples of the *other* clients, as in ITA (Porrello et al., ICLR
+  2025, arXiv 2405.16350), or of all clients, as in IEL. What a client learns then depends on the
+  others.
+- *own*: the mean over its own examples. The client keeps those weights that its own task needs.
 - *reference*: the mean over examples of no client; see :mod:`fedcompo.training.probing`.
 """
 
@@ -19,18 +19,18 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
 
 TOLERATED = 10.0
-"""A reference this many times larger or smaller than the clients' Fisher is worth a note."""
+"""Ratio of the mean traces of reference and clients, either way, from which there is a note."""
 
 
 @dataclass(frozen=True)
 class FisherSums:
-    """The Fisher sums of a run."""
+    """The Fisher sums of a run's clients."""
 
     by: AnchorBy
     members: tuple[str, ...]
-    """Whose Fisher sums there are, sorted."""
+    """Clients that have a Fisher sum, sorted."""
     total: FisherDiagonal
-    """Over the examples of all members; head rows for the classes of all their heads."""
+    """Sum over the examples of all members; its head has the classes of all their heads."""
     load: Callable[[str], FisherDiagonal]
     """Reads a member's Fisher sum."""
     reference: FisherDiagonal | None = None
@@ -44,13 +44,13 @@ class FisherSums:
         by: AnchorBy,
         reference: FisherDiagonal | None = None,
     ) -> FisherSums:
-        """Sum up, in the order of names: no bit depends on who answered first.
+        """Add the members' sums in the order of names, whatever the order of arrival.
 
         Args:
-            members: At least one.
+            members: At least one client.
             load: Reads a member's Fisher sum.
             by: Whose Fisher anchors a client.
-            reference: That of no client; needed where clients are anchored by it.
+            reference: Fisher sum of no client's examples; needed if clients are anchored by it.
         """
         members = tuple(sorted(members))
         return cls(by, members, functools.reduce(operator.add, map(load, members)), load, reference)
@@ -58,37 +58,37 @@ class FisherSums:
     def mean_for(
         self, client: str, classes: Iterable[str], *, with_own: bool = False
     ) -> Weights | None:
-        """The *mean* Fisher that anchors a client; None where there is nobody to anchor it.
+        """Return the *mean* Fisher that anchors a client; None if there are no examples for it.
 
         Args:
             client: A member.
-            classes: Its own, to which the head's rows shall belong; zeros for a class that no
-                anchoring head has.
-            with_own: Where the others anchor it, count its own examples, too (IEL).
+            classes: The client's classes, which the head's rows will belong to; a class that the
+                sum's head lacks gets zeros.
+            with_own: Whether the others' examples and its own anchor it (IEL).
         """
         if not self.anchored(client, with_own=with_own):
             return None
         if self.by is AnchorBy.OWN:
-            anchoring = self.load(client)
+            fisher = self.load(client)
         elif self.by is AnchorBy.REFERENCE:
             assert self.reference is not None
-            anchoring = self.reference
+            fisher = self.reference
         elif with_own:
-            anchoring = self.total
+            fisher = self.total
         else:
-            anchoring = self.total - self.load(client)
-        return anchoring.for_classes(classes).mean()
+            fisher = self.total - self.load(client)
+        return fisher.for_classes(classes).mean()
 
     def anchored(self, client: str, *, with_own: bool = False) -> bool:
-        """Whether there is anybody to anchor a client."""
+        """Whether there are examples whose Fisher anchors a client."""
         return with_own or self.by is not AnchorBy.OTHERS or bool(self.others(client))
 
     def note(self, alpha: float, *, setting: str = "alpha") -> str:
-        """What whoever set ``alpha`` should know of the scale on which it acts; mostly nothing.
+        """Return a note if a reference Fisher is far larger or smaller than the clients'; or "".
 
         Args:
-            alpha: How firmly the Fisher holds.
-            setting: What it is called; ``beta`` in IEL.
+            alpha: Strength of the anchor.
+            setting: Name of that setting; ``beta`` in IEL.
         """
         if self.reference is None:
             return ""
@@ -102,7 +102,7 @@ class FisherSums:
         )
 
     def others(self, client: str) -> tuple[str, ...]:
-        """The other clients whose Fisher anchors this one."""
+        """Return the other clients whose Fisher anchors this one."""
         if self.by is not AnchorBy.OTHERS:
             return ()
         return tuple(member for member in self.members if member != client)

@@ -16,23 +16,23 @@ SMALLEST_CROP = 0.7
 
 
 def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> Tensor:
-    """Vary a batch of images.
+    """Draw a random view of each image of a batch.
 
     Args:
         images: (batch, channels, height, width), uint8.
-        kind: none; shift (what lies outside is the border repeated: right for characters, whose
-            mirror image is another character); crop-flip (a random crop, mirrored half the time).
+        kind: none; shift (the border is repeated; for characters, which a mirror would change);
+            crop-flip (a random crop, mirrored half the time).
         generator: Source of the draws, on the CPU.
 
     Returns:
         Same shape, uint8, on the same device.
 
     Raises:
-        ConfigError: If these are texts, whose bytes cannot be moved.
+        ConfigError: If the images are texts.
     """
     if kind is Augmentation.NONE:
         return images
-    if images.shape[2] == 1 < images.shape[3]:  # images are square; a single row is a text
+    if images.shape[2] == 1 < images.shape[3]:  # a single row is a text; images are square
         raise ConfigError(
             f"`augmentation` is {kind}, which moves the pixels of images, but these are texts. Set "
             "it to none."

@@ -40,7 +40,7 @@ from fedcompo.training.per_example import (
 
 @dataclass(frozen=True)
 class FisherReport:
-    """What an estimate cost and what it left out."""
+    """Cost of an estimate, and what it left out."""
 
     passes: int = 0
     """Backward passes, over all batches."""
@@ -48,11 +48,10 @@ class FisherReport:
     trace: float = 0.0
     """Sum of all entries of the estimate."""
     discarded_mass: float = 0.0
-    """Share of the softmax curvature, seen through the head, that was left out."""
+    """Share of the curvature that was left out, a mean over the examples."""
     error_bound: float | None = 0.0
-    """Upper limit of the trace that was left out, as a sum: three standard errors above the
-    estimate of one pass with random signs. None where nothing is left out on purpose (Monte Carlo).
-    """
+    """Upper limit of the trace that was left out, as a sum: the estimate of one pass with random
+    signs, plus three standard errors. None for Monte Carlo, which leaves no direction out."""
 
 
 def estimate_fisher(
@@ -71,12 +70,12 @@ def estimate_fisher(
     Args:
         model: Maps images to features, (batch, features); used in evaluation mode.
         head: Turns features into logits.
-        batches: Normalised images, (batch, channels, height, width), on the model's device; neither
-            shuffled nor augmented, so that the same data gives the same Fisher.
+        batches: Normalised images, (batch, channels, height, width), on the model's device, not
+            shuffled and not augmented: the same data then gives the same Fisher.
         names: Weights of linear layers, as ``named_parameters`` calls them.
         kind: exact, leading or Monte Carlo.
-        tolerance: leading: share of the curvature that may be left out, batch by batch.
-        samples: Monte Carlo: labels drawn an example.
+        tolerance: For leading: share of the curvature that may be left out of each batch.
+        samples: For Monte Carlo: number of labels drawn for each example.
         generator: Source of labels and signs, on the CPU.
 
     Returns:
@@ -100,7 +99,7 @@ def estimate_fisher(
             _add_head_fisher(head_sums, features.detach(), logits)
             kept, rest, share = (
                 _cotangents(logits, weight, kind, tolerance, samples, generator)
-                if names  # of the head alone, it takes no backward pass
+                if names  # the head alone needs no backward pass
                 else ([], None, 0.0)
             )
             for cotangent in kept:
@@ -134,7 +133,7 @@ def _cotangents(
     samples: int,
     generator: torch.Generator,
 ) -> tuple[list[Tensor], Tensor | None, float]:
-    """Return the cotangents to use, each (batch, features), those left out, and their share."""
+    """Return the cotangents to use, each (batch, features); those left out; their share."""
     if kind is FisherKind.MONTE_CARLO:
         p = logits.double().softmax(-1)
         drawn = torch.multinomial(p.cpu(), samples, replacement=True, generator=generator)
@@ -149,7 +148,7 @@ def _cotangents(
 
 
 def _add_head_fisher(head_sums: tuple[Tensor, Tensor], features: Tensor, logits: Tensor) -> None:
-    """The head is linear: its Fisher diagonal is p(1 - p) times the squared features."""
+    """Add the head's Fisher diagonal: as it is linear, p(1 - p) times the squared features."""
     p = logits.double().softmax(-1)
     variance = p * (1 - p)
     head_sums[0].add_(variance.T @ features.double().square())
@@ -169,7 +168,7 @@ def _residual(
     rest: Tensor | None,
     generator: torch.Generator,
 ) -> Tensor | None:
-    """Unbiased estimate, (batch,), of each example's trace along the cotangents left out."""
+    """Estimate each example's trace along the cotangents left out, (batch,), without bias."""
     if rest is None:
         return None
     signs = torch.randint(0, 2, rest.shape[:2], generator=generator).to(rest) * 2 - 1
@@ -181,20 +180,20 @@ def _residual(
 
 
 def _upper(missing: Tensor) -> float:
-    """Three standard errors above the sum; each example's estimate has variance ≤ 2·mean²."""
+    """Add three standard errors to the sum; an example's estimate has variance ≤ 2·mean²."""
     return float(missing.sum() + 3 * math.sqrt(2) * missing.square().sum().sqrt())
 
 
 @torch.no_grad()
 def curvature_factors(logits: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Factor each example's softmax Hessian as the features see it: :math:`A^\top A`.
+    r"""Factor each example's Hessian in the features, :math:`A^\top A`.
 
     Args:
         logits: (batch, classes).
         head_weight: W, (classes, features).
 
     Returns:
-        Cotangents :math:`v_k`, (batch, k, features), by falling norm, and their squared norms,
+        Cotangents :math:`v_k`, (batch, k, features), the longest first, and their squared norms,
         (batch, k), with k = min(classes, features).
     """
     p = logits.double().softmax(-1)
@@ -211,11 +210,11 @@ def curvature_factors(logits: Tensor, head_weight: Tensor) -> tuple[Tensor, Tens
 
 
 def leading_rank(mass: Tensor, tolerance: float) -> int:
-    """Smallest r that leaves out at most ``tolerance`` of a batch's curvature.
+    """Return the smallest r that leaves out at most a share of a batch's curvature.
 
     Args:
-        mass: Squared norms of the cotangents, (batch, k), falling.
-        tolerance: Share in [0, 1); 0 keeps all that is not zero.
+        mass: Squared norms of the cotangents, (batch, k), the largest first.
+        tolerance: That share, in [0, 1); 0 leaves out only zeros.
     """
     per_rank = mass.sum(0)
     total = float(per_rank.sum())

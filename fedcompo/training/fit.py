@@ -36,17 +36,17 @@ EpochCallback = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training yields."""
+    """Result of a training."""
 
     task_vector: TaskVector
     head: Head
     losses: tuple[float, ...]
-    """Mean training loss (without penalties), one an epoch."""
+    """Mean training loss of each epoch, without penalties."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """Where a training begins, what acts on it, and which part of a longer training it is."""
+    """The start of a training, the penalties that act on it, and its place in a longer training."""
 
     begin: TaskVector | None = None
     """Task vector to go on with; None: a new one."""
@@ -84,7 +84,7 @@ def fit_task_vector(
         aligned: Head that training begins with, and that the head penalty pulls to.
         config: How to train.
         generator: Source of LoRA's A, of the order of images and of augmentation; on the CPU.
-        course: Where to begin otherwise, and what acts; None: a whole training alone, no anchor.
+        course: Another start, penalties, part of a longer training; None: none of these.
         on_epoch: Called after each epoch.
 
     Returns:
@@ -201,6 +201,7 @@ class _Training:
         return self._backbone.forward(theta)(images)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a batch; a scalar."""
         return F.cross_entropy(logits, labels)
 
     def _proximal(self) -> Tensor | float:
@@ -212,7 +213,7 @@ class _Training:
 
 
 class _TangentTraining(_Training):
-    r"""Of tangents: features are linear in :math:`\tau`, the loss is the square loss of TMC."""
+    r"""For tangents: features are linear in :math:`\tau`, and the loss is TMC's square loss."""
 
     def _features(self, tau: Weights, images: Tensor) -> Tensor:
         return tangent_features(self._backbone, _in_sum(tau, self._ensemble), images)

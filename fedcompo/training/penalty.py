@@ -1,8 +1,8 @@
 r"""How the penalties act while a client trains: on its task vector, and on its head.
 
-ITA and IEL differ in what holds :math:`\tau`: the pre-trained weights alone, or also the other task
-vectors that it is added up with. :mod:`fedcompo.method.penalties` has the equations. The head is
-pulled to the aligned head.
+ITA pulls :math:`\tau` to the pre-trained weights, IEL also to the other task vectors that it is
+added up with. The head is pulled to the aligned head. :mod:`fedcompo.method.penalties` has the
+equations.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Gradients of single examples with respect to the weights of linear layers.
 
-One backward pass serves a whole batch: a linear layer's gradient for one example is the sum over
-its tokens of (gradient of the output) × (input), and both can be recorded on the way. Source:
-Goodfellow, *Efficient Per-Example Gradient Computations*, 2015 (arXiv 1510.01799).
+One backward pass serves a whole batch. A linear layer's gradient for one example is the sum over
+its tokens of (gradient of the output) × (input), and hooks record both. Source: Goodfellow,
+*Efficient Per-Example Gradient Computations*, 2015 (arXiv 1510.01799).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from fedcompo.errors import BackboneError
 
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-"""Memory for per-example gradients of one weight, by device: on a CPU, what its cache holds. Larger
-batches are worked off in parts."""
+"""Memory for per-example gradients of one weight, by device; a larger batch is taken in parts. On a
+CPU they fit its cache."""
 
 
 def squared_gradients(
     record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
 ) -> Iterator[tuple[str, slice, Tensor]]:
-    """Square each example's gradient of a function of the features, part by part.
+    """Square each example's gradient of a function of the features, a part of the batch at a time.
 
     Args:
         record: From :func:`recorded`, after a forward pass.
@@ -50,7 +50,7 @@ def squared_gradients(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and back to what it was."""
+    """Put a model in evaluation mode (no dropout), and back as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -64,8 +64,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Record (input, output) of the linear layers whose weights are named, on each forward.
 
-    The parameters are frozen meanwhile: gradients flow to the layers' outputs alone, so that no
-    backward pass spends time on sums over the batch that nobody asked for.
+    The parameters are frozen meanwhile: gradients flow to the layers' outputs alone, and no
+    backward pass spends time on sums over the batch.
     """
     record: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
@@ -85,11 +85,11 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple
 
 
 def require_recorded(record: Mapping[str, object], names: Iterable[str]) -> None:
-    """Refuse weights that the forward pass used behind their layer's back.
+    """Refuse weights whose layer the forward pass did not call.
 
     Raises:
-        BackboneError: If a named layer was not called: its weight is used by a function of its own,
-            as BEiT's fused qkv is.
+        BackboneError: If there is one. BEiT, for instance, uses the weight of its fused qkv in a
+            function of its own.
     """
     if unused := sorted(set(names) - set(record)):
         raise BackboneError(
@@ -112,7 +112,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 def _keeper(
     record: dict[str, tuple[Tensor, Tensor]], name: str
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that records a layer's input and output under its weight's name."""
+    """Return a forward hook that records a layer's input and output under its weight's name."""
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.requires_grad_()

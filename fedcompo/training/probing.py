@@ -1,13 +1,10 @@
-r"""What a party can tell of θ₀ from its own images alone: a linear probe, and a Fisher diagonal.
+r"""A linear probe and a Fisher diagonal at :math:`\theta_0`, from one party's images alone.
 
-Clients do so, each by itself; and whoever makes a reference Fisher from data of no client.
-
-A reference Fisher: an anchor that comes from no client, so that nobody's leaving concerns it.
-
-It is the Fisher diagonal at :math:`\theta_0` of images that are public, or the coordinator's own,
-under a linear probe fitted to them. A client anchored by it is kept from changing what the backbone
-knows of *those* images; the closer they are to what the clients see, the better it stands in for
-the Fisher of the others.
+A party is a client, or the owner of a reference Fisher: the Fisher diagonal of public images, or of
+the coordinator's own, under a linear probe fitted to them. A client anchored by it does not depend
+on any other client, so nobody's removal concerns it. It keeps what the backbone knows of *those*
+images; the more they resemble the clients' images, the better the reference replaces the Fisher of
+the others.
 """
 
 from __future__ import annotations
@@ -30,20 +27,23 @@ from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.seeds import generator_for
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
 
+OWNER = "(reference)"
+"""Stands in the file of a reference Fisher in place of a client's name; no client can have it."""
+
 ImagesCallback = Callable[[int, int], None]
-"""Called as images are taken with how many have been, and how many there are."""
+"""Called after each batch with the number of images done, and of all images."""
 
 
 def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridge: float) -> Head:
     """Fit a linear classifier to the pre-trained features of labelled images.
 
-    The same images give the same head, whoever else takes part.
+    The head depends on these images alone.
 
     Args:
         backbone: Pre-trained weights.
         data: Images and labels; labels index ``classes``.
         classes: Names of the classes.
-        ridge: How strongly the head is held to zero; see :func:`fedcompo.method.heads.fit_head`.
+        ridge: Pull of the head to zero; see :func:`fedcompo.method.heads.fit_head`.
     """
     features = extract_features(backbone.forward({}), data.images)
     start = zero_head(classes, backbone.num_features)
@@ -69,7 +69,7 @@ def fisher_of_images(
         config: How to estimate it, and on how many of the images.
         seed: Seed of the run.
         owner: Whose images they are; draws are derived from ``seed`` and this name.
-        on_images: Told of progress.
+        on_images: Called after each batch.
 
     Returns:
         The *sum* over the images used, float32 on the CPU, and a report.
@@ -99,12 +99,8 @@ def fisher_of_images(
     return FisherDiagonal(sums, fisher.num_examples, fisher.classes), report
 
 
-OWNER = "(reference)"
-"""Stands in the file where the client's name would; no client can be called so."""
-
-
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:
-    """Load all classes of a source as one party's; ``folder:`` holds ``train/<class>/*`` itself.
+    """Load all classes of a source as one party's; a ``folder:`` source holds ``train/<class>/*``.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
@@ -131,10 +127,10 @@ def reference_fisher(
         backbone: Pre-trained weights.
         data: The images; those for training are used.
         config: Settings of the probe and of the estimator.
-        on_images: Told of progress.
+        on_images: Called after each batch.
 
     Returns:
-        The *sum* over images, and a report. The head has no rows: nobody else has its classes.
+        The *sum* over images, and a report. The head has no rows, as no client has its classes.
     """
     probe = fit_probe(backbone, data.train, data.classes, ridge=config.head.ridge)
     fisher, report = fisher_of_images(

@@ -1,4 +1,4 @@
-"""Does it forget? Audit the first, the central and the last client, for three ways of training.
+"""Audit whether the model forgets a removed client, for three ways of training.
 
     python simulations/compare/audit.py runs/audit-digits
     python simulations/compare/audit.py runs/audit-cifar simulations/cifar100_small.toml \
@@ -6,10 +6,10 @@
 
 A client starts from the joint head and is anchored by the others (*others*), starts from its own
 probe and is anchored by its own Fisher or by a reference (*lineage-free*), or is trained like
-*others* but for α = 0 (*alpha-0*). For each way there is a run with everyone and, for each of the
-three clients, one that it never took part in; then ``fedcompo audit`` compares. What is finished is
-not run again. The figures of all audits go to ``table.md`` and ``audit.svg``; each audit's own lie
-in ``<way>/audit-<client>``.
+*others* but for α = 0 (*alpha-0*). The first, the central and the last client are audited. Each way
+has a run with all clients and, for each of the three, a run without it; ``fedcompo audit`` compares
+them. A finished run is not repeated. The figures of all audits go to ``table.md`` and
+``audit.svg``; those of each audit to ``<way>/audit-<client>``.
 """
 
 from __future__ import annotations

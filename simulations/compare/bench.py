@@ -24,7 +24,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 Accuracies = dict[str, tuple[float, float]]
 """Class-IL and task-IL by client."""
@@ -97,7 +97,7 @@ class Bench:
         found = {}
         for client in clients:
             data = self.data[client]
-            accuracy = evaluate(
+            accuracy = accuracy_of(
                 self.backbone,
                 dict(theta),
                 head,

@@ -4,11 +4,10 @@
     python simulations/compare/compare.py runs/compare-cifar simulations/cifar100_small.toml \
         --method ita --method iel:beta=10 --method fedavg --kind lora --seed 0 --seed 1
 
-Without ``--method`` all of them are run (``--list`` tells which there are); ``name:key=value`` runs
-one with another setting, under that name. Each run is one of the apps that users run, in a folder
-of its own; what is finished is not run again, so a comparison that was stopped goes on where it
-was. Runs share this machine's cores, ``--jobs`` at a time, without Flower's engine (``--engine``
-runs each in it instead).
+Without ``--method`` all methods are run (``--list`` lists them); ``name:key=value`` runs one with
+another setting, under that name. Each run executes the real apps, in a folder of its own. A
+finished run is not repeated, so an interrupted comparison can be continued. Runs share this
+machine's cores, ``--jobs`` at a time, without Flower's engine (with it if ``--engine`` is given).
 
 ``table.md`` and ``comparison.json`` hold mean and standard deviation over seeds; ``*.svg`` show
 accuracy by method, accuracy against bytes sent, accuracy as clients arrive, what specialising and
@@ -68,7 +67,7 @@ def parsed(spec: str) -> tuple[str, Method]:
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
-    """All that is to be compared, derived methods after what they are derived from."""
+    """Return all jobs of the comparison; derived methods come after their origin."""
     specs = dict(parsed(spec) for spec in arguments.method or METHODS)
     kinds = tuple(arguments.kind or ("lora", "full", "ia3"))
     jobs = [
@@ -81,7 +80,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
 
 
 def work(job: Job, arguments: argparse.Namespace, passes: int) -> dict:
-    """Do one job, or take what is there; empty if it failed."""
+    """Do one job, or return its earlier result; empty if it failed."""
     base = METHODS[job.method.of] if job.method.of else job.method
     folder = arguments.output / job.folder
     results = run(
@@ -149,7 +148,7 @@ def main() -> None:
 
 
 def write(output: Path, rows: dict[tuple[str, str], Row]) -> None:
-    """Write table, figures and pictures of what there is so far."""
+    """Write the table, figures and pictures of the results so far."""
     listed = list(rows.values())
     (output / "table.md").write_text(tables(listed) + "\n")
     figures = {f"{name} {kind}": list(row.seeds) for (name, kind), row in rows.items()}

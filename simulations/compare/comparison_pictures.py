@@ -16,7 +16,7 @@ mpl.rcParams["svg.hashsalt"] = "fedcompo"  # the same picture has the same bytes
 
 
 def draw(output: Path, rows: list[Row]) -> None:
-    """Draw all pictures for which there are figures.
+    """Draw the pictures for which there are figures.
 
     Args:
         output: Folder of the pictures.

@@ -14,14 +14,14 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One method with one kind: figures by seed."""
+    """Figures of one method with one kind, by seed."""
 
     title: str
     kind: str
     seeds: tuple[Figures, ...]
 
     def values(self, of: Callable[[Figures], float | None]) -> list[float]:
-        """A figure of each seed, where it is known."""
+        """Return one figure of each seed that has it."""
         return [value for seed in self.seeds if (value := of(seed)) is not None]
 
     def mean(self, of: Callable[[Figures], float | None]) -> float | None:
@@ -31,7 +31,7 @@ class Row:
 
 
 def spread(values: list[float], *, factor: float = 100, digits: int = 1) -> str:
-    """Mean and standard deviation; empty where nothing is known."""
+    """Format mean and standard deviation; empty if there is no value."""
     if not values:
         return ""
     text = f"{factor * statistics.fmean(values):.{digits}f}"
@@ -40,7 +40,7 @@ def spread(values: list[float], *, factor: float = 100, digits: int = 1) -> str:
 
 
 def key(*path: str) -> Callable[[Figures], float | None]:
-    """A figure at a path of keys; None where it is missing."""
+    """Return the figure at a path of keys; None if it is missing."""
 
     def of(figures: Figures) -> float | None:
         value: Any = figures
@@ -52,7 +52,7 @@ def key(*path: str) -> Callable[[Figures], float | None]:
 
 
 def tables(rows: list[Row]) -> str:
-    """Accuracy and cost; specialising and removing; arrivals; alignment and gap."""
+    """Format the tables: accuracy and cost, specialising and removing, arrivals, alignment, gap."""
     parts = ["Accuracy, % (mean ± standard deviation over seeds), and cost:", _accuracy(rows)]
     composed = [row for row in rows if row.mean(key("heads", "trained")) is not None]
     if composed:

@@ -3,9 +3,9 @@
     python simulations/compare/in_process.py --output runs/quick --set kind=full
     python simulations/compare/in_process.py simulations/digits.toml --output runs/quick --seed 1
 
-Messages are handed from app to app instead of through Flower's SuperLink and Ray: a run starts at
-once, the backbone is loaded once, hundreds of clients need one process, and a debugger works. What
-is computed is the same. Comparisons of many runs use it; a federation does not.
+Messages go from app to app directly, without Flower's SuperLink and Ray. So a run starts at once,
+loads the backbone once, needs one process for hundreds of clients, and works under a debugger. The
+results are the same. Comparisons of many runs use it; a real federation does not.
 """
 
 from __future__ import annotations
@@ -34,75 +34,99 @@ from fedcompo.engine.run_folder import RESULTS, reserve_output
 from fedcompo.errors import FedcompoError
 
 STATE = "FEDCOMPO_STATE"
+FIRST_NODE = 1000
+"""Id of the node of partition 0; the others follow."""
 
 
 class InProcessGrid(Grid):
-    """Hands each message to the ClientApp at once and keeps the reply until it is asked for.
+    """Passes each message to the ClientApp at once and keeps the reply until it is pulled."""
 
-    Args:
-        app: The real ClientApp.
-        run_config: Flat settings, as the apps get them.
-        clients: Number of nodes; node i gets ``partition-id`` i.
-    """
+    def __init__(
+        self,
+        app: ClientApp,
+        run_config: Mapping[str, Scalar],
+        clients: int,
+        *,
+        node_configs: Mapping[int, Mapping[str, Scalar]] | None = None,
+    ) -> None:
+        """Connect all nodes.
 
-    def __init__(self, app: ClientApp, run_config: Mapping[str, Scalar], clients: int) -> None:
+        Args:
+            app: The real ClientApp.
+            run_config: Flat settings, as the apps get them.
+            clients: Number of nodes; node i gets ``partition-id`` i.
+            node_configs: Further node config by partition.
+        """
         # A Message outside a Flower process needs an identity to be made at all.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-        self._app, self._replies = app, {}
-        self._contexts = {
-            1000 + index: Context(
+        self.app = app
+        self.replies: dict[str, Message] = {}
+        self.contexts = [
+            Context(
                 run_id=1,
-                node_id=1000 + index,
-                node_config={"partition-id": index, "num-partitions": clients},
+                node_id=FIRST_NODE + i,
+                node_config={
+                    "partition-id": i,
+                    "num-partitions": clients,
+                    **(node_configs or {}).get(i, {}),
+                },
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
-            for index in range(clients)
-        }
+            for i in range(clients)
+        ]
 
     def set_run(self, run: object) -> None:
-        """Nothing to set: there is one run."""
+        """Do nothing: there is only one run."""
 
     @property
     def run(self) -> None:
-        """No run of an engine."""
+        """None: there is no engine."""
 
     def create_message(self, *args: object, **kwargs: object) -> Message:
-        """Messages are made by the app."""
+        """Refuse: the app makes its messages itself."""
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of all nodes."""
-        return list(self._contexts)
+        """Return the ids of all connected nodes."""
+        return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """All nodes; they are always there."""
-        return [NodeInfo(node_id=node, name="", status="online") for node in self._contexts]
+        """Return all nodes; they are always connected."""
+        return [NodeInfo(node_id=c.node_id, name="", status="online") for c in self.contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Let clients answer."""
+        """Let each message's client answer it, and keep the replies."""
         ids = []
         for message in messages:
             ids.append(str(uuid.uuid4()))
             message.metadata.__dict__["_message_id"] = ids[-1]
-            self._replies[ids[-1]] = self._answer(message)
+            partition = self.partition_of(message.metadata.dst_node_id)
+            reply = None if partition is None else self.answer(message, partition)
+            if reply is not None:
+                self.replies[ids[-1]] = reply
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand out answers, once each."""
-        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+        """Return replies, each of them once."""
+        return [self.replies.pop(i) for i in list(message_ids) if i in self.replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Both at once."""
+        """Push messages and pull their replies."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _answer(self, message: Message) -> Message:
+    def partition_of(self, node: int) -> int | None:
+        """Return the partition of a node; None if it is no longer connected."""
+        return node - FIRST_NODE
+
+    def answer(self, message: Message, partition: int) -> Message | None:
+        """Return one client's reply; None if it never arrives."""
         request = copy.copy(message)
         request.metadata.__dict__["_src_node_id"] = 1
         try:
-            return self._app(request, self._contexts[message.metadata.dst_node_id])
+            return self.app(request, self.contexts[partition])
         except Exception as error:  # as Flower does: whatever is raised becomes an error reply
             return Message(Error(code=2, reason=repr(error)), reply_to=request)
 
@@ -135,7 +159,7 @@ def run_in_process(settings: Mapping[str, Scalar], output: Path) -> dict:
 
 
 def main() -> None:
-    """Parse the command line, run, say where the results are."""
+    """Parse the command line, run, print where the results are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("scenario", nargs="?", type=Path, help="TOML file; default: the digits")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")

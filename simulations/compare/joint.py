@@ -24,7 +24,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.features import Mixtures, extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import fit_task_vector
 
 
@@ -79,7 +79,7 @@ def described(
     purpose: str,
     linearised: bool = False,
 ) -> dict[str, Mixtures]:
-    """Describe everyone's features by mixtures, each client's as it would do it in a run.
+    """Fit mixtures to the features of every client, as each client does in a run.
 
     Args:
         backbone: Pre-trained weights.
@@ -127,7 +127,7 @@ def measured(
     """
     per_client = {}
     for data in datas:
-        found = evaluate(backbone, theta, head, data.classes, data.test, linearised=linearised)
+        found = accuracy_of(backbone, theta, head, data.classes, data.test, linearised=linearised)
         per_client[data.name] = {
             "class_il_accuracy": found.class_il,
             "task_il_accuracy": found.task_il,

@@ -1,4 +1,4 @@
-"""The figures of one method with one kind and seed, from the run's results and its registry."""
+"""Measure one method with one kind and seed, from the run's results and its registry."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from fedcompo.method.heads import Head
 
 MEASURED = "measured"
 CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
-"""Methods whose models are also specialised, and lose clients."""
+"""Methods whose models are also specialised, and from which clients are removed."""
 COMPOSED = (*CHANGED, "head-only")
 """Methods whose composed model is also measured under other joint heads."""
 
 
 def measured(folder: Path, method: str, results: dict, *, changes: bool) -> dict[str, Any]:
-    """Figures of a method, or those that were measured before.
+    """Measure a method, or return the figures that were measured before.
 
     Measuring happens in a process of its own, so that several can at a time.
 
@@ -58,7 +58,7 @@ def measured(folder: Path, method: str, results: dict, *, changes: bool) -> dict
 
 
 def _parts(method: str, *, changes: bool) -> list[str]:
-    """What is measured of a method beyond what its run reports."""
+    """Measure what a method's run does not report itself."""
     if METHODS[method].of:
         return ["derived"]
     heads = ["heads"] if method in COMPOSED else []
@@ -66,7 +66,7 @@ def _parts(method: str, *, changes: bool) -> list[str]:
 
 
 def _reported(results: dict) -> dict[str, Any]:
-    """Figures that the run itself reported."""
+    """Return the figures that the run itself reports."""
     clients = max(1, len(results["per_client"]))
     phases = results["phases"].values()
     diagnostics = results.get("diagnostics") or {}
@@ -86,12 +86,12 @@ def _reported(results: dict) -> dict[str, Any]:
 
 
 def first_central_last(clients: tuple[str, ...]) -> tuple[str, ...]:
-    """Of two clients there is no central one, of one only itself."""
+    """Return the first, central and last client, without repetition."""
     return tuple(dict.fromkeys([clients[0], clients[len(clients) // 2], clients[-1]]))
 
 
 def specialised_and_removed(bench: Bench) -> dict[str, dict[str, float]]:
-    """What specialising to the first, central and last client does, and what removing them does."""
+    """Measure specialising to the first, central and last client, and removing them."""
     clients = bench.registry.clients
     theta_p = bench.composed(bench.pool)
     kept = bench.head(theta_p, clients)
@@ -124,13 +124,13 @@ def specialised_and_removed(bench: Bench) -> dict[str, dict[str, float]]:
 
 
 def _among(bench: Bench, theta: dict, clients: tuple[str, ...]) -> float:
-    """Mean class-IL of clients among their classes alone: comparable with what is left of them."""
+    """Mean class-IL accuracy of some clients, among their classes alone."""
     head = bench.head(theta, clients)
     return fmean(class_il for class_il, _ in bench.accuracies(theta, head, clients).values())
 
 
 def under_other_heads(bench: Bench) -> dict[str, dict[str, float]]:
-    """Class-IL of the composed weights under joint heads that were not fitted to their features.
+    """Class-IL accuracy of the composed weights with joint heads not fitted to their features.
 
     *trained*: the clients' own heads side by side, as they left training; *frozen*: the head
     aligned on θ₀'s features.
@@ -209,7 +209,7 @@ def _means(found: dict[str, Any]) -> dict[str, float]:
 
 
 def _statistics_alone(bench: Bench) -> dict[str, Any]:
-    """A frozen backbone costs the first phase's statistics."""
+    """Cost of a frozen backbone: the statistics of the first phase."""
     results = json.loads((bench.path.parent / "results.json").read_text())
     phase, clients = results["phases"]["features"], len(bench.registry.clients)
     return {"up": phase["bytes_received"] / clients, "down": phase["bytes_sent"] / clients}

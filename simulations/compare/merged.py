@@ -1,4 +1,4 @@
-"""What a finished run's task vectors would have come to, merged in other ways.
+"""Merge the task vectors of a finished run in other ways, and measure the results.
 
 ::
 

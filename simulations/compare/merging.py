@@ -1,4 +1,4 @@
-r"""Other ways to make one model of the same task vectors, without training: what people would try.
+r"""Other ways to merge the same task vectors into one model, without training.
 
 Each takes a pool and the pre-trained weights, and returns the merged weights by name::
 
@@ -22,7 +22,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.pool import Pool
 
 Merge = Callable[[Pool, Weights], Weights]
-"""Makes merged target weights of a pool and θ₀, by name, each (out, in) and like θ₀'s."""
+"""Merges a pool into θ₀; returns target weights by name, each (out, in) and like θ₀'s."""
 
 
 def mean(pool: Pool, theta_0: Weights) -> Weights:
@@ -31,7 +31,7 @@ def mean(pool: Pool, theta_0: Weights) -> Weights:
 
 
 def task_arithmetic(scale: float) -> Merge:
-    r"""Go further, or less far: :math:`\theta_0 + \tfrac\lambda T\sum_c \tau_c`.
+    r"""Scale the mean of the task vectors: :math:`\theta_0 + \tfrac\lambda T\sum_c \tau_c`.
 
     Source: Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023 (arXiv 2212.04089), who
     scale the sum: their factor is λ/T.
@@ -47,7 +47,7 @@ def task_arithmetic(scale: float) -> Merge:
 
 
 def average_factors(pool: Pool, theta_0: Weights) -> Weights:
-    r"""The common mistake, :math:`\theta_0 + \bar B\bar A`: factors averaged each by themselves.
+    r"""Average the factors separately, :math:`\theta_0 + \bar B\bar A`: a common mistake.
 
     The mean of the task vectors is :math:`\tfrac1T\sum_c B_c A_c`. Here each B meets every A,
     though each client drew its own.
@@ -78,7 +78,7 @@ def average_factors(pool: Pool, theta_0: Weights) -> Weights:
 
 
 def ties(pool: Pool, theta_0: Weights, *, density: float = 0.2, scale: float = 1.0) -> Weights:
-    r"""Trim, elect a sign, take the mean of those who agree.
+    r"""Trim, elect a sign for each entry, and average the clients that have it.
 
     Of each client's task vector only the share ``density`` that is largest in magnitude, over all
     of its weights, is kept: :math:`\hat\tau_c`. Each entry then has the sign
@@ -113,7 +113,7 @@ def ties(pool: Pool, theta_0: Weights, *, density: float = 0.2, scale: float = 1
 
 
 def fisher_weighted(pool: Pool, theta_0: Weights) -> Weights:
-    r"""Let each client decide where its data is sensitive: :math:`\sum_c F_c\theta_c/\sum_c F_c`.
+    r"""Weigh each client by its Fisher: :math:`\sum_c F_c\theta_c/\sum_c F_c`.
 
     With :math:`\theta_c = \theta_0 + \tau_c`, element by element, and F the *mean* Fisher diagonal
     over a client's examples; where all are zero, the plain mean.
@@ -151,7 +151,7 @@ MERGES: Mapping[str, Merge] = {
 
 
 def _merged(pool: Pool, theta_0: Weights, combine: Callable[[str, Tensor], Tensor]) -> Weights:
-    """Add to each weight what is made of all clients' changes of it, (clients, out, in)."""
+    """Merge all clients' changes of each weight, (clients, out, in), and add the result to it."""
     pool.check_composable(None)
     theta_p = dict(theta_0)
     for name in sorted({name for c in pool for name in c.task_vector.names}):
@@ -162,7 +162,7 @@ def _merged(pool: Pool, theta_0: Weights, combine: Callable[[str, Tensor], Tenso
 
 
 def _tau(contribution: Contribution, name: str, weight: Tensor) -> Tensor:
-    """A client's change of one weight, (out, in), float64; zeros where it changes nothing."""
+    """Return a client's change of one weight, (out, in), float64; zeros if it has none."""
     if name not in contribution.task_vector.names:
         return torch.zeros_like(weight, dtype=torch.float64)
     return contribution.task_vector.delta(name, weight).double()

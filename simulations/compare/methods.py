@@ -1,4 +1,4 @@
-"""What is compared: the method, its variants, and what people would use instead.
+"""The methods that are compared: this one, its variants, and baselines.
 
 Each is a run of the apps with some settings, or is derived from the task vectors of such a run.
 All train for the same number of passes over the data unless their title says otherwise.
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 ALL_KINDS = ("lora", "full", "ia3")
 FREE = {"alpha": "0", "head-alpha": "0", "head-decay": "0"}
-"""No penalty at all."""
+"""Settings without any penalty."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the comparison."""
+    """One row of the comparison."""
 
     title: str
     settings: Mapping[str, str] = field(default_factory=dict)

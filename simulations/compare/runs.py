@@ -1,4 +1,4 @@
-"""Runs in folders of their own that are not repeated once they are finished."""
+"""Run simulations, each in a folder of its own; a finished run is not repeated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(
     *,
     in_process: bool = False,
 ) -> dict:
-    """Run once, or take the results that are there; a run that was cut short is started anew.
+    """Run once, or return the results of a finished run; start an interrupted run again.
 
     Args:
         folder: The run's own; beside it ``<folder>.json`` says with what it was made.

@@ -1,25 +1,24 @@
-"""Pre-train the byte transformer: it learns to tell of a few lines what is written in them.
+"""Pre-train the byte transformer: it learns to predict a summary of a few lines of text.
 
-What a text says is summed up by latent semantic analysis (Deerwester et al., *JASIS* 1990): counts
-of its pieces of two to four characters, rare ones weighing more, projected to the directions in
-which texts differ most. The transformer reads the bytes and learns to predict that summary. No
-label is needed, and what it knows carries over to texts of other modules far better than if it had
-learnt to name the module: after two minutes of either, a linear probe on 20 classes of the corpus
-reaches 44 % and 27 % (untrained 22 %); after the full training 50 %.
+The summary comes from latent semantic analysis (Deerwester et al., *JASIS* 1990): counts of pieces
+of two to four characters, rare pieces weighing more, projected to the directions in which texts
+differ most. The transformer reads the bytes and learns to predict the summary. This needs no label
+and transfers to texts of other modules far better than learning to name the module: after two
+minutes of training, a linear probe on 20 classes of the corpus reaches 44 % and 27 % (untrained
+22 %); after the full training 50 %.
 
 It learns on modules of Python's library that are no class of the text corpus (see text_corpus.py),
 so that the tasks of the clients are new to it.
 
     python simulations/material/pretrain_text.py runs/text/byte_transformer_small.safetensors
 
-takes some ten minutes on one core. Lines are drawn anew at each step; held-out stretches of every
-module say how well it does. The same library on the same machine gives the same weights.
+takes some ten minutes on one core. Each step draws new lines; held-out stretches of every module
+measure the result. The same library on the same machine gives the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from schedule import adamw, learning_rate
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from text_corpus import (
@@ -52,7 +52,7 @@ from fedcompo.storage.files import write_atomically
 
 ARCHITECTURE = "byte_transformer_small"
 LEFT_OUT = {"site-packages", "test", "tests", "encodings", "pydoc_data", "this"}
-"""No part of the library, or little but tables."""
+"""Folders that are no part of the library, or hold mainly tables."""
 FEWEST_LINES = 300
 DIRECTIONS = 256  # of the summary
 ANALYSED = 20_000  # examples that the summary is fitted to
@@ -65,7 +65,7 @@ Stretches = list[list[str]]
 
 
 def load_modules() -> tuple[list[Stretches], list[Stretches]]:
-    """Read all modules with enough lines that are no class; returns training and held-out parts."""
+    """Read all modules that are no class and have enough lines; return train and held-out parts."""
     names = {path.stem for path in library().iterdir() if path.suffix in ("", ".py")}
     # _sysconfigdata says how this very machine's Python was compiled
     wanted = {name for name in names if not name.startswith("_sysconfigdata")}
@@ -84,7 +84,7 @@ def load_modules() -> tuple[list[Stretches], list[Stretches]]:
 
 
 def draw(modules: list[Stretches], count: int, generator: np.random.RandomState) -> list[str]:
-    """Draw examples, of all modules alike, from any line on."""
+    """Draw examples: a module, each equally likely, then a line at which the example starts."""
     texts = []
     for module in generator.randint(len(modules), size=count):
         lines = modules[module][generator.randint(len(modules[module]))]
@@ -93,13 +93,13 @@ def draw(modules: list[Stretches], count: int, generator: np.random.RandomState)
 
 
 def as_input(texts: list[str]) -> Tensor:
-    """Lay texts out as the data of clients are: (count, 1, 1, LENGTH), uint8."""
+    """Convert texts to the layout of clients' data: (count, 1, 1, LENGTH), uint8."""
     return torch.stack([READS.prepare(text.encode()) for text in texts])
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Latent semantic analysis of texts; every direction weighs the same."""
+    """Latent semantic analysis of texts, with all directions scaled alike."""
 
     counts: TfidfVectorizer
     directions: TruncatedSVD
@@ -108,7 +108,7 @@ class Summary:
 
     @classmethod
     def of(cls, texts: list[str], seed: int) -> Summary:
-        """Fit it to texts."""
+        """Fit the analysis to texts."""
         counts = TfidfVectorizer(
             analyzer="char_wb",
             ngram_range=(2, 4),
@@ -121,36 +121,16 @@ class Summary:
         return cls(counts, directions, found.mean(0), float(found.std(0).mean()))
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Sum texts up, (count, DIRECTIONS), float32."""
+        """Summarise texts, (count, DIRECTIONS), float32."""
         found = self.directions.transform(self.counts.transform(texts))
         found = (found / self.directions.singular_values_ - self.mean) / self.spread
         return torch.from_numpy(found.astype(np.float32))
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def analysed(modules: list[Stretches], generator: np.random.RandomState) -> list[str]:
     """Draw the examples that the summary is fitted to, from all of the modules' examples."""
     whole = [text for module in modules for lines in module for text in examples(lines)]
     return [whole[place] for place in generator.permutation(len(whole))[:ANALYSED]]
-
-
-def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """Return an optimiser that decays matrices, but neither biases nor scales."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in model.parameters():
-        groups[parameter.ndim > 1].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": 0.05},
-            {"params": groups[False], "weight_decay": 0.0},
-        ]
-    )
 
 
 def pretrain(
@@ -173,7 +153,7 @@ def pretrain(
         seed: Seed of the weights and of all draws.
 
     Returns:
-        The model, without what predicted the summary from its features.
+        The model, without the layer that predicts the summary from its features.
     """
     generator = np.random.RandomState(seed)
     summary = Summary.of(analysed(train, generator), seed)
@@ -183,12 +163,12 @@ def pretrain(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = timm.create_model(ARCHITECTURE, num_classes=0)
     both = nn.Sequential(model, nn.Linear(model.num_features, DIRECTIONS)).to(device)
-    optimiser = adamw(both)
+    optimiser = adamw(both.parameters())
     started = time.monotonic()
     for step in range(steps):
         texts = draw(train, batch, generator)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, steps, peak, warmup=100)
         loss = F.mse_loss(both(as_input(texts).to(device)), summary(texts).to(device))
         optimiser.zero_grad()
         loss.backward()
@@ -206,7 +186,7 @@ def pretrain(
 
 @torch.no_grad()
 def explained(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """Share of the variance of summaries that a model explains."""
+    """Return the share of the variance of summaries that a model explains."""
     device = next(model.parameters()).device
     predicted = torch.cat([model(part.to(device)).cpu() for part in inputs.split(200)])
     return 1 - float(F.mse_loss(predicted, targets) / targets.var(0, unbiased=False).mean())

@@ -1,16 +1,16 @@
 r"""Draw tasks for very many clients: characters of invented alphabets, made of a few strokes.
 
 A class is a character that nobody uses: two to four lines, polylines or Bézier curves, drawn from
-the seed and the name of the class. Each image is by another hand: the points wander, the character
-is turned, sheared, scaled and shifted, the pen is thinner or thicker, the scan noisy. No fonts and
-no downloads, in the spirit of Omniglot (Lake et al., *Science* 2015); light strokes on a dark
-ground, as the embedded backbone was trained to see.
+the seed and the name of the class. Each image varies the character: its points move; it is rotated,
+sheared, scaled and shifted; pen width and noise differ. It needs no fonts and no downloads; the
+idea is Omniglot's (Lake et al., *Science* 2015). Strokes are light on a dark ground, as in the
+training of the embedded backbone.
 
     python simulations/material/strokes.py runs/strokes-100.npz \
         --classes 200 --train 20 --test 10 --seed 0
 
-writes what ``data = "npz:runs/strokes-100.npz"`` reads. An image depends on the seed, its class and
-its own number alone: more classes, or more images, leave the others as they are.
+writes a file for ``data = "npz:runs/strokes-100.npz"``. An image depends on the seed, its class and
+its own number alone: more classes, or more images, do not change the others.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def write_by_hand(
 
 
 def _along(stroke: Stroke) -> Points:
-    """Walk along a stroke in equal steps of its parameter, (SEGMENTS + 1, 2)."""
+    """Sample a stroke at equal steps of its parameter, (SEGMENTS + 1, 2)."""
     t = np.linspace(0, 1, SEGMENTS + 1)
     if not stroke.curved:
         corners = np.linspace(0, 1, len(stroke.points))

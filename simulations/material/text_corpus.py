@@ -1,14 +1,14 @@
-"""Make a text corpus of what every machine with Python holds: its standard library's own source.
+"""Make a text corpus of the source of Python's standard library, which every machine has.
 
 A class is a module or package, an example a few consecutive lines of it (code, comments,
 docstrings), 128 bytes at most. Nothing is downloaded. Blank lines, licences and repeated examples
-are left out. Each file is cut into stretches of lines, some of them for testing; between one for
-testing and one for training an example is dropped, so that no neighbours lie on both sides.
+are left out. Each file is cut into stretches of lines, some of them for testing. Between a stretch
+for testing and one for training an example is dropped, so that neighbours are never in both parts.
 
     python simulations/material/text_corpus.py runs/text/corpus.jsonl
 
-writes what ``data = "text:runs/text/corpus.jsonl"`` reads. Another version of Python brings another
-library, and so a slightly different corpus.
+writes a file for ``data = "text:runs/text/corpus.jsonl"``. Another version of Python has another
+library, and gives a slightly different corpus.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sources(module: str) -> list[Path]:
 
 
 def lines_of(file: Path) -> list[str]:
-    """Read the lines of a file that say something: no blank ones, no licence."""
+    """Read the lines of a file, without blank lines and licence."""
     text = file.read_text(encoding="utf-8", errors="replace").replace("\0", " ").expandtabs()
     lines = [line.rstrip() for line in text.splitlines()]
     first = next((i for i, line in enumerate(lines) if line and not line.startswith("#")), 0)
@@ -72,7 +72,7 @@ def examples(lines: list[str], length: int = LENGTH) -> Iterator[str]:
 
 
 def example_at(lines: list[str], start: int, length: int) -> tuple[str, int]:
-    """Take as many lines as fit, at least one; returns them, and where the next example starts."""
+    """Take as many lines as fit, at least one; return them and the start of the next example."""
     end, text = start, ""
     while end < len(lines):
         longer = textwrap.dedent("\n".join(lines[start : end + 1]))
@@ -83,7 +83,7 @@ def example_at(lines: list[str], start: int, length: int) -> tuple[str, int]:
 
 
 def split_of(file_examples: list[str]) -> Iterator[tuple[str, str]]:
-    """Say of each example of a file whether it is for train or test; drop those at a border."""
+    """Mark each example of a file as train or test; drop those at a border."""
     for place, text in enumerate(file_examples):
         stretch, within = divmod(place, STRETCH)
         if stretch % TEST_EVERY != TEST_EVERY - 1:
@@ -93,7 +93,7 @@ def split_of(file_examples: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def corpus(classes: list[str], counts: dict[str, int]) -> list[dict[str, str]]:
-    """Gather the examples of all classes, each text once.
+    """Collect the examples of all classes, each text once.
 
     Args:
         classes: Modules and packages.
@@ -125,7 +125,7 @@ def corpus(classes: list[str], counts: dict[str, int]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Parse the command line, gather, write."""
+    """Parse the command line, collect, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("output", type=Path, help="the .jsonl file to write")
     parser.add_argument("--train", type=int, default=160, help="training examples a class")

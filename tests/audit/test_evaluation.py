@@ -23,7 +23,7 @@ from fedcompo.errors import ConfigError, DataError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 CONFIG = RunConfig()
 
@@ -42,7 +42,7 @@ def by_hand(theta: Weights, head: Head, *partitions: int) -> Figures:
     figures = {}
     for partition in partitions:
         data = digits_of(partition)
-        found = evaluate(backbone(), theta, head, data.classes, data.test)
+        found = accuracy_of(backbone(), theta, head, data.classes, data.test)
         figures[data.name] = {
             "class_il_accuracy": found.class_il,
             "task_il_accuracy": found.task_il,

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fedcompo.audit.membership import (
     Attack,
-    Shadows,
     confidence,
     likelihood_ratio_attack,
     likelihood_ratios,
@@ -293,29 +292,10 @@ def uneven_experiment() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return target, phi, trained_on, is_member
 
 
-def test_online_scores_are_log_ratios_of_gaussian_densities():
+def test_scores_are_log_ratios_of_gaussian_densities():
     target, phi, trained_on, _ = uneven_experiment()
     expected = written_ratios(target, phi, trained_on)
     assert likelihood_ratios(target, phi, trained_on).tolist() == pytest.approx(expected, rel=1e-9)
-
-
-def test_offline_scores_order_examples_as_the_one_sided_probability_does():
-    target, phi, trained_on, _ = uneven_experiment()
-    sigma = written_spread(phi.tolist(), (~trained_on).tolist())
-    below = []
-    for value, column, had in zip(target.tolist(), phi.T, trained_on.T, strict=True):
-        below.append(NormalDist(mean(column[~had].tolist()), sigma).cdf(value))
-    scores = likelihood_ratios(target, phi, trained_on, shadows=Shadows.OFFLINE).tolist()
-    assert [NORMAL.cdf(score) for score in scores] == pytest.approx(below, rel=1e-9)
-
-
-def test_offline_needs_no_shadow_that_had_the_example():
-    target, phi, trained_on, is_member = shadow_experiment(shift=2.0, difficulty=5.0)
-    without, nobody = phi - 2.0 * trained_on, torch.zeros_like(trained_on)
-    attack = likelihood_ratio_attack(target, without, nobody, is_member, shadows=Shadows.OFFLINE)
-    assert attack.auc.low > 0.85
-    with pytest.raises(DataError, match=r"400 of 400 examples .* trained with them"):
-        likelihood_ratio_attack(target, without, nobody, is_member)
 
 
 def test_the_attack_judges_the_scores_of_members_against_the_rest():
@@ -328,30 +308,27 @@ def test_the_attack_judges_the_scores_of_members_against_the_rest():
     assert attack != likelihood_ratio_attack(target, phi, trained_on, is_member, seed=3)
 
 
-@pytest.mark.parametrize("shadows", Shadows)
-def test_shadows_find_members_among_examples_of_uneven_difficulty_where_the_loss_does_not(shadows):
+def test_shadows_find_members_among_examples_of_uneven_difficulty_where_the_loss_does_not():
     target, phi, trained_on, is_member = shadow_experiment(shift=2.0, difficulty=5.0)
     loss = torch.log1p(torch.exp(-target))
     by_loss = loss_attack(loss[is_member], loss[~is_member])
-    by_ratio = likelihood_ratio_attack(target, phi, trained_on, is_member, shadows=shadows)
+    by_ratio = likelihood_ratio_attack(target, phi, trained_on, is_member)
     # The shift hides in a spread of 5: AUC Φ(2 / √2·√26) = 0.61; known ease would give 0.92.
     assert by_loss.auc.high < 0.75
     assert by_ratio.auc.low > 0.85
     assert by_ratio.tpr[0.05].low > by_loss.tpr[0.05].high
 
 
-@pytest.mark.parametrize("shadows", Shadows)
-def test_where_nothing_is_to_be_found_the_attack_says_chance(shadows):
+def test_where_nothing_is_to_be_found_the_attack_says_chance():
     chance = 0
     for seed in range(40):
         experiment = shadow_experiment(shift=0.0, difficulty=5.0, examples=200, seed=10 * seed)
-        chance += likelihood_ratio_attack(*experiment, shadows=shadows).is_chance()
+        chance += likelihood_ratio_attack(*experiment).is_chance()
     assert chance >= 33  # 38 expected, three standard errors are 4.1
 
 
-@pytest.mark.parametrize("shadows", Shadows)
 @pytest.mark.parametrize("offset", [0.0, 1 / 3])
-def test_shadows_that_agree_to_the_bit_are_no_evidence(shadows, offset):
+def test_shadows_that_agree_to_the_bit_are_no_evidence(offset):
     """As after an exact removal: all shadow pools are then one and the same model."""
     ease = normal(90, seed=0, scale=3)
     _, _, trained_on, is_member = shadow_experiment(
@@ -360,7 +337,7 @@ def test_shadows_that_agree_to_the_bit_are_no_evidence(shadows, offset):
     phi = ease.expand(7, 90)
     scores = likelihood_ratios(ease + offset, phi, trained_on)
     assert scores.tolist() == [0.0] * 90
-    attack = likelihood_ratio_attack(ease, phi, trained_on, is_member, shadows=shadows)
+    attack = likelihood_ratio_attack(ease, phi, trained_on, is_member)
     assert dataclasses.astuple(attack.auc) == (0.5, 0.5, 0.5)
 
 

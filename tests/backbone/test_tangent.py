@@ -30,7 +30,7 @@ from fedcompo.backbone.tangent import (
 )
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 IMAGES = pixels(3, 1, 8, seed=1)
 QKV, FC2 = "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"
@@ -360,7 +360,7 @@ def test_accuracy_of_tangents_is_counted_on_linearised_features():
     }
     hits = {}
     for tangent, values in features.items():
-        found = evaluate(
+        found = accuracy_of(
             backbone, moved(backbone, tau), head, head.classes[:2], data, linearised=tangent
         )
         logits = head(values)

@@ -212,48 +212,29 @@ class answering:  # noqa: N801 - used as a context
 def grid_of(clients: int, answer: Callable[[str, int], Path], *, packed: bool):
     """A Grid whose replies are read from files when they are pulled."""
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-    from flwr.proto.node_pb2 import NodeInfo
-    from flwr.serverapp import Grid
-    from flwr.supercore.task_identity import TaskIdentity
 
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    sys.path.append(str(project() / "simulations" / "compare"))
+    from in_process import FIRST_NODE, InProcessGrid
+
     key = "payload" if packed else "w"
 
-    class FileGrid(Grid):
-        def __init__(self) -> None:
-            self.waiting: dict[str, Message] = {}
-
-        def set_run(self, run: object) -> None: ...
-
-        @property
-        def run(self) -> None:
-            return None
-
-        def create_message(self, *args: object, **kwargs: object) -> Message:
-            raise NotImplementedError
-
-        def get_node_ids(self) -> Iterable[int]:
-            return [1000 + client for client in range(clients)]
-
-        def get_nodes(self) -> Iterable[NodeInfo]:
-            return [NodeInfo(node_id=node, status="online") for node in self.get_node_ids()]
-
+    class FileGrid(InProcessGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
             ids = []
             for message in messages:
                 ids.append(f"{message.metadata.dst_node_id} {message.metadata.message_type}")
                 # As Flower does, the request is sent and forgotten; a reply needs its metadata.
                 about = message.metadata
-                self.waiting[ids[-1]] = Message(RecordDict(), about.dst_node_id, about.message_type)
+                self.replies[ids[-1]] = Message(RecordDict(), about.dst_node_id, about.message_type)
             return ids
 
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            return [self._pull(i) for i in list(message_ids) if i in self.waiting]
+            return [self._pull(i) for i in list(message_ids) if i in self.replies]
 
         def _pull(self, message_id: str) -> Message:
-            request = self.waiting.pop(message_id)
+            request = self.replies.pop(message_id)
             node, message_type = message_id.split(" ", 1)
-            file = answer(message_type if packed else "model", int(node) - 1000)
+            file = answer(message_type if packed else "model", int(node) - FIRST_NODE)
             data = np.fromfile(file, np.uint8)
             file.unlink()
             array = Array(data if packed else data.view(np.float32))
@@ -263,12 +244,7 @@ def grid_of(clients: int, answer: Callable[[str, int], Path], *, packed: bool):
             request.metadata.__dict__["_src_node_id"] = 1
             return Message(content, reply_to=request)
 
-        def send_and_receive(
-            self, messages: Iterable[Message], *, timeout: float | None = None
-        ) -> Iterable[Message]:
-            return self.pull_messages(self.push_messages(messages))
-
-    return FileGrid()
+    return FileGrid(None, {}, clients)
 
 
 if __name__ == "__main__":

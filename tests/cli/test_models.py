@@ -34,7 +34,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.report.units import percent
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 IMAGES = pixels(6, 1, 8, seed=5)
 
@@ -246,7 +246,7 @@ def test_accuracies_are_the_librarys(home: Path, options: str) -> None:
         if name in found["clients"]:
             seen = backbone().preprocessing
             own = load_client_data(RunConfig().data, seen, partition=partition, seed=0)
-            accuracy = evaluate(backbone(), theta, head, own.classes, own.test)
+            accuracy = accuracy_of(backbone(), theta, head, own.classes, own.test)
             expected[name] = {
                 "class_il_accuracy": accuracy.class_il,
                 "task_il_accuracy": accuracy.task_il,

@@ -29,7 +29,7 @@ from fedcompo.registry.verification import verify_registry
 from fedcompo.report.console import literal
 from fedcompo.report.units import percent
 from fedcompo.storage.files import CONTENT
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 ODD = ("[/]", "[bold]7", ":smile:", "\x1b[31mred")
 """Names of classes that markup, emoji codes and terminals would swallow."""
@@ -272,7 +272,7 @@ def test_a_dry_run_measures_the_effect_on_the_clients_own_digits(home: Path) -> 
             own = load_client_data(
                 config.data, backbone().preprocessing, partition=partition, seed=config.seed
             )
-            found = evaluate(backbone(), theta, head, own.classes, own.test)
+            found = accuracy_of(backbone(), theta, head, own.classes, own.test)
             assert accuracy[moment][name] == {
                 "class_il_accuracy": found.class_il,
                 "task_il_accuracy": found.task_il,

@@ -46,7 +46,7 @@ from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
 from fedcompo.seeds import generator_for
 from fedcompo.storage.files import MODEL_CARD
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 IMAGES = backbone().preprocessing.normalise(pixels(4, 1, 8, seed=2))
 
@@ -274,7 +274,9 @@ def test_audited_models_are_linearised(digits):
         torch.testing.assert_close(found.double(), expected, **close)
         features = model.features(backbone(), images)
         torch.testing.assert_close(head(features).double(), expected, **close)
-        accuracy = evaluate(backbone(), model.theta, head, data.classes, data.test, linearised=True)
+        accuracy = accuracy_of(
+            backbone(), model.theta, head, data.classes, data.test, linearised=True
+        )
         hits = (expected.argmax(1) == labels)[-len(data.test.labels) :]
         assert accuracy.class_il == float(hits.double().mean())
 

@@ -20,19 +20,15 @@ from round_runs import (
 )
 
 from clients.local import LocalClient
-from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
-from fedcompo.config.run import BackboneConfig, TrainConfig
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.messages.records import from_record
 from fedcompo.messages.wire import decode, encode
-from fedcompo.method.deltas import new_deltas
 from fedcompo.method.fisher import HEAD
 from fedcompo.privacy.factored import margins, outer
 from fedcompo.privacy.noise import composed_epsilon
 from fedcompo.registry.verification import verify_registry
-from fedcompo.training.penalty import Anchor, TrainingPenalty
 
 CLIENTS = ("client-0", "client-1", "client-2")
 PLAIN = CapsConfig()
@@ -261,18 +257,6 @@ def test_rounds_without_a_fisher_of_the_backbone_hold_only_the_head(images, tmp_
     results = federate(images, tmp_path / "out", fisher_form="head")
     assert [r["trained"] for r in results["rounds"]] == [["ann", "ben", "eve"]] * 2
     assert_sum_of_the_last(tmp_path / "out")
-
-
-def test_an_anchor_without_weights_holds_no_delta():
-    theta_0 = load_backbone(BackboneConfig()).theta_0
-    name = next(iter(theta_0))
-    deltas = new_deltas("full", {name: theta_0[name]}, rank=1, generator=torch.Generator())
-    deltas[name].delta.data.fill_(1.0)
-    anchor = Anchor({}, torch.ones(2, 3), torch.ones(2))
-    penalty = TrainingPenalty(deltas, anchor, None, TrainConfig(alpha=100.0, penalty_every=1))
-    penalty.step(1.0, last=True)
-    assert bool((deltas[name].delta == 1.0).all())
-    assert penalty.loss({}) is None
 
 
 def test_caps_may_differ_from_node_to_node(tmp_path):

@@ -1,21 +1,20 @@
-"""Files that a deployment is started with: scripts, systemd units, Compose files."""
+"""Files that a deployment is started with: templates, scripts, systemd units."""
 
 from __future__ import annotations
 
 import configparser
+import os
 import shutil
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fedcompo.deployment import folders
+from fedcompo.deployment.contents import server_files
 from fedcompo.deployment.plan import Deployment
-from fedcompo.deployment.proxy import nginx_conf
-from fedcompo.deployment.templates import fill, write_files
-from fedcompo.deployment.units import server_units
+from fedcompo.deployment.templates import PLACE, TEMPLATES, fill, write_files
 from fedcompo.engine.launcher import find_app
 
 
@@ -31,11 +30,34 @@ def test_scripts_are_scripts_and_nothing_else_is(written: Path) -> None:
     for file in written.rglob("*"):
         if file.is_file() and file.stat().st_mode & stat.S_IXUSR:
             found.add(file.name)
-            checked = subprocess.run(["sh", "-n", file], capture_output=True, check=False)
-            assert checked.returncode == 0, checked.stderr
     assert found == {
         "start", "registry", "start-superlink", "start-proxy", "start-registry", "register", "run",
     }  # fmt: skip
+
+
+def test_shells_read_every_script_and_shellcheck_finds_no_fault(written: Path) -> None:
+    scripts = [file for file in written.rglob("*") if file.is_file() and os.access(file, os.X_OK)]
+    scripts.append(written / "server" / "environment")
+    assert len(scripts) == 7 + 2 * 3
+    commands = [["sh", "-n"], ["bash", "-n"]]
+    if shutil.which("shellcheck"):
+        commands.append(["shellcheck", "--shell=sh", "--external-sources"])
+    for script in scripts:
+        for command in commands:
+            checked = subprocess.run(
+                [*command, script], cwd=script.parent, capture_output=True, text=True, check=False
+            )
+            assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_shellcheck_reads_templates_as_they_are() -> None:
+    tool = shutil.which("shellcheck")
+    if tool is None:
+        pytest.skip("shellcheck is not installed")
+    # What a script sources stands beside it in a deployment alone.
+    command = [tool, "--shell=sh", "--exclude=SC1091", *TEMPLATES.rglob("*.sh")]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_no_program_calls_home_or_installs(written: Path) -> None:
@@ -69,6 +91,7 @@ def test_units_start_the_scripts_again_after_a_session_has_expired(
         assert (file.parents[1] / script).stat().st_mode & stat.S_IXUSR
         assert home == Path("/opt/fedcompo") / file.parents[1].name
         assert service["Restart"] == "always"
+        assert service["RestartPreventExitStatus"] == "78", "see refuse() in a client's start"
         assert int(service["RestartSec"]) >= (5 if "server" in home.parts else 55), name
         assert service["LimitCORE"] == service["MemorySwapMax"] == "0"
         assert service["NoNewPrivileges"] == "yes"
@@ -77,7 +100,7 @@ def test_units_start_the_scripts_again_after_a_session_has_expired(
 
 @pytest.mark.parametrize(("port", "needed"), [(443, "CAP_NET_BIND_SERVICE"), (8443, "")])
 def test_the_proxy_has_one_right_more_where_its_port_needs_it(port: int, needed: str) -> None:
-    units = server_units(Deployment("x.org", ("a",), port=port))
+    units = server_files(Deployment("x.org", ("a",), port=port))
     lines = units["systemd/fedcompo-proxy.service"].splitlines()
     assert f"CapabilityBoundingSet={needed}" in lines
     assert f"AmbientCapabilities={needed}" in lines
@@ -93,53 +116,42 @@ def test_systemd_finds_no_fault_with_the_units(written: Path) -> None:
         assert "Unknown" not in done.stderr, done.stderr
 
 
-def test_compose_files_call_the_same_scripts_and_publish_proxy_and_registry_alone(
-    written: Path,
-) -> None:
-    folder = written
-    client = yaml.safe_load((folder / "clients" / "a" / "compose.yaml").read_text())
-    server = yaml.safe_load((folder / "server" / "compose.yaml").read_text())
-    services = {**client["services"], **server["services"]}
-    commands = {name: service["command"] for name, service in services.items()}
-    assert commands == {
-        "client": ["/client/start"],
-        "superlink": ["/server/start-superlink"],
-        "proxy": ["/server/start-proxy"],
-        "registry": ["/server/start-registry"],
-    }
-    ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert ports == ["8443:8443", "9443:9443"]
-    assert services["registry"]["profiles"] == ["registry"], "there is none before the first run"
-    for name, service in services.items():
-        assert service["restart"] == "always"
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert ".:/client:ro" in service["volumes"] or ".:/server:ro" in service["volumes"]
-        if name not in ("proxy", "registry"):  # the registry's image is the SuperLink's
-            assert "PROJECT" in service["build"]["context"]
-    gpu = yaml.safe_load((folder / "clients" / "a" / "compose.gpu.yaml").read_text())
-    assert set(gpu["services"]) <= set(client["services"])
-
-
 def test_a_template_without_its_value_is_an_error(tmp_path: Path) -> None:
-    assert fill("$HOME/@{name}", name="a") == "$HOME/a"
-    with pytest.raises(KeyError):
-        fill("@{name}")
+    assert fill('$HOME/@NAME@@NAME@ "$@" a@b.org', {"name": "a"}) == '$HOME/aa "$@" a@b.org'
+    with pytest.raises(KeyError, match="name"):
+        fill("@NAME@", {"port": 1})
     write_files(tmp_path, {"x": "1"})
     with pytest.raises(FileExistsError):
         write_files(tmp_path, {"x": "2"})
 
 
+def texts(folder: Path) -> dict[Path, str]:
+    """What was made of templates, by path."""
+    files = [*folder.glob("*"), *folder.glob("[cos]*/*"), *folder.glob("clients/*/*")]
+    files += folder.glob("**/systemd/*")
+    return {file: file.read_text() for file in files if file.is_file() and file.suffix != ".key"}
+
+
 def test_no_place_of_a_template_is_left_open(written: Path) -> None:
-    for file in written.rglob("*"):
-        if file.is_file() and file.suffix in ("", ".conf", ".md", ".yaml", ".service"):
-            assert "@{" not in file.read_text(), file
+    for file, text in texts(written).items():
+        assert not PLACE.search(text), file
+
+
+def test_every_template_is_used(written: Path) -> None:
+    lines = [set(text.splitlines()) for text in texts(written).values()]
+    templates = [file for file in TEMPLATES.rglob("*") if file.is_file()]
+    assert len(templates) > 10
+    for template in templates:
+        fixed = {line for line in template.read_text().splitlines() if not PLACE.search(line)}
+        assert any(fixed <= written for written in lines), template
 
 
 @pytest.mark.parametrize(
     ("host", "listens"), [("fed.example.org", False), ("192.0.2.7", False), ("2001:db8::7", True)]
 )
 def test_the_proxy_wants_ipv6_only_where_its_address_is_one(host: str, listens: bool) -> None:
-    lines = [line.strip() for line in nginx_conf(Deployment(host, ("a",))).splitlines()]
+    lines = [
+        line.strip() for line in server_files(Deployment(host, ("a",)))["nginx.conf"].splitlines()
+    ]
     assert ("listen [::]:8443 ssl;" in lines) is listens
     assert "listen 8443 ssl;" in lines

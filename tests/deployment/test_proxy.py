@@ -17,9 +17,8 @@ import pytest
 from deployed_federation import free_port, require_nginx
 from guarded import start_guarded, until
 
+from fedcompo.deployment.contents import server_files
 from fedcompo.deployment.plan import Deployment
-from fedcompo.deployment.proxy import nginx_conf
-from fedcompo.deployment.server_scripts import server_scripts
 from fedcompo.deployment.templates import write_files
 from fedcompo.service.certificates import Authority
 
@@ -100,7 +99,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Deployment]
     authority = Authority.create()
     authority.issue_server(["127.0.0.1", "localhost"]).save(folder / "certificates", "server")
     (folder / "certificates" / "ca.crt").write_bytes(authority.credential.certificate)
-    write_files(folder, {**server_scripts(deployment), "nginx.conf": nginx_conf(deployment)})
+    write_files(folder, server_files(deployment))
     return folder, deployment
 
 
@@ -228,7 +227,7 @@ def test_whoever_poses_as_the_superlink_gets_nothing(
     deployment = Deployment("127.0.0.1", ("a",), free_port(), free_port())
     folder = tmp_path / "server"
     shutil.copytree(original / "certificates", folder / "certificates")
-    write_files(folder, {**server_scripts(deployment), "nginx.conf": nginx_conf(deployment)})
+    write_files(folder, server_files(deployment))
     Authority.create().issue_server(["localhost"]).save(tmp_path / "other", "server")
     site = Site(folder, deployment.port)
     proxy = start_guarded(["./start-proxy"], folder, tmp_path / "proxy.log", {})

@@ -14,9 +14,11 @@ import pytest
 from deployed_federation import WITHOUT_OVERRIDE, settle
 
 from fedcompo.deployment import folders
-from fedcompo.deployment.client_scripts import MISCONFIGURED
 from fedcompo.deployment.plan import Deployment
 from fedcompo.engine.launcher import find_app
+
+MISCONFIGURED = 78
+"""EX_CONFIG: another start would fail again."""
 
 FAKE = """\
 #!/bin/sh

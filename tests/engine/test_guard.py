@@ -88,28 +88,6 @@ def test_ends_when_the_command_does_and_passes_its_status_on(folder: Path) -> No
     assert sleepers(tag) == []
 
 
-def test_without_adoption_it_walks_the_tree(folder: Path) -> None:
-    tag = f"{time.time_ns()}"
-    code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import guard\n"
-        "guard._LINUX = False; sys.exit(guard.main(sys.argv[1:]))"
-    )
-    command = ["sh", "-c", f"setsid -w sleep 298.{tag} & sleep 299.{tag}"]
-    here = str(Path(guard.__file__).parent)
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-c", code, here, str(folder), *command], stdin=subprocess.PIPE
-    )
-    assert wait_for(lambda: len(sleepers(tag)) == 2)
-    assert process.stdin is not None
-    process.stdin.close()
-    process.wait(20)
-    assert wait_for(lambda: not sleepers(tag), 1)
-
-
 def test_a_missing_command_is_127(folder: Path) -> None:
     assert start(folder, "no-such-program-here").wait(20) == 127
     assert not folder.exists()
-
-
-def test_descendants_are_found_at_any_depth() -> None:
-    assert guard.descendants(2, {3: 2, 4: 3, 5: 4, 6: 1, 2: 1}) == {3, 4, 5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -206,3 +207,14 @@ def altered(path: Path, position: int, mask: int = 1) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= mask
     path.write_bytes(bytes(data))
+
+
+def in_memory(folder: Path) -> Contribution:
+    """A contribution whose tensors are read now: its files may go."""
+    opened = Contribution.open(folder)
+    vector, fisher = opened.task_vector, opened.fisher
+    return replace(
+        opened,
+        task_vector=replace(vector, tensors=dict(vector.tensors)),
+        fisher=replace(fisher, sums=dict(fisher.sums)) if fisher else None,
+    )

@@ -23,6 +23,12 @@ from fedcompo.engine.log import plain
 START_SECONDS = 180.0
 
 
+def descendants(pid: int) -> set[int]:
+    """Process ids of a process's children, their children and so on."""
+    children = guard.children(pid)
+    return children.union(*map(descendants, children))
+
+
 @dataclass
 class Started:
     """A process on a machine, and all that it starts."""
@@ -44,8 +50,7 @@ class Started:
     @property
     def pid(self) -> int:
         """Of the program itself."""
-        children = [pid for pid, up in guard.parents().items() if up == self.guard.pid]
-        return min(children)  # what it started, and left, came later
+        return min(guard.children(self.guard.pid))  # what it started, and left, came later
 
     def wait_for(self, text: str, seconds: float = START_SECONDS, count: int = 1) -> None:
         """Wait until it has printed a text so often; fail with its log if it does not."""
@@ -73,7 +78,7 @@ class Started:
         self.guard.wait(30)
 
     def _signal(self, number: signal.Signals) -> None:
-        for pid in guard.descendants(self.guard.pid):
+        for pid in descendants(self.guard.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from app_runs import run
+from builders import in_memory
 from flwr.app import Message
 from in_process_grid import Tamper
 from PIL import Image
@@ -135,7 +136,7 @@ class Looks:
 def sent_last(output: Path) -> dict[str, Contribution]:
     """Contributions in the registry of a run."""
     folders = (output / "registry" / "clients").iterdir()
-    return {c.client: c for c in map(Contribution.open, sorted(folders))}
+    return {c.client: c for c in map(in_memory, sorted(folders))}
 
 
 def assert_sum_of_the_last(output: Path, wire: Wire | None = None) -> None:

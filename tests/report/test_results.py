@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from fedcompo.report.picture import cosines_of
-from fedcompo.report.results import percent, print_results, write_report
+from fedcompo.report.picture import cosines_of, write_report
+from fedcompo.report.results import print_results
+from fedcompo.report.units import percent
 
 ACCURACIES = {
     "class_il_accuracy": 0.875,

@@ -33,7 +33,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.report.results import print_results
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.storage.tensorfile import prefixed, section
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import Course, Fitted, fit_task_vector
 
 OWNED = {"anna": {"dog": 12, "owl": 9}, "ben": {"cat": 5, "dog": 3}, "cleo": {"eel": 7, "fox": 7}}
@@ -174,8 +174,8 @@ def test_reported_accuracies_are_those_of_the_saved_model_and_of_the_frozen_one(
     theta = {name: model[name] for name in backbone.theta_0}
     for data in datas:
         figures = results["per_client"][data.name]
-        now = evaluate(backbone, theta, head, data.classes, data.test)
-        frozen = evaluate(backbone, {}, aligned, data.classes, data.test)
+        now = accuracy_of(backbone, theta, head, data.classes, data.test)
+        frozen = accuracy_of(backbone, {}, aligned, data.classes, data.test)
         assert figures["class_il_accuracy"] == now.class_il
         assert figures["task_il_accuracy"] == now.task_il
         assert figures["frozen_class_il_accuracy"] == frozen.class_il

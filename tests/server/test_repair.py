@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from app_runs import altered
+from builders import in_memory
 from round_runs import Looks, Wire, draw_images, federate, same
 
 from fedcompo.composition.running_sum import RunningSum
@@ -69,13 +69,8 @@ def remove(images: Path, registry: Path, grid: dict | None = None, **settings) -
 
 
 def members(registry: Path) -> dict[str, Contribution]:
-    """Contributions as they are now, in memory: a run replaces and deletes their files."""
-    opened, found = Registry(registry), {}
-    for client in opened.clients:
-        member = Contribution.open(registry / opened.member(client).folder)
-        vector = replace(member.task_vector, tensors=dict(member.task_vector.tensors))
-        found[client] = replace(member, task_vector=vector)
-    return found
+    opened = Registry(registry)
+    return {c: in_memory(registry / opened.member(c).folder) for c in opened.clients}
 
 
 def unchanged(one: Contribution, other: Contribution) -> bool:

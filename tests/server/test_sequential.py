@@ -24,7 +24,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.seeds import generator_for
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import Course, fit_task_vector
 from fedcompo.training.penalty import Anchor, Ensemble
 
@@ -90,7 +90,7 @@ def test_what_is_measured_is_the_model_of_the_first_clients_alone(finished):
         )
         for i, client in enumerate(first):
             data = data_of(client, config, backbone)
-            found = evaluate(backbone, theta, head, data.classes, data.test)
+            found = accuracy_of(backbone, theta, head, data.classes, data.test)
             for measure, value in (
                 ("class_il_accuracy", found.class_il),
                 ("task_il_accuracy", found.task_il),

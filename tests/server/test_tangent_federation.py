@@ -11,7 +11,7 @@ from fedcompo.config.choices import Method
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.registry.registry import Registry
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def test_what_clients_measure_is_the_linearised_model(tmp_path, method):
     backbone, config = registry.backbone.load(), RunConfig.parse(results["settings"])
     for data in clients_data(config.data, backbone, seed=config.seed):
         theta, head = registry.theta_p(), registry.joint_head()
-        found = evaluate(backbone, theta, head, data.classes, data.test, linearised=True)
+        found = accuracy_of(backbone, theta, head, data.classes, data.test, linearised=True)
         assert results["per_client"][data.name]["class_il_accuracy"] == found.class_il
 
 

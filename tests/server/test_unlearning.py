@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from app_runs import altered, run
+from builders import in_memory
 from in_process_grid import lost
 
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
@@ -67,10 +68,10 @@ def test_a_removal_is_measured_before_and_after_by_those_who_stay(registry, tmp_
 
 
 def test_the_removed_client_is_gone_from_the_registry_a_run_left(registry, tmp_path):
-    gone = dict(Contribution.open(registry / "clients" / "client-1").task_vector.tensors)
+    gone = in_memory(registry / "clients" / "client-1")
     remove(registry, tmp_path / "out")
     everything = b"".join(p.read_bytes() for p in registry.rglob("*") if p.is_file())
-    for tensor in gone.values():
+    for tensor in gone.task_vector.tensors.values():
         assert tensor.numpy().tobytes() not in everything
     kept = Contribution.open(registry / "clients" / "client-0").task_vector.tensors
     assert all(tensor.numpy().tobytes() in everything for tensor in kept.values())

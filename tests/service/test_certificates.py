@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedcompo.errors import ConfigError, ContributionError, FileFormatError
-from fedcompo.service.certificates import Authority, Credential, write_private
+from fedcompo.service.certificates import Authority, Credential
+from fedcompo.storage.files import write_private
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.signing import is_signed
 from fedcompo.registry.state import PUBLIC
-from fedcompo.service.access import _read
+from fedcompo.service.access import _read_certificate
 
 ADA, BEN, CHO = one_of_each_kind()
 
@@ -67,8 +67,8 @@ def test_the_journal_says_who_asked(registry: Registry, tmp_path: Path) -> None:
             client.remove("ada")
     registry.refresh()
     added, removed = registry.entries()[-2:]
-    dee, _, _ = _read(credential("dee").certificate)
-    olga, _, _ = _read(credential("olga", operator=True).certificate)
+    dee, _, _ = _read_certificate(credential("dee").certificate)
+    olga, _, _ = _read_certificate(credential("olga", operator=True).certificate)
     assert added.details["requested_by"] == dee.signature
     assert dee.signature == f"dee (client, certificate SHA-256 {dee.fingerprint})"
     assert removed.details["requested_by"] == olga.signature

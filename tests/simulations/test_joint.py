@@ -18,7 +18,7 @@ from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.features import extract_features, fit_mixtures
 from fedcompo.method.heads import Head
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import fit_task_vector
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "compare"))
@@ -118,7 +118,9 @@ def test_what_is_measured_is_every_clients_accuracy_and_their_mean(backbone, dat
     figures = joint.measured(backbone, {}, head, datas)
     assert list(figures["per_client"]) == list(OWNED)
     for key, attribute in (("class_il_accuracy", "class_il"), ("task_il_accuracy", "task_il")):
-        found = [getattr(evaluate(backbone, {}, head, d.classes, d.test), attribute) for d in datas]
+        found = [
+            getattr(accuracy_of(backbone, {}, head, d.classes, d.test), attribute) for d in datas
+        ]
         assert [figures["per_client"][d.name][key] for d in datas] == found
         assert figures[key] == pytest.approx(sum(found) / len(found))
 

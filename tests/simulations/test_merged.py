@@ -14,7 +14,7 @@ from fedcompo.composition.head import head_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
-from fedcompo.training.accuracy import evaluate
+from fedcompo.training.accuracy import accuracy_of
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "compare"))
 merged, merging = import_module("merged"), import_module("merging")
@@ -74,7 +74,7 @@ def test_the_frozen_backbone_has_the_registrys_head_and_nearly_the_runs_figures(
     config, backbone = run_config_of(registry), registry.backbone.load()
     head = head_of(registry.pool(), registry.settings)
     for data in clients_data(config.data, backbone, seed=config.seed):
-        found = evaluate(backbone, {}, head, data.classes, data.test)
+        found = accuracy_of(backbone, {}, head, data.classes, data.test)
         own = figures["frozen"]["per_client"][data.name]
         assert [own[key] for key in MEASURES] == [found.class_il, found.task_il]
     assert_alike(figures["frozen"], results, images=5, prefix="frozen_")  # other draws align it

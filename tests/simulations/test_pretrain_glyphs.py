@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import json
 import sys
 import unicodedata
@@ -20,13 +20,14 @@ ASSETS = ROOT / "fedcompo" / "assets"
 @pytest.fixture(scope="module")
 def script():
     pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location(
-        "pretrain_glyphs", ROOT / "simulations" / "material" / "pretrain_glyphs.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrain_glyphs"] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.append(str(ROOT / "simulations" / "material"))
+    return importlib.import_module("glyphs")
+
+
+def test_the_training_finds_what_it_needs(script):
+    training = importlib.import_module("pretrain_glyphs")
+    assert training.load_glyphs is script.load_glyphs
+    assert training.learning_rate(0, 1000, 1.0, warmup=300) == 1 / 300
 
 
 def test_no_digit_of_any_script_is_wanted_and_letters_are(script):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,26 +13,18 @@ from fedcompo.config.run import DataConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.data.text import text_catalogue
 
-SIMULATIONS = Path(__file__).resolve().parents[2] / "simulations" / "material"
+sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "material"))
 LINES = [f"value_{place} = {place} * other_{place}" for place in range(200)]
-
-
-def loaded(name: str):
-    spec = importlib.util.spec_from_file_location(name, SIMULATIONS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return loaded("text_corpus")
+    return importlib.import_module("text_corpus")
 
 
 @pytest.fixture(scope="module")
 def pretraining(corpus):
-    return loaded("pretrain_text")
+    return importlib.import_module("pretrain_text")
 
 
 @pytest.fixture(scope="module")

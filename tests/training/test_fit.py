@@ -1,4 +1,4 @@
-"""One client's training on a problem that a line can solve, and the evaluation of a model."""
+"""One client's training on a problem that a line can solve."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from builders import (
     MIXABLE,
     contribution,
     left_or_right,
-    normal,
     pico_backbone,
-    pixels,
     random_head,
     rng,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
@@ -33,8 +29,8 @@ from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training import penalty as acting
-from fedcompo.training.accuracy import evaluate
-from fedcompo.training.fit import Course, Fitted, fit_task_vector
+from fedcompo.training.accuracy import accuracy_of
+from fedcompo.training.fit import Course, EpochCallback, Fitted, fit_task_vector
 from fedcompo.training.penalty import Anchor
 
 CLASSES = ("left", "right")
@@ -59,14 +55,21 @@ def fit(
     kind: Kind = Kind.LORA,
     *,
     seed: int = 0,
+    start: Head | None = None,
     anchor: Anchor | None = None,
     data: Split = DATA,
+    on_epoch: EpochCallback = lambda *told: None,
     **settings: object,
 ) -> Fitted:
-    start = zero_head(CLASSES, 8)
-    config = replace(CONFIG, **settings)
     return fit_task_vector(
-        backbone, kind, data, start, config, generator=rng(seed), course=Course(anchor=anchor)
+        backbone,
+        kind,
+        data,
+        start or zero_head(CLASSES, 8),
+        replace(CONFIG, **settings),
+        generator=rng(seed),
+        course=Course(anchor=anchor),
+        on_epoch=on_epoch,
     )
 
 
@@ -101,7 +104,7 @@ def test_a_client_learns_a_problem_that_can_be_solved(backbone, kind):
     vector = fitted.task_vector
     vector.check(backbone.theta_0, base=backbone.fingerprint, owner="client 'a'")
     theta, tangent = theta_of(backbone, vector), kind is Kind.TANGENT
-    accuracy = evaluate(backbone, theta, fitted.head, CLASSES, DATA, linearised=tangent)
+    accuracy = accuracy_of(backbone, theta, fitted.head, CLASSES, DATA, linearised=tangent)
     assert (accuracy.class_il, accuracy.task_il) == (1.0, 1.0)
 
 
@@ -120,14 +123,7 @@ def test_the_task_vector_lowers_the_loss_that_the_head_alone_is_left_with(backbo
 def test_the_first_epochs_loss_starts_at_that_of_the_pre_trained_weights(backbone, kind):
     """With steps too small to matter, the reported loss is the start's: τ starts at zero."""
     start = random_head(CLASSES, 8, seed=1)
-    fitted = fit_task_vector(
-        backbone,
-        kind,
-        DATA,
-        start,
-        replace(CONFIG, learning_rate=1e-12, local_epochs=1),
-        generator=rng(0),
-    )
+    fitted = fit(backbone, kind, start=start, learning_rate=1e-12, local_epochs=1)
     expected = loss_of(kind, start(backbone.forward({})(DATA.images)))
     assert fitted.losses[0] == pytest.approx(expected, rel=1e-4)
 
@@ -211,17 +207,10 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
 
 def test_a_strong_head_anchor_keeps_the_head_at_the_aligned_one(backbone):
     aligned = random_head(CLASSES, 8, seed=1)
-    config = replace(CONFIG, head_decay=1e4, learning_rate=1e-3)
-    fitted = fit_task_vector(backbone, Kind.IA3, DATA, aligned, config, generator=rng(0))
+    settings = {"start": aligned, "learning_rate": 1e-3}
+    fitted = fit(backbone, Kind.IA3, head_decay=1e4, **settings)
     assert (fitted.head.weight - aligned.weight).abs().max() < 5e-3
-    free = fit_task_vector(
-        backbone,
-        Kind.IA3,
-        DATA,
-        aligned,
-        replace(config, head_decay=0.0),
-        generator=rng(0),
-    )
+    free = fit(backbone, Kind.IA3, head_decay=0.0, **settings)
     assert (free.head.weight - aligned.weight).abs().max() > 8e-3
 
 
@@ -234,16 +223,7 @@ def test_a_loss_that_is_no_number_is_refused_with_advice(backbone):
 
 def test_progress_is_told_after_each_epoch(backbone):
     told = []
-    start = zero_head(CLASSES, 8)
-    fitted = fit_task_vector(
-        backbone,
-        Kind.IA3,
-        DATA,
-        start,
-        replace(CONFIG, local_epochs=3),
-        generator=rng(0),
-        on_epoch=lambda *arguments: told.append(arguments),
-    )
+    fitted = fit(backbone, Kind.IA3, local_epochs=3, on_epoch=lambda *report: told.append(report))
     assert told == [(i + 1, 3, loss) for i, loss in enumerate(fitted.losses)]
 
 
@@ -254,63 +234,5 @@ def test_clients_of_all_kinds_compose_to_a_model_that_still_solves_the_problem(b
         member = contribution(f"client-{kind}", kind, theta_0=backbone.theta_0)
         pool = pool.add(replace(member, task_vector=fitted.task_vector, head=fitted.head))
     theta_p = pool.compose(backbone.theta_0)
-    accuracies = [evaluate(backbone, theta_p, c.head, CLASSES, DATA).task_il for c in pool]
+    accuracies = [accuracy_of(backbone, theta_p, c.head, CLASSES, DATA).task_il for c in pool]
     assert min(accuracies) >= 0.9
-
-
-# -- evaluation --------------------------------------------------------------------------------
-
-
-def by_hand(backbone: Backbone, head: Head, classes: tuple[str, ...], data: Split):
-    """Oracle: one image at a time, classes by name."""
-    class_il = task_il = 0
-    for image, label in zip(data.images, data.labels, strict=True):
-        feature = backbone.forward({})(image.unsqueeze(0))[0]
-        logits = {
-            name: float(head.weight[i] @ feature + head.bias[i])
-            for i, name in enumerate(head.classes)
-        }
-        class_il += max(logits, key=logits.get) == classes[label]
-        task_il += max(classes, key=logits.get) == classes[label]
-    return class_il / len(data.labels), task_il / len(data.labels)
-
-
-@given(
-    seed=st.integers(0, 999),
-    num_classes=st.integers(2, 5),
-    owned=st.integers(1, 5),
-    count=st.integers(1, 12),
-)
-def test_accuracies_are_those_counted_by_hand_and_fewer_classes_are_never_harder(
-    seed, num_classes, owned, count
-):
-    backbone = pico_backbone()
-    names = tuple("abcde"[:num_classes])
-    order = torch.randperm(num_classes, generator=rng(seed))[: min(owned, num_classes)]
-    classes = tuple(sorted(names[i] for i in order))
-    head = random_head(names, 8, seed=seed)
-    labels = torch.randint(0, len(classes), (count,), generator=rng(seed))
-    data = Split(pixels(count, 1, 8, seed=seed), labels)
-    found = evaluate(backbone, {}, head, classes, data)
-    assert (found.class_il, found.task_il) == pytest.approx(by_hand(backbone, head, classes, data))
-    assert 0 <= found.class_il <= found.task_il <= 1
-    assert found.num_examples == count
-
-
-def test_a_model_is_evaluated_under_the_weights_it_is_given(backbone):
-    fitted = fit(backbone, Kind.FULL)
-    theta = theta_of(backbone, fitted.task_vector)
-    data = Split(pixels(200, 1, 8), torch.zeros(200).long())
-    under_theta = evaluate(backbone, theta, fitted.head, CLASSES, data)
-    under_theta_0 = evaluate(backbone, backbone.theta_0, fitted.head, CLASSES, data)
-    assert under_theta_0 == evaluate(backbone, {}, fitted.head, CLASSES, data)
-    assert under_theta != under_theta_0
-
-
-def test_no_images_have_no_accuracy(backbone):
-    empty = Split(pixels(1, 1, 8)[:0], torch.zeros(0).long())
-    head = Head(CLASSES, normal(2, 8, seed=1).float(), torch.zeros(2))
-    found = evaluate(backbone, {}, head, CLASSES, empty)
-    assert math.isnan(found.class_il)
-    assert math.isnan(found.task_il)
-    assert found.num_examples == 0

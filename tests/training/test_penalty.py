@@ -21,6 +21,7 @@ from builders import (
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Penalty
 from fedcompo.config.run import TrainConfig
+from fedcompo.method.deltas import new_deltas
 from fedcompo.method.penalties import iel_penalty
 from fedcompo.training import penalty as acting
 from fedcompo.training.fit import Course, Fitted, ensembled, fit_task_vector
@@ -153,3 +154,15 @@ def test_without_strength_or_metric_only_the_sum_is_left(backbone, penalty):
     held = fit(backbone, anchor=anchor_of(backbone), ensemble=weak, **settings)
     for name, tensor in free.task_vector.tensors.items():
         assert torch.equal(held.task_vector.tensors[name], tensor)
+
+
+def test_an_anchor_without_weights_holds_no_delta(backbone):
+    deltas = new_deltas(Kind.FULL, backbone.theta_0, rank=1, generator=rng(0))
+    for delta in deltas.values():
+        delta.delta.data.fill_(1.0)
+    anchor = Anchor({}, torch.ones(2, 8), torch.ones(2))
+    config = TrainConfig(alpha=100.0, penalty_every=1)
+    penalty = acting.TrainingPenalty(deltas, anchor, None, config)
+    penalty.step(1.0, last=True)
+    assert all(bool((delta.delta == 1.0).all()) for delta in deltas.values())
+    assert penalty.loss({}) is None
