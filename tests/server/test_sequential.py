@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def test_who_is_trained_anew_is_not_inside_a_sum_with_what_it_was(images, tmp_pa
     given = {**SEQUENTIAL, "kind": "full"}
     federate(images, tmp_path / "out", clients=2, **given)
     registry = tmp_path / "out" / "registry"
-    before = sent_last(tmp_path / "out")
+    before = sent_last(shutil.copytree(tmp_path / "out", tmp_path / "before"))
     anew = {**given, "replace": True, "seed": 3}
     results = federate(images, tmp_path / "anew", clients=2, registry=str(registry), **anew)
     assert results["registry"]["joined"] == ["ann", "ben"]
