@@ -35,22 +35,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__, _get, __dir__ = face(
-    __name__,
-    {
-        "Backbone": "backbone.backbone",
-        "Contribution": "method.contribution",
-        "FedcompoError": "errors",
-        "FisherDiagonal": "method.fisher",
-        "Pool": "method.pool",
-        "Registry": "registry.registry",
-        "RunConfig": "config.run",
-        "TaskVector": "method.task_vector",
-        "load_backbone": "backbone.backbone",
-        "load_tangent_model": "composition.models",
-        "simulate": "engine.simulation",
-    },
-)
+__all__, _get, __dir__ = face(__name__)
 
 
 def __getattr__(name: str) -> Any:

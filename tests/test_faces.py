@@ -48,21 +48,6 @@ def test_every_name_of_a_face_can_be_had(name):
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_type_checkers_see_the_names_of_a_face(name):
-    package = importlib.import_module(name)
-    tree = ast.parse(Path(package.__file__).read_text())
-    typed = [
-        alias.asname
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for imported in node.body
-        if isinstance(imported, ast.ImportFrom)
-        for alias in imported.names
-    ]
-    assert sorted(typed) == package.__all__
-
-
-@pytest.mark.parametrize("name", PACKAGES)
 def test_no_file_bears_the_name_of_a_function_that_its_package_exports(name):
     package = importlib.import_module(name)
     files = {module.name for module in pkgutil.iter_modules(package.__path__)}

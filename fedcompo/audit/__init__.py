@@ -13,15 +13,4 @@ if TYPE_CHECKING:
     from fedcompo.audit.report import print_audit as print_audit
     from fedcompo.audit.report import write_audit as write_audit
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "audit": "measure",
-        "effect_of_removal": "evaluation",
-        "evaluate_clients": "evaluation",
-        "likelihood_ratio_attack": "membership",
-        "loss_attack": "membership",
-        "print_audit": "report",
-        "write_audit": "report",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -13,15 +13,4 @@ if TYPE_CHECKING:
     from fedcompo.backbone.stored import save_backbone as save_backbone
     from fedcompo.backbone.tangent import TangentModel as TangentModel
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Backbone": "backbone",
-        "Modality": "preprocessing",
-        "Preprocessing": "preprocessing",
-        "StoredBackbone": "stored",
-        "TangentModel": "tangent",
-        "load_backbone": "backbone",
-        "save_backbone": "stored",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -11,9 +11,4 @@ from fedcompo._lazy import face
 if TYPE_CHECKING:
     from fedcompo.cli.app import main as main
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "main": "app",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

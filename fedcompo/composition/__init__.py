@@ -21,18 +21,4 @@ if TYPE_CHECKING:
     from fedcompo.composition.version import Recipe as Recipe
     from fedcompo.composition.version import write_version as write_version
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "CompositionSettings": "settings",
-        "Diagnostics": "diagnostics",
-        "Recipe": "version",
-        "RunningSum": "running_sum",
-        "Term": "fixed_point",
-        "diagnose": "diagnostics",
-        "export_timm": "timm_folder",
-        "joint_head": "head",
-        "load_tangent_model": "models",
-        "write_version": "version",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

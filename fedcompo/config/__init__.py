@@ -26,24 +26,4 @@ if TYPE_CHECKING:
     from fedcompo.config.run import all_settings as all_settings
     from fedcompo.config.scenario import settings_of as settings_of
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Action": "choices",
-        "AnchorBy": "choices",
-        "Augmentation": "choices",
-        "Coefficients": "choices",
-        "FisherForm": "choices",
-        "FisherKind": "choices",
-        "HeadStart": "choices",
-        "Kind": "choices",
-        "Method": "choices",
-        "Penalty": "choices",
-        "Precision": "choices",
-        "RunConfig": "run",
-        "Schedule": "choices",
-        "Wire": "choices",
-        "all_settings": "run",
-        "settings_of": "scenario",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -11,13 +11,4 @@ if TYPE_CHECKING:
     from fedcompo.data.client_data import count_clients as count_clients
     from fedcompo.data.client_data import load_client_data as load_client_data
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Catalogue": "catalogue",
-        "ClientData": "client_data",
-        "Split": "client_data",
-        "count_clients": "client_data",
-        "load_client_data": "client_data",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

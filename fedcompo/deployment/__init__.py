@@ -10,12 +10,4 @@ if TYPE_CHECKING:
     from fedcompo.deployment.folders import update as update
     from fedcompo.deployment.plan import Deployment as Deployment
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Deployment": "plan",
-        "add": "folders",
-        "create": "folders",
-        "update": "folders",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -14,16 +14,4 @@ if TYPE_CHECKING:
     from fedcompo.engine.simulation import prepare as prepare
     from fedcompo.engine.simulation import simulate as simulate
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Display": "live",
-        "Resources": "resources",
-        "Simulation": "simulation",
-        "fair_resources": "resources",
-        "find_app": "launcher",
-        "prepare": "simulation",
-        "run_app": "launcher",
-        "simulate": "simulation",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -13,15 +13,4 @@ if TYPE_CHECKING:
     from fedcompo.export.selection import from_folders as from_folders
     from fedcompo.export.selection import from_registry as from_registry
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "ExportedModel": "model_card",
-        "Selection": "selection",
-        "export_peft": "peft",
-        "from_folders": "selection",
-        "from_registry": "selection",
-        "negated": "folder",
-        "publish": "folder",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -15,13 +15,4 @@ if TYPE_CHECKING:
     from fedcompo.messages.wire import decode as decode
     from fedcompo.messages.wire import encode as encode
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "ClientRefusal": "records",
-        "decode": "wire",
-        "encode": "wire",
-        "from_record": "records",
-        "to_record": "records",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -25,21 +25,4 @@ if TYPE_CHECKING:
     from fedcompo.method.pool import Pool as Pool
     from fedcompo.method.task_vector import TaskVector as TaskVector
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Contribution": "contribution",
-        "FeatureMixture": "features",
-        "FisherDiagonal": "fisher",
-        "Full": "deltas",
-        "Head": "heads",
-        "IA3": "deltas",
-        "Lineage": "lineage",
-        "LoRA": "deltas",
-        "Pool": "pool",
-        "Tangent": "deltas",
-        "TaskVector": "task_vector",
-        "iel_penalty": "penalties",
-        "ita_penalty": "penalties",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

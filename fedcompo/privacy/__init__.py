@@ -11,13 +11,4 @@ if TYPE_CHECKING:
     from fedcompo.privacy.noise import noised as noised
     from fedcompo.privacy.statistics import private_mixtures as private_mixtures
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "noised": "noise",
-        "private_fisher": "fisher",
-        "private_mixtures": "statistics",
-        "reduced": "factored",
-        "restored": "factored",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -21,19 +21,4 @@ if TYPE_CHECKING:
     from fedcompo.registry.verification import Finding as Finding
     from fedcompo.registry.verification import verify_registry as verify_registry
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Finding": "verification",
-        "Influence": "removal",
-        "Member": "state",
-        "Registry": "registry",
-        "RegistryReader": "reader",
-        "RemovalRecord": "removal",
-        "State": "state",
-        "removal_plan": "inspection",
-        "summary": "inspection",
-        "verify_record": "record_verification",
-        "verify_registry": "verification",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -12,14 +12,4 @@ if TYPE_CHECKING:
     from fedcompo.report.units import duration as duration
     from fedcompo.report.units import size as size
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "duration": "units",
-        "print_json": "console",
-        "print_results": "results",
-        "say": "console",
-        "size": "units",
-        "write_report": "picture",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -20,19 +20,4 @@ if TYPE_CHECKING:
     from fedcompo.service.server import Settings as Settings
     from fedcompo.service.server import serve as serve
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Audience": "access",
-        "Authority": "certificates",
-        "Client": "client",
-        "Credential": "certificates",
-        "Limits": "limits",
-        "Receipt": "client",
-        "Server": "server",
-        "Settings": "server",
-        "read_authority": "certificates",
-        "read_credential": "certificates",
-        "serve": "server",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

@@ -15,14 +15,4 @@ if TYPE_CHECKING:
     from fedcompo.storage.tensorstream import file_sha256 as file_sha256
     from fedcompo.storage.tensorstream import save_streamed as save_streamed
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "StreamedTensors": "tensorstream",
-        "TensorWriter": "tensorstream",
-        "file_sha256": "tensorstream",
-        "save_streamed": "tensorstream",
-        "tensor_digest": "tensorfile",
-        "write_atomically": "files",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)

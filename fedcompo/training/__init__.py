@@ -16,18 +16,4 @@ if TYPE_CHECKING:
     from fedcompo.training.probing import load_reference as load_reference
     from fedcompo.training.probing import reference_fisher as reference_fisher
 
-__all__, __getattr__, __dir__ = face(
-    __name__,
-    {
-        "Accuracy": "accuracy",
-        "FisherReport": "fisher_estimate",
-        "FisherSums": "anchors",
-        "Fitted": "fit",
-        "estimate_fisher": "fisher_estimate",
-        "accuracy_of": "accuracy",
-        "fit_probe": "probing",
-        "fit_task_vector": "fit",
-        "load_reference": "probing",
-        "reference_fisher": "probing",
-    },
-)
+__all__, __getattr__, __dir__ = face(__name__)
