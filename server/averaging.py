@@ -42,7 +42,7 @@ from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from server.exchange.checks import checked_fractions, checked_task_vector
+from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
 
@@ -176,7 +176,8 @@ class Averaging:
         classes = self.aligned.classes
         answer.head(classes).check(classes, self.backbone.num_features, f"client {client!r}")
         known = self.figures.get(client, {})
-        frozen, losses = checked_fractions(client, answer.figures), answer.losses
+        frozen = checked_fractions(client, answer.figures)
+        losses = checked_losses(client, answer)
         metrics = {
             "num-examples": self.roster.participants.described[client].num_examples,
             "loss": losses[-1],

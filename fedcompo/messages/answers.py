@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fedcompo.config.choices import FisherForm, Kind
+from fedcompo.errors import FileFormatError
 from fedcompo.messages.body import Body, Content, entry
 from fedcompo.messages.requests import TASK_VECTOR, own_tensors
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
@@ -21,13 +22,26 @@ from fedcompo.storage.tensorfile import section
 
 FISHER = "fisher"
 """Prefix of a Fisher's tensors."""
+MOST = 2**53
+"""Largest count of bytes or examples: up to here a float holds every whole number."""
+
+
+def _count(value: Any) -> int:
+    """A count of bytes or examples; JSON can hold any value."""
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise FileFormatError(f"It counts {value!r:.80}, expected a whole number from 0 to {MOST}.")
+    return value
+
+
+def _counts(values: Mapping[str, Any]) -> dict[str, int]:
+    return {name: _count(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process(Content):
     """What every answer says of the process that it comes from."""
 
-    peak_memory: Mapping[str, int] = entry()
+    peak_memory: Mapping[str, int] = entry(_counts)
     """Bytes; see :func:`fedcompo.runtime.peak_bytes`."""
     versions: Mapping[str, str] = entry()
     """By package."""
@@ -82,7 +96,7 @@ class IdentifyAnswer(NoticeAnswer):
 
     CONTENT: ClassVar[str] = "identify"
 
-    num_test_examples: int = entry(int)
+    num_test_examples: int = entry(_count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +122,7 @@ class FeaturesAnswer(IdentifyAnswer):
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            "mixtures": mixtures_from(tensors, manifest["mixtures"]),
+            "mixtures": mixtures_from(tensors, _counts(manifest["mixtures"])),
             "kind": Kind(manifest["kind"]) if manifest.get("kind") else None,
         }
 
@@ -141,7 +155,7 @@ class FisherAnswer(_WithTensors, NoticeAnswer):
 
     CONTENT: ClassVar[str] = "fisher"
 
-    num_examples: int = entry(int)
+    num_examples: int = entry(_count)
     form: FisherForm = entry(FisherForm, default=FisherForm.DENSE)
     report: Mapping[str, Any] = entry(dict)
     """What the estimator tells of its work."""

@@ -18,6 +18,7 @@ from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.messages.body import Body
 from fedcompo.messages.wire import decode
 from fedcompo.storage import tensorfile
+from fedcompo.storage.tensorstream import NAMES
 
 PAYLOAD = "payload"
 REFUSAL = "refusal"
@@ -76,7 +77,14 @@ def _off_the_wire(tensors: dict[str, Tensor], manifest: dict[str, Any], source: 
             f"The message of {source} is in {stated!r}, expected one of {', '.join(Wire)}. "
             "Use the same fedcompo version everywhere."
         )
-    return decode(tensors, Wire(stated), source=source), rest
+    decoded = decode(tensors, Wire(stated), source=source)
+    for name, tensor in decoded.items():
+        if str(tensor.dtype) not in NAMES:
+            raise FileFormatError(
+                f"Tensor {name!r} of {source} is of {tensor.dtype}, which fedcompo's files cannot "
+                "hold. Use the same fedcompo version everywhere."
+            )
+    return decoded, rest
 
 
 def size_of(content: RecordDict) -> int:

@@ -42,18 +42,18 @@ class FeatureMixture:
 
     def check(self, num_features: int, owner: str) -> None:
         """Refuse a mixture that cannot be drawn from; raises ``ContributionError``."""
-        k = self.weights.numel()
-        shapes = [tuple(t.shape) for t in (self.weights, self.means, self.variances)]
+        k, tensors = self.weights.numel(), (self.weights, self.means, self.variances)
+        shapes = [tuple(t.shape) for t in tensors]
         expected = [(k,), (k, num_features), (k, num_features)]
         if k < 1 or shapes != expected:
             raise ContributionError(
                 f"A mixture of {owner} has shapes {shapes}, expected {expected}."
             )
-        finite = all(torch.isfinite(t).all() for t in (self.weights, self.means, self.variances))
+        finite = all(t.is_floating_point() and torch.isfinite(t).all() for t in tensors)
         if not finite or (self.variances <= 0).any() or (self.weights < 0).any():
             raise ContributionError(
-                f"A mixture of {owner} has values that are not finite, or variances or shares "
-                "that are not positive."
+                f"A mixture of {owner} has values that are not finite or not floating point, or "
+                "variances or shares that are not positive."
             )
         if self.num_examples < 1 or abs(float(self.weights.sum()) - 1) > 1e-3:
             raise ContributionError(

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
+
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
@@ -27,6 +29,8 @@ CAP_WORDS: Mapping[str, list[Any]] = {"wire": list(Wire), "form": list(FisherFor
 """Caps that a client reports in words, and the words there are."""
 LONGEST = 10.0
 """Largest norm of a change to a weight, relative to the norm of that weight."""
+LARGEST = torch.finfo(torch.float32).max
+"""Largest figure that a client can report: sums of these are finite in float64."""
 
 
 def check_backbone(client: str, base: str, backbone: Backbone) -> None:
@@ -110,6 +114,14 @@ def checked_fractions(client: str, figures: Mapping[str, Any]) -> dict[str, floa
     return {name: float(value) for name, value in figures.items()}
 
 
+def checked_losses(client: str, answer: AveragingAnswer) -> list[float]:
+    """Return reported losses; raises ``ContributionError`` if there is none, or no figure."""
+    losses = list(answer.losses)
+    if not losses or not all(abs(loss) <= LARGEST for loss in losses):  # also if not a number
+        raise ContributionError(f"Client {client!r} reports the losses {losses}.")
+    return losses
+
+
 def checked_caps(client: str, body: Body) -> dict[str, float | str]:
     """Return a client's report of its caps; empty if it reports none.
 
@@ -129,7 +141,7 @@ def _can_be_true(name: str, value: Any) -> bool:
     if name in CAP_WORDS:
         return value in CAP_WORDS[name]
     figure = isinstance(value, int | float) and not isinstance(value, bool)
-    return figure and math.isfinite(value) and value >= 0
+    return figure and 0 <= value <= LARGEST
 
 
 FEWEST = 3

@@ -261,8 +261,7 @@ class _Asking:
 
 def _peaks(body: Body) -> dict[str, int]:
     """Peak memory that a client reports, in bytes, by process and GPU."""
-    reported = Process.from_body(body).peak_memory
-    peak = {who: int(count) for who, count in reported.items()}
+    peak = Process.from_body(body).peak_memory
     return {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
 
 

@@ -12,7 +12,6 @@ lineage is empty.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from fedcompo.registry.registry import Registry
 from server.exchange.checks import (
     Originals,
     checked_fractions,
+    checked_losses,
     checked_task_vector,
     norm_of,
     too_long,
@@ -216,9 +216,8 @@ class Fitting:
         self.originals.check(client, vector)
         head = answer.head(answer.classes)
         head.check(who.described[client].classes, self.backbone.num_features, f"client {client!r}")
-        figures, losses = checked_fractions(client, answer.figures), list(answer.losses)
-        if not losses or not all(map(math.isfinite, losses)):
-            raise ContributionError(f"Client {client!r} reports the losses {losses}.")
+        figures = checked_fractions(client, answer.figures)
+        losses = checked_losses(client, answer)
         norm = norm_of(vector, self.backbone.theta_0)
         return vector, head, {**figures, "losses": losses, "norm": norm}
 

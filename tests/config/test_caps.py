@@ -364,7 +364,15 @@ def test_under_noise_nothing_beside_it_tells_of_the_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told", [{"noise": -1.0}, {"noise": "1.0"}, {"wire": "int7"}, {"phase": [1.0]}, "int8"]
+    "told",
+    [
+        {"noise": -1.0},
+        {"noise": "1.0"},
+        {"form_error": 1e308},
+        {"wire": "int7"},
+        {"phase": [1.0]},
+        "int8",
+    ],
 )
 def test_who_tells_nonsense_of_its_caps_is_left_out(tmp_path, told):
     def change(tensors, manifest):

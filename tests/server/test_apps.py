@@ -222,13 +222,21 @@ def _forget(tensors, manifest):
     del manifest["losses"]
 
 
+def _every_class(manifest, count):
+    manifest["mixtures"] = dict.fromkeys(manifest["mixtures"], count)
+
+
+def _of_type(tensors, dtype):
+    tensors.update({name: torch.ones_like(tensor).to(dtype) for name, tensor in tensors.items()})
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (_nan, "not finite"),
         (_wrong_shape, "has shape"),
         (_absurd, "has norm"),
-        (_nonsense_memory, "malformed"),
+        (_nonsense_memory, "whole number"),
         (_boast, "expected [0, 1]"),
         (_forget, "malformed"),
         (lambda tensors, manifest: manifest.update(base="other@00"), "was trained on the backbone"),
@@ -261,7 +269,13 @@ def test_a_wrong_backbone_is_refused_before_anything_is_computed(tmp_path):
     [
         ("features", lambda tensors, manifest: manifest.update(kind="dora"), "dora"),
         ("features", lambda tensors, manifest: manifest.update(client="../up"), "client's name"),
+        ("features", lambda tensors, manifest: _every_class(manifest, 2.5), "whole number"),
+        ("features", lambda tensors, manifest: _every_class(manifest, 10**30), "whole number"),
+        ("features", lambda tensors, manifest: _of_type(tensors, torch.bool), "torch.bool"),
+        ("features", lambda tensors, manifest: _of_type(tensors, torch.int64), "floating point"),
         ("fisher", lambda tensors, manifest: manifest.pop("report"), "malformed"),
+        ("fisher", lambda tensors, manifest: manifest.update(num_examples=10**400), "whole number"),
+        ("fisher", lambda tensors, manifest: _of_type(tensors, torch.bool), "torch.bool"),
     ],
 )
 def test_a_refused_answer_leaves_no_trace(tmp_path, phase, change, reason):

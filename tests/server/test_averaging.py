@@ -351,6 +351,7 @@ def _boast(tensors, manifest):
         (_wide_head, "other tensors than it was given"),
         (_boast, "expected [0, 1]"),
         (lambda tensors, manifest: manifest.pop("losses"), "malformed"),
+        (lambda tensors, manifest: manifest.update(losses=["nan"]), "reports the losses"),
         (lambda tensors, manifest: tensors.update(more=torch.ones(1)), "other tensors"),
         (lambda tensors, manifest: manifest.update(base="other@00"), "was trained on the backbone"),
     ],
