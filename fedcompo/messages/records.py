@@ -6,6 +6,7 @@ manifest. Many small arrays are slow to store on their way, and bfloat16 would n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,8 @@ def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
             "Use the same fedcompo version everywhere."
         ) from error
     tensors, manifest = tensorfile.from_bytes(data, source=f"the message of {source}")
+    if not _is_text(manifest):
+        raise FileFormatError(f"The message of {source} holds halves of surrogate pairs.")
     if manifest.get("content") == REFUSAL:
         raise ClientRefusal(str(manifest.get("reason")))
     if manifest.get("content") != expected:
@@ -66,6 +69,15 @@ def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
             f"The message of {source} holds a {manifest.get('content')!r}, expected {expected!r}."
         )
     return _off_the_wire(tensors, manifest, source)
+
+
+def _is_text(manifest: Mapping[str, Any]) -> bool:
+    """Whether all text can be printed; half of a surrogate pair, which JSON can hold, cannot."""
+    try:
+        json.dumps(manifest, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _off_the_wire(tensors: dict[str, Tensor], manifest: dict[str, Any], source: str) -> Body:

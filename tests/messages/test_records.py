@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 
-from fedcompo.messages.records import from_record, size_of, to_record
+from fedcompo.errors import FileFormatError
+from fedcompo.messages.records import from_record, refusal, size_of, to_record
 from fedcompo.storage.tensorfile import to_bytes
 
 TENSORS = {"w": torch.arange(100.0)}
@@ -32,3 +34,18 @@ def test_what_was_looked_at_is_gone_at_once() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "content", [refusal("no \ud800"), to_record({}, {"versions": {"\udfff": ""}})]
+)
+def test_text_that_no_terminal_could_print_is_refused(content) -> None:
+    with pytest.raises(FileFormatError, match="halves of surrogate pairs"):
+        from_record(content, expected="request", source="test")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.int8])
+def test_a_tensor_that_no_file_could_hold_is_refused(dtype) -> None:
+    content = to_record({"w": torch.ones(2).to(dtype)}, {"content": "request"})
+    with pytest.raises(FileFormatError, match=f"'w' of test is of {dtype}"):
+        from_record(content, expected="request", source="test")
