@@ -212,9 +212,9 @@ class LocalClient:
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateAnswer:
         """Measure the composed model on this client's test images."""
-        found = self.measure(request.theta, request.joint, linearised=request.linearised)
+        accuracy = self.measure(request.theta, request.joint, linearised=request.linearised)
         return EvaluateAnswer(
-            **self._who(), class_il_accuracy=found.class_il, task_il_accuracy=found.task_il
+            **self._who(), class_il_accuracy=accuracy.class_il, task_il_accuracy=accuracy.task_il
         )
 
     def measure(self, theta: Weights, head: Head, *, linearised: bool = False) -> Accuracy:

@@ -74,7 +74,7 @@ def fisher_of(
         caps_report["form"] = str(caps.fisher_form)
     if caps.dp_noise > 0:
         parts, count = _private(backbone, head, images, config)
-        report: dict[str, Any] = {}  # what an estimator tells of its work is not noised
+        report: dict[str, Any] = {}  # the figures of an estimator are not noised
         caps_report |= {"noise": caps.dp_noise, "clip": caps.dp_clip_fisher}
     else:
         measured = caps.fisher_form is not FisherForm.HEAD

@@ -103,9 +103,8 @@ class Arrivals(Strategy):
             with self.exchange.books.during(client):
                 if folders := self._fit(client):
                     self.arrive(client, folders)
-        shutil.rmtree(
-            self.fitting.contributions, ignore_errors=True
-        )  # of a client that failed last
+        # What a client that failed last left behind.
+        shutil.rmtree(self.fitting.contributions, ignore_errors=True)
         self.exchange.require_clients("train", self.trained)
 
     def fit(self) -> list[Path]:

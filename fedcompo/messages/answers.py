@@ -1,6 +1,6 @@
 """What clients answer; the names of entries stand here and nowhere else.
 
-Reading an answer finds what is missing. Whether the rest can be true is for the server to judge.
+Reading an answer refuses what is missing or of another type. The server checks the rest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _counts(values: Mapping[str, Any]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Process(Content):
-    """What every answer says of the process that it comes from."""
+    """The report of a client's process; every answer carries one."""
 
     peak_memory: Mapping[str, int] = entry(_counts)
     """Bytes; see :func:`fedcompo.runtime.peak_bytes`."""
@@ -49,19 +49,19 @@ class Process(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Content):
-    """What every answer says of how it came about."""
+    """What every answer holds."""
 
     CONTENT: ClassVar[str]
 
     base: str = entry(str)
     """Fingerprint of the client's backbone."""
     caps: Mapping[str, Any] = entry(default={})
-    """What the client tells of the caps it worked under; ``wire``: the tensors are in these
-    numbers."""
+    """The client's report of the caps it worked under; ``wire`` is the number format of the
+    tensors."""
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The accuracies that it reports, by name."""
+        """The reported accuracies, by name."""
         values = {f: getattr(self, f.name) for f in fields(self) if f.name.endswith("_accuracy")}
         return {f.name: value for f, value in values.items() if value is not f.default}
 
@@ -75,24 +75,24 @@ class Answer(Content):
 
 
 def caps_of(answer: Body) -> Any:
-    """What any answer tells of caps, be it true or not."""
+    """An answer's report of caps, not checked yet."""
     return answer[1].get("caps", {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoticeAnswer(Answer):
-    """A client took note. All other answers say who it is too, but for those of averaging."""
+    """The answer to a notice. All others name the client too, except those of averaging."""
 
     CONTENT: ClassVar[str] = "notice"
 
     client: str = entry(str)
     classes: tuple[str, ...] = entry(tuple)
-    """The client's own, sorted; of a Fisher, those of the head that it is under."""
+    """The client's own, sorted; of a Fisher, those of the head it was estimated under."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifyAnswer(NoticeAnswer):
-    """Who a client is."""
+    """A client's name and classes."""
 
     CONTENT: ClassVar[str] = "identify"
 
@@ -101,7 +101,7 @@ class IdentifyAnswer(NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesAnswer(IdentifyAnswer):
-    """What a client's classes look like to the pre-trained backbone."""
+    """Mixtures of the pre-trained backbone's features of a client's classes."""
 
     CONTENT: ClassVar[str] = "features"
 
@@ -129,14 +129,14 @@ class FeaturesAnswer(IdentifyAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class RealignAnswer(FeaturesAnswer):
-    """What a client's classes look like to the composed model."""
+    """Mixtures of the composed model's features of a client's classes."""
 
     CONTENT: ClassVar[str] = "realign"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _WithTensors(Answer):
-    """An answer whose tensors may be in other numbers on their way."""
+    """An answer whose tensors may be written in fewer bits."""
 
     tensors: Mapping[str, Tensor]
     """Under the names that they travel by."""
@@ -158,7 +158,7 @@ class FisherAnswer(_WithTensors, NoticeAnswer):
     num_examples: int = entry(_count)
     form: FisherForm = entry(FisherForm, default=FisherForm.DENSE)
     report: Mapping[str, Any] = entry(dict)
-    """What the estimator tells of its work."""
+    """The estimator's figures."""
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ class AveragingAnswer(_WithTensors):
     losses: tuple[float, ...] = entry(lambda losses: tuple(float(loss) for loss in losses))
     """Of each epoch."""
     frozen_class_il_accuracy: float | None = entry(default=None)
-    """Of the frozen backbone under the joint head, where that was asked for."""
+    """Of the frozen backbone under the joint head, if the request asks for it."""
     frozen_task_il_accuracy: float | None = entry(default=None)
 
     @property
@@ -218,7 +218,7 @@ class TrainAnswer(AveragingAnswer, NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class LacksAnswer(NoticeAnswer):
-    """A client cannot train: it does not have what it was left to keep."""
+    """A client cannot train, because it lost what it kept from the round before."""
 
     CONTENT: ClassVar[str] = "train"
 
@@ -226,6 +226,6 @@ class LacksAnswer(NoticeAnswer):
 
 
 def read_trained(body: Body) -> TrainAnswer | LacksAnswer:
-    """Read the answer of a client that was left to keep something."""
+    """Read the answer of a client that trains in rounds."""
     lacking = bool(body[1].get("lacks"))
     return LacksAnswer.from_body(body) if lacking else TrainAnswer.from_body(body)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 Body = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and what is to be known about them (JSON)."""
+"""Tensors by name, and a manifest of JSON values."""
 
 
 def entry(
@@ -31,7 +31,7 @@ def entry(
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What is said, by server or client; its fields are entries, or written by ``_write``."""
+    """A request or an answer. Its fields are entries of the manifest, or written by ``_write``."""
 
     def to_body(self) -> Body:
         """Tensors and manifest."""
@@ -56,7 +56,7 @@ class Content:
         return cls(**values, **cls._read(tensors, manifest))
 
     def _write(self) -> Body:
-        """Tensors, and entries that are no field as it is."""
+        """Tensors, and the entries of fields that :func:`entry` did not declare."""
         return {}, {}
 
     @classmethod

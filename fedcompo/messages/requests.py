@@ -1,4 +1,4 @@
-"""What the server asks of clients; the names of entries and tensors stand here and nowhere else."""
+"""What the server asks; the names of entries and tensors stand here and nowhere else."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def anchor_tensors(anchor: Anchor) -> dict[str, Tensor]:
 
 
 class IdentifyRequest(Content):
-    """Who are you?"""
+    """Ask for a client's name and classes."""
 
 
 class FeaturesRequest(Content):
-    """What do your classes look like to the pre-trained backbone?"""
+    """Ask for mixtures of the pre-trained backbone's features, class by class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoticeRequest(Content):
-    """A client was removed."""
+    """Tell a client that another one was removed."""
 
     text: str = entry(str)
     """For people."""
@@ -70,10 +70,10 @@ class NoticeRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRequest(Content):
-    """What is the Fisher diagonal of your images?"""
+    """Ask for the Fisher diagonal of a client's images."""
 
     joint: Head | None = None
-    """The head that it is under; None: the client's own."""
+    """The head to estimate it under; None: the client's own."""
 
     def _write(self) -> Body:
         return _joint_body(self.joint) if self.joint else ({}, {})
@@ -85,12 +85,12 @@ class FisherRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class RealignRequest(Content):
-    """What do your classes look like to the composed model?"""
+    """Ask for mixtures of the composed model's features, class by class."""
 
     theta: Weights
     """Composed weights by name, each (out, in)."""
     linearised: bool = entry(bool)
-    """Whether they change the model to first order alone."""
+    """Whether the model is linear in them."""
 
     def _write(self) -> Body:
         return prefixed(THETA, self.theta), {}
@@ -102,7 +102,7 @@ class RealignRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest(RealignRequest):
-    """How well does the composed model do on your test images?"""
+    """Ask for the accuracy of the composed model on a client's test images."""
 
     joint: Head
 
@@ -133,7 +133,7 @@ class Round:
     number: int
     """From 1."""
     federation: str
-    """Under which name the client keeps something for the next round."""
+    """Name of the folder in which the client keeps something for the next round."""
     last: bool
     passed: float
     """Share of the whole training that lies behind."""
@@ -143,7 +143,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(Content):
-    """Fit your task vector: alone, or inside the sum of the others."""
+    """Ask a client to fit its task vector, alone or inside the sum of the others."""
 
     joint: Head
     """To start from, or only to measure the frozen backbone."""
@@ -151,14 +151,14 @@ class TrainRequest(Content):
     frozen: bool = entry(bool)
     """Whether to measure the frozen backbone too."""
     needs: Mapping[str, str] = entry(dict)
-    """SHA-256 of what the client needs besides, by name (:data:`ANCHOR`, :data:`OWN`); empty: it is
-    not to be kept."""
+    """SHA-256 of what else the client needs, by name (:data:`ANCHOR`, :data:`OWN`); empty: it does
+    not keep it."""
     sent: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Of what it needs, the tensors that come along."""
+    """The tensors of what it needs that this request brings."""
     others: Others | None = None
     """None: the client trains alone."""
     round: Round | None = None
-    """None: there is but one."""
+    """None: it trains only once."""
 
     @property
     def lacks(self) -> tuple[str, ...]:
@@ -193,8 +193,8 @@ class TrainRequest(Content):
 
     def _write(self) -> Body:
         tensors, manifest = _joint_body(self.joint)
-        for name, found in self.sent.items():
-            tensors |= prefixed(name, found)
+        for name, part in self.sent.items():
+            tensors |= prefixed(name, part)
         if self.others:
             tensors |= prefixed(REST, self.others.rest)
             manifest["ensemble"] = {"share": self.others.share, "scale": self.others.scale}
@@ -217,7 +217,7 @@ class TrainRequest(Content):
                     "fedcompo version everywhere."
                 )
         sent = {name: section(name, tensors) for name in manifest["needs"]}
-        values: dict[str, Any] = {"sent": {name: found for name, found in sent.items() if found}}
+        values: dict[str, Any] = {"sent": {name: part for name, part in sent.items() if part}}
         if ensemble := manifest.get("ensemble"):
             rest = section(REST, tensors)
             values["others"] = Others(rest, ensemble["share"], ensemble["scale"])
@@ -230,7 +230,7 @@ class TrainRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingRequest(Content):
-    """Train the model that all share (FedAvg, FedProx) for one round."""
+    """Ask a client to train the model that all share (FedAvg, FedProx) for one round."""
 
     kind: Kind = entry(Kind)
     task_vector: Mapping[str, Tensor]

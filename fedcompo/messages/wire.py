@@ -146,9 +146,9 @@ def _restored(name: str, codes: Tensor, scales: Tensor | None, source: str) -> T
     return blocks.flatten()[: flat.numel()].view(codes.shape)
 
 
-def _expect_dtype(name: str, found: Tensor, expected: torch.dtype, source: str) -> None:
-    if found.dtype != expected:
+def _expect_dtype(name: str, tensor: Tensor, expected: torch.dtype, source: str) -> None:
+    if tensor.dtype != expected:
         raise FileFormatError(
-            f"Tensor {name!r} of {source} came in {found.dtype}, expected {expected}. Use the same "
+            f"Tensor {name!r} of {source} came in {tensor.dtype}, expected {expected}. Use the same "
             "fedcompo version everywhere."
         )

@@ -162,7 +162,7 @@ class Books:
     # -- for whoever follows the run --------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Say something to whoever follows the run, and in the results."""
+        """Write a note for whoever follows the run, and into the results."""
         self.notes.append(text)
         self.tell("note", text=text)
 

@@ -131,7 +131,7 @@ def checked_caps(client: str, body: Body) -> dict[str, float | str]:
     caps = caps_of(body)
     if not isinstance(caps, dict) or not all(_can_be_true(*entry) for entry in caps.items()):
         raise ContributionError(
-            f"Client {client!r} tells of the caps {caps!r}; expected a wire, a form and figures. "
+            f"Client {client!r} reports the caps {caps!r}; expected a wire, a form and figures. "
             "Use the same fedcompo version everywhere."
         )
     return dict(caps)

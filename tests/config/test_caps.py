@@ -360,11 +360,11 @@ def test_under_noise_nothing_beside_it_tells_of_the_images(tmp_path):
     assert len(set(counts)) > 3  # all clients have 24 images
 
 
-# -- what a client may not tell -----------------------------------------------------------------
+# -- what a client may not report -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "told",
+    "caps",
     [
         {"noise": -1.0},
         {"noise": "1.0"},
@@ -374,15 +374,15 @@ def test_under_noise_nothing_beside_it_tells_of_the_images(tmp_path):
         "int8",
     ],
 )
-def test_who_tells_nonsense_of_its_caps_is_left_out(tmp_path, told):
+def test_who_reports_nonsense_of_its_caps_is_left_out(tmp_path, caps):
     def change(tensors, manifest):
-        manifest["caps"] = told
+        manifest["caps"] = caps
 
     tamper = {(0, "query.fisher"): altered(change)}
     results = run({"tamper": tamper}, tmp_path / "out", min_clients=2)
     (left,) = results["left_out"]
     assert (left["client"], left["phase"]) == ("client-0", "fisher")
-    assert "tells of the caps" in left["reason"]
+    assert "reports the caps" in left["reason"]
 
 
 def test_who_sends_margins_and_calls_them_dense_is_left_out(tmp_path):
