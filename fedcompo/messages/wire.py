@@ -149,6 +149,6 @@ def _restored(name: str, codes: Tensor, scales: Tensor | None, source: str) -> T
 def _expect_dtype(name: str, tensor: Tensor, expected: torch.dtype, source: str) -> None:
     if tensor.dtype != expected:
         raise FileFormatError(
-            f"Tensor {name!r} of {source} came in {tensor.dtype}, expected {expected}. Use the same "
-            "fedcompo version everywhere."
+            f"Tensor {name!r} of {source} came in {tensor.dtype}, expected {expected}. "
+            "Use the same fedcompo version everywhere."
         )
