@@ -30,10 +30,8 @@ from server.phases.fitting import Fitting
 from server.phases.participants import Participants
 from server.phases.roster import Roster
 from server.resume import Working
-from server.rounds.holdings import LastSent
+from server.rounds.holdings import ROUNDS, LastSent
 from server.rounds.rounds import Rounds
-
-INCOMING = "incoming"
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Strategy(ABC):
             self.roster,
             self.config,
             self.registry,
-            self.output / INCOMING,
+            self.output / fitting.INCOMING,
             self.figures,
             ensembled=self.config.method.method is Method.IEL,
         )
@@ -139,7 +137,7 @@ class IelStrategy(Strategy):
     def fit(self) -> list[Path]:
         """Do the rounds."""
         self.identify()
-        number, last = self.config.method.num_server_rounds, LastSent(self.output / "rounds")
+        number, last = self.config.method.num_server_rounds, LastSent(self.output / ROUNDS)
         self.rounds = Rounds(self.fitting, number, last, working=self.working)
         self.rounds.run()
         self.trained = self.rounds.trained

@@ -37,7 +37,7 @@ from server.phases.composing import Composing
 from server.phases.fitting import Fitting
 from server.phases.participants import Participants
 from server.phases.roster import Roster
-from server.rounds.holdings import LastSent
+from server.rounds.holdings import ROUNDS, LastSent
 from server.rounds.rounds import Rounds
 
 PHASES = ("identify", "evaluate before", "remove", "notify", "realign", "evaluate")
@@ -181,10 +181,10 @@ class Unlearning:
             kinds={client: Kind(members[client].kind) for client in going_on},
         )
         roster = Roster(self.exchange, self.backbone, participants)
-        folder = self.output / "incoming"
-        fitting = Fitting(roster, self.config, self.registry, folder, ensembled=True)
-        last = LastSent(self.output / "rounds")
-        rounds = Rounds(fitting, self.request.repair_rounds, last, continuing=True)
+        folder = self.output / fitting.INCOMING
+        fits = Fitting(roster, self.config, self.registry, folder, ensembled=True)
+        last = LastSent(self.output / ROUNDS)
+        rounds = Rounds(fits, self.request.repair_rounds, last, continuing=True)
         try:
             rounds.run()
             folders = rounds.keep()

@@ -48,6 +48,8 @@ from server.phases.fisher import Fishers
 from server.phases.roster import Roster
 
 PHASES = ("features", "align", "fisher", "train")
+INCOMING = "incoming"
+"""Folder of a run for contributions that are not in the registry yet."""
 
 
 @dataclass

@@ -22,6 +22,9 @@ from fedcompo.storage import tensorfile
 from fedcompo.storage.files import put_in_place
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
+ROUNDS = "rounds"
+"""Folder of a run for the clients' last task vectors."""
+
 
 @dataclass
 class Holdings:

@@ -41,12 +41,14 @@ SMALL = {
 }
 
 
-def draw_images(folder: Path) -> Path:
-    """Pictures of noise, by client and class."""
+def draw_images(
+    folder: Path, owned: Mapping[str, Mapping[str, int]] = OWNED, test: int = 3
+) -> Path:
+    """Pictures of noise, by client and class; so many of each class are for testing."""
     generator = torch.Generator().manual_seed(0)
-    for client, classes in OWNED.items():
+    for client, classes in owned.items():
         for name, count in classes.items():
-            for part, number in (("train", count), ("test", 3)):
+            for part, number in (("train", count), ("test", test)):
                 place = folder / client / part / name
                 place.mkdir(parents=True)
                 for i in range(number):

@@ -13,7 +13,6 @@ from round_runs import (
     Looks,
     Wire,
     assert_sum_of_the_last,
-    draw_images,
     federate,
     same,
     same_contributions,
@@ -29,16 +28,6 @@ from server.phases.fitting import Fitting
 from server.rounds.rounds import Rounds
 
 THREE = ("ann", "ben", "eve")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("FEDCOMPO_STATE", str(tmp_path / "state"))
 
 
 @pytest.fixture

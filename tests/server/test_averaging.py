@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from builders import dense_by_hand
-from PIL import Image
 from rich.console import Console
+from round_runs import draw_images
 from torch import Tensor
 
 from clients import averaging
@@ -50,16 +50,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
-    for client, classes in OWNED.items():
-        for name, count in classes.items():
-            for part, number in (("train", count), ("test", 4)):
-                place = folder / client / part / name
-                place.mkdir(parents=True)
-                for i in range(number):
-                    pixels = torch.randint(0, 255, (28, 28), generator=generator)
-                    Image.fromarray(pixels.to(torch.uint8).numpy()).save(place / f"{i}.png")
-    return folder
+    return draw_images(tmp_path_factory.mktemp("images"), OWNED, test=4)
 
 
 def settings(images: Path, **more: object) -> dict:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from app_runs import altered
 from builders import in_memory
-from round_runs import Looks, Wire, draw_images, federate, same
+from round_runs import Looks, Wire, federate, same
 
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.method.contribution import Contribution
@@ -17,17 +17,6 @@ from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from server.rounds.rounds import Rounds
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("FEDCOMPO_STATE", str(tmp_path / "state"))
-    return tmp_path / "state"
 
 
 @pytest.fixture(scope="module")

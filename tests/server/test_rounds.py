@@ -17,7 +17,6 @@ from round_runs import (
     SMALL,
     Wire,
     assert_sum_of_the_last,
-    draw_images,
     federate,
     same,
     same_contributions,
@@ -45,18 +44,6 @@ from fedcompo.training.penalty import Anchor, Ensemble
 from server.rounds.rounds import Rounds
 
 THREE = ("ann", "ben", "eve")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path, monkeypatch) -> Path:
-    """Where clients keep what they keep between rounds."""
-    monkeypatch.setenv("FEDCOMPO_STATE", str(tmp_path / "state"))
-    return tmp_path / "state"
 
 
 @pytest.fixture(scope="module")

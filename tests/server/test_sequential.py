@@ -9,7 +9,7 @@ import pytest
 import torch
 from app_runs import QUICK, altered
 from in_process_grid import lost
-from round_runs import OWNED, PARTITIONS, SMALL, Wire, draw_images, federate, same, sent_last
+from round_runs import OWNED, PARTITIONS, SMALL, Wire, federate, same, sent_last
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import joint_head
@@ -30,11 +30,6 @@ from fedcompo.training.penalty import Anchor, Ensemble
 
 THREE = ("ann", "ben", "eve")
 SEQUENTIAL = {"schedule": "sequential", "local_epochs": 2}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("images"))
 
 
 def config_of(images: Path, **settings: object) -> RunConfig:

@@ -14,11 +14,6 @@ from fedcompo.registry.registry import Registry
 from fedcompo.training.accuracy import accuracy_of
 
 
-@pytest.fixture(autouse=True)
-def state(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDCOMPO_STATE", str(tmp_path / "state"))
-
-
 @pytest.mark.parametrize("method", [Method.ITA, Method.IEL])
 def test_what_clients_measure_is_the_linearised_model(tmp_path, method):
     results = run({}, tmp_path / "out", kind="tangent", method=str(method), num_server_rounds=2)
