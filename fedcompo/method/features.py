@@ -41,7 +41,7 @@ class FeatureMixture:
         return self.means[component] + self.variances[component].sqrt() * noise
 
     def check(self, num_features: int, owner: str) -> None:
-        """Refuse a mixture that cannot be drawn from; raises ``ContributionError``."""
+        """Refuse a mixture that cannot be drawn from in float32; raises ``ContributionError``."""
         k, tensors = self.weights.numel(), (self.weights, self.means, self.variances)
         shapes = [tuple(t.shape) for t in tensors]
         expected = [(k,), (k, num_features), (k, num_features)]
@@ -49,7 +49,7 @@ class FeatureMixture:
             raise ContributionError(
                 f"A mixture of {owner} has shapes {shapes}, expected {expected}."
             )
-        finite = all(t.is_floating_point() and torch.isfinite(t).all() for t in tensors)
+        finite = all(t.is_floating_point() and torch.isfinite(t.float()).all() for t in tensors)
         if not finite or (self.variances <= 0).any() or (self.weights < 0).any():
             raise ContributionError(
                 f"A mixture of {owner} has values that are not finite or not floating point, or "

@@ -59,7 +59,7 @@ class FisherDiagonal:
 
         Raises:
             ContributionError: If names or shapes are not those of the target weights and the head,
-                a value is negative or not finite, or they sum over no example.
+                a value is negative or not finite in float32, or they sum over no example.
         """
         rows = len(self.classes)
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
@@ -72,7 +72,7 @@ class FisherDiagonal:
                     f"The Fisher of {owner} has shape {shape} at {name!r}, expected "
                     f"{expected.get(name)}. Use the same `target-weights` everywhere."
                 )
-            if not torch.isfinite(total).all() or (total < 0).any():
+            if not torch.isfinite(total.float()).all() or (total < 0).any():
                 raise ContributionError(
                     f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
                 )

@@ -59,7 +59,7 @@ class Head:
         return torch.tensor([self.classes.index(name) for name in classes])
 
     def check(self, classes: tuple[str, ...], num_features: int, owner: str) -> None:
-        """Refuse other classes or shapes, or values not finite; raises ``ContributionError``."""
+        """Raise ``ContributionError`` for other classes or shapes, or values not finite in float32."""
         expected = (len(classes), num_features), (len(classes),)
         shapes = tuple(self.weight.shape), tuple(self.bias.shape)
         if self.classes != classes or shapes != expected:
@@ -67,7 +67,7 @@ class Head:
                 f"The head of {owner} has classes {self.classes} and shapes {shapes}, expected "
                 f"{classes} and {expected}."
             )
-        if not (torch.isfinite(self.weight).all() and torch.isfinite(self.bias).all()):
+        if not all(torch.isfinite(t.float()).all() for t in (self.weight, self.bias)):
             raise ContributionError(f"The head of {owner} has values that are not finite.")
 
 

@@ -230,6 +230,11 @@ def _of_type(tensors, dtype):
     tensors.update({name: torch.ones_like(tensor).to(dtype) for name, tensor in tensors.items()})
 
 
+def _beyond_float32(tensors, prefix):
+    for name in [name for name in tensors if name.startswith(prefix)]:
+        tensors[name] = torch.full(tensors[name].shape, 1e300, dtype=torch.float64)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -239,6 +244,7 @@ def _of_type(tensors, dtype):
         (_nonsense_memory, "whole number"),
         (_boast, "expected [0, 1]"),
         (_forget, "malformed"),
+        (lambda tensors, manifest: _beyond_float32(tensors, "head"), "not finite"),
         (lambda tensors, manifest: manifest.update(base="other@00"), "was trained on the backbone"),
     ],
 )
@@ -273,6 +279,8 @@ def test_a_wrong_backbone_is_refused_before_anything_is_computed(tmp_path):
         ("features", lambda tensors, manifest: _every_class(manifest, 10**30), "whole number"),
         ("features", lambda tensors, manifest: _of_type(tensors, torch.bool), "torch.bool"),
         ("features", lambda tensors, manifest: _of_type(tensors, torch.int64), "floating point"),
+        ("features", lambda tensors, manifest: _beyond_float32(tensors, "features"), "not finite"),
+        ("fisher", lambda tensors, manifest: _beyond_float32(tensors, "fisher"), "not finite"),
         ("fisher", lambda tensors, manifest: manifest.pop("report"), "malformed"),
         ("fisher", lambda tensors, manifest: manifest.update(num_examples=10**400), "whole number"),
         ("fisher", lambda tensors, manifest: _of_type(tensors, torch.bool), "torch.bool"),
