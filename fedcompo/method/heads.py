@@ -59,7 +59,7 @@ class Head:
         return torch.tensor([self.classes.index(name) for name in classes])
 
     def check(self, classes: tuple[str, ...], num_features: int, owner: str) -> None:
-        """Raise ``ContributionError`` for other classes or shapes, or values not finite in float32."""
+        """Raise ``ContributionError`` on other classes, shapes, or values not finite in float32."""
         expected = (len(classes), num_features), (len(classes),)
         shapes = tuple(self.weight.shape), tuple(self.bias.shape)
         if self.classes != classes or shapes != expected:
