@@ -24,7 +24,6 @@ from fedcompo.backbone.preprocessing import Modality
 from fedcompo.data.catalogue import Catalogue, class_name
 from fedcompo.errors import DataError
 
-FIELDS = ("text", "label", "split")
 SPLITS = ("train", "test")
 Row = tuple[str, dict[str, Any]]
 """File and line of a text, for messages; its fields."""

@@ -12,15 +12,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fedcompo.config.choices import FisherForm, Kind
-from fedcompo.messages.body import Body, Content, entry
-from fedcompo.messages.requests import TASK_VECTOR, own_tensors
+from fedcompo.messages.body import FISHER, TASK_VECTOR, Body, Content, entry
+from fedcompo.messages.requests import own_tensors
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.method.features import Mixtures
 from fedcompo.method.heads import Head, head_from
 from fedcompo.storage.tensorfile import section
-
-FISHER = "fisher"
-"""Prefix of a Fisher's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)

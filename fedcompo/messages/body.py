@@ -10,7 +10,9 @@ from typing import Any, Self
 from torch import Tensor
 
 Body = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and what is to be known about them (JSON)."""
+"""Tensors by name, and a manifest that describes them (JSON values)."""
+TASK_VECTOR, FISHER = "task_vector", "fisher"
+"""Prefixes of the tensors that :mod:`fedcompo.messages.wire` writes in fewer bits."""
 
 
 def entry(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.body import Body, Content, entry
+from fedcompo.messages.body import TASK_VECTOR, Body, Content, entry
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
@@ -20,8 +20,8 @@ from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
 """What a client may keep between rounds: its metric; its last task vector, with its head."""
-TASK_VECTOR, THETA, REST, WEIGHTS = "task_vector", "theta", "rest", "weights"
-"""Prefixes of tensors: a task vector, composed weights, a sum over other clients, a metric."""
+THETA, REST, WEIGHTS = "theta", "rest", "weights"
+"""Prefixes of other tensors: composed weights, a sum over other clients, a metric."""
 REQUEST = "request"
 """The ``content`` of every request."""
 ROUND = "server-round"

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from fedcompo.config.choices import Wire
 from fedcompo.errors import FileFormatError
+from fedcompo.messages.body import FISHER, TASK_VECTOR
 
 BLOCK = 256
 """Numbers that share a scale: 4 bytes more for 256."""
-CODED = ("task_vector/", "fisher/")
+CODED = (f"{TASK_VECTOR}/", f"{FISHER}/")
 """What is sent in fewer bits; heads and mixtures are small, and sent as they are."""
 SCALES = "scales/"
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
@@ -107,7 +108,7 @@ def _coded(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _is_fisher(name: str) -> bool:
-    return name.startswith("fisher/")
+    return name.startswith(f"{FISHER}/")
 
 
 def _starts_at_one(name: str) -> bool:

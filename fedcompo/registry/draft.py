@@ -127,11 +127,7 @@ class Draft:
         folder.mkdir(parents=True)
         self.on_step("aligning the joint head")
         mixtures = realigned or {c: self._statistics(m) for c, m in after.members.items()}
-        settings = after.settings
-        head = joint_head(
-            mixtures,
-            settings,
-        )
+        head = joint_head(mixtures, after.settings)
         if realigned is not None:
             save_realigned(folder / REALIGNED, realigned)
         changes = [(m, 1) for m in coming] + [(m, -1) for m in going]
@@ -140,7 +136,7 @@ class Draft:
             [self._term(member, sign) for member, sign in changes],
             registry.running_sum() if before.version else None,
             after.count,
-            settings.scale,
+            after.settings.scale,
             head,
             after.linearised,
         )

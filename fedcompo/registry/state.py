@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedcompo.method.contribution import Contribution
 
 FORMAT_VERSION = 1
+ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,6 @@ def settings_from(values: Mapping[str, Any]) -> CompositionSettings:
 
 def _member(values: Mapping[str, Any]) -> Member:
     return Member(**{**tuples(values), "lineage": Lineage.parse(values["lineage"])})
-
-
-ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
 
 
 def write_new(folder: Path, backbone: Backbone, settings: CompositionSettings) -> None:

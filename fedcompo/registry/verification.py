@@ -80,13 +80,13 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
     on_step("files")
     findings += _check_history(registry.state, entries)
     findings += _check_keys(registry)
-    findings += _check_files(registry, entries)
+    findings += _check_files(registry)
     findings += _check_records(registry, entries)
     findings += _check_strangers(registry, entries)
     if all(finding.holds for finding in findings) and registry.clients:
         on_step("composing again from all members")
         findings += _guarded("the composition is that of the members", _recomposed, registry)
-        findings += _guarded("the joint head is that of the members", _realigned, registry)
+        findings += _guarded("the joint head is that of the members", _aligned_again, registry)
     return findings
 
 
@@ -147,7 +147,7 @@ def _check_keys(registry: RegistryReader) -> Iterator[Finding]:
         yield Finding(claim, False, str(error))
 
 
-def _check_files(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
+def _check_files(registry: RegistryReader) -> Iterator[Finding]:
     """Compare every file that the state names with its SHA-256."""
     state, root = registry.state, registry.path
     named = {f"the {file}": (root / file, digest) for file, digest in state.fixed.items()}
@@ -242,8 +242,8 @@ def _recomposed(registry: RegistryReader) -> Finding:
     return Finding(claim, True)
 
 
-def _realigned(registry: RegistryReader) -> Finding:
-    """Fit the joint head anew."""
+def _aligned_again(registry: RegistryReader) -> Finding:
+    """Fit the joint head again and compare it with the stored one."""
     if registry.realigned:
         mixtures = load_realigned(registry.path / registry.state.version / REALIGNED)
     else:
