@@ -122,8 +122,8 @@ TEXT_ENDINGS = tuple(READERS)
 def _field(fields: dict[str, Any], name: str, where: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str):
-        found = f"got {value!r}" if name in fields else f"its fields are {', '.join(fields)}"
-        raise DataError(f"{where}, must have `{name}`, a text; {found}.")
+        actual = f"got {value!r}" if name in fields else f"its fields are {', '.join(fields)}"
+        raise DataError(f"{where}, must have `{name}`, a text; {actual}.")
     return value
 
 

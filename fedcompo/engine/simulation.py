@@ -50,14 +50,14 @@ def simulate(
         DataError: If the data cannot be used.
         LaunchError: If the run could not start or failed; with the reason.
     """
-    given = settings.flat() if isinstance(settings, RunConfig) else dict(settings or {})
+    values = settings.flat() if isinstance(settings, RunConfig) else dict(settings or {})
     if output is not None:
-        given["output"] = str(output)
-    RunConfig.parse(given)
-    given = with_absolute_paths(given, Path.cwd())
+        values["output"] = str(output)
+    RunConfig.parse(values)
+    values = with_absolute_paths(values, Path.cwd())
     return prepare(
-        given,
-        name=scenario_name(None, given),
+        values,
+        name=scenario_name(None, values),
         cpus_per_client=cpus_per_client,
         gpus_per_client=gpus_per_client,
     ).run(on_event)

@@ -193,8 +193,8 @@ class TrainRequest(Content):
 
     def _write(self) -> Body:
         tensors, manifest = _joint_body(self.joint)
-        for name, found in self.sent.items():
-            tensors |= prefixed(name, found)
+        for name, own in self.sent.items():
+            tensors |= prefixed(name, own)
         if self.others:
             tensors |= prefixed(REST, self.others.rest)
             manifest["ensemble"] = {"share": self.others.share, "scale": self.others.scale}
@@ -217,7 +217,7 @@ class TrainRequest(Content):
                     "fedcompo version everywhere."
                 )
         sent = {name: section(name, tensors) for name in manifest["needs"]}
-        values: dict[str, Any] = {"sent": {name: found for name, found in sent.items() if found}}
+        values: dict[str, Any] = {"sent": {name: own for name, own in sent.items() if own}}
         if ensemble := manifest.get("ensemble"):
             rest = section(REST, tensors)
             values["others"] = Others(rest, ensemble["share"], ensemble["scale"])

@@ -137,9 +137,9 @@ def _quantised(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _restored(name: str, codes: Tensor, scales: Tensor | None, source: str) -> Tensor:
     count = -(-codes.numel() // BLOCK)
     if scales is None or scales.shape != (count,) or scales.dtype != torch.float32:
-        found = "none" if scales is None else f"{tuple(scales.shape)} of {scales.dtype}"
+        actual = "none" if scales is None else f"{tuple(scales.shape)} of {scales.dtype}"
         raise FileFormatError(
-            f"The scales of {name!r} of {source} are {found}, expected ({count},) of "
+            f"The scales of {name!r} of {source} are {actual}, expected ({count},) of "
             f"{torch.float32}. Use the same fedcompo version everywhere."
         )
     flat = codes.flatten().float()
@@ -147,9 +147,9 @@ def _restored(name: str, codes: Tensor, scales: Tensor | None, source: str) -> T
     return blocks.flatten()[: flat.numel()].view(codes.shape)
 
 
-def _expect_dtype(name: str, found: Tensor, expected: torch.dtype, source: str) -> None:
-    if found.dtype != expected:
+def _expect_dtype(name: str, codes: Tensor, expected: torch.dtype, source: str) -> None:
+    if codes.dtype != expected:
         raise FileFormatError(
-            f"Tensor {name!r} of {source} came in {found.dtype}, expected {expected}. Use the same "
+            f"Tensor {name!r} of {source} came in {codes.dtype}, expected {expected}. Use the same "
             "fedcompo version everywhere."
         )
