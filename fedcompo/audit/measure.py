@@ -68,7 +68,7 @@ LOSS, LIKELIHOOD_RATIO = "loss", "likelihood-ratio"
 CLASS_IL, TASK_IL = "class_il_accuracy", "task_il_accuracy"
 FIGURES = (CLASS_IL, TASK_IL)
 SHADOWS = 16
-"""Shadow models, unless told otherwise."""
+"""Default number of shadow models."""
 
 Values = dict[str, Any]
 

@@ -99,10 +99,10 @@ def _values(deployment: Deployment) -> dict[str, object]:
 
 
 def _registry_script(name: str, stem: str, certificates: str, deployment: Deployment) -> str:
-    """The script that calls the registry in somebody's name.
+    """The script that calls the registry, as a client or as the operator.
 
     Args:
-        name: Whose.
+        name: Name of the caller.
         stem: Name of certificate and key, without suffix.
         certificates: Where they lie beside the script: a folder and a slash, or nothing.
         deployment: Where the server is.

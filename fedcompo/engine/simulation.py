@@ -43,7 +43,7 @@ def simulate(
         on_event: Called with each event of the run; see :mod:`fedcompo.engine.log`.
 
     Returns:
-        What ``results.json`` holds; its ``settings`` name the folder it lies in, as ``output``.
+        The content of ``results.json``; its ``settings`` name its folder as ``output``.
 
     Raises:
         ConfigError: If a setting cannot be used; with all faults.

@@ -1,4 +1,4 @@
-"""What the server asks of clients; the names of entries and tensors stand here and nowhere else."""
+"""The server's requests; the names of their entries and tensors stand here and nowhere else."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def anchor_tensors(anchor: Anchor) -> dict[str, Tensor]:
 
 
 class IdentifyRequest(Content):
-    """Who are you?"""
+    """Ask a client for its name and classes."""
 
 
 class FeaturesRequest(Content):
-    """What do your classes look like to the pre-trained backbone?"""
+    """Ask for the mixtures of θ₀'s features, by class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoticeRequest(Content):
-    """A client was removed."""
+    """Tell the remaining clients that one was removed."""
 
     text: str = entry(str)
     """For people."""
@@ -70,7 +70,7 @@ class NoticeRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRequest(Content):
-    """What is the Fisher diagonal of your images?"""
+    """Ask for the Fisher diagonal of the client's images."""
 
     joint: Head | None = None
     """The head that it is under; None: the client's own."""
@@ -85,7 +85,7 @@ class FisherRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class RealignRequest(Content):
-    """What do your classes look like to the composed model?"""
+    """Ask for the mixtures of the composed model's features, by class."""
 
     theta: Weights
     """Composed weights by name, each (out, in)."""
@@ -102,7 +102,7 @@ class RealignRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest(RealignRequest):
-    """How well does the composed model do on your test images?"""
+    """Ask for the composed model's accuracy on the client's test images."""
 
     joint: Head
 
@@ -117,7 +117,7 @@ class EvaluateRequest(RealignRequest):
 
 @dataclass(frozen=True)
 class Others:
-    """The sum that a client trains inside; see :class:`fedcompo.training.penalty.Ensemble`."""
+    """The sum inside which a client trains; see :class:`fedcompo.training.penalty.Ensemble`."""
 
     rest: Weights
     """Of the other clients, by weight name, each (out, in)."""
@@ -143,7 +143,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(Content):
-    """Fit your task vector: alone, or inside the sum of the others."""
+    """Ask a client to fit its task vector, alone or inside the sum of the others."""
 
     joint: Head
     """To start from, or only to measure the frozen backbone."""
@@ -151,10 +151,10 @@ class TrainRequest(Content):
     frozen: bool = entry(bool)
     """Whether to measure the frozen backbone too."""
     needs: Mapping[str, str] = entry(dict)
-    """SHA-256 of what the client needs besides, by name (:data:`ANCHOR`, :data:`OWN`); empty: it is
-    not to be kept."""
+    """SHA-256 of what else training needs, by name (:data:`ANCHOR`, :data:`OWN`); empty: the client
+    does not keep it."""
     sent: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Of what it needs, the tensors that come along."""
+    """Tensors of the needed parts that the request holds."""
     others: Others | None = None
     """None: the client trains alone."""
     round: Round | None = None
@@ -230,7 +230,7 @@ class TrainRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingRequest(Content):
-    """Train the model that all share (FedAvg, FedProx) for one round."""
+    """Ask a client to train the shared model for one round (FedAvg, FedProx)."""
 
     kind: Kind = entry(Kind)
     task_vector: Mapping[str, Tensor]

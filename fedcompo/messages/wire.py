@@ -1,4 +1,4 @@
-r"""Tensors on the wire in fewer bits, and how far what arrives is from what was meant.
+r"""Writes tensors in fewer bits for the wire, reads them back, and measures the rounding error.
 
 - *bfloat16*: each number rounded to 8 significant bits.
 - *int8*: blocks of :data:`BLOCK` numbers, in the order of indices; of each the scale
@@ -6,11 +6,11 @@ r"""Tensors on the wire in fewer bits, and how far what arrives is from what was
   so that no number is off by more than s/2. Source: Dettmers et al., *8-bit Optimizers via
   Block-wise Quantization*, ICLR 2022 (arXiv 2110.02861), with uniform codes.
 
-What is coded is the number on the scale where rounding does least harm: of a Fisher, which is
-heavy-tailed and never negative, in int8 its square root (255 steps; squaring brings it back at or
-above zero); of (IA)³'s l, which starts at one, l - 1, which is what makes up τ.
+Two sorts of numbers are transformed first, so that rounding does least harm. A Fisher is
+heavy-tailed and never negative: int8 codes its square root, in 255 steps. (IA)³'s l starts at one:
+l - 1 is coded, from which τ is made.
 
-The sender reads back what it sends: both sides go on with the same bits.
+The sender decodes what it has sent: both sides continue with the same bits.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Registry(RegistryReader):
         """Remove a client: its files, its term of the sum, its rows of the head.
 
         Args:
-            client: Who goes.
+            client: Client to remove.
             requested_by: On whose request; for the record.
             reason: Why; for the record.
             keep_versions: Keep the composition until now, and earlier ones that contain the client.

@@ -51,12 +51,12 @@ class Member:
     files: Mapping[str, str]
     """SHA-256 of each of its files, by name."""
     statistics_sha256: str
-    """SHA-256 of its head and mixtures, and of how many examples these were fitted to."""
+    """SHA-256 of its head, its mixtures, and their numbers of examples."""
     rounded_sha256: str
     """SHA-256 of its task vector on the grid of the running sum."""
     lineage: Lineage
     added: int
-    """Number of the journal's line that tells of its coming."""
+    """Number of the journal's line that added it."""
 
     @classmethod
     def of(

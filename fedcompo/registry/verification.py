@@ -1,4 +1,4 @@
-"""Derives all that a registry says of itself again: files, journal, records, composition.
+"""Derives all claims of a registry again: files, journal, records, composition.
 
 Nothing is taken on trust but the arithmetic: files are hashed again, the journal's chain is
 followed, the running sum and the composed weights are computed anew from the contributions.
@@ -252,7 +252,7 @@ def _aligned_again(registry: RegistryReader) -> Finding:
 
 
 def head_finding(stored: Head, derived: Head) -> Finding:
-    """Compare two heads, bit for bit; what another processor's rounding explains is told apart."""
+    """Compare two heads, bit for bit; ``holds`` is None if rounding can explain the difference."""
     claim = "the joint head is that of the members"
     if stored.classes != derived.classes:
         return Finding(claim, False, f"its classes are {stored.classes}, not {derived.classes}")

@@ -162,7 +162,7 @@ class Client:
 
         Args:
             output: A new folder.
-            client: Whose; empty: the caller's own.
+            client: Client whose contribution it is; empty: the caller.
             on_step: Called with how much was received.
 
         Raises:
