@@ -87,8 +87,8 @@ class TrainingPenalty:
         strength = config.alpha if ensemble is None else ensemble.beta
         # Where no client sent a Fisher of the backbone, there is an anchor of the head alone.
         held = anchor is not None and bool(anchor.weights) and strength > 0
-        self._fisher = _beside(deltas, anchor.weights) if anchor and held else {}
-        self._rest = _beside(deltas, ensemble.rest) if ensemble and self._fisher else {}
+        self._fisher = _on_devices(deltas, anchor.weights) if anchor and held else {}
+        self._rest = _on_devices(deltas, ensemble.rest) if ensemble and self._fisher else {}
         self._strength, self._pull = strength, None
         if ensemble is not None:
             self._strength = ensemble.beta * own_strength(ensemble.share)
@@ -127,7 +127,7 @@ class TrainingPenalty:
                 self._schedules.clear()
 
 
-def _beside(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
+def _on_devices(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
     """Select the entries of the deltas, each on its delta's device."""
     return {name: weights[name].to(_device(delta)) for name, delta in deltas.items()}
 
