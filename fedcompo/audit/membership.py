@@ -55,7 +55,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Attack:
-    """How well an attack tells members from non-members.
+    """Success of an attack at telling members from non-members.
 
     The intervals are percentiles over resampled examples, members and non-members apart. They are
     about which examples were drawn, not about another run of training, and shrink to a point where

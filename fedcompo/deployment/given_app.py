@@ -42,7 +42,7 @@ def give(app: Path, folder: Path) -> None:
 
     Args:
         app: Folder of the app, as the server submits it.
-        folder: Where to.
+        folder: Folder to write to.
 
     Raises:
         LaunchError: If Flower cannot bundle it.

@@ -74,7 +74,7 @@ class NoticeAnswer(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifyAnswer(NoticeAnswer):
-    """Who a client is."""
+    """Name, classes and test images of a client."""
 
     CONTENT: ClassVar[str] = "identify"
 
@@ -83,7 +83,7 @@ class IdentifyAnswer(NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesAnswer(IdentifyAnswer):
-    """What a client's classes look like to the pre-trained backbone."""
+    """Mixtures of θ₀'s features, by class."""
 
     CONTENT: ClassVar[str] = "features"
 
@@ -111,7 +111,7 @@ class FeaturesAnswer(IdentifyAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class RealignAnswer(FeaturesAnswer):
-    """What a client's classes look like to the composed model."""
+    """Mixtures of the composed model's features, by class."""
 
     CONTENT: ClassVar[str] = "realign"
 

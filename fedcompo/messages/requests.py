@@ -19,7 +19,7 @@ from fedcompo.training.fit import Course
 from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
-"""What a client may keep between rounds: its metric; its last task vector, with its head."""
+"""Parts that a client may keep between rounds: its metric; its last task vector, with its head."""
 THETA, REST, WEIGHTS = "theta", "rest", "weights"
 """Prefixes of other tensors: composed weights, a sum over other clients, a metric."""
 REQUEST = "request"
@@ -162,11 +162,11 @@ class TrainRequest(Content):
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """What the client needs and does not have."""
+        """Needed parts that the request does not hold."""
         return tuple(name for name in self.needs if name not in self.sent)
 
     def course(self, *, base: str, classes: tuple[str, ...], beta: float) -> Course:
-        """What training begins with and what acts on it.
+        """Return the start of the training and its penalties.
 
         Args:
             base: Fingerprint of the client's pre-trained weights.
@@ -236,9 +236,9 @@ class AveragingRequest(Content):
     task_vector: Mapping[str, Tensor]
     joint: Head
     rounds: int = entry(int)
-    """How many there are."""
+    """Number of rounds in all."""
     number: int = entry(int, key=ROUND)
-    """Which of them this is, from 1."""
+    """Number of this round, from 1."""
     proximal_mu: float | None = entry(float, key="proximal-mu", default=None)
     """Strength of FedProx, by Flower's name; None: it is FedAvg."""
 

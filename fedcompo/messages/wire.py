@@ -29,7 +29,7 @@ from fedcompo.messages.body import FISHER, TASK_VECTOR
 BLOCK = 256
 """Numbers that share a scale: 4 bytes more for 256."""
 CODED = (f"{TASK_VECTOR}/", f"{FISHER}/")
-"""What is sent in fewer bits; heads and mixtures are small, and sent as they are."""
+"""Prefixes of tensors that are coded; heads and mixtures are small, and sent as they are."""
 SCALES = "scales/"
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
 

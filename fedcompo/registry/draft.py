@@ -66,9 +66,9 @@ class Draft:
     before: State = field(init=False)
     entries: list[journal.Entry] = field(init=False)
     moves: list[str] = field(default_factory=list)
-    """What was staged, relative to the registry."""
+    """Staged files and folders, relative to the registry."""
     deletions: list[str] = field(default_factory=list)
-    """What is deleted once the change is committed, relative to the registry."""
+    """Files and folders to delete after the commit, relative to the registry."""
     recomposed: bool = False
     """Whether the sum was taken anew."""
 

@@ -18,7 +18,7 @@ from fedcompo.errors import RegistryDamaged
 from fedcompo.storage.files import canonical
 
 START = "0" * 64
-"""What the first line carries in place of a predecessor's SHA-256."""
+"""Stands in the first line in place of a predecessor's SHA-256."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class RegistryReader:
 
     @property
     def settings(self) -> CompositionSettings:
-        """How it composes."""
+        """Settings by which it composes."""
         return self.state.settings
 
     @property

@@ -151,7 +151,7 @@ class RemovalRecord:
 
     @property
     def signed_bytes(self) -> bytes:
-        """What the signature covers."""
+        """Bytes that the signature covers."""
         values = self._values()
         del values["signature"]
         return canonical(values).encode()

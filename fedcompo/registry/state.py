@@ -84,7 +84,7 @@ class Member:
 
     @property
     def essence(self) -> dict[str, Any]:
-        """What enters the root: all but the folder and the time of arrival."""
+        """Values that enter the root: all but the folder and the time of arrival."""
         values = asdict(self)
         del values["folder"], values["added"]
         return values

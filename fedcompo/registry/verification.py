@@ -48,7 +48,7 @@ class Finding:
     """One claim and whether it holds."""
 
     claim: str
-    """What is claimed."""
+    """The claim, as a sentence."""
     holds: bool | None
     """None: it cannot be derived again from what is at hand."""
     detail: str = ""

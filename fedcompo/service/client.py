@@ -45,7 +45,7 @@ LARGEST_MESSAGE = 16 << 20
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a client gets when it leaves."""
+    """Proof of a removal, for the client that has left."""
 
     record: bytes
     """A removal record, signed."""
@@ -97,7 +97,7 @@ class Client:
             authority: Certificate of the authority that certifies the server, PEM.
             credential: The caller's own.
             attempts: How often to call before giving up.
-            seconds: What one call may take.
+            seconds: Longest time of one call.
         """
         host, colon, port = address.rpartition(":")
         if not (host and colon and port.isdecimal() and int(port) < 1 << 16):

@@ -287,7 +287,7 @@ def file_sha256(path: Path) -> str:
 
 
 def heading(name: str, tensor: Tensor) -> bytes:
-    """What stands before a tensor's bytes in a digest; any name that JSON can hold will do."""
+    """Bytes before a tensor's own in a digest; its name may be any that JSON can hold."""
     return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(errors="surrogatepass")
 
 

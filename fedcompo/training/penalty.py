@@ -1,4 +1,4 @@
-r"""How the penalties act while a client trains: on its task vector, and on its head.
+r"""Applies the penalties while a client trains, to its task vector and to its head.
 
 ITA pulls :math:`\tau` to the pre-trained weights, IEL also to the other task vectors that it is
 added up with. The head is pulled to the aligned head. :mod:`fedcompo.method.penalties` has the
@@ -151,7 +151,7 @@ class HeadTraining:
 
         Args:
             start: Where training begins.
-            aligned: What the penalty pulls to; same classes.
+            aligned: Head that the penalty pulls to; same classes.
             anchor: Metric of the penalty; None: only the plain square is left.
             config: Strengths.
             device: Where to train.
