@@ -1,6 +1,6 @@
-"""What clients answer; the names of entries stand here and nowhere else.
+"""The answers of clients; the names of their entries stand here and nowhere else.
 
-Reading an answer finds what is missing. Whether the rest can be true is for the server to judge.
+Reading an answer raises if an entry is missing. The server checks whether the values can be true.
 """
 
 from __future__ import annotations
@@ -12,20 +12,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fedcompo.config.choices import FisherForm, Kind
-from fedcompo.messages.body import Body, Content, entry
-from fedcompo.messages.requests import TASK_VECTOR, own_tensors
+from fedcompo.messages.body import FISHER, TASK_VECTOR, Body, Content, entry
+from fedcompo.messages.requests import own_tensors
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.method.features import Mixtures
 from fedcompo.method.heads import Head, head_from
 from fedcompo.storage.tensorfile import section
 
-FISHER = "fisher"
-"""Prefix of a Fisher's tensors."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Process(Content):
-    """What every answer says of the process that it comes from."""
+    """Memory and packages of the client's process; part of every answer."""
 
     peak_memory: Mapping[str, int] = entry()
     """Bytes; see :func:`fedcompo.runtime.peak_bytes`."""
@@ -35,15 +32,14 @@ class Process(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Content):
-    """What every answer says of how it came about."""
+    """What all answers have in common."""
 
     CONTENT: ClassVar[str]
 
     base: str = entry(str)
     """Fingerprint of the client's backbone."""
     caps: Mapping[str, Any] = entry(default={})
-    """What the client tells of the caps it worked under; ``wire``: the tensors are in these
-    numbers."""
+    """Limits that the client kept to; ``wire``: the number format of the tensors."""
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -61,13 +57,13 @@ class Answer(Content):
 
 
 def caps_of(answer: Body) -> Any:
-    """What any answer tells of caps, be it true or not."""
+    """Limits that an answer states; not checked."""
     return answer[1].get("caps", {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoticeAnswer(Answer):
-    """A client took note. All other answers say who it is too, but for those of averaging."""
+    """Confirms a notice. All answers but those of averaging have these entries."""
 
     CONTENT: ClassVar[str] = "notice"
 
@@ -78,7 +74,7 @@ class NoticeAnswer(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifyAnswer(NoticeAnswer):
-    """Who a client is."""
+    """Name, classes and test images of a client."""
 
     CONTENT: ClassVar[str] = "identify"
 
@@ -87,7 +83,7 @@ class IdentifyAnswer(NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesAnswer(IdentifyAnswer):
-    """What a client's classes look like to the pre-trained backbone."""
+    """Mixtures of θ₀'s features, by class."""
 
     CONTENT: ClassVar[str] = "features"
 
@@ -115,14 +111,14 @@ class FeaturesAnswer(IdentifyAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class RealignAnswer(FeaturesAnswer):
-    """What a client's classes look like to the composed model."""
+    """Mixtures of the composed model's features, by class."""
 
     CONTENT: ClassVar[str] = "realign"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _WithTensors(Answer):
-    """An answer whose tensors may be in other numbers on their way."""
+    """An answer whose tensors may travel in fewer bits."""
 
     tensors: Mapping[str, Tensor]
     """Under the names that they travel by."""
@@ -144,7 +140,7 @@ class FisherAnswer(_WithTensors, NoticeAnswer):
     num_examples: int = entry(int)
     form: FisherForm = entry(FisherForm, default=FisherForm.DENSE)
     report: Mapping[str, Any] = entry(dict)
-    """What the estimator tells of its work."""
+    """Report of the estimator, such as its cost."""
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -172,7 +168,7 @@ class AveragingAnswer(_WithTensors):
     losses: tuple[float, ...] = entry(lambda losses: tuple(float(loss) for loss in losses))
     """Of each epoch."""
     frozen_class_il_accuracy: float | None = entry(default=None)
-    """Of the frozen backbone under the joint head, where that was asked for."""
+    """Of the frozen backbone under the joint head, if the request wants it."""
     frozen_task_il_accuracy: float | None = entry(default=None)
 
     @property
@@ -204,7 +200,7 @@ class TrainAnswer(AveragingAnswer, NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class LacksAnswer(NoticeAnswer):
-    """A client cannot train: it does not have what it was left to keep."""
+    """A client cannot train: it lacks something that it should have kept."""
 
     CONTENT: ClassVar[str] = "train"
 
@@ -212,6 +208,6 @@ class LacksAnswer(NoticeAnswer):
 
 
 def read_trained(body: Body) -> TrainAnswer | LacksAnswer:
-    """Read the answer of a client that was left to keep something."""
+    """Read the answer to a training request; the client may lack what it should have kept."""
     lacking = bool(body[1].get("lacks"))
     return LacksAnswer.from_body(body) if lacking else TrainAnswer.from_body(body)

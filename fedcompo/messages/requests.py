@@ -1,4 +1,4 @@
-"""What the server asks of clients; the names of entries and tensors stand here and nowhere else."""
+"""The server's requests; the names of their entries and tensors stand here and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.body import Body, Content, entry
+from fedcompo.messages.body import TASK_VECTOR, Body, Content, entry
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
@@ -19,9 +19,9 @@ from fedcompo.training.fit import Course
 from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
-"""What a client may keep between rounds: its metric; its last task vector, with its head."""
-TASK_VECTOR, THETA, REST, WEIGHTS = "task_vector", "theta", "rest", "weights"
-"""Prefixes of tensors: a task vector, composed weights, a sum over other clients, a metric."""
+"""Parts that a client may keep between rounds: its metric; its last task vector, with its head."""
+THETA, REST, WEIGHTS = "theta", "rest", "weights"
+"""Prefixes of other tensors: composed weights, a sum over other clients, a metric."""
 REQUEST = "request"
 """The ``content`` of every request."""
 ROUND = "server-round"
@@ -51,16 +51,16 @@ def anchor_tensors(anchor: Anchor) -> dict[str, Tensor]:
 
 
 class IdentifyRequest(Content):
-    """Who are you?"""
+    """Ask a client for its name and classes."""
 
 
 class FeaturesRequest(Content):
-    """What do your classes look like to the pre-trained backbone?"""
+    """Ask for the mixtures of θ₀'s features, by class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoticeRequest(Content):
-    """A client was removed."""
+    """Tell the remaining clients that one was removed."""
 
     text: str = entry(str)
     """For people."""
@@ -70,7 +70,7 @@ class NoticeRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRequest(Content):
-    """What is the Fisher diagonal of your images?"""
+    """Ask for the Fisher diagonal of the client's images."""
 
     joint: Head | None = None
     """The head that it is under; None: the client's own."""
@@ -85,7 +85,7 @@ class FisherRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class RealignRequest(Content):
-    """What do your classes look like to the composed model?"""
+    """Ask for the mixtures of the composed model's features, by class."""
 
     theta: Weights
     """Composed weights by name, each (out, in)."""
@@ -102,7 +102,7 @@ class RealignRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest(RealignRequest):
-    """How well does the composed model do on your test images?"""
+    """Ask for the composed model's accuracy on the client's test images."""
 
     joint: Head
 
@@ -117,7 +117,7 @@ class EvaluateRequest(RealignRequest):
 
 @dataclass(frozen=True)
 class Others:
-    """The sum that a client trains inside; see :class:`fedcompo.training.penalty.Ensemble`."""
+    """The sum inside which a client trains; see :class:`fedcompo.training.penalty.Ensemble`."""
 
     rest: Weights
     """Of the other clients, by weight name, each (out, in)."""
@@ -143,7 +143,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(Content):
-    """Fit your task vector: alone, or inside the sum of the others."""
+    """Ask a client to fit its task vector, alone or inside the sum of the others."""
 
     joint: Head
     """To start from, or only to measure the frozen backbone."""
@@ -151,10 +151,10 @@ class TrainRequest(Content):
     frozen: bool = entry(bool)
     """Whether to measure the frozen backbone too."""
     needs: Mapping[str, str] = entry(dict)
-    """SHA-256 of what the client needs besides, by name (:data:`ANCHOR`, :data:`OWN`); empty: it is
-    not to be kept."""
+    """SHA-256 of what else training needs, by name (:data:`ANCHOR`, :data:`OWN`); empty: the client
+    does not keep it."""
     sent: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Of what it needs, the tensors that come along."""
+    """Tensors of the needed parts that the request holds."""
     others: Others | None = None
     """None: the client trains alone."""
     round: Round | None = None
@@ -162,11 +162,11 @@ class TrainRequest(Content):
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """What the client needs and does not have."""
+        """Needed parts that the request does not hold."""
         return tuple(name for name in self.needs if name not in self.sent)
 
     def course(self, *, base: str, classes: tuple[str, ...], beta: float) -> Course:
-        """What training begins with and what acts on it.
+        """Return the start of the training and its penalties.
 
         Args:
             base: Fingerprint of the client's pre-trained weights.
@@ -193,8 +193,8 @@ class TrainRequest(Content):
 
     def _write(self) -> Body:
         tensors, manifest = _joint_body(self.joint)
-        for name, found in self.sent.items():
-            tensors |= prefixed(name, found)
+        for name, own in self.sent.items():
+            tensors |= prefixed(name, own)
         if self.others:
             tensors |= prefixed(REST, self.others.rest)
             manifest["ensemble"] = {"share": self.others.share, "scale": self.others.scale}
@@ -217,7 +217,7 @@ class TrainRequest(Content):
                     "fedcompo version everywhere."
                 )
         sent = {name: section(name, tensors) for name in manifest["needs"]}
-        values: dict[str, Any] = {"sent": {name: found for name, found in sent.items() if found}}
+        values: dict[str, Any] = {"sent": {name: own for name, own in sent.items() if own}}
         if ensemble := manifest.get("ensemble"):
             rest = section(REST, tensors)
             values["others"] = Others(rest, ensemble["share"], ensemble["scale"])
@@ -230,15 +230,15 @@ class TrainRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingRequest(Content):
-    """Train the model that all share (FedAvg, FedProx) for one round."""
+    """Ask a client to train the shared model for one round (FedAvg, FedProx)."""
 
     kind: Kind = entry(Kind)
     task_vector: Mapping[str, Tensor]
     joint: Head
     rounds: int = entry(int)
-    """How many there are."""
+    """Number of rounds in all."""
     number: int = entry(int, key=ROUND)
-    """Which of them this is, from 1."""
+    """Number of this round, from 1."""
     proximal_mu: float | None = entry(float, key="proximal-mu", default=None)
     """Strength of FedProx, by Flower's name; None: it is FedAvg."""
 
