@@ -15,8 +15,9 @@ from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
-from fedcompo.messages.answers import FISHER, FisherAnswer
-from fedcompo.messages.requests import TASK_VECTOR, own_tensors
+from fedcompo.messages.answers import FisherAnswer
+from fedcompo.messages.body import FISHER, TASK_VECTOR
+from fedcompo.messages.requests import own_tensors
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import FeatureMixture, fit_mixtures

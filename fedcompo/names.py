@@ -1,4 +1,4 @@
-"""Names of clients, which become folders and must not be mistaken, and addresses of servers."""
+"""Checks names of clients, which become folders and must not be mistaken, and other texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ipaddress
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ConfigError, ContributionError
 
 LONGEST = 64
 """Characters."""
@@ -111,6 +111,13 @@ def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> N
                 f"There is no client {client!r} in the {where}, which holds "
                 f"{', '.join(known) or 'nobody'}.{hint}"
             )
+
+
+def require_utf8(*texts: str) -> None:
+    """Refuse arguments of a command line that are not UTF-8; raises ``ConfigError``."""
+    for text in texts:
+        if text.encode(errors="replace").decode() != text:
+            raise ConfigError(f"{text!r} is no text; write it in UTF-8.")
 
 
 def address(host: str, port: int) -> str:

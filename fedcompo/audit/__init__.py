@@ -1,4 +1,4 @@
-"""What can be measured of a registry's model: accuracy by client, and whether it forgets."""
+"""Measures a registry's model: accuracy by client, and whether it forgets a removed client."""
 
 from typing import TYPE_CHECKING
 

@@ -27,7 +27,7 @@ def run_config_of(registry: RegistryReader, data: str | None = None) -> RunConfi
     """Return the settings that the registry's clients were trained with, perhaps with other data.
 
     Raises:
-        DataError: If nobody is there, and so no settings.
+        DataError: If the registry has no members, and so no settings.
         ConfigError: If the settings cannot be used.
     """
     if not registry.clients:
@@ -42,7 +42,7 @@ def clients_data(
     """Load the images of one client after the other, as in a simulation.
 
     Args:
-        source: Where from.
+        source: The data set, and how it is dealt.
         backbone: Says what images must look like.
         seed: Seed of the run that dealt them.
         wanted: Names of the clients; empty: all.

@@ -68,7 +68,7 @@ LOSS, LIKELIHOOD_RATIO = "loss", "likelihood-ratio"
 CLASS_IL, TASK_IL = "class_il_accuracy", "task_il_accuracy"
 FIGURES = (CLASS_IL, TASK_IL)
 SHADOWS = 16
-"""Shadow models, unless told otherwise."""
+"""Default number of shadow models."""
 
 Values = dict[str, Any]
 
@@ -87,7 +87,7 @@ def audit(
 
     Args:
         registry: Still has the client.
-        client: Who is to be removed.
+        client: Member whose removal is measured.
         data: Source of the clients' images; empty: that of their run.
         gold: Registry of the same run without the client.
         shadows: Number of shadow models, even, at least 4.
@@ -160,7 +160,7 @@ class _Audited:
 
     @property
     def kept(self) -> Head:
-        """What the attacker kept: the joint head of the model before."""
+        """The head that the attacker kept: the joint head of the model before."""
         return self.models[BEFORE].head
 
     def about(self) -> Values:
@@ -239,7 +239,7 @@ def _figures(attack: Attack) -> Values:
 
 
 def _means(per_client: Mapping[str, Values], *, without: str) -> Values:
-    """Mean over the clients that stay, by model; empty where nobody's images are at hand."""
+    """Mean over the clients that stay, by model; empty if none of their images are at hand."""
     staying = [figures for client, figures in per_client.items() if client != without]
     names = staying[0] if staying else ()
     return {

@@ -55,7 +55,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Attack:
-    """How well an attack tells members from non-members.
+    """Success of an attack at telling members from non-members.
 
     The intervals are percentiles over resampled examples, members and non-members apart. They are
     about which examples were drawn, not about another run of training, and shrink to a point where
@@ -105,7 +105,7 @@ class Attack:
         return cls(m, n, auc, {1 / k: tpr for k, tpr in zip(one_in, tprs, strict=True)})
 
     def is_chance(self) -> bool:
-        """Whether the AUC's interval covers 0.5: the attack cannot be told from guessing."""
+        """Whether the AUC's interval covers 0.5: the attack may be no better than guessing."""
         return self.auc.covers(0.5)
 
 
@@ -145,8 +145,8 @@ def confidence(logits: Tensor, labels: Tensor) -> Tensor:
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
     r"""Cross-entropy of each example, :math:`-\log p_y = \log(1 + e^{-\phi})`.
 
-    By way of :func:`confidence`, whose arguments, return and errors are the same: the losses of
-    very confident examples then do not round to ties at zero.
+    Computed from :func:`confidence`, so that the losses of very confident examples do not round to
+    ties at zero. Arguments, return and errors are the same.
     """
     phi = confidence(logits, labels)
     return torch.logaddexp(torch.zeros_like(phi), -phi)

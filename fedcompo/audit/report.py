@@ -111,7 +111,7 @@ def _attack_rows(values: Values) -> Rows:
 
 
 def _sentences(values: Values) -> list[str]:
-    """Say what was compared, then how to read it."""
+    """Return sentences: the compared models, then how to read the figures."""
     first = "; ".join(
         f"{name}: {MODELS[name][0]} ({', '.join(model['clients'])})"
         for name, model in values["models"].items()

@@ -73,7 +73,7 @@ class ClientTraining:
     aligned: Head | None
     """Joint head that training starts from; None: a probe of the images."""
     anchor: Weights | None
-    """*Mean* Fisher that anchors it; None: nobody, or that of the images themselves."""
+    """*Mean* Fisher that anchors it; None: no anchor, or the Fisher of the images themselves."""
 
     @classmethod
     def of(cls, registry: RegistryReader, client: str, backbone: Backbone) -> ClientTraining:

@@ -11,14 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 import fedcompo
-from fedcompo.cli import models as cli_models
-from fedcompo.cli import registry as cli_registry
-from fedcompo.cli import service as cli_service
+from fedcompo.cli import models, registry, service
 from fedcompo.cli.audit import audit
 from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
-from fedcompo.cli.service import serve
 from fedcompo.cli.tables import print_removal
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
@@ -146,22 +143,22 @@ def version() -> None:
 
 app.command()(fisher)
 app.command("init-deployment")(init_deployment)
-app.command("list")(cli_registry.list_clients)
+app.command("list")(registry.list_clients)
 for command in (
-    cli_registry.show,
-    cli_registry.add,
-    cli_registry.remove,
-    cli_registry.verify,
-    cli_models.compose,
-    cli_models.specialise,
-    cli_models.evaluate,
-    cli_models.negate,
-    cli_models.export,
-    serve,
-    cli_service.publish,
-    cli_service.fetch,
-    cli_service.members,
-    cli_service.request_removal,
+    registry.show,
+    registry.add,
+    registry.remove,
+    registry.verify,
+    models.compose,
+    models.specialise,
+    models.evaluate,
+    models.negate,
+    models.export,
+    service.serve,
+    service.publish,
+    service.fetch,
+    service.members,
+    service.request_removal,
     audit,
 ):
     app.command()(command)

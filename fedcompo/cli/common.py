@@ -24,7 +24,6 @@ from fedcompo.report.console import literal, say
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
 
-Command = Callable[..., None]
 INTERRUPTED = 130
 VARIABLE = "FEDCOMPO_REGISTRY"
 

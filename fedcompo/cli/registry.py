@@ -21,6 +21,7 @@ from fedcompo.cli.common import (
     registry_path,
 )
 from fedcompo.errors import ConfigError
+from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def remove(
         from fedcompo.registry.inspection import removal_plan
 
         _check_options(dry_run=dry_run, yes=yes, as_json=as_json, data=data)
-        _check_text(requested_by, reason)
+        require_utf8(requested_by, reason)
         opened = open_registry(registry)
         plan = removal_plan(opened, client, keep_versions=keep_versions)
         if not as_json:
@@ -190,13 +191,6 @@ def _check_options(*, dry_run: bool, yes: bool, as_json: bool, data: str | None)
         raise ConfigError("`--data` is what --dry-run measures on. Add --dry-run, or leave it out.")
     if as_json and not (yes or dry_run):
         raise ConfigError("With --json nobody is asked: add --yes to remove, or --dry-run to see.")
-
-
-def _check_text(*texts: str) -> None:
-    """Refuse arguments that are not UTF-8: a record cannot hold them."""
-    for text in texts:
-        if text.encode(errors="replace").decode() != text:
-            raise ConfigError(f"{text!r} is no text; write it in UTF-8.")
 
 
 def _witness_of(record: Path) -> tuple[Path | None, Path | None]:

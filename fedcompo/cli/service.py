@@ -165,7 +165,7 @@ def members(
     With --verify it exits with 1 if a claim does not hold.
     """
     with errors_as_sentences(verbose), connection.open() as service:
-        from fedcompo.cli import tables as cli_print
+        from fedcompo.cli import tables
 
         with progress(quiet=as_json) as tell:
             tell("asking")
@@ -185,9 +185,9 @@ def members(
             reply = {"root": there.root, "backbone": there.base, "members": rows}
             print_json(reply | ({"findings": [asdict(f) for f in findings]} if verify else {}))
         else:
-            cli_print.print_members(connection.server, there.root, rows)
+            tables.print_members(connection.server, there.root, rows)
             if verify:
-                cli_print.print_findings(findings)
+                tables.print_findings(findings)
         if any(finding.holds is False for finding in findings):
             raise typer.Exit(1)
 

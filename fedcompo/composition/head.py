@@ -22,7 +22,7 @@ def joint_head(
     Args:
         mixtures: By client and class; of θ₀'s features, or of the composed model's.
         settings: Number of features for each class, ridge and seed.
-        purpose: What the draws are for; each purpose has draws of its own.
+        purpose: Purpose of the draws; each has draws of its own.
 
     Returns:
         The head of all classes, sorted. The order of clients and the number of threads do not

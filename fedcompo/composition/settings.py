@@ -1,4 +1,4 @@
-"""How a registry composes its model."""
+"""Settings by which a registry composes its model."""
 
 from __future__ import annotations
 

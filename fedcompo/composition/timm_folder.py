@@ -37,7 +37,7 @@ def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) ->
     Not for a composition of tangents; see :func:`write_model`.
 
     Args:
-        folder: Where to; created if it does not exist.
+        folder: Folder to write to; created if it does not exist.
         backbone: Pre-trained weights, for all that ``theta`` does not name.
         theta: Target weights by name.
         head: Joint head; its classes become ``label_names``.

@@ -65,7 +65,7 @@ def write_version(folder: Path, recipe: Recipe) -> list[str]:
 
     Args:
         folder: A folder that exists.
-        recipe: What to write.
+        recipe: Inputs of the version.
 
     Returns:
         SHA-256 of each term's rounded form, in the order of the terms.

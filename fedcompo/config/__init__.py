@@ -1,4 +1,4 @@
-"""What a run is asked to do: its settings, their choices and their checks; no torch.
+"""The settings of a run, their choices and their checks; no torch.
 
 Every setting has a default, a sentence that explains it, and checks; all faults are reported at
 once. ``fedcompo settings`` lists them.

@@ -13,6 +13,8 @@ from fedcompo.config.setting import NOT_NEGATIVE, POSITIVE, Check, setting
 from fedcompo.errors import ConfigError
 
 PROBABILITY: Check = (lambda value: 0 < value < 1, "must be above 0 and below 1")
+NODE_KEYS = ("wire", "fisher-form", "dp-noise", "dp-clip-features", "dp-clip-fisher")
+"""Keys that a node may set in its node config."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,3 @@ class CapsConfig:
                 "head fitted to the same images is not private by noise. Use `head-start = "
                 "aligned`, whose head is made of noised statistics."
             )
-
-
-NODE_KEYS = ("wire", "fisher-form", "dp-noise", "dp-clip-features", "dp-clip-fisher")
-"""Keys that a node may set in its node config."""

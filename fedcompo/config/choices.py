@@ -39,7 +39,7 @@ class Schedule(StrEnum):
 
 
 class FisherKind(StrEnum):
-    """How the Fisher diagonal is computed; see :mod:`fedcompo.method.fisher`."""
+    """How the Fisher diagonal is computed; see :mod:`fedcompo.training.fisher_estimate`."""
 
     EXACT = "exact"
     LEADING = "leading"

@@ -19,6 +19,7 @@ Companion = tuple[str, str, StrEnum]
 POSITIVE: Check = (lambda value: value > 0, "must be > 0")
 NOT_NEGATIVE: Check = (lambda value: value >= 0, "must be >= 0")
 FRACTION: Check = (lambda value: 0 <= value < 1, "must be in [0, 1)")
+NAMES: Check = (lambda value: all(names_of(value)), "must be names joined by commas")
 
 
 def setting(default: Scalar, description: str, *checks: Check) -> Any:
@@ -29,9 +30,6 @@ def setting(default: Scalar, description: str, *checks: Check) -> Any:
 def names_of(value: str) -> tuple[str, ...]:
     """Split a list of names at its commas."""
     return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
-
-
-NAMES: Check = (lambda value: all(names_of(value)), "must be names joined by commas")
 
 
 def check_all(

@@ -66,9 +66,9 @@ def folder_catalogue(path: Path, *, client: str) -> Catalogue:
                 "is what it is, or take it out; only 'train' and 'test' are read."
             )
     if "train" not in folders:
-        found = ", ".join(map(repr, folders)) or "none"
+        present = ", ".join(map(repr, folders)) or "none"
         raise DataError(
-            f"Client {client!r}: {path} has no folder 'train'; folders found: {found}. Expected "
+            f"Client {client!r}: {path} has no folder 'train'; folders found: {present}. Expected "
             "train/<class>/* and perhaps test/<class>/*."
         )
     files: list[Path] = []

@@ -72,7 +72,7 @@ def _read(path: Path) -> dict[str, Array]:
                 raise ValueError("it is no zip archive, or cut short")
         with np.load(path, allow_pickle=False) as archive:
             members = {name: archive[name] for name in known if name in archive.files}
-            found = ", ".join(archive.files) or "none"
+            contents = ", ".join(archive.files) or "none"
         alien = next((name for name, m in members.items() if not isinstance(m, np.ndarray)), None)
         if alien:
             raise ValueError(f"its member {alien!r} is no array")
@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, Array]:
     if len(present) != 1 or "labels" not in members:
         raise DataError(
             f"{path} must hold `labels` and either `images` or `jpeg` with `offsets`; members "
-            f"found: {found}."
+            f"found: {contents}."
         )
     return members
 

@@ -24,7 +24,6 @@ from fedcompo.backbone.preprocessing import Modality
 from fedcompo.data.catalogue import Catalogue, class_name
 from fedcompo.errors import DataError
 
-FIELDS = ("text", "label", "split")
 SPLITS = ("train", "test")
 Row = tuple[str, dict[str, Any]]
 """File and line of a text, for messages; its fields."""
@@ -123,8 +122,8 @@ TEXT_ENDINGS = tuple(READERS)
 def _field(fields: dict[str, Any], name: str, where: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str):
-        found = f"got {value!r}" if name in fields else f"its fields are {', '.join(fields)}"
-        raise DataError(f"{where}, must have `{name}`, a text; {found}.")
+        actual = f"got {value!r}" if name in fields else f"its fields are {', '.join(fields)}"
+        raise DataError(f"{where}, must have `{name}`, a text; {actual}.")
     return value
 
 

@@ -42,7 +42,7 @@ def client_files(name: str, deployment: Deployment) -> dict[str, str]:
 
     Args:
         name: Of the client.
-        deployment: Where the server is.
+        deployment: The server's address and ports.
     """
     folder = f"{HOME}/{name}"
     unit = _unit(
@@ -99,13 +99,13 @@ def _values(deployment: Deployment) -> dict[str, object]:
 
 
 def _registry_script(name: str, stem: str, certificates: str, deployment: Deployment) -> str:
-    """The script that calls the registry in somebody's name.
+    """The script that calls the registry, as a client or as the operator.
 
     Args:
-        name: Whose.
+        name: Name of the caller.
         stem: Name of certificate and key, without suffix.
         certificates: Where they lie beside the script: a folder and a slash, or nothing.
-        deployment: Where the server is.
+        deployment: The server's address and ports.
     """
     own = {"name": name, "stem": stem, "certificates": certificates}
     return filled("registry.sh", {**_values(deployment), **own})
@@ -124,8 +124,8 @@ def _unit(
     """A systemd unit that starts a script again whenever it ends, with few rights.
 
     Args:
-        what: What it runs, for its description.
-        folder: Where the script lies.
+        what: Name of the program, for its description.
+        folder: Folder of the script.
         script: Name of the script.
         writable: Folders that it may write to.
         delay: Seconds until it is restarted.

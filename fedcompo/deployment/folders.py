@@ -40,7 +40,7 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
     """Write all folders of a federation on separate machines.
 
     Args:
-        folder: Where to; must not exist, or be empty.
+        folder: Folder to write to; must not exist, or be empty.
         deployment: Server and clients.
         app: Folder of the Flower app; see :func:`fedcompo.engine.launcher.find_app`.
 
@@ -211,7 +211,7 @@ class NodeKey:
         """Make a new pair.
 
         Args:
-            name: Whose it is; becomes the comment of the public key.
+            name: The client's; becomes the comment of the public key.
         """
         key = ec.generate_private_key(ec.SECP384R1())
         public = key.public_key().public_bytes(

@@ -42,7 +42,7 @@ def give(app: Path, folder: Path) -> None:
 
     Args:
         app: Folder of the app, as the server submits it.
-        folder: Where to.
+        folder: Folder to write to.
 
     Raises:
         LaunchError: If Flower cannot bundle it.
@@ -87,5 +87,5 @@ def _flwr(arguments: list[str], folder: str, environment: dict[str, str]) -> Non
         timeout=SECONDS,
     )
     if done.returncode:
-        said = plain(done.stdout + done.stderr).strip()
-        raise LaunchError(f"`flwr {arguments[0]}` failed:\n{said}")
+        output = plain(done.stdout + done.stderr).strip()
+        raise LaunchError(f"`flwr {arguments[0]}` failed:\n{output}")

@@ -44,7 +44,7 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
     """Write texts; those that begin with ``#!`` can be executed.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
         files: Text by relative path; none may exist yet.
     """
     for name, text in files.items():

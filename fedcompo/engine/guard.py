@@ -38,9 +38,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 def main(arguments: list[str]) -> int:
     """Run the command given by ``arguments``; see the top of this file."""
     folder, command = Path(arguments[0]), arguments[1:]
-    asked: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, frame: asked.append(received))
+        signal.signal(number, lambda received, frame: signals.append(received))
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         leader = os.posix_spawnp(
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
         )
         ended: dict[int, int] = {}
-        while leader not in ended and not asked and not _left_alone():
+        while leader not in ended and not signals and not _left_alone():
             ended.update(_reap())
         ended.update(end_all(leader if leader not in ended else None))
         code = os.waitstatus_to_exitcode(ended[leader])

@@ -23,7 +23,7 @@ SERVER = "server"
 
 
 class Standing(Enum):
-    """Where a client stands in a phase."""
+    """State of a client in a phase."""
 
     RUNNING = "running"
     OK = "ok"
@@ -49,7 +49,7 @@ class Cell:
     """Which of several like phases it is, such as ``round 3``."""
 
     def text(self, now: float) -> Text:
-        """What the table says."""
+        """Text of the cell in the table."""
         part = f" ({self.part})" if self.part else ""
         if self.standing is Standing.RUNNING:
             return Text(f"running {duration(now - self.since)}{part}", style="yellow")
@@ -61,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of a run so far; :meth:`after` an event it is another value."""
+    """State of a run, by its events so far; :meth:`after` returns the next one."""
 
     phases: tuple[str, ...] = ()
     clients: tuple[str, ...] = ()
@@ -191,7 +191,7 @@ def line(event: Event, began: float) -> str:
     """One event as a line of text.
 
     Args:
-        event: What happened.
+        event: The event.
         began: Start of the run, in seconds since 1970.
     """
     stamp = f"[{max(0.0, float(event.get('time', began)) - began):6.1f} s]"

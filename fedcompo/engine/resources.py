@@ -1,4 +1,4 @@
-"""What each client of a simulation may use of this machine."""
+"""Shares the CPUs and GPUs of this machine among the clients of a simulation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLIENTS_PER_GPU = 8
 
 @dataclass(frozen=True)
 class Resources:
-    """What the clients of a simulation may use."""
+    """CPUs and GPUs of a simulation's clients."""
 
     cpus_per_client: int
     gpus_per_client: float

@@ -10,7 +10,7 @@ from fedcompo.errors import LaunchError
 
 LOG, EVENTS, RESULTS = "flower.log", "events.jsonl", "results.json"
 RUN = "run.json"
-"""How far a run has come; see :mod:`server.resume`."""
+"""Progress of a run, to resume it; see :mod:`server.resume`."""
 
 
 def reserve_output(wanted: Path) -> Path:

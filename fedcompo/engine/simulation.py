@@ -43,21 +43,21 @@ def simulate(
         on_event: Called with each event of the run; see :mod:`fedcompo.engine.log`.
 
     Returns:
-        What ``results.json`` holds; its ``settings`` name the folder it lies in, as ``output``.
+        The content of ``results.json``; its ``settings`` name its folder as ``output``.
 
     Raises:
         ConfigError: If a setting cannot be used; with all faults.
         DataError: If the data cannot be used.
         LaunchError: If the run could not start or failed; with the reason.
     """
-    given = settings.flat() if isinstance(settings, RunConfig) else dict(settings or {})
+    values = settings.flat() if isinstance(settings, RunConfig) else dict(settings or {})
     if output is not None:
-        given["output"] = str(output)
-    RunConfig.parse(given)
-    given = with_absolute_paths(given, Path.cwd())
+        values["output"] = str(output)
+    RunConfig.parse(values)
+    values = with_absolute_paths(values, Path.cwd())
     return prepare(
-        given,
-        name=scenario_name(None, given),
+        values,
+        name=scenario_name(None, values),
         cpus_per_client=cpus_per_client,
         gpus_per_client=gpus_per_client,
     ).run(on_event)

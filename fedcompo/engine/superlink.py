@@ -195,7 +195,7 @@ def _superlink(log: Path) -> Iterator[Engine]:
         environment = _environment(folder, os.environ)
         superlink = program("flower-superlink", environment)
         port = _free_port()
-        _furnish(folder, port)
+        _write_files(folder, port)
         serve = [
             superlink,
             "--insecure",
@@ -256,7 +256,7 @@ def _environment(folder: Path, user: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def _furnish(folder: Path, port: int) -> None:
+def _write_files(folder: Path, port: int) -> None:
     """Write the files of an engine's private folder."""
     (folder / "cwd").mkdir()
     (folder / "home").mkdir()

@@ -44,11 +44,11 @@ def publish(
 
     Args:
         output: A new or empty folder; appears when everything is in it.
-        selection: What to compose.
+        selection: Contributions to compose.
         weights: Target weights to write in place of the selection's own composition, in the order
             of names.
         negated: Client whose task vector was subtracted from them.
-        strength: How often it was.
+        strength: Factor on it.
 
     Returns:
         What was written, as JSON values.
@@ -106,9 +106,10 @@ def negated(
     The difference is taken in float64 and rounded once, of the :math:`\tau` that composing adds.
 
     Args:
-        theta: Where to start: the composition without the client, or ``theta_0`` itself; by name,
-            (out, in). May come weight by weight; those that the task vector leaves alone pass.
-        task_vector: What to subtract.
+        theta: Weights to subtract from, by name, (out, in): the composition without the client, or
+            ``theta_0`` itself. May come weight by weight; weights that the task vector does not
+            change pass through.
+        task_vector: The task vector to subtract.
         theta_0: The pre-trained weights that it belongs to: (IA)³ scales them.
         scale: :math:`s`, > 0.
         base: Fingerprint of ``theta_0``; if given, it must be the task vector's own.

@@ -194,7 +194,7 @@ def _warning(client: str, times: str) -> str:
 
 
 def _formula(model: ExportedModel) -> str:
-    """What the model computes, and who proposed it."""
+    """Return the model's formula, and its source."""
     change = "λ Σ w τ" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
     if not model.linearised:
         return f"""\
@@ -225,7 +225,7 @@ def _origin(m: Member) -> tuple[object, ...]:
 
 
 def _influences(model: ExportedModel) -> str:
-    """Say of each client that was left out whether it still acts through the members."""
+    """List the members that were trained with data of clients that were left out."""
     lineages = {member.client: member.lineage for member in model.members}
     paragraphs = []
     for gone in model.without:

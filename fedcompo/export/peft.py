@@ -40,7 +40,7 @@ def export_peft(folder: Path, backbone: Backbone, contribution: Contribution) ->
     """Write a client's LoRA and head as a PEFT adapter, with a card to read.
 
     Args:
-        folder: Where to; made if need be.
+        folder: Folder to write to; created if it does not exist.
         backbone: What the client was trained on.
         contribution: A client of kind ``lora``.
 
@@ -179,9 +179,9 @@ def _loading(backbone: Backbone, num_classes: int) -> str:
 model = timm.create_model({backbone.name!r}, pretrained=True, {listed})"""
     seen = backbone.preprocessing
     return f"""\
-from fedcompo.backbone.backbone import load_backbone
-from fedcompo.config.run import BackboneConfig
+from fedcompo import RunConfig, load_backbone
 
-backbone = load_backbone(BackboneConfig(image_size={seen.image_size}, channels={seen.channels}))
+config = RunConfig.parse({{"image-size": {seen.image_size}, "channels": {seen.channels}}})
+backbone = load_backbone(config.backbone)
 model = timm.create_model({backbone.architecture!r}, {listed})
 model.load_state_dict(backbone.model.state_dict(), strict=False)  # the adapter brings the head"""

@@ -25,6 +25,7 @@ from fedcompo.method.pool import Pool
 from fedcompo.registry.admission import check_contribution
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import ABOUT
+from fedcompo.storage.files import BACKBONE
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Selection:
 
     @property
     def shares(self) -> dict[str, float]:
-        """W by client; they sum to one."""
+        """Coefficients w by client; they sum to one."""
         if self.coefficients is not None:
             return dict(self.coefficients)
         times = {c.client: self.settings.times(c.num_examples) for c in self.pool}
@@ -64,14 +65,14 @@ def from_registry(
     """Select members of a registry.
 
     Args:
-        registry: Whose members.
-        only: Whom to take; empty: everyone, or everyone with a weight.
-        without: Whom to leave out.
+        registry: Registry of the members.
+        only: Clients to take; empty: all, or all that have a weight.
+        without: Clients to leave out.
         weights: Coefficients by client; None: the registry's own.
         scale: λ; None: the registry's own.
 
     Raises:
-        ContributionError: If there is no such client, nobody is left, or weights do not fit.
+        ContributionError: If there is no such client, none is left, or weights do not fit.
         ConfigError: If λ is not a positive number.
     """
     pool = _chosen(registry.pool(), only, without, weights)
@@ -95,8 +96,8 @@ def from_folders(
 
     Args:
         folders: One contribution each; every byte is checked.
-        only: Whom to take; empty: everyone, or everyone with a weight.
-        without: Whom to leave out.
+        only: Clients to take; empty: all, or all that have a weight.
+        without: Clients to leave out.
         weights: Coefficients by client; None: those of the run of the first by name.
         scale: λ; None: that of this run.
         checkpoint: File of the pre-trained weights; empty: as in this run.
@@ -130,7 +131,7 @@ def from_folders(
             members=pool.clients,
         )
     with tempfile.TemporaryDirectory(prefix="fedcompo-") as temporary:
-        path = Path(temporary) / "backbone.safetensors"
+        path = Path(temporary) / BACKBONE
         save_backbone(path, backbone)
         yield Selection(
             pool,

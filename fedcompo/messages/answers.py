@@ -1,6 +1,6 @@
-"""What clients answer; the names of entries stand here and nowhere else.
+"""The answers of clients; the names of their entries stand here and nowhere else.
 
-Reading an answer refuses what is missing or of another type. The server checks the rest.
+Reading an answer raises if an entry is missing. The server checks whether the values can be true.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from torch import Tensor
 
 from fedcompo.config.choices import FisherForm, Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.body import Body, Content, entry
-from fedcompo.messages.requests import TASK_VECTOR, own_tensors
+from fedcompo.messages.body import FISHER, TASK_VECTOR, Body, Content, entry
+from fedcompo.messages.requests import own_tensors
 from fedcompo.method.contribution import mixture_tensors, mixtures_from
 from fedcompo.method.features import Mixtures
 from fedcompo.method.heads import Head, head_from
 from fedcompo.storage.tensorfile import section
 
-FISHER = "fisher"
-"""Prefix of a Fisher's tensors."""
 MOST = 2**53
 """Largest count of bytes or examples: up to here a float holds every whole number."""
 
@@ -39,7 +37,7 @@ def _counts(values: Mapping[str, Any]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Process(Content):
-    """The report of a client's process; every answer carries one."""
+    """Memory and packages of the client's process; part of every answer."""
 
     peak_memory: Mapping[str, int] = entry(_counts)
     """Bytes; see :func:`fedcompo.runtime.peak_bytes`."""
@@ -49,19 +47,18 @@ class Process(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Content):
-    """What every answer holds."""
+    """What all answers have in common."""
 
     CONTENT: ClassVar[str]
 
     base: str = entry(str)
     """Fingerprint of the client's backbone."""
     caps: Mapping[str, Any] = entry(default={})
-    """The client's report of the caps it worked under; ``wire`` is the number format of the
-    tensors."""
+    """Limits that the client kept to; ``wire``: the number format of the tensors."""
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The reported accuracies, by name."""
+        """The accuracies that it reports, by name."""
         values = {f: getattr(self, f.name) for f in fields(self) if f.name.endswith("_accuracy")}
         return {f.name: value for f, value in values.items() if value is not f.default}
 
@@ -75,24 +72,24 @@ class Answer(Content):
 
 
 def caps_of(answer: Body) -> Any:
-    """An answer's report of caps, not checked yet."""
+    """Limits that an answer states; not checked."""
     return answer[1].get("caps", {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoticeAnswer(Answer):
-    """The answer to a notice. All others name the client too, except those of averaging."""
+    """Confirms a notice. All answers but those of averaging have these entries."""
 
     CONTENT: ClassVar[str] = "notice"
 
     client: str = entry(str)
     classes: tuple[str, ...] = entry(tuple)
-    """The client's own, sorted; of a Fisher, those of the head it was estimated under."""
+    """The client's own, sorted; of a Fisher, those of the head that it is under."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifyAnswer(NoticeAnswer):
-    """A client's name and classes."""
+    """Name, classes and test images of a client."""
 
     CONTENT: ClassVar[str] = "identify"
 
@@ -101,7 +98,7 @@ class IdentifyAnswer(NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesAnswer(IdentifyAnswer):
-    """Mixtures of the pre-trained backbone's features of a client's classes."""
+    """Mixtures of θ₀'s features, by class."""
 
     CONTENT: ClassVar[str] = "features"
 
@@ -129,14 +126,14 @@ class FeaturesAnswer(IdentifyAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class RealignAnswer(FeaturesAnswer):
-    """Mixtures of the composed model's features of a client's classes."""
+    """Mixtures of the composed model's features, by class."""
 
     CONTENT: ClassVar[str] = "realign"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _WithTensors(Answer):
-    """An answer whose tensors may be written in fewer bits."""
+    """An answer whose tensors may travel in fewer bits."""
 
     tensors: Mapping[str, Tensor]
     """Under the names that they travel by."""
@@ -158,7 +155,7 @@ class FisherAnswer(_WithTensors, NoticeAnswer):
     num_examples: int = entry(_count)
     form: FisherForm = entry(FisherForm, default=FisherForm.DENSE)
     report: Mapping[str, Any] = entry(dict)
-    """The estimator's figures."""
+    """Report of the estimator, such as its cost."""
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -186,7 +183,7 @@ class AveragingAnswer(_WithTensors):
     losses: tuple[float, ...] = entry(lambda losses: tuple(float(loss) for loss in losses))
     """Of each epoch."""
     frozen_class_il_accuracy: float | None = entry(default=None)
-    """Of the frozen backbone under the joint head, if the request asks for it."""
+    """Of the frozen backbone under the joint head, if the request wants it."""
     frozen_task_il_accuracy: float | None = entry(default=None)
 
     @property
@@ -218,7 +215,7 @@ class TrainAnswer(AveragingAnswer, NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class LacksAnswer(NoticeAnswer):
-    """A client cannot train, because it lost what it kept from the round before."""
+    """A client cannot train: it lacks something that it should have kept."""
 
     CONTENT: ClassVar[str] = "train"
 
@@ -226,6 +223,6 @@ class LacksAnswer(NoticeAnswer):
 
 
 def read_trained(body: Body) -> TrainAnswer | LacksAnswer:
-    """Read the answer of a client that trains in rounds."""
+    """Read the answer to a training request; the client may lack what it should have kept."""
     lacking = bool(body[1].get("lacks"))
     return LacksAnswer.from_body(body) if lacking else TrainAnswer.from_body(body)

@@ -1,4 +1,4 @@
-"""A frozen value as it travels: tensors by name, and a manifest of JSON values."""
+"""Writes a frozen value as tensors and a manifest of JSON values, and reads it back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, Self
 from torch import Tensor
 
 Body = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and a manifest of JSON values."""
+"""Tensors by name, and a manifest that describes them (JSON values)."""
+TASK_VECTOR, FISHER = "task_vector", "fisher"
+"""Prefixes of the tensors that :mod:`fedcompo.messages.wire` writes in fewer bits."""
 
 
 def entry(
@@ -31,7 +33,7 @@ def entry(
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """A request or an answer. Its fields are entries of the manifest, or written by ``_write``."""
+    """A request or an answer; its fields are entries of the manifest, or written by ``_write``."""
 
     def to_body(self) -> Body:
         """Tensors and manifest."""
@@ -56,7 +58,7 @@ class Content:
         return cls(**values, **cls._read(tensors, manifest))
 
     def _write(self) -> Body:
-        """Tensors, and the entries of fields that :func:`entry` did not declare."""
+        """Tensors, and the entries that are not simply the value of a field."""
         return {}, {}
 
     @classmethod

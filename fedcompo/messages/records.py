@@ -26,7 +26,7 @@ REFUSAL = "refusal"
 
 
 class ClientRefusal(FedcompoError):
-    """A client says that it cannot do what it was asked, and why."""
+    """A client refuses a request; the message is its reason."""
 
 
 def to_record(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> RecordDict:
@@ -36,7 +36,7 @@ def to_record(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Rec
 
 
 def refusal(reason: str) -> RecordDict:
-    """Say that, and why, a request cannot be met."""
+    """Pack a refusal of a request, with its reason."""
     return to_record({}, {"content": REFUSAL, "reason": reason})
 
 
@@ -49,7 +49,7 @@ def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
         source: Whose message it is, for error messages.
 
     Raises:
-        ClientRefusal: If the message says why there is no answer.
+        ClientRefusal: If the message is a refusal.
         FileFormatError: If it is altered, incomplete or something else.
     """
     try:

@@ -1,4 +1,4 @@
-"""What the server asks; the names of entries and tensors stand here and nowhere else."""
+"""The server's requests; the names of their entries and tensors stand here and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.body import Body, Content, entry
+from fedcompo.messages.body import TASK_VECTOR, Body, Content, entry
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
@@ -19,9 +19,9 @@ from fedcompo.training.fit import Course
 from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
-"""What a client may keep between rounds: its metric; its last task vector, with its head."""
-TASK_VECTOR, THETA, REST, WEIGHTS = "task_vector", "theta", "rest", "weights"
-"""Prefixes of tensors: a task vector, composed weights, a sum over other clients, a metric."""
+"""Parts that a client may keep between rounds: its metric; its last task vector, with its head."""
+THETA, REST, WEIGHTS = "theta", "rest", "weights"
+"""Prefixes of other tensors: composed weights, a sum over other clients, a metric."""
 REQUEST = "request"
 """The ``content`` of every request."""
 ROUND = "server-round"
@@ -51,16 +51,16 @@ def anchor_tensors(anchor: Anchor) -> dict[str, Tensor]:
 
 
 class IdentifyRequest(Content):
-    """Ask for a client's name and classes."""
+    """Ask a client for its name and classes."""
 
 
 class FeaturesRequest(Content):
-    """Ask for mixtures of the pre-trained backbone's features, class by class."""
+    """Ask for the mixtures of θ₀'s features, by class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoticeRequest(Content):
-    """Tell a client that another one was removed."""
+    """Tell the remaining clients that one was removed."""
 
     text: str = entry(str)
     """For people."""
@@ -70,10 +70,10 @@ class NoticeRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRequest(Content):
-    """Ask for the Fisher diagonal of a client's images."""
+    """Ask for the Fisher diagonal of the client's images."""
 
     joint: Head | None = None
-    """The head to estimate it under; None: the client's own."""
+    """The head that it is under; None: the client's own."""
 
     def _write(self) -> Body:
         return _joint_body(self.joint) if self.joint else ({}, {})
@@ -85,12 +85,12 @@ class FisherRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class RealignRequest(Content):
-    """Ask for mixtures of the composed model's features, class by class."""
+    """Ask for the mixtures of the composed model's features, by class."""
 
     theta: Weights
     """Composed weights by name, each (out, in)."""
     linearised: bool = entry(bool)
-    """Whether the model is linear in them."""
+    """Whether they change the model to first order alone."""
 
     def _write(self) -> Body:
         return prefixed(THETA, self.theta), {}
@@ -102,7 +102,7 @@ class RealignRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest(RealignRequest):
-    """Ask for the accuracy of the composed model on a client's test images."""
+    """Ask for the composed model's accuracy on the client's test images."""
 
     joint: Head
 
@@ -117,7 +117,7 @@ class EvaluateRequest(RealignRequest):
 
 @dataclass(frozen=True)
 class Others:
-    """The sum that a client trains inside; see :class:`fedcompo.training.penalty.Ensemble`."""
+    """The sum inside which a client trains; see :class:`fedcompo.training.penalty.Ensemble`."""
 
     rest: Weights
     """Of the other clients, by weight name, each (out, in)."""
@@ -133,7 +133,7 @@ class Round:
     number: int
     """From 1."""
     federation: str
-    """Name of the folder in which the client keeps something for the next round."""
+    """Under which name the client keeps something for the next round."""
     last: bool
     passed: float
     """Share of the whole training that lies behind."""
@@ -151,22 +151,22 @@ class TrainRequest(Content):
     frozen: bool = entry(bool)
     """Whether to measure the frozen backbone too."""
     needs: Mapping[str, str] = entry(dict)
-    """SHA-256 of what else the client needs, by name (:data:`ANCHOR`, :data:`OWN`); empty: it does
-    not keep it."""
+    """SHA-256 of what else training needs, by name (:data:`ANCHOR`, :data:`OWN`); empty: the client
+    does not keep it."""
     sent: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """The tensors of what it needs that this request brings."""
+    """Tensors of the needed parts that the request holds."""
     others: Others | None = None
     """None: the client trains alone."""
     round: Round | None = None
-    """None: it trains only once."""
+    """None: there is but one."""
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """What the client needs and does not have."""
+        """Needed parts that the request does not hold."""
         return tuple(name for name in self.needs if name not in self.sent)
 
     def course(self, *, base: str, classes: tuple[str, ...], beta: float) -> Course:
-        """What training begins with and what acts on it.
+        """Return the start of the training and its penalties.
 
         Args:
             base: Fingerprint of the client's pre-trained weights.
@@ -193,8 +193,8 @@ class TrainRequest(Content):
 
     def _write(self) -> Body:
         tensors, manifest = _joint_body(self.joint)
-        for name, part in self.sent.items():
-            tensors |= prefixed(name, part)
+        for name, own in self.sent.items():
+            tensors |= prefixed(name, own)
         if self.others:
             tensors |= prefixed(REST, self.others.rest)
             manifest["ensemble"] = {"share": self.others.share, "scale": self.others.scale}
@@ -217,7 +217,7 @@ class TrainRequest(Content):
                     "fedcompo version everywhere."
                 )
         sent = {name: section(name, tensors) for name in manifest["needs"]}
-        values: dict[str, Any] = {"sent": {name: part for name, part in sent.items() if part}}
+        values: dict[str, Any] = {"sent": {name: own for name, own in sent.items() if own}}
         if ensemble := manifest.get("ensemble"):
             rest = section(REST, tensors)
             values["others"] = Others(rest, ensemble["share"], ensemble["scale"])
@@ -230,15 +230,15 @@ class TrainRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingRequest(Content):
-    """Ask a client to train the model that all share (FedAvg, FedProx) for one round."""
+    """Ask a client to train the shared model for one round (FedAvg, FedProx)."""
 
     kind: Kind = entry(Kind)
     task_vector: Mapping[str, Tensor]
     joint: Head
     rounds: int = entry(int)
-    """How many there are."""
+    """Number of rounds in all."""
     number: int = entry(int, key=ROUND)
-    """Which of them this is, from 1."""
+    """Number of this round, from 1."""
     proximal_mu: float | None = entry(float, key="proximal-mu", default=None)
     """Strength of FedProx, by Flower's name; None: it is FedAvg."""
 

@@ -1,4 +1,4 @@
-r"""Tensors on the wire in fewer bits, and how far what arrives is from what was meant.
+r"""Writes tensors in fewer bits for the wire, reads them back, and measures the rounding error.
 
 - *bfloat16*: each number rounded to 8 significant bits.
 - *int8*: blocks of :data:`BLOCK` numbers, in the order of indices; of each the scale
@@ -6,11 +6,11 @@ r"""Tensors on the wire in fewer bits, and how far what arrives is from what was
   so that no number is off by more than s/2. Source: Dettmers et al., *8-bit Optimizers via
   Block-wise Quantization*, ICLR 2022 (arXiv 2110.02861), with uniform codes.
 
-What is coded is the number on the scale where rounding does least harm: of a Fisher, which is
-heavy-tailed and never negative, in int8 its square root (255 steps; squaring brings it back at or
-above zero); of (IA)³'s l, which starts at one, l - 1, which is what makes up τ.
+Two sorts of numbers are transformed first, so that rounding does least harm. A Fisher is
+heavy-tailed and never negative: int8 codes its square root, in 255 steps. (IA)³'s l starts at one:
+l - 1 is coded, from which τ is made.
 
-The sender reads back what it sends: both sides go on with the same bits.
+The sender decodes what it has sent: both sides continue with the same bits.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fedcompo.config.choices import Wire
 from fedcompo.errors import FileFormatError
+from fedcompo.messages.body import FISHER, TASK_VECTOR
 
 BLOCK = 256
 """Numbers that share a scale: 4 bytes more for 256."""
-CODED = ("task_vector/", "fisher/")
-"""What is sent in fewer bits; heads and mixtures are small, and sent as they are."""
+CODED = (f"{TASK_VECTOR}/", f"{FISHER}/")
+"""Prefixes of tensors that are coded; heads and mixtures are small, and sent as they are."""
 SCALES = "scales/"
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
 
@@ -107,7 +108,7 @@ def _coded(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _is_fisher(name: str) -> bool:
-    return name.startswith("fisher/")
+    return name.startswith(f"{FISHER}/")
 
 
 def _starts_at_one(name: str) -> bool:
@@ -136,9 +137,9 @@ def _quantised(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _restored(name: str, codes: Tensor, scales: Tensor | None, source: str) -> Tensor:
     count = -(-codes.numel() // BLOCK)
     if scales is None or scales.shape != (count,) or scales.dtype != torch.float32:
-        found = "none" if scales is None else f"{tuple(scales.shape)} of {scales.dtype}"
+        actual = "none" if scales is None else f"{tuple(scales.shape)} of {scales.dtype}"
         raise FileFormatError(
-            f"The scales of {name!r} of {source} are {found}, expected ({count},) of "
+            f"The scales of {name!r} of {source} are {actual}, expected ({count},) of "
             f"{torch.float32}. Use the same fedcompo version everywhere."
         )
     flat = codes.flatten().float()
@@ -146,9 +147,9 @@ def _restored(name: str, codes: Tensor, scales: Tensor | None, source: str) -> T
     return blocks.flatten()[: flat.numel()].view(codes.shape)
 
 
-def _expect_dtype(name: str, tensor: Tensor, expected: torch.dtype, source: str) -> None:
-    if tensor.dtype != expected:
+def _expect_dtype(name: str, codes: Tensor, expected: torch.dtype, source: str) -> None:
+    if codes.dtype != expected:
         raise FileFormatError(
-            f"Tensor {name!r} of {source} came in {tensor.dtype}, expected {expected}. "
-            "Use the same fedcompo version everywhere."
+            f"Tensor {name!r} of {source} came in {codes.dtype}, expected {expected}. Use the same "
+            "fedcompo version everywhere."
         )

@@ -52,8 +52,8 @@ class FeatureMixture:
         finite = all(t.is_floating_point() and torch.isfinite(t.float()).all() for t in tensors)
         if not finite or (self.variances <= 0).any() or (self.weights < 0).any():
             raise ContributionError(
-                f"A mixture of {owner} has values that are not finite, or variances or shares "
-                "that are not positive, or integers for them."
+                f"A mixture of {owner} has values that are not finite floating-point numbers, "
+                "or variances or shares that are not positive."
             )
         if self.num_examples < 1 or abs(float(self.weights.sum()) - 1) > 1e-3:
             raise ContributionError(

@@ -1,4 +1,4 @@
-"""What leaves a client, made less telling: noise, and smaller forms of the Fisher diagonal."""
+"""Limits what a client's messages reveal: noise, and smaller forms of the Fisher diagonal."""
 
 from typing import TYPE_CHECKING
 

@@ -70,7 +70,7 @@ def per_example_fishers(
         cotangents = curvature_factors(logits, weight)[0].unbind(1) if names else ()
         for cotangent in cotangents:
             for name, part, squares in squared_gradients(record, features, cotangent):
-                for key, values in _taken(name, squares, form):
+                for key, values in _in_form(name, squares, form):
                     total = fishers.setdefault(
                         key, values.new_zeros(len(images), *values.shape[1:])
                     )
@@ -82,7 +82,7 @@ def per_example_fishers(
     return {**fishers, HEAD[0]: weight_fisher, HEAD[1]: variance}
 
 
-def _taken(name: str, squares: Tensor, form: FisherForm) -> list[tuple[str, Tensor]]:
+def _in_form(name: str, squares: Tensor, form: FisherForm) -> list[tuple[str, Tensor]]:
     """Reduce one weight's squares, (examples, out, in), to a form."""
     if form is FisherForm.DENSE:
         return [(name, squares)]

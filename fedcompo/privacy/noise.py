@@ -40,9 +40,9 @@ from scipy.special import erfcx, ndtr, ndtri
 from torch import Tensor
 
 Entropy = Callable[[int], bytes]
-"""Returns the asked number of unpredictable bytes."""
+"""Returns the requested number of unpredictable bytes."""
 STRONGEST_SIGNAL = 1e6
-r"""Largest :math:`\mu` that is accounted for; above, there is no privacy to speak of."""
+r"""Above this :math:`\mu` privacy is negligible, and :math:`\varepsilon` counts as infinite."""
 
 
 def normal(shape: torch.Size | tuple[int, ...], entropy: Entropy = os.urandom) -> Tensor:
@@ -107,7 +107,7 @@ def composed_epsilon(noises: Iterable[float], *, delta: float) -> float:
         delta: :math:`\delta`, above 0 and below 1.
 
     Returns:
-        :math:`\varepsilon`, at least 0; infinite where there is next to no noise.
+        :math:`\varepsilon`, at least 0; infinite where there is hardly any noise.
 
     Raises:
         ValueError: If a noise or :math:`\delta` is out of range.

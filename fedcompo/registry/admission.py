@@ -21,7 +21,7 @@ def stage_contribution(source: Contribution | Path, folder: Path) -> Contributio
 
     Args:
         source: A contribution, or the folder of one; of that, only its own files are taken.
-        folder: Where to; must not exist.
+        folder: Folder of the copy; must not exist.
 
     Returns:
         The staged contribution, streamed.
@@ -64,7 +64,7 @@ def check_contribution(
     """Refuse a contribution that cannot be composed with the others.
 
     Args:
-        contribution: With all its tensors at hand, or streamed.
+        contribution: With its tensors in memory, or streamed.
         theta_shapes: The target weights; only their shapes matter.
         base: Fingerprint of the pre-trained weights.
         num_features: Width of the backbone's features.

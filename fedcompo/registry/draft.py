@@ -66,9 +66,9 @@ class Draft:
     before: State = field(init=False)
     entries: list[journal.Entry] = field(init=False)
     moves: list[str] = field(default_factory=list)
-    """What was staged, relative to the registry."""
+    """Staged files and folders, relative to the registry."""
     deletions: list[str] = field(default_factory=list)
-    """What is deleted once the change is committed, relative to the registry."""
+    """Files and folders to delete after the commit, relative to the registry."""
     recomposed: bool = False
     """Whether the sum was taken anew."""
 
@@ -127,11 +127,7 @@ class Draft:
         folder.mkdir(parents=True)
         self.on_step("aligning the joint head")
         mixtures = realigned or {c: self._statistics(m) for c, m in after.members.items()}
-        settings = after.settings
-        head = joint_head(
-            mixtures,
-            settings,
-        )
+        head = joint_head(mixtures, after.settings)
         if realigned is not None:
             save_realigned(folder / REALIGNED, realigned)
         changes = [(m, 1) for m in coming] + [(m, -1) for m in going]
@@ -140,7 +136,7 @@ class Draft:
             [self._term(member, sign) for member, sign in changes],
             registry.running_sum() if before.version else None,
             after.count,
-            settings.scale,
+            after.settings.scale,
             head,
             after.linearised,
         )

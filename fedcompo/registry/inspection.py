@@ -72,7 +72,7 @@ def history_of(entries: Sequence[Entry], client: str) -> list[Values]:
 
 
 def removal_plan(registry: RegistryReader, client: str, *, keep_versions: bool) -> Values:
-    """Say what a removal would delete, what it would keep, and what it could not undo.
+    """List what a removal would delete, what it would keep, and what it could not undo.
 
     Raises:
         ContributionError: If there is no such client.

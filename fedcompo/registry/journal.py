@@ -18,7 +18,7 @@ from fedcompo.errors import RegistryDamaged
 from fedcompo.storage.files import canonical
 
 START = "0" * 64
-"""What the first line carries in place of a predecessor's SHA-256."""
+"""Stands in the first line in place of a predecessor's SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Entry:
     event: str
     """``created``, ``added``, ``removed`` or ``realigned``."""
     details: Mapping[str, Any]
-    """What else is to be known; JSON."""
+    """The facts of the event; JSON values."""
     previous: str
     """SHA-256 of the line before."""
 
     @property
     def sha256(self) -> str:
-        """What the next line carries; hexadecimal."""
+        """SHA-256 of the line, which the next one carries; hexadecimal."""
         return hashlib.sha256(canonical(self._content()).encode()).hexdigest()
 
     @property

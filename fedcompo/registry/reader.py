@@ -1,6 +1,6 @@
-"""Reads a registry: what it holds, every byte held against its SHA-256; takes no lock.
+"""Reads a registry without a lock, and compares every file with its SHA-256.
 
-Torch is imported where tensors are asked for: who is there, and how, is read without it.
+Torch is imported where tensors are read: members and settings are read without it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RegistryReader:
 
     @property
     def settings(self) -> CompositionSettings:
-        """How it composes."""
+        """Settings by which it composes."""
         return self.state.settings
 
     @property
@@ -89,7 +89,7 @@ class RegistryReader:
         return self.state.members[client]
 
     def contribution(self, client: str, *, with_fisher: bool = False) -> Contribution:
-        """Open a member's contribution; its tensors are read when asked for, and checked once."""
+        """Open a member's contribution; tensors are read when they are used, and checked once."""
         from fedcompo.method.contribution import Contribution
 
         member = self.member(client)
@@ -103,7 +103,7 @@ class RegistryReader:
             return Contribution.open(folder, with_fisher=with_fisher, guard=guard)
 
     def card(self, client: str) -> dict[str, Any]:
-        """What a member's contribution says of itself, such as its settings; no tensor is read."""
+        """Read the card of a member's contribution, which holds its settings; reads no tensor."""
         member = self.member(client)
         folder = self.path / member.folder
         for name in (CARD, CONTENT):
@@ -112,7 +112,7 @@ class RegistryReader:
         return card
 
     def influence_of(self, client: str) -> Influence:
-        """Find which other members were trained with data of a client."""
+        """List the other members that were trained with data of a client."""
         others = tuple(name for name in self.clients if name != client)
         return foreseen_influence(self.entries(), client, others)
 
@@ -136,7 +136,7 @@ class RegistryReader:
         return self.state.classes
 
     def composed(self) -> StreamedTensors:
-        """All weights of the current composition, classifier included; read when asked for.
+        """All weights of the current composition, classifier included; read when they are used.
 
         Raises:
             RegistryError: If nobody is in the registry.
@@ -167,7 +167,7 @@ class RegistryReader:
         return entries
 
     def check_file(self, path: Path, sha256: str) -> None:
-        """Hold a file against its SHA-256; once for each opening of the registry.
+        """Compare a file with its SHA-256; once for each opening of the registry.
 
         Raises:
             RegistryDamaged: If it is missing, altered, or was replaced.

@@ -101,7 +101,7 @@ class Registry(RegistryReader):
         Args:
             sources: Contributions, or folders that hold one each.
             replacing: Take the place of members of the same name; a removal and an addition.
-            requested_by: On whose request; stands in the journal.
+            requested_by: Person or client who asks for it; for the journal.
             on_step: Called with what is being done.
 
         Raises:
@@ -124,8 +124,8 @@ class Registry(RegistryReader):
         """Remove a client: its files, its term of the sum, its rows of the head.
 
         Args:
-            client: Who goes.
-            requested_by: On whose request; for the record.
+            client: Client to remove.
+            requested_by: Person or client who asks for it; for the record.
             reason: Why; for the record.
             keep_versions: Keep the composition until now, and earlier ones that contain the client.
             on_step: Called with what is being done.

@@ -61,10 +61,10 @@ def influence(
     influenced, all who name it count as influenced.
 
     Args:
-        client: Who goes.
-        survivors: Who stays.
-        lineages: Of the contributions that are there, or were last under a name: influence may have
-            passed through those that are gone.
+        client: Client that is removed.
+        survivors: Clients that stay.
+        lineages: By client, of its present or last contribution: influence may have passed through
+            clients that have left.
         former: Of contributions that were replaced; a name may come more than once.
     """
     everyone = [*lineages.items(), *former]
@@ -88,7 +88,7 @@ def influence(
 def foreseen_influence(
     entries: Sequence[Entry], client: str, survivors: Sequence[str]
 ) -> Influence:
-    """Find whom a removed client would still influence, by the lineages in the journal."""
+    """List the survivors that a removed client still influences, by the journal's lineages."""
     everyone = [
         (added["client"], Lineage.parse(added["lineage"]))
         for entry in entries
@@ -105,7 +105,7 @@ class RemovalRecord:
     registry: str
     """Identity of the registry."""
     sequence: int
-    """Number of the journal's line that tells of it."""
+    """Number of the journal's line that records it."""
     time: str
     """UTC, ISO 8601."""
     client: str
@@ -120,7 +120,7 @@ class RemovalRecord:
     removed_rounded_sha256: str
     """SHA-256 of the task vector as it stood in the running sum."""
     added: int
-    """Number of the journal's line that told of its coming."""
+    """Number of the journal's line that added it."""
     root_before: str
     root_after: str
     journal_before: str
@@ -151,7 +151,7 @@ class RemovalRecord:
 
     @property
     def signed_bytes(self) -> bytes:
-        """What the signature covers."""
+        """Bytes that the signature covers."""
         values = self._values()
         del values["signature"]
         return canonical(values).encode()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedcompo.method.contribution import Contribution
 
 FORMAT_VERSION = 1
+ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class Member:
     files: Mapping[str, str]
     """SHA-256 of each of its files, by name."""
     statistics_sha256: str
-    """SHA-256 of its head and mixtures, and of how many examples these were fitted to."""
+    """SHA-256 of its head, its mixtures, and their numbers of examples."""
     rounded_sha256: str
     """SHA-256 of its task vector on the grid of the running sum."""
     lineage: Lineage
     added: int
-    """Number of the journal's line that tells of its coming."""
+    """Number of the journal's line that added it."""
 
     @classmethod
     def of(
@@ -83,7 +84,7 @@ class Member:
 
     @property
     def essence(self) -> dict[str, Any]:
-        """What enters the root: all but the folder and the time of arrival."""
+        """Values that enter the root: all but the folder and the time of arrival."""
         values = asdict(self)
         del values["folder"], values["added"]
         return values
@@ -193,9 +194,6 @@ def settings_from(values: Mapping[str, Any]) -> CompositionSettings:
 
 def _member(values: Mapping[str, Any]) -> Member:
     return Member(**{**tuples(values), "lineage": Lineage.parse(values["lineage"])})
-
-
-ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
 
 
 def write_new(folder: Path, backbone: Backbone, settings: CompositionSettings) -> None:

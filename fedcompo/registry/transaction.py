@@ -39,7 +39,7 @@ TICK = 0.1
 
 @dataclass(frozen=True)
 class Change:
-    """A committed change: what is to be done; paths are relative to the folder."""
+    """The steps of a committed change; paths are relative to the folder."""
 
     moves: tuple[str, ...]
     """Staged folders and files that move to their places; nothing is there yet."""
@@ -65,7 +65,7 @@ def locked(
 
     Args:
         root: The folder.
-        purpose: What the lock is held for; other writers that wait are shown it.
+        purpose: Reason for the lock; other writers see it while they wait.
         patience: Seconds to wait for another writer.
         on_wait: Called once with who holds the lock, if another writer does.
 
@@ -89,7 +89,7 @@ def locked(
 
 
 def recover_if_idle(root: Path) -> None:
-    """Complete or undo what a dead writer left, unless a living one is at work."""
+    """Complete or undo what a dead writer left, unless another writer holds the lock."""
     if not (root / PENDING).exists():
         return
     with contextlib.suppress(RegistryLocked, OSError), locked(root, "recover", patience=0):
@@ -113,7 +113,7 @@ def commit(root: Path, change: Change, state: str) -> None:
 
     Args:
         root: The folder; the lock is held.
-        change: What is to be done.
+        change: Its steps.
         state: The new ``state.json``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Derives all that a registry says of itself again: files, journal, records, composition.
+"""Derives all claims of a registry again: files, journal, records, composition.
 
 Nothing is taken on trust but the arithmetic: files are hashed again, the journal's chain is
 followed, the running sum and the composed weights are computed anew from the contributions.
@@ -48,7 +48,7 @@ class Finding:
     """One claim and whether it holds."""
 
     claim: str
-    """What is claimed."""
+    """The claim, as a sentence."""
     holds: bool | None
     """None: it cannot be derived again from what is at hand."""
     detail: str = ""
@@ -80,13 +80,13 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
     on_step("files")
     findings += _check_history(registry.state, entries)
     findings += _check_keys(registry)
-    findings += _check_files(registry, entries)
+    findings += _check_files(registry)
     findings += _check_records(registry, entries)
     findings += _check_strangers(registry, entries)
     if all(finding.holds for finding in findings) and registry.clients:
         on_step("composing again from all members")
         findings += _guarded("the composition is that of the members", _recomposed, registry)
-        findings += _guarded("the joint head is that of the members", _realigned, registry)
+        findings += _guarded("the joint head is that of the members", _aligned_again, registry)
     return findings
 
 
@@ -147,7 +147,7 @@ def _check_keys(registry: RegistryReader) -> Iterator[Finding]:
         yield Finding(claim, False, str(error))
 
 
-def _check_files(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
+def _check_files(registry: RegistryReader) -> Iterator[Finding]:
     """Compare every file that the state names with its SHA-256."""
     state, root = registry.state, registry.path
     named = {f"the {file}": (root / file, digest) for file, digest in state.fixed.items()}
@@ -242,8 +242,8 @@ def _recomposed(registry: RegistryReader) -> Finding:
     return Finding(claim, True)
 
 
-def _realigned(registry: RegistryReader) -> Finding:
-    """Fit the joint head anew."""
+def _aligned_again(registry: RegistryReader) -> Finding:
+    """Fit the joint head again and compare it with the stored one."""
     if registry.realigned:
         mixtures = load_realigned(registry.path / registry.state.version / REALIGNED)
     else:
@@ -252,7 +252,7 @@ def _realigned(registry: RegistryReader) -> Finding:
 
 
 def head_finding(stored: Head, derived: Head) -> Finding:
-    """Compare two heads, bit for bit; what another processor's rounding explains is told apart."""
+    """Compare two heads, bit for bit; ``holds`` is None if rounding can explain the difference."""
     claim = "the joint head is that of the members"
     if stored.classes != derived.classes:
         return Finding(claim, False, f"its classes are {stored.classes}, not {derived.classes}")

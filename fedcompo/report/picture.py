@@ -20,7 +20,7 @@ Results = Mapping[str, Any]
 
 BARS = (
     ("frozen backbone, class-IL", "frozen_class_il_accuracy", "#9aa5b1"),
-    ("own module, own task", "own_task_accuracy", "#e0a458"),
+    ("own task vector, own task", "own_task_accuracy", "#e0a458"),
     ("one model, class-IL", "class_il_accuracy", "#2f6f8f"),
     ("one model, task-IL", "task_il_accuracy", "#7fb7be"),
 )

@@ -19,7 +19,7 @@ COLUMNS = (
     ("task-IL", "task_il_accuracy"),
 )
 CAPTION = """frozen: pre-trained backbone, aligned head, all classes
-own: each client's own module on its own classes
+own: each client's own task vector on its own classes
 class-IL, task-IL: the one model of all, all classes; the client's classes"""
 
 

@@ -1,4 +1,4 @@
-"""Who calls the service, and what each caller may do.
+"""Identifies the caller of a method, and checks what it may do.
 
 The caller's name and role are those in the certificate that TLS has verified; nothing in a message
 changes them. A certificate that expires while its connection lasts is refused from then on.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from fedcompo.errors import ConfigError, FileFormatError, ServiceError
+from fedcompo.names import require_utf8
 from fedcompo.report.units import OnStep, size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
@@ -44,7 +45,7 @@ LARGEST_MESSAGE = 16 << 20
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a client gets when it leaves."""
+    """Proof of a removal, for the client that has left."""
 
     record: bytes
     """A removal record, signed."""
@@ -96,7 +97,7 @@ class Client:
             authority: Certificate of the authority that certifies the server, PEM.
             credential: The caller's own.
             attempts: How often to call before giving up.
-            seconds: What one call may take.
+            seconds: Longest time of one call.
         """
         host, colon, port = address.rpartition(":")
         if not (host and colon and port.isdecimal() and int(port) < 1 << 16):
@@ -150,10 +151,10 @@ class Client:
         announced = [wire.File(name=e.name, size=e.size, sha256=e.sha256) for e in entries]
         offer = wire.PublishRequest(offer=wire.Offer(files=announced, replace=replace))
 
-        def parts(come: Mapping[str, int]) -> Iterator[Part]:
+        def parts(offsets: Mapping[str, int]) -> Iterator[Part]:
             # Opened anew for each attempt: the thread of the last one may still be reading.
             with _opened(folder, names) as files:
-                yield from outgoing(files, entries, come)
+                yield from outgoing(files, entries, offsets)
 
         return self._attempts.make(lambda: self._published(offer, parts, on_step))
 
@@ -162,14 +163,14 @@ class Client:
 
         Args:
             output: A new folder.
-            client: Whose; empty: the caller's own.
+            client: Client whose contribution it is; empty: the caller.
             on_step: Called with how much was received.
 
         Raises:
             ConfigError: If something is at ``output`` already.
             ServiceError: If the server refuses, or cannot be reached.
         """
-        _require_text(client)
+        require_utf8(client)
 
         def call(resume: Any) -> Any:
             return self._stub.Fetch(
@@ -192,8 +193,8 @@ class Client:
 
         Args:
             output: A new folder, which timm will load.
-            only: Whom to take; empty: everyone, or everyone with a weight.
-            without: Whom to leave out.
+            only: Clients to take; empty: all, or all that have a weight.
+            without: Clients to leave out.
             weights: Coefficients by client; None: the registry's own.
             scale: Factor on the sum; None: the registry's own.
             on_step: Called with how much was received.
@@ -202,7 +203,7 @@ class Client:
             ConfigError: If something is at ``output`` already.
             ServiceError: If the server refuses, or cannot be reached.
         """
-        _require_text(*only, *without, *(weights or ()))
+        require_utf8(*only, *without, *(weights or ()))
 
         def call(resume: Any) -> Any:
             request = wire.ComposeRequest(
@@ -214,7 +215,7 @@ class Client:
 
     def remove(self, client: str = "", *, reason: str = "") -> Receipt:
         """Leave, or take a client out; raises ``ServiceError`` if the server refuses."""
-        _require_text(client, reason)
+        require_utf8(client, reason)
         request = wire.RemoveRequest(client=client, reason=reason)
         reply = self._attempts.make(lambda: self._stub.Remove(request, timeout=self._seconds))
         return Receipt(reply.record, reply.public_key)
@@ -245,12 +246,12 @@ class Client:
     ) -> Any:
         """Make one attempt to publish: offer, learn what the server has, send the rest."""
         total = sum(file.size for file in offer.offer.files)
-        heard: queue.SimpleQueue[Mapping[str, int] | None] = queue.SimpleQueue()
+        positions: queue.SimpleQueue[Mapping[str, int] | None] = queue.SimpleQueue()
 
         def requests() -> Iterator[Any]:
             yield offer
-            come = heard.get()
-            for part in parts(come) if come is not None else ():
+            offsets = positions.get()
+            for part in parts(offsets) if offsets is not None else ():
                 chunk = wire.Chunk(file=part.file, offset=part.offset, data=part.data)
                 yield wire.PublishRequest(chunk=chunk)
                 on_step(f"sending, {size(total)} in all: {part.file} at {size(part.offset)}")
@@ -260,11 +261,11 @@ class Client:
         try:
             for reply in call:
                 if reply.WhichOneof("part") == "have":
-                    heard.put({p.file: p.bytes for p in reply.have.positions})
+                    positions.put({p.file: p.bytes for p in reply.have.positions})
                 else:
                     published = reply.published
         finally:
-            heard.put(None)  # or the generator of requests would wait for ever
+            positions.put(None)  # or the generator of requests would wait for ever
         return published
 
     def _download(
@@ -283,10 +284,3 @@ class Client:
 def _opened(folder: Path, names: Sequence[str]) -> Iterator[dict[str, BufferedReader]]:
     with ExitStack() as stack:
         yield {name: stack.enter_context((folder / name).open("rb")) for name in names}
-
-
-def _require_text(*texts: str) -> None:
-    """Refuse bytes of a command line that are not UTF-8: no message can hold them."""
-    for text in texts:
-        if text.encode(errors="replace").decode() != text:
-            raise ConfigError(f"{text!r} is no text; write it in UTF-8.")

@@ -79,7 +79,7 @@ class Downloads:
         require_audience(peer, self._audience, Registry(self._registry).clients)
         wait = time_left(context, self._limits)
         with self._models.taken(wait), ExitStack() as stack:
-            with self._heavy.taken(wait), self._workshop() as folder:
+            with self._heavy.taken(wait), self._scratch_folder() as folder:
                 if not context.is_active():
                     raise Refused(Code.ABORTED, "The call was broken off.")
                 content = self._composed(folder / "model", request)
@@ -114,7 +114,7 @@ class Downloads:
         return wire.Content(clients=selection.pool.clients, root=before.root)
 
     @contextmanager
-    def _workshop(self) -> Iterator[Path]:
+    def _scratch_folder(self) -> Iterator[Path]:
         """A folder that is deleted at the end; files opened in it can still be read."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder = Path(tempfile.mkdtemp(dir=self._folder))
@@ -161,6 +161,6 @@ def _sent(
     content.files.extend(wire.File(name=e.name, size=e.size, sha256=e.sha256) for e in entries)
     yield wire.Download(content=content)
     same = resume.id == content.id
-    come = {position.file: position.bytes for position in resume.positions} if same else {}
-    for part in outgoing(files, entries, come):
+    offsets = {position.file: position.bytes for position in resume.positions} if same else {}
+    for part in outgoing(files, entries, offsets):
         yield wire.Download(chunk=wire.Chunk(file=part.file, offset=part.offset, data=part.data))

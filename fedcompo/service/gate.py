@@ -60,7 +60,7 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
         guard = self._streaming if handler.response_streaming else self._single
         return build(
             guard(getattr(handler, attribute), details.method, handler.request_streaming),
-            request_deserializer=_tolerant(handler.request_deserializer),
+            request_deserializer=_deserialiser(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -137,16 +137,16 @@ def time_left(context: grpc.ServicerContext, limits: Limits) -> float:
     return limits.seconds if remaining is None else min(float(remaining), limits.seconds)
 
 
-def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Parse a message; grpc itself would report a malformed one as a failure of the server."""
+def _deserialiser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Parse messages; grpc itself would report a malformed one as a failure of the server."""
 
-    def tolerant(data: bytes) -> Any:
+    def deserialise(data: bytes) -> Any:
         try:
             return parse(data)
         except Exception:  # whatever strange bytes can provoke
             return Malformed()
 
-    return tolerant
+    return deserialise
 
 
 def _parsed(request: Any, streaming: bool) -> Any:

@@ -22,7 +22,7 @@ from fedcompo.service.downloads import require_members
 from fedcompo.service.gate import time_left
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.publishing import Uploads
-from fedcompo.service.refusals import Code, Refused, outward
+from fedcompo.service.refusals import Code, Refused, redacted
 
 LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""
@@ -107,9 +107,9 @@ class Members:
         return wire.VerifyReply(
             findings=[
                 wire.Finding(
-                    claim=outward(finding.claim, self._hidden),
+                    claim=redacted(finding.claim, self._hidden),
                     holds=finding.holds,
-                    detail=outward(finding.detail, self._hidden),
+                    detail=redacted(finding.detail, self._hidden),
                 )
                 for finding in findings
             ]
@@ -123,7 +123,7 @@ class Members:
             path.write_bytes(record)
             findings = verify_record(path, registry=Registry(self._registry))
             inside = {path: "the receipt"}
-            return [replace(f, detail=outward(f.detail, inside)) for f in findings]
+            return [replace(f, detail=redacted(f.detail, inside)) for f in findings]
 
 
 def _last_record(registry: Registry, client: str) -> bytes:

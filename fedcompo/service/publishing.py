@@ -31,7 +31,7 @@ from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.access import Peer, peer_of, require_named
 from fedcompo.service.gate import time_left
 from fedcompo.service.limits import Limits, Places
-from fedcompo.service.refusals import PASSING, Code, Refused, answer_to
+from fedcompo.service.refusals import RETRYABLE, Code, Refused, answer_to
 from fedcompo.service.transfer import FileEntry, Incoming, Part, check_entries, identity
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.storage.tensorstream import StreamedTensors
@@ -94,7 +94,7 @@ class Publishing:
         entries = [FileEntry(file.name, file.size, file.sha256) for file in first.offer.files]
         check_entries(entries, allowed=ALLOWED, required=REQUIRED)
         card = next(entry for entry in entries if entry.name == CARD)
-        self._require_modest(CARD, card.size)
+        self._check_description(CARD, card.size)
         return first.offer, entries
 
     def _add(
@@ -103,7 +103,7 @@ class Publishing:
         """Add an upload to the registry; one that can never be added is deleted."""
         try:
             for name in incoming.entries.keys() - {CARD}:
-                self._require_bearable(incoming.folder / name)
+                self._check_tensors(incoming.folder / name)
             require_named(peer, Contribution.open(incoming.folder, with_fisher=False).client)
             with self._writers.taken(time_left(context, self._limits)):
                 if not context.is_active():
@@ -112,15 +112,15 @@ class Publishing:
                     incoming.folder, replacing=replacing, requested_by=peer.signature
                 )
         except FedcompoError as error:
-            if answer_to(error, {})[0] not in PASSING:
+            if answer_to(error, {})[0] not in RETRYABLE:
                 incoming.discard()
             raise
         incoming.discard()
 
-    def _require_bearable(self, path: Path) -> None:
+    def _check_tensors(self, path: Path) -> None:
         """Refuse tensors that would fill the memory before their shapes are checked."""
         with path.open("rb") as file:
-            self._require_modest(path.name, int.from_bytes(file.read(LENGTH), "little"))
+            self._check_description(path.name, int.from_bytes(file.read(LENGTH), "little"))
         for name, (dtype, shape) in StreamedTensors(path).layout.items():
             if (size := math.prod(shape) * dtype.itemsize) > self._limits.tensor:
                 raise FileFormatError(
@@ -128,8 +128,8 @@ class Publishing:
                     f"{self._limits.tensor}. Ask an operator to add it at the registry."
                 )
 
-    def _require_modest(self, name: str, size: int) -> None:
-        """Refuse a huge description: it is read as a whole, and would fill the memory."""
+    def _check_description(self, name: str, size: int) -> None:
+        """Refuse a huge card or header: it is read as a whole, and would fill the memory."""
         if size > self._limits.description:
             raise FileFormatError(
                 f"The description in {name} has {size} bytes, and may have "

@@ -40,7 +40,7 @@ CODES: tuple[tuple[type[FedcompoError], grpc.StatusCode], ...] = (
     (RegistryError, Code.ABORTED),
 )
 """The first that fits counts. After ABORTED and UNAVAILABLE, the same call may succeed later."""
-PASSING = frozenset({Code.ABORTED, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
+RETRYABLE = frozenset({Code.ABORTED, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
 """Statuses after which a call may be made again; all others are final."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LONGEST = 2000
@@ -65,16 +65,16 @@ def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.Status
         hidden: Folders that no answer may name, and what to call them instead.
     """
     if isinstance(error, Refused):
-        return error.code, outward(str(error), hidden)
+        return error.code, redacted(str(error), hidden)
     if isinstance(error, FedcompoError):
         code = next((code for kind, code in CODES if isinstance(error, kind)), Code.INTERNAL)
-        return code, outward(str(error), hidden)
+        return code, redacted(str(error), hidden)
     if isinstance(error, OSError) and error.errno in FULL:
         return Code.RESOURCE_EXHAUSTED, "The server's disk is full; try again later."
     return Code.INTERNAL, UNFORESEEN
 
 
-def outward(text: str, hidden: Mapping[Path, str]) -> str:
+def redacted(text: str, hidden: Mapping[Path, str]) -> str:
     """Shorten a text and rename hidden folders, so that it may leave the machine."""
     for path, name in sorted(hidden.items(), key=lambda item: -len(str(item[0]))):
         text = text.replace(str(path), name)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from fedcompo.errors import ServiceError
-from fedcompo.service.refusals import PASSING, Code
+from fedcompo.service.refusals import RETRYABLE, Code
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Attempts:
             try:
                 return attempt()
             except grpc.RpcError as error:
-                if not left or error.code() not in PASSING:
+                if not left or error.code() not in RETRYABLE:
                     raise self._described(error) from error
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -25,7 +25,7 @@ LARGEST_PIECE = 1 << 20
 """Bytes of a chunk that is accepted."""
 HEXADECIMAL = frozenset("0123456789abcdef")
 FILES, ID = "files", "id"
-"""In the folder of a download under way: what has come, and of which content."""
+"""In the folder of an unfinished download: its files, and the id of its content."""
 LONGEST_ID = 64
 
 
@@ -87,20 +87,20 @@ def check_entries(
 
 
 def outgoing(
-    files: Mapping[str, BufferedReader], entries: Sequence[FileEntry], come: Mapping[str, int]
+    files: Mapping[str, BufferedReader], entries: Sequence[FileEntry], offsets: Mapping[str, int]
 ) -> Iterator[Part]:
     """Cut the missing rest of files into pieces.
 
     Args:
         files: Open files by name.
-        entries: What they were when they were described.
-        come: Bytes of each that the receiver has, by name; too large a number counts as all.
+        entries: Their descriptions.
+        offsets: Bytes of each that the receiver has, by name; too large a number counts as all.
 
     Raises:
         FileFormatError: If a file became shorter meanwhile.
     """
     for entry in entries:
-        position, file = min(come.get(entry.name, 0), entry.size), files[entry.name]
+        position, file = min(offsets.get(entry.name, 0), entry.size), files[entry.name]
         file.seek(position)
         while position < entry.size:
             data = file.read(min(PIECE, entry.size - position))
@@ -128,7 +128,7 @@ class Incoming:
 
     @property
     def missing(self) -> int:
-        """Bytes that have yet to come."""
+        """Bytes that have not been received yet."""
         return sum(entry.size for entry in self.entries.values()) - sum(self._positions.values())
 
     def write(self, part: Part) -> None:

@@ -1,6 +1,6 @@
-"""What files of every kind share: names, JSON, PEM, and writes that leave old or new in a crash.
+"""Names of files, JSON, PEM, and writes that leave the old file or the new one after a crash.
 
-It imports nothing that takes long: a client of the service does not wait for PyTorch.
+The module imports nothing slow: a client of the service does not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BACKBONE = "backbone.safetensors"
 OWNER_ONLY = 0o600
 """Mode of a private key's file."""
 UNREADABLE = (OSError, ValueError, TypeError, UnsupportedAlgorithm, InternalError)
-"""What reading a key or a certificate raises if the file holds none."""
+"""Exceptions of reading a key or a certificate from a file that holds none."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -61,7 +61,7 @@ def canonical(value: Any) -> str:
 
 
 def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only: turn those among the values back into tuples."""
+    """Turn lists among the values into tuples again: JSON has lists only."""
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
@@ -96,7 +96,7 @@ def private_pem(key: PrivateKeyTypes) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder to disk."""
+    """Flush the entries of a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

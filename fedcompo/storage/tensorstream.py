@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from fedcompo.errors import FileFormatError
-from fedcompo.storage.files import canonical, put_in_place, temporary_beside
+from fedcompo.storage.files import canonical, put_in_place, sync, temporary_beside
 from fedcompo.storage.manifest import complete_manifest, manifest_of
 
 if TYPE_CHECKING:
@@ -215,8 +215,7 @@ class TensorWriter:
                 raise ValueError(f"{self.path.name} ends before {due!r}")
             file.seek(0)
             file.write(self._header(self._digest.hexdigest()))
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
 
     @property
     def digest(self) -> str:
@@ -288,7 +287,7 @@ def file_sha256(path: Path) -> str:
 
 
 def heading(name: str, tensor: Tensor) -> bytes:
-    """What stands before a tensor's bytes in a digest; any name that JSON can hold will do."""
+    """Bytes before a tensor's own in a digest; its name may be any that JSON can hold."""
     return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(errors="surrogatepass")
 
 

@@ -1,4 +1,4 @@
-r"""Whose mean Fisher diagonal anchors a client (the setting ``anchor``).
+r"""Gives each client the mean Fisher diagonal that anchors it (the setting ``anchor``).
 
 - *others*: the mean over all examples of the *other* clients, as in ITA (Porrello et al., ICLR
   2025, arXiv 2405.16350), or of all clients, as in IEL. What a client learns then depends on the

@@ -105,7 +105,7 @@ def estimate_fisher(
             for cotangent in kept:
                 _add_squares(sums, record, features, cotangent)
             missing = _residual(record, features, rest, generator)
-            bound += 0.0 if missing is None else _upper(missing)
+            bound += 0.0 if missing is None else _upper_limit(missing)
             report = replace(
                 report,
                 passes=report.passes + len(kept) + (missing is not None),
@@ -179,7 +179,7 @@ def _residual(
     return missing
 
 
-def _upper(missing: Tensor) -> float:
+def _upper_limit(missing: Tensor) -> float:
     """Add three standard errors to the sum; an example's estimate has variance ≤ 2·mean²."""
     return float(missing.sum() + 3 * math.sqrt(2) * missing.square().sum().sqrt())
 

@@ -1,4 +1,4 @@
-r"""How the penalties act while a client trains: on its task vector, and on its head.
+r"""Applies the penalties while a client trains, to its task vector and to its head.
 
 ITA pulls :math:`\tau` to the pre-trained weights, IEL also to the other task vectors that it is
 added up with. The head is pulled to the aligned head. :mod:`fedcompo.method.penalties` has the
@@ -87,8 +87,8 @@ class TrainingPenalty:
         strength = config.alpha if ensemble is None else ensemble.beta
         # Where no client sent a Fisher of the backbone, there is an anchor of the head alone.
         held = anchor is not None and bool(anchor.weights) and strength > 0
-        self._fisher = _beside(deltas, anchor.weights) if anchor and held else {}
-        self._rest = _beside(deltas, ensemble.rest) if ensemble and self._fisher else {}
+        self._fisher = _on_devices(deltas, anchor.weights) if anchor and held else {}
+        self._rest = _on_devices(deltas, ensemble.rest) if ensemble and self._fisher else {}
         self._strength, self._pull = strength, None
         if ensemble is not None:
             self._strength = ensemble.beta * own_strength(ensemble.share)
@@ -127,7 +127,7 @@ class TrainingPenalty:
                 self._schedules.clear()
 
 
-def _beside(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
+def _on_devices(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
     """Select the entries of the deltas, each on its delta's device."""
     return {name: weights[name].to(_device(delta)) for name, delta in deltas.items()}
 
@@ -151,7 +151,7 @@ class HeadTraining:
 
         Args:
             start: Where training begins.
-            aligned: What the penalty pulls to; same classes.
+            aligned: Head that the penalty pulls to; same classes.
             anchor: Metric of the penalty; None: only the plain square is left.
             config: Strengths.
             device: Where to train.

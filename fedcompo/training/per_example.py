@@ -72,7 +72,7 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple
     frozen = [p for p in model.parameters() if p.requires_grad]
     try:
         for name in names:
-            handles.append(_linear(model, name).register_forward_hook(_keeper(record, name)))
+            handles.append(_linear(model, name).register_forward_hook(_recorder(record, name)))
         for parameter in frozen:
             parameter.requires_grad_(False)
         with torch.enable_grad():
@@ -109,7 +109,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _keeper(
+def _recorder(
     record: dict[str, tuple[Tensor, Tensor]], name: str
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Return a forward hook that records a layer's input and output under its weight's name."""

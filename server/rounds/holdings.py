@@ -15,7 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.messages.requests import ANCHOR, OWN, TASK_VECTOR
+from fedcompo.messages.body import TASK_VECTOR
+from fedcompo.messages.requests import ANCHOR, OWN
 from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile

@@ -75,7 +75,7 @@ def test_two_engines_carry_different_markers(tmp_path: Path) -> None:
 def test_the_engine_finds_this_library_and_not_the_checkout_around_it(tmp_path: Path) -> None:
     if not engine._must_be_linked():
         pytest.skip("the library is installed")
-    engine._furnish(tmp_path, 1)
+    engine._write_files(tmp_path, 1)
     environment = engine._environment(tmp_path, os.environ)
     where = subprocess.run(
         [sys.executable, "-c", "import fedcompo.errors as e; print(e.__file__)"],

@@ -278,7 +278,7 @@ def test_a_wrong_backbone_is_refused_before_anything_is_computed(tmp_path):
         ("features", lambda tensors, manifest: _every_class(manifest, 2.5), "whole number"),
         ("features", lambda tensors, manifest: _every_class(manifest, 10**30), "whole number"),
         ("features", lambda tensors, manifest: _of_type(tensors, torch.bool), "torch.bool"),
-        ("features", lambda tensors, manifest: _of_type(tensors, torch.int64), "or integers"),
+        ("features", lambda tensors, manifest: _of_type(tensors, torch.int64), "floating-point"),
         ("features", lambda tensors, manifest: _beyond_float32(tensors, "features"), "not finite"),
         ("fisher", lambda tensors, manifest: _beyond_float32(tensors, "fisher"), "not finite"),
         ("fisher", lambda tensors, manifest: manifest.pop("report"), "malformed"),
