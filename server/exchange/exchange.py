@@ -150,7 +150,9 @@ class Exchange:
         body, cost = kept
         try:
             name = asking.fold(client, body)
-        except FedcompoError as error:
+        except OSError:  # this server's disk, as in `_take`
+            raise
+        except Exception as error:  # another version may have kept it
             log(INFO, "%s is asked again: its kept answer does not serve: %s", client, error)
             return False
         self._book(asking, client, name, body, cost, reason="answered before the interruption")

@@ -11,6 +11,7 @@ from app_runs import run
 from fedcompo.errors import ConfigError
 from fedcompo.messages.records import from_record
 from fedcompo.registry.registry import Registry
+from fedcompo.storage import tensorfile
 from server.exchange.books import NOTHING
 from server.exchange.kept_answers import KeptAnswers
 
@@ -107,12 +108,23 @@ def test_a_run_killed_once_its_clients_are_in_the_registry_adds_them_only_once(
     assert results["clients_evaluated"] == list(registry.clients)
 
 
-def test_an_answer_that_was_damaged_on_disk_is_asked_for_again(tmp_path):
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def of_another_version(path: Path) -> None:
+    tensors, kept = tensorfile.load(path)
+    del kept["manifest"]["losses"]
+    about = {key: kept[key] for key in ("content", "asked", "manifest", "cost")}
+    tensorfile.save(path, tensors, about)
+
+
+@pytest.mark.parametrize("damage", [cut_short, of_another_version])
+def test_an_answer_that_was_damaged_on_disk_is_asked_for_again(tmp_path, damage):
     output = tmp_path / "run"
     with pytest.raises(Killed):
         run(Watched(10).options(), output)  # all have trained
-    damaged = next((output / "answers" / "train").iterdir())
-    damaged.write_bytes(damaged.read_bytes()[:-1])
+    damage(next((output / "answers" / "train").iterdir()))
     second = Watched()
     run(second.options(), output, resume=True)
     assert len(second.trained) == 1
