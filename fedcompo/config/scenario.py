@@ -65,7 +65,9 @@ def read_scenario(file: Path) -> dict[str, Scalar]:
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"The scenario {file} cannot be read: {error.strerror}.") from error
+        raise ConfigError(
+            f"The scenario {file} cannot be read: {error.strerror}. Check the path."
+        ) from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"The scenario {file} is no valid TOML: {error}") from error
     faults = [
