@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "README.md"
 FOLDERS = ("fedcompo", "clients", "server", "simulations")
 READMES = [MAIN, *sorted(path for name in FOLDERS for path in (ROOT / name).rglob("README.md"))]
-LONGEST, LONGEST_OF_A_ROOM = 190, 200
+LONGEST = 200
 
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -45,8 +45,7 @@ def commands(text: str) -> list[list[str]]:
 
 @each_readme
 def test_a_readme_is_short(readme):
-    longest = LONGEST if readme == MAIN else LONGEST_OF_A_ROOM
-    assert len(readme.read_text().splitlines()) <= longest
+    assert len(readme.read_text().splitlines()) <= LONGEST
 
 
 @each_readme
