@@ -27,9 +27,9 @@ class CapsConfig:
         "(a quarter); the error is reported.",
     )
     fisher_form: FisherForm = setting(
-        FisherForm.DENSE,
+        FisherForm.FACTORED,
         "What of the Fisher leaves a client: dense, factored (row and column sums: kilobytes) or "
-        "head (nothing of the backbone's: nobody's τ is anchored by it).",
+        "none (nobody's τ is anchored by it).",
     )
     dp_noise: float = setting(
         0.0,

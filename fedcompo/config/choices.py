@@ -38,12 +38,31 @@ class Schedule(StrEnum):
     SEQUENTIAL = "sequential"
 
 
-class FisherKind(StrEnum):
-    """How the Fisher diagonal is computed; see :mod:`fedcompo.training.fisher_estimate`."""
+class Preset(StrEnum):
+    """Which defaults a run starts from; see :data:`fedcompo.config.run.PAPER`."""
 
+    DEFAULT = "default"
+    PAPER = "paper"
+
+
+class Statistics(StrEnum):
+    """How a client describes its features; the joint head is made of it."""
+
+    SUMS = "sums"
+    """Sums with a closed-form head; see :mod:`fedcompo.method.statistics`."""
+    MIXTURES = "mixtures"
+    """Gaussian mixtures that features are drawn from; see :mod:`fedcompo.method.features`."""
+
+
+class Curvature(StrEnum):
+    """Of what the Fisher diagonal is taken; see :mod:`fedcompo.training.fisher_estimate`."""
+
+    FEATURES = "features"
+    """Of the features: no label, no head, one backward pass."""
     EXACT = "exact"
-    LEADING = "leading"
+    """Of the class probabilities: a backward pass for each class."""
     MONTE_CARLO = "monte-carlo"
+    """Of the class probabilities, by labels drawn from them."""
 
 
 class Penalty(StrEnum):
@@ -70,10 +89,14 @@ class Action(StrEnum):
 
 
 class HeadStart(StrEnum):
-    """Head from which a client's training starts, and with which its Fisher is estimated."""
+    """Head from which a client's training starts; a Fisher of class probabilities is under it."""
 
+    ZERO = "zero"
+    """All logits zero: the backbone has to learn."""
     ALIGNED = "aligned"
+    """The client's rows of the joint head."""
     PROBE = "probe"
+    """The client's own, fitted to its pre-trained features."""
 
 
 class Coefficients(StrEnum):
@@ -115,7 +138,7 @@ class FisherForm(StrEnum):
 
     DENSE = "dense"
     FACTORED = "factored"
-    HEAD = "head"
+    NONE = "none"
 
 
 def kinds_of(value: str) -> tuple[Kind, ...]:
@@ -151,6 +174,15 @@ def _are_rounds(value: str) -> bool:
 
 
 ROUNDS: Check = (_are_rounds, "must be <client>:<round>, the rounds from 1, joined by commas")
+def _is_scale(value: str) -> bool:
+    try:
+        return value == AUTO or 0 < float(value) < float("inf")
+    except ValueError:
+        return False
+
+
+AUTO = "auto"
+SCALE: Check = (_is_scale, "must be auto or a number > 0")
 DEVICE: Check = (
     lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
     "must be auto, cpu, cuda or cuda:<n>",

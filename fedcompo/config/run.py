@@ -20,12 +20,14 @@ from fedcompo.config.choices import (
     Action,
     AnchorBy,
     Augmentation,
-    FisherKind,
+    Curvature,
     HeadStart,
     Method,
     Penalty,
     Precision,
+    Preset,
     Schedule,
+    Statistics,
 )
 from fedcompo.config.server import ComposeConfig, RegistryConfig, ServerConfig
 from fedcompo.config.setting import (
@@ -97,8 +99,12 @@ class MethodConfig:
 class HeadConfig:
     """Feature statistics, the linear probe and the joint head."""
 
-    mixture_components: int = setting(5, "Gaussians a class, at most.", POSITIVE)
-    align_samples: int = setting(256, "Features a class drawn to align the joint head.", POSITIVE)
+    statistics: Statistics = setting(
+        Statistics.SUMS,
+        "What describes a client's features: sums (closed-form head), or mixtures (drawn from).",
+    )
+    mixture_components: int = setting(5, "mixtures: Gaussians a class, at most.", POSITIVE)
+    align_samples: int = setting(256, "mixtures: features a class drawn to align the joint head.", POSITIVE)
     ridge: float = setting(0.001, "Pull of a head's fit to where it starts.", NOT_NEGATIVE)
 
 
@@ -106,9 +112,10 @@ class HeadConfig:
 class FisherConfig:
     """How each client estimates its Fisher diagonal."""
 
-    fisher: FisherKind = setting(FisherKind.LEADING, "exact, leading or monte-carlo.")
-    fisher_tolerance: float = setting(
-        0.01, "leading: share of the softmax curvature that may be left out.", FRACTION
+    curvature: Curvature = setting(
+        Curvature.FEATURES,
+        "Fisher of what: features (one pass, needs no head), exact or monte-carlo (of the class "
+        "probabilities under the head that training starts from).",
     )
     fisher_samples: int = setting(4, "monte-carlo: labels drawn an example.", POSITIVE)
     fisher_batch: int = setting(32, "Images at a time; bounds the memory.", POSITIVE)
@@ -129,14 +136,14 @@ class TrainConfig:
     )
     rank: int = setting(8, "lora: rank; a fused qkv gets three times as much.", POSITIVE)
     head_start: HeadStart = setting(
-        HeadStart.ALIGNED,
-        "Head of the Fisher, and that training starts from: aligned (joint, made of all clients' "
-        "statistics) or probe (own).",
+        HeadStart.ZERO,
+        "Head that training starts from: zero, aligned (joint, made of all clients' statistics) or "
+        "probe (own).",
     )
     anchor: AnchorBy = setting(
         AnchorBy.OTHERS,
         "Whose Fisher anchors a client: others, own or reference (a file). own or reference with "
-        "head-start probe is lineage-free: no client is trained with anything of another.",
+        "head-start zero or probe is lineage-free: no client is trained with anything of another.",
     )
     reference: str = setting("", "File of the reference Fisher; `fedcompo fisher` makes one.")
     alpha: float = setting(
@@ -154,9 +161,15 @@ class TrainConfig:
     penalty_every: int = setting(
         4, "implicit: optimiser steps a proximal step makes up for.", POSITIVE
     )
-    head_alpha: float = setting(0.025, "Strength of the head's Fisher anchor.", NOT_NEGATIVE)
-    head_decay: float = setting(0.001, "Strength of the head's plain anchor.", NOT_NEGATIVE)
     local_epochs: int = setting(5, "Passes over a client's data.", POSITIVE)
+    local_steps: int = setting(
+        100, "Optimiser steps at least, in more passes if need be; 0: no floor.", NOT_NEGATIVE
+    )
+    aside: float = setting(
+        0.1,
+        "Share of each class kept aside from training, to choose `scale = auto` on.",
+        FRACTION,
+    )
     batch_size: int = setting(32, "Images a step.", POSITIVE)
     learning_rate: float = setting(
         0.0,

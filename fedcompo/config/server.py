@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedcompo.config.choices import ROUNDS, Action, Coefficients
+from fedcompo.config.choices import AUTO, ROUNDS, SCALE, Action, Coefficients
 from fedcompo.config.setting import NAMES, NOT_NEGATIVE, POSITIVE, setting
 
 
@@ -15,8 +15,19 @@ class ComposeConfig:
     coefficients: Coefficients = setting(
         Coefficients.UNIFORM, "uniform, or in proportion to each client's examples."
     )
-    scale: float = setting(1.0, "Factor on the weighted mean of the task vectors.", POSITIVE)
+    scale: str = setting(
+        "auto",
+        "λ, the factor on the weighted mean of the task vectors: a number, or auto: the clients "
+        "choose it, on images that they did not train on.",
+        SCALE,
+        numeric=True,
+    )
     realign: bool = setting(True, "Align the joint head again on features of the composed model.")
+
+    @property
+    def fixed_scale(self) -> float | None:
+        """λ as a number; None: it is chosen."""
+        return None if self.scale == AUTO else float(self.scale)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,17 @@ FRACTION: Check = (lambda value: 0 <= value < 1, "must be in [0, 1)")
 NAMES: Check = (lambda value: all(names_of(value)), "must be names joined by commas")
 
 
-def setting(default: Scalar, description: str, *checks: Check) -> Any:
-    """Declare a setting: its default, a sentence that explains it, the checks of its value."""
-    return field(default=default, metadata={"help": description, "checks": checks})
+def setting(default: Scalar, description: str, *checks: Check, numeric: bool = False) -> Any:
+    """Declare a setting: its default, a sentence that explains it, the checks of its value.
+
+    Args:
+        default: Its type is the setting's.
+        description: For people.
+        checks: Of the value.
+        numeric: Whether a text may also be given as a number.
+    """
+    metadata = {"help": description, "checks": checks, "numeric": numeric}
+    return field(default=default, metadata=metadata)
 
 
 def names_of(value: str) -> tuple[str, ...]:
@@ -92,6 +100,8 @@ def _checked(key: str, known: Mapping[str, Field[Any]], value: Any) -> Any:
         value = float(value) if abs(value) < 2**1023 else float("inf")
     elif expected is int and whole:
         value = int(value)
+    elif known[key].metadata["numeric"] and type(value) in (int, float):
+        value = str(value)
     if type(value) is not expected:
         raise ValueError(
             f"`{key}` must be of type {expected.__name__}, got {value!r} ({type(value).__name__})."

@@ -15,10 +15,16 @@ from fedcompo.config.choices import FisherForm, Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.body import FISHER, TASK_VECTOR, Body, Content, entry
 from fedcompo.messages.requests import own_tensors
-from fedcompo.method.contribution import mixture_tensors, mixtures_from
-from fedcompo.method.features import Mixtures
+from fedcompo.method.contribution import (
+    MIXTURES,
+    SUMS,
+    AnyStatistics,
+    statistics_entry,
+    statistics_from,
+    statistics_tensors,
+)
 from fedcompo.method.heads import Head, head_from
-from fedcompo.storage.tensorfile import section
+from fedcompo.storage.tensorfile import prefixed, section
 
 MOST = 2**53
 """Largest count of bytes or examples: up to here a float holds every whole number."""
@@ -31,8 +37,11 @@ def _count(value: Any) -> int:
     return value
 
 
-def _counts(values: Mapping[str, Any]) -> dict[str, int]:
-    return {name: _count(value) for name, value in values.items()}
+def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> AnyStatistics:
+    """Rebuild statistics whose counts are checked first."""
+    kind = SUMS if SUMS in manifest else MIXTURES
+    counts = {name: _count(value) for name, value in manifest[kind].items()}
+    return statistics_from(tensors, {kind: counts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,41 +106,6 @@ class IdentifyAnswer(NoticeAnswer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesAnswer(IdentifyAnswer):
-    """Mixtures of θ₀'s features, by class."""
-
-    CONTENT: ClassVar[str] = "features"
-
-    mixtures: Mixtures
-    """By class."""
-    kind: Kind | None = None
-    """Kind of task vector that the client insists on."""
-
-    def _write(self) -> Body:
-        counts = {name: mixture.num_examples for name, mixture in self.mixtures.items()}
-        entries = {
-            "mixtures": counts,
-            "num_examples": sum(counts.values()),
-            "kind": str(self.kind or ""),
-        }
-        return mixture_tensors(self.mixtures), entries
-
-    @classmethod
-    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "mixtures": mixtures_from(tensors, _counts(manifest["mixtures"])),
-            "kind": Kind(manifest["kind"]) if manifest.get("kind") else None,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RealignAnswer(FeaturesAnswer):
-    """Mixtures of the composed model's features, by class."""
-
-    CONTENT: ClassVar[str] = "realign"
-
-
-@dataclass(frozen=True, kw_only=True)
 class _WithTensors(Answer):
     """An answer whose tensors may travel in fewer bits."""
 
@@ -161,6 +135,75 @@ class FisherAnswer(_WithTensors, NoticeAnswer):
     def parts(self) -> dict[str, Tensor]:
         """The sum in its form; see :mod:`fedcompo.privacy.factored`."""
         return section(FISHER, self.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribeAnswer(IdentifyAnswer):
+    """Statistics of θ₀'s features and, where asked for, their Fisher sum: all in one message."""
+
+    CONTENT: ClassVar[str] = "describe"
+
+    statistics: AnyStatistics
+    kind: Kind | None = None
+    """Kind of task vector that the client insists on."""
+    fisher: FisherAnswer | None = None
+    """None: not asked for."""
+
+    def _write(self) -> Body:
+        entries: dict[str, Any] = {**statistics_entry(self.statistics), "kind": str(self.kind or "")}
+        tensors = statistics_tensors(self.statistics)
+        if self.fisher is not None:
+            own, entries["fisher"] = self.fisher.to_body()
+            tensors |= own
+        return tensors, entries
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        fisher = None
+        if "fisher" in manifest:
+            own = {name: t for name, t in tensors.items() if name.startswith(f"{FISHER}/")}
+            fisher = FisherAnswer.from_body((own, manifest["fisher"]))
+        return {
+            "statistics": _statistics_from(tensors, manifest),
+            "kind": Kind(manifest["kind"]) if manifest.get("kind") else None,
+            "fisher": fisher,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealignAnswer(NoticeAnswer):
+    """Statistics of the composed model's features, one for each factor that was asked for."""
+
+    CONTENT: ClassVar[str] = "realign"
+
+    statistics: tuple[AnyStatistics, ...]
+
+    def _write(self) -> Body:
+        tensors: dict[str, Tensor] = {}
+        for index, own in enumerate(self.statistics):
+            tensors |= prefixed(str(index), statistics_tensors(own))
+        return tensors, {"statistics": [statistics_entry(own) for own in self.statistics]}
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "statistics": tuple(
+                _statistics_from(section(str(index), tensors), entry)
+                for index, entry in enumerate(manifest["statistics"])
+            )
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteAnswer(NoticeAnswer):
+    """How well candidates classify the images that a client keeps aside."""
+
+    CONTENT: ClassVar[str] = "vote"
+
+    hits: tuple[int, ...] = entry(lambda hits: tuple(map(_count, hits)))
+    """Images classified correctly, by candidate."""
+    num_examples: int = entry(_count)
+    """Images kept aside; 0: the client does not vote."""
 
 
 @dataclass(frozen=True, kw_only=True)

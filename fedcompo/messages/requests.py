@@ -20,8 +20,10 @@ from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
 """Parts that a client may keep between rounds: its metric; its last task vector, with its head."""
-THETA, REST, WEIGHTS = "theta", "rest", "weights"
-"""Prefixes of other tensors: composed weights, a sum over other clients, a metric."""
+THETA, TOTAL, HEADS = "theta", "total", "heads"
+"""Prefixes of other tensors: composed weights, the sum of task vectors, heads,"""
+REST, WEIGHTS = "rest", "weights"
+"""a sum over other clients, a metric."""
 REQUEST = "request"
 """The ``content`` of every request."""
 ROUND = "server-round"
@@ -54,8 +56,12 @@ class IdentifyRequest(Content):
     """Ask a client for its name and classes."""
 
 
-class FeaturesRequest(Content):
-    """Ask for the mixtures of θ₀'s features, by class."""
+@dataclass(frozen=True, kw_only=True)
+class DescribeRequest(Content):
+    """Ask for statistics of θ₀'s features, by class."""
+
+    fisher: bool = entry(bool)
+    """Whether to send a Fisher sum too, which needs no head of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,35 +90,70 @@ class FisherRequest(Content):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealignRequest(Content):
-    """Ask for the mixtures of the composed model's features, by class."""
+class _OfModels(Content):
+    r"""Ask about models on one line, :math:`\theta_0 + \lambda' \sum_c m_c \tau_c`."""
+
+    total: Weights
+    r""":math:`\sum_c m_c \tau_c` by weight name, each (out, in)."""
+    linearised: bool = entry(bool)
+    """Whether it changes the model to first order alone."""
+    factors: tuple[float, ...] = entry(lambda values: tuple(map(float, values)))
+    r""":math:`\lambda'` of each model."""
+
+    def _write(self) -> Body:
+        return prefixed(TOTAL, self.total), {}
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return {"total": section(TOTAL, tensors)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealignRequest(_OfModels):
+    """Ask for statistics of each model's features, by class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteRequest(_OfModels):
+    """Ask how well each model classifies the images kept aside, under a head of its own."""
+
+    heads: tuple[Head, ...]
+    """One for each factor, or several, one block after the other: the model of head i has factor
+    i modulo the number of factors."""
+
+    def _write(self) -> Body:
+        tensors, entries = super()._write()
+        for index, head in enumerate(self.heads):
+            tensors |= prefixed(f"{HEADS}/{index}", head_tensors(head))
+        classes = list(self.heads[0].classes) if self.heads else []
+        return tensors, {**entries, "classes": classes, "heads": len(self.heads)}
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        heads = (
+            head_from(section(f"{HEADS}/{index}", tensors), manifest["classes"])
+            for index in range(int(manifest["heads"]))
+        )
+        return super()._read(tensors, manifest) | {"heads": tuple(heads)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(Content):
+    """Ask for the composed model's accuracy on the client's test images."""
 
     theta: Weights
     """Composed weights by name, each (out, in)."""
     linearised: bool = entry(bool)
     """Whether they change the model to first order alone."""
-
-    def _write(self) -> Body:
-        return prefixed(THETA, self.theta), {}
-
-    @classmethod
-    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return {"theta": section(THETA, tensors)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateRequest(RealignRequest):
-    """Ask for the composed model's accuracy on the client's test images."""
-
     joint: Head
 
     def _write(self) -> Body:
         head, entries = _joint_body(self.joint)
-        return super()._write()[0] | head, entries
+        return prefixed(THETA, self.theta) | head, entries
 
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return super()._read(tensors, manifest) | _joint_from(tensors, manifest)
+        return {"theta": section(THETA, tensors)} | _joint_from(tensors, manifest)
 
 
 @dataclass(frozen=True)

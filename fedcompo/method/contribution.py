@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
-from fedcompo.method.features import FeatureMixture
+from fedcompo.method.features import FeatureMixture, Mixtures
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import CARD, CONTENT, FISHER, write_atomically
@@ -33,8 +34,8 @@ class Contribution:
     task_vector: TaskVector
     head: Head
     """Rows of the client's own classes, after training."""
-    features: dict[str, FeatureMixture]
-    """Mixtures of θ₀'s features, by class name."""
+    statistics: AnyStatistics
+    """Of θ₀'s features on all of the client's training images, by class."""
     num_examples: int
     """Number of training images."""
     lineage: Lineage
@@ -50,7 +51,7 @@ class Contribution:
             SHA-256 of each file's content, by file name.
         """
         tensors = {f"task_vector/{name}": t for name, t in self.task_vector.tensors.items()}
-        tensors |= head_tensors(self.head) | mixture_tensors(self.features)
+        tensors |= head_tensors(self.head) | statistics_tensors(self.statistics)
         card = {
             "content": "contribution",
             "client": self.client,
@@ -58,7 +59,7 @@ class Contribution:
             "base": self.task_vector.base,
             "classes": list(self.head.classes),
             "num_examples": self.num_examples,
-            "mixtures": {name: m.num_examples for name, m in sorted(self.features.items())},
+            **statistics_entry(self.statistics),
             "lineage": asdict(self.lineage),
             "settings": dict(sorted(self.settings.items())),
         }
@@ -116,7 +117,7 @@ class Contribution:
                     Kind(manifest["kind"]), Section(tensors, "task_vector"), manifest["base"]
                 ),
                 head=head_from(tensors, manifest["classes"]),
-                features=mixtures_from(tensors, manifest["mixtures"]),
+                statistics=statistics_from(tensors, manifest),
                 num_examples=manifest["num_examples"],
                 lineage=Lineage.parse(manifest["lineage"]),
                 fisher=fisher,
@@ -129,19 +130,33 @@ class Contribution:
             ) from error
 
 
-def mixture_tensors(mixtures: Mapping[str, FeatureMixture]) -> dict[str, Tensor]:
-    """Flatten mixtures to tensors, ``features/<class>/<part>``."""
+AnyStatistics = FeatureSums | Mixtures
+"""Statistics of one client's features: sums, or a mixture for each class."""
+SUMS, MIXTURES = "sums", "mixtures"
+"""Entries of a manifest: the number of images of each class, by the kind of statistics."""
+
+
+def statistics_tensors(statistics: AnyStatistics) -> dict[str, Tensor]:
+    """Name the tensors of statistics in a file or message; see :func:`statistics_entry`."""
+    if isinstance(statistics, FeatureSums):
+        return statistics.tensors()
     return {
         f"features/{name}/{part}": getattr(mixture, part)
-        for name, mixture in mixtures.items()
+        for name, mixture in statistics.items()
         for part in ("weights", "means", "variances")
     }
 
 
-def mixtures_from(
-    tensors: Mapping[str, Tensor], examples: Mapping[str, int]
-) -> dict[str, FeatureMixture]:
-    """Rebuild mixtures from :func:`mixture_tensors` and the number of examples of each class."""
+def statistics_entry(statistics: AnyStatistics) -> dict[str, dict[str, int]]:
+    """Return what a manifest says of statistics: their kind, and the images of each class."""
+    kind = SUMS if isinstance(statistics, FeatureSums) else MIXTURES
+    return {kind: counts_of(statistics)}
+
+
+def statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> AnyStatistics:
+    """Rebuild statistics from :func:`statistics_tensors` and the manifest's entry."""
+    if SUMS in manifest:
+        return FeatureSums.from_tensors(tensors, sorted(manifest[SUMS]))
     return {
         name: FeatureMixture(
             tensors[f"features/{name}/weights"],
@@ -149,8 +164,38 @@ def mixtures_from(
             tensors[f"features/{name}/variances"],
             count,
         )
-        for name, count in examples.items()
+        for name, count in manifest[MIXTURES].items()
     }
+
+
+def counts_of(statistics: AnyStatistics) -> dict[str, int]:
+    """Number of images of each class, by name, sorted."""
+    if isinstance(statistics, FeatureSums):
+        return dict(zip(statistics.classes, statistics.counts.tolist(), strict=True))
+    return {name: mixture.num_examples for name, mixture in sorted(statistics.items())}
+
+
+def check_statistics(
+    statistics: AnyStatistics, classes: tuple[str, ...], num_features: int, owner: str
+) -> None:
+    """Refuse statistics that a joint head cannot be made of; raises ``ContributionError``.
+
+    Args:
+        statistics: Of one client.
+        classes: Its classes, sorted.
+        num_features: Width of the backbone's features.
+        owner: Whose they are, for the error message.
+    """
+    if isinstance(statistics, FeatureSums):
+        statistics.check(classes, num_features, owner)
+        return
+    if set(statistics) != set(classes):
+        raise ContributionError(
+            f"The statistics of {owner} describe the classes {sorted(statistics)}, expected "
+            f"{list(classes)}."
+        )
+    for mixture in statistics.values():
+        mixture.check(num_features, owner)
 
 
 def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:

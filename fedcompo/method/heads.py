@@ -20,9 +20,12 @@ from torch import Tensor
 
 from fedcompo.errors import ContributionError
 from fedcompo.method.features import FeatureMixture, draw
+from fedcompo.method.statistics import FeatureSums, off_grid, unpacked
 
 ITERATIONS = 200
 """Most iterations of L-BFGS."""
+LEAST_SHRINKAGE = 1e-6
+"""Smallest shrinkage of a covariance: it may have fewer images than features."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,38 @@ def zero_head(classes: Iterable[str], num_features: int) -> Head:
     """Return a head of zeros: its logits are zero for every class."""
     classes = tuple(classes)
     return Head(classes, torch.zeros(len(classes), num_features), torch.zeros(len(classes)))
+
+
+def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
+    r"""Compute the joint head in closed form: the linear discriminant with a shared covariance.
+
+    .. math:: W_k = S^{-1}\mu_k, \qquad b_k = -\tfrac12\,\mu_k^\top S^{-1}\mu_k, \qquad
+       S = (1 - \gamma)\,\hat S + \gamma\,\frac{\mathrm{tr}\,\hat S}{d}\,I, \qquad
+       \hat S = \frac{M - \sum_k n_k\,\mu_k\mu_k^\top}{n - C}
+
+    No seed, no draw, no iteration; every class counts alike, whatever its number of images. Source:
+    Fisher 1936; Friedman, *Regularized Discriminant Analysis*, JASA 1989.
+
+    Args:
+        total: Sums over the images of all clients.
+        shrinkage: :math:`\gamma` in [0, 1].
+
+    Returns:
+        The head of all its classes, float32.
+    """
+    counts = total.counts.double().unsqueeze(1)  # (classes, 1)
+    means = off_grid(total.sums) / counts
+    within = unpacked(off_grid(total.second)) - (means * counts).T @ means
+    within /= max(1, total.num_examples - len(total.classes))
+    size = total.num_features
+    level = float(within.trace()) / size
+    if not level > 0:  # one image a class, or noise: there is no covariance to speak of
+        within, level = torch.eye(size, dtype=torch.float64), 1.0
+    shared = (1 - shrinkage) * within
+    shared.diagonal().add_(max(shrinkage, LEAST_SHRINKAGE) * level)
+    weight = torch.linalg.solve(shared, means.T).T
+    bias = -0.5 * (weight * means).sum(1)
+    return Head(total.classes, weight.float(), bias.float())
 
 
 def fit_head(features: Tensor, labels: Tensor, start: Head, *, ridge: float) -> Head:
