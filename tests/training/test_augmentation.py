@@ -52,7 +52,7 @@ def test_the_same_generator_gives_the_same_views_and_another_others(images, kind
 
 @pytest.mark.parametrize("kind", RANDOM)
 def test_each_image_of_a_batch_gets_a_view_of_its_own(kind):
-    same = pixels(1, 1, 32).expand(5, -1, -1, -1)
+    same = pixels(1, 1, 96).expand(5, -1, -1, -1)
     views = augment(same, kind, rng(0))
     assert len({view.numpy().tobytes() for view in views}) == 5
 
