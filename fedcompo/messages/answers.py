@@ -42,6 +42,10 @@ def _counts(values: Mapping[str, Any]) -> dict[str, int]:
     return {str(name): _count(value) for name, value in values.items()}
 
 
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
 def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> AnyStatistics:
     """Rebuild statistics; raises ``FileFormatError`` on counts or numbers that cannot be true."""
     kind = SUMS if SUMS in manifest else MIXTURES
@@ -225,6 +229,8 @@ class VoteAnswer(NoticeAnswer):
 
     hits: tuple[int, ...] = entry(lambda hits: tuple(map(_count, hits)))
     """Images classified correctly, by candidate."""
+    losses: tuple[float, ...] = entry(_floats)
+    """Sums of the cross-entropy; see :class:`fedcompo.composition.voting.Votes`."""
     num_examples: int = entry(_count)
     """Images kept aside; 0: the client does not vote."""
 
@@ -248,7 +254,7 @@ class AveragingAnswer(_WithTensors):
     CONTENT: ClassVar[str] = "train"
 
     kind: Kind = entry(Kind)
-    losses: tuple[float, ...] = entry(lambda losses: tuple(float(loss) for loss in losses))
+    losses: tuple[float, ...] = entry(_floats)
     """Of each epoch."""
 
     @property
