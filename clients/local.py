@@ -7,52 +7,37 @@ task vector and its metric, so that they need not be sent again; the server has 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from clients import outgoing
+from clients.loading import load_images, load_shared_backbone
 from clients.store import Store, completed, store_home
-from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
-from fedcompo.composition.voting import Votes
 from fedcompo.config.caps import NODE_KEYS
 from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kinds_of
-from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
-from fedcompo.data.client_data import (
-    ClientData,
-    Split,
-    load_client_data,
-    load_folder,
-    set_aside,
-)
-from fedcompo.errors import ConfigError, DataError, FileFormatError
+from fedcompo.config.run import RunConfig
+from fedcompo.data.client_data import ClientData, Split, set_aside
 from fedcompo.messages.answers import (
     DescribeAnswer,
-    EvaluateAnswer,
     FisherAnswer,
     IdentifyAnswer,
     LacksAnswer,
     NoticeAnswer,
-    RealignAnswer,
     TrainAnswer,
-    VoteAnswer,
 )
 from fedcompo.messages.requests import (
     OWN,
     DescribeRequest,
-    EvaluateRequest,
     FisherRequest,
     NoticeRequest,
-    RealignRequest,
     TrainRequest,
-    VoteRequest,
     own_tensors,
 )
 from fedcompo.method.contribution import AnyStatistics
@@ -62,7 +47,7 @@ from fedcompo.method.heads import Head, zero_head
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import Accuracy, accuracies_of, accuracy_of
+from fedcompo.training.accuracy import Accuracy, accuracy_of
 from fedcompo.training.fit import ensembled, fit_task_vector
 from fedcompo.training.probing import fit_probe
 
@@ -122,10 +107,14 @@ class LocalClient:
         wished = RunConfig.parse(run_config)  # its preset is resolved before the node's own
         config = RunConfig.parse({**wished.flat(), **own})
         config = replace(config, caps=wished.caps.strictest(config.caps))
-        config.caps.check_head_start(config.train.head_start)
+        config.caps.check_noise(
+            statistics=config.head.statistics,
+            curvature=config.fisher.curvature,
+            start=config.train.head_start,
+        )
         device = pick_device(config.device)
-        backbone = _load_backbone(config.backbone, device)
-        data = _load_data(
+        backbone = load_shared_backbone(config.backbone, device)
+        data = load_images(
             config.data,
             backbone.preprocessing,
             config.seed,
@@ -144,12 +133,14 @@ class LocalClient:
 
     def describe(self, request: DescribeRequest) -> DescribeAnswer:
         """Describe all training images at θ₀, and sum their Fisher diagonal if it is asked for."""
-        head = None if self.config.fisher.curvature is Curvature.FEATURES else self._probe()
-        fisher = self._fisher(head) if request.fisher else None
+        fisher = None
+        if request.fisher:
+            of_features = self.config.fisher.curvature is Curvature.FEATURES
+            fisher = self._fisher(None if of_features else self._probe())
         form, purpose = self.config.head.statistics, DescribeAnswer.CONTENT
-        statistics, caps = self._statistics(self.data.train, {}, form=form, purpose=purpose)
+        statistics, caps = self.statistics(self.data.train, {}, form=form, purpose=purpose)
         return DescribeAnswer(
-            **self._who(),
+            **self.who(),
             **self._about(),
             statistics=statistics,
             kind=self.kind,
@@ -159,68 +150,16 @@ class LocalClient:
 
     def identify(self) -> IdentifyAnswer:
         """Send name, backbone, classes and the number of test images."""
-        return IdentifyAnswer(**self._who(), **self._about())
+        return IdentifyAnswer(**self.who(), **self._about())
 
     def notice(self, request: NoticeRequest) -> NoticeAnswer:
         """Log that another client was removed, with the removal record."""
         logger.warning("%s: %s", self.name, request.text)
         logger.info("%s: the removal record:\n%s", self.name, request.record)
-        return NoticeAnswer(**self._who())
-
-    def realign(self, request: RealignRequest) -> RealignAnswer:
-        """Describe the images by the features of composed models.
-
-        Raises:
-            ConfigError: If each of several would be one more release under noise.
-        """
-        if self.config.caps.dp_noise > 0 and len(request.factors) > 1:
-            raise ConfigError(
-                f"This node sends statistics under noise (`dp-noise`), and describes one model, "
-                f"not {len(request.factors)}. Set `scale` to a number."
-            )
-        images = self.split[0] if request.vote else self.data.train
-        results = [
-            self._statistics(
-                images,
-                theta,
-                form=request.form,
-                purpose=RealignAnswer.CONTENT,
-                linearised=request.linearised,
-            )
-            for theta in self._models(request)
-        ]
-        statistics = tuple(own for own, _ in results)
-        return RealignAnswer(**self._who(), statistics=statistics, caps=results[0][1])
-
-    def vote(self, request: VoteRequest) -> VoteAnswer:
-        """Measure each model under heads of its own, on the images kept aside from training."""
-        aside, votes = self.split[1], Votes((), (), 0)
-        if len(aside.labels):
-            models = list(self._models(request))
-            features = [
-                extract_features(
-                    feature_map(self.backbone, theta, tangent=request.linearised), aside.images
-                )
-                for theta in models
-            ]
-            labels = request.heads[0].indices(self.data.classes)[aside.labels]
-            logits = (
-                head(features[index % len(models)]) for index, head in enumerate(request.heads)
-            )
-            votes = Votes.of(logits, labels)
-        return VoteAnswer(**self._who(), **asdict(votes))
+        return NoticeAnswer(**self.who())
 
     def fisher(self, request: FisherRequest) -> FisherAnswer:
-        """Sum the Fisher diagonal of the class probabilities under the joint head.
-
-        Raises:
-            FileFormatError: If there is no such head.
-        """
-        if request.joint is None:
-            raise FileFormatError(
-                "The server sent no joint head, which this Fisher is under. Use the same fedcompo "
-                "version everywhere."
-            )
+        """Sum the Fisher diagonal of the class probabilities under the joint head."""
         return self._fisher(request.joint)
 
     def train(self, request: TrainRequest) -> TrainAnswer | LacksAnswer:
@@ -232,7 +171,7 @@ class LocalClient:
         store = Store.of(self.state, part.federation, self.name) if part else None
         request, holds = completed(request, store)
         if request.lacks:
-            return LacksAnswer(**self._who(), lacks=request.lacks)
+            return LacksAnswer(**self.who(), lacks=request.lacks)
         classes, theta_0 = self.data.classes, self.backbone.theta_0
         course = request.course(
             theta_0,
@@ -265,7 +204,7 @@ class LocalClient:
         own = self.measure(theta, fitted.head, linearised=vector.kind is Kind.TANGENT)
         frozen = self.measure({}, request.joint) if request.frozen else None
         return TrainAnswer(
-            **self._who(),
+            **self.who(),
             tensors=tensors,
             kind=vector.kind,
             losses=fitted.losses,
@@ -276,24 +215,6 @@ class LocalClient:
             frozen_task_il_accuracy=frozen.task_il if frozen else None,
         )
 
-    def evaluate(self, request: EvaluateRequest) -> EvaluateAnswer:
-        """Measure the composed model on this client's test images."""
-        heads = [head for head in (request.joint, request.own_heads) if head]
-        accuracy, *beside = accuracies_of(
-            self.backbone,
-            request.theta,
-            heads,
-            self.data.classes,
-            self.data.test,
-            linearised=request.linearised,
-        )
-        return EvaluateAnswer(
-            **self._who(),
-            class_il_accuracy=accuracy.class_il,
-            task_il_accuracy=accuracy.task_il,
-            own_heads_accuracy=beside[0].class_il if beside else None,
-        )
-
     def measure(self, theta: Weights, head: Head, *, linearised: bool = False) -> Accuracy:
         """Accuracy on the client's test images; with an empty ``theta``, of the frozen backbone."""
         classes, test = self.data.classes, self.data.test
@@ -302,9 +223,8 @@ class LocalClient:
     @cached_property
     def split(self) -> tuple[Split, Split]:
         """The images to train on, and those kept aside to choose the composition on."""
-        config = self.config
-        share = config.train.aside
-        return set_aside(self.data.train, share=share, seed=config.seed, client=self.name)
+        share, seed = self.config.train.aside, self.config.seed
+        return set_aside(self.data.train, share=share, seed=seed, client=self.name)
 
     def _start(self, joint: Head) -> Head:
         """The head that training starts from; of all classes if the client has but one."""
@@ -315,7 +235,7 @@ class LocalClient:
             return zero_head(classes, self.backbone.num_features)
         return joint.rows(classes) if start is HeadStart.ALIGNED else self._probe()
 
-    def _statistics(
+    def statistics(
         self,
         images: Split,
         theta: Mapping[str, Tensor],
@@ -345,15 +265,6 @@ class LocalClient:
             classes=self.data.classes,
         )
 
-    def _models(self, request: RealignRequest | VoteRequest) -> Iterator[Weights]:
-        """The weights of each model that a request asks about; none changed: the frozen backbone."""
-        for factor in request.factors:
-            yield {
-                name: theta + factor * request.total[name].to(theta)
-                for name, theta in self.backbone.theta_0.items()
-                if factor
-            }
-
     def _probe(self) -> Head:
         """The client's own head. Each phase fits it again and gets the same bits."""
         ridge = self.config.head.ridge
@@ -363,31 +274,10 @@ class LocalClient:
         noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
         return About(num_test_examples=tests, noised=noised)
 
-    def _who(self) -> Who:
+    def who(self) -> Who:
+        """Name, backbone and classes, which every answer states."""
         base, classes = self.backbone.fingerprint, self.data.classes
         return Who(client=self.name, base=base, classes=classes)
 
     def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)
-
-
-@lru_cache(maxsize=1)
-def _load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
-    """Load the backbone once for all phases and clients of this process."""
-    return load_backbone(config, device)
-
-
-@lru_cache(maxsize=2)
-def _load_data(
-    config: DataConfig, preprocessing: Preprocessing, seed: int, path: str, partition: int
-) -> ClientData:
-    if path:
-        return load_folder(
-            Path(path), preprocessing, seed=seed, images_per_class=config.images_per_class
-        )
-    if partition < 0:
-        raise DataError(
-            "This node says neither where its images are nor which part of `data` it owns. "
-            'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
-        )
-    return load_client_data(config, preprocessing, partition=partition, seed=seed)

@@ -55,6 +55,11 @@ class Votes:
             losses += (float(F.cross_entropy(z, labels, reduction="sum")) for z in scaled)
         return cls(tuple(hits), tuple(losses), len(labels))
 
+    @classmethod
+    def none(cls, count: int) -> Votes:
+        """Return the votes on so many candidates of a client that keeps no image aside."""
+        return cls((0,) * count, (0.0,) * count * len(TEMPERATURES), 0)
+
     def __add__(self, other: Votes) -> Votes:
         """Sum over the images of both."""
         return Votes(

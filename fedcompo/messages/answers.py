@@ -50,12 +50,9 @@ def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any])
     """Rebuild statistics; raises ``FileFormatError`` on counts or numbers that cannot be true."""
     kind = SUMS if SUMS in manifest else MIXTURES
     counts = _counts(manifest[kind])
-    if kind == SUMS:
-        for name in ("statistics/sums", "statistics/second"):
-            if not tensors[name].is_floating_point():
-                raise FileFormatError(
-                    f"{name!r} came as {tensors[name].dtype}, expected floating-point numbers."
-                )
+    for name in ("statistics/sums", "statistics/second") if kind == SUMS else ():
+        if not tensors[name].is_floating_point():
+            raise FileFormatError(f"{name!r} came in {tensors[name].dtype}, expected floats.")
     statistics = statistics_from(tensors, {kind: counts})
     if counts_of(statistics) != dict(sorted(counts.items())):
         raise FileFormatError(
@@ -175,7 +172,10 @@ class DescribeAnswer(IdentifyAnswer):
     """None: not asked for."""
 
     def _write(self) -> Body:
-        entries: dict[str, Any] = {**statistics_entry(self.statistics), "kind": str(self.kind or "")}
+        entries: dict[str, Any] = {
+            **statistics_entry(self.statistics),
+            "kind": str(self.kind or ""),
+        }
         tensors = statistics_tensors(self.statistics)
         if self.fisher is not None:
             own, entries["fisher"] = self.fisher.to_body()

@@ -56,7 +56,7 @@ class DescribeRequest(Content):
     """Ask for statistics of θ₀'s features on all training images, by class."""
 
     fisher: bool = entry(bool)
-    """Whether to send a Fisher sum too, which needs no head of others."""
+    """Whether to send a Fisher sum too, under no head of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +71,16 @@ class NoticeRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRequest(Content):
-    """Ask for the Fisher diagonal of the client's images."""
+    """Ask for the Fisher diagonal of the class probabilities under the joint head."""
 
-    joint: Head | None = None
-    """The head that it is under; None: the client's own."""
+    joint: Head
 
     def _write(self) -> Body:
-        return _joint_body(self.joint) if self.joint else ({}, {})
+        return _joint_body(self.joint)
 
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return _joint_from(tensors, manifest) if "classes" in manifest else {}
+        return _joint_from(tensors, manifest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +117,8 @@ class VoteRequest(_OfModels):
     """Ask how well each model classifies the images kept aside, under a head of its own."""
 
     heads: tuple[Head, ...]
-    """One for each factor, or several, one block after the other: the model of head i has factor
-    i modulo the number of factors."""
+    """One block of heads for each factor after the other: head i goes with factor i modulo their
+    number."""
 
     def _write(self) -> Body:
         tensors, entries = super()._write()
