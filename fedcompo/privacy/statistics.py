@@ -106,4 +106,5 @@ def _denoised(scatter: Tensor, spread: float, *, floor: float) -> Tensor:
     kept = (values - 2 * spread * math.sqrt(size)).clamp_min(0)
     trace = max(float(scatter.trace()), floor)
     level = max(trace - float(kept.sum()), floor) / size
-    return (vectors * (kept + level)) @ vectors.T
+    clean: Tensor = (vectors * (kept + level)) @ vectors.T
+    return clean
