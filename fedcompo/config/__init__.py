@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from fedcompo.config.choices import AnchorBy as AnchorBy
     from fedcompo.config.choices import Augmentation as Augmentation
     from fedcompo.config.choices import Coefficients as Coefficients
+    from fedcompo.config.choices import Curvature as Curvature
     from fedcompo.config.choices import FisherForm as FisherForm
-    from fedcompo.config.choices import FisherKind as FisherKind
     from fedcompo.config.choices import HeadStart as HeadStart
     from fedcompo.config.choices import Kind as Kind
     from fedcompo.config.choices import Method as Method
     from fedcompo.config.choices import Penalty as Penalty
     from fedcompo.config.choices import Precision as Precision
+    from fedcompo.config.choices import Preset as Preset
     from fedcompo.config.choices import Schedule as Schedule
+    from fedcompo.config.choices import Statistics as Statistics
     from fedcompo.config.choices import Wire as Wire
     from fedcompo.config.run import RunConfig as RunConfig
     from fedcompo.config.run import all_settings as all_settings

@@ -39,7 +39,7 @@ class Schedule(StrEnum):
 
 
 class Preset(StrEnum):
-    """Which defaults a run starts from; see :data:`fedcompo.config.run.PAPER`."""
+    """Which defaults a run starts from; see :mod:`fedcompo.config.presets`."""
 
     DEFAULT = "default"
     PAPER = "paper"
@@ -174,6 +174,8 @@ def _are_rounds(value: str) -> bool:
 
 
 ROUNDS: Check = (_are_rounds, "must be <client>:<round>, the rounds from 1, joined by commas")
+
+
 def _is_scale(value: str) -> bool:
     try:
         return value == AUTO or 0 < float(value) < float("inf")

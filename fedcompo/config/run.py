@@ -2,7 +2,8 @@
 
 Each setting is declared once, with its default, a sentence that explains it and the checks it must
 pass. Its run-config key is its name with hyphens: ``local_epochs`` is ``local-epochs``. The
-defaults in ``pyproject.toml`` are the same (a test compares them).
+defaults in ``pyproject.toml`` are the same (a test compares them). A preset is a second set of
+defaults, which :meth:`RunConfig.parse` puts in their place.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fedcompo.config.choices import (
     Schedule,
     Statistics,
 )
+from fedcompo.config.presets import from_older, without_preset
 from fedcompo.config.server import ComposeConfig, RegistryConfig, ServerConfig
 from fedcompo.config.setting import (
     FRACTION,
@@ -104,7 +106,9 @@ class HeadConfig:
         "What describes a client's features: sums (closed-form head), or mixtures (drawn from).",
     )
     mixture_components: int = setting(5, "mixtures: Gaussians a class, at most.", POSITIVE)
-    align_samples: int = setting(256, "mixtures: features a class drawn to align the joint head.", POSITIVE)
+    align_samples: int = setting(
+        256, "mixtures: features a class drawn to align the joint head.", POSITIVE
+    )
     ridge: float = setting(0.001, "Pull of a head's fit to where it starts.", NOT_NEGATIVE)
 
 
@@ -195,6 +199,11 @@ class RunConfig:
 
     output: str = setting("", "Folder of the results; taken relative to where you stand.")
     seed: int = setting(0, "Seed of everything drawn at random.", NOT_NEGATIVE)
+    preset: Preset = setting(
+        Preset.DEFAULT,
+        "Defaults that a run starts from: default, or paper (the published protocol and its "
+        "values); once checked, every setting has its value and this is default.",
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:<n>.", DEVICE)
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -213,12 +222,15 @@ class RunConfig:
 
         Args:
             values: Scalars by run-config key (kebab-case); a missing setting keeps its default.
+                Flower fills them up with the defaults. So under a preset, a setting that is at its
+                default takes the preset's value.
 
         Raises:
             ConfigError: With *all* faults: unknown keys (and the nearest known one), wrong types,
                 values out of range, values that contradict each other.
         """
-        parsed = check_all(all_settings(), values, COMPANIONS)
+        known = all_settings()
+        parsed = check_all(known, without_preset(values, known), COMPANIONS)
         sections = {
             section: kind(**{f.name: parsed.pop(f.name) for f in fields(kind) if f.name in parsed})
             for section, kind in SECTIONS.items()
@@ -234,13 +246,27 @@ class RunConfig:
         }
         return {key: str(v) if isinstance(v, StrEnum) else v for key, v in values.items()}
 
+    @classmethod
+    def stored(cls, values: Mapping[str, Scalar]) -> RunConfig:
+        """Check settings that were stored with a contribution, perhaps by an older version.
+
+        What the older version had no setting for keeps the value that it worked by.
+
+        Args:
+            values: As :meth:`of_client` returned them.
+
+        Raises:
+            ConfigError: As :meth:`parse`.
+        """
+        return cls.parse(from_older(values))
+
     def of_client(self) -> dict[str, Scalar]:
         """Return the settings that can change a client's contribution, as a flat run config.
 
         They are stored with the contribution. Two runs that train a client alike store the same.
         """
         for_server = fields(ComposeConfig) + fields(ServerConfig) + fields(RegistryConfig)
-        apart = {"output", *map(_key, for_server)}
+        apart = {"output", "preset", *map(_key, for_server)}
         return {key: value for key, value in self.flat().items() if key not in apart}
 
 

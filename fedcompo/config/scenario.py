@@ -6,7 +6,7 @@ A scenario is a TOML file of run-config keys at the top level::
     kind = "lora"
     alpha = 30
 
-Later sources win: the file, then ``--set key=value``, then options such as ``--seed``.
+Later sources win: the preset, the file, then ``--set key=value``, then options such as ``--seed``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from fedcompo.config.presets import with_preset
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
@@ -46,7 +47,7 @@ def settings_of(
             values[key] = value
         except ConfigError as error:
             faults.append(str(error))
-    values |= options
+    values = with_preset(values | options)
     try:
         RunConfig.parse(values)
     except ConfigError as error:

@@ -10,5 +10,6 @@ if TYPE_CHECKING:
     from fedcompo.data.client_data import Split as Split
     from fedcompo.data.client_data import count_clients as count_clients
     from fedcompo.data.client_data import load_client_data as load_client_data
+    from fedcompo.data.client_data import set_aside as set_aside
 
 __all__, __getattr__, __dir__ = face(__name__)

@@ -45,6 +45,8 @@ NAMED: dict[str, Callable[[], Catalogue]] = {
 }
 FILES = {"npz": npz_catalogue, "text": text_catalogue}
 PATHS = ("folder", *FILES)
+SMALLEST_SET_ASIDE = 5
+"""Images of a class below which :func:`set_aside` takes none of it."""
 TEST_SHARE = 0.2
 """Share of each class that becomes test images where the source does not mark them."""
 
@@ -172,6 +174,30 @@ def load_folder(
     catalogue = folder_catalogue(path, client=name)
     return _load_classes(
         catalogue, catalogue.names, preprocessing, client=name, seed=seed, cap=images_per_class
+    )
+
+
+def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Split, Split]:
+    """Keep some training images aside, drawn from each class.
+
+    Args:
+        split: The client's training images.
+        share: Share of each class, in [0, 1); at least one image of a class that has
+            :data:`SMALLEST_SET_ASIDE`, none of a smaller one, and never all. 0: none.
+        seed: Seed of the run.
+        client: The client's name; with seed and class it decides who is drawn.
+
+    Returns:
+        The images to train on, and those kept aside (perhaps none), both in the order of ``split``.
+    """
+    aside = torch.zeros(len(split.labels), dtype=torch.bool)
+    for label in split.labels.unique().tolist() if share else ():
+        members = np.flatnonzero(split.labels.numpy() == label)
+        if len(members) >= SMALLEST_SET_ASIDE:
+            draw = frozen_generator(seed, "aside", client, str(label))
+            aside[split_members(members, share=share, draw=draw)[1]] = True
+    return Split(split.images[~aside], split.labels[~aside]), Split(
+        split.images[aside], split.labels[aside]
     )
 
 

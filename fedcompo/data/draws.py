@@ -77,19 +77,19 @@ def deal_classes(
 
 
 def split_members(members: Indices, *, share: float, draw: np.random.RandomState) -> list[Indices]:
-    """Split the images of one class into training and test images, at least one of each.
+    """Split the images of one class in two, at random, at least one image in each part.
 
     Args:
         members: Indices of the images, (count,) with count >= 2.
-        share: Share of them that become test images, in (0, 1).
+        share: Share of the second part, such as the test images, in (0, 1).
         draw: Generator of this draw.
 
     Returns:
-        Training indices and test indices, each in ascending order.
+        Indices of the first part and of the second, each in ascending order.
     """
     order = draw.permutation(members)
-    tests = min(max(1, round(share * len(members))), len(members) - 1)
-    return [np.sort(order[tests:]), np.sort(order[:tests])]
+    taken = min(max(1, round(share * len(members))), len(members) - 1)
+    return [np.sort(order[taken:]), np.sort(order[:taken])]
 
 
 def cap_members(members: Indices, limit: int, *, draw: np.random.RandomState) -> Indices:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.config.choices import Action
+from fedcompo.config.presets import with_preset
 from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import scenario_name, with_absolute_paths
 from fedcompo.config.setting import Scalar
@@ -53,6 +54,7 @@ def simulate(
     values = settings.flat() if isinstance(settings, RunConfig) else dict(settings or {})
     if output is not None:
         values["output"] = str(output)
+    values = with_preset(values)
     RunConfig.parse(values)
     values = with_absolute_paths(values, Path.cwd())
     return prepare(

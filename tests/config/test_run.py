@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from pathlib import Path
 
@@ -12,13 +13,17 @@ from hypothesis import strategies as st
 
 from fedcompo.config.choices import (
     AnchorBy,
-    FisherKind,
+    Curvature,
+    FisherForm,
     HeadStart,
     Kind,
     Penalty,
+    Preset,
+    Statistics,
     kinds_of,
     rounds_of,
 )
+from fedcompo.config.presets import OBSOLETE, PAPER, with_preset
 from fedcompo.config.run import SECTIONS, RunConfig, all_settings
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError
@@ -76,7 +81,8 @@ def test_parsing_what_flat_returns_gives_the_same_settings():
         "kind": "full, ia3",
         "rank": 3,
         "alpha": 0.5,
-        "fisher": "exact",
+        "curvature": "exact",
+        "scale": "2.5",
         "penalty": "coupled",
         "head-start": "probe",
         "anchor": "reference",
@@ -93,7 +99,8 @@ def test_parsing_what_flat_returns_gives_the_same_settings():
     assert config.train.penalty is Penalty.COUPLED
     assert config.train.head_start is HeadStart.PROBE
     assert config.train.anchor is AnchorBy.REFERENCE
-    assert config.fisher.fisher is FisherKind.EXACT
+    assert config.fisher.curvature is Curvature.EXACT
+    assert config.compose.fixed_scale == 2.5
     assert config.compose.realign is False
 
 
@@ -156,7 +163,7 @@ def test_a_number_or_text_is_no_truth_value(value):
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
-@pytest.mark.parametrize("key", ["alpha", "scale", "timeout"])
+@pytest.mark.parametrize("key", ["alpha", "ridge", "timeout"])
 def test_a_number_that_is_not_finite_is_refused(key, value):
     assert "must be finite" in fault_of(**{key: value})
 
@@ -169,8 +176,11 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
         ("learning-rate", -0.1, ">= 0"),
         ("seed", -1, ">= 0"),
         ("ridge", -0.1, ">= 0"),
-        ("fisher-tolerance", 1.0, r"in [0, 1)"),
-        ("fisher-tolerance", -0.1, r"in [0, 1)"),
+        ("aside", 1.0, r"in [0, 1)"),
+        ("aside", -0.1, r"in [0, 1)"),
+        ("scale", "max", "auto or a number > 0"),
+        ("scale", "0", "auto or a number > 0"),
+        ("scale", "nan", "auto or a number > 0"),
         ("kind", "lora,dora", "one of full, lora, ia3"),
         ("kind", "", "one of full, lora, ia3"),
         ("kind", "lora,", "one of full, lora, ia3"),
@@ -245,6 +255,78 @@ def test_what_cannot_shape_a_contribution_is_apart():
     assert (again.train, again.seed) == (config.train, 4)
 
 
+@pytest.mark.parametrize("value", [2, 2.0, "2", "2.0"])
+def test_a_scale_is_a_number_however_it_is_written(value):
+    config = RunConfig.parse({"scale": value})
+    assert config.compose.fixed_scale == 2.0
+    assert RunConfig.parse(config.flat()) == config
+
+
+def test_a_scale_that_is_chosen_is_no_number():
+    assert RunConfig.parse({"scale": "auto"}).compose.fixed_scale is None
+    assert "`scale` must be of type str, got True" in fault_of(scale=True)
+    assert "`scale` must be auto or a number" in fault_of(scale=float("inf"))
+
+
+def test_the_papers_preset_gives_every_setting_its_value():
+    config = RunConfig.parse({"preset": "paper"})
+    flat = config.flat()
+    assert flat == {**DEFAULTS, **PAPER}
+    assert config.preset is Preset.DEFAULT  # all is said; nothing is left to resolve
+    assert RunConfig.parse(flat) == config
+    assert RunConfig.parse(with_preset({"preset": "paper"})) == config
+
+
+def test_settings_that_flower_filled_up_take_the_presets_values_where_they_are_at_their_default():
+    filled = {**DEFAULTS, "preset": "paper", "rank": 4, "seed": 7}
+    assert RunConfig.parse(filled).flat() == {**DEFAULTS, **PAPER, "rank": 4, "seed": 7}
+
+
+def test_an_explicit_default_wins_over_the_preset_where_it_is_known_to_be_explicit():
+    explicit = {"preset": "paper", "rank": DEFAULTS["rank"], "scale": "auto"}
+    config = RunConfig.parse(with_preset(explicit))
+    assert (config.train.rank, config.compose.fixed_scale) == (DEFAULTS["rank"], None)
+    assert config.head.statistics is Statistics.MIXTURES
+    assert with_preset({"rank": 4}) == {"rank": 4}
+
+
+def test_faults_are_told_under_a_preset_too():
+    assert fault_of(preset="papers").startswith("`preset` must be one of default, paper")
+    assert fault_of(preset="paper", ranc=3) == "`ranc` is no setting. Did you mean `rank`?"
+    assert "`rank` must be of type int" in fault_of(preset="paper", rank=True)
+
+
+OLD = Path(__file__).parents[1] / "golden" / "mixed" / "clients" / "ada" / "card.json"
+
+
+def test_settings_stored_before_there_were_sums_are_read_as_what_they_meant():
+    old = json.loads(OLD.read_text(encoding="utf-8"))["settings"]
+    config = RunConfig.stored(old)
+    assert config.head.statistics is Statistics.MIXTURES
+    assert config.fisher.curvature is Curvature.EXACT
+    assert (config.train.local_steps, config.train.aside) == (0, 0.0)
+    assert set(OBSOLETE) < old.keys()
+    kept = old.keys() - set(OBSOLETE) - {"scale"}  # 1.0 then, a text now
+    assert config.compose.fixed_scale == 1.0
+    assert {key: config.flat()[key] for key in kept} == {key: old[key] for key in kept}
+    with pytest.raises(ConfigError, match="`fisher-tolerance` is no setting"):
+        RunConfig.parse(old)
+
+
+def test_obsolete_values_of_stored_settings_are_translated():
+    config = RunConfig.stored({"fisher": "monte-carlo", "fisher-form": "head"})
+    assert config.fisher.curvature is Curvature.MONTE_CARLO
+    assert config.caps.fisher_form is FisherForm.NONE
+    assert RunConfig.stored({"fisher": "leading"}).fisher.curvature is Curvature.EXACT
+
+
+def test_settings_stored_now_are_read_as_they_are():
+    shaping = RunConfig.parse({"seed": 3, "kind": "full"}).of_client()
+    assert RunConfig.stored(shaping) == RunConfig.parse(shaping)
+    with pytest.raises(ConfigError, match="`head-alpha` is no setting"):
+        RunConfig.stored({**shaping, "head-alpha": 0.1})
+
+
 def test_kinds_are_split_at_commas():
     assert kinds_of("lora") == (Kind.LORA,)
     assert kinds_of(" full, ia3 ,lora") == (Kind.FULL, Kind.IA3, Kind.LORA)
@@ -282,4 +364,6 @@ def test_any_scalars_are_either_settings_of_the_right_type_or_refused(values):
     flat = config.flat()
     assert RunConfig.parse(flat) == config
     assert all(type(flat[key]) is type(DEFAULTS[key]) for key in flat)
-    assert all(flat[key] == value for key, value in values.items())
+    if config == RunConfig.parse({**values, "preset": "default"}):
+        given = {key: str(value) if key == "scale" else value for key, value in values.items()}
+        assert all(flat[key] == value for key, value in given.items() if key != "preset")
