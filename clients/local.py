@@ -7,11 +7,11 @@ task vector and its metric, so that they need not be sent again; the server has 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,43 +21,52 @@ from clients.store import Store, completed, store_home
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import feature_map
+from fedcompo.composition.voting import Votes
 from fedcompo.config.caps import NODE_KEYS
-from fedcompo.config.choices import HeadStart, Kind, kinds_of
+from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kinds_of
 from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
-from fedcompo.data.client_data import ClientData, load_client_data, load_folder
-from fedcompo.errors import DataError, FileFormatError
+from fedcompo.data.client_data import (
+    ClientData,
+    Split,
+    load_client_data,
+    load_folder,
+    set_aside,
+)
+from fedcompo.errors import ConfigError, DataError, FileFormatError
 from fedcompo.messages.answers import (
+    DescribeAnswer,
     EvaluateAnswer,
-    FeaturesAnswer,
     FisherAnswer,
     IdentifyAnswer,
     LacksAnswer,
     NoticeAnswer,
     RealignAnswer,
     TrainAnswer,
+    VoteAnswer,
 )
 from fedcompo.messages.requests import (
     OWN,
+    DescribeRequest,
     EvaluateRequest,
     FisherRequest,
     NoticeRequest,
     RealignRequest,
     TrainRequest,
+    VoteRequest,
     own_tensors,
 )
+from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, zero_head
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
-from fedcompo.training.accuracy import Accuracy, accuracy_of
+from fedcompo.training.accuracy import Accuracy, accuracies_of, accuracy_of
 from fedcompo.training.fit import ensembled, fit_task_vector
 from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
-
-Features = TypeVar("Features", bound=FeaturesAnswer)
 
 
 class Who(TypedDict):
@@ -66,6 +75,13 @@ class Who(TypedDict):
     client: str
     base: str
     classes: tuple[str, ...]
+
+
+class About(TypedDict):
+    """Fields of an answer in which a client says who it is; see :class:`IdentifyAnswer`."""
+
+    num_test_examples: int
+    noised: bool
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,8 @@ class LocalClient:
         """
         keys = ("device", "kind", *NODE_KEYS)
         own = {key: node_config[key] for key in keys if key in node_config}
-        config, wished = RunConfig.parse({**run_config, **own}), RunConfig.parse(run_config)
+        wished = RunConfig.parse(run_config)  # its preset is resolved before the node's own
+        config = RunConfig.parse({**wished.flat(), **own})
         config = replace(config, caps=wished.caps.strictest(config.caps))
         config.caps.check_head_start(config.train.head_start)
         device = pick_device(config.device)
@@ -125,13 +142,24 @@ class LocalClient:
             store_home(str(node_config.get("state", ""))),
         )
 
-    def features(self) -> FeaturesAnswer:
-        """Describe the images by mixtures of the pre-trained features, class by class."""
-        return self._mixtures(FeaturesAnswer, {})
+    def describe(self, request: DescribeRequest) -> DescribeAnswer:
+        """Describe all training images at θ₀, and sum their Fisher diagonal if it is asked for."""
+        head = None if self.config.fisher.curvature is Curvature.FEATURES else self._probe()
+        fisher = self._fisher(head) if request.fisher else None
+        form, purpose = self.config.head.statistics, DescribeAnswer.CONTENT
+        statistics, caps = self._statistics(self.data.train, {}, form=form, purpose=purpose)
+        return DescribeAnswer(
+            **self._who(),
+            **self._about(),
+            statistics=statistics,
+            kind=self.kind,
+            fisher=fisher,
+            caps=caps,
+        )
 
     def identify(self) -> IdentifyAnswer:
         """Send name, backbone, classes and the number of test images."""
-        return IdentifyAnswer(**self._who(), num_test_examples=len(self.data.test.labels))
+        return IdentifyAnswer(**self._who(), **self._about())
 
     def notice(self, request: NoticeRequest) -> NoticeAnswer:
         """Log that another client was removed, with the removal record."""
@@ -140,26 +168,60 @@ class LocalClient:
         return NoticeAnswer(**self._who())
 
     def realign(self, request: RealignRequest) -> RealignAnswer:
-        """Describe the images by mixtures of the composed model's features."""
-        return self._mixtures(RealignAnswer, request.theta, linearised=request.linearised)
+        """Describe the images by the features of composed models.
+
+        Raises:
+            ConfigError: If each of several would be one more release under noise.
+        """
+        if self.config.caps.dp_noise > 0 and len(request.factors) > 1:
+            raise ConfigError(
+                f"This node sends statistics under noise (`dp-noise`), and describes one model, "
+                f"not {len(request.factors)}. Set `scale` to a number."
+            )
+        images = self.split[0] if request.vote else self.data.train
+        results = [
+            self._statistics(
+                images,
+                theta,
+                form=request.form,
+                purpose=RealignAnswer.CONTENT,
+                linearised=request.linearised,
+            )
+            for theta in self._models(request)
+        ]
+        statistics = tuple(own for own, _ in results)
+        return RealignAnswer(**self._who(), statistics=statistics, caps=results[0][1])
+
+    def vote(self, request: VoteRequest) -> VoteAnswer:
+        """Measure each model under heads of its own, on the images kept aside from training."""
+        aside, votes = self.split[1], Votes((), (), 0)
+        if len(aside.labels):
+            models = list(self._models(request))
+            features = [
+                extract_features(
+                    feature_map(self.backbone, theta, tangent=request.linearised), aside.images
+                )
+                for theta in models
+            ]
+            labels = request.heads[0].indices(self.data.classes)[aside.labels]
+            logits = (
+                head(features[index % len(models)]) for index, head in enumerate(request.heads)
+            )
+            votes = Votes.of(logits, labels)
+        return VoteAnswer(**self._who(), **asdict(votes))
 
     def fisher(self, request: FisherRequest) -> FisherAnswer:
-        """Sum the Fisher diagonal over the training images, under the head that training starts at.
+        """Sum the Fisher diagonal of the class probabilities under the joint head.
 
-        Under the joint head the Fisher depends on the classes of all clients. Under the client's
-        own probe it depends on its own classes only. It is smaller then, so the same ``alpha``
-        penalises less. Clients' sums can be added in both cases; a head's rows belong to its own
-        classes.
+        Raises:
+            FileFormatError: If there is no such head.
         """
-        head = request.joint if self._starts_aligned else self._probe()
-        if head is None:
+        if request.joint is None:
             raise FileFormatError(
-                "The server sent no joint head, which `head-start = aligned` starts from. Use the "
-                "same fedcompo version everywhere."
+                "The server sent no joint head, which this Fisher is under. Use the same fedcompo "
+                "version everywhere."
             )
-        return outgoing.fisher_of(
-            self.backbone, head, self.data.train.images, self.config, client=self.name
-        )
+        return self._fisher(request.joint)
 
     def train(self, request: TrainRequest) -> TrainAnswer | LacksAnswer:
         """Fit the task vector, alone or inside the sum of the others, and measure it.
@@ -171,30 +233,34 @@ class LocalClient:
         request, holds = completed(request, store)
         if request.lacks:
             return LacksAnswer(**self._who(), lacks=request.lacks)
-        classes = self.data.classes
-        aligned = request.joint.rows(classes) if self._starts_aligned else self._probe()
+        classes, theta_0 = self.data.classes, self.backbone.theta_0
         course = request.course(
-            base=self.backbone.fingerprint, classes=classes, beta=self.config.method.beta
+            theta_0,
+            base=self.backbone.fingerprint,
+            classes=classes,
+            beta=self.config.method.beta,
         )
+        kept, start = self.split[0], self._start(request.joint)
         purpose = "train", self.name, *([str(part.number)] if part else [])
         fitted = fit_task_vector(
             self.backbone,
             request.kind,
-            self.data.train,
-            aligned,
+            Split(kept.images, start.indices(classes)[kept.labels]),
+            start,
             self.config.train,
             generator=generator_for(self.config.seed, *purpose),
             course=course,
             on_epoch=self._log_epoch,
         )
+        fitted = replace(fitted, head=fitted.head.rows(classes))
         tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
         if store and part and part.last:
             holds = {}
             store.clear()
         elif store:
-            kept = own_tensors(fitted.task_vector.tensors, fitted.head)
-            holds[OWN] = store.keep(OWN, kept)  # as the server has it, bit for bit
-        vector, theta_0 = fitted.task_vector, self.backbone.theta_0
+            kept_tensors = own_tensors(fitted.task_vector.tensors, fitted.head)
+            holds[OWN] = store.keep(OWN, kept_tensors)  # as the server has it, bit for bit
+        vector = fitted.task_vector
         theta = ensembled(vector.dense(theta_0), theta_0, course.ensemble)
         own = self.measure(theta, fitted.head, linearised=vector.kind is Kind.TANGENT)
         frozen = self.measure({}, request.joint) if request.frozen else None
@@ -212,9 +278,20 @@ class LocalClient:
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateAnswer:
         """Measure the composed model on this client's test images."""
-        accuracy = self.measure(request.theta, request.joint, linearised=request.linearised)
+        heads = [head for head in (request.joint, request.own_heads) if head]
+        accuracy, *beside = accuracies_of(
+            self.backbone,
+            request.theta,
+            heads,
+            self.data.classes,
+            self.data.test,
+            linearised=request.linearised,
+        )
         return EvaluateAnswer(
-            **self._who(), class_il_accuracy=accuracy.class_il, task_il_accuracy=accuracy.task_il
+            **self._who(),
+            class_il_accuracy=accuracy.class_il,
+            task_il_accuracy=accuracy.task_il,
+            own_heads_accuracy=beside[0].class_il if beside else None,
         )
 
     def measure(self, theta: Weights, head: Head, *, linearised: bool = False) -> Accuracy:
@@ -222,33 +299,69 @@ class LocalClient:
         classes, test = self.data.classes, self.data.test
         return accuracy_of(self.backbone, theta, head, classes, test, linearised=linearised)
 
-    @property
-    def _starts_aligned(self) -> bool:
-        return self.config.train.head_start is HeadStart.ALIGNED
+    @cached_property
+    def split(self) -> tuple[Split, Split]:
+        """The images to train on, and those kept aside to choose the composition on."""
+        config = self.config
+        share = config.train.aside
+        return set_aside(self.data.train, share=share, seed=config.seed, client=self.name)
 
-    def _mixtures(
-        self, answer: type[Features], theta: Mapping[str, Tensor], *, linearised: bool = False
-    ) -> Features:
+    def _start(self, joint: Head) -> Head:
+        """The head that training starts from; of all classes if the client has but one."""
+        classes, start = self.data.classes, self.config.train.head_start
+        if len(classes) == 1:
+            return joint
+        if start is HeadStart.ZERO:
+            return zero_head(classes, self.backbone.num_features)
+        return joint.rows(classes) if start is HeadStart.ALIGNED else self._probe()
+
+    def _statistics(
+        self,
+        images: Split,
+        theta: Mapping[str, Tensor],
+        *,
+        form: Statistics,
+        purpose: str,
+        linearised: bool = False,
+    ) -> tuple[AnyStatistics, dict[str, Any]]:
+        """Statistics of a model's features, by class, and the answer's report on caps."""
         weights = {name: tensor.to(self.backbone.device) for name, tensor in theta.items()}
-        train = self.data.train
-        mixtures, caps = outgoing.mixtures_of(
-            extract_features(feature_map(self.backbone, weights, tangent=linearised), train.images),
-            self.data,
+        forward = feature_map(self.backbone, weights, tangent=linearised)
+        features = extract_features(forward, images.images)
+        seed = derive_seed(self.config.seed, purpose, self.name)
+        classes = self.data.classes
+        return outgoing.statistics_of(
+            features, images.labels, classes, self.config, form=form, seed=seed
+        )
+
+    def _fisher(self, head: Head | None) -> FisherAnswer:
+        """The Fisher diagonal of the training images; of their features if there is no head."""
+        return outgoing.fisher_of(
+            self.backbone,
+            head,
+            self.data.train.images,
             self.config,
-            seed=derive_seed(self.config.seed, answer.CONTENT, self.name),
+            client=self.name,
+            classes=self.data.classes,
         )
-        return answer(
-            **self._who(),
-            num_test_examples=len(self.data.test.labels),
-            mixtures=mixtures,
-            kind=self.kind,
-            caps=caps,
-        )
+
+    def _models(self, request: RealignRequest | VoteRequest) -> Iterator[Weights]:
+        """The weights of each model that a request asks about; none changed: the frozen backbone."""
+        for factor in request.factors:
+            yield {
+                name: theta + factor * request.total[name].to(theta)
+                for name, theta in self.backbone.theta_0.items()
+                if factor
+            }
 
     def _probe(self) -> Head:
         """The client's own head. Each phase fits it again and gets the same bits."""
         ridge = self.config.head.ridge
-        return fit_probe(self.backbone, self.data.train, self.data.classes, ridge=ridge)
+        return fit_probe(self.backbone, self.split[0], self.data.classes, ridge=ridge)
+
+    def _about(self) -> About:
+        noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
+        return About(num_test_examples=tests, noised=noised)
 
     def _who(self) -> Who:
         base, classes = self.backbone.fingerprint, self.data.classes
