@@ -86,12 +86,12 @@ class FisherDiagonal:
             raise ContributionError(f"The Fisher of {owner} sums over no example.")
 
     def reduced(self) -> FisherDiagonal:
-        """Return the factored form, float64; one that is factored is returned as it is."""
+        """Return the factored form, in the same dtype; a factored one is returned as it is."""
         if self.factored:
             return self
         parts: Weights = {}
         for name, total in self.sums.items():
-            rows, columns = margins(total)
+            rows, columns = (margin.to(total.dtype) for margin in margins(total))
             parts |= {f"{name}{ROWS}": rows, f"{name}{COLUMNS}": columns}
         return FisherDiagonal(parts, self.num_examples)
 

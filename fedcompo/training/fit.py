@@ -133,7 +133,7 @@ def fit_task_vector(
     vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
     trained = head.result()
     if course.fixed:
-        trained = trained.rows(trained.classes[label] for label in data.labels.unique().tolist())
+        trained = trained.rows(trained.classes[label] for label in sorted(set(data.labels.tolist())))
     return Fitted(vector, trained, tuple(losses))
 
 
