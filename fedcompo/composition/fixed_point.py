@@ -4,7 +4,7 @@ A floating-point sum depends on the order of its terms, and a subtraction does n
 Here each :math:`\tau` is rounded once to a grid,
 
 .. math:: q = \mathrm{round}(2^{40}\,\tau), \qquad S = \sum_c m_c\,q_c, \qquad
-   \theta_P = \theta_0 + \frac{\lambda}{2^{40} M} S, \qquad M = \sum_c m_c
+   \theta_P = \theta_0 + \frac{\lambda'}{2^{40}} S
 
 with whole :math:`m_c` (1, or the client's number of examples), and S is summed in int64: adding and
 subtracting are exact, in any order, at a cost that does not grow with the number of clients.
@@ -18,6 +18,8 @@ that.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,8 +39,32 @@ LARGEST = 2.0**10
 """Values of a task vector beyond this are refused; weights of a trained network are of order 1."""
 CEILING = 2**62
 """Sums stay below this: half of the range of int64."""
+NORM_DIGITS = 6
+"""Significant digits of a task vector's squared length."""
 PIECE = 1 << 16
 """Elements taken at a time, so that intermediate values stay in the processor's cache."""
+
+
+class Rounding:
+    """Digest and length of a task vector on the grid, fed one weight at a time, in their order."""
+
+    def __init__(self) -> None:
+        self._digest, self._squared = hashlib.sha256(), 0.0
+
+    def update(self, name: str, values: Tensor) -> None:
+        """Take in the rounded change of one weight, (out, in), int64."""
+        hash_rounded(self._digest, name, values)
+        self._squared += squared_length(values)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 so far, hexadecimal."""
+        return self._digest.hexdigest()
+
+    @property
+    def squared_norm(self) -> float:
+        r""":math:`\lVert\tau\rVert^2`, to six significant digits: no machine's last bit counts."""
+        return significant(self._squared, NORM_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,7 @@ def sum_of(
     weight: Tensor,
     *,
     start: Tensor | None = None,
-    digests: Sequence[Any] = (),
+    roundings: Sequence[Rounding] = (),
 ) -> Tensor:
     """Add the terms of one weight to a sum, exactly.
 
@@ -68,7 +94,7 @@ def sum_of(
         name: Name of the weight.
         weight: Its pre-trained value, (out, in).
         start: The sum so far, (out, in), int64; None: zero.
-        digests: A hash for each term, updated with its rounded form; or none.
+        roundings: One for each term, updated with its rounded form; or none.
 
     Returns:
         S, (out, in), int64.
@@ -79,8 +105,8 @@ def sum_of(
     total = torch.zeros(weight.shape, dtype=torch.int64) if start is None else start
     for index, term in enumerate(terms):
         values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
-        if digests:
-            hash_rounded(digests[index], name, values)
+        if roundings:
+            roundings[index].update(name, values)
         total = add(total, values, term.times)
     return total
 
@@ -158,6 +184,17 @@ def hash_rounded(digest: Any, name: str, values: Tensor) -> None:
     digest.update(values.contiguous().numpy().data)
 
 
+def squared_length(values: Tensor) -> float:
+    """Return the squared length of values on the grid, (out, in), in units of task vectors."""
+    squares = (float(values[rows].double().square().sum()) for rows in _pieces(values))
+    return math.fsum(squares) * GRID * GRID
+
+
+def significant(value: float, digits: int) -> float:
+    """Round to a number of significant digits."""
+    return float(f"{value:.{digits - 1}e}")
+
+
 def add(total: Tensor, term: Tensor, times: int) -> Tensor:
     """Return ``total + times * term``, exactly; a negative ``times`` takes the term out.
 
@@ -179,20 +216,19 @@ def add(total: Tensor, term: Tensor, times: int) -> Tensor:
     return result
 
 
-def compose(weight: Tensor, total: Tensor, *, count: int, scale: float) -> Tensor:
-    r"""Turn a sum into a composed weight: :math:`\theta_0 + \lambda S / (2^{40} M)`.
+def compose(weight: Tensor, total: Tensor, *, factor: float) -> Tensor:
+    r"""Turn a sum into a composed weight: :math:`\theta_0 + \lambda' S / 2^{40}`.
 
     Args:
         weight: Pre-trained value, (out, in).
         total: S, (out, in), int64.
-        count: M; at least 1.
-        scale: :math:`\lambda`.
+        factor: :math:`\lambda'`; see :mod:`fedcompo.composition.scale`.
 
     Returns:
         (out, in), in the dtype of ``weight``; the same bits on every machine.
     """
     result = torch.empty_like(weight)
     for rows in _pieces(weight):
-        change = total[rows].double().mul_(scale * GRID / count)
+        change = total[rows].double().mul_(factor * GRID)
         result[rows] = change.add_(weight[rows].double())
     return result

@@ -1,4 +1,4 @@
-"""The joint head: one classifier for all classes, fitted to the clients' mixtures."""
+"""The joint head: one classifier for all classes, made of the clients' statistics."""
 
 from __future__ import annotations
 
@@ -8,29 +8,51 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from fedcompo.composition.settings import CompositionSettings
+from fedcompo.errors import ContributionError
+from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.features import FeatureMixture, Mixtures
-from fedcompo.method.heads import Head, align
+from fedcompo.method.heads import Head, align, discriminant
 from fedcompo.method.pool import Pool
+from fedcompo.method.statistics import FeatureSums, total_of
 from fedcompo.seeds import derive_seed
+
+SHRINKAGE = 0.1
+"""Shrinkage of the features' covariance, unless another one is chosen."""
 
 
 def joint_head(
-    mixtures: Mapping[str, Mixtures], settings: CompositionSettings, *, purpose: str = "joint-head"
+    statistics: Mapping[str, AnyStatistics],
+    settings: CompositionSettings,
+    *,
+    purpose: str = "joint-head",
+    shrinkage: float | None = None,
 ) -> Head:
-    """Fit the joint head to features drawn from all clients' mixtures.
+    """Make the joint head: of sums in closed form, of mixtures by features drawn from them.
 
     Args:
-        mixtures: By client and class; of θ₀'s features, or of the composed model's.
-        settings: Number of features for each class, ridge and seed.
-        purpose: Purpose of the draws; each has draws of its own.
+        statistics: By client; of θ₀'s features, or of the composed model's.
+        settings: mixtures: number of features for each class, ridge and seed.
+        purpose: mixtures: purpose of the draws; each has draws of its own.
+        shrinkage: sums: see :func:`~fedcompo.method.heads.discriminant`; None: :data:`SHRINKAGE`.
 
     Returns:
         The head of all classes, sorted. The order of clients and the number of threads do not
         change it.
+
+    Raises:
+        ContributionError: If there are sums of some clients and mixtures of others.
     """
+    sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
+    if sums and len(sums) < len(statistics):
+        raise ContributionError(
+            "Some clients describe their features by sums, others by mixtures: no head can be made "
+            "of both. Train all of them with the same `statistics`."
+        )
+    if sums:
+        return head_from_total(total_of(sums), shrinkage)
     by_class: dict[str, list[FeatureMixture]] = {}
-    for client in sorted(mixtures):
-        for name, mixture in mixtures[client].items():
+    for client in sorted(statistics):
+        for name, mixture in _mixtures(statistics[client]).items():
             by_class.setdefault(name, []).append(mixture)
     with one_thread():
         return align(
@@ -42,9 +64,20 @@ def joint_head(
         )
 
 
+def head_from_total(total: FeatureSums, shrinkage: float | None = None) -> Head:
+    """Make the joint head of the sum of all clients' statistics."""
+    with one_thread():
+        return discriminant(total, shrinkage=SHRINKAGE if shrinkage is None else shrinkage)
+
+
 def head_of(pool: Pool, settings: CompositionSettings) -> Head:
-    """Fit the joint head of some clients to their mixtures of θ₀'s features."""
-    return joint_head({member.client: member.features for member in pool}, settings)
+    """Make the joint head of some clients of their statistics of θ₀'s features."""
+    return joint_head({member.client: member.statistics for member in pool}, settings)
+
+
+def _mixtures(statistics: AnyStatistics) -> Mixtures:
+    assert not isinstance(statistics, FeatureSums)
+    return statistics
 
 
 @contextlib.contextmanager

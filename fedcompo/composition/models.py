@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.backbone.tangent import TangentModel, change_from
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import head_of
+from fedcompo.composition.scale import factor_of
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import timm_config
+from fedcompo.composition.version import terms_of
 from fedcompo.errors import FileFormatError
 from fedcompo.method.pool import Pool
 from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples
@@ -27,8 +28,9 @@ def stream_composition(
     backbone: StoredBackbone,
     coefficients: Mapping[str, float] | None,
     settings: CompositionSettings,
+    factor: float | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Compose the target weights of a pool, one at a time, in the order of names.
+    r"""Compose the target weights of a pool, one at a time, in the order of names.
 
     With the registry's own coefficients the sum is in fixed point: to leave a client out gives the
     same bits as to remove it. With other coefficients the sum is in float64.
@@ -38,29 +40,35 @@ def stream_composition(
         backbone: Pre-trained weights.
         coefficients: By client; None: the registry's own.
         settings: The registry's scale and coefficients.
+        factor: :math:`\lambda'` on :math:`\sum_c m_c \tau_c`, or :math:`\lambda` on the mean with
+            these coefficients; None: see :func:`~fedcompo.composition.scale.factor_of`.
 
     Raises:
         BackboneMismatch: If the pool was trained on another backbone.
         ContributionError: If the pool is empty or mixed, or the coefficients cannot be used.
     """
     pool.check_composable(coefficients, base=backbone.fingerprint)
+    if factor is None:
+        factor = factor_of(pool, backbone, settings, coefficients).value
     if coefficients is not None:
-        yield from pool.stream(backbone.tensors, coefficients, scale=settings.scale)
+        yield from pool.stream(backbone.tensors, coefficients, scale=factor)
         return
-    terms = [Term(m.client, m.task_vector, settings.times(m.num_examples)) for m in pool]
-    count = sum(term.times for term in terms)
+    terms = terms_of(pool, settings)
     for name in sorted(backbone.target_weights):
         weight = backbone.tensors[name]
         total = fixed_point.sum_of(terms, name, weight)
-        yield name, fixed_point.compose(weight, total, count=count, scale=settings.scale)
+        yield name, fixed_point.compose(weight, total, factor=factor)
 
 
 def composed_model(
-    pool: Pool, backbone: StoredBackbone, settings: CompositionSettings
+    pool: Pool,
+    backbone: StoredBackbone,
+    settings: CompositionSettings,
+    factor: float | None = None,
 ) -> nn.Module:
     """Return a ready timm model of a pool, composed with the registry's own coefficients."""
     weights = dict(backbone.tensors)
-    weights |= stream_composition(pool, backbone, None, settings)
+    weights |= stream_composition(pool, backbone, None, settings, factor)
     head = head_of(pool, settings)
     weights |= head.as_classifier(backbone.classifier)
     return model_of(backbone, weights, head.classes, linearised=pool.linearised)

@@ -19,6 +19,7 @@ from fedcompo.method.contribution import (
     MIXTURES,
     SUMS,
     AnyStatistics,
+    counts_of,
     statistics_entry,
     statistics_from,
     statistics_tensors,
@@ -37,11 +38,27 @@ def _count(value: Any) -> int:
     return value
 
 
+def _counts(values: Mapping[str, Any]) -> dict[str, int]:
+    return {str(name): _count(value) for name, value in values.items()}
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
 def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> AnyStatistics:
-    """Rebuild statistics whose counts are checked first."""
+    """Rebuild statistics; raises ``FileFormatError`` on counts or numbers that cannot be true."""
     kind = SUMS if SUMS in manifest else MIXTURES
-    counts = {name: _count(value) for name, value in manifest[kind].items()}
-    return statistics_from(tensors, {kind: counts})
+    counts = _counts(manifest[kind])
+    for name in ("statistics/sums", "statistics/second") if kind == SUMS else ():
+        if not tensors[name].is_floating_point():
+            raise FileFormatError(f"{name!r} came in {tensors[name].dtype}, expected floats.")
+    statistics = statistics_from(tensors, {kind: counts})
+    if counts_of(statistics) != dict(sorted(counts.items())):
+        raise FileFormatError(
+            f"The statistics count {counts_of(statistics)}, their manifest says {counts}."
+        )
+    return statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +97,12 @@ class Answer(Content):
         return tensors, {"content": self.CONTENT} | manifest | wire
 
 
-def caps_of(answer: Body) -> Any:
-    """Limits that an answer states; not checked."""
-    return answer[1].get("caps", {})
+def caps_of(answer: Body) -> list[Any]:
+    """Limits that an answer states, and those of the Fisher inside it; not checked."""
+    manifest = answer[1]
+    inside = manifest.get("fisher", {})
+    stated = [part.get("caps") for part in (manifest, inside) if isinstance(part, Mapping)]
+    return [caps for caps in stated if caps]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +113,7 @@ class NoticeAnswer(Answer):
 
     client: str = entry(str)
     classes: tuple[str, ...] = entry(tuple)
-    """The client's own, sorted; of a Fisher, those of the head that it is under."""
+    """The client's own, sorted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +123,8 @@ class IdentifyAnswer(NoticeAnswer):
     CONTENT: ClassVar[str] = "identify"
 
     num_test_examples: int = entry(_count)
+    noised: bool = entry(bool, default=False)
+    """Whether its statistics are under noise; each further one then costs privacy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +155,7 @@ class FisherAnswer(_WithTensors, NoticeAnswer):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The sum in its form; see :mod:`fedcompo.privacy.factored`."""
+        """The sum in its form, under the names of :class:`FisherDiagonal`; none: empty."""
         return section(FISHER, self.tensors)
 
 
@@ -150,11 +172,16 @@ class DescribeAnswer(IdentifyAnswer):
     """None: not asked for."""
 
     def _write(self) -> Body:
-        entries: dict[str, Any] = {**statistics_entry(self.statistics), "kind": str(self.kind or "")}
+        entries: dict[str, Any] = {
+            **statistics_entry(self.statistics),
+            "kind": str(self.kind or ""),
+        }
         tensors = statistics_tensors(self.statistics)
         if self.fisher is not None:
             own, entries["fisher"] = self.fisher.to_body()
             tensors |= own
+            if wire := entries["fisher"].get("wire"):
+                entries["wire"] = wire
         return tensors, entries
 
     @classmethod
@@ -202,6 +229,8 @@ class VoteAnswer(NoticeAnswer):
 
     hits: tuple[int, ...] = entry(lambda hits: tuple(map(_count, hits)))
     """Images classified correctly, by candidate."""
+    losses: tuple[float, ...] = entry(_floats)
+    """Sums of the cross-entropy; see :class:`fedcompo.composition.voting.Votes`."""
     num_examples: int = entry(_count)
     """Images kept aside; 0: the client does not vote."""
 
@@ -214,6 +243,8 @@ class EvaluateAnswer(NoticeAnswer):
 
     class_il_accuracy: float = entry()
     task_il_accuracy: float = entry()
+    own_heads_accuracy: float | None = entry(default=None)
+    """Over all classes under the clients' own heads side by side, if they were sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,11 +254,8 @@ class AveragingAnswer(_WithTensors):
     CONTENT: ClassVar[str] = "train"
 
     kind: Kind = entry(Kind)
-    losses: tuple[float, ...] = entry(lambda losses: tuple(float(loss) for loss in losses))
+    losses: tuple[float, ...] = entry(_floats)
     """Of each epoch."""
-    frozen_class_il_accuracy: float | None = entry(default=None)
-    """Of the frozen backbone under the joint head, if the request wants it."""
-    frozen_task_il_accuracy: float | None = entry(default=None)
 
     @property
     def task_vector(self) -> dict[str, Tensor]:
@@ -245,6 +273,9 @@ class TrainAnswer(AveragingAnswer, NoticeAnswer):
 
     own_task_accuracy: float | None = entry(default=None)
     """Of the client's own model, within its own classes."""
+    frozen_class_il_accuracy: float | None = entry(default=None)
+    """Of the frozen backbone under the joint head, if the request wants it."""
+    frozen_task_il_accuracy: float | None = entry(default=None)
     holds: Mapping[str, str] = entry(
         lambda holds: {str(name): str(digest) for name, digest in holds.items()}, default={}
     )

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, Statistics
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.body import TASK_VECTOR, Body, Content, entry
 from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import expanded
 from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorfile import prefixed, section
@@ -19,11 +20,11 @@ from fedcompo.training.fit import Course
 from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
-"""Parts that a client may keep between rounds: its metric; its last task vector, with its head."""
-THETA, TOTAL, HEADS = "theta", "total", "heads"
-"""Prefixes of other tensors: composed weights, the sum of task vectors, heads,"""
-REST, WEIGHTS = "rest", "weights"
-"""a sum over other clients, a metric."""
+"""Parts that a client may keep between rounds: the *mean* Fisher that anchors it, dense or
+factored; its last task vector, with its head."""
+THETA, TOTAL, HEADS, REST = "theta", "total", "heads", "rest"
+"""Prefixes of other tensors: composed weights, the sum of task vectors, heads, a sum over other
+clients."""
 REQUEST = "request"
 """The ``content`` of every request."""
 ROUND = "server-round"
@@ -46,22 +47,16 @@ def own_tensors(task_vector: Mapping[str, Tensor], head: Head) -> dict[str, Tens
     return prefixed(TASK_VECTOR, task_vector) | head_tensors(head)
 
 
-def anchor_tensors(anchor: Anchor) -> dict[str, Tensor]:
-    """A metric as it travels."""
-    head = Head((), anchor.head_weight, anchor.head_bias)
-    return head_tensors(head) | prefixed(WEIGHTS, anchor.weights)
-
-
 class IdentifyRequest(Content):
     """Ask a client for its name and classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DescribeRequest(Content):
-    """Ask for statistics of θ₀'s features, by class."""
+    """Ask for statistics of θ₀'s features on all training images, by class."""
 
     fisher: bool = entry(bool)
-    """Whether to send a Fisher sum too, which needs no head of others."""
+    """Whether to send a Fisher sum too, under no head of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +71,16 @@ class NoticeRequest(Content):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRequest(Content):
-    """Ask for the Fisher diagonal of the client's images."""
+    """Ask for the Fisher diagonal of the class probabilities under the joint head."""
 
-    joint: Head | None = None
-    """The head that it is under; None: the client's own."""
+    joint: Head
 
     def _write(self) -> Body:
-        return _joint_body(self.joint) if self.joint else ({}, {})
+        return _joint_body(self.joint)
 
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return _joint_from(tensors, manifest) if "classes" in manifest else {}
+        return _joint_from(tensors, manifest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +106,19 @@ class _OfModels(Content):
 class RealignRequest(_OfModels):
     """Ask for statistics of each model's features, by class."""
 
+    form: Statistics = entry(Statistics, key="statistics")
+    """Of which sort."""
+    vote: bool = entry(bool)
+    """Whether there will be a vote: images kept aside to choose on are left out then."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VoteRequest(_OfModels):
     """Ask how well each model classifies the images kept aside, under a head of its own."""
 
     heads: tuple[Head, ...]
-    """One for each factor, or several, one block after the other: the model of head i has factor
-    i modulo the number of factors."""
+    """One block of heads for each factor after the other: head i goes with factor i modulo their
+    number."""
 
     def _write(self) -> Body:
         tensors, entries = super()._write()
@@ -146,14 +145,21 @@ class EvaluateRequest(Content):
     linearised: bool = entry(bool)
     """Whether they change the model to first order alone."""
     joint: Head
+    own_heads: Head | None = None
+    """The clients' own heads side by side, to measure beside the joint head; same classes."""
 
     def _write(self) -> Body:
         head, entries = _joint_body(self.joint)
-        return prefixed(THETA, self.theta) | head, entries
+        tensors = prefixed(THETA, self.theta) | head
+        if self.own_heads:
+            tensors |= prefixed(HEADS, head_tensors(self.own_heads))
+        return tensors, entries
 
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return {"theta": section(THETA, tensors)} | _joint_from(tensors, manifest)
+        heads = section(HEADS, tensors)
+        own = {"own_heads": head_from(heads, manifest["classes"])} if heads else {}
+        return {"theta": section(THETA, tensors)} | _joint_from(tensors, manifest) | own
 
 
 @dataclass(frozen=True)
@@ -206,24 +212,23 @@ class TrainRequest(Content):
         """Needed parts that the request does not hold."""
         return tuple(name for name in self.needs if name not in self.sent)
 
-    def course(self, *, base: str, classes: tuple[str, ...], beta: float) -> Course:
+    def course(
+        self, theta_0: Weights, *, base: str, classes: tuple[str, ...], beta: float
+    ) -> Course:
         """Return the start of the training and its penalties.
 
         Args:
+            theta_0: The target weights; only names and shapes are used.
             base: Fingerprint of the client's pre-trained weights.
-            classes: The client's own.
+            classes: The client's own; the head of a single one is not trained.
             beta: Strength of the penalty that holds it to the others.
         """
-        course, others = Course(), self.others
+        course, others = Course(fixed=len(classes) == 1), self.others
         if ANCHOR in self.sent:
-            metric = self.sent[ANCHOR]
-            head = head_from(metric, [])
-            course = replace(
-                course, anchor=Anchor(section(WEIGHTS, metric), head.weight, head.bias)
-            )
+            course = replace(course, anchor=Anchor(expanded(self.sent[ANCHOR], theta_0)))
         if OWN in self.sent:
             begin = TaskVector(self.kind, section(TASK_VECTOR, self.sent[OWN]), base)
-            head = head_from(self.sent[OWN], classes)
+            head = None if course.fixed else head_from(self.sent[OWN], classes)
             course = replace(course, begin=begin, head=head)
         if others:
             ensemble = Ensemble(others.rest, others.share, beta, others.scale)

@@ -23,7 +23,7 @@ from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
 from fedcompo.storage.files import CARD, CONTENT, FISHER, write_atomically
-from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
+from fedcompo.storage.tensorstream import Section, StreamedTensors, Without, save_streamed
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,11 @@ def _same_digest(folder: Path, file: str, stated: Mapping[str, str], digest: str
         )
 
 
+OLD_HEAD = ("head.weight", "head.bias")
+"""Entries of the Fisher files of earlier versions, which are not read; their rows belong to the
+``classes`` of the manifest."""
+
+
 def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
     """Write a Fisher sum (float32) to one file.
 
@@ -256,7 +261,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
         "content": "fisher",
         "client": client,
         "base": base,
-        "classes": list(fisher.classes),
+        "classes": [],
         "num_examples": fisher.num_examples,
     }
     tensorfile.save(path, sums, manifest)
@@ -266,7 +271,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
 def load_fisher(
     path: Path, *, client: str, base: str, guard: Callable[[], None] | None = None
 ) -> FisherDiagonal:
-    """Read a file that :func:`save_fisher` wrote.
+    """Read a file that :func:`save_fisher` wrote; the head's rows in an old one are left out.
 
     Args:
         path: The file.
@@ -283,7 +288,7 @@ def load_fisher(
     sums = StreamedTensors(path, guard=guard or (lambda: None))
     manifest = sums.manifest
     _expect(manifest, "fisher", path)
-    if missing := sorted({"client", "base", "classes", "num_examples"} - manifest.keys()):
+    if missing := sorted({"client", "base", "num_examples"} - manifest.keys()):
         raise FileFormatError(
             f"The manifest of {path} has no {missing[0]!r}. It was written by another version of "
             "fedcompo; estimate this Fisher again."
@@ -299,8 +304,9 @@ def load_fisher(
         )
     if guard is None:
         sums.check()
-    values = dict(sums) if guard is None else sums
+    weights = Without(sums, OLD_HEAD)
     try:
-        return FisherDiagonal(values, int(manifest["num_examples"]), tuple(manifest["classes"]))
-    except (ContributionError, ValueError, TypeError) as error:
+        count = int(manifest["num_examples"])
+    except (ValueError, TypeError) as error:
         raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error
+    return FisherDiagonal(dict(weights) if guard is None else weights, count)

@@ -1,18 +1,29 @@
-r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters to the predictions.
+r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters.
 
-.. math:: F = \sum_x \sum_c p_c(x) \left(\frac{\partial \log p_c(x)}{\partial\theta}\right)^2,
-   \qquad p = \mathrm{softmax}(W f(x; \theta) + b)
+.. math:: F = \sum_x \mathrm{diag}\big(J_x^\top H_x\,J_x\big), \qquad J_x = \partial f(x)/\partial\theta
 
-with x the examples, c the classes of the head (W, b) and f the backbone's features. It is kept as a
-*sum* with the number of examples: sums of several clients add up, and one can be taken out again.
-:mod:`fedcompo.training.fisher_estimate` estimates it.
+with x the examples, f the backbone's features and H the identity (what a change does to the
+features), or the Hessian of the cross-entropy (what it does to the class probabilities).
+:mod:`fedcompo.training.fisher_estimate` estimates both.
 
-Source: Porrello et al., ICLR 2025 (arXiv 2405.16350).
+It is kept as a *sum* with the number of examples: sums of several clients add up, and one can be
+taken out again. It has one of two forms. *Dense*: a number for each weight. *Factored*: row sums r
+and column sums c of each weight's matrix, (out, in), which stand for
+
+.. math:: \hat F = \frac{r\,c^\top}{\sqrt{\sum_i r_i \sum_j c_j}}
+
+Of all non-negative matrices of rank one, this is the one nearest to F in the generalised
+Kullback-Leibler divergence :math:`\sum F \log(F/\hat F) - F + \hat F`. It has F's row sums, column
+sums and total. (Under noise the two totals differ; their geometric mean stands for either.)
+
+Sources: Porrello et al., ICLR 2025 (arXiv 2405.16350); Shazeer & Stern, *Adafactor*, ICML 2018
+(arXiv 1804.04235), section 3; Lee & Seung, *Algorithms for Non-negative Matrix Factorization*,
+NIPS 2000.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,57 +31,52 @@ from torch import Tensor
 
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
+from fedcompo.method.statistics import off_grid, to_grid
 
-HEAD = ("head.weight", "head.bias")
-"""Names of the head's weight (classes, features) and bias (classes,); a row belongs to a class."""
+ROWS, COLUMNS = "/rows", "/columns"
+"""Ends of the names of a factored weight's row and column sums."""
+FISHER_BITS = 32
+"""Exact totals are whole multiples of 2^-32."""
 
 
 @dataclass(frozen=True)
 class FisherDiagonal:
-    """A *sum* over examples, and their number.
-
-    Clients' heads differ in their classes. A row of the head belongs to a class by name, and a sum
-    of two diagonals has a row for every class of either.
-    """
+    """A *sum* over examples, and their number."""
 
     sums: Mapping[str, Tensor]
-    """Sum over examples, by weight name, each (out, in); and the head's two, see :data:`HEAD`."""
+    """Not negative. Dense: by weight name, each (out, in). Factored: ``<weight>/rows``, each
+    (out,), and ``<weight>/columns``, each (in,)."""
     num_examples: int
     """Number of examples in the sum."""
-    classes: tuple[str, ...] = ()
-    """Class of each row of the head."""
 
-    def __post_init__(self) -> None:
-        """Refuse a head whose rows do not belong to one class each."""
-        rows = {len(self.sums[name]) for name in HEAD if name in self.sums}
-        if rows - {len(self.classes)} or len(set(self.classes)) < len(self.classes):
-            raise ContributionError(
-                f"The head of a Fisher diagonal has {max(rows, default=0)} rows for the classes "
-                f"{self.classes}; expected one a class, each class named once."
-            )
+    @property
+    def factored(self) -> bool:
+        """Whether it is kept as row and column sums."""
+        return any(name.endswith((ROWS, COLUMNS)) for name in self.sums)
 
-    def check(self, theta_0: Mapping[str, Tensor], *, num_features: int, owner: str) -> None:
+    def check(self, theta_0: Mapping[str, Tensor], *, owner: str) -> None:
         """Refuse sums that do not fit the backbone.
 
         Args:
             theta_0: The target weights, by name; only their shapes are used.
-            num_features: Width of the head's rows.
             owner: Whose sums these are, for the error message.
 
         Raises:
-            ContributionError: If names or shapes are not those of the target weights and the head,
-                a value is negative or not finite in float32, or they sum over no example.
+            ContributionError: If names or shapes are not those of the target weights, a value is
+                negative or not finite in float32, or they sum over no example.
         """
-        rows = len(self.classes)
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
-        expected |= dict(zip(HEAD, ((rows, num_features), (rows,)), strict=True))
+        if self.factored:
+            ends = (ROWS, 0), (COLUMNS, 1)
+            expected = {f"{n}{end}": (s[axis],) for n, s in expected.items() for end, axis in ends}
         for name in sorted(expected.keys() | self.sums.keys()):
             total = self.sums.get(name)
             shape = None if total is None else tuple(total.shape)
             if total is None or shape != expected.get(name):
                 raise ContributionError(
                     f"The Fisher of {owner} has shape {shape} at {name!r}, expected "
-                    f"{expected.get(name)}. Use the same `target-weights` everywhere."
+                    f"{expected.get(name)}. Use the same `target-weights` and fedcompo version "
+                    "everywhere."
                 )
             if not torch.isfinite(total.float()).all() or (total < 0).any():
                 raise ContributionError(
@@ -79,65 +85,113 @@ class FisherDiagonal:
         if self.num_examples < 1:
             raise ContributionError(f"The Fisher of {owner} sums over no example.")
 
-    def for_classes(self, classes: Iterable[str]) -> FisherDiagonal:
-        """Return it with head rows of these classes, in this order; zeros for an unknown class."""
-        classes = tuple(classes)
-        places = {name: row for row, name in enumerate(self.classes)}
-        known = [row for row, name in enumerate(classes) if name in places]
-        own = [places[classes[row]] for row in known]
-        sums = dict(self.sums)
-        for name in self.sums.keys() & set(HEAD):
-            sums[name] = self.sums[name].new_zeros(len(classes), *self.sums[name].shape[1:])
-            sums[name][known] = self.sums[name][own]
-        return FisherDiagonal(sums, self.num_examples, classes)
+    def reduced(self) -> FisherDiagonal:
+        """Return the factored form, in the same dtype; a factored one is returned as it is."""
+        if self.factored:
+            return self
+        parts: Weights = {}
+        for name, total in self.sums.items():
+            rows, columns = (margin.to(total.dtype) for margin in margins(total))
+            parts |= {f"{name}{ROWS}": rows, f"{name}{COLUMNS}": columns}
+        return FisherDiagonal(parts, self.num_examples)
 
     def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """Add two sums over different examples, in float64; classes of either, sorted."""
-        classes = tuple(sorted({*self.classes, *other.classes}))
-        mine, theirs = self.for_classes(classes), other.for_classes(classes)
-        mine._check_alike(theirs)
-        sums = {name: mine.sums[name].double() + theirs.sums[name].double() for name in mine.sums}
-        return FisherDiagonal(sums, self.num_examples + other.num_examples, classes)
+        """Add two sums over different examples, in float64; factored if either is."""
+        mine, theirs = self._alike(other)
+        sums = {name: total.double() + theirs[name].double() for name, total in mine.items()}
+        return FisherDiagonal(sums, self.num_examples + other.num_examples)
 
     def __sub__(self, other: FisherDiagonal) -> FisherDiagonal:
         """Take examples out, in float64; rounding never makes an entry negative."""
-        if unknown := sorted(set(other.classes) - set(self.classes)):
-            raise ContributionError(
-                f"Cannot take out examples under a head with the class {unknown[0]!r}: the sum has "
-                f"the classes {self.classes}."
-            )
-        other = other.for_classes(self.classes)
-        self._check_alike(other)
+        mine, theirs = self._alike(other)
         if other.num_examples > self.num_examples:
             raise ContributionError(
                 f"Cannot take {other.num_examples} examples out of {self.num_examples}."
             )
         sums = {
-            name: (self.sums[name].double() - other.sums[name].double()).clamp_min(0)
-            for name in self.sums
+            name: (total.double() - theirs[name].double()).clamp_min(0)
+            for name, total in mine.items()
         }
-        return FisherDiagonal(sums, self.num_examples - other.num_examples, self.classes)
+        return FisherDiagonal(sums, self.num_examples - other.num_examples)
 
     def mean(self) -> Weights:
-        """Return the mean over examples, float32; zeros if there are none."""
+        """Return the mean over examples in the same form, float32; zeros if there are none."""
         count = max(1, self.num_examples)
         return {name: (total.double() / count).float() for name, total in self.sums.items()}
 
     def mean_trace(self) -> float:
-        """Return the trace of the mean, without the head's entries."""
-        total = sum(float(t.double().sum()) for name, t in self.sums.items() if name not in HEAD)
-        return total / max(1, self.num_examples)
+        """Return the trace of the mean."""
+        counted = (t for name, t in self.sums.items() if not name.endswith(COLUMNS))
+        return sum(float(total.double().sum()) for total in counted) / max(1, self.num_examples)
 
-    def _check_alike(self, other: FisherDiagonal) -> None:
+    def _alike(self, other: FisherDiagonal) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """The sums of both in one form; refuses those of other weights."""
+        factored = self.factored or other.factored
+        mine, theirs = (f.reduced().sums if factored else f.sums for f in (self, other))
         differing = {
             name
-            for name in self.sums.keys() | other.sums.keys()
-            if name not in self.sums
-            or name not in other.sums
-            or self.sums[name].shape != other.sums[name].shape
+            for name in mine.keys() | theirs.keys()
+            if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
         }
         if differing:
             raise ContributionError(
                 f"Two Fisher diagonals differ in {len(differing)} weights, among them "
                 f"{min(differing)!r}; they must have the same names and shapes."
             )
+        return mine, theirs
+
+
+def margins(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row sums, (out,), and column sums, (in,), of a matrix, (out, in); in float64."""
+    total = total.double()
+    return total.sum(1), total.sum(0)
+
+
+def outer(rows: Tensor, columns: Tensor) -> Tensor:
+    r"""Expand margins: :math:`r c^\top / \sqrt{\sum r \sum c}`.
+
+    Args:
+        rows: r, (out,), not negative.
+        columns: c, (in,), not negative.
+
+    Returns:
+        (out, in), float32; zeros where either sums to zero.
+    """
+    r, c = rows.double(), columns.double()
+    total = (r.sum() * c.sum()).sqrt()
+    if total == 0:
+        return torch.zeros(len(r), len(c), device=r.device)
+    return torch.outer(r / total, c).float()
+
+
+def expanded(parts: Mapping[str, Tensor], theta_0: Mapping[str, Tensor]) -> Weights:
+    """Make a Fisher of either form dense.
+
+    Args:
+        parts: A sum or a mean; see :attr:`FisherDiagonal.sums`.
+        theta_0: The target weights; only the names are used.
+
+    Returns:
+        By weight name, each (out, in), float32.
+    """
+    return {
+        name: parts[name].float()
+        if name in parts
+        else outer(parts[f"{name}{ROWS}"], parts[f"{name}{COLUMNS}"])
+        for name in theta_0
+    }
+
+
+def on_grid(fisher: FisherDiagonal) -> Weights:
+    """Return the sums as int64, in units of 2^-32: these add up exactly, in any order.
+
+    Raises:
+        ContributionError: If one is not finite, or too large to be summed.
+    """
+    return {name: to_grid(total, FISHER_BITS) for name, total in fisher.sums.items()}
+
+
+def from_grid(totals: Mapping[str, Tensor], num_examples: int) -> FisherDiagonal:
+    """Return totals of :func:`on_grid` as a Fisher sum, float64."""
+    sums = {name: off_grid(total, FISHER_BITS) for name, total in totals.items()}
+    return FisherDiagonal(sums, num_examples)

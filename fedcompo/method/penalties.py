@@ -79,21 +79,6 @@ def own_strength(share: float) -> float:
     return 1 - share if share < 1 else 0.5
 
 
-def head_penalty(
-    change: Tensor, fisher: Tensor, *, fisher_strength: float, plain_strength: float
-) -> Tensor:
-    r"""Anchor a head to the aligned one: :math:`a\sum F\odot\delta^2 + b\,\lVert\delta\rVert^2`.
-
-    Args:
-        change: :math:`\delta`, the head minus the aligned head: its weight or bias, any shape.
-        fisher: *Mean* Fisher diagonal of the head; same shape.
-        fisher_strength: a.
-        plain_strength: b.
-    """
-    squared = change.square()
-    return fisher_strength * (fisher * squared).sum() + plain_strength * squared.sum()
-
-
 def explicit_step(
     deltas: Mapping[str, Delta],
     fisher: Weights,

@@ -77,7 +77,7 @@ class FeatureSums:
         Raises:
             ContributionError: If a number is not finite, or too large to be summed.
         """
-        return cls(classes, counts.to(torch.int64), _on_grid(sums), _on_grid(second))
+        return cls(classes, counts.to(torch.int64), to_grid(sums), to_grid(second))
 
     @property
     def num_examples(self) -> int:
@@ -199,17 +199,21 @@ def unpacked(triangle: Tensor) -> Tensor:
     return matrix
 
 
-def off_grid(values: Tensor) -> Tensor:
-    """Return whole multiples of the grid as numbers, float64."""
-    return values.double() * 2.0**-BITS
+def off_grid(values: Tensor, bits: int = BITS) -> Tensor:
+    """Return whole multiples of 2^-bits as numbers, float64."""
+    return values.double() * 2.0**-bits
 
 
-def _on_grid(values: Tensor) -> Tensor:
-    """Round to the grid, by way of float32; int64."""
-    scaled = values.float().double() * 2.0**BITS
+def to_grid(values: Tensor, bits: int = BITS) -> Tensor:
+    """Round to whole multiples of 2^-bits, by way of float32; int64.
+
+    Raises:
+        ContributionError: If a number is not finite, or too large to be summed.
+    """
+    scaled = values.float().double() * 2.0**bits
     if values.numel() and not float(scaled.abs().max()) < CEILING:  # also if it is not a number
         raise ContributionError(
-            f"Feature statistics reach {float(values.double().abs().max()):g}, expected numbers "
-            f"below {CEILING * 2.0**-BITS:g}."
+            f"Sums of a client reach {float(values.double().abs().max()):g}, expected numbers "
+            f"below {CEILING * 2.0**-bits:g}."
         )
     return scaled.round().to(torch.int64)

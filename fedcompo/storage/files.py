@@ -21,7 +21,9 @@ CONTENT, FISHER, CARD = "contribution.safetensors", "fisher.safetensors", "card.
 WEIGHTS, CONFIG, MODEL_CARD = "model.safetensors", "config.json", "README.md"
 """Files of a composed model."""
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
-"""Files beside it in a registry: the integer sum; mixtures that its head was fitted to again."""
+"""Files beside it in a registry: the integer sum; statistics that its head was made of again."""
+TOTALS = "statistics.safetensors"
+"""And the members' statistics and Fisher diagonals, summed."""
 PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of the installed library."""
 BACKBONE = "backbone.safetensors"

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -159,6 +159,29 @@ class Section(Mapping[str, "Tensor"]):
 
     def __iter__(self) -> Iterator[str]:
         """Names without the prefix."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._names)
+
+
+class Without(Mapping[str, "Tensor"]):
+    """The tensors but for those of some names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        left_out = set(names)
+        self._tensors = tensors
+        self._names = [name for name in tensors if name not in left_out]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one tensor."""
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, in their order."""
         return iter(self._names)
 
     def __len__(self) -> int:

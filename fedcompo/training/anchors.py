@@ -30,7 +30,7 @@ class FisherSums:
     members: tuple[str, ...]
     """Clients that have a Fisher sum, sorted."""
     total: FisherDiagonal
-    """Sum over the examples of all members; its head has the classes of all their heads."""
+    """Sum over the examples of all members; factored if one of them is."""
     load: Callable[[str], FisherDiagonal]
     """Reads a member's Fisher sum."""
     reference: FisherDiagonal | None = None
@@ -55,29 +55,24 @@ class FisherSums:
         members = tuple(sorted(members))
         return cls(by, members, functools.reduce(operator.add, map(load, members)), load, reference)
 
-    def mean_for(
-        self, client: str, classes: Iterable[str], *, with_own: bool = False
-    ) -> Weights | None:
+    def mean_for(self, client: str, *, with_own: bool = False) -> Weights | None:
         """Return the *mean* Fisher that anchors a client; None if there are no examples for it.
 
         Args:
             client: A member.
-            classes: The client's classes, which the head's rows will belong to; a class that the
-                sum's head lacks gets zeros.
             with_own: Whether the others' examples and its own anchor it (IEL).
+
+        Returns:
+            In the form of the sums; see :func:`fedcompo.method.fisher.expanded`.
         """
         if not self.anchored(client, with_own=with_own):
             return None
         if self.by is AnchorBy.OWN:
-            fisher = self.load(client)
-        elif self.by is AnchorBy.REFERENCE:
+            return self.load(client).mean()
+        if self.by is AnchorBy.REFERENCE:
             assert self.reference is not None
-            fisher = self.reference
-        elif with_own:
-            fisher = self.total
-        else:
-            fisher = self.total - self.load(client)
-        return fisher.for_classes(classes).mean()
+            return self.reference.mean()
+        return (self.total if with_own else self.total - self.load(client)).mean()
 
     def anchored(self, client: str, *, with_own: bool = False) -> bool:
         """Whether there are examples whose Fisher anchors a client."""

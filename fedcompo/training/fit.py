@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training.augmentation import augment
-from fedcompo.training.penalty import Anchor, Ensemble, HeadTraining, TrainingPenalty
+from fedcompo.training.head import HeadTraining, feature_scale
+from fedcompo.training.penalty import Anchor, Ensemble, TrainingPenalty
 
 LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step size of each kind where ``learning-rate`` is 0: the fewer parameters, the larger."""
@@ -41,19 +43,21 @@ class Fitted:
     task_vector: TaskVector
     head: Head
     losses: tuple[float, ...]
-    """Mean training loss of each epoch, without penalties."""
+    """Mean training loss of each epoch, the last of which may be a part; without penalties."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """The start of a training, the penalties that act on it, and its place in a longer training."""
+    """The start of a training, the penalty that acts on it, and its place in a longer training."""
 
     begin: TaskVector | None = None
     """Task vector to go on with; None: a new one."""
     head: Head | None = None
-    """Head to go on with; None: the aligned one."""
+    """Head to go on with; None: that which training starts from."""
+    fixed: bool = False
+    """Whether the head stays as it is: one class alone teaches no head anything."""
     anchor: Anchor | None = None
-    """Metric of the penalties; None: no Fisher penalty."""
+    """Metric of the penalty; None: no penalty."""
     ensemble: Ensemble | None = None
     """The others that the client trains in sum with (IEL); None: alone (ITA)."""
     passed: float = 0.0
@@ -68,7 +72,7 @@ def fit_task_vector(
     backbone: Backbone,
     kind: Kind,
     data: Split,
-    aligned: Head,
+    start: Head,
     config: TrainConfig,
     *,
     generator: torch.Generator,
@@ -77,44 +81,60 @@ def fit_task_vector(
 ) -> Fitted:
     """Fine-tune the backbone's target weights and a head on one client's images.
 
+    Training takes ``local_epochs`` passes over the images, or more until there are ``local_steps``
+    steps (of a part of a longer training: that share of them); the last pass may then be cut short.
+
     Args:
         backbone: Pre-trained weights.
         kind: How the task vector is parametrised.
-        data: Training images; labels index ``aligned.classes``.
-        aligned: Head that training begins with, and that the head penalty pulls to.
+        data: Training images; labels index ``start.classes``.
+        start: Head that training begins with.
         config: How to train.
         generator: Source of LoRA's A, of the order of images and of augmentation; on the CPU.
-        course: Another start, penalties, part of a longer training; None: none of these.
+        course: Another start, a penalty, part of a longer training; None: none of these.
         on_epoch: Called after each epoch.
 
     Returns:
-        Task vector, head, losses.
+        Task vector; head, of a fixed one the rows of the labels alone; losses.
 
     Raises:
         ContributionError: If the loss stops being finite.
     """
     course = course or Course()
     training_of = _TangentTraining if kind is Kind.TANGENT else _Training
-    training = training_of(backbone, kind, aligned, config, course, generator)
-    steps = config.local_epochs * math.ceil(len(data.labels) / config.batch_size)
+    head = HeadTraining(
+        course.head or start,
+        scale=feature_scale(backbone, data.images),
+        fixed=course.fixed,
+        device=backbone.device,
+    )
+    training = training_of(backbone, kind, head, config, course, generator)
+    per_epoch = math.ceil(len(data.labels) / config.batch_size)
+    floor = math.ceil(round(config.local_steps * course.share, 6))
+    steps = max(config.local_epochs * per_epoch, floor)
+    epochs = math.ceil(steps / per_epoch)
     losses: list[float] = []
     step = 0
-    for epoch in range(config.local_epochs):
-        total = 0.0
-        for images, labels in _batches(data, config.batch_size, generator):
+    for epoch in range(1, epochs + 1):
+        total, seen = 0.0, 0
+        for images, labels in islice(_batches(data, config.batch_size, generator), steps - step):
             passed = course.passed + course.share * step / steps
             schedule = 0.5 * (1 + math.cos(math.pi * passed))
             step += 1
             total += len(labels) * training.step(images, labels, schedule, last=step == steps)
-        losses.append(total / len(data.labels))
+            seen += len(labels)
+        losses.append(total / seen)
         if not math.isfinite(losses[-1]):
             raise ContributionError(
-                f"The training loss is {losses[-1]} after epoch {epoch + 1}: training diverged. "
+                f"The training loss is {losses[-1]} after epoch {epoch}: training diverged. "
                 "Lower `learning-rate`, or use `penalty = implicit`."
             )
-        on_epoch(epoch + 1, config.local_epochs, losses[-1])
+        on_epoch(epoch, epochs, losses[-1])
     vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
-    return Fitted(vector, training.head.result(), tuple(losses))
+    trained = head.result()
+    if course.fixed:
+        trained = trained.rows(trained.classes[label] for label in sorted(set(data.labels.tolist())))
+    return Fitted(vector, trained, tuple(losses))
 
 
 def ensembled(tau: Weights, theta_0: Weights, ensemble: Ensemble | None) -> Weights:
@@ -146,17 +166,16 @@ class _Training:
         self,
         backbone: Backbone,
         kind: Kind,
-        aligned: Head,
+        head: HeadTraining,
         config: TrainConfig,
         course: Course,
         generator: torch.Generator,
     ) -> None:
         self._backbone, self._config, self._generator = backbone, config, generator
+        self._head = head
         self.deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
         if course.begin is not None:
             _restore(self.deltas, course.begin)
-        start = course.head or aligned
-        self.head = HeadTraining(start, aligned, course.anchor, config, backbone.device)
         self._penalty = TrainingPenalty(self.deltas, course.anchor, course.ensemble, config)
         self._ensemble = course.ensemble
         if self._ensemble is not None:
@@ -167,11 +186,11 @@ class _Training:
         decay = 0.0 if kind is Kind.IA3 else config.weight_decay
         groups = [
             {"params": trained, "weight_decay": decay},
-            {"params": self.head.parameters, "weight_decay": 0.0},
+            {"params": head.parameters, "weight_decay": 0.0},
         ]
         self._peak = config.learning_rate or LEARNING_RATES[kind]
         self._optimiser = torch.optim.AdamW(groups, lr=self._peak)
-        self._parameters = [*trained, *self.head.parameters]
+        self._parameters = [*trained, *head.parameters]
         self._mu = course.proximal_mu
         self._began = [p.detach().clone() for p in self._parameters] if self._mu else []
 
@@ -184,9 +203,9 @@ class _Training:
         )
         tau = {name: delta() for name, delta in self.deltas.items()}
         with _autocast(self._config.precision, self._backbone.device):
-            logits = self.head.logits(self._features(tau, images))
+            logits = self._head.logits(self._features(tau, images))
         loss = self._loss(logits.float(), labels.to(self._backbone.device))
-        objective = loss + self.head.penalty() + self._proximal()
+        objective = loss + self._proximal()
         if (penalty := self._penalty.loss(tau)) is not None:
             objective = objective + penalty
         self._optimiser.zero_grad()

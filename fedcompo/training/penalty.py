@@ -1,8 +1,7 @@
-r"""Applies the penalties while a client trains, to its task vector and to its head.
+r"""Applies the penalty while a client trains.
 
 ITA pulls :math:`\tau` to the pre-trained weights, IEL also to the other task vectors that it is
-added up with. The head is pulled to the aligned head. :mod:`fedcompo.method.penalties` has the
-equations.
+added up with. :mod:`fedcompo.method.penalties` has the equations.
 """
 
 from __future__ import annotations
@@ -11,17 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedcompo.config.choices import Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.deltas import Delta, Weights
-from fedcompo.method.fisher import HEAD
-from fedcompo.method.heads import Head
 from fedcompo.method.penalties import (
     explicit_step,
-    head_penalty,
     iel_penalty,
     implicit_step,
     ita_penalty,
@@ -31,20 +26,10 @@ from fedcompo.method.penalties import (
 
 @dataclass(frozen=True)
 class Anchor:
-    """The metric of a client's penalties: a *mean* Fisher."""
+    """The metric of a client's penalty: a *mean* Fisher."""
 
     weights: Weights
-    """By weight name, each (out, in); empty: there is a penalty on the head alone."""
-    head_weight: Tensor
-    """(own classes, features)."""
-    head_bias: Tensor
-    """(own classes,)."""
-
-    @classmethod
-    def of(cls, mean: Weights) -> Anchor:
-        """Split a mean Fisher, whose head rows are the client's own classes."""
-        weights = {name: fisher for name, fisher in mean.items() if name not in HEAD}
-        return cls(weights, *(mean[name] for name in HEAD))
+    """By weight name, each (out, in)."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +70,7 @@ class TrainingPenalty:
         """
         self._deltas, self._config, self._ensemble = deltas, config, ensemble
         strength = config.alpha if ensemble is None else ensemble.beta
-        # Where no client sent a Fisher of the backbone, there is an anchor of the head alone.
-        held = anchor is not None and bool(anchor.weights) and strength > 0
-        self._fisher = _on_devices(deltas, anchor.weights) if anchor and held else {}
+        self._fisher = _on_devices(deltas, anchor.weights) if anchor and strength > 0 else {}
         self._rest = _on_devices(deltas, ensemble.rest) if ensemble and self._fisher else {}
         self._strength, self._pull = strength, None
         if ensemble is not None:
@@ -135,60 +118,3 @@ def _on_devices(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
 def _device(delta: Delta) -> torch.device:
     return next(delta.parameters()).device
 
-
-class HeadTraining:
-    """Trainable rows of a head."""
-
-    def __init__(
-        self,
-        start: Head,
-        aligned: Head,
-        anchor: Anchor | None,
-        config: TrainConfig,
-        device: torch.device,
-    ) -> None:
-        """Copy a head, to be trained.
-
-        Args:
-            start: Where training begins.
-            aligned: Head that the penalty pulls to; same classes.
-            anchor: Metric of the penalty; None: only the plain square is left.
-            config: Strengths.
-            device: Where to train.
-        """
-        self.classes = start.classes
-        self.weight = nn.Parameter(start.weight.float().to(device, copy=True))
-        self.bias = nn.Parameter(start.bias.float().to(device, copy=True))
-        self._aligned = aligned.weight.float().to(device), aligned.bias.float().to(device)
-        zeros = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self._fisher = zeros
-        if anchor is not None:
-            self._fisher = anchor.head_weight.to(device), anchor.head_bias.to(device)
-        self._strengths = {
-            "fisher_strength": config.head_alpha,
-            "plain_strength": config.head_decay,
-        }
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """Weight (classes, features) and bias (classes,)."""
-        return [self.weight, self.bias]
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Return (batch, classes) of features (batch, features)."""
-        return F.linear(features, self.weight, self.bias)
-
-    def penalty(self) -> Tensor:
-        """Return the penalty on the distance from the aligned head; a scalar."""
-        return torch.stack(
-            [
-                head_penalty(parameter - aligned, fisher, **self._strengths)
-                for parameter, aligned, fisher in zip(
-                    self.parameters, self._aligned, self._fisher, strict=True
-                )
-            ]
-        ).sum()
-
-    def result(self) -> Head:
-        """Return the head as it is now, on the CPU."""
-        return Head(self.classes, self.weight.detach().cpu(), self.bias.detach().cpu())

@@ -1,7 +1,7 @@
 r"""A linear probe and a Fisher diagonal at :math:`\theta_0`, from one party's images alone.
 
 A party is a client, or the owner of a reference Fisher: the Fisher diagonal of public images, or of
-the coordinator's own, under a linear probe fitted to them. A client anchored by it does not depend
+the coordinator's own; of class probabilities, under a linear probe fitted to them. A client anchored by it does not depend
 on any other client, and no removal of another concerns it. It keeps what the backbone knows of
 *those* images; the more they resemble the clients' images, the better the reference replaces the
 Fisher of the others.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.choices import Curvature
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data, load_folder
 from fedcompo.method.contribution import load_fisher, save_fisher
@@ -52,27 +53,27 @@ def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridg
 
 def fisher_of_images(
     backbone: Backbone,
-    head: Head,
     images: Tensor,
     config: FisherConfig,
     *,
     seed: int,
     owner: str,
+    head: Head | None = None,
     on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
-    """Estimate the Fisher diagonal of the target weights and a head on one party's images.
+    """Estimate the Fisher diagonal of the target weights on one party's images.
 
     Args:
         backbone: Pre-trained weights.
-        head: Turns features into logits.
         images: (count, channels, size, size), uint8.
         config: How to estimate it, and on how many of the images.
         seed: Seed of the run.
         owner: Whose images they are; draws are derived from ``seed`` and this name.
+        head: Turns features into logits; needed for the Fisher of class probabilities.
         on_images: Called after each batch.
 
     Returns:
-        The *sum* over the images used, float32 on the CPU, and a report.
+        The *sum* over the images used, dense, float32 on the CPU, and a report.
     """
     if 0 < config.fisher_examples < len(images):
         generator = generator_for(seed, "fisher-examples", owner)
@@ -87,16 +88,15 @@ def fisher_of_images(
 
     fisher, report = estimate_fisher(
         backbone.model,
-        head,
         batches(),
         backbone.theta_0,
-        kind=config.fisher,
-        tolerance=config.fisher_tolerance,
+        head=head,
+        curvature=config.curvature,
         samples=config.fisher_samples,
         generator=generator_for(seed, "fisher", owner),
     )
     sums = {name: total.float().cpu() for name, total in fisher.sums.items()}
-    return FisherDiagonal(sums, fisher.num_examples, fisher.classes), report
+    return FisherDiagonal(sums, fisher.num_examples), report
 
 
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:
@@ -121,7 +121,9 @@ def reference_fisher(
     *,
     on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
-    """Estimate the Fisher diagonal of public images under a linear probe of their classes.
+    """Estimate the Fisher diagonal of public images.
+
+    Of class probabilities: under a linear probe of their classes.
 
     Args:
         backbone: Pre-trained weights.
@@ -130,19 +132,20 @@ def reference_fisher(
         on_images: Called after each batch.
 
     Returns:
-        The *sum* over images, and a report. The head has no rows, as no client has its classes.
+        The *sum* over images, and a report.
     """
-    probe = fit_probe(backbone, data.train, data.classes, ridge=config.head.ridge)
-    fisher, report = fisher_of_images(
+    probe = None
+    if config.fisher.curvature is not Curvature.FEATURES:
+        probe = fit_probe(backbone, data.train, data.classes, ridge=config.head.ridge)
+    return fisher_of_images(
         backbone,
-        probe,
         data.train.images,
         config.fisher,
         seed=config.seed,
         owner=OWNER,
+        head=probe,
         on_images=on_images,
     )
-    return fisher.for_classes(()), report
 
 
 def save_reference(path: Path, fisher: FisherDiagonal, *, base: str) -> str:
