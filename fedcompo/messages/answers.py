@@ -99,9 +99,8 @@ class Answer(Content):
 
 def caps_of(answer: Body) -> list[Any]:
     """Limits that an answer states, and those of the Fisher inside it; not checked."""
-    manifest = answer[1]
-    inside = manifest.get("fisher", {})
-    stated = [part.get("caps") for part in (manifest, inside) if isinstance(part, Mapping)]
+    parts = answer[1], answer[1].get("fisher")
+    stated = [part.get("caps") for part in parts if isinstance(part, Mapping)]
     return [caps for caps in stated if caps]
 
 
@@ -223,16 +222,13 @@ class RealignAnswer(NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class VoteAnswer(NoticeAnswer):
-    """How well candidates classify the images that a client keeps aside."""
+    """How well candidates do on images kept aside; see :mod:`fedcompo.composition.voting`."""
 
     CONTENT: ClassVar[str] = "vote"
 
     hits: tuple[int, ...] = entry(lambda hits: tuple(map(_count, hits)))
-    """Images classified correctly, by candidate."""
     losses: tuple[float, ...] = entry(_floats)
-    """Sums of the cross-entropy; see :class:`fedcompo.composition.voting.Votes`."""
     num_examples: int = entry(_count)
-    """Images kept aside; 0: the client does not vote."""
 
 
 @dataclass(frozen=True, kw_only=True)
