@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from fedcompo.composition.head import joint_head as joint_head
     from fedcompo.composition.models import load_tangent_model as load_tangent_model
     from fedcompo.composition.running_sum import RunningSum as RunningSum
+    from fedcompo.composition.scale import Factor as Factor
     from fedcompo.composition.settings import CompositionSettings as CompositionSettings
     from fedcompo.composition.timm_folder import export_timm as export_timm
-    from fedcompo.composition.version import Recipe as Recipe
-    from fedcompo.composition.version import write_version as write_version
 
 __all__, __getattr__, __dir__ = face(__name__)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcompo.composition.scale import significant
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import stored_shapes
@@ -188,11 +189,6 @@ def squared_length(values: Tensor) -> float:
     """Return the squared length of values on the grid, (out, in), in units of task vectors."""
     squares = (float(values[rows].double().square().sum()) for rows in _pieces(values))
     return math.fsum(squares) * GRID * GRID
-
-
-def significant(value: float, digits: int) -> float:
-    """Round to a number of significant digits."""
-    return float(f"{value:.{digits - 1}e}")
 
 
 def add(total: Tensor, term: Tensor, times: int) -> Tensor:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.backbone.tangent import TangentModel, change_from
 from fedcompo.composition import fixed_point
 from fedcompo.composition.head import head_of
-from fedcompo.composition.scale import factor_of
+from fedcompo.composition.scale import Factor, FactorBy, norm_preserving, significant
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import timm_config
 from fedcompo.composition.version import terms_of
@@ -41,7 +42,7 @@ def stream_composition(
         coefficients: By client; None: the registry's own.
         settings: The registry's scale and coefficients.
         factor: :math:`\lambda'` on :math:`\sum_c m_c \tau_c`, or :math:`\lambda` on the mean with
-            these coefficients; None: see :func:`~fedcompo.composition.scale.factor_of`.
+            these coefficients; None: see :func:`factor_of`.
 
     Raises:
         BackboneMismatch: If the pool was trained on another backbone.
@@ -58,6 +59,38 @@ def stream_composition(
         weight = backbone.tensors[name]
         total = fixed_point.sum_of(terms, name, weight)
         yield name, fixed_point.compose(weight, total, factor=factor)
+
+
+def factor_of(
+    pool: Pool,
+    backbone: StoredBackbone,
+    settings: CompositionSettings,
+    coefficients: Mapping[str, float] | None = None,
+) -> Factor:
+    """Return the factor of a composition that nobody voted on.
+
+    Args:
+        pool: At least one contribution, all on this backbone.
+        backbone: Pre-trained weights.
+        settings: Scale and coefficients.
+        coefficients: In place of the settings' own; they sum to one, so that the factor is the
+            scale.
+    """
+    shares = dict(coefficients or {c.client: settings.times(c.num_examples) for c in pool})
+    if settings.scale is not None:
+        together = sum(shares.values()) if coefficients is None else 1
+        return Factor(settings.scale / together, FactorBy.FIXED)
+    squared, squared_sum = dict.fromkeys(shares, 0.0), 0.0
+    for name in sorted(backbone.target_weights):
+        weight = backbone.tensors[name]
+        total = torch.zeros(weight.shape, dtype=torch.float64)
+        for member in pool:
+            term = fixed_point.rounded(member.task_vector, name, weight, owner=member.client)
+            squared[member.client] += fixed_point.squared_length(term)
+            total += shares[member.client] * term.double()
+        squared_sum += fixed_point.squared_length(total)
+    lengths = {c: (shares[c], significant(squared[c], fixed_point.NORM_DIGITS)) for c in shares}
+    return Factor(norm_preserving(lengths, squared_sum), FactorBy.NORMS)
 
 
 def composed_model(

@@ -15,14 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-import torch
-from torch import Tensor
-
-from fedcompo.backbone.stored import StoredBackbone
-from fedcompo.composition import fixed_point
-from fedcompo.composition.settings import CompositionSettings
-from fedcompo.method.pool import Pool
-
 FACTOR_DIGITS = 4
 """Significant digits of a factor that is computed from lengths."""
 
@@ -70,36 +62,9 @@ def norm_preserving(lengths: Mapping[str, tuple[float, float]], squared_sum: flo
         return 1 / together
     energy = math.fsum(times * squared for times, squared in lengths.values())
     factor = math.sqrt(energy / together / squared_sum)
-    return fixed_point.significant(min(factor, len(lengths) / together), FACTOR_DIGITS)
+    return significant(min(factor, len(lengths) / together), FACTOR_DIGITS)
 
 
-def factor_of(
-    pool: Pool,
-    backbone: StoredBackbone,
-    settings: CompositionSettings,
-    coefficients: Mapping[str, float] | None = None,
-) -> Factor:
-    """Return the factor of a composition that nobody voted on.
-
-    Args:
-        pool: At least one contribution, all on this backbone.
-        backbone: Pre-trained weights.
-        settings: Scale and coefficients.
-        coefficients: In place of the settings' own; they sum to one, so that the factor is the
-            scale.
-    """
-    shares = dict(coefficients or {c.client: settings.times(c.num_examples) for c in pool})
-    if settings.scale is not None:
-        together = sum(shares.values()) if coefficients is None else 1
-        return Factor(settings.scale / together, FactorBy.FIXED)
-    squared, squared_sum = dict.fromkeys(shares, 0.0), 0.0
-    for name in sorted(backbone.target_weights):
-        weight = backbone.tensors[name]
-        total = torch.zeros(weight.shape, dtype=torch.float64)
-        for member in pool:
-            term = fixed_point.rounded(member.task_vector, name, weight, owner=member.client)
-            squared[member.client] += fixed_point.squared_length(term)
-            total += shares[member.client] * term.double()
-        squared_sum += fixed_point.squared_length(total)
-    lengths = {c: (shares[c], fixed_point.significant(squared[c], fixed_point.NORM_DIGITS)) for c in shares}
-    return Factor(norm_preserving(lengths, squared_sum), FactorBy.NORMS)
+def significant(value: float, digits: int) -> float:
+    """Round to a number of significant digits."""
+    return float(f"{value:.{digits - 1}e}")

@@ -1,14 +1,13 @@
 r"""A composed version on disk: the running sum and the model computed from it.
 
-One pass over the target weights writes both files, with a few weights in memory. The sum continues
-the one before, or is taken over all members; both give the same bits
-(:mod:`fedcompo.composition.fixed_point`). Plain timm loads the folder, unless it is composed of
+First the sum is written, one weight at a time. It continues the one before, or is taken over all
+members; both give the same bits (:mod:`fedcompo.composition.fixed_point`). Then the factor is
+known, and the model is computed from the sum. Plain timm loads the folder, unless it is composed of
 tangents.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,13 @@ from torch import Tensor
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import Term
-from fedcompo.composition.head import head_of
+from fedcompo.composition.fixed_point import Rounding, Term
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import write_model
-from fedcompo.method.contribution import mixture_tensors, mixtures_from
-from fedcompo.method.features import FeatureMixture, Mixtures
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.storage.files import SUM
-from fedcompo.storage.tensorstream import Section, StreamedTensors, TensorWriter, save_streamed
+from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter
 
 
 class RoundedDifferently(Exception):
@@ -36,98 +32,84 @@ class RoundedDifferently(Exception):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All inputs of a version."""
+class WrittenSum:
+    """What is known once a running sum is written."""
 
-    backbone: StoredBackbone
-    terms: Sequence[Term]
-    """Clients to add; where ``before`` is given, also clients to take out."""
-    before: StreamedTensors | None
-    """Sum to continue; None: start at zero."""
-    count: int
-    """M, over all members of the version."""
-    scale: float
-    head: Head
-    linearised: bool = False
-    """Whether the members are tangents."""
-
-    @classmethod
-    def of(cls, pool: Pool, backbone: StoredBackbone, settings: CompositionSettings) -> Recipe:
-        """Compose exactly these contributions."""
-        terms = [Term(m.client, m.task_vector, settings.times(m.num_examples)) for m in pool]
-        count = sum(term.times for term in terms)
-        head = head_of(pool, settings)
-        return cls(backbone, terms, None, count, settings.scale, head, pool.linearised)
+    roundings: tuple[Rounding, ...]
+    """Of each term, in their order."""
+    squared_norm: float
+    r""":math:`\lVert\sum_c m_c \tau_c\rVert^2`."""
 
 
-def write_version(folder: Path, recipe: Recipe) -> list[str]:
-    """Write a version's running sum and model.
+def terms_of(pool: Pool, settings: CompositionSettings) -> list[Term]:
+    """Return the members of a pool as terms of a sum."""
+    return [Term(m.client, m.task_vector, settings.times(m.num_examples)) for m in pool]
+
+
+def write_sum(
+    path: Path,
+    backbone: StoredBackbone,
+    terms: Sequence[Term],
+    *,
+    count: int,
+    before: StreamedTensors | None = None,
+) -> WrittenSum:
+    """Write a running sum.
 
     Args:
-        folder: A folder that exists.
-        recipe: Inputs of the version.
-
-    Returns:
-        SHA-256 of each term's rounded form, in the order of the terms.
+        path: A new file.
+        backbone: Pre-trained weights.
+        terms: Clients to add; where ``before`` is given, also clients to take out.
+        count: M, over all members.
+        before: Sum to continue; None: start at zero.
 
     Raises:
-        RoundedDifferently: If a term's rounded form has changed; then compose from all members.
+        RoundedDifferently: If a term's rounded form has changed; then sum over all members.
         ContributionError: If a value leaves the range of the sum.
     """
-    backbone = recipe.backbone
-    digests = [hashlib.sha256() for _ in recipe.terms]
-    about = {"base": backbone.fingerprint, "count": recipe.count}
+    roundings = tuple(Rounding() for _ in terms)
+    squared = 0.0
     layout = {
         name: (torch.int64, backbone.tensors.layout[name][1]) for name in backbone.target_weights
     }
-    manifest = {"content": "sum", "bits": fixed_point.BITS, **about}
-    with TensorWriter(folder / SUM, layout, manifest) as running:
-        write_model(
-            folder,
-            backbone,
-            _composed(recipe, digests, running),
-            recipe.head,
-            linearised=recipe.linearised,
-            about={"scale": recipe.scale, **about},
-        )
-    rounded = [digest.hexdigest() for digest in digests]
-    for term, digest in zip(recipe.terms, rounded, strict=True):
-        if term.rounded_sha256 not in ("", digest):
+    about = {"base": backbone.fingerprint, "count": count}
+    with TensorWriter(path, layout, {"content": "sum", "bits": fixed_point.BITS, **about}) as file:
+        for name in sorted(backbone.target_weights):
+            weight, start = backbone.tensors[name], before[name] if before is not None else None
+            total = fixed_point.sum_of(terms, name, weight, start=start, roundings=roundings)
+            squared += fixed_point.squared_length(total)
+            file.write(name, total)
+    for term, rounding in zip(terms, roundings, strict=True):
+        if term.rounded_sha256 not in ("", rounding.sha256):
             raise RoundedDifferently(term.client)
-    return rounded
+    return WrittenSum(roundings, squared)
 
 
-def _composed(
-    recipe: Recipe, digests: Sequence[Any], running: TensorWriter
-) -> Iterator[tuple[str, Tensor]]:
-    """Compute and write the sum of each weight; yield the composed weight."""
-    for name in sorted(recipe.backbone.target_weights):
-        weight = recipe.backbone.tensors[name]
-        before = recipe.before[name] if recipe.before is not None else None
-        total = fixed_point.sum_of(recipe.terms, name, weight, start=before, digests=digests)
-        running.write(name, total)
-        yield name, fixed_point.compose(weight, total, count=recipe.count, scale=recipe.scale)
+def write_composed(
+    folder: Path,
+    backbone: StoredBackbone,
+    head: Head,
+    *,
+    factor: float,
+    linearised: bool,
+    about: Mapping[str, Any],
+) -> None:
+    r"""Write the model that follows from the running sum in the same folder.
 
+    Args:
+        folder: Holds the sum.
+        backbone: Pre-trained weights.
+        head: Joint head.
+        factor: :math:`\lambda'`.
+        linearised: Whether the members are tangents.
+        about: Further entries of the manifest.
+    """
+    running = StreamedTensors(folder / SUM)
 
-def save_realigned(path: Path, mixtures: Mapping[str, Mixtures]) -> None:
-    """Write the clients' mixtures of the composed model's features."""
-    tensors = {
-        f"{client}/{name}": tensor
-        for client, own in mixtures.items()
-        for name, tensor in mixture_tensors(own).items()
-    }
-    counts = {
-        client: {name: mixture.num_examples for name, mixture in own.items()}
-        for client, own in mixtures.items()
-    }
-    save_streamed(path, tensors, {"content": "realigned", "mixtures": counts})
+    def composed() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(backbone.target_weights):
+            weight = backbone.tensors[name]
+            yield name, fixed_point.compose(weight, running[name], factor=factor)
 
-
-def load_realigned(path: Path) -> dict[str, dict[str, FeatureMixture]]:
-    """Read what :func:`save_realigned` wrote, by client and class."""
-    tensors = StreamedTensors(path)
-    tensors.check()
-    return {
-        client: mixtures_from(Section(tensors, client), counts)
-        for client, counts in tensors.manifest["mixtures"].items()
-    }
+    about = {**about, "base": backbone.fingerprint, "count": running.manifest["count"]}
+    write_model(folder, backbone, composed(), head, linearised=linearised, about=about)

@@ -6,12 +6,21 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from fedcompo.config.choices import Statistics
 from fedcompo.errors import ContributionError, FileFormatError
-from fedcompo.method.contribution import Contribution
+from fedcompo.method.contribution import (
+    AnyStatistics,
+    Contribution,
+    check_statistics,
+    counts_of,
+)
 from fedcompo.method.deltas import Weights
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name, check_distinct
 from fedcompo.storage.files import CARD, CONTENT, FISHER, sync
 
+MOST = 2**53
+"""Largest number of examples: up to here a float holds every whole number."""
 PIECE = 1 << 22
 """Bytes copied at a time."""
 
@@ -59,6 +68,7 @@ def check_contribution(
     theta_shapes: Weights,
     base: str,
     num_features: int,
+    statistics: Statistics,
     members: Iterable[str],
 ) -> None:
     """Refuse a contribution that cannot be composed with the others.
@@ -68,11 +78,12 @@ def check_contribution(
         theta_shapes: The target weights; only their shapes matter.
         base: Fingerprint of the pre-trained weights.
         num_features: Width of the backbone's features.
+        statistics: What the others describe their features by.
         members: Names that the contribution's name must differ from.
 
     Raises:
         BackboneMismatch: If it was trained on other pre-trained weights.
-        ContributionError: If its name, task vector, head, mixtures or Fisher cannot be used.
+        ContributionError: If its name, task vector, head, statistics or Fisher cannot be used.
     """
     owner = f"client {contribution.client!r}"
     _check_statements(contribution, owner)
@@ -82,17 +93,25 @@ def check_contribution(
     classes = contribution.head.classes
     if not classes or list(classes) != sorted(set(classes)):
         raise ContributionError(f"{owner} names the classes {classes}, expected sorted, each once.")
-    if set(contribution.features) != set(classes):
-        raise ContributionError(
-            f"{owner} describes the classes {sorted(contribution.features)}, but its head has "
-            f"{list(classes)}."
-        )
-    for mixture in contribution.features.values():
-        mixture.check(num_features, owner)
-        if not all(t.is_floating_point() for t in (mixture.weights, mixture.means)):
-            raise ContributionError(f"A mixture of {owner} is not of floating-point numbers.")
+    check_statistics(contribution.statistics, classes, num_features, owner)
+    check_kind(contribution.statistics, statistics, owner)
+    if not isinstance(contribution.statistics, FeatureSums):
+        for mixture in contribution.statistics.values():
+            if not all(t.is_floating_point() for t in (mixture.weights, mixture.means)):
+                raise ContributionError(f"A mixture of {owner} is not of floating-point numbers.")
     if contribution.fisher is not None:
-        contribution.fisher.check(theta_shapes, num_features=num_features, owner=owner)
+        contribution.fisher.check(theta_shapes, owner=owner)
+
+
+def check_kind(own: AnyStatistics, expected: Statistics, owner: str) -> None:
+    """Refuse mixtures beside sums, and sums beside mixtures; raises ``ContributionError``."""
+    actual = Statistics.SUMS if isinstance(own, FeatureSums) else Statistics.MIXTURES
+    if actual is not expected:
+        raise ContributionError(
+            f"{owner} describes its features by {actual}, the others by {expected}. Train it with "
+            f"`statistics = {expected}`, or train all of them anew with `statistics = {actual}` "
+            "into a new registry."
+        )
 
 
 def _check_statements(contribution: Contribution, owner: str) -> None:
@@ -107,11 +126,11 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
     )
     if not all(isinstance(names, tuple) and all(map(_is_text, names)) for names in lists):
         raise ContributionError(f"{owner} has names of classes or clients that are no text.")
-    mixtures = contribution.features.values()
-    counts = [contribution.num_examples, *(mixture.num_examples for mixture in mixtures)]
-    if not all(type(count) is int and count >= 1 for count in counts):
+    counts = [contribution.num_examples, *counts_of(contribution.statistics).values()]
+    if not all(type(count) is int and 1 <= count <= MOST for count in counts):
         raise ContributionError(
-            f"{owner} names {counts} examples, in all and by class; expected whole numbers from 1."
+            f"{owner} names {counts} examples, in all and by class; expected whole numbers from 1 "
+            f"to {MOST}."
         )
     if not isinstance(contribution.settings, dict):
         raise ContributionError(f"{owner} has settings that are no table of names and values.")

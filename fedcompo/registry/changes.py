@@ -6,17 +6,23 @@ contributions that are added or removed, not with those that stay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedcompo.errors import ContributionError
-from fedcompo.method.contribution import Contribution
-from fedcompo.method.features import Mixtures
+from fedcompo.errors import ConfigError, ContributionError
+from fedcompo.method.contribution import (
+    AnyStatistics,
+    Contribution,
+    check_statistics,
+    counts_of,
+)
 from fedcompo.method.pool import require_unmixed
 from fedcompo.registry import journal
-from fedcompo.registry.draft import Draft, drafted
+from fedcompo.registry.admission import check_kind
+from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PRIVATE, Member, State
@@ -123,29 +129,65 @@ def _record(
         recomposed=draft.recomposed,
         influence=foreseen_influence(draft.entries, client, tuple(after.members)),
         fedcompo_version=version("fedcompo"),
+        **_factors(before, after),
     )
     return record.signed(registry.path / PRIVATE)
 
 
-def realign(registry: RegistryReader, mixtures: Mapping[str, Mixtures]) -> None:
-    """Fit the joint head again; see :meth:`fedcompo.registry.registry.Registry.realign`."""
+def _factors(before: State, after: State) -> dict[str, Any]:
+    """Return what a record says of the factor; nothing where it is fixed by the format."""
+    if not before.chosen:
+        return {}
+    return {
+        "factor_before": before.factor,
+        "factor_after": after.factor,
+        "factor_by": str(after.factor_by),
+    }
+
+
+def realign(
+    registry: RegistryReader,
+    statistics: Mapping[str, AnyStatistics],
+    *,
+    factor: float | None,
+    shrinkage: float | None,
+) -> None:
+    """Make the joint head again; see :meth:`fedcompo.registry.registry.Registry.realign`."""
     with drafted(registry, "aligning the joint head again", lambda step: None) as draft:
         state = draft.before
-        described = {client: tuple(sorted(own)) for client, own in mixtures.items()}
+        described = {client: tuple(sorted(counts_of(own))) for client, own in statistics.items()}
         members = {client: member.classes for client, member in state.members.items()}
         if described != members:
             wrong = sorted(
                 c for c in described.keys() | members if described.get(c) != members.get(c)
             )
             raise ContributionError(
-                f"Mixtures of the composed model's features are needed from every member, of its "
+                f"Statistics of the composed model's features are needed from every member, of its "
                 f"own classes; wrong or missing: {', '.join(wrong)}."
             )
-        for client, own in mixtures.items():
-            for mixture in own.values():
-                mixture.check(registry.backbone.num_features, f"client {client!r}")
-        after = draft.compose(_with_members(state, state.members), [], [], mixtures)
-        draft.finish(after, [("realigned", {"clients": sorted(mixtures)})])
+        for client, own in statistics.items():
+            owner = f"client {client!r}"
+            check_kind(own, state.settings.statistics, owner)
+            check_statistics(own, members[client], registry.backbone.num_features, owner)
+        _check_choice(state, factor, shrinkage)
+        new = Realignment(statistics, factor, shrinkage)
+        after = draft.compose(_with_members(state, state.members), [], [], new)
+        draft.finish(after, [("realigned", {"clients": sorted(statistics)})])
+
+
+def _check_choice(state: State, factor: float | None, shrinkage: float | None) -> None:
+    """Refuse a factor or a shrinkage that the registry cannot compose with."""
+    if factor is not None and state.settings.scale is not None:
+        raise ConfigError(
+            f"The registry composes at the fixed scale {state.settings.scale:g}, so no factor can "
+            "be chosen. Make a new registry with `scale = auto`."
+        )
+    if factor is not None and not 0 <= factor < math.inf:
+        raise ConfigError(f"A factor must be a number >= 0, got {factor}.")
+    if shrinkage is not None and not state.chosen:
+        raise ConfigError("A head made of mixtures has no shrinkage; expected none.")
+    if shrinkage is not None and not 0 <= shrinkage <= 1:
+        raise ConfigError(f"A shrinkage must be in [0, 1], got {shrinkage}.")
 
 
 def _with_members(state: State, members: Mapping[str, Member], *, keep: bool = False) -> State:
@@ -173,6 +215,6 @@ def _requester(requested_by: str) -> dict[str, str]:
 
 def _journalled(member: Member) -> dict[str, Any]:
     """Return a member as the journal keeps it: names, numbers and digests."""
-    values = asdict(member)
+    values = member.values
     del values["folder"]
     return values

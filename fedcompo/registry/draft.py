@@ -11,19 +11,27 @@ from typing import Any
 import torch
 
 from fedcompo.composition.fixed_point import Term
-from fedcompo.composition.head import joint_head
-from fedcompo.composition.version import Recipe, RoundedDifferently, save_realigned, write_version
+from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
+from fedcompo.composition.realigned import realigned_head, save_realigned
+from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
+from fedcompo.composition.totals import write_totals
+from fedcompo.composition.version import RoundedDifferently, write_composed, write_sum
+from fedcompo.config.choices import Statistics
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
-from fedcompo.method.contribution import Contribution, mixture_tensors
-from fedcompo.method.features import Mixtures
-from fedcompo.method.heads import head_tensors
+from fedcompo.method.contribution import (
+    AnyStatistics,
+    Contribution,
+    counts_of,
+    statistics_tensors,
+)
+from fedcompo.method.heads import Head, head_tensors
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
 from fedcompo.report.units import OnStep
-from fedcompo.storage.files import REALIGNED, SUM, WEIGHTS
+from fedcompo.storage.files import REALIGNED, SUM, TOTALS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
 
@@ -53,6 +61,17 @@ def drafted(registry: RegistryReader, purpose: str, on_step: OnStep) -> Iterator
             f"The registry {registry.path} could not be changed: {error}. What was not "
             "committed is undone; look at its journal, make room, and try again."
         ) from error
+
+
+@dataclass(frozen=True)
+class Realignment:
+    """Of what a joint head is made again."""
+
+    statistics: Mapping[str, AnyStatistics]
+    """Of the composed model's features, by client."""
+    factor: float | None = None
+    """New factor; None: the present one."""
+    shrinkage: float | None = None
 
 
 @dataclass
@@ -98,6 +117,7 @@ class Draft:
             theta_shapes=registry.backbone.theta_shapes,
             base=registry.state.base,
             num_features=registry.backbone.num_features,
+            statistics=registry.settings.statistics,
             members=known,
         )
         self.moves.append(place)
@@ -114,73 +134,119 @@ class Draft:
         after: State,
         coming: Sequence[Member],
         going: Sequence[Member],
-        realigned: Mapping[str, Mixtures] | None = None,
+        realigned: Realignment | None = None,
     ) -> State:
-        """Write the composition of the new members, continuing the running sum where it can."""
-        registry, before = self.registry, self.before
-        if before.version:
-            self.deletions.append(before.version)
+        """Write the composition of the new members, continuing sums where it can."""
+        if self.before.version:
+            self.deletions.append(self.before.version)
         if not after.members:
-            return after
+            return replace(after, factor=0.0, factor_by="", shrinkage=None)
         place = f"{VERSIONS}/{self.next_sequence:06d}"
         folder = self.new / place
         folder.mkdir(parents=True)
-        self.on_step("aligning the joint head")
-        mixtures = realigned or {c: self._statistics(m) for c, m in after.members.items()}
-        head = joint_head(mixtures, after.settings)
-        if realigned is not None:
-            save_realigned(folder / REALIGNED, realigned)
-        changes = [(m, 1) for m in coming] + [(m, -1) for m in going]
-        recipe = Recipe(
-            registry.backbone,
-            [self._term(member, sign) for member, sign in changes],
-            registry.running_sum() if before.version else None,
-            after.count,
-            after.settings.scale,
-            head,
-            after.linearised,
-        )
-        digests = self._write(folder, recipe, coming, list(after.members.values()))
-        self.moves.append(place)
-        members = {
-            client: replace(member, rounded_sha256=digests.get(client, member.rounded_sha256))
-            for client, member in after.members.items()
-        }
-        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-        return replace(after, members=members, version=place, files=files)
-
-    def _write(
-        self,
-        folder: Path,
-        recipe: Recipe,
-        coming: Sequence[Member],
-        everyone: Sequence[Member],
-    ) -> dict[str, str]:
-        """Write the version; return the SHA-256 of rounded forms that were not known, by client."""
         self.on_step("composing")
+        after, squared_norm = self._add_up(folder, after, coming, going)
+        factor = self._factor(after, squared_norm, realigned)
+        self.on_step("aligning the joint head")
+        head, shrinkage = self._head(folder, after, coming, going, realigned)
+        after = replace(after, factor=factor.value, factor_by=factor.by, shrinkage=shrinkage)
+        write_composed(
+            folder,
+            self.registry.backbone,
+            head,
+            factor=factor.value,
+            linearised=after.linearised,
+            about=after.about,
+        )
+        self.moves.append(place)
+        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+        return replace(after, version=place, files=files)
+
+    def _add_up(
+        self, folder: Path, after: State, coming: Sequence[Member], going: Sequence[Member]
+    ) -> tuple[State, float]:
+        """Write the running sum; return the members with what is known of them, and its length."""
+        path, backbone = folder / SUM, self.registry.backbone
+        known = list(coming)
+        terms = [self._term(m, 1) for m in coming] + [self._term(m, -1) for m in going]
+        before = self.registry.running_sum() if self.before.version else None
         try:
-            rounded = write_version(folder, recipe)
-            return {m.client: digest for m, digest in zip(coming, rounded, strict=False)}
+            written = write_sum(path, backbone, terms, count=after.count, before=before)
         except RoundedDifferently as error:
             self.on_step(f"composing from all members: {error} rounds otherwise on this machine")
             self.recomposed = True
-        (folder / SUM).unlink()
-        (folder / WEIGHTS).unlink()
-        terms = [replace(self._term(member, 1), rounded_sha256="") for member in everyone]
-        rounded = write_version(folder, replace(recipe, terms=terms, before=None))
-        return {m.client: digest for m, digest in zip(everyone, rounded, strict=True)}
+            path.unlink()
+            known = list(after.members.values())
+            terms = [replace(self._term(member, 1), rounded_sha256="") for member in known]
+            written = write_sum(path, backbone, terms, count=after.count)
+        members = dict(after.members)
+        for member, rounding in zip(known, written.roundings, strict=False):  # who goes comes last
+            norm = member.squared_norm
+            if norm is None and self._of_sums:
+                norm = rounding.squared_norm
+            members[member.client] = replace(
+                member, rounded_sha256=rounding.sha256, squared_norm=norm
+            )
+        return replace(after, members=members), written.squared_norm
+
+    def _factor(self, after: State, squared_norm: float, realigned: Realignment | None) -> Factor:
+        """Return the factor: fixed, voted now or before, or computed from lengths."""
+        if after.settings.scale is not None:
+            return Factor(after.settings.scale / after.count, FactorBy.FIXED)
+        if realigned is not None and realigned.factor is not None:
+            return Factor(realigned.factor, FactorBy.VOTE)
+        if self.before.factor_by == FactorBy.VOTE:
+            return Factor(self.before.factor, FactorBy.VOTE)
+        return Factor(norm_preserving(after.lengths, squared_norm), FactorBy.NORMS)
+
+    def _head(
+        self,
+        folder: Path,
+        after: State,
+        coming: Sequence[Member],
+        going: Sequence[Member],
+        realigned: Realignment | None,
+    ) -> tuple[Head, float | None]:
+        """Write statistics; return the joint head and its shrinkage."""
+        if self._of_sums:
+            total = write_totals(
+                folder / TOTALS,
+                self.registry.backbone.theta_shapes,
+                self.registry.totals() if self.before.version else None,
+                coming=[self._opened(member) for member in coming],
+                going=[self._opened(member) for member in going],
+                everyone=lambda: [self._opened(m) for m in after.members.values()],
+            )
+        if realigned is not None:
+            save_realigned(folder / REALIGNED, realigned.statistics)
+            shrinkage = realigned.shrinkage
+            if self._of_sums and shrinkage is None:
+                shrinkage = SHRINKAGE
+            return realigned_head(folder / REALIGNED, after.settings, shrinkage), shrinkage
+        if self._of_sums:
+            return head_from_total(total, SHRINKAGE), SHRINKAGE
+        mixtures = {c: self._statistics(m) for c, m in after.members.items()}
+        return joint_head(mixtures, after.settings), None
+
+    @property
+    def _of_sums(self) -> bool:
+        """Whether members describe their features by sums."""
+        return self.before.settings.statistics is Statistics.SUMS
+
+    def _opened(self, member: Member, *, with_fisher: bool = True) -> Contribution:
+        """Open a member's contribution; a new one is read from the staged files."""
+        if (staged := self.new / member.folder).exists():
+            return Contribution.open(staged, with_fisher=with_fisher)
+        return self.registry.contribution(member.client, with_fisher=with_fisher)
 
     def _term(self, member: Member, sign: int) -> Term:
-        """Return a member's term of the sum; a new member is read from the staged files."""
-        if (self.new / member.folder).exists():
-            contribution = Contribution.open(self.new / member.folder, with_fisher=False)
-        else:
-            contribution = self.registry.contribution(member.client)
+        """Return a member's term of the sum."""
         times = sign * self.before.settings.times(member.num_examples)
-        return Term(member.client, contribution.task_vector, times, member.rounded_sha256)
+        vector = self._opened(member, with_fisher=False).task_vector
+        return Term(member.client, vector, times, member.rounded_sha256)
 
-    def _statistics(self, member: Member) -> Mixtures:
-        """Read a member's mixtures alone, and compare them with a digest of their own."""
+    def _statistics(self, member: Member) -> AnyStatistics:
+        """Read a member's statistics alone, and compare them with a digest of their own."""
         staged = self.new / member.folder
         folder = staged if staged.exists() else self.registry.path / member.folder
         contribution = Contribution.open(folder, with_fisher=False)
@@ -188,11 +254,12 @@ class Draft:
             raise RegistryDamaged(
                 f"Head and mixtures in {folder} were altered. Restore the registry from a copy."
             )
-        return contribution.features
+        return contribution.statistics
 
     def finish(self, after: State, events: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         """Write the journal's lines and the new state, and commit."""
-        outcome: dict[str, Any] = {"root_before": self.before.root, "root_after": after.root}
+        roots = {"root_before": self.before.root, "root_after": after.root}
+        outcome: dict[str, Any] = {**roots, **after.chosen}
         if self.recomposed:  # the members' rounded forms are those of this machine now
             outcome["rounded"] = {c: m.rounded_sha256 for c, m in after.members.items()}
         *first, (event, details) = events
@@ -212,6 +279,6 @@ class Draft:
 
 def _statistics_digest(contribution: Contribution) -> str:
     tensors = head_tensors(contribution.head)
-    mixtures = contribution.features.items()
-    counts = {f"examples/{name}": torch.tensor(m.num_examples) for name, m in mixtures}
-    return tensor_digest(tensors | counts | mixture_tensors(contribution.features))
+    counts = counts_of(contribution.statistics).items()
+    tensors |= {f"examples/{name}": torch.tensor(count) for name, count in counts}
+    return tensor_digest(tensors | statistics_tensors(contribution.statistics))

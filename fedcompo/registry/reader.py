@@ -8,26 +8,33 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcompo.backbone.stored import StoredBackbone
+from fedcompo.composition.scale import FactorBy
 from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.choices import Statistics
 from fedcompo.errors import FileFormatError, RegistryDamaged, RegistryError
 from fedcompo.names import require_known
 from fedcompo.registry import journal
 from fedcompo.registry.removal import Influence, foreseen_influence
 from fedcompo.registry.state import ABOUT, Member, State, read_about
 from fedcompo.registry.transaction import JOURNAL, STATE, recover_if_idle
-from fedcompo.storage.files import BACKBONE, CARD, CONTENT, REALIGNED, SUM, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CARD, CONTENT, REALIGNED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedcompo.composition.totals import Totals
     from fedcompo.method.contribution import Contribution
+    from fedcompo.method.fisher import FisherDiagonal
     from fedcompo.method.heads import Head
     from fedcompo.method.pool import Pool
+    from fedcompo.method.statistics import FeatureSums
 
 
 class RegistryReader:
@@ -79,6 +86,31 @@ class RegistryReader:
         return REALIGNED in self.state.files
 
     @property
+    def factor(self) -> float:
+        r""":math:`\lambda'`, the factor on the sum of task vectors; 0 if nobody is there."""
+        return self.state.factor
+
+    @property
+    def factor_by(self) -> str:
+        """Where it comes from, see :class:`~fedcompo.composition.scale.FactorBy`."""
+        return self.state.factor_by
+
+    @property
+    def kept_factor(self) -> float | None:
+        """The factor that stays when members change; None: it is computed anew."""
+        return self.factor if self.factor_by == FactorBy.VOTE else None
+
+    @property
+    def scale(self) -> float:
+        r""":math:`\lambda`, as a multiple of the weighted mean; 0 if nobody is there."""
+        return self.state.scale
+
+    @property
+    def shrinkage(self) -> float | None:
+        """Shrinkage of the joint head; None: it was not made of sums."""
+        return self.state.shrinkage
+
+    @property
     def linearised(self) -> bool:
         """Whether the composition is to be evaluated linearised: all members are tangents."""
         return self.state.linearised
@@ -90,7 +122,9 @@ class RegistryReader:
 
     def contribution(self, client: str, *, with_fisher: bool = False) -> Contribution:
         """Open a member's contribution; tensors are read when they are used, and checked once."""
-        from fedcompo.method.contribution import Contribution
+        from fedcompo.composition.totals import Totals
+    from fedcompo.method.contribution import Contribution
+    from fedcompo.method.fisher import FisherDiagonal
 
         member = self.member(client)
         folder = self.path / member.folder
@@ -119,6 +153,7 @@ class RegistryReader:
     def pool(self, *, with_fisher: bool = False) -> Pool:
         """Open the members as a pool, to be composed with any coefficients."""
         from fedcompo.method.pool import Pool
+    from fedcompo.method.statistics import FeatureSums
 
         return Pool(tuple(self.contribution(c, with_fisher=with_fisher) for c in self.clients))
 
@@ -146,6 +181,36 @@ class RegistryReader:
     def running_sum(self) -> StreamedTensors:
         """The integer sum behind the current composition, by weight name; int64."""
         return self._version_file(SUM)
+
+    def totals(self) -> Totals:
+        """Statistics and Fisher diagonals of all members together; read when they are used.
+
+        Raises:
+            RegistryError: If nobody is in the registry, or its members are described by mixtures.
+        """
+        from fedcompo.composition.totals import Totals
+
+        if self.settings.statistics is not Statistics.SUMS:
+            raise RegistryError(
+                f"The members of {self.path} describe their features by mixtures, which do not add "
+                "up. Read them one by one."
+            )
+        return Totals(self._version_file(TOTALS))
+
+    def total_statistics(self) -> FeatureSums:
+        """Read the sum of the members' statistics; raises as :meth:`totals` does."""
+        return self.totals().statistics
+
+    def total_fisher(self) -> FisherDiagonal | None:
+        """Return the sum of the members' Fisher diagonals; None if one of them keeps none.
+
+        Beside mixtures it is taken over all members.
+        """
+        if self.settings.statistics is Statistics.SUMS:
+            return self.totals().fisher
+        terms = [self.contribution(client, with_fisher=True).fisher for client in self.clients]
+        known = [term for term in terms if term is not None]
+        return reduce(add, known) if known and len(known) == len(terms) else None
 
     def theta_p(self) -> dict[str, Tensor]:
         """Read the composed target weights, by name."""

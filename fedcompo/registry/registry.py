@@ -5,7 +5,8 @@ r"""The pool on disk: add a client, remove one exactly, and prove it.
     registry.json        what it is, and how it composes
     backbone.safetensors the pre-trained weights; nothing else is ever needed to compose
     clients/<name>/      contributions: tensors, Fisher, a card to read
-    versions/<n>/        running sum, composed model and joint head; ``model`` links to the last
+    versions/<n>/        running sum, totals of statistics, composed model with joint head; ``model``
+                         links to the last
     state.json           who is in it, and the SHA-256 of every file: what readers go by
     journal.jsonl        what happened, one chained line each
     removals/            signed records of removals
@@ -28,8 +29,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.models import composed_model, model_of
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.errors import RegistryError
-from fedcompo.method.contribution import Contribution
-from fedcompo.method.features import Mixtures
+from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.registry import changes
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
@@ -87,7 +87,8 @@ class Registry(RegistryReader):
                 self.backbone, self.composed(), self.classes, linearised=self.linearised
             )
         pool = self.pool() if only is None else self.pool().only(*only)
-        return composed_model(pool.without(*without), self.backbone, self.settings)
+        pool = pool.without(*without)
+        return composed_model(pool, self.backbone, self.settings, self.kept_factor)
 
     def add(
         self,
@@ -146,13 +147,24 @@ class Registry(RegistryReader):
             on_step=on_step,
         )
 
-    def realign(self, mixtures: Mapping[str, Mixtures]) -> None:
-        """Fit the joint head again, to mixtures of the composed model's features.
+    def realign(
+        self,
+        statistics: Mapping[str, AnyStatistics],
+        *,
+        factor: float | None = None,
+        shrinkage: float | None = None,
+    ) -> None:
+        r"""Make the joint head again, of statistics of the composed model's features.
 
         Args:
-            mixtures: By client and class, of exactly the members.
+            statistics: By client, of exactly the members.
+            factor: :math:`\lambda'` that the clients voted for, under which the features are; the
+                model is composed with it, and so are later ones until the next vote. None: the
+                present factor.
+            shrinkage: Shrinkage of the head; None: the usual one.
 
         Raises:
             ContributionError: If a member's are missing or cannot be used.
+            ConfigError: If the registry's scale is fixed, or a number is out of range.
         """
-        changes.realign(self, mixtures)
+        changes.realign(self, statistics, factor=factor, shrinkage=shrinkage)

@@ -19,7 +19,6 @@ from fedcompo.registry import signing
 from fedcompo.registry.journal import Entry
 from fedcompo.storage.files import canonical, tuples
 
-FORMAT_VERSION = 1
 CONTENT = "removal-record"
 REMOVALS = "removals"
 
@@ -138,6 +137,18 @@ class RemovalRecord:
     fedcompo_version: str
     signature: str = ""
     """Ed25519 over everything else, hexadecimal."""
+    factor_before: float | None = None
+    r""":math:`\lambda'`, the factor on the sum of task vectors; None: the registry's format fixes
+    the scale, and the record's is 1. Otherwise it is 2."""
+    factor_after: float | None = None
+    factor_by: str = ""
+    """Where the factor after comes from: ``vote`` (the one that the clients chose stays),
+    ``norms`` (computed from the survivors' lengths) or ``fixed``; empty: nobody is left."""
+
+    @property
+    def format_version(self) -> int:
+        """Version of the record's format."""
+        return 1 if self.factor_before is None else 2
 
     @property
     def place(self) -> str:
@@ -175,7 +186,7 @@ class RemovalRecord:
                 k: tuple(statement[k]) for k in ("fisher", "statistics", "ensemble", "indirect")
             }
             record = cls(**tuples(values), influence=Influence(**names))
-            intact = content == CONTENT and version == FORMAT_VERSION
+            intact = content == CONTENT and version == record.format_version
             intact = intact and record.text.encode() == data
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileFormatError(
@@ -191,6 +202,8 @@ class RemovalRecord:
     def _values(self) -> dict[str, Any]:
         values = asdict(self)
         del values["influence"]
+        if self.format_version == 1:
+            del values["factor_before"], values["factor_after"], values["factor_by"]
         statement = {
             **asdict(self.influence),
             "composition_exact": True,
@@ -199,7 +212,7 @@ class RemovalRecord:
         }
         return {
             "content": CONTENT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             **values,
             "lineage": statement,
         }

@@ -14,13 +14,14 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcompo.backbone.stored import save_backbone
+from fedcompo.composition.scale import FactorBy
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import Coefficients, are_tangents
+from fedcompo.config.choices import Statistics, are_tangents
 from fedcompo.errors import RegistryDamaged
 from fedcompo.method.lineage import Lineage
 from fedcompo.registry import journal, signing
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     from fedcompo.backbone.backbone import Backbone
     from fedcompo.method.contribution import Contribution
 
-FORMAT_VERSION = 1
+FORMATS = {Statistics.MIXTURES: 1, Statistics.SUMS: 2}
+"""Version of the files, by what members describe their features by."""
+CHOSEN = "factor", "factor_by", "shrinkage"
+"""Values of a state that follow from the settings where members are described by mixtures."""
 ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
 
 
@@ -51,12 +55,15 @@ class Member:
     files: Mapping[str, str]
     """SHA-256 of each of its files, by name."""
     statistics_sha256: str
-    """SHA-256 of its head, its mixtures, and their numbers of examples."""
+    """SHA-256 of its head, its statistics, and their numbers of examples."""
     rounded_sha256: str
     """SHA-256 of its task vector on the grid of the running sum."""
     lineage: Lineage
     added: int
     """Number of the journal's line that added it."""
+    squared_norm: float | None = None
+    """Squared length of its task vector, to six significant digits; None: not known yet, or the
+    members' features are described by mixtures."""
 
     @classmethod
     def of(
@@ -83,9 +90,17 @@ class Member:
         )
 
     @property
+    def values(self) -> dict[str, Any]:
+        """JSON values; a length that is not known is left out."""
+        values = asdict(self)
+        if self.squared_norm is None:
+            del values["squared_norm"]
+        return values
+
+    @property
     def essence(self) -> dict[str, Any]:
         """Values that enter the root: all but the folder and the time of arrival."""
-        values = asdict(self)
+        values = self.values
         del values["folder"], values["added"]
         return values
 
@@ -111,13 +126,32 @@ class State:
     """SHA-256 of the composition's files, by name."""
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Earlier compositions, by folder: their ``clients`` and ``files``."""
+    factor: float = 0.0
+    r""":math:`\lambda'`, the factor on the sum of task vectors; 0 if nobody is there."""
+    factor_by: str = ""
+    """Where it comes from, see :class:`~fedcompo.composition.scale.FactorBy`; empty: nobody is
+    there."""
+    shrinkage: float | None = None
+    """Shrinkage of the joint head; None: it was not made of sums."""
+
+    @property
+    def format_version(self) -> int:
+        """Version of the files."""
+        return FORMATS[self.settings.statistics]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """How the members are composed, as JSON values; empty with mixtures, where it is fixed."""
+        if self.settings.statistics is Statistics.MIXTURES:
+            return {}
+        return {name: getattr(self, name) for name in CHOSEN}
 
     @property
     def root(self) -> str:
         """SHA-256 over settings, members and composition; hexadecimal."""
         content = {
             "base": self.base,
-            "settings": asdict(self.settings),
+            "settings": self.settings.values,
             "members": {client: member.essence for client, member in self.members.items()},
             "composition": dict(self.files),
         }
@@ -139,6 +173,24 @@ class State:
         return sum(self.settings.times(m.num_examples) for m in self.members.values())
 
     @property
+    def lengths(self) -> dict[str, tuple[float, float]]:
+        """How often each member counts, and the squared length of its task vector, by client."""
+        times = self.settings.times
+        return {c: (times(m.num_examples), m.squared_norm or 0) for c, m in self.members.items()}
+
+    @property
+    def scale(self) -> float:
+        r""":math:`\lambda`, as a multiple of the weighted mean."""
+        if self.settings.scale is not None and self.members:
+            return self.settings.scale
+        return self.factor * self.count
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the composed file says of the composition."""
+        return {"scale": self.scale, **self.chosen}
+
+    @property
     def places(self) -> list[str]:
         """Every file that the state names, relative to the registry."""
         files = {m.folder: m.files for m in self.members.values()}
@@ -149,7 +201,15 @@ class State:
     @property
     def text(self) -> str:
         """The state as a file."""
-        values = {"format_version": FORMAT_VERSION, "root": self.root, **asdict(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in CHOSEN}
+        values = {
+            "format_version": self.format_version,
+            "root": self.root,
+            **own,
+            **self.chosen,
+            "settings": self.settings.values,
+            "members": {client: member.values for client, member in self.members.items()},
+        }
         values["sha256"] = hashlib.sha256(canonical(values).encode()).hexdigest()
         return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -164,17 +224,20 @@ class State:
             text = path.read_bytes().decode()
             values = json.loads(text)
             written = values.pop("format_version")
-            if written != FORMAT_VERSION:
+            if written not in FORMATS.values():
                 raise RegistryDamaged(
-                    f"{path} has format version {written!r}, this fedcompo reads {FORMAT_VERSION}. "
-                    "Use the fedcompo version that wrote it."
+                    f"{path} has format version {written!r}, this fedcompo reads "
+                    f"{' and '.join(map(str, FORMATS.values()))}. Use the version that wrote it."
                 )
             del values["root"], values["sha256"]  # derived; the text is compared as a whole
-            values["settings"] = settings_from(values["settings"])
+            values["settings"] = CompositionSettings.parse(values["settings"])
             values["members"] = {n: _member(m) for n, m in sorted(values["members"].items())}
             if any(set(kept) != {"clients", "files"} for kept in values["kept"].values()):
                 raise ValueError("a kept composition is described by its clients and files alone")
             state = cls(**values)
+            if not state.chosen and state.members:
+                factor = (state.settings.scale or 0) / state.count
+                state = replace(state, factor=factor, factor_by=FactorBy.FIXED)
             for place in state.places:
                 require_inside(path.parent, place)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -187,11 +250,6 @@ class State:
         return state
 
 
-def settings_from(values: Mapping[str, Any]) -> CompositionSettings:
-    """Rebuild settings from JSON; raises ``ValueError`` or ``TypeError``."""
-    return CompositionSettings(**{**values, "coefficients": Coefficients(values["coefficients"])})
-
-
 def _member(values: Mapping[str, Any]) -> Member:
     return Member(**{**tuples(values), "lineage": Lineage.parse(values["lineage"])})
 
@@ -201,12 +259,12 @@ def write_new(folder: Path, backbone: Backbone, settings: CompositionSettings) -
     save_backbone(folder / BACKBONE, backbone)
     about = {
         "content": "registry",
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMATS[settings.statistics],
         "fedcompo_version": version("fedcompo"),
         "identity": uuid.uuid4().hex,
         "created": journal.utc_now(),
         "base": backbone.fingerprint,
-        "settings": asdict(settings),
+        "settings": settings.values,
     }
     write_atomically(folder / ABOUT, f"{json.dumps(about, indent=2)}\n".encode())
     signing.create_key(folder / PRIVATE, folder / PUBLIC)
