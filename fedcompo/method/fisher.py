@@ -1,6 +1,6 @@
 r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters.
 
-.. math:: F = \sum_x \mathrm{diag}\big(J_x^\top H_x\,J_x\big), \qquad J_x = \partial f(x)/\partial\theta
+.. math:: F = \sum_x \mathrm{diag}(J_x^\top H_x\,J_x), \qquad J_x = \partial f(x)/\partial\theta
 
 with x the examples, f the backbone's features and H the identity (what a change does to the
 features), or the Hessian of the cross-entropy (what it does to the class probabilities).

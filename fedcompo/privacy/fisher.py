@@ -21,7 +21,7 @@ from fedcompo.config.choices import Curvature
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import COLUMNS, ROWS, FisherDiagonal
 from fedcompo.method.heads import Head
-from fedcompo.privacy.noise import Entropy, clip_factors, normal, noised
+from fedcompo.privacy.noise import Entropy, clip_factors, noised, normal
 from fedcompo.training.fisher_estimate import curvature_factors
 from fedcompo.training.per_example import (
     evaluation_mode,
