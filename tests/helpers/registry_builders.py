@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
 from builders import (
     contribution,
     pico_backbone,
