@@ -19,6 +19,7 @@ from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import expanded
 from fedcompo.method.pool import Pool
 
 Merge = Callable[[Pool, Weights], Weights]
@@ -181,4 +182,4 @@ def _mean_fisher(contribution: Contribution, name: str) -> Tensor:
     """(out, in), float64."""
     fisher = contribution.fisher
     assert fisher is not None
-    return fisher.sums[name].double() / fisher.num_examples
+    return expanded(fisher.sums, [name])[name].double() / fisher.num_examples
