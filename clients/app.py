@@ -10,7 +10,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients import averaging
+from clients import averaging, composed
 from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
 from fedcompo.messages.answers import Answer, Process
@@ -20,11 +20,13 @@ from fedcompo.messages.requests import (
     REQUEST,
     ROUND,
     AveragingRequest,
+    DescribeRequest,
     EvaluateRequest,
     FisherRequest,
     NoticeRequest,
     RealignRequest,
     TrainRequest,
+    VoteRequest,
     registered_name,
 )
 from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
@@ -35,10 +37,10 @@ Asked = TypeVar("Asked", bound=Content)
 Work = Callable[[LocalClient, Body], Answer]
 
 
-@app.query("features")
-def features(message: Message, context: Context) -> Message:
-    """Describe the images by mixtures of the pre-trained features."""
-    return _answer(message, context, lambda client, body: client.features())
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Describe the images by statistics of the pre-trained features."""
+    return _answer(message, context, _reading(DescribeRequest, LocalClient.describe))
 
 
 @app.query("identify")
@@ -73,14 +75,20 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query("realign")
 def realign(message: Message, context: Context) -> Message:
-    """Describe the images by mixtures of the composed model's features."""
-    return _answer(message, context, _reading(RealignRequest, LocalClient.realign))
+    """Describe the images by statistics of composed models' features."""
+    return _answer(message, context, _reading(RealignRequest, composed.realign))
+
+
+@app.query("vote")
+def vote(message: Message, context: Context) -> Message:
+    """Measure candidates for the composed model on images that were not trained on."""
+    return _answer(message, context, _reading(VoteRequest, composed.vote))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the composed model on the client's test images."""
-    return _answer(message, context, _reading(EvaluateRequest, LocalClient.evaluate))
+    return _answer(message, context, _reading(EvaluateRequest, composed.evaluate))
 
 
 def _reading(request: type[Asked], work: Callable[[LocalClient, Asked], Answer]) -> Work:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from clients import outgoing
 from clients.local import LocalClient
@@ -20,15 +19,15 @@ logger = logging.getLogger(__name__)
 def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
     """Train the shared model further, by cross-entropy over the classes of all clients.
 
-    FedProx's term is the only penalty: there is no anchor and no penalty on the head. The cosine
-    schedule runs over all rounds.
+    FedProx's term is the only penalty: there is no anchor. The cosine schedule runs over all
+    rounds. No image is kept aside, as there is nothing to choose.
 
     Args:
         client: The client that trains.
         request: The shared task vector's parameters, the joint head and the round.
 
     Returns:
-        The trained tensors and the losses; in the first round also the frozen backbone's accuracy.
+        The trained tensors and the losses.
     """
     number, joint = request.number, request.joint
     kind, base = request.kind, client.backbone.fingerprint
@@ -44,12 +43,11 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         kind,
         Split(train.images, own[train.labels]),
         joint,
-        replace(client.config.train, head_alpha=0.0, head_decay=0.0),
+        client.config.train,
         generator=generator_for(client.config.seed, "train", client.name, str(number)),
         course=course,
         on_epoch=lambda *epoch: logger.info("%s: epoch %d of %d, loss %.4f", client.name, *epoch),
     )
-    frozen = client.measure({}, joint) if number == 1 else None
     tensors, _, caps = outgoing.trained(fitted, client.backbone, client.config.caps)
     return AveragingAnswer(
         base=base,
@@ -57,6 +55,4 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         kind=kind,
         losses=fitted.losses,
         caps=caps,
-        frozen_class_il_accuracy=frozen.class_il if frozen else None,
-        frozen_task_il_accuracy=frozen.task_il if frozen else None,
     )

@@ -9,45 +9,41 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from clients import outgoing
+from clients.loading import load_images, load_shared_backbone
 from clients.store import Store, completed, store_home
-from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.caps import NODE_KEYS
-from fedcompo.config.choices import HeadStart, Kind, kinds_of
-from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
-from fedcompo.data.client_data import ClientData, load_client_data, load_folder
-from fedcompo.errors import DataError, FileFormatError
+from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kinds_of
+from fedcompo.config.run import RunConfig
+from fedcompo.data.client_data import ClientData, Split, set_aside
 from fedcompo.messages.answers import (
-    EvaluateAnswer,
-    FeaturesAnswer,
+    DescribeAnswer,
     FisherAnswer,
     IdentifyAnswer,
     LacksAnswer,
     NoticeAnswer,
-    RealignAnswer,
     TrainAnswer,
 )
 from fedcompo.messages.requests import (
     OWN,
-    EvaluateRequest,
+    DescribeRequest,
     FisherRequest,
     NoticeRequest,
-    RealignRequest,
     TrainRequest,
     own_tensors,
 )
+from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, zero_head
 from fedcompo.names import check_client_name
 from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
@@ -57,8 +53,6 @@ from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
 
-Features = TypeVar("Features", bound=FeaturesAnswer)
-
 
 class Who(TypedDict):
     """Fields that every answer has; see :class:`NoticeAnswer`."""
@@ -66,6 +60,13 @@ class Who(TypedDict):
     client: str
     base: str
     classes: tuple[str, ...]
+
+
+class About(TypedDict):
+    """Fields of an answer in which a client says who it is; see :class:`IdentifyAnswer`."""
+
+    num_test_examples: int
+    noised: bool
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,17 @@ class LocalClient:
         """
         keys = ("device", "kind", *NODE_KEYS)
         own = {key: node_config[key] for key in keys if key in node_config}
-        config, wished = RunConfig.parse({**run_config, **own}), RunConfig.parse(run_config)
+        wished = RunConfig.parse(run_config)  # its preset is resolved before the node's own
+        config = RunConfig.parse({**wished.flat(), **own})
         config = replace(config, caps=wished.caps.strictest(config.caps))
-        config.caps.check_head_start(config.train.head_start)
+        config.caps.check_noise(
+            statistics=config.head.statistics,
+            curvature=config.fisher.curvature,
+            start=config.train.head_start,
+        )
         device = pick_device(config.device)
-        backbone = _load_backbone(config.backbone, device)
-        data = _load_data(
+        backbone = load_shared_backbone(config.backbone, device)
+        data = load_images(
             config.data,
             backbone.preprocessing,
             config.seed,
@@ -125,41 +131,36 @@ class LocalClient:
             store_home(str(node_config.get("state", ""))),
         )
 
-    def features(self) -> FeaturesAnswer:
-        """Describe the images by mixtures of the pre-trained features, class by class."""
-        return self._mixtures(FeaturesAnswer, {})
+    def describe(self, request: DescribeRequest) -> DescribeAnswer:
+        """Describe all training images at θ₀, and sum their Fisher diagonal if it is asked for."""
+        fisher = None
+        if request.fisher:
+            of_features = self.config.fisher.curvature is Curvature.FEATURES
+            fisher = self._fisher(None if of_features else self._probe())
+        form, purpose = self.config.head.statistics, DescribeAnswer.CONTENT
+        statistics, caps = self.statistics(self.data.train, {}, form=form, purpose=purpose)
+        return DescribeAnswer(
+            **self.who(),
+            **self._about(),
+            statistics=statistics,
+            kind=self.kind,
+            fisher=fisher,
+            caps=caps,
+        )
 
     def identify(self) -> IdentifyAnswer:
         """Send name, backbone, classes and the number of test images."""
-        return IdentifyAnswer(**self._who(), num_test_examples=len(self.data.test.labels))
+        return IdentifyAnswer(**self.who(), **self._about())
 
     def notice(self, request: NoticeRequest) -> NoticeAnswer:
         """Log that another client was removed, with the removal record."""
         logger.warning("%s: %s", self.name, request.text)
         logger.info("%s: the removal record:\n%s", self.name, request.record)
-        return NoticeAnswer(**self._who())
-
-    def realign(self, request: RealignRequest) -> RealignAnswer:
-        """Describe the images by mixtures of the composed model's features."""
-        return self._mixtures(RealignAnswer, request.theta, linearised=request.linearised)
+        return NoticeAnswer(**self.who())
 
     def fisher(self, request: FisherRequest) -> FisherAnswer:
-        """Sum the Fisher diagonal over the training images, under the head that training starts at.
-
-        Under the joint head the Fisher depends on the classes of all clients. Under the client's
-        own probe it depends on its own classes only. It is smaller then, so the same ``alpha``
-        penalises less. Clients' sums can be added in both cases; a head's rows belong to its own
-        classes.
-        """
-        head = request.joint if self._starts_aligned else self._probe()
-        if head is None:
-            raise FileFormatError(
-                "The server sent no joint head, which `head-start = aligned` starts from. Use the "
-                "same fedcompo version everywhere."
-            )
-        return outgoing.fisher_of(
-            self.backbone, head, self.data.train.images, self.config, client=self.name
-        )
+        """Sum the Fisher diagonal of the class probabilities under the joint head."""
+        return self._fisher(request.joint)
 
     def train(self, request: TrainRequest) -> TrainAnswer | LacksAnswer:
         """Fit the task vector, alone or inside the sum of the others, and measure it.
@@ -170,36 +171,40 @@ class LocalClient:
         store = Store.of(self.state, part.federation, self.name) if part else None
         request, holds = completed(request, store)
         if request.lacks:
-            return LacksAnswer(**self._who(), lacks=request.lacks)
-        classes = self.data.classes
-        aligned = request.joint.rows(classes) if self._starts_aligned else self._probe()
+            return LacksAnswer(**self.who(), lacks=request.lacks)
+        classes, theta_0 = self.data.classes, self.backbone.theta_0
         course = request.course(
-            base=self.backbone.fingerprint, classes=classes, beta=self.config.method.beta
+            theta_0,
+            base=self.backbone.fingerprint,
+            classes=classes,
+            beta=self.config.method.beta,
         )
+        kept, start = self.split[0], self._start(request.joint)
         purpose = "train", self.name, *([str(part.number)] if part else [])
         fitted = fit_task_vector(
             self.backbone,
             request.kind,
-            self.data.train,
-            aligned,
+            Split(kept.images, start.indices(classes)[kept.labels]),
+            start,
             self.config.train,
             generator=generator_for(self.config.seed, *purpose),
             course=course,
             on_epoch=self._log_epoch,
         )
+        fitted = replace(fitted, head=fitted.head.rows(classes))
         tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
         if store and part and part.last:
             holds = {}
             store.clear()
         elif store:
-            kept = own_tensors(fitted.task_vector.tensors, fitted.head)
-            holds[OWN] = store.keep(OWN, kept)  # as the server has it, bit for bit
-        vector, theta_0 = fitted.task_vector, self.backbone.theta_0
+            kept_tensors = own_tensors(fitted.task_vector.tensors, fitted.head)
+            holds[OWN] = store.keep(OWN, kept_tensors)  # as the server has it, bit for bit
+        vector = fitted.task_vector
         theta = ensembled(vector.dense(theta_0), theta_0, course.ensemble)
         own = self.measure(theta, fitted.head, linearised=vector.kind is Kind.TANGENT)
         frozen = self.measure({}, request.joint) if request.frozen else None
         return TrainAnswer(
-            **self._who(),
+            **self.who(),
             tensors=tensors,
             kind=vector.kind,
             losses=fitted.losses,
@@ -210,71 +215,69 @@ class LocalClient:
             frozen_task_il_accuracy=frozen.task_il if frozen else None,
         )
 
-    def evaluate(self, request: EvaluateRequest) -> EvaluateAnswer:
-        """Measure the composed model on this client's test images."""
-        accuracy = self.measure(request.theta, request.joint, linearised=request.linearised)
-        return EvaluateAnswer(
-            **self._who(), class_il_accuracy=accuracy.class_il, task_il_accuracy=accuracy.task_il
-        )
-
     def measure(self, theta: Weights, head: Head, *, linearised: bool = False) -> Accuracy:
         """Accuracy on the client's test images; with an empty ``theta``, of the frozen backbone."""
         classes, test = self.data.classes, self.data.test
         return accuracy_of(self.backbone, theta, head, classes, test, linearised=linearised)
 
-    @property
-    def _starts_aligned(self) -> bool:
-        return self.config.train.head_start is HeadStart.ALIGNED
+    @cached_property
+    def split(self) -> tuple[Split, Split]:
+        """The images to train on, and those kept aside to choose the composition on."""
+        share, seed = self.config.train.aside, self.config.seed
+        return set_aside(self.data.train, share=share, seed=seed, client=self.name)
 
-    def _mixtures(
-        self, answer: type[Features], theta: Mapping[str, Tensor], *, linearised: bool = False
-    ) -> Features:
+    def _start(self, joint: Head) -> Head:
+        """The head that training starts from; of all classes if the client has but one."""
+        classes, start = self.data.classes, self.config.train.head_start
+        if len(classes) == 1:
+            return joint
+        if start is HeadStart.ZERO:
+            return zero_head(classes, self.backbone.num_features)
+        return joint.rows(classes) if start is HeadStart.ALIGNED else self._probe()
+
+    def statistics(
+        self,
+        images: Split,
+        theta: Mapping[str, Tensor],
+        *,
+        form: Statistics,
+        purpose: str,
+        linearised: bool = False,
+    ) -> tuple[AnyStatistics, dict[str, Any]]:
+        """Statistics of a model's features, by class, and the answer's report on caps."""
         weights = {name: tensor.to(self.backbone.device) for name, tensor in theta.items()}
-        train = self.data.train
-        mixtures, caps = outgoing.mixtures_of(
-            extract_features(feature_map(self.backbone, weights, tangent=linearised), train.images),
-            self.data,
-            self.config,
-            seed=derive_seed(self.config.seed, answer.CONTENT, self.name),
+        forward = feature_map(self.backbone, weights, tangent=linearised)
+        features = extract_features(forward, images.images)
+        seed = derive_seed(self.config.seed, purpose, self.name)
+        classes = self.data.classes
+        return outgoing.statistics_of(
+            features, images.labels, classes, self.config, form=form, seed=seed
         )
-        return answer(
-            **self._who(),
-            num_test_examples=len(self.data.test.labels),
-            mixtures=mixtures,
-            kind=self.kind,
-            caps=caps,
+
+    def _fisher(self, head: Head | None) -> FisherAnswer:
+        """The Fisher diagonal of the training images; of their features if there is no head."""
+        return outgoing.fisher_of(
+            self.backbone,
+            head,
+            self.data.train.images,
+            self.config,
+            client=self.name,
+            classes=self.data.classes,
         )
 
     def _probe(self) -> Head:
         """The client's own head. Each phase fits it again and gets the same bits."""
         ridge = self.config.head.ridge
-        return fit_probe(self.backbone, self.data.train, self.data.classes, ridge=ridge)
+        return fit_probe(self.backbone, self.split[0], self.data.classes, ridge=ridge)
 
-    def _who(self) -> Who:
+    def _about(self) -> About:
+        noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
+        return About(num_test_examples=tests, noised=noised)
+
+    def who(self) -> Who:
+        """Name, backbone and classes, which every answer states."""
         base, classes = self.backbone.fingerprint, self.data.classes
         return Who(client=self.name, base=base, classes=classes)
 
     def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)
-
-
-@lru_cache(maxsize=1)
-def _load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
-    """Load the backbone once for all phases and clients of this process."""
-    return load_backbone(config, device)
-
-
-@lru_cache(maxsize=2)
-def _load_data(
-    config: DataConfig, preprocessing: Preprocessing, seed: int, path: str, partition: int
-) -> ClientData:
-    if path:
-        return load_folder(
-            Path(path), preprocessing, seed=seed, images_per_class=config.images_per_class
-        )
-    if partition < 0:
-        raise DataError(
-            "This node says neither where its images are nor which part of `data` it owns. "
-            'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
-        )
-    return load_client_data(config, preprocessing, partition=partition, seed=seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,20 +11,20 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.caps import CapsConfig
-from fedcompo.config.choices import FisherForm, Wire
+from fedcompo.config.choices import FisherForm, Statistics, Wire
 from fedcompo.config.run import RunConfig
-from fedcompo.data.client_data import ClientData
+from fedcompo.errors import ConfigError
 from fedcompo.messages.answers import FisherAnswer
 from fedcompo.messages.body import FISHER, TASK_VECTOR
 from fedcompo.messages.requests import own_tensors
 from fedcompo.messages.wire import decode, encode, relative_error
-from fedcompo.method.deltas import Weights
-from fedcompo.method.features import FeatureMixture, fit_mixtures
-from fedcompo.method.fisher import HEAD
+from fedcompo.method.contribution import AnyStatistics
+from fedcompo.method.features import fit_mixtures
+from fedcompo.method.fisher import FisherDiagonal, expanded
 from fedcompo.method.heads import Head
-from fedcompo.privacy.factored import reduced, restored
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.privacy.fisher import images_at_a_time, private_fisher
-from fedcompo.privacy.statistics import private_mixtures
+from fedcompo.privacy.statistics import private_sums
 from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.fit import Fitted
 from fedcompo.training.probing import fisher_of_images
@@ -33,70 +32,95 @@ from fedcompo.training.probing import fisher_of_images
 ITSELF = "this client"
 
 
-def mixtures_of(
-    features: Tensor, data: ClientData, config: RunConfig, *, seed: int
-) -> tuple[dict[str, FeatureMixture], dict[str, Any]]:
-    """Fit mixtures to the features of each class; under `dp-noise` from noised sums.
+def statistics_of(
+    features: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    config: RunConfig,
+    *,
+    form: Statistics,
+    seed: int,
+) -> tuple[AnyStatistics, dict[str, Any]]:
+    """Describe the features of each class; under `dp-noise` by noised sums.
 
     Args:
-        features: Of the training images, (count, features).
-        data: Labels and classes.
+        features: (count, features).
+        labels: (count,), index into ``classes``.
+        classes: Sorted names.
         config: Settings, capped.
-        seed: Seed of the fit without noise.
+        form: Sums, or mixtures fitted to the features.
+        seed: Seed of the fit of mixtures.
 
     Returns:
-        Mixtures by class name, and the answer's report on caps.
+        The statistics, and the answer's report on caps.
+
+    Raises:
+        ConfigError: If mixtures are asked for under noise.
     """
-    labels, caps = data.train.labels, config.caps
+    caps = config.caps
+    if form is Statistics.MIXTURES:
+        if caps.dp_noise > 0:
+            raise ConfigError(
+                "Mixtures cannot be made private by noise (`dp-noise`): how much one image changes "
+                "them is not known. Use `statistics = sums`."
+            )
+        components = config.head.mixture_components
+        return fit_mixtures(features, labels, classes, components=components, seed=seed), {}
     if caps.dp_noise > 0:
-        mixtures = private_mixtures(
-            features, labels, data.classes, clip=caps.dp_clip_features, noise=caps.dp_noise
-        )
-        return mixtures, {"noise": caps.dp_noise, "clip": caps.dp_clip_features}
-    components = config.head.mixture_components
-    return fit_mixtures(features, labels, data.classes, components=components, seed=seed), {}
+        clip, noise = caps.dp_clip_features, caps.dp_noise
+        sums = private_sums(features, labels, classes, clip=clip, noise=noise)
+        return sums, {"noise": noise, "clip": clip}
+    return FeatureSums.of(features, labels, classes), {}
 
 
 def fisher_of(
-    backbone: Backbone, head: Head, images: Tensor, config: RunConfig, *, client: str
+    backbone: Backbone,
+    head: Head | None,
+    images: Tensor,
+    config: RunConfig,
+    *,
+    client: str,
+    classes: tuple[str, ...],
 ) -> FisherAnswer:
     """Sum the Fisher diagonal, in the form and number format that the caps allow.
 
     Args:
         backbone: Pre-trained weights.
-        head: Head of the model that it is the Fisher of.
+        head: Head of the class probabilities that it is the Fisher of; None: of the features.
         images: Of training, (count, channels, size, size), uint8.
         config: Settings, capped.
         client: Its name.
+        classes: Its classes.
     """
     started, caps = time.perf_counter(), config.caps
     caps_report: dict[str, Any] = {}
     if caps.fisher_form is not FisherForm.DENSE:
         caps_report["form"] = str(caps.fisher_form)
-    if caps.dp_noise > 0:
-        parts, count = _private(backbone, head, images, config)
-        report: dict[str, Any] = {}  # the figures of an estimator are not noised
+    report: dict[str, Any] = {}  # the figures of an estimator are not noised
+    if caps.fisher_form is FisherForm.NONE:
+        fisher = FisherDiagonal({}, 0)
+    elif caps.dp_noise > 0:
+        fisher = _private(backbone, head, images, config)
         caps_report |= {"noise": caps.dp_noise, "clip": caps.dp_clip_fisher}
     else:
-        measured = caps.fisher_form is not FisherForm.HEAD
-        held = backbone if measured else replace(backbone, theta_0={})
         fisher, figures = fisher_of_images(
-            held, head, images, config.fisher, seed=config.seed, owner=client
+            backbone, images, config.fisher, seed=config.seed, owner=client, head=head
         )
-        parts, count = reduced(fisher.sums, caps.fisher_form), fisher.num_examples
         report = asdict(figures)
         if caps.fisher_form is FisherForm.FACTORED:
-            caps_report["form_error"] = _factoring_error(fisher.sums, parts, backbone)
-    body = prefixed(FISHER, parts)
+            dense, fisher = fisher, fisher.reduced()
+            sent = expanded(fisher.sums, backbone.theta_0)
+            caps_report["form_error"] = relative_error(dense.sums, sent)
+    body = prefixed(FISHER, {name: total.float() for name, total in fisher.sums.items()})
     coded, arrived = _on_the_wire(body, caps.wire)
-    if caps.wire is not Wire.FLOAT32:
+    if caps.wire is not Wire.FLOAT32 and body:
         caps_report |= {"wire_error": relative_error(body, arrived), "wire": str(caps.wire)}
     return FisherAnswer(
         client=client,
         base=backbone.fingerprint,
-        classes=head.classes,
+        classes=classes,
         tensors=coded,
-        num_examples=count,
+        num_examples=fisher.num_examples,
         form=caps.fisher_form,
         report={**report, "seconds": time.perf_counter() - started},
         caps=caps_report,
@@ -104,26 +128,22 @@ def fisher_of(
 
 
 def _private(
-    backbone: Backbone, head: Head, images: Tensor, config: RunConfig
-) -> tuple[Weights, int]:
+    backbone: Backbone, head: Head | None, images: Tensor, config: RunConfig
+) -> FisherDiagonal:
     caps, normalise = config.caps, backbone.preprocessing.normalise
-    size = images_at_a_time(backbone.theta_0, caps.fisher_form, config.fisher.fisher_batch)
+    factored = caps.fisher_form is FisherForm.FACTORED
+    most = config.fisher.fisher_batch
+    size = images_at_a_time(backbone.theta_0, factored=factored, most=most)
     return private_fisher(
         backbone.model,
-        head,
         (normalise(part.to(backbone.device)) for part in torch.split(images, size)),
         backbone.theta_0,
-        form=caps.fisher_form,
+        head=head,
+        curvature=config.fisher.curvature,
+        factored=factored,
         clip=caps.dp_clip_fisher,
         noise=caps.dp_noise,
     )
-
-
-def _factoring_error(sums: Mapping[str, Tensor], parts: Weights, backbone: Backbone) -> float:
-    """Relative error of the factored Fisher once it is expanded, without the head."""
-    expanded = restored(parts, FisherForm.FACTORED, backbone.theta_0, owner=ITSELF)
-    meant = {name: total for name, total in sums.items() if name not in HEAD}
-    return relative_error(meant, expanded)
 
 
 def trained(

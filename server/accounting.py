@@ -72,14 +72,11 @@ def _errors(answers: Reports) -> list[str]:
 
 def _silence(reports: Mapping[str, Reports]) -> list[str]:
     silent = sorted(
-        c for c, answers in reports.items() if any(a.get("form") == "head" for a in answers)
+        c for c, answers in reports.items() if any(a.get("form") == "none" for a in answers)
     )
     if not silent:
         return []
-    return [
-        f"{', '.join(silent)} sent nothing of the backbone's Fisher: their images count as ones to "
-        "which no weight of it matters, and `alpha` or `beta` holds that much less."
-    ]
+    return [f"{', '.join(silent)} sent no Fisher: nobody is anchored by what their images need."]
 
 
 def _privacy(reports: Mapping[str, Reports], delta: float) -> list[str]:

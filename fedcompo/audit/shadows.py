@@ -14,10 +14,11 @@ A shadow is trained as the client was, but for what cannot be had again:
 - on half of all its images, so on fewer than the client had, for as many epochs;
 - with its own draws of LoRA's A and of the order of images;
 - anchored and aligned by those of its lineage who are *still* in the registry;
-- started, where the head was aligned, from one fitted to draws of its own; the client's real
-  training images had a part in it, the same for all shadows.
+- under a joint head, where the client was, of the statistics that the registry keeps: the client's
+  real training images had a part in it, the same for all shadows.
 
-A client's own probe and own Fisher are made of the images that the shadow is fitted on.
+A client's own probe and own Fisher are made of the images that the shadow is fitted on, and no
+image is kept aside.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import stream_composition
-from fedcompo.config.choices import AnchorBy, HeadStart, Kind
+from fedcompo.config.choices import AnchorBy, Curvature, FisherForm, HeadStart, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
-from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head
+from fedcompo.method.fisher import FisherDiagonal, expanded
+from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.units import OnStep
@@ -70,10 +71,11 @@ class ClientTraining:
     kind: Kind
     backbone: Backbone
     config: RunConfig
-    aligned: Head | None
-    """Joint head that training starts from; None: a probe of the images."""
+    joint: Head | None
+    """Joint head of those whom it was aligned with; None: it had nothing of a joint head."""
     anchor: Weights | None
-    """*Mean* Fisher that anchors it; None: no anchor, or the Fisher of the images themselves."""
+    """*Mean* Fisher that anchors it, in either form; None: no anchor, or the Fisher of the images
+    themselves."""
 
     @classmethod
     def of(cls, registry: RegistryReader, client: str, backbone: Backbone) -> ClientTraining:
@@ -90,19 +92,20 @@ class ClientTraining:
             FileFormatError: If the reference Fisher that it was anchored by cannot be read.
         """
         contribution = registry.contribution(client)
-        config = RunConfig.parse(contribution.settings)
-        aligned = None
-        if config.train.head_start is HeadStart.ALIGNED:
+        config = RunConfig.stored(contribution.settings)
+        joint = None
+        single = len(contribution.head.classes) == 1
+        if single or _under_joint_head(config):
             pool = registry.pool()
             members = {client, *contribution.lineage.aligned_with} & set(pool.clients)
-            aligned = head_of(pool.only(*members), registry.settings)
+            joint = head_of(pool.only(*members), registry.settings)
         return cls(
             client,
             contribution.head.classes,
             contribution.task_vector.kind,
             backbone,
             config,
-            aligned,
+            joint,
             _anchor_of(registry, client, config),
         )
 
@@ -113,26 +116,40 @@ class ClientTraining:
             data: Images to train on; labels index the client's classes.
             generator: Source of all draws, on the CPU.
         """
-        head, train = self.aligned, self.config.train
-        if head is None:
-            ridge = self.config.head.ridge
-            head = fit_probe(self.backbone, data, self.classes, ridge=ridge)
-        mean = self.anchor
+        start, mean, train = self._start(data), self.anchor, self.config.train
         if train.anchor is AnchorBy.OWN and _is_anchored(self.config):
-            mean = self._own_fisher(head, data)
-        course = Course(anchor=Anchor.of(mean) if mean is not None else None)
-        start = head.rows(self.classes)
+            mean = self._own_fisher(start, data)
+        anchor = Anchor(expanded(mean, self.backbone.theta_0)) if mean is not None else None
+        course = Course(anchor=anchor)
+        if len(self.classes) == 1 and self.joint:  # its own head has nothing to tell apart
+            start, course = self.joint, replace(course, fixed=True)
+            data = Split(data.images, start.indices(self.classes)[data.labels])
         fitted = fit_task_vector(
             self.backbone, self.kind, data, start, train, generator=generator, course=course
         )
         return fitted.task_vector
 
-    def _own_fisher(self, head: Head, data: Split) -> Weights:
-        config = self.config
+    def _start(self, data: Split) -> Head:
+        begin = self.config.train.head_start
+        if begin is HeadStart.PROBE:
+            return fit_probe(self.backbone, data, self.classes, ridge=self.config.head.ridge)
+        if begin is HeadStart.ALIGNED and self.joint:
+            return self.joint.rows(self.classes)
+        return zero_head(self.classes, self.backbone.num_features)
+
+    def _own_fisher(self, start: Head, data: Split) -> Weights:
+        config, under = self.config, self.joint
+        if config.train.head_start is HeadStart.PROBE:
+            under = start
         fisher, _ = fisher_of_images(
-            self.backbone, head, data.images, config.fisher, seed=config.seed, owner=self.client
+            self.backbone,
+            data.images,
+            config.fisher,
+            seed=config.seed,
+            owner=self.client,
+            head=under,
         )
-        return fisher.for_classes(self.classes).mean()
+        return (fisher.reduced() if _is_factored(config) else fisher).mean()
 
 
 def train_shadows(
@@ -171,7 +188,11 @@ def train_shadows(
             generator=generator_for(seed, "shadow", training.client, str(index)),
         )
         pool = others.add(replace(member, task_vector=vector))
-        theta = dict(stream_composition(pool, registry.backbone, None, registry.settings))
+        theta = dict(
+            stream_composition(
+                pool, registry.backbone, None, registry.settings, factor=registry.factor
+            )
+        )
         logits = logits_of(training.backbone, theta, head, data, linearised=pool.linearised)
         phi.append(confidence(*logits))
     return ShadowModels(torch.stack(phi), trained_on)
@@ -238,20 +259,30 @@ def logits_of(
     return logits, head.indices(data.classes)[labels]
 
 
+def _under_joint_head(config: RunConfig) -> bool:
+    """Whether the joint head had a part in a client's start, or in its own Fisher."""
+    start, curvature = config.train.head_start, config.fisher.curvature
+    return start is HeadStart.ALIGNED or (
+        start is HeadStart.ZERO and curvature is not Curvature.FEATURES
+    )
+
+
 def _is_anchored(config: RunConfig) -> bool:
-    return config.train.alpha > 0 or config.train.head_alpha > 0
+    return config.train.alpha > 0 and config.caps.fisher_form is not FisherForm.NONE
+
+
+def _is_factored(config: RunConfig) -> bool:
+    return config.caps.fisher_form is FisherForm.FACTORED
 
 
 def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weights | None:
     """Return the mean Fisher that anchors a client, unless it is that of its own images."""
-    if not _is_anchored(config) or config.train.anchor is AnchorBy.OWN:
+    if config.train.anchor is AnchorBy.OWN or not config.train.alpha > 0:
         return None
-    member = registry.member(client)
     if config.train.anchor is AnchorBy.REFERENCE:
         path = Path(config.train.reference).expanduser()
-        fisher = load_reference(path, base=registry.backbone.fingerprint)
-        return fisher.for_classes(member.classes).mean()
-    others = set(member.lineage.anchored_by) & set(registry.clients)
+        return load_reference(path, base=registry.backbone.fingerprint).mean()
+    others = set(registry.member(client).lineage.anchored_by) & set(registry.clients)
     if not others:
         return None
 
@@ -264,5 +295,4 @@ def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weig
             )
         return fisher
 
-    sums = FisherSums.of({client, *others}, kept, by=AnchorBy.OTHERS)
-    return sums.mean_for(client, member.classes)
+    return FisherSums.of({client, *others}, kept, by=AnchorBy.OTHERS).mean_for(client)

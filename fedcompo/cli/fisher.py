@@ -45,12 +45,13 @@ def fisher(
 ) -> None:
     """Make a reference Fisher: an anchor that comes from no client.
 
-    Estimated on public images, or on the coordinator's own, under a linear probe of their classes.
+    Estimated on public images, or on the coordinator's own; of class probabilities (`curvature`),
+    under a linear probe of their classes.
 
     SCENARIO is a TOML file of settings: that of the run which shall use it, so that backbone and
     target-weights agree; without one, the defaults.
 
-    Then: fedcompo simulate --set anchor=reference --set reference=FILE --set head-start=probe
+    Then: fedcompo simulate --set anchor=reference --set reference=FILE
     """
     with errors_as_sentences(verbose):
         from fedcompo.config.scenario import settings_of
@@ -88,7 +89,7 @@ def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
         backbone = load_backbone(config.backbone, pick_device(config.device))
         tell("Reading the images")
         public = load_public_data(config, backbone.preprocessing)
-        tell(f"Fitting a probe of {len(public.classes)} classes")
+        tell(f"Estimating the Fisher of {len(public.classes)} classes")
         fisher, report = reference_fisher(
             backbone,
             public,

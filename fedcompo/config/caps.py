@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedcompo.config.choices import FisherForm, HeadStart, Wire
+from fedcompo.config.choices import Curvature, FisherForm, HeadStart, Statistics, Wire
 from fedcompo.config.setting import NOT_NEGATIVE, POSITIVE, Check, setting
 from fedcompo.errors import ConfigError
 
@@ -68,15 +68,24 @@ class CapsConfig:
             dp_noise=max(self.dp_noise, own.dp_noise),
         )
 
-    def check_head_start(self, start: HeadStart) -> None:
+    def check_noise(
+        self, *, statistics: Statistics, curvature: Curvature, start: HeadStart
+    ) -> None:
         """Refuse noise that would not protect; raises ``ConfigError``.
 
-        Under a probe fitted to the images, one image changes the Fisher of every other, and no
-        limit on what each adds bounds that.
+        A mixture is no sum, so what one image changes of it has no limit. Nor has, under a probe
+        fitted to the images, what one image changes of the Fisher of every other.
         """
-        if self.dp_noise > 0 and start is not HeadStart.ALIGNED:
+        if not self.dp_noise > 0:
+            return
+        if statistics is Statistics.MIXTURES:
             raise ConfigError(
-                f"`dp-noise` is {self.dp_noise:g} and `head-start` is {start}: a Fisher under a "
-                "head fitted to the same images is not private by noise. Use `head-start = "
-                "aligned`, whose head is made of noised statistics."
+                f"`dp-noise` is {self.dp_noise:g} and `statistics` is {statistics}: mixtures are "
+                "not private by noise. Use `statistics = sums`."
+            )
+        if curvature is not Curvature.FEATURES and start is HeadStart.PROBE:
+            raise ConfigError(
+                f"`dp-noise` is {self.dp_noise:g}, `curvature` is {curvature} and `head-start` is "
+                f"{start}: a Fisher under a head fitted to the same images is not private by "
+                "noise. Use `curvature = features`, or `head-start = zero` or `aligned`."
             )

@@ -134,7 +134,7 @@ class Wire(StrEnum):
 
 
 class FisherForm(StrEnum):
-    """How much of its Fisher a client sends, most first; see :mod:`fedcompo.privacy.factored`."""
+    """How much of its Fisher a client sends, most first; see :mod:`fedcompo.method.fisher`."""
 
     DENSE = "dense"
     FACTORED = "factored"

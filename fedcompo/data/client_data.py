@@ -1,7 +1,7 @@
 """The images of one client, ready for its backbone.
 
 A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``text:<path>``, ``cifar100``)
-yields a number of clients. Each client owns at least two classes and loads only its own images::
+yields a number of clients. Each client owns one class or more and loads only its own images::
 
     source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
 
@@ -68,7 +68,7 @@ class ClientData:
     name: str
     """``client-<partition>``; for ``folder:`` the name of the client's folder."""
     classes: tuple[str, ...]
-    """Sorted names of the classes that the client owns, at least two."""
+    """Sorted names of the classes that the client owns, at least one."""
     train: Split
     """Images to train on, at least one a class; grouped by class."""
     test: Split
@@ -236,11 +236,6 @@ def _load_classes(
 ) -> ClientData:
     """Read the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
-    if len(classes) < 2:
-        raise DataError(
-            f"Client {client!r} has a single class, {classes[0]!r}, in {catalogue.source}. A "
-            "classifier needs at least two: add images of another class, or leave the client out."
-        )
     parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
         cap_members(members, cap, draw=frozen_generator(seed, "subset", own))

@@ -57,7 +57,7 @@ def deal_classes(
         ``num_tasks`` groups, each sorted, whose sizes differ by at most one, larger ones first.
 
     Raises:
-        DataError: If there are too few classes to keep, or to give each client two.
+        DataError: If there are too few classes to keep, or to give each client one.
     """
     if num_classes > len(names):
         raise DataError(
@@ -65,12 +65,11 @@ def deal_classes(
             f"Set `num-classes` to at most {len(names)}, or to 0 for all."
         )
     drawn = draw_classes(names, num_classes, seed=seed)
-    if len(drawn) < 2 * num_tasks:
+    if len(drawn) < num_tasks:
         kept = f" (`num-classes`), of {len(names)} in {source}" if num_classes else f" in {source}"
         raise DataError(
-            f"{len(drawn)} classes{kept} are too few for {num_tasks} clients: each needs at least "
-            f"two, {2 * num_tasks} in all. Set `num-tasks` to at most {len(drawn) // 2}, or use "
-            "more classes."
+            f"{len(drawn)} classes{kept} are too few for {num_tasks} clients: each needs one of "
+            f"its own. Set `num-tasks` to at most {len(drawn)}, or use more classes."
         )
     groups = np.array_split(np.arange(len(drawn)), num_tasks)
     return [tuple(sorted(drawn[place] for place in group)) for group in groups]

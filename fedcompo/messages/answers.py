@@ -42,16 +42,17 @@ def _counts(values: Mapping[str, Any]) -> dict[str, int]:
     return {str(name): _count(value) for name, value in values.items()}
 
 
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
 def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> AnyStatistics:
     """Rebuild statistics; raises ``FileFormatError`` on counts or numbers that cannot be true."""
     kind = SUMS if SUMS in manifest else MIXTURES
     counts = _counts(manifest[kind])
-    if kind == SUMS:
-        for name in ("statistics/sums", "statistics/second"):
-            if not tensors[name].is_floating_point():
-                raise FileFormatError(
-                    f"{name!r} came as {tensors[name].dtype}, expected floating-point numbers."
-                )
+    for name in ("statistics/sums", "statistics/second") if kind == SUMS else ():
+        if not tensors[name].is_floating_point():
+            raise FileFormatError(f"{name!r} came in {tensors[name].dtype}, expected floats.")
     statistics = statistics_from(tensors, {kind: counts})
     if counts_of(statistics) != dict(sorted(counts.items())):
         raise FileFormatError(
@@ -98,9 +99,8 @@ class Answer(Content):
 
 def caps_of(answer: Body) -> list[Any]:
     """Limits that an answer states, and those of the Fisher inside it; not checked."""
-    manifest = answer[1]
-    inside = manifest.get("fisher", {})
-    stated = [part.get("caps") for part in (manifest, inside) if isinstance(part, Mapping)]
+    parts = answer[1], answer[1].get("fisher")
+    stated = [part.get("caps") for part in parts if isinstance(part, Mapping)]
     return [caps for caps in stated if caps]
 
 
@@ -171,7 +171,10 @@ class DescribeAnswer(IdentifyAnswer):
     """None: not asked for."""
 
     def _write(self) -> Body:
-        entries: dict[str, Any] = {**statistics_entry(self.statistics), "kind": str(self.kind or "")}
+        entries: dict[str, Any] = {
+            **statistics_entry(self.statistics),
+            "kind": str(self.kind or ""),
+        }
         tensors = statistics_tensors(self.statistics)
         if self.fisher is not None:
             own, entries["fisher"] = self.fisher.to_body()
@@ -219,14 +222,13 @@ class RealignAnswer(NoticeAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class VoteAnswer(NoticeAnswer):
-    """How well candidates classify the images that a client keeps aside."""
+    """How well candidates do on images kept aside; see :mod:`fedcompo.composition.voting`."""
 
     CONTENT: ClassVar[str] = "vote"
 
     hits: tuple[int, ...] = entry(lambda hits: tuple(map(_count, hits)))
-    """Images classified correctly, by candidate."""
+    losses: tuple[float, ...] = entry(_floats)
     num_examples: int = entry(_count)
-    """Images kept aside; 0: the client does not vote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +250,7 @@ class AveragingAnswer(_WithTensors):
     CONTENT: ClassVar[str] = "train"
 
     kind: Kind = entry(Kind)
-    losses: tuple[float, ...] = entry(lambda losses: tuple(float(loss) for loss in losses))
+    losses: tuple[float, ...] = entry(_floats)
     """Of each epoch."""
 
     @property

@@ -56,7 +56,7 @@ class DescribeRequest(Content):
     """Ask for statistics of θ₀'s features on all training images, by class."""
 
     fisher: bool = entry(bool)
-    """Whether to send a Fisher sum too, which needs no head of others."""
+    """Whether to send a Fisher sum too, under no head of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +70,22 @@ class NoticeRequest(Content):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FisherRequest(Content):
-    """Ask for the Fisher diagonal of the client's images."""
+class _WithHead(Content):
+    """A request that brings the joint head."""
 
-    joint: Head | None = None
-    """The head that it is under; None: the client's own."""
+    joint: Head
 
     def _write(self) -> Body:
-        return _joint_body(self.joint) if self.joint else ({}, {})
+        return head_tensors(self.joint), {"classes": list(self.joint.classes)}
 
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return _joint_from(tensors, manifest) if "classes" in manifest else {}
+        return {"joint": head_from(tensors, manifest["classes"])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherRequest(_WithHead):
+    """Ask for the Fisher diagonal of the class probabilities under the joint head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +122,7 @@ class VoteRequest(_OfModels):
     """Ask how well each model classifies the images kept aside, under a head of its own."""
 
     heads: tuple[Head, ...]
-    """One for each factor, or several, one block after the other: the model of head i has factor
-    i modulo the number of factors."""
+    """Blocks of one for each factor: head i goes with factor i modulo their number."""
 
     def _write(self) -> Body:
         tensors, entries = super()._write()
@@ -138,20 +141,19 @@ class VoteRequest(_OfModels):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRequest(Content):
+class EvaluateRequest(_WithHead):
     """Ask for the composed model's accuracy on the client's test images."""
 
     theta: Weights
     """Composed weights by name, each (out, in)."""
     linearised: bool = entry(bool)
     """Whether they change the model to first order alone."""
-    joint: Head
     own_heads: Head | None = None
     """The clients' own heads side by side, to measure beside the joint head; same classes."""
 
     def _write(self) -> Body:
-        head, entries = _joint_body(self.joint)
-        tensors = prefixed(THETA, self.theta) | head
+        tensors, entries = super()._write()
+        tensors |= prefixed(THETA, self.theta)
         if self.own_heads:
             tensors |= prefixed(HEADS, head_tensors(self.own_heads))
         return tensors, entries
@@ -160,7 +162,7 @@ class EvaluateRequest(Content):
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
         heads = section(HEADS, tensors)
         own = {"own_heads": head_from(heads, manifest["classes"])} if heads else {}
-        return {"theta": section(THETA, tensors)} | _joint_from(tensors, manifest) | own
+        return super()._read(tensors, manifest) | {"theta": section(THETA, tensors)} | own
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,12 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRequest(Content):
-    """Ask a client to fit its task vector, alone or inside the sum of the others."""
+class TrainRequest(_WithHead):
+    """Ask a client to fit its task vector, alone or inside the sum of the others.
 
-    joint: Head
-    """To start from, or only to measure the frozen backbone."""
+    The joint head is to start from, or only to measure the frozen backbone.
+    """
+
     kind: Kind = entry(Kind)
     frozen: bool = entry(bool)
     """Whether to measure the frozen backbone too."""
@@ -239,7 +242,7 @@ class TrainRequest(Content):
         return course
 
     def _write(self) -> Body:
-        tensors, manifest = _joint_body(self.joint)
+        tensors, manifest = super()._write()
         for name, own in self.sent.items():
             tensors |= prefixed(name, own)
         if self.others:
@@ -272,16 +275,15 @@ class TrainRequest(Content):
             number, federation = int(manifest["round"]), str(manifest["federation"])
             course, last = manifest["course"], bool(manifest["last"])
             values["round"] = Round(number, federation, last, course["passed"], course["share"])
-        return values | _joint_from(tensors, manifest)
+        return values | super()._read(tensors, manifest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AveragingRequest(Content):
+class AveragingRequest(_WithHead):
     """Ask a client to train the shared model for one round (FedAvg, FedProx)."""
 
     kind: Kind = entry(Kind)
     task_vector: Mapping[str, Tensor]
-    joint: Head
     rounds: int = entry(int)
     """Number of rounds in all."""
     number: int = entry(int, key=ROUND)
@@ -290,16 +292,9 @@ class AveragingRequest(Content):
     """Strength of FedProx, by Flower's name; None: it is FedAvg."""
 
     def _write(self) -> Body:
-        return own_tensors(self.task_vector, self.joint), _joint_body(self.joint)[1]
+        return own_tensors(self.task_vector, self.joint), super()._write()[1]
 
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return {"task_vector": section(TASK_VECTOR, tensors)} | _joint_from(tensors, manifest)
-
-
-def _joint_body(joint: Head) -> Body:
-    return head_tensors(joint), {"classes": list(joint.classes)}
-
-
-def _joint_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {"joint": head_from(tensors, manifest["classes"])}
+        own = section(TASK_VECTOR, tensors)
+        return super()._read(tensors, manifest) | {"task_vector": own}

@@ -1,6 +1,6 @@
 r"""The Fisher diagonal at :math:`\theta_0`: how much each weight matters.
 
-.. math:: F = \sum_x \mathrm{diag}\big(J_x^\top H_x\,J_x\big), \qquad J_x = \partial f(x)/\partial\theta
+.. math:: F = \sum_x \mathrm{diag}(J_x^\top H_x\,J_x), \qquad J_x = \partial f(x)/\partial\theta
 
 with x the examples, f the backbone's features and H the identity (what a change does to the
 features), or the Hessian of the cross-entropy (what it does to the class probabilities).
@@ -86,12 +86,12 @@ class FisherDiagonal:
             raise ContributionError(f"The Fisher of {owner} sums over no example.")
 
     def reduced(self) -> FisherDiagonal:
-        """Return the factored form, float64; one that is factored is returned as it is."""
+        """Return the factored form, in the same dtype; a factored one is returned as it is."""
         if self.factored:
             return self
         parts: Weights = {}
         for name, total in self.sums.items():
-            rows, columns = margins(total)
+            rows, columns = (margin.to(total.dtype) for margin in margins(total))
             parts |= {f"{name}{ROWS}": rows, f"{name}{COLUMNS}": columns}
         return FisherDiagonal(parts, self.num_examples)
 

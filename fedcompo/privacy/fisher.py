@@ -1,28 +1,27 @@
 r"""A Fisher sum under noise: clip what each image adds, sum, add noise.
 
-Images are clipped in the form in which the sum is sent (:mod:`fedcompo.privacy.factored`). The
-noise must hide every number that is sent, so fewer numbers need less noise: a dense Fisher has
-millions, and their noise drowns a few hundred images; row and column sums are thousands; the
-head's Fisher is hundreds.
+Images are clipped in the form in which the sum is sent (:mod:`fedcompo.method.fisher`). The noise
+must hide every number that is sent, so fewer numbers need less noise: a dense Fisher has millions,
+and their noise drowns a few hundred images; row and column sums are thousands.
 
-An image's part may depend on that image alone. Hence the exact Fisher of all images: the leading
-estimator chooses its rank by the whole batch, and a drawn subset changes with every image.
+An image's part may depend on that image alone. Hence all images, and of class probabilities the
+exact Fisher. Of features, the random direction of each image comes from the same entropy as the
+noise: if the server could draw it from the run's seed, it would know which image came when.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fedcompo.config.choices import FisherForm
+from fedcompo.config.choices import Curvature
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import HEAD
+from fedcompo.method.fisher import COLUMNS, ROWS, FisherDiagonal
 from fedcompo.method.heads import Head
-from fedcompo.privacy.factored import COLUMNS, ROWS
-from fedcompo.privacy.noise import Entropy, clip_factors, noised
+from fedcompo.privacy.noise import Entropy, clip_factors, noised, normal
 from fedcompo.training.fisher_estimate import curvature_factors
 from fedcompo.training.per_example import (
     evaluation_mode,
@@ -37,56 +36,57 @@ MEMORY = 256 * 2**20
 """Bytes of the Fishers of single images that are in memory at a time."""
 
 
-def images_at_a_time(theta_0: Weights, form: FisherForm, most: int) -> int:
+def images_at_a_time(theta_0: Mapping[str, Tensor], *, factored: bool, most: int) -> int:
     """Return how many images' own Fishers fit the memory; at least one, at most ``most``."""
-    if form is not FisherForm.DENSE:
+    if factored:
         return most
     one = sum(4 * weight.numel() for weight in theta_0.values())
     return max(1, min(most, MEMORY // max(1, one)))
 
 
 def per_example_fishers(
-    model: nn.Module, head: Head, images: Tensor, names: Iterable[str], form: FisherForm
+    model: nn.Module,
+    images: Tensor,
+    names: Iterable[str],
+    *,
+    head: Head | None,
+    factored: bool,
+    entropy: Entropy = os.urandom,
 ) -> Weights:
-    """Compute the exact Fisher of each image by itself, in the form in which it is sent.
+    """Compute the Fisher of each image by itself, in the form in which it is sent.
 
     Args:
-        model: Maps images to features; in evaluation mode.
-        head: Turns features into logits.
+        model: Maps images to features.
         images: (batch, channels, height, width), normalised, on the model's device.
         names: Weights of linear layers.
-        form: dense, factored or head.
+        head: Turns features into logits, for the exact Fisher of class probabilities; None: the
+            Fisher of features, along one random direction for each image.
+        factored: Whether it is sent as row and column sums.
+        entropy: Source of the directions; see :func:`fedcompo.privacy.noise.normal`.
 
     Returns:
-        By the names of :func:`fedcompo.privacy.factored.reduced`, each (batch, ...).
+        By the names of :attr:`FisherDiagonal.sums`, each (batch, ...).
     """
-    names = [] if form is FisherForm.HEAD else sorted(names)
+    names = sorted(names)
     fishers: Weights = {}
     with evaluation_mode(model), recorded(model, names) as record:
         features = model(images)
         require_recorded(record, names)
-        logits = head(features.detach())
-        weight = head.weight.to(features)
-        cotangents = curvature_factors(logits, weight)[0].unbind(1) if names else ()
+        cotangents: Iterable[Tensor]
+        if head is None:
+            cotangents = [normal(features.shape, entropy).to(features)]
+        else:
+            logits = head(features.detach())
+            cotangents = curvature_factors(logits, head.weight.to(features))[0].unbind(1)
         for cotangent in cotangents:
             for name, part, squares in squared_gradients(record, features, cotangent):
-                for key, values in _in_form(name, squares, form):
-                    total = fishers.setdefault(
-                        key, values.new_zeros(len(images), *values.shape[1:])
-                    )
-                    total[part] += values
-    p = logits.double().softmax(-1)
-    variance = p * (1 - p)  # (batch, classes)
-    squared = features.detach().double().square()
-    weight_fisher = variance.unsqueeze(2) * squared.unsqueeze(1)  # (batch, classes, features)
-    return {**fishers, HEAD[0]: weight_fisher, HEAD[1]: variance}
-
-
-def _in_form(name: str, squares: Tensor, form: FisherForm) -> list[tuple[str, Tensor]]:
-    """Reduce one weight's squares, (examples, out, in), to a form."""
-    if form is FisherForm.DENSE:
-        return [(name, squares)]
-    return [(f"{name}{ROWS}", squares.sum(2)), (f"{name}{COLUMNS}", squares.sum(1))]
+                pieces = {name: squares}
+                if factored:
+                    pieces = {f"{name}{ROWS}": squares.sum(2), f"{name}{COLUMNS}": squares.sum(1)}
+                for key, values in pieces.items():
+                    empty = values.new_zeros(len(images), *values.shape[1:])
+                    fishers.setdefault(key, empty)[part] += values
+    return fishers
 
 
 def clipped_sum(fishers: Weights, clip: float) -> Weights:
@@ -106,40 +106,51 @@ def clipped_sum(fishers: Weights, clip: float) -> Weights:
 
 def private_fisher(
     model: nn.Module,
-    head: Head,
     batches: Iterable[Tensor],
     names: Iterable[str],
     *,
-    form: FisherForm,
+    head: Head | None = None,
+    curvature: Curvature = Curvature.FEATURES,
+    factored: bool,
     clip: float,
     noise: float,
     entropy: Entropy = os.urandom,
-) -> tuple[Weights, int]:
+) -> FisherDiagonal:
     """Compute a Fisher sum under noise that hides what each image adds.
 
     Args:
         model: Maps images to features.
-        head: Turns features into logits; must not be fitted to these images without noise.
         batches: All normalised images, neither shuffled nor augmented.
         names: Weights of linear layers.
-        form: Form in which it is sent.
+        head: Turns features into logits, for the Fisher of class probabilities; must not be fitted
+            to these images without noise.
+        curvature: Of what; Monte Carlo counts as exact.
+        factored: Whether it is sent as row and column sums.
         clip: Largest Fisher, as a norm, that one image may add.
         noise: In sensitivities.
         entropy: See :func:`fedcompo.privacy.noise.normal`.
 
     Returns:
-        The sum under noise by the names of :func:`fedcompo.privacy.factored.reduced`, float32,
-        negative numbers set to zero; and the number of images under noise, at least one.
+        The sum under noise, float32, negative numbers set to zero; its number of images is under
+        noise too, at least one.
+
+    Raises:
+        ValueError: If a head is needed and there is none.
     """
+    if curvature is not Curvature.FEATURES and head is None:
+        raise ValueError(f"The Fisher of `curvature = {curvature}` needs a head, got none.")
+    under = None if curvature is Curvature.FEATURES else head
     sums: Weights = {}
     count, names = 0, tuple(names)
     for images in batches:
-        added = clipped_sum(per_example_fishers(model, head, images, names, form), clip)
-        for name, part in added.items():
+        fishers = per_example_fishers(
+            model, images, names, head=under, factored=factored, entropy=entropy
+        )
+        for name, part in clipped_sum(fishers, clip).items():
             sums[name] = sums[name] + part if name in sums else part
         count += len(images)
     sums["count"] = torch.tensor(float(count))
     limits = dict.fromkeys(sums, clip) | {"count": 1.0}
     released = noised(sums, limits, parts=PARTS, noise=noise, entropy=entropy)
     examples = max(1, round(float(released.pop("count"))))
-    return {name: total.clamp_min(0).float() for name, total in released.items()}, examples
+    return FisherDiagonal({n: t.clamp_min(0).float() for n, t in released.items()}, examples)

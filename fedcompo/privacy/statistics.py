@@ -1,13 +1,14 @@
-r"""Feature statistics under noise: one Gaussian a class, from noised sums.
+r"""Feature statistics under noise: counts, sums by class and second moment.
 
-A mixture fitted by expectation-maximisation is no sum, so its sensitivity is unknown. Instead, each
-class gives a count and a sum of features, and all classes together a sum of squared features,
+An image with features x, clipped to length C, adds three parts: one to the count of its class, x to
+the sum of its class, and the upper triangle of :math:`x x^\top`, whose length is at most
+:math:`C^2`, to the second moment of all classes.
 
-.. math:: n_k = \sum_{y=k} 1, \qquad S_k = \sum_{y=k} x, \qquad Q = \sum x^{\odot 2},
-
-with x clipped to length C and :math:`x^{\odot 2}` to :math:`2C^2/\sqrt d` (for normal features it
-has :math:`\sqrt 3\,C^2/\sqrt d`). Means are :math:`S_k/n_k`; all classes share the variances
-:math:`(Q - \sum_k n_k \mu_k^2)/n`, less what the means' own noise adds to them.
+The noise on d (d + 1)/2 numbers of the second moment can be far larger than the covariance of a few
+hundred images. It is taken out as far as that is possible without looking at the images again: the
+eigenvalues of the noise alone, s on each entry, end at :math:`2 s\sqrt d` (Wigner 1958), so each
+eigenvalue of the noised scatter within classes is reduced by that much. What is left of the trace,
+which the noise hardly changes, is spread over all directions.
 """
 
 from __future__ import annotations
@@ -20,39 +21,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedcompo.method.features import VARIANCE_FLOOR, FeatureMixture
+from fedcompo.method.features import VARIANCE_FLOOR
+from fedcompo.method.statistics import FeatureSums, packed, unpacked
 from fedcompo.privacy.noise import Entropy, clip_factors, noised
 
 PARTS = 3
-"""Parts that one image adds: to a count, to a sum of features, to the sum of squares."""
+"""Parts that one image adds: to a count, to a sum of features, to the second moment."""
 
 
 def clipped_sums(
     features: Tensor, labels: Tensor, *, num_classes: int, clip: float
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    r"""Clip each part of what an image adds, and sum over images.
+    r"""Clip what an image adds, and sum over images.
 
     Args:
-        features: x, (count, features).
+        features: x, (count, d).
         labels: (count,), below ``num_classes``.
         num_classes: k.
         clip: C.
 
     Returns:
-        ``counts`` (classes,), ``features`` (classes, features), ``squares`` (features,), float64,
-        and the limit of each.
+        ``counts`` (classes,), ``features`` (classes, d), ``second`` (d (d + 1)/2,), float64, and
+        the limit of each.
     """
     x = features.double()
     x = x * clip_factors(x.norm(dim=1), clip).unsqueeze(1)
-    limits = {"counts": 1.0, "features": clip, "squares": 2 * clip**2 / math.sqrt(x.shape[1])}
-    squares = x.square()
-    squares = squares * clip_factors(squares.norm(dim=1), limits["squares"]).unsqueeze(1)
     onehot = F.one_hot(labels, num_classes).double()  # (count, classes)
-    sums = {"counts": onehot.sum(0), "features": onehot.T @ x, "squares": squares.sum(0)}
-    return sums, limits
+    sums = {"counts": onehot.sum(0), "features": onehot.T @ x, "second": packed(x.T @ x)}
+    return sums, {"counts": 1.0, "features": clip, "second": clip**2}
 
 
-def private_mixtures(
+def private_sums(
     features: Tensor,
     labels: Tensor,
     classes: Iterable[str],
@@ -60,37 +59,52 @@ def private_mixtures(
     clip: float,
     noise: float,
     entropy: Entropy = os.urandom,
-) -> dict[str, FeatureMixture]:
-    """Describe each class by one Gaussian, from noised sums alone.
+) -> FeatureSums:
+    """Sum the statistics of labelled images under noise that hides what each adds.
 
     Args:
-        features: (count, features).
+        features: (count, d).
         labels: (count,), index into ``classes``.
-        classes: Names of the classes; they are sent without noise.
+        classes: Sorted names; they are sent without noise.
         clip: Largest norm of the features of one image.
         noise: In sensitivities.
         entropy: See :func:`fedcompo.privacy.noise.normal`.
 
     Returns:
-        Mixtures by class name; their numbers of examples are under noise, too.
+        Sums of which a joint head can be made: at least one image a class, no mean longer than the
+        clip, no negative variance.
     """
     classes = tuple(classes)
-    sums, limits = clipped_sums(features, labels, num_classes=len(classes), clip=clip)
+    sums, limits = clipped_sums(features.cpu(), labels.cpu(), num_classes=len(classes), clip=clip)
     released = noised(sums, limits, parts=PARTS, noise=noise, entropy=entropy)
     counts = released["counts"].round().clamp_min(1)
-    means = released["features"] / counts.unsqueeze(1)  # (classes, features)
-    blur = (noise * math.sqrt(PARTS) * clip / counts).square()  # of a mean, by noise alone
-    between = (counts.unsqueeze(1) * (means.square() - blur.unsqueeze(1))).sum(0)
-    variances = ((released["squares"] - between) / counts.sum()).clamp_min(
-        VARIANCE_FLOOR * clip**2 / features.shape[1]
-    )
+    means = released["features"] / counts.unsqueeze(1)  # (classes, d)
+    spread = {name: noise * math.sqrt(PARTS) * limit for name, limit in limits.items()}
+    blur = (spread["features"] ** 2 / counts).sum()  # of n μμᵀ in each direction, by noise alone
+    within = unpacked(released["second"]) - (means * counts.unsqueeze(1)).T @ means
+    within.diagonal().add_(blur)
+    floor = VARIANCE_FLOOR * clip**2 * float(counts.sum())
+    within = _denoised(within, spread["second"], floor=floor)
     means = means * clip_factors(means.norm(dim=1), clip).unsqueeze(1)  # no mean can be longer
-    return {
-        name: FeatureMixture(
-            torch.ones(1),
-            means[k].float().unsqueeze(0),
-            variances.float().unsqueeze(0),
-            int(counts[k]),
-        )
-        for k, name in enumerate(classes)
-    }
+    weighted = means * counts.unsqueeze(1)
+    return FeatureSums.read(classes, counts, weighted, packed(within + weighted.T @ means))
+
+
+def _denoised(scatter: Tensor, spread: float, *, floor: float) -> Tensor:
+    """Reduce the eigenvalues by those of noise alone, and keep the trace.
+
+    Args:
+        scatter: (d, d), symmetric.
+        spread: Standard deviation of the noise on each entry.
+        floor: The least trace.
+
+    Returns:
+        (d, d), without negative eigenvalues.
+    """
+    size = len(scatter)
+    values, vectors = torch.linalg.eigh(scatter)
+    kept = (values - 2 * spread * math.sqrt(size)).clamp_min(0)
+    trace = max(float(scatter.trace()), floor)
+    level = max(trace - float(kept.sum()), 0) / size
+    clean: Tensor = (vectors * (kept + level)) @ vectors.T
+    return clean

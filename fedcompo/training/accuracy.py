@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,24 +35,38 @@ def accuracy_of(
     *,
     linearised: bool = False,
 ) -> Accuracy:
-    """Classify a client's images and compare with their labels.
+    """Classify a client's images under one head; see :func:`accuracies_of`."""
+    (accuracy,) = accuracies_of(backbone, theta, [head], classes, data, linearised=linearised)
+    return accuracy
+
+
+def accuracies_of(
+    backbone: Backbone,
+    theta: Weights,
+    heads: Sequence[Head],
+    classes: tuple[str, ...],
+    data: Split,
+    *,
+    linearised: bool = False,
+) -> list[Accuracy]:
+    """Classify a client's images under each of several heads, and compare with their labels.
 
     Args:
         backbone: Pre-trained weights.
         theta: Target weights to use in their place, by name, each (out, in).
-        head: Joint head; must have all of the client's classes, and may have more.
+        heads: Each must have all of the client's classes, and may have more.
         classes: The client's classes, which ``data.labels`` index.
         data: Images and labels; of none, accuracy is NaN.
         linearised: Whether the weights are composed of tangents.
     """
-    forward = feature_map(backbone, theta, tangent=linearised)
-    logits = head(extract_features(forward, data.images))
-    own = head.indices(classes)
-    return Accuracy(
-        class_il=_share(logits.argmax(1) == own[data.labels]),
-        task_il=_share(logits[:, own].argmax(1) == data.labels),
-        num_examples=len(data.labels),
-    )
+    features = extract_features(feature_map(backbone, theta, tangent=linearised), data.images)
+    accuracies = []
+    for head in heads:
+        logits, own = head(features), head.indices(classes)
+        right = logits.argmax(1) == own[data.labels]
+        right_of_own = logits[:, own].argmax(1) == data.labels
+        accuracies.append(Accuracy(_share(right), _share(right_of_own), len(data.labels)))
+    return accuracies
 
 
 def _share(hits: Tensor) -> float:

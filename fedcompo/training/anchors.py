@@ -59,7 +59,7 @@ class FisherSums:
         """Return the *mean* Fisher that anchors a client; None if there are no examples for it.
 
         Args:
-            client: A member.
+            client: A member, or one that has no Fisher sum.
             with_own: Whether the others' examples and its own anchor it (IEL).
 
         Returns:
@@ -72,11 +72,14 @@ class FisherSums:
         if self.by is AnchorBy.REFERENCE:
             assert self.reference is not None
             return self.reference.mean()
-        return (self.total if with_own else self.total - self.load(client)).mean()
+        alone = with_own or client not in self.members
+        return (self.total if alone else self.total - self.load(client)).mean()
 
     def anchored(self, client: str, *, with_own: bool = False) -> bool:
         """Whether there are examples whose Fisher anchors a client."""
-        return with_own or self.by is not AnchorBy.OTHERS or bool(self.others(client))
+        if self.by is AnchorBy.OWN:
+            return client in self.members
+        return with_own or self.by is AnchorBy.REFERENCE or bool(self.others(client))
 
     def note(self, alpha: float, *, setting: str = "alpha") -> str:
         """Return a note if a reference Fisher is far larger or smaller than the clients'; or "".

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from fedcompo.config.choices import Augmentation
 from fedcompo.errors import ConfigError
 
-SHIFT = 0.15
-"""shift: largest translation, as a share of half the image's side."""
+SHIFT = 0.075
+"""shift: largest translation, as a share of the image's side."""
 SMALLEST_CROP = 0.7
 """crop-flip: side of the smallest crop, as a share of the image's."""
 
@@ -19,9 +19,9 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
     """Draw a random view of each image of a batch.
 
     Args:
-        images: (batch, channels, height, width), uint8.
-        kind: none; shift (the border is repeated; for characters, which a mirror would change);
-            crop-flip (a random crop, mirrored half the time).
+        images: (batch, channels, size, size), uint8.
+        kind: none; shift (by whole pixels, the border is repeated; for characters, which a mirror
+            would change); crop-flip (a random square crop, mirrored half the time).
         generator: Source of the draws, on the CPU.
 
     Returns:
@@ -37,17 +37,26 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
             f"`augmentation` is {kind}, which moves the pixels of images, but these are texts. Set "
             "it to none."
         )
-    batch = len(images)
-    affine = torch.zeros(batch, 2, 3)
-    if kind is Augmentation.SHIFT:
-        affine[:, 0, 0] = affine[:, 1, 1] = 1
-        affine[:, :, 2] = SHIFT * (2 * torch.rand(batch, 2, generator=generator) - 1)
-    else:
-        side = SMALLEST_CROP + (1 - SMALLEST_CROP) * torch.rand(batch, generator=generator)
-        mirror = torch.randint(0, 2, (batch,), generator=generator) * 2 - 1
-        affine[:, 0, 0], affine[:, 1, 1] = side * mirror, side
-        room = (1 - side).unsqueeze(1)
-        affine[:, :, 2] = room * (2 * torch.rand(batch, 2, generator=generator) - 1)
-    grid = F.affine_grid(affine.to(images.device), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return moved.round().clamp(0, 255).to(torch.uint8)
+    view = _shifted if kind is Augmentation.SHIFT else _cropped
+    return torch.stack([view(image, generator) for image in images])
+
+
+def _shifted(image: Tensor, generator: torch.Generator) -> Tensor:
+    size = image.shape[-1]
+    room = max(1, round(SHIFT * size))
+    top, left = (_draw(0, 2 * room, generator) for _ in range(2))
+    view: Tensor = F.crop(F.pad(image, [room], padding_mode="edge"), top, left, size, size)
+    return view
+
+
+def _cropped(image: Tensor, generator: torch.Generator) -> Tensor:
+    size = image.shape[-1]
+    side = _draw(round(SMALLEST_CROP * size), size, generator)
+    top, left = (_draw(0, size - side, generator) for _ in range(2))
+    view: Tensor = F.resized_crop(image, top, left, side, side, [size, size], antialias=True)
+    return view.flip(-1) if _draw(0, 1, generator) else view
+
+
+def _draw(low: int, high: int, generator: torch.Generator) -> int:
+    """Draw a whole number, both ends included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))

@@ -133,7 +133,8 @@ def fit_task_vector(
     vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
     trained = head.result()
     if course.fixed:
-        trained = trained.rows(trained.classes[label] for label in data.labels.unique().tolist())
+        labels = sorted(set(data.labels.tolist()))
+        trained = trained.rows(trained.classes[label] for label in labels)
     return Fitted(vector, trained, tuple(losses))
 
 

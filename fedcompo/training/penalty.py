@@ -117,4 +117,3 @@ def _on_devices(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
 
 def _device(delta: Delta) -> torch.device:
     return next(delta.parameters()).device
-

@@ -1,10 +1,10 @@
 r"""A linear probe and a Fisher diagonal at :math:`\theta_0`, from one party's images alone.
 
 A party is a client, or the owner of a reference Fisher: the Fisher diagonal of public images, or of
-the coordinator's own; of class probabilities, under a linear probe fitted to them. A client anchored by it does not depend
-on any other client, and no removal of another concerns it. It keeps what the backbone knows of
-*those* images; the more they resemble the clients' images, the better the reference replaces the
-Fisher of the others.
+the coordinator's own; of class probabilities, under a linear probe fitted to them. A client
+anchored by it does not depend on any other client, and no removal of another concerns it. It keeps
+what the backbone knows of *those* images; the more they resemble the clients' images, the better
+the reference replaces the Fisher of the others.
 """
 
 from __future__ import annotations

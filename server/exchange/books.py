@@ -127,7 +127,7 @@ class Books:
         cost: Traffic,
         *,
         peaks: Mapping[str, int],
-        caps: Mapping[str, Any],
+        caps: Iterable[Mapping[str, Any]],
         reason: str = "",
     ) -> None:
         """Book an answer that was used.
@@ -137,14 +137,14 @@ class Books:
             client: Who answered.
             cost: What it cost; that of two answers in one phase adds up.
             peaks: Peak memory that the client reports, in bytes.
-            caps: What the client reports of its caps.
+            caps: The client's reports of its caps.
             reason: Anything special about it, for people.
         """
         label = self.label(phase)
         self._remember_peak(label, peaks)
         self.traffic[label][client] = self.traffic[label].get(client, NOTHING) + cost
-        if caps:
-            self.caps.setdefault(client, []).append({**caps, "phase": label})
+        for own in caps:
+            self.caps.setdefault(client, []).append({**own, "phase": label})
         self._tell_of(phase, client, "ok", reason, cost)
         size, seconds = cost.bytes_received, cost.seconds
         log(INFO, "%s: %s answered with %d bytes in %.1f s", label, client, size, seconds)

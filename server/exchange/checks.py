@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.voting import TEMPERATURES, Votes
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.messages.answers import AveragingAnswer, FeaturesAnswer, FisherAnswer, caps_of
+from fedcompo.messages.answers import AveragingAnswer, FisherAnswer, VoteAnswer, caps_of
 from fedcompo.messages.body import Body
+from fedcompo.method.contribution import AnyStatistics, check_statistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.privacy.factored import restored
 from fedcompo.storage.tensorfile import tensor_digest
 
 CAP_WORDS: Mapping[str, list[Any]] = {"wire": list(Wire), "form": list(FisherForm)}
@@ -42,51 +43,61 @@ def check_backbone(client: str, base: str, backbone: Backbone) -> None:
         )
 
 
-def check_mixtures(
-    client: str, answer: FeaturesAnswer, classes: tuple[str, ...], num_features: int
+def check_described(
+    client: str, statistics: AnyStatistics, classes: tuple[str, ...], num_features: int
 ) -> None:
-    """Refuse a client's mixtures unless there is one for each class.
+    """Refuse a client's statistics unless they describe each of its classes.
 
     Raises:
-        ContributionError: If there are fewer than two classes, if they are unsorted or not those
-            of the mixtures, or if no features can be drawn from a mixture.
+        ContributionError: If there is no class, if they are unsorted or not those of the
+            statistics, or if no head can be made of these.
     """
-    if len(classes) < 2 or list(classes) != sorted(set(classes)):
+    if not classes or list(classes) != sorted(set(classes)):
         raise ContributionError(
-            f"Client {client!r} names the classes {classes}, expected two or more, sorted."
+            f"Client {client!r} names the classes {classes}, expected one or more, sorted."
         )
-    if set(answer.mixtures) != set(classes):
-        raise ContributionError(
-            f"Client {client!r} describes {sorted(answer.mixtures)}, but owns {list(classes)}."
-        )
-    for mixture in answer.mixtures.values():
-        mixture.check(num_features, f"client {client!r}")
+    check_statistics(statistics, classes, num_features, f"client {client!r}")
 
 
-def checked_fisher(
-    client: str, answer: FisherAnswer, backbone: Backbone, classes: tuple[str, ...]
-) -> FisherDiagonal:
-    """Expand a client's Fisher sum; raises as :func:`check_fisher` does."""
-    owner = f"client {client!r}"
-    sums = restored(answer.parts, answer.form, backbone.theta_0, owner=owner)
-    fisher = FisherDiagonal(sums, answer.num_examples, answer.classes)
-    check_fisher(fisher, backbone, classes, owner)
+def checked_fisher(client: str, answer: FisherAnswer, backbone: Backbone) -> FisherDiagonal | None:
+    """Return a client's Fisher sum; None if its form is ``none``.
+
+    Raises:
+        ContributionError: If it is not in the form that it names, or cannot anchor a client; see
+            :meth:`FisherDiagonal.check`.
+    """
+    fisher = FisherDiagonal(answer.parts, answer.num_examples)
+    if answer.form is FisherForm.NONE and not answer.parts:
+        return None
+    if fisher.factored is not (answer.form is FisherForm.FACTORED):
+        raise ContributionError(
+            f"The Fisher of client {client!r} is not in the form that it names, {answer.form}. Use "
+            "the same fedcompo version everywhere."
+        )
+    fisher.check(backbone.theta_0, owner=f"client {client!r}")
     return fisher
 
 
-def check_fisher(
-    fisher: FisherDiagonal, backbone: Backbone, classes: tuple[str, ...], owner: str
-) -> None:
-    """Refuse a Fisher sum under another head, or one that cannot anchor a client.
+def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
+    """Return a client's votes on so many candidates.
 
     Raises:
-        ContributionError: See :meth:`FisherDiagonal.check`.
+        ContributionError: If there are more or fewer, more hits than images, or a loss that is not
+            a figure >= 0.
     """
-    if fisher.classes != classes:
+    hits, losses, images = answer.hits, answer.losses, answer.num_examples
+    if (
+        len(hits) != count
+        or len(losses) != count * len(TEMPERATURES)
+        or not all(own <= images for own in hits)
+        or not all(0 <= loss <= LARGEST for loss in losses)  # also if it is not a number
+    ):
         raise ContributionError(
-            f"The Fisher of {owner} is for a head of {fisher.classes}, expected {classes}."
+            f"Client {client!r} sent {len(hits)} hits and {len(losses)} losses of {images} images; "
+            f"expected {count} candidates, {len(TEMPERATURES)} losses each, no more hits than "
+            "images, no loss below zero. Use the same fedcompo version everywhere."
         )
-    fisher.check(backbone.theta_0, num_features=backbone.num_features, owner=owner)
+    return Votes(hits, losses, images)
 
 
 def checked_task_vector(client: str, answer: AveragingAnswer, backbone: Backbone) -> TaskVector:
@@ -122,19 +133,20 @@ def checked_losses(client: str, answer: AveragingAnswer) -> list[float]:
     return losses
 
 
-def checked_caps(client: str, body: Body) -> dict[str, float | str]:
-    """Return a client's report of its caps; empty if it reports none.
+def checked_caps(client: str, body: Body) -> list[dict[str, float | str]]:
+    """Return a client's reports of its caps, and of those of a Fisher inside; empty: none.
 
     Raises:
         ContributionError: If an entry is neither a known word nor a figure >= 0.
     """
-    caps = caps_of(body)
-    if not isinstance(caps, dict) or not all(_can_be_true(*entry) for entry in caps.items()):
-        raise ContributionError(
-            f"Client {client!r} reports the caps {caps!r}; expected a wire, a form and figures. "
-            "Use the same fedcompo version everywhere."
-        )
-    return dict(caps)
+    stated = caps_of(body)
+    for caps in stated:
+        if not isinstance(caps, dict) or not all(_can_be_true(*entry) for entry in caps.items()):
+            raise ContributionError(
+                f"Client {client!r} reports the caps {caps!r}; expected a wire, a form and "
+                "figures. Use the same fedcompo version everywhere."
+            )
+    return [dict(caps) for caps in stated]
 
 
 def _can_be_true(name: str, value: Any) -> bool:

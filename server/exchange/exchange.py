@@ -29,7 +29,7 @@ from server.exchange.nodes import Nodes
 Fold = Callable[[str, Body], str]
 """Takes a client's name and answer, checks the answer, *then* keeps what is needed of it. Returns
 the client's name from now on. Raises to refuse the answer, and has kept nothing then."""
-NAMING = ("features", "identify")
+NAMING = ("describe", "identify")
 """Phases in which clients first say their names."""
 POLL = 0.1, 2.0
 """Seconds between two looks for answers: at first, and at most."""
@@ -83,7 +83,7 @@ class Exchange:
 
         Args:
             phase: Name of the phase, for people.
-            message_type: Flower's, such as ``query.features``.
+            message_type: Flower's, such as ``query.describe``.
             request: Makes the tensors and manifest for a client, by its name.
             fold: Checks and keeps each answer.
             decisive: Fail if fewer than ``min_clients`` remain.

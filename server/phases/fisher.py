@@ -1,4 +1,4 @@
-"""Ask clients for their Fisher diagonals, keep them on disk, and sum them."""
+"""Keep the clients' Fisher diagonals on disk, and sum them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import AnchorBy
+from fedcompo.config.choices import AnchorBy, Curvature, HeadStart
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import FisherAnswer
 from fedcompo.messages.body import Body
-from fedcompo.messages.requests import FisherRequest, anchor_tensors
+from fedcompo.messages.requests import FisherRequest
 from fedcompo.method.contribution import load_fisher, save_fisher
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import HEAD, FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
 from fedcompo.training.anchors import FisherSums
-from fedcompo.training.penalty import Anchor
 from fedcompo.training.probing import load_reference
-from server.exchange.checks import check_fisher, checked_fisher
+from server.exchange.checks import checked_fisher
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
 
@@ -48,45 +47,69 @@ class Fishers:
         self.exchange: Exchange = self.roster.exchange
         self.backbone: Backbone = self.roster.backbone
         self.reference = self._read_reference()
+        self.roster.keep_fisher = self.keep
+        self.sums: FisherSums | None = None
 
-    def gather(
-        self, clients: Collection[str], head: Head | None = None, *, decisive: bool = True
-    ) -> None:
-        """Ask for Fisher diagonals under the head that training starts from; keep each on disk.
+    def gather(self, clients: Collection[str], head: Head, *, decisive: bool = True) -> None:
+        """Ask for Fisher diagonals of the class probabilities; keep each on disk.
 
         Args:
             clients: Whom to ask.
-            head: The joint head, if training starts from it; None: each client uses its own.
+            head: The joint head, which gives the probabilities.
             decisive: Fail if nobody sends one, or too few clients are left then.
         """
         request = FisherRequest(joint=head).to_body()
+
+        def fold(client: str, body: Body) -> str:
+            self.keep(client, FisherAnswer.from_body(body))
+            return client
+
         self.exchange.ask(
             "fisher",
             "query.fisher",
             lambda client: request,
-            lambda client, body: self._fold(client, body, head),
+            fold,
             decisive=decisive,
             clients=clients,
         )
         if decisive and not set(clients) & set(self.exchange.clients):
             raise ContributionError(f"No Fisher came of {', '.join(clients) or 'any client'}.")
-        members = self.roster.participants.members
-        if without := sorted(set(members) - set(self._known_members())):
+
+    def keep(self, client: str, answer: FisherAnswer) -> None:
+        """Check a client's Fisher, and write it to its file; none if it sent none."""
+        fisher, file = checked_fisher(client, answer, self.backbone), self._file(client)
+        if fisher is None:
+            file.unlink(missing_ok=True)
+        else:
+            save_fisher(file, fisher, client=client, base=self.backbone.fingerprint)
+        self.figures.setdefault(client, {})["fisher"] = answer.report
+
+    def sum_up(self, *, notes: bool = False) -> None:
+        """Sum the known Fisher diagonals of all that take part.
+
+        Args:
+            notes: Note what those who read the results should know of them.
+        """
+        known = self._known_members()
+        parties = [c for c in self.roster.parties if self._file(c).exists()]
+        everyone, by = (*known, *parties), self.config.train.anchor
+        self.sums = (
+            FisherSums.of(everyone, self.load, by=by, reference=self.reference)
+            if everyone
+            else None
+        )
+        if not notes:
+            return
+        if without := sorted(set(self.roster.participants.members) - set(known)):
             self.exchange.books.note(
                 f"The registry keeps no Fisher of {', '.join(without)}: the clients of this run "
                 "are not anchored by theirs."
             )
-        self.sum_up()
-        if note := self.sums.note(self.strength, setting="beta" if self.ensembled else "alpha"):
+        if self.sums is None and self.strength > 0:
+            self.exchange.books.note("There is no Fisher of any client: nobody is anchored.")
+        setting = "beta" if self.ensembled else "alpha"
+        if self.sums and (note := self.sums.note(self.strength, setting=setting)):
             self.exchange.books.note(note)
-
-    def sum_up(self) -> None:
-        """Sum the known Fisher diagonals of all that take part."""
-        parties = [c for c in self.roster.parties if self._file(c).exists()]
-        if everyone := (*self._known_members(), *parties):
-            self.sums = FisherSums.of(
-                everyone, self.load, by=self.config.train.anchor, reference=self.reference
-            )
 
     def load(self, client: str) -> FisherDiagonal:
         """Read a client's Fisher *sum*: from the registry, if it is a member."""
@@ -96,28 +119,25 @@ class Fishers:
             return fisher
         return load_fisher(self._file(client), client=client, base=self.backbone.fingerprint)
 
+    def anchored(self, client: str) -> bool:
+        """Whether a client is anchored at all."""
+        known = self.strength > 0 and self.sums is not None
+        return known and self.sums.anchored(client, with_own=self.ensembled)
+
     def anchor_of(self, client: str) -> Weights:
-        """The *mean* Fisher that anchors a client, head rows included; empty if there is none."""
-        classes = self.roster.participants.described[client].classes
-        mean = self.sums.mean_for(client, classes, with_own=self.ensembled)
-        if mean is None:
+        """The *mean* Fisher that anchors a client, dense or factored; empty if there is none."""
+        if self.sums is None or not self.anchored(client):
             return {}
-        weight, bias = (mean.pop(name) for name in HEAD)
-        held = self.strength > 0 and any(bool(f.any()) for f in mean.values())
-        return anchor_tensors(Anchor(mean if held else {}, weight, bias))
+        return self.sums.mean_for(client, with_own=self.ensembled) or {}
+
+    def anchored_by(self, client: str) -> tuple[str, ...]:
+        """The other clients whose Fisher anchors a client."""
+        return self.sums.others(client) if self.sums and self.strength > 0 else ()
 
     @property
     def strength(self) -> float:
         """Strength of the anchor: β in IEL, else α."""
         return self.config.method.beta if self.ensembled else self.config.train.alpha
-
-    def _fold(self, client: str, body: Body, head: Head | None) -> str:
-        described = self.roster.participants.described[client]
-        answer = FisherAnswer.from_body(body)
-        fisher = checked_fisher(client, answer, self.backbone, (head or described).classes)
-        save_fisher(self._file(client), fisher, client=client, base=self.backbone.fingerprint)
-        self.figures.setdefault(client, {})["fisher"] = answer.report
-        return client
 
     def _known_members(self) -> list[str]:
         """Members whose Fisher the registry keeps."""
@@ -132,5 +152,11 @@ class Fishers:
             return None
         path = Path(self.config.train.reference).expanduser()
         fisher = load_reference(path, base=self.backbone.fingerprint)
-        check_fisher(fisher, self.backbone, (), f"the reference {path}")
+        fisher.check(self.backbone.theta_0, owner=f"the reference {path}")
         return fisher
+
+
+def fisher_apart(config: RunConfig) -> bool:
+    """Whether the Fisher is asked for by itself: it is under the joint head, which comes before."""
+    of_features = config.fisher.curvature is Curvature.FEATURES
+    return not of_features and config.train.head_start is not HeadStart.PROBE

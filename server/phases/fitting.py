@@ -1,19 +1,19 @@
 """The first half of a run: each client describes itself and fits its task vector.
 
-Features → align → fisher → train. Under ITA each client trains alone, under IEL inside the sum of
-the registry's members. Rounds, in which all clients train at a time, are in
-:mod:`server.rounds.rounds`.
+Describe → train; the Fisher of class probabilities under the joint head has a phase of its own
+between the two. Under ITA each client trains alone, under IEL inside the sum of the registry's
+members. Rounds, in which all clients train at a time, are in :mod:`server.rounds.rounds`.
 
-If clients start from the joint head, or if the others' Fisher anchors them, a client's result
-depends on the others, and its lineage names them. If it starts from its own probe and is anchored
-by its own Fisher or by a reference, its result has the same bits whoever else takes part, and its
+If a client starts from the joint head, or if the others' Fisher anchors it, its result depends on
+the others, and its lineage names them. If it starts from zero or its own probe, and is anchored by
+its own Fisher or by a reference, its result has the same bits whoever else takes part, and its
 lineage is empty.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,14 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import HeadStart, Method, kinds_of
+from fedcompo.config.choices import HeadStart, Method, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import TrainAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import ANCHOR, Others, TrainRequest
-from fedcompo.method.contribution import Contribution
-from fedcompo.method.features import Mixtures
+from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
@@ -44,17 +43,23 @@ from server.exchange.checks import (
     too_long,
 )
 from server.exchange.exchange import Exchange
-from server.phases.fisher import Fishers
+from server.phases.fisher import Fishers, fisher_apart
 from server.phases.roster import Roster
 
-PHASES = ("features", "align", "fisher", "train")
 INCOMING = "incoming"
 """Folder of a run for contributions that are not in the registry yet."""
 
 
+def phases_of(config: RunConfig) -> tuple[str, ...]:
+    """The phases of fitting."""
+    mixtures = config.head.statistics is Statistics.MIXTURES
+    align, own = ("align",) if mixtures else (), ("fisher",) if fisher_apart(config) else ()
+    return ("describe", *align, *own, "train")
+
+
 @dataclass
 class Fitting:
-    """Asks clients for contributions; a method for each of :data:`PHASES`, in this order."""
+    """Asks clients for contributions."""
 
     roster: Roster
     """Who the clients are."""
@@ -86,53 +91,58 @@ class Fitting:
 
     def run(self) -> None:
         """Do all phases; afterwards a contribution of each trained client is in its folder."""
-        self.gather_features()
+        self.describe()
         self.align()
-        self.fishers.gather(self.roster.newcomers, self._start)
+        if fisher_apart(self.config):
+            self.fishers.gather(self.roster.newcomers, self.aligned)
+        self.fishers.sum_up(notes=True)
         self.train()
 
     def folder(self, client: str) -> Path:
         """Where a client's contribution lies."""
         return self.contributions / client
 
-    # -- features, and align ----------------------------------------------------------------------
+    # -- describe, and align ----------------------------------------------------------------------
 
-    def gather_features(self) -> None:
-        """Ask clients for their mixtures; settle who takes part, and with which kind.
+    def describe(self) -> None:
+        """Ask clients to describe themselves; settle who takes part, and with which kind.
 
         Kinds are dealt before clients are excluded: excluding one does not change another's kind.
         """
         asked = self.roster.participants.asked
-        self.roster.gather(asked, kinds=self.kinds)
+        self.roster.gather(asked, fisher=not fisher_apart(self.config), kinds=self.kinds)
         if asked is None:
             self.roster.exclude(names_of(self.config.server.exclude))
         coming = self.roster.participants.described if asked is None else asked
         self.roster.settle(self.registry, self.config, coming)
-        self.exchange.require_clients("features")
+        self.exchange.require_clients("describe")
         self.roster.require_newcomers(self.registry)
 
     def align(self) -> None:
-        """Fit the joint head to features drawn from all clients' mixtures."""
-        self.aligned: Head = self.exchange.books.timed("align", self._align)
+        """Make the joint head of all clients' statistics; of sums it takes milliseconds."""
+        if self.registry.settings.statistics is Statistics.SUMS:
+            self.aligned: Head = self._align()
+        else:
+            self.aligned = self.exchange.books.timed("align", self._align)
 
     def _align(self) -> Head:
         who = self.roster.participants
-        mixtures: dict[str, Mixtures] = {
-            client: self.registry.contribution(client).features for client in who.members
+        statistics: dict[str, AnyStatistics] = {
+            client: self.registry.contribution(client).statistics for client in who.members
         }
-        mixtures |= {client: who.described[client].mixtures for client in self.roster.parties}
-        self._aligned_with = tuple(sorted(mixtures))
-        return joint_head(mixtures, CompositionSettings.of(self.config), purpose="align")
+        statistics |= {client: who.described[client].statistics for client in self.roster.parties}
+        self._aligned_with = tuple(sorted(statistics))
+        return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
 
-    @property
-    def _start(self) -> Head | None:
-        """The joint head, where training starts from it."""
-        return self.aligned if self.config.train.head_start is HeadStart.ALIGNED else None
+    def _starts_aligned(self, client: str) -> bool:
+        """Whether a client's training starts from the joint head; with one class it always does."""
+        alone = len(self.roster.participants.described[client].classes) == 1
+        return alone or self.config.train.head_start is HeadStart.ALIGNED
 
     # -- who comes and goes between rounds --------------------------------------------------------
 
     def take_in(self, clients: Iterable[str], *, decisive: bool) -> tuple[str, ...]:
-        """Let clients join a run that is under way: features → align → fisher.
+        """Let clients join a run that is under way: they are described.
 
         Args:
             clients: The ones that join.
@@ -142,10 +152,13 @@ class Fitting:
             Those that can be trained. The others are left out, but may come again.
         """
         clients = tuple(clients)
-        self.roster.gather(clients, kinds=self.kinds, decisive=decisive)
+        apart = fisher_apart(self.config)
+        self.roster.gather(clients, fisher=not apart, kinds=self.kinds, decisive=decisive)
         if coming := tuple(c for c in clients if c in self.roster.newcomers):
             self.align()
-            self.fishers.gather(coming, self._start, decisive=decisive)
+            if apart:
+                self.fishers.gather(coming, self.aligned, decisive=decisive)
+            self.fishers.sum_up(notes=decisive)
         came = tuple(c for c in coming if c in self.roster.newcomers)
         self.roster.forget(set(coming) - set(came))
         return came
@@ -169,6 +182,22 @@ class Fitting:
             self.exchange.leave_out("train", client, reason)
         self.exchange.require_clients("train")
         self.trained = self.roster.newcomers
+
+    def remark(self, clients: Iterable[str]) -> None:
+        """Note which of the clients that trained learnt nothing, or lost what the backbone knew."""
+        reported = {client: self.figures.get(client, {}) for client in sorted(clients)}
+        flat = [c for c, own in reported.items() if _learnt_nothing(own.get("losses", []))]
+        worse = [c for c, own in reported.items() if _is_worse(own)]
+        if flat:
+            self.exchange.books.note(
+                f"{', '.join(flat)} learnt nothing: the training loss is not below its start. Each "
+                "still contributes its statistics to the joint head."
+            )
+        if worse:
+            self.exchange.books.note(
+                f"The own task vector of {', '.join(worse)} is worse on its own task than the "
+                "frozen backbone: lower `learning-rate`, or give it more images."
+            )
 
     def train_request(self, client: str) -> Body:
         """Request for a client: the joint head, the Fisher that anchors it, and in IEL the sum.
@@ -196,7 +225,7 @@ class Fitting:
             others.times[client] = times(before.num_examples)
         own = times(self.roster.participants.described[client].num_examples)
         together = registry.state.count - others.times.get(client, 0) + own
-        rest, scale = others.rest(client, together=together), registry.settings.scale
+        rest, scale = others.rest(client, together=together), registry.settings.scale or 1.0
         return Others(rest=rest, share=own / together, scale=scale)
 
     def _fold_trained(self, client: str, body: Body) -> str:
@@ -230,26 +259,34 @@ class Fitting:
 
     def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
         """Write a client's contribution to its folder."""
-        description = self.roster.participants.described[client]
+        description, fishers = self.roster.participants.described[client], self.fishers
         Contribution(
             client=client,
             task_vector=vector,
             head=head,
-            features=dict(description.mixtures),
+            statistics=description.statistics,
             num_examples=description.num_examples,
             lineage=lineage,
-            fisher=self.fishers.load(client) if self.config.server.keep_fisher else None,
+            fisher=fishers.load(client) if self.config.server.keep_fisher else None,
             settings=dict(self.config.of_client()),
         ).save(self.folder(client))
 
     def lineage(self, client: str) -> Lineage:
         """Clients whose data shaped a client's contribution, besides its own."""
-        anchored = self.fishers.strength > 0 or self.config.train.head_alpha > 0
         members = self.roster.participants.members if self.ensembled else ()
-        aligned_with = self._aligned_with if self._start else ()
+        aligned_with = self._aligned_with if self._starts_aligned(client) else ()
         return Lineage(
             method=str(Method.IEL if self.ensembled else Method.ITA),
-            anchored_by=self.fishers.sums.others(client) if anchored else (),
+            anchored_by=self.fishers.anchored_by(client),
             aligned_with=tuple(c for c in aligned_with if c != client),
             ensemble=tuple(c for c in members if c != client),
         )
+
+
+def _learnt_nothing(losses: Sequence[float]) -> bool:
+    return len(losses) > 1 and losses[-1] >= losses[0]
+
+
+def _is_worse(reported: Mapping[str, Any]) -> bool:
+    own, frozen = reported.get("own_task_accuracy"), reported.get("frozen_task_il_accuracy")
+    return own is not None and frozen is not None and own < frozen

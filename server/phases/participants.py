@@ -6,15 +6,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedcompo.config.choices import Kind
-from fedcompo.method.features import Mixtures
+from fedcompo.method.contribution import AnyStatistics
 
 
 @dataclass(frozen=True)
 class Description:
-    """A client's description of itself, from the phase ``features``."""
+    """A client's description of itself, from the phase ``describe``."""
 
     classes: tuple[str, ...]
-    mixtures: Mixtures
+    statistics: AnyStatistics
+    """Of the pre-trained features of all its training images."""
     num_examples: int
     num_test_examples: int
     kind: Kind | None
@@ -31,6 +32,8 @@ class Participants:
     """Whose turn it is; None: everyone who is connected."""
     names: frozenset[str] = frozenset()
     """All clients that said who they are, described or not."""
+    noised: frozenset[str] = frozenset()
+    """Those of them whose statistics are under noise."""
     ambiguous: frozenset[str] = frozenset()
     """Names that several nodes claimed."""
     described: Mapping[str, Description] = field(default_factory=dict)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
-from fedcompo.messages.answers import FeaturesAnswer, IdentifyAnswer, Process
+from fedcompo.messages.answers import DescribeAnswer, FisherAnswer, IdentifyAnswer, Process
 from fedcompo.messages.body import Body
-from fedcompo.messages.requests import FeaturesRequest, IdentifyRequest
+from fedcompo.messages.requests import DescribeRequest, IdentifyRequest
+from fedcompo.method.contribution import counts_of
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
-from server.exchange.checks import check_backbone, check_mixtures
+from server.exchange.checks import check_backbone, check_described
 from server.exchange.exchange import Exchange
 from server.phases.participants import Description, Participants
 
-PHASE, NAMING = "features", "identify"
+PHASE, NAMING = "describe", "identify"
+KeepFisher = Callable[[str, FisherAnswer], None]
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Roster:
     """The current value; only the roster replaces it."""
     tangent: bool | None = None
     """Whether the run's task vectors are tangents, which mix with no other kind; None: either."""
+    keep_fisher: KeepFisher = lambda client, answer: None
+    """Checks a Fisher that came with a description, then keeps it."""
     _late: bool = False
     """Whether the clients asked last came when the run was under way."""
 
@@ -148,21 +152,23 @@ class Roster:
         self,
         clients: Iterable[str] | None = None,
         *,
+        fisher: bool = False,
         kinds: tuple[Kind, ...] = (),
         decisive: bool = True,
     ) -> None:
-        """Ask clients for the mixtures of their classes' features; deal kinds to them.
+        """Ask clients for statistics of their pre-trained features; deal kinds to them.
 
         Args:
             clients: Whom to ask; None: everyone.
+            fisher: Whether to ask for their Fisher too.
             kinds: Kinds to deal; empty: deal none.
             decisive: Fail if too few clients are left then.
         """
         self.exchange.ask(
             PHASE,
             f"query.{PHASE}",
-            lambda client: FeaturesRequest().to_body(),
-            self._fold,
+            lambda client: DescribeRequest(fisher=fisher).to_body(),
+            lambda client, body: self._fold(client, body, fisher),
             decisive=decisive,
             clients=clients,
         )
@@ -170,33 +176,43 @@ class Roster:
             self.participants = self.participants.with_kinds(kinds)
 
     def _fold_identity(self, client: str, body: Body) -> str:
-        name = self._checked_name(client, IdentifyAnswer.from_body(body), body)
-        self._take_in(name)
+        answer = IdentifyAnswer.from_body(body)
+        name = self._checked_name(client, answer, body)
+        self._take_in(name, noised=answer.noised)
         return name
 
-    def _fold(self, client: str, body: Body) -> str:
-        answer = FeaturesAnswer.from_body(body)
+    def _fold(self, client: str, body: Body, fisher: bool) -> str:
+        answer = DescribeAnswer.from_body(body)
         name, kind = self._checked_name(client, answer, body), answer.kind
-        check_mixtures(name, answer, answer.classes, self.backbone.num_features)
+        check_described(name, answer.statistics, answer.classes, self.backbone.num_features)
         if kind and self.tangent not in (None, kind is Kind.TANGENT):
             raise ContributionError(
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
                 "node another `kind`, or let it take part in a run of its own."
             )
+        if fisher and answer.fisher is None:
+            raise ContributionError("It sent no Fisher. Use the same fedcompo version everywhere.")
+        if answer.fisher is not None:
+            self.keep_fisher(name, answer.fisher)
         about = Description(
             classes=answer.classes,
-            mixtures=answer.mixtures,
-            num_examples=sum(mixture.num_examples for mixture in answer.mixtures.values()),
+            statistics=answer.statistics,
+            num_examples=sum(counts_of(answer.statistics).values()),
             num_test_examples=answer.num_test_examples,
             kind=kind,
         )
-        self._take_in(name, {name: about})
+        self._take_in(name, {name: about}, noised=answer.noised)
         return name
 
-    def _take_in(self, name: str, described: Mapping[str, Description] | None = None) -> None:
+    def _take_in(
+        self, name: str, described: Mapping[str, Description] | None = None, *, noised: bool
+    ) -> None:
         who = self.participants
         self.participants = replace(
-            who, names=who.names | {name}, described={**who.described, **(described or {})}
+            who,
+            names=who.names | {name},
+            noised=who.noised | {name} if noised else who.noised,
+            described={**who.described, **(described or {})},
         )
 
     def _checked_name(self, client: str, answer: IdentifyAnswer, body: Body) -> str:

@@ -206,7 +206,7 @@ class Rounds:
             others=Others(
                 rest=self.sum.running.rest(client, together=together),
                 share=self.sum.times(client) / together,
-                scale=self.registry.settings.scale,
+                scale=self.registry.settings.scale or 1.0,
             ),
             round=Round(
                 number=self._number,
@@ -219,7 +219,7 @@ class Rounds:
 
     def _needed(self, client: str) -> list[str]:
         """Names of what a client trains with and may have kept from the round before."""
-        anchored = [ANCHOR] if self.fitting.fishers.sums.anchored(client, with_own=True) else []
+        anchored = [ANCHOR] if self.fitting.fishers.anchored(client) else []
         return [*anchored, OWN] if client in self.sum.clients else anchored
 
     def _wanted(self, client: str, name: str) -> dict[str, Tensor]:

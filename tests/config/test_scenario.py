@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcompo.config import scenario
+from fedcompo.config.presets import PAPER
 from fedcompo.errors import ConfigError
 
 
@@ -59,6 +60,15 @@ def test_later_sources_win(tmp_path: Path) -> None:
     file.write_text('kind = "full"\nalpha = 1\nseed = 1\n')
     values = scenario.settings_of(file, ["alpha=2", "seed=2"], {"seed": 3})
     assert values == {"kind": "full", "alpha": 2, "seed": 3}
+
+
+def test_a_preset_stands_below_all_that_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text('preset = "paper"\nrank = 4\nscale = 2\n')
+    values = scenario.settings_of(file, ["aside=0.1"], {"seed": 3})
+    given = {"rank": 4, "scale": 2, "aside": 0.1, "seed": 3, "preset": "default"}
+    assert values == {**PAPER, **given}
+    assert scenario.settings_of(None, ["preset=paper", "scale=2.5"], {})["scale"] == "2.5"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import (
     ClientData,
+    Split,
     count_clients,
     load_client_data,
     load_folder,
     num_clients,
+    set_aside,
 )
 from fedcompo.data.draws import (
     cap_members,
@@ -131,7 +134,67 @@ def test_num_classes_keeps_that_many_classes():
     assert len({name for client in clients for name in client.classes}) == 7
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 7])
+def test_a_client_may_own_a_single_class():
+    clients = all_clients(DataConfig(num_tasks=8, images_per_class=3))
+    assert [len(client.classes) for client in clients] == [2, 2, 1, 1, 1, 1, 1, 1]
+    assert clients[-1].train.labels.tolist() == [0, 0, 0]
+    assert set(clients[-1].test.labels.tolist()) == {0}
+
+
+def numbered(*counts: int) -> Split:
+    """Images that are told apart by their pixel, ``counts[k]`` of class k."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
+    return Split(images, labels)
+
+
+def pixels(split: Split) -> list[int]:
+    return split.images.flatten().tolist()
+
+
+def aside_of(split: Split, **given: Any) -> tuple[Split, Split]:
+    return set_aside(split, **{"share": 0.1, "seed": 0, "client": "ann", **given})
+
+
+def test_images_kept_aside_are_a_share_of_each_class_and_the_others_stay_in_order():
+    whole = numbered(50, 4, 5, 26)
+    kept, aside = aside_of(whole)
+    assert torch.bincount(aside.labels, minlength=4).tolist() == [5, 0, 1, 3]
+    assert pixels(kept) == sorted(pixels(kept))
+    assert pixels(aside) == sorted(pixels(aside))
+    assert sorted(pixels(kept) + pixels(aside)) == pixels(whole)
+    for part in (kept, aside):  # each label went with its image
+        assert part.labels.tolist() == [int(whole.labels[i]) for i in pixels(part)]
+
+
+def test_who_is_kept_aside_is_drawn_by_seed_client_and_class():
+    whole = numbered(50, 50)
+    first, again = (pixels(aside_of(whole)[1]) for _ in range(2))
+    assert (
+        first == again == [12, 21, 22, 28, 36, 52, 57, 71, 75, 85]
+    )  # pinned: each machine draws it
+    assert first != pixels(aside_of(whole, seed=1)[1])
+    assert first != pixels(aside_of(whole, client="bob")[1])
+    assert [i % 50 for i in first[:5]] != [i % 50 for i in first[5:]]
+    assert [i for i in first if i < 50] == pixels(aside_of(numbered(50, 20))[1])[:5]
+
+
+@pytest.mark.parametrize("split", [numbered(4, 3), numbered(1)])
+def test_small_classes_keep_nothing_aside(split: Split):
+    kept, aside = aside_of(split, share=0.5)
+    assert pixels(kept) == pixels(split)
+    assert aside.images.shape == (0, 1, 1, 1)
+    assert aside.labels.dtype == torch.int64
+
+
+def test_a_share_of_zero_keeps_nothing_aside_and_a_large_one_not_all():
+    whole = numbered(50)
+    kept, aside = aside_of(whole, share=0.0)
+    assert (pixels(kept), len(aside.labels)) == (pixels(whole), 0)
+    assert len(aside_of(whole, share=0.999)[0].labels) == 1
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 7, 20])
 def test_a_deal_is_a_partition_into_groups_as_equal_as_possible(num_tasks: int):
     names = [f"class {number}" for number in range(20)]
     groups = deal_classes(names, num_tasks, num_classes=0, seed=5, source="here")
@@ -171,10 +234,10 @@ def test_a_negative_cap_is_refused():
 
 
 def test_too_few_classes_are_refused_with_the_numbers():
-    with pytest.raises(DataError, match=r"10 classes in digits .* 6 clients.* 12 in all.*most 5"):
-        load_client_data(DataConfig(num_tasks=6), GREY_8, partition=0, seed=0)
-    with pytest.raises(DataError, match=r"8 classes \(`num-classes`\), of 10 in digits"):
-        load_client_data(DataConfig(num_classes=8), GREY_8, partition=0, seed=0)
+    with pytest.raises(DataError, match=r"10 classes in digits .* 11 clients.*most 10"):
+        load_client_data(DataConfig(num_tasks=11), GREY_8, partition=0, seed=0)
+    with pytest.raises(DataError, match=r"4 classes \(`num-classes`\), of 10 in digits"):
+        load_client_data(DataConfig(num_classes=4), GREY_8, partition=0, seed=0)
     with pytest.raises(DataError, match=r"asks for 11 classes, but digits has 10"):
         load_client_data(DataConfig(num_classes=11), GREY_8, partition=0, seed=0)
 

@@ -256,6 +256,14 @@ def test_a_partition_beyond_the_folders_is_refused(ward: Path):
         load_client_data(DataConfig(data=f"folder:{ward.parent}"), GREY, partition=1, seed=0)
 
 
+def test_a_folder_of_a_single_class_is_a_client(ward: Path):
+    shutil.rmtree(ward / "train/dog")
+    shutil.rmtree(ward / "test/dog")
+    client = load_folder(ward, GREY, seed=0)
+    assert client.classes == ("cat",)
+    assert set(client.train.labels.tolist()) == set(client.test.labels.tolist()) == {0}
+
+
 def test_faults_of_a_layout_are_refused_by_client_and_class(ward: Path, tmp_path: Path):
     def variant(name: str) -> Path:
         return Path(shutil.copytree(ward, tmp_path / name))
@@ -267,11 +275,6 @@ def test_faults_of_a_layout_are_refused_by_client_and_class(ward: Path, tmp_path
     folder = variant("only-tested")
     write(folder / "test", {"emu": 1})
     assert "'only-tested': class 'emu'" in refused(folder)
-
-    folder = variant("single")
-    shutil.rmtree(folder / "train/dog")
-    shutil.rmtree(folder / "test/dog")
-    assert "'single' has a single class, 'cat'" in refused(folder)
 
     folder = variant("no-split")
     shutil.rmtree(folder / "test")

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, Statistics
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import Split
-from fedcompo.method.contribution import Contribution
+from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
 
@@ -149,6 +150,30 @@ def random_mixture(
     )
 
 
+def random_sums(
+    classes: Sequence[str], num_features: int, *, seed: int, num_examples: int = 20
+) -> FeatureSums:
+    """Sums of normal features of so many images, dealt to the classes in turn."""
+    features = normal(num_examples, num_features, seed=seed, scale=3)
+    return FeatureSums.of(features, torch.arange(num_examples) % len(classes), sorted(classes))
+
+
+def random_statistics(
+    kind: Statistics,
+    classes: Sequence[str],
+    num_features: int,
+    *,
+    seed: int,
+    num_examples: int = 20,
+) -> AnyStatistics:
+    """Sums of so many images, or a mixture for each class."""
+    if kind is Statistics.SUMS:
+        return random_sums(classes, num_features, seed=seed, num_examples=num_examples)
+    return {
+        name: random_mixture(num_features, seed=seed + 10 * i) for i, name in enumerate(classes)
+    }
+
+
 def contribution(
     client: str = "client-0",
     kind: Kind = Kind.LORA,
@@ -160,22 +185,22 @@ def contribution(
     num_examples: int = 20,
     with_fisher: bool = True,
     scale: float = 0.5,
+    statistics: Statistics = Statistics.SUMS,
 ) -> Contribution:
     """A contribution with random content in every part."""
     theta_0 = pico_weights(dtype=torch.float32) if theta_0 is None else theta_0
     fisher = random_like(theta_0, seed=seed + 500, positive=True)
-    fisher |= {"head.weight": torch.ones(len(classes), 3), "head.bias": torch.ones(len(classes))}
     return Contribution(
         client=client,
         task_vector=task_vector(kind, theta_0, seed=seed + 1, base=base, scale=scale),
         head=random_head(classes, 3, seed=seed + 700),
-        features={
-            name: random_mixture(3, seed=seed + 800 + 10 * i) for i, name in enumerate(classes)
-        },
+        statistics=random_statistics(
+            statistics, classes, 3, seed=seed + 800, num_examples=num_examples
+        ),
         num_examples=num_examples,
         lineage=Lineage(anchored_by=("client-8", "client-9"), aligned_with=("client-8",)),
-        fisher=FisherDiagonal(fisher, num_examples, tuple(classes)) if with_fisher else None,
-        settings=dict(RunConfig().flat()),
+        fisher=FisherDiagonal(fisher, num_examples) if with_fisher else None,
+        settings=RunConfig.parse({"statistics": statistics}).of_client(),
     )
 
 

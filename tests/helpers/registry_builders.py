@@ -9,25 +9,37 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
-from builders import contribution, pico_backbone, random_head, random_like, random_mixture
+from builders import (
+    contribution,
+    pico_backbone,
+    random_head,
+    random_like,
+    random_mixture,
+    random_statistics,
+    random_sums,
+)
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition import fixed_point
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import Kind
-from fedcompo.method.contribution import Contribution
+from fedcompo.config.choices import Kind, Statistics
+from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 
 WIDTH = 8
 """Features of the pico backbone."""
-QUICK = CompositionSettings(align_samples=8)
+QUICK = CompositionSettings()
+OF_MIXTURES = CompositionSettings(statistics=Statistics.MIXTURES, align_samples=8)
+"""Settings of a registry as it was written before there were sums."""
 
 
 @functools.cache
@@ -44,6 +56,7 @@ def member(
     num_examples: int = 20,
     lineage: Lineage | None = None,
     with_fisher: bool = False,
+    statistics: Statistics = Statistics.SUMS,
 ) -> Contribution:
     """A contribution to :func:`backbone` with random content in every part."""
     seed = 10_000 * (seed + 1)  # what is derived from it must not meet another client's
@@ -56,16 +69,23 @@ def member(
         classes=classes,
         num_examples=num_examples,
         with_fisher=False,
+        statistics=statistics,
     )
-    rows = {"head.weight": torch.zeros(len(classes), WIDTH), "head.bias": torch.zeros(len(classes))}
-    sums = random_like(backbone().theta_0 | rows, seed=seed + 500, positive=True)
+    sums = random_like(backbone().theta_0, seed=seed + 500, positive=True)
     return replace(
         made,
         head=random_head(classes, WIDTH, seed=seed + 1),
-        features=mixtures(classes, seed=seed + 2),
+        statistics=random_statistics(
+            statistics, classes, WIDTH, seed=seed + 2, num_examples=num_examples
+        ),
         lineage=lineage or Lineage(),
-        fisher=FisherDiagonal(sums, num_examples, tuple(classes)) if with_fisher else None,
+        fisher=FisherDiagonal(sums, num_examples) if with_fisher else None,
     )
+
+
+def sums(classes: Sequence[str], *, seed: int, num_examples: int = 20) -> FeatureSums:
+    """Random sums as wide as the features of :func:`backbone`."""
+    return random_sums(classes, WIDTH, seed=seed, num_examples=num_examples)
 
 
 def mixtures(classes: Iterable[str], *, seed: int) -> dict[str, FeatureMixture]:
@@ -76,12 +96,13 @@ def mixtures(classes: Iterable[str], *, seed: int) -> dict[str, FeatureMixture]:
     }
 
 
-def one_of_each_kind() -> list[Contribution]:
-    """Three clients, of the kinds that mix; two of them share a class."""
+def one_of_each_kind(statistics: Statistics = Statistics.SUMS) -> list[Contribution]:
+    """Three clients, of the kinds that mix; two of them share a class, one has a single class."""
+    given: dict[str, Any] = {"statistics": statistics}
     return [
-        member("ada", Kind.FULL, seed=1, classes=("cat", "dog"), num_examples=10),
-        member("ben", Kind.LORA, seed=2, classes=("dog", "owl"), num_examples=25),
-        member("cho", Kind.IA3, seed=3, classes=("yak",), num_examples=40),
+        member("ada", Kind.FULL, seed=1, classes=("cat", "dog"), num_examples=10, **given),
+        member("ben", Kind.LORA, seed=2, classes=("dog", "owl"), num_examples=25, **given),
+        member("cho", Kind.IA3, seed=3, classes=("yak",), num_examples=40, **given),
     ]
 
 
@@ -116,10 +137,15 @@ def three_clients(path: Path) -> Registry:
     return Registry(shutil.copytree(Path(_three().name) / "registry", path, symlinks=True))
 
 
-def own_mixtures(registry: Registry) -> dict[str, dict[str, FeatureMixture]]:
-    """Mixtures to align a registry's joint head with, different for each client."""
-    members = registry.state.members.items()
-    return {c: mixtures(m.classes, seed=100 * i) for i, (c, m) in enumerate(members)}
+def own_statistics(registry: Registry, *, seed: int = 0) -> dict[str, AnyStatistics]:
+    """Statistics to realign a registry's joint head with, different for each client."""
+    kind = registry.settings.statistics
+    return {
+        client: random_statistics(
+            kind, m.classes, WIDTH, seed=seed + 100 * i, num_examples=m.num_examples
+        )
+        for i, (client, m) in enumerate(registry.state.members.items())
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:

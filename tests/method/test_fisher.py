@@ -1,42 +1,64 @@
-"""Fisher diagonals as values: sums, differences, means, and head rows that follow their classes."""
+"""Fisher diagonals as values: sums, differences, means; dense, as margins, and on a grid."""
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
 import pytest
 import torch
-from builders import normal
+from builders import normal, pico_weights, random_like
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcompo.errors import ContributionError
-from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher import (
+    FISHER_BITS,
+    FisherDiagonal,
+    expanded,
+    from_grid,
+    margins,
+    on_grid,
+    outer,
+)
+
+THETA_0 = pico_weights(dtype=torch.float32)
+NAME = next(iter(THETA_0))
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
 def diagonal(seed: int, num_examples: int) -> FisherDiagonal:
-    sums = {"a": normal(4, 3, seed=seed).square() * 10.0**seed, "b": normal(2, seed=seed).square()}
+    sums = {"a": normal(4, 3, seed=seed).square() * 10.0**seed, "b": normal(2, 5, seed=7).square()}
     return FisherDiagonal(sums, num_examples)
 
 
-def test_what_was_added_can_be_taken_away_again():
+# -- sums ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_what_was_added_can_be_taken_away_again(factored):
     f, g = diagonal(1, 7), diagonal(2, 5)
+    if factored:
+        f, g = f.reduced(), g.reduced()
     both = f + g
     assert both.num_examples == 12
     left = both - g
     assert left.num_examples == 7
+    assert left.factored == factored
     for name, expected in f.sums.items():
         torch.testing.assert_close(left.sums[name], expected, rtol=1e-12, atol=1e-12 * 100)
 
 
 def test_sums_of_single_precision_are_taken_in_double():
-    f = FisherDiagonal({"a": torch.tensor([1.0])}, 1)
-    g = FisherDiagonal({"a": torch.tensor([1e-9])}, 1)
+    f = FisherDiagonal({"a": torch.tensor([[1.0]])}, 1)
+    g = FisherDiagonal({"a": torch.tensor([[1e-9]])}, 1)
     assert (f + g).sums["a"].dtype == torch.float64
     assert float((f + g).sums["a"]) == pytest.approx(1 + 1e-9, rel=1e-15)
 
 
-def test_rounding_never_leaves_a_fisher_below_zero():
-    f, g = (FisherDiagonal({"a": torch.tensor([v])}, 1) for v in (0.1, 0.1 + 1e-8))
+def test_a_difference_is_never_negative():
+    f, g = (FisherDiagonal({"a": torch.tensor([[v]])}, 1) for v in (0.1, 0.1 + 1e-8))
     left = FisherDiagonal(f.sums, 2) - g
     assert float(left.sums["a"]) == 0
 
@@ -49,6 +71,14 @@ def test_the_mean_divides_by_the_count_and_is_zero_without_examples():
     assert all((mean == 0).all() for mean in nobody.mean().values())
 
 
+@pytest.mark.parametrize("factored", [False, True])
+def test_the_mean_trace_is_the_sum_of_the_mean(factored):
+    fisher = diagonal(1, 7)
+    expected = float(sum(mean.sum() for mean in fisher.mean().values()))
+    assert (fisher.reduced() if factored else fisher).mean_trace() == pytest.approx(expected)
+    assert FisherDiagonal(fisher.sums, 0).mean_trace() > 0
+
+
 def test_more_examples_than_there_are_cannot_be_taken_out():
     with pytest.raises(ContributionError, match="Cannot take 8 examples out of 7"):
         diagonal(1, 7) - diagonal(1, 8)
@@ -56,84 +86,177 @@ def test_more_examples_than_there_are_cannot_be_taken_out():
 
 @pytest.mark.parametrize(
     "other",
-    [{"a": torch.ones(4, 3)}, {"a": torch.ones(3, 4), "b": torch.ones(2)}],
+    [{"a": torch.ones(4, 3)}, {"a": torch.ones(3, 4), "b": torch.ones(2, 5)}],
     ids=["a name is missing", "a shape differs"],
 )
-def test_fisher_diagonals_of_other_weights_are_refused(other):
+@pytest.mark.parametrize("factored", [False, True])
+def test_fisher_diagonals_of_other_weights_are_refused(other, factored):
+    second = FisherDiagonal(other, 1)
     for operation in (FisherDiagonal.__add__, FisherDiagonal.__sub__):
         with pytest.raises(ContributionError, match="same names and shapes"):
-            operation(diagonal(1, 7), FisherDiagonal(other, 1))
+            operation(diagonal(1, 7), second.reduced() if factored else second)
 
 
-CLASSES = ("cat", "dog", "emu", "owl")
-class_lists = st.permutations(CLASSES).flatmap(
-    lambda order: st.integers(0, len(CLASSES)).map(lambda count: tuple(order[:count]))
-)
+def test_of_a_dense_one_and_a_factored_one_the_margins_are_summed():
+    f, g = diagonal(1, 7), diagonal(2, 5)
+    for both in (f + g.reduced(), f.reduced() + g):
+        assert both.factored
+        for name, expected in (f + g).reduced().sums.items():
+            torch.testing.assert_close(both.sums[name], expected)
+    left = (f + g) - f.reduced()
+    for name, expected in g.reduced().sums.items():
+        torch.testing.assert_close(left.sums[name], expected, rtol=1e-10, atol=1e-10)
 
 
-def with_head(classes: tuple[str, ...], seed: int) -> FisherDiagonal:
-    sums = {
-        "a": normal(3, 2, seed=seed).square(),
-        "head.weight": normal(len(classes), 2, seed=seed + 1).square(),
-        "head.bias": normal(len(classes), seed=seed + 2).square(),
+# -- margins in place of a matrix ---------------------------------------------------------------
+
+
+def matrix(shape: tuple[int, int], seed: int) -> Tensor:
+    """Positive and heavy-tailed, (out, in), float64."""
+    return (3 * normal(*shape, seed=seed)).exp()
+
+
+def by_hand(fisher: Tensor) -> Tensor:
+    """Oracle: F̂_ij = r_i c_j / s, one number at a time, in Python's floats."""
+    rows = [sum(row) for row in fisher.tolist()]
+    columns = [sum(column) for column in fisher.T.tolist()]
+    return torch.tensor([[r * c / sum(rows) for c in columns] for r in rows], dtype=torch.float64)
+
+
+def divergence(fisher: Tensor, model: Tensor) -> float:
+    """Generalised Kullback-Leibler divergence of positive matrices."""
+    return float((fisher * (fisher / model).log() - fisher + model).sum())
+
+
+@given(shapes, st.integers(0, 2**20))
+def test_it_is_rows_times_columns_over_the_total(shape, seed):
+    fisher = matrix(shape, seed)
+    found = outer(*margins(fisher))
+    torch.testing.assert_close(found.double(), by_hand(fisher), rtol=1e-6, atol=0)
+
+
+@given(shapes, st.integers(0, 2**20))
+def test_rows_columns_and_total_are_kept(shape, seed):
+    fisher = matrix(shape, seed)
+    found = outer(*margins(fisher)).double()
+    for axis in (0, 1, (0, 1)):
+        torch.testing.assert_close(found.sum(axis), fisher.sum(axis), rtol=1e-5, atol=0)
+
+
+@given(shapes, st.integers(0, 2**20))
+def test_a_fisher_of_rank_one_is_exact(shape, seed):
+    fisher = torch.outer(matrix((shape[0], 1), seed)[:, 0], matrix((shape[1], 1), seed + 1)[:, 0])
+    torch.testing.assert_close(outer(*margins(fisher)).double(), fisher, rtol=1e-6, atol=0)
+
+
+@given(shapes, st.integers(0, 2**20), st.floats(1e-3, 2.0))
+def test_no_other_of_rank_one_is_nearer_in_kullback_leibler(shape, seed, distance):
+    fisher = matrix(shape, seed)
+    best = by_hand(fisher)
+    rows = best.sum(1) * (distance * normal(shape[0], seed=seed + 2)).exp()
+    columns = best[0] / best.sum(1)[0] * (distance * normal(shape[1], seed=seed + 3)).exp()
+    other, ours = torch.outer(rows, columns), outer(*margins(fisher)).double()
+    slack = 1e-6 * float(fisher.sum())  # float32's rounding
+    assert divergence(fisher, ours) <= divergence(fisher, other) + slack
+
+
+def test_margins_that_differ_in_total_meet_at_the_geometric_mean():
+    rows, columns = torch.tensor([1.0, 3.0]), torch.tensor([4.0, 5.0])  # totals 4 and 9
+    found = outer(rows, columns)
+    assert float(found.sum()) == pytest.approx(6.0)
+    torch.testing.assert_close(found[1], 3 * found[0])
+
+
+@pytest.mark.parametrize("zero", ["rows", "columns", "both"])
+def test_margins_that_sum_to_zero_expand_to_zeros(zero):
+    rows, columns = torch.ones(3) * (zero == "columns"), torch.ones(2) * (zero == "rows")
+    assert outer(rows, columns).tolist() == [[0.0, 0.0]] * 3
+
+
+# -- what leaves and what comes of it -----------------------------------------------------------
+
+DENSE = FisherDiagonal(random_like(THETA_0, seed=1, positive=True), 4)
+FACTORED = DENSE.reduced()
+
+
+@pytest.mark.parametrize("fisher", [DENSE, FACTORED], ids=["dense", "factored"])
+def test_either_form_fits_its_backbone_and_can_anchor(fisher):
+    fisher.check(THETA_0, owner="client 'a'")
+    mean = expanded(fisher.mean(), THETA_0)
+    assert {n: (t.shape, t.dtype) for n, t in mean.items()} == {
+        n: (w.shape, torch.float32) for n, w in THETA_0.items()
     }
-    return FisherDiagonal(sums, 4 + seed, classes)
 
 
-def row_of(fisher: FisherDiagonal, entry: str, name: str) -> Tensor:
-    """Oracle: the row of one class, looked up by hand."""
-    for label, row in zip(fisher.classes, fisher.sums[entry], strict=True):
-        if label == name:
-            return row
-    return torch.zeros_like(fisher.sums[entry].sum(0))
+def test_the_factored_form_has_a_number_for_each_row_and_column_in_the_same_dtype():
+    assert FACTORED.factored
+    assert not DENSE.factored
+    assert FACTORED.reduced() is FACTORED
+    assert {name: (tuple(t.shape), t.dtype) for name, t in FACTORED.sums.items()} == {
+        f"{name}{end}": ((size,), torch.float32)
+        for name, weight in THETA_0.items()
+        for end, size in zip(("/rows", "/columns"), weight.shape, strict=True)
+    }
 
 
-@given(class_lists, class_lists)
-def test_head_rows_follow_their_classes(own, wanted):
-    fisher = with_head(own, seed=1)
-    found = fisher.for_classes(wanted)
-    assert found.classes == wanted
-    assert found.num_examples == fisher.num_examples
-    assert torch.equal(found.sums["a"], fisher.sums["a"])
-    for entry in ("head.weight", "head.bias"):
-        assert found.sums[entry].shape == (len(wanted), *fisher.sums[entry].shape[1:])
-        for name in wanted:
-            assert torch.equal(row_of(found, entry, name), row_of(fisher, entry, name))
+@pytest.mark.parametrize("fisher", [DENSE, FACTORED], ids=["dense", "factored"])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: None, "shape None"),
+        (lambda t: torch.ones(10**6), r"shape \(1000000,\)"),
+        (lambda t: t.unsqueeze(0), r"shape \(1, "),
+        (lambda t: -t, "negative or not finite"),
+        (lambda t: t * torch.nan, "negative or not finite"),
+        (lambda t: t.double() * 1e300, "negative or not finite"),
+    ],
+)
+def test_sums_that_fit_no_weight_are_refused(fisher, change, complaint):
+    name = next(iter(fisher.sums))
+    changed = {**fisher.sums, name: change(fisher.sums[name])}
+    sums = {name: t for name, t in changed.items() if t is not None}
+    with pytest.raises(ContributionError, match=f"client 'a'.*{complaint}"):
+        FisherDiagonal(sums, 4).check(THETA_0, owner="client 'a'")
 
 
-@given(class_lists, class_lists)
-def test_a_sum_has_a_row_for_every_class_of_either(left, right):
-    f, g = with_head(left, seed=1), with_head(right, seed=9)
-    both = f + g
-    assert both.classes == tuple(sorted({*left, *right}))
-    assert both.num_examples == f.num_examples + g.num_examples
-    assert torch.equal(both.sums["a"], f.sums["a"] + g.sums["a"])
-    for entry in ("head.weight", "head.bias"):
-        for name in both.classes:
-            expected = row_of(f, entry, name) + row_of(g, entry, name)
-            assert torch.equal(row_of(both, entry, name), expected)
-    back = (both - g).for_classes(left)
-    for name, expected in f.sums.items():
-        torch.testing.assert_close(back.sums[name], expected)
+@pytest.mark.parametrize("name", ["other", "other/rows", f"{NAME}/rows", "head.weight"])
+def test_names_that_do_not_belong_there_are_refused(name):
+    sums = {**DENSE.sums, name: torch.ones(2)}
+    with pytest.raises(ContributionError, match="The Fisher of client 'a' has shape"):
+        FisherDiagonal(sums, 4).check(THETA_0, owner="client 'a'")
 
 
-@given(class_lists, class_lists)
-def test_only_examples_of_known_classes_can_be_taken_out(left, right):
-    f, g = with_head(left, seed=9), with_head(right, seed=1)
-    if set(right) <= set(left):
-        assert (f - g).classes == left
-    else:
-        with pytest.raises(ContributionError, match="Cannot take out examples under a head with"):
-            f - g
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_sum_over_no_example_is_refused(count):
+    with pytest.raises(ContributionError, match="sums over no example"):
+        FisherDiagonal(DENSE.sums, count).check(THETA_0, owner="client 'a'")
 
 
-@pytest.mark.parametrize("classes", [(), ("cat",), ("cat", "cat"), ("cat", "dog", "emu")])
-def test_a_head_row_that_is_not_one_classs_is_refused(classes):
-    with pytest.raises(ContributionError, match="has 2 rows for the classes"):
-        FisherDiagonal({"head.bias": torch.ones(2)}, 1, classes)
+# -- exact totals -------------------------------------------------------------------------------
 
 
-def test_the_mean_trace_is_that_of_the_backbone_alone():
-    fisher = with_head(("cat", "dog"), seed=1)
-    assert fisher.mean_trace() == pytest.approx(float(fisher.mean()["a"].sum()), rel=1e-6)
-    assert FisherDiagonal(fisher.sums, 0, fisher.classes).mean_trace() > 0
+@given(st.permutations(range(5)), st.booleans())
+def test_totals_on_the_grid_do_not_depend_on_who_came_when(order, factored):
+    members = [
+        FisherDiagonal(random_like(THETA_0, seed=10 * i, positive=True), 2 + i) for i in range(5)
+    ]
+    grids = [on_grid(m.reduced() if factored else m) for m in members]
+    total = {n: reduce(add, (grid[n] for grid in grids)) for n in grids[0]}
+    again = {n: reduce(add, (grids[i][n] for i in order)) for n in grids[0]}
+    without = {n: again[n] - grids[0][n] for n in again}
+    for name in total:
+        assert total[name].dtype == torch.int64
+        assert torch.equal(total[name], again[name])
+        assert torch.equal(without[name], reduce(add, (grid[name] for grid in grids[1:])))
+    found = from_grid(total, sum(m.num_examples for m in members))
+    expected = reduce(add, members)
+    assert found.num_examples == expected.num_examples
+    expected = expected.reduced() if factored else expected
+    for name, value in expected.sums.items():
+        torch.testing.assert_close(found.sums[name], value, rtol=1e-6, atol=8 * 2.0**-FISHER_BITS)
+
+
+def test_what_is_no_sum_of_a_finite_fisher_has_no_place_on_the_grid():
+    for value in (torch.inf, torch.nan, 1e12):
+        with pytest.raises(ContributionError, match="expected numbers below"):
+            on_grid(FisherDiagonal({"a": torch.tensor([[value]])}, 1))

@@ -44,14 +44,15 @@ def test_views_have_the_size_and_type_of_the_images_and_leave_them_alone(images,
 def test_the_same_generator_gives_the_same_views_and_another_others(images, kind):
     torch.manual_seed(1)
     first = augment(images, kind, rng(3))
-    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
     assert torch.equal(augment(images, kind, rng(3)), first)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert not torch.equal(augment(images, kind, rng(4)), first)
 
 
 @pytest.mark.parametrize("kind", RANDOM)
 def test_each_image_of_a_batch_gets_a_view_of_its_own(kind):
-    same = pixels(1, 1, 8).expand(5, -1, -1, -1)
+    same = pixels(1, 1, 96).expand(5, -1, -1, -1)
     views = augment(same, kind, rng(0))
     assert len({view.numpy().tobytes() for view in views}) == 5
 
@@ -68,7 +69,7 @@ def test_a_shift_moves_by_at_most_its_share_and_never_mirrors():
     step = 160 / (side - 1)  # brightness a pixel
     centre = views[:, 0, side // 2, side // 2 - 1 : side // 2 + 1].mean(1)
     moved = (centre - 120) / step
-    assert moved.abs().max() <= SHIFT * side / 2 + 0.5  # rounding
+    assert moved.abs().max() <= round(SHIFT * side) + 0.1  # brightness is rounded
     assert moved.max() > 1
     assert moved.min() < -1
     assert (views[:, 0, side // 2].diff() >= 0).all()

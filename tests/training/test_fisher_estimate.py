@@ -1,11 +1,10 @@
-"""The Fisher diagonal against a sum over examples and classes, one at a time."""
+"""The Fisher diagonal against sums over examples, features and classes, one at a time."""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcompo.backbone.backbone import target_weights
-from fedcompo.config.choices import FisherKind
+from fedcompo.config.choices import Curvature
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
@@ -38,8 +37,8 @@ def head(classes: int) -> Head:
 def estimate(
     classes: int = FEW, *, batch: int = 6, **options: object
 ) -> tuple[FisherDiagonal, FisherReport]:
-    options = {"kind": FisherKind.EXACT, **options}
-    return estimate_fisher(pico_model(), head(classes), IMAGES.split(batch), NAMES, **options)
+    options = {"curvature": Curvature.EXACT, "head": head(classes), **options}
+    return estimate_fisher(pico_model(), IMAGES.split(batch), NAMES, **options)
 
 
 @functools.cache
@@ -48,20 +47,33 @@ def brute_force(classes: int) -> Weights:
     model = pico_model()
     own = dict(model.named_parameters())
     parameters = {name: own[name].detach() for name in NAMES}
-    parameters["head.weight"], parameters["head.bias"] = head(classes).weight, head(classes).bias
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
     def log_p(parameters: Weights, image: Tensor, c: int) -> Tensor:
-        backbone = {name: parameters[name] for name in NAMES}
-        features = functional_call(model, backbone, (image.unsqueeze(0),))
-        logits = features @ parameters["head.weight"].T + parameters["head.bias"]
-        return logits.log_softmax(-1)[0, c]
+        features = functional_call(model, parameters, (image.unsqueeze(0),))
+        return head(classes)(features).log_softmax(-1)[0, c]
 
     for image in IMAGES:
         for c in range(classes):
             gradient, value = torch.func.grad_and_value(log_p)(parameters, image, c)
             for name in total:
                 total[name] += (value.exp() * gradient[name].square()).detach()
+    return total
+
+
+@functools.cache
+def squared_jacobian() -> Weights:
+    """Oracle: diag(JᵀJ) = sum over x and i of (d f_i)², one feature of one example at a time."""
+    model = pico_model()
+    own = dict(model.named_parameters())
+    total = {name: torch.zeros_like(own[name]) for name in NAMES}
+    for image in IMAGES:
+        for feature in model(image.unsqueeze(0))[0]:
+            gradients = torch.autograd.grad(
+                feature, [own[name] for name in NAMES], retain_graph=True
+            )
+            for name, gradient in zip(NAMES, gradients, strict=True):
+                total[name] += gradient.square()
     return total
 
 
@@ -78,9 +90,7 @@ def test_exact_equals_the_sum_over_classes_and_examples_one_at_a_time(classes):
     found, report = estimate(classes)
     assert_same(found.sums, brute_force(classes))
     assert found.num_examples == len(IMAGES)
-    assert found.classes == head(classes).classes
-    assert report.error_bound == 0
-    assert report.discarded_mass < 1e-12
+    assert report.trace == pytest.approx(float(sum(t.sum() for t in brute_force(classes).values())))
 
 
 def test_exact_needs_at_most_one_pass_less_than_classes_and_one_a_feature():
@@ -97,72 +107,63 @@ def test_exact_does_not_depend_on_how_examples_are_batched(batch):
 
 
 @pytest.mark.parametrize("chunk", [1, 5000])  # one example at a time; three, four or nine
-@pytest.mark.parametrize("kind", [FisherKind.EXACT, FisherKind.LEADING])
-def test_the_size_of_memory_chunks_does_not_change_the_result(monkeypatch, kind, chunk):
-    expected, report = estimate(kind=kind, tolerance=0.2)
+@pytest.mark.parametrize("curvature", [Curvature.EXACT, Curvature.FEATURES])
+def test_the_size_of_memory_chunks_does_not_change_the_result(monkeypatch, curvature, chunk):
+    expected, _ = estimate(curvature=curvature)
     monkeypatch.setattr(per_example, "CHUNK_BYTES", {"cpu": chunk, "cuda": chunk})
-    found, chunked = estimate(kind=kind, tolerance=0.2)
-    assert_same(found.sums, expected.sums)
-    assert chunked.error_bound == pytest.approx(report.error_bound, rel=1e-10)
+    assert_same(estimate(curvature=curvature)[0].sums, expected.sums)
 
 
-@pytest.mark.parametrize("classes", [FEW, MANY])
-def test_leading_without_tolerance_is_exact(classes):
-    found, report = estimate(classes, kind=FisherKind.LEADING, tolerance=0.0)
-    assert_same(found.sums, brute_force(classes))
-    assert report.discarded_mass < 1e-12
-    assert report.error_bound == 0
+# -- of the features ----------------------------------------------------------------------------
 
 
-def discarded_by_hand(classes: int, rank: int, batch: int) -> float:
-    """Oracle: per batch, the tail of the spectra of Wᵀ(diag p - ppᵀ)W; averaged over examples."""
-    given = head(classes)
-    shares = 0.0
-    for images in IMAGES.split(batch):
-        kept = total = 0.0
-        for logits in given(pico_model()(images).detach()):
-            p = logits.softmax(-1)
-            spectrum = torch.linalg.eigvalsh(
-                given.weight.T @ (p.diag() - p.outer(p)) @ given.weight
-            )
-            total += float(spectrum.sum())
-            kept += float(spectrum.flip(0)[:rank].sum())
-        shares += (1 - kept / total) * len(images)
-    return shares / len(IMAGES)
-
-
-@pytest.mark.parametrize("classes", [FEW, MANY])
-def test_leading_grows_with_its_rank_up_to_exact_and_says_what_it_leaves_out(classes, monkeypatch):
-    exact = brute_force(classes)
-    traces = []
-    for rank in range(1, min(classes - 1, FEATURES) + 1):
+def test_directions_along_every_feature_give_the_squared_jacobian(monkeypatch):
+    """With z = √d e_i the mean over i of (Jᵀz)² is diag(JᵀJ), whatever the images."""
+    sums = {name: torch.zeros(1, dtype=torch.float64) for name in NAMES}
+    for index in range(FEATURES):
+        axis = math.sqrt(FEATURES) * torch.eye(FEATURES, dtype=torch.float64)[index]
         monkeypatch.setattr(
-            fisher_estimate, "leading_rank", lambda mass, tolerance, rank=rank: rank
+            fisher_estimate, "directions", lambda f, generator, axis=axis: axis.expand_as(f)
         )
-        found, report = estimate(classes, batch=3, kind=FisherKind.LEADING)
-        for name in NAMES:
-            assert (found.sums[name] <= exact[name] * (1 + 1e-10)).all()
-        for name in ("head.weight", "head.bias"):
-            torch.testing.assert_close(found.sums[name], exact[name])
-        missing = float(sum((exact[name] - found.sums[name]).sum() for name in NAMES))
-        assert missing <= report.error_bound + 1e-9
-        assert report.trace == pytest.approx(float(sum(found.sums[n].sum() for n in NAMES)))
-        assert report.discarded_mass == pytest.approx(
-            discarded_by_hand(classes, rank, batch=3), abs=1e-10
-        )
-        traces.append(report.trace)
-    assert all(smaller < larger for smaller, larger in pairwise(traces))
-    assert traces[-1] == pytest.approx(float(sum(exact[name].sum() for name in NAMES)))
+        found, _ = estimate(curvature=Curvature.FEATURES, head=None, batch=4)
+        sums = {name: sums[name] + found.sums[name] / FEATURES for name in NAMES}
+    assert_same(sums, squared_jacobian())
 
 
-@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.01])
-def test_leading_keeps_the_fewest_directions_that_its_tolerance_allows(tolerance):
-    _, report = estimate(kind=FisherKind.LEADING, tolerance=tolerance)
-    measured = report.discarded_mass > 1e-12
-    rank = report.passes - measured
-    assert report.discarded_mass <= tolerance
-    assert discarded_by_hand(FEW, rank, batch=6) <= tolerance
-    assert rank == 1 or discarded_by_hand(FEW, rank - 1, batch=6) > tolerance
+def test_one_random_direction_an_example_is_unbiased():
+    """z has variance one and is independent: the mean over seeds is within its own error."""
+    drawn = []
+    for seed in range(400):
+        found, _ = estimate(curvature=Curvature.FEATURES, head=None, generator=rng(seed))
+        drawn.append(torch.cat([found.sums[name].flatten() for name in NAMES]))
+    values = torch.stack(drawn)
+    exact = torch.cat([squared_jacobian()[name].flatten() for name in NAMES])
+    errors = (values.mean(0) - exact) / (values.std(0) / math.sqrt(len(drawn)))
+    assert errors.abs().max() < 6
+    assert float(errors.square().mean()) == pytest.approx(1, abs=0.25)
+    total = values.sum(1)
+    assert float(total.mean()) == pytest.approx(float(exact.sum()), rel=0.02)
+
+
+def test_it_takes_one_pass_a_batch_whatever_the_number_of_classes():
+    for classes in (FEW, MANY):
+        _, report = estimate(classes, curvature=Curvature.FEATURES, batch=4)
+        assert (report.passes, report.batches) == (2, 2)
+
+
+def test_no_head_changes_a_bit_of_it():
+    with_head, _ = estimate(curvature=Curvature.FEATURES)
+    without, _ = estimate(curvature=Curvature.FEATURES, head=None)
+    assert all(torch.equal(with_head.sums[name], without.sums[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("curvature", [Curvature.EXACT, Curvature.MONTE_CARLO])
+def test_the_fisher_of_class_probabilities_needs_a_head(curvature):
+    with pytest.raises(ValueError, match=f"`curvature = {curvature}` needs a head"):
+        estimate(curvature=curvature, head=None)
+
+
+# -- of the class probabilities -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [FEW, MANY])
@@ -185,7 +186,7 @@ def test_a_certain_prediction_has_no_fisher():
         weight=torch.zeros(FEW, FEATURES, dtype=torch.float64),
         bias=torch.tensor([1e6, 0, 0, 0, 0], dtype=torch.float64),
     )
-    found, report = estimate_fisher(pico_model(), certain, [IMAGES], NAMES)
+    found, report = estimate(head=certain)
     assert all((total == 0).all() for total in found.sums.values())
     assert report.passes == 0
 
@@ -205,10 +206,10 @@ SHALLOW_IMAGES = normal(5, 1, 2, 3, seed=8)
 def shallow_estimate(samples: int, seed: int) -> Tensor:
     found, _ = estimate_fisher(
         shallow_model(),
-        SHALLOW_HEAD,
         [SHALLOW_IMAGES],
         ["1.weight"],
-        kind=FisherKind.MONTE_CARLO,
+        head=SHALLOW_HEAD,
+        curvature=Curvature.MONTE_CARLO,
         samples=samples,
         generator=rng(seed),
     )
@@ -247,18 +248,18 @@ def test_monte_carlo_converges_to_exact():
 
 
 def test_monte_carlo_of_a_transformer_is_near_exact():
-    found, report = estimate(kind=FisherKind.MONTE_CARLO, samples=150, generator=rng(0))
+    _, report = estimate(curvature=Curvature.MONTE_CARLO, samples=150, generator=rng(0))
     exact = brute_force(FEW)
     assert report.passes == 150
     assert report.trace == pytest.approx(float(sum(exact[n].sum() for n in NAMES)), rel=0.15)
-    torch.testing.assert_close(found.sums["head.weight"], exact["head.weight"])
 
 
-@pytest.mark.parametrize("kind", [FisherKind.LEADING, FisherKind.MONTE_CARLO])
-def test_the_same_generator_gives_the_same_estimate(kind):
-    (first, report), (second, again) = (
-        estimate(kind=kind, tolerance=0.2, samples=2, generator=rng(4)) for _ in range(2)
+@pytest.mark.parametrize("curvature", [Curvature.FEATURES, Curvature.MONTE_CARLO])
+def test_the_same_generator_gives_the_same_estimate_and_another_another(curvature):
+    (first, report), (second, again), (other, _) = (
+        estimate(curvature=curvature, samples=2, generator=rng(seed)) for seed in (4, 4, 5)
     )
+    assert not torch.equal(first.sums[NAMES[0]], other.sums[NAMES[0]])
     assert report == again
     assert all(torch.equal(first.sums[name], second.sums[name]) for name in first.sums)
 
@@ -267,7 +268,9 @@ def test_an_estimate_in_single_precision_is_near_that_in_double():
     model = pico_model(dtype=torch.float32)
     given = head(FEW)
     single = replace(given, weight=given.weight.float(), bias=given.bias.float())
-    found, _ = estimate_fisher(model, single, [IMAGES.float()], NAMES, kind=FisherKind.EXACT)
+    found, _ = estimate_fisher(
+        model, [IMAGES.float()], NAMES, head=single, curvature=Curvature.EXACT
+    )
     assert_same(found.sums, brute_force(FEW), rtol=1e-4)
 
 
@@ -278,7 +281,7 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was():
     for name, parameter in frozen.items():
         parameter.requires_grad_("norm" not in name)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found, _ = estimate_fisher(model, head(FEW), [IMAGES], NAMES, kind=FisherKind.EXACT)
+    found, _ = estimate_fisher(model, [IMAGES], NAMES, head=head(FEW), curvature=Curvature.EXACT)
     assert_same(found.sums, brute_force(FEW))
     assert all(module.training for module in model.modules())
     assert all(p.requires_grad == ("norm" not in name) for name, p in frozen.items())
@@ -290,7 +293,7 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was():
 def test_a_part_of_the_model_that_was_in_evaluation_mode_stays_there():
     model = pico_model().train()
     model.blocks[0].eval()
-    estimate_fisher(model, head(FEW), [IMAGES], NAMES)
+    estimate_fisher(model, [IMAGES], NAMES)
     assert model.training
     assert not model.blocks[0].training
 
@@ -304,7 +307,7 @@ def test_an_estimate_is_possible_where_gradients_are_switched_off():
 def refuse_a_convolution() -> nn.Module:
     model = pico_model().train()
     with pytest.raises(BackboneError, match=r"'patch_embed\.proj\.weight' belongs to a Conv2d"):
-        estimate_fisher(model, head(FEW), [IMAGES], [*NAMES, "patch_embed.proj.weight"])
+        estimate_fisher(model, [IMAGES], [*NAMES, "patch_embed.proj.weight"])
     return model
 
 
@@ -331,9 +334,4 @@ class BehindItsBack(nn.Module):
 
 def test_a_weight_used_behind_its_layers_back_is_refused_by_name():
     with pytest.raises(BackboneError, match=r"'layer\.weight'"):
-        estimate_fisher(
-            BehindItsBack(),
-            Head(("a", "b"), torch.ones(2, 8), torch.zeros(2)),
-            [torch.ones(3, 64)],
-            ["layer.weight"],
-        )
+        estimate_fisher(BehindItsBack(), [torch.ones(3, 64)], ["layer.weight"])

@@ -1,0 +1,45 @@
+"""The backbone and the images of a node, loaded once for all phases of a run."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.run import BackboneConfig, DataConfig
+from fedcompo.data.client_data import ClientData, load_client_data, load_folder
+from fedcompo.errors import DataError
+
+
+@lru_cache(maxsize=1)
+def load_shared_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
+    """Load the backbone once for all phases and clients of this process."""
+    return load_backbone(config, device)
+
+
+@lru_cache(maxsize=2)
+def load_images(
+    config: DataConfig, preprocessing: Preprocessing, seed: int, path: str, partition: int
+) -> ClientData:
+    """Load the images of one client once for all phases; raises ``DataError``.
+
+    Args:
+        config: Source of the images of simulated clients.
+        preprocessing: Input that the backbone expects.
+        seed: Seed of the run.
+        path: Folder of the node's own images; empty: it owns a part of the source.
+        partition: Which part; negative: none.
+    """
+    if path:
+        return load_folder(
+            Path(path), preprocessing, seed=seed, images_per_class=config.images_per_class
+        )
+    if partition < 0:
+        raise DataError(
+            "This node says neither where its images are nor which part of `data` it owns. "
+            'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
+        )
+    return load_client_data(config, preprocessing, partition=partition, seed=seed)
