@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.head import head_of
-from fedcompo.composition.models import stream_composition
 from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data, num_clients
 from fedcompo.errors import DataError, FedcompoError
+from fedcompo.export.selection import from_registry
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
@@ -33,7 +32,7 @@ def run_config_of(registry: RegistryReader, data: str | None = None) -> RunConfi
     if not registry.clients:
         raise DataError("Nobody is in the registry, so nothing can be evaluated.")
     settings = dict(registry.contribution(registry.clients[0]).settings)
-    return RunConfig.parse({**settings, **({"data": data} if data else {})})
+    return RunConfig.stored({**settings, **({"data": data} if data else {})})
 
 
 def clients_data(
@@ -118,13 +117,11 @@ def effect_of_removal(
         how: Any = {"linearised": registry.linearised, "on_step": on_step}
         theta, head = registry.theta_p(), registry.joint_head()
         before = evaluate_clients(backbone, theta, head, config, **how)
-        pool = registry.pool().without(client)
-        if not len(pool):
+        if registry.clients == (client,):
             return {"before": before, "after": {}}
         on_step("composing without the client")
-        theta = dict(stream_composition(pool, registry.backbone, None, registry.settings))
-        head = head_of(pool, registry.settings)
-        after = evaluate_clients(backbone, theta, head, config, **how)
+        others = from_registry(registry, without=(client,))
+        after = evaluate_clients(backbone, dict(others.stream()), others.head, config, **how)
     except FedcompoError as error:
         return {"reason": str(error)}
     return {"before": before, "after": after}

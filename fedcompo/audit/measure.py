@@ -144,7 +144,7 @@ class _Audited:
             raise ContributionError(
                 f"{client} is alone in the registry: after its removal there is no model to audit."
             )
-        config = RunConfig.parse({**contribution.settings, **({"data": data} if data else {})})
+        config = RunConfig.stored({**contribution.settings, **({"data": data} if data else {})})
         backbone = registry.backbone.load(pick_device(config.device))
         images = audited_images(contribution, backbone, config)
         models = audited_models(registry, client, gold)

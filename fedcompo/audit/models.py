@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
 from fedcompo.export.selection import from_registry
-from fedcompo.method.contribution import Contribution
+from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
@@ -67,7 +67,7 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
             "Name the source of the run with `--data`."
         )
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
-    trained_on = {name: mixture.num_examples for name, mixture in contribution.features.items()}
+    trained_on = counts_of(contribution.statistics)
     at_hand = dict(zip(data.classes, counts, strict=True))
     if at_hand != trained_on:
         raise DataError(
@@ -143,7 +143,7 @@ def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> N
 
 
 def _comparable(registry: RegistryReader, clients: Iterable[str]) -> dict[str, Any]:
-    settings = {f"the registry's {k}": v for k, v in asdict(registry.settings).items()}
+    settings = {f"the registry's {k}": v for k, v in registry.settings.values.items()}
     for client in clients:
         own = registry.contribution(client).settings
         settings |= {f"{key} of {client}": v for key, v in own.items() if key not in MAY_DIFFER}

@@ -14,6 +14,12 @@ from fedcompo.report.units import percent, shortened, size
 if TYPE_CHECKING:
     from fedcompo.registry.verification import Finding
 
+CHOSEN_BY = {
+    "fixed": "as set",
+    "vote": "as the clients voted; the factor on the sum stays when members change",
+    "norms": "which keeps the length of the task vectors",
+}
+"""What is said of a scale, by where it comes from."""
 UNALTERED = " is unaltered"
 """End of the claims about single files; those that hold are counted."""
 MARKS = {True: ("holds", "green"), False: ("FAILS", "bold red"), None: ("open", "yellow")}
@@ -46,6 +52,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
     aligned = "composed" if summary["joint_head"] == "realigned" else "pre-trained"
     say(f"Backbone {summary['backbone']}")
     say(f"Joint head of {len(summary['classes'])} classes, aligned on {aligned} features")
+    if summary["clients"]:
+        say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
     say(f"Model: {summary['model'] or 'none, nobody is there'}")
     say(f"Root {summary['root']}")
 

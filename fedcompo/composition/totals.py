@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ class Totals:
     def statistics(self) -> FeatureSums:
         """Statistics of all members."""
         return exact_from(self.tensors, self.tensors.manifest["classes"])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the file says of them, but for the version of fedcompo that wrote it."""
+        own = "bits", "classes", "fisher_bits", "fisher_forms", "fisher_examples"
+        return {name: self.tensors.manifest.get(name) for name in own}
 
     @property
     def forms(self) -> Counter[str]:

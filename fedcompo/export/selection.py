@@ -15,7 +15,7 @@ from torch import Tensor
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.composition.head import head_of
-from fedcompo.composition.models import stream_composition
+from fedcompo.composition.models import factor_of, stream_composition
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
@@ -36,6 +36,9 @@ class Selection:
     backbone: StoredBackbone
     settings: CompositionSettings
     head: Head
+    factor: float
+    r""":math:`\lambda'` on the sum of the task vectors with the registry's own coefficients, or
+    :math:`\lambda` on the mean with others."""
     coefficients: Mapping[str, float] | None = None
     """By client; None: the registry's own."""
     only: tuple[str, ...] = ()
@@ -49,9 +52,20 @@ class Selection:
         times = {c.client: self.settings.times(c.num_examples) for c in self.pool}
         return {client: count / sum(times.values()) for client, count in times.items()}
 
+    @property
+    def scale(self) -> float:
+        r""":math:`\lambda`, as a multiple of the weighted mean."""
+        if self.settings.scale is not None:
+            return self.settings.scale
+        if self.coefficients is not None:
+            return self.factor
+        return self.factor * sum(self.settings.times(c.num_examples) for c in self.pool)
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Compose the target weights, one at a time, in the order of names."""
-        return stream_composition(self.pool, self.backbone, self.coefficients, self.settings)
+        return stream_composition(
+            self.pool, self.backbone, self.coefficients, self.settings, self.factor
+        )
 
 
 def from_registry(
@@ -69,7 +83,7 @@ def from_registry(
         only: Clients to take; empty: all, or all that have a weight.
         without: Clients to leave out.
         weights: Coefficients by client; None: the registry's own.
-        scale: λ; None: the registry's own.
+        scale: λ; None: as the registry composes it, after a removal of those who are left out.
 
     Raises:
         ContributionError: If there is no such client, none is left, or weights do not fit.
@@ -79,7 +93,16 @@ def from_registry(
     settings = _scaled(registry.settings, scale)
     everyone = pool.clients == registry.clients and weights is None
     head = registry.joint_head() if everyone else head_of(pool, settings)
-    return Selection(pool, registry.backbone, settings, head, weights, tuple(only), tuple(without))
+    return Selection(
+        pool,
+        registry.backbone,
+        settings,
+        head,
+        _factor(registry, pool, settings, weights, everyone=everyone),
+        weights,
+        tuple(only),
+        tuple(without),
+    )
 
 
 @contextmanager
@@ -99,7 +122,7 @@ def from_folders(
         only: Clients to take; empty: all, or all that have a weight.
         without: Clients to leave out.
         weights: Coefficients by client; None: those of the run of the first by name.
-        scale: λ; None: that of this run.
+        scale: λ; None: that keeps the length of the task vectors, or 1 with mixtures.
         checkpoint: File of the pre-trained weights; empty: as in this run.
 
     Raises:
@@ -128,16 +151,19 @@ def from_folders(
             theta_shapes=backbone.theta_0,
             base=base,
             num_features=backbone.num_features,
+            statistics=settings.statistics,
             members=pool.clients,
         )
     with tempfile.TemporaryDirectory(prefix="fedcompo-") as temporary:
         path = Path(temporary) / BACKBONE
         save_backbone(path, backbone)
+        stored = StoredBackbone(path)
         yield Selection(
             pool,
-            StoredBackbone(path),
+            stored,
             settings,
             head_of(pool, settings),
+            factor_of(pool, stored, settings, weights).value,
             weights,
             tuple(only),
             tuple(without),
@@ -179,6 +205,23 @@ def _chosen(
     return pool
 
 
+def _factor(
+    registry: RegistryReader,
+    pool: Pool,
+    settings: CompositionSettings,
+    weights: Mapping[str, float] | None,
+    *,
+    everyone: bool,
+) -> float:
+    """Return the factor of some members, as after a removal of the others."""
+    if settings.scale is None and everyone:
+        return registry.factor
+    if settings.scale is None and registry.kept_factor is not None:
+        together = sum(settings.times(c.num_examples) for c in pool)
+        return registry.kept_factor * (1 if weights is None else together)
+    return factor_of(pool, registry.backbone, settings, weights).value
+
+
 def _scaled(settings: CompositionSettings, scale: float | None) -> CompositionSettings:
     if scale is None:
         return settings
@@ -194,4 +237,4 @@ def _run_config(contribution: Contribution, checkpoint: str) -> RunConfig:
     settings = dict(contribution.settings)
     if checkpoint:
         settings["checkpoint"] = checkpoint
-    return RunConfig.parse(settings)
+    return RunConfig.stored(settings)

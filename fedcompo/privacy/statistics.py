@@ -105,6 +105,6 @@ def _denoised(scatter: Tensor, spread: float, *, floor: float) -> Tensor:
     values, vectors = torch.linalg.eigh(scatter)
     kept = (values - 2 * spread * math.sqrt(size)).clamp_min(0)
     trace = max(float(scatter.trace()), floor)
-    level = max(trace - float(kept.sum()), floor) / size
+    level = max(trace - float(kept.sum()), 0) / size
     clean: Tensor = (vectors * (kept + level)) @ vectors.T
     return clean

@@ -122,9 +122,7 @@ class RegistryReader:
 
     def contribution(self, client: str, *, with_fisher: bool = False) -> Contribution:
         """Open a member's contribution; tensors are read when they are used, and checked once."""
-        from fedcompo.composition.totals import Totals
-    from fedcompo.method.contribution import Contribution
-    from fedcompo.method.fisher import FisherDiagonal
+        from fedcompo.method.contribution import Contribution
 
         member = self.member(client)
         folder = self.path / member.folder
@@ -153,7 +151,6 @@ class RegistryReader:
     def pool(self, *, with_fisher: bool = False) -> Pool:
         """Open the members as a pool, to be composed with any coefficients."""
         from fedcompo.method.pool import Pool
-    from fedcompo.method.statistics import FeatureSums
 
         return Pool(tuple(self.contribution(c, with_fisher=with_fisher) for c in self.clients))
 

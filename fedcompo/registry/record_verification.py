@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from fedcompo.composition.version import Recipe, write_version
+from fedcompo.composition.head import SHRINKAGE, head_of
+from fedcompo.composition.totals import write_totals
+from fedcompo.composition.version import terms_of, write_composed, write_sum
+from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.pool import Pool
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC, line_of, members_after, root_of
-from fedcompo.registry.verification import Finding, all_but_folders, as_json, signature_finding
+from fedcompo.registry.verification import (
+    Finding,
+    all_but_folders,
+    as_json,
+    expected_factor,
+    signature_finding,
+)
 from fedcompo.report.units import OnStep
-from fedcompo.storage.files import SUM, WEIGHTS
+from fedcompo.storage.files import SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
 
@@ -143,27 +153,62 @@ def _composed_again(
     record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
-    claims = [f"the survivors alone give the record's {name}" for name in (SUM, WEIGHTS)]
+    names = [SUM, WEIGHTS] if record.format_version == 1 else [SUM, TOTALS, WEIGHTS]
+    claims = {name: f"the survivors alone give the record's {name}" for name in names}
     then = members_after(entries[: record.sequence])
     now = {client: member.files for client, member in registry.state.members.items()}
     gone = [c for c in record.survivors if c not in now or now[c] != then.get(c, {}).get("files")]
     if gone:
         detail = f"left or replaced since: {', '.join(gone)}"
-        yield from (Finding(claim, None, detail) for claim in claims)
+        yield from (Finding(claim, None, detail) for claim in claims.values())
         return
     if not record.survivors:
         yield _equal("nothing is composed of nobody", dict(record.composition_after), {})
         return
     with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
-        pool = Pool(tuple(registry.contribution(client) for client in record.survivors))
-        write_version(Path(folder), Recipe.of(pool, registry.backbone, registry.settings))
-        here = {name: file_sha256(Path(folder) / name) for name in (SUM, WEIGHTS)}
-    holds = [here[name] == record.composition_after.get(name) for name in (SUM, WEIGHTS)]
-    yield Finding.of(claims[0], holds[0], f"here it is {here[SUM]}")
-    detail = f"here it is {here[WEIGHTS]}"
-    if holds[0] and not holds[1]:  # the weights follow from the sum: it is the head that differs
+        factor = _compose_survivors(Path(folder), record, registry)
+        here = {name: file_sha256(Path(folder) / name) for name in names}
+    if record.format_version > 1:
+        yield _equal("the factor after is the survivors'", record.factor_after, factor)
+    alike = {name: here[name] == record.composition_after.get(name) for name in names}
+    head = WEIGHTS
+    for name in names[:-1]:
+        yield Finding.of(claims[name], alike[name], f"here it is {here[name]}")
+    detail = f"here it is {here[head]}"
+    known = all(alike[name] for name in names[:-1])
+    if known and not alike[head]:  # the weights follow from the sum: it is the head that differs
         detail += ": the joint head is fitted with this machine's arithmetic"
-    yield Finding(claims[1], holds[1] or (None if holds[0] else False), "" if holds[1] else detail)
+    holds = alike[head] or (None if known else False)
+    yield Finding(claims[head], holds, "" if alike[head] else detail)
+
+
+def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryReader) -> float:
+    """Compose the survivors as the removal did; return the factor."""
+    backbone, settings = registry.backbone, registry.settings
+    pool = Pool(tuple(registry.contribution(c, with_fisher=True) for c in record.survivors))
+    state = replace(
+        registry.state,
+        members={client: registry.state.members[client] for client in record.survivors},
+        factor=record.factor_before or 0.0,
+        factor_by=record.factor_by,
+        shrinkage=SHRINKAGE,
+    )
+    terms = terms_of(pool, settings)
+    written = write_sum(folder / SUM, backbone, terms, count=state.count)
+    state = replace(state, factor=expected_factor(state, written.squared_norm))
+    if settings.statistics is Statistics.SUMS:
+        shapes, members = backbone.theta_shapes, list(pool)
+        path = folder / TOTALS
+        write_totals(path, shapes, None, coming=members, going=(), everyone=lambda: members)
+    write_composed(
+        folder,
+        backbone,
+        head_of(pool, settings),
+        factor=state.factor,
+        linearised=pool.linearised,
+        about=state.about,
+    )
+    return state.factor
 
 
 def _equal(claim: str, recorded: object, derived: object) -> Finding:

@@ -6,8 +6,8 @@ followed, the running sum and the composed weights are computed anew from the co
 
 from __future__ import annotations
 
-import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,12 @@ from typing import Any
 import torch
 
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import Term
+from fedcompo.composition.fixed_point import Rounding, Term
 from fedcompo.composition.head import joint_head
-from fedcompo.composition.version import load_realigned
+from fedcompo.composition.realigned import realigned_head
+from fedcompo.composition.scale import FactorBy, norm_preserving
+from fedcompo.composition.totals import Totals, write_totals
+from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.heads import Head
 from fedcompo.registry import journal, signing
@@ -36,8 +39,8 @@ from fedcompo.registry.state import (
 )
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
 from fedcompo.report.units import OnStep
-from fedcompo.storage.files import REALIGNED, canonical
-from fedcompo.storage.tensorstream import file_sha256
+from fedcompo.storage.files import REALIGNED, TOTALS, canonical
+from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 CLOSE = 1e-4
 """Largest difference of a joint head that another machine's rounding can explain."""
@@ -87,6 +90,8 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
         on_step("composing again from all members")
         findings += _guarded("the composition is that of the members", _recomposed, registry)
         findings += _guarded("the joint head is that of the members", _aligned_again, registry)
+        if registry.settings.statistics is Statistics.SUMS:
+            findings += _guarded("the totals are those of the members", _totals_again, registry)
     return findings
 
 
@@ -118,6 +123,9 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
     yield _compared("the members are those of the journal", as_json(members), present)
     if root:
         yield _compared("the root is that of the journal's last line", state.root, root)
+        last = next(e.details for e in reversed(entries) if "root_after" in e.details)
+        chosen = {name: last.get(name) for name in state.chosen}
+        yield _compared("the factor is that of the journal's last line", state.chosen, chosen)
     fixed = entries[0].details.get("fixed")
     claim = "the fixed files are those of the journal's first line"
     yield _compared(claim, dict(state.fixed), fixed)
@@ -215,6 +223,9 @@ def _recomposed(registry: RegistryReader) -> Finding:
     claim = "the composition is that of the members"
     state, backbone = registry.state, registry.backbone
     running, model = registry.running_sum(), registry.composed()
+    stated = {name: model.manifest.get(name) for name in state.about}
+    if stated != as_json(state.about):
+        return Finding(claim, False, f"the model says {stated}, expected {state.about}")
     terms = [
         Term(
             client,
@@ -224,31 +235,67 @@ def _recomposed(registry: RegistryReader) -> Finding:
         )
         for client, member in state.members.items()
     ]
-    digests = [hashlib.sha256() for _ in terms]
+    roundings, squared_norm = [Rounding() for _ in terms], 0.0
     for name in sorted(backbone.tensors):
         weight = backbone.tensors[name]
         if name in backbone.target_weights:
-            total = fixed_point.sum_of(terms, name, weight, digests=digests)
+            total = fixed_point.sum_of(terms, name, weight, roundings=roundings)
+            squared_norm += fixed_point.squared_length(total)
             if not torch.equal(total, running[name]):
                 return Finding(claim, False, f"the running sum differs at {name!r}")
-            weight = fixed_point.compose(
-                weight, total, count=state.count, scale=state.settings.scale
-            )
+            weight = fixed_point.compose(weight, total, factor=state.factor)
         if not torch.equal(weight, model[name]):
             return Finding(claim, False, f"the model differs at {name!r}")
-    for term, digest in zip(terms, digests, strict=True):
-        if digest.hexdigest() != term.rounded_sha256:
-            return Finding(claim, False, f"{term.client} is rounded differently here")
+    for member, rounding in zip(state.members.values(), roundings, strict=True):
+        if rounding.sha256 != member.rounded_sha256:
+            return Finding(claim, False, f"{member.client} is rounded differently here")
+        if member.squared_norm not in (None, rounding.squared_norm):
+            return Finding(claim, False, f"{member.client} has another length")
+    factor = expected_factor(state, squared_norm)
+    return Finding.of(claim, state.factor == factor, f"the factor is not {factor}")
+
+
+def expected_factor(state: State, squared_norm: float) -> float:
+    r"""Derive the factor again; one that was voted is taken as it is.
+
+    Args:
+        state: Its members, and where its factor comes from.
+        squared_norm: :math:`\lVert\sum_c m_c \tau_c\rVert^2`.
+    """
+    if state.settings.scale is not None:
+        return state.settings.scale / state.count
+    if state.factor_by == FactorBy.VOTE:
+        return state.factor
+    return norm_preserving(state.lengths, squared_norm)
+
+
+def _totals_again(registry: RegistryReader) -> Finding:
+    """Add up the members' statistics and Fisher diagonals again and compare every number."""
+    claim = "the totals are those of the members"
+    members = list(registry.pool(with_fisher=True))
+    with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
+        path = Path(folder) / TOTALS
+        shapes = registry.backbone.theta_shapes
+        write_totals(path, shapes, None, coming=members, going=(), everyone=lambda: members)
+        derived, stored = Totals(StreamedTensors(path)), registry.totals()
+        if derived.about != stored.about:
+            return Finding(claim, False, f"they are of {stored.about}, expected {derived.about}")
+        for name, total in derived.tensors.items():
+            if not torch.equal(total, stored.tensors[name]):
+                return Finding(claim, False, f"they differ at {name!r}")
     return Finding(claim, True)
 
 
 def _aligned_again(registry: RegistryReader) -> Finding:
     """Fit the joint head again and compare it with the stored one."""
+    state, settings = registry.state, registry.settings
     if registry.realigned:
-        mixtures = load_realigned(registry.path / registry.state.version / REALIGNED)
+        path = registry.path / state.version / REALIGNED
+        head = realigned_head(path, settings, state.shrinkage)
     else:
-        mixtures = {c: registry.contribution(c).features for c in registry.clients}
-    return head_finding(registry.joint_head(), joint_head(mixtures, registry.settings))
+        statistics = {c: registry.contribution(c).statistics for c in registry.clients}
+        head = joint_head(statistics, settings, shrinkage=state.shrinkage)
+    return head_finding(registry.joint_head(), head)
 
 
 def head_finding(stored: Head, derived: Head) -> Finding:

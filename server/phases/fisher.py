@@ -111,6 +111,10 @@ class Fishers:
         if self.sums and (note := self.sums.note(self.strength, setting=setting)):
             self.exchange.books.note(note)
 
+    def known(self, client: str) -> FisherDiagonal | None:
+        """Read a client's Fisher *sum*, if there is one of it."""
+        return self.load(client) if self.sums and client in self.sums.members else None
+
     def load(self, client: str) -> FisherDiagonal:
         """Read a client's Fisher *sum*: from the registry, if it is a member."""
         if client in self.roster.participants.members:

@@ -6,8 +6,8 @@ members. Rounds, in which all clients train at a time, are in :mod:`server.round
 
 If a client starts from the joint head, or if the others' Fisher anchors it, its result depends on
 the others, and its lineage names them. If it starts from zero or its own probe, and is anchored by
-its own Fisher or by a reference, its result has the same bits whoever else takes part, and its
-lineage is empty.
+its own Fisher of features or by a reference, its result has the same bits whoever else takes part,
+and its lineage is empty.
 """
 
 from __future__ import annotations
@@ -134,10 +134,14 @@ class Fitting:
         self._aligned_with = tuple(sorted(statistics))
         return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
 
-    def _starts_aligned(self, client: str) -> bool:
-        """Whether a client's training starts from the joint head; with one class it always does."""
+    def _uses_joint_head(self, client: str) -> bool:
+        """Whether a client trains with the joint head: from it, or with a Fisher under it.
+
+        A client with a single class always starts from it.
+        """
         alone = len(self.roster.participants.described[client].classes) == 1
-        return alone or self.config.train.head_start is HeadStart.ALIGNED
+        starts = alone or self.config.train.head_start is HeadStart.ALIGNED
+        return starts or fisher_apart(self.config)
 
     # -- who comes and goes between rounds --------------------------------------------------------
 
@@ -259,7 +263,8 @@ class Fitting:
 
     def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
         """Write a client's contribution to its folder."""
-        description, fishers = self.roster.participants.described[client], self.fishers
+        description = self.roster.participants.described[client]
+        fisher = self.fishers.known(client) if self.config.server.keep_fisher else None
         Contribution(
             client=client,
             task_vector=vector,
@@ -267,14 +272,14 @@ class Fitting:
             statistics=description.statistics,
             num_examples=description.num_examples,
             lineage=lineage,
-            fisher=fishers.load(client) if self.config.server.keep_fisher else None,
+            fisher=fisher,
             settings=dict(self.config.of_client()),
         ).save(self.folder(client))
 
     def lineage(self, client: str) -> Lineage:
         """Clients whose data shaped a client's contribution, besides its own."""
         members = self.roster.participants.members if self.ensembled else ()
-        aligned_with = self._aligned_with if self._starts_aligned(client) else ()
+        aligned_with = self._aligned_with if self._uses_joint_head(client) else ()
         return Lineage(
             method=str(Method.IEL if self.ensembled else Method.ITA),
             anchored_by=self.fishers.anchored_by(client),

@@ -17,14 +17,15 @@ from scipy.signal import fftconvolve
 from torch import Tensor
 
 from fedcompo.config.caps import CapsConfig
-from fedcompo.config.choices import FisherForm, FisherKind, HeadStart
+from fedcompo.config.choices import Curvature, HeadStart, Statistics
 from fedcompo.errors import ConfigError
 from fedcompo.method.deltas import Weights
-from fedcompo.method.heads import Head
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.heads import Head, discriminant
+from fedcompo.method.statistics import FeatureSums, off_grid, packed, unpacked
 from fedcompo.privacy import fisher as private_fisher
 from fedcompo.privacy import noise as privacy
 from fedcompo.privacy import statistics as private_statistics
-from fedcompo.privacy.factored import reduced
 from fedcompo.privacy.fisher import (
     clipped_sum,
     images_at_a_time,
@@ -32,7 +33,7 @@ from fedcompo.privacy.fisher import (
 )
 from fedcompo.privacy.noise import clip_factors, composed_epsilon, noised
 from fedcompo.privacy.noise import normal as drawn
-from fedcompo.privacy.statistics import clipped_sums, private_mixtures
+from fedcompo.privacy.statistics import clipped_sums, private_sums
 from fedcompo.training.fisher_estimate import estimate_fisher
 from server import accounting
 
@@ -130,7 +131,7 @@ def test_one_image_moves_the_statistics_by_no_more_than_the_sensitivity(
     count, clip, seed, size, spike
 ):
     x, labels = size * normal(count + 1, 16, seed=seed), torch.arange(count + 1) % 4
-    if spike:  # all of an image's length in one feature: its squares are longest then
+    if spike:  # all of an image's length in one feature: its triangle is longest then
         x[-1] = torch.eye(16, dtype=torch.float64)[0] * size
     with_it, limits = clipped_sums(x, labels, num_classes=4, clip=clip)
     without, _ = clipped_sums(x[:-1], labels[:-1], num_classes=4, clip=clip)
@@ -139,55 +140,76 @@ def test_one_image_moves_the_statistics_by_no_more_than_the_sensitivity(
 
 
 def test_the_sensitivity_is_reached():
-    x = torch.full((1, 16), 1e6, dtype=torch.float64)
-    x[0, 0] = 1e9
+    x = torch.full((1, 16), 0.0, dtype=torch.float64)
+    x[0, 0] = 1e9  # all of its length in one feature: no upper triangle is longer
     sums, limits = clipped_sums(x, torch.tensor([1]), num_classes=4, clip=3.0)
     nothing = {name: torch.zeros_like(total) for name, total in sums.items()}
     assert moved(sums, nothing, limits) == pytest.approx(math.sqrt(private_statistics.PARTS))
 
 
-def test_without_noise_and_clipping_it_is_a_gaussian_of_each_class():
+def test_without_noise_and_clipping_they_are_the_sums_of_the_features():
     x, labels = described(1)
-    found = private_mixtures(x, labels, CLASSES, clip=50.0, noise=1.0, entropy=silence)
-    within = torch.stack([x[labels == k].var(0, correction=0) for k in range(4)]).mean(0)
-    for k, name in enumerate(CLASSES):
-        mixture = found[name]
-        mixture.check(16, "client 'a'")
-        assert (mixture.num_examples, mixture.weights.tolist()) == (15, [1.0])
-        torch.testing.assert_close(mixture.means[0].double(), x[labels == k].mean(0))
-        blur = 3 * 50.0**2 / 15**2  # as much as noise of this strength adds to a squared mean
+    found = private_sums(x, labels, CLASSES, clip=50.0, noise=1e-9, entropy=silence)
+    expected = FeatureSums.of(x, labels, CLASSES)
+    found.check(CLASSES, 16, "client 'a'")
+    assert torch.equal(found.counts, expected.counts)
+    for part in ("sums", "second"):
         torch.testing.assert_close(
-            mixture.variances[0].double(), within + blur * 4 * 15 / 60, rtol=1e-4, atol=1e-4
+            off_grid(getattr(found, part)), off_grid(getattr(expected, part)), rtol=1e-4, atol=1e-3
         )
 
 
-def test_variances_are_not_made_smaller_by_the_noise_of_the_means():
+def within_of(sums: FeatureSums) -> Tensor:
+    """Oracle: scatter within classes of released sums."""
+    scatter = unpacked(off_grid(sums.second))
+    for total, count in zip(off_grid(sums.sums), sums.counts.tolist(), strict=True):
+        scatter = scatter - torch.outer(total, total) / count
+    return scatter
+
+
+def test_the_noise_adds_no_variance_on_average():
     x, labels = described(2, count=200)
-    within = torch.stack([x[labels == k].var(0, correction=0) for k in range(4)]).mean(0)
-    drawn_anew = [
-        private_mixtures(x, labels, CLASSES, clip=8.0, noise=2.0, entropy=entropy(seed))
-        for seed in range(60)
+    expected = within_of(FeatureSums.of(x, labels, CLASSES)).trace()
+    traces = [
+        within_of(
+            private_sums(x, labels, CLASSES, clip=8.0, noise=1.0, entropy=entropy(seed))
+        ).trace()
+        for seed in range(100)
     ]
-    mean = torch.stack([found[CLASSES[0]].variances[0] for found in drawn_anew]).double().mean()
-    assert float(mean) == pytest.approx(float(within.mean()), rel=0.06)
+    assert float(torch.stack(traces).mean()) == pytest.approx(float(expected), rel=0.1)
+
+
+def test_noise_alone_leaves_no_direction_and_what_stands_out_of_it_stays():
+    """Of pure noise the same variance is left everywhere; one strong direction survives."""
+    noise = packed(torch.zeros(64, 64)) + drawn((64 * 65 // 2,), entropy(3))
+    matrix = unpacked(noise)
+    flat = private_statistics._denoised(matrix + 5 * torch.eye(64), 1.0, floor=1e-9)
+    spread = torch.linalg.eigvalsh(flat)
+    assert float(spread.max() / spread.min()) < 2
+    axis = torch.eye(64, dtype=torch.float64)[3]
+    strong = private_statistics._denoised(matrix + 400 * torch.outer(axis, axis), 1.0, floor=1e-9)
+    assert float(axis @ strong @ axis) > 350
+    assert float(strong.trace()) == pytest.approx(float(matrix.trace() + 400))
 
 
 @given(st.integers(0, 2**20), st.floats(0.1, 1000.0), examples)
 @settings(max_examples=50)
-def test_whatever_the_noise_the_mixtures_can_be_drawn_from(seed, noise, count):
+def test_whatever_the_noise_a_head_can_be_made_of_them(seed, noise, count):
     x, labels = described(3, count=4 * count)
-    found = private_mixtures(x, labels, CLASSES, clip=1.0, noise=noise, entropy=entropy(seed))
-    for mixture in found.values():
-        mixture.check(16, "client 'a'")
-        assert float(mixture.means.norm()) <= 1.0 + 1e-6
+    found = private_sums(x, labels, CLASSES, clip=1.0, noise=noise, entropy=entropy(seed))
+    found.check(CLASSES, 16, "client 'a'")
+    means = off_grid(found.sums) / found.counts.unsqueeze(1)
+    assert float(means.norm(dim=1).max()) <= 1.0 + 1e-6
+    assert float(torch.linalg.eigvalsh(within_of(found)).min()) > -1e-4 * float(
+        off_grid(found.second).abs().max()
+    )
+    discriminant(found, shrinkage=0.1).check(CLASSES, 16, "client 'a'")
 
 
 def test_how_many_images_a_class_has_is_not_told():
     x, labels = described(4)
     counts = {
-        private_mixtures(x, labels, CLASSES, clip=8.0, noise=2.0, entropy=entropy(s))[
-            CLASSES[0]
-        ].num_examples
+        int(private_sums(x, labels, CLASSES, clip=8.0, noise=2.0, entropy=entropy(s)).counts[0])
         for s in range(20)
     }
     assert len(counts) > 5
@@ -196,79 +218,102 @@ def test_how_many_images_a_class_has_is_not_told():
 # -- the Fisher ---------------------------------------------------------------------------------
 
 
-def fishers(images: Tensor, form: FisherForm) -> Weights:
-    return per_example_fishers(pico_model(), HEAD, images, NAMES, form)
+def fishers(images: Tensor, *, factored: bool, head: Head | None = HEAD) -> Weights:
+    return per_example_fishers(
+        pico_model(), images, NAMES, head=head, factored=factored, entropy=entropy(6)
+    )
 
 
-def exact(images: Tensor) -> Weights:
-    found, _ = estimate_fisher(pico_model(), HEAD, [images], NAMES, kind=FisherKind.EXACT)
-    return dict(found.sums)
+def exact(images: Tensor, *, factored: bool) -> Weights:
+    found, _ = estimate_fisher(pico_model(), [images], NAMES, head=HEAD, curvature=Curvature.EXACT)
+    return dict((found.reduced() if factored else found).sums)
 
 
-@pytest.mark.parametrize("form", FisherForm)
-def test_each_image_has_the_exact_fisher_of_itself_alone(form):
-    found = fishers(IMAGES, form)
+def private(batches, *, factored: bool, **options) -> FisherDiagonal:
+    options = {"head": HEAD, "curvature": Curvature.EXACT} | options
+    return private_fisher.private_fisher(
+        pico_model(), batches, iter(NAMES), factored=factored, **options
+    )
+
+
+FORMS = pytest.mark.parametrize("factored", [False, True], ids=["dense", "factored"])
+
+
+@FORMS
+def test_each_image_has_the_exact_fisher_of_itself_alone(factored):
+    found = fishers(IMAGES, factored=factored)
     for i in range(len(IMAGES)):
-        alone = reduced(exact(IMAGES[i : i + 1]), form)
+        alone = exact(IMAGES[i : i + 1], factored=factored)
         assert found.keys() == alone.keys()
         for name, expected in alone.items():
             torch.testing.assert_close(found[name][i], expected.double(), rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", FisherForm)
-@pytest.mark.parametrize("clip", [1e-3, 1.0, 1e3])
-def test_one_image_moves_the_fisher_by_no_more_than_the_clip(form, clip):
-    whole = clipped_sum(fishers(IMAGES, form), clip)
-    for i in range(len(IMAGES)):
-        rest = clipped_sum(fishers(torch.cat([IMAGES[:i], IMAGES[i + 1 :]]), form), clip)
-        assert moved(whole, rest, dict.fromkeys(whole, clip)) <= 1 + 1e-9
-
-
-@pytest.mark.parametrize("form", FisherForm)
-@pytest.mark.parametrize("batch", [1, 3, 7])
-def test_without_noise_and_clipping_it_is_the_exact_fisher(form, batch):
-    found, count = private_fisher.private_fisher(
-        pico_model(),
-        HEAD,
-        IMAGES.split(batch),
-        iter(NAMES),
-        form=form,
-        clip=1e6,
-        noise=1e-30,
-        entropy=silence,
-    )
-    assert count == len(IMAGES)
-    for name, expected in reduced(exact(IMAGES), form).items():
-        assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name], expected.float(), rtol=1e-5, atol=1e-12)
-
-
-def test_under_noise_a_fisher_is_not_negative_and_counts_are_not_told():
-    def private(seed: int) -> tuple[Weights, int]:
-        options = {"form": FisherForm.FACTORED, "clip": 0.1, "noise": 3.0}
-        return private_fisher.private_fisher(
-            pico_model(), HEAD, [IMAGES], NAMES, **options, entropy=entropy(seed)
+def test_of_features_each_image_has_a_direction_of_its_own():
+    """On average over many, that is the squared Jacobian: the estimate of many seeds."""
+    many = IMAGES[:1].repeat(3000, 1, 1, 1)
+    found = fishers(many, factored=True, head=None)
+    expected, _ = estimate_fisher(pico_model(), [many], NAMES)
+    for name, total in expected.reduced().sums.items():
+        assert len(found[name].unique(dim=0)) == len(many)
+        torch.testing.assert_close(
+            found[name].sum(0), total, rtol=0.3, atol=0.02 * float(total.max())
         )
 
-    runs = [private(seed) for seed in range(8)]
-    assert len({count for _, count in runs}) > 2
-    assert all(count >= 1 for _, count in runs)
-    assert all(float(t.min()) >= 0 for sums, _ in runs for t in sums.values())
+
+@FORMS
+@pytest.mark.parametrize("head", [HEAD, None], ids=["probabilities", "features"])
+@pytest.mark.parametrize("clip", [1e-3, 1.0, 1e3])
+def test_one_image_moves_the_fisher_by_no_more_than_the_clip(factored, head, clip):
+    with_it = clipped_sum(fishers(IMAGES, factored=factored, head=head), clip)
+    without = clipped_sum(fishers(IMAGES[:-1], factored=factored, head=head), clip)
+    assert moved(with_it, without, dict.fromkeys(with_it, clip)) <= 1 + 1e-9
+
+
+@FORMS
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_without_noise_and_clipping_it_is_the_exact_fisher(factored, batch):
+    found = private(IMAGES.split(batch), factored=factored, clip=1e6, noise=1e-30, entropy=silence)
+    assert found.num_examples == len(IMAGES)
+    for name, expected in exact(IMAGES, factored=factored).items():
+        assert found.sums[name].dtype == torch.float32
+        torch.testing.assert_close(found.sums[name], expected.float(), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("curvature", Curvature)
+def test_under_noise_a_fisher_is_not_negative_and_counts_are_not_told(curvature):
+    runs = [
+        private(
+            [IMAGES],
+            factored=True,
+            curvature=curvature,
+            clip=0.1,
+            noise=3.0,
+            entropy=entropy(seed),
+        )
+        for seed in range(8)
+    ]
+    assert len({fisher.num_examples for fisher in runs}) > 2
+    for fisher in runs:
+        fisher.check(PICO, owner="client 'a'")
+
+
+def test_of_class_probabilities_it_needs_a_head():
+    with pytest.raises(ValueError, match="needs a head"):
+        private([IMAGES], factored=True, head=None, clip=1.0, noise=1.0)
+    private([IMAGES], factored=True, head=None, curvature=Curvature.FEATURES, clip=1.0, noise=1.0)
 
 
 def test_the_noise_of_the_fisher_hides_the_clip_and_the_count_together():
     def rows(seed: int) -> Tensor:
-        found, _ = private_fisher.private_fisher(
-            pico_model(),
-            HEAD,
+        found = private(
             [IMAGES],
-            NAMES,
-            form=FisherForm.DENSE,
+            factored=False,
             clip=1e-9,  # so that what is seen is noise
             noise=2.0,
             entropy=entropy(seed),
         )
-        return torch.cat([found[name].flatten() for name in NAMES]).double()
+        return torch.cat([found.sums[name].flatten() for name in NAMES]).double()
 
     found = torch.cat([rows(seed) for seed in range(40)])
     above = found[found > 0]
@@ -279,9 +324,9 @@ def test_the_noise_of_the_fisher_hides_the_clip_and_the_count_together():
 
 def test_images_are_held_one_by_one_where_their_fishers_are_large():
     large = {"w": torch.empty(10_000, 10_000, device="meta")}
-    assert images_at_a_time(large, FisherForm.DENSE, 32) == 1
-    assert images_at_a_time(large, FisherForm.FACTORED, 32) == 32
-    assert images_at_a_time(PICO, FisherForm.DENSE, 32) == 32
+    assert images_at_a_time(large, factored=False, most=32) == 1
+    assert images_at_a_time(large, factored=True, most=32) == 32
+    assert images_at_a_time(PICO, factored=False, most=32) == 32
 
 
 # -- ε ------------------------------------------------------------------------------------------
@@ -387,9 +432,20 @@ def test_next_to_no_noise_is_said_to_be_none():
     assert note.startswith("ann sent feature statistics and Fisher with next to no noise")
 
 
-def test_a_head_fitted_to_the_same_images_is_refused():
-    caps = CapsConfig(dp_noise=1.0)
-    caps.check_head_start(HeadStart.ALIGNED)
-    CapsConfig().check_head_start(HeadStart.PROBE)
-    with pytest.raises(ConfigError, match="not private by noise"):
-        caps.check_head_start(HeadStart.PROBE)
+@pytest.mark.parametrize("start", HeadStart)
+@pytest.mark.parametrize("curvature", Curvature)
+def test_the_fisher_under_a_head_fitted_to_the_same_images_is_refused(start, curvature):
+    demand = {"statistics": Statistics.SUMS, "curvature": curvature, "start": start}
+    CapsConfig().check_noise(**demand)
+    if start is HeadStart.PROBE and curvature is not Curvature.FEATURES:
+        with pytest.raises(ConfigError, match="not private by noise"):
+            CapsConfig(dp_noise=1.0).check_noise(**demand)
+    else:
+        CapsConfig(dp_noise=1.0).check_noise(**demand)
+
+
+def test_mixtures_are_refused_under_noise():
+    demand = {"curvature": Curvature.FEATURES, "start": HeadStart.ZERO}
+    CapsConfig().check_noise(statistics=Statistics.MIXTURES, **demand)
+    with pytest.raises(ConfigError, match="Use `statistics = sums`"):
+        CapsConfig(dp_noise=1.0).check_noise(statistics=Statistics.MIXTURES, **demand)

@@ -21,7 +21,6 @@ from builders import (
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Penalty
 from fedcompo.config.run import TrainConfig
-from fedcompo.method.deltas import new_deltas
 from fedcompo.method.penalties import iel_penalty
 from fedcompo.training import penalty as acting
 from fedcompo.training.fit import Course, Fitted, ensembled, fit_task_vector
@@ -30,7 +29,7 @@ from fedcompo.training.penalty import Anchor, Ensemble
 CLASSES = ("left", "right")
 DATA = left_or_right(24)
 HEAD = random_head(CLASSES, 8, seed=1)
-STILL = TrainConfig(rank=2, local_epochs=1, batch_size=8, learning_rate=1e-12, head_decay=0.0)
+STILL = TrainConfig(rank=2, local_epochs=1, batch_size=8, learning_rate=1e-12, local_steps=0)
 """Steps too small to matter."""
 
 
@@ -45,8 +44,7 @@ def ensemble_of(backbone: Backbone, *, share: float = 0.25, beta: float = 0.0) -
 
 
 def anchor_of(backbone: Backbone) -> Anchor:
-    fisher = random_like(backbone.theta_0, seed=70, positive=True)
-    return Anchor(fisher, torch.ones(2, 8), torch.ones(2))
+    return Anchor(random_like(backbone.theta_0, seed=70, positive=True))
 
 
 def fit(
@@ -148,21 +146,9 @@ def test_coupled_to_the_loss_it_is_the_ensemble_penalty(backbone):
 
 @pytest.mark.parametrize("penalty", list(Penalty))
 def test_without_strength_or_metric_only_the_sum_is_left(backbone, penalty):
-    settings = {"penalty": penalty, "learning_rate": 0.01, "head_alpha": 0.0, "alpha": 99.0}
+    settings = {"penalty": penalty, "learning_rate": 0.01, "alpha": 99.0}
     free = fit(backbone, ensemble=ensemble_of(backbone, beta=7.0), **settings)
     weak = ensemble_of(backbone, beta=0.0)
     held = fit(backbone, anchor=anchor_of(backbone), ensemble=weak, **settings)
     for name, tensor in free.task_vector.tensors.items():
         assert torch.equal(held.task_vector.tensors[name], tensor)
-
-
-def test_an_anchor_without_weights_holds_no_delta(backbone):
-    deltas = new_deltas(Kind.FULL, backbone.theta_0, rank=1, generator=rng(0))
-    for delta in deltas.values():
-        delta.delta.data.fill_(1.0)
-    anchor = Anchor({}, torch.ones(2, 8), torch.ones(2))
-    config = TrainConfig(alpha=100.0, penalty_every=1)
-    penalty = acting.TrainingPenalty(deltas, anchor, None, config)
-    penalty.step(1.0, last=True)
-    assert all(bool((delta.delta == 1.0).all()) for delta in deltas.values())
-    assert penalty.loss({}) is None
