@@ -9,7 +9,7 @@ defaults, which :meth:`RunConfig.parse` puts in their place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -171,7 +171,8 @@ class TrainConfig:
     )
     aside: float = setting(
         0.1,
-        "Share of each class kept aside from training, to choose `scale = auto` on.",
+        "Share of each class kept aside from training, to choose `scale = auto` on; 0 where "
+        "`scale` is a number.",
         FRACTION,
     )
     batch_size: int = setting(32, "Images a step.", POSITIVE)
@@ -235,7 +236,10 @@ class RunConfig:
             section: kind(**{f.name: parsed.pop(f.name) for f in fields(kind) if f.name in parsed})
             for section, kind in SECTIONS.items()
         }
-        return cls(**sections, **parsed)
+        config = cls(**sections, **parsed)
+        if config.compose.fixed_scale is None:
+            return config
+        return replace(config, train=replace(config.train, aside=0.0))  # there is nothing to choose
 
     def flat(self) -> dict[str, Scalar]:
         """Return the settings as a flat run config: kebab-case keys, plain scalars."""

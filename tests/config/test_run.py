@@ -83,6 +83,7 @@ def test_parsing_what_flat_returns_gives_the_same_settings():
         "alpha": 0.5,
         "curvature": "exact",
         "scale": "2.5",
+        "aside": 0.0,
         "penalty": "coupled",
         "head-start": "probe",
         "anchor": "reference",
@@ -262,6 +263,13 @@ def test_a_scale_is_a_number_however_it_is_written(value):
     assert RunConfig.parse(config.flat()) == config
 
 
+def test_nothing_is_kept_aside_where_there_is_nothing_to_choose():
+    config = RunConfig.parse({"scale": 2, "aside": 0.2})
+    assert config.train.aside == 0.0
+    assert RunConfig.parse(config.flat()) == config
+    assert RunConfig.parse({"aside": 0.2}).train.aside == 0.2
+
+
 def test_a_scale_that_is_chosen_is_no_number():
     assert RunConfig.parse({"scale": "auto"}).compose.fixed_scale is None
     assert "`scale` must be of type str, got True" in fault_of(scale=True)
@@ -366,4 +374,5 @@ def test_any_scalars_are_either_settings_of_the_right_type_or_refused(values):
     assert all(type(flat[key]) is type(DEFAULTS[key]) for key in flat)
     if config == RunConfig.parse({**values, "preset": "default"}):
         given = {key: str(value) if key == "scale" else value for key, value in values.items()}
-        assert all(flat[key] == value for key, value in given.items() if key != "preset")
+        resolved = {"preset"} if flat["scale"] == "auto" else {"preset", "aside"}
+        assert all(flat[key] == value for key, value in given.items() if key not in resolved)

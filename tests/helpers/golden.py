@@ -52,9 +52,10 @@ def facts_of(registry: Any) -> dict[str, Any]:
 def _member(registry: Any, client: str) -> dict[str, Any]:
     contribution = registry.contribution(client, with_fisher=True)
     fisher, head = contribution.fisher, contribution.head
+    statistics: dict[str, Any] = contribution.statistics  # mixtures: these registries are older
     mixtures = {
         f"{name}/{part}": getattr(mixture, part)
-        for name, mixture in contribution.features.items()
+        for name, mixture in statistics.items()
         for part in ("weights", "means", "variances")
     }
     return {
@@ -63,8 +64,8 @@ def _member(registry: Any, client: str) -> dict[str, Any]:
         "task vector": digest(contribution.task_vector.tensors),
         "head": digest({"weight": head.weight, "bias": head.bias}),
         "mixtures": digest(mixtures),
-        "mixtures' examples": {n: m.num_examples for n, m in contribution.features.items()},
-        "fisher": fisher and [digest(fisher.sums), fisher.num_examples, fisher.classes],
+        "mixtures' examples": {n: m.num_examples for n, m in statistics.items()},
+        "fisher": fisher and [digest(fisher.sums), fisher.num_examples],
         "settings": hashlib.sha256(json.dumps(contribution.settings).encode()).hexdigest(),
     }
 
