@@ -19,7 +19,7 @@ from registry_builders import (
     contents,
     member,
     one_of_each_kind,
-    own_mixtures,
+    own_statistics,
     registry_of,
     same_bits,
     tangents,
@@ -407,6 +407,6 @@ def test_other_kinds_are_published_for_timm_as_ever(tmp_path):
 
 
 def test_aligning_the_head_again_keeps_the_model_linearised(registry):
-    registry.realign(own_mixtures(registry))
+    registry.realign(own_statistics(registry))
     assert registry.realigned and registry.linearised
     assert_logits(registry.model(), logits_by_hand(averaged(tangents()), registry.joint_head()))
