@@ -26,6 +26,8 @@ SHRINKAGES = (0.02, 0.1, 0.3, 0.5)
 """Shrinkages of the joint head's covariance that are tried."""
 TEMPERATURES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03)
 """Factors on the logits; each candidate is measured at all of them."""
+WORST = 1e30
+"""Loss of a candidate whose logits are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Votes:
         for own in logits:
             hits.append(int((own.argmax(1) == labels).sum()))
             scaled = (own.double() * temperature for temperature in TEMPERATURES)
-            losses += (float(F.cross_entropy(z, labels, reduction="sum")) for z in scaled)
+            found = (float(F.cross_entropy(z, labels, reduction="sum")) for z in scaled)
+            losses += (loss if math.isfinite(loss) else WORST for loss in found)
         return cls(tuple(hits), tuple(losses), len(labels))
 
     @classmethod

@@ -58,8 +58,14 @@ def test_votes_add_up_over_clients():
 def test_a_head_that_is_only_too_sharp_loses_nothing_by_it():
     """At the temperature 1/8 its logits are those of the other at 1."""
     z = normal(4, 3, seed=3).double()
-    calibrated, sharp = Votes.of([z, 8 * z], LABELS).scores
+    calibrated = float(torch.nn.functional.cross_entropy(z, LABELS))
+    (sharp,) = Votes.of([8 * z], LABELS).scores
     assert sharp <= calibrated + 1e-12
+
+
+def test_a_model_that_yields_no_numbers_loses():
+    z = normal(4, 3, seed=3)
+    assert elected(candidates(1)[:2], Votes.of([z * float("nan"), z], LABELS)) == 1
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ SMALL = {
     "num_server_rounds": 2,
     "batch_size": 8,
     "beta": 5.0,
+    "head_start": "aligned",
+    "scale": 1.0,
     "realign": False,
     "timeout": 1.0,  # an answer is there as soon as its request was sent, or never
 }

@@ -34,6 +34,7 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import expanded
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
@@ -77,13 +78,13 @@ def config_of(images: Path, **settings: object) -> RunConfig:
 # -- what a round computes --------------------------------------------------------------------
 
 
-def anchor_by_hand(output: Path, classes: tuple[str, ...]) -> Anchor:
+def anchor_by_hand(output: Path, theta_0: Weights) -> Anchor:
     """The mean Fisher over the examples of all clients, the client's own among them."""
     fishers = [member.fisher for member in sent_last(output).values()]
     count = sum(fisher.num_examples for fisher in fishers)
-    sums = [fisher.for_classes(classes).sums for fisher in fishers]
+    sums = [fisher.sums for fisher in fishers]
     mean = {n: (sum(s[n].double() for s in sums) / count).float() for n in sums[0]}
-    return Anchor.of(mean)
+    return Anchor(expanded(mean, theta_0))
 
 
 def rest_by_hand(last: dict[str, Fitted], client: str, times: dict[str, int]) -> Weights:
@@ -102,7 +103,7 @@ def rounds_by_hand(
     """Oracle: all rounds as two loops, nothing between them but dictionaries."""
     members, number = sent_last(output), config.method.num_server_rounds
     aligned = joint_head(
-        {c: m.features for c, m in members.items()},
+        {c: m.statistics for c, m in members.items()},
         CompositionSettings.of(config),
         purpose="align",
     )
@@ -123,12 +124,12 @@ def rounds_by_hand(
                 course=Course(
                     before.task_vector if before else None,
                     before.head if before else None,
-                    anchor_by_hand(output, data.classes),
-                    Ensemble(
+                    anchor=anchor_by_hand(output, backbone.theta_0),
+                    ensemble=Ensemble(
                         rest_by_hand(last, client, times) or zeros,
                         times[client] / sum(times.values()),
                         config.method.beta,
-                        config.compose.scale,
+                        config.compose.fixed_scale or 1.0,
                     ),
                     passed=passed / number,
                     share=1 / number,
@@ -188,9 +189,7 @@ def test_a_run_tells_of_its_rounds_and_leaves_nothing_but_the_registry(plain):
         assert happened["mean_loss"] == pytest.approx(sum(losses) / 3)
     assert list(results["phases"]) == [
         "identify",
-        "features, round 1",
-        "align, round 1",
-        "fisher, round 1",
+        "describe, round 1",
         "train, round 1",
         "train, round 2",
         "compose",
