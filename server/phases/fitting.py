@@ -32,6 +32,7 @@ from fedcompo.messages.requests import ANCHOR, Others, TrainRequest
 from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.statistics import FeatureSums, total_of
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from server.exchange.checks import (
@@ -132,6 +133,8 @@ class Fitting:
         }
         statistics |= {client: who.described[client].statistics for client in self.roster.parties}
         self._aligned_with = tuple(sorted(statistics))
+        sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
+        self._variance = total_of(sums).variance if sums else 0.0
         return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
 
     def _uses_joint_head(self, client: str) -> bool:
@@ -262,9 +265,11 @@ class Fitting:
         known |= {**figures, "losses": [*known.get("losses", []), *figures["losses"]]}
 
     def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
-        """Write a client's contribution to its folder."""
+        """Write a client's contribution to its folder, and note how far it went."""
         description = self.roster.participants.described[client]
         fisher = self.fishers.known(client) if self.config.server.keep_fisher else None
+        distance = self.fishers.distance(client, vector, self._variance)
+        self.figures.setdefault(client, {})["distance"] = distance
         Contribution(
             client=client,
             task_vector=vector,
