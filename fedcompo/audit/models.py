@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fedcompo.audit.evaluation import clients_data
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.run import RunConfig
-from fedcompo.data.client_data import ClientData
+from fedcompo.data.client_data import ClientData, set_aside
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
 from fedcompo.export.selection import from_registry
 from fedcompo.method.contribution import Contribution, counts_of
@@ -49,12 +49,15 @@ class AuditedModel:
 
 
 def audited_images(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
-    """Load a client's images and check that it was trained on them.
+    """Load a client's images and check that its contribution describes them.
 
     Args:
         contribution: What the client sent.
         backbone: Says what images must look like.
         config: Says which images.
+
+    Returns:
+        Its test images, and of its training images those that it did not keep aside.
 
     Raises:
         DataError: If the client is not among them, or had other numbers of training images.
@@ -74,7 +77,8 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
             f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
             f"trained on {trained_on}. Name the images it was trained on with `--data`."
         )
-    return data
+    share, seed = config.train.aside, config.seed
+    return replace(data, train=set_aside(data.train, share=share, seed=seed, client=client)[0])
 
 
 def audited_models(

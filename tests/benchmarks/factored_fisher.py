@@ -18,6 +18,7 @@ import operator
 from collections.abc import Mapping
 
 import torch
+from fedcompo.privacy.factored import reduced, restored
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
@@ -30,7 +31,6 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import HEAD, FisherDiagonal
 from fedcompo.method.heads import fit_head, zero_head
 from fedcompo.method.penalties import ita_penalty
-from fedcompo.privacy.factored import reduced, restored
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.fit import fit_task_vector

@@ -172,8 +172,8 @@ def test_pieces_of_any_size_make_the_whole(kind, piece):
     whole = fixed_point.reproducible_delta(vector, NAME, WIDE)
     term = fixed_point.rounded(vector, NAME, WIDE, owner="x")
     assert torch.equal(term, whole.mul(2.0**BITS).round().long())
-    composed = fixed_point.compose(WIDE, term, count=3, scale=0.7)
-    expected = (term.double() * (0.7 * GRID / 3) + WIDE.double()).float()
+    composed = fixed_point.compose(WIDE, term, factor=0.7)
+    expected = (term.double() * (0.7 * GRID) + WIDE.double()).float()
     assert torch.equal(composed, expected)
 
 
@@ -236,14 +236,13 @@ def test_terms_come_and_go_in_any_order(order, times):
     st.floats(0, 10),
 )
 def test_a_composed_weight_is_the_stated_sum_rounded(weight, total, count, scale):
-    actual = fixed_point.compose(
-        torch.tensor([[weight]]), torch.tensor([[total]]), count=count, scale=scale
-    )
+    factor = scale / count
+    actual = fixed_point.compose(torch.tensor([[weight]]), torch.tensor([[total]]), factor=factor)
     assert actual.dtype == torch.float32
     # bit for bit: float64 throughout, float32 once at the end
-    assert actual.item() == np.float32(float(total) * (scale * GRID / count) + weight)
+    assert actual.item() == np.float32(float(total) * (factor * GRID) + weight)
     # and the exact value, but for that
-    exact = Fraction(weight) + Fraction(scale) * total / (2**BITS * count)
+    exact = Fraction(weight) + Fraction(factor) * total / 2**BITS
     ulp = math.ulp(float(np.float32(float(exact)))) * 2.0**29  # float32's, from float64's
     assert abs(Fraction(actual.item()) - exact) <= Fraction(ulp) * Fraction(51, 100) + Fraction(
         1, 2**149
@@ -253,7 +252,7 @@ def test_a_composed_weight_is_the_stated_sum_rounded(weight, total, count, scale
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_composed_weight_keeps_its_dtype(dtype):
     weight = WEIGHT.to(dtype)
-    same = fixed_point.compose(weight, torch.zeros(5, 4, dtype=torch.int64), count=3, scale=2.0)
+    same = fixed_point.compose(weight, torch.zeros(5, 4, dtype=torch.int64), factor=2.0)
     assert same.dtype == dtype
     assert torch.equal(same, weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -9,18 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import registry_builders
 import timm
 import torch
 from builders import MIXABLE, contribution, dense_by_hand, pico_weights, pixels
 from cli_runs import CLASSES, run, told
 from registry_builders import (
+    QUICK,
     backbone,
     composition,
     contents,
     member,
     one_of_each_kind,
-    own_mixtures,
-    registry_of,
+    own_statistics,
     same_bits,
     tangents,
 )
@@ -48,6 +50,8 @@ from fedcompo.seeds import generator_for
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.training.accuracy import accuracy_of
 
+registry_of = functools.partial(registry_builders.registry_of, settings=replace(QUICK, scale=1.0))
+"""A registry that composes the mean of task vectors."""
 IMAGES = backbone().preprocessing.normalise(pixels(4, 1, 8, seed=2))
 
 
@@ -407,6 +411,6 @@ def test_other_kinds_are_published_for_timm_as_ever(tmp_path):
 
 
 def test_aligning_the_head_again_keeps_the_model_linearised(registry):
-    registry.realign(own_mixtures(registry))
+    registry.realign(own_statistics(registry))
     assert registry.realigned and registry.linearised
     assert_logits(registry.model(), logits_by_hand(averaged(tangents()), registry.joint_head()))

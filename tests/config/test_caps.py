@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from app_runs import ALL_WEIGHTS, altered, run
+from fedcompo.privacy.factored import margins, outer
 from round_runs import (
     PARTITIONS,
     assert_sum_of_the_last,
@@ -26,7 +27,6 @@ from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.messages.records import from_record
 from fedcompo.messages.wire import decode, encode
 from fedcompo.method.fisher import HEAD
-from fedcompo.privacy.factored import margins, outer
 from fedcompo.privacy.noise import composed_epsilon
 from fedcompo.registry.verification import verify_registry
 

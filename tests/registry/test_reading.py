@@ -13,7 +13,7 @@ from registry_builders import (
     member,
     one_of_each_kind,
     overwrite,
-    own_mixtures,
+    own_statistics,
     registry_of,
     same_bits,
     three_clients,
@@ -70,7 +70,7 @@ def test_an_altered_fisher_is_found_when_it_is_asked_for(tmp_path):
     [
         lambda r: r.add(member("dee")),
         lambda r: r.remove("ada"),
-        lambda r: r.realign(own_mixtures(r)),
+        lambda r: r.realign(own_statistics(r)),
     ],
     ids=["add", "remove", "realign"],
 )

@@ -19,7 +19,7 @@ from registry_builders import (
     mixtures,
     one_of_each_kind,
     overwrite,
-    own_mixtures,
+    own_statistics,
     registry_of,
     same_bits,
     three_clients,
@@ -218,7 +218,7 @@ def test_changes_are_told_step_by_step(registry):
 
 def test_realigning_changes_the_head_and_nothing_else(registry):
     head, theta_p = registry.joint_head(), registry.theta_p()
-    registry.realign(own_mixtures(registry))
+    registry.realign(own_statistics(registry))
     assert registry.realigned
     assert same_bits(registry.theta_p(), theta_p)
     assert not torch.equal(registry.joint_head().weight, head.weight)
@@ -227,7 +227,7 @@ def test_realigning_changes_the_head_and_nothing_else(registry):
 
 def test_mixtures_may_come_in_any_order(registry, tmp_path):
     other = three_clients(tmp_path / "other")
-    given = own_mixtures(registry)
+    given = own_statistics(registry)
     registry.realign(given)
     other.realign({
         client: dict(reversed(own.items())) for client, own in reversed(given.items())
@@ -237,7 +237,7 @@ def test_mixtures_may_come_in_any_order(registry, tmp_path):
 
 def test_a_change_of_members_takes_the_head_back_to_what_all_members_told(registry):
     never = registry_of(registry.path.parent / "never", BEN, CHO)
-    registry.realign(own_mixtures(registry))
+    registry.realign(own_statistics(registry))
     registry.remove("ada")
     assert not registry.realigned
     assert composition(registry) == composition(never)
@@ -246,7 +246,7 @@ def test_a_change_of_members_takes_the_head_back_to_what_all_members_told(regist
 @pytest.mark.parametrize("wrong", [{}, {"ada": {}}, {"dee": mixtures(["cat"], seed=1)}])
 def test_mixtures_must_be_those_of_all_members(wrong, registry):
     before = contents(registry.path)
-    given = {**own_mixtures(registry), **wrong} if wrong else {}
+    given = {**own_statistics(registry), **wrong} if wrong else {}
     with pytest.raises(ContributionError, match=r"wrong or missing: .*(ada|dee)"):
         registry.realign(given)
     assert contents(registry.path) == before

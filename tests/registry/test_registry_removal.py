@@ -11,7 +11,7 @@ from registry_builders import (
     composition,
     member,
     one_of_each_kind,
-    own_mixtures,
+    own_statistics,
     registry_of,
     tangents,
     three_clients,
@@ -120,8 +120,8 @@ def test_after_a_removal_no_byte_of_the_client_is_left(kind, tmp_path):
     eva = member("eva", others, seed=40, with_fisher=True)
     registry = registry_of(tmp_path / "r", ada)
     registry.add(given, eva)
-    registry.realign(own_mixtures(registry))
-    realigned = own_mixtures(registry)["dee"]
+    registry.realign(own_statistics(registry))
+    realigned = own_statistics(registry)["dee"]
     theirs = {f"realigned {n}": m.means.numpy().tobytes() for n, m in realigned.items()}
     theirs |= raw(given) | composed_parts(registry)
     is_dense = kind in (Kind.FULL, Kind.TANGENT)

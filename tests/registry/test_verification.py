@@ -386,7 +386,7 @@ def test_a_head_that_is_not_fitted_to_the_members_is_found(plain: Path) -> None:
     assert "it differs by up to" in found.detail
 
 
-def test_a_head_aligned_again_is_derived_from_its_own_mixtures(plain: Path) -> None:
+def test_a_head_aligned_again_is_derived_from_its_own_statistics(plain: Path) -> None:
     registry = Registry(plain)
     of_the_clients = {c: registry.contribution(c).features for c in registry.clients}
     registry.realign({c: mixtures(registry.member(c).classes, seed=9) for c in registry.clients})
