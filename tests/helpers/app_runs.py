@@ -42,7 +42,7 @@ QUICK = {
     "num-classes": 6,
     "images-per-class": 12,
     "local-epochs": 1,
-    "local-steps": 0,
+    "local-steps": 4,
     "rank": 2,
     "target-weights": FEW_WEIGHTS,
     "fisher-examples": 6,
