@@ -92,8 +92,10 @@ def trained_again(registry: Registry, client: str) -> dict[str, torch.Tensor]:
         OTHERS,
         {**OTHERS, "head_start": "probe"},
         {**FREE, "head_start": "aligned"},
+        {**FREE, "head_start": "zero", "fisher_form": "dense"},
         {**OTHERS, "alpha": 0.0},
         {**FREE, "fisher_examples": 4, "penalty": "coupled"},
+        {**OTHERS, "fisher_form": "dense", "local_steps": 9},
     ],
     ids=str,
 )
@@ -126,7 +128,6 @@ def test_so_it_does_after_a_run_of_the_real_server(anchor, tmp_path):
 def test_a_reference_anchors_shadows_too(data, tmp_path):
     backbone = pico_backbone()
     sums = random_like(backbone.theta_0, seed=1, positive=True)
-    sums |= {"head.weight": torch.zeros(0, backbone.num_features), "head.bias": torch.zeros(0)}
     path = tmp_path / "reference.safetensors"
     save_reference(path, FisherDiagonal(sums, 10), base=backbone.fingerprint)
     config = config_of(data, anchor="reference", reference=str(path), alpha=1.0, local_epochs=2)

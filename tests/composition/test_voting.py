@@ -71,10 +71,11 @@ def test_a_model_that_yields_no_numbers_loses():
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
-        (1, (0.0, 1.0)),
-        (2, (0.0, 1.0, math.sqrt(2), 2.0)),
-        (4, (0.0, 1.0, 2.0, 4.0)),
-        (9, (0.0, 1.0, 3.0, 4.5, 9.0)),
+        (1, (0.0, 1.0, 2.0)),
+        (2, (0.0, 1.0, math.sqrt(2), 2.0, 4.0)),
+        (4, (0.0, 1.0, 2.0, 4.0, 8.0)),
+        (5, (0.0, 1.0, math.sqrt(5), 5.0, 10.0)),
+        (9, (0.0, 1.0, 3.0, 4.5, 9.0, 18.0)),
     ],
 )
 def test_the_frozen_backbone_the_mean_and_the_sum_are_always_tried(members, expected):

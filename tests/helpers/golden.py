@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -52,19 +51,18 @@ def facts_of(registry: Any) -> dict[str, Any]:
 def _member(registry: Any, client: str) -> dict[str, Any]:
     contribution = registry.contribution(client, with_fisher=True)
     fisher, head = contribution.fisher, contribution.head
-    statistics: dict[str, Any] = contribution.statistics  # mixtures: these registries are older
     mixtures = {
         f"{name}/{part}": getattr(mixture, part)
-        for name, mixture in statistics.items()
+        for name, mixture in contribution.statistics.items()
         for part in ("weights", "means", "variances")
     }
     return {
-        **asdict(registry.member(client)),
+        **registry.member(client).values,
         "base": contribution.task_vector.base,
         "task vector": digest(contribution.task_vector.tensors),
         "head": digest({"weight": head.weight, "bias": head.bias}),
         "mixtures": digest(mixtures),
-        "mixtures' examples": {n: m.num_examples for n, m in statistics.items()},
+        "mixtures' examples": {n: m.num_examples for n, m in contribution.statistics.items()},
         "fisher": fisher and [digest(fisher.sums), fisher.num_examples],
         "settings": hashlib.sha256(json.dumps(contribution.settings).encode()).hexdigest(),
     }

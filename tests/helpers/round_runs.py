@@ -75,6 +75,16 @@ def federate(
     return run({**(grid or {}), "clients": clients}, output, **given)
 
 
+def notes_of(results: Mapping[str, list[str]]) -> list[str]:
+    """Notes but those on how well clients trained: their images are noise."""
+    of_noise = ("The own task vector of", "The task vector of", "The anchor undid")
+    return [
+        note
+        for note in results["notes"]
+        if not note.startswith(of_noise) and "learnt nothing" not in note
+    ]
+
+
 class Wire:
     """Hears what clients answer when they are asked to train, and may change it on its way.
 

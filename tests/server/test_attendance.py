@@ -14,6 +14,7 @@ from round_runs import (
     Wire,
     assert_sum_of_the_last,
     federate,
+    notes_of,
     same,
     same_contributions,
     sent_last,
@@ -338,7 +339,7 @@ def test_who_is_excluded_is_so_also_when_it_comes_late(images, tmp_path, sums):
 def test_what_does_not_come_about_of_joining_and_leaving_is_said(images, tmp_path):
     results = rounds(images, tmp_path, joins="bob:2,eve:9", leaves="ann:7,zed:1")
     assert list(results["per_client"]) == ["ann", "ben"]
-    assert results["notes"] == [
+    assert notes_of(results) == [
         "`joins` names bob:2, but it never came.",
         "`joins` names eve:9, but there are 3 round(s).",
         "`leaves` names ann:7, but there are 3 round(s).",

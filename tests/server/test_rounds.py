@@ -18,6 +18,7 @@ from round_runs import (
     Wire,
     assert_sum_of_the_last,
     federate,
+    notes_of,
     same,
     same_contributions,
     sent_last,
@@ -195,7 +196,7 @@ def test_a_run_tells_of_its_rounds_and_leaves_nothing_but_the_registry(plain):
         "compose",
         "evaluate",
     ]
-    assert results["missed"] == results["left_out"] == results["notes"] == []
+    assert results["missed"] == results["left_out"] == notes_of(results) == []
     assert all(0 <= f["frozen_class_il_accuracy"] <= 1 for f in results["per_client"].values())
     left = {path.name for path in output.iterdir()}
     assert left == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
@@ -252,7 +253,7 @@ def test_messages_do_not_grow_with_the_number_of_clients(images, tmp_path):
     """But for the joint head's rows: one for each class."""
     sent, rows = [], []
     for count in (2, 4):
-        results = federate(images, tmp_path / str(count), clients=count)
+        results = federate(images, tmp_path / str(count), clients=count, fisher_form="dense")
         costs = results["per_client"]["ann"]["traffic"]
         sent.append([costs[f"train, round {n}"]["bytes_sent"] for n in (1, 2)])
         rows.append(len(results["classes"]))
@@ -426,7 +427,7 @@ def test_who_loses_what_it_kept_is_sent_it_again_and_trains_the_same(images, tmp
     settings = {"kind": "lora,full,ia3", "num_server_rounds": 3}
     results = federate(images, tmp_path / "lost", {"tamper": wire.tamper}, **settings)
     assert same_contributions(tmp_path / "kept", tmp_path / "lost")
-    (note,) = results["notes"]
+    (note,) = notes_of(results)
     assert "ben has lost what it kept (anchor and own)" in note
     assert results["missed"] == []
     costs = {c: f["traffic"]["train, round 2"] for c, f in results["per_client"].items()}
@@ -444,7 +445,7 @@ def test_who_can_keep_nothing_is_sent_everything_each_time_and_trains_the_same(
     monkeypatch.setenv("FEDCOMPO_STATE", str(tmp_path / "file"))
     results = federate(images, tmp_path / "unkept")
     assert same_contributions(tmp_path / "kept", tmp_path / "unkept")
-    assert results["notes"] == results["missed"] == []
+    assert notes_of(results) == results["missed"] == []
 
 
 def test_who_says_that_it_lacks_what_it_was_just_sent_misses_the_round(images, tmp_path):
