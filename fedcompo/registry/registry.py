@@ -5,7 +5,7 @@ r"""The pool on disk: add a client, remove one exactly, and prove it.
     registry.json        what it is, and how it composes
     backbone.safetensors the pre-trained weights; nothing else is ever needed to compose
     clients/<name>/      contributions: tensors, Fisher, a card to read
-    versions/<n>/        running sum, totals of statistics, composed model with joint head; ``model``
+    versions/<n>/        running sum, totals of statistics, model with joint head; ``model``
                          links to the last
     state.json           who is in it, and the SHA-256 of every file: what readers go by
     journal.jsonl        what happened, one chained line each

@@ -47,6 +47,8 @@ from server.exchange.exchange import Exchange
 from server.phases.fisher import Fishers, fisher_apart
 from server.phases.roster import Roster
 
+UNDONE = 0.9
+"""Share of the way taken back from which on the anchor undid the training."""
 INCOMING = "incoming"
 """Folder of a run for contributions that are not in the registry yet."""
 
@@ -195,10 +197,16 @@ class Fitting:
         reported = {client: self.figures.get(client, {}) for client in sorted(clients)}
         flat = [c for c, own in reported.items() if _learnt_nothing(own.get("losses", []))]
         worse = [c for c, own in reported.items() if _is_worse(own)]
+        undone = [c for c, own in reported.items() if own.get("held", 0.0) > UNDONE]
         if flat:
             self.exchange.books.note(
                 f"{', '.join(flat)} learnt nothing: the training loss is not below its start. Each "
                 "still contributes its statistics to the joint head."
+            )
+        if undone:
+            setting = "beta" if self.ensembled else "alpha"
+            self.exchange.books.note(
+                f"The anchor undid the training of {', '.join(undone)}: lower `{setting}`."
             )
         if worse:
             self.exchange.books.note(
@@ -254,7 +262,8 @@ class Fitting:
         self.originals.check(client, vector)
         head = answer.head(answer.classes)
         head.check(who.described[client].classes, self.backbone.num_features, f"client {client!r}")
-        figures = checked_fractions(client, answer.figures)
+        held = {} if answer.held is None else {"held": answer.held}
+        figures = checked_fractions(client, {**answer.figures, **held})
         losses = checked_losses(client, answer)
         norm = norm_of(vector, self.backbone.theta_0)
         return vector, head, {**figures, "losses": losses, "norm": norm}

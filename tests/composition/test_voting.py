@@ -58,17 +58,24 @@ def test_votes_add_up_over_clients():
 def test_a_head_that_is_only_too_sharp_loses_nothing_by_it():
     """At the temperature 1/8 its logits are those of the other at 1."""
     z = normal(4, 3, seed=3).double()
-    calibrated, sharp = Votes.of([z, 8 * z], LABELS).scores
+    calibrated = float(torch.nn.functional.cross_entropy(z, LABELS))
+    (sharp,) = Votes.of([8 * z], LABELS).scores
     assert sharp <= calibrated + 1e-12
+
+
+def test_a_model_that_yields_no_numbers_loses():
+    z = normal(4, 3, seed=3)
+    assert elected(candidates(1)[:2], Votes.of([z * float("nan"), z], LABELS)) == 1
 
 
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
-        (1, (0.0, 1.0)),
-        (2, (0.0, 1.0, math.sqrt(2), 2.0)),
-        (4, (0.0, 1.0, 2.0, 4.0)),
-        (9, (0.0, 1.0, 3.0, 4.5, 9.0)),
+        (1, (0.0, 1.0, 2.0)),
+        (2, (0.0, 1.0, math.sqrt(2), 2.0, 4.0)),
+        (4, (0.0, 1.0, 2.0, 4.0, 8.0)),
+        (5, (0.0, 1.0, math.sqrt(5), 5.0, 10.0)),
+        (9, (0.0, 1.0, 3.0, 4.5, 9.0, 18.0)),
     ],
 )
 def test_the_frozen_backbone_the_mean_and_the_sum_are_always_tried(members, expected):

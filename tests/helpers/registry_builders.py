@@ -67,7 +67,7 @@ def member(
         base=backbone().fingerprint,
         seed=seed,
         classes=classes,
-        num_examples=num_examples,
+        num_examples=max(num_examples, len(classes)),
         with_fisher=False,
         statistics=statistics,
     )
@@ -76,8 +76,9 @@ def member(
         made,
         head=random_head(classes, WIDTH, seed=seed + 1),
         statistics=random_statistics(
-            statistics, classes, WIDTH, seed=seed + 2, num_examples=num_examples
+            statistics, classes, WIDTH, seed=seed + 2, num_examples=max(num_examples, len(classes))
         ),
+        num_examples=num_examples,
         lineage=lineage or Lineage(),
         fisher=FisherDiagonal(sums, num_examples) if with_fisher else None,
     )
@@ -142,7 +143,11 @@ def own_statistics(registry: Registry, *, seed: int = 0) -> dict[str, AnyStatist
     kind = registry.settings.statistics
     return {
         client: random_statistics(
-            kind, m.classes, WIDTH, seed=seed + 100 * i, num_examples=m.num_examples
+            kind,
+            m.classes,
+            WIDTH,
+            seed=seed + 100 * i,
+            num_examples=m.num_examples + len(m.classes),
         )
         for i, (client, m) in enumerate(registry.state.members.items())
     }

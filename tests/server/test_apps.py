@@ -360,14 +360,6 @@ def test_of_two_nodes_with_one_name_neither_is_used(tmp_path):
     assert all("Two nodes call themselves 'twin'" in c["reason"] for c in results["left_out"])
 
 
-def test_without_everyones_features_the_head_stays_as_the_registry_aligned_it(tmp_path):
-    one_by_one = {"timeout": 1.0, "in_flight": 1}
-    results = run({"tamper": {(0, "query.realign"): lost}}, tmp_path / "out", **one_by_one)
-    assert any("not aligned again" in note for note in results["notes"])
-    assert results["per_client"]["client-0"]["class_il_accuracy"] is None
-    assert results["class_il_accuracy"] is not None
-
-
 def test_too_few_clients_fail_the_run_and_say_who_and_why(tmp_path):
     options = {
         "tamper": {
