@@ -231,7 +231,7 @@ BAD: dict[str, tuple[Callable[[], Contribution], str]] = {
         lambda: member("dee", statistics=Statistics.MIXTURES),
         "by mixtures, the others by sums.*into a new registry",
     ),
-    "no image of a class": (lambda: with_count(full(), 0), "whole numbers from 1"),
+    "no image of a class": (lambda: with_count(full(), 0), "at least one each"),
     "too many images of a class": (lambda: with_count(full(), 2**60), "whole numbers from 1"),
     "no example": (lambda: replace(full(), num_examples=0), "whole numbers from 1"),
     "half an example": (lambda: replace(full(), num_examples=2.5), "whole numbers from 1"),
@@ -260,7 +260,7 @@ BAD_MIXTURES: dict[str, tuple[Callable[[], Contribution], str]] = {
         lambda: with_mixture(described(), weights=torch.tensor([0, 1])),
         "floating-point",
     ),
-    "a class of no example": (lambda: with_mixture(described(), num_examples=0), "whole numbers"),
+    "a class of no example": (lambda: with_mixture(described(), num_examples=0), "at least 1 example"),
     "sums among mixtures": (full, "by sums, the others by mixtures"),
 }
 
