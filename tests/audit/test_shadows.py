@@ -96,6 +96,7 @@ def trained_again(registry: Registry, client: str) -> dict[str, torch.Tensor]:
         {**OTHERS, "alpha": 0.0},
         {**FREE, "fisher_examples": 4, "penalty": "coupled"},
         {**OTHERS, "fisher_form": "dense", "local_steps": 9},
+        {**OTHERS, "num_tasks": 4},  # clients of one class
     ],
     ids=str,
 )
@@ -112,7 +113,8 @@ def test_on_the_clients_own_images_a_shadow_becomes_the_client(settings, kind, d
 
 @pytest.mark.parametrize("anchor", ["others", "own"])
 def test_so_it_does_after_a_run_of_the_real_server(anchor, tmp_path):
-    run({}, tmp_path / "out", head_start="probe", anchor=anchor, realign=False, kind="lora,full")
+    settings = {"head_start": "probe", "anchor": anchor, "realign": False, "aside": 0.0}
+    run({}, tmp_path / "out", **settings, kind="lora,full")
     registry = Registry(tmp_path / "out" / "registry")
     training = ClientTraining.of(registry, CLIENT, registry.backbone.load())
     config = training.config
