@@ -110,3 +110,15 @@ def test_tangent_steps_fill_a_table_and_agree(monkeypatch, capsys):
     held = [float(row[3]) for row in rows]
     assert held[1] < min(held[0], held[2])
     assert float(out.rpartition("differ by ")[2].partition(",")[0]) < 1e-5
+
+
+def test_removals_fill_a_table(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("removal")
+    options = ["--scale", "tiny", "--members", "2", "4", "--classes", "2", "3", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["removal.py", *options, "--folder", str(tmp_path)])
+    script.main()
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:2] for row in rows] == [["2", "2"], ["2", "4"], ["3", "2"], ["3", "4"]]
+    assert all(float(value) >= 0 for row in rows for value in row[2:])
