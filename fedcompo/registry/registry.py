@@ -30,6 +30,7 @@ from fedcompo.composition.models import composed_model, model_of
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.errors import RegistryError
 from fedcompo.method.contribution import AnyStatistics, Contribution
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import changes
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
@@ -149,7 +150,7 @@ class Registry(RegistryReader):
 
     def realign(
         self,
-        statistics: Mapping[str, AnyStatistics],
+        statistics: Mapping[str, AnyStatistics] | FeatureSums,
         *,
         factor: float | None = None,
         shrinkage: float | None = None,
@@ -157,7 +158,7 @@ class Registry(RegistryReader):
         r"""Make the joint head again, of statistics of the composed model's features.
 
         Args:
-            statistics: By client, of exactly the members.
+            statistics: By client, of exactly the members; of sums, the sum of all will do.
             factor: :math:`\lambda'` that the clients voted for, under which the features are; the
                 model is composed with it, and so are later ones until the next vote. None: the
                 present factor.

@@ -26,7 +26,7 @@ from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training.accuracy import accuracy_of
-from fedcompo.training.fit import fit_task_vector
+from fedcompo.training.fit import fit_task_vector, pace
 
 
 def train_joint(
@@ -70,9 +70,12 @@ def train_joint(
 
 def passes_of(datas: Sequence[ClientData], config: RunConfig) -> int:
     """Return how many passes a client makes over its images, on average."""
-    train = config.train
-    steps = [math.ceil(len(data.train.labels) / train.batch_size) for data in datas]
-    return round(fmean(max(train.local_epochs, train.local_steps / own) for own in steps))
+    passes = []
+    for data in datas:
+        count = len(data.train.labels)
+        batch, steps = pace(count, config.train, 1.0)
+        passes.append(steps / math.ceil(count / batch))
+    return round(fmean(passes))
 
 
 def described(

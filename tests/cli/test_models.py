@@ -211,19 +211,23 @@ def test_folders_compose_without_registry_or_server(
             made,
             head=random_head(made.head.classes, width, seed=i),
             statistics=random_sums(made.head.classes, width, seed=i),
-            settings={**RunConfig().flat(), "align-samples": 4},
+            settings=RunConfig().of_client(),
         ).save(tmp_path / f"from-{client}")
     found = told("compose", "from-ben", "from-ada", "-o", "out")
     assert found["clients"] == ["ada", "ben"]
     assert found["classes"] == ["ada-1", "ada-2", "ben-1", "ben-2"]
     pool = Pool(tuple(Contribution.open(tmp_path / f"from-{c}") for c in found["clients"]))
     written = tensors(tmp_path / "out")
-    for name, weight in pool.compose(embedded.theta_0).items():
+    scale = scale_by_hand(pool, embedded.theta_0)
+    assert found["scale"] == pytest.approx(scale, rel=1e-9)
+    for name, weight in pool.compose(embedded.theta_0, scale=scale).items():
         torch.testing.assert_close(written[name], weight, rtol=1e-5, atol=1e-6)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert same_bits(model.state_dict(), written)
     run("compose", "from-ada", "from-ben", "--weights", "ada=0.25,ben=0.75", "-o", "weighted")
-    expected = pool.compose(embedded.theta_0, {"ada": 0.25, "ben": 0.75})
+    weights = {"ada": 0.25, "ben": 0.75}
+    scale = scale_by_hand(pool, embedded.theta_0, weights)
+    expected = pool.compose(embedded.theta_0, weights, scale=scale)
     written = tensors(tmp_path / "weighted")
     assert same_bits({name: written[name] for name in expected}, expected)
 

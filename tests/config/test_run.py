@@ -314,7 +314,7 @@ def test_settings_stored_before_there_were_sums_are_read_as_what_they_meant():
     assert config.fisher.curvature is Curvature.EXACT
     assert (config.train.local_steps, config.train.aside) == (0, 0.0)
     assert set(OBSOLETE) < old.keys()
-    kept = old.keys() - set(OBSOLETE) - {"scale"}  # 1.0 then, a text now
+    kept = old.keys() - set(OBSOLETE) - {"scale", "penalty"}
     assert config.compose.fixed_scale == 1.0
     assert {key: config.flat()[key] for key in kept} == {key: old[key] for key in kept}
     with pytest.raises(ConfigError, match="`fisher-tolerance` is no setting"):
@@ -322,7 +322,10 @@ def test_settings_stored_before_there_were_sums_are_read_as_what_they_meant():
 
 
 def test_obsolete_values_of_stored_settings_are_translated():
-    config = RunConfig.stored({"fisher": "monte-carlo", "fisher-form": "head"})
+    config = RunConfig.stored(
+        {"fisher": "monte-carlo", "fisher-form": "head", "penalty": "implicit", "alpha": 3.0}
+    )
+    assert (config.train.penalty, config.train.alpha) == (Penalty.EXPLICIT, 3.0)  # in one unit
     assert config.fisher.curvature is Curvature.MONTE_CARLO
     assert config.caps.fisher_form is FisherForm.NONE
     assert RunConfig.stored({"fisher": "leading"}).fisher.curvature is Curvature.EXACT

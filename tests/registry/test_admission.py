@@ -260,7 +260,10 @@ BAD_MIXTURES: dict[str, tuple[Callable[[], Contribution], str]] = {
         lambda: with_mixture(described(), weights=torch.tensor([0, 1])),
         "floating-point",
     ),
-    "a class of no example": (lambda: with_mixture(described(), num_examples=0), "at least 1 example"),
+    "a class of no example": (
+        lambda: with_mixture(described(), num_examples=0),
+        "at least 1 example",
+    ),
     "sums among mixtures": (full, "by sums, the others by mixtures"),
 }
 
