@@ -17,6 +17,7 @@ from torch.func import functional_call
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.shadows import ClientTraining, halves, train_shadows
 from fedcompo.config.choices import Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.registry.registry import Registry
@@ -32,7 +33,7 @@ def data(tmp_path_factory) -> str:
 
 
 def images_of(registry: Registry, client: str = CLIENT):
-    config = config_of(registry.contribution(client).settings["data"])
+    config = RunConfig.stored(registry.contribution(client).settings)
     (found,) = clients_data(config.data, registry.backbone.load(), seed=0, wanted=(client,))
     return found
 
@@ -93,6 +94,7 @@ def trained_again(registry: Registry, client: str) -> dict[str, torch.Tensor]:
         {**OTHERS, "head_start": "probe"},
         {**FREE, "head_start": "aligned"},
         {**FREE, "head_start": "zero", "fisher_form": "dense"},
+        {**FREE, "head_start": "own"},
         {**OTHERS, "alpha": 0.0},
         {**FREE, "fisher_examples": 4, "penalty": "coupled"},
         {**OTHERS, "fisher_form": "dense", "local_steps": 9},
