@@ -152,6 +152,7 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
         **{name: reported.get(name) for name in ACCURACIES},
         "losses": reported.get("losses", []),
         "distance": reported.get("distance"),
+        "held": reported.get("held"),
         "fisher": reported.get("fisher", {}),
         **_caps(strategy.exchange, client, strategy.config),
         "tau_norm": float(composing.diagnostics.norms[index]),

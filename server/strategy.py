@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import Curvature, Kind, Method, kinds_of
+from fedcompo.config.choices import Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.registry.registry import Registry
@@ -105,13 +105,9 @@ class Strategy(ABC):
                 replacing=self.config.registry.replace,
                 on_step=lambda step: log(INFO, "registry: %s", step),
             )
-        sums, clients = self.fitting.fishers.sums, [folder.name for folder in folders]
-        self.composing.compare(sums)
-        if sums and self.config.fisher.curvature is Curvature.FEATURES:
-            for client, distance in self.composing.distances(sums, clients).items():
-                self.figures.setdefault(client, {})["distance"] = distance
-        self.fitting.remark(clients)
         shutil.rmtree(self.fitting.contributions)
+        self.composing.compare(self.fitting.fishers.sums)
+        self.fitting.remark(folder.name for folder in folders)
 
     def new_choosing(self) -> Choosing:
         """The phases that choose the composition."""

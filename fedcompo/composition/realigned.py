@@ -30,19 +30,20 @@ from fedcompo.storage.tensorfile import prefixed
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
 
-def save_realigned(path: Path, statistics: Mapping[str, AnyStatistics]) -> None:
-    """Write statistics of one kind, by client; those that are sums are added up."""
-    tensors: dict[str, Tensor] = {}
+def save_realigned(path: Path, statistics: Mapping[str, AnyStatistics] | FeatureSums) -> None:
+    """Write statistics of one kind, by client; those that are sums are added up, or are already."""
     entry: dict[str, Any] = {"content": "realigned"}
-    sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
-    if sums:
-        total = total_of(sums)
-        tensors, entry[SUMS] = exact_tensors(total), list(total.classes)
+    if isinstance(statistics, FeatureSums):
+        entry[SUMS] = list(statistics.classes)
+        save_streamed(path, exact_tensors(statistics), entry)
+    elif sums := [own for own in statistics.values() if isinstance(own, FeatureSums)]:
+        save_realigned(path, total_of(sums))
     else:
+        tensors: dict[str, Tensor] = {}
         for client, own in statistics.items():
             tensors |= prefixed(client, statistics_tensors(own))
         entry[MIXTURES] = {client: counts_of(own) for client, own in statistics.items()}
-    save_streamed(path, tensors, entry)
+        save_streamed(path, tensors, entry)
 
 
 def realigned_head(path: Path, settings: CompositionSettings, shrinkage: float | None) -> Head:

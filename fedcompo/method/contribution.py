@@ -217,6 +217,7 @@ def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
             for key in card.keys() | expected
             if key not in card or key not in expected or card[key] != expected[key]
         )
+        wrong += sorted(stated.keys() - {CONTENT, FISHER})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(
             f"{folder / CARD} cannot be read ({type(error).__name__}: {error}). "

@@ -20,7 +20,7 @@ from fedcompo.names import check_client_name, check_distinct
 from fedcompo.storage.files import CARD, CONTENT, FISHER, sync
 
 MOST = 2**53
-"""Largest number of examples: up to here a float holds every whole number."""
+"""Largest number of examples of a class: up to here a float holds every whole number."""
 PIECE = 1 << 22
 """Bytes copied at a time."""
 
@@ -94,6 +94,7 @@ def check_contribution(
     if not classes or list(classes) != sorted(set(classes)):
         raise ContributionError(f"{owner} names the classes {classes}, expected sorted, each once.")
     check_statistics(contribution.statistics, classes, num_features, owner)
+    _check_counts(contribution, owner)
     check_kind(contribution.statistics, statistics, owner)
     if not isinstance(contribution.statistics, FeatureSums):
         for mixture in contribution.statistics.values():
@@ -115,7 +116,7 @@ def check_kind(own: AnyStatistics, expected: Statistics, owner: str) -> None:
 
 
 def _check_statements(contribution: Contribution, owner: str) -> None:
-    """Refuse names, numbers and settings of the wrong type: JSON can hold any."""
+    """Refuse names and settings of the wrong type: JSON can hold any."""
     lineage = contribution.lineage
     lists = (
         (contribution.client, lineage.method),
@@ -126,14 +127,19 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
     )
     if not all(isinstance(names, tuple) and all(map(_is_text, names)) for names in lists):
         raise ContributionError(f"{owner} has names of classes or clients that are no text.")
-    counts = [contribution.num_examples, *counts_of(contribution.statistics).values()]
-    if not all(type(count) is int and 1 <= count <= MOST for count in counts):
-        raise ContributionError(
-            f"{owner} names {counts} examples, in all and by class; expected whole numbers from 1 "
-            f"to {MOST}."
-        )
     if not isinstance(contribution.settings, dict):
         raise ContributionError(f"{owner} has settings that are no table of names and values.")
+
+
+def _check_counts(contribution: Contribution, owner: str) -> None:
+    """Refuse numbers of examples that nobody can have."""
+    by_class = list(counts_of(contribution.statistics).values())
+    counts = [contribution.num_examples, *by_class]
+    if not all(type(count) is int and count >= 1 for count in counts) or max(by_class) > MOST:
+        raise ContributionError(
+            f"{owner} names {counts} examples, in all and by class; expected whole numbers from 1, "
+            f"up to {MOST} of a class."
+        )
 
 
 def _is_text(name: object) -> bool:

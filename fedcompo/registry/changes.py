@@ -20,6 +20,7 @@ from fedcompo.method.contribution import (
     counts_of,
 )
 from fedcompo.method.pool import require_unmixed
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import journal
 from fedcompo.registry.admission import check_kind
 from fedcompo.registry.draft import Draft, Realignment, drafted
@@ -147,32 +148,41 @@ def _factors(before: State, after: State) -> dict[str, Any]:
 
 def realign(
     registry: RegistryReader,
-    statistics: Mapping[str, AnyStatistics],
+    statistics: Mapping[str, AnyStatistics] | FeatureSums,
     *,
     factor: float | None,
     shrinkage: float | None,
 ) -> None:
     """Make the joint head again; see :meth:`fedcompo.registry.registry.Registry.realign`."""
     with drafted(registry, "aligning the joint head again", lambda step: None) as draft:
-        state = draft.before
-        described = {client: tuple(sorted(counts_of(own))) for client, own in statistics.items()}
-        members = {client: member.classes for client, member in state.members.items()}
-        if described != members:
-            wrong = sorted(
-                c for c in described.keys() | members if described.get(c) != members.get(c)
-            )
-            raise ContributionError(
-                f"Statistics of the composed model's features are needed from every member, of its "
-                f"own classes; wrong or missing: {', '.join(wrong)}."
-            )
-        for client, own in statistics.items():
-            owner = f"client {client!r}"
-            check_kind(own, state.settings.statistics, owner)
-            check_statistics(own, members[client], registry.backbone.num_features, owner)
+        state, num_features = draft.before, registry.backbone.num_features
+        if isinstance(statistics, FeatureSums):
+            check_kind(statistics, state.settings.statistics, "the sum of all members")
+            statistics.check(state.classes, num_features, "all members")
+        else:
+            _check_described(state, statistics, num_features)
         _check_choice(state, factor, shrinkage)
         new = Realignment(statistics, factor, shrinkage)
         after = draft.compose(_with_members(state, state.members), [], [], new)
-        draft.finish(after, [("realigned", {"clients": sorted(statistics)})])
+        draft.finish(after, [("realigned", {"clients": sorted(state.members)})])
+
+
+def _check_described(
+    state: State, statistics: Mapping[str, AnyStatistics], num_features: int
+) -> None:
+    """Refuse statistics of other members or classes, or of another kind."""
+    described = {client: tuple(sorted(counts_of(own))) for client, own in statistics.items()}
+    members = {client: member.classes for client, member in state.members.items()}
+    if described != members:
+        wrong = sorted(c for c in described.keys() | members if described.get(c) != members.get(c))
+        raise ContributionError(
+            f"Statistics of the composed model's features are needed from every member, of its "
+            f"own classes; wrong or missing: {', '.join(wrong)}."
+        )
+    for client, own in statistics.items():
+        owner = f"client {client!r}"
+        check_kind(own, state.settings.statistics, owner)
+        check_statistics(own, members[client], num_features, owner)
 
 
 def _check_choice(state: State, factor: float | None, shrinkage: float | None) -> None:

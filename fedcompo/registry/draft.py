@@ -25,6 +25,7 @@ from fedcompo.method.contribution import (
     statistics_tensors,
 )
 from fedcompo.method.heads import Head, head_tensors
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
@@ -67,8 +68,8 @@ def drafted(registry: RegistryReader, purpose: str, on_step: OnStep) -> Iterator
 class Realignment:
     """Of what a joint head is made again."""
 
-    statistics: Mapping[str, AnyStatistics]
-    """Of the composed model's features, by client."""
+    statistics: Mapping[str, AnyStatistics] | FeatureSums
+    """Of the composed model's features, by client, or their sum."""
     factor: float | None = None
     """New factor; None: the present one."""
     shrinkage: float | None = None

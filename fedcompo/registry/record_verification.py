@@ -28,6 +28,8 @@ from fedcompo.report.units import OnStep
 from fedcompo.storage.files import SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
+FACTOR = "factor"
+
 
 def verify_record(
     path: Path,
@@ -110,16 +112,19 @@ def _roots(
     record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compare the roots, and the compositions that they cover, with the journal."""
-    for moment, lines, root, files in (
-        ("before", record.sequence - 1, record.root_before, record.composition_before),
-        ("after", record.sequence, record.root_after, record.composition_after),
-    ):
-        earlier = entries[:lines]
+    for moment, last in (("before", record.sequence - 1), ("after", record.sequence)):
+        root, files, factor = (
+            getattr(record, f"{part}_{moment}") for part in ("root", "composition", "factor")
+        )
+        earlier = entries[:last]
         journalled = [e.details["root_after"] for e in earlier if "root_after" in e.details][-1:]
         yield _equal(f"the root {moment} is the journal's", [root], journalled)
         derived = root_of(registry.state, members_after(earlier), files)
         claim = f"the composition {moment} is covered by the journal's root"
         yield _equal(claim, [derived], journalled)
+        if factor is not None:
+            lines = [e.details.get("factor") for e in earlier if "root_after" in e.details]
+            yield _equal(f"the factor {moment} is the journal's", [factor], lines[-1:])
 
 
 def _is_gone(record: RemovalRecord, registry: RegistryReader) -> Finding:
@@ -155,6 +160,8 @@ def _composed_again(
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
     names = [SUM, WEIGHTS] if record.format_version == 1 else [SUM, TOTALS, WEIGHTS]
     claims = {name: f"the survivors alone give the record's {name}" for name in names}
+    if record.format_version > 1:
+        claims = {FACTOR: "the survivors alone give the record's factor", **claims}
     then = members_after(entries[: record.sequence])
     now = {client: member.files for client, member in registry.state.members.items()}
     gone = [c for c in record.survivors if c not in now or now[c] != then.get(c, {}).get("files")]
@@ -168,18 +175,17 @@ def _composed_again(
     with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
         factor = _compose_survivors(Path(folder), record, registry)
         here = {name: file_sha256(Path(folder) / name) for name in names}
-    if record.format_version > 1:
-        yield _equal("the factor after is the survivors'", record.factor_after, factor)
+    if FACTOR in claims:
+        yield _equal(claims[FACTOR], record.factor_after, factor)
     alike = {name: here[name] == record.composition_after.get(name) for name in names}
-    head = WEIGHTS
     for name in names[:-1]:
         yield Finding.of(claims[name], alike[name], f"here it is {here[name]}")
-    detail = f"here it is {here[head]}"
+    detail = f"here it is {here[WEIGHTS]}"
     known = all(alike[name] for name in names[:-1])
-    if known and not alike[head]:  # the weights follow from the sum: it is the head that differs
+    if known and not alike[WEIGHTS]:  # the weights follow from the sum: it is the head that differs
         detail += ": the joint head is fitted with this machine's arithmetic"
-    holds = alike[head] or (None if known else False)
-    yield Finding(claims[head], holds, "" if alike[head] else detail)
+    holds = alike[WEIGHTS] or (None if known else False)
+    yield Finding(claims[WEIGHTS], holds, "" if alike[WEIGHTS] else detail)
 
 
 def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryReader) -> float:

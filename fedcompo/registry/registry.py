@@ -5,7 +5,7 @@ r"""The pool on disk: add a client, remove one exactly, and prove it.
     registry.json        what it is, and how it composes
     backbone.safetensors the pre-trained weights; nothing else is ever needed to compose
     clients/<name>/      contributions: tensors, Fisher, a card to read
-    versions/<n>/        running sum, totals of statistics, composed model with joint head; ``model``
+    versions/<n>/        running sum, totals of statistics, model with joint head; ``model``
                          links to the last
     state.json           who is in it, and the SHA-256 of every file: what readers go by
     journal.jsonl        what happened, one chained line each
@@ -30,6 +30,7 @@ from fedcompo.composition.models import composed_model, model_of
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.errors import RegistryError
 from fedcompo.method.contribution import AnyStatistics, Contribution
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import changes
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
@@ -149,7 +150,7 @@ class Registry(RegistryReader):
 
     def realign(
         self,
-        statistics: Mapping[str, AnyStatistics],
+        statistics: Mapping[str, AnyStatistics] | FeatureSums,
         *,
         factor: float | None = None,
         shrinkage: float | None = None,
@@ -157,7 +158,7 @@ class Registry(RegistryReader):
         r"""Make the joint head again, of statistics of the composed model's features.
 
         Args:
-            statistics: By client, of exactly the members.
+            statistics: By client, of exactly the members; of sums, the sum of all will do.
             factor: :math:`\lambda'` that the clients voted for, under which the features are; the
                 model is composed with it, and so are later ones until the next vote. None: the
                 present factor.

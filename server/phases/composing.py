@@ -6,14 +6,12 @@ chosen; see :mod:`server.phases.choosing`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.diagnostics import Diagnostics, diagnose
-from fedcompo.config.choices import Statistics
 from fedcompo.config.run import RunConfig
 from fedcompo.messages.answers import EvaluateAnswer
 from fedcompo.messages.body import Body
@@ -63,34 +61,6 @@ class Composing:
                 f"The task vector of {client} stands out by its length, or opposes the others: "
                 "look at its data and its learning rate."
             )
-
-    def distances(self, sums: FisherSums, clients: Iterable[str]) -> dict[str, float]:
-        r"""Say how far clients went: :math:`\tau^\top\bar F\tau / \mathrm{tr}\,\mathrm{Cov}(f)`.
-
-        To first order it is how much a task vector changes the features of the images that it is
-        anchored by, in units of their variance.
-
-        Args:
-            sums: Fisher of the features; its mean for the client is the metric.
-            clients: Members of the registry.
-
-        Returns:
-            By client; none where nobody's Fisher anchors it, or of mixtures, which have no total.
-        """
-        if self.registry.settings.statistics is not Statistics.SUMS:
-            return {}
-        theta_0, variance = self.backbone.theta_0, self.registry.total_statistics().variance
-        found = {}
-        for client in clients:
-            if variance > 0 and (mean := sums.mean_for(client)):
-                metric = expanded(mean, theta_0)
-                vector = self.registry.contribution(client).task_vector
-                parts = (
-                    (metric[name].double() * vector.delta(name, weight).double().square()).sum()
-                    for name, weight in theta_0.items()
-                )
-                found[client] = float(sum(parts)) / variance
-        return found
 
     # -- evaluate ---------------------------------------------------------------------------------
 

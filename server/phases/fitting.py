@@ -32,6 +32,7 @@ from fedcompo.messages.requests import ANCHOR, Others, TrainRequest
 from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.statistics import FeatureSums, total_of
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from server.exchange.checks import (
@@ -46,6 +47,8 @@ from server.exchange.exchange import Exchange
 from server.phases.fisher import Fishers, fisher_apart
 from server.phases.roster import Roster
 
+UNDONE = 0.9
+"""Share of the way taken back from which on the anchor undid the training."""
 INCOMING = "incoming"
 """Folder of a run for contributions that are not in the registry yet."""
 
@@ -132,6 +135,8 @@ class Fitting:
         }
         statistics |= {client: who.described[client].statistics for client in self.roster.parties}
         self._aligned_with = tuple(sorted(statistics))
+        sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
+        self._variance = total_of(sums).variance if sums else 0.0
         return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
 
     def _uses_joint_head(self, client: str) -> bool:
@@ -192,10 +197,16 @@ class Fitting:
         reported = {client: self.figures.get(client, {}) for client in sorted(clients)}
         flat = [c for c, own in reported.items() if _learnt_nothing(own.get("losses", []))]
         worse = [c for c, own in reported.items() if _is_worse(own)]
+        undone = [c for c, own in reported.items() if own.get("held", 0.0) > UNDONE]
         if flat:
             self.exchange.books.note(
                 f"{', '.join(flat)} learnt nothing: the training loss is not below its start. Each "
                 "still contributes its statistics to the joint head."
+            )
+        if undone:
+            setting = "beta" if self.ensembled else "alpha"
+            self.exchange.books.note(
+                f"The anchor undid the training of {', '.join(undone)}: lower `{setting}`."
             )
         if worse:
             self.exchange.books.note(
@@ -251,7 +262,8 @@ class Fitting:
         self.originals.check(client, vector)
         head = answer.head(answer.classes)
         head.check(who.described[client].classes, self.backbone.num_features, f"client {client!r}")
-        figures = checked_fractions(client, answer.figures)
+        held = {} if answer.held is None else {"held": answer.held}
+        figures = checked_fractions(client, {**answer.figures, **held})
         losses = checked_losses(client, answer)
         norm = norm_of(vector, self.backbone.theta_0)
         return vector, head, {**figures, "losses": losses, "norm": norm}
@@ -262,9 +274,11 @@ class Fitting:
         known |= {**figures, "losses": [*known.get("losses", []), *figures["losses"]]}
 
     def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
-        """Write a client's contribution to its folder."""
+        """Write a client's contribution to its folder, and note how far it went."""
         description = self.roster.participants.described[client]
         fisher = self.fishers.known(client) if self.config.server.keep_fisher else None
+        distance = self.fishers.distance(client, vector, self._variance)
+        self.figures.setdefault(client, {})["distance"] = distance
         Contribution(
             client=client,
             task_vector=vector,

@@ -12,9 +12,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from builders import contribution, pixels, random_head, random_mixture
+from builders import contribution, pixels, random_head, random_sums
 from cli_runs import CLASSES, digits_registry, run, told
-from registry_builders import QUICK, backbone, contents, member, same_bits
+from registry_builders import QUICK, backbone, contents, member, same_bits, scale_by_hand
 from torch import Tensor
 from torch.func import functional_call
 
@@ -92,15 +92,15 @@ WEIGHTS = {"client-0": 0.7, "client-2": 0.3}
 CHOICES: dict[str, Callable[[Pool, Weights], tuple[Pool, Weights]]] = {
     "--only client-0,client-2": lambda pool, theta_0: (
         (some := pool.only("client-0", "client-2")),
-        some.compose(theta_0),
+        some.compose(theta_0, scale=scale_by_hand(some, theta_0)),
     ),
     "--without client-0": lambda pool, theta_0: (
         (some := pool.without("client-0")),
-        some.compose(theta_0),
+        some.compose(theta_0, scale=scale_by_hand(some, theta_0)),
     ),
     "--weights client-0=0.7,client-2=0.3": lambda pool, theta_0: (
         (some := pool.only(*WEIGHTS)),
-        some.compose(theta_0, WEIGHTS),
+        some.compose(theta_0, WEIGHTS, scale=scale_by_hand(some, theta_0, WEIGHTS)),
     ),
     "--weights client-0=0.7,client-2=0.3 --scale 2": lambda pool, theta_0: (
         (some := pool.only(*WEIGHTS)),
@@ -210,20 +210,24 @@ def test_folders_compose_without_registry_or_server(
         replace(
             made,
             head=random_head(made.head.classes, width, seed=i),
-            features={n: random_mixture(width, seed=i) for n in made.head.classes},
-            settings={**RunConfig().flat(), "align-samples": 4},
+            statistics=random_sums(made.head.classes, width, seed=i),
+            settings=RunConfig().of_client(),
         ).save(tmp_path / f"from-{client}")
     found = told("compose", "from-ben", "from-ada", "-o", "out")
     assert found["clients"] == ["ada", "ben"]
     assert found["classes"] == ["ada-1", "ada-2", "ben-1", "ben-2"]
     pool = Pool(tuple(Contribution.open(tmp_path / f"from-{c}") for c in found["clients"]))
     written = tensors(tmp_path / "out")
-    for name, weight in pool.compose(embedded.theta_0).items():
+    scale = scale_by_hand(pool, embedded.theta_0)
+    assert found["scale"] == pytest.approx(scale, rel=1e-9)
+    for name, weight in pool.compose(embedded.theta_0, scale=scale).items():
         torch.testing.assert_close(written[name], weight, rtol=1e-5, atol=1e-6)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert same_bits(model.state_dict(), written)
     run("compose", "from-ada", "from-ben", "--weights", "ada=0.25,ben=0.75", "-o", "weighted")
-    expected = pool.compose(embedded.theta_0, {"ada": 0.25, "ben": 0.75})
+    weights = {"ada": 0.25, "ben": 0.75}
+    scale = scale_by_hand(pool, embedded.theta_0, weights)
+    expected = pool.compose(embedded.theta_0, weights, scale=scale)
     written = tensors(tmp_path / "weighted")
     assert same_bits({name: written[name] for name in expected}, expected)
 

@@ -9,13 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from builders import contribution, random_head, random_mixture
-from registry_builders import QUICK, backbone, member, mixtures, registry_of, same_bits
+from builders import contribution, random_head, random_statistics, random_sums
+from registry_builders import (
+    QUICK,
+    backbone,
+    member,
+    own_statistics,
+    registry_of,
+    same_bits,
+    scale_by_hand,
+)
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import head_of
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import Coefficients, Kind
+from fedcompo.config.choices import Coefficients, Kind, Statistics
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import (
@@ -87,7 +95,8 @@ def test_those_who_are_asked_for_are_composed(
     weights = options.get("weights")
     assert selection.shares == (weights or {client: 1 / len(clients) for client in clients})
     pool = registry.pool().only(*clients)
-    scale = options.get("scale", 1.0)
+    scale = options.get("scale") or scale_by_hand(pool, backbone().theta_0, weights)
+    assert selection.scale == pytest.approx(scale, rel=1e-9)
     assert_near(selection, pool, backbone().theta_0, coefficients=weights, scale=scale)
     assert_same_head(selection.head, head_of(pool, QUICK))
 
@@ -95,7 +104,8 @@ def test_those_who_are_asked_for_are_composed(
 def test_with_weights_the_sum_is_the_pools_own_bit_for_bit(registry: Registry) -> None:
     weights = {"ada": 0.5, "ben": 0.2, "cho": 0.3}
     selection = from_registry(registry, weights=weights)
-    expected = registry.pool().compose(backbone().theta_0, weights)
+    assert selection.scale == scale_by_hand(registry.pool(), backbone().theta_0, weights)
+    expected = registry.pool().compose(backbone().theta_0, weights, scale=selection.scale)
     assert same_bits(dict(selection.stream()), expected)
 
 
@@ -107,7 +117,7 @@ def test_everyone_is_the_composition_of_the_registry_bit_for_bit(registry: Regis
 
 def test_everyone_has_the_head_that_was_aligned_again_and_some_have_not(tmp_path: Path) -> None:
     registry = registry_of(tmp_path / "r", member("ada"), member("ben", classes=("owl",)))
-    registry.realign({c: mixtures(registry.member(c).classes, seed=9) for c in registry.clients})
+    registry.realign(own_statistics(registry, seed=9))
     pool = registry.pool()
     assert_same_head(from_registry(registry).head, registry.joint_head())
     assert not torch.equal(from_registry(registry).head.weight, head_of(pool, QUICK).weight)
@@ -131,7 +141,29 @@ def test_shares_follow_the_registrys_own_coefficients(tmp_path: Path) -> None:
     registry = registry_of(tmp_path / "r", *clients, settings=settings)
     selection = from_registry(registry)
     assert selection.shares == {"ada": 0.25, "ben": 0.75}
-    assert_near(selection, registry.pool(), backbone().theta_0, coefficients=selection.shares)
+    pool, theta_0 = registry.pool(), backbone().theta_0
+    scale = scale_by_hand(pool, theta_0, {"ada": 10, "ben": 30})
+    assert_near(selection, pool, theta_0, coefficients=selection.shares, scale=scale)
+
+
+def test_a_voted_factor_stays_whoever_is_chosen(tmp_path: Path) -> None:
+    clients = [member("ada", Kind.FULL), member("ben", classes=("owl",)), member("cho", seed=3)]
+    registry = registry_of(tmp_path / "r", *clients)
+    registry.realign(own_statistics(registry), factor=0.6, shrinkage=0.3)
+    assert from_registry(registry).scale == pytest.approx(1.8)
+    left_out = from_registry(registry, without=("ben",))
+    assert left_out.scale == pytest.approx(1.2)
+    weights = {"ada": 0.25, "cho": 0.75}
+    weighted = from_registry(registry, weights=weights)
+    assert weighted.scale == pytest.approx(1.2)
+    assert from_registry(registry, without=("ben",), scale=1.0).scale == 1.0
+    pool, theta_0 = registry.pool().without("ben"), backbone().theta_0
+    assert_near(weighted, pool, theta_0, coefficients=weights, scale=1.2)
+    composed = dict(left_out.stream())
+    record = registry.remove("ben")
+    assert (record.factor_before, record.factor_after, record.factor_by) == (0.6, 0.6, "vote")
+    assert same_bits(composed, registry.theta_p())
+    assert_same_head(left_out.head, registry.joint_head())
 
 
 @pytest.mark.parametrize(
@@ -187,11 +219,8 @@ def mailed(
     return replace(
         made,
         head=random_head(made.head.classes, width, seed=number),
-        features={
-            name: random_mixture(width, seed=number + i, components=1)
-            for i, name in enumerate(made.head.classes)
-        },
-        settings={**RunConfig().flat(), "align-samples": 4, **settings},
+        statistics=random_sums(made.head.classes, width, seed=number),
+        settings={**RunConfig().flat(), **settings},
     )
 
 
@@ -209,7 +238,7 @@ def test_folders_compose_without_a_registry(embedded: Backbone, mail: list[Path]
     with from_folders(mail) as selection:
         assert selection.pool.clients == ("ada", "ben")
         assert_near(selection, pool, embedded.theta_0, scale=1.5)
-        assert_same_head(selection.head, head_of(pool, CompositionSettings(align_samples=4)))
+        assert_same_head(selection.head, head_of(pool, CompositionSettings()))
         assert selection.backbone.fingerprint == embedded.fingerprint
         assert selection.backbone.path.is_file()
     assert not selection.backbone.path.exists()
@@ -235,16 +264,39 @@ def test_some_of_the_folders_can_be_chosen(embedded: Backbone, mail: list[Path])
             assert_near(selection, pool, embedded.theta_0)
 
 
-@pytest.mark.parametrize("kind", ["another backbone", "a mixture of another width", "not finite"])
+def test_folders_compose_at_the_scale_that_keeps_their_length(
+    embedded: Backbone, tmp_path: Path
+) -> None:
+    for number, client in enumerate(("ada", "ben", "cho"), 1):
+        mailed(embedded, client, Kind.LORA, number).save(tmp_path / client)
+    with from_folders(sorted(tmp_path.iterdir())) as selection:
+        scale = scale_by_hand(selection.pool, embedded.theta_0)
+        assert selection.scale == pytest.approx(scale, rel=1e-9)
+        assert 1.5 < scale < 2
+
+
+def test_folders_of_mixtures_compose_the_mean_as_they_always_did(
+    embedded: Backbone, tmp_path: Path
+) -> None:
+    older = {"fisher": "leading", "fisher-form": "head", "align-samples": 4}
+    for number, client in enumerate(("ada", "ben"), 1):
+        made = mailed(embedded, client, Kind.LORA, number)
+        width = embedded.num_features
+        mixtures = random_statistics(Statistics.MIXTURES, made.head.classes, width, seed=number)
+        replace(made, statistics=mixtures, settings=older).save(tmp_path / client)
+    with from_folders(sorted(tmp_path.iterdir())) as selection:
+        assert selection.scale == 1
+        assert_near(selection, selection.pool, embedded.theta_0)
+
+
+@pytest.mark.parametrize("kind", ["another backbone", "sums of another width", "not finite"])
 def test_folders_are_checked_as_at_a_registrys_door(
     embedded: Backbone, mail: list[Path], tmp_path: Path, kind: str
 ) -> None:
     wrong = mailed(embedded, "eve", Kind.IA3, 3)
     changes = {
         "another backbone": {"task_vector": replace(wrong.task_vector, base="embedded@0")},
-        "a mixture of another width": {
-            "features": {n: random_mixture(5, seed=0) for n in wrong.features}
-        },
+        "sums of another width": {"statistics": random_sums(wrong.head.classes, 5, seed=0)},
         "not finite": {
             "task_vector": replace(
                 wrong.task_vector,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from builders import (
     contribution,
+    dense_by_hand,
     pico_backbone,
     random_head,
     random_like,
@@ -28,9 +30,11 @@ from fedcompo.composition import fixed_point
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind, Statistics
 from fedcompo.method.contribution import AnyStatistics, Contribution
+from fedcompo.method.deltas import Weights
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.pool import Pool
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
@@ -67,7 +71,7 @@ def member(
         base=backbone().fingerprint,
         seed=seed,
         classes=classes,
-        num_examples=num_examples,
+        num_examples=max(num_examples, len(classes)),
         with_fisher=False,
         statistics=statistics,
     )
@@ -76,8 +80,9 @@ def member(
         made,
         head=random_head(classes, WIDTH, seed=seed + 1),
         statistics=random_statistics(
-            statistics, classes, WIDTH, seed=seed + 2, num_examples=num_examples
+            statistics, classes, WIDTH, seed=seed + 2, num_examples=max(num_examples, len(classes))
         ),
+        num_examples=num_examples,
         lineage=lineage or Lineage(),
         fisher=FisherDiagonal(sums, num_examples) if with_fisher else None,
     )
@@ -142,7 +147,11 @@ def own_statistics(registry: Registry, *, seed: int = 0) -> dict[str, AnyStatist
     kind = registry.settings.statistics
     return {
         client: random_statistics(
-            kind, m.classes, WIDTH, seed=seed + 100 * i, num_examples=m.num_examples
+            kind,
+            m.classes,
+            WIDTH,
+            seed=seed + 100 * i,
+            num_examples=m.num_examples + len(m.classes),
         )
         for i, (client, m) in enumerate(registry.state.members.items())
     }
@@ -185,6 +194,20 @@ def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return actual.keys() == expected.keys() and all(
         bits(actual, name) == bits(expected, name) for name in actual
     )
+
+
+def scale_by_hand(pool: Pool, theta_0: Weights, times: Mapping[str, float] | None = None) -> float:
+    """The scale that keeps the length of task vectors, in float64, the factor to four digits."""
+    times = times or dict.fromkeys(pool.clients, 1)
+    together = sum(times.values())
+    flat = {
+        c.client: torch.cat([t.flatten() for t in dense_by_hand(c.task_vector, theta_0).values()])
+        for c in pool
+    }
+    energy = sum(n * float(flat[client].square().sum()) for client, n in times.items())
+    length = float(sum(n * flat[client] for client, n in times.items()).norm())
+    scale = min(math.sqrt(together * energy) / length, len(times))
+    return float(f"{scale / together:.4g}") * together
 
 
 # -- exact oracles: Python's integers and fractions -----------------------------------------------

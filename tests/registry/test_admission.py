@@ -12,12 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from builders import altered
-from registry_builders import WIDTH, contents, member, mixtures, registry_of, three_clients
+from builders import altered, random_head, random_sums
+from registry_builders import (
+    OF_MIXTURES,
+    WIDTH,
+    contents,
+    member,
+    one_of_each_kind,
+    registry_of,
+    sums,
+    three_clients,
+)
 from torch import Tensor
 
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import Coefficients, Kind
+from fedcompo.config.choices import Coefficients, Kind, Statistics
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
@@ -51,8 +60,18 @@ def with_tensor(contribution: Contribution, name: str, value: Tensor) -> Contrib
 
 
 def with_mixture(contribution: Contribution, **parts: Any) -> Contribution:
-    mixture = replace(contribution.features["cat"], **parts)
-    return replace(contribution, features={**contribution.features, "cat": mixture})
+    mixture = replace(contribution.statistics["cat"], **parts)
+    return replace(contribution, statistics={**contribution.statistics, "cat": mixture})
+
+
+def with_head(classes: tuple[str, ...]) -> Contribution:
+    return replace(full(), head=random_head(classes, WIDTH, seed=0))
+
+
+def with_count(contribution: Contribution, count: int) -> Contribution:
+    counts = contribution.statistics.counts.clone()
+    counts[0] = count
+    return replace(contribution, statistics=replace(contribution.statistics, counts=counts))
 
 
 def rewritten(folder: Path, **claims: Any) -> Path:
@@ -151,6 +170,10 @@ def full() -> Contribution:
     return member("dee", Kind.FULL, with_fisher=True)
 
 
+def described() -> Contribution:
+    return member("dee", Kind.FULL, statistics=Statistics.MIXTURES)
+
+
 def lora() -> Contribution:
     return member("dee", Kind.LORA)
 
@@ -193,29 +216,25 @@ BAD: dict[str, tuple[Callable[[], Contribution], str]] = {
         lambda: replace(full(), head=replace(full().head, bias=torch.full((2,), math.nan))),
         "not finite",
     ),
-    "no class": (lambda: member("dee", classes=()), "classes"),
+    "no class": (lambda: with_head(()), "classes"),
     "classes not sorted": (lambda: member("dee", classes=("dog", "cat")), "sorted"),
-    "a class twice": (lambda: member("dee", classes=("cat", "cat")), "each once"),
+    "a class twice": (lambda: with_head(("cat", "cat")), "each once"),
     "other classes described": (
-        lambda: replace(full(), features=mixtures(("cat", "owl"), seed=0)),
-        "describes",
+        lambda: replace(full(), statistics=sums(("cat", "owl"), seed=0)),
+        "are of the classes",
     ),
-    "negative variance": (
-        lambda: with_mixture(full(), variances=-torch.ones(2, WIDTH)),
-        "not positive",
+    "sums too narrow": (
+        lambda: replace(full(), statistics=random_sums(("cat", "dog"), 3, seed=0)),
+        "are of the classes",
     ),
-    "shares": (lambda: with_mixture(full(), weights=torch.tensor([0.9, 0.9])), "sum of 1"),
-    "share without dimension": (
-        lambda: with_mixture(full(), weights=torch.tensor(1.0)),
-        "has shapes",
+    "mixtures among sums": (
+        lambda: member("dee", statistics=Statistics.MIXTURES),
+        "by mixtures, the others by sums.*into a new registry",
     ),
-    "shares in whole numbers": (
-        lambda: with_mixture(full(), weights=torch.tensor([0, 1])),
-        "floating-point",
-    ),
+    "no image of a class": (lambda: with_count(full(), 0), "at least one each"),
+    "too many images of a class": (lambda: with_count(full(), 2**60), "whole numbers from 1"),
     "no example": (lambda: replace(full(), num_examples=0), "whole numbers from 1"),
     "half an example": (lambda: replace(full(), num_examples=2.5), "whole numbers from 1"),
-    "a class of no example": (lambda: with_mixture(full(), num_examples=0), "whole numbers"),
     "class of half a character": (lambda: member("dee", classes=("\ud800",)), "no text"),
 }
 
@@ -227,13 +246,43 @@ def test_what_cannot_live_with_the_others_is_refused(make, reason, registry):
     assert re.search(reason, str(error)), str(error)
 
 
+BAD_MIXTURES: dict[str, tuple[Callable[[], Contribution], str]] = {
+    "negative variance": (
+        lambda: with_mixture(described(), variances=-torch.ones(2, WIDTH)),
+        "not positive",
+    ),
+    "shares": (lambda: with_mixture(described(), weights=torch.tensor([0.9, 0.9])), "sum of 1"),
+    "share without dimension": (
+        lambda: with_mixture(described(), weights=torch.tensor(1.0)),
+        "has shapes",
+    ),
+    "shares in whole numbers": (
+        lambda: with_mixture(described(), weights=torch.tensor([0, 1])),
+        "floating-point",
+    ),
+    "a class of no example": (
+        lambda: with_mixture(described(), num_examples=0),
+        "at least 1 example",
+    ),
+    "sums among mixtures": (full, "by sums, the others by mixtures"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), BAD_MIXTURES.values(), ids=BAD_MIXTURES)
+def test_mixtures_that_no_head_can_be_made_of_are_refused(make, reason, tmp_path):
+    members = one_of_each_kind(Statistics.MIXTURES)
+    error = refused(registry_of(tmp_path / "r", *members, settings=OF_MIXTURES), make())
+    assert isinstance(error, ContributionError)
+    assert re.search(reason, str(error)), str(error)
+
+
 def test_a_fisher_that_can_anchor_nobody_is_refused(registry):
     made = full()
     for name, value in (
         (NAME, -made.fisher.sums[NAME]),
         (NAME, made.fisher.sums[NAME] * math.nan),
         (NAME, made.fisher.sums[NAME][1:]),
-        ("head.weight", torch.zeros(2, 3)),
+        ("head.norm", torch.zeros(2, 3)),
     ):
         sums = {**made.fisher.sums, name: value}
         error = refused(registry, replace(made, fisher=replace(made.fisher, sums=sums)))
@@ -249,7 +298,7 @@ def test_another_backbone_is_refused_and_both_are_named(registry):
 
 
 def test_examples_that_leave_the_range_of_the_sum_are_refused(tmp_path):
-    how = CompositionSettings(coefficients=Coefficients.EXAMPLES, align_samples=8)
+    how = CompositionSettings(coefficients=Coefficients.EXAMPLES)
     registry = registry_of(tmp_path / "r", member("ada"), settings=how)
     error = refused(registry, replace(full(), num_examples=10**7))
     assert "`coefficients = uniform`" in str(error)
@@ -331,8 +380,9 @@ CLAIMS: dict[str, dict[str, Any]] = {
     "examples in words": {"num_examples": "many"},
     "half an example": {"num_examples": 0.5},
     "true examples": {"num_examples": True},
-    "class examples in words": {"mixtures": {"cat": "many", "dog": 3}},
-    "mixtures are a list": {"mixtures": ["cat", "dog"]},
+    "sums of a class more": {"sums": {"cat": 3, "dog": 3, "yak": 3}},
+    "sums are null": {"sums": None},
+    "sums are not told of": {"sums": 3},
     "lineage is null": {"lineage": None},
     "lineage of nothing": {"lineage": {**LINEAGE, "anchored_by": None}},
     "lineage of lists": {"lineage": {**LINEAGE, "anchored_by": [["ada"]]}},

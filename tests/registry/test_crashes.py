@@ -27,21 +27,18 @@ from registry_builders import (
     backbone,
     contents,
     member,
-    mixtures,
     one_of_each_kind,
+    own_statistics,
     registry_of,
     same_bits,
 )
 
-from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FedcompoError, RegistryError
-from fedcompo.method import heads
 from fedcompo.registry import journal
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.tensorfile import tensor_digest
 
-SMALL = CompositionSettings(align_samples=1)
 NEVER = 10**9
 
 
@@ -58,7 +55,7 @@ def remove(registry: Registry) -> None:
 
 
 def realign(registry: Registry) -> None:
-    registry.realign({c: mixtures(m.classes, seed=9) for c, m in registry.state.members.items()})
+    registry.realign(own_statistics(registry, seed=9), factor=0.7, shrinkage=0.5)
 
 
 def empty(registry: Registry) -> None:
@@ -71,7 +68,6 @@ CHANGES = {change.__name__: change for change in (add, replace, remove, realign,
 
 def quickly(change: Callable[[Registry], None], path: Path, listener: Listener) -> None:
     """Change a registry under observation, always in the same bits and at the same time."""
-    heads.ITERATIONS = 2  # how good the joint head is does not matter here
     journal.utc_now = lambda: "2030-01-01T00:00:00Z"
     registry = Registry(path)
     with watched(listener):
@@ -81,7 +77,7 @@ def quickly(change: Callable[[Registry], None], path: Path, listener: Listener) 
 def create(path: Path, listener: Listener) -> None:
     made = backbone()
     with watched(listener):
-        Registry.create(path / "registry", made, SMALL)
+        Registry.create(path / "registry", made)
 
 
 def deaths(action: Callable[[Path, Listener], None], folder: Path) -> None:
@@ -115,9 +111,9 @@ class Scene:
     def __init__(self, folder: Path, change: str) -> None:
         self.folder, self.change = folder, CHANGES[change]
         members = one_of_each_kind()[: 1 if change == "empty" else 3]
-        registry = registry_of(folder / "old", *members, settings=SMALL)
+        registry = registry_of(folder / "old", *members)
         if change == "remove":  # a joint head of more than its clients' statistics
-            registry.realign({m.client: m.features for m in members})
+            registry.realign({m.client: m.statistics for m in members})
         for name, client in (("newcomer", "dee"), ("replacement", "ben")):
             member(client, Kind.FULL, seed=5, with_fisher=True).save(folder / name)
         assert process(quickly, self.change, self.copy("new"), Death(NEVER)) == 0
@@ -177,7 +173,7 @@ def test_killed_at_any_operation_leaves_the_old_state_or_the_new(scene):
 
 def test_killed_while_it_is_made_leaves_no_registry_or_a_whole_one(tmp_path):
     (tmp_path / "old").mkdir()
-    expected = registry_of(tmp_path / "expected", settings=SMALL).state.root
+    expected = registry_of(tmp_path / "expected").state.root
     assert process(deaths, create, tmp_path) == 0
     numbers = points(tmp_path)
     assert len(numbers) > 20
@@ -185,7 +181,7 @@ def test_killed_while_it_is_made_leaves_no_registry_or_a_whole_one(tmp_path):
     made = [path.exists() for path in paths]
     assert made == sorted(made) and not made[0] and made[-1]
     for path, whole in zip(paths, made, strict=True):
-        registry = Registry(path) if whole else registry_of(path, settings=SMALL)
+        registry = Registry(path) if whole else registry_of(path)
         assert registry.state.root == expected
         assert registry.entries()[0].event == "created"
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import PATTERNS, PICO_ARGS, contribution, random_head, random_mixture
+from builders import PATTERNS, PICO_ARGS, contribution, random_head, random_sums
 from failing_disk import PATIENCE, PROCESSES
 from timm.models.vision_transformer import VisionTransformer
 
@@ -42,7 +42,7 @@ def wide_backbone() -> Backbone:
 def prepare(folder: Path) -> None:
     """A registry, and folders of two clients to add to it."""
     backbone = wide_backbone()
-    Registry.create(folder / "registry", backbone, CompositionSettings(align_samples=2))
+    Registry.create(folder / "registry", backbone, CompositionSettings())
     for seed, client in enumerate(("ada", "ben")):
         made = contribution(
             client,
@@ -52,9 +52,9 @@ def prepare(folder: Path) -> None:
             seed=seed,
             with_fisher=False,
         )
-        features = {n: random_mixture(WIDTH, seed=seed, components=1) for n in made.head.classes}
+        statistics = random_sums(made.head.classes, WIDTH, seed=seed)
         head = random_head(made.head.classes, WIDTH, seed=seed)
-        replace(made, head=head, features=features).save(folder / client)
+        replace(made, head=head, statistics=statistics).save(folder / client)
 
 
 def measure(folder: Path, weights: float) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from builders import MIXABLE
 from hypothesis import given, settings
@@ -20,15 +22,17 @@ from registry_builders import (
     composition,
     exact_term,
     member,
-    mixtures,
+    own_statistics,
     registry_of,
     same_bits,
 )
+from torch import Tensor
 
 from fedcompo.composition.fixed_point import BITS
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import Coefficients, Kind
+from fedcompo.config.choices import Coefficients, Kind, Statistics
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.fisher import FISHER_BITS, on_grid
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
 
@@ -44,17 +48,22 @@ class Spec:
     seed: int
     classes: tuple[str, ...]
     num_examples: int
+    statistics: Statistics = Statistics.SUMS
 
     @functools.cache  # noqa: B019  (specs are few, and live as long as the tests)
     def made(self) -> Contribution:
-        return member(
+        made = member(
             self.client,
             self.kind,
             seed=self.seed,
             classes=self.classes,
             num_examples=self.num_examples,
-            with_fisher=self.seed == 0,
+            with_fisher=self.seed != 2,
+            statistics=self.statistics,
         )
+        if self.seed == 1:  # of the seeds, each has its own form of the Fisher, or none
+            made = replace(made, fisher=made.fisher.reduced())
+        return made
 
     @functools.cache  # noqa: B019  (specs are few, and live as long as the tests)
     def term(self, name: str) -> list[list[int]]:
@@ -74,12 +83,16 @@ def specs(kinds: Sequence[Kind], most: int) -> st.SearchStrategy[list[Spec]]:
     return st.lists(one, min_size=1, max_size=most, unique_by=lambda s: s.client)
 
 
+factors = st.sampled_from((None, None, 0.0, 0.25, 0.7))
+"""Of a vote; None: nobody votes."""
+
+
 def steps(kinds: Sequence[Kind], least: int, most: int) -> st.SearchStrategy[list[Any]]:
     """What happens to a registry."""
     step = st.one_of(
         st.tuples(st.just("put"), specs(kinds, 3)),
         st.tuples(st.just("remove"), st.integers(0, 4)),
-        st.tuples(st.just("realign"), st.integers(0, 2)),
+        st.tuples(st.just("realign"), st.tuples(st.integers(0, 2), factors)),
     )
     return st.lists(step, min_size=least, max_size=most)
 
@@ -90,9 +103,7 @@ selections = together.flatmap(lambda kinds: specs(kinds, 4))
 compositions = st.builds(
     CompositionSettings,
     coefficients=st.sampled_from(Coefficients),
-    scale=st.sampled_from((1.0, 0.3, 2.5)),
-    align_samples=st.just(8),
-    seed=st.integers(0, 3),
+    scale=st.sampled_from((None, None, None, 1.0, 0.3, 2.5)),
 )
 
 
@@ -102,6 +113,7 @@ class Expected:
 
     specs: dict[str, Spec] = field(default_factory=dict)
     realigned: int | None = None
+    voted: float | None = None
 
     def step(self, registry: Registry, action: str, value: Any) -> None:
         """Do the same to the registry and to the books."""
@@ -110,26 +122,38 @@ class Expected:
             self.specs |= {spec.client: spec for spec in value}
             self.realigned = None
         elif action == "remove" and self.specs:
-            client = sorted(self.specs)[value % len(self.specs)]
+            client, before = sorted(self.specs)[value % len(self.specs)], registry.factor
             record = registry.remove(client)
             del self.specs[client]
             assert record.survivors == tuple(sorted(self.specs))
             assert (record.root_after, record.recomposed) == (registry.state.root, False)
+            after = registry.factor, registry.factor_by
+            assert (record.factor_before, record.factor_after, record.factor_by) == (before, *after)
             self.realigned = None
         elif action == "realign" and self.specs:
-            registry.realign(self.mixtures(value))
-            self.realigned = value
+            self.realigned, voted = value
+            if registry.settings.scale is None and voted is not None:
+                self.voted = voted
+            self.align(registry, self.realigned, voted)
+        if not self.specs:
+            self.voted = None
 
-    def mixtures(self, seed: int) -> dict[str, Any]:
-        return {c: mixtures(s.classes, seed=100 * seed + s.seed) for c, s in self.specs.items()}
+    def align(self, registry: Registry, seed: int, voted: float | None) -> None:
+        """Make the joint head again; a fixed scale leaves nothing to vote on."""
+        factor = voted if registry.settings.scale is None else None
+        registry.realign(own_statistics(registry, seed=seed), factor=factor, shrinkage=0.3)
 
     def rebuilt(self, path: Path, order: Sequence[Spec], settings: CompositionSettings) -> Registry:
         """A registry that was never given anyone else."""
         registry = registry_of(path, settings=settings)
-        for spec in order:
+        for number, spec in enumerate(order):
             registry.add(spec.made())
+            if number == 0 and self.voted is not None:
+                self.align(registry, 0, self.voted)
+        if self.voted is not None and len(order) == 1:  # a change of members takes the head back
+            registry.add(order[0].made(), replacing=True)
         if self.realigned is not None:
-            registry.realign(self.mixtures(self.realigned))
+            self.align(registry, self.realigned, None)
         return registry
 
 
@@ -137,6 +161,7 @@ def assert_same(registry: Registry, other: Registry) -> None:
     assert registry.state.root == other.state.root
     assert (registry.clients, registry.classes) == (other.clients, other.classes)
     assert composition(registry) == composition(other)
+    assert registry.state.chosen == other.state.chosen
     if registry.clients:
         assert same_bits(dict(registry.running_sum()), dict(other.running_sum()))
         assert same_bits(registry.theta_p(), other.theta_p())
@@ -145,9 +170,9 @@ def assert_same(registry: Registry, other: Registry) -> None:
 
 
 def assert_exact(registry: Registry, present: Mapping[str, Spec]) -> None:
-    """Sum and composed weights, in Python's integers and fractions."""
-    scale, count = registry.settings.scale, 0
-    times = {}
+    """Sums, factor and composed weights, in Python's integers and fractions."""
+    count, times, squared = 0, {}, 0
+    energy: dict[str, int] = dict.fromkeys(present, 0)
     for client, spec in present.items():
         by_examples = registry.settings.coefficients is Coefficients.EXAMPLES
         times[client] = spec.num_examples if by_examples else 1
@@ -156,17 +181,57 @@ def assert_exact(registry: Registry, present: Mapping[str, Spec]) -> None:
     for name, weight in backbone().theta_0.items():
         total = np.zeros(tuple(weight.shape), dtype=object)
         for client, spec in present.items():
-            total = total + times[client] * np.array(spec.term(name), dtype=object)
+            term = np.array(spec.term(name), dtype=object)
+            total = total + times[client] * term
+            energy[client] += int((term * term).sum())
         assert running[name].tolist() == total.tolist()
+        squared += int((total * total).sum())
         start, found = weight.tolist(), theta_p[name].tolist()
-        factor = scale / (2**BITS * count)  # a float64, as the method states
+        factor = registry.factor / 2**BITS  # a float64, as the method states
         for i, j in np.ndindex(*weight.shape):
             assert found[i][j] == np.float32(float(total[i][j]) * factor + start[i][j])
         # and against the formula itself, with no rounding at all: half a unit of float32
         i, j = np.unravel_index(np.abs(total.astype(float)).argmax(), total.shape)
-        exact = Fraction(start[i][j]) + Fraction(scale) * total[i][j] / (2**BITS * count)
+        exact = Fraction(start[i][j]) + Fraction(registry.factor) * total[i][j] / 2**BITS
         half = abs(np.spacing(np.float32(exact))) / 2
         assert abs(Fraction(found[i][j]) - exact) <= Fraction(float(half)) * Fraction(1001, 1000)
+    if registry.factor_by == "norms":
+        mean = Fraction(sum(times[c] * energy[c] for c in present), count)
+        expected = min(math.sqrt(mean / squared), len(present) / count)
+        assert registry.factor == pytest.approx(expected, rel=6e-4)
+    elif registry.factor_by == "fixed":
+        assert registry.factor == registry.settings.scale / count
+    assert_totals(registry, [spec.made() for spec in present.values()])
+
+
+def assert_totals(registry: Registry, members: Sequence[Contribution]) -> None:
+    """Statistics and Fisher diagonals, added up by hand."""
+    total = registry.total_statistics()
+    for row, name in enumerate(total.classes):
+        rows = [(m.statistics, m.statistics.classes.index(name)) for m in members
+                if name in m.statistics.classes]  # fmt: skip
+        assert total.counts[row] == sum(int(own.counts[i]) for own, i in rows)
+        assert total.sums[row].tolist() == sum(own.sums[i] for own, i in rows).tolist()
+    assert total.second.tolist() == sum(m.statistics.second for m in members).tolist()
+    fisher = registry.total_fisher()
+    if any(m.fisher is None for m in members):
+        assert fisher is None
+        return
+    own = [on_grid(m.fisher) for m in members]
+    if factored := any(m.fisher.factored for m in members):
+        own = [factored_by_hand(parts) for parts in own]
+    assert fisher.factored is factored
+    assert fisher.num_examples == sum(m.fisher.num_examples for m in members)
+    for name, values in fisher.sums.items():
+        assert torch.equal(values * 2.0**FISHER_BITS, sum(parts[name] for parts in own).double())
+
+
+def factored_by_hand(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Row and column sums of whole numbers; those that are factored stay."""
+    dense = {n: t for n, t in parts.items() if not n.endswith(("/rows", "/columns"))}
+    rows = {f"{n}/rows": t.sum(1) for n, t in dense.items()}
+    columns = {f"{n}/columns": t.sum(0) for n, t in dense.items()}
+    return {n: t for n, t in parts.items() if n not in dense} | rows | columns
 
 
 @given(together.flatmap(lambda kinds: steps(kinds, 1, 6)), compositions, st.data())
@@ -209,7 +274,7 @@ def test_any_selection_composes_as_if_the_others_had_never_come(chosen, how, dat
             assert same_bits(model.state_dict(), few.model().state_dict())
             assert few.linearised or same_bits(model.state_dict(), dict(few.composed()))
         pool = Pool(tuple(s.made() for s in only))
-        theta_0, scale = backbone().theta_0, how.scale
+        theta_0, scale = backbone().theta_0, 2.5
         assert same_bits(
             registry.pool().without(*left_out).compose(theta_0, weights, scale=scale),
             pool.compose(theta_0, weights, scale=scale),

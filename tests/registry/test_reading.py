@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from builders import altered
 from registry_builders import (
+    OF_MIXTURES,
     backbone,
     contents,
     member,
@@ -19,11 +20,11 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, Statistics
 from fedcompo.errors import RegistryDamaged, RegistryError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage import tensorfile
-from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.storage.files import BACKBONE, CARD, CONTENT, FISHER, SUM, TOTALS
 from fedcompo.storage.tensorstream import file_sha256
 
 ADA, BEN, CHO = one_of_each_kind()
@@ -74,9 +75,9 @@ def test_an_altered_fisher_is_found_when_it_is_asked_for(tmp_path):
     ],
     ids=["add", "remove", "realign"],
 )
-@pytest.mark.parametrize("name", ["sum.safetensors", "backbone.safetensors"])
+@pytest.mark.parametrize("name", [SUM, TOTALS, BACKBONE])
 def test_nothing_is_composed_of_altered_files(name, change, registry):
-    folder = registry.path / registry.state.version if name.startswith("sum") else registry.path
+    folder = registry.path / registry.state.version if name != BACKBONE else registry.path
     altered(folder / name, (folder / name).stat().st_size - 3)
     before = contents(registry.path)
     with pytest.raises(RegistryDamaged, match=name):
@@ -84,11 +85,16 @@ def test_nothing_is_composed_of_altered_files(name, change, registry):
     assert contents(registry.path) == before
 
 
-@pytest.mark.parametrize("change", [lambda r: r.add(member("dee")), lambda r: r.remove("ada")])
-def test_a_joint_head_is_not_aligned_with_altered_statistics(change, registry):
+@pytest.mark.parametrize(
+    "change",
+    [lambda r: r.add(member("dee", statistics=Statistics.MIXTURES)), lambda r: r.remove("ada")],
+)
+def test_a_joint_head_is_not_aligned_with_altered_mixtures(change, tmp_path):
+    members = one_of_each_kind(Statistics.MIXTURES)
+    registry = registry_of(tmp_path / "r", *members, settings=OF_MIXTURES)
     path = registry.path / "clients" / "ben" / CONTENT  # who neither comes nor goes
     data = path.read_bytes()
-    means = registry.contribution("ben").features["dog"].means.numpy().tobytes()
+    means = registry.contribution("ben").statistics["dog"].means.numpy().tobytes()
     altered(path, data.index(means) + 5)
     with pytest.raises(RegistryDamaged, match=r"Head and mixtures in .*ben were altered"):
         change(registry)

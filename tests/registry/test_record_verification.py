@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from forgery import rewrite_line, rewrite_record
-from registry_builders import member, mixtures, registry_of
+from registry_builders import member, own_statistics, registry_of
 
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
@@ -23,14 +23,16 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import Influence, RemovalRecord
 from fedcompo.registry.state import PRIVATE, PUBLIC
 from fedcompo.registry.verification import Finding, verify_registry
-from fedcompo.storage.files import CONFIG, CONTENT, SUM, WEIGHTS
+from fedcompo.storage.files import CONFIG, CONTENT, SUM, TOTALS, WEIGHTS
 
 SIGNED = "000003-ben.json is signed by the registry's key"
 TOLD = "line 3 of the journal tells of this record"
 GONE = "no file of ben is in the registry"
 KEPT = "of compositions that contain ben, only those named are kept"
-COMPOSED = [f"the survivors alone give the record's {name}" for name in (SUM, WEIGHTS)]
-SETTINGS = CompositionSettings(align_samples=8, keep_versions=True)
+COMPOSED = [
+    f"the survivors alone give the record's {name}" for name in ("factor", SUM, TOTALS, WEIGHTS)
+]
+SETTINGS = CompositionSettings(keep_versions=True)
 
 
 def members() -> list[Contribution]:
@@ -109,6 +111,9 @@ LIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"survivors": ("ada", "cho", "zoe")},
         ["the survivors are those of the journal"],
     ),
+    "factor before": ({"factor_before": 0.5}, ["the factor before is the journal's"]),
+    "factor after": ({"factor_after": 0.5}, ["the factor after is the journal's", COMPOSED[0]]),
+    "factor by": ({"factor_by": "vote"}, [COMPOSED[0]]),
     "classes after": ({"classes_after": ("cat",)}, ["the classes are the survivors'"]),
     "kept": ({"kept_versions": ()}, [KEPT]),
     "recomposed": ({"recomposed": True}, ["whether the sum was taken anew is as the journal says"]),
@@ -134,12 +139,16 @@ def test_a_lie_fails_its_own_claim_even_where_the_journal_lies_with_it(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("name", [SUM, WEIGHTS, CONFIG])
+@pytest.mark.parametrize("name", [SUM, TOTALS, WEIGHTS, CONFIG])
 def test_a_lie_about_a_composition_is_found(root: Path, moment: str, name: str) -> None:
     field = f"composition_{moment}"
     files = {**getattr(parsed(record_of(root)), field), name: OTHER}
     rewrite_record(root, record_of(root), **{field: files})
-    derived = {("after", SUM): {COMPOSED[0]: False}, ("after", WEIGHTS): {COMPOSED[1]: None}}
+    derived = {
+        ("after", SUM): {COMPOSED[1]: False},
+        ("after", TOTALS): {COMPOSED[2]: False},
+        ("after", WEIGHTS): {COMPOSED[3]: None},
+    }
     expected = {COVERED.format(moment): False, **derived.get((moment, name), {})}
     assert {claim: h for claim, h in findings(root).items() if h is not True} == expected
 
@@ -207,7 +216,7 @@ def test_a_journal_that_cannot_be_read_is_said_so(root: Path) -> None:
 def test_later_additions_and_a_head_aligned_again_leave_every_claim_as_it_is(root: Path) -> None:
     registry = Registry(root)
     registry.add(member("dan", seed=4, classes=("emu",)))
-    registry.realign({c: mixtures(registry.member(c).classes, seed=9) for c in registry.clients})
+    registry.realign(own_statistics(registry, seed=9))
     assert set(findings(root).values()) == {True}
 
 

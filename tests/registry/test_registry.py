@@ -16,18 +16,18 @@ from registry_builders import (
     composition,
     contents,
     member,
-    mixtures,
     one_of_each_kind,
     overwrite,
     own_statistics,
     registry_of,
     same_bits,
+    sums,
     three_clients,
 )
 from torch.func import functional_call
 
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
-from fedcompo.method.heads import Head, align
+from fedcompo.method.heads import Head, discriminant
 from fedcompo.method.pool import Pool
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
@@ -159,7 +159,7 @@ def test_the_pool_composes_with_any_coefficients_without_whom_one_likes(registry
 
 
 def test_the_pool_and_the_registry_compose_the_same_weights(registry):
-    expected = registry.pool().compose(backbone().theta_0)
+    expected = registry.pool().compose(backbone().theta_0, scale=registry.scale)
     for name, weight in registry.theta_p().items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-6)
 
@@ -190,9 +190,9 @@ def test_the_number_of_threads_changes_no_bit(registry, tmp_path, monkeypatch):
 
     def aligned(*arguments: object, **options: object) -> Head:
         used.append(torch.get_num_threads())
-        return align(*arguments, **options)
+        return discriminant(*arguments, **options)
 
-    monkeypatch.setattr("fedcompo.composition.head.align", aligned)
+    monkeypatch.setattr("fedcompo.composition.head.discriminant", aligned)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
@@ -201,7 +201,7 @@ def test_the_number_of_threads_changes_no_bit(registry, tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert other.state.root == registry.state.root
-    assert used == [1]  # for the head is fitted by sums whose order depends on them
+    assert used == [1]  # for the head is computed from sums whose order depends on them
 
 
 def test_changes_are_told_step_by_step(registry):
@@ -225,13 +225,11 @@ def test_realigning_changes_the_head_and_nothing_else(registry):
     assert last(registry).details["clients"] == ["ada", "ben", "cho"]
 
 
-def test_mixtures_may_come_in_any_order(registry, tmp_path):
+def test_statistics_may_come_in_any_order(registry, tmp_path):
     other = three_clients(tmp_path / "other")
     given = own_statistics(registry)
     registry.realign(given)
-    other.realign({
-        client: dict(reversed(own.items())) for client, own in reversed(given.items())
-    })  # fmt: skip
+    other.realign(dict(reversed(given.items())))
     assert other.state.root == registry.state.root
 
 
@@ -243,8 +241,10 @@ def test_a_change_of_members_takes_the_head_back_to_what_all_members_told(regist
     assert composition(registry) == composition(never)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"ada": {}}, {"dee": mixtures(["cat"], seed=1)}])
-def test_mixtures_must_be_those_of_all_members(wrong, registry):
+@pytest.mark.parametrize(
+    "wrong", [{}, {"ada": sums(["cat"], seed=1)}, {"dee": sums(["cat"], seed=1)}]
+)
+def test_statistics_must_be_those_of_all_members(wrong, registry):
     before = contents(registry.path)
     given = {**own_statistics(registry), **wrong} if wrong else {}
     with pytest.raises(ContributionError, match=r"wrong or missing: .*(ada|dee)"):

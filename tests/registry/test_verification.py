@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from forgery import rewrite_line, rewrite_record, rewrite_state
-from registry_builders import member, mixtures, registry_of
+from registry_builders import member, own_statistics, registry_of
 
-from fedcompo.composition.version import save_realigned
+from fedcompo.composition.realigned import save_realigned
 from fedcompo.config.choices import Kind
 from fedcompo.method.heads import Head
 from fedcompo.registry import signing
@@ -51,7 +51,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     registry.remove("dan", requested_by="dan", keep_versions=True)
     registry.add(member("ben", Kind.LORA, seed=5, classes=("dog", "owl")), replacing=True)
-    registry.realign({c: mixtures(registry.member(c).classes, seed=9) for c in registry.clients})
+    registry.realign(own_statistics(registry, seed=9))
     return registry.path
 
 
@@ -116,7 +116,7 @@ def flipped(data: bytes, position: int, mask: int) -> bytes:
 def test_an_intact_registry_holds_in_every_claim(mixed: Path) -> None:
     found = verify_registry(mixed)
     assert [finding for finding in found if finding.holds is not True] == []
-    assert len({finding.claim for finding in found}) == len(found) == 29
+    assert len({finding.claim for finding in found}) == len(found) == 33
     held = {finding.claim for finding in found}
     for file in files_of(mixed):
         if file.name not in (STATE, JOURNAL, PRIVATE):  # these have claims of their own
@@ -388,8 +388,8 @@ def test_a_head_that_is_not_fitted_to_the_members_is_found(plain: Path) -> None:
 
 def test_a_head_aligned_again_is_derived_from_its_own_statistics(plain: Path) -> None:
     registry = Registry(plain)
-    of_the_clients = {c: registry.contribution(c).features for c in registry.clients}
-    registry.realign({c: mixtures(registry.member(c).classes, seed=9) for c in registry.clients})
+    of_the_clients = {c: registry.contribution(c).statistics for c in registry.clients}
+    registry.realign(own_statistics(registry, seed=9))
     assert failing(plain) == []
     save_realigned(plain / registry.state.version / REALIGNED, of_the_clients)
     rehashed(plain)

@@ -161,7 +161,8 @@ def test_a_huge_implicit_anchor_keeps_the_task_vector_at_zero(backbone, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_penalty_holds_the_task_vector_shorter_and_still_learns(backbone, kind, penalty):
     free = size(fit(backbone, kind).task_vector, backbone.theta_0)
-    fitted = fit(backbone, kind, anchor=anchor_of(backbone), alpha=0.1, penalty=penalty)
+    alpha = 1.0 if penalty is Penalty.IMPLICIT else 0.1  # e-foldings, or per step
+    fitted = fit(backbone, kind, anchor=anchor_of(backbone), alpha=alpha, penalty=penalty)
     assert fitted.losses[-1] < fitted.losses[0]
     assert size(fitted.task_vector, backbone.theta_0) < 0.95 * free
 
@@ -191,15 +192,17 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
     """Six optimiser steps on the cosine schedule; the last is always followed by a penalty."""
     taken = []
 
-    def step(deltas: object, fisher: object, alpha: float, schedule: float, pull: None) -> None:
+    def step(deltas: object, fisher: object, alpha: float, schedule: float, pull: None) -> Tensor:
         taken.append((alpha, schedule))
+        return torch.zeros(())
 
     monkeypatch.setattr(acting, "implicit_step", step)
     monkeypatch.setattr(acting, "explicit_step", step)
     settings = {"penalty": penalty, "penalty_every": every, "local_epochs": 2}
     fit(backbone, anchor=anchor_of(backbone), alpha=7.0, **settings)
     cosine = [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
-    assert [alpha for alpha, _ in taken] == [7.0] * len(expected)
+    strength = 7.0 / 3 if penalty is Penalty.IMPLICIT else 7.0  # six steps of a half on average
+    assert [alpha for alpha, _ in taken] == pytest.approx([strength] * len(expected))
     assert [schedule for _, schedule in taken] == pytest.approx(
         [sum(cosine[i] for i in group) for group in expected]
     )
@@ -209,21 +212,27 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
 
 
 @pytest.mark.parametrize(
-    ("epochs", "floor", "share", "batches"),
+    ("epochs", "size", "floor", "share", "batches"),
     [
-        (2, 0, 1.0, [3, 3]),
-        (2, 5, 1.0, [3, 3]),
-        (2, 7, 1.0, [3, 3, 1]),
-        (1, 12, 1.0, [3, 3, 3, 3]),
-        (2, 20, 0.25, [3, 3]),
-        (1, 20, 0.25, [3, 2]),
-        (1, 21, 1 / 3, [3, 3, 1]),  # no step more by rounding
+        (2, 8, 0, 1.0, [3, 3]),
+        (2, 8, 5, 1.0, [3, 3]),
+        (2, 8, 7, 1.0, [3, 3, 1]),
+        (1, 8, 12, 1.0, [3, 3, 3, 3]),
+        (2, 8, 20, 0.25, [3, 3]),
+        (1, 8, 20, 0.25, [3, 2]),
+        (1, 8, 21, 1 / 3, [3, 3, 1]),  # no step more by rounding
+        (3, 24, 0, 1.0, [1, 1, 1]),
+        (3, 24, 6, 1.0, [2, 2, 2]),  # batches of 12 take six steps in three passes
+        (3, 24, 9, 1.0, [3, 3, 3]),  # of 8
+        (3, 24, 20, 1.0, [3, 3, 3, 3, 3, 3, 2]),  # smaller ones than 8 are not taken
+        (3, 24, 20, 0.25, [2, 2, 2]),  # of 14: three passes make five steps, and one more
+        (1, 4, 9, 1.0, [6, 3]),  # unless they are asked for
     ],
 )
 def test_small_clients_train_for_a_floor_of_steps_in_more_epochs(
-    backbone, monkeypatch, epochs, floor, share, batches
+    backbone, monkeypatch, epochs, size, floor, share, batches
 ):
-    """24 images, three batches an epoch; a part of a longer training has its share of the floor."""
+    """24 images; smaller batches come before more passes, and a part has a share of the floor."""
     schedules, told = [], []
 
     def step(self, images, labels, schedule, *, last) -> float:
@@ -236,7 +245,7 @@ def test_small_clients_train_for_a_floor_of_steps_in_more_epochs(
         Kind.LORA,
         DATA,
         zero_head(CLASSES, 8),
-        replace(CONFIG, local_epochs=epochs, local_steps=floor),
+        replace(CONFIG, local_epochs=epochs, local_steps=floor, batch_size=size),
         generator=rng(0),
         course=Course(passed=0.25, share=share),
         on_epoch=lambda *report: told.append(report),
