@@ -142,3 +142,10 @@ def test_factored_fisher_sets_every_form_beside_the_dense_one(monkeypatch, capsy
     sizes = [int(row[2].replace(",", "")) for row in rows]
     assert sizes == sorted(sizes, reverse=True)
     assert all(float(row[4]) > 0.8 for row in rows)
+
+
+def test_removals_fill_a_table(monkeypatch, capsys, tmp_path):
+    options = ["--scale", "tiny", "--members", "2", "4", "--classes", "2", "3", "--repeats", "1"]
+    rows = table_of(monkeypatch, capsys, "removal", *options, "--folder", str(tmp_path))
+    assert [row[:2] for row in rows] == [["2", "2"], ["2", "4"], ["3", "2"], ["3", "4"]]
+    assert all(float(value) >= 0 for row in rows for value in row[2:])

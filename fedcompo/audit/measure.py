@@ -17,8 +17,8 @@ attacker kept.
 **Membership inference**: can one tell the client's training images from its test images? The
 attacker is a strong one, who kept the joint head of the model before (that of the model after has
 no rows to attack) and puts it on the backbone before, after and gold: only the backbone differs.
-That head is fitted to mixtures of the client's training features, a few Gaussians a class, so it
-can carry a little membership by itself, whatever backbone it sits on. The loss attack sees that
+That head is made of statistics of the client's training features, so it can carry a little
+membership by itself, whatever backbone it sits on. The loss attack sees that
 too; gold, a backbone that never met the client, shows how much it is. The likelihood-ratio attack
 compares with shadows under the same head (:mod:`fedcompo.audit.shadows`): what the head alone tells
 stands on both sides. All shadows hold a task vector of the client, so backbones after and gold lie
@@ -274,8 +274,8 @@ def _notes(values: Values, audited: _Audited) -> list[str]:
     if len({model.realigned for model in models.values()}) > 1:
         realigned = ", ".join(name for name, model in models.items() if model.realigned)
         notes.append(
-            f"Joint heads differ in how they were fitted: {realigned} on features of the composed "
-            "model, the rest on pre-trained features. Part of a difference in accuracy is theirs."
+            f"Joint heads differ in what they were made of: {realigned} of features of the composed "
+            "model, the rest of pre-trained features. Part of a difference in accuracy is theirs."
         )
     missing = sorted(set(audited.remaining) - set(values["accuracy"]["per_client"]))
     if missing:

@@ -24,7 +24,7 @@ Rows = list[list[str]]
 
 ATTACK = (
     "The attacker kept the joint head of the model before and puts it on each backbone, so that "
-    "only the backbones differ. The head was fitted to mixtures of the client's training features "
+    "only the backbones differ. The head was made of statistics of the client's training features "
     "and may tell members by itself: what the loss attack finds where the client never took part "
     "is that. Intervals are 95 %, over images; an AUC of 0.5 is chance, and bold ones exclude it."
 )

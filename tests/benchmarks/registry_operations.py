@@ -53,7 +53,7 @@ SECTIONS = (
     ("arithmetic", fixed_point, "rounded"),
     ("arithmetic", fixed_point, "add"),
     ("arithmetic", fixed_point, "compose"),
-    ("head", head, "align"),
+    ("head", head, "discriminant"),
     ("write", TensorWriter, "write"),
     ("write", shutil, "copyfileobj"),
     ("sync", os, "fsync"),

@@ -23,14 +23,15 @@ from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import stream_composition
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import write_model
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import rank_of, stored_shapes
-from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.transaction import MODEL
@@ -40,6 +41,7 @@ from fedcompo.storage.tensorstream import StreamedTensors
 
 ARCHITECTURES = {
     "vit-b": ("vit_base_patch16_224", {}),
+    "vit-ti": ("vit_tiny_patch16_224", {}),
     "tiny": (
         "vit_tiny_patch16_224",
         {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2},
@@ -159,7 +161,7 @@ def fill(job: Job) -> None:
     """Bring the registry to T - 1 members, and write the contribution that comes next."""
     backbone = _backbone(job.scale)
     if not job.registry.exists():
-        Registry.create(job.registry, backbone)
+        Registry.create(job.registry, backbone, CompositionSettings(scale=1.0))
     registry = Registry(job.registry)
     missing = range(len(registry.clients), job.members - 1)
     for start in range(missing.start, missing.stop, BATCH):
@@ -210,7 +212,7 @@ def _backbone(scale: str) -> Backbone:
 
 
 def _contribution(job: Job, backbone: Backbone, index: int) -> Contribution:
-    """A task vector that changes weights by the order of 1e-3; small mixtures, no Fisher."""
+    """A task vector that changes weights by the order of 1e-3; no Fisher."""
     kind, width = Kind(job.kind), backbone.num_features
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(index))
     size = 1e-3 if kind is Kind.FULL else 1e-2
@@ -220,12 +222,13 @@ def _contribution(job: Job, backbone: Backbone, index: int) -> Contribution:
         for part, shape in stored_shapes(kind, value).items()
     }
     classes = tuple(f"class-{i:03d}" for i in range(job.classes))
-    halves, ones = torch.full((2,), 0.5), torch.ones(2, width)
+    images = draw(2 * len(classes) + 64, width)
+    labels = torch.arange(len(images)) % len(classes)
     return Contribution(
         client=name(index),
         task_vector=TaskVector(kind, tensors, backbone.fingerprint),
         head=Head(classes, draw(len(classes), width), torch.zeros(len(classes))),
-        features={c: FeatureMixture(halves, draw(2, width), ones, 20) for c in classes},
-        num_examples=20 * len(classes),
+        statistics=FeatureSums.of(images, labels, classes),
+        num_examples=len(images),
         lineage=Lineage(),
     )
