@@ -36,7 +36,7 @@ SMALL = {
     "num_server_rounds": 2,
     "batch_size": 8,
     "beta": 0.3,
-    "head_start": "aligned",
+    "head_start": "zero",
     "scale": 1.0,
     "realign": False,
     "timeout": 1.0,  # an answer is there as soon as its request was sent, or never
