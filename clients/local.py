@@ -137,8 +137,8 @@ class LocalClient:
         if request.fisher:
             of_features = self.config.fisher.curvature is Curvature.FEATURES
             fisher = self._fisher(None if of_features else self._probe())
-        form, purpose = self.config.head.statistics, DescribeAnswer.CONTENT
-        statistics, caps = self.statistics(self.data.train, {}, form=form, purpose=purpose)
+        form = self.config.head.statistics
+        statistics, caps = self.statistics(self.data.train, {}, form=form, purpose="features")
         return DescribeAnswer(
             **self.who(),
             **self._about(),

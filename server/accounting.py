@@ -54,13 +54,10 @@ def notes(reports: Mapping[str, Reports], *, delta: float) -> list[str]:
 
 
 def _errors(answers: Reports) -> list[str]:
-    """Relative errors of what arrived, by phase and cause."""
+    """Relative errors of what arrived in fewer bits, by phase."""
     errors_of: dict[str, list[float]] = {}
     for answer in answers:
         phase = answer["phase"].partition(",")[0]
-        if "form_error" in answer:
-            what = f"The {answer.get('form', 'dense')} Fisher of the backbone"
-            errors_of.setdefault(what, []).append(answer["form_error"])
         if "wire_error" in answer:
             what = f"What came in {answer.get('wire', 'float32')} in the phase {phase}"
             errors_of.setdefault(what, []).append(answer["wire_error"])

@@ -53,12 +53,15 @@ Work = Callable[[Grid, Books, RunConfig, Path], dict[str, Any]]
 def main(grid: Grid, context: Context) -> None:
     """Do the `action` of the settings once, and write the results to the output folder."""
     config = RunConfig.parse(context.run_config)
-    config.caps.check_head_start(config.train.head_start)
+    config.caps.check_noise(
+        statistics=config.head.statistics,
+        curvature=config.fisher.curvature,
+        start=config.train.head_start,
+    )
     output = claim_output(config)
     books = Books(output / EVENTS)
     work, phases = work_of(config)
-    wanted = [p for p in phases if p != "realign" or config.compose.realign]
-    books.tell("run", clients=[], phases=wanted)
+    books.tell("run", clients=[], phases=phases)
     try:
         results = work(grid, books, config, output)
         text = json.dumps(results, indent=2, allow_nan=False) + "\n"
@@ -83,8 +86,8 @@ def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
     if config.registry.action is Action.REMOVE:
         return _remove, unlearning.phases_of(config)
     if config.method.method in averaging.METHODS:
-        return _average, Averaging.phases
-    return _train, strategy_of(config).phases
+        return _average, averaging.phases_of(config)
+    return _train, strategy_of(config).phases_of(config)
 
 
 def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
@@ -159,7 +162,14 @@ def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Regis
     path = registry_path(config) if config.registry.registry else output / REGISTRY
     if not (path / ABOUT).exists():
         return Registry.create(path, backbone, CompositionSettings.of(config))
-    registry = Registry(path)
+    registry, statistics = Registry(path), config.head.statistics
+    if registry.clients and registry.settings.statistics is not statistics:
+        kept = registry.settings.statistics
+        raise ConfigError(
+            f"`statistics` is {statistics}, but the members of the registry {path} are described "
+            f"by {kept}, and no head can be made of both. Set `statistics = {kept}`, or train all "
+            f"clients anew into a new registry."
+        )
     if registry.state.base != backbone.fingerprint:
         raise BackboneMismatch(
             f"The registry {path} is one of the backbone {registry.state.base}, this run's is "

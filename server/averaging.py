@@ -7,10 +7,10 @@ what they send, weighted by their numbers of examples (McMahan et al., AISTATS 2
 1602.05629). FedProx adds :math:`\tfrac\mu2\lVert p_c - p\rVert^2` to a client's loss (Li et al.,
 MLSys 2020, arXiv 1812.06127).
 
-p is the parameters of one task vector and the joint head of all classes, aligned beforehand as for
-ITA. The factors A and B of a LoRA are averaged separately, as FedAvg does:
-:math:`\bar B\bar A` is not the mean of the products. All clients start from the same A, drawn by
-the seed.
+p is the parameters of one task vector and a head of all classes. The head starts at zero, or, with
+another `head-start`, as the joint head of all clients' statistics. The factors A and B of a LoRA
+are averaged separately, as FedAvg does: :math:`\bar B\bar A` is not the mean of the products. All
+clients start from the same A, drawn by the seed.
 
 Flower's strategies talk to a grid. :class:`ExchangeGrid` is one that sends their messages through
 the exchange: each is one packed record, within the settings' time and number of requests; every
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
@@ -31,7 +31,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
-from fedcompo.config.choices import Kind, Method, Schedule, kinds_of
+from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
@@ -39,7 +39,7 @@ from fedcompo.messages.answers import AveragingAnswer, EvaluateAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import ROUND, AveragingRequest, EvaluateRequest
 from fedcompo.method.deltas import Weights, new_deltas
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
 from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
@@ -66,8 +66,6 @@ class Averaging:
     history: list[dict[str, Any]] = field(default_factory=list)
     """By round: who trained, and the mean loss over all their examples."""
 
-    phases: ClassVar[tuple[str, ...]] = ("features", "align", "train", "evaluate")
-
     def __post_init__(self) -> None:
         """Refuse settings that allow no averaging, before any client is asked."""
         self.kind = _only_kind(self.config)
@@ -76,14 +74,18 @@ class Averaging:
 
     def run(self) -> None:
         """Do all phases; afterwards the model lies in its folder."""
-        self.gather_features()
-        self.aligned: Head = self.exchange.books.timed("align", self.align)
+        self.describe()
+        if self.config.head.statistics is Statistics.SUMS:
+            self.aligned: Head = self.align()
+        else:
+            self.aligned = self.exchange.books.timed("align", self.align)
+        self.measure_frozen()
         self.train()
         export_timm(self.folder, self.backbone, self.theta, self.head)
         self.exchange.books.note(NO_REGISTRY)
         self.evaluate()
 
-    def gather_features(self) -> None:
+    def describe(self) -> None:
         """Ask clients what their classes look like; settle who takes part."""
         self.roster.gather()
         self.roster.exclude(names_of(self.config.server.exclude))
@@ -91,17 +93,30 @@ class Averaging:
             wanted = self.roster.participants.described[client].kind
             if wanted not in (None, self.kind):
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
-                self.exchange.leave_out("features", client, reason)
-        self.exchange.require_clients("features")
+                self.exchange.leave_out("describe", client, reason)
+        self.exchange.require_clients("describe")
 
     def align(self) -> Head:
-        """Fit the joint head to features drawn from everyone's mixtures."""
+        """Make the joint head of everyone's statistics."""
         described = self.roster.participants.described
-        mixtures = {client: described[client].mixtures for client in self.exchange.clients}
-        return joint_head(mixtures, CompositionSettings.of(self.config), purpose="align")
+        statistics = {client: described[client].statistics for client in self.exchange.clients}
+        return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
+
+    def measure_frozen(self) -> None:
+        """Let every client measure the frozen backbone under the joint head."""
+        request = EvaluateRequest(theta={}, joint=self.aligned, linearised=False).to_body()
+
+        def fold(client: str, body: Body) -> str:
+            figures = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
+            self.figures[client] = {f"frozen_{name}": value for name, value in figures.items()}
+            return client
+
+        self.exchange.ask("evaluate frozen", "evaluate", lambda c: request, fold)
 
     def start(self) -> AveragingRequest:
-        """The request that all clients start from: a task vector that is zero, and the head."""
+        """The request that all clients start from: a task vector that is zero, and a head."""
+        zero = self.config.train.head_start is HeadStart.ZERO
+        head = zero_head(self.aligned.classes, self.backbone.num_features) if zero else self.aligned
         generator = generator_for(self.config.seed, "averaging")
         deltas = new_deltas(
             self.kind, self.backbone.theta_0, rank=self.config.train.rank, generator=generator
@@ -110,7 +125,7 @@ class Averaging:
         return AveragingRequest(
             kind=self.kind,
             task_vector=vector.tensors,
-            joint=self.aligned,
+            joint=head,
             rounds=self.config.method.num_server_rounds,
             number=1,
         )
@@ -175,8 +190,6 @@ class Averaging:
             )
         classes = self.aligned.classes
         answer.head(classes).check(classes, self.backbone.num_features, f"client {client!r}")
-        known = self.figures.get(client, {})
-        frozen = checked_fractions(client, answer.figures)
         losses = checked_losses(client, answer)
         metrics = {
             "num-examples": self.roster.participants.described[client].num_examples,
@@ -184,7 +197,8 @@ class Averaging:
         }
         arrays = ArrayRecord(dict(answer.tensors))
         record = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
-        self.figures[client] = known | frozen | {"losses": [*known.get("losses", []), *losses]}
+        known = self.figures[client].get("losses", [])
+        self.figures[client]["losses"] = [*known, *losses]
         return record
 
     def evaluate(self) -> None:
@@ -199,6 +213,13 @@ class Averaging:
         self.exchange.ask("evaluate", "evaluate", lambda c: request, fold, decisive=False)
         if not self.exchange.clients:
             self.exchange.require_clients("evaluate")
+
+
+def phases_of(config: RunConfig) -> tuple[str, ...]:
+    """The phases of averaging."""
+    mixtures = config.head.statistics is Statistics.MIXTURES
+    align = ("align",) if mixtures else ()
+    return ("describe", *align, "evaluate frozen", "train", "evaluate")
 
 
 def _only_kind(config: RunConfig) -> Kind:

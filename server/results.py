@@ -29,6 +29,7 @@ ACCURACIES = (
     "frozen_class_il_accuracy",
     "frozen_task_il_accuracy",
     "own_task_accuracy",
+    "own_heads_accuracy",
 )
 PACKAGES = ("fedcompo", "torch", "timm", "flwr", "numpy", "safetensors", "scikit-learn")
 
@@ -56,6 +57,7 @@ def collect(strategy: Strategy) -> dict[str, Any]:
         **strategy.report(),
         **{name: _mean(per_client, name) for name in ACCURACIES},
         "clients_evaluated": _evaluated(per_client),
+        "scale": strategy.choosing.report(),
         "realigned_with": list(registry.clients) if registry.realigned else [],
         "registry": {
             "path": str(registry.path),
@@ -149,6 +151,8 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
         "coefficient": composing.coefficients[client],
         **{name: reported.get(name) for name in ACCURACIES},
         "losses": reported.get("losses", []),
+        "distance": reported.get("distance"),
+        "held": reported.get("held"),
         "fisher": reported.get("fisher", {}),
         **_caps(strategy.exchange, client, strategy.config),
         "tau_norm": float(composing.diagnostics.norms[index]),

@@ -22,7 +22,6 @@ from statistics import fmean
 from typing import Any
 
 from fedcompo.errors import ConfigError, ContributionError
-from server.phases import composing, fitting
 from server.phases.composing import Composing
 from server.strategy import Strategy
 
@@ -88,8 +87,6 @@ class AccuracyMatrix:
 
 class Arrivals(Strategy):
     """Fits, composes and measures for one client after the other, in the order of names."""
-
-    phases = ("identify", *fitting.PHASES, *composing.PHASES)
 
     def run(self) -> None:
         """Let every client arrive; ``fitting`` and ``composing`` are then those of the last one."""

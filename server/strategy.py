@@ -1,4 +1,4 @@
-"""Get from connected clients to one model: fit, compose, realign, evaluate.
+"""Get from connected clients to one model: fit, compose, choose, evaluate.
 
 ITA: each client trains alone, held near the pre-trained weights by a Fisher diagonal (see
 :mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum
@@ -25,6 +25,7 @@ from fedcompo.config.setting import names_of
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
 from server.phases import composing, fitting
+from server.phases.choosing import Choosing
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
 from server.phases.participants import Participants
@@ -44,7 +45,8 @@ class Strategy(ABC):
     registry: Registry
     working: Working
 
-    phases: ClassVar[tuple[str, ...]]
+    first: ClassVar[tuple[str, ...]] = ("identify",)
+    """Phases before those of fitting."""
 
     def __post_init__(self) -> None:
         """Set up the phases; raises if the reference Fisher cannot be used."""
@@ -54,7 +56,13 @@ class Strategy(ABC):
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
         self.composing = Composing(self.exchange, self.backbone, self.registry)
+        self.choosing = self.new_choosing()
         self.trained: tuple[str, ...] = ()
+
+    @classmethod
+    def phases_of(cls, config: RunConfig) -> tuple[str, ...]:
+        """All phases, in their order."""
+        return (*cls.first, *fitting.phases_of(config), *composing.phases_of(config))
 
     def new_fitting(self) -> Fitting:
         """The phases that ask clients for contributions."""
@@ -98,16 +106,31 @@ class Strategy(ABC):
                 on_step=lambda step: log(INFO, "registry: %s", step),
             )
         shutil.rmtree(self.fitting.contributions)
-        self.composing.compare(self.fitting.fishers.sums.total)
+        self.composing.compare(self.fitting.fishers.sums)
+        self.fitting.remark(folder.name for folder in folders)
+
+    def new_choosing(self) -> Choosing:
+        """The phases that choose the composition."""
+        noised = self.roster.participants.noised
+        return Choosing(
+            self.exchange,
+            self.registry,
+            self.backbone.num_features,
+            noised,
+            self.config.train.aside,
+        )
 
     def look(self, *, decisive: bool = True) -> None:
-        """Align the joint head again, and measure.
+        """Choose λ, align the joint head again, and measure.
 
         Args:
             decisive: Fail if no client measures.
         """
+        self.choosing = self.new_choosing()
         if self.config.compose.realign:
-            self.composing.realign()
+            self.choosing.run()
+        else:
+            self.choosing.note_no_vote("`realign` is false")
         self.composing.evaluate(decisive=decisive)
 
     def report(self) -> dict[str, Any]:
@@ -118,7 +141,7 @@ class Strategy(ABC):
 class ItaStrategy(Strategy):
     """All clients train alone, at the same time."""
 
-    phases = (*fitting.PHASES, *composing.PHASES)
+    first = ()
 
     def fit(self) -> list[Path]:
         """Fit each client's task vector."""
@@ -131,8 +154,6 @@ class ItaStrategy(Strategy):
 
 class IelStrategy(Strategy):
     """All clients train inside their sum, in rounds."""
-
-    phases = ("identify", *fitting.PHASES, *composing.PHASES)
 
     def fit(self) -> list[Path]:
         """Do the rounds."""

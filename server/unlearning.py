@@ -1,8 +1,8 @@
 """Remove a client from a registry; tell those who stay, and measure the model before and after.
 
-identify → evaluate → remove → notify → realign → evaluate. The registry does the removal, and needs
-no client for it. The other phases use the clients that are connected; the removal waits for none of
-them, because a client has the right to leave.
+identify → evaluate → remove → notify → realign → vote → evaluate. The registry does the removal,
+and needs no client for it. The other phases use the clients that are connected; the removal waits
+for none of them, because a client has the right to leave.
 
 With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds.rounds`),
 without the client. They continue from their task vectors: what these learnt from the client is not
@@ -32,7 +32,8 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from server.exchange.checks import check_backbone
 from server.exchange.exchange import Exchange
-from server.phases import fitting
+from server.phases import choosing, fitting
+from server.phases.choosing import Choosing
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
 from server.phases.participants import Participants
@@ -40,18 +41,18 @@ from server.phases.roster import Roster
 from server.rounds.holdings import ROUNDS, LastSent
 from server.rounds.rounds import Rounds
 
-PHASES = ("identify", "evaluate before", "remove", "notify", "realign", "evaluate")
+PHASES = ("identify", "evaluate before", "remove", "notify")
 
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
-    """All phases of a removal; rounds of repair, if there are any, come before the last two."""
-    repair = (*fitting.PHASES, "compose") if config.registry.repair_rounds else ()
-    return (*PHASES[:-2], *repair, *PHASES[-2:])
+    """All phases of a removal."""
+    repair = (*fitting.phases_of(config), "compose") if config.registry.repair_rounds else ()
+    return (*PHASES, *repair, *choosing.phases_of(config), "evaluate")
 
 
 @dataclass
 class Unlearning:
-    """One removal; a method for each of :data:`PHASES`."""
+    """One removal."""
 
     exchange: Exchange
     config: RunConfig
@@ -61,6 +62,8 @@ class Unlearning:
     """Folder of the run, for temporary files."""
     images: dict[str, int] = field(default_factory=dict)
     """Test images, by client."""
+    noised: set[str] = field(default_factory=set)
+    """Clients whose statistics are under noise."""
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracies before the removal, by client; measured by those who stay."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -71,6 +74,13 @@ class Unlearning:
     def __post_init__(self) -> None:
         """Raise, before any client is asked, if the client is not in the registry."""
         require_known([self.request.client], self.registry.clients, "registry")
+        self.choosing = Choosing(
+            self.exchange,
+            self.registry,
+            self.backbone.num_features,
+            self.noised,
+            self.config.train.aside,
+        )
 
     @property
     def request(self) -> RegistryConfig:
@@ -85,9 +95,8 @@ class Unlearning:
         self.notify()
         if self.request.repair_rounds and self.exchange.clients:
             self.repair()
-        self.composing = Composing(self.exchange, self.backbone, self.registry)
         if self.config.compose.realign and self.registry.clients:
-            self.composing.realign()
+            self.choosing.run()
         self.after = self.evaluate("evaluate")
 
     def identify(self) -> None:
@@ -123,6 +132,8 @@ class Unlearning:
                 f"has {list(known)}."
             )
         self.images[name] = answer.num_test_examples
+        if answer.noised:
+            self.noised.add(name)
         return name
 
     def evaluate(self, phase: str) -> dict[str, dict[str, float]]:
@@ -210,6 +221,7 @@ class Unlearning:
             "to_retrain": list(self.record.influence.to_retrain),
             "rounds": self.rounds,
             "joint_head": "realigned" if self.registry.realigned else "aligned",
+            "scale": self.choosing.report() if self.registry.clients else None,
             "accuracy_before": self.before,
             "accuracy_after": self.after,
         }

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedcompo.config.choices import Wire
 from fedcompo.storage.tensorstream import TensorDigest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -112,13 +113,39 @@ def test_tangent_steps_fill_a_table_and_agree(monkeypatch, capsys):
     assert float(out.rpartition("differ by ")[2].partition(",")[0]) < 1e-5
 
 
-def test_removals_fill_a_table(monkeypatch, capsys, tmp_path):
+def table_of(monkeypatch, capsys, name: str, *options: str) -> list[list[str]]:
+    """Rows of the table that a benchmark prints, without its head."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    script = importlib.import_module("removal")
-    options = ["--scale", "tiny", "--members", "2", "4", "--classes", "2", "3", "--repeats", "1"]
-    monkeypatch.setattr(sys, "argv", ["removal.py", *options, "--folder", str(tmp_path)])
+    script = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
     script.main()
-    _, _, *lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    _, _, *lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_fisher_passes_grow_with_the_classes_but_for_those_of_features(monkeypatch, capsys):
+    options = ["--images", "2", "--rounds", "1", "--classes", "3", "9"]
+    rows = table_of(monkeypatch, capsys, "fisher_passes", *options)
+    assert [row[:3] for row in rows] == [
+        [classes, curvature, passes]
+        for classes, exact in (("3", "2"), ("9", "8"))
+        for curvature, passes in (("features", "1"), ("exact", exact), ("monte-carlo", "4"))
+    ]
+
+
+def test_factored_fisher_sets_every_form_beside_the_dense_one(monkeypatch, capsys):
+    rows = table_of(monkeypatch, capsys, "factored_fisher", "--images", "2", "--epochs", "2")
+    assert [row[:2] for row in rows] == [
+        [form, str(wire)] for form in ("dense", "factored") for wire in Wire
+    ]
+    assert rows[0][3:] == ["0.00%", "1.0000", "1.000", "1.000", "1.000", "1.000"]
+    sizes = [int(row[2].replace(",", "")) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(float(row[4]) > 0.8 for row in rows)
+
+
+def test_removals_fill_a_table(monkeypatch, capsys, tmp_path):
+    options = ["--scale", "tiny", "--members", "2", "4", "--classes", "2", "3", "--repeats", "1"]
+    rows = table_of(monkeypatch, capsys, "removal", *options, "--folder", str(tmp_path))
     assert [row[:2] for row in rows] == [["2", "2"], ["2", "4"], ["3", "2"], ["3", "4"]]
     assert all(float(value) >= 0 for row in rows for value in row[2:])

@@ -1,7 +1,7 @@
 r"""Choose λ and the joint head's shrinkage by the clients' votes on images kept aside.
 
 The composed model is :math:`\theta_0 + \lambda\bar\tau` with :math:`\bar\tau` the weighted mean of
-T task vectors; λ = T is their plain sum. The best λ lies between 1 and T and moves with the data,
+T task vectors; λ = T is their plain sum. The best λ lies between 1 and 2T and moves with the data,
 so a handful is tried, each under heads of several shrinkages. On its images kept aside from
 training, each client measures the cross-entropy of each candidate,
 
@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHRINKAGES = (0.02, 0.1, 0.3, 0.5)
+SHRINKAGES = (0.1, 0.3, 0.5, 0.7)
 """Shrinkages of the joint head's covariance that are tried."""
 TEMPERATURES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03)
 """Factors on the logits; each candidate is measured at all of them."""
+WORST = 1e30
+"""Loss of a candidate whose logits are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Votes:
         for own in logits:
             hits.append(int((own.argmax(1) == labels).sum()))
             scaled = (own.double() * temperature for temperature in TEMPERATURES)
-            losses += (float(F.cross_entropy(z, labels, reduction="sum")) for z in scaled)
+            found = (float(F.cross_entropy(z, labels, reduction="sum")) for z in scaled)
+            losses += (loss if math.isfinite(loss) else WORST for loss in found)
         return cls(tuple(hits), tuple(losses), len(labels))
 
     @classmethod
@@ -85,9 +88,18 @@ class Candidate:
 
 
 def scales(members: int) -> tuple[float, ...]:
-    """Return the λ that are tried for so many members: 0 (frozen), 1, √T, T/2 and T, ascending."""
-    wanted = {1.0, math.sqrt(members), members / 2, float(members)}
-    return (0.0, *sorted(scale for scale in wanted if scale >= 1))
+    """Return the λ that are tried for so many members, ascending.
+
+    They are 0 (the frozen backbone), 1, √T, T/2, T and 2T, but for T/2 below 1, and the larger of
+    two that are within a fifth of each other.
+    """
+    total = float(members)
+    wanted = sorted({1.0, math.sqrt(total), max(1.0, total / 2), total, 2 * total})
+    tried = [0.0]
+    for scale in wanted:
+        if scale > 1.2 * tried[-1]:
+            tried.append(scale)
+    return tuple(tried)
 
 
 def candidates(members: int) -> list[Candidate]:

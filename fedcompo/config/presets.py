@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import Field
 from typing import Any
 
-from fedcompo.config.choices import Curvature, FisherForm, Preset
+from fedcompo.config.choices import Curvature, FisherForm, Penalty, Preset
 from fedcompo.config.setting import Scalar
 
 PAPER: dict[str, Scalar] = {
@@ -88,6 +88,8 @@ def from_older(stored: Mapping[str, Scalar]) -> dict[str, Scalar]:
     kept = {key: value for key, value in stored.items() if key not in OBSOLETE}
     if stored.get("fisher") == Curvature.MONTE_CARLO:
         kept["curvature"] = str(Curvature.MONTE_CARLO)
+    if stored.get("penalty") == Penalty.IMPLICIT:  # now in e-foldings, then as still with explicit
+        kept["penalty"] = str(Penalty.EXPLICIT)
     if stored.get("fisher-form") == "head":
         kept["fisher-form"] = str(FisherForm.NONE)
     return OLDER | kept

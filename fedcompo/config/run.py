@@ -9,7 +9,7 @@ defaults, which :meth:`RunConfig.parse` puts in their place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -90,7 +90,7 @@ class MethodConfig:
         5, "iel, fedavg, fedprox: rounds, of `local-epochs` each.", POSITIVE
     )
     beta: float = setting(
-        100.0, "iel: strength of the ensemble penalty, on the backbone's own scale.", NOT_NEGATIVE
+        0.3, "iel: strength of the ensemble penalty, in the unit of `alpha`.", NOT_NEGATIVE
     )
     proximal_mu: float = setting(
         0.01, "fedprox: pull of a client's weights to the round's average.", NOT_NEGATIVE
@@ -140,20 +140,20 @@ class TrainConfig:
     )
     rank: int = setting(8, "lora: rank; a fused qkv gets three times as much.", POSITIVE)
     head_start: HeadStart = setting(
-        HeadStart.ZERO,
-        "Head that training starts from: zero, aligned (joint, made of all clients' statistics) or "
-        "probe (own).",
+        HeadStart.OWN,
+        "Head that training starts from: own (of the client's features, with small logits), zero, "
+        "aligned (joint, made of all clients' statistics) or probe (own, fitted).",
     )
     anchor: AnchorBy = setting(
         AnchorBy.OTHERS,
         "Whose Fisher anchors a client: others, own or reference (a file). own or reference with "
-        "head-start zero or probe is lineage-free: no client is trained with anything of another.",
+        "head-start own, zero or probe is lineage-free: nobody is trained with anything of another.",
     )
     reference: str = setting("", "File of the reference Fisher; `fedcompo fisher` makes one.")
     alpha: float = setting(
-        100.0,
-        "Strength of the Fisher anchor, on the backbone's own scale (embedded: about 100, DeiT: "
-        "about 1); 0: plain task arithmetic.",
+        0.3,
+        "Strength of the anchor; 0: plain task arithmetic. penalty implicit: in e-foldings, how "
+        "often training shrinks a weight of mean Fisher by e; else on the Fisher's own scale.",
         NOT_NEGATIVE,
     )
     target_logit: float = setting(
@@ -167,14 +167,18 @@ class TrainConfig:
     )
     local_epochs: int = setting(5, "Passes over a client's data.", POSITIVE)
     local_steps: int = setting(
-        100, "Optimiser steps at least, in more passes if need be; 0: no floor.", NOT_NEGATIVE
+        100,
+        "Optimiser steps at least: with few images in smaller batches, down to 8, then in more "
+        "passes; 0: no floor.",
+        NOT_NEGATIVE,
     )
     aside: float = setting(
         0.1,
-        "Share of each class kept aside from training, to choose `scale = auto` on.",
+        "Share of each class kept aside from training, to choose `scale = auto` on; 0 where "
+        "`scale` is a number.",
         FRACTION,
     )
-    batch_size: int = setting(32, "Images a step.", POSITIVE)
+    batch_size: int = setting(32, "Images a step, at most.", POSITIVE)
     learning_rate: float = setting(
         0.0,
         "AdamW's peak step size (cosine); 0: by kind, lora 0.001, full 0.0003, ia3 0.01.",
@@ -235,7 +239,10 @@ class RunConfig:
             section: kind(**{f.name: parsed.pop(f.name) for f in fields(kind) if f.name in parsed})
             for section, kind in SECTIONS.items()
         }
-        return cls(**sections, **parsed)
+        config = cls(**sections, **parsed)
+        if config.compose.fixed_scale is None:
+            return config
+        return replace(config, train=replace(config.train, aside=0.0))  # there is nothing to choose
 
     def flat(self) -> dict[str, Scalar]:
         """Return the settings as a flat run config: kebab-case keys, plain scalars."""

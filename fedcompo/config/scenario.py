@@ -47,7 +47,7 @@ def settings_of(
             values[key] = value
         except ConfigError as error:
             faults.append(str(error))
-    values = with_preset(values | options)
+    values = with_preset({**values, **options})
     try:
         RunConfig.parse(values)
     except ConfigError as error:

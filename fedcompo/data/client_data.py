@@ -191,8 +191,9 @@ def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Sp
         The images to train on, and those kept aside (perhaps none), both in the order of ``split``.
     """
     aside = torch.zeros(len(split.labels), dtype=torch.bool)
-    for label in split.labels.unique().tolist() if share else ():
-        members = np.flatnonzero(split.labels.numpy() == label)
+    labels = split.labels.numpy()
+    for label in np.unique(labels) if share else ():
+        members = np.flatnonzero(labels == label)
         if len(members) >= SMALLEST_SET_ASIDE:
             draw = frozen_generator(seed, "aside", client, str(label))
             aside[split_members(members, share=share, draw=draw)[1]] = True

@@ -267,6 +267,8 @@ class AveragingAnswer(_WithTensors):
 class TrainAnswer(AveragingAnswer, NoticeAnswer):
     """A client's own task vector and head."""
 
+    held: float | None = entry(default=None)
+    """Share of the way that the anchor took back."""
     own_task_accuracy: float | None = entry(default=None)
     """Of the client's own model, within its own classes."""
     frozen_class_il_accuracy: float | None = entry(default=None)

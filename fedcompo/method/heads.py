@@ -99,11 +99,12 @@ def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
     """
     counts = total.counts.double().unsqueeze(1)  # (classes, 1)
     means = off_grid(total.sums) / counts
-    within = unpacked(off_grid(total.second)) - (means * counts).T @ means
+    moment, size = unpacked(off_grid(total.second)), total.num_features
+    within = moment - (means * counts).T @ means
     within /= max(1, total.num_examples - len(total.classes))
-    size = total.num_features
     level = float(within.trace()) / size
-    if not level > 0:  # one image a class, or noise: there is no covariance to speak of
+    square = float(moment.trace()) / size / max(1, total.num_examples)
+    if not level > LEAST_SHRINKAGE * square:  # one image a class: what is left is rounding
         within, level = torch.eye(size, dtype=torch.float64), 1.0
     shared = (1 - shrinkage) * within
     shared.diagonal().add_(max(shrinkage, LEAST_SHRINKAGE) * level)

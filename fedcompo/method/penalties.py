@@ -85,7 +85,7 @@ def explicit_step(
     strength: float,
     schedule: float,
     pull: Weights | None = None,
-) -> None:
+) -> Tensor:
     r"""Take a gradient step, in place: :math:`q \leftarrow q-c\,\mathrm{clip}(\nabla_q)`.
 
     Args:
@@ -94,9 +94,12 @@ def explicit_step(
         strength: a; :math:`\alpha` in ITA.
         schedule: c in (0, 1].
         pull: p, by weight name, each (out, in); None: zero.
+
+    Returns:
+        How far it moved the task vector: a length, a scalar.
     """
     parameters = [p for delta in deltas.values() for p in delta.parameters()]
-    tau = {name: delta() for name, delta in deltas.items()}
+    tau = {name: 1.0 * delta() for name, delta in deltas.items()}  # not the parameter itself
     penalty = ita_penalty(tau, fisher, strength)
     if pull is not None:
         linear = [(fisher[name] * change * pull[name]).sum() for name, change in tau.items()]
@@ -107,6 +110,8 @@ def explicit_step(
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.sub_(schedule * clip * gradient)
+        moves = [(delta() - tau[name]).norm() for name, delta in deltas.items()]
+    return torch.linalg.vector_norm(torch.stack(moves))
 
 
 @torch.no_grad()
@@ -116,7 +121,7 @@ def implicit_step(
     strength: float,
     schedule: float,
     pull: Weights | None = None,
-) -> None:
+) -> Tensor:
     r"""Take a proximal step, in place; without a pull it shrinks the change.
 
     .. math:: q \leftarrow \arg\min_{q'}\ \tfrac12\lVert q' - q\rVert^2 + c\left[
@@ -130,10 +135,15 @@ def implicit_step(
         strength: a; :math:`\alpha` in ITA.
         schedule: c in (0, 1], or the sum of several, for one step in place of as many.
         pull: p, by weight name, each (out, in); None: zero.
+
+    Returns:
+        How far it moved the task vector: a length, a scalar.
     """
     if strength == 0 and pull is None:
-        return
+        return torch.zeros(())
+    moves: list[Tensor] = []
     for name, delta in deltas.items():
+        before = 1.0 * delta()  # not the parameter itself
         f = schedule * fisher[name]
         g = f * pull[name] if pull is not None else None
         if isinstance(delta, Full):
@@ -150,6 +160,8 @@ def implicit_step(
             delta.B.copy_(_shrink_rows(delta.B, delta.A, strength * f, g))
             columns = g.T if g is not None else None
             delta.A.copy_(_shrink_rows(delta.A.T, delta.B.T, strength * f.T, columns).T)
+        moves.append((delta() - before).norm())
+    return torch.linalg.vector_norm(torch.stack(moves))
 
 
 def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor, pull: Tensor | None) -> Tensor:

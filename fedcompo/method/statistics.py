@@ -124,10 +124,10 @@ class FeatureSums:
                 f"The statistics of {owner} are of the classes {self.classes} with shapes {shapes},"
                 f" expected {classes} and {expected}."
             )
-        if len(classes) and int(self.counts.min()) < 1:
+        if any(not 1 <= count < 2**32 for count in self.counts.tolist()):
             raise ContributionError(
                 f"The statistics of {owner} count {self.counts.tolist()} images by class, expected "
-                "at least one each."
+                "at least one each, and fewer than 2^32."
             )
 
     def __add__(self, other: FeatureSums) -> FeatureSums:

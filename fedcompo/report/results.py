@@ -15,11 +15,13 @@ from fedcompo.report.units import percent, shortened, size
 COLUMNS = (
     ("frozen", "frozen_class_il_accuracy"),
     ("own", "own_task_accuracy"),
+    ("own heads", "own_heads_accuracy"),
     ("class-IL", "class_il_accuracy"),
     ("task-IL", "task_il_accuracy"),
 )
-CAPTION = """frozen: pre-trained backbone, aligned head, all classes
+CAPTION = """frozen: pre-trained backbone, joint head, all classes
 own: each client's own task vector on its own classes
+own heads: the one model of all, the clients' own heads side by side, all classes
 class-IL, task-IL: the one model of all, all classes; the client's classes"""
 
 
@@ -33,6 +35,8 @@ def print_results(results: Results, console: Console) -> None:
     console = table_console(console)
     console.print(_accuracy_table(results))
     console.print(_traffic_table(results))
+    if "scale" in results:
+        _print_scale(results["scale"], console)
     if "diagnostics" in results:
         _print_diagnostics(results, console)
     for client in results["left_out"]:
@@ -43,6 +47,40 @@ def print_results(results: Results, console: Console) -> None:
         console.print(line, style="red", markup=False)
     for note in results["notes"]:
         console.print(f"Note: {note}", style="yellow", markup=False)
+
+
+def _print_scale(chosen: Mapping[str, Any], console: Console) -> None:
+    """Print λ, and the candidates where the clients voted: rows of λ, columns of shrinkage."""
+    tried = {(c["scale"], c["shrinkage"]): c for c in chosen["candidates"]}
+    if tried:
+        console.print(_candidates_table(chosen, tried))
+        return
+    console.print(f"λ = {chosen['scale']:.3g} (by {chosen['by']})")
+
+
+def _candidates_table(
+    chosen: Mapping[str, Any], tried: Mapping[tuple[float, float], Mapping[str, float]]
+) -> Table:
+    table = Table(
+        title=f"Vote on λ and the head's shrinkage, {chosen['votes']} images: loss, accuracy in %",
+        caption=f"Chosen: λ = {chosen['scale']:.3g}, shrinkage {chosen['shrinkage']:g}",
+    )
+    scales, shrinkages = (sorted({key[i] for key in tried}) for i in (0, 1))
+    best = min(tried.values(), key=lambda c: c["loss"])["loss"]
+    table.add_column("λ", justify="right")
+    for shrinkage in shrinkages:
+        table.add_column(f"shrinkage {shrinkage:g}", justify="right")
+    for scale in scales:
+        cells = [tried[scale, shrinkage] for shrinkage in shrinkages]
+        texts = [f"{c['loss']:.3g}, {percent(c['accuracy'])}" for c in cells]
+        table.add_row(
+            f"{scale:.3g}",
+            *(
+                f"[bold]{text}[/bold]" if c["loss"] == best else text
+                for c, text in zip(cells, texts, strict=True)
+            ),
+        )
+    return table
 
 
 def _print_diagnostics(results: Results, console: Console) -> None:
@@ -58,7 +96,8 @@ def _accuracy_table(results: Results) -> Table:
     table = Table(title="Accuracy, %", caption=CAPTION, caption_justify="left")
     for name in ("client", "classes", "kind", "images"):
         table.add_column(name, justify="right" if name == "images" else "left")
-    for title, _ in COLUMNS:
+    columns = [column for column in COLUMNS if results.get(column[1]) is not None]
+    for title, _ in columns:
         table.add_column(title, justify="right")
     for client in shown(results):
         figures = results["per_client"][client]
@@ -67,12 +106,12 @@ def _accuracy_table(results: Results) -> Table:
             shortened(figures["classes"]),
             figures["kind"],
             f"{figures['num_examples']} + {figures['num_test_examples'] or '–'}",
-            *(percent(figures[key]) for _, key in COLUMNS),
+            *(percent(figures[key]) for _, key in columns),
         )
     if (hidden := len(results["per_client"]) - SHOWN) > 0:
         table.add_row(f"... and {hidden} more")
     table.add_section()
-    table.add_row("mean", "", "", "", *(percent(results[key]) for _, key in COLUMNS), style="bold")
+    table.add_row("mean", "", "", "", *(percent(results[key]) for _, key in columns), style="bold")
     return table
 
 

@@ -32,6 +32,9 @@ from fedcompo.training.penalty import Anchor, Ensemble, TrainingPenalty
 LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step size of each kind where ``learning-rate`` is 0: the fewer parameters, the larger."""
 
+SMALLEST_BATCH = 8
+"""Images a step at least, where batches are made smaller to take more steps."""
+
 EpochCallback = Callable[[int, int, float], None]
 """Called after each epoch with the epoch (from 1), the number of epochs, the mean loss."""
 
@@ -44,6 +47,8 @@ class Fitted:
     head: Head
     losses: tuple[float, ...]
     """Mean training loss of each epoch, the last of which may be a part; without penalties."""
+    held: float = 0.0
+    """Share of the way that the anchor took back; see :meth:`TrainingPenalty.held`."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,9 @@ def fit_task_vector(
 ) -> Fitted:
     """Fine-tune the backbone's target weights and a head on one client's images.
 
-    Training takes ``local_epochs`` passes over the images, or more until there are ``local_steps``
-    steps (of a part of a longer training: that share of them); the last pass may then be cut short.
+    Training takes ``local_epochs`` passes over the images. A client with too few images for
+    ``local_steps`` steps (of a part of a longer training: that share of them) takes smaller
+    batches, of at least 8, and then more passes, of which the last may be cut short.
 
     Args:
         backbone: Pre-trained weights.
@@ -108,16 +114,14 @@ def fit_task_vector(
         fixed=course.fixed,
         device=backbone.device,
     )
-    training = training_of(backbone, kind, head, config, course, generator)
-    per_epoch = math.ceil(len(data.labels) / config.batch_size)
-    floor = math.ceil(round(config.local_steps * course.share, 6))
-    steps = max(config.local_epochs * per_epoch, floor)
-    epochs = math.ceil(steps / per_epoch)
+    batch, steps = pace(len(data.labels), config, course.share)
+    training = training_of(backbone, kind, head, config, course, generator, steps)
+    epochs = math.ceil(steps / math.ceil(len(data.labels) / batch))
     losses: list[float] = []
     step = 0
     for epoch in range(1, epochs + 1):
         total, seen = 0.0, 0
-        for images, labels in islice(_batches(data, config.batch_size, generator), steps - step):
+        for images, labels in islice(_batches(data, batch, generator), steps - step):
             passed = course.passed + course.share * step / steps
             schedule = 0.5 * (1 + math.cos(math.pi * passed))
             step += 1
@@ -133,9 +137,23 @@ def fit_task_vector(
     vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
     trained = head.result()
     if course.fixed:
-        labels = sorted(set(data.labels.tolist()))
-        trained = trained.rows(trained.classes[label] for label in labels)
-    return Fitted(vector, trained, tuple(losses))
+        rows = sorted(set(data.labels.tolist()))
+        trained = trained.rows(trained.classes[row] for row in rows)
+    return Fitted(vector, trained, tuple(losses), training.held())
+
+
+def pace(count: int, config: TrainConfig, share: float) -> tuple[int, int]:
+    """Return the images a step, and the number of steps.
+
+    Args:
+        count: Number of images.
+        config: Passes, floor of steps, images a step at most.
+        share: Share of the whole training that this is.
+    """
+    batch, floor = config.batch_size, math.ceil(round(config.local_steps * share, 6))
+    if floor:
+        batch = min(batch, max(SMALLEST_BATCH, config.local_epochs * count // floor))
+    return batch, max(config.local_epochs * math.ceil(count / batch), floor)
 
 
 def ensembled(tau: Weights, theta_0: Weights, ensemble: Ensemble | None) -> Weights:
@@ -171,13 +189,17 @@ class _Training:
         config: TrainConfig,
         course: Course,
         generator: torch.Generator,
+        steps: int,
     ) -> None:
         self._backbone, self._config, self._generator = backbone, config, generator
         self._head = head
         self.deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
         if course.begin is not None:
             _restore(self.deltas, course.begin)
-        self._penalty = TrainingPenalty(self.deltas, course.anchor, course.ensemble, config)
+        self._penalty = TrainingPenalty(
+            self.deltas, course.anchor, course.ensemble, config, steps=steps / course.share
+        )
+        self.held = self._penalty.held
         self._ensemble = course.ensemble
         if self._ensemble is not None:
             rest = {name: t.to(backbone.device) for name, t in self._ensemble.rest.items()}

@@ -47,7 +47,13 @@ class Ensemble:
 
 
 class TrainingPenalty:
-    """Applies a penalty to deltas in training: as part of the loss, or beside the optimiser.
+    r"""Applies a penalty to deltas in training: as part of the loss, or beside the optimiser.
+
+    For the proximal step, ``alpha`` and ``beta`` count *e-foldings*: how often the whole training
+    shrinks a weight of mean curvature by the factor e, if nothing pushes it. The strength a of
+    :mod:`fedcompo.method.penalties` is then :math:`\alpha / (m \sum c)`, with m the mean of all
+    entries of :math:`\bar F`, and :math:`\sum c` the cosine schedule's sum over all steps. So a
+    Fisher of any unit holds alike. For the other two ways of acting, a is ``alpha`` itself.
 
     A LoRA's proximal step solves a small system for each row and column, which on a small model
     costs as much as the training step itself: one every few steps makes up for all of them.
@@ -59,6 +65,8 @@ class TrainingPenalty:
         anchor: Anchor | None,
         ensemble: Ensemble | None,
         config: TrainConfig,
+        *,
+        steps: float,
     ) -> None:
         """Move the metric, and the sum of the others, to the device of the deltas.
 
@@ -67,16 +75,20 @@ class TrainingPenalty:
             anchor: The metric; None: there is no penalty.
             ensemble: The others (IEL); None: ITA.
             config: Strength, and how the penalty acts.
+            steps: Optimiser steps of the whole training, of which this may be a part.
         """
         self._deltas, self._config, self._ensemble = deltas, config, ensemble
         strength = config.alpha if ensemble is None else ensemble.beta
+        if config.penalty is Penalty.IMPLICIT and anchor:
+            strength *= _one_folding(anchor.weights, steps)
         self._fisher = _on_devices(deltas, anchor.weights) if anchor and strength > 0 else {}
         self._rest = _on_devices(deltas, ensemble.rest) if ensemble and self._fisher else {}
         self._strength, self._pull = strength, None
         if ensemble is not None:
-            self._strength = ensemble.beta * own_strength(ensemble.share)
-            self._pull = {name: ensemble.beta * rest for name, rest in self._rest.items()}
+            self._strength = strength * own_strength(ensemble.share)
+            self._pull = {name: strength * rest for name, rest in self._rest.items()}
         self._schedules: list[float] = []
+        self._moves: list[Tensor] = []
 
     def loss(self, tau: Weights) -> Tensor | None:
         """Return the penalty as part of the loss; None unless it is coupled.
@@ -98,16 +110,36 @@ class TrainingPenalty:
             schedule: c in (0, 1].
             last: Whether this is the last step of the training.
         """
-        if not self._fisher:
+        if not self._fisher or self._config.penalty is Penalty.COUPLED:
             return
-        if self._config.penalty is Penalty.EXPLICIT:
-            explicit_step(self._deltas, self._fisher, self._strength, schedule, self._pull)
-        elif self._config.penalty is Penalty.IMPLICIT:
-            self._schedules.append(schedule)
-            if last or len(self._schedules) == self._config.penalty_every:
-                total = sum(self._schedules)
-                implicit_step(self._deltas, self._fisher, self._strength, total, self._pull)
-                self._schedules.clear()
+        explicit = self._config.penalty is Penalty.EXPLICIT
+        take = explicit_step if explicit else implicit_step
+        self._schedules.append(schedule)
+        if explicit or last or len(self._schedules) == self._config.penalty_every:
+            total = sum(self._schedules)
+            self._moves.append(take(self._deltas, self._fisher, self._strength, total, self._pull))
+            self._schedules.clear()
+
+    @torch.no_grad()
+    def held(self) -> float:
+        r"""Return the share of the way that the penalty's own steps :math:`s_i` took back.
+
+        .. math:: \frac{\sum_i \lVert s_i \rVert}{\sum_i \lVert s_i \rVert + \lVert\tau\rVert}
+
+        0 if it took none, near 1 if it undid the training.
+        """
+        if not self._moves:
+            return 0.0
+        taken = float(torch.stack(self._moves).sum())
+        length = float(torch.stack([delta().norm() for delta in self._deltas.values()]).norm())
+        return taken / (taken + length) if taken > 0 else 0.0
+
+
+def _one_folding(fisher: Weights, steps: float) -> float:
+    """Strength that shrinks a weight of mean curvature by e in all; 0 if there is no curvature."""
+    entries = sum(values.numel() for values in fisher.values())
+    mean = sum(float(values.double().sum()) for values in fisher.values()) / entries
+    return 2 / (mean * steps) if mean > 0 else 0.0  # the cosine is a half on average
 
 
 def _on_devices(deltas: Mapping[str, Delta], weights: Weights) -> Weights:

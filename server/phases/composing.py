@@ -1,30 +1,38 @@
-"""The second half of a run: compare task vectors, align the joint head again, measure the model.
+"""The second half of a run: compare the composed task vectors, and measure the model.
 
-Compose → realign → evaluate. It needs a registry and connected clients, not their training.
+It needs a registry and connected clients, not their training. Between the two, the composition is
+chosen; see :mod:`server.phases.choosing`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.diagnostics import Diagnostics, diagnose
-from fedcompo.messages.answers import EvaluateAnswer, RealignAnswer
+from fedcompo.config.run import RunConfig
+from fedcompo.messages.answers import EvaluateAnswer
 from fedcompo.messages.body import Body
-from fedcompo.messages.requests import EvaluateRequest, RealignRequest
-from fedcompo.method.features import Mixtures
-from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head
+from fedcompo.messages.requests import EvaluateRequest
+from fedcompo.method.fisher import expanded
+from fedcompo.method.heads import Head, zero_head
 from fedcompo.registry.registry import Registry
-from server.exchange.checks import check_mixtures, checked_fractions
+from fedcompo.training.anchors import FisherSums
+from server.exchange.checks import checked_fractions
 from server.exchange.exchange import Exchange
+from server.phases import choosing
 
-PHASES = ("compose", "realign", "evaluate")
+
+def phases_of(config: RunConfig) -> tuple[str, ...]:
+    """The phases of composing, choosing and measuring."""
+    return ("compose", *choosing.phases_of(config), "evaluate")
 
 
 @dataclass
 class Composing:
-    """Works on the current composition of a registry; a method for each of :data:`PHASES`."""
+    """Works on the current composition of a registry."""
 
     exchange: Exchange
     backbone: Backbone
@@ -32,64 +40,27 @@ class Composing:
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     """What clients reported, by client."""
 
-    @property
-    def joint_head(self) -> Head:
-        """The composed model's head."""
-        return self.registry.joint_head()
-
     # -- compose ----------------------------------------------------------------------------------
 
-    def compare(self, fisher: FisherDiagonal) -> None:
+    def compare(self, sums: FisherSums | None) -> None:
         """Compute the diagnostics of the members' task vectors.
 
         Args:
-            fisher: *Sum* over clients; task vectors are compared in the metric of its mean.
+            sums: Of the clients; task vectors are compared in the metric of their mean, or by plain
+                squares if there is none.
         """
-        settings, pool = self.registry.settings, self.registry.pool()
-        times = {c.client: settings.times(c.num_examples) for c in pool}
+        theta_0, pool = self.backbone.theta_0, self.registry.pool()
+        metric = {name: torch.ones_like(weight) for name, weight in theta_0.items()}
+        if sums:
+            metric = expanded(sums.total.mean(), theta_0)
+        times = {c.client: self.registry.settings.times(c.num_examples) for c in pool}
         self.coefficients = {c: count / sum(times.values()) for c, count in times.items()}
-        self.diagnostics: Diagnostics = diagnose(
-            pool, self.backbone.theta_0, fisher.mean(), self.coefficients
-        )
+        self.diagnostics: Diagnostics = diagnose(pool, theta_0, metric, self.coefficients)
         for client in self.diagnostics.outliers:
             self.exchange.books.note(
                 f"The task vector of {client} stands out by its length, or opposes the others: "
                 "look at its data and its learning rate."
             )
-
-    # -- realign ----------------------------------------------------------------------------------
-
-    def realign(self) -> None:
-        """Align the joint head again, on mixtures of the composed model's features.
-
-        All members must describe these: a head aligned on some would favour their classes.
-        """
-        members, realigned = self.registry.clients, {}
-        if not set(members) - set(self.exchange.clients):
-            realigned = self._ask_mixtures(members)
-        if missing := sorted(set(members) - set(realigned)):
-            self.exchange.books.note(
-                f"The joint head was not aligned again: {', '.join(missing)} did not describe the "
-                "composed model's features. It stays aligned on pre-trained features."
-            )
-            return
-        self.registry.realign(realigned)
-
-    def _ask_mixtures(self, members: tuple[str, ...]) -> dict[str, Mixtures]:
-        realigned: dict[str, Mixtures] = {}
-        theta, linearised = self.registry.theta_p(), self.registry.linearised
-        request = RealignRequest(theta=theta, linearised=linearised).to_body()
-
-        def fold(client: str, body: Body) -> str:
-            answer, classes = RealignAnswer.from_body(body), self.registry.member(client).classes
-            check_mixtures(client, answer, classes, self.backbone.num_features)
-            realigned[client] = answer.mixtures
-            return client
-
-        self.exchange.ask(
-            "realign", "query.realign", lambda c: request, fold, decisive=False, clients=members
-        )
-        return realigned
 
     # -- evaluate ---------------------------------------------------------------------------------
 
@@ -102,7 +73,8 @@ class Composing:
         """
         request = EvaluateRequest(
             theta=self.registry.theta_p(),
-            joint=self.joint_head,
+            joint=self.registry.joint_head(),
+            own_heads=self._own_heads(),
             linearised=self.registry.linearised,
         ).to_body()
         asked = [client for client in self.exchange.clients if client in self.registry.clients]
@@ -111,6 +83,19 @@ class Composing:
         )
         if decisive and not self.figures:
             self.exchange.require_clients(phase, ())
+
+    def _own_heads(self) -> Head:
+        """The clients' own heads side by side; the mean of those that share a class."""
+        heads = [self.registry.contribution(client).head for client in self.registry.clients]
+        classes = self.registry.classes
+        counts = torch.zeros(len(classes))
+        total = zero_head(classes, self.backbone.num_features)
+        for head in heads:
+            rows = total.indices(head.classes)
+            counts[rows] += 1
+            total.weight[rows] += head.weight.float()
+            total.bias[rows] += head.bias.float()
+        return Head(classes, total.weight / counts.unsqueeze(1), total.bias / counts)
 
     def _fold(self, client: str, body: Body) -> str:
         self.figures[client] = checked_fractions(client, EvaluateAnswer.from_body(body).figures)

@@ -16,8 +16,9 @@ from fedcompo.messages.body import Body
 from fedcompo.messages.requests import FisherRequest
 from fedcompo.method.contribution import load_fisher, save_fisher
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal, expanded
 from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
 from fedcompo.training.anchors import FisherSums
@@ -111,6 +112,10 @@ class Fishers:
         if self.sums and (note := self.sums.note(self.strength, setting=setting)):
             self.exchange.books.note(note)
 
+    def known(self, client: str) -> FisherDiagonal | None:
+        """Read a client's Fisher *sum*, if there is one of it."""
+        return self.load(client) if self.sums and client in self.sums.members else None
+
     def load(self, client: str) -> FisherDiagonal:
         """Read a client's Fisher *sum*: from the registry, if it is a member."""
         if client in self.roster.participants.members:
@@ -129,6 +134,32 @@ class Fishers:
         if self.sums is None or not self.anchored(client):
             return {}
         return self.sums.mean_for(client, with_own=self.ensembled) or {}
+
+    def distance(self, client: str, vector: TaskVector, variance: float) -> float | None:
+        r"""Say how far a client went: :math:`\tau^\top\bar F\tau / \mathrm{tr}\,\mathrm{Cov}(f)`.
+
+        To first order it is how much the task vector changes the features of the others' images,
+        in units of their variance.
+
+        Args:
+            client: Its name.
+            vector: Its task vector.
+            variance: Of the features, over the images of all clients.
+
+        Returns:
+            None where there is no Fisher of the features of others.
+        """
+        of_features = self.config.fisher.curvature is Curvature.FEATURES
+        mean = self.sums.mean_for(client) if self.sums and of_features and variance > 0 else None
+        if mean is None:
+            return None
+        theta_0 = self.backbone.theta_0
+        metric = expanded(mean, theta_0)
+        parts = (
+            (metric[name].double() * vector.delta(name, weight).cpu().double().square()).sum()
+            for name, weight in theta_0.items()
+        )
+        return float(sum(parts)) / variance
 
     def anchored_by(self, client: str) -> tuple[str, ...]:
         """The other clients whose Fisher anchors a client."""

@@ -6,8 +6,8 @@ members. Rounds, in which all clients train at a time, are in :mod:`server.round
 
 If a client starts from the joint head, or if the others' Fisher anchors it, its result depends on
 the others, and its lineage names them. If it starts from zero or its own probe, and is anchored by
-its own Fisher or by a reference, its result has the same bits whoever else takes part, and its
-lineage is empty.
+its own Fisher of features or by a reference, its result has the same bits whoever else takes part,
+and its lineage is empty.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fedcompo.messages.requests import ANCHOR, Others, TrainRequest
 from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.statistics import FeatureSums, total_of
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from server.exchange.checks import (
@@ -46,6 +47,8 @@ from server.exchange.exchange import Exchange
 from server.phases.fisher import Fishers, fisher_apart
 from server.phases.roster import Roster
 
+UNDONE = 0.9
+"""Share of the way taken back from which on the anchor undid the training."""
 INCOMING = "incoming"
 """Folder of a run for contributions that are not in the registry yet."""
 
@@ -132,12 +135,18 @@ class Fitting:
         }
         statistics |= {client: who.described[client].statistics for client in self.roster.parties}
         self._aligned_with = tuple(sorted(statistics))
+        sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
+        self._variance = total_of(sums).variance if sums else 0.0
         return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
 
-    def _starts_aligned(self, client: str) -> bool:
-        """Whether a client's training starts from the joint head; with one class it always does."""
+    def _uses_joint_head(self, client: str) -> bool:
+        """Whether a client trains with the joint head: from it, or with a Fisher under it.
+
+        A client with a single class always starts from it.
+        """
         alone = len(self.roster.participants.described[client].classes) == 1
-        return alone or self.config.train.head_start is HeadStart.ALIGNED
+        starts = alone or self.config.train.head_start is HeadStart.ALIGNED
+        return starts or fisher_apart(self.config)
 
     # -- who comes and goes between rounds --------------------------------------------------------
 
@@ -188,10 +197,16 @@ class Fitting:
         reported = {client: self.figures.get(client, {}) for client in sorted(clients)}
         flat = [c for c, own in reported.items() if _learnt_nothing(own.get("losses", []))]
         worse = [c for c, own in reported.items() if _is_worse(own)]
+        undone = [c for c, own in reported.items() if own.get("held", 0.0) > UNDONE]
         if flat:
             self.exchange.books.note(
                 f"{', '.join(flat)} learnt nothing: the training loss is not below its start. Each "
                 "still contributes its statistics to the joint head."
+            )
+        if undone:
+            setting = "beta" if self.ensembled else "alpha"
+            self.exchange.books.note(
+                f"The anchor undid the training of {', '.join(undone)}: lower `{setting}`."
             )
         if worse:
             self.exchange.books.note(
@@ -247,7 +262,8 @@ class Fitting:
         self.originals.check(client, vector)
         head = answer.head(answer.classes)
         head.check(who.described[client].classes, self.backbone.num_features, f"client {client!r}")
-        figures = checked_fractions(client, answer.figures)
+        held = {} if answer.held is None else {"held": answer.held}
+        figures = checked_fractions(client, {**answer.figures, **held})
         losses = checked_losses(client, answer)
         norm = norm_of(vector, self.backbone.theta_0)
         return vector, head, {**figures, "losses": losses, "norm": norm}
@@ -258,8 +274,11 @@ class Fitting:
         known |= {**figures, "losses": [*known.get("losses", []), *figures["losses"]]}
 
     def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
-        """Write a client's contribution to its folder."""
-        description, fishers = self.roster.participants.described[client], self.fishers
+        """Write a client's contribution to its folder, and note how far it went."""
+        description = self.roster.participants.described[client]
+        fisher = self.fishers.known(client) if self.config.server.keep_fisher else None
+        distance = self.fishers.distance(client, vector, self._variance)
+        self.figures.setdefault(client, {})["distance"] = distance
         Contribution(
             client=client,
             task_vector=vector,
@@ -267,14 +286,14 @@ class Fitting:
             statistics=description.statistics,
             num_examples=description.num_examples,
             lineage=lineage,
-            fisher=fishers.load(client) if self.config.server.keep_fisher else None,
+            fisher=fisher,
             settings=dict(self.config.of_client()),
         ).save(self.folder(client))
 
     def lineage(self, client: str) -> Lineage:
         """Clients whose data shaped a client's contribution, besides its own."""
         members = self.roster.participants.members if self.ensembled else ()
-        aligned_with = self._aligned_with if self._starts_aligned(client) else ()
+        aligned_with = self._aligned_with if self._uses_joint_head(client) else ()
         return Lineage(
             method=str(Method.IEL if self.ensembled else Method.ITA),
             anchored_by=self.fishers.anchored_by(client),

@@ -18,6 +18,7 @@ from fedcompo.audit.evaluation import clients_data, run_config_of
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.models import stream_composition
+from fedcompo.composition.scale import FactorBy
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.method.deltas import Weights
@@ -64,19 +65,20 @@ class Bench:
         return {data.name: data for data in found if data.name in self.registry.clients}
 
     def composed(self, pool: Pool) -> Weights:
-        """Some of the members' task vectors, composed as the registry composes."""
+        """Some of the members' task vectors, composed as the registry would after a removal."""
         stored, settings = self.registry.backbone, self.registry.settings
-        return dict(stream_composition(pool, stored, None, settings))
+        voted = self.registry.factor if self.registry.factor_by == FactorBy.VOTE else None
+        return dict(stream_composition(pool, stored, None, settings, voted))
 
     def head(self, theta: Mapping[str, Tensor], clients: Iterable[str]) -> Head:
-        """The joint head, aligned on the features of some weights, as clients would describe them.
+        """The joint head, made of the features of some weights, as clients would describe them.
 
         Args:
             theta: Target weights by name.
             clients: Whose classes it knows.
         """
         datas = [self.data[client] for client in clients]
-        mixtures = described(
+        statistics = described(
             self.backbone,
             dict(theta),
             datas,
@@ -84,11 +86,8 @@ class Bench:
             purpose="realign",
             linearised=self.registry.linearised,
         )
-        settings = self.registry.settings
-        return joint_head(
-            mixtures,
-            settings,
-        )
+        shrinkage = self.registry.shrinkage
+        return joint_head(statistics, self.registry.settings, shrinkage=shrinkage)
 
     def accuracies(
         self, theta: Mapping[str, Tensor], head: Head, clients: Iterable[str]

@@ -79,21 +79,22 @@ def tables(rows: list[Row]) -> str:
 
 
 def _accuracy(rows: list[Row]) -> str:
-    head = ["method", "kind", "seeds", "class-IL", "task-IL", "own task", "sent by a client, MB"]
-    lines = [[*head, "sent to it, MB", "seconds"]]
+    head = ["method", "kind", "seeds", "λ", "class-IL", "task-IL", "own task"]
+    lines = [[*head, "sent by a client, MB", "sent to it, MB", "seconds"]]
     for row in rows:
         cells = [spread(row.values(key(name))) for name in ("class_il", "task_il", "own_task")]
         cost = [spread(row.values(key(name))[:1], factor=1e-6, digits=2) for name in ("up", "down")]
         seconds = spread(row.values(key("seconds"))[:1], factor=1, digits=0)
-        lines.append([row.title, row.kind, str(len(row.seeds)), *cells, *cost, seconds])
+        scale = spread(row.values(key("scale")), factor=1)
+        lines.append([row.title, row.kind, str(len(row.seeds)), scale, *cells, *cost, seconds])
     return markdown_table(lines)
 
 
 def _heads(rows: list[Row]) -> str:
     head = [
         "clients' own, as trained",
-        "aligned on θ₀'s features",
-        "aligned on the composed model's",
+        "made of θ₀'s features",
+        "made of the composed model's",
     ]
     lines = [["method", "kind", *head]]
     for row in rows:

@@ -22,12 +22,13 @@ from methods import METHODS
 from fedcompo.composition.head import head_of
 from fedcompo.config.choices import kinds_of
 from fedcompo.errors import ContributionError
+from fedcompo.method.contribution import counts_of
 from fedcompo.method.heads import Head
 
 MEASURED = "measured"
 CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
 """Methods whose models are also specialised, and from which clients are removed."""
-COMPOSED = (*CHANGED, "head-only")
+COMPOSED = (*CHANGED, "softmax", "dense", "paper")
 """Methods whose composed model is also measured under other joint heads."""
 
 
@@ -82,6 +83,7 @@ def _reported(results: dict) -> dict[str, Any]:
         "gap": diagnostics.get("composition_gap"),
         "norm": fmean(norms) if norms else None,
         "arrivals": arrivals,
+        "scale": (results.get("scale") or {}).get("scale"),
     }
 
 
@@ -132,15 +134,12 @@ def _among(bench: Bench, theta: dict, clients: tuple[str, ...]) -> float:
 def under_other_heads(bench: Bench) -> dict[str, dict[str, float]]:
     """Class-IL accuracy of the composed weights with joint heads not fitted to their features.
 
-    *trained*: the clients' own heads side by side, as they left training; *frozen*: the head
-    aligned on θ₀'s features.
+    *trained*: the clients' own heads side by side, as they left training; *frozen*: the head made
+    of θ₀'s features.
     """
     clients, theta_p = bench.registry.clients, bench.composed(bench.pool)
     frozen = head_of(bench.pool, bench.registry.settings)
-    own = [
-        (member.head, {name: m.num_examples for name, m in member.features.items()})
-        for member in bench.pool
-    ]
+    own = [(member.head, counts_of(member.statistics)) for member in bench.pool]
     heads = {"trained": side_by_side(own, frozen.classes), "frozen": frozen}
     found = {name: bench.accuracies(theta_p, head, clients) for name, head in heads.items()}
     return {
@@ -209,9 +208,9 @@ def _means(found: dict[str, Any]) -> dict[str, float]:
 
 
 def _statistics_alone(bench: Bench) -> dict[str, Any]:
-    """Cost of a frozen backbone: the statistics of the first phase."""
+    """Cost of a frozen backbone: the first phase, with a Fisher that it could do without."""
     results = json.loads((bench.path.parent / "results.json").read_text())
-    phase, clients = results["phases"]["features"], len(bench.registry.clients)
+    phase, clients = results["phases"]["describe"], len(bench.registry.clients)
     return {"up": phase["bytes_received"] / clients, "down": phase["bytes_sent"] / clients}
 
 

@@ -5,9 +5,8 @@
     figures = evaluate_merges(Registry("runs/digits/registry"))
     figures["ties"]["class_il_accuracy"]
 
-Each merge gets what the run's own composition got: if that was realigned, the joint head is aligned
-again on features of the merged model, with the registry's samples, ridge and seed. Then every
-client measures.
+Each merge gets what the run's own composition got: if that was realigned, the joint head is made
+anew of features of the merged model, with the registry's settings. Then every client measures.
 """
 
 from __future__ import annotations
@@ -61,6 +60,7 @@ def evaluate_merges(
         return joint_head(
             described(backbone, theta, datas, config, purpose="realign", linearised=linearised),
             settings,
+            shrinkage=registry.shrinkage,
         )
 
     figures = {FROZEN: measured(backbone, {}, aligned, datas)}

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 ALL_KINDS = ("lora", "full", "ia3")
-FREE = {"alpha": "0", "head-alpha": "0", "head-decay": "0"}
-"""Settings without any penalty."""
+FREE = {"alpha": "0"}
+"""Settings without an anchor."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "frozen": Method("frozen backbone, aligned head", of="ita", kinds=("lora",)),
+    "frozen": Method("frozen backbone, joint head", of="ita", kinds=("lora",)),
     "ita": Method("ITA"),
     "no-penalty": Method("task arithmetic, no penalty", FREE),
-    "head-only": Method("ITA, penalty on the head only", {"alpha": "0"}),
+    "softmax": Method("ITA, Fisher of the class probabilities", {"curvature": "exact"}),
+    "dense": Method("ITA, dense Fisher", {"fisher-form": "dense"}),
+    "paper": Method("as published", {"preset": "paper"}),
     "iel": Method("IEL", {"method": "iel"}, in_rounds=1),
     "iel-no-penalty": Method(
         "IEL, no penalty", {**FREE, "method": "iel", "beta": "0"}, in_rounds=1

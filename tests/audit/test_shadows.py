@@ -17,6 +17,7 @@ from torch.func import functional_call
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.shadows import ClientTraining, halves, train_shadows
 from fedcompo.config.choices import Kind
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.registry.registry import Registry
@@ -32,7 +33,7 @@ def data(tmp_path_factory) -> str:
 
 
 def images_of(registry: Registry, client: str = CLIENT):
-    config = config_of(registry.contribution(client).settings["data"])
+    config = RunConfig.stored(registry.contribution(client).settings)
     (found,) = clients_data(config.data, registry.backbone.load(), seed=0, wanted=(client,))
     return found
 
@@ -92,8 +93,12 @@ def trained_again(registry: Registry, client: str) -> dict[str, torch.Tensor]:
         OTHERS,
         {**OTHERS, "head_start": "probe"},
         {**FREE, "head_start": "aligned"},
+        {**FREE, "head_start": "zero", "fisher_form": "dense"},
+        {**FREE, "head_start": "own"},
         {**OTHERS, "alpha": 0.0},
         {**FREE, "fisher_examples": 4, "penalty": "coupled"},
+        {**OTHERS, "fisher_form": "dense", "local_steps": 9},
+        {**OTHERS, "num_tasks": 4},  # clients of one class
     ],
     ids=str,
 )
@@ -110,7 +115,8 @@ def test_on_the_clients_own_images_a_shadow_becomes_the_client(settings, kind, d
 
 @pytest.mark.parametrize("anchor", ["others", "own"])
 def test_so_it_does_after_a_run_of_the_real_server(anchor, tmp_path):
-    run({}, tmp_path / "out", head_start="probe", anchor=anchor, realign=False, kind="lora,full")
+    settings = {"head_start": "probe", "anchor": anchor, "realign": False, "aside": 0.0}
+    run({}, tmp_path / "out", **settings, kind="lora,full")
     registry = Registry(tmp_path / "out" / "registry")
     training = ClientTraining.of(registry, CLIENT, registry.backbone.load())
     config = training.config
@@ -126,7 +132,6 @@ def test_so_it_does_after_a_run_of_the_real_server(anchor, tmp_path):
 def test_a_reference_anchors_shadows_too(data, tmp_path):
     backbone = pico_backbone()
     sums = random_like(backbone.theta_0, seed=1, positive=True)
-    sums |= {"head.weight": torch.zeros(0, backbone.num_features), "head.bias": torch.zeros(0)}
     path = tmp_path / "reference.safetensors"
     save_reference(path, FisherDiagonal(sums, 10), base=backbone.fingerprint)
     config = config_of(data, anchor="reference", reference=str(path), alpha=1.0, local_epochs=2)

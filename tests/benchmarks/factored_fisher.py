@@ -1,4 +1,4 @@
-"""A Fisher in fewer numbers, beside the exact one: bytes, distance, and how firmly it holds.
+"""A Fisher in fewer numbers, beside the dense one: bytes, distance, and how firmly it holds.
 
     python tests/benchmarks/factored_fisher.py
     python tests/benchmarks/factored_fisher.py --data npz:data/cifar100_32.npz --classes 20 \
@@ -15,26 +15,22 @@ import argparse
 import functools
 import math
 import operator
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.config.choices import FisherForm, FisherKind, Kind, Wire
+from fedcompo.config.choices import FisherForm, Kind, Wire
 from fedcompo.config.run import BackboneConfig, DataConfig, FisherConfig, TrainConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights
-from fedcompo.method.features import extract_features
-from fedcompo.method.fisher import HEAD, FisherDiagonal
-from fedcompo.method.heads import fit_head, zero_head
+from fedcompo.method.fisher import FisherDiagonal, expanded
+from fedcompo.method.heads import zero_head
 from fedcompo.method.penalties import ita_penalty
-from fedcompo.privacy.factored import reduced, restored
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.fit import fit_task_vector
-from fedcompo.training.probing import fisher_of_images, fit_probe
+from fedcompo.training.probing import fisher_of_images
 
 CLIENTS = 5
 ROWS = [(form, wire) for form in (FisherForm.DENSE, FisherForm.FACTORED) for wire in Wire]
@@ -62,42 +58,30 @@ def main() -> None:
         load_client_data(source, backbone.preprocessing, partition=i, seed=0)
         for i in range(CLIENTS)
     ]
-    fishers = exact_fishers(backbone, clients)
+    fishers = [
+        fisher_of_images(backbone, d.train.images, FisherConfig(), seed=0, owner=d.name)[0]
+        for d in clients
+    ]
     taus = changes(backbone, clients[0], arguments.epochs)
     print_table(backbone, fishers[1:], taus)
 
 
-def exact_fishers(backbone: Backbone, clients: list[ClientData]) -> list[FisherDiagonal]:
-    """Each client's, under one head of all classes, as the joint one is."""
-    features = [extract_features(backbone.forward({}), data.train.images) for data in clients]
-    classes = tuple(name for data in clients for name in data.classes)
-    starts = [sum(len(data.classes) for data in clients[:i]) for i in range(len(clients))]
-    labels = [data.train.labels + first for data, first in zip(clients, starts, strict=True)]
-    start = zero_head(classes, backbone.num_features)
-    head = fit_head(torch.cat(features), torch.cat(labels), start, ridge=1e-3)
-    config = FisherConfig(fisher=FisherKind.EXACT)
-    return [
-        fisher_of_images(backbone, head, data.train.images, config, seed=0, owner=data.name)[0]
-        for data in clients
-    ]
-
-
 def changes(backbone: Backbone, data: ClientData, epochs: int) -> dict[str, Weights]:
-    """Task vectors by name: random, and trained from the client's own probe without an anchor."""
+    """Task vectors by name: random, and trained from a head of zeros without an anchor."""
     generator = torch.Generator().manual_seed(0)
     found = {
         "random": {
             n: torch.randn(w.shape, generator=generator) for n, w in backbone.theta_0.items()
         }
     }
-    probe = fit_probe(backbone, data.train, data.classes, ridge=1e-3)
+    start = zero_head(data.classes, backbone.num_features)
     for kind in (Kind.FULL, Kind.LORA, Kind.IA3):
         fitted = fit_task_vector(
             backbone,
             kind,
             data.train,
-            probe,
-            TrainConfig(kind=str(kind), local_epochs=epochs),
+            start,
+            TrainConfig(kind=str(kind), local_epochs=epochs, local_steps=0),
             generator=generator_for(0, "train", data.name),
         )
         found[str(kind)] = fitted.task_vector.dense(backbone.theta_0)
@@ -107,8 +91,8 @@ def changes(backbone: Backbone, data: ClientData, epochs: int) -> dict[str, Weig
 def print_table(
     backbone: Backbone, fishers: list[FisherDiagonal], taus: dict[str, Weights]
 ) -> None:
-    """Print one row for each form and wire; the first is the exact Fisher."""
-    exact = of_backbone(functools.reduce(operator.add, fishers).sums)
+    """Print one row for each form and wire; the first is the dense Fisher itself."""
+    exact = expanded(functools.reduce(operator.add, fishers).sums, backbone.theta_0)
     names = [f"penalty, {name}" for name in taus]
     print("| form | wire | bytes a client | relative error | cosine | " + " | ".join(names) + " |")
     print("|" + "---|" * (5 + len(names)))
@@ -127,21 +111,16 @@ def print_table(
 def sent(
     backbone: Backbone, fishers: list[FisherDiagonal], form: FisherForm, wire: Wire
 ) -> tuple[Weights, int]:
-    """The sum of what arrives, without the heads, and the mean bytes of tensors a client."""
-    total, size = None, 0
+    """The sum of what arrives, dense, and the mean bytes of tensors a client."""
+    arrived, size = [], 0
     for fisher in fishers:
-        coded = encode(prefixed("fisher", reduced(fisher.sums, form)), wire)
+        parts = (fisher.reduced() if form is FisherForm.FACTORED else fisher).sums
+        coded = encode(prefixed("fisher", parts), wire)
         size += sum(t.numel() * t.element_size() for t in coded.values())
-        parts = section("fisher", decode(coded, wire, source="benchmark"))
-        sums = restored(parts, form, backbone.theta_0, owner="benchmark")
-        one = FisherDiagonal(sums, fisher.num_examples, fisher.classes)
-        total = one if total is None else total + one
-    assert total is not None
-    return of_backbone(total.sums), size // len(fishers)
-
-
-def of_backbone(sums: Mapping[str, Tensor]) -> Weights:
-    return {name: total.float() for name, total in sums.items() if name not in HEAD}
+        received = section("fisher", decode(coded, wire, source="benchmark"))
+        arrived.append(FisherDiagonal(received, fisher.num_examples))
+    total = functools.reduce(operator.add, arrived)
+    return expanded(total.sums, backbone.theta_0), size // len(fishers)
 
 
 def cosine(one: Weights, other: Weights) -> float:

@@ -83,6 +83,7 @@ def test_parsing_what_flat_returns_gives_the_same_settings():
         "alpha": 0.5,
         "curvature": "exact",
         "scale": "2.5",
+        "aside": 0.0,
         "penalty": "coupled",
         "head-start": "probe",
         "anchor": "reference",
@@ -262,6 +263,13 @@ def test_a_scale_is_a_number_however_it_is_written(value):
     assert RunConfig.parse(config.flat()) == config
 
 
+def test_nothing_is_kept_aside_where_there_is_nothing_to_choose():
+    config = RunConfig.parse({"scale": 2, "aside": 0.2})
+    assert config.train.aside == 0.0
+    assert RunConfig.parse(config.flat()) == config
+    assert RunConfig.parse({"aside": 0.2}).train.aside == 0.2
+
+
 def test_a_scale_that_is_chosen_is_no_number():
     assert RunConfig.parse({"scale": "auto"}).compose.fixed_scale is None
     assert "`scale` must be of type str, got True" in fault_of(scale=True)
@@ -306,7 +314,7 @@ def test_settings_stored_before_there_were_sums_are_read_as_what_they_meant():
     assert config.fisher.curvature is Curvature.EXACT
     assert (config.train.local_steps, config.train.aside) == (0, 0.0)
     assert set(OBSOLETE) < old.keys()
-    kept = old.keys() - set(OBSOLETE) - {"scale"}  # 1.0 then, a text now
+    kept = old.keys() - set(OBSOLETE) - {"scale", "penalty"}
     assert config.compose.fixed_scale == 1.0
     assert {key: config.flat()[key] for key in kept} == {key: old[key] for key in kept}
     with pytest.raises(ConfigError, match="`fisher-tolerance` is no setting"):
@@ -314,7 +322,10 @@ def test_settings_stored_before_there_were_sums_are_read_as_what_they_meant():
 
 
 def test_obsolete_values_of_stored_settings_are_translated():
-    config = RunConfig.stored({"fisher": "monte-carlo", "fisher-form": "head"})
+    config = RunConfig.stored(
+        {"fisher": "monte-carlo", "fisher-form": "head", "penalty": "implicit", "alpha": 3.0}
+    )
+    assert (config.train.penalty, config.train.alpha) == (Penalty.EXPLICIT, 3.0)  # in one unit
     assert config.fisher.curvature is Curvature.MONTE_CARLO
     assert config.caps.fisher_form is FisherForm.NONE
     assert RunConfig.stored({"fisher": "leading"}).fisher.curvature is Curvature.EXACT
@@ -366,4 +377,5 @@ def test_any_scalars_are_either_settings_of_the_right_type_or_refused(values):
     assert all(type(flat[key]) is type(DEFAULTS[key]) for key in flat)
     if config == RunConfig.parse({**values, "preset": "default"}):
         given = {key: str(value) if key == "scale" else value for key, value in values.items()}
-        assert all(flat[key] == value for key, value in given.items() if key != "preset")
+        resolved = {"preset"} if flat["scale"] == "auto" else {"preset", "aside"}
+        assert all(flat[key] == value for key, value in given.items() if key not in resolved)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,19 +10,19 @@ from builders import pico_backbone
 
 from clients.local import LocalClient
 from fedcompo.audit.evaluation import clients_data
-from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import AnchorBy, HeadStart, Kind, kinds_of
 from fedcompo.config.run import RunConfig
-from fedcompo.messages.requests import ANCHOR, FisherRequest, TrainRequest, anchor_tensors
+from fedcompo.messages.answers import DescribeAnswer
+from fedcompo.messages.requests import ANCHOR, DescribeRequest, TrainRequest
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
-from fedcompo.training.penalty import Anchor
+from fedcompo.training.anchors import FisherSums
 from fedcompo.training.probing import load_reference
 
 CLIENTS = 2
@@ -37,16 +35,13 @@ LEARNT_BY_HEART = {
     "learning-rate": 0.001,
     "scale": float(CLIENTS),
     "alpha": 0.0,
-    "head-alpha": 0.0,
-    "head-decay": 10.0,
     "head-start": "aligned",
-    "align-samples": 16,
-    "mixture-components": 1,
+    "local-steps": 0,
 }
-"""Settings under which noise ends up in the backbone: the head can hardly move."""
+"""Settings under which noise ends up in the backbone."""
 FREE = {"head_start": "probe", "anchor": "own", "alpha": 0.1}
 """Settings, of :func:`config_of`, under which nobody is trained with anything of another."""
-OTHERS = {"anchor": "others", "alpha": 0.1, "head_alpha": 0.025}
+OTHERS = {"anchor": "others", "alpha": 0.1}
 """Settings under which everybody is."""
 
 
@@ -74,56 +69,52 @@ def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> R
     kinds = kinds_of(config.train.kind)
     dealt = {client.name: kinds[index % len(kinds)] for index, client in enumerate(clients)}
     clients = [client for client in clients if client.name not in without]
-    described = {}
-    for client in clients:
-        described[client.name] = client.features().mixtures
+    described = {client.name: client.describe(DescribeRequest(fisher=True)) for client in clients}
     settings = CompositionSettings.of(config)
-    aligned = joint_head(described, settings)
-    fishers = {client.name: _fisher(client, aligned) for client in clients}
+    aligned = joint_head({name: said.statistics for name, said in described.items()}, settings)
+    by, reference = config.train.anchor, None
+    if by is AnchorBy.REFERENCE:
+        reference = load_reference(Path(config.train.reference), base=backbone.fingerprint)
+    fishers = {name: _fisher(said) for name, said in described.items()}
+    sums = FisherSums.of(fishers, fishers.__getitem__, by=by, reference=reference)
     registry = Registry.create(path, backbone, settings)
     registry.add(
         *(
-            _trained(client, dealt[client.name], aligned, fishers, described[client.name], backbone)
+            _trained(client, dealt[client.name], aligned, sums, described[client.name])
             for client in clients
         )
     )
     return registry
 
 
-def _fisher(client: LocalClient, aligned: Head) -> FisherDiagonal:
-    answer = client.fisher(FisherRequest(joint=aligned))
-    return FisherDiagonal(answer.parts, answer.num_examples, answer.classes)
+def _fisher(said: DescribeAnswer) -> FisherDiagonal:
+    assert said.fisher is not None
+    return FisherDiagonal(said.fisher.parts, said.fisher.num_examples)
 
 
-def _trained(client, kind: Kind, aligned: Head, fishers, mixtures, backbone: Backbone):
+def _trained(
+    client: LocalClient, kind: Kind, aligned: Head, sums: FisherSums, said: DescribeAnswer
+) -> Contribution:
     settings, name = client.config.train, client.name
-    others = tuple(other for other in sorted(fishers) if other != name)
-    total = functools.reduce(operator.add, (fishers[other] for other in sorted(fishers)))
-    anchoring = {
-        AnchorBy.OTHERS: lambda: total - fishers[name],
-        AnchorBy.OWN: lambda: fishers[name],
-        AnchorBy.REFERENCE: lambda: load_reference(
-            Path(settings.reference), base=backbone.fingerprint
-        ),
-    }[settings.anchor]()
-    mean = anchoring.for_classes(client.data.classes).mean()
-    weight, bias = mean.pop("head.weight"), mean.pop("head.bias")
-    sent = {ANCHOR: anchor_tensors(Anchor(mean, weight, bias))}
+    others = tuple(other for other in sums.members if other != name)
+    mean = sums.mean_for(name)
+    sent = {ANCHOR: mean} if mean is not None else {}
     answer = client.train(
-        TrainRequest(joint=aligned, kind=kind, frozen=True, needs={ANCHOR: ""}, sent=sent)
+        TrainRequest(
+            joint=aligned, kind=kind, frozen=True, needs=dict.fromkeys(sent, ""), sent=sent
+        )
     )
-    is_anchored = settings.alpha > 0 or settings.head_alpha > 0
-    is_aligned = settings.head_start is HeadStart.ALIGNED
+    is_anchored, is_aligned = settings.alpha > 0, settings.head_start is HeadStart.ALIGNED
     return Contribution(
         client=name,
-        task_vector=TaskVector(kind, answer.task_vector, backbone.fingerprint),
+        task_vector=TaskVector(kind, answer.task_vector, client.backbone.fingerprint),
         head=answer.head(answer.classes),
-        features=mixtures,
+        statistics=said.statistics,
         num_examples=len(client.data.train.labels),
         lineage=Lineage(
             anchored_by=others if is_anchored and settings.anchor is AnchorBy.OTHERS else (),
             aligned_with=others if is_aligned else (),
         ),
-        fisher=fishers[name],
+        fisher=_fisher(said),
         settings=dict(client.config.of_client()),
     )

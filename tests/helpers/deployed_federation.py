@@ -51,7 +51,7 @@ TWO = {client: DIGITS[client] for client in ("hospital-a", "hospital-b")}
 QUICK: dict[str, Scalar] = {
     "seed": 3,
     "local-epochs": 1,
-    "local-steps": 0,
+    "local-steps": 2,
     "rank": 2,
     "fisher-examples": 6,
     "realign": False,

@@ -16,7 +16,7 @@ QUICK = {
     "num-classes": 4,
     "images-per-class": 12,
     "local-epochs": 1,
-    "local-steps": 0,
+    "local-steps": 2,
     "rank": 2,
     "fisher-examples": 6,
 }
@@ -25,7 +25,7 @@ LIMIT = 300
 SHARED: dict[str, Scalar] = {
     "seed": 3,
     "local-epochs": 1,
-    "local-steps": 0,
+    "local-steps": 2,
     "rank": 2,
     "fisher-examples": 6,
     "realign": False,

@@ -36,6 +36,8 @@ SMALL = {
     "num_server_rounds": 2,
     "batch_size": 8,
     "beta": 5.0,
+    "head_start": "aligned",
+    "scale": 1.0,
     "realign": False,
     "timeout": 1.0,  # an answer is there as soon as its request was sent, or never
 }
@@ -71,6 +73,16 @@ def federate(
     """
     given = {**SMALL, "data": f"folder:{images}", "num_clients": clients, **settings}
     return run({**(grid or {}), "clients": clients}, output, **given)
+
+
+def notes_of(results: Mapping[str, list[str]]) -> list[str]:
+    """Notes but those on how well clients trained: their images are noise."""
+    of_noise = ("The own task vector of", "The task vector of", "The anchor undid")
+    return [
+        note
+        for note in results["notes"]
+        if not note.startswith(of_noise) and "learnt nothing" not in note
+    ]
 
 
 class Wire:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import normal, pico_weights, random_head, random_like, task_vector
 
-from fedcompo.config.choices import FisherForm, Kind
+from fedcompo.config.choices import FisherForm, Kind, Statistics
 from fedcompo.errors import FileFormatError
 from fedcompo.messages import answers, requests
 from fedcompo.messages.answers import Process, caps_of
@@ -18,14 +18,14 @@ from fedcompo.messages.requests import (
     Round,
     TrainRequest,
     addressed,
-    anchor_tensors,
     own_tensors,
     registered_name,
 )
 from fedcompo.method.features import FeatureMixture
+from fedcompo.method.fisher import expanded
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.storage.files import canonical
 from fedcompo.training.fit import Course
-from fedcompo.training.penalty import Anchor
 
 THETA_0 = pico_weights(dtype=torch.float32)
 CLASSES = ("cat", "dog")
@@ -34,7 +34,12 @@ HEAD = random_head(CLASSES, 3, seed=2)
 VECTOR = dict(task_vector(Kind.LORA, THETA_0, seed=3, base="pico@0").tensors)
 REST = random_like(THETA_0, seed=4)
 FISHER = random_like(THETA_0, seed=5, positive=True)
-METRIC = Anchor(FISHER, normal(2, 3, seed=6).square(), normal(2, seed=7).square())
+FACTORED = {
+    f"{name}/{end}": total.sum(axis)
+    for name, total in FISHER.items()
+    for end, axis in (("rows", 1), ("columns", 0))
+}
+SUMS = FeatureSums.of(normal(9, 3, seed=6), torch.tensor([0] * 5 + [1] * 4), CLASSES)
 MIXTURE = FeatureMixture(normal(2, seed=8), normal(2, 3, seed=9), normal(2, 3, seed=10).square(), 5)
 OTHER_MIXTURE = FeatureMixture(
     normal(1, seed=11), normal(1, 3, seed=12), normal(1, 3, seed=13).square(), 4
@@ -48,11 +53,6 @@ def named(prefix: str, tensors: dict) -> dict:
 HEAD_BODY = {"head/weight": HEAD.weight, "head/bias": HEAD.bias}
 JOINT_BODY = {"head/weight": JOINT.weight, "head/bias": JOINT.bias}
 JOINT_CLASSES = {"classes": ["ape", "cat", "dog"]}
-ANCHOR_BODY = {
-    "head/weight": METRIC.head_weight,
-    "head/bias": METRIC.head_bias,
-    **named("weights", FISHER),
-}
 OWN_BODY = {**named("task_vector", VECTOR), **HEAD_BODY}
 ALONE = {**JOINT_CLASSES, "kind": "lora", "frozen": True}
 ENSEMBLE = {"ensemble": {"share": 0.25, "scale": 2.0}}
@@ -65,30 +65,46 @@ MIXTURES_BODY = {
     "features/dog/variances": OTHER_MIXTURE.variances,
 }
 WHO = {"client": "ann", "base": "pico@0", "classes": ["cat", "dog"]}
-COUNTS = {"mixtures": {"cat": 5, "dog": 4}, "num_examples": 9, "num_test_examples": 7}
+COUNTS = {"mixtures": {"cat": 5, "dog": 4}}
+ABOUT = {"num_test_examples": 7, "noised": False}
 ANN = {"client": "ann", "base": "pico@0", "classes": CLASSES}
-DESCRIBED = {**ANN, "mixtures": {"cat": MIXTURE, "dog": OTHER_MIXTURE}, "num_test_examples": 7}
+MIXTURES = {"cat": MIXTURE, "dog": OTHER_MIXTURE}
 INT8 = {"wire_error": 0.01, "wire": "int8"}
 CODED = {"fisher/w": torch.zeros(2, dtype=torch.uint8), "scales/fisher/w": torch.ones(1)}
 
 CASES = {
     "identify": (requests.IdentifyRequest(), {}, {}),
-    "features": (requests.FeaturesRequest(), {}, {}),
+    "describe": (requests.DescribeRequest(fisher=True), {}, {"fisher": True}),
     "notice": (
         requests.NoticeRequest(text="eve left", record="{}"),
         {},
         {"text": "eve left", "record": "{}"},
     ),
-    "fisher under its own head": (requests.FisherRequest(), {}, {}),
     "fisher": (requests.FisherRequest(joint=JOINT), JOINT_BODY, JOINT_CLASSES),
     "realign": (
-        requests.RealignRequest(theta=REST, linearised=True),
-        named("theta", REST),
-        {"linearised": True},
+        requests.RealignRequest(
+            total=REST, linearised=True, factors=(0.0, 0.5), form=Statistics.SUMS, vote=True
+        ),
+        named("total", REST),
+        {"linearised": True, "factors": [0.0, 0.5], "statistics": "sums", "vote": True},
+    ),
+    "vote": (
+        requests.VoteRequest(total=REST, linearised=False, factors=(0.5,), heads=(JOINT, JOINT)),
+        {
+            **named("total", REST),
+            **named("heads/0", JOINT_BODY),
+            **named("heads/1", JOINT_BODY),
+        },
+        {**JOINT_CLASSES, "linearised": False, "factors": [0.5], "heads": 2},
     ),
     "evaluate": (
         requests.EvaluateRequest(theta=REST, joint=JOINT, linearised=False),
         {**named("theta", REST), **JOINT_BODY},
+        {**JOINT_CLASSES, "linearised": False},
+    ),
+    "evaluate, beside the clients' own heads": (
+        requests.EvaluateRequest(theta=REST, joint=JOINT, linearised=False, own_heads=JOINT),
+        {**named("theta", REST), **JOINT_BODY, **named("heads", JOINT_BODY)},
         {**JOINT_CLASSES, "linearised": False},
     ),
     "train, held by nothing": (
@@ -102,9 +118,9 @@ CASES = {
             kind=Kind.LORA,
             frozen=True,
             needs={"anchor": ""},
-            sent={ANCHOR: anchor_tensors(METRIC)},
+            sent={ANCHOR: FACTORED},
         ),
-        {**JOINT_BODY, **named("anchor", ANCHOR_BODY)},
+        {**JOINT_BODY, **named("anchor", FACTORED)},
         {**ALONE, "needs": {"anchor": ""}},
     ),
     "train inside the members": (
@@ -159,28 +175,42 @@ CASES = {
     "answer to identify": (
         answers.IdentifyAnswer(**ANN, num_test_examples=7),
         {},
-        {"content": "identify", **WHO, "num_test_examples": 7},
+        {"content": "identify", **WHO, **ABOUT},
     ),
-    "answer to features": (
-        answers.FeaturesAnswer(**DESCRIBED),
+    "answer to describe, with mixtures": (
+        answers.DescribeAnswer(**ANN, num_test_examples=7, statistics=MIXTURES),
         MIXTURES_BODY,
-        {"content": "features", **WHO, **COUNTS, "kind": ""},
+        {"content": "describe", **WHO, **ABOUT, **COUNTS, "kind": ""},
     ),
-    "answer to features under noise, by one who insists on a kind": (
-        answers.FeaturesAnswer(**DESCRIBED, kind=Kind.IA3, caps={"noise": 2.0, "clip": 1.0}),
+    "answer to describe under noise, by one who insists on a kind": (
+        answers.DescribeAnswer(
+            **ANN,
+            num_test_examples=7,
+            noised=True,
+            statistics=MIXTURES,
+            kind=Kind.IA3,
+            caps={"noise": 2.0, "clip": 1.0},
+        ),
         MIXTURES_BODY,
         {
-            "content": "features",
+            "content": "describe",
             **WHO,
+            "num_test_examples": 7,
+            "noised": True,
             **COUNTS,
             "kind": "ia3",
             "caps": {"noise": 2.0, "clip": 1.0},
         },
     ),
     "answer to realign": (
-        answers.RealignAnswer(**DESCRIBED),
-        MIXTURES_BODY,
-        {"content": "realign", **WHO, **COUNTS, "kind": ""},
+        answers.RealignAnswer(**ANN, statistics=(MIXTURES, MIXTURES)),
+        {**named("0", MIXTURES_BODY), **named("1", MIXTURES_BODY)},
+        {"content": "realign", **WHO, "statistics": [COUNTS, COUNTS]},
+    ),
+    "answer to vote": (
+        answers.VoteAnswer(**ANN, hits=(3, 4), losses=(0.5, 0.25), num_examples=5),
+        {},
+        {"content": "vote", **WHO, "hits": [3, 4], "losses": [0.5, 0.25], "num_examples": 5},
     ),
     "answer to fisher": (
         answers.FisherAnswer(
@@ -204,19 +234,19 @@ CASES = {
             **ANN,
             tensors=CODED,
             num_examples=9,
-            form=FisherForm.HEAD,
+            form=FisherForm.FACTORED,
             report={},
-            caps={"form": "head", **INT8},
+            caps={"form": "factored", **INT8},
         ),
         CODED,
         {
             "content": "fisher",
             **WHO,
             "num_examples": 9,
-            "form": "head",
+            "form": "factored",
             "report": {},
             "wire": "int8",
-            "caps": {"form": "head", **INT8},
+            "caps": {"form": "factored", **INT8},
         },
     ),
     "answer to train": (
@@ -275,18 +305,9 @@ CASES = {
             tensors=OWN_BODY,
             kind=Kind.LORA,
             losses=(0.5,),
-            frozen_class_il_accuracy=0.25,
-            frozen_task_il_accuracy=0.5,
         ),
         OWN_BODY,
-        {
-            "content": "train",
-            "kind": "lora",
-            "base": "pico@0",
-            "losses": [0.5],
-            "frozen_class_il_accuracy": 0.25,
-            "frozen_task_il_accuracy": 0.5,
-        },
+        {"content": "train", "kind": "lora", "base": "pico@0", "losses": [0.5]},
     ),
     "answer to evaluate": (
         answers.EvaluateAnswer(**ANN, class_il_accuracy=0.5, task_il_accuracy=0.75),
@@ -326,8 +347,55 @@ def test_an_answer_says_what_its_process_took_and_ran():
 
 @pytest.mark.parametrize("told", [{"noise": 1.0}, "int8", ["head"]])
 def test_whatever_an_answer_tells_of_caps_is_handed_on_to_be_judged(told):
-    assert caps_of(({}, {"caps": told})) == told
-    assert caps_of(({}, {})) == {}
+    assert caps_of(({}, {"caps": told})) == [told]
+    assert caps_of(({}, {"caps": told, "fisher": {"caps": {"noise": 2.0}}})) == [
+        told,
+        {"noise": 2.0},
+    ]
+    assert caps_of(({}, {"fisher": True})) == []
+
+
+def test_sums_and_a_fisher_come_in_one_message():
+    fisher = answers.FisherAnswer(
+        **ANN,
+        tensors=named("fisher", FACTORED),
+        num_examples=9,
+        form=FisherForm.FACTORED,
+        report={},
+        caps=INT8,
+    )
+    sent = answers.DescribeAnswer(**ANN, num_test_examples=7, statistics=SUMS, fisher=fisher)
+    tensors, manifest = sent.to_body()
+    assert manifest["wire"] == "int8"  # of the whole message
+    assert manifest["sums"] == {"cat": 5, "dog": 4}
+    read = answers.DescribeAnswer.from_body((tensors, manifest))
+    assert read.fisher == fisher
+    for name, tensor in SUMS.tensors().items():
+        assert torch.equal(read.statistics.tensors()[name], tensor)
+    again = answers.RealignAnswer(**ANN, statistics=(SUMS,)).to_body()
+    (own,) = answers.RealignAnswer.from_body(again).statistics
+    assert torch.equal(own.sums, SUMS.sums)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors, manifest: manifest["sums"].update(cat=6), "their manifest says"),
+        (lambda tensors, manifest: manifest["sums"].update(cat=-1), "whole number"),
+        (
+            lambda tensors, manifest: tensors.update(
+                {"statistics/second": tensors["statistics/second"].bool()}
+            ),
+            "torch.bool",
+        ),
+    ],
+)
+def test_sums_that_cannot_be_true_are_refused(change, reason):
+    sent = answers.DescribeAnswer(**ANN, num_test_examples=7, statistics=SUMS)
+    tensors, manifest = sent.to_body()
+    change(tensors, manifest)
+    with pytest.raises(FileFormatError, match=reason):
+        answers.DescribeAnswer.from_body((tensors, manifest))
 
 
 @pytest.mark.parametrize("name", ["../own", "/etc/own", "theta"])
@@ -341,7 +409,8 @@ def test_a_server_cannot_have_a_client_keep_what_it_likes(name):
 def test_an_entry_that_is_missing_is_named(case):
     """Those that may be missing have a value that stands for it, or make another message."""
     message, tensors, manifest = CASES[case]
-    optional = {"content", "caps", "wire", "num_examples", "form", "holds", "kind", "classes"}
+    optional = {"content", "caps", "wire", "noised", "form", "holds", "kind", "classes"}
+    optional |= {"mixtures"}  # without them it says sums
     optional |= {key for key in manifest if key.endswith("accuracy")}
     optional |= {"ensemble", "round", "proximal-mu"}
     for key in manifest.keys() - optional:
@@ -353,7 +422,7 @@ def test_an_entry_that_is_missing_is_named(case):
 def test_what_a_request_to_train_needs_besides_is_read_from_what_came_along():
     request = CASES["train in a round"][0]
     assert request.lacks == ("anchor",)
-    course = request.course(base="pico@0", classes=CLASSES, beta=7.0)
+    course = request.course(THETA_0, base="pico@0", classes=CLASSES, beta=7.0)
     ensemble = course.ensemble
     assert (course.head, course.anchor) == (HEAD, None)
     assert (course.begin.kind, course.begin.base) == (Kind.LORA, "pico@0")
@@ -365,8 +434,16 @@ def test_what_a_request_to_train_needs_besides_is_read_from_what_came_along():
 
 def test_a_request_to_train_alone_brings_a_metric_or_nothing():
     who = {"base": "pico@0", "classes": CLASSES, "beta": 1.0}
-    assert CASES["train"][0].course(**who) == Course(anchor=METRIC)
-    assert CASES["train, held by nothing"][0].course(**who) == Course()
+    anchor = CASES["train"][0].course(THETA_0, **who).anchor
+    dense = expanded(FACTORED, THETA_0)
+    assert all(torch.equal(anchor.weights[name], dense[name]) for name in THETA_0)
+    assert CASES["train, held by nothing"][0].course(THETA_0, **who) == Course()
+
+
+def test_the_head_of_a_single_class_is_not_trained():
+    request = CASES["train in a round"][0]
+    course = request.course(THETA_0, base="pico@0", classes=("cat",), beta=1.0)
+    assert (course.fixed, course.head) == (True, None)
 
 
 def test_what_was_trained_is_read_from_the_tensors_that_came():

@@ -11,17 +11,19 @@ import pytest
 import torch
 from builders import KINDS, altered, contribution
 
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, Statistics
 from fedcompo.errors import BackboneMismatch, FileFormatError
 from fedcompo.method.contribution import (
     CARD,
     CONTENT,
     FISHER,
+    AnyStatistics,
     Contribution,
+    counts_of,
     load_fisher,
     save_fisher,
+    statistics_tensors,
 )
-from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.lineage import Lineage
 from fedcompo.storage import tensorfile
@@ -37,10 +39,12 @@ def rewrite_card(folder: Path, **entries: object) -> None:
     (folder / CARD).write_text(json.dumps({**card, **entries}))
 
 
-def assert_same_mixture(actual: FeatureMixture, expected: FeatureMixture) -> None:
-    assert actual.num_examples == expected.num_examples
-    for part in ("weights", "means", "variances"):
-        assert torch.equal(getattr(actual, part), getattr(expected, part))
+def assert_same_statistics(actual: AnyStatistics, expected: AnyStatistics) -> None:
+    assert counts_of(actual) == counts_of(expected)
+    tensors = statistics_tensors(actual)
+    assert tensors.keys() == statistics_tensors(expected).keys()
+    for name, tensor in statistics_tensors(expected).items():
+        assert torch.equal(tensors[name], tensor)
 
 
 def assert_same(actual: Contribution, expected: Contribution) -> None:
@@ -54,22 +58,20 @@ def assert_same(actual: Contribution, expected: Contribution) -> None:
     assert actual.head.classes == expected.head.classes
     assert torch.equal(actual.head.weight, expected.head.weight)
     assert torch.equal(actual.head.bias, expected.head.bias)
-    assert actual.features.keys() == expected.features.keys()
-    for name, mixture in expected.features.items():
-        assert_same_mixture(actual.features[name], mixture)
+    assert_same_statistics(actual.statistics, expected.statistics)
     assert (actual.fisher is None) == (expected.fisher is None)
     if expected.fisher is not None:
         assert actual.fisher.num_examples == expected.fisher.num_examples
-        assert actual.fisher.classes == expected.fisher.classes
         assert actual.fisher.sums.keys() == expected.fisher.sums.keys()
         for name, total in expected.fisher.sums.items():
             assert torch.equal(actual.fisher.sums[name], total)
 
 
+@pytest.mark.parametrize("statistics", Statistics)
 @pytest.mark.parametrize("with_fisher", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_loaded_is_what_was_saved(kind, with_fisher, tmp_path):
-    given = contribution("hospital-b", kind, with_fisher=with_fisher)
+def test_what_is_loaded_is_what_was_saved(kind, with_fisher, statistics, tmp_path):
+    given = contribution("hospital-b", kind, with_fisher=with_fisher, statistics=statistics)
     given.save(tmp_path / "hospital-b")
     assert_same(Contribution.open(tmp_path / "hospital-b"), given)
 
@@ -89,7 +91,7 @@ def test_the_fisher_can_be_left_unread(tmp_path):
 def test_a_fisher_sum_in_double_is_stored_in_single_precision(tmp_path):
     given = contribution("hospital-b")
     double = {name: total.double() / 3 for name, total in given.fisher.sums.items()}
-    replace(given, fisher=FisherDiagonal(double, 20, given.fisher.classes)).save(tmp_path)
+    replace(given, fisher=FisherDiagonal(double, 20)).save(tmp_path)
     loaded = Contribution.open(tmp_path).fisher
     assert all(torch.equal(loaded.sums[name], t.float()) for name, t in double.items())
 
@@ -111,7 +113,7 @@ def test_the_card_says_in_plain_words_what_the_contribution_is(tmp_path):
     assert card["base"] == "pico@0"
     assert card["classes"] == ["cat", "dog"]
     assert card["num_examples"] == 20
-    assert card["mixtures"] == {"cat": 20, "dog": 20}
+    assert card["sums"] == {"cat": 10, "dog": 10}
     assert card["lineage"]["anchored_by"] == ["client-8", "client-9"]
     assert card["settings"] == given.settings
 
@@ -154,6 +156,7 @@ def test_a_contribution_saved_without_fisher_has_none_whatever_the_folder_held(t
         {"base": "pico@1"},
         {"kind": "full"},
         {"lineage": {}},
+        {"sums": {"cat": 20}},
         {"mixtures": {"cat": 20}},
         {"settings": {"alpha": 0.0}},
         {"note": "added"},
@@ -223,7 +226,7 @@ def rewrite_fisher(path: Path, **entries: object) -> None:
     tensorfile.save(path, tensors, {key: v for key, v in given.items() if v is not None})
 
 
-@pytest.mark.parametrize("entry", ["client", "base", "classes", "num_examples"])
+@pytest.mark.parametrize("entry", ["client", "base", "num_examples"])
 def test_a_fisher_that_does_not_say_what_it_is_is_refused(entry, tmp_path):
     folder = saved(tmp_path, "hospital-b")
     rewrite_fisher(folder / FISHER, **{entry: None})
@@ -231,14 +234,10 @@ def test_a_fisher_that_does_not_say_what_it_is_is_refused(entry, tmp_path):
         Contribution.open(folder)
 
 
-@pytest.mark.parametrize(
-    "entries",
-    [{"classes": ["cat"]}, {"classes": ["cat", "cat"]}, {"classes": 3}, {"num_examples": "many"}],
-    ids=str,
-)
-def test_a_fisher_whose_manifest_does_not_fit_its_tensors_is_refused(entries, tmp_path):
+@pytest.mark.parametrize("count", ["many", [3]])
+def test_a_fisher_whose_manifest_counts_nothing_is_refused(count, tmp_path):
     folder = saved(tmp_path, "hospital-b")
-    rewrite_fisher(folder / FISHER, **entries)
+    rewrite_fisher(folder / FISHER, num_examples=count)
     with pytest.raises(FileFormatError, match="cannot be used"):
         Contribution.open(folder)
 
@@ -250,18 +249,23 @@ def test_a_fisher_at_other_pre_trained_weights_is_refused_and_both_are_named(tmp
         Contribution.open(folder)
 
 
-def test_a_fisher_without_head_rows_is_kept_as_such(tmp_path):
-    """As a reference has them: its classes are nobody's."""
-    given = contribution("hospital-b").fisher.for_classes(())
+def test_a_factored_fisher_is_kept_as_such(tmp_path):
+    given = contribution("hospital-b").fisher.reduced()
     save_fisher(tmp_path / FISHER, given, client="hospital-b", base="pico@0")
     loaded = load_fisher(tmp_path / FISHER, client="hospital-b", base="pico@0")
-    assert loaded.classes == ()
-    assert loaded.sums["head.weight"].shape == (0, 3)
-    assert not loaded.for_classes(["cat"]).sums["head.weight"].any()
+    assert loaded.factored
+    assert all(torch.equal(loaded.sums[name], given.sums[name]) for name in given.sums)
 
 
-def test_the_lineage_of_rounds_is_all_that_any_of_them_saw():
-    first = Lineage("iel", ("ben",), (), ("ann",))
-    second = Lineage("ita", ("ann", "ben"), ("eve",), ("eve",))
-    joined = first.joined(second, ensemble={"ben", "ann"})
-    assert joined == Lineage("iel", ("ann", "ben"), ("eve",), ("ann", "ben", "eve"))
+@pytest.mark.parametrize("lazily", [False, True])
+def test_the_rows_of_a_head_in_an_older_file_are_left_out(tmp_path, lazily):
+    sums = {"a": torch.ones(2, 3), "head.weight": torch.ones(2, 3), "head.bias": torch.ones(2)}
+    manifest = {"content": "fisher", "client": "ann", "base": "pico@0", "num_examples": 4}
+    tensorfile.save(tmp_path / "f", sums, {**manifest, "classes": ["cat", "dog"]})
+    guard = (lambda: None) if lazily else None
+    fisher = load_fisher(tmp_path / "f", client="ann", base="pico@0", guard=guard)
+    assert fisher.num_examples == 4
+    assert list(fisher.sums) == ["a"]
+    assert "head.bias" not in fisher.sums
+    assert torch.equal(fisher.sums["a"], sums["a"])
+    assert fisher.reduced().sums["a/rows"].tolist() == [3.0, 3.0]

@@ -1,4 +1,4 @@
-"""Heads: the convex fit, the joint head, and heads side by side."""
+"""Heads: the closed form, the convex fit, the joint head, and heads side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from builders import normal, random_head, random_mixture
 from torch import Tensor
 
 from fedcompo.errors import ContributionError
-from fedcompo.method.heads import Head, align, fit_head, zero_head
+from fedcompo.method.heads import Head, align, discriminant, fit_head, zero_head
+from fedcompo.method.statistics import FeatureSums, total_of
 
 CLASSES = ("cat", "dog", "owl")
 FEATURES = 3.0 * normal(30, 4, seed=1)
@@ -165,3 +166,59 @@ def test_a_head_of_other_classes_or_shapes_or_not_finite_is_refused(head, messag
     GOOD.check(CLASSES, 4, "client 'a'")
     with pytest.raises(ContributionError, match=f"client 'a' has .*{message}"):
         head.check(CLASSES, 4, "client 'a'")
+
+
+# -- the closed form ----------------------------------------------------------------------------
+
+
+def sums(features: Tensor = FEATURES, labels: Tensor = LABELS) -> FeatureSums:
+    return FeatureSums.of(features, labels, CLASSES)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1, 0.5, 1.0])
+def test_it_tells_classes_apart_as_gaussians_of_one_covariance_do(shrinkage):
+    """Oracle: log-densities of the classes, whose differences are those of the logits."""
+    means = torch.stack([FEATURES[k == LABELS].mean(0) for k in range(3)])
+    centred = FEATURES - means[LABELS]
+    covariance = sum(torch.outer(row, row) for row in centred) / (30 - 3)
+    level = covariance.trace() / 4
+    covariance = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(4)
+    x = 3 * normal(11, 4, seed=5)
+    densities = torch.stack(
+        [torch.distributions.MultivariateNormal(m, covariance).log_prob(x) for m in means], 1
+    )
+    logits = discriminant(sums(), shrinkage=shrinkage)(x)
+    torch.testing.assert_close(
+        logits - logits[:, :1], densities - densities[:, :1], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_it_is_made_of_the_sum_alone_whoever_has_the_classes():
+    parts = [torch.arange(30) < 12, torch.arange(30) >= 12]
+    total = total_of(sums(FEATURES[part], LABELS[part]) for part in parts)
+    one, both = (discriminant(t, shrinkage=0.1) for t in (sums(), total))
+    torch.testing.assert_close(both.weight, one.weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(both.bias, one.bias, rtol=1e-4, atol=1e-6)
+
+
+def test_the_number_of_images_of_a_class_does_not_favour_it():
+    twice = torch.cat([torch.arange(30), torch.arange(30)[LABELS == 0]])
+    mean = FEATURES[LABELS == 0].mean(0)
+    middle = (mean + FEATURES[LABELS == 1].mean(0)) / 2
+    logits = discriminant(sums(FEATURES[twice], LABELS[twice]), shrinkage=0.5)(middle)
+    assert float(logits[0] - logits[1]) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1])
+def test_one_image_a_class_or_fewer_images_than_features_still_give_a_head(shrinkage):
+    few = normal(3, 16, seed=3)
+    for chosen in ([0, 1, 2], [0, 1, 2, 2]):
+        features, labels = few[chosen], torch.tensor(chosen)
+        head = discriminant(sums(features, labels), shrinkage=shrinkage)
+        head.check(CLASSES, 16, "the joint head")
+        assert head(features).argmax(1).tolist() == labels.tolist()
+
+
+def test_a_single_class_has_a_head_of_one_row():
+    alone = FeatureSums.of(FEATURES, torch.zeros(30, dtype=torch.int64), ("cat",))
+    discriminant(alone, shrinkage=0.1).check(("cat",), 4, "the joint head")

@@ -17,7 +17,6 @@ from fedcompo.method.deltas import Delta, Weights
 from fedcompo.method.penalties import (
     GRADIENT_LIMIT,
     explicit_step,
-    head_penalty,
     iel_penalty,
     implicit_step,
     ita_penalty,
@@ -188,16 +187,6 @@ def test_the_number_of_clients_enters_by_their_sum_and_the_own_share_alone():
         "share",
         "beta",
     }
-
-
-def test_the_head_penalty_is_a_weighted_and_a_plain_square():
-    change, fisher = normal(3, 4, seed=1), normal(3, 4, seed=2).square()
-    expected = sum(
-        0.7 * f * d * d + 0.2 * d * d
-        for f, d in zip(fisher.flatten().tolist(), change.flatten().tolist(), strict=True)
-    )
-    actual = head_penalty(change, fisher, fisher_strength=0.7, plain_strength=0.2)
-    assert float(actual) == pytest.approx(expected, rel=1e-12)
 
 
 # -- steps ----------------------------------------------------------------------------------------

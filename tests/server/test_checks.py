@@ -119,6 +119,6 @@ def test_a_client_of_another_release_is_refused_and_named(tmp_path):
     def older(tensors, manifest):
         manifest["versions"]["fedcompo"] = "0.0.9"
 
-    results = run({"tamper": {(1, "query.features"): altered(older)}}, tmp_path / "run")
+    results = run({"tamper": {(1, "query.describe"): altered(older)}}, tmp_path / "run")
     (left_out,) = results["left_out"]
     assert "runs fedcompo 0.0.9" in left_out["reason"]

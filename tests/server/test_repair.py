@@ -137,7 +137,7 @@ def test_who_is_not_connected_stays_as_it_was_and_in_the_sum(images, registry, w
     assert all(finding.holds for finding in verify_registry(registry))
 
 
-@pytest.mark.parametrize("phase", ["query.features", "query.fisher", "train"])
+@pytest.mark.parametrize("phase", ["query.describe", "train"])
 def test_who_cannot_be_repaired_stays_as_it_was_and_is_named(images, registry, phase):
     before = members(registry)
     change = altered(lambda tensors, manifest: manifest.update(classes=["x"]))

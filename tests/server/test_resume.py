@@ -15,7 +15,7 @@ from fedcompo.storage import tensorfile
 from server.exchange.books import NOTHING
 from server.exchange.kept_answers import KeptAnswers
 
-TYPES = ("query.features", "query.identify", "query.fisher", "train", "query.realign", "evaluate")
+TYPES = ("query.describe", "query.identify", "train", "query.realign", "query.vote", "evaluate")
 ROUNDS = {"method": "iel", "num_server_rounds": 2}
 ONE_BY_ONE = {"schedule": "sequential"}
 
@@ -166,7 +166,7 @@ def test_a_client_that_missed_a_round_before_the_interruption_still_has_missed_i
 
     settings = {"method": "iel", "num_server_rounds": 2, "timeout": 1.0}
     output: Path = tmp_path / "run"
-    first = Missing(14)
+    first = Missing(11)
     with pytest.raises(Killed):
         run(first.options(), output, **settings)
     rounds_over = json.loads((output / "run.json").read_text())["steps"]
@@ -184,7 +184,7 @@ def test_the_longest_name_of_a_client_is_no_trouble(tmp_path):
     """Until it has named itself, it is called by its node and its registered name, too."""
     answers = KeptAnswers(tmp_path / "answers")
     client = f"node {2**63}, registered as {'あ' * 64}"
-    answers.keep("features", client, "0" * 64, ({}, {"a": 1}), NOTHING)
-    kept = answers.recall("features", client, "0" * 64)
+    answers.keep("describe", client, "0" * 64, ({}, {"a": 1}), NOTHING)
+    kept = answers.recall("describe", client, "0" * 64)
     assert kept == (({}, {"a": 1}), NOTHING)
-    assert answers.recall("features", client[:-1], "0" * 64) is None
+    assert answers.recall("describe", client[:-1], "0" * 64) is None

@@ -18,6 +18,7 @@ from round_runs import (
     Wire,
     assert_sum_of_the_last,
     federate,
+    notes_of,
     same,
     same_contributions,
     sent_last,
@@ -34,6 +35,7 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.method.deltas import Weights
+from fedcompo.method.fisher import expanded
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
@@ -77,13 +79,13 @@ def config_of(images: Path, **settings: object) -> RunConfig:
 # -- what a round computes --------------------------------------------------------------------
 
 
-def anchor_by_hand(output: Path, classes: tuple[str, ...]) -> Anchor:
+def anchor_by_hand(output: Path, theta_0: Weights) -> Anchor:
     """The mean Fisher over the examples of all clients, the client's own among them."""
     fishers = [member.fisher for member in sent_last(output).values()]
     count = sum(fisher.num_examples for fisher in fishers)
-    sums = [fisher.for_classes(classes).sums for fisher in fishers]
+    sums = [fisher.sums for fisher in fishers]
     mean = {n: (sum(s[n].double() for s in sums) / count).float() for n in sums[0]}
-    return Anchor.of(mean)
+    return Anchor(expanded(mean, theta_0))
 
 
 def rest_by_hand(last: dict[str, Fitted], client: str, times: dict[str, int]) -> Weights:
@@ -102,7 +104,7 @@ def rounds_by_hand(
     """Oracle: all rounds as two loops, nothing between them but dictionaries."""
     members, number = sent_last(output), config.method.num_server_rounds
     aligned = joint_head(
-        {c: m.features for c, m in members.items()},
+        {c: m.statistics for c, m in members.items()},
         CompositionSettings.of(config),
         purpose="align",
     )
@@ -123,12 +125,12 @@ def rounds_by_hand(
                 course=Course(
                     before.task_vector if before else None,
                     before.head if before else None,
-                    anchor_by_hand(output, data.classes),
-                    Ensemble(
+                    anchor=anchor_by_hand(output, backbone.theta_0),
+                    ensemble=Ensemble(
                         rest_by_hand(last, client, times) or zeros,
                         times[client] / sum(times.values()),
                         config.method.beta,
-                        config.compose.scale,
+                        config.compose.fixed_scale or 1.0,
                     ),
                     passed=passed / number,
                     share=1 / number,
@@ -188,15 +190,13 @@ def test_a_run_tells_of_its_rounds_and_leaves_nothing_but_the_registry(plain):
         assert happened["mean_loss"] == pytest.approx(sum(losses) / 3)
     assert list(results["phases"]) == [
         "identify",
-        "features, round 1",
-        "align, round 1",
-        "fisher, round 1",
+        "describe, round 1",
         "train, round 1",
         "train, round 2",
         "compose",
         "evaluate",
     ]
-    assert results["missed"] == results["left_out"] == results["notes"] == []
+    assert results["missed"] == results["left_out"] == notes_of(results) == []
     assert all(0 <= f["frozen_class_il_accuracy"] <= 1 for f in results["per_client"].values())
     left = {path.name for path in output.iterdir()}
     assert left == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
@@ -253,7 +253,7 @@ def test_messages_do_not_grow_with_the_number_of_clients(images, tmp_path):
     """But for the joint head's rows: one for each class."""
     sent, rows = [], []
     for count in (2, 4):
-        results = federate(images, tmp_path / str(count), clients=count)
+        results = federate(images, tmp_path / str(count), clients=count, fisher_form="dense")
         costs = results["per_client"]["ann"]["traffic"]
         sent.append([costs[f"train, round {n}"]["bytes_sent"] for n in (1, 2)])
         rows.append(len(results["classes"]))
@@ -427,7 +427,7 @@ def test_who_loses_what_it_kept_is_sent_it_again_and_trains_the_same(images, tmp
     settings = {"kind": "lora,full,ia3", "num_server_rounds": 3}
     results = federate(images, tmp_path / "lost", {"tamper": wire.tamper}, **settings)
     assert same_contributions(tmp_path / "kept", tmp_path / "lost")
-    (note,) = results["notes"]
+    (note,) = notes_of(results)
     assert "ben has lost what it kept (anchor and own)" in note
     assert results["missed"] == []
     costs = {c: f["traffic"]["train, round 2"] for c, f in results["per_client"].items()}
@@ -445,7 +445,7 @@ def test_who_can_keep_nothing_is_sent_everything_each_time_and_trains_the_same(
     monkeypatch.setenv("FEDCOMPO_STATE", str(tmp_path / "file"))
     results = federate(images, tmp_path / "unkept")
     assert same_contributions(tmp_path / "kept", tmp_path / "unkept")
-    assert results["notes"] == results["missed"] == []
+    assert notes_of(results) == results["missed"] == []
 
 
 def test_who_says_that_it_lacks_what_it_was_just_sent_misses_the_round(images, tmp_path):

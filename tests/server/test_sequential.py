@@ -19,6 +19,7 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import TooFewClients
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.fisher import expanded
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
@@ -80,7 +81,7 @@ def test_what_is_measured_is_the_model_of_the_first_clients_alone(finished):
         first = {client: members[client] for client in THREE[:t]}
         theta = Pool(tuple(first.values())).compose(backbone.theta_0)
         head = joint_head(
-            {client: member.features for client, member in first.items()},
+            {client: member.statistics for client, member in first.items()},
             settings,
         )
         for i, client in enumerate(first):
@@ -116,7 +117,7 @@ def step_by_hand(
     """Oracle of a dense client's training inside the mean of the others and itself."""
     backbone, count = load_backbone(config.backbone), len(others) + 1
     data = data_of(client, config, backbone)
-    described = {c: member.features for c, member in {**others, client: own}.items()}
+    described = {c: member.statistics for c, member in {**others, client: own}.items()}
     aligned = joint_head(
         described,
         CompositionSettings.of(config),
@@ -124,7 +125,7 @@ def step_by_hand(
     ).rows(data.classes)
     fishers = [member.fisher for _, member in sorted({**others, client: own}.items())]
     images_seen = sum(fisher.num_examples for fisher in fishers)
-    sums = [fisher.for_classes(data.classes).sums for fisher in fishers]
+    sums = [fisher.sums for fisher in fishers]
     mean = {n: (sum(s[n].double() for s in sums) / images_seen).float() for n in sums[0]}
     rest = {}
     for name, weight in backbone.theta_0.items():
@@ -140,7 +141,8 @@ def step_by_hand(
         config.train,
         generator=generator_for(config.seed, "train", client),
         course=Course(
-            anchor=Anchor.of(mean), ensemble=Ensemble(rest, 1 / count, config.method.beta)
+            anchor=Anchor(expanded(mean, backbone.theta_0)),
+            ensemble=Ensemble(rest, 1 / count, config.method.beta),
         ),
     ).task_vector
 
@@ -177,7 +179,7 @@ def test_who_is_trained_anew_is_not_inside_a_sum_with_what_it_was(images, tmp_pa
 # -- who fails, and who is there already ------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["query.features", "query.fisher", "train"])
+@pytest.mark.parametrize("phase", ["query.describe", "train"])
 @pytest.mark.parametrize("client", ["ann", "eve"])
 def test_who_fails_on_arrival_is_named_and_the_next_ones_come(images, tmp_path, phase, client):
     change = altered(lambda tensors, manifest: manifest.update(classes=["x"]))

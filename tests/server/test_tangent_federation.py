@@ -43,7 +43,7 @@ def test_a_node_that_insists_on_another_kind_is_named_before_anyone_trains(tmp_p
     nodes = {"node_configs": {1: {"kind": "tangent"}}}
     results = run(nodes, tmp_path / "out", kind="lora,full")
     (left_out,) = results["left_out"]
-    assert left_out["phase"] == "features"
+    assert left_out["phase"] == "describe"
     assert "tangents mix with no other kind" in left_out["reason"]
 
 

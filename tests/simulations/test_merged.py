@@ -28,10 +28,10 @@ SETTINGS = {
     "batch_size": 4,
     "num_classes": 9,
     "images_per_class": 16,
-    "mixture_components": 3,
+    "scale": 1.0,
     "seed": 3,
 }
-"""Trained far enough for merges to differ."""
+"""Trained far enough for merges to differ; composed as their mean."""
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal, expanded
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 
@@ -214,6 +214,15 @@ def test_each_entry_is_weighted_by_the_clients_mean_fishers():
         moved = sum(f * tau[name, i, j] for f, tau in zip(shares, taus, strict=True))
         expected[name, i, j] = moved / sum(shares)
     assert_changed_by(merging.fisher_weighted(MIXED, THETA_0), expected)
+
+
+def test_a_factored_fisher_weighs_as_the_matrix_that_it_stands_for():
+    factored = Pool(tuple(replace(c, fisher=c.fisher.reduced()) for c in MIXED))
+    stand_ins = [expanded(c.fisher.mean(), THETA_0) for c in factored]
+    dense = Pool(tuple(map(with_mean_fisher, MIXED, stand_ins)))
+    actual, expected = (merging.fisher_weighted(pool, THETA_0) for pool in (factored, dense))
+    for name in THETA_0:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 2.5])

@@ -31,12 +31,13 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.training import penalty as acting
 from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import Course, EpochCallback, Fitted, fit_task_vector
+from fedcompo.training.head import feature_scale
 from fedcompo.training.penalty import Anchor
 
 CLASSES = ("left", "right")
 DATA = left_or_right(24)
 CONFIG = TrainConfig(
-    rank=2, alpha=1.0, local_epochs=6, batch_size=8, learning_rate=0.02, head_decay=0.0
+    rank=2, alpha=1.0, local_epochs=6, local_steps=0, batch_size=8, learning_rate=0.02
 )
 
 
@@ -46,8 +47,7 @@ def backbone() -> Backbone:
 
 
 def anchor_of(backbone: Backbone, value: float = 1.0) -> Anchor:
-    weights = {name: torch.full_like(weight, value) for name, weight in backbone.theta_0.items()}
-    return Anchor(weights, torch.ones(2, 8), torch.ones(2))
+    return Anchor({name: torch.full_like(w, value) for name, w in backbone.theta_0.items()})
 
 
 def fit(
@@ -161,14 +161,15 @@ def test_a_huge_implicit_anchor_keeps_the_task_vector_at_zero(backbone, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_penalty_holds_the_task_vector_shorter_and_still_learns(backbone, kind, penalty):
     free = size(fit(backbone, kind).task_vector, backbone.theta_0)
-    fitted = fit(backbone, kind, anchor=anchor_of(backbone), alpha=0.1, penalty=penalty)
+    alpha = 1.0 if penalty is Penalty.IMPLICIT else 0.1  # e-foldings, or per step
+    fitted = fit(backbone, kind, anchor=anchor_of(backbone), alpha=alpha, penalty=penalty)
     assert fitted.losses[-1] < fitted.losses[0]
     assert size(fitted.task_vector, backbone.theta_0) < 0.95 * free
 
 
 @pytest.mark.parametrize("penalty", list(Penalty))
 def test_an_anchor_of_no_strength_or_no_fisher_changes_no_bit(backbone, penalty):
-    settings = {"penalty": penalty, "local_epochs": 1, "head_alpha": 0.0}
+    settings = {"penalty": penalty, "local_epochs": 1}
     free = fit(backbone, Kind.FULL, **settings)
     assert_same(fit(backbone, Kind.FULL, anchor=anchor_of(backbone), alpha=0.0, **settings), free)
     nobody = anchor_of(backbone, 0.0)
@@ -191,27 +192,130 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
     """Six optimiser steps on the cosine schedule; the last is always followed by a penalty."""
     taken = []
 
-    def step(deltas: object, fisher: object, alpha: float, schedule: float, pull: None) -> None:
+    def step(deltas: object, fisher: object, alpha: float, schedule: float, pull: None) -> Tensor:
         taken.append((alpha, schedule))
+        return torch.zeros(())
 
     monkeypatch.setattr(acting, "implicit_step", step)
     monkeypatch.setattr(acting, "explicit_step", step)
     settings = {"penalty": penalty, "penalty_every": every, "local_epochs": 2}
     fit(backbone, anchor=anchor_of(backbone), alpha=7.0, **settings)
     cosine = [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
-    assert [alpha for alpha, _ in taken] == [7.0] * len(expected)
+    strength = 7.0 / 3 if penalty is Penalty.IMPLICIT else 7.0  # six steps of a half on average
+    assert [alpha for alpha, _ in taken] == pytest.approx([strength] * len(expected))
     assert [schedule for _, schedule in taken] == pytest.approx(
         [sum(cosine[i] for i in group) for group in expected]
     )
 
 
-def test_a_strong_head_anchor_keeps_the_head_at_the_aligned_one(backbone):
-    aligned = random_head(CLASSES, 8, seed=1)
-    settings = {"start": aligned, "learning_rate": 1e-3}
-    fitted = fit(backbone, Kind.IA3, head_decay=1e4, **settings)
-    assert (fitted.head.weight - aligned.weight).abs().max() < 5e-3
-    free = fit(backbone, Kind.IA3, head_decay=0.0, **settings)
-    assert (free.head.weight - aligned.weight).abs().max() > 8e-3
+# -- how long -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epochs", "size", "floor", "share", "batches"),
+    [
+        (2, 8, 0, 1.0, [3, 3]),
+        (2, 8, 5, 1.0, [3, 3]),
+        (2, 8, 7, 1.0, [3, 3, 1]),
+        (1, 8, 12, 1.0, [3, 3, 3, 3]),
+        (2, 8, 20, 0.25, [3, 3]),
+        (1, 8, 20, 0.25, [3, 2]),
+        (1, 8, 21, 1 / 3, [3, 3, 1]),  # no step more by rounding
+        (3, 24, 0, 1.0, [1, 1, 1]),
+        (3, 24, 6, 1.0, [2, 2, 2]),  # batches of 12 take six steps in three passes
+        (3, 24, 9, 1.0, [3, 3, 3]),  # of 8
+        (3, 24, 20, 1.0, [3, 3, 3, 3, 3, 3, 2]),  # smaller ones than 8 are not taken
+        (3, 24, 20, 0.25, [2, 2, 2]),  # of 14: three passes make five steps, and one more
+        (1, 4, 9, 1.0, [6, 3]),  # unless they are asked for
+    ],
+)
+def test_small_clients_train_for_a_floor_of_steps_in_more_epochs(
+    backbone, monkeypatch, epochs, size, floor, share, batches
+):
+    """24 images; smaller batches come before more passes, and a part has a share of the floor."""
+    schedules, told = [], []
+
+    def step(self, images, labels, schedule, *, last) -> float:
+        schedules.append((schedule, last))
+        return 2.0
+
+    monkeypatch.setattr("fedcompo.training.fit._Training.step", step)
+    fitted = fit_task_vector(
+        backbone,
+        Kind.LORA,
+        DATA,
+        zero_head(CLASSES, 8),
+        replace(CONFIG, local_epochs=epochs, local_steps=floor, batch_size=size),
+        generator=rng(0),
+        course=Course(passed=0.25, share=share),
+        on_epoch=lambda *report: told.append(report),
+    )
+    steps = sum(batches)
+    assert len(schedules) == steps
+    assert fitted.losses == (2.0,) * len(batches)  # of a part of an epoch, too
+    assert told == [(i + 1, len(batches), 2.0) for i in range(len(batches))]
+    cosine = [0.5 * (1 + math.cos(math.pi * (0.25 + share * i / steps))) for i in range(steps)]
+    assert [schedule for schedule, _ in schedules] == pytest.approx(cosine)
+    assert [last for _, last in schedules] == [False] * (steps - 1) + [True]
+
+
+# -- the head -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MIXABLE)
+def test_a_backbone_of_larger_features_trains_alike(backbone, kind):
+    """The last LayerNorm times 8: features are multiplied by 8, no linear head can tell."""
+    larger = pico_backbone()
+    norm = larger.model.norm
+    with torch.no_grad():
+        norm.weight.mul_(8)
+        norm.bias.mul_(8)
+    expected, found = fit(backbone, kind), fit(larger, kind)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+    for name, tensor in expected.task_vector.tensors.items():
+        torch.testing.assert_close(found.task_vector.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(8 * found.head.weight, expected.head.weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.head.bias, expected.head.bias, rtol=1e-3, atol=1e-4)
+
+
+def test_the_scale_of_features_is_their_root_mean_square_over_some_evenly_spaced_images(
+    backbone, monkeypatch
+):
+    monkeypatch.setattr("fedcompo.training.head.IMAGES", 10)
+    features = backbone.forward({})(DATA.images).double()
+    for images, some in ((DATA.images, features[::3]), (DATA.images[:10], features[:10])):
+        total = sum(value**2 for row in some.tolist() for value in row)
+        expected = math.sqrt(total / some.numel())
+        assert feature_scale(backbone, images) == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_of_zeros_have_the_scale_one(backbone):
+    silent = pico_backbone()
+    with torch.no_grad():
+        silent.model.norm.weight.zero_()
+        silent.model.norm.bias.zero_()
+    assert feature_scale(silent, DATA.images) == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_of_one_class_trains_the_backbone_under_a_head_of_all(backbone, kind):
+    joint = random_head(("far", "left", "right"), 8, seed=1)
+    left = DATA.images[DATA.labels == 0]
+    data = Split(left, torch.ones(len(left), dtype=torch.int64))  # its row of the joint head
+    fitted = fit_task_vector(
+        backbone,
+        kind,
+        data,
+        joint,
+        replace(CONFIG, target_logit=2.0, local_epochs=25),
+        generator=rng(0),
+        course=Course(fixed=True),
+    )
+    assert fitted.losses[-1] < 0.8 * fitted.losses[0]
+    assert fitted.head.classes == ("left",)
+    assert torch.equal(fitted.head.weight, joint.weight[1:2])
+    assert torch.equal(fitted.head.bias, joint.bias[1:2])
+    assert size(fitted.task_vector, backbone.theta_0) > 0
 
 
 def test_a_loss_that_is_no_number_is_refused_with_advice(backbone):

@@ -30,7 +30,7 @@ from fedcompo.training.penalty import Anchor, Ensemble
 CLASSES = ("left", "right")
 DATA = left_or_right(24)
 HEAD = random_head(CLASSES, 8, seed=1)
-STILL = TrainConfig(rank=2, local_epochs=1, batch_size=8, learning_rate=1e-12, head_decay=0.0)
+STILL = TrainConfig(rank=2, local_epochs=1, batch_size=8, learning_rate=1e-12, local_steps=0)
 """Steps too small to matter."""
 
 
@@ -45,8 +45,7 @@ def ensemble_of(backbone: Backbone, *, share: float = 0.25, beta: float = 0.0) -
 
 
 def anchor_of(backbone: Backbone) -> Anchor:
-    fisher = random_like(backbone.theta_0, seed=70, positive=True)
-    return Anchor(fisher, torch.ones(2, 8), torch.ones(2))
+    return Anchor(random_like(backbone.theta_0, seed=70, positive=True))
 
 
 def fit(
@@ -109,8 +108,9 @@ def steps(monkeypatch) -> list[tuple]:
     """Strength, schedule and pull of each proximal step."""
     taken = []
 
-    def step(deltas, fisher, strength, schedule, pull) -> None:
+    def step(deltas, fisher, strength, schedule, pull) -> torch.Tensor:
         taken.append((strength, schedule, pull))
+        return torch.zeros(())
 
     monkeypatch.setattr(acting, "implicit_step", step)
     return taken
@@ -131,9 +131,88 @@ def test_beside_the_optimiser_beta_holds_it_to_the_others(backbone, steps, share
     ensemble = ensemble_of(backbone, share=share, beta=7.0)
     fit(backbone, anchor=anchor_of(backbone), ensemble=ensemble, alpha=99.0)
     ((strength, _, pull),) = steps
-    assert strength == pytest.approx(7.0 * factor)
+    beta = 7.0 / folding(anchor_of(backbone), steps=3)
+    assert strength == pytest.approx(beta * factor)
     for name, rest in ensemble.rest.items():
-        torch.testing.assert_close(pull[name], 7.0 * rest)
+        torch.testing.assert_close(pull[name], beta * rest)
+
+
+def folding(anchor: Anchor, *, steps: int) -> float:
+    """Oracle: mean of all entries times the sum of the schedule, which is a half on average."""
+    entries = [value for values in anchor.weights.values() for value in values.flatten().tolist()]
+    return sum(entries) / len(entries) * steps / 2
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
+def test_beside_the_optimiser_alpha_counts_e_foldings_over_the_whole_training(
+    backbone, steps, share
+):
+    anchor, course = anchor_of(backbone), Course(passed=0.2, share=share)
+    fit(backbone, anchor=anchor, course=course, alpha=0.5)
+    ((strength, _, _),) = steps
+    assert strength == pytest.approx(0.5 / folding(anchor, steps=round(3 / share)))
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 3.0])
+def test_a_weight_of_mean_curvature_is_shrunk_by_as_many_e_foldings(backbone, alpha):
+    deltas = new_deltas(Kind.FULL, backbone.theta_0, rank=1, generator=rng(0))
+    for delta in deltas.values():
+        delta.delta.data.fill_(1.0)
+    anchor = Anchor({name: torch.full_like(w, 1e-5) for name, w in backbone.theta_0.items()})
+    config = TrainConfig(alpha=alpha, penalty_every=4)
+    penalty = acting.TrainingPenalty(deltas, anchor, None, config, steps=400)
+    for step in range(400):
+        penalty.step(0.5 * (1 + math.cos(math.pi * step / 400)), last=step == 399)
+    for delta in deltas.values():
+        torch.testing.assert_close(
+            delta.delta.detach(), torch.full_like(delta.delta, math.exp(-alpha)), rtol=0.1, atol=0
+        )
+    # From length 1 to e^-alpha: what was taken back and what is left are the whole way.
+    assert penalty.held() == pytest.approx(1 - math.exp(-alpha), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", MIXABLE)
+@pytest.mark.parametrize("ensembled_too", [False, True])
+def test_the_unit_of_the_fisher_has_no_say(backbone, kind, ensembled_too):
+    ensemble = ensemble_of(backbone, beta=0.4) if ensembled_too else None
+    found = []
+    for unit in (1.0, 2.0**-20):  # a power of two: no rounding
+        weights = {name: unit * f for name, f in anchor_of(backbone).weights.items()}
+        settings = {"alpha": 0.4, "learning_rate": 0.01, "local_epochs": 2}
+        fitted = fit(backbone, kind, anchor=Anchor(weights), ensemble=ensemble, **settings)
+        found.append(fitted)
+    for name, tensor in found[0].task_vector.tensors.items():
+        torch.testing.assert_close(found[1].task_vector.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+    assert found[1].held == pytest.approx(found[0].held, rel=1e-3)
+
+
+@pytest.mark.parametrize("penalty", list(Penalty))
+def test_a_fisher_of_zeros_holds_nothing(backbone, penalty):
+    anchor = Anchor({name: torch.zeros_like(w) for name, w in backbone.theta_0.items()})
+    settings = {"penalty": penalty, "learning_rate": 0.01}
+    free, held = fit(backbone, **settings), fit(backbone, anchor=anchor, alpha=9.0, **settings)
+    assert held.held == 0.0
+    for name, tensor in free.task_vector.tensors.items():
+        assert torch.equal(held.task_vector.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("kind", MIXABLE)
+def test_held_says_how_much_of_the_way_the_anchor_took_back(backbone, kind):
+    shares = [
+        fit(
+            backbone,
+            kind,
+            anchor=anchor_of(backbone),
+            alpha=alpha,
+            learning_rate=0.01,
+            local_epochs=4,
+        ).held
+        for alpha in (0.0, 0.3, 3.0, 1e4)
+    ]
+    assert shares[0] == 0.0
+    assert shares == sorted(shares)
+    assert 0 < shares[1] < 0.5
+    assert 0.9 < shares[-1] <= 1.0
 
 
 def test_coupled_to_the_loss_it_is_the_ensemble_penalty(backbone):
@@ -141,28 +220,16 @@ def test_coupled_to_the_loss_it_is_the_ensemble_penalty(backbone):
     config = replace(STILL, penalty=Penalty.COUPLED, alpha=99.0)
     tau = task_vector(Kind.FULL, backbone.theta_0, seed=3).dense(backbone.theta_0)
     deltas = {name: torch.nn.Linear(1, 1) for name in tau}
-    found = acting.TrainingPenalty(deltas, anchor, ensemble, config).loss(tau)
+    found = acting.TrainingPenalty(deltas, anchor, ensemble, config, steps=3).loss(tau)
     expected = iel_penalty(tau, anchor.weights, ensemble.rest, share=0.25, beta=7.0)
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("penalty", list(Penalty))
 def test_without_strength_or_metric_only_the_sum_is_left(backbone, penalty):
-    settings = {"penalty": penalty, "learning_rate": 0.01, "head_alpha": 0.0, "alpha": 99.0}
+    settings = {"penalty": penalty, "learning_rate": 0.01, "alpha": 99.0}
     free = fit(backbone, ensemble=ensemble_of(backbone, beta=7.0), **settings)
     weak = ensemble_of(backbone, beta=0.0)
     held = fit(backbone, anchor=anchor_of(backbone), ensemble=weak, **settings)
     for name, tensor in free.task_vector.tensors.items():
         assert torch.equal(held.task_vector.tensors[name], tensor)
-
-
-def test_an_anchor_without_weights_holds_no_delta(backbone):
-    deltas = new_deltas(Kind.FULL, backbone.theta_0, rank=1, generator=rng(0))
-    for delta in deltas.values():
-        delta.delta.data.fill_(1.0)
-    anchor = Anchor({}, torch.ones(2, 8), torch.ones(2))
-    config = TrainConfig(alpha=100.0, penalty_every=1)
-    penalty = acting.TrainingPenalty(deltas, anchor, None, config)
-    penalty.step(1.0, last=True)
-    assert all(bool((delta.delta == 1.0).all()) for delta in deltas.values())
-    assert penalty.loss({}) is None

@@ -17,6 +17,8 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
 from fedcompo.method.contribution import save_fisher
+from fedcompo.method.heads import discriminant
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.training.probing import (
     OWNER,
@@ -26,10 +28,12 @@ from fedcompo.training.probing import (
     load_reference,
     reference_fisher,
     save_reference,
+    soft_start,
 )
 
 CLASSES = ("left", "right")
-EXACT = RunConfig.parse({"fisher": "exact", "fisher-batch": 4})
+FEATURES = RunConfig.parse({"fisher-batch": 4})
+EXACT = RunConfig.parse({"curvature": "exact", "fisher-batch": 4})
 
 
 def public(count: int = 10) -> ClientData:
@@ -65,11 +69,11 @@ def test_it_is_the_fisher_under_a_probe_of_the_public_classes():
         )
 
 
-def test_its_head_has_no_rows():
-    fisher, _ = reference_fisher(pico_backbone(), public(), EXACT)
-    assert fisher.classes == ()
-    assert fisher.sums["head.weight"].shape == (0, 8)
-    assert fisher.sums["head.bias"].shape == (0,)
+def test_of_features_it_takes_no_probe(monkeypatch):
+    monkeypatch.delattr("fedcompo.training.probing.fit_probe")
+    fisher, report = reference_fisher(pico_backbone(), public(), FEATURES)
+    assert (fisher.num_examples, report.passes) == (10, 3)
+    fisher.check(pico_backbone().theta_0, owner="the reference")
 
 
 def test_no_more_images_are_used_than_asked_for_and_progress_is_told():
@@ -82,16 +86,13 @@ def test_no_more_images_are_used_than_asked_for_and_progress_is_told():
     assert told == [(3, 7), (6, 7), (7, 7)]
 
 
-def test_the_images_drawn_depend_on_their_owner_and_the_seed():
+def test_images_and_directions_depend_on_their_owner_and_the_seed():
     backbone, data = pico_backbone(), public()
-    head = fit_probe(backbone, data.train, CLASSES, ridge=0.001)
     config = RunConfig.parse({"fisher-examples": 5}).fisher
 
     def drawn(seed: int, owner: str) -> Tensor:
-        fisher, _ = fisher_of_images(
-            backbone, head, data.train.images, config, seed=seed, owner=owner
-        )
-        return fisher.sums["head.weight"]
+        fisher, _ = fisher_of_images(backbone, data.train.images, config, seed=seed, owner=owner)
+        return fisher.sums["blocks.0.attn.qkv.weight"]
 
     assert torch.equal(drawn(0, "ann"), drawn(0, "ann"))
     assert not torch.equal(drawn(0, "ann"), drawn(0, "ben"))
@@ -103,7 +104,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     fisher, _ = reference_fisher(backbone, public(), EXACT)
     save_reference(tmp_path / "r", fisher, base=backbone.fingerprint)
     loaded = load_reference(tmp_path / "r", base=backbone.fingerprint)
-    assert (loaded.num_examples, loaded.classes) == (10, ())
+    assert loaded.num_examples == 10
     assert loaded.sums.keys() == fisher.sums.keys()
     assert all(torch.equal(loaded.sums[name], fisher.sums[name]) for name in fisher.sums)
     with pytest.raises(BackboneMismatch, match="expected pico@other"):
@@ -139,3 +140,12 @@ def test_a_folder_of_public_images_holds_its_classes_itself(tmp_path):
     assert len(data.train.labels) == 8  # one a class is kept for testing
     with pytest.raises(DataError, match="no folder 'train'"):
         load_public_data(RunConfig.parse({"data": f"folder:{Path(tmp_path)}"}), seen)
+
+
+def test_a_soft_start_is_the_closed_form_head_with_small_logits():
+    backbone, data = pico_backbone(), left_or_right(20)
+    features = backbone.forward({})(data.images)
+    sharp = discriminant(FeatureSums.of(features, data.labels, CLASSES), shrinkage=0.5)
+    soft = soft_start(backbone, data, CLASSES)
+    torch.testing.assert_close(soft(features), 0.05 * sharp(features), rtol=1e-3, atol=1e-4)
+    assert soft.classes == CLASSES

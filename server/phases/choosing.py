@@ -1,0 +1,220 @@
+r"""Align the joint head on the composed model's features, and choose λ by the clients' votes.
+
+Realign → vote. The clients describe their images under the model of each λ that is tried; from the
+sum of these statistics follow heads of several shrinkages; on the images that they keep aside the
+clients say how well each model does under each head (:mod:`fedcompo.composition.voting`). λ = 0,
+the frozen backbone, is among them: what is chosen is never worse there than not training.
+
+Where λ is fixed, a member is missing, statistics are under noise or nobody keeps images aside,
+there is no vote: the head alone is aligned again, at the registry's own factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any
+
+from fedcompo.composition.fixed_point import GRID
+from fedcompo.composition.head import head_from_total
+from fedcompo.composition.voting import (
+    SHRINKAGES,
+    Candidate,
+    Votes,
+    candidates,
+    elected,
+    scales,
+)
+from fedcompo.config.choices import AUTO, Statistics
+from fedcompo.config.run import RunConfig
+from fedcompo.messages.answers import RealignAnswer, VoteAnswer
+from fedcompo.messages.body import Body
+from fedcompo.messages.requests import RealignRequest, VoteRequest
+from fedcompo.method.contribution import AnyStatistics
+from fedcompo.method.deltas import Weights
+from fedcompo.method.heads import Head
+from fedcompo.method.statistics import FeatureSums, total_of
+from fedcompo.registry.registry import Registry
+from server.exchange.checks import check_described, checked_votes
+from server.exchange.exchange import Exchange
+
+Described = dict[str, tuple[AnyStatistics, ...]]
+"""By client: statistics of each model's features."""
+
+
+def phases_of(config: RunConfig) -> tuple[str, ...]:
+    """The phases of choosing."""
+    if not config.compose.realign:
+        return ()
+    sums, auto = config.head.statistics is Statistics.SUMS, config.compose.scale == AUTO
+    return ("realign", "vote") if sums and auto else ("realign",)
+
+
+@dataclass
+class Choosing:
+    """Works on the current composition of a registry."""
+
+    exchange: Exchange
+    registry: Registry
+    num_features: int
+    noised: Collection[str] = ()
+    """Clients whose statistics are under noise."""
+    aside: float = 0.0
+    """Share of the images that clients keep aside."""
+    votes: int = 0
+    """Images that voted."""
+    tried: list[dict[str, float]] = field(default_factory=list)
+    """Candidates with their scores, as JSON values."""
+
+    def run(self) -> None:
+        """Do both phases."""
+        if missing := self._missing(self.exchange.clients):
+            self._give_up(missing)
+            return
+        reason = self._reason()
+        if not reason and self._elect():
+            return
+        if missing := self._missing(self.exchange.clients):
+            self._give_up(missing)
+            return
+        described = self._describe((self.registry.factor,), vote=False)
+        if missing := self._missing(described):
+            self._give_up(missing)
+            return
+        self.registry.realign({client: own[0] for client, own in described.items()})
+        self.note_no_vote(reason or "nobody keeps an image aside")
+
+    def report(self) -> dict[str, Any]:
+        """What was chosen and what every candidate scored, as JSON values."""
+        return {
+            "scale": self.registry.scale,
+            "factor": self.registry.factor,
+            "by": str(self.registry.factor_by),
+            "shrinkage": self.registry.shrinkage,
+            "votes": self.votes,
+            "candidates": self.tried,
+        }
+
+    def note_no_vote(self, reason: str) -> None:
+        """Note why λ was not voted on, where it is not fixed."""
+        if self.registry.settings.scale is None:
+            self.exchange.books.note(
+                f"λ was not voted on: {reason}. It is {self.registry.scale:.3g} "
+                f"(by {self.registry.factor_by})."
+            )
+
+    def _missing(self, there: Collection[str]) -> list[str]:
+        return sorted(set(self.registry.clients) - set(there))
+
+    def _give_up(self, missing: Sequence[str]) -> None:
+        self.exchange.books.note(
+            f"The joint head was not aligned again: {', '.join(missing)} did not describe the "
+            "composed model's features. It stays aligned on pre-trained features."
+        )
+        self.note_no_vote("not all members are there")
+
+    def _reason(self) -> str:
+        """Why there is no vote; empty if there is one."""
+        if self.registry.settings.scale is not None:
+            return "it is fixed"
+        if noised := sorted(set(self.noised) & set(self.registry.clients)):
+            return f"the statistics of {', '.join(noised)} are under noise"
+        return "" if self.aside > 0 else "`aside` is 0"
+
+    def _elect(self) -> bool:
+        """Let the clients choose λ and shrinkage; returns whether anybody did."""
+        members = len(self.registry.clients)
+        together, tried = self.registry.state.count, candidates(members)
+        factors = tuple(scale / together for scale in scales(members))
+        described = self._describe(factors, vote=True)
+        if self._missing(described):
+            return False
+        votes = self._vote(factors, _heads(described, len(factors)))
+        if votes is None:
+            return False
+        chosen = elected(tried, votes)
+        place = chosen % len(factors)
+        self.registry.realign(
+            {client: own[place] for client, own in described.items()},
+            factor=factors[place],
+            shrinkage=tried[chosen].shrinkage,
+        )
+        self.votes, self.tried = votes.num_examples, _scored(tried, votes)
+        return True
+
+    def _describe(self, factors: tuple[float, ...], *, vote: bool) -> Described:
+        """Ask all members for statistics under the model of each factor."""
+        described: Described = {}
+        form = self.registry.settings.statistics
+        request = RealignRequest(
+            total=self._total(),
+            linearised=self.registry.linearised,
+            factors=factors,
+            form=form,
+            vote=vote,
+        ).to_body()
+
+        def fold(client: str, body: Body) -> str:
+            answer, classes = RealignAnswer.from_body(body), self.registry.member(client).classes
+            if len(answer.statistics) != len(factors):
+                raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
+            for own in answer.statistics:
+                check_described(client, own, classes, self.num_features)
+            described[client] = answer.statistics
+            return client
+
+        clients = self.registry.clients
+        self.exchange.ask(
+            "realign", "query.realign", lambda c: request, fold, decisive=False, clients=clients
+        )
+        return described
+
+    def _vote(self, factors: tuple[float, ...], heads: tuple[Head, ...]) -> Votes | None:
+        """Ask all members how well each model does under its heads; None if nobody says so."""
+        by_client: dict[str, Votes] = {}
+        request = VoteRequest(
+            total=self._total(),
+            linearised=self.registry.linearised,
+            factors=factors,
+            heads=heads,
+        ).to_body()
+
+        def fold(client: str, body: Body) -> str:
+            by_client[client] = checked_votes(client, VoteAnswer.from_body(body), len(heads))
+            return client
+
+        clients = self.registry.clients
+        self.exchange.ask(
+            "vote", "query.vote", lambda c: request, fold, decisive=False, clients=clients
+        )
+        there = [by_client[client] for client in sorted(by_client)]
+        together = reduce(add, there) if there else None
+        return together if together and together.num_examples else None
+
+    def _total(self) -> Weights:
+        """The sum of the members' task vectors, each as often as it counts; float32."""
+        total = self.registry.running_sum()
+        return {name: total[name].double().mul_(GRID).float() for name in total}
+
+
+def _heads(described: Described, count: int) -> tuple[Head, ...]:
+    """The joint head of each model, with the first shrinkage; then with the second, and so on."""
+    totals = []
+    for place in range(count):
+        parts = [own[place] for own in described.values()]
+        totals.append(total_of(part for part in parts if isinstance(part, FeatureSums)))
+    return tuple(head_from_total(total, own) for own in SHRINKAGES for total in totals)
+
+
+def _scored(tried: Sequence[Candidate], votes: Votes) -> list[dict[str, float]]:
+    return [
+        {
+            "scale": candidate.scale,
+            "shrinkage": candidate.shrinkage,
+            "loss": score,
+            "accuracy": hits / votes.num_examples,
+        }
+        for candidate, score, hits in zip(tried, votes.scores, votes.hits, strict=True)
+    ]

@@ -1,0 +1,205 @@
+"""The clients choose λ and the head; where they cannot, the run says why and goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from app_runs import QUICK, altered, run
+from in_process_grid import lost
+from round_runs import draw_images
+
+from clients.local import LocalClient
+from fedcompo.backbone.tangent import feature_map
+from fedcompo.composition.head import head_from_total
+from fedcompo.composition.voting import SHRINKAGES, Votes, candidates, elected
+from fedcompo.config.choices import Statistics
+from fedcompo.errors import ConfigError
+from fedcompo.method.features import extract_features
+from fedcompo.method.statistics import FeatureSums, total_of
+from fedcompo.registry.registry import Registry
+
+SOME = {"images_per_class": 30, "alpha": 0.0, "local_epochs": 4}
+"""Enough images that some are kept aside, and task vectors that matter."""
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("chosen") / "out"
+    return output, run({}, output, **SOME)
+
+
+def clients_of(**settings) -> list[LocalClient]:
+    config = {**QUICK, **{k.replace("_", "-"): v for k, v in {**SOME, **settings}.items()}}
+    return [LocalClient.from_node(config, {"partition-id": i}) for i in range(3)]
+
+
+def test_the_clients_elect_the_candidate_with_the_least_loss(chosen):
+    """Repeated here, client by client, from the registry's own files."""
+    output, results = chosen
+    registry, clients = Registry(output / "registry"), clients_of()
+    theta_0 = registry.backbone.load().theta_0
+    pool, tried = registry.pool(), candidates(3)
+    votes = Votes.none(len(tried))
+    sums: dict[float, list[FeatureSums]] = {}
+    for scale in {c.scale for c in tried}:
+        theta = pool.compose(theta_0, scale=scale) if scale else {}
+        sums[scale] = [
+            FeatureSums.of(features(c, theta, 0), c.split[0].labels, c.data.classes)
+            for c in clients
+        ]
+    heads = [head_from_total(total_of(sums[c.scale]), c.shrinkage) for c in tried]
+    for client in clients:
+        logits = []
+        for candidate, head in zip(tried, heads, strict=True):
+            scale = candidate.scale
+            theta = pool.compose(theta_0, scale=scale) if scale else {}
+            logits.append(head(features(client, theta, 1)))
+        labels = heads[0].indices(client.data.classes)[client.split[1].labels]
+        votes += Votes.of(logits, labels)
+    reported = results["scale"]
+    assert reported["votes"] == votes.num_examples > 0
+    assert [c["loss"] for c in reported["candidates"]] == pytest.approx(votes.scores, abs=1e-4)
+    winner = min(reported["candidates"], key=lambda c: (c["loss"], c["scale"], -c["shrinkage"]))
+    assert (reported["scale"], reported["shrinkage"]) == (
+        pytest.approx(winner["scale"]),
+        winner["shrinkage"],
+    )
+    assert reported["by"] == "vote"
+    place = elected(tried, votes)
+    assert votes.scores[place] == pytest.approx(winner["loss"], abs=1e-4)
+
+
+def features(client: LocalClient, theta, part: int) -> torch.Tensor:
+    forward = feature_map(client.backbone, theta, tangent=False)
+    return extract_features(forward, client.split[part].images)
+
+
+def test_the_registry_holds_what_was_chosen(chosen):
+    output, results = chosen
+    registry, reported = Registry(output / "registry"), results["scale"]
+    assert registry.scale == pytest.approx(reported["scale"])
+    assert registry.factor == pytest.approx(reported["scale"] / 3)
+    assert registry.shrinkage in SHRINKAGES
+    assert registry.realigned
+    assert results["notes"] == [] or all("voted" not in note for note in results["notes"])
+
+
+def test_a_fixed_scale_is_not_voted_on_and_no_image_is_kept_aside(tmp_path):
+    results = run({}, tmp_path / "out", scale=2.0, **SOME)
+    assert "vote" not in results["phases"]
+    assert results["scale"]["by"] == "fixed"
+    assert (results["scale"]["scale"], results["scale"]["candidates"]) == (2.0, [])
+    assert not any("voted" in note for note in results["notes"])
+    assert all(len(c.split[1].labels) == 0 for c in clients_of(scale=2.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"aside": 0.0}, "`aside` is 0"),
+        ({"images_per_class": 4}, "nobody keeps an image aside"),
+        ({"realign": False}, "`realign` is false"),
+        ({"dp_noise": 1.0}, "client-0, client-1, client-2 are under noise"),
+    ],
+)
+def test_without_a_vote_the_length_is_kept_and_the_run_says_why(tmp_path, settings, reason):
+    results = run({}, tmp_path / "out", **{**SOME, **settings})
+    (note,) = [note for note in results["notes"] if "voted" in note]
+    assert reason in note
+    assert results["scale"]["by"] == "norms"
+    assert results["scale"]["votes"] == 0
+    assert 0 < results["scale"]["scale"] <= 3
+
+
+def test_one_node_under_noise_describes_one_model(tmp_path):
+    """Each further model would be one more release."""
+    options = {"node_configs": {1: {"dp-noise": 1.0}}}
+    results = run(options, tmp_path / "out", **SOME)
+    (note,) = [note for note in results["notes"] if "voted" in note]
+    assert "the statistics of client-1 are under noise" in note
+    assert results["left_out"] == []
+    releases = [c["phase"] for c in results["per_client"]["client-1"]["caps"] if "noise" in c]
+    assert releases == ["describe", "describe", "realign"]  # statistics, Fisher; statistics
+    assert results["per_client"]["client-1"]["privacy"]["releases"] == 3
+
+
+def test_without_everyones_features_the_head_stays_as_the_registry_aligned_it(tmp_path):
+    one_by_one = {"timeout": 1.0, "in_flight": 1}
+    results = run({"tamper": {(0, "query.realign"): lost}}, tmp_path / "out", **one_by_one)
+    assert any("not aligned again" in note for note in results["notes"])
+    assert results["scale"]["by"] == "norms"
+    assert results["per_client"]["client-0"]["class_il_accuracy"] is None
+    assert results["class_il_accuracy"] is not None
+
+
+def _more_hits(tensors, manifest):
+    manifest["hits"] = [10**6] * len(manifest["hits"])
+
+
+def _below_zero(tensors, manifest):
+    manifest["losses"][0] = -1.0
+
+
+def _too_few(tensors, manifest):
+    manifest["losses"].pop()
+
+
+@pytest.mark.parametrize("change", [_more_hits, _below_zero, _too_few])
+def test_a_vote_that_cannot_be_true_does_not_count(tmp_path, change):
+    results = run({"tamper": {(1, "query.vote"): altered(change)}}, tmp_path / "out", **SOME)
+    (left_out,) = results["left_out"]
+    assert (left_out["client"], left_out["phase"]) == ("client-1", "vote")
+    assert results["scale"]["by"] == "vote"
+    assert results["scale"]["votes"] > 0
+    assert Registry(tmp_path / "out" / "registry").clients == ("client-0", "client-1", "client-2")
+
+
+def test_a_client_with_a_single_class_takes_part(tmp_path):
+    owned = {"ann": {"cat": 6}, "ben": {"dog": 6, "eel": 6}, "eve": {"fox": 6, "owl": 6}}
+    images = draw_images(tmp_path / "images", owned)
+    results = run({}, tmp_path / "out", data=f"folder:{images}")
+    assert results["left_out"] == []
+    assert results["classes"] == ["cat", "dog", "eel", "fox", "owl"]
+    lineages = {c: own["lineage"]["aligned_with"] for c, own in results["per_client"].items()}
+    assert lineages == {"ann": ["ben", "eve"], "ben": [], "eve": []}
+    registry = Registry(tmp_path / "out" / "registry")
+    assert registry.contribution("ann").head.classes == ("cat",)
+
+
+def test_the_papers_protocol_has_mixtures_a_fisher_under_the_joint_head_and_no_vote(tmp_path):
+    results = run({}, tmp_path / "out", preset="paper", local_epochs=1)
+    phases = ["describe", "align", "fisher", "train", "compose", "realign", "evaluate"]
+    assert list(results["phases"]) == phases
+    assert results["scale"]["by"] == "fixed"
+    assert results["scale"]["scale"] == 1.0
+    lineage = results["per_client"]["client-1"]["lineage"]
+    assert lineage["aligned_with"] == lineage["anchored_by"] == ["client-0", "client-2"]
+    assert Registry(tmp_path / "out" / "registry").settings.statistics is Statistics.MIXTURES
+    with pytest.raises(ConfigError, match="no head can be made of both"):
+        run({}, tmp_path / "again", registry=str(tmp_path / "out" / "registry"), replace=True)
+
+
+def test_a_fisher_of_class_probabilities_is_under_the_joint_head(tmp_path):
+    results = run({}, tmp_path / "out", curvature="exact", realign=False)
+    assert list(results["phases"]) == ["describe", "fisher", "train", "compose", "evaluate"]
+    assert results["per_client"]["client-0"]["lineage"]["aligned_with"] == ["client-1", "client-2"]
+    assert results["per_client"]["client-0"]["distance"] is None
+
+
+def test_a_client_may_send_no_fisher(tmp_path):
+    options = {"node_configs": {1: {"fisher-form": "none"}}}
+    results = run(options, tmp_path / "out", realign=False)
+    lineages = {c: own["lineage"]["anchored_by"] for c, own in results["per_client"].items()}
+    assert lineages == {
+        "client-0": ["client-2"],
+        "client-1": ["client-0", "client-2"],
+        "client-2": ["client-0"],
+    }
+    assert any("client-1 sent no Fisher" in note for note in results["notes"])
+
+
+def test_a_run_says_how_far_each_client_went(chosen):
+    _, results = chosen
+    assert all(own["distance"] > 0 for own in results["per_client"].values())
