@@ -49,7 +49,7 @@ from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training.accuracy import Accuracy, accuracy_of
 from fedcompo.training.fit import ensembled, fit_task_vector
-from fedcompo.training.probing import fit_probe
+from fedcompo.training.probing import fit_probe, soft_start
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +210,7 @@ class LocalClient:
             losses=fitted.losses,
             holds=holds,
             caps=caps,
+            held=fitted.held,
             own_task_accuracy=own.task_il,
             frozen_class_il_accuracy=frozen.class_il if frozen else None,
             frozen_task_il_accuracy=frozen.task_il if frozen else None,
@@ -233,6 +234,8 @@ class LocalClient:
             return joint
         if start is HeadStart.ZERO:
             return zero_head(classes, self.backbone.num_features)
+        if start is HeadStart.OWN:
+            return soft_start(self.backbone, self.split[0], classes)
         return joint.rows(classes) if start is HeadStart.ALIGNED else self._probe()
 
     def statistics(

@@ -7,24 +7,19 @@ what they send, weighted by their numbers of examples (McMahan et al., AISTATS 2
 1602.05629). FedProx adds :math:`\tfrac\mu2\lVert p_c - p\rVert^2` to a client's loss (Li et al.,
 MLSys 2020, arXiv 1812.06127).
 
-p is the parameters of one task vector and a head of all classes. The head starts at zero, or, with
-another `head-start`, as the joint head of all clients' statistics. The factors A and B of a LoRA
+p is the parameters of one task vector and a head of all classes, which starts as the joint head of
+all clients' statistics (`head-start = own`: softened; zero: at zero). The factors A and B of a LoRA
 are averaged separately, as FedAvg does: :math:`\bar B\bar A` is not the mean of the products. All
 clients start from the same A, drawn by the seed.
-
-Flower's strategies talk to a grid. :class:`ExchangeGrid` is one that sends their messages through
-the exchange: each is one packed record, within the settings' time and number of requests; every
-byte is booked, and a client that fails is named. Flower's own grid does none of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
@@ -37,13 +32,15 @@ from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.messages.answers import AveragingAnswer, EvaluateAnswer
 from fedcompo.messages.body import Body
-from fedcompo.messages.requests import ROUND, AveragingRequest, EvaluateRequest
+from fedcompo.messages.requests import AveragingRequest, EvaluateRequest
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
+from fedcompo.training.probing import softened
 from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
 from server.exchange.exchange import Exchange
+from server.exchange.exchange_grid import ExchangeGrid
 from server.phases.roster import Roster
 
 METHODS = (Method.FEDAVG, Method.FEDPROX)
@@ -115,8 +112,6 @@ class Averaging:
 
     def start(self) -> AveragingRequest:
         """The request that all clients start from: a task vector that is zero, and a head."""
-        zero = self.config.train.head_start is HeadStart.ZERO
-        head = zero_head(self.aligned.classes, self.backbone.num_features) if zero else self.aligned
         generator = generator_for(self.config.seed, "averaging")
         deltas = new_deltas(
             self.kind, self.backbone.theta_0, rank=self.config.train.rank, generator=generator
@@ -125,10 +120,17 @@ class Averaging:
         return AveragingRequest(
             kind=self.kind,
             task_vector=vector.tensors,
-            joint=head,
+            joint=self._start(),
             rounds=self.config.method.num_server_rounds,
             number=1,
         )
+
+    def _start(self) -> Head:
+        """The head that all clients start from: it must be the same for all."""
+        if self.config.train.head_start is HeadStart.ZERO:
+            return zero_head(self.aligned.classes, self.backbone.num_features)
+        own = self.config.train.head_start is HeadStart.OWN
+        return softened(self.aligned) if own else self.aligned
 
     def train(self) -> None:
         """Do all rounds."""
@@ -241,60 +243,3 @@ def _only_kind(config: RunConfig) -> Kind:
             f"is {config.registry.registry!r}. Leave it empty, or use `method = ita`."
         )
     return kinds[0]
-
-
-Read = Callable[[str, Body], RecordDict]
-"""Takes a client's name and answer, checks it, returns the reply that the strategy expects."""
-
-
-@dataclass
-class ExchangeGrid:
-    """The part of a ``flwr.serverapp.Grid`` that ``Strategy.start`` uses."""
-
-    exchange: Exchange
-    read: Read
-
-    def get_node_ids(self) -> list[int]:
-        """Nodes of the clients still in the run."""
-        return [self.exchange.nodes.ids[client] for client in self.exchange.clients]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Send the clients a round's messages and wait for their replies.
-
-        Args:
-            messages: Each with one record of arrays and one of settings.
-            timeout: Not used; the exchange has its own.
-
-        Returns:
-            Usable replies, in the order of clients' names, so that sums do not depend on who was
-            faster.
-
-        Raises:
-            TooFewClients: If fewer than ``min-clients`` are left.
-        """
-        to = {message.metadata.dst_node_id: message for message in messages}
-        nodes = self.exchange.nodes.ids
-        asked = {client: to[node] for client, node in nodes.items() if node in to}
-        if not asked:
-            return []
-        replies: dict[str, Message] = {}
-
-        def fold(client: str, body: Body) -> str:
-            replies[client] = Message(self.read(client, body), reply_to=asked[client])
-            return client
-
-        _, settings = _body(next(iter(asked.values())))
-        with self.exchange.books.during(f"round {settings[ROUND]}"):
-            self.exchange.ask(
-                "train", "train", lambda client: _body(asked[client]), fold, clients=asked
-            )
-        return [replies[client] for client in sorted(replies)]
-
-
-def _body(message: Message) -> Body:
-    """Arrays and settings of a strategy's message."""
-    (arrays,) = message.content.array_records.values()
-    (settings,) = message.content.config_records.values()
-    return dict(arrays.to_torch_state_dict()), dict(settings)

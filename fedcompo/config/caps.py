@@ -45,9 +45,9 @@ class CapsConfig:
         POSITIVE,
     )
     dp_clip_fisher: float = setting(
-        0.1,
-        "dp-noise: largest Fisher, as a norm, that one image may add, on the backbone's own scale "
-        "(embedded: about 0.1).",
+        8000.0,
+        "dp-noise: largest Fisher, as a norm, that one image may add, in the form that is sent, on "
+        "the backbone's own scale (embedded, factored: features about 8000).",
         POSITIVE,
     )
     dp_delta: float = setting(

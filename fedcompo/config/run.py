@@ -147,7 +147,7 @@ class TrainConfig:
     anchor: AnchorBy = setting(
         AnchorBy.OTHERS,
         "Whose Fisher anchors a client: others, own or reference (a file). own or reference with "
-        "head-start own, zero or probe is lineage-free: nobody is trained with anything of another.",
+        "head-start own, zero or probe is lineage-free: nobody trains with anything of another.",
     )
     reference: str = setting("", "File of the reference Fisher; `fedcompo fisher` makes one.")
     alpha: float = setting(

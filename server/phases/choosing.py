@@ -35,13 +35,37 @@ from fedcompo.messages.requests import RealignRequest, VoteRequest
 from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
-from fedcompo.method.statistics import FeatureSums, total_of
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry.registry import Registry
 from server.exchange.checks import check_described, checked_votes
 from server.exchange.exchange import Exchange
 
-Described = dict[str, tuple[AnyStatistics, ...]]
-"""By client: statistics of each model's features."""
+
+@dataclass
+class Described:
+    """Statistics of the features of several models; sums are added up as they arrive."""
+
+    clients: set[str] = field(default_factory=set)
+    """Who described them."""
+    totals: list[FeatureSums] = field(default_factory=list)
+    """Of each model, over the images of all these clients."""
+    mixtures: dict[str, AnyStatistics] = field(default_factory=dict)
+    """Of the only model, by client."""
+
+    def take(self, client: str, statistics: Sequence[AnyStatistics]) -> None:
+        """Take a client's answer in, of each model; raises ``ContributionError`` and takes none."""
+        sums = [own for own in statistics if isinstance(own, FeatureSums)]
+        if len(sums) < len(statistics):
+            (self.mixtures[client],) = statistics
+        elif self.totals:
+            self.totals = [a + b for a, b in zip(self.totals, sums, strict=True)]
+        else:
+            self.totals = sums
+        self.clients.add(client)
+
+    def of_model(self, place: int) -> FeatureSums | dict[str, AnyStatistics]:
+        """What a registry aligns its head by."""
+        return self.mixtures or self.totals[place]
 
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
@@ -80,10 +104,10 @@ class Choosing:
             self._give_up(missing)
             return
         described = self._describe((self.registry.factor,), vote=False)
-        if missing := self._missing(described):
+        if missing := self._missing(described.clients):
             self._give_up(missing)
             return
-        self.registry.realign({client: own[0] for client, own in described.items()})
+        self.registry.realign(described.of_model(0))
         self.note_no_vote(reason or "nobody keeps an image aside")
 
     def report(self) -> dict[str, Any]:
@@ -129,15 +153,16 @@ class Choosing:
         together, tried = self.registry.state.count, candidates(members)
         factors = tuple(scale / together for scale in scales(members))
         described = self._describe(factors, vote=True)
-        if self._missing(described):
+        if self._missing(described.clients):
             return False
-        votes = self._vote(factors, _heads(described, len(factors)))
+        heads = tuple(head_from_total(t, own) for own in SHRINKAGES for t in described.totals)
+        votes = self._vote(factors, heads)
         if votes is None:
             return False
         chosen = elected(tried, votes)
         place = chosen % len(factors)
         self.registry.realign(
-            {client: own[place] for client, own in described.items()},
+            described.of_model(place),
             factor=factors[place],
             shrinkage=tried[chosen].shrinkage,
         )
@@ -146,7 +171,7 @@ class Choosing:
 
     def _describe(self, factors: tuple[float, ...], *, vote: bool) -> Described:
         """Ask all members for statistics under the model of each factor."""
-        described: Described = {}
+        described = Described()
         form = self.registry.settings.statistics
         request = RealignRequest(
             total=self._total(),
@@ -162,7 +187,7 @@ class Choosing:
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
                 check_described(client, own, classes, self.num_features)
-            described[client] = answer.statistics
+            described.take(client, answer.statistics)
             return client
 
         clients = self.registry.clients
@@ -197,15 +222,6 @@ class Choosing:
         """The sum of the members' task vectors, each as often as it counts; float32."""
         total = self.registry.running_sum()
         return {name: total[name].double().mul_(GRID).float() for name in total}
-
-
-def _heads(described: Described, count: int) -> tuple[Head, ...]:
-    """The joint head of each model, with the first shrinkage; then with the second, and so on."""
-    totals = []
-    for place in range(count):
-        parts = [own[place] for own in described.values()]
-        totals.append(total_of(part for part in parts if isinstance(part, FeatureSums)))
-    return tuple(head_from_total(total, own) for own in SHRINKAGES for total in totals)
 
 
 def _scored(tried: Sequence[Candidate], votes: Votes) -> list[dict[str, float]]:

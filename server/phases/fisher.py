@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import AnchorBy, Curvature, HeadStart
+from fedcompo.config.choices import AnchorBy, Curvature
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import FisherAnswer
@@ -190,4 +190,4 @@ class Fishers:
 def fisher_apart(config: RunConfig) -> bool:
     """Whether the Fisher is asked for by itself: it is under the joint head, which comes before."""
     of_features = config.fisher.curvature is Curvature.FEATURES
-    return not of_features and config.train.head_start is not HeadStart.PROBE
+    return not of_features and not config.train.head_start.fitted

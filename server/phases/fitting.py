@@ -13,7 +13,7 @@ and its lineage is empty.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,9 @@ from server.exchange.checks import (
 )
 from server.exchange.exchange import Exchange
 from server.phases.fisher import Fishers, fisher_apart
+from server.phases.remarks import remarks
 from server.phases.roster import Roster
 
-UNDONE = 0.9
-"""Share of the way taken back from which on the anchor undid the training."""
 INCOMING = "incoming"
 """Folder of a run for contributions that are not in the registry yet."""
 
@@ -193,26 +192,10 @@ class Fitting:
         self.trained = self.roster.newcomers
 
     def remark(self, clients: Iterable[str]) -> None:
-        """Note which of the clients that trained learnt nothing, or lost what the backbone knew."""
+        """Note whose training came to nothing, of the clients that trained."""
         reported = {client: self.figures.get(client, {}) for client in sorted(clients)}
-        flat = [c for c, own in reported.items() if _learnt_nothing(own.get("losses", []))]
-        worse = [c for c, own in reported.items() if _is_worse(own)]
-        undone = [c for c, own in reported.items() if own.get("held", 0.0) > UNDONE]
-        if flat:
-            self.exchange.books.note(
-                f"{', '.join(flat)} learnt nothing: the training loss is not below its start. Each "
-                "still contributes its statistics to the joint head."
-            )
-        if undone:
-            setting = "beta" if self.ensembled else "alpha"
-            self.exchange.books.note(
-                f"The anchor undid the training of {', '.join(undone)}: lower `{setting}`."
-            )
-        if worse:
-            self.exchange.books.note(
-                f"The own task vector of {', '.join(worse)} is worse on its own task than the "
-                "frozen backbone: lower `learning-rate`, or give it more images."
-            )
+        for note in remarks(reported, strength="beta" if self.ensembled else "alpha"):
+            self.exchange.books.note(note)
 
     def train_request(self, client: str) -> Body:
         """Request for a client: the joint head, the Fisher that anchors it, and in IEL the sum.
@@ -300,12 +283,3 @@ class Fitting:
             aligned_with=tuple(c for c in aligned_with if c != client),
             ensemble=tuple(c for c in members if c != client),
         )
-
-
-def _learnt_nothing(losses: Sequence[float]) -> bool:
-    return len(losses) > 1 and losses[-1] >= losses[0]
-
-
-def _is_worse(reported: Mapping[str, Any]) -> bool:
-    own, frozen = reported.get("own_task_accuracy"), reported.get("frozen_task_il_accuracy")
-    return own is not None and frozen is not None and own < frozen
