@@ -274,8 +274,8 @@ def _notes(values: Values, audited: _Audited) -> list[str]:
     if len({model.realigned for model in models.values()}) > 1:
         realigned = ", ".join(name for name, model in models.items() if model.realigned)
         notes.append(
-            f"Joint heads differ in what they were made of: {realigned} of features of the composed "
-            "model, the rest of pre-trained features. Part of a difference in accuracy is theirs."
+            f"Joint heads differ in what they were made of: {realigned} of features of the "
+            "composed model, the rest of pre-trained features. Part of a difference in accuracy is theirs."
         )
     missing = sorted(set(audited.remaining) - set(values["accuracy"]["per_client"]))
     if missing:

@@ -92,7 +92,8 @@ class Member:
     @property
     def values(self) -> dict[str, Any]:
         """JSON values; a length that is not known is left out."""
-        values = asdict(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # asdict copies each class
+        values |= {"files": dict(self.files), "lineage": asdict(self.lineage)}
         if self.squared_norm is None:
             del values["squared_norm"]
         return values
