@@ -35,8 +35,8 @@ SMALL = {
     "method": "iel",
     "num_server_rounds": 2,
     "batch_size": 8,
-    "beta": 0.3,
-    "head_start": "aligned",
+    "beta": 5.0,
+    "head_start": "zero",
     "scale": 1.0,
     "realign": False,
     "timeout": 1.0,  # an answer is there as soon as its request was sent, or never

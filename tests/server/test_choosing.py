@@ -182,7 +182,7 @@ def test_the_papers_protocol_has_mixtures_a_fisher_under_the_joint_head_and_no_v
 
 
 def test_a_fisher_of_class_probabilities_is_under_the_joint_head(tmp_path):
-    results = run({}, tmp_path / "out", curvature="exact", realign=False)
+    results = run({}, tmp_path / "out", curvature="exact", head_start="zero", realign=False)
     assert list(results["phases"]) == ["describe", "fisher", "train", "compose", "evaluate"]
     assert results["per_client"]["client-0"]["lineage"]["aligned_with"] == ["client-1", "client-2"]
     assert results["per_client"]["client-0"]["distance"] is None
