@@ -110,7 +110,8 @@ def explicit_step(
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.sub_(schedule * clip * gradient)
-        return torch.stack([(d() - tau[n]).norm() for n, d in deltas.items()]).norm()
+        moves = [(delta() - tau[name]).norm() for name, delta in deltas.items()]
+    return torch.linalg.vector_norm(torch.stack(moves))
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def implicit_step(
             columns = g.T if g is not None else None
             delta.A.copy_(_shrink_rows(delta.A.T, delta.B.T, strength * f.T, columns).T)
         moves.append((delta() - before).norm())
-    return torch.stack(moves).norm()
+    return torch.linalg.vector_norm(torch.stack(moves))
 
 
 def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor, pull: Tensor | None) -> Tensor:

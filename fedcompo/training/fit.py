@@ -114,7 +114,7 @@ def fit_task_vector(
         fixed=course.fixed,
         device=backbone.device,
     )
-    batch, steps = _pace(len(data.labels), config, course.share)
+    batch, steps = pace(len(data.labels), config, course.share)
     training = training_of(backbone, kind, head, config, course, generator, steps)
     epochs = math.ceil(steps / math.ceil(len(data.labels) / batch))
     losses: list[float] = []
@@ -137,12 +137,12 @@ def fit_task_vector(
     vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
     trained = head.result()
     if course.fixed:
-        labels = sorted(set(data.labels.tolist()))
-        trained = trained.rows(trained.classes[label] for label in labels)
+        rows = sorted(set(data.labels.tolist()))
+        trained = trained.rows(trained.classes[row] for row in rows)
     return Fitted(vector, trained, tuple(losses), training.held())
 
 
-def _pace(count: int, config: TrainConfig, share: float) -> tuple[int, int]:
+def pace(count: int, config: TrainConfig, share: float) -> tuple[int, int]:
     """Return the images a step, and the number of steps.
 
     Args:
