@@ -147,5 +147,16 @@ def test_factored_fisher_sets_every_form_beside_the_dense_one(monkeypatch, capsy
 def test_removals_fill_a_table(monkeypatch, capsys, tmp_path):
     options = ["--scale", "tiny", "--members", "2", "4", "--classes", "2", "3", "--repeats", "1"]
     rows = table_of(monkeypatch, capsys, "removal", *options, "--folder", str(tmp_path))
+
+    options = ["--scale", "tiny", "--members", "2", "4", "--classes", "2", "3", "--repeats", "1"]
+    rows = table_of(monkeypatch, capsys, "removal", *options, "--folder", str(tmp_path))
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("removal")
+    options = ["--scale", "tiny", "--members", "2", "4", "--classes", "2", "3", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["removal.py", *options, "--folder", str(tmp_path)])
+    script.main()
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[:2] for row in rows] == [["2", "2"], ["2", "4"], ["3", "2"], ["3", "4"]]
     assert all(float(value) >= 0 for row in rows for value in row[2:])

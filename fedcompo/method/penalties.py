@@ -111,7 +111,8 @@ def explicit_step(
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.sub_(schedule * clip * gradient)
         moves = [(delta() - tau[name]).norm() for name, delta in deltas.items()]
-    return torch.linalg.vector_norm(torch.stack(moves))
+    length: Tensor = torch.stack(moves).norm()
+    return length
 
 
 @torch.no_grad()
@@ -161,7 +162,8 @@ def implicit_step(
             columns = g.T if g is not None else None
             delta.A.copy_(_shrink_rows(delta.A.T, delta.B.T, strength * f.T, columns).T)
         moves.append((delta() - before).norm())
-    return torch.linalg.vector_norm(torch.stack(moves))
+    length: Tensor = torch.stack(moves).norm()
+    return length
 
 
 def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor, pull: Tensor | None) -> Tensor:
