@@ -140,14 +140,14 @@ class TrainConfig:
     )
     rank: int = setting(8, "lora: rank; a fused qkv gets three times as much.", POSITIVE)
     head_start: HeadStart = setting(
-        HeadStart.OWN,
-        "Head that training starts from: own (of the client's features, with small logits), zero, "
-        "aligned (joint, made of all clients' statistics) or probe (own, fitted).",
+        HeadStart.ZERO,
+        "Head that training starts from: zero, aligned (joint, made of all clients' statistics) or "
+        "probe (own).",
     )
     anchor: AnchorBy = setting(
         AnchorBy.OTHERS,
         "Whose Fisher anchors a client: others, own or reference (a file). own or reference with "
-        "head-start own, zero or probe is lineage-free: nobody trains with anything of another.",
+        "head-start zero or probe is lineage-free: nobody trains with anything of another.",
     )
     reference: str = setting("", "File of the reference Fisher; `fedcompo fisher` makes one.")
     alpha: float = setting(

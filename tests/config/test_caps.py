@@ -241,7 +241,6 @@ def test_a_factored_fisher_takes_kilobytes_and_is_kept_as_it_came(plain, tmp_pat
         (told,) = results["per_client"][client]["caps"]
         assert told["form"] == "factored"
         assert 0 < told["form_error"] < 1
-    assert any(note.startswith("The factored Fisher") for note in results["notes"])
 
 
 def test_where_no_fisher_is_told_nothing_holds_the_backbone(plain, tmp_path):

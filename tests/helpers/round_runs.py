@@ -35,7 +35,7 @@ SMALL = {
     "method": "iel",
     "num_server_rounds": 2,
     "batch_size": 8,
-    "beta": 5.0,
+    "beta": 0.3,
     "head_start": "zero",
     "scale": 1.0,
     "realign": False,
