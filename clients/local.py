@@ -49,7 +49,7 @@ from fedcompo.runtime import pick_device
 from fedcompo.seeds import derive_seed, generator_for
 from fedcompo.training.accuracy import Accuracy, accuracy_of
 from fedcompo.training.fit import ensembled, fit_task_vector
-from fedcompo.training.probing import fit_probe, soft_start
+from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
 
@@ -232,11 +232,11 @@ class LocalClient:
         classes, start = self.data.classes, self.config.train.head_start
         if len(classes) == 1:
             return joint
-        if start is HeadStart.ZERO:
-            return zero_head(classes, self.backbone.num_features)
-        if start is HeadStart.OWN:
-            return soft_start(self.backbone, self.split[0], classes)
-        return joint.rows(classes) if start is HeadStart.ALIGNED else self._probe()
+        if start is HeadStart.ALIGNED:
+            return joint.rows(classes)
+        if start is HeadStart.PROBE:
+            return self._probe()
+        return zero_head(classes, self.backbone.num_features)
 
     def statistics(
         self,

@@ -7,9 +7,9 @@ what they send, weighted by their numbers of examples (McMahan et al., AISTATS 2
 1602.05629). FedProx adds :math:`\tfrac\mu2\lVert p_c - p\rVert^2` to a client's loss (Li et al.,
 MLSys 2020, arXiv 1812.06127).
 
-p is the parameters of one task vector and a head of all classes, which starts as the joint head of
-all clients' statistics (`head-start = own`: softened; zero: at zero). The factors A and B of a LoRA
-are averaged separately, as FedAvg does: :math:`\bar B\bar A` is not the mean of the products. All
+p is the parameters of one task vector and a head of all classes, which starts at zero, or as the
+joint head of all clients' statistics (`head-start`). The factors A and B of a LoRA are averaged
+separately, as FedAvg does: :math:`\bar B\bar A` is not the mean of the products. All
 clients start from the same A, drawn by the seed.
 """
 
@@ -37,7 +37,6 @@ from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
-from fedcompo.training.probing import softened
 from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
 from server.exchange.exchange import Exchange
 from server.exchange.exchange_grid import ExchangeGrid
@@ -127,10 +126,9 @@ class Averaging:
 
     def _start(self) -> Head:
         """The head that all clients start from: it must be the same for all."""
-        if self.config.train.head_start is HeadStart.ZERO:
-            return zero_head(self.aligned.classes, self.backbone.num_features)
-        own = self.config.train.head_start is HeadStart.OWN
-        return softened(self.aligned) if own else self.aligned
+        if self.config.train.head_start in (HeadStart.ALIGNED, HeadStart.PROBE):
+            return self.aligned
+        return zero_head(self.aligned.classes, self.backbone.num_features)
 
     def train(self) -> None:
         """Do all rounds."""

@@ -49,7 +49,7 @@ from fedcompo.seeds import generator_for
 from fedcompo.training.anchors import FisherSums
 from fedcompo.training.fit import Course, fit_task_vector
 from fedcompo.training.penalty import Anchor
-from fedcompo.training.probing import fisher_of_images, fit_probe, load_reference, soft_start
+from fedcompo.training.probing import fisher_of_images, fit_probe, load_reference
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class ClientTraining:
         """
         start, mean, train = self._start(data), self.anchor, self.config.train
         if train.anchor is AnchorBy.OWN and _is_anchored(self.config):
-            mean = self._own_fisher(data)
+            mean = self._own_fisher(start, data)
         anchor = Anchor(expanded(mean, self.backbone.theta_0)) if mean is not None else None
         course = Course(anchor=anchor)
         if len(self.classes) == 1 and self.joint:  # its own head has nothing to tell apart
@@ -131,18 +131,15 @@ class ClientTraining:
 
     def _start(self, data: Split) -> Head:
         begin = self.config.train.head_start
-        if begin is HeadStart.OWN:
-            return soft_start(self.backbone, data, self.classes)
         if begin is HeadStart.PROBE:
             return fit_probe(self.backbone, data, self.classes, ridge=self.config.head.ridge)
         if begin is HeadStart.ALIGNED and self.joint:
             return self.joint.rows(self.classes)
         return zero_head(self.classes, self.backbone.num_features)
 
-    def _own_fisher(self, data: Split) -> Weights:
-        config, head = self.config, self.joint
-        if config.train.head_start.fitted and config.fisher.curvature is not Curvature.FEATURES:
-            head = fit_probe(self.backbone, data, self.classes, ridge=config.head.ridge)
+    def _own_fisher(self, start: Head, data: Split) -> Weights:
+        config = self.config
+        head = start if config.train.head_start is HeadStart.PROBE else self.joint
         fisher, _ = fisher_of_images(
             self.backbone,
             data.images,
@@ -265,7 +262,7 @@ def _under_joint_head(config: RunConfig) -> bool:
     """Whether the joint head had a part in a client's start, or in its own Fisher."""
     start, curvature = config.train.head_start, config.fisher.curvature
     of_classes = curvature is not Curvature.FEATURES
-    return start is HeadStart.ALIGNED or (of_classes and not start.fitted)
+    return start is HeadStart.ALIGNED or (of_classes and start is HeadStart.ZERO)
 
 
 def _is_anchored(config: RunConfig) -> bool:

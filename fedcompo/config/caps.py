@@ -83,7 +83,7 @@ class CapsConfig:
                 f"`dp-noise` is {self.dp_noise:g} and `statistics` is {statistics}: mixtures are "
                 "not private by noise. Use `statistics = sums`."
             )
-        if curvature is not Curvature.FEATURES and start.fitted:
+        if curvature is not Curvature.FEATURES and start is HeadStart.PROBE:
             raise ConfigError(
                 f"`dp-noise` is {self.dp_noise:g}, `curvature` is {curvature} and `head-start` is "
                 f"{start}: a Fisher under a head fitted to the same images is not private by "

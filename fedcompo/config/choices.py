@@ -89,24 +89,17 @@ class Action(StrEnum):
 
 
 class HeadStart(StrEnum):
-    """Head from which a client's training starts."""
+    """Head from which a client's training starts.
 
-    OWN = "own"
-    """Soft: a closed-form head of the client's own features, with small logits."""
+    A Fisher of class probabilities is under the joint head, unless it starts from a probe.
+    """
+
     ZERO = "zero"
-    """All logits zero."""
+    """All logits zero: the backbone has to learn."""
     ALIGNED = "aligned"
     """The client's rows of the joint head."""
     PROBE = "probe"
     """The client's own, fitted to its pre-trained features."""
-
-    @property
-    def fitted(self) -> bool:
-        """Whether it is made of the client's images alone.
-
-        So is then the head that a Fisher of class probabilities is under; else it is the joint one.
-        """
-        return self in (HeadStart.OWN, HeadStart.PROBE)
 
 
 class Coefficients(StrEnum):

@@ -24,18 +24,12 @@ from fedcompo.data.client_data import ClientData, Split, load_client_data, load_
 from fedcompo.method.contribution import load_fisher, save_fisher
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.heads import Head, discriminant, fit_head, zero_head
-from fedcompo.method.statistics import FeatureSums
+from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.seeds import generator_for
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
 
 OWNER = "(reference)"
 """Stands in the file of a reference Fisher in place of a client's name; no client can have it."""
-
-SOFTNESS = 0.05
-"""Factor on the logits of the head that training starts from."""
-SHRINKAGE = 0.5
-"""Of the covariance of one client's features: they are few."""
 
 ImagesCallback = Callable[[int, int], None]
 """Called after each batch with the number of images done, and of all images."""
@@ -55,27 +49,6 @@ def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridg
     features = extract_features(backbone.forward({}), data.images)
     start = zero_head(classes, backbone.num_features)
     return fit_head(features, data.labels, start, ridge=ridge)
-
-
-def soft_start(backbone: Backbone, data: Split, classes: tuple[str, ...]) -> Head:
-    """Make a head of labelled images that points the right way, with small logits.
-
-    It is the closed-form head of their pre-trained features, times :data:`SOFTNESS`. A sharp head
-    leaves no loss to learn from; a head of zeros says nothing of which way to go.
-
-    Args:
-        backbone: Pre-trained weights.
-        data: Images and labels; labels index ``classes``.
-        classes: Names of the classes, sorted.
-    """
-    features = extract_features(backbone.forward({}), data.images)
-    head = discriminant(FeatureSums.of(features, data.labels, classes), shrinkage=SHRINKAGE)
-    return softened(head)
-
-
-def softened(head: Head) -> Head:
-    """Make a head's logits small; see :func:`soft_start`."""
-    return Head(head.classes, SOFTNESS * head.weight, SOFTNESS * head.bias)
 
 
 def fisher_of_images(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import AnchorBy, Curvature
+from fedcompo.config.choices import AnchorBy, Curvature, HeadStart
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import FisherAnswer
@@ -126,8 +126,9 @@ class Fishers:
 
     def anchored(self, client: str) -> bool:
         """Whether a client is anchored at all."""
-        known = self.strength > 0 and self.sums is not None
-        return known and self.sums.anchored(client, with_own=self.ensembled)
+        if self.sums is None or not self.strength > 0:
+            return False
+        return self.sums.anchored(client, with_own=self.ensembled)
 
     def anchor_of(self, client: str) -> Weights:
         """The *mean* Fisher that anchors a client, dense or factored; empty if there is none."""
@@ -190,4 +191,4 @@ class Fishers:
 def fisher_apart(config: RunConfig) -> bool:
     """Whether the Fisher is asked for by itself: it is under the joint head, which comes before."""
     of_features = config.fisher.curvature is Curvature.FEATURES
-    return not of_features and not config.train.head_start.fitted
+    return not of_features and config.train.head_start is not HeadStart.PROBE

@@ -94,7 +94,6 @@ def trained_again(registry: Registry, client: str) -> dict[str, torch.Tensor]:
         {**OTHERS, "head_start": "probe"},
         {**FREE, "head_start": "aligned"},
         {**FREE, "head_start": "zero", "fisher_form": "dense"},
-        {**FREE, "head_start": "own"},
         {**OTHERS, "alpha": 0.0},
         {**FREE, "fisher_examples": 4, "penalty": "coupled"},
         {**OTHERS, "fisher_form": "dense", "local_steps": 9},

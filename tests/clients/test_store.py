@@ -13,9 +13,8 @@ from builders import altered, normal, pico_weights, random_head, random_like, ta
 from clients.store import HOME, Store, completed, store_home
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.requests import ANCHOR, OWN, TrainRequest, anchor_tensors, own_tensors
+from fedcompo.messages.requests import ANCHOR, OWN, TrainRequest, own_tensors
 from fedcompo.storage.tensorfile import tensor_digest
-from fedcompo.training.penalty import Anchor
 
 TENSORS = {"task_vector/a": normal(3, 2, seed=1), "head/bias": torch.zeros(0)}
 
@@ -104,9 +103,7 @@ THETA_0 = pico_weights(dtype=torch.float32)
 HEAD = random_head(("cat", "dog"), 3, seed=2)
 VECTOR = task_vector(Kind.LORA, THETA_0, seed=1, base="pico@0")
 SENT = {
-    ANCHOR: anchor_tensors(
-        Anchor(random_like(THETA_0, seed=3, positive=True), normal(2, 3, seed=4), normal(2, seed=5))
-    ),
+    ANCHOR: random_like(THETA_0, seed=3, positive=True),
     OWN: own_tensors(VECTOR.tensors, HEAD),
 }
 DIGESTS = {name: tensor_digest(tensors) for name, tensors in SENT.items()}

@@ -17,8 +17,6 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
 from fedcompo.method.contribution import save_fisher
-from fedcompo.method.heads import discriminant
-from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.training.probing import (
     OWNER,
@@ -28,7 +26,6 @@ from fedcompo.training.probing import (
     load_reference,
     reference_fisher,
     save_reference,
-    soft_start,
 )
 
 CLASSES = ("left", "right")
@@ -140,12 +137,3 @@ def test_a_folder_of_public_images_holds_its_classes_itself(tmp_path):
     assert len(data.train.labels) == 8  # one a class is kept for testing
     with pytest.raises(DataError, match="no folder 'train'"):
         load_public_data(RunConfig.parse({"data": f"folder:{Path(tmp_path)}"}), seen)
-
-
-def test_a_soft_start_is_the_closed_form_head_with_small_logits():
-    backbone, data = pico_backbone(), left_or_right(20)
-    features = backbone.forward({})(data.images)
-    sharp = discriminant(FeatureSums.of(features, data.labels, CLASSES), shrinkage=0.5)
-    soft = soft_start(backbone, data, CLASSES)
-    torch.testing.assert_close(soft(features), 0.05 * sharp(features), rtol=1e-3, atol=1e-4)
-    assert soft.classes == CLASSES
