@@ -331,7 +331,9 @@ def test_a_node_that_insists_on_noise_is_the_only_one_to_add_any(plain, tmp_path
     for i, client in enumerate(CLIENTS):
         (tensors, _) = heard[i, "query.describe"][0]
         exact = meant[client].statistics.tensors()
-        assert all(torch.equal(tensors[name], exact[name]) == (i != 1) for name in exact)
+        for part in ("sums", "second"):  # noised counts may be the true ones by chance
+            name = f"statistics/{part}"
+            assert torch.equal(tensors[name], exact[name]) == (i != 1)
 
 
 def test_two_runs_of_one_seed_draw_other_noise_and_two_clients_too(tmp_path):
