@@ -3,7 +3,7 @@ r"""What a registry keeps of all its members together, beside the sum of their t
 ::
 
     counts, sums, second   the members' statistics; see fedcompo.method.statistics
-    fisher/<name>          their Fisher diagonals, in units of 2^-32; see fedcompo.method.fisher
+    fisher/<name>          their Fisher diagonals on their grid; see fedcompo.method.fisher
 
 All of it is integers: a version's totals are those of the version before, plus who came, minus who
 left, at a cost that does not grow with the members, and they are the bits of a sum taken anew.

@@ -237,14 +237,14 @@ def test_true_positive_rates_appear_where_there_are_enough_non_members(tmp_path)
 
 def test_a_head_that_was_realigned_is_mentioned(data, tmp_path):
     registry = federate(tmp_path / "registry", config_of(data, **QUICK))
-    mixtures = {member.client: member.features for member in registry.pool()}
-    registry.realign(mixtures)
+    described = {member.client: member.statistics for member in registry.pool()}
+    registry.realign(described)
     found = audit(registry, CLIENT, shadows=4)
     assert {n: about["joint_head"] for n, about in found["models"].items()} == {
         BEFORE: "realigned",
         AFTER: "aligned",
     }
-    assert any("before on features of the composed model" in note for note in found["notes"])
+    assert any("before of features of the composed model" in note for note in found["notes"])
 
 
 # --- What is refused ---
