@@ -110,10 +110,13 @@ class Coefficients(StrEnum):
 
 
 class Augmentation(StrEnum):
-    """Random changes of the training images."""
+    """Random changes of the training images; see :mod:`fedcompo.training.augmentation`."""
 
+    AUTO = "auto"
+    """Crop; of texts, none."""
     NONE = "none"
     SHIFT = "shift"
+    CROP = "crop"
     CROP_FLIP = "crop-flip"
 
 

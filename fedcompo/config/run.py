@@ -187,7 +187,11 @@ class TrainConfig:
     weight_decay: float = setting(
         0.0, "AdamW's weight decay of the delta; not of (IA)³.", NOT_NEGATIVE
     )
-    augmentation: Augmentation = setting(Augmentation.NONE, "none, shift or crop-flip.")
+    augmentation: Augmentation = setting(
+        Augmentation.AUTO,
+        "auto (crop; of texts, none), none, shift, crop or crop-flip (mirrors half: not for "
+        "characters or signs).",
+    )
     precision: Precision = setting(Precision.AUTO, "auto (bfloat16 on a GPU), float32, bfloat16.")
 
 

@@ -12,7 +12,7 @@ from fedcompo.errors import ConfigError
 SHIFT = 0.075
 """shift: largest translation, as a share of the image's side."""
 SMALLEST_CROP = 0.7
-"""crop-flip: side of the smallest crop, as a share of the image's."""
+"""crop, crop-flip: side of the smallest crop, as a share of the image's."""
 
 
 def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> Tensor:
@@ -21,7 +21,8 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
     Args:
         images: (batch, channels, size, size), uint8.
         kind: none; shift (by whole pixels, the border is repeated; for characters, which a mirror
-            would change); crop-flip (a random square crop, mirrored half the time).
+            would change); crop (a random square crop, back to size); crop-flip (mirrored half the
+            time, too); auto (crop; of texts, none).
         generator: Source of the draws, on the CPU.
 
     Returns:
@@ -30,15 +31,19 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
     Raises:
         ConfigError: If the images are texts.
     """
-    if kind is Augmentation.NONE:
+    are_texts = images.shape[2] == 1 < images.shape[3]  # a single row; images are square
+    if kind is Augmentation.NONE or (kind is Augmentation.AUTO and are_texts):
         return images
-    if images.shape[2] == 1 < images.shape[3]:  # a single row is a text; images are square
+    if are_texts:
         raise ConfigError(
             f"`augmentation` is {kind}, which moves the pixels of images, but these are texts. Set "
             "it to none."
         )
     view = _shifted if kind is Augmentation.SHIFT else _cropped
-    return torch.stack([view(image, generator) for image in images])
+    views = [view(image, generator) for image in images]
+    if kind is Augmentation.CROP_FLIP:
+        views = [view.flip(-1) if _draw(0, 1, generator) else view for view in views]
+    return torch.stack(views)
 
 
 def _shifted(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -54,7 +59,7 @@ def _cropped(image: Tensor, generator: torch.Generator) -> Tensor:
     side = _draw(round(SMALLEST_CROP * size), size, generator)
     top, left = (_draw(0, size - side, generator) for _ in range(2))
     view: Tensor = F.resized_crop(image, top, left, side, side, [size, size], antialias=True)
-    return view.flip(-1) if _draw(0, 1, generator) else view
+    return view
 
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:

@@ -196,12 +196,17 @@ class Originals:
     owners: dict[str, str] = field(default_factory=dict)
     """First sender, by SHA-256 of the task vector."""
 
-    def check(self, client: str, vector: TaskVector) -> None:
+    def check(self, client: str, vector: TaskVector, norm: float) -> None:
         """Raise ``ContributionError`` if another client sent the same task vector before.
 
-        Two trainings do not end at the same bits, unless both vectors are zero.
+        Two trainings do not end at the same bits, unless both changed nothing.
+
+        Args:
+            client: Its name.
+            vector: Its task vector.
+            norm: Of the task vector; see :func:`norm_of`.
         """
-        if not any(bool(tensor.any()) for tensor in vector.tensors.values()):
+        if not norm:
             return
         owner = self.owners.setdefault(tensor_digest(vector.tensors), client)
         if owner != client:

@@ -242,13 +242,13 @@ class Fitting:
                 f"Client {client!r} sent a task vector of the kind {vector.kind}, it was asked for "
                 f"{who.kinds[client]}. Use the same fedcompo version everywhere."
             )
-        self.originals.check(client, vector)
+        norm = norm_of(vector, self.backbone.theta_0)
+        self.originals.check(client, vector, norm)
         head = answer.head(answer.classes)
         head.check(who.described[client].classes, self.backbone.num_features, f"client {client!r}")
         held = {} if answer.held is None else {"held": answer.held}
         figures = checked_fractions(client, {**answer.figures, **held})
         losses = checked_losses(client, answer)
-        norm = norm_of(vector, self.backbone.theta_0)
         return vector, head, {**figures, "losses": losses, "norm": norm}
 
     def note_figures(self, client: str, figures: Mapping[str, Any]) -> None:

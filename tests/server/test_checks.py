@@ -45,17 +45,17 @@ def test_the_norm_is_that_of_all_weights_together():
 
 def test_a_copy_of_anothers_task_vector_is_refused_and_one_s_own_is_not():
     originals = Originals()
-    originals.check("a", vector(1.0))
-    originals.check("a", vector(1.0))
-    originals.check("b", vector(2.0))
+    originals.check("a", vector(1.0), 1.0)
+    originals.check("a", vector(1.0), 1.0)
+    originals.check("b", vector(2.0), 2.0)
     with pytest.raises(ContributionError, match="'b' sent, byte for byte, the task vector of 'a'"):
-        originals.check("b", vector(1.0))
+        originals.check("b", vector(1.0), 1.0)
 
 
 def test_two_clients_may_both_learn_nothing():
     originals = Originals()
-    originals.check("a", vector(0.0))
-    originals.check("b", vector(0.0))
+    originals.check("a", vector(0.0), 0.0)
+    originals.check("b", vector(0.0), 0.0)
 
 
 def test_the_same_versions_leave_nothing_to_say():

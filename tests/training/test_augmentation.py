@@ -10,7 +10,7 @@ from fedcompo.config.choices import Augmentation
 from fedcompo.errors import ConfigError
 from fedcompo.training.augmentation import SHIFT, SMALLEST_CROP, augment
 
-RANDOM = [Augmentation.SHIFT, Augmentation.CROP_FLIP]
+RANDOM = [Augmentation.SHIFT, Augmentation.CROP, Augmentation.CROP_FLIP]
 
 
 @pytest.fixture
@@ -75,13 +75,14 @@ def test_a_shift_moves_by_at_most_its_share_and_never_mirrors():
     assert (views[:, 0, side // 2].diff() >= 0).all()
 
 
-def test_a_crop_is_mirrored_half_the_time_and_never_smaller_than_it_says():
+@pytest.mark.parametrize("kind", [Augmentation.CROP, Augmentation.CROP_FLIP])
+def test_a_crop_is_mirrored_half_the_time_or_never_and_never_smaller_than_it_says(kind):
     side, count = 32, 400
-    views = augment(gradient(count, side), Augmentation.CROP_FLIP, rng(0)).double()
+    views = augment(gradient(count, side), kind, rng(0)).double()
     row = views[:, 0, side // 2]
     span = row[:, -1] - row[:, 0]
     mirrored = (span < 0).double().mean()
-    assert 0.4 < mirrored < 0.6
+    assert mirrored == 0 or (kind is Augmentation.CROP_FLIP and 0.4 < mirrored < 0.6)
     share = span.abs() / 160
     assert share.min() >= SMALLEST_CROP - 2 / side
     assert share.max() <= 1
@@ -94,3 +95,9 @@ def test_texts_are_not_moved_but_refused(kind):
     with pytest.raises(ConfigError, match=f"`augmentation` is {kind}, .*these are texts"):
         augment(texts, kind, rng(0))
     assert augment(texts, Augmentation.NONE, rng(0)) is texts
+    assert augment(texts, Augmentation.AUTO, rng(0)) is texts
+
+
+def test_auto_crops_pictures(images):
+    expected = augment(images, Augmentation.CROP, rng(0))
+    assert torch.equal(augment(images, Augmentation.AUTO, rng(0)), expected)
