@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHRINKAGES = (0.1, 0.3, 0.5, 0.7)
+SHRINKAGES = (0.02, 0.1, 0.3, 0.7)
 """Shrinkages of the joint head's covariance that are tried."""
 TEMPERATURES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03)
 """Factors on the logits; each candidate is measured at all of them."""
