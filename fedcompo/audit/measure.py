@@ -275,7 +275,8 @@ def _notes(values: Values, audited: _Audited) -> list[str]:
         realigned = ", ".join(name for name, model in models.items() if model.realigned)
         notes.append(
             f"Joint heads differ in what they were made of: {realigned} of features of the "
-            "composed model, the rest of pre-trained features. Part of a difference in accuracy is theirs."
+            "composed model, the rest of pre-trained features. Part of a difference in accuracy is "
+            "theirs."
         )
     missing = sorted(set(audited.remaining) - set(values["accuracy"]["per_client"]))
     if missing:

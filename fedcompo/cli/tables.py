@@ -12,7 +12,7 @@ from fedcompo.report.console import literal, say, table_console
 from fedcompo.report.units import percent, shortened, size
 
 if TYPE_CHECKING:
-    from fedcompo.registry.verification import Finding
+    from fedcompo.registry.rederivation import Finding
 
 CHOSEN_BY = {
     "fixed": "as set",

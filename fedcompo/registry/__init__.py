@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from fedcompo.registry.inspection import summary as summary
     from fedcompo.registry.reader import RegistryReader as RegistryReader
     from fedcompo.registry.record_verification import verify_record as verify_record
+    from fedcompo.registry.rederivation import Finding as Finding
     from fedcompo.registry.registry import Registry as Registry
     from fedcompo.registry.removal import Influence as Influence
     from fedcompo.registry.removal import RemovalRecord as RemovalRecord
     from fedcompo.registry.state import Member as Member
     from fedcompo.registry.state import State as State
-    from fedcompo.registry.verification import Finding as Finding
     from fedcompo.registry.verification import verify_registry as verify_registry
 
 __all__, __getattr__, __dir__ = face(__name__)

@@ -13,17 +13,13 @@ from fedcompo.composition.version import terms_of, write_composed, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.pool import Pool
+from fedcompo.registry.history import line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.rederivation import Finding, as_json, expected_factor
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
-from fedcompo.registry.state import PUBLIC, line_of, members_after, root_of
-from fedcompo.registry.verification import (
-    Finding,
-    all_but_folders,
-    as_json,
-    expected_factor,
-    signature_finding,
-)
+from fedcompo.registry.state import PUBLIC
+from fedcompo.registry.verification import all_but_folders, signature_finding
 from fedcompo.report.units import OnStep
 from fedcompo.storage.files import SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256

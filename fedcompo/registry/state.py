@@ -4,8 +4,7 @@ The *root* is the SHA-256 over what the registry consists of: its settings, its 
 composition. It knows no time, no folder and no order of arrival: two registries of the same members
 have the same root.
 
-Here too: writing the files of a new registry that never change, and replaying the journal to
-learn what the registry held at any earlier moment.
+Here too: writing the files of a new registry that never change.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ from fedcompo.config.choices import Statistics, are_tangents
 from fedcompo.errors import RegistryDamaged
 from fedcompo.method.lineage import Lineage
 from fedcompo.registry import journal, signing
-from fedcompo.registry.journal import Entry
 from fedcompo.registry.transaction import JOURNAL, STATE, require_inside
 from fedcompo.runtime import version
 from fedcompo.storage.files import BACKBONE, canonical, tuples, write_atomically
@@ -232,7 +230,7 @@ class State:
                 )
             del values["root"], values["sha256"]  # derived; the text is compared as a whole
             values["settings"] = CompositionSettings.parse(values["settings"])
-            values["members"] = {n: _member(m) for n, m in sorted(values["members"].items())}
+            values["members"] = {n: member_from(m) for n, m in sorted(values["members"].items())}
             if any(set(kept) != {"clients", "files"} for kept in values["kept"].values()):
                 raise ValueError("a kept composition is described by its clients and files alone")
             state = cls(**values)
@@ -251,7 +249,8 @@ class State:
         return state
 
 
-def _member(values: Mapping[str, Any]) -> Member:
+def member_from(values: Mapping[str, Any]) -> Member:
+    """Rebuild a member from JSON; raises ``KeyError`` or ``TypeError``."""
     return Member(**{**tuples(values), "lineage": Lineage.parse(values["lineage"])})
 
 
@@ -285,44 +284,3 @@ def read_about(path: Path, state: State) -> tuple[str, str]:
         )
     about = json.loads(path.read_text(encoding="utf-8"))
     return about["identity"], about["created"]
-
-
-def members_after(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-    """Replay the journal: the members after these lines, by client."""
-    members: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        if entry.event == "added":
-            members |= {member["client"]: member for member in entry.details["clients"]}
-        elif entry.event == "removed":
-            members.pop(entry.details["client"], None)
-        for client, sha256 in entry.details.get("rounded", {}).items():
-            members[client] = {**members[client], "rounded_sha256": sha256}
-    return members
-
-
-def root_of(
-    state: State, members: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]
-) -> str:
-    """Compute the root of the registry with these members.
-
-    Args:
-        state: Says backbone and settings, which never change.
-        members: By client, each as its line of the journal describes it.
-        files: SHA-256 of the composition's files, by name.
-    """
-    known = {
-        client: _member({**values, "folder": ""}) for client, values in sorted(members.items())
-    }
-    return replace(state, members=known, files=dict(files)).root
-
-
-def line_of(folder: str) -> int:
-    """Number of the journal's line that wrote a composition, by its folder; 0: not known."""
-    number = folder.rpartition("/")[2]
-    return int(number) if number.isdecimal() else 0
-
-
-def end_of_change(entries: Sequence[Entry], line: int) -> Entry | None:
-    """Find the last line of the change that begins with a line, counted from 1."""
-    after = entries[line - 1 :] if line > 0 else ()
-    return next((entry for entry in after if "root_after" in entry.details), None)

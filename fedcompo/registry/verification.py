@@ -6,61 +6,28 @@ followed, the running sum and the composed weights are computed anew from the co
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import Rounding, Term
-from fedcompo.composition.head import joint_head
-from fedcompo.composition.realigned import realigned_head
-from fedcompo.composition.scale import FactorBy, norm_preserving
-from fedcompo.composition.totals import Totals, write_totals
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.method.heads import Head
 from fedcompo.registry import journal, signing
+from fedcompo.registry.history import end_of_change, line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.registry.removal import RemovalRecord
-from fedcompo.registry.state import (
-    PRIVATE,
-    PUBLIC,
-    State,
-    end_of_change,
-    line_of,
-    members_after,
-    root_of,
+from fedcompo.registry.rederivation import (
+    Finding,
+    aligned_again,
+    as_json,
+    recomposed,
+    totals_again,
 )
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.state import PRIVATE, PUBLIC, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
 from fedcompo.report.units import OnStep
-from fedcompo.storage.files import REALIGNED, TOTALS, canonical
-from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
-
-CLOSE = 1e-4
-"""Largest difference of a joint head that another machine's rounding can explain."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One claim and whether it holds."""
-
-    claim: str
-    """The claim, as a sentence."""
-    holds: bool | None
-    """None: it cannot be derived again from what is at hand."""
-    detail: str = ""
-    """Why it does not hold; names the file."""
-
-    @classmethod
-    def of(cls, claim: str, holds: bool, detail: str) -> Finding:
-        """Judge a claim; the detail is kept only if it does not hold."""
-        return cls(claim, holds, "" if holds else detail)
+from fedcompo.storage.tensorstream import file_sha256
 
 
 def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[Finding]:
@@ -88,10 +55,10 @@ def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[
     findings += _check_strangers(registry, entries)
     if all(finding.holds for finding in findings) and registry.clients:
         on_step("composing again from all members")
-        findings += _guarded("the composition is that of the members", _recomposed, registry)
-        findings += _guarded("the joint head is that of the members", _aligned_again, registry)
+        findings += _guarded("the composition is that of the members", recomposed, registry)
+        findings += _guarded("the joint head is that of the members", aligned_again, registry)
         if registry.settings.statistics is Statistics.SUMS:
-            findings += _guarded("the totals are those of the members", _totals_again, registry)
+            findings += _guarded("the totals are those of the members", totals_again, registry)
     return findings
 
 
@@ -218,104 +185,6 @@ def _check_strangers(registry: RegistryReader, entries: list[Entry]) -> Iterator
     yield _compared("the link `model` leads to the composition", target, state.version)
 
 
-def _recomposed(registry: RegistryReader) -> Finding:
-    """Sum the members' task vectors again and compare every weight with the composition."""
-    claim = "the composition is that of the members"
-    state, backbone = registry.state, registry.backbone
-    running, model = registry.running_sum(), registry.composed()
-    stated = {name: model.manifest.get(name) for name in state.about}
-    if stated != as_json(state.about):
-        return Finding(claim, False, f"the model says {stated}, expected {state.about}")
-    terms = [
-        Term(
-            client,
-            registry.contribution(client).task_vector,
-            state.settings.times(member.num_examples),
-            member.rounded_sha256,
-        )
-        for client, member in state.members.items()
-    ]
-    roundings, squared_norm = [Rounding() for _ in terms], 0.0
-    for name in sorted(backbone.tensors):
-        weight = backbone.tensors[name]
-        if name in backbone.target_weights:
-            total = fixed_point.sum_of(terms, name, weight, roundings=roundings)
-            squared_norm += fixed_point.squared_length(total)
-            if not torch.equal(total, running[name]):
-                return Finding(claim, False, f"the running sum differs at {name!r}")
-            weight = fixed_point.compose(weight, total, factor=state.factor)
-        if not torch.equal(weight, model[name]):
-            return Finding(claim, False, f"the model differs at {name!r}")
-    for member, rounding in zip(state.members.values(), roundings, strict=True):
-        if rounding.sha256 != member.rounded_sha256:
-            return Finding(claim, False, f"{member.client} is rounded differently here")
-        if member.squared_norm not in (None, rounding.squared_norm):
-            return Finding(claim, False, f"{member.client} has another length")
-    factor = expected_factor(state, squared_norm)
-    return Finding.of(claim, state.factor == factor, f"the factor is not {factor}")
-
-
-def expected_factor(state: State, squared_norm: float) -> float:
-    r"""Derive the factor again; one that was voted is taken as it is.
-
-    Args:
-        state: Its members, and where its factor comes from.
-        squared_norm: :math:`\lVert\sum_c m_c \tau_c\rVert^2`.
-    """
-    if state.settings.scale is not None:
-        return state.settings.scale / state.count
-    if state.factor_by == FactorBy.VOTE:
-        return state.factor
-    return norm_preserving(state.lengths, squared_norm)
-
-
-def _totals_again(registry: RegistryReader) -> Finding:
-    """Add up the members' statistics and Fisher diagonals again and compare every number."""
-    claim = "the totals are those of the members"
-    members = list(registry.pool(with_fisher=True))
-    with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
-        path = Path(folder) / TOTALS
-        shapes = registry.backbone.theta_shapes
-        write_totals(path, shapes, None, coming=members, going=(), everyone=lambda: members)
-        derived, stored = Totals(StreamedTensors(path)), registry.totals()
-        if derived.about != stored.about:
-            return Finding(claim, False, f"they are of {stored.about}, expected {derived.about}")
-        for name, total in derived.tensors.items():
-            if not torch.equal(total, stored.tensors[name]):
-                return Finding(claim, False, f"they differ at {name!r}")
-    return Finding(claim, True)
-
-
-def _aligned_again(registry: RegistryReader) -> Finding:
-    """Fit the joint head again and compare it with the stored one."""
-    state, settings = registry.state, registry.settings
-    if registry.realigned:
-        path = registry.path / state.version / REALIGNED
-        head = realigned_head(path, settings, state.shrinkage)
-    else:
-        statistics = {c: registry.contribution(c).statistics for c in registry.clients}
-        head = joint_head(statistics, settings, shrinkage=state.shrinkage)
-    return head_finding(registry.joint_head(), head)
-
-
-def head_finding(stored: Head, derived: Head) -> Finding:
-    """Compare two heads, bit for bit; ``holds`` is None if rounding can explain the difference."""
-    claim = "the joint head is that of the members"
-    if stored.classes != derived.classes:
-        return Finding(claim, False, f"its classes are {stored.classes}, not {derived.classes}")
-    if torch.equal(stored.weight, derived.weight) and torch.equal(stored.bias, derived.bias):
-        return Finding(claim, True)
-    apart = max(
-        float((stored.weight - derived.weight).abs().max()),
-        float((stored.bias - derived.bias).abs().max()),
-    )
-    scale = max(1.0, float(derived.weight.abs().max()))
-    if apart <= CLOSE * scale:
-        detail = f"up to {apart:.1e}: this machine's arithmetic rounds otherwise"
-        return Finding(claim, None, detail)
-    return Finding(claim, False, f"it differs by up to {apart:.3g}")
-
-
 def _file_finding(claim: str, path: Path, digest: str) -> Finding:
     try:
         actual = file_sha256(path)
@@ -327,11 +196,6 @@ def _file_finding(claim: str, path: Path, digest: str) -> Finding:
 def _compared(claim: str, actual: object, expected: object) -> Finding:
     detail = f"found {str(actual)[:200]}, expected {str(expected)[:200]}"
     return Finding.of(claim, actual == expected, detail)
-
-
-def as_json(values: object) -> object:
-    """Values as they are once they were JSON: tuples are lists."""
-    return json.loads(canonical(values))
 
 
 def all_but_folders(root: Path) -> Iterator[Path]:

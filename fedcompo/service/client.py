@@ -28,8 +28,8 @@ from fedcompo.service.transfer import FileEntry, Part, outgoing, received
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
 
 if TYPE_CHECKING:
+    from fedcompo.registry.rederivation import Finding
     from fedcompo.registry.removal import RemovalRecord
-    from fedcompo.registry.verification import Finding
 
 
 CONTRIBUTION = frozenset({CONTENT, CARD}), frozenset({CONTENT, CARD, FISHER})
@@ -227,7 +227,7 @@ class Client:
 
     def verify(self, record: bytes = b"") -> Sequence[Finding]:
         """Let the server verify every claim of the registry, or of a receipt."""
-        from fedcompo.registry.verification import (
+        from fedcompo.registry.rederivation import (
             Finding,  # takes seconds to import, as PyTorch does
         )
 

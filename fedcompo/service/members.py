@@ -12,10 +12,11 @@ import grpc
 
 from fedcompo.errors import ContributionError, RegistryError
 from fedcompo.registry.record_verification import verify_record
+from fedcompo.registry.rederivation import Finding
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import PUBLIC, State
 from fedcompo.registry.transaction import STATE
-from fedcompo.registry.verification import Finding, verify_registry
+from fedcompo.registry.verification import verify_registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.access import peer_of, require_owner
 from fedcompo.service.downloads import require_members

@@ -232,7 +232,7 @@ BAD: dict[str, tuple[Callable[[], Contribution], str]] = {
         "by mixtures, the others by sums.*into a new registry",
     ),
     "no image of a class": (lambda: with_count(full(), 0), "at least one each"),
-    "too many images of a class": (lambda: with_count(full(), 2**60), "whole numbers from 1"),
+    "too many images of a class": (lambda: with_count(full(), 2**60), "fewer than"),
     "no example": (lambda: replace(full(), num_examples=0), "whole numbers from 1"),
     "half an example": (lambda: replace(full(), num_examples=2.5), "whole numbers from 1"),
     "class of half a character": (lambda: member("dee", classes=("\ud800",)), "no text"),

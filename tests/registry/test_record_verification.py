@@ -19,10 +19,11 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
 from fedcompo.registry import signing
 from fedcompo.registry.record_verification import verify_record
+from fedcompo.registry.rederivation import Finding
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import Influence, RemovalRecord
 from fedcompo.registry.state import PRIVATE, PUBLIC
-from fedcompo.registry.verification import Finding, verify_registry
+from fedcompo.registry.verification import verify_registry
 from fedcompo.storage.files import CONFIG, CONTENT, SUM, TOTALS, WEIGHTS
 
 SIGNED = "000003-ben.json is signed by the registry's key"

@@ -21,10 +21,11 @@ from fedcompo.config.choices import Kind
 from fedcompo.method.heads import Head
 from fedcompo.registry import signing
 from fedcompo.registry.journal import read as read_journal
+from fedcompo.registry.rederivation import Finding, head_finding
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT, PRIVATE, PUBLIC, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, STATE
-from fedcompo.registry.verification import Finding, head_finding, verify_registry
+from fedcompo.registry.verification import verify_registry
 from fedcompo.storage.files import CONTENT, REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
