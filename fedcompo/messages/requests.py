@@ -236,7 +236,9 @@ class TrainRequest(_WithHead):
         """
         course, others = Course(fixed=len(classes) == 1), self.others
         if ANCHOR in self.sent:
-            course = replace(course, anchor=Anchor(expanded(self.sent[ANCHOR], theta_0), of_features))
+            course = replace(
+                course, anchor=Anchor(expanded(self.sent[ANCHOR], theta_0), of_features)
+            )
         if OWN in self.sent:
             begin = TaskVector(self.kind, section(TASK_VECTOR, self.sent[OWN]), base)
             head = None if course.fixed else head_from(self.sent[OWN], classes)

@@ -285,7 +285,7 @@ def test_a_backbone_of_larger_features_trains_alike(backbone, kind):
     torch.testing.assert_close(found.head.bias, expected.head.bias, rtol=1e-3, atol=1e-4)
 
 
-def test_the_scale_of_features_is_their_root_mean_square_and_variance_over_some_evenly_spaced_images(
+def test_the_scale_and_variance_of_features_are_those_of_some_evenly_spaced_images(
     backbone, monkeypatch
 ):
     monkeypatch.setattr("fedcompo.training.head.IMAGES", 10)
