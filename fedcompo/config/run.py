@@ -158,8 +158,8 @@ class TrainConfig:
     )
     alpha: float = setting(
         0.0,
-        "Strength of an anchor that pulls all the time. implicit: in e-foldings, how often training "
-        "shrinks a weight of mean Fisher by e; else the paper's, on the Fisher's own scale.",
+        "Strength of an anchor that pulls all the time. implicit: in e-foldings, how often "
+        "training shrinks a weight of mean Fisher by e; else the paper's, on the Fisher's scale.",
         NOT_NEGATIVE,
     )
     target_logit: float = setting(
