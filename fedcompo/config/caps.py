@@ -22,7 +22,7 @@ class CapsConfig:
     """Limits on what a client sends; a node may set stricter ones, by the same names."""
 
     wire: Wire = setting(
-        Wire.FLOAT32,
+        Wire.BFLOAT16,
         "Numbers of task vector and Fisher on the wire: float32, bfloat16 (half the bytes) or int8 "
         "(a quarter); the error is reported.",
     )

@@ -28,6 +28,7 @@ PAPER: dict[str, Scalar] = {
     "batch-size": 128,
     "learning-rate": 0.0003,
     "fisher-form": "dense",
+    "wire": "float32",
     "scale": "1.0",
 }
 """``preset = paper``: the protocol, and the values published for CIFAR-100 with LoRA.
