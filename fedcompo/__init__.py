@@ -1,8 +1,9 @@
 """Federated fine-tuning of vision transformers into task vectors that add up, and come apart.
 
-Each client fine-tunes a shared pre-trained backbone into a task vector; their sum is one model that
-knows all tasks. Read ``task_vector``, ``deltas``, ``fisher``, ``penalties`` and ``pool`` of
-``fedcompo.method`` in this order, and you know the method.
+Each client fine-tunes a shared pre-trained backbone into a task vector; their sum, at a scale that
+the clients choose together, is one model that knows all tasks. Read ``task_vector``, ``deltas``,
+``fisher``, ``penalties`` and ``pool`` of ``fedcompo.method`` in this order, and you know the
+method.
 
 Run a federation on this machine, and take a client out of the model that comes of it::
 

@@ -1,10 +1,11 @@
 """Get from connected clients to one model: fit, compose, choose, evaluate.
 
-ITA: each client trains alone, held near the pre-trained weights by a Fisher diagonal (see
-:mod:`fedcompo.training.anchors`). IEL: clients train in rounds inside their sum
-(:mod:`server.rounds.rounds`). In both the server adds up the task vectors, in a registry: a new
-one, or one whose members the clients join. The server holds no data; it sees statistics, sums and
-task vectors.
+Describe → train → compose → realign → vote → evaluate. ITA: each client trains alone, held near the
+pre-trained weights by a Fisher diagonal (see :mod:`fedcompo.training.anchors`). IEL: clients train
+in rounds inside their sum (:mod:`server.rounds.rounds`). In both the server adds up the task
+vectors, in a registry: a new one, or one whose members the clients join. Then the clients choose
+how much of the sum enters (:mod:`server.phases.choosing`). The server holds no data; it sees
+statistics, sums, task vectors and votes.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class AuditedModel:
     """Its joint head."""
     clients: tuple[str, ...]
     realigned: bool
-    """Whether the head was fitted to features of the composed model."""
+    """Whether the head was made of features of the composed model."""
     linearised: bool
     """Whether it is composed of tangents."""
 

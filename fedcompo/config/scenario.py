@@ -4,7 +4,7 @@ A scenario is a TOML file of run-config keys at the top level::
 
     data = "folder:images"    # relative to where you stand, not to this file
     kind = "lora"
-    alpha = 30
+    rank = 16
 
 Later sources win: the preset, the file, then ``--set key=value``, then options such as ``--seed``.
 """

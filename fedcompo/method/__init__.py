@@ -2,8 +2,9 @@
 
 ``task_vector`` (a client's change to the pre-trained weights), ``deltas`` (how one weight changes),
 ``fisher`` (the diagonal that the penalties weigh with), ``penalties`` (what keeps task vectors
-composable), ``pool`` (add, leave out, compose). Beside them: ``heads``, ``features`` and
-``contribution``, all that a client sends.
+composable), ``pool`` (add, leave out, compose). Beside them: ``statistics`` (sums that describe a
+client's features), ``heads`` (what follows from them in closed form), ``contribution`` (all that a
+client sends) and ``lineage``. ``features`` holds the mixtures of the published protocol.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,8 @@
-"""Statistics of a client's images: for each class a mixture of Gaussians over θ₀'s features.
+"""Features of images; and, for the published protocol, mixtures of Gaussians that describe them.
 
-A client sends these kilobytes instead of images. The server draws features from the mixtures of all
-clients and fits the joint head to them.
+With ``statistics = mixtures`` a client sends a mixture for each class instead of images. The server
+draws features from the mixtures of all clients and fits the joint head to them. The default are
+sums; see :mod:`fedcompo.method.statistics`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ The changes of the backbone's weights are added up, the heads are not. In class-
 (class-IL) the arg max runs over the rows of all classes, in task-incremental use (task-IL) over the
 rows of one client's classes.
 
-A head is fitted by minimising cross-entropy plus :math:`\lambda\lVert W - W_{start}\rVert^2` on
-features divided by their root mean square. The problem is convex; L-BFGS solves it. Its solution
-does not depend on the order of clients.
+The joint head is the linear discriminant of the clients' statistics, in closed form. A probe, or a
+joint head made of mixtures, is fitted by minimising cross-entropy plus
+:math:`\lambda\lVert W - W_{start}\rVert^2` on features divided by their root mean square. The
+problem is convex; L-BFGS solves it. Neither depends on the order of clients.
 """
 
 from __future__ import annotations

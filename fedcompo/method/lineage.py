@@ -17,7 +17,8 @@ class Lineage:
     anchored_by: tuple[str, ...] = ()
     """Clients whose Fisher anchored the training."""
     aligned_with: tuple[str, ...] = ()
-    """Clients whose feature statistics shaped the head that training started from."""
+    """Clients whose feature statistics are in the joint head that it was trained under: from which
+    training started, or whose class probabilities its Fisher is of."""
     ensemble: tuple[str, ...] = ()
     """Clients whose task vectors were in the model that was trained."""
 

@@ -82,7 +82,7 @@ class RegistryReader:
 
     @property
     def realigned(self) -> bool:
-        """Whether the joint head was fitted to features of the composed model."""
+        """Whether the joint head was made of features of the composed model."""
         return REALIGNED in self.state.files
 
     @property

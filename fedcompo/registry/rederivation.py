@@ -111,7 +111,7 @@ def totals_again(registry: RegistryReader) -> Finding:
 
 
 def aligned_again(registry: RegistryReader) -> Finding:
-    """Fit the joint head again and compare it with the stored one."""
+    """Make the joint head again and compare it with the stored one."""
     state, settings = registry.state, registry.settings
     if registry.realigned:
         path = registry.path / state.version / REALIGNED

@@ -30,7 +30,7 @@ class Influence:
     fisher: tuple[str, ...]
     """Anchored by its Fisher."""
     statistics: tuple[str, ...]
-    """Started from a head aligned with its feature statistics."""
+    """Trained under a joint head made with its feature statistics."""
     ensemble: tuple[str, ...]
     """Trained inside a model that held its task vector."""
     indirect: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""The phases of a run: who takes part, the Fisher, training, composing."""
+"""The phases of a run: who takes part, the Fisher, training, composing, choosing λ, measuring."""

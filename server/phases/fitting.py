@@ -1,13 +1,16 @@
 """The first half of a run: each client describes itself and fits its task vector.
 
-Describe → train; the Fisher of class probabilities under the joint head has a phase of its own
-between the two. Under ITA each client trains alone, under IEL inside the sum of the registry's
-members. Rounds, in which all clients train at a time, are in :mod:`server.rounds.rounds`.
+Describe → train. A client's description holds the statistics of its features and the Fisher
+diagonal of these. Between the two the server makes the joint head of all statistics, and the Fisher
+of class probabilities under that head, if it is wanted, has a phase of its own. Under ITA each
+client trains alone, under IEL inside the sum of the registry's members. Rounds, in which all
+clients train at a time, are in :mod:`server.rounds.rounds`.
 
-If a client starts from the joint head, or if the others' Fisher anchors it, its result depends on
-the others, and its lineage names them. If it starts from zero or its own probe, and is anchored by
-its own Fisher of features or by a reference, its result has the same bits whoever else takes part,
-and its lineage is empty.
+If the others' Fisher anchors a client (the default), or if it trains under the joint head, its
+result depends on the others, and its lineage names them. If it starts from zero or its own probe,
+and is anchored by its own Fisher of features or by a reference, its result has the same bits
+whoever else takes part, and its lineage is empty. A client with a single class has no such way: it
+trains under the joint head.
 """
 
 from __future__ import annotations

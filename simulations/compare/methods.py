@@ -1,7 +1,8 @@
 """The methods that are compared: this one, its variants, and baselines.
 
 Each is a run of the apps with some settings, or is derived from the task vectors of such a run.
-All train for the same number of passes over the data unless their title says otherwise.
+All train for the same number of passes over the data, or of steps where a client has few images,
+unless their title says otherwise.
 """
 
 from __future__ import annotations
