@@ -37,7 +37,13 @@ from fedcompo.training.penalty import Anchor
 CLASSES = ("left", "right")
 DATA = left_or_right(24)
 CONFIG = TrainConfig(
-    rank=2, alpha=1.0, local_epochs=6, local_steps=0, batch_size=8, learning_rate=0.02
+    rank=2,
+    alpha=1.0,
+    local_epochs=6,
+    local_steps=0,
+    batch_size=8,
+    learning_rate=0.02,
+    augmentation=Augmentation.NONE,
 )
 
 

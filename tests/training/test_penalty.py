@@ -19,7 +19,7 @@ from builders import (
 )
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import Kind, Penalty
+from fedcompo.config.choices import Augmentation, Kind, Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.penalties import iel_penalty
@@ -30,7 +30,14 @@ from fedcompo.training.penalty import Anchor, Ensemble
 CLASSES = ("left", "right")
 DATA = left_or_right(24)
 HEAD = random_head(CLASSES, 8, seed=1)
-STILL = TrainConfig(rank=2, local_epochs=1, batch_size=8, learning_rate=1e-12, local_steps=0)
+STILL = TrainConfig(
+    rank=2,
+    local_epochs=1,
+    batch_size=8,
+    learning_rate=1e-12,
+    local_steps=0,
+    augmentation=Augmentation.NONE,
+)
 """Steps too small to matter."""
 
 
