@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from logging import INFO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from flwr.common.logger import log
 
@@ -46,9 +46,6 @@ class Strategy(ABC):
     registry: Registry
     working: Working
 
-    first: ClassVar[tuple[str, ...]] = ("identify",)
-    """Phases before those of fitting."""
-
     def __post_init__(self) -> None:
         """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
@@ -63,7 +60,13 @@ class Strategy(ABC):
     @classmethod
     def phases_of(cls, config: RunConfig) -> tuple[str, ...]:
         """All phases, in their order."""
-        return (*cls.first, *fitting.phases_of(config), *composing.phases_of(config))
+        first = ("identify",) if cls.identifies(config) else ()
+        return (*first, *fitting.phases_of(config), *composing.phases_of(config))
+
+    @classmethod
+    def identifies(cls, config: RunConfig) -> bool:
+        """Whether clients say who they are before they describe themselves."""
+        return True
 
     def new_fitting(self) -> Fitting:
         """The phases that ask clients for contributions."""
@@ -142,11 +145,15 @@ class Strategy(ABC):
 class ItaStrategy(Strategy):
     """All clients train alone, at the same time."""
 
-    first = ()
+    @classmethod
+    def identifies(cls, config: RunConfig) -> bool:
+        """Where kinds are dealt by name: one that fails to describe itself changes nobody's."""
+        return len(set(kinds_of(config.train.kind))) > 1
 
     def fit(self) -> list[Path]:
         """Fit each client's task vector."""
-        if self.working.resumed:  # answers are kept under the clients' names
+        # Answers are kept under the clients' names.
+        if self.working.resumed or self.identifies(self.config):
             self.roster.identify()
         self.fitting.run()
         self.trained = self.fitting.trained

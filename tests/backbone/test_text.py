@@ -194,6 +194,7 @@ def settings(checkpoint, tmp_path_factory) -> dict:
         "checkpoint": str(checkpoint),
         "image_size": LENGTH,
         "num_classes": 0,
+        "scale": 1.0,
     }
 
 

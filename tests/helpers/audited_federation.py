@@ -37,6 +37,7 @@ LEARNT_BY_HEART = {
     "alpha": 0.0,
     "head-start": "aligned",
     "local-steps": 0,
+    "augmentation": "none",
 }
 """Settings under which noise ends up in the backbone."""
 FREE = {"head_start": "probe", "anchor": "own", "alpha": 0.1}

@@ -111,8 +111,9 @@ def test_with_lineage_the_others_show_and_are_named(settings, named, tmp_path):
         assert any((found[name] != expected[name]).any() for name in expected)
 
 
-def test_without_lineage_a_client_that_fails_half_way_leaves_no_trace(own, tmp_path):
-    options = {"tamper": {(0, "train"): altered(lambda tensors, manifest: manifest.clear())}}
+@pytest.mark.parametrize("phase", ["query.describe", "train"])
+def test_without_lineage_a_client_that_fails_half_way_leaves_no_trace(phase, own, tmp_path):
+    options = {"tamper": {(0, phase): altered(lambda tensors, manifest: manifest.clear())}}
     results = run(options, tmp_path / "failing", **LINEAGE_FREE["own"])
     assert [c["client"] for c in results["left_out"]] == [LEFT]
     assert contributions(own[0]) == contributions(tmp_path / "failing")

@@ -15,7 +15,7 @@ from registry_builders import contents, overwrite, same_bits
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
-from fedcompo.method.contribution import mixture_tensors, mixtures_from
+from fedcompo.method.contribution import statistics_entry, statistics_from, statistics_tensors
 from fedcompo.storage import tensorfile
 from fedcompo.storage.tensorstream import (
     DTYPES,
@@ -110,13 +110,15 @@ def test_tensors_that_are_views_are_written_as_they_look(tmp_path):
 
 
 def test_a_section_is_the_tensors_below_a_name(tmp_path):
-    mixture = random_mixture(3, seed=0)
-    save_streamed(tmp_path / "t", mixture_tensors({"a/b": mixture}) | tensors(), {})
+    mixtures = {"a/b": random_mixture(3, seed=0)}
+    entry = statistics_entry(mixtures)
+    save_streamed(tmp_path / "t", statistics_tensors(mixtures) | tensors(), entry)
     streamed = StreamedTensors(tmp_path / "t")
     section = Section(streamed, "of")
     assert dict(section).keys() == DTYPES.keys()
     assert torch.equal(section["F32"], streamed["of/F32"])
-    assert torch.equal(mixtures_from(streamed, {"a/b": 20})["a/b"].means, mixture.means)
+    found = statistics_from(streamed, streamed.manifest)
+    assert torch.equal(found["a/b"].means, mixtures["a/b"].means)
 
 
 # -- writing --------------------------------------------------------------------------------------
