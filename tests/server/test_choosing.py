@@ -203,3 +203,10 @@ def test_a_client_may_send_no_fisher(tmp_path):
 def test_a_run_says_how_far_each_client_went(chosen):
     _, results = chosen
     assert all(own["distance"] > 0 for own in results["per_client"].values())
+
+
+def test_the_distance_is_in_the_metric_of_the_others_whoever_s_anchors(chosen, tmp_path):
+    _, results = chosen
+    own = run({}, tmp_path / "out", **SOME, anchor="own", realign=False)
+    for client, expected in results["per_client"].items():
+        assert own["per_client"][client]["distance"] == pytest.approx(expected["distance"])
