@@ -178,6 +178,7 @@ class LocalClient:
             base=self.backbone.fingerprint,
             classes=classes,
             beta=self.config.method.beta,
+            of_features=self.config.fisher.curvature is Curvature.FEATURES,
         )
         kept, start = self.split[0], self._start(request.joint)
         purpose = "train", self.name, *([str(part.number)] if part else [])

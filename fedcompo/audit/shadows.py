@@ -119,7 +119,10 @@ class ClientTraining:
         start, mean, train = self._start(data), self.anchor, self.config.train
         if train.anchor is AnchorBy.OWN and _is_anchored(self.config):
             mean = self._own_fisher(start, data)
-        anchor = Anchor(expanded(mean, self.backbone.theta_0)) if mean is not None else None
+        anchor = None
+        if mean is not None:
+            of_features = self.config.fisher.curvature is Curvature.FEATURES
+            anchor = Anchor(expanded(mean, self.backbone.theta_0), of_features)
         course = Course(anchor=anchor)
         if len(self.classes) == 1 and self.joint:  # its own head has nothing to tell apart
             start, course = self.joint, replace(course, fixed=True)
@@ -266,7 +269,7 @@ def _under_joint_head(config: RunConfig) -> bool:
 
 
 def _is_anchored(config: RunConfig) -> bool:
-    return config.train.alpha > 0 and config.caps.fisher_form is not FisherForm.NONE
+    return config.train.held and config.caps.fisher_form is not FisherForm.NONE
 
 
 def _is_factored(config: RunConfig) -> bool:
@@ -275,7 +278,7 @@ def _is_factored(config: RunConfig) -> bool:
 
 def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weights | None:
     """Return the mean Fisher that anchors a client, unless it is that of its own images."""
-    if config.train.anchor is AnchorBy.OWN or not config.train.alpha > 0:
+    if config.train.anchor is AnchorBy.OWN or not config.train.held:
         return None
     if config.train.anchor is AnchorBy.REFERENCE:
         path = Path(config.train.reference).expanduser()

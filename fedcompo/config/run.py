@@ -90,7 +90,7 @@ class MethodConfig:
         5, "iel, fedavg, fedprox: rounds, of `local-epochs` each.", POSITIVE
     )
     beta: float = setting(
-        0.3, "iel: strength of the ensemble penalty, in the unit of `alpha`.", NOT_NEGATIVE
+        0.0, "iel: strength of the ensemble penalty, in the unit of `alpha`.", NOT_NEGATIVE
     )
     proximal_mu: float = setting(
         0.01, "fedprox: pull of a client's weights to the round's average.", NOT_NEGATIVE
@@ -150,10 +150,16 @@ class TrainConfig:
         "head-start zero or probe is lineage-free: nobody trains with anything of another.",
     )
     reference: str = setting("", "File of the reference Fisher; `fedcompo fisher` makes one.")
+    trust_region: float = setting(
+        0.05,
+        "implicit: how far a client may go: bound on ½ τᵀF̄τ, the change of the features of the "
+        "anchoring images in units of their variance (of class probabilities: in nats); 0: none.",
+        NOT_NEGATIVE,
+    )
     alpha: float = setting(
-        0.3,
-        "Strength of the anchor; 0: plain task arithmetic. penalty implicit: in e-foldings, how "
-        "often training shrinks a weight of mean Fisher by e; else on the Fisher's own scale.",
+        0.0,
+        "Strength of an anchor that pulls all the time. implicit: in e-foldings, how often "
+        "training shrinks a weight of mean Fisher by e; else the paper's, on the Fisher's scale.",
         NOT_NEGATIVE,
     )
     target_logit: float = setting(
@@ -193,6 +199,11 @@ class TrainConfig:
         "characters or signs).",
     )
     precision: Precision = setting(Precision.AUTO, "auto (bfloat16 on a GPU), float32, bfloat16.")
+
+    @property
+    def held(self) -> bool:
+        """Whether a Fisher holds a client: by an anchor, or by a trust region."""
+        return self.alpha > 0 or (self.trust_region > 0 and self.penalty is Penalty.IMPLICIT)
 
 
 COMPANIONS: tuple[Companion, ...] = (

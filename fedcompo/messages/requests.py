@@ -217,7 +217,13 @@ class TrainRequest(_WithHead):
         return tuple(name for name in self.needs if name not in self.sent)
 
     def course(
-        self, theta_0: Weights, *, base: str, classes: tuple[str, ...], beta: float
+        self,
+        theta_0: Weights,
+        *,
+        base: str,
+        classes: tuple[str, ...],
+        beta: float,
+        of_features: bool = False,
     ) -> Course:
         """Return the start of the training and its penalties.
 
@@ -226,10 +232,13 @@ class TrainRequest(_WithHead):
             base: Fingerprint of the client's pre-trained weights.
             classes: The client's own; the head of a single one is not trained.
             beta: Strength of the penalty that holds it to the others.
+            of_features: Whether the anchor is a Fisher of the features.
         """
         course, others = Course(fixed=len(classes) == 1), self.others
         if ANCHOR in self.sent:
-            course = replace(course, anchor=Anchor(expanded(self.sent[ANCHOR], theta_0)))
+            course = replace(
+                course, anchor=Anchor(expanded(self.sent[ANCHOR], theta_0), of_features)
+            )
         if OWN in self.sent:
             begin = TaskVector(self.kind, section(TASK_VECTOR, self.sent[OWN]), base)
             head = None if course.fixed else head_from(self.sent[OWN], classes)

@@ -14,6 +14,9 @@ with a *pull* p, which is zero in ITA. A penalty acts in one of three ways:
   :math:`c\,a \max \bar F > 2`;
 - *implicit*: beside the optimiser, by a proximal step, which cannot diverge. For small c the two
   steps agree.
+
+Beside it, a *trust region* bounds :math:`\tfrac12\,\tau^\top \bar F\,\tau`. It does nothing to a
+client that stays near, however long it trains, and brings back one that goes too far.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from fedcompo.method.deltas import IA3, Delta, Full, LoRA, Weights
 
 GRADIENT_LIMIT = 100.0
 """Largest norm of the explicit step's gradient, as in the paper; a longer one is clipped to it."""
+FIRST_FOLDING = 0.05
+"""Strength of the first of the steps back into a trust region; see :func:`one_folding`."""
 
 
 def ita_penalty(tau: Weights, fisher: Weights, alpha: float) -> Tensor:
@@ -164,6 +169,38 @@ def implicit_step(
         moves.append((delta() - before).norm())
     length: Tensor = torch.stack(moves).norm()
     return length
+
+
+@torch.no_grad()
+def bounding_step(deltas: Mapping[str, Delta], fisher: Weights, limit: float) -> Tensor:
+    r"""Take proximal steps, each twice as strong, until :math:`\tfrac12\tau^\top\bar F\tau \le L`.
+
+    A trust region: within it nothing happens. Weights of high curvature give way first.
+
+    Args:
+        deltas: Trainable changes by weight name.
+        fisher: *Mean* Fisher diagonal by weight name, each (out, in).
+        limit: L, > 0.
+
+    Returns:
+        How far they moved the task vector: a length, a scalar.
+    """
+    moved, strength = torch.zeros(()), FIRST_FOLDING * one_folding(fisher)
+    while float(ita_penalty({n: delta() for n, delta in deltas.items()}, fisher, 1.0)) > limit:
+        moved = moved + implicit_step(deltas, fisher, strength, 1.0).cpu()
+        strength *= 2
+    return moved
+
+
+def one_folding(fisher: Weights) -> float:
+    """Return the strength at which one step shrinks a weight of mean curvature by a half.
+
+    Args:
+        fisher: *Mean* Fisher diagonal by weight name, each (out, in); 0 if it is zero everywhere.
+    """
+    entries = sum(values.numel() for values in fisher.values())
+    mean = sum(float(values.double().sum()) for values in fisher.values()) / entries
+    return 1 / mean if mean > 0 else 0.0
 
 
 def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor, pull: Tensor | None) -> Tensor:

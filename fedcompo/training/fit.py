@@ -108,14 +108,15 @@ def fit_task_vector(
     """
     course = course or Course()
     training_of = _TangentTraining if kind is Kind.TANGENT else _Training
+    scale, variance = feature_scale(backbone, data.images)
     head = HeadTraining(
         course.head or start,
-        scale=feature_scale(backbone, data.images),
+        scale=scale,
         fixed=course.fixed,
         device=backbone.device,
     )
     batch, steps = pace(len(data.labels), config, course.share)
-    training = training_of(backbone, kind, head, config, course, generator, steps)
+    training = training_of(backbone, kind, head, config, course, generator, steps, variance)
     epochs = math.ceil(steps / math.ceil(len(data.labels) / batch))
     losses: list[float] = []
     step = 0
@@ -190,6 +191,7 @@ class _Training:
         course: Course,
         generator: torch.Generator,
         steps: int,
+        variance: float,
     ) -> None:
         self._backbone, self._config, self._generator = backbone, config, generator
         self._head = head
@@ -197,7 +199,12 @@ class _Training:
         if course.begin is not None:
             _restore(self.deltas, course.begin)
         self._penalty = TrainingPenalty(
-            self.deltas, course.anchor, course.ensemble, config, steps=steps / course.share
+            self.deltas,
+            course.anchor,
+            course.ensemble,
+            config,
+            steps=steps / course.share,
+            variance=variance,
         )
         self.held = self._penalty.held
         self._ensemble = course.ensemble

@@ -19,16 +19,20 @@ IMAGES = 256
 """Most images whose features the scale is taken of."""
 
 
-def feature_scale(backbone: Backbone, images: Tensor) -> float:
-    """Return the root mean square of the pre-trained features; one if they are all zero.
+def feature_scale(backbone: Backbone, images: Tensor) -> tuple[float, float]:
+    """Return the root mean square of the pre-trained features, and their variance in all.
 
     Args:
         backbone: Pre-trained weights.
         images: (count, channels, size, size), uint8; of many, some evenly spaced ones are used.
+
+    Returns:
+        Both positive: one where the features are all zero, or all the same.
     """
     some = images[:: max(1, -(-len(images) // IMAGES))]
-    features = extract_features(backbone.forward({}), some)
-    return float(features.double().square().mean().sqrt()) or 1.0
+    features = extract_features(backbone.forward({}), some).double()
+    variance = float(features.var(0, correction=0).sum())
+    return float(features.square().mean().sqrt()) or 1.0, variance or 1.0
 
 
 class HeadTraining:

@@ -16,10 +16,12 @@ from fedcompo.config.choices import Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.deltas import Delta, Weights
 from fedcompo.method.penalties import (
+    bounding_step,
     explicit_step,
     iel_penalty,
     implicit_step,
     ita_penalty,
+    one_folding,
     own_strength,
 )
 
@@ -30,6 +32,8 @@ class Anchor:
 
     weights: Weights
     """By weight name, each (out, in)."""
+    of_features: bool = False
+    """Whether it is a Fisher of the features: it then has the unit of their square."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class TrainingPenalty:
     entries of :math:`\bar F`, and :math:`\sum c` the cosine schedule's sum over all steps. So a
     Fisher of any unit holds alike. For the other two ways of acting, a is ``alpha`` itself.
 
+    With the proximal step, the setting ``trust-region`` bounds how far the task vector goes.
+
     A LoRA's proximal step solves a small system for each row and column, which on a small model
     costs as much as the training step itself: one every few steps makes up for all of them.
     """
@@ -67,6 +73,7 @@ class TrainingPenalty:
         config: TrainConfig,
         *,
         steps: float,
+        variance: float = 1.0,
     ) -> None:
         """Move the metric, and the sum of the others, to the device of the deltas.
 
@@ -76,12 +83,17 @@ class TrainingPenalty:
             ensemble: The others (IEL); None: ITA.
             config: Strength, and how the penalty acts.
             steps: Optimiser steps of the whole training, of which this may be a part.
+            variance: Of the features, in all: the unit of the trust region in a Fisher of features.
         """
         self._deltas, self._config, self._ensemble = deltas, config, ensemble
         strength = config.alpha if ensemble is None else ensemble.beta
+        self._limit = config.trust_region if config.penalty is Penalty.IMPLICIT else 0.0
+        if anchor and anchor.of_features:
+            self._limit *= variance
         if config.penalty is Penalty.IMPLICIT and anchor:
-            strength *= _one_folding(anchor.weights, steps)
-        self._fisher = _on_devices(deltas, anchor.weights) if anchor and strength > 0 else {}
+            strength *= 2 * one_folding(anchor.weights) / steps  # c is a half on average
+        held = strength > 0 or self._limit > 0
+        self._fisher = _on_devices(deltas, anchor.weights) if anchor and held else {}
         self._rest = _on_devices(deltas, ensemble.rest) if ensemble and self._fisher else {}
         self._strength, self._pull = strength, None
         if ensemble is not None:
@@ -117,7 +129,11 @@ class TrainingPenalty:
         self._schedules.append(schedule)
         if explicit or last or len(self._schedules) == self._config.penalty_every:
             total = sum(self._schedules)
-            self._moves.append(take(self._deltas, self._fisher, self._strength, total, self._pull))
+            if self._strength > 0:
+                move = take(self._deltas, self._fisher, self._strength, total, self._pull)
+                self._moves.append(move.cpu())
+            if self._limit:
+                self._moves.append(bounding_step(self._deltas, self._fisher, self._limit))
             self._schedules.clear()
 
     @torch.no_grad()
@@ -133,13 +149,6 @@ class TrainingPenalty:
         taken = float(torch.stack(self._moves).sum())
         length = float(torch.stack([delta().norm() for delta in self._deltas.values()]).norm())
         return taken / (taken + length) if taken > 0 else 0.0
-
-
-def _one_folding(fisher: Weights, steps: float) -> float:
-    """Strength that shrinks a weight of mean curvature by e in all; 0 if there is no curvature."""
-    entries = sum(values.numel() for values in fisher.values())
-    mean = sum(float(values.double().sum()) for values in fisher.values()) / entries
-    return 2 / (mean * steps) if mean > 0 else 0.0  # the cosine is a half on average
 
 
 def _on_devices(deltas: Mapping[str, Delta], weights: Weights) -> Weights:

@@ -106,7 +106,7 @@ class Fishers:
                 f"The registry keeps no Fisher of {', '.join(without)}: the clients of this run "
                 "are not anchored by theirs."
             )
-        if self.sums is None and self.strength > 0:
+        if self.sums is None and self.held:
             self.exchange.books.note("There is no Fisher of any client: nobody is anchored.")
         setting = "beta" if self.ensembled else "alpha"
         if self.sums and (note := self.sums.note(self.strength, setting=setting)):
@@ -126,7 +126,7 @@ class Fishers:
 
     def anchored(self, client: str) -> bool:
         """Whether a client is anchored at all."""
-        if self.sums is None or not self.strength > 0:
+        if self.sums is None or not self.held:
             return False
         return self.sums.anchored(client, with_own=self.ensembled)
 
@@ -165,12 +165,17 @@ class Fishers:
 
     def anchored_by(self, client: str) -> tuple[str, ...]:
         """The other clients whose Fisher anchors a client."""
-        return self.sums.others(client) if self.sums and self.strength > 0 else ()
+        return self.sums.others(client) if self.sums and self.held else ()
 
     @property
     def strength(self) -> float:
         """Strength of the anchor: β in IEL, else α."""
         return self.config.method.beta if self.ensembled else self.config.train.alpha
+
+    @property
+    def held(self) -> bool:
+        """Whether a Fisher holds the clients at all."""
+        return self.strength > 0 or self.config.train.held
 
     def _known_members(self) -> list[str]:
         """Members whose Fisher the registry keeps."""

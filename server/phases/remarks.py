@@ -22,7 +22,10 @@ def remarks(reported: Mapping[str, Mapping[str, Any]], *, strength: str) -> Iter
             "into the joint head."
         )
     if undone := _named(reported, lambda own: own.get("held", 0.0) > UNDONE):
-        yield f"The anchor undid the training of {undone}: lower `{strength}`."
+        yield (
+            f"The anchor undid the training of {undone}: lower `{strength}`, or widen "
+            "`trust-region`."
+        )
     if worse := _named(reported, _is_worse):
         yield (
             f"The own task vector of {worse} is worse on its own task than the frozen backbone: "

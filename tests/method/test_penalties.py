@@ -16,6 +16,7 @@ from fedcompo.config.choices import Kind
 from fedcompo.method.deltas import Delta, Weights
 from fedcompo.method.penalties import (
     GRADIENT_LIMIT,
+    bounding_step,
     explicit_step,
     iel_penalty,
     implicit_step,
@@ -357,3 +358,46 @@ def test_a_step_leaves_theta_0_the_fisher_and_the_pull_alone(step, kind, pull):
     step(deltas, copies["fisher"], 10.0, 1.0, copies["pull"] or None)
     for name, each in given.items():
         assert all(torch.equal(copies[name][n], each[n]) for n in each)
+
+
+# -- the trust region -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_within_the_trust_region_no_bit_changes(kind):
+    deltas = deltas_of(kind)
+    tau = tau_of(deltas)
+    before, limit = values_of(deltas), 1.0001 * 0.5 * float(inner(tau, tau).detach())
+    assert float(bounding_step(deltas, FISHER, limit)) == 0
+    assert all(map(torch.equal, values_of(deltas), before))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.9, 0.1, 1e-6])
+def test_a_change_that_went_too_far_is_brought_back_inside(kind, share):
+    deltas = deltas_of(kind)
+    tau = {name: change.detach().clone() for name, change in tau_of(deltas).items()}
+    limit = share * 0.5 * float(inner(tau, tau))
+    moved = float(bounding_step(deltas, FISHER, limit))
+    after = tau_of(deltas)
+    assert 0 < 0.5 * float(inner(after, after)) <= limit
+    apart = sum(float((after[name] - tau[name]).square().sum()) for name in tau) ** 0.5
+    assert moved >= 0.999 * apart  # the way of several steps is no shorter than the straight one
+
+
+def test_weights_of_high_curvature_give_way_first():
+    deltas = deltas_of(Kind.FULL)
+    tau = {name: change.detach().clone() for name, change in tau_of(deltas).items()}
+    bounding_step(deltas, FISHER, 0.1 * float(inner(tau, tau)))
+    for name, change in tau_of(deltas).items():
+        left = (change / tau[name]).flatten()
+        assert torch.equal(left.argsort(), FISHER[name].flatten().argsort(descending=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_unit_of_fisher_and_limit_has_no_say(kind):
+    one, other = deltas_of(kind), deltas_of(kind)
+    limit = 0.05 * float(inner(tau_of(one), tau_of(one)))
+    bounding_step(one, FISHER, limit)
+    bounding_step(other, {name: 1024.0 * f for name, f in FISHER.items()}, 1024.0 * limit)
+    assert_near(values_of(other), values_of(one))

@@ -37,7 +37,14 @@ from fedcompo.training.penalty import Anchor
 CLASSES = ("left", "right")
 DATA = left_or_right(24)
 CONFIG = TrainConfig(
-    rank=2, alpha=1.0, local_epochs=6, local_steps=0, batch_size=8, learning_rate=0.02
+    rank=2,
+    trust_region=0.0,
+    alpha=1.0,
+    local_epochs=6,
+    local_steps=0,
+    batch_size=8,
+    learning_rate=0.02,
+    augmentation=Augmentation.NONE,
 )
 
 
@@ -278,14 +285,16 @@ def test_a_backbone_of_larger_features_trains_alike(backbone, kind):
     torch.testing.assert_close(found.head.bias, expected.head.bias, rtol=1e-3, atol=1e-4)
 
 
-def test_the_scale_of_features_is_their_root_mean_square_over_some_evenly_spaced_images(
+def test_the_scale_and_variance_of_features_are_those_of_some_evenly_spaced_images(
     backbone, monkeypatch
 ):
     monkeypatch.setattr("fedcompo.training.head.IMAGES", 10)
     features = backbone.forward({})(DATA.images).double()
     for images, some in ((DATA.images, features[::3]), (DATA.images[:10], features[:10])):
         total = sum(value**2 for row in some.tolist() for value in row)
-        expected = math.sqrt(total / some.numel())
+        mean = some.mean(0)
+        variance = sum(float((row - mean).square().sum()) for row in some) / len(some)
+        expected = math.sqrt(total / some.numel()), variance
         assert feature_scale(backbone, images) == pytest.approx(expected, rel=1e-5)
 
 
@@ -294,7 +303,7 @@ def test_features_of_zeros_have_the_scale_one(backbone):
     with torch.no_grad():
         silent.model.norm.weight.zero_()
         silent.model.norm.bias.zero_()
-    assert feature_scale(silent, DATA.images) == 1.0
+    assert feature_scale(silent, DATA.images) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

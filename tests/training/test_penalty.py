@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -19,18 +20,27 @@ from builders import (
 )
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import Kind, Penalty
+from fedcompo.config.choices import Augmentation, Kind, Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.penalties import iel_penalty
 from fedcompo.training import penalty as acting
 from fedcompo.training.fit import Course, Fitted, ensembled, fit_task_vector
+from fedcompo.training.head import feature_scale
 from fedcompo.training.penalty import Anchor, Ensemble
 
 CLASSES = ("left", "right")
 DATA = left_or_right(24)
 HEAD = random_head(CLASSES, 8, seed=1)
-STILL = TrainConfig(rank=2, local_epochs=1, batch_size=8, learning_rate=1e-12, local_steps=0)
+STILL = TrainConfig(
+    rank=2,
+    trust_region=0.0,
+    local_epochs=1,
+    batch_size=8,
+    learning_rate=1e-12,
+    local_steps=0,
+    augmentation=Augmentation.NONE,
+)
 """Steps too small to matter."""
 
 
@@ -159,7 +169,7 @@ def test_a_weight_of_mean_curvature_is_shrunk_by_as_many_e_foldings(backbone, al
     for delta in deltas.values():
         delta.delta.data.fill_(1.0)
     anchor = Anchor({name: torch.full_like(w, 1e-5) for name, w in backbone.theta_0.items()})
-    config = TrainConfig(alpha=alpha, penalty_every=4)
+    config = TrainConfig(trust_region=0.0, alpha=alpha, penalty_every=4)
     penalty = acting.TrainingPenalty(deltas, anchor, None, config, steps=400)
     for step in range(400):
         penalty.step(0.5 * (1 + math.cos(math.pi * step / 400)), last=step == 399)
@@ -233,3 +243,23 @@ def test_without_strength_or_metric_only_the_sum_is_left(backbone, penalty):
     held = fit(backbone, anchor=anchor_of(backbone), ensemble=weak, **settings)
     for name, tensor in free.task_vector.tensors.items():
         assert torch.equal(held.task_vector.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_the_trust_region_bounds_how_far_features_move_in_units_of_their_variance(backbone, factor):
+    config = {"trust_region": 0.01, "learning_rate": 0.05, "local_epochs": 4}
+    anchor = Anchor({n: torch.full_like(w, factor**2) for n, w in backbone.theta_0.items()}, True)
+    larger = replace(backbone, model=deepcopy(backbone.model))
+    with torch.no_grad():
+        for parameter in larger.model.norm.parameters():
+            parameter.mul_(factor)
+    free = fit(larger, Kind.FULL, anchor=anchor, **{**config, "trust_region": 0.0})
+    bound = fit(larger, Kind.FULL, anchor=anchor, **config)
+    _, variance = feature_scale(larger, DATA.images)
+
+    def energy(fitted):
+        tau = fitted.task_vector.dense(larger.theta_0)
+        return 0.5 * factor**2 * sum(float(t.square().sum()) for t in tau.values()) / variance
+
+    assert energy(bound) <= 0.01 * 1.0001 < energy(free)
+    assert bound.held > 0 == free.held
