@@ -188,6 +188,16 @@ def test_a_fisher_of_class_probabilities_is_under_the_joint_head(tmp_path):
     assert results["per_client"]["client-0"]["distance"] is None
 
 
+def test_a_fisher_of_another_curvature_anchors_nobody(tmp_path):
+    """Its unit is another: the sum of both would be the larger one's alone."""
+    first = run({}, tmp_path / "first", exclude="client-2", realign=False)
+    assert first["per_client"]["client-0"]["lineage"]["anchored_by"] == ["client-1"]
+    registry = {"registry": str(tmp_path / "first" / "registry"), "realign": False}
+    results = run({}, tmp_path / "out", **registry, curvature="exact")
+    assert results["per_client"]["client-2"]["lineage"]["anchored_by"] == []
+    assert any("client-0, client-1, or one of another" in note for note in results["notes"])
+
+
 def test_a_client_may_send_no_fisher(tmp_path):
     options = {"node_configs": {1: {"fisher-form": "none"}}}
     results = run(options, tmp_path / "out", realign=False)
