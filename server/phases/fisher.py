@@ -175,7 +175,7 @@ class Fishers:
     @property
     def held(self) -> bool:
         """Whether a Fisher holds the clients at all."""
-        return self.strength > 0 or self.config.train.held
+        return self.strength > 0 or self.config.train.bounded
 
     def _known_members(self) -> list[str]:
         """Members whose Fisher the registry keeps, and in the unit of this run's."""
