@@ -163,12 +163,12 @@ def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Regis
     if not (path / ABOUT).exists():
         return Registry.create(path, backbone, CompositionSettings.of(config))
     registry, statistics = Registry(path), config.head.statistics
-    if registry.clients and registry.settings.statistics is not statistics:
-        kept = registry.settings.statistics
+    kept = registry.settings.statistics
+    if kept is not statistics:  # also of an empty one: its settings never change
         raise ConfigError(
             f"`statistics` is {statistics}, but the members of the registry {path} are described "
             f"by {kept}, and no head can be made of both. Set `statistics = {kept}`, or train all "
-            f"clients anew into a new registry."
+            "clients anew into a new registry."
         )
     if registry.state.base != backbone.fingerprint:
         raise BackboneMismatch(

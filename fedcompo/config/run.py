@@ -202,8 +202,13 @@ class TrainConfig:
 
     @property
     def held(self) -> bool:
-        """Whether a Fisher holds a client: by an anchor, or by a trust region."""
-        return self.alpha > 0 or (self.trust_region > 0 and self.penalty is Penalty.IMPLICIT)
+        """Whether a Fisher holds a client that trains alone: by an anchor, or a trust region."""
+        return self.alpha > 0 or self.bounded
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a trust region."""
+        return self.trust_region > 0 and self.penalty is Penalty.IMPLICIT
 
 
 COMPANIONS: tuple[Companion, ...] = (

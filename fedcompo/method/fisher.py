@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
-from fedcompo.method.statistics import off_grid, to_grid
+from fedcompo.method.statistics import LIMIT, off_grid, to_grid
 
 ROWS, COLUMNS = "/rows", "/columns"
 """Ends of the names of a factored weight's row and column sums."""
@@ -63,7 +63,7 @@ class FisherDiagonal:
 
         Raises:
             ContributionError: If names or shapes are not those of the target weights, a value is
-                negative or not finite in float32, or they sum over no example.
+                negative, not finite or too large to be summed, or they sum over no example.
         """
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
         if self.factored:
@@ -78,9 +78,12 @@ class FisherDiagonal:
                     f"{expected.get(name)}. Use the same `target-weights` and fedcompo version "
                     "everywhere."
                 )
-            if not torch.isfinite(total.float()).all() or (total < 0).any():
+            parts = (total,) if self.factored else margins(total)
+            peak = max(float(part.float().max()) for part in parts)
+            if not peak < LIMIT * 2.0**-FISHER_BITS or (total < 0).any():  # also if not a number
                 raise ContributionError(
-                    f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
+                    f"The Fisher of {owner} has values at {name!r} that are negative or not "
+                    "finite, or too large to be summed."
                 )
         if self.num_examples < 1:
             raise ContributionError(f"The Fisher of {owner} sums over no example.")

@@ -26,6 +26,10 @@ BITS = 24
 """A sum is a whole multiple of 2^-24. A float32 above one is such a multiple itself."""
 CEILING = 2**62
 """Sums stay below this: half of the range of int64."""
+LIMIT = CEILING // 16
+"""And those of one client below this, so that no client alone leaves no room for the others."""
+MOST_IMAGES = 2**32
+"""A client has fewer images of a class."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,16 @@ class FeatureSums:
         parts = (tensors[f"statistics/{part}"] for part in ("counts", "sums", "second"))
         return cls.read(tuple(classes), *parts)
 
-    def check(self, classes: tuple[str, ...], num_features: int, owner: str) -> None:
+    def check(
+        self, classes: tuple[str, ...], num_features: int, owner: str, *, clients: int = 1
+    ) -> None:
         """Refuse sums of other classes or another width, or without images of a class.
+
+        Args:
+            classes: Expected, sorted.
+            num_features: Expected width.
+            owner: Whose they are, for the error message.
+            clients: Number of clients that they are summed over.
 
         Raises:
             ContributionError: Says whose they are, what was expected, and what they are.
@@ -124,10 +136,10 @@ class FeatureSums:
                 f"The statistics of {owner} are of the classes {self.classes} with shapes {shapes},"
                 f" expected {classes} and {expected}."
             )
-        if any(not 1 <= count < 2**32 for count in self.counts.tolist()):
+        if any(not 1 <= count < clients * MOST_IMAGES for count in self.counts.tolist()):
             raise ContributionError(
                 f"The statistics of {owner} count {self.counts.tolist()} images by class, expected "
-                "at least one each, and fewer than 2^32."
+                "at least one each, and fewer than 2^32 of a client."
             )
 
     def __add__(self, other: FeatureSums) -> FeatureSums:
@@ -158,7 +170,7 @@ class FeatureSums:
             mine.sums + sign * theirs.sums,
             mine.second + sign * theirs.second,
         )
-        for values in (total.sums, total.second):
+        for values in (total.sums, total.second) if sign > 0 else ():  # whoever wants to may leave
             if values.numel() and max(map(abs, values.aminmax())) >= CEILING:
                 raise ContributionError(
                     "The sum of the statistics leaves the range of int64: features are too large."
@@ -205,15 +217,15 @@ def off_grid(values: Tensor, bits: int = BITS) -> Tensor:
 
 
 def to_grid(values: Tensor, bits: int = BITS) -> Tensor:
-    """Round to whole multiples of 2^-bits, by way of float32; int64.
+    """Round what one client sends to whole multiples of 2^-bits, by way of float32; int64.
 
     Raises:
         ContributionError: If a number is not finite, or too large to be summed.
     """
     scaled = values.float().double() * 2.0**bits
-    if values.numel() and not float(scaled.abs().max()) < CEILING:  # also if it is not a number
+    if values.numel() and not float(scaled.abs().max()) < LIMIT:  # also if it is not a number
         raise ContributionError(
             f"Sums of a client reach {float(values.double().abs().max()):g}, expected numbers "
-            f"below {CEILING * 2.0**-bits:g}."
+            f"below {LIMIT * 2.0**-bits:g}."
         )
     return scaled.round().to(torch.int64)

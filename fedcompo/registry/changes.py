@@ -158,7 +158,8 @@ def realign(
         state, num_features = draft.before, registry.backbone.num_features
         if isinstance(statistics, FeatureSums):
             check_kind(statistics, state.settings.statistics, "the sum of all members")
-            statistics.check(state.classes, num_features, "all members")
+            owner, clients = "all members", len(state.members)
+            statistics.check(state.classes, num_features, owner, clients=clients)
         else:
             _check_described(state, statistics, num_features)
         _check_choice(state, factor, shrinkage)

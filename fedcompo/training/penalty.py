@@ -87,7 +87,7 @@ class TrainingPenalty:
         """
         self._deltas, self._config, self._ensemble = deltas, config, ensemble
         strength = config.alpha if ensemble is None else ensemble.beta
-        self._limit = config.trust_region if config.penalty is Penalty.IMPLICIT else 0.0
+        self._limit = config.trust_region if config.bounded else 0.0
         if anchor and anchor.of_features:
             self._limit *= variance
         if config.penalty is Penalty.IMPLICIT and anchor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,8 @@ class Fishers:
             return
         if without := sorted(set(self.roster.participants.members) - set(known)):
             self.exchange.books.note(
-                f"The registry keeps no Fisher of {', '.join(without)}: the clients of this run "
-                "are not anchored by theirs."
+                f"The registry keeps no Fisher of {', '.join(without)}, or one of another "
+                "`curvature`: the clients of this run are not anchored by theirs."
             )
         if self.sums is None and self.held:
             self.exchange.books.note("There is no Fisher of any client: nobody is anchored.")
@@ -151,7 +151,8 @@ class Fishers:
             None where there is no Fisher of the features of others.
         """
         of_features = self.config.fisher.curvature is Curvature.FEATURES
-        mean = self.sums.mean_for(client) if self.sums and of_features and variance > 0 else None
+        sums = self.sums and replace(self.sums, by=AnchorBy.OTHERS)  # whoever's anchors it
+        mean = sums.mean_for(client) if sums and of_features and variance > 0 else None
         if mean is None:
             return None
         theta_0 = self.backbone.theta_0
@@ -174,12 +175,19 @@ class Fishers:
     @property
     def held(self) -> bool:
         """Whether a Fisher holds the clients at all."""
-        return self.strength > 0 or self.config.train.held
+        return self.strength > 0 or self.config.train.bounded
 
     def _known_members(self) -> list[str]:
-        """Members whose Fisher the registry keeps."""
+        """Members whose Fisher the registry keeps, and in the unit of this run's."""
         members = self.roster.participants.members
-        return [client for client in members if FISHER in self.registry.member(client).files]
+        kept = [client for client in members if FISHER in self.registry.member(client).files]
+        return [client for client in kept if self._has_unit(client)]
+
+    def _has_unit(self, client: str) -> bool:
+        """Whether a member's Fisher is of what this run's are of: features, or probabilities."""
+        own = RunConfig.stored(self.registry.card(client)["settings"]).fisher.curvature
+        kinds = own, self.config.fisher.curvature
+        return len({kind is Curvature.FEATURES for kind in kinds}) == 1
 
     def _file(self, client: str) -> Path:
         return self.contributions / client / FISHER

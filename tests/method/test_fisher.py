@@ -209,6 +209,7 @@ def test_the_factored_form_has_a_number_for_each_row_and_column_in_the_same_dtyp
         (lambda t: -t, "negative or not finite"),
         (lambda t: t * torch.nan, "negative or not finite"),
         (lambda t: t.double() * 1e300, "negative or not finite"),
+        (lambda t: torch.full_like(t, 2e10), "too large to be summed"),
     ],
 )
 def test_sums_that_fit_no_weight_are_refused(fisher, change, complaint):
@@ -230,6 +231,19 @@ def test_names_that_do_not_belong_there_are_refused(name):
 def test_a_sum_over_no_example_is_refused(count):
     with pytest.raises(ContributionError, match="sums over no example"):
         FisherDiagonal(DENSE.sums, count).check(THETA_0, owner="client 'a'")
+
+
+def test_what_passes_is_on_the_grid_in_both_forms():
+    """Else one client's Fisher would stop a registry from adding anybody's."""
+    even = {name: torch.full_like(t, 2.0**34 / max(t.shape)) for name, t in DENSE.sums.items()}
+    for sums, passes in (({n: t * 0.99 for n, t in even.items()}, True), (even, False)):
+        fisher = FisherDiagonal(sums, 4)
+        if passes:
+            fisher.check(THETA_0, owner="client 'a'")
+            on_grid(fisher), on_grid(fisher.reduced())
+            continue
+        with pytest.raises(ContributionError, match="too large"):
+            fisher.check(THETA_0, owner="client 'a'")
 
 
 # -- exact totals -------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_numbers_of_single_precision_above_the_grid_are_on_it(bits):
     assert to_grid(between, bits).tolist() == [3]
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 2.0**38, -(2.0**40)])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 2.0**34, -(2.0**40)])
 def test_numbers_that_cannot_be_summed_are_refused(value):
     with pytest.raises(ContributionError, match="expected numbers below"):
         to_grid(torch.tensor([1.0, value]))
@@ -108,6 +108,23 @@ def test_a_sum_that_leaves_the_range_of_int64_is_refused():
     one = FeatureSums(("cat",), torch.tensor([1]), large, torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ContributionError, match="range of int64"):
         one + one
+
+
+def test_no_client_alone_leaves_no_room_for_others():
+    largest = torch.full((1, 1), 2.0**34 * (1 - 2.0**-24))
+    hostile = FeatureSums.read(("cat",), torch.tensor([1]), largest, torch.full((1,), 0.0))
+    total = hostile
+    for _ in range(14):
+        total += hostile
+    assert same(total - hostile + hostile, total)
+
+
+def test_who_leaves_is_let_go_whatever_is_left():
+    large = torch.full((1, 1), CEILING - 1, dtype=torch.int64)
+    none = torch.zeros(1, dtype=torch.int64)
+    total = FeatureSums(("cat",), torch.tensor([2]), large, none)
+    leaving = FeatureSums(("cat",), torch.tensor([1]), -large, none)
+    assert torch.equal((total - leaving).sums, 2 * large)
 
 
 def test_a_class_without_an_image_is_refused():
@@ -154,4 +171,11 @@ def test_statistics_that_are_not_the_clients_are_refused(change, complaint):
         sums.check(("cat", "dog"), WIDTH, "client 'a'")
         return
     with pytest.raises(ContributionError, match=f"The statistics of client 'a'.*{complaint}"):
+        sums.check(("cat", "dog"), WIDTH, "client 'a'")
+
+
+def test_all_clients_together_may_have_more_images_than_one():
+    sums = with_counts(sums_of([0, 1, 1], 1), [2**32 + 5, 2])
+    sums.check(("cat", "dog"), WIDTH, "all members", clients=2)
+    with pytest.raises(ContributionError, match="fewer than 2"):
         sums.check(("cat", "dog"), WIDTH, "client 'a'")

@@ -176,9 +176,13 @@ def test_the_papers_protocol_has_mixtures_a_fisher_under_the_joint_head_and_no_v
     assert results["scale"]["scale"] == 1.0
     lineage = results["per_client"]["client-1"]["lineage"]
     assert lineage["aligned_with"] == lineage["anchored_by"] == ["client-0", "client-2"]
-    assert Registry(tmp_path / "out" / "registry").settings.statistics is Statistics.MIXTURES
-    with pytest.raises(ConfigError, match="no head can be made of both"):
-        run({}, tmp_path / "again", registry=str(tmp_path / "out" / "registry"), replace=True)
+    registry = Registry(tmp_path / "out" / "registry")
+    assert registry.settings.statistics is Statistics.MIXTURES
+    for left in (True, False):
+        with pytest.raises(ConfigError, match="no head can be made of both"):
+            run({}, tmp_path / f"again{left}", registry=str(registry.path), replace=True)
+        for client in registry.clients:
+            registry.remove(client)
 
 
 def test_a_fisher_of_class_probabilities_is_under_the_joint_head(tmp_path):
@@ -186,6 +190,16 @@ def test_a_fisher_of_class_probabilities_is_under_the_joint_head(tmp_path):
     assert list(results["phases"]) == ["describe", "fisher", "train", "compose", "evaluate"]
     assert results["per_client"]["client-0"]["lineage"]["aligned_with"] == ["client-1", "client-2"]
     assert results["per_client"]["client-0"]["distance"] is None
+
+
+def test_a_fisher_of_another_curvature_anchors_nobody(tmp_path):
+    """Its unit is another: the sum of both would be the larger one's alone."""
+    first = run({}, tmp_path / "first", exclude="client-2", realign=False)
+    assert first["per_client"]["client-0"]["lineage"]["anchored_by"] == ["client-1"]
+    registry = {"registry": str(tmp_path / "first" / "registry"), "realign": False}
+    results = run({}, tmp_path / "out", **registry, curvature="exact")
+    assert results["per_client"]["client-2"]["lineage"]["anchored_by"] == []
+    assert any("client-0, client-1, or one of another" in note for note in results["notes"])
 
 
 def test_a_client_may_send_no_fisher(tmp_path):
@@ -203,3 +217,10 @@ def test_a_client_may_send_no_fisher(tmp_path):
 def test_a_run_says_how_far_each_client_went(chosen):
     _, results = chosen
     assert all(own["distance"] > 0 for own in results["per_client"].values())
+
+
+def test_the_distance_is_in_the_metric_of_the_others_whoever_s_anchors(chosen, tmp_path):
+    _, results = chosen
+    own = run({}, tmp_path / "out", **SOME, anchor="own", realign=False)
+    for client, expected in results["per_client"].items():
+        assert own["per_client"][client]["distance"] == pytest.approx(expected["distance"])

@@ -235,10 +235,11 @@ def test_one_client_alone_is_a_federation_of_one(images, tmp_path):
 def test_alpha_has_no_say_and_beta_has(images, tmp_path):
     federate(images, tmp_path / "a", alpha=0.0)
     federate(images, tmp_path / "b", alpha=500.0)
-    free = federate(images, tmp_path / "c", alpha=500.0, beta=0.0)
+    free = federate(images, tmp_path / "c", alpha=500.0, beta=0.0, trust_region=0.0)
     assert same_contributions(tmp_path / "a", tmp_path / "b")
     assert not same_contributions(tmp_path / "a", tmp_path / "c")
     # Without a penalty no Fisher travels to the clients, only the sum of the others.
+    assert free["per_client"]["ann"]["lineage"]["anchored_by"] == []
     sent = free["per_client"]["ann"]["traffic"]["train, round 1"]["bytes_sent"]
     assert sent < 1.2 * 4 * free["backbone"]["target_parameters"]
 
