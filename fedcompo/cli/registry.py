@@ -144,7 +144,7 @@ def remove(
         opened = open_registry(registry)
         plan = removal_plan(opened, client, keep_versions=keep_versions)
         if not as_json:
-            tables.print_plan(plan)
+            tables.print_plan(plan, realigned=opened.realigned)
         if dry_run:
             _preview(opened, plan, data, as_json)
             return

@@ -105,8 +105,13 @@ def print_details(details: Mapping[str, Any]) -> None:
     table_console().print(table)
 
 
-def print_plan(plan: Mapping[str, Any]) -> None:
-    """Print what a removal deletes, what it keeps, and what it cannot undo."""
+def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
+    """Print what a removal deletes, what it keeps, and what it cannot undo.
+
+    Args:
+        plan: Of the removal.
+        realigned: Whether the present joint head was fitted to the composed model's features.
+    """
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
     client = plan["client"]
     say(f"Goes:  {goes['folder']} ({size(goes['bytes'])}), its term of the sum")
@@ -118,6 +123,11 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     if stays["versions"]:
         say(f"       compositions that contain it, as asked: {', '.join(stays['versions'])}")
     say("The model will be, bit for bit, the one that was never given this client.")
+    if realigned and stays["clients"]:
+        say(
+            "Its head falls back to pre-trained features, and accuracy with it, until those who "
+            "stay align it again: remove by a run (`action = remove`), or start one later."
+        )
     if plan["influence_exact"]:
         say(f"No other client was trained with anything of {client}: nothing of it is left.")
     else:
