@@ -115,14 +115,8 @@ class Strategy(ABC):
 
     def new_choosing(self) -> Choosing:
         """The phases that choose the composition."""
-        noised = self.roster.participants.noised
-        return Choosing(
-            self.exchange,
-            self.registry,
-            self.backbone.num_features,
-            noised,
-            self.config.train.aside,
-        )
+        width, noised = self.backbone.num_features, self.roster.participants.noised
+        return Choosing(self.exchange, self.registry, self.config, width, noised)
 
     def look(self, *, decisive: bool = True) -> None:
         """Choose λ, align the joint head again, and measure.

@@ -74,13 +74,8 @@ class Unlearning:
     def __post_init__(self) -> None:
         """Raise, before any client is asked, if the client is not in the registry."""
         require_known([self.request.client], self.registry.clients, "registry")
-        self.choosing = Choosing(
-            self.exchange,
-            self.registry,
-            self.backbone.num_features,
-            self.noised,
-            self.config.train.aside,
-        )
+        width = self.backbone.num_features
+        self.choosing = Choosing(self.exchange, self.registry, self.config, width, self.noised)
 
     @property
     def request(self) -> RegistryConfig:

@@ -5,7 +5,7 @@ sum of these statistics follow heads of several shrinkages; on the images that t
 clients say how well each model does under each head (:mod:`fedcompo.composition.voting`). λ = 0,
 the frozen backbone, is among them: what is chosen is never worse there than not training.
 
-Where λ is fixed, a member is missing, statistics are under noise or nobody keeps images aside,
+Where λ is fixed, a member is missing, statistics are under noise, or images were not kept aside,
 there is no vote: the head alone is aligned again, at the registry's own factor.
 """
 
@@ -82,11 +82,10 @@ class Choosing:
 
     exchange: Exchange
     registry: Registry
+    config: RunConfig
     num_features: int
     noised: Collection[str] = ()
     """Clients whose statistics are under noise."""
-    aside: float = 0.0
-    """Share of the images that clients keep aside."""
     votes: int = 0
     """Images that voted."""
     tried: list[dict[str, float]] = field(default_factory=list)
@@ -145,7 +144,18 @@ class Choosing:
             return "it is fixed"
         if noised := sorted(set(self.noised) & set(self.registry.clients)):
             return f"the statistics of {', '.join(noised)} are under noise"
-        return "" if self.aside > 0 else "`aside` is 0"
+        if not self.config.train.aside > 0:
+            return "`aside` is 0"
+        trained = ", ".join(c for c in self.registry.clients if not self._kept_aside(c))
+        if trained:
+            return f"{trained} trained on the images to vote on (another `aside` or `seed`)"
+        return ""
+
+    def _kept_aside(self, client: str) -> bool:
+        """Whether a member trained without the images that it keeps aside in this run."""
+        then = RunConfig.stored(self.registry.card(client)["settings"])
+        now = self.config
+        return (then.train.aside, then.seed) == (now.train.aside, now.seed)
 
     def _elect(self) -> bool:
         """Let the clients choose λ and shrinkage; returns whether anybody did."""

@@ -113,6 +113,16 @@ def test_without_a_vote_the_length_is_kept_and_the_run_says_why(tmp_path, settin
     assert 0 < results["scale"]["scale"] <= 3
 
 
+def test_nobody_votes_on_images_that_were_trained_on(tmp_path):
+    run({}, tmp_path / "first", **SOME, exclude="client-2", realign=False)
+    joined = {"registry": str(tmp_path / "first" / "registry"), "aside": 0.2}
+    results = run({}, tmp_path / "out", **SOME, **joined)
+    (note,) = [note for note in results["notes"] if "voted" in note]
+    assert "client-0, client-1 trained on the images to vote on" in note
+    assert (results["scale"]["by"], results["scale"]["votes"]) == ("norms", 0)
+    assert results["realigned_with"] == ["client-0", "client-1", "client-2"]
+
+
 def test_one_node_under_noise_describes_one_model(tmp_path):
     """Each further model would be one more release."""
     options = {"node_configs": {1: {"dp-noise": 1.0}}}
