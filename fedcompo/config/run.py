@@ -151,9 +151,10 @@ class TrainConfig:
     )
     reference: str = setting("", "File of the reference Fisher; `fedcompo fisher` makes one.")
     trust_region: float = setting(
-        0.05,
-        "implicit: how far a client may go: bound on ½ τᵀF̄τ, the change of the features of the "
-        "anchoring images in units of their variance (of class probabilities: in nats); 0: none.",
+        0.1,
+        "implicit: how far a client may go: bound on ½ τᵀF̄τ, the change of the anchoring images' "
+        "features in units of its own features' variance (of class probabilities: in nats); 0: "
+        "none.",
         NOT_NEGATIVE,
     )
     alpha: float = setting(

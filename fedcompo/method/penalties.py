@@ -30,8 +30,6 @@ from fedcompo.method.deltas import IA3, Delta, Full, LoRA, Weights
 
 GRADIENT_LIMIT = 100.0
 """Largest norm of the explicit step's gradient, as in the paper; a longer one is clipped to it."""
-FIRST_FOLDING = 0.05
-"""Strength of the first of the steps back into a trust region; see :func:`one_folding`."""
 
 
 def ita_penalty(tau: Weights, fisher: Weights, alpha: float) -> Tensor:
@@ -173,9 +171,11 @@ def implicit_step(
 
 @torch.no_grad()
 def bounding_step(deltas: Mapping[str, Delta], fisher: Weights, limit: float) -> Tensor:
-    r"""Take proximal steps, each twice as strong, until :math:`\tfrac12\tau^\top\bar F\tau \le L`.
+    r"""Shorten the change, in place, until :math:`\tfrac12\,\tau^\top \bar F\,\tau \le L`.
 
-    A trust region: within it nothing happens. Weights of high curvature give way first.
+    A trust region: inside it nothing happens. Outside, :math:`\tau` becomes
+    :math:`\tau\sqrt{L / \tfrac12\tau^\top\bar F\tau}`, in the metric :math:`\bar F` the nearest
+    point of the region.
 
     Args:
         deltas: Trainable changes by weight name.
@@ -183,13 +183,21 @@ def bounding_step(deltas: Mapping[str, Delta], fisher: Weights, limit: float) ->
         limit: L, > 0.
 
     Returns:
-        How far they moved the task vector: a length, a scalar.
+        How far it moved the task vector: a length, a scalar.
     """
-    moved, strength = torch.zeros(()), FIRST_FOLDING * one_folding(fisher)
-    while float(ita_penalty({n: delta() for n, delta in deltas.items()}, fisher, 1.0)) > limit:
-        moved = moved + implicit_step(deltas, fisher, strength, 1.0).cpu()
-        strength *= 2
-    return moved
+    tau = {name: 1.0 * delta() for name, delta in deltas.items()}
+    energy = float(ita_penalty(tau, fisher, 1.0))
+    if energy <= limit:
+        return torch.zeros(())
+    share = (0.999 * limit / energy) ** 0.5  # inside, whatever is rounded
+    for delta in deltas.values():
+        if isinstance(delta, Full):
+            delta.delta.mul_(share)
+        elif isinstance(delta, IA3):
+            delta.l.sub_(1).mul_(share).add_(1)
+        elif isinstance(delta, LoRA):
+            delta.B.mul_(share)
+    return (1 - share) * torch.stack([change.norm() for change in tau.values()]).norm().cpu()
 
 
 def one_folding(fisher: Weights) -> float:
