@@ -6,9 +6,9 @@
 
 A client starts from the joint head and is anchored by the others (*others*), starts from its own
 probe and is anchored by its own Fisher or by a reference (*lineage-free*), or is trained like
-*others* but for α = 0 (*alpha-0*). The first, the central and the last client are audited. Each way
-has a run with all clients and, for each of the three, a run without it; ``fedcompo audit`` compares
-them. A finished run is not repeated. The figures of all audits go to ``table.md`` and
+*others* but without an anchor (*alpha-0*). The first, the central and the last client are audited.
+Each way has a run with all clients and, for each of the three, a run without it; ``fedcompo audit``
+compares them. A finished run is not repeated. The figures of all audits go to ``table.md`` and
 ``audit.svg``; those of each audit to ``<way>/audit-<client>``.
 """
 
@@ -42,7 +42,7 @@ def ways(reference: str) -> dict[str, dict[str, str]]:
     return {
         "others": {},
         "lineage-free": {**free, "head-start": "probe"},
-        "alpha-0": {"alpha": "0"},
+        "alpha-0": {"alpha": "0", "trust-region": "0"},
     }
 
 

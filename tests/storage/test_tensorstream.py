@@ -15,7 +15,7 @@ from registry_builders import contents, overwrite, same_bits
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
-from fedcompo.method.contribution import mixture_tensors, mixtures_from
+from fedcompo.method.contribution import statistics_tensors, statistics_from
 from fedcompo.storage import tensorfile
 from fedcompo.storage.tensorstream import (
     DTYPES,
@@ -111,12 +111,12 @@ def test_tensors_that_are_views_are_written_as_they_look(tmp_path):
 
 def test_a_section_is_the_tensors_below_a_name(tmp_path):
     mixture = random_mixture(3, seed=0)
-    save_streamed(tmp_path / "t", mixture_tensors({"a/b": mixture}) | tensors(), {})
+    save_streamed(tmp_path / "t", statistics_tensors({"a/b": mixture}) | tensors(), {})
     streamed = StreamedTensors(tmp_path / "t")
     section = Section(streamed, "of")
     assert dict(section).keys() == DTYPES.keys()
     assert torch.equal(section["F32"], streamed["of/F32"])
-    assert torch.equal(mixtures_from(streamed, {"a/b": 20})["a/b"].means, mixture.means)
+    assert torch.equal(statistics_from(streamed, {"mixtures": {"a/b": 20}})["a/b"].means, mixture.means)
 
 
 # -- writing --------------------------------------------------------------------------------------
