@@ -3,13 +3,14 @@ r"""Choose λ and the joint head's shrinkage by the clients' votes on images kep
 The composed model is :math:`\theta_0 + \lambda\bar\tau` with :math:`\bar\tau` the weighted mean of
 T task vectors; λ = T is their plain sum. The best λ lies between 1 and 2T and moves with the data,
 so a handful is tried, each under heads of several shrinkages. On its images kept aside from
-training, each client measures the cross-entropy of each candidate,
+training, each client measures the quadratic score (Brier, 1950) of each candidate,
 
-.. math:: L(t) = \sum_x -\log \mathrm{softmax}(t\,z(x))_{y(x)}
+.. math:: L(t) = \sum_x \lVert \mathrm{softmax}(t\,z(x)) - e_{y(x)} \rVert^2
 
 with logits z and temperatures t: a head in closed form is not calibrated, and whether it is sharp
 or soft must not decide. A candidate's score is its loss at the temperature that suits it best over
-the images of all clients. The cross-entropy moves less by chance than the number of hits.
+the images of all clients. The score moves less by chance than the number of hits, and no single
+image can decide, as in a cross-entropy: it adds at most two.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SHRINKAGES = (0.02, 0.1, 0.3, 0.7)
 """Shrinkages of the joint head's covariance that are tried."""
 TEMPERATURES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03)
 """Factors on the logits; each candidate is measured at all of them."""
-WORST = 1e30
-"""Loss of a candidate whose logits are no numbers."""
+WORST = 2.0
+"""Largest loss that an image can add."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Votes:
     hits: tuple[int, ...]
     """Images classified correctly, by candidate."""
     losses: tuple[float, ...]
-    """Cross-entropy by candidate and temperature, candidate by candidate."""
+    """Quadratic scores by candidate and temperature, candidate by candidate."""
     num_examples: int
     """Images; 0: nobody votes."""
 
@@ -53,9 +54,10 @@ class Votes:
         losses: list[float] = []
         for own in logits:
             hits.append(int((own.argmax(1) == labels).sum()))
-            scaled = (own.double() * temperature for temperature in TEMPERATURES)
-            found = (float(F.cross_entropy(z, labels, reduction="sum")) for z in scaled)
-            losses += (loss if math.isfinite(loss) else WORST for loss in found)
+            truth = F.one_hot(labels, own.shape[1])
+            for temperature in TEMPERATURES:
+                apart = ((own.double() * temperature).softmax(1) - truth).square().sum(1)
+                losses.append(float(apart.nan_to_num(WORST).sum()))
         return cls(tuple(hits), tuple(losses), len(labels))
 
     @classmethod

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.voting import TEMPERATURES, Votes
+from fedcompo.composition.voting import TEMPERATURES, WORST, Votes
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.messages.answers import AveragingAnswer, FisherAnswer, VoteAnswer, caps_of
@@ -83,19 +83,19 @@ def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
 
     Raises:
         ContributionError: If there are more or fewer, more hits than images, or a loss that is not
-            a figure >= 0.
+            one of so many images.
     """
     hits, losses, images = answer.hits, answer.losses, answer.num_examples
     if (
         len(hits) != count
         or len(losses) != count * len(TEMPERATURES)
         or not all(own <= images for own in hits)
-        or not all(0 <= loss <= LARGEST for loss in losses)  # also if it is not a number
+        or not all(0 <= loss <= WORST * images + 1e-6 for loss in losses)  # also if it is not a number
     ):
         raise ContributionError(
             f"Client {client!r} sent {len(hits)} hits and {len(losses)} losses of {images} images; "
             f"expected {count} candidates, {len(TEMPERATURES)} losses each, no more hits than "
-            "images, no loss below zero. Use the same fedcompo version everywhere."
+            f"images, losses from 0 to {WORST:g} an image. Use the same fedcompo version everywhere."
         )
     return Votes(hits, losses, images)
 

@@ -42,7 +42,7 @@ def ways(reference: str) -> dict[str, dict[str, str]]:
     return {
         "others": {},
         "lineage-free": {**free, "head-start": "probe"},
-        "alpha-0": {"alpha": "0"},
+        "alpha-0": {"alpha": "0", "trust-region": "0"},
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 ALL_KINDS = ("lora", "full", "ia3")
-FREE = {"alpha": "0"}
+FREE = {"alpha": "0", "trust-region": "0"}
 """Settings without an anchor."""
 
 

@@ -1,4 +1,4 @@
-"""λ and shrinkage are chosen by the calibrated cross-entropy on images of all clients."""
+"""λ and shrinkage are chosen by the quadratic score on images of all clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def spread(*best: float) -> Votes:
     return Votes((0,) * len(best), tuple(losses), 10)
 
 
-def test_votes_are_the_cross_entropy_of_each_candidate_at_each_temperature():
+def test_votes_are_the_quadratic_score_of_each_candidate_at_each_temperature():
     logits = [normal(4, 3, seed=1), 5 * normal(4, 3, seed=2)]
     votes = Votes.of(logits, LABELS)
     expected = []
@@ -37,7 +37,8 @@ def test_votes_are_the_cross_entropy_of_each_candidate_at_each_temperature():
             loss = 0.0
             for row, label in zip(own.tolist(), LABELS.tolist(), strict=True):
                 powers = [math.exp(temperature * z) for z in row]
-                loss -= math.log(powers[label] / sum(powers))
+                for k, power in enumerate(powers):
+                    loss += (power / sum(powers) - (k == label)) ** 2
             expected.append(loss)
     assert votes.losses == pytest.approx(tuple(expected), rel=1e-12)
     right = [sum(int(r.argmax()) == int(k) for r, k in zip(z, LABELS, strict=True)) for z in logits]
@@ -58,7 +59,8 @@ def test_votes_add_up_over_clients():
 def test_a_head_that_is_only_too_sharp_loses_nothing_by_it():
     """At the temperature 1/8 its logits are those of the other at 1."""
     z = normal(4, 3, seed=3).double()
-    calibrated = float(torch.nn.functional.cross_entropy(z, LABELS))
+    apart = z.softmax(1) - torch.nn.functional.one_hot(LABELS, 3)
+    calibrated = float(apart.square().sum(1).mean())
     (sharp,) = Votes.of([8 * z], LABELS).scores
     assert sharp <= calibrated + 1e-12
 

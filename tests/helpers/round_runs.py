@@ -39,6 +39,7 @@ SMALL = {
     "head_start": "zero",
     "scale": 1.0,
     "realign": False,
+    "wire": "float32",  # what arrives is, bit for bit, what was trained
     "timeout": 1.0,  # an answer is there as soon as its request was sent, or never
 }
 

@@ -57,7 +57,7 @@ def images(tmp_path_factory) -> Path:
 
 def settings(images: Path, **more: object) -> dict:
     given = {"batch_size": 4, "num_server_rounds": 1, "head_start": "aligned", "aside": 0.0}
-    return {"data": f"folder:{images}", **given, **more}
+    return {"data": f"folder:{images}", "wire": "float32", **given, **more}
 
 
 def config_of(given: Mapping[str, object]) -> RunConfig:

@@ -135,7 +135,7 @@ def test_going_on_with_other_settings_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(Killed):
         run(Watched(5).options(), output)
     before = {p: p.read_bytes() for p in output.rglob("*.safetensors")}
-    with pytest.raises(ConfigError, match=r"alpha = 3.0, begun with 0.3"):
+    with pytest.raises(ConfigError, match=r"alpha = 3.0, begun with 0.0"):
         run(Watched().options(), output, resume=True, alpha=3.0)
     assert {p: p.read_bytes() for p in output.rglob("*.safetensors")} == before
 
