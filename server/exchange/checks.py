@@ -90,12 +90,14 @@ def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
         len(hits) != count
         or len(losses) != count * len(TEMPERATURES)
         or not all(own <= images for own in hits)
-        or not all(0 <= loss <= WORST * images + 1e-6 for loss in losses)  # also if it is not a number
+        or not all(
+            0 <= loss <= WORST * images + 1e-6 for loss in losses
+        )  # also if it is not a number
     ):
         raise ContributionError(
             f"Client {client!r} sent {len(hits)} hits and {len(losses)} losses of {images} images; "
             f"expected {count} candidates, {len(TEMPERATURES)} losses each, no more hits than "
-            f"images, losses from 0 to {WORST:g} an image. Use the same fedcompo version everywhere."
+            f"images, losses of 0 to {WORST:g} an image. Use the same fedcompo version everywhere."
         )
     return Votes(hits, losses, images)
 
