@@ -35,6 +35,8 @@ LEARNT_BY_HEART = {
     "learning-rate": 0.001,
     "scale": float(CLIENTS),
     "alpha": 0.0,
+    "trust-region": 0.0,
+    "wire": "float32",  # no server is there to read fewer bits
     "head-start": "aligned",
     "local-steps": 0,
 }

@@ -15,7 +15,7 @@ from registry_builders import contents, overwrite, same_bits
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
-from fedcompo.method.contribution import statistics_tensors, statistics_from
+from fedcompo.method.contribution import statistics_from, statistics_tensors
 from fedcompo.storage import tensorfile
 from fedcompo.storage.tensorstream import (
     DTYPES,
@@ -116,7 +116,9 @@ def test_a_section_is_the_tensors_below_a_name(tmp_path):
     section = Section(streamed, "of")
     assert dict(section).keys() == DTYPES.keys()
     assert torch.equal(section["F32"], streamed["of/F32"])
-    assert torch.equal(statistics_from(streamed, {"mixtures": {"a/b": 20}})["a/b"].means, mixture.means)
+    assert torch.equal(
+        statistics_from(streamed, {"mixtures": {"a/b": 20}})["a/b"].means, mixture.means
+    )
 
 
 # -- writing --------------------------------------------------------------------------------------
