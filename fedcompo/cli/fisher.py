@@ -23,6 +23,9 @@ from fedcompo.report.units import duration, size
 if TYPE_CHECKING:
     from fedcompo.config.run import RunConfig
 
+SCALE = ", the scale on which `alpha` acts; a run notes if that is far from its clients' own"
+"""Said where the penalty acts on the Fisher's own scale."""
+
 
 def fisher(
     data: Annotated[
@@ -54,6 +57,7 @@ def fisher(
     Then: fedcompo simulate --set anchor=reference --set reference=FILE
     """
     with errors_as_sentences(verbose):
+        from fedcompo.config.choices import Penalty
         from fedcompo.config.scenario import settings_of
 
         if output.exists():
@@ -71,10 +75,8 @@ def fisher(
             f"classes, backbone {config.backbone.backbone}, in {duration(summary['seconds'])}: "
             f"{summary['file']} ({size(summary['bytes'])})"
         )
-        say(
-            f"Its mean trace is {summary['mean_trace']:.3g}, the scale on which `alpha` acts; a "
-            "run notes if that is far from its clients' own."
-        )
+        acts = "" if config.train.penalty is Penalty.IMPLICIT else SCALE
+        say(f"Its mean trace is {summary['mean_trace']:.3g}{acts}.")
 
 
 def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class FisherSums:
     def note(self, alpha: float, *, setting: str = "alpha") -> str:
         """Return a note if a reference Fisher is far larger or smaller than the clients'; or "".
 
+        For the penalties that act on the Fisher's own scale: ``explicit`` and ``coupled``.
+
         Args:
             alpha: Strength of the anchor.
             setting: Name of that setting; ``beta`` in IEL.

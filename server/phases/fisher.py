@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import AnchorBy, Curvature, HeadStart
+from fedcompo.config.choices import AnchorBy, Curvature, HeadStart, Penalty
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import FisherAnswer
@@ -108,6 +108,8 @@ class Fishers:
             )
         if self.sums is None and self.held:
             self.exchange.books.note("There is no Fisher of any client: nobody is anchored.")
+        if self.config.train.penalty is Penalty.IMPLICIT:
+            return  # whose strength does not depend on the scale of the Fisher
         setting = "beta" if self.ensembled else "alpha"
         if self.sums and (note := self.sums.note(self.strength, setting=setting)):
             self.exchange.books.note(note)

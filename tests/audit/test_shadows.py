@@ -94,7 +94,7 @@ def trained_again(registry: Registry, client: str) -> dict[str, torch.Tensor]:
         {**OTHERS, "head_start": "probe"},
         {**FREE, "head_start": "aligned"},
         {**FREE, "head_start": "zero", "fisher_form": "dense"},
-        {**OTHERS, "alpha": 0.0},
+        {**OTHERS, "alpha": 0.0, "trust_region": 0.0},
         {**FREE, "fisher_examples": 4, "penalty": "coupled"},
         {**OTHERS, "fisher_form": "dense", "local_steps": 9},
         {**OTHERS, "num_tasks": 4},  # clients of one class
@@ -114,7 +114,13 @@ def test_on_the_clients_own_images_a_shadow_becomes_the_client(settings, kind, d
 
 @pytest.mark.parametrize("anchor", ["others", "own"])
 def test_so_it_does_after_a_run_of_the_real_server(anchor, tmp_path):
-    settings = {"head_start": "probe", "anchor": anchor, "realign": False, "aside": 0.0}
+    settings = {
+        "head_start": "probe",
+        "anchor": anchor,
+        "realign": False,
+        "aside": 0.0,
+        "wire": "float32",
+    }
     run({}, tmp_path / "out", **settings, kind="lora,full")
     registry = Registry(tmp_path / "out" / "registry")
     training = ClientTraining.of(registry, CLIENT, registry.backbone.load())

@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import FisherForm, Kind
 from fedcompo.config.run import BackboneConfig
+from fedcompo.messages.answers import FisherAnswer
 from fedcompo.messages.body import Body
-from fedcompo.method.contribution import mixture_tensors
+from fedcompo.method.contribution import statistics_entry
 from fedcompo.method.deltas import rank_of, stored_shapes
-from fedcompo.method.features import FeatureMixture
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.runtime import installed_versions
-from fedcompo.storage.tensorfile import prefixed, to_bytes
+from fedcompo.storage.tensorfile import to_bytes
 
 NUM_EXAMPLES = 20
 ARCHITECTURES = {"vit-b": "vit_base_patch16_224", "tiny": "vit_tiny_patch16_224"}
@@ -80,33 +81,25 @@ class Clients:
     def num_weights(self) -> int:
         return sum(weight.numel() for weight in self.backbone.theta_0.values())
 
-    def features(self, client: int) -> Body:
-        width, generator = self.backbone.num_features, torch.Generator().manual_seed(client)
-        mixtures = {
-            name: FeatureMixture(
-                torch.ones(1),
-                torch.randn(1, width, generator=generator),
-                torch.ones(1, width),
-                NUM_EXAMPLES // 2,
-            )
-            for name in self.classes(client)
-        }
-        counts = {name: mixture.num_examples for name, mixture in mixtures.items()}
-        return mixture_tensors(mixtures), {
-            "mixtures": counts,
-            "num_examples": NUM_EXAMPLES,
-            "num_test_examples": 1,
-            "kind": "",
-        }
+    def identify(self, client: int) -> Body:
+        return {}, {"num_examples": NUM_EXAMPLES, "num_test_examples": 1}
 
-    def fisher(self, client: int) -> Body:
-        rows = sorted(name for classes in self.everyone for name in classes)
-        parts = {
-            "head.weight": torch.ones(len(rows), self.backbone.num_features),
-            "head.bias": torch.ones(len(rows)),
-        }
-        manifest = {"classes": rows, "num_examples": NUM_EXAMPLES, "form": "head", "report": {}}
-        return prefixed("fisher", parts), manifest
+    def describe(self, client: int) -> Body:
+        generator = torch.Generator().manual_seed(client)
+        features = torch.randn(NUM_EXAMPLES, self.backbone.num_features, generator=generator)
+        classes = tuple(self.classes(client))
+        sums = FeatureSums.of(features, torch.arange(NUM_EXAMPLES) % len(classes), classes)
+        fisher = FisherAnswer(
+            base=self.backbone.fingerprint,
+            client=f"client-{client:04d}",
+            classes=classes,
+            num_examples=NUM_EXAMPLES,
+            form=FisherForm.NONE,
+            report={},
+            tensors={},
+        )
+        entries = {**self.identify(client)[1], **statistics_entry(sums), "kind": ""}
+        return sums.tensors(), entries | {"fisher": fisher.to_body()[1]}
 
     def train(self, client: int) -> Body:
         generator, tensors = torch.Generator().manual_seed(client), dict[str, Tensor]()

@@ -34,7 +34,10 @@ LEARNT_BY_HEART = {
     "local-epochs": 20,
     "learning-rate": 0.001,
     "scale": float(CLIENTS),
+    "augmentation": "none",
     "alpha": 0.0,
+    "trust-region": 0.0,
+    "wire": "float32",  # no server is there to read fewer bits
     "head-start": "aligned",
     "local-steps": 0,
     "augmentation": "none",

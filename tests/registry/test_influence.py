@@ -59,7 +59,7 @@ def lineages(output: Path) -> list[tuple[str, ...]]:
 LINEAGE_FREE = {
     "own": {**PROBE, "anchor": "own"},
     "reference": {**PROBE, "anchor": "reference"},
-    "no anchor": {**PROBE, "alpha": 0.0},
+    "no anchor": {**PROBE, "trust_region": 0.0},
 }
 
 
@@ -94,7 +94,13 @@ def test_without_lineage_not_a_bit_depends_on_who_else_takes_part(way, own, refe
     ids=["anchored by others", "joint head", "both"],
 )
 def test_with_lineage_the_others_show_and_are_named(settings, named, tmp_path):
-    settings = {**PROBE, "head_start": "aligned", "statistics": "mixtures", **settings}
+    settings = {
+        **PROBE,
+        "head_start": "aligned",
+        "statistics": "mixtures",
+        "alpha": 0.1,
+        **settings,
+    }
     run({}, tmp_path / "with", **settings)
     run({}, tmp_path / "without", **settings, exclude=LEFT)
     lineage = Contribution.open(folder(tmp_path / "with", "client-1")).lineage

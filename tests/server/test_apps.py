@@ -387,7 +387,7 @@ def test_a_relative_output_is_refused_where_nobody_stands(tmp_path):
 
 
 def test_plain_task_arithmetic_sends_no_fisher_to_the_clients(tmp_path):
-    results = run({}, tmp_path / "out", alpha=0.0, realign=False)
+    results = run({}, tmp_path / "out", trust_region=0.0, fisher_form="dense", realign=False)
     sent = results["per_client"]["client-0"]["traffic"]["train"]["bytes_sent"]
     assert sent < results["backbone"]["target_parameters"]
 

@@ -22,7 +22,7 @@ merged, merging = import_module("merged"), import_module("merging")
 MEASURES = ("class_il_accuracy", "task_il_accuracy")
 SETTINGS = {
     "target_weights": ALL_WEIGHTS,
-    "alpha": 0.0,
+    "trust_region": 0.0,
     "local_epochs": 2,
     "learning_rate": 0.02,
     "batch_size": 4,
