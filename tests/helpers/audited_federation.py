@@ -40,7 +40,6 @@ LEARNT_BY_HEART = {
     "wire": "float32",  # no server is there to read fewer bits
     "head-start": "aligned",
     "local-steps": 0,
-    "augmentation": "none",
 }
 """Settings under which noise ends up in the backbone."""
 FREE = {"head_start": "probe", "anchor": "own", "alpha": 0.1}
