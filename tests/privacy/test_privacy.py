@@ -417,9 +417,12 @@ def test_no_noise_that_a_client_can_tell_of_breaks_the_books():
 
 
 def test_notes_are_made_of_whatever_figures_a_client_tells():
-    told = {"ann": [{"phase": "fisher", "form_error": 0.5, "wire_error": 0.25}]}
+    told = {
+        "ann": [{"phase": "fisher", "form_error": 0.5, "wire_error": 0.25, "wire": "int8"}],
+        "ben": [{"phase": "fisher", "wire_error": 0.5}],  # and does not say of what
+    }
     assert accounting.notes(told, delta=1e-5) == [
-        "What came in float32 in the phase fisher is off by 25.00% of its length on average, "
+        "What came in int8 in the phase fisher is off by 25.00% of its length on average, "
         "25.00% at most.",
     ]
 
