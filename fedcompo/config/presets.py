@@ -29,6 +29,7 @@ PAPER: dict[str, Scalar] = {
     "learning-rate": 0.0003,
     "fisher-form": "dense",
     "wire": "float32",
+    "augmentation": "crop-flip",
     "scale": "1.0",
 }
 """``preset = paper``: the protocol, and the values published for CIFAR-100 with LoRA.
