@@ -31,6 +31,7 @@ SHARED: dict[str, Scalar] = {
     "realign": False,
     "kind": "lora,full",
     "device": "cpu",
+    "wire": "float32",
 }
 """Settings of the one run that is simulated and deployed."""
 
