@@ -197,7 +197,8 @@ def bounding_step(deltas: Mapping[str, Delta], fisher: Weights, limit: float) ->
             delta.l.sub_(1).mul_(share).add_(1)
         elif isinstance(delta, LoRA):
             delta.B.mul_(share)
-    return (1 - share) * torch.stack([change.norm() for change in tau.values()]).norm().cpu()
+    length: Tensor = torch.stack([change.norm() for change in tau.values()]).norm().cpu()
+    return (1 - share) * length
 
 
 def one_folding(fisher: Weights) -> float:
