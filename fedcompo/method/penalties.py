@@ -197,8 +197,9 @@ def bounding_step(deltas: Mapping[str, Delta], fisher: Weights, limit: float) ->
             delta.l.sub_(1).mul_(share).add_(1)
         elif isinstance(delta, LoRA):
             delta.B.mul_(share)
-    length: Tensor = torch.stack([change.norm() for change in tau.values()]).norm().cpu()
-    return (1 - share) * length
+    length = torch.stack([change.norm() for change in tau.values()]).norm().cpu()
+    moved: Tensor = (1 - share) * length
+    return moved
 
 
 def one_folding(fisher: Weights) -> float:
