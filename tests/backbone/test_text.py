@@ -201,7 +201,7 @@ def settings(checkpoint, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module", params=["lora", "full,ia3"])
 def finished(request, settings, tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("run") / "out"
-    return output, run({}, output, **settings, kind=request.param, local_epochs=3, scale=1.0)
+    return output, run({}, output, **settings, kind=request.param, local_epochs=3)
 
 
 def test_a_federation_on_texts_learns_to_tell_them_apart(finished):
