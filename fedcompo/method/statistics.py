@@ -211,21 +211,21 @@ def unpacked(triangle: Tensor) -> Tensor:
     return matrix
 
 
-def off_grid(values: Tensor, bits: int = BITS) -> Tensor:
-    """Return whole multiples of 2^-bits as numbers, float64."""
-    return values.double() * 2.0**-bits
+def off_grid(values: Tensor) -> Tensor:
+    """Return whole multiples of 2^-24 as numbers, float64."""
+    return values.double() * 2.0**-BITS
 
 
-def to_grid(values: Tensor, bits: int = BITS) -> Tensor:
-    """Round what one client sends to whole multiples of 2^-bits, by way of float32; int64.
+def to_grid(values: Tensor) -> Tensor:
+    """Round what one client sends to whole multiples of 2^-24, by way of float32; int64.
 
     Raises:
         ContributionError: If a number is not finite, or too large to be summed.
     """
-    scaled = values.float().double() * 2.0**bits
+    scaled = values.float().double() * 2.0**BITS
     if values.numel() and not float(scaled.abs().max()) < LIMIT:  # also if it is not a number
         raise ContributionError(
             f"Sums of a client reach {float(values.double().abs().max()):g}, expected numbers "
-            f"below {LIMIT * 2.0**-bits:g}."
+            f"below {LIMIT * 2.0**-BITS:g}."
         )
     return scaled.round().to(torch.int64)

@@ -14,7 +14,7 @@ from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
 from fedcompo.composition.realigned import realigned_head, save_realigned
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
-from fedcompo.composition.totals import write_totals
+from fedcompo.composition.totals import save_total, total_after
 from fedcompo.composition.version import RoundedDifferently, write_composed, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
@@ -210,14 +210,12 @@ class Draft:
     ) -> tuple[Head, float | None]:
         """Write statistics; return the joint head and its shrinkage."""
         if self._of_sums:
-            total = write_totals(
-                folder / TOTALS,
-                self.registry.backbone.theta_shapes,
-                self.registry.totals() if self.before.version else None,
-                coming=[self._opened(member) for member in coming],
-                going=[self._opened(member) for member in going],
-                everyone=lambda: [self._opened(m) for m in after.members.values()],
+            total = total_after(
+                self.registry.total_statistics() if self.before.version else None,
+                [self._opened(member) for member in coming],
+                [self._opened(member) for member in going],
             )
+            save_total(folder / TOTALS, total)
         if realigned is not None:
             save_realigned(folder / REALIGNED, realigned.statistics)
             shrinkage = realigned.shrinkage
@@ -234,16 +232,16 @@ class Draft:
         """Whether members describe their features by sums."""
         return self.before.settings.statistics is Statistics.SUMS
 
-    def _opened(self, member: Member, *, with_fisher: bool = True) -> Contribution:
+    def _opened(self, member: Member) -> Contribution:
         """Open a member's contribution; a new one is read from the staged files."""
         if (staged := self.new / member.folder).exists():
-            return Contribution.open(staged, with_fisher=with_fisher)
-        return self.registry.contribution(member.client, with_fisher=with_fisher)
+            return Contribution.open(staged, with_fisher=False)
+        return self.registry.contribution(member.client)
 
     def _term(self, member: Member, sign: int) -> Term:
         """Return a member's term of the sum."""
         times = sign * self.before.settings.times(member.num_examples)
-        vector = self._opened(member, with_fisher=False).task_vector
+        vector = self._opened(member).task_vector
         return Term(member.client, vector, times, member.rounded_sha256)
 
     def _statistics(self, member: Member) -> AnyStatistics:

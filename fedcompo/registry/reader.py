@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +21,22 @@ from fedcompo.registry import journal
 from fedcompo.registry.removal import Influence, foreseen_influence
 from fedcompo.registry.state import ABOUT, Member, State, read_about
 from fedcompo.registry.transaction import JOURNAL, STATE, recover_if_idle
-from fedcompo.storage.files import BACKBONE, CARD, CONTENT, REALIGNED, SUM, TOTALS, WEIGHTS
+from fedcompo.storage.files import (
+    BACKBONE,
+    CARD,
+    CONTENT,
+    OLD_TOTALS,
+    REALIGNED,
+    SUM,
+    TOTALS,
+    WEIGHTS,
+)
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedcompo.composition.totals import Totals
     from fedcompo.method.contribution import Contribution
-    from fedcompo.method.fisher import FisherDiagonal
     from fedcompo.method.heads import Head
     from fedcompo.method.pool import Pool
     from fedcompo.method.statistics import FeatureSums
@@ -179,35 +184,21 @@ class RegistryReader:
         """The integer sum behind the current composition, by weight name; int64."""
         return self._version_file(SUM)
 
-    def totals(self) -> Totals:
-        """Statistics and Fisher diagonals of all members together; read when they are used.
+    def total_statistics(self) -> FeatureSums:
+        """Read the sum of the members' statistics.
 
         Raises:
             RegistryError: If nobody is in the registry, or its members are described by mixtures.
         """
-        from fedcompo.composition.totals import Totals
+        from fedcompo.composition.totals import read_total
 
         if self.settings.statistics is not Statistics.SUMS:
             raise RegistryError(
                 f"The members of {self.path} describe their features by mixtures, which do not add "
                 "up. Read them one by one."
             )
-        return Totals(self._version_file(TOTALS))
-
-    def total_statistics(self) -> FeatureSums:
-        """Read the sum of the members' statistics; raises as :meth:`totals` does."""
-        return self.totals().statistics
-
-    def total_fisher(self) -> FisherDiagonal | None:
-        """Return the sum of the members' Fisher diagonals; None if one of them keeps none.
-
-        Beside mixtures it is taken over all members.
-        """
-        if self.settings.statistics is Statistics.SUMS:
-            return self.totals().fisher
-        terms = [self.contribution(client, with_fisher=True).fisher for client in self.clients]
-        known = [term for term in terms if term is not None]
-        return reduce(add, known) if known and len(known) == len(terms) else None
+        old = OLD_TOTALS in self.state.files
+        return read_total(self._version_file(OLD_TOTALS if old else TOTALS))
 
     def theta_p(self) -> dict[str, Tensor]:
         """Read the composed target weights, by name."""

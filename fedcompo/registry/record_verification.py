@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedcompo.composition.head import SHRINKAGE, head_of
-from fedcompo.composition.totals import write_totals
+from fedcompo.composition.totals import save_total, total_after
 from fedcompo.composition.version import terms_of, write_composed, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
@@ -21,7 +21,7 @@ from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import all_but_folders, signature_finding
 from fedcompo.report.units import OnStep
-from fedcompo.storage.files import SUM, TOTALS, WEIGHTS
+from fedcompo.storage.files import OLD_TOTALS, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
 FACTOR = "factor"
@@ -154,8 +154,12 @@ def _composed_again(
     record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
-    names = [SUM, WEIGHTS] if record.format_version == 1 else [SUM, TOTALS, WEIGHTS]
+    old = OLD_TOTALS in record.composition_after
+    names = [SUM, WEIGHTS] if old or record.format_version == 1 else [SUM, TOTALS, WEIGHTS]
     claims = {name: f"the survivors alone give the record's {name}" for name in names}
+    if old:
+        claim = f"the survivors alone give the record's {OLD_TOTALS}"
+        yield Finding(claim, None, "it holds sums of Fisher diagonals, which are no longer made")
     if record.format_version > 1:
         claims = {FACTOR: "the survivors alone give the record's factor", **claims}
     then = members_after(entries[: record.sequence])
@@ -187,7 +191,7 @@ def _composed_again(
 def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryReader) -> float:
     """Compose the survivors as the removal did; return the factor."""
     backbone, settings = registry.backbone, registry.settings
-    pool = Pool(tuple(registry.contribution(c, with_fisher=True) for c in record.survivors))
+    pool = Pool(tuple(registry.contribution(client) for client in record.survivors))
     state = replace(
         registry.state,
         members={client: registry.state.members[client] for client in record.survivors},
@@ -199,9 +203,7 @@ def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryRe
     written = write_sum(folder / SUM, backbone, terms, count=state.count)
     state = replace(state, factor=expected_factor(state, written.squared_norm))
     if settings.statistics is Statistics.SUMS:
-        shapes, members = backbone.theta_shapes, list(pool)
-        path = folder / TOTALS
-        write_totals(path, shapes, None, coming=members, going=(), everyone=lambda: members)
+        save_total(folder / TOTALS, total_after(None, pool, ()))
     write_composed(
         folder,
         backbone,

@@ -25,6 +25,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.composition.settings import CompositionSettings
+from fedcompo.composition.totals import total_after
 from fedcompo.config.choices import HeadStart, Method, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
@@ -132,14 +133,20 @@ class Fitting:
 
     def _align(self) -> Head:
         who = self.roster.participants
-        statistics: dict[str, AnyStatistics] = {
-            client: self.registry.contribution(client).statistics for client in who.members
-        }
-        statistics |= {client: who.described[client].statistics for client in self.roster.parties}
-        self._aligned_with = tuple(sorted(statistics))
+        described = {client: who.described[client].statistics for client in self.roster.parties}
+        members = {*who.members} - described.keys()
+        self._aligned_with = tuple(sorted({*members, *described}))
+        statistics = {**described, **self._statistics_of(members)}
         sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
         self._variance = total_of(sums).variance if sums else 0.0
         return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
+
+    def _statistics_of(self, members: Collection[str]) -> dict[str, AnyStatistics]:
+        """Statistics of members, by name; of sums their total, from that of the registry."""
+        if not members or self.registry.settings.statistics is Statistics.MIXTURES:
+            return {client: self.registry.contribution(client).statistics for client in members}
+        others = [self.registry.contribution(c) for c in self.registry.clients if c not in members]
+        return {"": total_after(self.registry.total_statistics(), (), others)}
 
     def _uses_joint_head(self, client: str) -> bool:
         """Whether a client trains with the joint head: from it, or with a Fisher under it.

@@ -89,12 +89,11 @@ def test_the_upper_triangle_is_a_whole_symmetric_matrix(size, seed):
     assert torch.equal(unpacked(packed(matrix)), matrix)
 
 
-@pytest.mark.parametrize("bits", [BITS, 32])
-def test_numbers_of_single_precision_above_the_grid_are_on_it(bits):
-    values = normal(50, seed=1).float().abs() + 2.0 ** (24 - bits)
-    assert torch.equal(off_grid(to_grid(values, bits), bits), values.double())
-    between = torch.tensor([2.6 * 2.0**-bits])
-    assert to_grid(between, bits).tolist() == [3]
+def test_numbers_of_single_precision_above_the_grid_are_on_it():
+    values = normal(50, seed=1).float().abs() + 1.0
+    assert torch.equal(off_grid(to_grid(values)), values.double())
+    between = torch.tensor([2.6 * 2.0**-BITS])
+    assert to_grid(between).tolist() == [3]
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 2.0**34, -(2.0**40)])

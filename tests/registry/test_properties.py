@@ -26,13 +26,11 @@ from registry_builders import (
     registry_of,
     same_bits,
 )
-from torch import Tensor
 
 from fedcompo.composition.fixed_point import BITS
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind, Statistics
 from fedcompo.method.contribution import Contribution
-from fedcompo.method.fisher import FISHER_BITS, on_grid
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
 
@@ -205,7 +203,7 @@ def assert_exact(registry: Registry, present: Mapping[str, Spec]) -> None:
 
 
 def assert_totals(registry: Registry, members: Sequence[Contribution]) -> None:
-    """Statistics and Fisher diagonals, added up by hand."""
+    """Statistics, added up by hand."""
     total = registry.total_statistics()
     for row, name in enumerate(total.classes):
         rows = [(m.statistics, m.statistics.classes.index(name)) for m in members
@@ -213,25 +211,6 @@ def assert_totals(registry: Registry, members: Sequence[Contribution]) -> None:
         assert total.counts[row] == sum(int(own.counts[i]) for own, i in rows)
         assert total.sums[row].tolist() == sum(own.sums[i] for own, i in rows).tolist()
     assert total.second.tolist() == sum(m.statistics.second for m in members).tolist()
-    fisher = registry.total_fisher()
-    if any(m.fisher is None for m in members):
-        assert fisher is None
-        return
-    own = [on_grid(m.fisher) for m in members]
-    if factored := any(m.fisher.factored for m in members):
-        own = [factored_by_hand(parts) for parts in own]
-    assert fisher.factored is factored
-    assert fisher.num_examples == sum(m.fisher.num_examples for m in members)
-    for name, values in fisher.sums.items():
-        assert torch.equal(values * 2.0**FISHER_BITS, sum(parts[name] for parts in own).double())
-
-
-def factored_by_hand(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Row and column sums of whole numbers; those that are factored stay."""
-    dense = {n: t for n, t in parts.items() if not n.endswith(("/rows", "/columns"))}
-    rows = {f"{n}/rows": t.sum(1) for n, t in dense.items()}
-    columns = {f"{n}/columns": t.sum(0) for n, t in dense.items()}
-    return {n: t for n, t in parts.items() if n not in dense} | rows | columns
 
 
 @given(together.flatmap(lambda kinds: steps(kinds, 1, 6)), compositions, st.data())

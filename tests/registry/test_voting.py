@@ -20,13 +20,17 @@ from registry_builders import (
 )
 
 from fedcompo.composition.head import SHRINKAGE, head_from_total
+from fedcompo.composition.totals import exact_tensors
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import ConfigError, ContributionError, RegistryError
 from fedcompo.method.statistics import total_of
+from fedcompo.registry import draft
+from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.verification import verify_registry
-from fedcompo.storage.files import REALIGNED, TOTALS
+from fedcompo.storage.files import OLD_TOTALS, REALIGNED, TOTALS
+from fedcompo.storage.tensorstream import save_streamed
 
 
 @pytest.fixture
@@ -119,6 +123,39 @@ def test_numbers_that_cannot_be_composed_with_change_nothing(options, reason, re
     assert contents(registry.path) == before
 
 
+# -- totals of old registries ---------------------------------------------------------------------
+
+
+def save_with_fishers(path, total):
+    """Write totals as an earlier version did: Fisher diagonals are summed beside the statistics."""
+    fishers = {"fisher/a": torch.ones(2, 3, dtype=torch.int64)}
+    about = {"content": "statistics", "bits": 24, "classes": list(total.classes)}
+    about |= {"fisher_bits": 24, "fisher_forms": {"dense": 3}, "fisher_examples": 60}
+    save_streamed(path, exact_tensors(total) | fishers, about)
+
+
+def test_sums_of_fishers_in_an_old_registry_are_ignored_and_go_with_the_next_change(
+    tmp_path, monkeypatch
+):
+    members = one_of_each_kind()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(draft, "TOTALS", OLD_TOTALS)
+        earlier.setattr(draft, "save_total", save_with_fishers)
+        old = registry_of(tmp_path / "old", *members)
+        record = old.remove("cho")
+    old = Registry(old.path)
+    assert all(finding.holds for finding in verify_registry(old.path))
+    findings = verify_record(old.path / record.place, registry=old)
+    assert [f.claim for f in findings if not f.holds] == [
+        f"the survivors alone give the record's {OLD_TOTALS}"
+    ]
+    assert all(finding.holds is not False for finding in findings)
+    old.remove("ben")
+    old.add(members[2])
+    assert OLD_TOTALS not in old.state.files
+    assert old.state.root == registry_of(tmp_path / "new", members[0], members[2]).state.root
+
+
 # -- registries of mixtures -----------------------------------------------------------------------
 
 
@@ -140,19 +177,9 @@ def test_a_registry_of_mixtures_is_written_as_it_always_was(older):
     assert record.format_version == 1 and "factor" not in record.text
 
 
-def test_it_has_no_totals_but_a_sum_of_fishers_where_all_keep_one(older, tmp_path):
+def test_it_has_no_totals(older):
     with pytest.raises(RegistryError, match="mixtures, which do not add up"):
         older.total_statistics()
-    assert older.total_fisher() is None
-    members = [
-        member(c, seed=i, with_fisher=True, statistics=Statistics.MIXTURES)
-        for i, c in enumerate(("ada", "ben"))
-    ]
-    registry = registry_of(tmp_path / "r", *members, settings=OF_MIXTURES)
-    total = registry.total_fisher()
-    for name, values in total.sums.items():
-        expected = sum(m.fisher.sums[name].double() for m in members)
-        torch.testing.assert_close(values, expected)
 
 
 def test_its_scale_is_fixed_and_its_head_has_no_shrinkage(older):
