@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.storage.files import tuples
+from fedcompo.storage.manifest import require_content
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
 if TYPE_CHECKING:
@@ -66,10 +67,7 @@ class StoredBackbone:
         """
         self.tensors = StreamedTensors(path, guard=guard)
         manifest = self.tensors.manifest
-        if manifest.get("content") != CONTENT:
-            raise FileFormatError(
-                f"{path} holds a {manifest.get('content')!r}, expected a {CONTENT!r}."
-            )
+        require_content(manifest, CONTENT, path)
         if missing := sorted(MANIFEST_KEYS - manifest.keys()):
             raise FileFormatError(
                 f"The manifest of {path} has no {missing[0]!r}. It was written by another version "

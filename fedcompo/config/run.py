@@ -36,7 +36,6 @@ from fedcompo.config.setting import (
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
-    Companion,
     Scalar,
     check_all,
     setting,
@@ -212,12 +211,6 @@ class TrainConfig:
         return self.trust_region > 0 and self.penalty is Penalty.IMPLICIT
 
 
-COMPANIONS: tuple[Companion, ...] = (
-    ("reference", "anchor", AnchorBy.REFERENCE),
-    ("client", "action", Action.REMOVE),
-)
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """All settings of a run, checked."""
@@ -255,7 +248,8 @@ class RunConfig:
                 values out of range, values that contradict each other.
         """
         known = all_settings()
-        parsed = check_all(known, without_preset(values, known), COMPANIONS)
+        needed = ("reference", "anchor", AnchorBy.REFERENCE), ("client", "action", Action.REMOVE)
+        parsed = check_all(known, without_preset(values, known), needed)
         sections = {
             section: kind(**{f.name: parsed.pop(f.name) for f in fields(kind) if f.name in parsed})
             for section, kind in SECTIONS.items()
@@ -269,8 +263,7 @@ class RunConfig:
         """Return the settings as a flat run config: kebab-case keys, plain scalars."""
         owners = [self, *(getattr(self, section) for section in SECTIONS)]
         values = {
-            key: next(getattr(o, declared.name) for o in owners if declared in fields(o))
-            for key, declared in all_settings().items()
+            _key(f): getattr(own, f.name) for own in owners for f in fields(own) if f.metadata
         }
         return {key: str(v) if isinstance(v, StrEnum) else v for key, v in values.items()}
 
@@ -278,21 +271,13 @@ class RunConfig:
     def stored(cls, values: Mapping[str, Scalar]) -> RunConfig:
         """Check settings that were stored with a contribution, perhaps by an older version.
 
-        What the older version had no setting for keeps the value that it worked by.
-
-        Args:
-            values: As :meth:`of_client` returned them.
-
-        Raises:
-            ConfigError: As :meth:`parse`.
+        What the older version had no setting for keeps the value that it worked by. Raises as
+        :meth:`parse` does.
         """
         return cls.parse(from_older(values))
 
     def of_client(self) -> dict[str, Scalar]:
-        """Return the settings that can change a client's contribution, as a flat run config.
-
-        They are stored with the contribution. Two runs that train a client alike store the same.
-        """
+        """Return the settings that are stored with a contribution: those that can change it."""
         for_server = fields(ComposeConfig) + fields(ServerConfig) + fields(RegistryConfig)
         apart = {"output", "preset", *map(_key, for_server)}
         return {key: value for key, value in self.flat().items() if key not in apart}

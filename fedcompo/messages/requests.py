@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -20,11 +20,9 @@ from fedcompo.training.fit import Course
 from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
-"""Parts that a client may keep between rounds: the *mean* Fisher that anchors it, dense or
-factored; its last task vector, with its head."""
+"""Parts that a client may keep: *mean* Fisher that anchors it; its last task vector and head."""
 THETA, TOTAL, HEADS, REST = "theta", "total", "heads", "rest"
-"""Prefixes of other tensors: composed weights, the sum of task vectors, heads, a sum over other
-clients."""
+"""Prefixes of tensors: composed weights, sum of task vectors, heads, sum over other clients."""
 REQUEST = "request"
 """The ``content`` of every request."""
 ROUND = "server-round"
@@ -38,7 +36,7 @@ def addressed(request: Body, registered_name: str) -> Body:
 
 
 def registered_name(request: Body) -> str:
-    """The name that the server knows this node by; empty if there is none."""
+    """The name that the server knows this node by, or ""."""
     return str(request[1].get("registered_name", ""))
 
 
@@ -202,8 +200,7 @@ class TrainRequest(_WithHead):
     frozen: bool = entry(bool)
     """Whether to measure the frozen backbone too."""
     needs: Mapping[str, str] = entry(dict)
-    """SHA-256 of what else training needs, by name (:data:`ANCHOR`, :data:`OWN`); empty: the client
-    does not keep it."""
+    """SHA-256 of the parts that training needs, by name; empty: the client does not keep it."""
     sent: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Tensors of the needed parts that the request holds."""
     others: Others | None = None
@@ -234,21 +231,17 @@ class TrainRequest(_WithHead):
             beta: Strength of the penalty that holds it to the others.
             of_features: Whether the anchor is a Fisher of the features.
         """
-        course, others = Course(fixed=len(classes) == 1), self.others
-        if ANCHOR in self.sent:
-            course = replace(
-                course, anchor=Anchor(expanded(self.sent[ANCHOR], theta_0), of_features)
-            )
-        if OWN in self.sent:
-            begin = TaskVector(self.kind, section(TASK_VECTOR, self.sent[OWN]), base)
-            head = None if course.fixed else head_from(self.sent[OWN], classes)
-            course = replace(course, begin=begin, head=head)
-        if others:
-            ensemble = Ensemble(others.rest, others.share, beta, others.scale)
-            course = replace(course, ensemble=ensemble)
-        if self.round:
-            course = replace(course, passed=self.round.passed, share=self.round.share)
-        return course
+        mean, own, others = self.sent.get(ANCHOR), self.sent.get(OWN), self.others
+        fixed, part = len(classes) == 1, self.round
+        return Course(
+            begin=TaskVector(self.kind, section(TASK_VECTOR, own), base) if own else None,
+            head=head_from(own, classes) if own and not fixed else None,
+            fixed=fixed,
+            anchor=Anchor(expanded(mean, theta_0), of_features) if mean else None,
+            ensemble=Ensemble(others.rest, others.share, beta, others.scale) if others else None,
+            passed=part.passed if part else 0.0,
+            share=part.share if part else 1.0,
+        )
 
     def _write(self) -> Body:
         tensors, manifest = super()._write()
@@ -269,12 +262,11 @@ class TrainRequest(_WithHead):
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Raises ``FileFormatError`` if something is needed that no client keeps."""
-        for name in manifest["needs"]:
-            if name not in (ANCHOR, OWN):
-                raise FileFormatError(
-                    f"The server asks for {name!r}, expected {ANCHOR} or {OWN}. Use the same "
-                    "fedcompo version everywhere."
-                )
+        if unknown := set(manifest["needs"]) - {ANCHOR, OWN}:
+            raise FileFormatError(
+                f"The server asks for {min(unknown)!r}, expected {ANCHOR} or {OWN}. Use the same "
+                "fedcompo version everywhere."
+            )
         sent = {name: section(name, tensors) for name in manifest["needs"]}
         values: dict[str, Any] = {"sent": {name: own for name, own in sent.items() if own}}
         if ensemble := manifest.get("ensemble"):
@@ -305,5 +297,4 @@ class AveragingRequest(_WithHead):
 
     @classmethod
     def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
-        own = section(TASK_VECTOR, tensors)
-        return super()._read(tensors, manifest) | {"task_vector": own}
+        return super()._read(tensors, manifest) | {"task_vector": section(TASK_VECTOR, tensors)}

@@ -14,16 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError
+from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.method.features import FeatureMixture, Mixtures
 from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher_file import load_fisher, save_fisher
 from fedcompo.method.heads import Head, head_from, head_tensors
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.storage import tensorfile
 from fedcompo.storage.files import CARD, CONTENT, FISHER, write_atomically
-from fedcompo.storage.tensorstream import Section, StreamedTensors, Without, save_streamed
+from fedcompo.storage.manifest import require_content
+from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Contribution:
         path, fisher_path = folder / CONTENT, folder / FISHER
         tensors = StreamedTensors(path, guard=lambda: guard(path))
         manifest = tensors.manifest
-        _expect(manifest, "contribution", path)
+        require_content(manifest, "contribution", path)
         stated = _checked_card(folder, manifest)
         if check:
             tensors.check()
@@ -198,13 +199,6 @@ def check_statistics(
         mixture.check(num_features, owner)
 
 
-def _expect(manifest: Mapping[str, Any], content: str, path: Path) -> None:
-    if manifest.get("content") != content:
-        raise FileFormatError(
-            f"{path} holds a {manifest.get('content')!r}, expected a {content!r}."
-        )
-
-
 def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """Refuse a card that differs from the manifest of the tensors; return the card's digests."""
     own = {"format_version", "fedcompo_version", "tensors_sha256", "sha256"}
@@ -238,76 +232,3 @@ def _same_digest(folder: Path, file: str, stated: Mapping[str, str], digest: str
             f"{folder / CARD} and {file} disagree on the tensors. "
             "One of them was altered or exchanged; restore the folder from where it came."
         )
-
-
-OLD_HEAD = ("head.weight", "head.bias")
-"""Entries of the Fisher files of earlier versions, which are not read; their rows belong to the
-``classes`` of the manifest."""
-
-
-def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
-    """Write a Fisher sum (float32) to one file.
-
-    Args:
-        path: The file.
-        fisher: The sum.
-        client: Whose examples it sums over.
-        base: Fingerprint of the pre-trained weights it was estimated at.
-
-    Returns:
-        SHA-256 of its tensors.
-    """
-    sums = {name: total.float() for name, total in fisher.sums.items()}
-    manifest = {
-        "content": "fisher",
-        "client": client,
-        "base": base,
-        "classes": [],
-        "num_examples": fisher.num_examples,
-    }
-    tensorfile.save(path, sums, manifest)
-    return tensorfile.tensor_digest(sums)
-
-
-def load_fisher(
-    path: Path, *, client: str, base: str, guard: Callable[[], None] | None = None
-) -> FisherDiagonal:
-    """Read a file that :func:`save_fisher` wrote; the head's rows in an old one are left out.
-
-    Args:
-        path: The file.
-        client: Whose it must be.
-        base: Fingerprint of the pre-trained weights it must belong to.
-        guard: None: all tensors are read now and compared with their digest. Otherwise each tensor
-            is read when it is used, after a call of ``guard``, which raises if the file is not to
-            be trusted.
-
-    Raises:
-        FileFormatError: If it is truncated, altered, incomplete, or not this client's.
-        BackboneMismatch: If it was estimated at other pre-trained weights.
-    """
-    sums = StreamedTensors(path, guard=guard or (lambda: None))
-    manifest = sums.manifest
-    _expect(manifest, "fisher", path)
-    if missing := sorted({"client", "base", "num_examples"} - manifest.keys()):
-        raise FileFormatError(
-            f"The manifest of {path} has no {missing[0]!r}. It was written by another version of "
-            "fedcompo; estimate this Fisher again."
-        )
-    if manifest["client"] != client:
-        raise FileFormatError(
-            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
-        )
-    if manifest["base"] != base:
-        raise BackboneMismatch(
-            f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
-            "Use the same `backbone` and `checkpoint`, or estimate it again."
-        )
-    if guard is None:
-        sums.check()
-    weights = Without(sums, OLD_HEAD)
-    try:
-        count = int(manifest["num_examples"])
-    except (ValueError, TypeError) as error:
-        raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error
-    return FisherDiagonal(dict(weights) if guard is None else weights, count)

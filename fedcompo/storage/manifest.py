@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from fedcompo.errors import FileFormatError
 from fedcompo.runtime import version
 from fedcompo.storage.files import canonical
 
@@ -41,3 +43,11 @@ def manifest_of(header: Mapping[str, Any]) -> dict[str, Any]:
     if manifest.get("sha256") != seal(manifest) or text != canonical(manifest):
         raise ValueError("the manifest does not match its own SHA-256")
     return manifest
+
+
+def require_content(manifest: Mapping[str, Any], content: str, path: Path) -> None:
+    """Raise ``FileFormatError`` if a file holds something else than expected."""
+    if manifest.get("content") != content:
+        raise FileFormatError(
+            f"{path} holds a {manifest.get('content')!r}, expected a {content!r}."
+        )

@@ -147,38 +147,21 @@ class StreamedTensors(Mapping[str, "Tensor"]):
 
 
 class Section(Mapping[str, "Tensor"]):
-    """The tensors whose names start with ``<prefix>/``, named without it."""
+    """The tensors whose names start with ``<prefix>/``, named without it; read when they are used.
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        self._tensors, self._start = tensors, f"{prefix}/"
-        self._names = [n.removeprefix(self._start) for n in tensors if n.startswith(self._start)]
+    Without a prefix all, but for those of some names.
+    """
 
-    def __getitem__(self, name: str) -> Tensor:
-        """Return one tensor."""
-        return self._tensors[self._start + name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Names without the prefix."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._names)
-
-
-class Without(Mapping[str, "Tensor"]):
-    """The tensors but for those of some names."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
-        left_out = set(names)
-        self._tensors = tensors
-        self._names = [name for name in tensors if name not in left_out]
+    def __init__(
+        self, tensors: Mapping[str, Tensor], prefix: str = "", *, without: Iterable[str] = ()
+    ) -> None:
+        start, self._tensors = f"{prefix}/" if prefix else "", tensors
+        chosen = (name for name in tensors if name.startswith(start) and name not in without)
+        self._names = {name.removeprefix(start): name for name in chosen}
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one tensor."""
-        if name not in self._names:
-            raise KeyError(name)
-        return self._tensors[name]
+        return self._tensors[self._names[name]]
 
     def __iter__(self) -> Iterator[str]:
         """Names, in their order."""
@@ -265,17 +248,15 @@ class TensorWriter:
 
 
 class TensorDigest:
-    """A tensor digest, fed one tensor at a time in the order of names.
-
-    It equals :func:`fedcompo.storage.tensorfile.tensor_digest`.
-    """
+    """What ``tensorfile.tensor_digest`` makes, fed one tensor at a time in the order of names."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Update the digest with one tensor."""
-        self._sha.update(heading(name, tensor))
+        """Update the digest with one tensor; its name may be any that JSON can hold."""
+        heading = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|"
+        self._sha.update(heading.encode(errors="surrogatepass"))
         self._sha.update(raw_bytes(tensor))
 
     def hexdigest(self) -> str:
@@ -307,11 +288,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as ``sha256sum`` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def heading(name: str, tensor: Tensor) -> bytes:
-    """Bytes before a tensor's own in a digest; its name may be any that JSON can hold."""
-    return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(errors="surrogatepass")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -21,9 +21,9 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Curvature
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data, load_folder
-from fedcompo.method.contribution import load_fisher, save_fisher
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher_file import load_fisher, save_fisher
 from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.seeds import generator_for
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher

@@ -14,9 +14,9 @@ from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import FisherAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import FisherRequest
-from fedcompo.method.contribution import load_fisher, save_fisher
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal, expanded
+from fedcompo.method.fisher_file import load_fisher, save_fisher
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry

@@ -16,7 +16,7 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
-from fedcompo.method.contribution import save_fisher
+from fedcompo.method.fisher_file import save_fisher
 from fedcompo.names import check_client_name
 from fedcompo.training.probing import (
     OWNER,

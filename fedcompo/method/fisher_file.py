@@ -1,0 +1,84 @@
+"""A Fisher sum as a file, which says whose it is and of which pre-trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedcompo.errors import BackboneMismatch, FileFormatError
+from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.storage import tensorfile
+from fedcompo.storage.manifest import require_content
+from fedcompo.storage.tensorstream import Section, StreamedTensors
+
+OLD_HEAD = ("head.weight", "head.bias")
+"""Entries of the Fisher files of earlier versions, which are not read; their rows belong to the
+``classes`` of the manifest."""
+
+
+def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
+    """Write a Fisher sum (float32) to one file.
+
+    Args:
+        path: The file.
+        fisher: The sum.
+        client: Whose examples it sums over.
+        base: Fingerprint of the pre-trained weights it was estimated at.
+
+    Returns:
+        SHA-256 of its tensors.
+    """
+    sums = {name: total.float() for name, total in fisher.sums.items()}
+    manifest = {
+        "content": "fisher",
+        "client": client,
+        "base": base,
+        "classes": [],
+        "num_examples": fisher.num_examples,
+    }
+    tensorfile.save(path, sums, manifest)
+    return tensorfile.tensor_digest(sums)
+
+
+def load_fisher(
+    path: Path, *, client: str, base: str, guard: Callable[[], None] | None = None
+) -> FisherDiagonal:
+    """Read a file that :func:`save_fisher` wrote; the head's rows in an old one are left out.
+
+    Args:
+        path: The file.
+        client: Whose it must be.
+        base: Fingerprint of the pre-trained weights it must belong to.
+        guard: None: all tensors are read now and compared with their digest. Otherwise each tensor
+            is read when it is used, after a call of ``guard``, which raises if the file is not to
+            be trusted.
+
+    Raises:
+        FileFormatError: If it is truncated, altered, incomplete, or not this client's.
+        BackboneMismatch: If it was estimated at other pre-trained weights.
+    """
+    sums = StreamedTensors(path, guard=guard or (lambda: None))
+    manifest = sums.manifest
+    require_content(manifest, "fisher", path)
+    if missing := sorted({"client", "base", "num_examples"} - manifest.keys()):
+        raise FileFormatError(
+            f"The manifest of {path} has no {missing[0]!r}. It was written by another version of "
+            "fedcompo; estimate this Fisher again."
+        )
+    if manifest["client"] != client:
+        raise FileFormatError(
+            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
+        )
+    if manifest["base"] != base:
+        raise BackboneMismatch(
+            f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
+            "Use the same `backbone` and `checkpoint`, or estimate it again."
+        )
+    if guard is None:
+        sums.check()
+    weights = Section(sums, without=OLD_HEAD)
+    try:
+        count = int(manifest["num_examples"])
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error
+    return FisherDiagonal(dict(weights) if guard is None else weights, count)
