@@ -117,7 +117,8 @@ class ClientTraining:
             generator: Source of all draws, on the CPU.
         """
         start, mean, train = self._start(data), self.anchor, self.config.train
-        if train.anchor is AnchorBy.OWN and _is_anchored(self.config):
+        has_own = train.held and self.config.caps.fisher_form is not FisherForm.NONE
+        if train.anchor is AnchorBy.OWN and has_own:
             mean = self._own_fisher(start, data)
         anchor = None
         if mean is not None:
@@ -151,7 +152,8 @@ class ClientTraining:
             owner=self.client,
             head=head,
         )
-        return (fisher.reduced() if _is_factored(config) else fisher).mean()
+        factored = config.caps.fisher_form is FisherForm.FACTORED
+        return (fisher.reduced() if factored else fisher).mean()
 
 
 def train_shadows(
@@ -266,14 +268,6 @@ def _under_joint_head(config: RunConfig) -> bool:
     start, curvature = config.train.head_start, config.fisher.curvature
     of_classes = curvature is not Curvature.FEATURES
     return start is HeadStart.ALIGNED or (of_classes and start is HeadStart.ZERO)
-
-
-def _is_anchored(config: RunConfig) -> bool:
-    return config.train.held and config.caps.fisher_form is not FisherForm.NONE
-
-
-def _is_factored(config: RunConfig) -> bool:
-    return config.caps.fisher_form is FisherForm.FACTORED
 
 
 def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weights | None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.pool import Pool
 
@@ -83,11 +82,6 @@ def diagnose(
     return Diagnostics(pool.clients, gram, norms, gap, _outliers(pool, gram, norms))
 
 
-def _flat(contribution: Contribution, name: str, weight: Tensor) -> Tensor:
-    """Return a client's change of one weight, (elements,), float64."""
-    return contribution.task_vector.delta(name, weight).flatten().double()
-
-
 def _streamed(
     pool: Pool, name: str, weight: Tensor, fisher: Tensor, w: Tensor
 ) -> tuple[Tensor, float]:
@@ -98,7 +92,7 @@ def _streamed(
     """
     mean, energy, squared = torch.zeros_like(fisher), 0.0, []
     for share, contribution in zip(w.tolist(), pool, strict=True):
-        tau = _flat(contribution, name, weight)
+        tau = contribution.task_vector.delta(name, weight).flatten().double()
         squared.append(float(tau.square().sum()))
         energy += share * float((fisher * tau.square()).sum())
         mean += share * tau.to(mean)

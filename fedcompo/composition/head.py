@@ -10,7 +10,7 @@ import torch
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import AnyStatistics
-from fedcompo.method.features import FeatureMixture, Mixtures
+from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head, align, discriminant
 from fedcompo.method.pool import Pool
 from fedcompo.method.statistics import FeatureSums, total_of
@@ -52,7 +52,9 @@ def joint_head(
         return head_from_total(total_of(sums), shrinkage)
     by_class: dict[str, list[FeatureMixture]] = {}
     for client in sorted(statistics):
-        for name, mixture in _mixtures(statistics[client]).items():
+        own = statistics[client]
+        assert not isinstance(own, FeatureSums)
+        for name, mixture in own.items():
             by_class.setdefault(name, []).append(mixture)
     with one_thread():
         return align(
@@ -73,11 +75,6 @@ def head_from_total(total: FeatureSums, shrinkage: float | None = None) -> Head:
 def head_of(pool: Pool, settings: CompositionSettings) -> Head:
     """Make the joint head of some clients of their statistics of θ₀'s features."""
     return joint_head({member.client: member.statistics for member in pool}, settings)
-
-
-def _mixtures(statistics: AnyStatistics) -> Mixtures:
-    assert not isinstance(statistics, FeatureSums)
-    return statistics
 
 
 @contextlib.contextmanager

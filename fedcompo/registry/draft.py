@@ -122,11 +122,16 @@ class Draft:
             members=known,
         )
         self.moves.append(place)
-        return Member.of(
-            staged,
+        return Member(
+            client=staged.client,
             folder=place,
+            kind=str(staged.task_vector.kind),
+            num_examples=staged.num_examples,
+            classes=staged.head.classes,
             files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
             statistics_sha256=_statistics_digest(staged),
+            rounded_sha256="",
+            lineage=staged.lineage,
             added=self.next_sequence,
         )
 
@@ -274,6 +279,7 @@ class Draft:
         )
         self.on_step("writing")
         transaction.commit(self.registry.path, change, after.text)
+        self.registry.state = after  # what is read again is the same
 
 
 def _statistics_digest(contribution: Contribution) -> str:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ class Entry:
     previous: str
     """SHA-256 of the line before."""
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the line, which the next one carries; hexadecimal."""
         return hashlib.sha256(canonical(self._content()).encode()).hexdigest()
 
-    @property
+    @cached_property
     def line(self) -> str:
         """The entry as it stands in the file, without the line's end."""
         return canonical({**self._content(), "sha256": self.sha256})

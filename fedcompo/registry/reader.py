@@ -60,7 +60,7 @@ class RegistryReader:
             )
         recover_if_idle(self.path)
         self._trusted: set[tuple[str, int, int]] = set()
-        self.refresh()
+        self.state = State.read(self.path / STATE)
         self.identity, self.created = read_about(self.path / ABOUT, self.state)
         path, digest = self.path / BACKBONE, self.state.fixed.get(BACKBONE, "")
         with self._reading(path):
@@ -73,7 +73,7 @@ class RegistryReader:
 
     def refresh(self) -> None:
         """Read the state again: another process may have changed the registry."""
-        self.state = State.read(self.path / STATE)
+        self.state = State.read(self.path / STATE, known=self.state)
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -257,7 +257,7 @@ class RegistryReader:
 
     def _fault(self, what: str) -> RegistryError:
         """Make the error for a file that differs from the state: a change meanwhile, or damage."""
-        if State.read(self.path / STATE) != self.state:
+        if State.read(self.path / STATE, known=self.state) != self.state:
             return RegistryError(
                 f"The registry {self.path} was changed while it was being read. Try again."
             )

@@ -16,7 +16,7 @@ from fedcompo.method.pool import Pool
 from fedcompo.registry.history import line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.registry.rederivation import Finding, as_json, expected_factor
+from fedcompo.registry.rederivation import Finding, as_json, compared, expected_factor
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import all_but_folders, signature_finding
@@ -73,15 +73,15 @@ def _against_journal(
 ) -> Iterator[Finding]:
     """Compare the record with the journal, replayed up to the removal."""
     claim = "the registry is the one of the record"
-    yield _equal(claim, record.registry, registry.identity)
+    yield compared(claim, record.registry, registry.identity)
     claim = f"line {record.sequence} of the journal tells of this record"
     if not 1 < record.sequence <= len(entries):
         yield Finding(claim, False, f"the journal has {len(entries)} lines")
         return
     entry, earlier = entries[record.sequence - 1], entries[: record.sequence - 1]
     line = entry.event, entry.details.get("client"), entry.details.get("record_sha256")
-    yield _equal(claim, ("removed", record.client, sha256), line)
-    yield _equal("the journal stood where it says", record.journal_before, earlier[-1].sha256)
+    yield compared(claim, ("removed", record.client, sha256), line)
+    yield compared("the journal stood where it says", record.journal_before, earlier[-1].sha256)
     yield from _roots(record, registry, entries)
     members = members_after(earlier)
     added = members.pop(record.client, {})
@@ -94,14 +94,16 @@ def _against_journal(
         "added": record.added,
     }
     known = {key: added.get(key) for key in claimed}
-    yield _equal("what was removed is what had been added", as_json(claimed), known)
-    yield _equal("the survivors are those of the journal", record.survivors, tuple(sorted(members)))
+    yield compared("what was removed is what had been added", as_json(claimed), known)
+    yield compared(
+        "the survivors are those of the journal", record.survivors, tuple(sorted(members))
+    )
     classes = {name for member in members.values() for name in member["classes"]}
-    yield _equal("the classes are the survivors'", record.classes_after, tuple(sorted(classes)))
+    yield compared("the classes are the survivors'", record.classes_after, tuple(sorted(classes)))
     derived = foreseen_influence(earlier, record.client, tuple(members))
-    yield _equal("the lineage statement follows from the lineages", record.influence, derived)
+    yield compared("the lineage statement follows from the lineages", record.influence, derived)
     claim = "whether the sum was taken anew is as the journal says"
-    yield _equal(claim, record.recomposed, "rounded" in entry.details)
+    yield compared(claim, record.recomposed, "rounded" in entry.details)
 
 
 def _roots(
@@ -114,13 +116,13 @@ def _roots(
         )
         earlier = entries[:last]
         journalled = [e.details["root_after"] for e in earlier if "root_after" in e.details][-1:]
-        yield _equal(f"the root {moment} is the journal's", [root], journalled)
+        yield compared(f"the root {moment} is the journal's", [root], journalled)
         derived = root_of(registry.state, members_after(earlier), files)
         claim = f"the composition {moment} is covered by the journal's root"
-        yield _equal(claim, [derived], journalled)
+        yield compared(claim, [derived], journalled)
         if factor is not None:
             lines = [e.details.get("factor") for e in earlier if "root_after" in e.details]
-            yield _equal(f"the factor {moment} is the journal's", [factor], lines[-1:])
+            yield compared(f"the factor {moment} is the journal's", [factor], lines[-1:])
 
 
 def _is_gone(record: RemovalRecord, registry: RegistryReader) -> Finding:
@@ -170,13 +172,13 @@ def _composed_again(
         yield from (Finding(claim, None, detail) for claim in claims.values())
         return
     if not record.survivors:
-        yield _equal("nothing is composed of nobody", dict(record.composition_after), {})
+        yield compared("nothing is composed of nobody", dict(record.composition_after), {})
         return
     with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
         factor = _compose_survivors(Path(folder), record, registry)
         here = {name: file_sha256(Path(folder) / name) for name in names}
     if FACTOR in claims:
-        yield _equal(claims[FACTOR], record.factor_after, factor)
+        yield compared(claims[FACTOR], record.factor_after, factor)
     alike = {name: here[name] == record.composition_after.get(name) for name in names}
     for name in names[:-1]:
         yield Finding.of(claims[name], alike[name], f"here it is {here[name]}")
@@ -213,8 +215,3 @@ def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryRe
         about=state.about,
     )
     return state.factor
-
-
-def _equal(claim: str, recorded: object, derived: object) -> Finding:
-    detail = f"the record says {str(recorded)[:200]}, derived is {str(derived)[:200]}"
-    return Finding.of(claim, recorded == derived, detail)

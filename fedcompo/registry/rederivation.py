@@ -39,6 +39,12 @@ class Finding:
         return cls(claim, holds, "" if holds else detail)
 
 
+def compared(claim: str, stated: object, derived: object) -> Finding:
+    """Judge the claim that two values are equal."""
+    detail = f"stated is {str(stated)[:200]}, derived {str(derived)[:200]}"
+    return Finding.of(claim, stated == derived, detail)
+
+
 def recomposed(registry: RegistryReader) -> Finding:
     """Sum the members' task vectors again and compare every weight with the composition."""
     claim = "the composition is that of the members"

@@ -23,7 +23,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -149,8 +149,7 @@ def recover(root: Path) -> None:
     try:
         values = json.loads((pending / COMMIT).read_text(encoding="utf-8"))
         change = Change(**tuples(values))
-        for path in (*change.moves, *change.deletions, *filter(None, [change.model])):
-            require_inside(root, path)
+        require_inside(root, [*change.moves, *change.deletions, *filter(None, [change.model])])
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RegistryDamaged(
             f"{pending / COMMIT} cannot be read ({error}). A change was committed there but cannot "
@@ -159,15 +158,20 @@ def recover(root: Path) -> None:
     _apply(root, change)
 
 
-def require_inside(root: Path, path: str) -> None:
+def require_inside(root: Path, paths: Iterable[str]) -> None:
     """Raise ``ValueError`` if a path that a file names is not one of something below the folder.
 
     A registry may come from elsewhere: what it names must not reach anything of yours.
     """
-    parts = Path(path).parts
-    inside = parts and not Path(path).is_absolute() and ".." not in parts and "\0" not in path
-    if not inside or not (root / path).parent.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{path!r} does not lie in {root}")
+    home, folders = root.resolve(), dict[Path, str]()
+    for path in paths:
+        parts = Path(path).parts
+        if not parts or Path(path).is_absolute() or ".." in parts or "\0" in path:
+            raise ValueError(f"{path!r} does not lie in {root}")
+        folders[Path(path).parent] = path
+    for folder, path in folders.items():
+        if not (root / folder).resolve().is_relative_to(home):
+            raise ValueError(f"{path!r} does not lie in {root}")
 
 
 def _apply(root: Path, change: Change) -> None:

@@ -20,6 +20,7 @@ from fedcompo.registry.rederivation import (
     Finding,
     aligned_again,
     as_json,
+    compared,
     recomposed,
     totals_again,
 )
@@ -87,15 +88,15 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
     present, roots = members_after(entries), [e.details.get("root_after", "") for e in entries]
     root = next((root for root in reversed(roots) if root), "")
     members = {c: {**m.essence, "added": m.added} for c, m in state.members.items()}
-    yield _compared("the members are those of the journal", as_json(members), present)
+    yield compared("the members are those of the journal", as_json(members), present)
     if root:
-        yield _compared("the root is that of the journal's last line", state.root, root)
+        yield compared("the root is that of the journal's last line", state.root, root)
         last = next(e.details for e in reversed(entries) if "root_after" in e.details)
         chosen = {name: last.get(name) for name in state.chosen}
-        yield _compared("the factor is that of the journal's last line", state.chosen, chosen)
+        yield compared("the factor is that of the journal's last line", state.chosen, chosen)
     fixed = entries[0].details.get("fixed")
     claim = "the fixed files are those of the journal's first line"
-    yield _compared(claim, dict(state.fixed), fixed)
+    yield compared(claim, dict(state.fixed), fixed)
     for folder, kept in state.kept.items():
         yield _kept_finding(folder, kept, state, entries)
 
@@ -110,7 +111,7 @@ def _kept_finding(
         return Finding(claim, False, f"{JOURNAL} has no such line")
     members = members_after(entries[: last.sequence])
     kept_root = sorted(kept["clients"]), root_of(state, members, kept["files"])
-    return _compared(claim, kept_root, (sorted(members), last.details["root_after"]))
+    return compared(claim, kept_root, (sorted(members), last.details["root_after"]))
 
 
 def _check_keys(registry: RegistryReader) -> Iterator[Finding]:
@@ -182,7 +183,7 @@ def _check_strangers(registry: RegistryReader, entries: list[Entry]) -> Iterator
     claim = "there is no file that the registry does not know"
     yield Finding(claim, not strangers, ", ".join(strangers))
     target = str(link.readlink()) if link.is_symlink() else ""
-    yield _compared("the link `model` leads to the composition", target, state.version)
+    yield compared("the link `model` leads to the composition", target, state.version)
 
 
 def _file_finding(claim: str, path: Path, digest: str) -> Finding:
@@ -191,11 +192,6 @@ def _file_finding(claim: str, path: Path, digest: str) -> Finding:
     except OSError as error:
         return Finding(claim, False, f"{path} cannot be read: {error.strerror}")
     return Finding.of(claim, actual == digest, f"{path} has SHA-256 {actual}, expected {digest}")
-
-
-def _compared(claim: str, actual: object, expected: object) -> Finding:
-    detail = f"found {str(actual)[:200]}, expected {str(expected)[:200]}"
-    return Finding.of(claim, actual == expected, detail)
 
 
 def all_but_folders(root: Path) -> Iterator[Path]:

@@ -167,7 +167,7 @@ def older(tmp_path):
 
 def test_a_registry_of_mixtures_is_written_as_it_always_was(older):
     state = (older.path / "state.json").read_text()
-    assert '"format_version": 1' in state
+    assert '"format_version":1' in state
     assert not any(word in state for word in ("factor", "shrinkage", "squared_norm", 'statistics"'))
     assert TOTALS not in older.state.files
     assert (older.scale, older.factor_by, older.shrinkage) == (1.0, "fixed", None)
