@@ -12,7 +12,7 @@ successor while it changes, and of one weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -42,16 +42,6 @@ class RunningSum:
         """Start at zero, unless a total is given."""
         if not self.total:
             self.total = {n: torch.zeros(w.shape, dtype=torch.int64) for n, w in self._weights()}
-
-    @classmethod
-    def of(
-        cls, theta_0: Weights, vectors: Mapping[str, TaskVector], times: Mapping[str, int]
-    ) -> RunningSum:
-        """Sum the task vectors of all clients."""
-        running = cls(theta_0)
-        for client in vectors:
-            running.put(client, vectors[client], times=times[client])
-        return running
 
     @property
     def clients(self) -> tuple[str, ...]:

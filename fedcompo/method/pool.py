@@ -85,10 +85,6 @@ class Pool:
         require_known(clients, self.clients, "pool")
         return Pool(tuple(c for c in self.contributions if c.client not in clients))
 
-    def uniform(self) -> dict[str, float]:
-        """Return equal coefficients."""
-        return {client: 1 / len(self) for client in self.clients}
-
     def compose(
         self,
         theta_0: Weights,
@@ -155,11 +151,8 @@ class Pool:
                 f"{base}. Load the backbone that it was trained on."
             )
         require_unmixed({c.client: c.task_vector.kind for c in self})
-        coefficients = self.uniform() if coefficients is None else dict(coefficients)
-        self._check_coefficients(coefficients)
-        return coefficients
-
-    def _check_coefficients(self, coefficients: Mapping[str, float]) -> None:
+        if coefficients is None:
+            return dict.fromkeys(self.clients, 1 / len(self))
         if set(coefficients) != set(self.clients):
             raise ContributionError(
                 f"Coefficients are given for {', '.join(sorted(coefficients)) or 'nobody'}, "
@@ -171,6 +164,7 @@ class Pool:
                 f"Coefficients must be >= 0 and sum to 1, got {dict(coefficients)} with the sum "
                 f"{total:.6g}. Use `scale` to enlarge the sum."
             )
+        return dict(coefficients)
 
 
 def require_unmixed(kinds: Mapping[str, str]) -> None:

@@ -95,11 +95,7 @@ class TaskVector:
             )
         for name, shape in wanted.items():
             _check_tensor(self.tensors[name], shape, f"{name!r} of {owner}")
-        if self.kind is Kind.LORA:
-            self._check_ranks(owner)
-
-    def _check_ranks(self, owner: str) -> None:
-        for name in self.names:
+        for name in self.names if self.kind is Kind.LORA else ():
             rank_a, rank_b = self.tensors[f"{name}/A"].shape[0], self.tensors[f"{name}/B"].shape[1]
             if rank_a != rank_b:
                 raise ContributionError(

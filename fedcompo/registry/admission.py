@@ -94,10 +94,6 @@ def check_contribution(
     check_statistics(contribution.statistics, classes, num_features, owner)
     _check_counts(contribution, owner)
     check_kind(contribution.statistics, statistics, owner)
-    if not isinstance(contribution.statistics, FeatureSums):
-        for mixture in contribution.statistics.values():
-            if not all(t.is_floating_point() for t in (mixture.weights, mixture.means)):
-                raise ContributionError(f"A mixture of {owner} is not of floating-point numbers.")
     if contribution.fisher is not None:
         contribution.fisher.check(theta_shapes, owner=owner)
 

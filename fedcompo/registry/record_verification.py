@@ -12,7 +12,6 @@ from fedcompo.composition.totals import save_total, total_after
 from fedcompo.composition.version import terms_of, write_composed, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.method.pool import Pool
 from fedcompo.registry.history import line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
@@ -193,7 +192,7 @@ def _composed_again(
 def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryReader) -> float:
     """Compose the survivors as the removal did; return the factor."""
     backbone, settings = registry.backbone, registry.settings
-    pool = Pool(tuple(registry.contribution(client) for client in record.survivors))
+    pool = registry.pool().only(*record.survivors)
     state = replace(
         registry.state,
         members={client: registry.state.members[client] for client in record.survivors},

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import Rounding, Term
+from fedcompo.composition.fixed_point import Rounding
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.realigned import realigned_head
 from fedcompo.composition.scale import FactorBy, norm_preserving
 from fedcompo.composition.totals import exact_tensors, total_after
+from fedcompo.composition.version import terms_of
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import State
@@ -53,15 +54,7 @@ def recomposed(registry: RegistryReader) -> Finding:
     stated = {name: model.manifest.get(name) for name in state.about}
     if stated != as_json(state.about):
         return Finding(claim, False, f"the model says {stated}, expected {state.about}")
-    terms = [
-        Term(
-            client,
-            registry.contribution(client).task_vector,
-            state.settings.times(member.num_examples),
-            member.rounded_sha256,
-        )
-        for client, member in state.members.items()
-    ]
+    terms = terms_of(registry.pool(), state.settings)
     roundings, squared_norm = [Rounding() for _ in terms], 0.0
     for name in sorted(backbone.tensors):
         weight = backbone.tensors[name]

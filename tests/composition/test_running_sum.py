@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from builders import MIXABLE, dense_by_hand, pico_weights, task_vector
+from builders import MIXABLE, dense_by_hand, pico_weights, running_sum_of, task_vector
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,7 +59,7 @@ def test_after_any_history_the_sum_is_that_of_the_last_task_vectors_bit_for_bit(
     assert running.clients == tuple(sorted(last))
     assert running.times == {client: times for client, (_, _, times) in last.items()}
     vectors = {c: task_vector(kind, THETA_0, seed=seed) for c, (kind, seed, _) in last.items()}
-    assert_same(running.total, RunningSum.of(THETA_0, vectors, running.times).total)
+    assert_same(running.total, running_sum_of(THETA_0, vectors, running.times).total)
     assert all(total.dtype == torch.int64 for total in running.total.values())
 
 
@@ -86,7 +86,7 @@ def test_what_a_client_sees_is_the_mean_over_the_others_with_the_share_of_those_
 def test_of_dense_task_vectors_it_is_the_fraction_rounded_once_to_float32():
     vectors = {c: task_vector(Kind.FULL, THETA_0, seed=i) for i, c in enumerate(CLIENTS)}
     times = dict(zip(CLIENTS, (3, 5, 7), strict=True))
-    rest = RunningSum.of(THETA_0, vectors, times).rest("ben", together=16)
+    rest = running_sum_of(THETA_0, vectors, times).rest("ben", together=16)
     for name in THETA_0:
         entries = [vectors[c].tensors[f"{name}/delta"].flatten().tolist() for c in ("ann", "eve")]
         for ann, eve, found in zip(*entries, rest[name].flatten().tolist(), strict=True):
@@ -96,7 +96,7 @@ def test_of_dense_task_vectors_it_is_the_fraction_rounded_once_to_float32():
 
 
 def test_nobody_is_seen_as_zeros():
-    alone = RunningSum.of(THETA_0, {"ann": task_vector(Kind.LORA, THETA_0, seed=1)}, {"ann": 4})
+    alone = running_sum_of(THETA_0, {"ann": task_vector(Kind.LORA, THETA_0, seed=1)}, {"ann": 4})
     for running in (RunningSum(THETA_0), alone):
         rest = running.rest("ann", together=4)
         assert all(torch.equal(rest[n], torch.zeros_like(w)) for n, w in THETA_0.items())
@@ -112,7 +112,7 @@ def diverged() -> TaskVector:
 @pytest.mark.parametrize("client", ["ann", "new"])
 def test_a_task_vector_that_cannot_be_summed_leaves_everything_as_it_was(client):
     vectors = {"ann": task_vector(Kind.LORA, THETA_0, seed=5)}
-    running = RunningSum.of(THETA_0, vectors, {"ann": 2})
+    running = running_sum_of(THETA_0, vectors, {"ann": 2})
     total = dict(running.total)
     with pytest.raises(ContributionError, match=rf"client '{client}' .* at most"):
         running.put(client, diverged(), times=3)
@@ -132,7 +132,7 @@ def test_nor_does_one_that_counts_so_often_that_the_sum_would_overflow():
 
 
 def test_who_is_not_there_cannot_be_taken_out():
-    running = RunningSum.of(THETA_0, {"ann": task_vector(Kind.IA3, THETA_0, seed=1)}, {"ann": 1})
+    running = running_sum_of(THETA_0, {"ann": task_vector(Kind.IA3, THETA_0, seed=1)}, {"ann": 1})
     with pytest.raises(ContributionError, match=r"no task vector of 'ben' .* holds ann"):
         running.drop("ben")
     running.drop("ann")
@@ -147,13 +147,13 @@ def test_task_vectors_are_read_from_where_they_lie_at_the_time(tmp_path):
     stored = Section(StreamedTensors(path), "task_vector")
     running.put("ann", TaskVector(Kind.LORA, stored, first.base), times=2)
     running.put("ann", second, times=1)
-    assert_same(running.total, RunningSum.of(THETA_0, {"ann": second}, {"ann": 1}).total)
+    assert_same(running.total, running_sum_of(THETA_0, {"ann": second}, {"ann": 1}).total)
 
 
 def test_it_goes_on_from_a_sum_that_is_given():
     members = {c: task_vector(Kind.LORA, THETA_0, seed=i) for i, c in enumerate(CLIENTS)}
     times = dict.fromkeys(CLIENTS, 2)
-    given_sum = RunningSum.of(THETA_0, members, times).total
+    given_sum = running_sum_of(THETA_0, members, times).total
     own = {"ben": members["ben"]}
     rest = RunningSum(THETA_0, own, {"ben": 2}, given_sum).rest("ben", together=6)
-    assert_same(rest, RunningSum.of(THETA_0, members, times).rest("ben", together=6))
+    assert_same(rest, running_sum_of(THETA_0, members, times).rest("ben", together=6))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.composition.running_sum import RunningSum
 from fedcompo.config.choices import Kind, Statistics
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import Split
@@ -243,3 +244,13 @@ def in_memory(folder: Path) -> Contribution:
         task_vector=replace(vector, tensors=dict(vector.tensors)),
         fisher=replace(fisher, sums=dict(fisher.sums)) if fisher else None,
     )
+
+
+def running_sum_of(
+    theta_0: Weights, vectors: Mapping[str, TaskVector], times: Mapping[str, int]
+) -> RunningSum:
+    """The sum of these task vectors, put in one after the other."""
+    running = RunningSum(theta_0)
+    for client, vector in vectors.items():
+        running.put(client, vector, times=times[client])
+    return running

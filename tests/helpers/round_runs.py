@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from app_runs import run
-from builders import in_memory
+from builders import in_memory, running_sum_of
 from flwr.app import Message
 from in_process_grid import Tamper
 from PIL import Image
 from torch import Tensor
 
-from fedcompo.composition.running_sum import RunningSum
 from fedcompo.errors import FedcompoError
 from fedcompo.messages.records import from_record
 from fedcompo.method.contribution import Contribution
@@ -160,7 +159,7 @@ def assert_sum_of_the_last(output: Path, wire: Wire | None = None) -> None:
     theta_0 = registry.backbone.load().theta_0
     vectors = {client: member.task_vector for client, member in members.items()}
     times = {c: registry.settings.times(member.num_examples) for c, member in members.items()}
-    assert same(registry.running_sum(), RunningSum.of(theta_0, vectors, times).total)
+    assert same(registry.running_sum(), running_sum_of(theta_0, vectors, times).total)
     for client in members if wire else ():
         assert same(members[client].task_vector.tensors, wire.heard[client][-1])
 

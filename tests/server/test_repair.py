@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from app_runs import altered
-from builders import in_memory
+from builders import in_memory, running_sum_of
 from round_runs import Looks, Wire, federate, same
 
 from fedcompo.composition.running_sum import RunningSum
@@ -94,7 +94,7 @@ def test_repair_trains_those_who_stay_inside_their_sum_without_the_client(
     opened = Registry(registry)
     vectors = {client: member.task_vector for client, member in after.items()}
     theta_0 = opened.backbone.load().theta_0
-    expected = RunningSum.of(theta_0, vectors, dict.fromkeys(vectors, 1)).total
+    expected = running_sum_of(theta_0, vectors, dict.fromkeys(vectors, 1)).total
     assert same(opened.running_sum(), expected)
     assert all(finding.holds for finding in verify_registry(registry))
     assert results["root"] == opened.state.root != results["root_after"]
