@@ -136,10 +136,6 @@ def restore_delta(kind: Kind, weight: Tensor, parameters: Mapping[str, Tensor]) 
 def stored_shapes(kind: Kind, weight: Tensor) -> dict[str, tuple[int | None, ...]]:
     """Return the shapes of a weight's stored parameters; None stands for any rank."""
     out, width = weight.shape
-    shapes: dict[Kind, dict[str, tuple[int | None, ...]]] = {
-        Kind.FULL: {"delta": (out, width)},
-        Kind.LORA: {"A": (None, width), "B": (out, None)},
-        Kind.IA3: {"l": (out, 1)},
-        Kind.TANGENT: {"delta": (out, width)},
-    }
-    return shapes[kind]
+    if kind is Kind.LORA:
+        return {"A": (None, width), "B": (out, None)}
+    return {"l": (out, 1)} if kind is Kind.IA3 else {"delta": (out, width)}

@@ -54,12 +54,8 @@ class TaskVector:
         Returns:
             :math:`\tau` of this weight, (out, in).
         """
-        parameters = {
-            key.rpartition("/")[2]: self.tensors[key]
-            for key in self.tensors  # perhaps on disk: read no more than is needed
-            if key.rpartition("/")[0] == name
-        }
-        return restore_delta(self.kind, weight, parameters)
+        parts = stored_shapes(self.kind, weight)
+        return restore_delta(self.kind, weight, {p: self.tensors[f"{name}/{p}"] for p in parts})
 
     def dense(self, theta_0: Weights) -> Weights:
         r"""Return :math:`\tau` of all weights, by name, each (out, in)."""

@@ -1,19 +1,7 @@
-r"""The pool on disk: add a client, remove one exactly, and prove it.
+"""The pool on disk: add a client, remove one exactly, and prove it.
 
-::
-
-    registry.json        what it is, and how it composes
-    backbone.safetensors the pre-trained weights; nothing else is ever needed to compose
-    clients/<name>/      contributions: tensors, Fisher, a card to read
-    versions/<n>/        running sum, totals of statistics, model with joint head; ``model``
-                         links to the last
-    state.json           who is in it, and the SHA-256 of every file: what readers go by
-    journal.jsonl        what happened, one chained line each
-    removals/            signed records of removals
-    key.pem, public.pem  Ed25519; whoever has key.pem can sign in the registry's name
-
-Changes are transactions (:mod:`fedcompo.registry.transaction`). Reading takes no lock
-(:mod:`fedcompo.registry.reader`).
+README.md shows what lies in the folder. Changes are transactions
+(:mod:`fedcompo.registry.transaction`); reading takes no lock (:mod:`fedcompo.registry.reader`).
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def test_coefficients_that_are_no_weighted_mean_of_the_clients_are_refused(coeff
 
 
 def test_coefficients_are_equal_unless_given():
-    assert POOL.uniform() == pytest.approx(dict.fromkeys(POOL.clients, 1 / 3))
+    assert POOL.check_composable(None) == pytest.approx(dict.fromkeys(POOL.clients, 1 / 3))
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=8))
@@ -183,7 +183,7 @@ def test_equal_shares_and_shares_of_examples_pass_the_pools_own_check(examples):
     pool = Pool(
         tuple(replace(member, client=str(i), num_examples=n) for i, n in enumerate(examples))
     )
-    pool.compose(ADAPTED, pool.uniform())
+    pool.compose(ADAPTED)
     pool.compose(ADAPTED, {str(i): n / sum(examples) for i, n in enumerate(examples)})
 
 
