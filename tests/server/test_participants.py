@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
 
 import pytest
+import torch
+from registry_builders import one_of_each_kind, registry_of
 
-from fedcompo.config.choices import Kind
+from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.choices import Kind, Statistics
+from server.phases.fitting import Fitting
 from server.phases.participants import Description, Participants
 
 
@@ -44,3 +50,19 @@ def test_who_is_forgotten_is_neither_described_nor_absent_but_keeps_its_name():
     left = who.without(["ben"])
     assert (set(left.described), left.absent, left.names) == ({"ann"}, set(), {"ann", "ben"})
     assert set(who.described) == {"ann", "ben"}
+
+
+@pytest.mark.parametrize("kind", Statistics)
+def test_statistics_of_members_leave_out_who_is_trained_again(kind, tmp_path):
+    registry = registry_of(
+        tmp_path / "registry",
+        *one_of_each_kind(kind),
+        settings=CompositionSettings(statistics=kind),
+    )
+    fitting = SimpleNamespace(registry=registry)
+    found = Fitting._statistics_of(fitting, {"ada", "cho"})
+    own = {client: registry.contribution(client).statistics for client in ("ada", "cho")}
+    head, expected = (joint_head(given, registry.settings) for given in (found, own))
+    assert head.classes == expected.classes
+    assert torch.equal(head.weight, expected.weight) and torch.equal(head.bias, expected.bias)
+    assert Fitting._statistics_of(fitting, set()) == {}
