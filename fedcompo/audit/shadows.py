@@ -281,8 +281,8 @@ def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weig
     if config.train.anchor is AnchorBy.OWN or not config.train.held:
         return None
     if config.train.anchor is AnchorBy.REFERENCE:
-        path = Path(config.train.reference).expanduser()
-        return load_reference(path, base=registry.backbone.fingerprint).mean()
+        path, base = Path(config.train.reference).expanduser(), registry.backbone.fingerprint
+        return load_reference(path, base=base, curvature=config.fisher.curvature).mean()
     others = set(registry.member(client).lineage.anchored_by) & set(registry.clients)
     if not others:
         return None

@@ -198,7 +198,8 @@ class Fishers:
         if self.config.train.anchor is not AnchorBy.REFERENCE:
             return None
         path = Path(self.config.train.reference).expanduser()
-        fisher = load_reference(path, base=self.backbone.fingerprint)
+        curvature = self.config.fisher.curvature
+        fisher = load_reference(path, base=self.backbone.fingerprint, curvature=curvature)
         fisher.check(self.backbone.theta_0, owner=f"the reference {path}")
         return fisher
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.shadows import ClientTraining, halves, train_shadows
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.fisher import FisherDiagonal
@@ -138,7 +138,8 @@ def test_a_reference_anchors_shadows_too(data, tmp_path):
     backbone = pico_backbone()
     sums = random_like(backbone.theta_0, seed=1, positive=True)
     path = tmp_path / "reference.safetensors"
-    save_reference(path, FisherDiagonal(sums, 10), base=backbone.fingerprint)
+    fisher, base = FisherDiagonal(sums, 10), backbone.fingerprint
+    save_reference(path, fisher, base=base, curvature=Curvature.FEATURES)
     config = config_of(data, anchor="reference", reference=str(path), alpha=1.0, local_epochs=2)
     registry = federate(tmp_path / "anchored", config)
     assert registry.member(CLIENT).lineage.anchored_by == ()
