@@ -193,10 +193,11 @@ class Choosing:
 
         def fold(client: str, body: Body) -> str:
             answer, classes = RealignAnswer.from_body(body), self.registry.member(client).classes
+            noised = client in self.noised
             if len(answer.statistics) != len(factors):
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
-                check_described(client, own, classes, self.num_features)
+                check_described(client, own, classes, self.num_features, noised=noised)
             described.take(client, answer.statistics)
             return client
 
