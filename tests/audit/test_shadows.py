@@ -112,14 +112,17 @@ def test_on_the_clients_own_images_a_shadow_becomes_the_client(settings, kind, d
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("anchor", ["others", "own"])
-def test_so_it_does_after_a_run_of_the_real_server(anchor, tmp_path):
+@pytest.mark.parametrize(
+    ("anchor", "wire"),
+    [("others", "float32"), ("own", "float32"), ("own", "bfloat16"), ("others", "int8")],
+)
+def test_so_it_does_after_a_run_of_the_real_server(anchor, wire, tmp_path):
     settings = {
         "head_start": "probe",
         "anchor": anchor,
         "realign": False,
         "aside": 0.0,
-        "wire": "float32",
+        "wire": wire,
     }
     run({}, tmp_path / "out", **settings, kind="lora,full")
     registry = Registry(tmp_path / "out" / "registry")
