@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from app_runs import QUICK, altered, run
+from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from in_process_grid import lost
 from round_runs import draw_images
 
 from clients.local import LocalClient
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.head import head_from_total
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.voting import SHRINKAGES, Votes, candidates, elected
 from fedcompo.config.choices import Statistics
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums, total_of
@@ -93,6 +96,18 @@ def test_a_fixed_scale_is_not_voted_on_and_no_image_is_kept_aside(tmp_path):
     assert (results["scale"]["scale"], results["scale"]["candidates"]) == (2.0, [])
     assert not any("voted" in note for note in results["notes"])
     assert all(len(c.split[1].labels) == 0 for c in clients_of(scale=2.0))
+
+
+@pytest.mark.parametrize("scale", ["auto", 2.0])
+def test_who_joins_a_registry_of_fixed_scale_is_told_that_images_are_kept_aside_in_vain(
+    scale, tmp_path
+):
+    backbone = load_backbone(RunConfig.parse({"target-weights": FEW_WEIGHTS}).backbone)
+    Registry.create(tmp_path / "fixed", backbone, CompositionSettings(scale=2.0))
+    results = run({}, tmp_path / "out", registry=str(tmp_path / "fixed"), scale=scale, **SOME)
+    told = [note for note in results["notes"] if "trains nobody. Set `scale = 2`" in note]
+    assert len(told) == (scale == "auto")
+    assert results["scale"]["by"] == "fixed"
 
 
 @pytest.mark.parametrize(
