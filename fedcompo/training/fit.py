@@ -30,7 +30,7 @@ from fedcompo.training.augmentation import augment
 from fedcompo.training.head import HeadTraining, feature_scale
 from fedcompo.training.penalty import Anchor, Ensemble, TrainingPenalty
 
-LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
+LEARNING_RATES = {Kind.LORA: 2e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step size of each kind where ``learning-rate`` is 0: the fewer parameters, the larger."""
 
 USUAL_SIZE = 0.05
