@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.voting import TEMPERATURES, WORST, Votes
+from fedcompo.composition.voting import WORST, Votes
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.messages.answers import AveragingAnswer, FisherAnswer, VoteAnswer, caps_of
@@ -97,7 +97,7 @@ def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
     hits, losses, images = answer.hits, answer.losses, answer.num_examples
     if (
         len(hits) != count
-        or len(losses) != count * len(TEMPERATURES)
+        or len(losses) != count
         or not all(own <= images for own in hits)
         or not all(
             0 <= loss <= WORST * images + 1e-6 for loss in losses
@@ -105,8 +105,8 @@ def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
     ):
         raise ContributionError(
             f"Client {client!r} sent {len(hits)} hits and {len(losses)} losses of {images} images; "
-            f"expected {count} candidates, {len(TEMPERATURES)} losses each, no more hits than "
-            f"images, losses of 0 to {WORST:g} an image. Use the same fedcompo version everywhere."
+            f"expected {count} of each, no more hits than images, losses of 0 to {WORST:g} an "
+            "image. Use the same fedcompo version everywhere."
         )
     return Votes(hits, losses, images)
 
