@@ -16,7 +16,7 @@ OLD_HEAD = ("head.weight", "head.bias")
 ``classes`` of the manifest."""
 
 
-def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
+def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str, **about: str) -> str:
     """Write a Fisher sum (float32) to one file.
 
     Args:
@@ -24,6 +24,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
         fisher: The sum.
         client: Whose examples it sums over.
         base: Fingerprint of the pre-trained weights it was estimated at.
+        about: Further entries of the manifest.
 
     Returns:
         SHA-256 of its tensors.
@@ -35,6 +36,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
         "base": base,
         "classes": [],
         "num_examples": fisher.num_examples,
+        **about,
     }
     tensorfile.save(path, sums, manifest)
     return tensorfile.tensor_digest(sums)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedcompo.composition.head import SHRINKAGE, head_of
+from fedcompo.composition.head import SHRINKAGE, joint_head
 from fedcompo.composition.totals import save_total, total_after
 from fedcompo.composition.version import terms_of, write_composed, write_sum
 from fedcompo.config.choices import Statistics
@@ -174,7 +174,9 @@ def _composed_again(
         yield compared("nothing is composed of nobody", dict(record.composition_after), {})
         return
     with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
-        factor = _compose_survivors(Path(folder), record, registry)
+        line = entries[record.sequence - 1 : record.sequence]  # empty if a lie names a later one
+        shrinkage = line[0].details.get("shrinkage") if line else SHRINKAGE
+        factor = _compose_survivors(Path(folder), record, registry, shrinkage)
         here = {name: file_sha256(Path(folder) / name) for name in names}
     if FACTOR in claims:
         yield compared(claims[FACTOR], record.factor_after, factor)
@@ -189,7 +191,9 @@ def _composed_again(
     yield Finding(claims[WEIGHTS], holds, "" if alike[WEIGHTS] else detail)
 
 
-def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryReader) -> float:
+def _compose_survivors(
+    folder: Path, record: RemovalRecord, registry: RegistryReader, shrinkage: float | None
+) -> float:
     """Compose the survivors as the removal did; return the factor."""
     backbone, settings = registry.backbone, registry.settings
     pool = registry.pool().only(*record.survivors)
@@ -198,7 +202,7 @@ def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryRe
         members={client: registry.state.members[client] for client in record.survivors},
         factor=record.factor_before or 0.0,
         factor_by=record.factor_by,
-        shrinkage=SHRINKAGE,
+        shrinkage=shrinkage,
     )
     terms = terms_of(pool, settings)
     written = write_sum(folder / SUM, backbone, terms, count=state.count)
@@ -208,7 +212,7 @@ def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryRe
     write_composed(
         folder,
         backbone,
-        head_of(pool, settings),
+        joint_head({own.client: own.statistics for own in pool}, settings, shrinkage=shrinkage),
         factor=state.factor,
         linearised=pool.linearised,
         about=state.about,

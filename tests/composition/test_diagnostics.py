@@ -124,7 +124,7 @@ def pool_of(scales: list[float]) -> Pool:
 )
 def test_clients_far_longer_or_shorter_than_the_others_are_named(scales, expected):
     pool = pool_of(scales)
-    assert diagnose(pool, THETA_0, FISHER, pool.uniform()).outliers == expected
+    assert diagnose(pool, THETA_0, FISHER, pool.check_composable(None)).outliers == expected
 
 
 def test_a_client_that_opposes_all_others_is_named():
@@ -133,7 +133,7 @@ def test_a_client_that_opposes_all_others_is_named():
         for i in range(4)
     ]
     pool = Pool(tuple(members))
-    assert diagnose(pool, THETA_0, FISHER, pool.uniform()).outliers == ("client-2",)
+    assert diagnose(pool, THETA_0, FISHER, pool.check_composable(None)).outliers == ("client-2",)
 
 
 def test_lengths_are_compared_within_a_kind():
@@ -144,4 +144,4 @@ def test_lengths_are_compared_within_a_kind():
         )
     ]
     pool = Pool(tuple(members))
-    assert "client-3" not in diagnose(pool, THETA_0, FISHER, pool.uniform()).outliers
+    assert "client-3" not in diagnose(pool, THETA_0, FISHER, pool.check_composable(None)).outliers

@@ -96,6 +96,15 @@ def test_without_a_vote_the_factor_is_computed_over_who_is_there(registry, tmp_p
     assert record.format_version == 2
 
 
+def test_a_record_is_verified_with_the_shrinkage_of_its_time(registry, monkeypatch):
+    monkeypatch.setattr(draft, "SHRINKAGE", 0.1)
+    record = registry.remove("ada")
+    monkeypatch.undo()
+    assert registry.shrinkage == 0.1 != SHRINKAGE
+    findings = verify_record(registry.path / record.place, registry=registry)
+    assert all(finding.holds for finding in findings)
+
+
 def test_a_fixed_scale_is_divided_by_who_is_there(tmp_path):
     settings = replace(QUICK, scale=1.5)
     registry = registry_of(tmp_path / "r", *one_of_each_kind(), settings=settings)
