@@ -143,6 +143,6 @@ def restore_delta(kind: Kind, weight: Tensor, parameters: Mapping[str, Tensor]) 
 def stored_shapes(kind: Kind, weight: Tensor) -> dict[str, tuple[int | None, ...]]:
     """Return the shapes of a weight's stored parameters; None stands for any rank."""
     out, width = weight.shape
-    if kind is Kind.LORA:
+    if kind == Kind.LORA:
         return {"A": (None, width), "B": (out, None)}
-    return {"l": (out, 1)} if kind is Kind.IA3 else {"delta": (out, width)}
+    return {"l": (out, 1)} if kind == Kind.IA3 else {"delta": (out, width)}
