@@ -150,6 +150,7 @@ class ClientTraining:
             seed=config.seed,
             owner=self.client,
             head=head,
+            form=config.caps.fisher_form,
         )
         return (fisher.reduced() if _is_factored(config) else fisher).mean()
 

@@ -174,7 +174,7 @@ def _statistics(
 
 
 def _form_of(member: Contribution) -> FisherForm:
-    if member.fisher is None:
+    if member.fisher is None or member.fisher.form is FisherForm.KRONECKER:  # which is no diagonal
         return FisherForm.NONE
     return FisherForm.FACTORED if member.fisher.factored else FisherForm.DENSE
 

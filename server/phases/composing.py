@@ -17,6 +17,7 @@ from fedcompo.messages.answers import EvaluateAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import EvaluateRequest
 from fedcompo.method.fisher import expanded
+from fedcompo.method.kronecker import Metric
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.registry.registry import Registry
 from fedcompo.training.anchors import FisherSums
@@ -50,7 +51,7 @@ class Composing:
                 squares if there is none.
         """
         theta_0, pool = self.backbone.theta_0, self.registry.pool()
-        metric = {name: torch.ones_like(weight) for name, weight in theta_0.items()}
+        metric: Metric = {name: torch.ones_like(weight) for name, weight in theta_0.items()}
         if sums:
             metric = expanded(sums.total.mean(), theta_0)
         times = {c.client: self.registry.settings.times(c.num_examples) for c in pool}
