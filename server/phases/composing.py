@@ -17,8 +17,8 @@ from fedcompo.messages.answers import EvaluateAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import EvaluateRequest
 from fedcompo.method.fisher import expanded
-from fedcompo.method.kronecker import Metric
 from fedcompo.method.heads import Head, zero_head
+from fedcompo.method.kronecker import Metric
 from fedcompo.registry.registry import Registry
 from fedcompo.training.anchors import FisherSums
 from server.exchange.checks import checked_fractions
