@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
-from fedcompo.method.kronecker import Block, Metric, applied
+from fedcompo.method.kronecker import Block, Kronecker, Metric, applied
 from fedcompo.method.pool import Pool
 
 OUTLIER_RATIO = 3.0
@@ -73,10 +73,15 @@ def diagnose(
             squared, gap = squared + lengths, gap + part
         else:
             tau = torch.stack([c.task_vector.delta(name, weight) for c in pool])
-            flat = tau.flatten(1), applied(block, tau).flatten(1)
-            for piece, moved in zip(*(torch.split(t, CHUNK, dim=1) for t in flat), strict=True):
-                gram += (moved.double() @ piece.double().T).cpu()
-                squared += piece.double().square().sum(1).cpu()
+            if isinstance(block, Kronecker):
+                moved, metric = block.applied(tau), torch.ones_like(weight)
+            else:
+                moved, metric = tau, block
+            flat = tau.flatten(1), moved.flatten(1), metric.flatten()
+            for own, seen, f in zip(*(torch.split(t, CHUNK, dim=-1) for t in flat), strict=True):
+                piece = own.double()
+                gram += ((seen * f.double()) @ piece.T).cpu()
+                squared += piece.square().sum(1).cpu()
     norms = squared.sqrt()
     if gram is not None:
         gap = composition_gap(gram, w)
