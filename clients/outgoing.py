@@ -136,14 +136,10 @@ def _in_form(fisher: FisherDiagonal, form: FisherForm) -> tuple[FisherDiagonal, 
     """Return the form of a Fisher that is sent, and its error: of the factors, if Kronecker."""
     if form is FisherForm.KRONECKER:
         sent = fisher.thinned()
-        read = {name: whole(total) for name, total in sent.sums.items()}
-    else:
-        sent = fisher.reduced()
-        pairs = {
-            name: (sent.sums[f"{name}{ROWS}"], sent.sums[f"{name}{COLUMNS}"])
-            for name in fisher.sums
-        }
-        read = {name: outer(*pair) for name, pair in pairs.items()}
+        return sent, relative_error(fisher.sums, {n: whole(t) for n, t in sent.sums.items()})
+    sent = fisher.reduced()
+    margins = {n: (sent.sums[f"{n}{ROWS}"], sent.sums[f"{n}{COLUMNS}"]) for n in fisher.sums}
+    read = {name: outer(rows, columns) for name, (rows, columns) in margins.items()}
     return sent, relative_error(fisher.sums, read)
 
 

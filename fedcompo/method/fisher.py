@@ -123,11 +123,9 @@ class FisherDiagonal:
         if self.factored:
             return self
         if self.form is FisherForm.KRONECKER:
-            ends = {LEFT: ROWS, RIGHT: COLUMNS}
             renamed = {
-                f"{weight}{ends['/' + end]}": diagonal(total)
+                name.replace(LEFT, ROWS).replace(RIGHT, COLUMNS): diagonal(total)
                 for name, total in self.sums.items()
-                for weight, _, end in [name.rpartition("/")]
             }
             return FisherDiagonal(renamed, self.num_examples)
         parts: Weights = {}
