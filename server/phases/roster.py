@@ -37,6 +37,8 @@ class Roster:
     """Whether the run's task vectors are tangents, which mix with no other kind; None: either."""
     keep_fisher: KeepFisher = lambda client, answer: None
     """Checks a Fisher that came with a description, then keeps it."""
+    on_kinds: Callable[[Mapping[str, Kind]], None] = lambda kinds: None
+    """Called with the kinds of all clients whenever some are dealt."""
     _late: bool = False
     """Whether the clients asked last came when the run was under way."""
 
@@ -174,6 +176,7 @@ class Roster:
         )
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
+            self.on_kinds(self.participants.kinds)
 
     def _fold_identity(self, client: str, body: Body) -> str:
         answer = IdentifyAnswer.from_body(body)
@@ -184,7 +187,8 @@ class Roster:
     def _fold(self, client: str, body: Body, fisher: bool) -> str:
         answer = DescribeAnswer.from_body(body)
         name, kind = self._checked_name(client, answer, body), answer.kind
-        check_described(name, answer.statistics, answer.classes, self.backbone.num_features)
+        width, noised = self.backbone.num_features, answer.noised
+        check_described(name, answer.statistics, answer.classes, width, noised=noised)
         if kind and self.tangent not in (None, kind is Kind.TANGENT):
             raise ContributionError(
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
