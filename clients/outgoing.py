@@ -20,8 +20,9 @@ from fedcompo.messages.requests import own_tensors
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.features import fit_mixtures
-from fedcompo.method.fisher import FisherDiagonal, expanded
+from fedcompo.method.fisher import COLUMNS, ROWS, FisherDiagonal, outer
 from fedcompo.method.heads import Head
+from fedcompo.method.kronecker import whole
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.privacy.fisher import images_at_a_time, private_fisher
 from fedcompo.privacy.statistics import private_sums
@@ -104,13 +105,17 @@ def fisher_of(
         caps_report |= {"noise": caps.dp_noise, "clip": caps.dp_clip_fisher}
     else:
         fisher, figures = fisher_of_images(
-            backbone, images, config.fisher, seed=config.seed, owner=client, head=head
+            backbone,
+            images,
+            config.fisher,
+            seed=config.seed,
+            owner=client,
+            head=head,
+            form=caps.fisher_form,
         )
         report = asdict(figures)
-        if caps.fisher_form is FisherForm.FACTORED:
-            dense, fisher = fisher, fisher.reduced()
-            sent = expanded(fisher.sums, backbone.theta_0)
-            caps_report["form_error"] = relative_error(dense.sums, sent)
+        if caps.fisher_form is not FisherForm.DENSE:
+            fisher, caps_report["form_error"] = _in_form(fisher, caps.fisher_form)
     body = prefixed(FISHER, {name: total.float() for name, total in fisher.sums.items()})
     coded, arrived = _on_the_wire(body, caps.wire)
     if caps.wire is not Wire.FLOAT32 and body:
@@ -125,6 +130,17 @@ def fisher_of(
         report={**report, "seconds": time.perf_counter() - started},
         caps=caps_report,
     )
+
+
+def _in_form(fisher: FisherDiagonal, form: FisherForm) -> tuple[FisherDiagonal, float]:
+    """Return the form of a Fisher that is sent, and its error: of the factors, if Kronecker."""
+    if form is FisherForm.KRONECKER:
+        sent = fisher.thinned()
+        return sent, relative_error(fisher.sums, {n: whole(t) for n, t in sent.sums.items()})
+    sent = fisher.reduced()
+    margins = {n: (sent.sums[f"{n}{ROWS}"], sent.sums[f"{n}{COLUMNS}"]) for n in fisher.sums}
+    read = {name: outer(rows, columns) for name, (rows, columns) in margins.items()}
+    return sent, relative_error(fisher.sums, read)
 
 
 def _private(

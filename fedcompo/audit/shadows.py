@@ -164,6 +164,7 @@ class ClientTraining:
             seed=config.seed,
             owner=self.client,
             head=head,
+            form=config.caps.fisher_form,
         )
         fisher = fisher.reduced() if config.caps.fisher_form is FisherForm.FACTORED else fisher
         return replace(fisher, sums=self._arrived(FISHER, fisher.sums)).mean()

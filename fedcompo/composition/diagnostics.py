@@ -7,7 +7,7 @@ With the second-order proxy :math:`\hat\ell` of the loss at :math:`\theta_0` (Po
    \Omega = \tfrac12 \sum_t \sum_{t'<t} w_t w_{t'} (\tau_t - \tau_{t'})^\top H (\tau_t - \tau_{t'})
 
 so *on the proxy* the composition is never worse than the weighted mean of its members. Here H is
-the mean Fisher diagonal of all clients.
+the mean Fisher of all clients.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.method.deltas import Weights
+from fedcompo.method.kronecker import Block, Kronecker, Metric, applied
 from fedcompo.method.pool import Pool
 
 OUTLIER_RATIO = 3.0
@@ -49,14 +50,14 @@ class Diagnostics:
 
 
 def diagnose(
-    pool: Pool, theta_0: Weights, fisher: Weights, coefficients: Mapping[str, float]
+    pool: Pool, theta_0: Weights, fisher: Metric, coefficients: Mapping[str, float]
 ) -> Diagnostics:
     """Compare the task vectors of a pool, one weight at a time.
 
     Args:
         pool: At least one contribution.
         theta_0: Target weights by name, each (out, in).
-        fisher: *Mean* Fisher diagonal by weight name.
+        fisher: *Mean* Fisher by weight name.
         coefficients: By client.
     """
     count = len(pool)
@@ -65,16 +66,20 @@ def diagnose(
     gram = torch.zeros(count, count, dtype=torch.float64) if count <= COMPARED else None
     gap = 0.0
     for name, weight in theta_0.items():
-        f = fisher[name].double().flatten()
+        block = fisher[name].to(weight.device)
         if gram is None:
-            lengths, part = _streamed(pool, name, weight, f, w)
+            lengths, part = _streamed(pool, name, weight, block, w)
             squared, gap = squared + lengths, gap + part
         else:
-            tau = torch.stack([c.task_vector.delta(name, weight).flatten() for c in pool])
-            pieces = torch.split(tau, CHUNK, dim=1), torch.split(f.to(tau.device), CHUNK)
-            for columns, metric in zip(*pieces, strict=True):
-                piece = columns.double()
-                gram += ((piece * metric) @ piece.T).cpu()
+            tau = torch.stack([c.task_vector.delta(name, weight) for c in pool])
+            if isinstance(block, Kronecker):
+                moved, metric = block.applied(tau), torch.ones_like(weight)
+            else:
+                moved, metric = tau, block
+            flat = tau.flatten(1), moved.flatten(1), metric.flatten()
+            for own, seen, f in zip(*(torch.split(t, CHUNK, dim=-1) for t in flat), strict=True):
+                piece = own.double()
+                gram += ((seen * f.double()) @ piece.T).cpu()
                 squared += piece.square().sum(1).cpu()
     norms = squared.sqrt()
     if gram is not None:
@@ -83,20 +88,20 @@ def diagnose(
 
 
 def _streamed(
-    pool: Pool, name: str, weight: Tensor, fisher: Tensor, w: Tensor
+    pool: Pool, name: str, weight: Tensor, fisher: Block, w: Tensor
 ) -> tuple[Tensor, float]:
     r"""Return squared lengths, (clients,), and one weight's part of the gap; one client at a time.
 
     .. math:: \Omega = \tfrac12\Big(\sum_t w_t\,\tau_t^\top H\,\tau_t
               - \bar\tau^\top H\,\bar\tau\Big), \qquad \bar\tau = \sum_t w_t \tau_t
     """
-    mean, energy, squared = torch.zeros_like(fisher), 0.0, []
+    mean, energy, squared = torch.zeros_like(weight, dtype=torch.float64), 0.0, []
     for share, contribution in zip(w.tolist(), pool, strict=True):
-        tau = contribution.task_vector.delta(name, weight).flatten().double()
+        tau = contribution.task_vector.delta(name, weight).double()
         squared.append(float(tau.square().sum()))
-        energy += share * float((fisher * tau.square()).sum())
-        mean += share * tau.to(mean)
-    part = 0.5 * (energy - float((fisher * mean.square()).sum()))
+        energy += share * float((applied(fisher, tau) * tau).sum())
+        mean += share * tau
+    part = 0.5 * (energy - float((applied(fisher, mean) * mean).sum()))
     return torch.tensor(squared, dtype=torch.float64), part
 
 

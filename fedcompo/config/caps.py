@@ -28,8 +28,8 @@ class CapsConfig:
     )
     fisher_form: FisherForm = setting(
         FisherForm.FACTORED,
-        "What of the Fisher leaves a client: dense, factored (row and column sums: kilobytes) or "
-        "none (nobody's τ is anchored by it).",
+        "What of the Fisher leaves a client: dense, kronecker (directions, not only a diagonal), "
+        "factored (row and column sums: kilobytes) or none (nobody's τ is anchored by it).",
     )
     dp_noise: float = setting(
         0.0,
@@ -82,6 +82,11 @@ class CapsConfig:
             raise ConfigError(
                 f"`dp-noise` is {self.dp_noise:g} and `statistics` is {statistics}: mixtures are "
                 "not private by noise. Use `statistics = sums`."
+            )
+        if self.fisher_form is FisherForm.KRONECKER:
+            raise ConfigError(
+                f"`dp-noise` is {self.dp_noise:g} and `fisher-form` is {self.fisher_form}: there "
+                "is no noise for Kronecker factors. Use `fisher-form = factored`."
             )
         if curvature is not Curvature.FEATURES and start is HeadStart.PROBE:
             raise ConfigError(

@@ -143,6 +143,7 @@ class FisherForm(StrEnum):
     """How much of its Fisher a client sends, most first; see :mod:`fedcompo.method.fisher`."""
 
     DENSE = "dense"
+    KRONECKER = "kronecker"
     FACTORED = "factored"
     NONE = "none"
 

@@ -7,7 +7,8 @@ r"""Writes tensors in fewer bits for the wire, reads them back, and measures the
   Block-wise Quantization*, ICLR 2022 (arXiv 2110.02861), with uniform codes.
 
 Two sorts of numbers are transformed first, so that rounding does least harm. A Fisher is
-heavy-tailed and never negative: int8 codes its square root, in 255 steps. (IA)³'s l starts at one:
+heavy-tailed and never negative: int8 codes its square root, in 255 steps; Kronecker factors are
+roots already. (IA)³'s l starts at one:
 l - 1 is coded, from which τ is made.
 
 The sender decodes what it has sent: both sides continue with the same bits.
@@ -25,6 +26,7 @@ from torch import Tensor
 from fedcompo.config.choices import Wire
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.body import FISHER, TASK_VECTOR
+from fedcompo.method.kronecker import LEFT, RIGHT
 
 BLOCK = 256
 """Numbers that share a scale: 4 bytes more for 256."""
@@ -50,7 +52,7 @@ def encode(tensors: Mapping[str, Tensor], wire: Wire) -> dict[str, Tensor]:
             coded[name] = _from_one(name, tensors[name].float()).bfloat16()
             continue
         values, dtype = _from_one(name, tensors[name].float()), torch.int8
-        if _is_fisher(name):
+        if _is_diagonal(name):
             values, dtype = values.sqrt(), torch.uint8
         coded[name], coded[f"{SCALES}{name}"] = _quantised(values, dtype)
     return coded
@@ -74,7 +76,7 @@ def decode(tensors: Mapping[str, Tensor], wire: Wire, *, source: str) -> dict[st
         return dict(tensors)
     read = {name: t for name, t in tensors.items() if not name.startswith(SCALES)}
     for name in _coded(read):
-        fisher = _is_fisher(name)
+        fisher = _is_diagonal(name)
         if wire is Wire.BFLOAT16:
             _expect_dtype(name, read[name], torch.bfloat16, source)
             values = read[name].float()
@@ -109,6 +111,10 @@ def _coded(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _is_fisher(name: str) -> bool:
     return name.startswith(f"{FISHER}/")
+
+
+def _is_diagonal(name: str) -> bool:
+    return _is_fisher(name) and not name.endswith((LEFT, RIGHT))
 
 
 def _starts_at_one(name: str) -> bool:

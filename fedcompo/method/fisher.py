@@ -7,8 +7,9 @@ features), or the Hessian of the cross-entropy (what it does to the class probab
 :mod:`fedcompo.training.fisher_estimate` estimates both.
 
 It is kept as a *sum* with the number of examples: sums of several clients add up, and one can be
-taken out again. It has one of two forms. *Dense*: a number for each weight. *Factored*: row sums r
-and column sums c of each weight's matrix, (out, in), which stand for
+taken out again. It has one of three forms. *Dense*: a number for each weight. *Kronecker*: more
+than a diagonal; see :mod:`fedcompo.method.kronecker`. *Factored*: row sums r and column sums c of
+each weight's matrix, (out, in), which stand for
 
 .. math:: \hat F = \frac{r\,c^\top}{\sqrt{\sum_i r_i \sum_j c_j}}
 
@@ -29,8 +30,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedcompo.config.choices import FisherForm
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
+from fedcompo.method.kronecker import (
+    LEFT,
+    RIGHT,
+    Block,
+    Kronecker,
+    Metric,
+    diagonal,
+    thin_shape,
+    thinned,
+    whole,
+)
 
 ROWS, COLUMNS = "/rows", "/columns"
 """Ends of the names of a factored weight's row and column sums."""
@@ -41,15 +54,25 @@ class FisherDiagonal:
     """A *sum* over examples, and their number."""
 
     sums: Mapping[str, Tensor]
-    """Not negative. Dense: by weight name, each (out, in). Factored: ``<weight>/rows``, each
-    (out,), and ``<weight>/columns``, each (in,)."""
+    """Dense: by weight name, each (out, in). Factored: ``<weight>/rows``, each (out,), and
+    ``<weight>/columns``, each (in,). None is negative. Kronecker: ``<weight>/left`` and
+    ``<weight>/right``, thin, (dim, 1 + k), as a client sends them; matrices, (dim, dim), once they
+    are added up."""
     num_examples: int
     """Number of examples in the sum."""
 
     @property
     def factored(self) -> bool:
         """Whether it is kept as row and column sums."""
-        return any(name.endswith((ROWS, COLUMNS)) for name in self.sums)
+        return self.form is FisherForm.FACTORED
+
+    @property
+    def form(self) -> FisherForm:
+        """Its form; an empty one counts as dense."""
+        if any(name.endswith((ROWS, COLUMNS)) for name in self.sums):
+            return FisherForm.FACTORED
+        kronecker = any(name.endswith((LEFT, RIGHT)) for name in self.sums)
+        return FisherForm.KRONECKER if kronecker else FisherForm.DENSE
 
     def check(self, theta_0: Mapping[str, Tensor], *, owner: str) -> None:
         """Refuse sums that do not fit the backbone.
@@ -62,10 +85,16 @@ class FisherDiagonal:
             ContributionError: If names or shapes are not those of the target weights, a value is
                 negative or not finite, or they sum over no example.
         """
+        expected: dict[str, tuple[int, ...]]
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
-        if self.factored:
-            ends = (ROWS, 0), (COLUMNS, 1)
-            expected = {f"{n}{end}": (s[axis],) for n, s in expected.items() for end, axis in ends}
+        thin = self.form is FisherForm.KRONECKER
+        if self.factored or thin:
+            ends = ((LEFT, 0), (RIGHT, 1)) if thin else ((ROWS, 0), (COLUMNS, 1))
+            expected = {
+                f"{name}{end}": thin_shape(shape[axis]) if thin else (shape[axis],)
+                for name, shape in expected.items()
+                for end, axis in ends
+            }
         for name in sorted(expected.keys() | self.sums.keys()):
             total = self.sums.get(name)
             shape = None if total is None else tuple(total.shape)
@@ -75,7 +104,8 @@ class FisherDiagonal:
                     f"{expected.get(name)}. Use the same `target-weights` and fedcompo version "
                     "everywhere."
                 )
-            parts = (total,) if self.factored else margins(total)
+            total = diagonal(total) if thin else total
+            parts = margins(total) if self.form is FisherForm.DENSE else (total,)
             finite = all(torch.isfinite(part.float()).all() for part in parts)
             if not finite or (total < 0).any():
                 raise ContributionError(
@@ -88,14 +118,27 @@ class FisherDiagonal:
         """Return the factored form, in the same dtype; a factored one is returned as it is."""
         if self.factored:
             return self
+        if self.form is FisherForm.KRONECKER:
+            renamed = {
+                name.replace(LEFT, ROWS).replace(RIGHT, COLUMNS): diagonal(total)
+                for name, total in self.sums.items()
+            }
+            return FisherDiagonal(renamed, self.num_examples)
         parts: Weights = {}
         for name, total in self.sums.items():
             rows, columns = (margin.to(total.dtype) for margin in margins(total))
             parts |= {f"{name}{ROWS}": rows, f"{name}{COLUMNS}": columns}
         return FisherDiagonal(parts, self.num_examples)
 
+    def thinned(self) -> FisherDiagonal:
+        """Return Kronecker factors as they are sent and stored, float64; else the sums as is."""
+        if self.form is not FisherForm.KRONECKER:
+            return self
+        sums = {name: thinned(total) for name, total in self.sums.items()}
+        return FisherDiagonal(sums, self.num_examples)
+
     def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """Add two sums over different examples, in float64; factored if either is."""
+        """Add two sums over different examples, in float64; factored if the forms differ."""
         mine, theirs = self._alike(other)
         sums = {name: total.double() + theirs[name].double() for name, total in mine.items()}
         return FisherDiagonal(sums, self.num_examples + other.num_examples)
@@ -107,26 +150,33 @@ class FisherDiagonal:
             raise ContributionError(
                 f"Cannot take {other.num_examples} examples out of {self.num_examples}."
             )
-        sums = {
-            name: (total.double() - theirs[name].double()).clamp_min(0)
-            for name, total in mine.items()
-        }
+        sums = {name: total.double() - theirs[name].double() for name, total in mine.items()}
+        if {self.form, other.form} != {FisherForm.KRONECKER}:  # entries of matrices may be negative
+            sums = {name: total.clamp_min(0) for name, total in sums.items()}
         return FisherDiagonal(sums, self.num_examples - other.num_examples)
 
     def mean(self) -> Weights:
-        """Return the mean over examples in the same form, float32; zeros if there are none."""
-        count = max(1, self.num_examples)
-        return {name: (total.double() / count).float() for name, total in self.sums.items()}
+        """Return the mean over examples in the same form, float32; zeros if there are none.
+
+        Kronecker factors are thin: roots, so they are divided by the root of the count.
+        """
+        count = max(1, self.num_examples) ** (0.5 if self.form is FisherForm.KRONECKER else 1)
+        sums = self.thinned().sums
+        return {name: (total.double() / count).float() for name, total in sums.items()}
 
     def mean_trace(self) -> float:
         """Return the trace of the mean."""
-        counted = (t for name, t in self.sums.items() if not name.endswith(COLUMNS))
+        sums = self.sums if self.form is FisherForm.DENSE else self.reduced().sums
+        counted = (t for name, t in sums.items() if not name.endswith(COLUMNS))
         return sum(float(total.double().sum()) for total in counted) / max(1, self.num_examples)
 
     def _alike(self, other: FisherDiagonal) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """The sums of both in one form; refuses those of other weights."""
-        factored = self.factored or other.factored
-        mine, theirs = (f.reduced().sums if factored else f.sums for f in (self, other))
+        mine, theirs = self.sums, other.sums
+        if self.form is not other.form:
+            mine, theirs = self.reduced().sums, other.reduced().sums
+        elif self.form is FisherForm.KRONECKER:
+            mine, theirs = ({n: whole(t) for n, t in sums.items()} for sums in (mine, theirs))
         differing = {
             name
             for name in mine.keys() | theirs.keys()
@@ -163,19 +213,22 @@ def outer(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.outer(r / total, c).float()
 
 
-def expanded(parts: Mapping[str, Tensor], theta_0: Mapping[str, Tensor]) -> Weights:
-    """Make a Fisher of either form dense.
+def expanded(parts: Mapping[str, Tensor], theta_0: Mapping[str, Tensor]) -> Metric:
+    """Make a Fisher of any form one that can be applied to a change.
 
     Args:
-        parts: A sum or a mean; see :attr:`FisherDiagonal.sums`.
+        parts: A sum or a mean; see :attr:`FisherDiagonal.sums`. Kronecker factors are thin.
         theta_0: The target weights; only the names are used.
 
     Returns:
-        By weight name, each (out, in), float32.
+        By weight name: a diagonal, (out, in), float32, or a Kronecker product.
     """
-    return {
-        name: parts[name].float()
-        if name in parts
-        else outer(parts[f"{name}{ROWS}"], parts[f"{name}{COLUMNS}"])
-        for name in theta_0
-    }
+    return {name: _block(parts, name) for name in theta_0}
+
+
+def _block(parts: Mapping[str, Tensor], name: str) -> Block:
+    if name in parts:
+        return parts[name].float()
+    if f"{name}{LEFT}" in parts:
+        return Kronecker.of(parts[f"{name}{LEFT}"], parts[f"{name}{RIGHT}"])
+    return outer(parts[f"{name}{ROWS}"], parts[f"{name}{COLUMNS}"])

@@ -1,7 +1,7 @@
 r"""Penalties that keep a task vector near the pre-trained weights, or near the others.
 
 ITA's anchor is :math:`\tfrac{\alpha}{2}\,\tau^\top \bar F\,\tau`, with :math:`\bar F` the mean
-Fisher diagonal of the *other* clients at :math:`\theta_0` (Porrello et al., arXiv 2405.16350, Eq.
+Fisher of the *other* clients at :math:`\theta_0` (Porrello et al., arXiv 2405.16350, Eq.
 11 and 12); IEL's penalty (Eq. 18 and 19) has a second term, linear in :math:`\tau`. Both are
 
 .. math:: \tfrac a2\,\tau^\top \bar F\,\tau - \langle \bar F\,\tau, p\rangle
@@ -27,28 +27,29 @@ import torch
 from torch import Tensor
 
 from fedcompo.method.deltas import IA3, Delta, Full, LoRA, Weights
+from fedcompo.method.kronecker import Kronecker, Metric, applied, trace_of
 
 GRADIENT_LIMIT = 100.0
 """Largest norm of the explicit step's gradient, as in the paper; a longer one is clipped to it."""
 
 
-def ita_penalty(tau: Weights, fisher: Weights, alpha: float) -> Tensor:
+def ita_penalty(tau: Weights, fisher: Metric, alpha: float) -> Tensor:
     r"""Anchor a task vector to theta_0: :math:`\tfrac{\alpha}{2}\,\tau^\top F\,\tau`.
 
     Args:
         tau: Task vector, dense; each entry (out, in).
-        fisher: *Mean* Fisher diagonal at theta_0; has the keys of ``tau``, same shapes.
+        fisher: *Mean* Fisher at theta_0; has the keys of ``tau``.
         alpha: Strength of the anchor; 0 disables it.
 
     Returns:
         A scalar.
     """
-    terms = [(fisher[name] * change.square()).sum() for name, change in tau.items()]
+    terms = [(applied(fisher[name], change) * change).sum() for name, change in tau.items()]
     return 0.5 * alpha * torch.stack(terms).sum()
 
 
 def iel_penalty(
-    tau: Weights, fisher: Weights, rest: Weights, *, share: float, beta: float
+    tau: Weights, fisher: Metric, rest: Weights, *, share: float, beta: float
 ) -> Tensor:
     r"""Pull a task vector towards those that it is added up with (IEL).
 
@@ -61,7 +62,7 @@ def iel_penalty(
 
     Args:
         tau: This client's task vector, dense; each entry (out, in).
-        fisher: *Mean* Fisher diagonal at theta_0; has the keys of ``tau``, same shapes.
+        fisher: *Mean* Fisher at theta_0; has the keys of ``tau``.
         rest: R, same keys and shapes.
         share: w, the client's own coefficient. A client alone has 1: as in the paper, 1 - w is
             then replaced by 1/2, which is an anchor to theta_0.
@@ -73,7 +74,7 @@ def iel_penalty(
     strength, terms = own_strength(share), []
     for name, change in tau.items():
         towards = 0.5 * strength * change - rest[name]
-        terms.append((fisher[name] * change * towards).sum())
+        terms.append((applied(fisher[name], change) * towards).sum())
     return beta * torch.stack(terms).sum()
 
 
@@ -84,7 +85,7 @@ def own_strength(share: float) -> float:
 
 def explicit_step(
     deltas: Mapping[str, Delta],
-    fisher: Weights,
+    fisher: Metric,
     strength: float,
     schedule: float,
     pull: Weights | None = None,
@@ -93,7 +94,7 @@ def explicit_step(
 
     Args:
         deltas: Trainable changes by weight name.
-        fisher: *Mean* Fisher diagonal by weight name, each (out, in).
+        fisher: *Mean* Fisher by weight name, each of an (out, in).
         strength: a; :math:`\alpha` in ITA.
         schedule: c in (0, 1].
         pull: p, by weight name, each (out, in); None: zero.
@@ -105,7 +106,9 @@ def explicit_step(
     tau = {name: 1.0 * delta() for name, delta in deltas.items()}  # not the parameter itself
     penalty = ita_penalty(tau, fisher, strength)
     if pull is not None:
-        linear = [(fisher[name] * change * pull[name]).sum() for name, change in tau.items()]
+        linear = [
+            (applied(fisher[name], change) * pull[name]).sum() for name, change in tau.items()
+        ]
         penalty = penalty - torch.stack(linear).sum()
     gradients = torch.autograd.grad(penalty, parameters)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
@@ -121,7 +124,7 @@ def explicit_step(
 @torch.no_grad()
 def implicit_step(
     deltas: Mapping[str, Delta],
-    fisher: Weights,
+    fisher: Metric,
     strength: float,
     schedule: float,
     pull: Weights | None = None,
@@ -135,7 +138,7 @@ def implicit_step(
 
     Args:
         deltas: Trainable changes by weight name.
-        fisher: *Mean* Fisher diagonal by weight name, each (out, in).
+        fisher: *Mean* Fisher by weight name, each of an (out, in).
         strength: a; :math:`\alpha` in ITA.
         schedule: c in (0, 1], or the sum of several, for one step in place of as many.
         pull: p, by weight name, each (out, in); None: zero.
@@ -147,30 +150,19 @@ def implicit_step(
         return torch.zeros(())
     moves: list[Tensor] = []
     for name, delta in deltas.items():
-        before = 1.0 * delta()  # not the parameter itself
-        f = schedule * fisher[name]
-        g = f * pull[name] if pull is not None else None
-        if isinstance(delta, Full):
-            if g is not None:
-                delta.delta.add_(g)
-            delta.delta.div_(1 + strength * f)
-        elif isinstance(delta, IA3):
-            curvature = strength * (f * delta.weight.square()).sum(1, keepdim=True)
-            delta.l.sub_(1)
-            if g is not None:
-                delta.l.add_((g * delta.weight).sum(1, keepdim=True))
-            delta.l.div_(1 + curvature).add_(1)
-        elif isinstance(delta, LoRA):
-            delta.B.copy_(_shrink_rows(delta.B, delta.A, strength * f, g))
-            columns = g.T if g is not None else None
-            delta.A.copy_(_shrink_rows(delta.A.T, delta.B.T, strength * f.T, columns).T)
+        before, block = 1.0 * delta(), fisher[name]  # not the parameter itself
+        g = applied(block, schedule * pull[name]) if pull is not None else None
+        if isinstance(block, Kronecker):
+            block.shrink(delta, schedule * strength, g)
+        else:
+            _shrink(delta, schedule * strength * block, g)
         moves.append((delta() - before).norm())
     length: Tensor = torch.stack(moves).norm()
     return length
 
 
 @torch.no_grad()
-def bounding_step(deltas: Mapping[str, Delta], fisher: Weights, limit: float) -> Tensor:
+def bounding_step(deltas: Mapping[str, Delta], fisher: Metric, limit: float) -> Tensor:
     r"""Shorten the change, in place, until :math:`\tfrac12\,\tau^\top \bar F\,\tau \le L`.
 
     A trust region: inside it nothing happens. Outside, :math:`\tau` becomes
@@ -179,7 +171,7 @@ def bounding_step(deltas: Mapping[str, Delta], fisher: Weights, limit: float) ->
 
     Args:
         deltas: Trainable changes by weight name.
-        fisher: *Mean* Fisher diagonal by weight name, each (out, in).
+        fisher: *Mean* Fisher by weight name, each of an (out, in).
         limit: L, > 0.
 
     Returns:
@@ -202,15 +194,39 @@ def bounding_step(deltas: Mapping[str, Delta], fisher: Weights, limit: float) ->
     return moved
 
 
-def one_folding(fisher: Weights) -> float:
+def one_folding(fisher: Metric) -> float:
     """Return the strength at which one step shrinks a weight of mean curvature by a half.
 
     Args:
-        fisher: *Mean* Fisher diagonal by weight name, each (out, in); 0 if it is zero everywhere.
+        fisher: *Mean* Fisher by weight name, each of an (out, in); 0 if it is zero everywhere.
     """
-    entries = sum(values.numel() for values in fisher.values())
-    mean = sum(float(values.double().sum()) for values in fisher.values()) / entries
+    entries = sum(block.numel() for block in fisher.values())
+    mean = sum(map(trace_of, fisher.values())) / entries
     return 1 / mean if mean > 0 else 0.0
+
+
+def _shrink(delta: Delta, fisher: Tensor, pull: Tensor | None) -> None:
+    """Take the proximal step of one weight, in place.
+
+    Args:
+        delta: Change of the weight.
+        fisher: F, a diagonal, (out, in), times strength and schedule.
+        pull: g, the Fisher times p and schedule, (out, in); None: zero.
+    """
+    if isinstance(delta, Full):
+        if pull is not None:
+            delta.delta.add_(pull)
+        delta.delta.div_(1 + fisher)
+    elif isinstance(delta, IA3):
+        curvature = (fisher * delta.weight.square()).sum(1, keepdim=True)
+        delta.l.sub_(1)
+        if pull is not None:
+            delta.l.add_((pull * delta.weight).sum(1, keepdim=True))
+        delta.l.div_(1 + curvature).add_(1)
+    elif isinstance(delta, LoRA):
+        delta.B.copy_(_shrink_rows(delta.B, delta.A, fisher, pull))
+        columns = pull.T if pull is not None else None
+        delta.A.copy_(_shrink_rows(delta.A.T, delta.B.T, fisher.T, columns).T)
 
 
 def _shrink_rows(rows: Tensor, factor: Tensor, fisher: Tensor, pull: Tensor | None) -> Tensor:

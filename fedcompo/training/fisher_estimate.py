@@ -20,6 +20,7 @@ directions.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -27,11 +28,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fedcompo.config.choices import Curvature
+from fedcompo.config.choices import Curvature, FisherForm
+from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
+from fedcompo.method.kronecker import LEFT, RIGHT
 from fedcompo.training.per_example import (
     evaluation_mode,
+    gradient_products,
     recorded,
     require_recorded,
     squared_gradients,
@@ -58,8 +62,9 @@ def estimate_fisher(
     curvature: Curvature = Curvature.FEATURES,
     samples: int = 1,
     generator: torch.Generator | None = None,
+    form: FisherForm = FisherForm.DENSE,
 ) -> tuple[FisherDiagonal, FisherReport]:
-    """Estimate the Fisher diagonal of some weights of a model.
+    """Estimate the Fisher of some weights of a model.
 
     Args:
         model: Maps images to features, (batch, features); used in evaluation mode.
@@ -70,14 +75,20 @@ def estimate_fisher(
         curvature: Of what.
         samples: For Monte Carlo: number of labels drawn for each example.
         generator: Source of directions and labels, on the CPU.
+        form: Kronecker, or any other: it is dense then.
 
     Returns:
-        The *sum* over examples, dense, float64, and a report.
+        The *sum* over examples, float64, Kronecker factors as matrices, and a report.
     """
     names = sorted(names)
     generator = generator or torch.Generator().manual_seed(0)
     parameters = dict(model.named_parameters())
-    sums = {n: torch.zeros_like(parameters[n], dtype=torch.float64) for n in names}
+    sums: Weights = {}
+    device = next(iter(parameters.values())).device
+    ends = ((LEFT, 0, 0), (RIGHT, 1, 1)) if form is FisherForm.KRONECKER else (("", 0, 1),)
+    for name, (end, *axes) in itertools.product(names, ends):
+        shape = [parameters[name].shape[axis] for axis in axes]
+        sums[name + end] = torch.zeros(shape, dtype=torch.float64, device=device)
     count, report = 0, FisherReport()
     with evaluation_mode(model), recorded(model, names) as record:
         for images in batches:
@@ -88,14 +99,19 @@ def estimate_fisher(
             else:
                 cotangents = softmax_cotangents(features, head, curvature, samples, generator)
             for cotangent in cotangents:
+                if form is FisherForm.KRONECKER:
+                    for name, left, right in gradient_products(record, features, cotangent):
+                        sums[name + LEFT].add_(left)
+                        sums[name + RIGHT].add_(right)
+                    continue
                 for name, _, squares in squared_gradients(record, features, cotangent):
                     sums[name].add_(squares.sum(0))
             passes = report.passes + len(cotangents)
             report = replace(report, passes=passes, batches=report.batches + 1)
             count += len(images)
             record.clear()
-    trace = float(sum(total.sum() for total in sums.values()))
-    return FisherDiagonal(sums, count), replace(report, trace=trace)
+    fisher = FisherDiagonal(sums, count)
+    return fisher, replace(report, trace=fisher.mean_trace() * count)
 
 
 def directions(features: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedcompo.config.choices import Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.method.deltas import Delta, Weights
+from fedcompo.method.kronecker import Metric
 from fedcompo.method.penalties import (
     bounding_step,
     explicit_step,
@@ -30,8 +31,8 @@ from fedcompo.method.penalties import (
 class Anchor:
     """The metric of a client's penalty: a *mean* Fisher."""
 
-    weights: Weights
-    """By weight name, each (out, in)."""
+    weights: Metric
+    """By weight name, each of an (out, in)."""
     of_features: bool = False
     """Whether it is a Fisher of the features: it then has the unit of their square."""
 
@@ -93,7 +94,9 @@ class TrainingPenalty:
         if config.penalty is Penalty.IMPLICIT and anchor:
             strength *= 2 * one_folding(anchor.weights) / steps  # c is a half on average
         held = strength > 0 or self._limit > 0
-        self._fisher = _on_devices(deltas, anchor.weights) if anchor and held else {}
+        self._fisher: Metric = {}
+        if anchor and held:
+            self._fisher = {n: anchor.weights[n].to(_device(d)) for n, d in deltas.items()}
         self._rest = _on_devices(deltas, ensemble.rest) if ensemble and self._fisher else {}
         self._strength, self._pull = strength, None
         if ensemble is not None:

@@ -33,19 +33,47 @@ def squared_gradients(
     Yields:
         Weight name, the examples of this part, their squared gradients (examples, out, in).
     """
+    for name, g, a in _token_factors(record, features, cotangent):
+        chunk = CHUNK_BYTES.get(g.device.type, CHUNK_BYTES["cuda"])
+        step = max(1, chunk // (g.shape[-1] * a.shape[-1] * g.element_size()))
+        for start in range(0, len(g), step):
+            part = slice(start, start + step)
+            yield name, part, torch.bmm(g[part].mT, a[part]).square_()
+
+
+def gradient_products(
+    record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    r"""Sum :math:`M_x M_x^\top` and :math:`M_x^\top M_x` over a batch's gradients :math:`M_x`.
+
+    With tokens t, :math:`M_x = \sum_t g_t a_t^\top` is never formed: the first is
+    :math:`g^\top (a a^\top) g`, the second :math:`a^\top (g g^\top) a`.
+
+    Args:
+        record: From :func:`recorded`, after a forward pass.
+        features: What that pass returned, (batch, features).
+        cotangent: Gradient of the function at each example's features, (batch, features).
+
+    Yields:
+        Weight name, (out, out), (in, in).
+    """
+    for name, g, a in _token_factors(record, features, cotangent):
+        left = g.flatten(0, 1).T @ (a @ a.mT @ g).flatten(0, 1)
+        yield name, left, a.flatten(0, 1).T @ (g @ g.mT @ a).flatten(0, 1)
+
+
+def _token_factors(
+    record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield weight names with g, (batch, tokens, out), and a, (batch, tokens, in)."""
     outputs = [output for _, output in record.values()]
     gradients = torch.autograd.grad(
         features, outputs, grad_outputs=cotangent.to(features), retain_graph=True
     )
     for (name, (inputs, output)), gradient in zip(record.items(), gradients, strict=True):
         batch = len(output)
-        g = gradient.reshape(batch, -1, gradient.shape[-1])  # (batch, tokens, out)
-        a = inputs.reshape(batch, -1, inputs.shape[-1])  # (batch, tokens, in)
-        chunk = CHUNK_BYTES.get(g.device.type, CHUNK_BYTES["cuda"])
-        step = max(1, chunk // (g.shape[-1] * a.shape[-1] * g.element_size()))
-        for start in range(0, batch, step):
-            part = slice(start, start + step)
-            yield name, part, torch.bmm(g[part].mT, a[part]).square_()
+        g = gradient.reshape(batch, -1, gradient.shape[-1])
+        yield name, g, inputs.reshape(batch, -1, inputs.shape[-1])
 
 
 @contextmanager

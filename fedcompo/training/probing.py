@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.choices import Curvature
+from fedcompo.config.choices import Curvature, FisherForm
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data, load_folder
 from fedcompo.errors import ConfigError
@@ -61,9 +61,10 @@ def fisher_of_images(
     seed: int,
     owner: str,
     head: Head | None = None,
+    form: FisherForm = FisherForm.DENSE,
     on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
-    """Estimate the Fisher diagonal of the target weights on one party's images.
+    """Estimate the Fisher of the target weights on one party's images.
 
     Args:
         backbone: Pre-trained weights.
@@ -72,10 +73,11 @@ def fisher_of_images(
         seed: Seed of the run.
         owner: Whose images they are; draws are derived from ``seed`` and this name.
         head: Turns features into logits; needed for the Fisher of class probabilities.
+        form: See :func:`estimate_fisher`.
         on_images: Called after each batch.
 
     Returns:
-        The *sum* over the images used, dense, float32 on the CPU, and a report.
+        The *sum* over the images used, float32 on the CPU, and a report.
     """
     if 0 < config.fisher_examples < len(images):
         generator = generator_for(seed, "fisher-examples", owner)
@@ -96,6 +98,7 @@ def fisher_of_images(
         curvature=config.curvature,
         samples=config.fisher_samples,
         generator=generator_for(seed, "fisher", owner),
+        form=form,
     )
     sums = {name: total.float().cpu() for name, total in fisher.sums.items()}
     return FisherDiagonal(sums, fisher.num_examples), report

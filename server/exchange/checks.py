@@ -78,7 +78,7 @@ def checked_fisher(client: str, answer: FisherAnswer, backbone: Backbone) -> Fis
     fisher = FisherDiagonal(answer.parts, answer.num_examples)
     if answer.form is FisherForm.NONE and not answer.parts:
         return None
-    if fisher.factored is not (answer.form is FisherForm.FACTORED):
+    if fisher.form is not answer.form:
         raise ContributionError(
             f"The Fisher of client {client!r} is not in the form that it names, {answer.form}. Use "
             "the same fedcompo version everywhere."

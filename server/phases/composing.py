@@ -18,6 +18,7 @@ from fedcompo.messages.body import Body
 from fedcompo.messages.requests import EvaluateRequest
 from fedcompo.method.fisher import expanded
 from fedcompo.method.heads import Head, zero_head
+from fedcompo.method.kronecker import Metric
 from fedcompo.registry.registry import Registry
 from fedcompo.training.anchors import FisherSums
 from server.exchange.checks import checked_fractions
@@ -50,7 +51,7 @@ class Composing:
                 squares if there is none.
         """
         theta_0, pool = self.backbone.theta_0, self.registry.pool()
-        metric = {name: torch.ones_like(weight) for name, weight in theta_0.items()}
+        metric: Metric = {name: torch.ones_like(weight) for name, weight in theta_0.items()}
         if sums:
             metric = expanded(sums.total.mean(), theta_0)
         times = {c.client: self.registry.settings.times(c.num_examples) for c in pool}

@@ -18,6 +18,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal, expanded
 from fedcompo.method.fisher_file import load_fisher, save_fisher
 from fedcompo.method.heads import Head
+from fedcompo.method.penalties import ita_penalty
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
@@ -136,7 +137,7 @@ class Fishers:
         return self.sums.anchored(client, with_own=self.ensembled)
 
     def anchor_of(self, client: str) -> Weights:
-        """The *mean* Fisher that anchors a client, dense or factored; empty if there is none."""
+        """The *mean* Fisher that anchors a client, in its form; empty if there is none."""
         if self.sums is None or not self.anchored(client):
             return {}
         return self.sums.mean_for(client, with_own=self.ensembled) or {}
@@ -163,10 +164,10 @@ class Fishers:
         theta_0 = self.backbone.theta_0
         metric = expanded(mean, theta_0)
         parts = (
-            (metric[name].double() * vector.delta(name, weight).cpu().double().square()).sum()
+            float(ita_penalty({name: vector.delta(name, weight).cpu().double()}, metric, 2.0))
             for name, weight in theta_0.items()
         )
-        return float(sum(parts)) / variance
+        return sum(parts) / variance
 
     def anchored_by(self, client: str) -> tuple[str, ...]:
         """The other clients whose Fisher anchors a client."""

@@ -182,7 +182,8 @@ def _mean_fisher(contribution: Contribution, name: str) -> Tensor:
     """(out, in), float64."""
     fisher = contribution.fisher
     assert fisher is not None
-    if fisher.factored:
+    if name not in fisher.sums:  # factored, or Kronecker: its diagonal
+        fisher = fisher.reduced()
         total = outer(fisher.sums[f"{name}{ROWS}"], fisher.sums[f"{name}{COLUMNS}"])
     else:
         total = fisher.sums[name]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from app_runs import ALL_WEIGHTS, altered, run
+from builders import in_memory
 from round_runs import (
     PARTITIONS,
     assert_sum_of_the_last,
@@ -21,11 +22,12 @@ from round_runs import (
 
 from clients.local import LocalClient
 from fedcompo.config.caps import CapsConfig
-from fedcompo.config.choices import FisherForm, Wire
+from fedcompo.config.choices import Curvature, FisherForm, Wire
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.messages.records import from_record
 from fedcompo.messages.wire import decode, encode
 from fedcompo.privacy.noise import composed_epsilon
+from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 
 CLIENTS = ("client-0", "client-1", "client-2")
@@ -71,7 +73,7 @@ def test_of_two_wires_the_one_of_fewer_bits_counts(wished, own):
 @pytest.mark.parametrize("own", FisherForm)
 def test_of_two_forms_the_one_that_tells_less_counts(wished, own):
     found = CapsConfig(fisher_form=wished).strictest(CapsConfig(fisher_form=own)).fisher_form
-    order = (FisherForm.NONE, FisherForm.FACTORED, FisherForm.DENSE)
+    order = (FisherForm.NONE, FisherForm.FACTORED, FisherForm.KRONECKER, FisherForm.DENSE)
     assert order.index(found) == min(order.index(wished), order.index(own))
 
 
@@ -242,6 +244,41 @@ def test_a_factored_fisher_takes_kilobytes_and_is_kept_as_it_came(plain, tmp_pat
         (told,) = results["per_client"][client]["caps"]
         assert told["form"] == "factored"
         assert 0 < told["form_error"] < 1
+
+
+def test_kronecker_factors_travel_anchor_and_are_kept_with_their_member(tmp_path):
+    few = {"head_start": "probe", "images_per_class": 8}
+    results = run({}, tmp_path / "out", fisher_form="kronecker", alpha=1.0, **few)
+    assert_whole(tmp_path / "out", results, least_accuracy=0.0)
+    loose = run({}, tmp_path / "loose", fisher_form="none", trust_region=0.0, **few)
+    registry = Registry(tmp_path / "out" / "registry")
+    for client in CLIENTS:
+        fisher = registry.contribution(client, with_fisher=True).fisher
+        assert fisher.form is FisherForm.KRONECKER
+        told = results["per_client"][client]
+        assert told["caps"][0]["form"] == "kronecker"
+        assert 0 < told["caps"][0]["form_error"] < 1
+        assert told["distance"] > 0
+        assert 0 < told["held"] < 1
+        assert told["tau_norm"] < loose["per_client"][client]["tau_norm"]
+    leaver = in_memory(registry.path / "clients" / CLIENTS[0])
+    for change in (lambda: registry.remove(CLIENTS[0]), lambda: registry.add(leaver)):
+        change()
+        assert all(finding.holds for finding in verify_registry(registry.path))
+
+
+def test_kronecker_factors_anchor_an_ensemble_too(images, tmp_path):
+    results = federate(images, tmp_path / "out", fisher_form="kronecker", beta=1.0)
+    assert [r["trained"] for r in results["rounds"]] == [["ann", "ben", "eve"]] * 2
+    assert_sum_of_the_last(tmp_path / "out")
+    assert all(figures["held"] > 0 for figures in results["per_client"].values())
+
+
+def test_noise_has_no_kronecker_factors():
+    caps = CapsConfig(fisher_form=FisherForm.KRONECKER, dp_noise=1.0)
+    kinds = {"statistics": "sums", "curvature": Curvature.FEATURES, "start": "zero"}
+    with pytest.raises(ConfigError, match="Use `fisher-form = factored`"):
+        caps.check_noise(**kinds)
 
 
 def test_where_no_fisher_is_told_nothing_holds_the_backbone(plain, tmp_path):

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcompo.backbone.backbone import target_weights
-from fedcompo.config.choices import Curvature
+from fedcompo.config.choices import Curvature, FisherForm
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher import FisherDiagonal, expanded
 from fedcompo.method.heads import Head
+from fedcompo.method.kronecker import whole
 from fedcompo.training import fisher_estimate, per_example
 from fedcompo.training.fisher_estimate import FisherReport, curvature_factors, estimate_fisher
 
@@ -335,3 +336,59 @@ class BehindItsBack(nn.Module):
 def test_a_weight_used_behind_its_layers_back_is_refused_by_name():
     with pytest.raises(BackboneError, match=r"'layer\.weight'"):
         estimate_fisher(BehindItsBack(), [torch.ones(3, 64)], ["layer.weight"])
+
+
+# -- Kronecker factors --------------------------------------------------------------------------
+
+
+def jacobians(model: nn.Module, images: Tensor, name: str) -> Tensor:
+    """Oracle: the gradient of each feature of each example, (examples, features, out, in)."""
+    weight = dict(model.named_parameters())[name]
+    rows = [
+        [torch.autograd.grad(f, weight, retain_graph=True)[0] for f in model(image.unsqueeze(0))[0]]
+        for image in images
+    ]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def test_kronecker_factors_are_the_partial_traces_of_the_exact_block(monkeypatch):
+    """With z = √d e_i the mean over i is the Gauss-Newton block's own, whatever the images."""
+    sums: Weights = {}
+    for index in range(FEATURES):
+        axis = math.sqrt(FEATURES) * torch.eye(FEATURES, dtype=torch.float64)[index]
+        monkeypatch.setattr(
+            fisher_estimate, "directions", lambda f, generator, axis=axis: axis.expand_as(f)
+        )
+        found, report = estimate(
+            curvature=Curvature.FEATURES, head=None, batch=4, form=FisherForm.KRONECKER
+        )
+        assert (report.passes, found.num_examples) == (2, len(IMAGES))
+        for name, total in found.sums.items():
+            sums[name] = sums.get(name, torch.zeros_like(total)) + total / FEATURES
+    for name in NAMES:
+        rows = jacobians(pico_model(), IMAGES, name).flatten(0, 1)
+        block = torch.einsum("noi,npj->oipj", rows, rows)
+        left, right = sums[f"{name}/left"], sums[f"{name}/right"]
+        torch.testing.assert_close(left, torch.einsum("oipi->op", block), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(right, torch.einsum("oioj->ij", block), rtol=1e-9, atol=1e-12)
+        assert float(left.trace()) == pytest.approx(float(torch.einsum("oioi->", block)))
+
+
+@pytest.mark.parametrize("curvature", Curvature)
+def test_their_diagonals_are_the_row_and_column_sums_of_the_dense_fisher(curvature):
+    found, report = estimate(curvature=curvature, form=FisherForm.KRONECKER)
+    dense, theirs = estimate(curvature=curvature)
+    assert_same(found.reduced().sums, dense.reduced().sums)
+    assert report.trace == pytest.approx(theirs.trace)
+
+
+def test_of_one_example_and_one_token_the_product_is_the_exact_block():
+    model, image = shallow_model(), normal(1, 6, seed=8)
+    found, _ = estimate_fisher(
+        model, [image], ["1.weight"], generator=rng(3), form=FisherForm.KRONECKER
+    )
+    z = fisher_estimate.directions(model(image), rng(3))[0]
+    row = torch.einsum("i,ioj->oj", z, jacobians(model, image, "1.weight")[0]).flatten()
+    block = expanded(found.thinned().sums, ["1.weight"])["1.weight"]
+    product = torch.kron(whole(block.left), whole(block.right))
+    torch.testing.assert_close(product, torch.outer(row, row), rtol=1e-9, atol=1e-12)
