@@ -1,4 +1,4 @@
-"""Compare methods, kinds and seeds on a scenario: one table, and pictures.
+"""Compare methods, kinds and seeds on a scenario, in tables.
 
     python simulations/compare/compare.py runs/compare-digits
     python simulations/compare/compare.py runs/compare-cifar simulations/cifar100_small.toml \
@@ -9,9 +9,7 @@ another setting, under that name. Each run executes the real apps, in a folder o
 finished run is not repeated, so an interrupted comparison can be continued. Runs share this
 machine's cores, ``--jobs`` at a time, without Flower's engine (with it if ``--engine`` is given).
 
-``table.md`` and ``comparison.json`` hold mean and standard deviation over seeds; ``*.svg`` show
-accuracy by method, accuracy against bytes sent, accuracy as clients arrive, what specialising and
-removing do, how task vectors align, and the gap with and without the anchor.
+``table.md`` holds mean and standard deviation over seeds, ``comparison.json`` each seed's figures.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from comparison_pictures import draw
 from comparison_tables import Row, tables
 from measures import measured
 from methods import METHODS, Method, settings_of
@@ -113,7 +110,7 @@ def main() -> None:
     parser.add_argument(
         "--without-changes",
         action="store_true",
-        help="do not specialise, remove, or compare task vectors, which takes longer than a run",
+        help="do not specialise and remove, which takes longer than a run",
     )
     parser.add_argument("--list", action="store_true", help="tell which methods there are")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -148,12 +145,11 @@ def main() -> None:
 
 
 def write(output: Path, rows: dict[tuple[str, str], Row]) -> None:
-    """Write the table, figures and pictures of the results so far."""
+    """Write the table and the figures of the results so far."""
     listed = list(rows.values())
     (output / "table.md").write_text(tables(listed) + "\n")
     figures = {f"{name} {kind}": list(row.seeds) for (name, kind), row in rows.items()}
     (output / "comparison.json").write_text(json.dumps(figures, indent=1) + "\n")
-    draw(output, listed)
 
 
 if __name__ == "__main__":
