@@ -54,7 +54,7 @@ class Strategy(ABC):
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
         self.composing = Composing(self.exchange, self.backbone, self.registry)
-        self.choosing = self.new_choosing()
+        self.choosing = Choosing(self.roster, self.registry, self.config)
         self.trained: tuple[str, ...] = ()
 
     @classmethod
@@ -113,18 +113,13 @@ class Strategy(ABC):
         self.composing.compare(self.fitting.fishers.sums)
         self.fitting.remark(folder.name for folder in folders)
 
-    def new_choosing(self) -> Choosing:
-        """The phases that choose the composition."""
-        width, noised = self.backbone.num_features, self.roster.participants.noised
-        return Choosing(self.exchange, self.registry, self.config, width, noised)
-
     def look(self, *, decisive: bool = True) -> None:
         """Choose λ, align the joint head again, and measure.
 
         Args:
             decisive: Fail if no client measures.
         """
-        self.choosing = self.new_choosing()
+        self.choosing = Choosing(self.roster, self.registry, self.config)
         if self.config.compose.realign:
             self.choosing.run()
         else:

@@ -170,6 +170,11 @@ class DescribeAnswer(IdentifyAnswer):
     fisher: FisherAnswer | None = None
     """None: not asked for."""
 
+    @property
+    def num_examples(self) -> int:
+        """Training images."""
+        return sum(counts_of(self.statistics).values())
+
     def _write(self) -> Body:
         entries: dict[str, Any] = {
             **statistics_entry(self.statistics),

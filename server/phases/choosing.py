@@ -39,6 +39,7 @@ from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry.registry import Registry
 from server.exchange.checks import check_described, checked_votes
 from server.exchange.exchange import Exchange
+from server.phases.roster import Roster
 
 
 @dataclass
@@ -80,16 +81,17 @@ def phases_of(config: RunConfig) -> tuple[str, ...]:
 class Choosing:
     """Works on the current composition of a registry."""
 
-    exchange: Exchange
+    roster: Roster
     registry: Registry
     config: RunConfig
-    num_features: int
-    noised: Collection[str] = ()
-    """Clients whose statistics are under noise."""
     votes: int = 0
     """Images that voted."""
     tried: list[dict[str, float]] = field(default_factory=list)
     """Candidates with their scores, as JSON values."""
+
+    def __post_init__(self) -> None:
+        """Set up the conversation."""
+        self.exchange: Exchange = self.roster.exchange
 
     def run(self) -> None:
         """Do both phases."""
@@ -142,7 +144,7 @@ class Choosing:
         """Why there is no vote; empty if there is one."""
         if self.registry.settings.scale is not None:
             return "it is fixed"
-        if noised := sorted(set(self.noised) & set(self.registry.clients)):
+        if noised := sorted(self.roster.participants.noised & {*self.registry.clients}):
             return f"the statistics of {', '.join(noised)} are under noise"
         if not self.config.train.aside > 0:
             return "`aside` is 0"
@@ -182,7 +184,7 @@ class Choosing:
     def _describe(self, factors: tuple[float, ...], *, vote: bool) -> Described:
         """Ask all members for statistics under the model of each factor."""
         described = Described()
-        form = self.registry.settings.statistics
+        form, width = self.registry.settings.statistics, self.roster.backbone.num_features
         request = RealignRequest(
             total=self._total(),
             linearised=self.registry.linearised,
@@ -196,7 +198,7 @@ class Choosing:
             if len(answer.statistics) != len(factors):
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
-                check_described(client, own, classes, self.num_features)
+                check_described(client, own, classes, width)
             described.take(client, answer.statistics)
             return client
 

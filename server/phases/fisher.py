@@ -48,7 +48,6 @@ class Fishers:
         self.exchange: Exchange = self.roster.exchange
         self.backbone: Backbone = self.roster.backbone
         self.reference = self._read_reference()
-        self.roster.keep_fisher = self.keep
         self.sums: FisherSums | None = None
 
     def gather(self, clients: Collection[str], head: Head, *, decisive: bool = True) -> None:

@@ -49,7 +49,7 @@ from server.exchange.checks import (
 from server.exchange.exchange import Exchange
 from server.phases.fisher import Fishers, fisher_apart
 from server.phases.remarks import remarks
-from server.phases.roster import Roster
+from server.phases.roster import KeepFisher, Roster
 
 INCOMING = "incoming"
 """Folder of a run for contributions that are not in the registry yet."""
@@ -115,13 +115,18 @@ class Fitting:
         Kinds are dealt before clients are excluded: excluding one does not change another's kind.
         """
         asked = self.roster.participants.asked
-        self.roster.gather(asked, fisher=not fisher_apart(self.config), kinds=self.kinds)
+        self.roster.gather(asked, keep_fisher=self._keep_fisher, kinds=self.kinds)
         if asked is None:
             self.roster.exclude(names_of(self.config.server.exclude))
         coming = self.roster.participants.described if asked is None else asked
         self.roster.settle(self.registry, self.config, coming)
         self.exchange.require_clients("describe")
         self.roster.require_newcomers(self.registry)
+
+    @property
+    def _keep_fisher(self) -> KeepFisher | None:
+        """Takes the Fisher that comes with a description; None: it comes by itself."""
+        return None if fisher_apart(self.config) else self.fishers.keep
 
     def align(self) -> None:
         """Make the joint head of all clients' statistics; of sums it takes milliseconds."""
@@ -163,11 +168,11 @@ class Fitting:
             Those that can be trained. The others are left out, but may come again.
         """
         clients = tuple(clients)
-        apart = fisher_apart(self.config)
-        self.roster.gather(clients, fisher=not apart, kinds=self.kinds, decisive=decisive)
+        keep_fisher = self._keep_fisher
+        self.roster.gather(clients, keep_fisher=keep_fisher, kinds=self.kinds, decisive=decisive)
         if coming := tuple(c for c in clients if c in self.roster.newcomers):
             self.align()
-            if apart:
+            if not keep_fisher:
                 self.fishers.gather(coming, self.aligned, decisive=decisive)
             self.fishers.sum_up(notes=decisive)
         came = tuple(c for c in coming if c in self.roster.newcomers)
