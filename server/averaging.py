@@ -75,11 +75,13 @@ class Averaging:
             self.aligned: Head = self.align()
         else:
             self.aligned = self.exchange.books.timed("align", self.align)
-        self.measure_frozen()
+        self.measure("evaluate frozen", {}, self.aligned, prefix="frozen_")
         self.train()
         export_timm(self.folder, self.backbone, self.theta, self.head)
         self.exchange.books.note(NO_REGISTRY)
-        self.evaluate()
+        self.measure("evaluate", self.theta, self.head, decisive=False)
+        if not self.exchange.clients:
+            self.exchange.require_clients("evaluate")
 
     def describe(self) -> None:
         """Ask clients what their classes look like; settle who takes part."""
@@ -97,17 +99,6 @@ class Averaging:
         described = self.roster.participants.described
         statistics = {client: described[client].statistics for client in self.exchange.clients}
         return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
-
-    def measure_frozen(self) -> None:
-        """Let every client measure the frozen backbone under the joint head."""
-        request = EvaluateRequest(theta={}, joint=self.aligned, linearised=False).to_body()
-
-        def fold(client: str, body: Body) -> str:
-            figures = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
-            self.figures[client] = {f"frozen_{name}": value for name, value in figures.items()}
-            return client
-
-        self.exchange.ask("evaluate frozen", "evaluate", lambda c: request, fold)
 
     def start(self) -> AveragingRequest:
         """The request that all clients start from: a task vector that is zero, and a head."""
@@ -201,18 +192,27 @@ class Averaging:
         self.figures[client]["losses"] = [*known, *losses]
         return record
 
-    def evaluate(self) -> None:
-        """Let every client measure the model on its own test images."""
-        request = EvaluateRequest(theta=self.theta, joint=self.head, linearised=False).to_body()
+    def measure(
+        self, phase: str, theta: Weights, joint: Head, *, prefix: str = "", decisive: bool = True
+    ) -> None:
+        """Let every client measure a model on its own test images.
+
+        Args:
+            phase: Name of the phase.
+            theta: Weights by name; empty: of the frozen backbone.
+            joint: The head.
+            prefix: Before the names of the figures.
+            decisive: Fail if too few clients are left then.
+        """
+        request = EvaluateRequest(theta=theta, joint=joint, linearised=False).to_body()
 
         def fold(client: str, body: Body) -> str:
-            figures = EvaluateAnswer.from_body(body).figures
-            self.figures[client] |= checked_fractions(client, figures)
+            figures = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
+            known = self.figures.setdefault(client, {})
+            known |= {f"{prefix}{name}": value for name, value in figures.items()}
             return client
 
-        self.exchange.ask("evaluate", "evaluate", lambda c: request, fold, decisive=False)
-        if not self.exchange.clients:
-            self.exchange.require_clients("evaluate")
+        self.exchange.ask(phase, "evaluate", lambda c: request, fold, decisive=decisive)
 
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
