@@ -21,13 +21,6 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
 
     FedProx's term is the only penalty: there is no anchor. The cosine schedule runs over all
     rounds. No image is kept aside, as there is nothing to choose.
-
-    Args:
-        client: The client that trains.
-        request: The shared task vector's parameters, the joint head and the round.
-
-    Returns:
-        The trained tensors and the losses.
     """
     number, joint = request.number, request.joint
     kind, base = request.kind, client.backbone.fingerprint

@@ -32,13 +32,9 @@ PACKAGES = ("fedcompo", "torch", "timm", "flwr", "numpy", "safetensors", "scikit
 
 
 def collect(strategy: Strategy) -> dict[str, Any]:
-    """Collect every figure of a finished run.
+    """Collect every figure of a finished run, as JSON values.
 
-    Args:
-        strategy: After its ``run``.
-
-    Returns:
-        JSON values. Accuracies are fractions in [0, 1]; those of the run are means over clients.
+    Accuracies are fractions in [0, 1]; those of the run are means over clients.
     """
     registry = strategy.registry
     per_client = {client: _of_client(strategy, client) for client in registry.clients}

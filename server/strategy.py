@@ -114,11 +114,7 @@ class Strategy(ABC):
         self.fitting.remark(folder.name for folder in folders)
 
     def look(self, *, decisive: bool = True) -> None:
-        """Choose λ, align the joint head again, and measure.
-
-        Args:
-            decisive: Fail if no client measures.
-        """
+        """Choose λ, align the joint head again, and measure; decisive: fail if nobody does."""
         self.choosing = Choosing(self.roster, self.registry, self.config)
         if self.config.compose.realign:
             self.choosing.run()

@@ -26,12 +26,7 @@ class-IL, task-IL: the one model of all, all classes; the client's classes"""
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print accuracies, traffic and diagnostics of a run.
-
-    Args:
-        results: What ``results.json`` holds.
-        console: The console to print to.
-    """
+    """Print accuracies, traffic and diagnostics of a run: what ``results.json`` holds."""
     console = table_console(console)
     console.print(_accuracy_table(results))
     console.print(_traffic_table(results))

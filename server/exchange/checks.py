@@ -201,12 +201,7 @@ class Originals:
     def check(self, client: str, vector: TaskVector, norm: float) -> None:
         """Raise ``ContributionError`` if another client sent the same task vector before.
 
-        Two trainings do not end at the same bits, unless both changed nothing.
-
-        Args:
-            client: Its name.
-            vector: Its task vector.
-            norm: Of the task vector; see :func:`norm_of`.
+        Two trainings do not end at the same bits, unless both changed nothing: norm 0.
         """
         if not norm:
             return

@@ -82,12 +82,8 @@ class Roster:
     def settle(self, registry: Registry, config: RunConfig, coming: Collection[str]) -> None:
         """Settle which members of the registry are not trained again: all that are not replaced.
 
-        Such a member that is connected, but has other classes now, is left out.
-
-        Args:
-            registry: The registry that the clients join.
-            config: Settings of the run.
-            coming: Clients that are to be trained if the registry may replace them.
+        Such a member that is connected, but has other classes now, is left out. Those coming are
+        replaced where the settings allow it.
 
         Raises:
             ContributionError: If the run's kind does not mix with that of the members.
