@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedcompo.report.console import table_console
+from fedcompo.report.console import numbers, table_console
 from fedcompo.report.picture import SHOWN, Results, overlap, shown
 from fedcompo.report.units import percent, shortened, size
 
@@ -56,15 +56,13 @@ def _print_scale(chosen: Mapping[str, Any], console: Console) -> None:
 def _candidates_table(
     chosen: Mapping[str, Any], tried: Mapping[tuple[float, float], Mapping[str, float]]
 ) -> Table:
+    scales, shrinkages = (sorted({key[i] for key in tried}) for i in (0, 1))
     table = Table(
+        *numbers("λ", *(f"shrinkage {shrinkage:g}" for shrinkage in shrinkages)),
         title=f"Vote on λ and the head's shrinkage, {chosen['votes']} images: loss, accuracy in %",
         caption=f"Chosen: λ = {chosen['scale']:.3g}, shrinkage {chosen['shrinkage']:g}",
     )
-    scales, shrinkages = (sorted({key[i] for key in tried}) for i in (0, 1))
     best = min(tried.values(), key=lambda c: c["loss"])["loss"]
-    table.add_column("λ", justify="right")
-    for shrinkage in shrinkages:
-        table.add_column(f"shrinkage {shrinkage:g}", justify="right")
     for scale in scales:
         cells = [tried[scale, shrinkage] for shrinkage in shrinkages]
         texts = [f"{c['loss']:.3g}, {percent(c['accuracy'])}" for c in cells]
@@ -88,12 +86,10 @@ def _print_diagnostics(results: Results, console: Console) -> None:
 
 
 def _accuracy_table(results: Results) -> Table:
-    table = Table(title="Accuracy, %", caption=CAPTION, caption_justify="left")
-    for name in ("client", "classes", "kind", "images"):
-        table.add_column(name, justify="right" if name == "images" else "left")
     columns = [column for column in COLUMNS if results.get(column[1]) is not None]
-    for title, _ in columns:
-        table.add_column(title, justify="right")
+    counted = numbers("images", *(title for title, _ in columns))
+    style: Any = {"title": "Accuracy, %", "caption": CAPTION, "caption_justify": "left"}
+    table = Table("client", "classes", "kind", *counted, **style)
     for client in shown(results):
         figures = results["per_client"][client]
         table.add_row(
@@ -159,13 +155,9 @@ def _diagnostics_table(results: Results) -> Table:
     diagnostics = results["diagnostics"]
     cosines = overlap(results)
     title = "Task vectors: length" + (", and cosine in the Fisher metric" if cosines else "")
-    table = Table(title=title, padding=(0, 1, 0, 0))  # five clients fit a terminal
-    table.add_column("client")
-    table.add_column("‖τ‖", justify="right")
-    if cosines:
-        table.add_column("τᵀF̄τ", justify="right")
-        for client in diagnostics["clients"]:
-            table.add_column(client, justify="right")
+    more = numbers("τᵀF̄τ", *diagnostics["clients"]) if cosines else []
+    columns = "client", *numbers("‖τ‖"), *more
+    table = Table(*columns, title=title, padding=(0, 1, 0, 0))  # five clients fit a terminal
     for index, client in enumerate(diagnostics["clients"][:SHOWN]):
         row = [client, f"{diagnostics['tau_norms'][index]:.3g}"]
         if cosines:
