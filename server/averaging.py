@@ -23,10 +23,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.head import joint_head
-from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
-from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, Statistics, kinds_of
+from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
@@ -40,6 +38,7 @@ from fedcompo.seeds import generator_for
 from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
 from server.exchange.exchange import Exchange
 from server.exchange.exchange_grid import ExchangeGrid
+from server.phases import roster
 from server.phases.roster import Roster
 
 METHODS = (Method.FEDAVG, Method.FEDPROX)
@@ -71,10 +70,6 @@ class Averaging:
     def run(self) -> None:
         """Do all phases; afterwards the model lies in its folder."""
         self.describe()
-        if self.config.head.statistics is Statistics.SUMS:
-            self.aligned: Head = self.align()
-        else:
-            self.aligned = self.exchange.books.timed("align", self.align)
         self.measure("evaluate frozen", {}, self.aligned, prefix="frozen_")
         self.train()
         export_timm(self.folder, self.backbone, self.theta, self.head)
@@ -84,7 +79,7 @@ class Averaging:
             self.exchange.require_clients("evaluate")
 
     def describe(self) -> None:
-        """Ask clients what their classes look like; settle who takes part."""
+        """Ask clients what their classes look like; settle who takes part; make the joint head."""
         self.roster.gather()
         self.roster.exclude(names_of(self.config.server.exclude))
         for client in self.exchange.clients:
@@ -93,12 +88,9 @@ class Averaging:
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
                 self.exchange.leave_out("describe", client, reason)
         self.exchange.require_clients("describe")
-
-    def align(self) -> Head:
-        """Make the joint head of everyone's statistics."""
         described = self.roster.participants.described
         statistics = {client: described[client].statistics for client in self.exchange.clients}
-        return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
+        self.aligned = self.roster.align(statistics, self.config)
 
     def start(self) -> AveragingRequest:
         """The request that all clients start from: a task vector that is zero, and a head."""
@@ -217,9 +209,7 @@ class Averaging:
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
     """The phases of averaging."""
-    mixtures = config.head.statistics is Statistics.MIXTURES
-    align = ("align",) if mixtures else ()
-    return ("describe", *align, "evaluate frozen", "train", "evaluate")
+    return (*roster.phases_of(config), "evaluate frozen", "train", "evaluate")
 
 
 def _only_kind(config: RunConfig) -> Kind:

@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
-from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import HeadStart, Method, Statistics, kinds_of
+from fedcompo.config.choices import HeadStart, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
@@ -47,6 +45,7 @@ from server.exchange.checks import (
     too_long,
 )
 from server.exchange.exchange import Exchange
+from server.phases import roster
 from server.phases.fisher import Fishers, fisher_apart
 from server.phases.remarks import remarks
 from server.phases.roster import KeepFisher, Roster
@@ -57,9 +56,8 @@ INCOMING = "incoming"
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
     """The phases of fitting."""
-    mixtures = config.head.statistics is Statistics.MIXTURES
-    align, own = ("align",) if mixtures else (), ("fisher",) if fisher_apart(config) else ()
-    return ("describe", *align, *own, "train")
+    own = ("fisher",) if fisher_apart(config) else ()
+    return (*roster.phases_of(config), *own, "train")
 
 
 @dataclass
@@ -129,13 +127,7 @@ class Fitting:
         return None if fisher_apart(self.config) else self.fishers.keep
 
     def align(self) -> None:
-        """Make the joint head of all clients' statistics; of sums it takes milliseconds."""
-        if self.registry.settings.statistics is Statistics.SUMS:
-            self.aligned: Head = self._align()
-        else:
-            self.aligned = self.exchange.books.timed("align", self._align)
-
-    def _align(self) -> Head:
+        """Make the joint head of all clients' statistics."""
         who = self.roster.participants
         statistics: dict[str, AnyStatistics] = {
             client: self.registry.contribution(client).statistics for client in who.members
@@ -144,7 +136,7 @@ class Fitting:
         self._aligned_with = tuple(sorted(statistics))
         sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
         self._variance = total_of(sums).variance if sums else 0.0
-        return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
+        self.aligned = self.roster.align(statistics, self.config)
 
     def _uses_joint_head(self, client: str) -> bool:
         """Whether a client trains with the joint head: from it, or with a Fisher under it.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import Kind, kinds_of
+from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.choices import Kind, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import DescribeAnswer, FisherAnswer, IdentifyAnswer, Process
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import DescribeRequest, IdentifyRequest
+from fedcompo.method.contribution import AnyStatistics
+from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
 from fedcompo.runtime import check_versions
@@ -20,11 +24,16 @@ from server.exchange.checks import check_backbone, check_described
 from server.exchange.exchange import Exchange
 from server.phases.participants import Participants
 
-PHASE, NAMING = "describe", "identify"
+PHASE, NAMING, ALIGN = "describe", "identify", "align"
 KeepFisher = Callable[[str, FisherAnswer], None]
 """Checks the Fisher that came with a client's description, then keeps it."""
 Accept = Callable[[str, IdentifyAnswer], None]
 """Refuses a client by its name and answer: raises ``ContributionError``."""
+
+
+def phases_of(config: RunConfig) -> tuple[str, ...]:
+    """The phases until there is a joint head; of sums it takes milliseconds, and is no phase."""
+    return (PHASE,) if config.head.statistics is Statistics.SUMS else (PHASE, ALIGN)
 
 
 @dataclass
@@ -65,6 +74,16 @@ class Roster:
                 f"{', '.join(self.exchange.clients)}. Train them anew with `replace = true`, or "
                 "start others."
             )
+
+    def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
+        """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
+
+        def align() -> Head:
+            return joint_head(statistics, CompositionSettings.of(config), purpose=ALIGN)
+
+        if ALIGN not in phases_of(config):
+            return align()
+        return self.exchange.books.timed(ALIGN, align)
 
     # -- who comes and goes -----------------------------------------------------------------------
 
