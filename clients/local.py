@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
 
@@ -52,21 +52,6 @@ from fedcompo.training.fit import ensembled, fit_task_vector
 from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
-
-
-class Who(TypedDict):
-    """Fields that every answer has; see :class:`NoticeAnswer`."""
-
-    client: str
-    base: str
-    classes: tuple[str, ...]
-
-
-class About(TypedDict):
-    """Fields of an answer in which a client says who it is; see :class:`IdentifyAnswer`."""
-
-    num_test_examples: int
-    noised: bool
 
 
 @dataclass(frozen=True)
@@ -140,7 +125,6 @@ class LocalClient:
         form = self.config.head.statistics
         statistics, caps = self.statistics(self.data.train, {}, form=form, purpose="features")
         return DescribeAnswer(
-            **self.who(),
             **self._about(),
             statistics=statistics,
             kind=self.kind,
@@ -150,7 +134,7 @@ class LocalClient:
 
     def identify(self) -> IdentifyAnswer:
         """Send name, backbone, classes and the number of test images."""
-        return IdentifyAnswer(**self.who(), **self._about())
+        return IdentifyAnswer(**self._about())
 
     def notice(self, request: NoticeRequest) -> NoticeAnswer:
         """Log that another client was removed, with the removal record."""
@@ -274,14 +258,15 @@ class LocalClient:
         ridge = self.config.head.ridge
         return fit_probe(self.backbone, self.split[0], self.data.classes, ridge=ridge)
 
-    def _about(self) -> About:
-        noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
-        return About(num_test_examples=tests, noised=noised)
-
-    def who(self) -> Who:
-        """Name, backbone and classes, which every answer states."""
+    def who(self) -> dict[str, Any]:
+        """Name, backbone and classes, which every answer states; see :class:`NoticeAnswer`."""
         base, classes = self.backbone.fingerprint, self.data.classes
-        return Who(client=self.name, base=base, classes=classes)
+        return {"client": self.name, "base": base, "classes": classes}
+
+    def _about(self) -> dict[str, Any]:
+        """What else a client states of itself; see :class:`IdentifyAnswer`."""
+        noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
+        return {**self.who(), "num_test_examples": tests, "noised": noised}
 
     def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)

@@ -11,7 +11,7 @@ there is no vote: the head alone is aligned again, at the registry's own factor.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -46,8 +46,6 @@ from server.phases.roster import Roster
 class Described:
     """Statistics of the features of several models; sums are added up as they arrive."""
 
-    clients: set[str] = field(default_factory=set)
-    """Who described them."""
     totals: list[FeatureSums] = field(default_factory=list)
     """Of each model, over the images of all these clients."""
     mixtures: dict[str, AnyStatistics] = field(default_factory=dict)
@@ -62,7 +60,6 @@ class Described:
             self.totals = [a + b for a, b in zip(self.totals, sums, strict=True)]
         else:
             self.totals = sums
-        self.clients.add(client)
 
     def of_model(self, place: int) -> FeatureSums | dict[str, AnyStatistics]:
         """What a registry aligns its head by."""
@@ -95,18 +92,16 @@ class Choosing:
 
     def run(self) -> None:
         """Do both phases."""
-        if missing := self._missing(self.exchange.clients):
-            self._give_up(missing)
-            return
         reason = self._reason()
         if not reason and self._elect():
             return
-        if missing := self._missing(self.exchange.clients):
-            self._give_up(missing)
-            return
         described = self._describe((self.registry.factor,), vote=False)
-        if missing := self._missing(described.clients):
-            self._give_up(missing)
+        if described is None:
+            self.exchange.books.note(
+                f"The joint head was not aligned again: {', '.join(self._missing())} did not "
+                "describe the composed model's features. It stays aligned on pre-trained features."
+            )
+            self.note_no_vote("not all members are there")
             return
         self.registry.realign(described.of_model(0))
         self.note_no_vote(reason or "nobody keeps an image aside")
@@ -130,15 +125,9 @@ class Choosing:
                 f"(by {self.registry.factor_by})."
             )
 
-    def _missing(self, there: Collection[str]) -> list[str]:
-        return sorted(set(self.registry.clients) - set(there))
-
-    def _give_up(self, missing: Sequence[str]) -> None:
-        self.exchange.books.note(
-            f"The joint head was not aligned again: {', '.join(missing)} did not describe the "
-            "composed model's features. It stays aligned on pre-trained features."
-        )
-        self.note_no_vote("not all members are there")
+    def _missing(self) -> list[str]:
+        """Members that are not connected, or failed before."""
+        return sorted(set(self.registry.clients) - {*self.exchange.clients})
 
     def _reason(self) -> str:
         """Why there is no vote; empty if there is one."""
@@ -165,7 +154,7 @@ class Choosing:
         together, tried = self.registry.state.count, candidates(members)
         factors = tuple(scale / together for scale in scales(members))
         described = self._describe(factors, vote=True)
-        if self._missing(described.clients):
+        if described is None:
             return False
         heads = tuple(head_from_total(t, own) for own in SHRINKAGES for t in described.totals)
         votes = self._vote(factors, heads)
@@ -181,8 +170,10 @@ class Choosing:
         self.votes, self.tried = votes.num_examples, _scored(tried, votes)
         return True
 
-    def _describe(self, factors: tuple[float, ...], *, vote: bool) -> Described:
-        """Ask all members for statistics under the model of each factor."""
+    def _describe(self, factors: tuple[float, ...], *, vote: bool) -> Described | None:
+        """Ask for statistics under the model of each factor; None unless all members send them."""
+        if self._missing():
+            return None
         described = Described()
         form, width = self.registry.settings.statistics, self.roster.backbone.num_features
         request = RealignRequest(
@@ -206,7 +197,7 @@ class Choosing:
         self.exchange.ask(
             "realign", "query.realign", lambda c: request, fold, decisive=False, clients=clients
         )
-        return described
+        return None if self._missing() else described
 
     def _vote(self, factors: tuple[float, ...], heads: tuple[Head, ...]) -> Votes | None:
         """Ask all members how well each model does under its heads; None if nobody says so."""
