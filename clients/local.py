@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from clients import outgoing
+from clients.course import course_of
 from clients.loading import load_images, load_shared_backbone
 from clients.store import Store, completed, store_home
 from fedcompo.backbone.backbone import Backbone
@@ -157,7 +158,8 @@ class LocalClient:
         if request.lacks:
             return LacksAnswer(**self.who(), lacks=request.lacks)
         classes, theta_0 = self.data.classes, self.backbone.theta_0
-        course = request.course(
+        course = course_of(
+            request,
             theta_0,
             base=self.backbone.fingerprint,
             classes=classes,
