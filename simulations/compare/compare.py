@@ -18,9 +18,11 @@ import argparse
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 from comparison_tables import Row, tables
@@ -30,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from runs import run
 
 from fedcompo.config.scenario import settings_of as scenario_settings
+from fedcompo.errors import FedcompoError
 
 SEEDS = ("0", "1", "2")
 
@@ -89,9 +92,12 @@ def work(job: Job, arguments: argparse.Namespace, passes: int) -> dict:
     )
     if not results:
         return {}
-    return measured(
-        folder, job.name.partition(":")[0], results, changes=not arguments.without_changes
-    )
+    name, changes = job.name.partition(":")[0], not arguments.without_changes
+    try:
+        return measured(folder, name, results, changes=changes)
+    except FedcompoError as error:
+        print(f"{folder}, {name} failed: {error}", file=sys.stderr)
+        return {}
 
 
 def main() -> None:
@@ -128,10 +134,9 @@ def main() -> None:
         bar = progress.add_task("runs", total=len(jobs))
         for stage in (False, True):  # derived methods need the runs they are derived from
             own = [job for job in jobs if bool(job.method.of) is stage]
-            with ThreadPoolExecutor(arguments.jobs) as pool:
-                for job, figures in zip(
-                    own, pool.map(lambda job: work(job, arguments, passes), own), strict=True
-                ):
+            with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+                found = pool.map(partial(work, arguments=arguments, passes=passes), own)
+                for job, figures in zip(own, found, strict=True):
                     progress.advance(bar)
                     failed += not figures
                     if figures:

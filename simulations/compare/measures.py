@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,15 +16,12 @@ from runs import first_central_last
 from fedcompo.config.choices import kinds_of
 from fedcompo.method.deltas import Weights
 
-MEASURED = "measured"
 CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
 """Methods whose models are also specialised, and from which clients are removed."""
 
 
 def measured(folder: Path, method: str, results: dict, *, changes: bool) -> dict[str, Any]:
-    """Measure a method, or return the figures that were measured before.
-
-    Measuring happens in a process of its own, so that several can at a time.
+    """Figures of a method: those that its run reports, and those that were or are measured here.
 
     Args:
         folder: Of the run.
@@ -34,26 +29,15 @@ def measured(folder: Path, method: str, results: dict, *, changes: bool) -> dict
         results: What the run reported.
         changes: Also specialise and remove, where that says something.
     """
-    parts = _parts(method, changes=changes)
-    files = {part: folder / f"{MEASURED}-{method}-{part}.json" for part in parts}
-    if missing := [part for part, file in files.items() if not file.exists()]:
-        command = [sys.executable, __file__, str(folder), method, *missing]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            asked = ", ".join(missing)
-            print(f"{folder}, {method}, {asked} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
-            return {}
-    figures = _reported(results)
-    for file in files.values():
-        figures |= json.loads(file.read_text())
-    return figures
-
-
-def _parts(method: str, *, changes: bool) -> list[str]:
-    """Measure what a method's run does not report itself."""
-    if METHODS[method].of:
-        return ["derived"]
-    return ["changes"] if changes and method in CHANGED else []
+    derived, figures = bool(METHODS[method].of), _reported(results)
+    if not derived and not (changes and method in CHANGED):
+        return figures
+    file = folder / f"measured-{method}.json"
+    if not file.exists():
+        bench = Bench(folder / "registry")
+        found = derive(bench, method) if derived else specialised_and_removed(bench)
+        file.write_text(json.dumps(found, indent=1))
+    return figures | json.loads(file.read_text())
 
 
 def _reported(results: dict) -> dict[str, Any]:
@@ -139,20 +123,3 @@ def _statistics_alone(bench: Bench) -> dict[str, Any]:
     results = json.loads((bench.path.parent / "results.json").read_text())
     phase, clients = results["phases"]["describe"], len(bench.registry.clients)
     return {"up": phase["bytes_received"] / clients, "down": phase["bytes_sent"] / clients}
-
-
-def main() -> None:
-    """Measure parts of one method of one run, and write the figures beside it."""
-    folder, method, *parts = sys.argv[1:]
-    bench = Bench(Path(folder) / "registry")
-    measure = {
-        "changes": lambda: specialised_and_removed(bench),
-        "derived": lambda: derive(bench, method),
-    }
-    for part in parts:
-        file = Path(folder) / f"{MEASURED}-{method}-{part}.json"
-        file.write_text(json.dumps(measure[part](), indent=1))
-
-
-if __name__ == "__main__":
-    main()
