@@ -80,13 +80,9 @@ class Bench:
         return head_of(self.pool.only(*clients), self.registry.settings)
 
     def head(self, theta: Weights, clients: Iterable[str]) -> Head:
-        """The joint head that the run would give to some weights.
+        """The joint head, of some clients' classes, that the run would give to these weights.
 
         Of the features under these weights, unless the run did not realign.
-
-        Args:
-            theta: Target weights by name.
-            clients: Whose classes it knows.
         """
         if not self.registry.realigned:
             return self.frozen_head(clients)
@@ -106,13 +102,7 @@ class Bench:
         return fit_mixtures(features, images.labels, data.classes, components=components, seed=seed)
 
     def accuracies(self, theta: Weights, head: Head, clients: Iterable[str]) -> Accuracies:
-        """Class-IL and task-IL on clients' test images.
-
-        Args:
-            theta: Target weights by name; empty: pre-trained.
-            head: Joint head.
-            clients: Whose images.
-        """
+        """Class-IL and task-IL on clients' test images; with no weights, of the pre-trained."""
         found, linearised = {}, self.registry.linearised and bool(theta)
         for client in clients:
             classes, test = self.data[client].classes, self.data[client].test

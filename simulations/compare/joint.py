@@ -27,7 +27,6 @@ def train_joint(
     datas: Sequence[ClientData],
     config: RunConfig,
     kind: Kind,
-    epochs: int | None = None,
 ) -> tuple[Weights, Head]:
     """Train one model on the images of all clients, by cross-entropy over all classes.
 
@@ -39,7 +38,6 @@ def train_joint(
         datas: Everyone's images.
         config: How a client would train, and the seed.
         kind: How the change of the weights is parametrised.
-        epochs: Passes over the images; None: as many as clients make.
 
     Returns:
         Target weights by name, each (out, in), and the head of all classes.
@@ -47,13 +45,12 @@ def train_joint(
     start = zero_head(sorted({c for data in datas for c in data.classes}), backbone.num_features)
     labels = [start.indices(data.classes)[data.train.labels] for data in datas]
     together = Split(torch.cat([data.train.images for data in datas]), torch.cat(labels))
-    passes = epochs or passes_of(datas, config)
     fitted = fit_task_vector(
         backbone,
         kind,
         together,
         start,
-        replace(config.train, local_epochs=passes, local_steps=0),
+        replace(config.train, local_epochs=passes_of(datas, config), local_steps=0),
         generator=generator_for(config.seed, "train", "joint"),
     )
     theta_0 = backbone.theta_0

@@ -21,13 +21,10 @@ CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
 
 
 def measured(folder: Path, method: str, results: dict, *, changes: bool) -> dict[str, Any]:
-    """Figures of a method: those that its run reports, and those that were or are measured here.
+    """Figures of a method: what its run reported, and what was or is measured here.
 
-    Args:
-        folder: Of the run.
-        method: Its name, or that of a method derived from it.
-        results: What the run reported.
-        changes: Also specialise and remove, where that says something.
+    The method is the one that was run in the folder, or derived from it. Changes: also specialise
+    and remove, where that says something.
     """
     derived, figures = bool(METHODS[method].of), _reported(results)
     if not derived and not (changes and method in CHANGED):

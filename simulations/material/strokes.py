@@ -57,11 +57,7 @@ class Stroke:
 
 
 def new_character(draw: np.random.RandomState) -> tuple[Stroke, ...]:
-    """Invent a character; its longer side is 1, its centre the origin.
-
-    Args:
-        draw: Source of every choice.
-    """
+    """Invent a character; its longer side is 1, its centre the origin."""
     strokes: list[Stroke] = []
     for _ in range(draw.randint(2, 5)):
         count = draw.randint(2, 5)
@@ -78,15 +74,7 @@ def new_character(draw: np.random.RandomState) -> tuple[Stroke, ...]:
 
 
 def write_by_hand(character: tuple[Stroke, ...], draw: np.random.RandomState) -> NDArray[np.uint8]:
-    """Draw one image of a character.
-
-    Args:
-        character: Its strokes.
-        draw: Source of every choice.
-
-    Returns:
-        (IMAGE, IMAGE), light on dark.
-    """
+    """Draw one image of a character, (IMAGE, IMAGE), light on dark."""
     angle, shear = draw.uniform(-TURN, TURN), draw.uniform(-SHEAR, SHEAR)
     cos, sin = np.cos(angle), np.sin(angle)
     turned = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, shear], [0.0, 1.0]])
@@ -126,12 +114,7 @@ def _trace(sheet: ImageDraw.ImageDraw, line: Points, pen: float) -> None:
 
 
 def draw_classes(classes: int, counts: tuple[int, int], seed: int) -> dict[str, NDArray]:
-    """Draw every image of every class.
-
-    Args:
-        classes: Number of characters.
-        counts: Training images and test images a class.
-        seed: Seed of everything drawn.
+    """Draw every image of every class: so many for training and for testing of each.
 
     Returns:
         ``images``, ``labels``, ``split`` and ``names``, see :mod:`fedcompo.data.npz`.

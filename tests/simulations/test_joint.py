@@ -89,22 +89,15 @@ def test_it_makes_as_many_passes_as_clients_on_average(datas):
     assert joint.passes_of(datas, floor) == 6
 
 
-def test_more_passes_may_be_asked_for(backbone, datas):
-    theta, _ = joint.train_joint(backbone, datas, CONFIG, Kind.IA3)
-    same, _ = joint.train_joint(backbone, datas, CONFIG, Kind.IA3, epochs=3)
-    longer, _ = joint.train_joint(backbone, datas, CONFIG, Kind.IA3, 4)
-    assert all(torch.equal(same[name], theta[name]) for name in theta)
-    assert all(not torch.equal(longer[name], theta[name]) for name in theta)
-
-
 def test_it_learns_the_classes_of_all_clients(backbone, datas):
-    theta, head = joint.train_joint(backbone, datas, CONFIG, Kind.FULL, epochs=30)
+    longer = RunConfig.parse({**CONFIG.flat(), "local-epochs": 30})
+    theta, head = joint.train_joint(backbone, datas, longer, Kind.FULL)
     for data in datas:
         assert accuracy_of(backbone, theta, head, data.classes, data.test).class_il > 0.8
 
 
 def test_training_leaves_the_backbone_alone(backbone, datas):
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    joint.train_joint(backbone, datas, CONFIG, Kind.FULL, epochs=1)
+    joint.train_joint(backbone, datas, CONFIG, Kind.FULL)
     after = backbone.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
