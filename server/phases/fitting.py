@@ -95,10 +95,7 @@ class Fitting:
     def run(self) -> None:
         """Do all phases; afterwards a contribution of each trained client is in its folder."""
         self.describe()
-        self.align()
-        if fisher_apart(self.config):
-            self.fishers.gather(self.roster.newcomers, self.aligned)
-        self.fishers.sum_up(notes=True)
+        self._prepare(self.roster.newcomers, decisive=True)
         self.train()
 
     def folder(self, client: str) -> Path:
@@ -125,6 +122,13 @@ class Fitting:
     def _keep_fisher(self) -> KeepFisher | None:
         """Takes the Fisher that comes with a description; None: it comes by itself."""
         return None if fisher_apart(self.config) else self.fishers.keep
+
+    def _prepare(self, coming: Collection[str], *, decisive: bool) -> None:
+        """Make all that described clients train with: the joint head, and the Fisher sum."""
+        self.align()
+        if fisher_apart(self.config):
+            self.fishers.gather(coming, self.aligned, decisive=decisive)
+        self.fishers.sum_up(notes=decisive)
 
     def align(self) -> None:
         """Make the joint head of all clients' statistics."""
@@ -160,13 +164,10 @@ class Fitting:
             Those that can be trained. The others are left out, but may come again.
         """
         clients = tuple(clients)
-        keep_fisher = self._keep_fisher
-        self.roster.gather(clients, keep_fisher=keep_fisher, kinds=self.kinds, decisive=decisive)
+        keep = self._keep_fisher
+        self.roster.gather(clients, keep_fisher=keep, kinds=self.kinds, decisive=decisive)
         if coming := tuple(c for c in clients if c in self.roster.newcomers):
-            self.align()
-            if not keep_fisher:
-                self.fishers.gather(coming, self.aligned, decisive=decisive)
-            self.fishers.sum_up(notes=decisive)
+            self._prepare(coming, decisive=decisive)
         came = tuple(c for c in coming if c in self.roster.newcomers)
         self.roster.forget(set(coming) - set(came))
         return came

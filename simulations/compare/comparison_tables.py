@@ -52,7 +52,7 @@ def key(*path: str) -> Callable[[Figures], float | None]:
 
 
 def tables(rows: list[Row]) -> str:
-    """Format the tables: accuracy and cost, specialising and removing, arrivals."""
+    """Format the tables: accuracy and cost, specialising and removing."""
     parts = ["Accuracy, % (mean ± standard deviation over seeds), and cost:", _accuracy(rows)]
     changing = [row for row in rows if row.mean(key("removal", "control")) is not None]
     if changing:
@@ -63,9 +63,6 @@ def tables(rows: list[Row]) -> str:
             "was kept from before:",
             _changes(changing),
         ]
-    arriving = [row for row in rows if row.mean(key("arrivals", "final")) is not None]
-    if arriving:
-        parts += ["One client after the other, class-IL, %:", _arrivals(arriving)]
     return "\n\n".join(parts)
 
 
@@ -90,14 +87,4 @@ def _changes(rows: list[Row]) -> str:
     head = ["specialised: target", "control", "removed: target", "control before", "control after"]
     lines = [["method", "kind", *head]]
     lines += [[r.title, r.kind, *(spread(r.values(key(*p))) for p in parts)] for r in rows]
-    return markdown_table(lines)
-
-
-def _arrivals(rows: list[Row]) -> str:
-    lines = [["method", "kind", "final", "average", "forgetting"]]
-    for row in rows:
-        names = ("final", "average", "forgetting")
-        lines.append(
-            [row.title, row.kind, *(spread(row.values(key("arrivals", n))) for n in names)]
-        )
     return markdown_table(lines)

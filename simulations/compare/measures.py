@@ -42,7 +42,6 @@ def _reported(results: dict) -> dict[str, Any]:
     clients = max(1, len(results["per_client"]))
     phases = results["phases"].values()
     diagnostics = results.get("diagnostics") or {}
-    arrivals = results.get("arrivals", {}).get("class_il_accuracy")
     return {
         "class_il": results["class_il_accuracy"],
         "task_il": results["task_il_accuracy"],
@@ -52,7 +51,6 @@ def _reported(results: dict) -> dict[str, Any]:
         "down": sum(phase["bytes_sent"] for phase in phases) / clients,
         "seconds": results["seconds"],
         "gap": diagnostics.get("composition_gap"),
-        "arrivals": arrivals,
         "scale": (results.get("scale") or {}).get("scale"),
     }
 
@@ -106,7 +104,7 @@ def derive(bench: Bench, method: str) -> dict[str, Any]:
     return {**_means(bench.accuracies(theta, bench.head(theta, clients), clients)), **UNKNOWN}
 
 
-UNKNOWN = dict.fromkeys(("own_task", "own_heads", "gap", "arrivals", "seconds"))
+UNKNOWN = dict.fromkeys(("own_task", "own_heads", "gap", "seconds"))
 NO_COST = {"up": None, "down": None}
 
 
