@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from clients import outgoing
 from clients.local import LocalClient
 from fedcompo.data.client_data import Split
@@ -12,8 +10,6 @@ from fedcompo.messages.requests import AveragingRequest
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
 from fedcompo.training.fit import Course, fit_task_vector
-
-logger = logging.getLogger(__name__)
 
 
 def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
@@ -39,7 +35,7 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         client.config.train,
         generator=generator_for(client.config.seed, "train", client.name, str(number)),
         course=course,
-        on_epoch=lambda *epoch: logger.info("%s: epoch %d of %d, loss %.4f", client.name, *epoch),
+        on_epoch=client.log_epoch,
     )
     tensors, _, caps = outgoing.trained(fitted, client.backbone, client.config.caps)
     return AveragingAnswer(

@@ -176,7 +176,7 @@ class LocalClient:
             self.config.train,
             generator=generator_for(self.config.seed, *purpose),
             course=course,
-            on_epoch=self._log_epoch,
+            on_epoch=self.log_epoch,
         )
         fitted = replace(fitted, head=fitted.head.rows(classes))
         tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
@@ -270,5 +270,6 @@ class LocalClient:
         noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
         return {**self.who(), "num_test_examples": tests, "noised": noised}
 
-    def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
+    def log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
+        """Log a finished epoch and its mean loss."""
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)

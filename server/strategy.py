@@ -74,7 +74,7 @@ class Strategy(ABC):
             self.roster,
             self.config,
             self.registry,
-            self.output / fitting.INCOMING,
+            self.working.output / fitting.INCOMING,
             self.figures,
             ensembled=self.config.method.method is Method.IEL,
         )
@@ -91,11 +91,6 @@ class Strategy(ABC):
         self.roster.exclude(names_of(self.config.server.exclude))
         self.roster.settle(self.registry, self.config, self.exchange.clients)
         self.roster.require_newcomers(self.registry)
-
-    @property
-    def output(self) -> Path:
-        """The run's own folder."""
-        return self.working.output
 
     @abstractmethod
     def fit(self) -> list[Path]:
@@ -151,7 +146,7 @@ class IelStrategy(Strategy):
     def fit(self) -> list[Path]:
         """Do the rounds."""
         self.identify()
-        number, last = self.config.method.num_server_rounds, LastSent(self.output / ROUNDS)
+        number, last = self.config.method.num_server_rounds, LastSent(self.working.output / ROUNDS)
         self.rounds = Rounds(self.fitting, number, last, working=self.working)
         self.rounds.run()
         self.trained = self.rounds.trained
