@@ -246,14 +246,8 @@ class LocalClient:
 
     def _fisher(self, head: Head | None) -> FisherAnswer:
         """The Fisher diagonal of the training images; of their features if there is no head."""
-        return outgoing.fisher_of(
-            self.backbone,
-            head,
-            self.data.train.images,
-            self.config,
-            client=self.name,
-            classes=self.data.classes,
-        )
+        images, who = self.data.train.images, self.who()
+        return outgoing.fisher_of(self.backbone, head, images, self.config, who=who)
 
     def _probe(self) -> Head:
         """The client's own head. Each phase fits it again and gets the same bits."""

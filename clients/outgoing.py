@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -79,8 +80,7 @@ def fisher_of(
     images: Tensor,
     config: RunConfig,
     *,
-    client: str,
-    classes: tuple[str, ...],
+    who: Mapping[str, Any],
 ) -> FisherAnswer:
     """Sum the Fisher diagonal, in the form and number format that the caps allow.
 
@@ -89,8 +89,7 @@ def fisher_of(
         head: Head of the class probabilities that it is the Fisher of; None: of the features.
         images: Of training, (count, channels, size, size), uint8.
         config: Settings, capped.
-        client: Its name.
-        classes: Its classes.
+        who: What every answer states of the client.
     """
     started, caps = time.perf_counter(), config.caps
     caps_report: dict[str, Any] = {}
@@ -104,7 +103,7 @@ def fisher_of(
         caps_report |= {"noise": caps.dp_noise, "clip": caps.dp_clip_fisher}
     else:
         fisher, figures = fisher_of_images(
-            backbone, images, config.fisher, seed=config.seed, owner=client, head=head
+            backbone, images, config.fisher, seed=config.seed, owner=who["client"], head=head
         )
         report = asdict(figures)
         if caps.fisher_form is FisherForm.FACTORED:
@@ -116,9 +115,7 @@ def fisher_of(
     if caps.wire is not Wire.FLOAT32 and body:
         caps_report |= {"wire_error": relative_error(body, arrived), "wire": str(caps.wire)}
     return FisherAnswer(
-        client=client,
-        base=backbone.fingerprint,
-        classes=classes,
+        **who,
         tensors=coded,
         num_examples=fisher.num_examples,
         form=caps.fisher_form,
