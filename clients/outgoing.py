@@ -148,11 +148,6 @@ def trained(
 ) -> tuple[dict[str, Tensor], Fitted, dict[str, Any]]:
     """Write what was trained in the number format that the caps allow.
 
-    Args:
-        fitted: As it was trained.
-        backbone: Pre-trained weights.
-        caps: Which format.
-
     Returns:
         The tensors of the answer; the task vector and head that the server reads from them, which
         the client measures and continues with; the answer's report on caps.

@@ -105,9 +105,7 @@ def print_details(details: Mapping[str, Any]) -> None:
 def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
     """Print what a removal deletes, what it keeps, and what it cannot undo.
 
-    Args:
-        plan: Of the removal.
-        realigned: Whether the present joint head was fitted to the composed model's features.
+    Realigned: the present joint head was fitted to the composed model's features.
     """
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
     client = plan["client"]

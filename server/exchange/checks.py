@@ -165,12 +165,8 @@ FEWEST = 3
 def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
     r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times the median of all norms.
 
-    Args:
-        norms: Norm of each client's task vector.
-        ratio: 0: no task vector is too long.
-
     Returns:
-        The reason to refuse the task vector, by client.
+        The reason to refuse the task vector, by client; empty with ratio 0.
     """
     if not ratio or len(norms) < FEWEST:
         return {}
