@@ -156,8 +156,8 @@ def _diagnostics_table(results: Results) -> Table:
     cosines = overlap(results)
     title = "Task vectors: length" + (", and cosine in the Fisher metric" if cosines else "")
     more = numbers("τᵀF̄τ", *diagnostics["clients"]) if cosines else []
-    columns = "client", *numbers("‖τ‖"), *more
-    table = Table(*columns, title=title, padding=(0, 1, 0, 0))  # five clients fit a terminal
+    columns = [*numbers("‖τ‖"), *more]
+    table = Table("client", *columns, title=title, padding=(0, 1, 0, 0))  # fits five clients
     for index, client in enumerate(diagnostics["clients"][:SHOWN]):
         row = [client, f"{diagnostics['tau_norms'][index]:.3g}"]
         if cosines:
