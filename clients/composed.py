@@ -45,15 +45,15 @@ def realign(client: LocalClient, request: RealignRequest) -> RealignAnswer:
 
 
 def vote(client: LocalClient, request: VoteRequest) -> VoteAnswer:
-    """Measure each model under heads of its own, on the images kept aside from training."""
+    """Measure each model under a head of its own, on the images kept aside from training."""
     aside = client.split[1]
     if not len(aside.labels):
         return VoteAnswer(**client.who(), **asdict(Votes.none(len(request.heads))))
-    features = [
-        _features(client, theta, aside, request.linearised) for theta in _models(client, request)
-    ]
     labels = request.heads[0].indices(client.data.classes)[aside.labels]
-    logits = (head(features[i % len(features)]) for i, head in enumerate(request.heads))
+    logits = (
+        head(_features(client, theta, aside, request.linearised))
+        for theta, head in zip(_models(client, request), request.heads, strict=True)
+    )
     return VoteAnswer(**client.who(), **asdict(Votes.of(logits, labels)))
 
 

@@ -100,6 +100,13 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
     exchange = new_exchange(grid, books, config, least=least, answers=working.answers)
     if registry.clients and registry.settings != CompositionSettings.of(config):
         books.note("The registry composes with its own settings, not with this run's.")
+    fixed, aside = registry.settings.scale, config.train.aside
+    if fixed is not None and aside > 0:
+        books.note(
+            f"The registry composes at the fixed scale {fixed:g}, so nobody votes: the share "
+            f"`aside` = {aside:g} of the images, which clients keep aside to vote on, trains "
+            f"nobody. Set `scale = {fixed:g}` to train on all images."
+        )
     exchange.gather(config.server.num_clients)
     chosen = strategy_of(config)(exchange, config, backbone, registry, working)
     chosen.run()

@@ -1,7 +1,8 @@
 """Files in a run's output with which the same run, started again, can be resumed.
 
-``run.json`` holds the settings of the run, the registry's members when it began, and its finished
-rounds or arrivals. ``answers/`` holds the clients' answers (:mod:`server.exchange.kept_answers`).
+``run.json`` holds the settings of the run, the registry's members when it began, the kinds that
+were dealt, and the finished rounds or arrivals. ``answers/`` holds the clients' answers
+(:mod:`server.exchange.kept_answers`).
 Both are deleted when the results are on disk. To give a run up, delete its folder.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.engine.run_folder import RESULTS, RUN
 from fedcompo.errors import ConfigError
@@ -38,6 +40,8 @@ class Working:
     """Members of the registry when the run began."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """Finished rounds or arrivals, as JSON values."""
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    """Kind that was dealt to each client. Another one may be connected when the run is resumed."""
     resumed: bool = False
     """Whether this is a run that was interrupted."""
 
@@ -56,7 +60,8 @@ class Working:
         begun = json.loads(path.read_text(encoding="utf-8"))
         check_same(path, begun["settings"], settings)
         members = tuple(begun["members"])
-        return cls(output, begun["settings"], members, begun["steps"], resumed=True)
+        kinds = {client: Kind(kind) for client, kind in begun.get("kinds", {}).items()}
+        return cls(output, begun["settings"], members, begun["steps"], kinds, resumed=True)
 
     @property
     def answers(self) -> KeptAnswers:
@@ -67,6 +72,12 @@ class Working:
         """Note that a round or an arrival is finished."""
         self.steps.append(dict(entries))
         self._write()
+
+    def deal(self, kinds: Mapping[str, Kind]) -> None:
+        """Note the kinds that were dealt."""
+        if kinds != self.kinds:
+            self.kinds = dict(kinds)
+            self._write()
 
     def joined(self, registry: Registry, folders: Mapping[str, Path]) -> bool:
         """Whether these contributions were added to the registry before an interruption."""
@@ -80,6 +91,7 @@ class Working:
             "format_version": FORMAT_VERSION,
             "settings": dict(self.settings),
             "members": list(self.members),
+            "kinds": self.kinds,
             "steps": self.steps,
         }
         write_atomically(self.output / RUN, (json.dumps(entries, indent=1) + "\n").encode())

@@ -49,8 +49,9 @@ class Strategy(ABC):
     def __post_init__(self) -> None:
         """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
-        members = Participants(members=self.working.members)
-        self.roster = Roster(self.exchange, self.backbone, members, tangent=tangent)
+        known = Participants(members=self.working.members, kinds=self.working.kinds)
+        self.roster = Roster(self.exchange, self.backbone, known, tangent=tangent)
+        self.roster.on_kinds = self.working.deal
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
         self.composing = Composing(self.exchange, self.backbone, self.registry)

@@ -51,8 +51,9 @@ from fedcompo.audit.models import (
     audited_models,
     check_gold,
     distances_to_gold,
+    logits_of,
 )
-from fedcompo.audit.shadows import ClientTraining, check_count, logits_of, train_shadows
+from fedcompo.audit.shadows import ClientTraining, check_count, train_shadows
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
@@ -143,6 +144,11 @@ class _Audited:
         if registry.clients == (client,):
             raise ContributionError(
                 f"{client} is alone in the registry: after its removal there is no model to audit."
+            )
+        if len(known := registry.joint_head().classes) < 2:
+            raise ContributionError(
+                f"All members have the one class {known[0]!r}, as {client} has: no model can be "
+                "more or less confident of its images, so there is nothing to attack."
             )
         config = RunConfig.stored({**contribution.settings, **({"data": data} if data else {})})
         backbone = registry.backbone.load(pick_device(config.device))

@@ -99,6 +99,32 @@ def audited_models(
     return models | ({GOLD: _composition_of(gold)} if gold is not None else {})
 
 
+def all_images(data: ClientData) -> tuple[Tensor, Tensor]:
+    """A client's images, training images first, (examples, ...), and labels, (examples,)."""
+    parts = data.train, data.test
+    return torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
+
+
+def logits_of(
+    backbone: Backbone, theta: Weights, head: Head, data: ClientData, *, linearised: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute a model's logits on all of a client's images.
+
+    Args:
+        backbone: Pre-trained weights.
+        theta: Target weights to use in their place, by name.
+        head: Has the client's classes.
+        data: The client's images.
+        linearised: Whether the weights are composed of tangents.
+
+    Returns:
+        Logits (examples, classes), training images first, and labels (examples,), rows of the head.
+    """
+    images, labels = all_images(data)
+    logits = head(extract_features(feature_map(backbone, theta, tangent=linearised), images))
+    return logits, head.indices(data.classes)[labels]
+
+
 def distances_to_gold(models: Mapping[str, AuditedModel]) -> dict[str, float]:
     r"""Lengths :math:`\lVert\theta - \theta_{gold}\rVert_2` over all target weights, by model.
 

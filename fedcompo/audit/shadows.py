@@ -17,12 +17,16 @@ A shadow is trained as the client was, but for what cannot be had again:
 - under a joint head, where the client was, of the statistics that the registry keeps: the client's
   real training images had a part in it, the same for all shadows.
 
+What it trains, and its own Fisher, are rounded as on the run's `wire`, before they are used. (A
+node that set a coarser wire of its own is not recorded.)
+
 A client's own probe and own Fisher are made of the images that the shadow is fitted on, and no
 image is kept aside.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,22 +34,24 @@ import torch
 from torch import Tensor
 
 from fedcompo.audit.membership import FEWEST_SHADOWS, confidence
+from fedcompo.audit.models import all_images, logits_of
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import stream_composition
 from fedcompo.config.choices import AnchorBy, Curvature, FisherForm, HeadStart, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.errors import ConfigError, ContributionError
+from fedcompo.messages.body import FISHER, TASK_VECTOR
+from fedcompo.messages.wire import decode, encode
 from fedcompo.method.deltas import Weights
-from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal, expanded
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.units import OnStep
 from fedcompo.seeds import generator_for
+from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.anchors import FisherSums
 from fedcompo.training.fit import Course, fit_task_vector
 from fedcompo.training.penalty import Anchor
@@ -130,7 +136,14 @@ class ClientTraining:
         fitted = fit_task_vector(
             self.backbone, self.kind, data, start, train, generator=generator, course=course
         )
-        return fitted.task_vector
+        vector = fitted.task_vector
+        return replace(vector, tensors=self._arrived(TASK_VECTOR, vector.tensors))
+
+    def _arrived(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors as the server would read them."""
+        wire = self.config.caps.wire
+        coded = encode(prefixed(prefix, tensors), wire)
+        return section(prefix, decode(coded, wire, source=f"a shadow of {self.client}"))
 
     def _start(self, data: Split) -> Head:
         begin = self.config.train.head_start
@@ -151,7 +164,8 @@ class ClientTraining:
             owner=self.client,
             head=head,
         )
-        return (fisher.reduced() if _is_factored(config) else fisher).mean()
+        fisher = fisher.reduced() if _is_factored(config) else fisher
+        return replace(fisher, sums=self._arrived(FISHER, fisher.sums)).mean()
 
 
 def train_shadows(
@@ -235,32 +249,6 @@ def halves(labels: Tensor, *, count: int, generator: torch.Generator) -> Tensor:
     return drawn
 
 
-def all_images(data: ClientData) -> tuple[Tensor, Tensor]:
-    """A client's images, training images first, (examples, ...), and labels, (examples,)."""
-    parts = data.train, data.test
-    return torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
-
-
-def logits_of(
-    backbone: Backbone, theta: Weights, head: Head, data: ClientData, *, linearised: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute a model's logits on all of a client's images.
-
-    Args:
-        backbone: Pre-trained weights.
-        theta: Target weights to use in their place, by name.
-        head: Has the client's classes.
-        data: The client's images.
-        linearised: Whether the weights are composed of tangents.
-
-    Returns:
-        Logits (examples, classes), training images first, and labels (examples,), rows of the head.
-    """
-    images, labels = all_images(data)
-    logits = head(extract_features(feature_map(backbone, theta, tangent=linearised), images))
-    return logits, head.indices(data.classes)[labels]
-
-
 def _under_joint_head(config: RunConfig) -> bool:
     """Whether the joint head had a part in a client's start, or in its own Fisher."""
     start, curvature = config.train.head_start, config.fisher.curvature
@@ -281,8 +269,8 @@ def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weig
     if config.train.anchor is AnchorBy.OWN or not config.train.held:
         return None
     if config.train.anchor is AnchorBy.REFERENCE:
-        path = Path(config.train.reference).expanduser()
-        return load_reference(path, base=registry.backbone.fingerprint).mean()
+        path, base = Path(config.train.reference).expanduser(), registry.backbone.fingerprint
+        return load_reference(path, base=base, curvature=config.fisher.curvature).mean()
     others = set(registry.member(client).lineage.anchored_by) & set(registry.clients)
     if not others:
         return None

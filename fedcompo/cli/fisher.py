@@ -98,12 +98,14 @@ def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
             config,
             on_images=lambda taken, total: tell(f"Fisher of image {taken} of {total}"),
         )
-        digest = save_reference(output, fisher, base=backbone.fingerprint)
+        curvature = config.fisher.curvature
+        digest = save_reference(output, fisher, base=backbone.fingerprint, curvature=curvature)
     return {
         "file": str(output.absolute()),
         "bytes": output.stat().st_size,
         "tensors_sha256": digest,
         "base": backbone.fingerprint,
+        "curvature": str(curvature),
         "data": config.data.data,
         "classes": len(public.classes),
         "num_examples": fisher.num_examples,

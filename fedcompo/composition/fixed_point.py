@@ -194,8 +194,11 @@ def squared_length(values: Tensor) -> float:
 def add(total: Tensor, term: Tensor, times: int) -> Tensor:
     """Return ``total + times * term``, exactly; a negative ``times`` takes the term out.
 
+    Whoever wants to leave can: where terms cancelled out, a sum may grow by taking one out. It is
+    exact modulo 2^64, so also after that every sum within the range is the right one.
+
     Raises:
-        ContributionError: If the sum would leave the range of int64.
+        ContributionError: If a sum that is added to would leave the range of int64.
     """
     peak = _largest(term)
     if max(peak, 1) * abs(times) >= CEILING:
@@ -204,7 +207,7 @@ def add(total: Tensor, term: Tensor, times: int) -> Tensor:
             "running sum. Compose with `coefficients = uniform`."
         )
     result = torch.add(total, term, alpha=times)
-    if _largest(result) >= CEILING:
+    if times > 0 and _largest(result) >= CEILING:
         raise ContributionError(
             "The running sum leaves the range of int64: there are too many clients with too large "
             "changes. Compose with `coefficients = uniform`, or split the registry."

@@ -188,7 +188,8 @@ class TrainConfig:
     batch_size: int = setting(32, "Images a step, at most.", POSITIVE)
     learning_rate: float = setting(
         0.0,
-        "AdamW's peak step size (cosine); 0: by kind, lora 0.001, full 0.0003, ia3 0.01.",
+        "AdamW's peak step size (cosine); 0: by kind (lora 0.002, full 0.0003, ia3 0.01), in "
+        "proportion to a weight's size.",
         NOT_NEGATIVE,
     )
     weight_decay: float = setting(

@@ -118,7 +118,7 @@ class VoteRequest(_OfModels):
     """Ask how well each model classifies the images kept aside, under a head of its own."""
 
     heads: tuple[Head, ...]
-    """Blocks of one for each factor: head i goes with factor i modulo their number."""
+    """One for each factor."""
 
     def _write(self) -> Body:
         tensors, entries = super()._write()

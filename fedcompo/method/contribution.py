@@ -245,7 +245,7 @@ OLD_HEAD = ("head.weight", "head.bias")
 ``classes`` of the manifest."""
 
 
-def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -> str:
+def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str, **about: str) -> str:
     """Write a Fisher sum (float32) to one file.
 
     Args:
@@ -253,6 +253,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
         fisher: The sum.
         client: Whose examples it sums over.
         base: Fingerprint of the pre-trained weights it was estimated at.
+        about: Further entries of the manifest.
 
     Returns:
         SHA-256 of its tensors.
@@ -264,6 +265,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str) -
         "base": base,
         "classes": [],
         "num_examples": fisher.num_examples,
+        **about,
     }
     tensorfile.save(path, sums, manifest)
     return tensorfile.tensor_digest(sums)

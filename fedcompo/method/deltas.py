@@ -24,6 +24,8 @@ Weights = dict[str, Tensor]
 class Full(nn.Module):
     r""":math:`\Delta` itself, dense, (out, in)."""
 
+    sized = frozenset({"delta"})
+
     def __init__(self, weight: Tensor, rank: int = 0, generator: torch.Generator | None = None):
         """Start at zero, in the shape of the weight; ``rank`` and ``generator`` are not used."""
         super().__init__()
@@ -46,6 +48,8 @@ class LoRA(nn.Module):
 
     Source: Hu et al., arXiv 2106.09685; but without its factor α/r, as the learning rate is enough.
     """
+
+    sized = frozenset({"B"})
 
     def __init__(self, weight: Tensor, rank: int = 16, generator: torch.Generator | None = None):
         """Draw A uniformly from ±1/√in, as Kaiming's initialisation with a = √5.
@@ -71,6 +75,8 @@ class LoRA(nn.Module):
 class IA3(nn.Module):
     r""":math:`\Delta = W_0 \odot (l - 1)`: one scale l per output row, starting at 1."""
 
+    sized: frozenset[str] = frozenset()
+
     def __init__(self, weight: Tensor, rank: int = 0, generator: torch.Generator | None = None):
         """Start at l = 1, (out, 1); ``rank`` and ``generator`` are not used."""
         super().__init__()
@@ -83,6 +89,7 @@ class IA3(nn.Module):
 
 
 Delta = Full | LoRA | IA3
+"""``sized`` names the parameters that Δ is proportional to, in the unit of the weight."""
 KINDS: Mapping[Kind, type[Full] | type[LoRA] | type[IA3]] = {
     Kind.FULL: Full,
     Kind.LORA: LoRA,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedcompo.errors import ContributionError
 from fedcompo.method.features import FeatureMixture, draw
-from fedcompo.method.statistics import FeatureSums, off_grid, unpacked
+from fedcompo.method.statistics import FeatureSums, is_positive, off_grid, unpacked
 
 ITERATIONS = 200
 """Most iterations of L-BFGS."""
@@ -91,6 +91,9 @@ def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
     No seed, no draw, no iteration; every class counts alike, whatever its number of images. Source:
     Fisher 1936; Friedman, *Regularized Discriminant Analysis*, JASA 1989.
 
+    Noise, or a client's false sums, can leave :math:`\hat S` with negative eigenvalues. They are
+    raised to zero, if they are beyond half of what shrinkage adds.
+
     Args:
         total: Sums over the images of all clients.
         shrinkage: :math:`\gamma` in [0, 1].
@@ -98,20 +101,29 @@ def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
     Returns:
         The head of all its classes, float32.
     """
-    counts = total.counts.double().unsqueeze(1)  # (classes, 1)
-    means = off_grid(total.sums) / counts
+    means = off_grid(total.sums) / total.counts.double().unsqueeze(1)
     moment, size = unpacked(off_grid(total.second)), total.num_features
-    within = moment - (means * counts).T @ means
-    within /= max(1, total.num_examples - len(total.classes))
+    within = total.scatter / max(1, total.num_examples - len(total.classes))
     level = float(within.trace()) / size
     square = float(moment.trace()) / size / max(1, total.num_examples)
     if not level > LEAST_SHRINKAGE * square:  # one image a class: what is left is rounding
         within, level = torch.eye(size, dtype=torch.float64), 1.0
+    added = max(shrinkage, LEAST_SHRINKAGE)
+    if not is_positive(within + 0.5 * added * level * torch.eye(size, dtype=torch.float64)):
+        within = without_negative(within)
+        level = float(within.trace()) / size
     shared = (1 - shrinkage) * within
-    shared.diagonal().add_(max(shrinkage, LEAST_SHRINKAGE) * level)
+    shared.diagonal().add_(added * level)
     weight = torch.linalg.solve(shared, means.T).T
     bias = -0.5 * (weight * means).sum(1)
     return Head(total.classes, weight.float(), bias.float())
+
+
+def without_negative(matrix: Tensor) -> Tensor:
+    """Return the nearest symmetric matrix without negative eigenvalues, (size, size)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    nearest: Tensor = (vectors * values.clamp_min(0)) @ vectors.T
+    return nearest
 
 
 def fit_head(features: Tensor, labels: Tensor, start: Head, *, ridge: float) -> Head:

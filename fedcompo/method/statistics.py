@@ -26,6 +26,8 @@ BITS = 24
 """A sum is a whole multiple of 2^-24. A float32 above one is such a multiple itself."""
 CEILING = 2**62
 """Sums stay below this: half of the range of int64."""
+ROUNDING = 2.0**-20
+"""Bound on what float32 and the grid do to a scatter, relative to its second moment."""
 LIMIT = CEILING // 16
 """And those of one client below this, so that no client alone leaves no room for the others."""
 MOST_IMAGES = 2**32
@@ -100,6 +102,13 @@ class FeatureSums:
         trace = float(unpacked(off_grid(self.second)).trace()) / self.num_examples
         return trace - float(mean.square().sum())
 
+    @property
+    def scatter(self) -> Tensor:
+        r"""Scatter in classes, :math:`M - \sum_k n_k\,\mu_k\mu_k^\top`, (features, features)."""
+        counts = self.counts.double().unsqueeze(1)  # (classes, 1)
+        means = off_grid(self.sums) / counts
+        return unpacked(off_grid(self.second)) - (means * counts).T @ means
+
     def tensors(self) -> dict[str, Tensor]:
         """Name the tensors as they travel and are stored: float32; see :meth:`from_tensors`."""
         return {
@@ -140,6 +149,27 @@ class FeatureSums:
             raise ContributionError(
                 f"The statistics of {owner} count {self.counts.tolist()} images by class, expected "
                 "at least one each, and fewer than 2^32 of a client."
+            )
+
+    def check_scatter(self, owner: str) -> None:
+        """Refuse sums that no images can have: their features would have a negative variance.
+
+        Sums under noise can have one by chance, and are not to be checked.
+
+        Args:
+            owner: Whose they are, for the error message.
+
+        Raises:
+            ContributionError: If the scatter within classes has a negative eigenvalue, beyond what
+                rounding leaves of zero.
+        """
+        scatter, size = self.scatter, len(self.classes) * self.num_features
+        moment = float(unpacked(off_grid(self.second)).trace())
+        scatter.diagonal().add_(ROUNDING * (max(moment, 0.0) + size))
+        if not is_positive(scatter):
+            raise ContributionError(
+                f"The statistics of {owner} are of no images: within classes, some direction of "
+                "the features has a negative variance. Use the same fedcompo version everywhere."
             )
 
     def __add__(self, other: FeatureSums) -> FeatureSums:
@@ -193,6 +223,11 @@ class FeatureSums:
 def total_of(parts: Iterable[FeatureSums]) -> FeatureSums:
     """Add the sums of several clients, at least one; their order changes no bit."""
     return reduce(add, parts)
+
+
+def is_positive(matrix: Tensor) -> bool:
+    """Whether a symmetric matrix, (size, size), is positive definite."""
+    return not int(torch.linalg.cholesky_ex(matrix).info)
 
 
 def packed(matrix: Tensor) -> Tensor:

@@ -35,8 +35,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
-from scipy.special import erfcx, ndtr, ndtri
 from torch import Tensor
 
 Entropy = Callable[[int], bytes]
@@ -115,6 +113,10 @@ def composed_epsilon(noises: Iterable[float], *, delta: float) -> float:
     noises = tuple(noises)
     if not (0 < delta < 1 and all(noise > 0 for noise in noises)):
         raise ValueError(f"`delta` must be in (0, 1), noises above 0; got {delta} and {noises}.")
+    # Imported here because it takes a third of a second, and only a server accounts for noise.
+    from scipy.optimize import brentq
+    from scipy.special import erfcx, ndtr, ndtri
+
     mu = math.hypot(*(1 / noise for noise in noises))
     if mu > STRONGEST_SIGNAL:
         return math.inf

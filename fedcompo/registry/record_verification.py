@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedcompo.composition.head import SHRINKAGE, head_of
+from fedcompo.composition.head import joint_head
 from fedcompo.composition.totals import write_totals
 from fedcompo.composition.version import terms_of, write_composed, write_sum
 from fedcompo.config.choices import Statistics
@@ -169,7 +169,8 @@ def _composed_again(
         yield _equal("nothing is composed of nobody", dict(record.composition_after), {})
         return
     with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
-        factor = _compose_survivors(Path(folder), record, registry)
+        shrinkage = entries[record.sequence - 1].details.get("shrinkage")
+        factor = _compose_survivors(Path(folder), record, registry, shrinkage)
         here = {name: file_sha256(Path(folder) / name) for name in names}
     if FACTOR in claims:
         yield _equal(claims[FACTOR], record.factor_after, factor)
@@ -184,7 +185,9 @@ def _composed_again(
     yield Finding(claims[WEIGHTS], holds, "" if alike[WEIGHTS] else detail)
 
 
-def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryReader) -> float:
+def _compose_survivors(
+    folder: Path, record: RemovalRecord, registry: RegistryReader, shrinkage: float | None
+) -> float:
     """Compose the survivors as the removal did; return the factor."""
     backbone, settings = registry.backbone, registry.settings
     pool = Pool(tuple(registry.contribution(c, with_fisher=True) for c in record.survivors))
@@ -193,7 +196,7 @@ def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryRe
         members={client: registry.state.members[client] for client in record.survivors},
         factor=record.factor_before or 0.0,
         factor_by=record.factor_by,
-        shrinkage=SHRINKAGE,
+        shrinkage=shrinkage,
     )
     terms = terms_of(pool, settings)
     written = write_sum(folder / SUM, backbone, terms, count=state.count)
@@ -205,7 +208,7 @@ def _compose_survivors(folder: Path, record: RemovalRecord, registry: RegistryRe
     write_composed(
         folder,
         backbone,
-        head_of(pool, settings),
+        joint_head({own.client: own.statistics for own in pool}, settings, shrinkage=shrinkage),
         factor=state.factor,
         linearised=pool.linearised,
         about=state.about,

@@ -45,35 +45,20 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def _print_scale(chosen: Mapping[str, Any], console: Console) -> None:
-    """Print λ, and the candidates where the clients voted: rows of λ, columns of shrinkage."""
-    tried = {(c["scale"], c["shrinkage"]): c for c in chosen["candidates"]}
-    if tried:
-        console.print(_candidates_table(chosen, tried))
+    """Print λ, and the candidates where the clients voted."""
+    if not chosen["candidates"]:
+        console.print(f"λ = {chosen['scale']:.3g} (by {chosen['by']})")
         return
-    console.print(f"λ = {chosen['scale']:.3g} (by {chosen['by']})")
-
-
-def _candidates_table(
-    chosen: Mapping[str, Any], tried: Mapping[tuple[float, float], Mapping[str, float]]
-) -> Table:
-    scales, shrinkages = (sorted({key[i] for key in tried}) for i in (0, 1))
     table = Table(
-        *numbers("λ", *(f"shrinkage {shrinkage:g}" for shrinkage in shrinkages)),
-        title=f"Vote on λ and the head's shrinkage, {chosen['votes']} images: loss, accuracy in %",
-        caption=f"Chosen: λ = {chosen['scale']:.3g}, shrinkage {chosen['shrinkage']:g}",
+        *numbers("λ", "loss", "accuracy in %"),
+        title=f"Vote on λ, {chosen['votes']} images kept aside",
+        caption=f"Chosen, by the least loss: λ = {chosen['scale']:.3g}",
     )
-    best = min(tried.values(), key=lambda c: c["loss"])["loss"]
-    for scale in scales:
-        cells = [tried[scale, shrinkage] for shrinkage in shrinkages]
-        texts = [f"{c['loss']:.3g}, {percent(c['accuracy'])}" for c in cells]
-        table.add_row(
-            f"{scale:.3g}",
-            *(
-                f"[bold]{text}[/bold]" if c["loss"] == best else text
-                for c, text in zip(cells, texts, strict=True)
-            ),
-        )
-    return table
+    best = min(candidate["loss"] for candidate in chosen["candidates"])
+    for tried in chosen["candidates"]:
+        cells = (f"{tried['scale']:.3g}", f"{tried['loss']:.3g}", percent(tried["accuracy"]))
+        table.add_row(*cells, style="bold" if tried["loss"] == best else "")
+    console.print(table)
 
 
 def _print_diagnostics(results: Results, console: Console) -> None:

@@ -8,9 +8,10 @@ procedure: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,13 @@ from fedcompo.training.augmentation import augment
 from fedcompo.training.head import HeadTraining, feature_scale
 from fedcompo.training.penalty import Anchor, Ensemble, TrainingPenalty
 
-LEARNING_RATES = {Kind.LORA: 1e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
+LEARNING_RATES = {Kind.LORA: 2e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
 """Peak step size of each kind where ``learning-rate`` is 0: the fewer parameters, the larger."""
+
+USUAL_SIZE = 0.05
+"""Root mean square of a weight that these step sizes are meant for; those of vision transformers
+are near it. A weight of another size gets steps in proportion, to the nearest power of two. So a
+backbone that computes the same with layers of other scales trains alike."""
 
 SMALLEST_BATCH = 8
 """Images a step at least, where batches are made smaller to take more steps."""
@@ -211,23 +217,24 @@ class _Training:
         if self._ensemble is not None:
             rest = {name: t.to(backbone.device) for name, t in self._ensemble.rest.items()}
             self._ensemble = replace(self._ensemble, rest=rest)
-        trained = [p for delta in self.deltas.values() for p in delta.parameters()]
         # AdamW decays towards zero; a scale of (IA)³ rests at one, and would take the weight along.
         decay = 0.0 if kind is Kind.IA3 else config.weight_decay
-        groups = [
-            {"params": trained, "weight_decay": decay},
-            {"params": head.parameters, "weight_decay": 0.0},
+        relative = config.learning_rate == 0
+        sizes = by_step_size(self.deltas, backbone.theta_0 if relative else {})
+        groups: list[dict[str, Any]] = [
+            {"params": p, "size": s, "weight_decay": decay} for s, p in sizes.items()
         ]
+        groups.append({"params": head.parameters, "size": 1.0, "weight_decay": 0.0})
         self._peak = config.learning_rate or LEARNING_RATES[kind]
         self._optimiser = torch.optim.AdamW(groups, lr=self._peak)
-        self._parameters = [*trained, *head.parameters]
+        self._parameters = [p for group in groups for p in group["params"]]
         self._mu = course.proximal_mu
         self._began = [p.detach().clone() for p in self._parameters] if self._mu else []
 
     def step(self, images: Tensor, labels: Tensor, schedule: float, *, last: bool) -> float:
         """Take one step on a batch; returns its mean loss, without penalties."""
         for group in self._optimiser.param_groups:
-            group["lr"] = self._peak * schedule
+            group["lr"] = self._peak * schedule * group["size"]
         images = augment(
             images.to(self._backbone.device), self._config.augmentation, self._generator
         )
@@ -269,6 +276,23 @@ class _TangentTraining(_Training):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return square_loss(logits, labels, self._config.target_logit)
+
+
+def by_step_size(deltas: Mapping[str, Delta], theta_0: Weights) -> dict[float, list[nn.Parameter]]:
+    """Return the trained parameters by the factor on their step size.
+
+    Args:
+        deltas: Trainable changes by weight name.
+        theta_0: Pre-trained weights, whose size is the unit of the steps; of one that is missing,
+            or zero, the factor is 1.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for weight, delta in deltas.items():
+        size = float(theta_0[weight].square().mean().sqrt()) if weight in theta_0 else 0.0
+        factor = 2.0 ** round(math.log2(size / USUAL_SIZE)) if size else 1.0
+        for name, parameter in delta.named_parameters():
+            groups.setdefault(factor if name in delta.sized else 1.0, []).append(parameter)
+    return groups
 
 
 def _restore(deltas: dict[str, Delta], vector: TaskVector) -> None:

@@ -21,11 +21,13 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Curvature
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data, load_folder
-from fedcompo.method.contribution import load_fisher, save_fisher
+from fedcompo.errors import ConfigError
+from fedcompo.method.contribution import OLD_HEAD, load_fisher, save_fisher
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.seeds import generator_for
+from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
 
 OWNER = "(reference)"
@@ -148,11 +150,40 @@ def reference_fisher(
     )
 
 
-def save_reference(path: Path, fisher: FisherDiagonal, *, base: str) -> str:
-    """Write a reference Fisher to one file; returns the SHA-256 of its tensors."""
-    return save_fisher(path, fisher, client=OWNER, base=base)
+def save_reference(path: Path, fisher: FisherDiagonal, *, base: str, curvature: Curvature) -> str:
+    """Write a reference Fisher, and of what it is, to one file; returns its tensors' SHA-256."""
+    return save_fisher(path, fisher, client=OWNER, base=base, curvature=str(curvature))
 
 
-def load_reference(path: Path, *, base: str) -> FisherDiagonal:
-    """Read what :func:`save_reference` wrote; raises as :func:`load_fisher` does."""
-    return load_fisher(path, client=OWNER, base=base)
+def load_reference(path: Path, *, base: str, curvature: Curvature) -> FisherDiagonal:
+    """Read what :func:`save_reference` wrote.
+
+    Earlier versions did not write of what it is. With entries of a head it is of class
+    probabilities, as there was no other at the time; without, it may be of either.
+
+    Args:
+        path: The file.
+        base: Fingerprint of the pre-trained weights it must belong to.
+        curvature: Of what the clients' Fishers are.
+
+    Raises:
+        FileFormatError: As :func:`load_fisher`.
+        BackboneMismatch: As :func:`load_fisher`.
+        ConfigError: If one is of the features and the other of class probabilities, which have
+            different units, or if the file does not say.
+    """
+    fisher = load_fisher(path, client=OWNER, base=base)
+    file = StreamedTensors(path)
+    stated = file.manifest.get("curvature", Curvature.EXACT if OLD_HEAD[0] in file else None)
+    if stated not in list(Curvature):
+        raise ConfigError(
+            f"The reference {path} does not say of which `curvature` it is: an earlier version of "
+            "fedcompo wrote it. Make it anew by `fedcompo fisher`."
+        )
+    if (stated == Curvature.FEATURES) is not (curvature is Curvature.FEATURES):
+        raise ConfigError(
+            f"The reference {path} is of `curvature = {stated}`, but `curvature` is {curvature}, "
+            "which has another unit. Set the same, or make the reference anew by `fedcompo "
+            f"fisher --set curvature={curvature}`."
+        )
+    return fisher

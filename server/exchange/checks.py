@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.voting import TEMPERATURES, WORST, Votes
+from fedcompo.composition.voting import WORST, Votes
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.messages.answers import AveragingAnswer, FisherAnswer, VoteAnswer, caps_of
@@ -23,6 +23,7 @@ from fedcompo.messages.body import Body
 from fedcompo.method.contribution import AnyStatistics, check_statistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorfile import tensor_digest
 
@@ -44,19 +45,27 @@ def check_backbone(client: str, base: str, backbone: Backbone) -> None:
 
 
 def check_described(
-    client: str, statistics: AnyStatistics, classes: tuple[str, ...], num_features: int
+    client: str,
+    statistics: AnyStatistics,
+    classes: tuple[str, ...],
+    num_features: int,
+    *,
+    noised: bool,
 ) -> None:
     """Refuse a client's statistics unless they describe each of its classes.
 
     Raises:
         ContributionError: If there is no class, if they are unsorted or not those of the
-            statistics, or if no head can be made of these.
+            statistics, if no head can be made of these, or if they are of no images; under noise
+            they may be.
     """
     if not classes or list(classes) != sorted(set(classes)):
         raise ContributionError(
             f"Client {client!r} names the classes {classes}, expected one or more, sorted."
         )
     check_statistics(statistics, classes, num_features, f"client {client!r}")
+    if isinstance(statistics, FeatureSums) and not noised:
+        statistics.check_scatter(f"client {client!r}")
 
 
 def checked_fisher(client: str, answer: FisherAnswer, backbone: Backbone) -> FisherDiagonal | None:
@@ -88,7 +97,7 @@ def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
     hits, losses, images = answer.hits, answer.losses, answer.num_examples
     if (
         len(hits) != count
-        or len(losses) != count * len(TEMPERATURES)
+        or len(losses) != count
         or not all(own <= images for own in hits)
         or not all(
             0 <= loss <= WORST * images + 1e-6 for loss in losses
@@ -96,8 +105,8 @@ def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
     ):
         raise ContributionError(
             f"Client {client!r} sent {len(hits)} hits and {len(losses)} losses of {images} images; "
-            f"expected {count} candidates, {len(TEMPERATURES)} losses each, no more hits than "
-            f"images, losses of 0 to {WORST:g} an image. Use the same fedcompo version everywhere."
+            f"expected {count} of each, no more hits than images, losses of 0 to {WORST:g} an "
+            "image. Use the same fedcompo version everywhere."
         )
     return Votes(hits, losses, images)
 
@@ -159,7 +168,9 @@ def _can_be_true(name: str, value: Any) -> bool:
 
 
 FEWEST = 3
-"""Number of task vectors from which on one can be too long beside the others."""
+"""Number of clients from which on one can stand out among the others."""
+LARGEST_FISHER = 100.0
+"""Largest mean trace of a client's Fisher, relative to the median of all."""
 
 
 def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
@@ -178,6 +189,27 @@ def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
         )
         for client, norm in norms.items()
         if norm > ratio * usual
+    }
+
+
+def too_large(traces: Mapping[str, float]) -> dict[str, str]:
+    """Find clients whose Fisher would outweigh all others: they could move nothing any more.
+
+    Args:
+        traces: Mean trace of each client's Fisher.
+
+    Returns:
+        The reason to leave the Fisher out, by client.
+    """
+    usual = median(traces.values()) if len(traces) >= FEWEST else 0.0
+    return {
+        client: (
+            f"The Fisher of {client} has the mean trace {trace:.3g}, more than "
+            f"{LARGEST_FISHER:g} times the median {usual:.3g}: it anchors nobody. Look at its data "
+            "and its version of fedcompo."
+        )
+        for client, trace in traces.items()
+        if trace > LARGEST_FISHER * usual > 0
     }
 
 

@@ -33,6 +33,8 @@ NAMING = ("describe", "identify")
 """Phases in which clients first say their names."""
 POLL = 0.1, 2.0
 """Seconds between two looks for answers: at first, and at most."""
+SLOWER = 1.05
+"""Growth of that pause from one look to the next: it is a twentieth of the time waited so far."""
 
 
 @dataclass
@@ -168,7 +170,7 @@ class Exchange:
                     self._take(asking, waiting.pop(message_id), reply)
                     answered = True
             self._give_up(asking)
-            pause = POLL[0] if answered else min(1.2 * pause, POLL[1])
+            pause = POLL[0] if answered else min(SLOWER * pause, POLL[1])
             if len(waiting) > most:
                 time.sleep(pause)
 

@@ -1,9 +1,9 @@
 r"""Align the joint head on the composed model's features, and choose λ by the clients' votes.
 
 Realign → vote. The clients describe their images under the model of each λ that is tried; from the
-sum of these statistics follow heads of several shrinkages; on the images that they keep aside the
-clients say how well each model does under each head (:mod:`fedcompo.composition.voting`). λ = 0,
-the frozen backbone, is among them: what is chosen is never worse there than not training.
+sum of these statistics follows its joint head; on the images that they keep aside the clients say
+how well each model does under it (:mod:`fedcompo.composition.voting`). λ = 0, the frozen backbone,
+is among them: what is chosen is never worse there than not training.
 
 Where λ is fixed, a member is missing, statistics are under noise, or images were not kept aside,
 there is no vote: the head alone is aligned again, at the registry's own factor.
@@ -19,14 +19,7 @@ from typing import Any
 
 from fedcompo.composition.fixed_point import GRID
 from fedcompo.composition.head import head_from_total
-from fedcompo.composition.voting import (
-    SHRINKAGES,
-    Candidate,
-    Votes,
-    candidates,
-    elected,
-    scales,
-)
+from fedcompo.composition.voting import Votes, elected, scales
 from fedcompo.config.choices import AUTO, Statistics
 from fedcompo.config.run import RunConfig
 from fedcompo.messages.answers import RealignAnswer, VoteAnswer
@@ -149,25 +142,22 @@ class Choosing:
         return (then.train.aside, then.seed) == (now.train.aside, now.seed)
 
     def _elect(self) -> bool:
-        """Let the clients choose λ and shrinkage; returns whether anybody did."""
-        members = len(self.registry.clients)
-        together, tried = self.registry.state.count, candidates(members)
-        factors = tuple(scale / together for scale in scales(members))
+        """Let the clients choose λ; returns whether anybody did."""
+        tried, together = scales(len(self.registry.clients)), self.registry.state.count
+        factors = tuple(scale / together for scale in tried)
         described = self._describe(factors, vote=True)
         if described is None:
             return False
-        heads = tuple(head_from_total(t, own) for own in SHRINKAGES for t in described.totals)
-        votes = self._vote(factors, heads)
+        votes = self._vote(factors, tuple(map(head_from_total, described.totals)))
         if votes is None:
             return False
-        chosen = elected(tried, votes)
-        place = chosen % len(factors)
-        self.registry.realign(
-            described.of_model(place),
-            factor=factors[place],
-            shrinkage=tried[chosen].shrinkage,
-        )
-        self.votes, self.tried = votes.num_examples, _scored(tried, votes)
+        place = elected(votes.losses)
+        self.registry.realign(described.of_model(place), factor=factors[place])
+        self.votes = votes.num_examples
+        self.tried = [
+            {"scale": scale, "loss": loss / self.votes, "accuracy": hits / self.votes}
+            for scale, loss, hits in zip(tried, votes.losses, votes.hits, strict=True)
+        ]
         return True
 
     def _describe(self, factors: tuple[float, ...], *, vote: bool) -> Described | None:
@@ -186,10 +176,11 @@ class Choosing:
 
         def fold(client: str, body: Body) -> str:
             answer, classes = RealignAnswer.from_body(body), self.registry.member(client).classes
+            noised = client in self.roster.participants.noised
             if len(answer.statistics) != len(factors):
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
-                check_described(client, own, classes, width)
+                check_described(client, own, classes, width, noised=noised)
             described.take(client, answer.statistics)
             return client
 
@@ -200,7 +191,7 @@ class Choosing:
         return None if self._missing() else described
 
     def _vote(self, factors: tuple[float, ...], heads: tuple[Head, ...]) -> Votes | None:
-        """Ask all members how well each model does under its heads; None if nobody says so."""
+        """Ask all members how well each model does under its head; None if nobody says so."""
         by_client: dict[str, Votes] = {}
         request = VoteRequest(
             total=self._total(),
@@ -225,15 +216,3 @@ class Choosing:
         """The sum of the members' task vectors, each as often as it counts; float32."""
         total = self.registry.running_sum()
         return {name: total[name].double().mul_(GRID).float() for name in total}
-
-
-def _scored(tried: Sequence[Candidate], votes: Votes) -> list[dict[str, float]]:
-    return [
-        {
-            "scale": candidate.scale,
-            "shrinkage": candidate.shrinkage,
-            "loss": score,
-            "accuracy": hits / votes.num_examples,
-        }
-        for candidate, score, hits in zip(tried, votes.scores, votes.hits, strict=True)
-    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import FISHER
 from fedcompo.training.anchors import FisherSums
 from fedcompo.training.probing import load_reference
-from server.exchange.checks import checked_fisher
+from server.exchange.checks import checked_fisher, too_large
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
 
@@ -49,6 +49,8 @@ class Fishers:
         self.backbone: Backbone = self.roster.backbone
         self.reference = self._read_reference()
         self.sums: FisherSums | None = None
+        self._traces: dict[str, float] = {}
+        self._too_large: set[str] = set()
 
     def gather(self, clients: Collection[str], head: Head, *, decisive: bool = True) -> None:
         """Ask for Fisher diagonals of the class probabilities; keep each on disk.
@@ -78,6 +80,7 @@ class Fishers:
     def keep(self, client: str, answer: FisherAnswer) -> None:
         """Check a client's Fisher, and write it to its file; none if it sent none."""
         fisher, file = checked_fisher(client, answer, self.backbone), self._file(client)
+        self._traces.pop(client, None)
         if fisher is None:
             file.unlink(missing_ok=True)
         else:
@@ -92,7 +95,7 @@ class Fishers:
         """
         known = self._known_members()
         parties = [c for c in self.roster.parties if self._file(c).exists()]
-        everyone, by = (*known, *parties), self.config.train.anchor
+        everyone, by = self._without_too_large([*known, *parties]), self.config.train.anchor
         self.sums = (
             FisherSums.of(everyone, self.load, by=by, reference=self.reference)
             if everyone
@@ -178,6 +181,19 @@ class Fishers:
         """Whether a Fisher holds the clients at all."""
         return self.strength > 0 or self.config.train.bounded
 
+    def _without_too_large(self, clients: Sequence[str]) -> list[str]:
+        """Leave out whose Fisher is far too large to anchor others, and note it once by name."""
+        if self.config.train.anchor is not AnchorBy.OTHERS:
+            return list(clients)
+        for client in clients:
+            if client not in self._traces:
+                self._traces[client] = self.load(client).mean_trace()
+        large = too_large({client: self._traces[client] for client in clients})
+        for client in sorted(large.keys() - self._too_large):
+            self.exchange.books.note(large[client])
+        self._too_large |= large.keys()
+        return [client for client in clients if client not in large]
+
     def _known_members(self) -> list[str]:
         """Members whose Fisher the registry keeps, and in the unit of this run's."""
         members = self.roster.participants.members
@@ -197,7 +213,8 @@ class Fishers:
         if self.config.train.anchor is not AnchorBy.REFERENCE:
             return None
         path = Path(self.config.train.reference).expanduser()
-        fisher = load_reference(path, base=self.backbone.fingerprint)
+        curvature = self.config.fisher.curvature
+        fisher = load_reference(path, base=self.backbone.fingerprint, curvature=curvature)
         fisher.check(self.backbone.theta_0, owner=f"the reference {path}")
         return fisher
 

@@ -46,6 +46,8 @@ class Roster:
     """The current value; only the roster replaces it."""
     tangent: bool | None = None
     """Whether the run's task vectors are tangents, which mix with no other kind; None: either."""
+    on_kinds: Callable[[Mapping[str, Kind]], None] = lambda kinds: None
+    """Called with the kinds of all clients whenever some are dealt."""
     _late: bool = False
     """Whether the clients asked last came when the run was under way."""
 
@@ -200,11 +202,13 @@ class Roster:
         )
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
+            self.on_kinds(self.participants.kinds)
 
     def _fold(self, client: str, body: Body, keep_fisher: KeepFisher | None) -> str:
         answer = DescribeAnswer.from_body(body)
         name, kind = self._checked_name(client, answer, body), answer.kind
-        check_described(name, answer.statistics, answer.classes, self.backbone.num_features)
+        width, noised = self.backbone.num_features, answer.noised
+        check_described(name, answer.statistics, answer.classes, width, noised=noised)
         if kind and self.tangent not in (None, kind is Kind.TANGENT):
             raise ContributionError(
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "

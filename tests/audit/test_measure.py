@@ -12,6 +12,7 @@ import pytest
 import torch
 from audited_federation import FREE, OTHERS, config_of, federate, noise
 from PIL import Image
+from registry_builders import member, registry_of
 from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
@@ -254,6 +255,20 @@ def test_a_head_that_was_realigned_is_mentioned(data, tmp_path):
 def test_a_client_that_is_not_there_is_refused(registry, client):
     with pytest.raises(ContributionError, match="There is no client"):
         audit(registry, client)
+
+
+def test_a_client_of_one_class_is_audited_among_the_classes_of_the_others(data, tmp_path):
+    registry = federate(tmp_path / "registry", config_of(data, num_tasks=4, **QUICK))
+    assert len(registry.member(CLIENT).classes) == 1
+    values = audit(registry, CLIENT, shadows=4)
+    assert 0 <= values["membership"][LIKELIHOOD_RATIO][BEFORE]["auc"]["value"] <= 1
+
+
+def test_where_all_have_the_same_one_class_there_is_nothing_to_attack(tmp_path):
+    members = (member(name, seed=i, classes=("cat",)) for i, name in enumerate("ab"))
+    registry = registry_of(tmp_path / "registry", *members)
+    with pytest.raises(ContributionError, match="the one class 'cat', as a has: no model can be"):
+        audit(registry, "a")
 
 
 def test_the_only_client_is_refused(data, tmp_path):

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.shadows import ClientTraining, halves, train_shadows
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.fisher import FisherDiagonal
@@ -112,14 +112,17 @@ def test_on_the_clients_own_images_a_shadow_becomes_the_client(settings, kind, d
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("anchor", ["others", "own"])
-def test_so_it_does_after_a_run_of_the_real_server(anchor, tmp_path):
+@pytest.mark.parametrize(
+    ("anchor", "wire"),
+    [("others", "float32"), ("own", "float32"), ("own", "bfloat16"), ("others", "int8")],
+)
+def test_so_it_does_after_a_run_of_the_real_server(anchor, wire, tmp_path):
     settings = {
         "head_start": "probe",
         "anchor": anchor,
         "realign": False,
         "aside": 0.0,
-        "wire": "float32",
+        "wire": wire,
     }
     run({}, tmp_path / "out", **settings, kind="lora,full")
     registry = Registry(tmp_path / "out" / "registry")
@@ -138,7 +141,8 @@ def test_a_reference_anchors_shadows_too(data, tmp_path):
     backbone = pico_backbone()
     sums = random_like(backbone.theta_0, seed=1, positive=True)
     path = tmp_path / "reference.safetensors"
-    save_reference(path, FisherDiagonal(sums, 10), base=backbone.fingerprint)
+    fisher, base = FisherDiagonal(sums, 10), backbone.fingerprint
+    save_reference(path, fisher, base=base, curvature=Curvature.FEATURES)
     config = config_of(data, anchor="reference", reference=str(path), alpha=1.0, local_epochs=2)
     registry = federate(tmp_path / "anchored", config)
     assert registry.member(CLIENT).lineage.anchored_by == ()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli.app import app
+from fedcompo.config.choices import Curvature
 from fedcompo.config.run import BackboneConfig
 from fedcompo.training.probing import load_reference
 
@@ -26,7 +27,9 @@ def test_it_writes_a_reference_for_the_backbone_and_says_what_it_is(
     assert "4 images of 10 classes, backbone embedded" in result.stdout
     assert str(tmp_path / "new" / "public.safetensors") in result.stdout
     base = load_backbone(BackboneConfig()).fingerprint
-    fisher = load_reference(tmp_path / "new" / "public.safetensors", base=base)
+    fisher = load_reference(
+        tmp_path / "new" / "public.safetensors", base=base, curvature=Curvature.FEATURES
+    )
     assert fisher.num_examples == 4
 
 
@@ -43,7 +46,9 @@ def test_settings_of_a_scenario_hold_but_for_its_data(tmp_path: Path) -> None:
     assert told["file"] == str(tmp_path / "r")
     assert told["data"] == "digits"
     assert (told["classes"], told["num_examples"]) == (10, 3)
-    fisher = load_reference(tmp_path / "r", base=told["base"])
+    fisher = load_reference(
+        tmp_path / "r", base=told["base"], curvature=Curvature(told["curvature"])
+    )
     assert set(fisher.sums) == {"blocks.0.attn.qkv.weight"}
 
 

@@ -32,8 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedcompo.audit.evaluation import clients_data, effect_of_removal, evaluate_clients
 from fedcompo.audit.membership import confidence
-from fedcompo.audit.models import AFTER, BEFORE, audited_models
-from fedcompo.audit.shadows import ClientTraining, all_images, logits_of, train_shadows
+from fedcompo.audit.models import AFTER, BEFORE, all_images, audited_models, logits_of
+from fedcompo.audit.shadows import ClientTraining, train_shadows
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import load_tangent_model
 from fedcompo.config.choices import Kind

@@ -77,7 +77,11 @@ def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> R
     aligned = joint_head({name: said.statistics for name, said in described.items()}, settings)
     by, reference = config.train.anchor, None
     if by is AnchorBy.REFERENCE:
-        reference = load_reference(Path(config.train.reference), base=backbone.fingerprint)
+        reference = load_reference(
+            Path(config.train.reference),
+            base=backbone.fingerprint,
+            curvature=config.fisher.curvature,
+        )
     fishers = {name: _fisher(said) for name, said in described.items()}
     sums = FisherSums.of(fishers, fishers.__getitem__, by=by, reference=reference)
     registry = Registry.create(path, backbone, settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,14 @@ from torch import Tensor
 
 from fedcompo.errors import ContributionError
 from fedcompo.method.heads import Head, align, discriminant, fit_head, zero_head
-from fedcompo.method.statistics import FeatureSums, total_of
+from fedcompo.method.statistics import (
+    FeatureSums,
+    off_grid,
+    packed,
+    to_grid,
+    total_of,
+    unpacked,
+)
 
 CLASSES = ("cat", "dog", "owl")
 FEATURES = 3.0 * normal(30, 4, seed=1)
@@ -222,3 +231,26 @@ def test_one_image_a_class_or_fewer_images_than_features_still_give_a_head(shrin
 def test_a_single_class_has_a_head_of_one_row():
     alone = FeatureSums.of(FEATURES, torch.zeros(30, dtype=torch.int64), ("cat",))
     discriminant(alone, shrinkage=0.1).check(("cat",), 4, "the joint head")
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("off", [0.02, 1.0, 30.0])
+def test_a_covariance_with_negative_eigenvalues_is_raised_to_one_without(shrinkage, off):
+    """Oracle: the nearest matrix without negative eigenvalues, by its eigenvectors, in float64."""
+    axis = torch.linalg.eigh(sums().scatter).eigenvectors[:, 0]
+    lost = (1 + off) * sums().scatter.diagonal().sum() * torch.outer(axis, axis) / 4
+    false = replace(sums(), second=to_grid(packed(unpacked(off_grid(sums().second)) - lost)))
+    values, vectors = torch.linalg.eigh(false.scatter / (30 - 3))
+    assert float(values[0]) < 0
+    raised = vectors @ torch.diag(values.clamp(min=0)) @ vectors.T
+    if float(values.sum()) <= 0:  # nothing to go by: every direction alike
+        raised = torch.eye(4, dtype=torch.float64)
+    level = raised.trace() / 4
+    shared = (1 - shrinkage) * raised + max(shrinkage, 1e-6) * level * torch.eye(4)
+    means = off_grid(false.sums) / false.counts.unsqueeze(1)
+    weight = (torch.linalg.inv(shared) @ means.T).T
+    found = discriminant(false, shrinkage=shrinkage)
+    torch.testing.assert_close(found.weight.double(), weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.bias.double(), -0.5 * (weight * means).sum(1), rtol=1e-4, atol=1e-5
+    )

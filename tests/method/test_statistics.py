@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders import normal
@@ -179,3 +181,27 @@ def test_all_clients_together_may_have_more_images_than_one():
     sums.check(("cat", "dog"), WIDTH, "all members", clients=2)
     with pytest.raises(ContributionError, match="fewer than 2"):
         sums.check(("cat", "dog"), WIDTH, "client 'a'")
+
+
+@given(
+    images,
+    st.integers(0, 2**20),
+    st.sampled_from([1e-9, 1.0, 100.0]),
+    st.sampled_from([0.0, 100.0]),
+)
+def test_a_scatter_of_images_is_never_refused_whatever_is_rounded(owners, seed, scale, shift):
+    classes = sorted({CLASSES[owner] for owner in owners})
+    labels = torch.tensor([classes.index(CLASSES[owner]) for owner in owners])
+    features = scale * (normal(len(owners), 40, seed=seed) + shift)
+    FeatureSums.of(features.float(), labels, classes).check_scatter("client 'a'")
+
+
+def test_a_scatter_of_no_images_is_refused():
+    sums = FeatureSums.of(normal(30, 4, seed=1) + 2, torch.arange(30) % 2, CLASSES[:2])
+    axis = torch.eye(4, dtype=torch.float64)[1]
+    lost = 1.01 * float(sums.scatter[1, 1]) * torch.outer(axis, axis)
+    false = replace(sums, second=sums.second - to_grid(packed(lost)))
+    with pytest.raises(ContributionError, match="client 'a' are of no images: within classes"):
+        false.check_scatter("client 'a'")
+    with pytest.raises(ContributionError, match="of no images"):
+        replace(sums, second=-sums.second).check_scatter("client 'a'")

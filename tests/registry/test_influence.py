@@ -8,8 +8,15 @@ import pytest
 from app_runs import FEW_WEIGHTS, altered, run
 
 from fedcompo.backbone.backbone import load_backbone
+from fedcompo.config.choices import Curvature
 from fedcompo.config.run import BackboneConfig, RunConfig
-from fedcompo.errors import BackboneMismatch, ContributionError, FileFormatError, TooFewClients
+from fedcompo.errors import (
+    BackboneMismatch,
+    ConfigError,
+    ContributionError,
+    FileFormatError,
+    TooFewClients,
+)
 from fedcompo.method.contribution import Contribution, save_fisher
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.storage.files import CARD, CONTENT, FISHER
@@ -35,7 +42,7 @@ def reference(tmp_path_factory) -> Path:
     data = load_public_data(config, backbone.preprocessing)
     fisher, _ = reference_fisher(backbone, data, config)
     path = tmp_path_factory.mktemp("reference") / "fisher.safetensors"
-    save_reference(path, fisher, base=backbone.fingerprint)
+    save_reference(path, fisher, base=backbone.fingerprint, curvature=Curvature.FEATURES)
     return path
 
 
@@ -156,17 +163,23 @@ def test_too_few_clients_may_be_left_after_excluding(tmp_path):
 
 
 def _at_other_weights(fisher: FisherDiagonal, path: Path) -> None:
-    save_reference(path, fisher, base="embedded@00")
+    save_reference(path, fisher, base="embedded@00", curvature=Curvature.FEATURES)
 
 
 def _of_fewer_weights(fisher: FisherDiagonal, path: Path) -> None:
     sums = {name: total for name, total in fisher.sums.items() if "proj" not in name}
-    save_reference(path, FisherDiagonal(sums, fisher.num_examples), base=base())
+    altered = FisherDiagonal(sums, fisher.num_examples)
+    save_reference(path, altered, base=base(), curvature=Curvature.FEATURES)
 
 
 def _negative(fisher: FisherDiagonal, path: Path) -> None:
     sums = {name: total - 1 for name, total in fisher.sums.items()}
-    save_reference(path, FisherDiagonal(sums, fisher.num_examples), base=base())
+    altered = FisherDiagonal(sums, fisher.num_examples)
+    save_reference(path, altered, base=base(), curvature=Curvature.FEATURES)
+
+
+def _of_class_probabilities(fisher: FisherDiagonal, path: Path) -> None:
+    save_reference(path, fisher, base=base(), curvature=Curvature.EXACT)
 
 
 def _of_a_client(fisher: FisherDiagonal, path: Path) -> None:
@@ -184,13 +197,15 @@ def base() -> str:
         (_of_fewer_weights, ContributionError, "proj.*Use the same `target-weights`"),
         (_negative, ContributionError, "negative or not finite"),
         (_of_a_client, FileFormatError, "belongs to client 'client-0', expected '\\(reference\\)'"),
+        (_of_class_probabilities, ConfigError, "is of `curvature = exact`, but `curvature` is fea"),
         (lambda fisher, path: None, FileFormatError, "cannot be read"),
     ],
 )
 def test_a_reference_that_cannot_be_used_stops_the_run_before_anyone_is_asked(
     write, error, reason, reference, tmp_path
 ):
-    write(load_reference(reference, base=base()), tmp_path / "other.safetensors")
+    fisher = load_reference(reference, base=base(), curvature=Curvature.FEATURES)
+    write(fisher, tmp_path / "other.safetensors")
     with pytest.raises(error, match=reason):
         run({}, tmp_path / "out", anchor="reference", reference=str(tmp_path / "other.safetensors"))
     events = (tmp_path / "out" / "events.jsonl").read_text()

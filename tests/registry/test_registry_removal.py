@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from registry_builders import (
     QUICK,
     backbone,
@@ -18,10 +19,12 @@ from registry_builders import (
 )
 
 from fedcompo.composition import fixed_point
-from fedcompo.config.choices import Kind
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
@@ -234,3 +237,25 @@ def test_replacing_what_was_rounded_elsewhere_composes_anew(elsewhere, tmp_path)
     registry.add(member("ben", seed=9), replacing=True)
     expected = registry_of(tmp_path / "here", ADA, member("ben", seed=9), CHO)
     assert registry.state.root == expected.state.root
+
+
+def test_who_cancelled_out_in_the_sum_can_leave_too(tmp_path):
+    """The survivors' sum alone would not be let in; what is left of it is exact all the same."""
+    clients = [
+        replace(
+            member(name, Kind.FULL, seed=seed, num_examples=3100),
+            task_vector=TaskVector(
+                Kind.FULL,
+                {f"{n}/delta": torch.full_like(w, value) for n, w in backbone().theta_0.items()},
+                backbone().fingerprint,
+            ),
+        )
+        for seed, (name, value) in enumerate([("ada", 1023.0), ("ben", -1023.0), ("cho", 1023.0)])
+    ]
+    settings = CompositionSettings(coefficients=Coefficients.EXAMPLES)
+    registry = registry_of(tmp_path / "registry", *clients, settings=settings)
+    registry.remove("ben")
+    assert registry.clients == ("ada", "cho")
+    registry.remove("ada")
+    alone = registry_of(tmp_path / "alone", clients[2], settings=settings)
+    assert composition(registry) == composition(alone)

@@ -23,6 +23,8 @@ from fedcompo.composition.head import SHRINKAGE, head_from_total
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import ConfigError, ContributionError, RegistryError
 from fedcompo.method.statistics import total_of
+from fedcompo.registry import draft
+from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.verification import verify_registry
@@ -90,6 +92,15 @@ def test_without_a_vote_the_factor_is_computed_over_who_is_there(registry, tmp_p
     assert (record.factor_before, record.factor_after, record.factor_by) == (before, after, "norms")
     assert RemovalRecord.parse(record.text.encode(), source="it") == record
     assert record.format_version == 2
+
+
+def test_a_record_is_verified_with_the_shrinkage_of_its_time(registry, monkeypatch):
+    monkeypatch.setattr(draft, "SHRINKAGE", 0.1)
+    record = registry.remove("ada")
+    monkeypatch.undo()
+    assert registry.shrinkage == 0.1 != SHRINKAGE
+    findings = verify_record(registry.path / record.place, registry=registry)
+    assert all(finding.holds for finding in findings)
 
 
 def test_a_fixed_scale_is_divided_by_who_is_there(tmp_path):

@@ -9,8 +9,10 @@ from app_runs import altered, run
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.registry.registry import Registry
 from fedcompo.runtime import check_versions, installed_versions
-from server.exchange.checks import Originals, norm_of, too_long
+from fedcompo.storage.files import FISHER
+from server.exchange.checks import Originals, norm_of, too_large, too_long
 
 
 def vector(value: float) -> TaskVector:
@@ -33,6 +35,18 @@ def test_among_fewer_than_three_nobody_stands_out(norms):
 
 def test_without_a_ratio_nobody_is_refused():
     assert too_long({"a": 1.0, "b": 1.0, "c": 1e9}, 0.0) == {}
+
+
+def test_a_fisher_is_too_large_far_beyond_the_median():
+    assert too_large({"a": 1.0, "b": 2.0, "c": 200.0}) == {}
+    large = too_large({"a": 1.0, "b": 2.0, "c": 201.0})
+    assert list(large) == ["c"]
+    assert "mean trace 201, more than 100 times the median 2: it anchors nobody" in large["c"]
+
+
+@pytest.mark.parametrize("traces", [{}, {"a": 1.0, "b": 1e9}, {"a": 0.0, "b": 0.0, "c": 1.0}])
+def test_without_a_usual_fisher_none_is_too_large(traces):
+    assert too_large(traces) == {}
 
 
 def test_the_norm_is_that_of_all_weights_together():
@@ -95,6 +109,39 @@ def test_a_client_that_sends_far_too_much_is_refused_and_named(tmp_path, method)
     reasons = [entry["reason"] for entry in (*results["left_out"], *results["missed"])]
     assert any("max-norm-ratio" in reason for reason in reasons)
     assert results["registry"]["joined"] == ["client-0", "client-1"]
+
+
+def of_no_images(tensors, manifest):
+    second = next(name for name in tensors if name.endswith("statistics/second"))
+    tensors[second] *= 0.5
+
+
+def test_statistics_of_no_images_are_refused_and_their_client_is_named(tmp_path):
+    tampered = {"tamper": {(2, "query.describe"): altered(of_no_images)}}
+    results = run(tampered, tmp_path / "run", realign=False, aside=0.0, scale=1.0)
+    (left_out,) = results["left_out"]
+    assert "statistics of client 'client-2' are of no images" in left_out["reason"]
+    assert results["registry"]["joined"] == ["client-0", "client-1"]
+
+
+def larger(tensors, manifest):
+    for name in tensors:
+        if "fisher/" in name:
+            tensors[name] *= 1e6
+
+
+@pytest.mark.parametrize("method", ["ita", "iel"])
+def test_a_fisher_that_is_far_too_large_anchors_nobody_and_is_named(tmp_path, method):
+    settings = {"method": method, "num_server_rounds": 1, "realign": False, "aside": 0.0}
+    tampered = {"tamper": {(2, "query.describe"): altered(larger)}}
+    results = run(tampered, tmp_path / "run", **settings, scale=1.0)
+    (note,) = (note for note in results["notes"] if "The Fisher of client-2" in note)
+    assert "it anchors nobody" in note
+    assert results["registry"]["joined"] == ["client-0", "client-1", "client-2"]
+    registry = Registry(tmp_path / "run" / "registry")
+    anchored = {c: registry.member(c).lineage.anchored_by for c in registry.clients}
+    assert all("client-2" not in others for others in anchored.values())
+    assert not (tmp_path / "run" / "registry" / "clients" / "client-2" / FISHER).exists()
 
 
 def test_a_replayed_contribution_is_refused(tmp_path):

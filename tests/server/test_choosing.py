@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from app_runs import QUICK, altered, run
+from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from in_process_grid import lost
 from round_runs import draw_images
 
 from clients.local import LocalClient
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.tangent import feature_map
-from fedcompo.composition.head import head_from_total
-from fedcompo.composition.voting import SHRINKAGES, Votes, candidates, elected
+from fedcompo.composition.head import SHRINKAGE, head_from_total
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.composition.voting import Votes, elected, scales
 from fedcompo.config.choices import Statistics
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums, total_of
@@ -40,35 +43,30 @@ def test_the_clients_elect_the_candidate_with_the_least_loss(chosen):
     output, results = chosen
     registry, clients = Registry(output / "registry"), clients_of()
     theta_0 = registry.backbone.load().theta_0
-    pool, tried = registry.pool(), candidates(3)
+    pool, tried = registry.pool(), scales(3)
     votes = Votes.none(len(tried))
     sums: dict[float, list[FeatureSums]] = {}
-    for scale in {c.scale for c in tried}:
+    for scale in tried:
         theta = pool.compose(theta_0, scale=scale) if scale else {}
         sums[scale] = [
             FeatureSums.of(features(c, theta, 0), c.split[0].labels, c.data.classes)
             for c in clients
         ]
-    heads = [head_from_total(total_of(sums[c.scale]), c.shrinkage) for c in tried]
+    heads = [head_from_total(total_of(sums[scale])) for scale in tried]
     for client in clients:
         logits = []
-        for candidate, head in zip(tried, heads, strict=True):
-            scale = candidate.scale
+        for scale, head in zip(tried, heads, strict=True):
             theta = pool.compose(theta_0, scale=scale) if scale else {}
             logits.append(head(features(client, theta, 1)))
         labels = heads[0].indices(client.data.classes)[client.split[1].labels]
         votes += Votes.of(logits, labels)
     reported = results["scale"]
     assert reported["votes"] == votes.num_examples > 0
-    assert [c["loss"] for c in reported["candidates"]] == pytest.approx(votes.scores, abs=1e-4)
-    winner = min(reported["candidates"], key=lambda c: (c["loss"], c["scale"], -c["shrinkage"]))
-    assert (reported["scale"], reported["shrinkage"]) == (
-        pytest.approx(winner["scale"]),
-        winner["shrinkage"],
-    )
-    assert reported["by"] == "vote"
-    place = elected(tried, votes)
-    assert votes.scores[place] == pytest.approx(winner["loss"], abs=1e-4)
+    expected = [loss / votes.num_examples for loss in votes.losses]
+    assert [c["loss"] for c in reported["candidates"]] == pytest.approx(expected, abs=1e-4)
+    winner = min(reported["candidates"], key=lambda c: (c["loss"], c["scale"]))
+    assert (reported["scale"], reported["by"]) == (pytest.approx(winner["scale"]), "vote")
+    assert expected[elected(votes.losses)] == pytest.approx(winner["loss"], abs=1e-4)
 
 
 def features(client: LocalClient, theta, part: int) -> torch.Tensor:
@@ -81,7 +79,7 @@ def test_the_registry_holds_what_was_chosen(chosen):
     registry, reported = Registry(output / "registry"), results["scale"]
     assert registry.scale == pytest.approx(reported["scale"])
     assert registry.factor == pytest.approx(reported["scale"] / 3)
-    assert registry.shrinkage in SHRINKAGES
+    assert registry.shrinkage == SHRINKAGE
     assert registry.realigned
     assert results["notes"] == [] or all("voted" not in note for note in results["notes"])
 
@@ -93,6 +91,18 @@ def test_a_fixed_scale_is_not_voted_on_and_no_image_is_kept_aside(tmp_path):
     assert (results["scale"]["scale"], results["scale"]["candidates"]) == (2.0, [])
     assert not any("voted" in note for note in results["notes"])
     assert all(len(c.split[1].labels) == 0 for c in clients_of(scale=2.0))
+
+
+@pytest.mark.parametrize("scale", ["auto", 2.0])
+def test_who_joins_a_registry_of_fixed_scale_is_told_that_images_are_kept_aside_in_vain(
+    scale, tmp_path
+):
+    backbone = load_backbone(RunConfig.parse({"target-weights": FEW_WEIGHTS}).backbone)
+    Registry.create(tmp_path / "fixed", backbone, CompositionSettings(scale=2.0))
+    results = run({}, tmp_path / "out", registry=str(tmp_path / "fixed"), scale=scale, **SOME)
+    told = [note for note in results["notes"] if "trains nobody. Set `scale = 2`" in note]
+    assert len(told) == (scale == "auto")
+    assert results["scale"]["by"] == "fixed"
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,27 @@ def test_a_client_that_missed_a_round_before_the_interruption_still_has_missed_i
     assert results["rounds"][1]["trained"] == ["client-0", "client-1", "client-2"]
 
 
+def test_kinds_are_those_that_were_dealt_though_one_client_does_not_come_back(tmp_path):
+    """Dealt anew among those who are there, client-1 would be trained as a LoRA."""
+
+    class KilledLate(Watched):
+        def _see(self, partition, kind, reply):
+            if kind == "evaluate":  # all are in the registry by then
+                raise Killed
+            return reply
+
+    alone = {"head_start": "probe", "anchor": "own", "realign": False, "aside": 0.0}
+    settings, output = {**alone, "kind": "lora,full"}, tmp_path / "run"
+    with pytest.raises(Killed):
+        run(KilledLate().options(), output, **settings)
+    left = {"present": lambda partition: partition != 0}
+    results = run(left, output, **settings, resume=True, num_clients=2)
+    members = Registry(output / "registry").state.members
+    kinds = {client: member.kind for client, member in members.items()}
+    assert kinds == {"client-0": "lora", "client-1": "full", "client-2": "lora"}
+    assert results["class_il_accuracy"] is not None
+
+
 def test_the_longest_name_of_a_client_is_no_trouble(tmp_path):
     """Until it has named itself, it is called by its node and its registered name, too."""
     answers = KeptAnswers(tmp_path / "answers")

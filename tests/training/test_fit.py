@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training import penalty as acting
 from fedcompo.training.accuracy import accuracy_of
+from fedcompo.training.fisher_estimate import estimate_fisher
 from fedcompo.training.fit import Course, EpochCallback, Fitted, fit_task_vector
 from fedcompo.training.head import feature_scale
 from fedcompo.training.penalty import Anchor
@@ -133,6 +135,52 @@ def test_the_first_epochs_loss_starts_at_that_of_the_pre_trained_weights(backbon
     fitted = fit(backbone, kind, start=start, learning_rate=1e-12, local_epochs=1)
     expected = loss_of(kind, start(backbone.forward({})(DATA.images)))
     assert fitted.losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def rescaled(backbone: Backbone, *, factor: float) -> Backbone:
+    """The same function, with inputs of the linear layers that are ``factor`` times as large."""
+    model = copy.deepcopy(backbone.model)
+    for block in model.blocks:
+        for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+            norm.weight.mul_(factor)
+            norm.bias.mul_(factor)
+            linear.weight.div_(factor)
+    parameters = dict(model.named_parameters())
+    return replace(backbone, model=model, theta_0={n: parameters[n] for n in backbone.theta_0})
+
+
+@pytest.mark.parametrize("kind", [Kind.FULL, Kind.LORA, Kind.IA3])
+@pytest.mark.parametrize("factor", [0.25, 8.0])
+def test_a_backbone_that_computes_the_same_with_other_scales_trains_alike(backbone, kind, factor):
+    other = rescaled(backbone, factor=factor)
+    assert torch.allclose(other.forward({})(DATA.images), backbone.forward({})(DATA.images))
+    fitted = [
+        fit(
+            one,
+            kind,
+            learning_rate=0.0,
+            local_epochs=20,
+            alpha=0.0,
+            trust_region=0.02,
+            anchor=anchor,
+        )
+        for one, anchor in ((backbone, features_anchor(backbone)), (other, features_anchor(other)))
+    ]
+    assert fitted[0].losses == pytest.approx(fitted[1].losses, rel=1e-3)
+    assert 0 < fitted[0].held == pytest.approx(fitted[1].held, rel=0.05)
+    ours, theirs = (
+        one.forward(theta_of(one, fit.task_vector))(DATA.images)
+        for one, fit in zip((backbone, other), fitted, strict=True)
+    )
+    moved = (ours - backbone.forward({})(DATA.images)).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+
+
+def features_anchor(backbone: Backbone) -> Anchor:
+    """The mean Fisher of the features on the very images."""
+    images = backbone.preprocessing.normalise(DATA.images)
+    fisher, _ = estimate_fisher(backbone.model, [images], backbone.theta_0, generator=rng(0))
+    return Anchor(fisher.mean(), of_features=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

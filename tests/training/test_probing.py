@@ -13,10 +13,18 @@ from torch.func import functional_call
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.choices import Curvature
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
-from fedcompo.errors import BackboneMismatch, ContributionError, DataError, FileFormatError
-from fedcompo.method.contribution import save_fisher
+from fedcompo.errors import (
+    BackboneMismatch,
+    ConfigError,
+    ContributionError,
+    DataError,
+    FileFormatError,
+)
+from fedcompo.method.contribution import OLD_HEAD, save_fisher
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.names import check_client_name
 from fedcompo.training.probing import (
     OWNER,
@@ -99,13 +107,14 @@ def test_images_and_directions_depend_on_their_owner_and_the_seed():
 def test_what_is_loaded_is_what_was_saved(tmp_path):
     backbone = pico_backbone()
     fisher, _ = reference_fisher(backbone, public(), EXACT)
-    save_reference(tmp_path / "r", fisher, base=backbone.fingerprint)
-    loaded = load_reference(tmp_path / "r", base=backbone.fingerprint)
+    base, exact = backbone.fingerprint, Curvature.EXACT
+    save_reference(tmp_path / "r", fisher, base=base, curvature=exact)
+    loaded = load_reference(tmp_path / "r", base=base, curvature=exact)
     assert loaded.num_examples == 10
     assert loaded.sums.keys() == fisher.sums.keys()
     assert all(torch.equal(loaded.sums[name], fisher.sums[name]) for name in fisher.sums)
     with pytest.raises(BackboneMismatch, match="expected pico@other"):
-        load_reference(tmp_path / "r", base="pico@other")
+        load_reference(tmp_path / "r", base="pico@other", curvature=exact)
 
 
 def test_no_clients_fisher_passes_for_a_reference(tmp_path):
@@ -114,7 +123,32 @@ def test_no_clients_fisher_passes_for_a_reference(tmp_path):
     fisher, _ = reference_fisher(pico_backbone(), public(), EXACT)
     save_fisher(tmp_path / "r", fisher, client="reference", base="pico@0")
     with pytest.raises(FileFormatError, match="belongs to client 'reference'"):
-        load_reference(tmp_path / "r", base="pico@0")
+        load_reference(tmp_path / "r", base="pico@0", curvature=Curvature.EXACT)
+
+
+@pytest.mark.parametrize(
+    ("stated", "head", "wanted", "fault"),
+    [
+        (Curvature.FEATURES, False, Curvature.FEATURES, None),
+        (Curvature.EXACT, False, Curvature.MONTE_CARLO, None),
+        (Curvature.FEATURES, False, Curvature.EXACT, "is of `curvature = features`"),
+        (Curvature.MONTE_CARLO, False, Curvature.FEATURES, "is of `curvature = monte-carlo`"),
+        (None, True, Curvature.EXACT, None),
+        (None, True, Curvature.FEATURES, "is of `curvature = exact`"),
+        (None, False, Curvature.FEATURES, "does not say of which `curvature`"),
+        (None, False, Curvature.EXACT, "does not say of which `curvature`"),
+    ],
+)
+def test_a_reference_of_another_unit_is_refused(stated, head, wanted, fault, tmp_path):
+    sums = {"w": torch.ones(2, 3)} | ({OLD_HEAD[0]: torch.zeros(0, 3)} if head else {})
+    about = {"curvature": str(stated)} if stated else {}  # what earlier versions did not write
+    save_fisher(tmp_path / "r", FisherDiagonal(sums, 2), client=OWNER, base="pico@0", **about)
+    if fault is None:
+        loaded = load_reference(tmp_path / "r", base="pico@0", curvature=wanted)
+        assert set(loaded.sums) == {"w"}
+        return
+    with pytest.raises(ConfigError, match=fault):
+        load_reference(tmp_path / "r", base="pico@0", curvature=wanted)
 
 
 def test_public_data_is_one_partys_with_all_its_classes():
