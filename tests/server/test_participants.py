@@ -7,12 +7,21 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from fedcompo.config.choices import Kind
-from server.phases.participants import Description, Participants
+from fedcompo.messages.answers import DescribeAnswer
+from server.phases.participants import Participants
 
 
 def described(*clients: str, **insisting: Kind) -> Participants:
     about = {
-        client: Description(("cat", "dog"), {}, 10, 5, insisting.get(client)) for client in clients
+        client: DescribeAnswer(
+            client=client,
+            base="",
+            classes=("cat", "dog"),
+            num_test_examples=5,
+            statistics={},
+            kind=insisting.get(client),
+        )
+        for client in clients
     }
     return Participants(names=frozenset(clients), described=about)
 
