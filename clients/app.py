@@ -23,6 +23,7 @@ from fedcompo.messages.requests import (
     DescribeRequest,
     EvaluateRequest,
     FisherRequest,
+    IdentifyRequest,
     NoticeRequest,
     RealignRequest,
     TrainRequest,
@@ -37,30 +38,6 @@ Asked = TypeVar("Asked", bound=Content)
 Work = Callable[[LocalClient, Body], Answer]
 
 
-@app.query("describe")
-def describe(message: Message, context: Context) -> Message:
-    """Describe the images by statistics of the pre-trained features."""
-    return _answer(message, context, _reading(DescribeRequest, LocalClient.describe))
-
-
-@app.query("identify")
-def identify(message: Message, context: Context) -> Message:
-    """Send the client's name and classes."""
-    return _answer(message, context, lambda client, body: client.identify())
-
-
-@app.query("notice")
-def notice(message: Message, context: Context) -> Message:
-    """Log that another client was removed."""
-    return _answer(message, context, _reading(NoticeRequest, LocalClient.notice))
-
-
-@app.query("fisher")
-def fisher(message: Message, context: Context) -> Message:
-    """Sum the Fisher diagonal at the pre-trained weights."""
-    return _answer(message, context, _reading(FisherRequest, LocalClient.fisher))
-
-
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Fit the task vector, or train the model that all share (FedAvg, FedProx)."""
@@ -73,27 +50,13 @@ def train(message: Message, context: Context) -> Message:
     return _answer(message, context, work)
 
 
-@app.query("realign")
-def realign(message: Message, context: Context) -> Message:
-    """Describe the images by statistics of composed models' features."""
-    return _answer(message, context, _reading(RealignRequest, composed.realign))
-
-
-@app.query("vote")
-def vote(message: Message, context: Context) -> Message:
-    """Measure candidates for the composed model on images that were not trained on."""
-    return _answer(message, context, _reading(VoteRequest, composed.vote))
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Measure the composed model on the client's test images."""
-    return _answer(message, context, _reading(EvaluateRequest, composed.evaluate))
-
-
-def _reading(request: type[Asked], work: Callable[[LocalClient, Asked], Answer]) -> Work:
-    """Adapt work on a request to the body that the request travels as."""
-    return lambda client, body: work(client, request.from_body(body))
+def _on(
+    request: type[Asked], work: Callable[[LocalClient, Asked], Answer]
+) -> Callable[[Message, Context], Message]:
+    """Read a request of one sort from each message, and answer it by this work."""
+    return lambda message, context: _answer(
+        message, context, lambda client, body: work(client, request.from_body(body))
+    )
 
 
 def _answer(message: Message, context: Context, work: Work) -> Message:
@@ -113,3 +76,12 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
     except FedcompoError as error:
         content = refusal(f"{type(error).__name__}: {error}")
     return Message(content, reply_to=message)
+
+
+app.query("identify")(_on(IdentifyRequest, lambda client, request: client.identify()))
+app.query("describe")(_on(DescribeRequest, lambda client, request: client.describe(request)))
+app.query("fisher")(_on(FisherRequest, lambda client, request: client.fisher(request)))
+app.query("notice")(_on(NoticeRequest, lambda client, request: client.notice(request)))
+app.query("realign")(_on(RealignRequest, composed.realign))
+app.query("vote")(_on(VoteRequest, composed.vote))
+app.evaluate()(_on(EvaluateRequest, composed.evaluate))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from clients import outgoing
 from clients.local import LocalClient
 from fedcompo.data.client_data import Split
@@ -13,21 +11,12 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.seeds import generator_for
 from fedcompo.training.fit import Course, fit_task_vector
 
-logger = logging.getLogger(__name__)
-
 
 def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
     """Train the shared model further, by cross-entropy over the classes of all clients.
 
     FedProx's term is the only penalty: there is no anchor. The cosine schedule runs over all
     rounds. No image is kept aside, as there is nothing to choose.
-
-    Args:
-        client: The client that trains.
-        request: The shared task vector's parameters, the joint head and the round.
-
-    Returns:
-        The trained tensors and the losses.
     """
     number, joint = request.number, request.joint
     kind, base = request.kind, client.backbone.fingerprint
@@ -46,7 +35,7 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         client.config.train,
         generator=generator_for(client.config.seed, "train", client.name, str(number)),
         course=course,
-        on_epoch=lambda *epoch: logger.info("%s: epoch %d of %d, loss %.4f", client.name, *epoch),
+        on_epoch=client.log_epoch,
     )
     tensors, _, caps = outgoing.trained(fitted, client.backbone, client.config.caps)
     return AveragingAnswer(

@@ -26,12 +26,8 @@ def load_images(
 ) -> ClientData:
     """Load the images of one client once for all phases; raises ``DataError``.
 
-    Args:
-        config: Source of the images of simulated clients.
-        preprocessing: Input that the backbone expects.
-        seed: Seed of the run.
-        path: Folder of the node's own images; empty: it owns a part of the source.
-        partition: Which part; negative: none.
+    The path is the folder of the node's own images. Without one, it owns this part of the source;
+    a negative part is none.
     """
     if path:
         return load_folder(

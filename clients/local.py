@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
 
 from clients import outgoing
+from clients.course import course_of
 from clients.loading import load_images, load_shared_backbone
 from clients.store import Store, completed, store_home
 from fedcompo.backbone.backbone import Backbone
@@ -52,21 +53,6 @@ from fedcompo.training.fit import ensembled, fit_task_vector
 from fedcompo.training.probing import fit_probe
 
 logger = logging.getLogger(__name__)
-
-
-class Who(TypedDict):
-    """Fields that every answer has; see :class:`NoticeAnswer`."""
-
-    client: str
-    base: str
-    classes: tuple[str, ...]
-
-
-class About(TypedDict):
-    """Fields of an answer in which a client says who it is; see :class:`IdentifyAnswer`."""
-
-    num_test_examples: int
-    noised: bool
 
 
 @dataclass(frozen=True)
@@ -140,7 +126,6 @@ class LocalClient:
         form = self.config.head.statistics
         statistics, caps = self.statistics(self.data.train, {}, form=form, purpose="features")
         return DescribeAnswer(
-            **self.who(),
             **self._about(),
             statistics=statistics,
             kind=self.kind,
@@ -150,7 +135,7 @@ class LocalClient:
 
     def identify(self) -> IdentifyAnswer:
         """Send name, backbone, classes and the number of test images."""
-        return IdentifyAnswer(**self.who(), **self._about())
+        return IdentifyAnswer(**self._about())
 
     def notice(self, request: NoticeRequest) -> NoticeAnswer:
         """Log that another client was removed, with the removal record."""
@@ -173,7 +158,8 @@ class LocalClient:
         if request.lacks:
             return LacksAnswer(**self.who(), lacks=request.lacks)
         classes, theta_0 = self.data.classes, self.backbone.theta_0
-        course = request.course(
+        course = course_of(
+            request,
             theta_0,
             base=self.backbone.fingerprint,
             classes=classes,
@@ -190,7 +176,7 @@ class LocalClient:
             self.config.train,
             generator=generator_for(self.config.seed, *purpose),
             course=course,
-            on_epoch=self._log_epoch,
+            on_epoch=self.log_epoch,
         )
         fitted = replace(fitted, head=fitted.head.rows(classes))
         tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
@@ -260,28 +246,24 @@ class LocalClient:
 
     def _fisher(self, head: Head | None) -> FisherAnswer:
         """The Fisher diagonal of the training images; of their features if there is no head."""
-        return outgoing.fisher_of(
-            self.backbone,
-            head,
-            self.data.train.images,
-            self.config,
-            client=self.name,
-            classes=self.data.classes,
-        )
+        images, who = self.data.train.images, self.who()
+        return outgoing.fisher_of(self.backbone, head, images, self.config, who=who)
 
     def _probe(self) -> Head:
         """The client's own head. Each phase fits it again and gets the same bits."""
         ridge = self.config.head.ridge
         return fit_probe(self.backbone, self.split[0], self.data.classes, ridge=ridge)
 
-    def _about(self) -> About:
-        noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
-        return About(num_test_examples=tests, noised=noised)
-
-    def who(self) -> Who:
-        """Name, backbone and classes, which every answer states."""
+    def who(self) -> dict[str, Any]:
+        """Name, backbone and classes, which every answer states; see :class:`NoticeAnswer`."""
         base, classes = self.backbone.fingerprint, self.data.classes
-        return Who(client=self.name, base=base, classes=classes)
+        return {"client": self.name, "base": base, "classes": classes}
 
-    def _log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
+    def _about(self) -> dict[str, Any]:
+        """What else a client states of itself; see :class:`IdentifyAnswer`."""
+        noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
+        return {**self.who(), "num_test_examples": tests, "noised": noised}
+
+    def log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
+        """Log a finished epoch and its mean loss."""
         logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)

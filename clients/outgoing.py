@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -80,8 +81,7 @@ def fisher_of(
     images: Tensor,
     config: RunConfig,
     *,
-    client: str,
-    classes: tuple[str, ...],
+    who: Mapping[str, Any],
 ) -> FisherAnswer:
     """Sum the Fisher diagonal, in the form and number format that the caps allow.
 
@@ -90,8 +90,7 @@ def fisher_of(
         head: Head of the class probabilities that it is the Fisher of; None: of the features.
         images: Of training, (count, channels, size, size), uint8.
         config: Settings, capped.
-        client: Its name.
-        classes: Its classes.
+        who: What every answer states of the client.
     """
     started, caps = time.perf_counter(), config.caps
     caps_report: dict[str, Any] = {}
@@ -109,7 +108,7 @@ def fisher_of(
             images,
             config.fisher,
             seed=config.seed,
-            owner=client,
+            owner=who["client"],
             head=head,
             form=caps.fisher_form,
         )
@@ -121,9 +120,7 @@ def fisher_of(
     if caps.wire is not Wire.FLOAT32 and body:
         caps_report |= {"wire_error": relative_error(body, arrived), "wire": str(caps.wire)}
     return FisherAnswer(
-        client=client,
-        base=backbone.fingerprint,
-        classes=classes,
+        **who,
         tensors=coded,
         num_examples=fisher.num_examples,
         form=caps.fisher_form,
@@ -166,11 +163,6 @@ def trained(
     fitted: Fitted, backbone: Backbone, caps: CapsConfig
 ) -> tuple[dict[str, Tensor], Fitted, dict[str, Any]]:
     """Write what was trained in the number format that the caps allow.
-
-    Args:
-        fitted: As it was trained.
-        backbone: Pre-trained weights.
-        caps: Which format.
 
     Returns:
         The tensors of the answer; the task vector and head that the server reads from them, which

@@ -42,12 +42,7 @@ class Store:
 
     @classmethod
     def of(cls, home: Path, federation: str, client: str) -> Store:
-        """The store of a client.
-
-        Args:
-            home: Folder of all stores.
-            federation: Name that the server gives it.
-            client: Name of the client.
+        """The store of a client, in a folder of the federation's name, which the server gives.
 
         Raises:
             FileFormatError: If the federation's name could lead out of the folder.
@@ -92,10 +87,6 @@ class Store:
 
 def completed(request: TrainRequest, store: Store | None) -> tuple[TrainRequest, dict[str, str]]:
     """Add the tensors that the client has kept to a request; keep those that came with it.
-
-    Args:
-        request: As it came.
-        store: Of this client; None: it keeps nothing.
 
     Returns:
         The request with all that the client has; SHA-256 of what it keeps, by name.

@@ -21,11 +21,7 @@ Reports = Sequence[Mapping[str, Any]]
 
 
 def spent(reports: Reports, *, delta: float) -> dict[str, Any] | None:
-    """Compute the ε of all that a client released under noise, for each of its images.
-
-    Args:
-        reports: Of the client.
-        delta: δ.
+    """Compute the ε at δ of all that a client released under noise, for each of its images.
 
     Returns:
         ε (None where there is next to no noise), δ and the number of releases, as JSON values;
@@ -44,12 +40,7 @@ def spent(reports: Reports, *, delta: float) -> dict[str, Any] | None:
 
 
 def notes(reports: Mapping[str, Reports], *, delta: float) -> list[str]:
-    """Write what readers of the results should know of the clients' caps, in a few sentences.
-
-    Args:
-        reports: By client.
-        delta: δ.
-    """
+    """Write what readers of the results should know of the clients' caps, in a few sentences."""
     answers = [answer for answers in reports.values() for answer in answers]
     return [*_errors(answers), *_silence(reports), *_privacy(reports, delta)]
 

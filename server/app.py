@@ -146,15 +146,7 @@ def _remove(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[s
 def new_exchange(
     grid: Grid, books: Books, config: RunConfig, *, least: int, answers: KeptAnswers | None = None
 ) -> Exchange:
-    """Begin the conversation with the clients of a run.
-
-    Args:
-        grid: Flower's.
-        books: Of the run.
-        config: Settings of the run.
-        least: Number of clients without which it fails.
-        answers: Where answers are kept, if the run can be resumed.
-    """
+    """Begin the conversation with the clients of a run, which fails with fewer than the least."""
     server = config.server
     return Exchange(books, Nodes(grid), server.timeout, least, server.in_flight, answers)
 

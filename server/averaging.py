@@ -23,10 +23,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.head import joint_head
-from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
-from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, Statistics, kinds_of
+from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
@@ -40,6 +38,7 @@ from fedcompo.seeds import generator_for
 from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
 from server.exchange.exchange import Exchange
 from server.exchange.exchange_grid import ExchangeGrid
+from server.phases import roster
 from server.phases.roster import Roster
 
 METHODS = (Method.FEDAVG, Method.FEDPROX)
@@ -71,18 +70,16 @@ class Averaging:
     def run(self) -> None:
         """Do all phases; afterwards the model lies in its folder."""
         self.describe()
-        if self.config.head.statistics is Statistics.SUMS:
-            self.aligned: Head = self.align()
-        else:
-            self.aligned = self.exchange.books.timed("align", self.align)
-        self.measure_frozen()
+        self.measure("evaluate frozen", {}, self.aligned, prefix="frozen_")
         self.train()
         export_timm(self.folder, self.backbone, self.theta, self.head)
         self.exchange.books.note(NO_REGISTRY)
-        self.evaluate()
+        self.measure("evaluate", self.theta, self.head, decisive=False)
+        if not self.exchange.clients:
+            self.exchange.require_clients("evaluate")
 
     def describe(self) -> None:
-        """Ask clients what their classes look like; settle who takes part."""
+        """Ask clients what their classes look like; settle who takes part; make the joint head."""
         self.roster.gather()
         self.roster.exclude(names_of(self.config.server.exclude))
         for client in self.exchange.clients:
@@ -91,23 +88,9 @@ class Averaging:
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
                 self.exchange.leave_out("describe", client, reason)
         self.exchange.require_clients("describe")
-
-    def align(self) -> Head:
-        """Make the joint head of everyone's statistics."""
         described = self.roster.participants.described
         statistics = {client: described[client].statistics for client in self.exchange.clients}
-        return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
-
-    def measure_frozen(self) -> None:
-        """Let every client measure the frozen backbone under the joint head."""
-        request = EvaluateRequest(theta={}, joint=self.aligned, linearised=False).to_body()
-
-        def fold(client: str, body: Body) -> str:
-            figures = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
-            self.figures[client] = {f"frozen_{name}": value for name, value in figures.items()}
-            return client
-
-        self.exchange.ask("evaluate frozen", "evaluate", lambda c: request, fold)
+        self.aligned = self.roster.align(statistics, self.config)
 
     def start(self) -> AveragingRequest:
         """The request that all clients start from: a task vector that is zero, and a head."""
@@ -201,25 +184,32 @@ class Averaging:
         self.figures[client]["losses"] = [*known, *losses]
         return record
 
-    def evaluate(self) -> None:
-        """Let every client measure the model on its own test images."""
-        request = EvaluateRequest(theta=self.theta, joint=self.head, linearised=False).to_body()
+    def measure(
+        self, phase: str, theta: Weights, joint: Head, *, prefix: str = "", decisive: bool = True
+    ) -> None:
+        """Let every client measure a model on its own test images.
+
+        Args:
+            phase: Name of the phase.
+            theta: Weights by name; empty: of the frozen backbone.
+            joint: The head.
+            prefix: Before the names of the figures.
+            decisive: Fail if too few clients are left then.
+        """
+        request = EvaluateRequest(theta=theta, joint=joint, linearised=False).to_body()
 
         def fold(client: str, body: Body) -> str:
-            figures = EvaluateAnswer.from_body(body).figures
-            self.figures[client] |= checked_fractions(client, figures)
+            figures = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
+            known = self.figures.setdefault(client, {})
+            known |= {f"{prefix}{name}": value for name, value in figures.items()}
             return client
 
-        self.exchange.ask("evaluate", "evaluate", lambda c: request, fold, decisive=False)
-        if not self.exchange.clients:
-            self.exchange.require_clients("evaluate")
+        self.exchange.ask(phase, "evaluate", lambda c: request, fold, decisive=decisive)
 
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
     """The phases of averaging."""
-    mixtures = config.head.statistics is Statistics.MIXTURES
-    align = ("align",) if mixtures else ()
-    return ("describe", *align, "evaluate frozen", "train", "evaluate")
+    return (*roster.phases_of(config), "evaluate frozen", "train", "evaluate")
 
 
 def _only_kind(config: RunConfig) -> Kind:

@@ -11,13 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.run import RunConfig
 from fedcompo.runtime import version
 from server import accounting
 from server.averaging import Averaging
 from server.exchange.books import totals
-from server.exchange.exchange import Exchange
 from server.phases.composing import Composing
 from server.strategy import Strategy
 from server.unlearning import Unlearning
@@ -35,28 +32,17 @@ PACKAGES = ("fedcompo", "torch", "timm", "flwr", "numpy", "safetensors", "scikit
 
 
 def collect(strategy: Strategy) -> dict[str, Any]:
-    """Collect every figure of a finished run.
+    """Collect every figure of a finished run, as JSON values.
 
-    Args:
-        strategy: After its ``run``.
-
-    Returns:
-        JSON values. Accuracies are fractions in [0, 1]; those of the run are means over clients.
+    Accuracies are fractions in [0, 1]; those of the run are means over clients.
     """
-    config, exchange, composing = strategy.config, strategy.exchange, strategy.composing
     registry = strategy.registry
     per_client = {client: _of_client(strategy, client) for client in registry.clients}
     return {
-        **_common(
-            config,
-            exchange,
-            strategy.backbone,
-            method=str(config.method.method),
-        ),
-        "schedule": str(config.method.schedule),
+        **_common(strategy, method=str(strategy.config.method.method)),
+        "schedule": str(strategy.config.method.schedule),
         **strategy.report(),
-        **{name: _mean(per_client, name) for name in ACCURACIES},
-        "clients_evaluated": _evaluated(per_client),
+        **_over_clients(per_client),
         "scale": strategy.choosing.report(),
         "realigned_with": list(registry.clients) if registry.realigned else [],
         "registry": {
@@ -64,8 +50,7 @@ def collect(strategy: Strategy) -> dict[str, Any]:
             "root": registry.state.root,
             "joined": list(strategy.trained),
         },
-        "per_client": per_client,
-        "diagnostics": _diagnostics(composing),
+        "diagnostics": _diagnostics(strategy.composing),
         "classes": list(registry.classes),
     }
 
@@ -76,34 +61,24 @@ def collect_averaging(averaging: Averaging) -> dict[str, Any]:
     Keys are those of :func:`collect` where they mean the same. Without task vectors there are no
     diagnostics, no lineage and no registry.
     """
-    config, exchange = averaging.config, averaging.exchange
-    method = str(config.method.method)
     per_client = {client: _of_averaged(averaging, client) for client in averaging.trained}
     return {
-        **_common(config, exchange, averaging.backbone, method=method),
+        **_common(averaging, method=str(averaging.config.method.method)),
         "rounds": averaging.history,
-        **{name: _mean(per_client, name) for name in ACCURACIES},
-        "clients_evaluated": _evaluated(per_client),
+        **_over_clients(per_client),
         "model": {"path": str(averaging.folder), "parameters_sent": averaging.num_parameters},
-        "per_client": per_client,
         "classes": list(averaging.head.classes),
     }
 
 
 def collect_removal(removal: Unlearning) -> dict[str, Any]:
     """Collect every figure of a finished removal, as JSON values."""
-    config, exchange, backbone = removal.config, removal.exchange, removal.backbone
-    return {
-        **_common(config, exchange, backbone, method="removal"),
-        **removal.results(),
-    }
+    return {**_common(removal, method="removal"), **removal.results()}
 
 
-def _common(
-    config: RunConfig, exchange: Exchange, backbone: Backbone, *, method: str
-) -> dict[str, Any]:
+def _common(run: Strategy | Averaging | Unlearning, *, method: str) -> dict[str, Any]:
     """Results that every kind of run has."""
-    books = exchange.books
+    config, backbone, books = run.config, run.backbone, run.exchange.books
     return {
         "format_version": FORMAT_VERSION,
         "method": method,
@@ -149,22 +124,18 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
         "num_examples": contribution.num_examples,
         "num_test_examples": described.num_test_examples if described else None,
         "coefficient": composing.coefficients[client],
-        **{name: reported.get(name) for name in ACCURACIES},
-        "losses": reported.get("losses", []),
+        **_reported(strategy, client, reported),
         "distance": reported.get("distance"),
         "held": reported.get("held"),
         "fisher": reported.get("fisher", {}),
-        **_caps(strategy.exchange, client, strategy.config),
         "tau_norm": float(composing.diagnostics.norms[index]),
         "tau_parameters": _count(contribution.task_vector.tensors),
-        "traffic": _traffic(strategy.exchange, client),
         "lineage": asdict(contribution.lineage),
     }
 
 
 def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
     described = averaging.roster.participants.described
-    reported = averaging.figures[client]
     together = sum(described[name].num_examples for name in averaging.trained)
     return {
         "classes": list(described[client].classes),
@@ -172,28 +143,40 @@ def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
         "num_examples": described[client].num_examples,
         "num_test_examples": described[client].num_test_examples,
         "coefficient": described[client].num_examples / together,
-        **{name: reported.get(name) for name in ACCURACIES},
-        "losses": reported["losses"],
-        **_caps(averaging.exchange, client, averaging.config),
-        "traffic": _traffic(averaging.exchange, client),
+        **_reported(averaging, client, averaging.figures[client]),
     }
 
 
-def _caps(exchange: Exchange, client: str, config: RunConfig) -> dict[str, Any]:
-    """A client's report of its caps, and the ε of its noise."""
-    caps = exchange.books.caps.get(client, [])
-    return {"caps": caps, "privacy": accounting.spent(caps, delta=config.caps.dp_delta)}
+def _reported(run: Strategy | Averaging, client: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """A client's figures, caps, ε of its noise, and the cost of each phase for it."""
+    books, delta = run.exchange.books, run.config.caps.dp_delta
+    caps = books.caps.get(client, [])
+    return {
+        **{name: figures.get(name) for name in ACCURACIES},
+        "losses": figures.get("losses", []),
+        "caps": caps,
+        "privacy": accounting.spent(caps, delta=delta),
+        "traffic": {
+            phase: asdict(costs[client])
+            for phase, costs in books.traffic.items()
+            if client in costs
+        },
+    }
 
 
-def _traffic(exchange: Exchange, client: str) -> dict[str, Any]:
-    """The cost of each phase for one client."""
-    costs = {phase: costs.get(client) for phase, costs in exchange.books.traffic.items()}
-    return {phase: asdict(cost) for phase, cost in costs.items() if cost is not None}
-
-
-def _evaluated(per_client: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Clients that measured the final model."""
-    return [c for c, figures in per_client.items() if figures["class_il_accuracy"] is not None]
+def _over_clients(per_client: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The clients' figures, their means over those that reported them, and who measured."""
+    reported = {
+        name: [figures[name] for figures in per_client.values() if figures[name] is not None]
+        for name in ACCURACIES
+    }
+    return {
+        **{name: fmean(values) if values else None for name, values in reported.items()},
+        "clients_evaluated": [
+            c for c, figures in per_client.items() if figures["class_il_accuracy"] is not None
+        ],
+        "per_client": per_client,
+    }
 
 
 def _diagnostics(composing: Composing) -> dict[str, Any]:
@@ -205,12 +188,6 @@ def _diagnostics(composing: Composing) -> dict[str, Any]:
         "composition_gap": diagnostics.gap,
         "outliers": list(diagnostics.outliers),
     }
-
-
-def _mean(per_client: dict[str, dict[str, Any]], name: str) -> float | None:
-    """Mean over the clients that reported the figure; None if there are none."""
-    values = [figures[name] for figures in per_client.values() if figures[name] is not None]
-    return fmean(values) if values else None
 
 
 def _count(weights: Mapping[str, Tensor]) -> int:

@@ -47,12 +47,7 @@ class Working:
 
     @classmethod
     def open(cls, output: Path, config: RunConfig, registry: Registry) -> Working:
-        """Begin a run, or read where an interrupted one stands.
-
-        Args:
-            output: The run's own folder.
-            config: Settings of this run.
-            registry: Its registry, opened.
+        """Begin a run in its own folder, or read where an interrupted one stands.
 
         Raises:
             ConfigError: If the run was begun with other settings.

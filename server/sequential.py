@@ -38,12 +38,7 @@ class AccuracyMatrix:
     """Accuracy by client, in [0, 1], after each arrival; missing: it was not measured."""
 
     def after(self, client: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
-        """Return the matrix with one row more.
-
-        Args:
-            client: The one that arrived.
-            accuracies: By client, of those that measured the model then.
-        """
+        """Return the matrix with one row more, of all that measured the model at an arrival."""
         return AccuracyMatrix((*self.arrivals, client), (*self.rows, dict(accuracies)))
 
     @property

@@ -55,7 +55,7 @@ class Strategy(ABC):
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
         self.composing = Composing(self.exchange, self.backbone, self.registry)
-        self.choosing = self.new_choosing()
+        self.choosing = Choosing(self.roster, self.registry, self.config)
         self.trained: tuple[str, ...] = ()
 
     @classmethod
@@ -75,7 +75,7 @@ class Strategy(ABC):
             self.roster,
             self.config,
             self.registry,
-            self.output / fitting.INCOMING,
+            self.working.output / fitting.INCOMING,
             self.figures,
             ensembled=self.config.method.method is Method.IEL,
         )
@@ -93,11 +93,6 @@ class Strategy(ABC):
         self.roster.settle(self.registry, self.config, self.exchange.clients)
         self.roster.require_newcomers(self.registry)
 
-    @property
-    def output(self) -> Path:
-        """The run's own folder."""
-        return self.working.output
-
     @abstractmethod
     def fit(self) -> list[Path]:
         """Let clients train; returns the folders of their contributions."""
@@ -114,18 +109,9 @@ class Strategy(ABC):
         self.composing.compare(self.fitting.fishers.sums)
         self.fitting.remark(folder.name for folder in folders)
 
-    def new_choosing(self) -> Choosing:
-        """The phases that choose the composition."""
-        width, noised = self.backbone.num_features, self.roster.participants.noised
-        return Choosing(self.exchange, self.registry, self.config, width, noised)
-
     def look(self, *, decisive: bool = True) -> None:
-        """Choose λ, align the joint head again, and measure.
-
-        Args:
-            decisive: Fail if no client measures.
-        """
-        self.choosing = self.new_choosing()
+        """Choose λ, align the joint head again, and measure; decisive: fail if nobody does."""
+        self.choosing = Choosing(self.roster, self.registry, self.config)
         if self.config.compose.realign:
             self.choosing.run()
         else:
@@ -161,7 +147,7 @@ class IelStrategy(Strategy):
     def fit(self) -> list[Path]:
         """Do the rounds."""
         self.identify()
-        number, last = self.config.method.num_server_rounds, LastSent(self.output / ROUNDS)
+        number, last = self.config.method.num_server_rounds, LastSent(self.working.output / ROUNDS)
         self.rounds = Rounds(self.fitting, number, last, working=self.working)
         self.rounds.run()
         self.trained = self.rounds.trained

@@ -12,7 +12,7 @@ undone, and their lineage still names it.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,15 @@ from fedcompo.config.server import RegistryConfig
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages.answers import IdentifyAnswer
 from fedcompo.messages.body import Body
-from fedcompo.messages.requests import IdentifyRequest, NoticeRequest
-from fedcompo.names import check_client_name, require_known
+from fedcompo.messages.requests import NoticeRequest
+from fedcompo.names import require_known
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
-from server.exchange.checks import check_backbone
 from server.exchange.exchange import Exchange
 from server.phases import choosing, fitting
 from server.phases.choosing import Choosing
 from server.phases.composing import Composing
 from server.phases.fitting import Fitting
-from server.phases.participants import Participants
 from server.phases.roster import Roster
 from server.rounds.holdings import ROUNDS, LastSent
 from server.rounds.rounds import Rounds
@@ -62,8 +60,6 @@ class Unlearning:
     """Folder of the run, for temporary files."""
     images: dict[str, int] = field(default_factory=dict)
     """Test images, by client."""
-    noised: set[str] = field(default_factory=set)
-    """Clients whose statistics are under noise."""
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracies before the removal, by client; measured by those who stay."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -74,8 +70,8 @@ class Unlearning:
     def __post_init__(self) -> None:
         """Raise, before any client is asked, if the client is not in the registry."""
         require_known([self.request.client], self.registry.clients, "registry")
-        width = self.backbone.num_features
-        self.choosing = Choosing(self.exchange, self.registry, self.config, width, self.noised)
+        self.roster = Roster(self.exchange, self.backbone)
+        self.choosing = Choosing(self.roster, self.registry, self.config)
 
     @property
     def request(self) -> RegistryConfig:
@@ -96,13 +92,7 @@ class Unlearning:
 
     def identify(self) -> None:
         """Learn who is connected; only members that stay take part in the other phases."""
-        self.exchange.ask(
-            "identify",
-            "query.identify",
-            lambda client: IdentifyRequest().to_body(),
-            self._fold_identity,
-            decisive=False,
-        )
+        self.roster.identify(accept=self._accept)
         missing = sorted(set(self.registry.clients) - {*self.exchange.clients, self.request.client})
         if missing:
             self.exchange.books.note(
@@ -110,16 +100,9 @@ class Unlearning:
                 "The removal does not wait for them."
             )
 
-    def _fold_identity(self, client: str, body: Body) -> str:
-        answer = IdentifyAnswer.from_body(body)
-        name = check_client_name(answer.client)
+    def _accept(self, name: str, answer: IdentifyAnswer) -> None:
         if name == self.request.client:
             raise ContributionError("This is the client to be removed; it is not asked again.")
-        if name in self.exchange.clients:
-            raise ContributionError(
-                f"Two nodes call themselves {name!r}; give each node a name of its own."
-            )
-        check_backbone(name, answer.base, self.backbone)
         known = self.registry.member(name).classes
         if answer.classes != known:
             raise ContributionError(
@@ -127,9 +110,6 @@ class Unlearning:
                 f"has {list(known)}."
             )
         self.images[name] = answer.num_test_examples
-        if answer.noised:
-            self.noised.add(name)
-        return name
 
     def evaluate(self, phase: str) -> dict[str, dict[str, float]]:
         """Let those who stay measure the current model; returns their figures, by client."""
@@ -181,9 +161,9 @@ class Unlearning:
 
     def _repair(self) -> None:
         going_on, members = self.exchange.clients, self.registry.state.members
-        participants = Participants(
+        participants = replace(
+            self.roster.participants,
             members=tuple(client for client in members if client not in going_on),
-            names=frozenset(going_on),
             kinds={client: Kind(members[client].kind) for client in going_on},
         )
         roster = Roster(self.exchange, self.backbone, participants)

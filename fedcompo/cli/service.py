@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,12 +21,46 @@ from fedcompo.cli.common import (
     progress,
     with_options,
 )
-from fedcompo.cli.connection import Connection
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
 if TYPE_CHECKING:
+    from fedcompo.service.certificates import Credential
+    from fedcompo.service.client import Client
     from fedcompo.service.server import Server
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where a service listens, and the certificate to call it with."""
+
+    server: Annotated[
+        str,
+        typer.Option(
+            envvar="FEDCOMPO_SERVER", metavar="HOST:PORT", help="Where the service listens."
+        ),
+    ]
+    ca: Annotated[
+        Path, typer.Option(envvar="FEDCOMPO_CA", help="Certificate of the authority: ca.crt.")
+    ]
+    certificate: Annotated[
+        Path, typer.Option(envvar="FEDCOMPO_CERTIFICATE", help="Your own; it names you.")
+    ]
+    key: Annotated[Path, typer.Option(envvar="FEDCOMPO_KEY", help="The certificate's private key.")]
+
+    @property
+    def credential(self) -> Credential:
+        """The caller's certificate and key."""
+        from fedcompo.service.certificates import read_credential
+
+        return read_credential(self.certificate, self.key)
+
+    def open(self) -> Client:
+        """Read the certificates; the connection is made at the first call."""
+        from fedcompo.service.certificates import read_authority
+        from fedcompo.service.client import Client
+
+        return Client(self.server, read_authority(self.ca), self.credential)
 
 
 @with_options("connection", Connection)

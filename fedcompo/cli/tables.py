@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from fedcompo.report.console import literal, say, table_console
+from fedcompo.report.console import literal, numbers, say, table_console
 from fedcompo.report.units import percent, shortened, size
 
 if TYPE_CHECKING:
@@ -27,11 +27,10 @@ MARKS = {True: ("holds", "green"), False: ("FAILS", "bold red"), None: ("open", 
 
 def print_list(summary: Mapping[str, Any]) -> None:
     """Print who is in a registry, and what it composes."""
-    table = Table(title=literal(f"Registry {summary['registry']}"))
-    for column in ("client", "kind", "classes", "added"):
-        table.add_column(column, no_wrap=column in ("client", "added"))
-    for column in ("images", "size", "shaped by", "shapes"):
-        table.add_column(column, justify="right")
+    client, added = Column("client", no_wrap=True), Column("added", no_wrap=True)
+    counted = numbers("images", "size", "shaped by", "shapes")
+    title = literal(f"Registry {summary['registry']}")
+    table = Table(client, "kind", "classes", added, *counted, title=title)
     for row in summary["clients"]:
         table.add_row(
             literal(row["client"]),
@@ -60,10 +59,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
 
 def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) -> None:
     """Print who is in a registry that is served elsewhere."""
-    table = Table(title=literal(f"Registry at {server}"))
-    for column in ("client", "kind", "classes"):
-        table.add_column(column, no_wrap=column == "client")
-    table.add_column("images", justify="right")
+    client, title = Column("client", no_wrap=True), literal(f"Registry at {server}")
+    table = Table(client, "kind", "classes", *numbers("images"), title=title)
     for member in members:
         table.add_row(
             literal(member["client"]),
@@ -108,9 +105,7 @@ def print_details(details: Mapping[str, Any]) -> None:
 def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
     """Print what a removal deletes, what it keeps, and what it cannot undo.
 
-    Args:
-        plan: Of the removal.
-        realigned: Whether the present joint head was fitted to the composed model's features.
+    Realigned: the present joint head was fitted to the composed model's features.
     """
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
     client = plan["client"]
@@ -168,10 +163,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Print accuracy by client, %."""
-    table = Table(title=title)
-    table.add_column("client")
-    for name in ("images", "class-IL", "task-IL"):
-        table.add_column(name, justify="right")
+    table = Table("client", *numbers("images", "class-IL", "task-IL"), title=title)
     for client, own in figures.items():
         table.add_row(
             literal(client),
@@ -201,10 +193,8 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
     if "reason" in accuracy:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
-    table = Table(title="Accuracy, %, before the removal → after it")
-    table.add_column("client")
-    for name in ("images", "class-IL", "→", "task-IL", "→"):
-        table.add_column(name, justify="right")
+    columns = numbers("images", "class-IL", "→", "task-IL", "→")
+    table = Table("client", *columns, title="Accuracy, %, before the removal → after it")
     for client, before in accuracy["before"].items():
         after = accuracy["after"].get(client, {})
         table.add_row(

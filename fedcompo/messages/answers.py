@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedcompo.config.choices import FisherForm, Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.body import FISHER, TASK_VECTOR, Body, Content, entry
+from fedcompo.messages.body import FISHER, TASK_VECTOR, Body, Content, entry, floats
 from fedcompo.messages.requests import own_tensors
 from fedcompo.method.contribution import (
     MIXTURES,
@@ -40,10 +40,6 @@ def _count(value: Any) -> int:
 
 def _counts(values: Mapping[str, Any]) -> dict[str, int]:
     return {str(name): _count(value) for name, value in values.items()}
-
-
-def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(map(float, values))
 
 
 def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> AnyStatistics:
@@ -170,6 +166,11 @@ class DescribeAnswer(IdentifyAnswer):
     fisher: FisherAnswer | None = None
     """None: not asked for."""
 
+    @property
+    def num_examples(self) -> int:
+        """Training images."""
+        return sum(counts_of(self.statistics).values())
+
     def _write(self) -> Body:
         entries: dict[str, Any] = {
             **statistics_entry(self.statistics),
@@ -227,7 +228,7 @@ class VoteAnswer(NoticeAnswer):
     CONTENT: ClassVar[str] = "vote"
 
     hits: tuple[int, ...] = entry(lambda hits: tuple(map(_count, hits)))
-    losses: tuple[float, ...] = entry(_floats)
+    losses: tuple[float, ...] = entry(floats)
     num_examples: int = entry(_count)
 
 
@@ -250,7 +251,7 @@ class AveragingAnswer(_WithTensors):
     CONTENT: ClassVar[str] = "train"
 
     kind: Kind = entry(Kind)
-    losses: tuple[float, ...] = entry(_floats)
+    losses: tuple[float, ...] = entry(floats)
     """Of each epoch."""
 
     @property
@@ -274,9 +275,7 @@ class TrainAnswer(AveragingAnswer, NoticeAnswer):
     frozen_class_il_accuracy: float | None = entry(default=None)
     """Of the frozen backbone under the joint head, if the request wants it."""
     frozen_task_il_accuracy: float | None = entry(default=None)
-    holds: Mapping[str, str] = entry(
-        lambda holds: {str(name): str(digest) for name, digest in holds.items()}, default={}
-    )
+    holds: Mapping[str, str] = entry(dict, default={})
     """SHA-256 of what the client keeps for the next round, by name."""
 
     @property

@@ -31,6 +31,11 @@ def entry(
     return field(default=default, metadata=about)
 
 
+def floats(values: Any) -> tuple[float, ...]:
+    """Read a list of numbers."""
+    return tuple(map(float, values))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Content:
     """A request or an answer; its fields are entries of the manifest, or written by ``_write``."""

@@ -10,14 +10,10 @@ from torch import Tensor
 
 from fedcompo.config.choices import Kind, Statistics
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.body import TASK_VECTOR, Body, Content, entry
+from fedcompo.messages.body import TASK_VECTOR, Body, Content, entry, floats
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import expanded
 from fedcompo.method.heads import Head, head_from, head_tensors
-from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorfile import prefixed, section
-from fedcompo.training.fit import Course
-from fedcompo.training.penalty import Anchor, Ensemble
 
 ANCHOR, OWN = "anchor", "own"
 """Parts that a client may keep: *mean* Fisher that anchors it; its last task vector and head."""
@@ -94,7 +90,7 @@ class _OfModels(Content):
     r""":math:`\sum_c m_c \tau_c` by weight name, each (out, in)."""
     linearised: bool = entry(bool)
     """Whether it changes the model to first order alone."""
-    factors: tuple[float, ...] = entry(lambda values: tuple(map(float, values)))
+    factors: tuple[float, ...] = entry(floats)
     r""":math:`\lambda'` of each model."""
 
     def _write(self) -> Body:
@@ -213,36 +209,6 @@ class TrainRequest(_WithHead):
         """Needed parts that the request does not hold."""
         return tuple(name for name in self.needs if name not in self.sent)
 
-    def course(
-        self,
-        theta_0: Weights,
-        *,
-        base: str,
-        classes: tuple[str, ...],
-        beta: float,
-        of_features: bool = False,
-    ) -> Course:
-        """Return the start of the training and its penalties.
-
-        Args:
-            theta_0: The target weights; only names and shapes are used.
-            base: Fingerprint of the client's pre-trained weights.
-            classes: The client's own; the head of a single one is not trained.
-            beta: Strength of the penalty that holds it to the others.
-            of_features: Whether the anchor is a Fisher of the features.
-        """
-        mean, own, others = self.sent.get(ANCHOR), self.sent.get(OWN), self.others
-        fixed, part = len(classes) == 1, self.round
-        return Course(
-            begin=TaskVector(self.kind, section(TASK_VECTOR, own), base) if own else None,
-            head=head_from(own, classes) if own and not fixed else None,
-            fixed=fixed,
-            anchor=Anchor(expanded(mean, theta_0), of_features) if mean else None,
-            ensemble=Ensemble(others.rest, others.share, beta, others.scale) if others else None,
-            passed=part.passed if part else 0.0,
-            share=part.share if part else 1.0,
-        )
-
     def _write(self) -> Body:
         tensors, manifest = super()._write()
         for name, own in self.sent.items():
@@ -270,12 +236,11 @@ class TrainRequest(_WithHead):
         sent = {name: section(name, tensors) for name in manifest["needs"]}
         values: dict[str, Any] = {"sent": {name: own for name, own in sent.items() if own}}
         if ensemble := manifest.get("ensemble"):
-            rest = section(REST, tensors)
-            values["others"] = Others(rest, ensemble["share"], ensemble["scale"])
+            values["others"] = Others(section(REST, tensors), **ensemble)
         if "round" in manifest:
             number, federation = int(manifest["round"]), str(manifest["federation"])
-            course, last = manifest["course"], bool(manifest["last"])
-            values["round"] = Round(number, federation, last, course["passed"], course["share"])
+            last = bool(manifest["last"])
+            values["round"] = Round(number, federation, last, **manifest["course"])
         return values | super()._read(tensors, manifest)
 
 

@@ -61,11 +61,6 @@ def encode(tensors: Mapping[str, Tensor], wire: Wire) -> dict[str, Tensor]:
 def decode(tensors: Mapping[str, Tensor], wire: Wire, *, source: str) -> dict[str, Tensor]:
     """Read what :func:`encode` wrote; nothing of the wire is left in the result.
 
-    Args:
-        tensors: As they came.
-        wire: How they were written.
-        source: Whose they are, for error messages.
-
     Returns:
         The tensors under the names they had, those that were coded in float32.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Column
 from rich.text import Text
 
 PIPE_WIDTH = 120
@@ -30,6 +31,11 @@ def say(text: str, console: Console | None = None) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON document, in ASCII: every terminal and every program can take it."""
     typer.echo(json.dumps(value, indent=2, default=list))
+
+
+def numbers(*titles: str) -> list[Column]:
+    """Columns of a table for numbers: aligned to the right."""
+    return [Column(title, justify="right") for title in titles]
 
 
 def table_console(console: Console | None = None) -> Console:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedcompo.report.console import table_console
+from fedcompo.report.console import numbers, table_console
 from fedcompo.report.picture import SHOWN, Results, overlap, shown
 from fedcompo.report.units import percent, shortened, size
 
@@ -26,12 +26,7 @@ class-IL, task-IL: the one model of all, all classes; the client's classes"""
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print accuracies, traffic and diagnostics of a run.
-
-    Args:
-        results: What ``results.json`` holds.
-        console: The console to print to.
-    """
+    """Print accuracies, traffic and diagnostics of a run: what ``results.json`` holds."""
     console = table_console(console)
     console.print(_accuracy_table(results))
     console.print(_traffic_table(results))
@@ -55,11 +50,10 @@ def _print_scale(chosen: Mapping[str, Any], console: Console) -> None:
         console.print(f"λ = {chosen['scale']:.3g} (by {chosen['by']})")
         return
     table = Table(
+        *numbers("λ", "loss", "accuracy in %"),
         title=f"Vote on λ, {chosen['votes']} images kept aside",
         caption=f"Chosen, by the least loss: λ = {chosen['scale']:.3g}",
     )
-    for column in ("λ", "loss", "accuracy in %"):
-        table.add_column(column, justify="right")
     best = min(candidate["loss"] for candidate in chosen["candidates"])
     for tried in chosen["candidates"]:
         cells = (f"{tried['scale']:.3g}", f"{tried['loss']:.3g}", percent(tried["accuracy"]))
@@ -77,12 +71,10 @@ def _print_diagnostics(results: Results, console: Console) -> None:
 
 
 def _accuracy_table(results: Results) -> Table:
-    table = Table(title="Accuracy, %", caption=CAPTION, caption_justify="left")
-    for name in ("client", "classes", "kind", "images"):
-        table.add_column(name, justify="right" if name == "images" else "left")
     columns = [column for column in COLUMNS if results.get(column[1]) is not None]
-    for title, _ in columns:
-        table.add_column(title, justify="right")
+    counted = numbers("images", *(title for title, _ in columns))
+    style: Any = {"title": "Accuracy, %", "caption": CAPTION, "caption_justify": "left"}
+    table = Table("client", "classes", "kind", *counted, **style)
     for client in shown(results):
         figures = results["per_client"][client]
         table.add_row(
@@ -148,13 +140,9 @@ def _diagnostics_table(results: Results) -> Table:
     diagnostics = results["diagnostics"]
     cosines = overlap(results)
     title = "Task vectors: length" + (", and cosine in the Fisher metric" if cosines else "")
-    table = Table(title=title, padding=(0, 1, 0, 0))  # five clients fit a terminal
-    table.add_column("client")
-    table.add_column("‖τ‖", justify="right")
-    if cosines:
-        table.add_column("τᵀF̄τ", justify="right")
-        for client in diagnostics["clients"]:
-            table.add_column(client, justify="right")
+    more = numbers("τᵀF̄τ", *diagnostics["clients"]) if cosines else []
+    columns = [*numbers("‖τ‖"), *more]
+    table = Table("client", *columns, title=title, padding=(0, 1, 0, 0))  # fits five clients
     for index, client in enumerate(diagnostics["clients"][:SHOWN]):
         row = [client, f"{diagnostics['tau_norms'][index]:.3g}"]
         if cosines:

@@ -91,12 +91,7 @@ class Books:
     # -- phases -----------------------------------------------------------------------------------
 
     def begin(self, phase: str, clients: Iterable[str] = ()) -> float:
-        """Open a phase; returns when it began.
-
-        Args:
-            phase: Its name.
-            clients: Who is asked, where that is known by name.
-        """
+        """Open a phase; returns when it began. The clients asked are those known by name."""
         self.tell("phase-started", phase=phase, clients=clients)
         reset_peak()
         self.memory.setdefault(self.label(phase), {})
@@ -130,15 +125,9 @@ class Books:
         caps: Iterable[Mapping[str, Any]],
         reason: str = "",
     ) -> None:
-        """Book an answer that was used.
+        """Book an answer that was used; the costs of two answers in one phase add up.
 
-        Args:
-            phase: Name of the phase.
-            client: Who answered.
-            cost: What it cost; that of two answers in one phase adds up.
-            peaks: Peak memory that the client reports, in bytes.
-            caps: The client's reports of its caps.
-            reason: Anything special about it, for people.
+        The client reports its caps, and its peak memory in bytes; a reason is for people.
         """
         label = self.label(phase)
         self._remember_peak(label, peaks)

@@ -176,12 +176,8 @@ LARGEST_FISHER = 100.0
 def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
     r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times the median of all norms.
 
-    Args:
-        norms: Norm of each client's task vector.
-        ratio: 0: no task vector is too long.
-
     Returns:
-        The reason to refuse the task vector, by client.
+        The reason to refuse the task vector, by client; empty with ratio 0.
     """
     if not ratio or len(norms) < FEWEST:
         return {}
@@ -233,12 +229,7 @@ class Originals:
     def check(self, client: str, vector: TaskVector, norm: float) -> None:
         """Raise ``ContributionError`` if another client sent the same task vector before.
 
-        Two trainings do not end at the same bits, unless both changed nothing.
-
-        Args:
-            client: Its name.
-            vector: Its task vector.
-            norm: Of the task vector; see :func:`norm_of`.
+        Two trainings do not end at the same bits, unless both changed nothing: norm 0.
         """
         if not norm:
             return

@@ -58,10 +58,7 @@ class Exchange:
         return self.nodes.clients
 
     def gather(self, wanted: int) -> None:
-        """Wait for clients to connect.
-
-        Args:
-            wanted: Number of clients; 0: all that are there once nobody new comes for 3 seconds.
+        """Wait for so many clients to connect; see :meth:`Nodes.gather`.
 
         Raises:
             TooFewClients: If fewer than ``min_clients`` come in time.

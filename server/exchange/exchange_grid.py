@@ -33,11 +33,9 @@ class ExchangeGrid:
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send the clients a round's messages and wait for their replies.
+        """Send the clients a round's messages and wait for their replies, as the exchange does.
 
-        Args:
-            messages: Each with one record of arrays and one of settings.
-            timeout: Not used; the exchange has its own.
+        Each message has one record of arrays and one of settings.
 
         Returns:
             Usable replies, in the order of clients' names, so that sums do not depend on who was

@@ -40,14 +40,7 @@ class KeptAnswers:
     folder: Path
 
     def keep(self, phase: str, client: str, asked: str, answer: Body, cost: Traffic) -> None:
-        """Keep an answer that was used.
-
-        Args:
-            phase: Label of the phase.
-            client: Who answered.
-            asked: :func:`question` of the request.
-            answer: Tensors and manifest.
-            cost: Bytes and seconds.
+        """Keep an answer that was used, under the :func:`question` that was asked.
 
         Raises:
             OSError: If it cannot be written.

@@ -11,7 +11,7 @@ there is no vote: the head alone is aligned again, at the registry's own factor.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -32,14 +32,13 @@ from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry.registry import Registry
 from server.exchange.checks import check_described, checked_votes
 from server.exchange.exchange import Exchange
+from server.phases.roster import Roster
 
 
 @dataclass
 class Described:
     """Statistics of the features of several models; sums are added up as they arrive."""
 
-    clients: set[str] = field(default_factory=set)
-    """Who described them."""
     totals: list[FeatureSums] = field(default_factory=list)
     """Of each model, over the images of all these clients."""
     mixtures: dict[str, AnyStatistics] = field(default_factory=dict)
@@ -54,7 +53,6 @@ class Described:
             self.totals = [a + b for a, b in zip(self.totals, sums, strict=True)]
         else:
             self.totals = sums
-        self.clients.add(client)
 
     def of_model(self, place: int) -> FeatureSums | dict[str, AnyStatistics]:
         """What a registry aligns its head by."""
@@ -73,31 +71,30 @@ def phases_of(config: RunConfig) -> tuple[str, ...]:
 class Choosing:
     """Works on the current composition of a registry."""
 
-    exchange: Exchange
+    roster: Roster
     registry: Registry
     config: RunConfig
-    num_features: int
-    noised: Collection[str] = ()
-    """Clients whose statistics are under noise."""
     votes: int = 0
     """Images that voted."""
     tried: list[dict[str, float]] = field(default_factory=list)
     """Candidates with their scores, as JSON values."""
 
+    def __post_init__(self) -> None:
+        """Set up the conversation."""
+        self.exchange: Exchange = self.roster.exchange
+
     def run(self) -> None:
         """Do both phases."""
-        if missing := self._missing(self.exchange.clients):
-            self._give_up(missing)
-            return
         reason = self._reason()
         if not reason and self._elect():
             return
-        if missing := self._missing(self.exchange.clients):
-            self._give_up(missing)
-            return
         described = self._describe((self.registry.factor,), vote=False)
-        if missing := self._missing(described.clients):
-            self._give_up(missing)
+        if described is None:
+            self.exchange.books.note(
+                f"The joint head was not aligned again: {', '.join(self._missing())} did not "
+                "describe the composed model's features. It stays aligned on pre-trained features."
+            )
+            self.note_no_vote("not all members are there")
             return
         self.registry.realign(described.of_model(0))
         self.note_no_vote(reason or "nobody keeps an image aside")
@@ -121,21 +118,15 @@ class Choosing:
                 f"(by {self.registry.factor_by})."
             )
 
-    def _missing(self, there: Collection[str]) -> list[str]:
-        return sorted(set(self.registry.clients) - set(there))
-
-    def _give_up(self, missing: Sequence[str]) -> None:
-        self.exchange.books.note(
-            f"The joint head was not aligned again: {', '.join(missing)} did not describe the "
-            "composed model's features. It stays aligned on pre-trained features."
-        )
-        self.note_no_vote("not all members are there")
+    def _missing(self) -> list[str]:
+        """Members that are not connected, or failed before."""
+        return sorted(set(self.registry.clients) - {*self.exchange.clients})
 
     def _reason(self) -> str:
         """Why there is no vote; empty if there is one."""
         if self.registry.settings.scale is not None:
             return "it is fixed"
-        if noised := sorted(set(self.noised) & set(self.registry.clients)):
+        if noised := sorted(self.roster.participants.noised & {*self.registry.clients}):
             return f"the statistics of {', '.join(noised)} are under noise"
         if not self.config.train.aside > 0:
             return "`aside` is 0"
@@ -155,7 +146,7 @@ class Choosing:
         tried, together = scales(len(self.registry.clients)), self.registry.state.count
         factors = tuple(scale / together for scale in tried)
         described = self._describe(factors, vote=True)
-        if self._missing(described.clients):
+        if described is None:
             return False
         votes = self._vote(factors, tuple(map(head_from_total, described.totals)))
         if votes is None:
@@ -169,10 +160,12 @@ class Choosing:
         ]
         return True
 
-    def _describe(self, factors: tuple[float, ...], *, vote: bool) -> Described:
-        """Ask all members for statistics under the model of each factor."""
+    def _describe(self, factors: tuple[float, ...], *, vote: bool) -> Described | None:
+        """Ask for statistics under the model of each factor; None unless all members send them."""
+        if self._missing():
+            return None
         described = Described()
-        form = self.registry.settings.statistics
+        form, width = self.registry.settings.statistics, self.roster.backbone.num_features
         request = RealignRequest(
             total=self._total(),
             linearised=self.registry.linearised,
@@ -183,11 +176,11 @@ class Choosing:
 
         def fold(client: str, body: Body) -> str:
             answer, classes = RealignAnswer.from_body(body), self.registry.member(client).classes
-            noised = client in self.noised
+            noised = client in self.roster.participants.noised
             if len(answer.statistics) != len(factors):
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
-                check_described(client, own, classes, self.num_features, noised=noised)
+                check_described(client, own, classes, width, noised=noised)
             described.take(client, answer.statistics)
             return client
 
@@ -195,7 +188,7 @@ class Choosing:
         self.exchange.ask(
             "realign", "query.realign", lambda c: request, fold, decisive=False, clients=clients
         )
-        return described
+        return None if self._missing() else described
 
     def _vote(self, factors: tuple[float, ...], heads: tuple[Head, ...]) -> Votes | None:
         """Ask all members how well each model does under its head; None if nobody says so."""

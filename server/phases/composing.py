@@ -68,9 +68,8 @@ class Composing:
     def evaluate(self, phase: str = "evaluate", *, decisive: bool = True) -> None:
         """Let each client measure the composed model on its own test images.
 
-        Args:
-            phase: Name of the phase.
-            decisive: Fail if no client does.
+        Raises:
+            TooFewClients: If no client does, where that is decisive.
         """
         request = EvaluateRequest(
             theta=self.registry.theta_p(),

@@ -49,7 +49,6 @@ class Fishers:
         self.exchange: Exchange = self.roster.exchange
         self.backbone: Backbone = self.roster.backbone
         self.reference = self._read_reference()
-        self.roster.keep_fisher = self.keep
         self.sums: FisherSums | None = None
         self._traces: dict[str, float] = {}
         self._too_large: set[str] = set()

@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.head import joint_head
 from fedcompo.composition.running_sum import RunningSum
-from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.totals import total_after
 from fedcompo.config.choices import HeadStart, Method, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
@@ -48,9 +46,10 @@ from server.exchange.checks import (
     too_long,
 )
 from server.exchange.exchange import Exchange
+from server.phases import roster
 from server.phases.fisher import Fishers, fisher_apart
 from server.phases.remarks import remarks
-from server.phases.roster import Roster
+from server.phases.roster import KeepFisher, Roster
 
 INCOMING = "incoming"
 """Folder of a run for contributions that are not in the registry yet."""
@@ -58,9 +57,8 @@ INCOMING = "incoming"
 
 def phases_of(config: RunConfig) -> tuple[str, ...]:
     """The phases of fitting."""
-    mixtures = config.head.statistics is Statistics.MIXTURES
-    align, own = ("align",) if mixtures else (), ("fisher",) if fisher_apart(config) else ()
-    return ("describe", *align, *own, "train")
+    own = ("fisher",) if fisher_apart(config) else ()
+    return (*roster.phases_of(config), *own, "train")
 
 
 @dataclass
@@ -98,10 +96,7 @@ class Fitting:
     def run(self) -> None:
         """Do all phases; afterwards a contribution of each trained client is in its folder."""
         self.describe()
-        self.align()
-        if fisher_apart(self.config):
-            self.fishers.gather(self.roster.newcomers, self.aligned)
-        self.fishers.sum_up(notes=True)
+        self._prepare(self.roster.newcomers, decisive=True)
         self.train()
 
     def folder(self, client: str) -> Path:
@@ -116,7 +111,7 @@ class Fitting:
         Kinds are dealt before clients are excluded: excluding one does not change another's kind.
         """
         asked = self.roster.participants.asked
-        self.roster.gather(asked, fisher=not fisher_apart(self.config), kinds=self.kinds)
+        self.roster.gather(asked, keep_fisher=self._keep_fisher, kinds=self.kinds)
         if asked is None:
             self.roster.exclude(names_of(self.config.server.exclude))
         coming = self.roster.participants.described if asked is None else asked
@@ -124,14 +119,20 @@ class Fitting:
         self.exchange.require_clients("describe")
         self.roster.require_newcomers(self.registry)
 
-    def align(self) -> None:
-        """Make the joint head of all clients' statistics; of sums it takes milliseconds."""
-        if self.registry.settings.statistics is Statistics.SUMS:
-            self.aligned: Head = self._align()
-        else:
-            self.aligned = self.exchange.books.timed("align", self._align)
+    @property
+    def _keep_fisher(self) -> KeepFisher | None:
+        """Takes the Fisher that comes with a description; None: it comes by itself."""
+        return None if fisher_apart(self.config) else self.fishers.keep
 
-    def _align(self) -> Head:
+    def _prepare(self, coming: Collection[str], *, decisive: bool) -> None:
+        """Make all that described clients train with: the joint head, and the Fisher sum."""
+        self.align()
+        if fisher_apart(self.config):
+            self.fishers.gather(coming, self.aligned, decisive=decisive)
+        self.fishers.sum_up(notes=decisive)
+
+    def align(self) -> None:
+        """Make the joint head of all clients' statistics."""
         who = self.roster.participants
         described = {client: who.described[client].statistics for client in self.roster.parties}
         members = {*who.members} - described.keys()
@@ -139,7 +140,7 @@ class Fitting:
         statistics = {**described, **self._statistics_of(members)}
         sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
         self._variance = total_of(sums).variance if sums else 0.0
-        return joint_head(statistics, CompositionSettings.of(self.config), purpose="align")
+        self.aligned = self.roster.align(statistics, self.config)
 
     def _statistics_of(self, members: Collection[str]) -> dict[str, AnyStatistics]:
         """Statistics of members, by name; of sums their total, from that of the registry."""
@@ -170,13 +171,10 @@ class Fitting:
             Those that can be trained. The others are left out, but may come again.
         """
         clients = tuple(clients)
-        apart = fisher_apart(self.config)
-        self.roster.gather(clients, fisher=not apart, kinds=self.kinds, decisive=decisive)
+        keep = self._keep_fisher
+        self.roster.gather(clients, keep_fisher=keep, kinds=self.kinds, decisive=decisive)
         if coming := tuple(c for c in clients if c in self.roster.newcomers):
-            self.align()
-            if apart:
-                self.fishers.gather(coming, self.aligned, decisive=decisive)
-            self.fishers.sum_up(notes=decisive)
+            self._prepare(coming, decisive=decisive)
         came = tuple(c for c in coming if c in self.roster.newcomers)
         self.roster.forget(set(coming) - set(came))
         return came

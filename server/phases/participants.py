@@ -6,20 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedcompo.config.choices import Kind
-from fedcompo.method.contribution import AnyStatistics
-
-
-@dataclass(frozen=True)
-class Description:
-    """A client's description of itself, from the phase ``describe``."""
-
-    classes: tuple[str, ...]
-    statistics: AnyStatistics
-    """Of the pre-trained features of all its training images."""
-    num_examples: int
-    num_test_examples: int
-    kind: Kind | None
-    """Kind of task vector that the client insists on, if any."""
+from fedcompo.messages.answers import DescribeAnswer
 
 
 @dataclass(frozen=True)
@@ -36,8 +23,8 @@ class Participants:
     """Those of them whose statistics are under noise."""
     ambiguous: frozenset[str] = frozenset()
     """Names that several nodes claimed."""
-    described: Mapping[str, Description] = field(default_factory=dict)
-    """Descriptions by name, also of clients that were left out later."""
+    described: Mapping[str, DescribeAnswer] = field(default_factory=dict)
+    """Descriptions by name, without Fisher; also of clients that were left out later."""
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     """Kind of task vector, by client."""
     absent: frozenset[str] = frozenset()

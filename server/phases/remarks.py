@@ -12,9 +12,7 @@ UNDONE = 0.9
 def remarks(reported: Mapping[str, Mapping[str, Any]], *, strength: str) -> Iterator[str]:
     """Write a sentence on each trouble, with the names of the clients that it befell.
 
-    Args:
-        reported: Figures by client.
-        strength: Setting that holds the anchor's strength.
+    The strength is the name of the anchor's setting.
     """
     if flat := _named(reported, _learnt_nothing):
         yield (

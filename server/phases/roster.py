@@ -6,23 +6,34 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import Kind, kinds_of
+from fedcompo.composition.head import joint_head
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.choices import Kind, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import DescribeAnswer, FisherAnswer, IdentifyAnswer, Process
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import DescribeRequest, IdentifyRequest
-from fedcompo.method.contribution import counts_of
+from fedcompo.method.contribution import AnyStatistics
+from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
 from server.exchange.checks import check_backbone, check_described
 from server.exchange.exchange import Exchange
-from server.phases.participants import Description, Participants
+from server.phases.participants import Participants
 
-PHASE, NAMING = "describe", "identify"
+PHASE, NAMING, ALIGN = "describe", "identify", "align"
 KeepFisher = Callable[[str, FisherAnswer], None]
+"""Checks the Fisher that came with a client's description, then keeps it."""
+Accept = Callable[[str, IdentifyAnswer], None]
+"""Refuses a client by its name and answer: raises ``ContributionError``."""
+
+
+def phases_of(config: RunConfig) -> tuple[str, ...]:
+    """The phases until there is a joint head; of sums it takes milliseconds, and is no phase."""
+    return (PHASE,) if config.head.statistics is Statistics.SUMS else (PHASE, ALIGN)
 
 
 @dataclass
@@ -35,8 +46,6 @@ class Roster:
     """The current value; only the roster replaces it."""
     tangent: bool | None = None
     """Whether the run's task vectors are tangents, which mix with no other kind; None: either."""
-    keep_fisher: KeepFisher = lambda client, answer: None
-    """Checks a Fisher that came with a description, then keeps it."""
     on_kinds: Callable[[Mapping[str, Kind]], None] = lambda kinds: None
     """Called with the kinds of all clients whenever some are dealt."""
     _late: bool = False
@@ -68,6 +77,16 @@ class Roster:
                 "start others."
             )
 
+    def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
+        """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
+
+        def align() -> Head:
+            return joint_head(statistics, CompositionSettings.of(config), purpose=ALIGN)
+
+        if ALIGN not in phases_of(config):
+            return align()
+        return self.exchange.books.timed(ALIGN, align)
+
     # -- who comes and goes -----------------------------------------------------------------------
 
     def exclude(self, clients: Iterable[str]) -> None:
@@ -84,12 +103,8 @@ class Roster:
     def settle(self, registry: Registry, config: RunConfig, coming: Collection[str]) -> None:
         """Settle which members of the registry are not trained again: all that are not replaced.
 
-        Such a member that is connected, but has other classes now, is left out.
-
-        Args:
-            registry: The registry that the clients join.
-            config: Settings of the run.
-            coming: Clients that are to be trained if the registry may replace them.
+        Such a member that is connected, but has other classes now, is left out. Those coming are
+        replaced where the settings allow it.
 
         Raises:
             ContributionError: If the run's kind does not mix with that of the members.
@@ -134,18 +149,29 @@ class Roster:
 
     # -- who they say they are --------------------------------------------------------------------
 
-    def identify(self, nodes: Iterable[str] | None = None) -> None:
+    def identify(
+        self, nodes: Iterable[str] | None = None, accept: Accept = lambda name, answer: None
+    ) -> None:
         """Ask clients who they are, and nothing else.
 
         Args:
             nodes: Provisional names of nodes that came when the run was under way; None: ask all.
+            accept: Has the last word on each.
         """
         self._late = nodes is not None
+
+        def fold(client: str, body: Body) -> str:
+            answer = IdentifyAnswer.from_body(body)
+            name = self._checked_name(client, answer, body)
+            accept(name, answer)
+            self._take_in(name, answer)
+            return name
+
         self.exchange.ask(
             NAMING,
             f"query.{NAMING}",
             lambda client: IdentifyRequest().to_body(),
-            self._fold_identity,
+            fold,
             decisive=nodes is None,
             clients=nodes,
         )
@@ -154,7 +180,7 @@ class Roster:
         self,
         clients: Iterable[str] | None = None,
         *,
-        fisher: bool = False,
+        keep_fisher: KeepFisher | None = None,
         kinds: tuple[Kind, ...] = (),
         decisive: bool = True,
     ) -> None:
@@ -162,15 +188,15 @@ class Roster:
 
         Args:
             clients: Whom to ask; None: everyone.
-            fisher: Whether to ask for their Fisher too.
+            keep_fisher: Takes their Fisher; None: do not ask for it.
             kinds: Kinds to deal; empty: deal none.
             decisive: Fail if too few clients are left then.
         """
         self.exchange.ask(
             PHASE,
             f"query.{PHASE}",
-            lambda client: DescribeRequest(fisher=fisher).to_body(),
-            lambda client, body: self._fold(client, body, fisher),
+            lambda client: DescribeRequest(fisher=keep_fisher is not None).to_body(),
+            lambda client, body: self._fold(client, body, keep_fisher),
             decisive=decisive,
             clients=clients,
         )
@@ -178,13 +204,7 @@ class Roster:
             self.participants = self.participants.with_kinds(kinds)
             self.on_kinds(self.participants.kinds)
 
-    def _fold_identity(self, client: str, body: Body) -> str:
-        answer = IdentifyAnswer.from_body(body)
-        name = self._checked_name(client, answer, body)
-        self._take_in(name, noised=answer.noised)
-        return name
-
-    def _fold(self, client: str, body: Body, fisher: bool) -> str:
+    def _fold(self, client: str, body: Body, keep_fisher: KeepFisher | None) -> str:
         answer = DescribeAnswer.from_body(body)
         name, kind = self._checked_name(client, answer, body), answer.kind
         width, noised = self.backbone.num_features, answer.noised
@@ -194,30 +214,21 @@ class Roster:
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
                 "node another `kind`, or let it take part in a run of its own."
             )
-        if fisher and answer.fisher is None:
-            raise ContributionError("It sent no Fisher. Use the same fedcompo version everywhere.")
-        if answer.fisher is not None:
-            self.keep_fisher(name, answer.fisher)
-        about = Description(
-            classes=answer.classes,
-            statistics=answer.statistics,
-            num_examples=sum(counts_of(answer.statistics).values()),
-            num_test_examples=answer.num_test_examples,
-            kind=kind,
-        )
-        self._take_in(name, {name: about}, noised=answer.noised)
+        if keep_fisher:
+            if answer.fisher is None:
+                raise ContributionError(
+                    "It sent no Fisher. Use the same fedcompo version everywhere."
+                )
+            keep_fisher(name, answer.fisher)
+        self._take_in(name, answer)
+        who, about = self.participants, replace(answer, fisher=None)
+        self.participants = replace(who, described={**who.described, name: about})
         return name
 
-    def _take_in(
-        self, name: str, described: Mapping[str, Description] | None = None, *, noised: bool
-    ) -> None:
+    def _take_in(self, name: str, answer: IdentifyAnswer) -> None:
         who = self.participants
-        self.participants = replace(
-            who,
-            names=who.names | {name},
-            noised=who.noised | {name} if noised else who.noised,
-            described={**who.described, **(described or {})},
-        )
+        noised = who.noised | {name} if answer.noised else who.noised
+        self.participants = replace(who, names=who.names | {name}, noised=noised)
 
     def _checked_name(self, client: str, answer: IdentifyAnswer, body: Body) -> str:
         """Return a client's name; refuse it if name or backbone are not what they must be."""

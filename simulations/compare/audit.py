@@ -8,8 +8,8 @@ A client is anchored by the others (*others*, the default), starts from its own 
 anchored by its own Fisher or by a reference (*lineage-free*), or is trained without an anchor
 (*alpha-0*). The first, the central and the last client are audited. Each way has a run with all
 clients and, for each of the three, a run without it; ``fedcompo audit`` compares them. A finished
-run is not repeated. The figures of all audits go to ``table.md`` and ``audit.svg``; those of each
-audit to ``<way>/audit-<client>``.
+run is not repeated. The figures of all audits go to ``table.md``; those of each audit to
+``<way>/audit-<client>``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import sys
 import time
 from pathlib import Path
 
-from runs import FEDCOMPO, run
+from runs import FEDCOMPO, first_central_last, run
 
 from fedcompo.audit.measure import FIGURES, LIKELIHOOD_RATIO, LOSS
 from fedcompo.audit.models import AFTER, BEFORE, GOLD
-from fedcompo.audit.picture import TITLES, axis_of, interval_chart, legend
+from fedcompo.audit.picture import TITLES
 from fedcompo.audit.report import interval, markdown_table
-from fedcompo.report.picture import document, text
 from fedcompo.report.units import percent
 
 Audits = dict[tuple[str, str], dict]
@@ -74,11 +73,6 @@ def audit(folder: Path, client: str, arguments: argparse.Namespace) -> dict:
     return values
 
 
-def first_central_last(clients: list[str]) -> list[str]:
-    """Of two clients there is no central one, of one only itself."""
-    return list(dict.fromkeys([clients[0], clients[len(clients) // 2], clients[-1]]))
-
-
 def tables(audits: Audits) -> str:
     """Accuracies, then attacks: a line for each way of training and client."""
     triple = " / ".join(MODELS)
@@ -106,27 +100,6 @@ def tables(audits: Audits) -> str:
             markdown_table(attacks) + "\n",
         ]
     )
-
-
-def picture(audits: Audits) -> str:
-    """The attacks side by side: a row for each way of training and client."""
-    left, top, width, row = 190, 106, 300, 68
-    parts = [text(20, 30, "Membership inference before and after a removal: AUC", bold=True)]
-    parts += legend(20, 46, MODELS)
-    groups = {
-        attack: [
-            (f"{way}, {client}"[:26], {m: values["membership"][attack][m]["auc"] for m in MODELS})
-            for (way, client), values in audits.items()
-        ]
-        for attack in (LOSS, LIKELIHOOD_RATIO)
-    }
-    axis = axis_of([*groups[LOSS], *groups[LIKELIHOOD_RATIO]])
-    for index, (attack, rows) in enumerate(groups.items()):
-        at = left + index * (width + 70)
-        rows = [("" if index else label, found) for label, found in rows]
-        parts.append(text(at, top - 14, attack.replace("-", " "), bold=True))
-        parts += interval_chart(rows, left=at, top=top, width=width, row=row, axis=axis)
-    return document(2 * width + left + 120, top + row * len(audits) + 50, parts)
 
 
 def main() -> None:
@@ -161,7 +134,6 @@ def main() -> None:
             if values:
                 audits[way, client] = values
                 (arguments.output / "table.md").write_text(tables(audits))
-                (arguments.output / "audit.svg").write_text(picture(audits))
     if audits:
         print(tables(audits))
     if failed:

@@ -1,4 +1,4 @@
-"""Compare methods, kinds and seeds on a scenario: one table, and pictures.
+"""Compare methods, kinds and seeds on a scenario, in tables.
 
     python simulations/compare/compare.py runs/compare-digits
     python simulations/compare/compare.py runs/compare-cifar simulations/cifar100_small.toml \
@@ -9,9 +9,7 @@ another setting, under that name. Each run executes the real apps, in a folder o
 finished run is not repeated, so an interrupted comparison can be continued. Runs share this
 machine's cores, ``--jobs`` at a time, without Flower's engine (with it if ``--engine`` is given).
 
-``table.md`` and ``comparison.json`` hold mean and standard deviation over seeds; ``*.svg`` show
-accuracy by method, accuracy against bytes sent, accuracy as clients arrive, what specialising and
-removing do, how task vectors align, and the gap with and without the anchor.
+``table.md`` holds mean and standard deviation over seeds, ``comparison.json`` each seed's figures.
 """
 
 from __future__ import annotations
@@ -20,12 +18,13 @@ import argparse
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
-from comparison_pictures import draw
 from comparison_tables import Row, tables
 from measures import measured
 from methods import METHODS, Method, settings_of
@@ -33,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from runs import run
 
 from fedcompo.config.scenario import settings_of as scenario_settings
+from fedcompo.errors import FedcompoError
 
 SEEDS = ("0", "1", "2")
 
@@ -92,9 +92,12 @@ def work(job: Job, arguments: argparse.Namespace, passes: int) -> dict:
     )
     if not results:
         return {}
-    return measured(
-        folder, job.name.partition(":")[0], results, changes=not arguments.without_changes
-    )
+    name, changes = job.name.partition(":")[0], not arguments.without_changes
+    try:
+        return measured(folder, name, results, changes=changes)
+    except FedcompoError as error:
+        print(f"{folder}, {name} failed: {error}", file=sys.stderr)
+        return {}
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def main() -> None:
     parser.add_argument(
         "--without-changes",
         action="store_true",
-        help="do not specialise, remove, or compare task vectors, which takes longer than a run",
+        help="do not specialise and remove, which takes longer than a run",
     )
     parser.add_argument("--list", action="store_true", help="tell which methods there are")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -131,10 +134,9 @@ def main() -> None:
         bar = progress.add_task("runs", total=len(jobs))
         for stage in (False, True):  # derived methods need the runs they are derived from
             own = [job for job in jobs if bool(job.method.of) is stage]
-            with ThreadPoolExecutor(arguments.jobs) as pool:
-                for job, figures in zip(
-                    own, pool.map(lambda job: work(job, arguments, passes), own), strict=True
-                ):
+            with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+                found = pool.map(partial(work, arguments=arguments, passes=passes), own)
+                for job, figures in zip(own, found, strict=True):
                     progress.advance(bar)
                     failed += not figures
                     if figures:
@@ -148,12 +150,11 @@ def main() -> None:
 
 
 def write(output: Path, rows: dict[tuple[str, str], Row]) -> None:
-    """Write the table, figures and pictures of the results so far."""
+    """Write the table and the figures of the results so far."""
     listed = list(rows.values())
     (output / "table.md").write_text(tables(listed) + "\n")
     figures = {f"{name} {kind}": list(row.seeds) for (name, kind), row in rows.items()}
     (output / "comparison.json").write_text(json.dumps(figures, indent=1) + "\n")
-    draw(output, listed)
 
 
 if __name__ == "__main__":

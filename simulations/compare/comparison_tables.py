@@ -52,14 +52,8 @@ def key(*path: str) -> Callable[[Figures], float | None]:
 
 
 def tables(rows: list[Row]) -> str:
-    """Format the tables: accuracy and cost, specialising and removing, arrivals, alignment, gap."""
+    """Format the tables: accuracy and cost, specialising and removing."""
     parts = ["Accuracy, % (mean ± standard deviation over seeds), and cost:", _accuracy(rows)]
-    composed = [row for row in rows if row.mean(key("heads", "trained")) is not None]
-    if composed:
-        parts += [
-            "The same composed weights under three joint heads, class-IL, %:",
-            _heads(composed),
-        ]
     changing = [row for row in rows if row.mean(key("removal", "control")) is not None]
     if changing:
         parts += [
@@ -69,37 +63,21 @@ def tables(rows: list[Row]) -> str:
             "was kept from before:",
             _changes(changing),
         ]
-    arriving = [row for row in rows if row.mean(key("arrivals", "final")) is not None]
-    if arriving:
-        parts += ["One client after the other, class-IL, %:", _arrivals(arriving)]
-    aligned = [row for row in rows if row.mean(key("cosine")) is not None]
-    if aligned:
-        parts += ["Task vectors, and the gap Ω of Theorem 1:", _alignment(aligned)]
     return "\n\n".join(parts)
 
 
 def _accuracy(rows: list[Row]) -> str:
-    head = ["method", "kind", "seeds", "λ", "class-IL", "task-IL", "own task"]
+    head = ["method", "kind", "seeds", "λ", "class-IL", "own heads", "task-IL", "own task", "Ω"]
     lines = [[*head, "sent by a client, MB", "sent to it, MB", "seconds"]]
     for row in rows:
-        cells = [spread(row.values(key(name))) for name in ("class_il", "task_il", "own_task")]
+        shown = ("class_il", "own_heads", "task_il", "own_task")
+        cells = [spread(row.values(key(name))) for name in shown]
+        gap = row.mean(key("gap"))
+        cells.append("" if gap is None else f"{gap:.2g}")
         cost = [spread(row.values(key(name))[:1], factor=1e-6, digits=2) for name in ("up", "down")]
         seconds = spread(row.values(key("seconds"))[:1], factor=1, digits=0)
         scale = spread(row.values(key("scale")), factor=1)
         lines.append([row.title, row.kind, str(len(row.seeds)), scale, *cells, *cost, seconds])
-    return markdown_table(lines)
-
-
-def _heads(rows: list[Row]) -> str:
-    head = [
-        "clients' own, as trained",
-        "made of θ₀'s features",
-        "made of the composed model's",
-    ]
-    lines = [["method", "kind", *head]]
-    for row in rows:
-        figures = [key("heads", "trained"), key("heads", "frozen"), key("class_il")]
-        lines.append([row.title, row.kind, *(spread(row.values(figure)) for figure in figures)])
     return markdown_table(lines)
 
 
@@ -109,30 +87,4 @@ def _changes(rows: list[Row]) -> str:
     head = ["specialised: target", "control", "removed: target", "control before", "control after"]
     lines = [["method", "kind", *head]]
     lines += [[r.title, r.kind, *(spread(r.values(key(*p))) for p in parts)] for r in rows]
-    return markdown_table(lines)
-
-
-def _arrivals(rows: list[Row]) -> str:
-    lines = [["method", "kind", "final", "average", "forgetting"]]
-    for row in rows:
-        names = ("final", "average", "forgetting")
-        lines.append(
-            [row.title, row.kind, *(spread(row.values(key("arrivals", n))) for n in names)]
-        )
-    return markdown_table(lines)
-
-
-def _alignment(rows: list[Row]) -> str:
-    lines = [["method", "kind", "mean cosine of two task vectors", "Ω", "mean norm"]]
-    for row in rows:
-        gap = row.mean(key("gap"))
-        lines.append(
-            [
-                row.title,
-                row.kind,
-                spread(row.values(key("cosine")), factor=1, digits=3),
-                f"{gap:.2g}" if gap is not None else "",
-                spread(row.values(key("norm")), factor=1, digits=2),
-            ]
-        )
     return markdown_table(lines)

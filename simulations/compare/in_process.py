@@ -49,14 +49,7 @@ class InProcessGrid(Grid):
         *,
         node_configs: Mapping[int, Mapping[str, Scalar]] | None = None,
     ) -> None:
-        """Connect all nodes.
-
-        Args:
-            app: The real ClientApp.
-            run_config: Flat settings, as the apps get them.
-            clients: Number of nodes; node i gets ``partition-id`` i.
-            node_configs: Further node config by partition.
-        """
+        """Connect all nodes; node i gets ``partition-id`` i, and its own node config."""
         # A Message outside a Flower process needs an identity to be made at all.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self.app = app
@@ -132,17 +125,11 @@ class InProcessGrid(Grid):
 
 
 def run_in_process(settings: Mapping[str, Scalar], output: Path) -> dict:
-    """Run the apps.
+    """Run the apps; returns what ``results.json`` holds, raises what the run raises.
 
     Args:
         settings: Flat settings; paths absolute.
         output: A folder reserved for this run.
-
-    Returns:
-        What ``results.json`` holds.
-
-    Raises:
-        FedcompoError: As the run does.
     """
     sys.path.insert(0, str(find_app()))
     from clients.app import app as client_app

@@ -26,27 +26,6 @@ Merge = Callable[[Pool, Weights], Weights]
 """Merges a pool into θ₀; returns target weights by name, each (out, in) and like θ₀'s."""
 
 
-def mean(pool: Pool, theta_0: Weights) -> Weights:
-    r"""The method's own composition, :math:`\theta_0 + \tfrac1T\sum_c \tau_c`."""
-    return pool.compose(theta_0)
-
-
-def task_arithmetic(scale: float) -> Merge:
-    r"""Scale the mean of the task vectors: :math:`\theta_0 + \tfrac\lambda T\sum_c \tau_c`.
-
-    Source: Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023 (arXiv 2212.04089), who
-    scale the sum: their factor is λ/T.
-
-    Args:
-        scale: λ, > 0.
-    """
-
-    def merge(pool: Pool, theta_0: Weights) -> Weights:
-        return pool.compose(theta_0, scale=scale)
-
-    return merge
-
-
 def average_factors(pool: Pool, theta_0: Weights) -> Weights:
     r"""Average the factors separately, :math:`\theta_0 + \bar B\bar A`: a common mistake.
 
@@ -78,14 +57,14 @@ def average_factors(pool: Pool, theta_0: Weights) -> Weights:
     return theta_p
 
 
-def ties(pool: Pool, theta_0: Weights, *, density: float = 0.2, scale: float = 1.0) -> Weights:
+def ties(pool: Pool, theta_0: Weights, *, density: float = 0.2) -> Weights:
     r"""Trim, elect a sign for each entry, and average the clients that have it.
 
     Of each client's task vector only the share ``density`` that is largest in magnitude, over all
     of its weights, is kept: :math:`\hat\tau_c`. Each entry then has the sign
     :math:`\gamma = \operatorname{sgn}\sum_c \hat\tau_c`, and
 
-    .. math:: \theta_P = \theta_0 + \lambda\,\operatorname{mean}\{\hat\tau_c :
+    .. math:: \theta_P = \theta_0 + \operatorname{mean}\{\hat\tau_c :
        \operatorname{sgn}\hat\tau_c = \gamma \ne 0\}
 
     Where nobody is left, or the sum is exactly zero, the weight stays pre-trained.
@@ -97,7 +76,6 @@ def ties(pool: Pool, theta_0: Weights, *, density: float = 0.2, scale: float = 1
         pool: Contributions of any kinds.
         theta_0: Target weights by name, each (out, in).
         density: Share that is kept, in (0, 1].
-        scale: λ.
     """
     if not 0 < density <= 1:
         raise ValueError(f"`density` must be in (0, 1], got {density}.")
@@ -108,7 +86,7 @@ def ties(pool: Pool, theta_0: Weights, *, density: float = 0.2, scale: float = 1
         kept = torch.where(taus.abs() >= limits[:, None, None], taus, 0.0)
         agreeing = kept.sign() == kept.sum(0).sign()
         total = torch.where(agreeing, kept, 0.0).sum(0)
-        return scale * total / agreeing.sum(0).clamp_min(1)
+        return total / agreeing.sum(0).clamp_min(1)
 
     return _merged(pool, theta_0, combine)
 
@@ -142,13 +120,11 @@ def fisher_weighted(pool: Pool, theta_0: Weights) -> Weights:
 
 
 MERGES: Mapping[str, Merge] = {
-    "mean": mean,
     "average_factors": average_factors,
     "ties": ties,
     "fisher_weighted": fisher_weighted,
-    **{f"task_arithmetic_{scale:g}": task_arithmetic(scale) for scale in (0.5, 2.0, 3.0)},
 }
-"""By name; the number is λ."""
+"""By name."""
 
 
 def _merged(pool: Pool, theta_0: Weights, combine: Callable[[str, Tensor], Tensor]) -> Weights:

@@ -55,14 +55,7 @@ METHODS: dict[str, Method] = {
 
 
 def settings_of(method: Method, kind: str, seed: int, passes: int) -> dict[str, str]:
-    """Settings of a run.
-
-    Args:
-        method: One that is a run of its own.
-        kind: Kind of task vector.
-        seed: Seed of the run.
-        passes: Passes over a client's data in all.
-    """
+    """Settings of the run of a method that has one, with so many passes over a client's data."""
     settings = {"kind": kind, "seed": str(seed), **method.settings}
     if method.in_rounds:
         settings |= {"num-server-rounds": str(round(passes * method.in_rounds))}

@@ -142,15 +142,7 @@ def pretrain(
     peak: float,
     seed: int,
 ) -> nn.Module:
-    """Train a model to predict the summary.
-
-    Args:
-        train: Stretches of each module to learn from.
-        held_out: Others, to measure on.
-        steps: Optimiser steps.
-        batch: Examples a step.
-        peak: Largest step size.
-        seed: Seed of the weights and of all draws.
+    """Train a model to predict the summary; the held-out stretches measure it.
 
     Returns:
         The model, without the layer that predicts the summary from its features.

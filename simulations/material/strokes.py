@@ -36,6 +36,13 @@ FINER = 4  # times finer is the canvas that strokes are drawn on
 SEGMENTS = 16  # straight pieces of a curve
 GLYPH = 20.0  # pixels that the longer side of a character fills, of IMAGE
 SHORTEST = 0.45  # of a stroke from end to end, as a share of the sheet
+# How much the images of one character differ:
+WANDER = 0.08  # standard deviation of each control point, as a share of the character's size
+TURN, SHEAR = 0.22, 0.25  # largest rotation (radians) and shear, either way
+SCALE = 0.75, 1.15  # smallest and largest of an axis
+SHIFT = 2.0  # largest shift either way, in pixels
+PEN = 1.5, 3.2  # thinnest and thickest, in pixels
+NOISE = 0.08  # largest standard deviation of a pixel, as a share of white
 PARTS = ("train", "test")
 
 
@@ -49,32 +56,8 @@ class Stroke:
     """Whether they are those of a Bézier curve, or corners."""
 
 
-@dataclass(frozen=True)
-class Hand:
-    """How much the images of one character differ."""
-
-    wander: float = 0.08
-    """Standard deviation of each control point, as a share of the character's size."""
-    turn: float = 0.22
-    """Largest rotation either way, in radians."""
-    shear: float = 0.25
-    """Largest shear either way."""
-    smallest: float = 0.75
-    """Smallest scale of an axis; the largest is 1.15."""
-    shift: float = 2.0
-    """Largest shift either way, in pixels."""
-    pen: tuple[float, float] = (1.5, 3.2)
-    """Thinnest and thickest pen, in pixels."""
-    noise: float = 0.08
-    """Largest standard deviation of a pixel, as a share of white."""
-
-
 def new_character(draw: np.random.RandomState) -> tuple[Stroke, ...]:
-    """Invent a character; its longer side is 1, its centre the origin.
-
-    Args:
-        draw: Source of every choice.
-    """
+    """Invent a character; its longer side is 1, its centre the origin."""
     strokes: list[Stroke] = []
     for _ in range(draw.randint(2, 5)):
         count = draw.randint(2, 5)
@@ -90,34 +73,23 @@ def new_character(draw: np.random.RandomState) -> tuple[Stroke, ...]:
     return tuple(Stroke((s.points - (low + high) / 2) / side, s.curved) for s in strokes)
 
 
-def write_by_hand(
-    character: tuple[Stroke, ...], draw: np.random.RandomState, hand: Hand
-) -> NDArray[np.uint8]:
-    """Draw one image of a character.
-
-    Args:
-        character: Its strokes.
-        draw: Source of every choice.
-        hand: How much images differ.
-
-    Returns:
-        (IMAGE, IMAGE), light on dark.
-    """
-    angle, shear = draw.uniform(-hand.turn, hand.turn), draw.uniform(-hand.shear, hand.shear)
+def write_by_hand(character: tuple[Stroke, ...], draw: np.random.RandomState) -> NDArray[np.uint8]:
+    """Draw one image of a character, (IMAGE, IMAGE), light on dark."""
+    angle, shear = draw.uniform(-TURN, TURN), draw.uniform(-SHEAR, SHEAR)
     cos, sin = np.cos(angle), np.sin(angle)
     turned = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, shear], [0.0, 1.0]])
-    affine = turned * draw.uniform(hand.smallest, 1.15, size=2) * GLYPH
-    centre = IMAGE / 2 + draw.uniform(-hand.shift, hand.shift, size=2)
-    pen = draw.uniform(*hand.pen)
+    affine = turned * draw.uniform(*SCALE, size=2) * GLYPH
+    centre = IMAGE / 2 + draw.uniform(-SHIFT, SHIFT, size=2)
+    pen = draw.uniform(*PEN)
     canvas = Image.new("L", (IMAGE * FINER, IMAGE * FINER))
     for stroke in character:
-        wandered = stroke.points + hand.wander * draw.standard_normal(stroke.points.shape)
+        wandered = stroke.points + WANDER * draw.standard_normal(stroke.points.shape)
         line = _along(Stroke(wandered, stroke.curved)) @ affine.T + centre
         _trace(ImageDraw.Draw(canvas), line * FINER, pen * FINER)
     ink = np.asarray(canvas, dtype=np.float64) / 255
     ink = ink.reshape(IMAGE, FINER, IMAGE, FINER).mean((1, 3))
     ink = ink * draw.uniform(0.7, 1.3)
-    ink = ink + draw.uniform(0, hand.noise) * draw.standard_normal(ink.shape)
+    ink = ink + draw.uniform(0, NOISE) * draw.standard_normal(ink.shape)
     return np.rint(255 * ink.clip(0, 1)).astype(np.uint8)
 
 
@@ -141,21 +113,12 @@ def _trace(sheet: ImageDraw.ImageDraw, line: Points, pen: float) -> None:
         sheet.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
 
 
-def draw_classes(
-    classes: int, counts: tuple[int, int], seed: int, *, hand: Hand | None = None
-) -> dict[str, NDArray]:
-    """Draw every image of every class.
-
-    Args:
-        classes: Number of characters.
-        counts: Training images and test images a class.
-        seed: Seed of everything drawn.
-        hand: How much the images of a character differ; None: as :class:`Hand` says.
+def draw_classes(classes: int, counts: tuple[int, int], seed: int) -> dict[str, NDArray]:
+    """Draw every image of every class: so many for training and for testing of each.
 
     Returns:
         ``images``, ``labels``, ``split`` and ``names``, see :mod:`fedcompo.data.npz`.
     """
-    hand = hand or Hand()
     images, started = [], time.monotonic()
     names = [f"glyph-{number:04d}" for number in range(classes)]
     for number, name in enumerate(names, start=1):
@@ -163,7 +126,7 @@ def draw_classes(
         for part, count in zip(PARTS, counts, strict=True):
             for index in range(count):
                 draw = frozen_generator(seed, "strokes", name, part, str(index))
-                images.append(write_by_hand(character, draw, hand))
+                images.append(write_by_hand(character, draw))
         if number % 50 == 0 or number == classes:
             print(f"{number}/{classes} classes  {time.monotonic() - started:.0f} s", flush=True)
     split = np.repeat(np.array([0, 1], dtype=np.uint8), counts)

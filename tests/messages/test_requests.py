@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import normal, pico_weights, random_head, random_like, task_vector
 
+from clients.course import course_of
 from fedcompo.config.choices import FisherForm, Kind, Statistics
 from fedcompo.errors import FileFormatError
 from fedcompo.messages import answers, requests
@@ -422,7 +423,7 @@ def test_an_entry_that_is_missing_is_named(case):
 def test_what_a_request_to_train_needs_besides_is_read_from_what_came_along():
     request = CASES["train in a round"][0]
     assert request.lacks == ("anchor",)
-    course = request.course(THETA_0, base="pico@0", classes=CLASSES, beta=7.0)
+    course = course_of(request, THETA_0, base="pico@0", classes=CLASSES, beta=7.0)
     ensemble = course.ensemble
     assert (course.head, course.anchor) == (HEAD, None)
     assert (course.begin.kind, course.begin.base) == (Kind.LORA, "pico@0")
@@ -434,15 +435,15 @@ def test_what_a_request_to_train_needs_besides_is_read_from_what_came_along():
 
 def test_a_request_to_train_alone_brings_a_metric_or_nothing():
     who = {"base": "pico@0", "classes": CLASSES, "beta": 1.0}
-    anchor = CASES["train"][0].course(THETA_0, **who).anchor
+    anchor = course_of(CASES["train"][0], THETA_0, **who).anchor
     dense = expanded(FACTORED, THETA_0)
     assert all(torch.equal(anchor.weights[name], dense[name]) for name in THETA_0)
-    assert CASES["train, held by nothing"][0].course(THETA_0, **who) == Course()
+    assert course_of(CASES["train, held by nothing"][0], THETA_0, **who) == Course()
 
 
 def test_the_head_of_a_single_class_is_not_trained():
     request = CASES["train in a round"][0]
-    course = request.course(THETA_0, base="pico@0", classes=("cat",), beta=1.0)
+    course = course_of(request, THETA_0, base="pico@0", classes=("cat",), beta=1.0)
     assert (course.fixed, course.head) == (True, None)
 
 

@@ -12,13 +12,22 @@ from registry_builders import one_of_each_kind, registry_of
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind, Statistics
+from fedcompo.messages.answers import DescribeAnswer
 from server.phases.fitting import Fitting
-from server.phases.participants import Description, Participants
+from server.phases.participants import Participants
 
 
 def described(*clients: str, **insisting: Kind) -> Participants:
     about = {
-        client: Description(("cat", "dog"), {}, 10, 5, insisting.get(client)) for client in clients
+        client: DescribeAnswer(
+            client=client,
+            base="",
+            classes=("cat", "dog"),
+            num_test_examples=5,
+            statistics={},
+            kind=insisting.get(client),
+        )
+        for client in clients
     }
     return Participants(names=frozenset(clients), described=about)
 

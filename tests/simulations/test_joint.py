@@ -10,14 +10,10 @@ import pytest
 import torch
 from builders import pico_backbone, rng
 
-from fedcompo.composition.head import joint_head
-from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
-from fedcompo.method.features import extract_features
-from fedcompo.method.heads import Head, zero_head
-from fedcompo.method.statistics import FeatureSums
+from fedcompo.method.heads import zero_head
 from fedcompo.seeds import generator_for
 from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fit import fit_task_vector
@@ -63,14 +59,6 @@ def backbone():
     return pico_backbone()
 
 
-def frozen_head(backbone, datas: list[ClientData]) -> Head:
-    statistics = {}
-    for data in datas:
-        features = extract_features(backbone.forward({}), data.train.images)
-        statistics[data.name] = FeatureSums.of(features, data.train.labels, data.classes)
-    return joint_head(statistics, CompositionSettings.of(CONFIG))
-
-
 @pytest.mark.parametrize("kind", list(Kind))
 def test_it_is_training_on_the_union_with_labels_by_the_names_of_classes(backbone, datas, kind):
     start, images, labels = zero_head(("bottom", "left", "right", "top"), 8), [], []
@@ -101,45 +89,15 @@ def test_it_makes_as_many_passes_as_clients_on_average(datas):
     assert joint.passes_of(datas, floor) == 6
 
 
-def test_statistics_are_of_the_images_that_clients_describe(backbone, datas):
-    config = RunConfig.parse({**CONFIG.flat(), "aside": 0.25})
-    everyone = joint.described(backbone, {}, datas, config, purpose="describe")
-    kept = joint.described(backbone, {}, datas, config, purpose="realign")
-    assert [own.counts.tolist() for own in everyone.values()] == [[14, 10], [6, 4, 9]]
-    assert [own.counts.tolist() for own in kept.values()] == [[10, 8], [4, 4, 7]]
-    mixed = RunConfig.parse({**CONFIG.flat(), "statistics": "mixtures"})
-    mixtures = joint.described(backbone, {}, datas, mixed, purpose="describe")
-    assert mixtures["ben"]["top"].num_examples == 9
-
-
-def test_more_passes_may_be_asked_for(backbone, datas):
-    theta, _ = joint.train_joint(backbone, datas, CONFIG, Kind.IA3)
-    same, _ = joint.train_joint(backbone, datas, CONFIG, Kind.IA3, epochs=3)
-    longer, _ = joint.train_joint(backbone, datas, CONFIG, Kind.IA3, 4)
-    assert all(torch.equal(same[name], theta[name]) for name in theta)
-    assert all(not torch.equal(longer[name], theta[name]) for name in theta)
-
-
 def test_it_learns_the_classes_of_all_clients(backbone, datas):
-    theta, head = joint.train_joint(backbone, datas, CONFIG, Kind.FULL, epochs=30)
-    trained = joint.measured(backbone, theta, head, datas)
-    assert trained["class_il_accuracy"] > 0.95
-
-
-def test_what_is_measured_is_every_clients_accuracy_and_their_mean(backbone, datas):
-    head = frozen_head(backbone, datas)
-    figures = joint.measured(backbone, {}, head, datas)
-    assert list(figures["per_client"]) == list(OWNED)
-    for key, attribute in (("class_il_accuracy", "class_il"), ("task_il_accuracy", "task_il")):
-        found = [
-            getattr(accuracy_of(backbone, {}, head, d.classes, d.test), attribute) for d in datas
-        ]
-        assert [figures["per_client"][d.name][key] for d in datas] == found
-        assert figures[key] == pytest.approx(sum(found) / len(found))
+    longer = RunConfig.parse({**CONFIG.flat(), "local-epochs": 30})
+    theta, head = joint.train_joint(backbone, datas, longer, Kind.FULL)
+    for data in datas:
+        assert accuracy_of(backbone, theta, head, data.classes, data.test).class_il > 0.8
 
 
 def test_training_leaves_the_backbone_alone(backbone, datas):
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    joint.train_joint(backbone, datas, CONFIG, Kind.FULL, epochs=1)
+    joint.train_joint(backbone, datas, CONFIG, Kind.FULL)
     after = backbone.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -78,20 +78,6 @@ def assert_same(actual: Weights, expected: Weights) -> None:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
-# -- the mean, and further -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
-def test_task_arithmetic_goes_so_far_along_the_mean(scale):
-    taus = changes_of(MIXED)
-    expected = {at: scale * sum(tau[at] for tau in taus) / len(taus) for at in taus[0]}
-    assert_changed_by(merging.task_arithmetic(scale)(MIXED, THETA_0), expected)
-
-
-def test_the_mean_is_the_methods_own_composition():
-    assert_same(merging.mean(MIXED, THETA_0), MIXED.compose(THETA_0))
-
-
 # -- factors, each by itself ---------------------------------------------------------------------
 
 
@@ -112,8 +98,8 @@ def test_averaged_factors_are_the_product_of_means():
 
 def test_averaged_factors_are_the_mean_for_one_client_and_far_from_it_for_several():
     alone = LORAS.only("client-1")
-    assert_same(merging.average_factors(alone, THETA_0), merging.mean(alone, THETA_0))
-    wrong, right = merging.average_factors(LORAS, THETA_0), merging.mean(LORAS, THETA_0)
+    assert_same(merging.average_factors(alone, THETA_0), alone.compose(THETA_0))
+    wrong, right = merging.average_factors(LORAS, THETA_0), LORAS.compose(THETA_0)
     for name, weight in THETA_0.items():
         assert (wrong[name] - right[name]).norm() > 0.2 * (right[name] - weight).norm()
 
@@ -126,7 +112,7 @@ def test_averaged_factors_are_the_mean_where_all_share_one_a():
         vector = replace(member.task_vector, tensors={**member.task_vector.tensors, **shared})
         alike.append(replace(member, task_vector=vector))
     pool = Pool(tuple(alike))
-    assert_same(merging.average_factors(pool, THETA_0), merging.mean(pool, THETA_0))
+    assert_same(merging.average_factors(pool, THETA_0), pool.compose(THETA_0))
 
 
 def test_only_loras_of_one_rank_have_factors_to_average():
@@ -185,9 +171,7 @@ def test_ties_is_the_mean_where_nothing_is_trimmed_and_signs_agree():
     for i, member in enumerate(members(Kind.FULL, Kind.FULL, Kind.FULL)):
         sizes = random_like(THETA_0, seed=10 * i, positive=True)
         pool = pool.add(with_change(member, {n: signs[n] * sizes[n] for n in sizes}))
-    assert_same(merging.ties(pool, THETA_0, density=1.0), merging.mean(pool, THETA_0))
-    far = merging.ties(pool, THETA_0, density=1.0, scale=2.0)
-    assert_same(far, merging.task_arithmetic(2.0)(pool, THETA_0))
+    assert_same(merging.ties(pool, THETA_0, density=1.0), pool.compose(THETA_0))
 
 
 def test_ties_leaves_a_weight_alone_that_clients_pull_equally_to_both_sides():
@@ -229,14 +213,14 @@ def test_a_factored_fisher_weighs_as_the_matrix_that_it_stands_for():
 def test_equal_fishers_weight_equally_however_many_examples_they_sum(value):
     alike = {name: torch.full_like(weight, value) for name, weight in THETA_0.items()}
     pool = Pool(tuple(with_mean_fisher(member, alike) for member in MIXED))
-    assert_same(merging.fisher_weighted(pool, THETA_0), merging.mean(pool, THETA_0))
+    assert_same(merging.fisher_weighted(pool, THETA_0), pool.compose(THETA_0))
 
 
 def test_a_client_that_alone_is_sensitive_has_its_way():
     zeros = {name: torch.zeros_like(weight) for name, weight in THETA_0.items()}
     first, *others = MIXED
     pool = Pool((first, *(with_mean_fisher(member, zeros) for member in others)))
-    alone = merging.mean(MIXED.only(first.client), THETA_0)
+    alone = MIXED.only(first.client).compose(THETA_0)
     assert_same(merging.fisher_weighted(pool, THETA_0), alone)
 
 

@@ -1,0 +1,111 @@
+"""Any weights measured beside a run: the run's own composition has the run's own figures."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from app_runs import ALL_WEIGHTS, run
+
+from fedcompo.audit.evaluation import clients_data, run_config_of
+from fedcompo.composition.head import head_of
+from fedcompo.errors import ContributionError
+from fedcompo.method.pool import Pool
+from fedcompo.training.accuracy import accuracy_of
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "compare"))
+bench, measures, merging = map(import_module, ("bench", "measures", "merging"))
+
+SETTINGS = {
+    "target_weights": ALL_WEIGHTS,
+    "trust_region": 0.0,
+    "local_epochs": 2,
+    "learning_rate": 0.02,
+    "batch_size": 4,
+    "num_classes": 9,
+    "images_per_class": 16,
+    "scale": 1.0,
+    "seed": 3,
+}
+"""Trained far enough for merges to differ; composed as their mean."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    return run({}, output, **SETTINGS), bench.Bench(output / "registry")
+
+
+def own_composition(beside) -> dict[str, tuple[float, float]]:
+    theta, clients = beside.composed(beside.pool), beside.registry.clients
+    return beside.accuracies(theta, beside.head(theta, clients), clients)
+
+
+def assert_alike(found: dict, results: dict, *, images: float, prefix: str = "") -> None:
+    """Equal up to some images of each client."""
+    assert list(found) == list(results["per_client"])
+    for client, reported in results["per_client"].items():
+        share = (images + 0.5) / reported["num_test_examples"]
+        for figure, key in zip(found[client], ("class_il", "task_il"), strict=True):
+            assert figure == pytest.approx(reported[f"{prefix}{key}_accuracy"], abs=share)
+
+
+def test_the_composition_has_the_figures_of_the_run(finished):
+    results, beside = finished
+    assert_alike(own_composition(beside), results, images=1)
+
+
+def test_a_run_that_was_not_realigned_is_measured_as_such(finished, tmp_path):
+    results = run({}, tmp_path / "out", **SETTINGS, realign=False)
+    assert_alike(own_composition(bench.Bench(tmp_path / "out" / "registry")), results, images=1)
+    realigned, _ = finished
+    assert realigned["class_il_accuracy"] > results["class_il_accuracy"] + 0.01
+
+
+def test_the_frozen_backbone_has_the_registrys_head_and_nearly_the_runs_figures(finished):
+    results, beside = finished
+    registry, clients = beside.registry, beside.registry.clients
+    found = beside.accuracies({}, beside.frozen_head(clients), clients)
+    config, backbone = run_config_of(registry), registry.backbone.load()
+    head = head_of(registry.pool(), registry.settings)
+    for data in clients_data(config.data, backbone, seed=config.seed):
+        own = accuracy_of(backbone, {}, head, data.classes, data.test)
+        assert found[data.name] == (own.class_il, own.task_il)
+    assert_alike(found, results, images=5, prefix="frozen_")
+
+
+def test_the_head_is_made_of_the_images_that_clients_realign_on(finished):
+    _, beside = finished
+    theta, clients = beside.composed(beside.pool), beside.registry.clients
+    head, own = beside.head(theta, clients), beside.registry.joint_head()
+    assert head.classes == own.classes
+    assert float((head.weight - own.weight).norm() / own.weight.norm()) < 1e-3
+    assert not head.weight.equal(beside.head({}, clients).weight)
+
+
+def test_derived_methods_are_measured_and_differ(finished):
+    _, beside = finished
+    figures = {name: measures.derive(beside, name) for name in ("frozen", "joint", *merging.MERGES)}
+    for found in figures.values():
+        assert 0 <= found["class_il"] <= found["task_il"] <= 1
+    assert len({found["class_il"] for found in figures.values()}) > 3
+    assert figures["frozen"]["up"] > 0
+    assert figures["joint"]["up"] is None
+
+
+def test_what_cannot_be_merged_so_says_why(finished):
+    _, beside = finished
+    without_fishers: Pool = beside.registry.pool()
+    with pytest.raises(ContributionError, match="There is no Fisher of client-0"):
+        merging.fisher_weighted(without_fishers, beside.backbone.theta_0)
+
+
+def test_a_client_that_leaves_takes_its_task_and_little_else(finished):
+    _, beside = finished
+    changed = measures.specialised_and_removed(beside)
+    assert changed["specialised"]["target"] > 0.5
+    assert changed["removal"]["control"] == pytest.approx(
+        changed["removal"]["control_before"], abs=0.2
+    )
