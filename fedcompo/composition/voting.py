@@ -73,16 +73,16 @@ class Votes:
 def scales(members: int) -> tuple[float, ...]:
     """Return the λ that are tried for so many members, ascending.
 
-    They are 0 (the frozen backbone), 1, √T, T/2, T and 2T, but for T/2 below 1, and the larger of
+    They are 0 (the frozen backbone), 1, √T, T/2, T and 2T, but for T/2 below 1, and the smaller of
     two that are within a fifth of each other.
     """
     total = float(members)
-    wanted = sorted({1.0, math.sqrt(total), max(1.0, total / 2), total, 2 * total})
-    tried = [0.0]
-    for scale in wanted:
-        if scale > 1.2 * tried[-1]:
+    wanted = {1.0, math.sqrt(total), max(1.0, total / 2), total, 2 * total}
+    tried: list[float] = []
+    for scale in sorted(wanted, reverse=True):
+        if not tried or 1.2 * scale < tried[-1]:
             tried.append(scale)
-    return tuple(tried)
+    return (0.0, *reversed(tried))
 
 
 def elected(losses: Sequence[float]) -> int:
