@@ -8,7 +8,7 @@ procedure: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -28,18 +28,8 @@ from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.training.augmentation import augment
 from fedcompo.training.head import HeadTraining, feature_scale
+from fedcompo.training.pace import LEARNING_RATES, by_step_size, pace
 from fedcompo.training.penalty import Anchor, Ensemble, TrainingPenalty
-
-LEARNING_RATES = {Kind.LORA: 2e-3, Kind.FULL: 3e-4, Kind.IA3: 1e-2, Kind.TANGENT: 3e-4}
-"""Peak step size of each kind where ``learning-rate`` is 0: the fewer parameters, the larger."""
-
-USUAL_SIZE = 0.05
-"""Root mean square of a weight that these step sizes are meant for; those of vision transformers
-are near it. A weight of another size gets steps in proportion, to the nearest power of two. So a
-backbone that computes the same with layers of other scales trains alike."""
-
-SMALLEST_BATCH = 8
-"""Images a step at least, where batches are made smaller to take more steps."""
 
 EpochCallback = Callable[[int, int, float], None]
 """Called after each epoch with the epoch (from 1), the number of epochs, the mean loss."""
@@ -147,20 +137,6 @@ def fit_task_vector(
         rows = sorted(set(data.labels.tolist()))
         trained = trained.rows(trained.classes[row] for row in rows)
     return Fitted(vector, trained, tuple(losses), training.held())
-
-
-def pace(count: int, config: TrainConfig, share: float) -> tuple[int, int]:
-    """Return the images a step, and the number of steps.
-
-    Args:
-        count: Number of images.
-        config: Passes, floor of steps, images a step at most.
-        share: Share of the whole training that this is.
-    """
-    batch, floor = config.batch_size, math.ceil(round(config.local_steps * share, 6))
-    if floor:
-        batch = min(batch, max(SMALLEST_BATCH, config.local_epochs * count // floor))
-    return batch, max(config.local_epochs * math.ceil(count / batch), floor)
 
 
 def ensembled(tau: Weights, theta_0: Weights, ensemble: Ensemble | None) -> Weights:
@@ -276,23 +252,6 @@ class _TangentTraining(_Training):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return square_loss(logits, labels, self._config.target_logit)
-
-
-def by_step_size(deltas: Mapping[str, Delta], theta_0: Weights) -> dict[float, list[nn.Parameter]]:
-    """Return the trained parameters by the factor on their step size.
-
-    Args:
-        deltas: Trainable changes by weight name.
-        theta_0: Pre-trained weights, whose size is the unit of the steps; of one that is missing,
-            or zero, the factor is 1.
-    """
-    groups: dict[float, list[nn.Parameter]] = {}
-    for weight, delta in deltas.items():
-        size = float(theta_0[weight].square().mean().sqrt()) if weight in theta_0 else 0.0
-        factor = 2.0 ** round(math.log2(size / USUAL_SIZE)) if size else 1.0
-        for name, parameter in delta.named_parameters():
-            groups.setdefault(factor if name in delta.sized else 1.0, []).append(parameter)
-    return groups
 
 
 def _restore(deltas: dict[str, Delta], vector: TaskVector) -> None:

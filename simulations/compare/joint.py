@@ -19,7 +19,8 @@ from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.seeds import generator_for
-from fedcompo.training.fit import fit_task_vector, pace
+from fedcompo.training.fit import fit_task_vector
+from fedcompo.training.pace import pace
 
 
 def train_joint(
