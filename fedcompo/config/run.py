@@ -150,7 +150,7 @@ class TrainConfig:
     )
     reference: str = setting("", "File of the reference Fisher; `fedcompo fisher` makes one.")
     trust_region: float = setting(
-        0.1,
+        0.3,
         "implicit: how far a client may go: bound on ½ τᵀF̄τ, the change of the anchoring images' "
         "features in units of its own features' variance (of class probabilities: in nats); 0: "
         "none.",
