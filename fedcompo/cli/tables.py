@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedcompo.report.console import literal, numbers, say, table_console
+from fedcompo.report.twins import note_on, twins
 from fedcompo.report.units import percent, shortened, size
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
     aligned = "composed" if summary["joint_head"] == "realigned" else "pre-trained"
     say(f"Backbone {summary['backbone']}")
     say(f"Joint head of {len(summary['classes'])} classes, aligned on {aligned} features")
+    if summary["twins"]:
+        say(f"Note: {note_on(summary['twins'])}")
     if summary["clients"]:
         say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
     say(f"Model: {summary['model'] or 'none, nobody is there'}")
@@ -69,6 +72,8 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
             str(member["num_examples"]),
         )
     table_console().print(table)
+    if note := note_on(twins({member["client"]: member["classes"] for member in members})):
+        say(f"Note: {note}")
     say(f"Root {root}")
 
 

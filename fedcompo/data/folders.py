@@ -1,5 +1,8 @@
 """Folders of images: ``<clients>/<client>/train/<class>/*`` and optionally ``.../test/...``.
 
+Without ``test``, a folder ``val``, ``valid`` or ``validation`` holds the test images. What is not
+read is named in the log of the client, which stays there.
+
 Files that operating systems create (``.DS_Store``, ``Thumbs.db``) are ignored. Everything else in a
 class folder must be an image.
 """
@@ -7,6 +10,8 @@ class folder must be an image.
 from __future__ import annotations
 
 import difflib
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,9 @@ from fedcompo.data.catalogue import Catalogue, class_name, read_picture
 from fedcompo.errors import DataError
 
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+VALIDATION = ("val", "valid", "validation")
+"""Folders that stand in for a missing ``test``, in upper or lower case."""
+logger = logging.getLogger(__name__)
 
 
 def client_folders(path: Path) -> dict[str, Path]:
@@ -52,7 +60,7 @@ def folder_catalogue(path: Path, *, client: str) -> Catalogue:
 
     Returns:
         Training images, then test images, each sorted by class and file name. Without a ``test``
-        folder, no image is marked as a test image.
+        or validation folder, no image is marked as a test image.
 
     Raises:
         DataError: If folders are missing, empty, misspelt or in the wrong place.
@@ -71,21 +79,40 @@ def folder_catalogue(path: Path, *, client: str) -> Catalogue:
             f"Client {client!r}: {path} has no folder 'train'; folders found: {present}. Expected "
             "train/<class>/* and perhaps test/<class>/*."
         )
+    test = _test_folder(folders, path, client)
     files: list[Path] = []
     classes: list[str] = []
     is_test: list[bool] = []
-    for part in ("train", "test"):
-        for name, members in _classes(folders[part], client).items() if part in folders else ():
+    for part in ("train", test):
+        for name, members in _classes(folders[part], client).items() if part else ():
             files += members
             classes += [name] * len(members)
-            is_test += [part == "test"] * len(members)
+            is_test += [part == test] * len(members)
     return Catalogue(
         source=str(path),
         classes=np.array(classes),
-        is_test=np.array(is_test) if "test" in folders else None,
+        is_test=np.array(is_test) if test else None,
         open=lambda index: read_picture(files[index]),
         describe=lambda index: f"{files[index]} (class {classes[index]!r})",
     )
+
+
+def _test_folder(folders: Iterable[str], path: Path, client: str) -> str:
+    """Choose the folder of test images, or none (empty); log which folders are not read."""
+    stand_ins = [name for name in folders if name.lower() in VALIDATION]
+    if "test" not in folders and len(stand_ins) > 1:
+        found = " and ".join(map(repr, stand_ins))
+        raise DataError(
+            f"Client {client!r}: {path} has no folder 'test', but {found}. Rename the one that "
+            "holds the test images 'test'."
+        )
+    test = "test" if "test" in folders else next(iter(stand_ins), "")
+    if test != "test" and test:
+        logger.warning("Client %r: %s has no 'test'; %r holds its test images.", client, path, test)
+    if unread := [name for name in folders if name not in ("train", test)]:
+        listed = ", ".join(map(repr, unread))
+        logger.warning("Client %r: folders in %s that are not read: %s.", client, path, listed)
+    return test
 
 
 def _classes(folder: Path, client: str) -> dict[str, list[Path]]:
@@ -114,8 +141,8 @@ def _classes(folder: Path, client: str) -> dict[str, list[Path]]:
         raise DataError(
             f"Client {client!r}: {folder} holds no images. Expected {folder.name}/<class>/*"
             + (
-                "; without a folder 'test', test images are drawn."
-                if folder.name == "test"
+                f"; without a folder {folder.name!r}, test images are drawn."
+                if folder.name != "train"
                 else "."
             )
         )

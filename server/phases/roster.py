@@ -18,6 +18,7 @@ from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
+from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
 from server.exchange.checks import check_backbone, check_described
@@ -76,6 +77,16 @@ class Roster:
                 f"{', '.join(self.exchange.clients)}. Train them anew with `replace = true`, or "
                 "start others."
             )
+
+    def note_twins(self, members: Mapping[str, Iterable[str]]) -> None:
+        """Note classes of clients and members that may be one, spelt differently; once.
+
+        The members' classes are by member.
+        """
+        described, books = self.participants.described, self.exchange.books
+        note = note_on(twins({**members, **{c: described[c].classes for c in self.parties}}))
+        if note not in ("", *books.notes):
+            books.note(note)
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""

@@ -93,6 +93,14 @@ def test_list_for_programs_is_the_registry_itself(home: Path) -> None:
     assert shown["client-0"]["added"] == registry.entries()[1].time
 
 
+def test_list_names_classes_that_may_be_one(home: Path) -> None:
+    assert (told("list")["twins"], "Note" in run("list").stdout) == ([], False)
+    Registry("registry").add(member("north", seed=7, classes=["Three", "seven"]))
+    Registry("registry").add(member("west", seed=8, classes=["Three\u200b", "nine"]))
+    assert told("list")["twins"] == [{"Three": ["north"], "Three\u200b": ["west"]}]
+    assert "'Three' (north), 'Three⟨U+200B⟩' (west)" in run("list").stdout
+
+
 def test_an_empty_registry_can_be_listed(tmp_path: Path) -> None:
     registry_of(tmp_path / "r")
     assert "none, nobody is there" in run("list", "-r", tmp_path / "r").stdout

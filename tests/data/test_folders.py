@@ -237,6 +237,36 @@ def test_an_image_that_is_not_used_is_not_opened(tmp_path: Path):
         load_client_data(config, GREY, partition=1, seed=0)
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val"])
+def test_a_validation_folder_is_the_test_set_where_there_is_no_other(
+    ward: Path, name: str, caplog: pytest.LogCaptureFixture
+):
+    (ward / "test").rename(ward / name)
+    client = load_folder(ward, GREY, seed=0)
+    assert (values(client.train.images), values(client.test.images)) == (
+        [0, 1, 2, 3, 4, 5],
+        [100, 101, 102],
+    )
+    assert f"has no 'test'; '{name}' holds its test images" in caplog.text
+
+
+def test_folders_beside_train_that_are_not_read_are_named_in_the_log(
+    ward: Path, caplog: pytest.LogCaptureFixture
+):
+    load_folder(ward, GREY, seed=0)
+    assert not caplog.records
+    for name in ("val", "masks"):
+        write(ward / name, {"cat": 1}, start=200)
+    assert values(load_folder(ward, GREY, seed=0).test.images) == [100, 101, 102]
+    assert "that are not read: 'masks', 'val'." in caplog.text
+
+
+def test_of_two_validation_folders_none_is_guessed(ward: Path):
+    (ward / "test").rename(ward / "val")
+    write(ward / "valid", {"cat": 1})
+    assert "has no folder 'test', but 'val' and 'valid'. Rename the one" in refused(ward)
+
+
 def test_a_missing_or_empty_path_is_refused_by_name(tmp_path: Path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(DataError, match=str(path)):

@@ -13,6 +13,7 @@ from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid, lost
 from PIL import Image
+from round_runs import draw_images
 
 from clients.app import app as client_app
 from clients.local import LocalClient
@@ -409,6 +410,20 @@ def test_clients_that_share_a_class_have_one_row_for_it(tmp_path):
     assert list(results["per_client"]) == ["anna", "ben"]
     assert results["classes"] == ["cat", "dog", "owl"]
     assert results["left_out"] == []
+
+
+def test_classes_that_may_be_one_are_noted_before_training(tmp_path):
+    owned = {"north": {"Three": 4, "Seven": 4}, "south": {"three": 4, "Seven\u00a0": 4}}
+    images = draw_images(tmp_path / "images", owned, test=2)
+    run({"clients": 2}, tmp_path / "out", data=f"folder:{images}", num_clients=2)
+    events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    (note,) = (i for i, e in enumerate(events) if "spell it alike" in e.get("text", ""))
+    assert (
+        "'Seven' (north), 'Seven⟨U+00A0⟩' (south); 'Three' (north), 'three' (south)"
+        in (events[note]["text"])
+    )
+    training = [e["event"] == "phase-started" and e["phase"] == "train" for e in events]
+    assert note < training.index(True)
 
 
 @pytest.mark.gpu
