@@ -75,16 +75,12 @@ def without_prefix(
             f"The checkpoint holds several models that fit, behind {' and '.join(chosen)}. "
             "Save the state dict of the one you want in a file of its own."
         )
-    read = _cut(state, chosen[0])
-    logger.info("The names of the checkpoint's weights are read without %r.", chosen[0])
     if others := [name for name in state if not name.startswith(chosen[0])]:
         logger.warning(
-            "%d tensors of the checkpoint do not begin with %r and are not read, such as %r.",
-            len(others),
-            chosen[0],
-            others[0],
+            f"{len(others)} tensors of the checkpoint do not begin with {chosen[0]!r} and are "
+            f"not read, such as {others[0]!r}."
         )
-    return read, chosen[0]
+    return _cut(state, chosen[0]), chosen[0]
 
 
 def _likely(state: dict[str, Tensor], model: nn.Module) -> list[str]:
