@@ -26,6 +26,7 @@ from fedcompo.training.fisher_estimate import curvature_factors
 from fedcompo.training.per_example import (
     evaluation_mode,
     recorded,
+    require_own_rows,
     require_recorded,
     squared_gradients,
 )
@@ -136,6 +137,7 @@ def private_fisher(
 
     Raises:
         ValueError: If a head is needed and there is none.
+        BackboneError: If images cannot be told apart at a layer.
     """
     if curvature is not Curvature.FEATURES and head is None:
         raise ValueError(f"The Fisher of `curvature = {curvature}` needs a head, got none.")
@@ -143,6 +145,9 @@ def private_fisher(
     sums: Weights = {}
     count, names = 0, tuple(names)
     for images in batches:
+        if not count:
+            with evaluation_mode(model), recorded(model, names) as record:
+                require_own_rows(model, images, names, record)
         fishers = per_example_fishers(
             model, images, names, head=under, factored=factored, entropy=entropy
         )

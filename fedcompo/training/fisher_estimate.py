@@ -37,6 +37,7 @@ from fedcompo.training.per_example import (
     evaluation_mode,
     gradient_products,
     recorded,
+    require_own_rows,
     require_recorded,
     squared_gradients,
 )
@@ -79,6 +80,9 @@ def estimate_fisher(
 
     Returns:
         The *sum* over examples, float64, Kronecker factors as matrices, and a report.
+
+    Raises:
+        BackboneError: If examples cannot be told apart at a layer.
     """
     names = sorted(names)
     generator = generator or torch.Generator().manual_seed(0)
@@ -92,6 +96,8 @@ def estimate_fisher(
     count, report = 0, FisherReport()
     with evaluation_mode(model), recorded(model, names) as record:
         for images in batches:
+            if not report.batches:
+                require_own_rows(model, images, names, record)
             features = model(images)
             require_recorded(record, names)
             if curvature is Curvature.FEATURES:

@@ -3,6 +3,9 @@
 One backward pass serves a whole batch. A linear layer's gradient for one example is the sum over
 its tokens of (gradient of the output) × (input), and hooks record both. Source: Goodfellow,
 *Efficient Per-Example Gradient Computations*, 2015 (arXiv 1510.01799).
+
+A layer may see more rows than examples: windowed attention folds the windows of an image into the
+batch. The rows of one example must follow each other; :func:`require_own_rows` tries it out.
 """
 
 from __future__ import annotations
@@ -12,16 +15,21 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fedcompo.errors import BackboneError
 
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 """Memory for per-example gradients of one weight, by device; a larger batch is taken in parts. On a
 CPU they fit its cache."""
+TRIED = 2
+"""Examples on which it is tried out whose rows are whose."""
+LEAK = 1e-5
+"""Share of a gradient's norm that rounding may put on rows of other examples."""
 
 
 def squared_gradients(
-    record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+    record: Mapping[str, tuple[Tensor, GradientEdge]], features: Tensor, cotangent: Tensor
 ) -> Iterator[tuple[str, slice, Tensor]]:
     """Square each example's gradient of a function of the features, a part of the batch at a time.
 
@@ -42,7 +50,7 @@ def squared_gradients(
 
 
 def gradient_products(
-    record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+    record: Mapping[str, tuple[Tensor, GradientEdge]], features: Tensor, cotangent: Tensor
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     r"""Sum :math:`M_x M_x^\top` and :math:`M_x^\top M_x` over a batch's gradients :math:`M_x`.
 
@@ -63,15 +71,18 @@ def gradient_products(
 
 
 def _token_factors(
-    record: Mapping[str, tuple[Tensor, Tensor]], features: Tensor, cotangent: Tensor
+    record: Mapping[str, tuple[Tensor, GradientEdge]], features: Tensor, cotangent: Tensor
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield weight names with g, (batch, tokens, out), and a, (batch, tokens, in)."""
-    outputs = [output for _, output in record.values()]
+    outputs = [edge for _, edge in record.values()]
     gradients = torch.autograd.grad(
         features, outputs, grad_outputs=cotangent.to(features), retain_graph=True
     )
-    for (name, (inputs, output)), gradient in zip(record.items(), gradients, strict=True):
-        batch = len(output)
+    batch = len(features)
+    for (name, (inputs, _)), gradient in zip(record.items(), gradients, strict=True):
+        rows = gradient.numel() // gradient.shape[-1]
+        if rows % batch:
+            raise _refused(name, f"has {rows} rows for {batch} examples, no whole number for each")
         g = gradient.reshape(batch, -1, gradient.shape[-1])
         yield name, g, inputs.reshape(batch, -1, inputs.shape[-1])
 
@@ -89,13 +100,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record (input, output) of the linear layers whose weights are named, on each forward.
+def recorded(
+    model: nn.Module, names: Iterable[str]
+) -> Iterator[dict[str, tuple[Tensor, GradientEdge]]]:
+    """Record input and output of the linear layers whose weights are named, on each forward.
 
+    Of the output it is the place in the graph: an activation may overwrite the numbers.
     The parameters are frozen meanwhile: gradients flow to the layers' outputs alone, and no
     backward pass spends time on sums over the batch.
     """
-    record: dict[str, tuple[Tensor, Tensor]] = {}
+    record: dict[str, tuple[Tensor, GradientEdge]] = {}
     handles = []
     frozen = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -127,6 +141,49 @@ def require_recorded(record: Mapping[str, object], names: Iterable[str]) -> None
         )
 
 
+def require_own_rows(
+    model: nn.Module,
+    images: Tensor,
+    names: Iterable[str],
+    record: dict[str, tuple[Tensor, GradientEdge]],
+) -> None:
+    """Try out that a layer's rows of one example follow each other, and no other example's do.
+
+    The gradient of an example's features must be zero at the rows of the others. A single example
+    needs no trial: all rows are its own.
+
+    Args:
+        model: Maps images to features; in evaluation mode.
+        images: A batch; the first two are used.
+        names: Weights of linear layers.
+        record: From :func:`recorded`; empty before and after.
+
+    Raises:
+        BackboneError: If it is not so, or as :func:`require_recorded`.
+    """
+    features = model(images[:TRIED])
+    require_recorded(record, names)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(features.shape, generator=generator).to(features)
+    for example in range(len(features)):
+        own = torch.zeros_like(direction)
+        own[example] = direction[example]
+        for name, g, _ in _token_factors(record, features, own):
+            norms = g.flatten(1).norm(dim=1)
+            total = norms.norm()
+            norms[example] = 0
+            if norms.norm() > LEAK * total:
+                raise _refused(name, "mixes the rows of several examples")
+    record.clear()
+
+
+def _refused(name: str, why: str) -> BackboneError:
+    return BackboneError(
+        f"The layer of {name!r} {why}; the Fisher of its weight cannot be computed. "
+        "Leave it out of `target-weights`, or choose a plain vision transformer."
+    )
+
+
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     layer = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(layer, nn.Linear):
@@ -138,13 +195,15 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _recorder(
-    record: dict[str, tuple[Tensor, Tensor]], name: str
+    record: dict[str, tuple[Tensor, GradientEdge]], name: str
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Return a forward hook that records a layer's input and output under its weight's name."""
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        output = output if output.requires_grad else output.requires_grad_()
-        record[name] = (inputs[0].detach(), output)
-        return output
+        if name in record:
+            raise _refused(name, "is called more than once for an image")
+        start = not output.requires_grad  # of the graph; such a tensor must not be overwritten
+        record[name] = inputs[0].detach(), get_gradient_edge(output.requires_grad_())
+        return output.clone() if start else output
 
     return keep
