@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fedcompo.backbone.text  # noqa: F401  timm knows its models from here on
-from fedcompo.backbone.checkpoint import fill, read_checkpoint
+from fedcompo.backbone.checkpoint import fill, read_checkpoint, require_finite
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
@@ -100,6 +101,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     else:
         model, architecture, model_args, cfg = _from_timm(config)
     model = model.float().eval().requires_grad_(False)
+    require_finite(model.state_dict())
     digest = tensorfile.tensor_digest(model.state_dict())
     model = model.to(device)
     return Backbone(
@@ -191,7 +193,9 @@ def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], 
             "or use `backbone = embedded`."
         ) from error
     _require_blocks(model, name)
-    return model, name.split(".")[0], model_args, dict(model.pretrained_cfg)
+    cfg = dict(model.pretrained_cfg)
+    _require_whole_patches(model, cfg, config.image_size)
+    return model, name.split(".")[0], model_args, cfg
 
 
 def _build(
@@ -205,12 +209,13 @@ def _build(
     model_args = {**fixed_args, **_input_args(config)}
     try:
         model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise BackboneError(
             f"{architecture!r} does not take {_input_args(config)}: {error}. "
             "Change `image-size` or `channels`, or choose a plain vision transformer."
         ) from error
     _require_blocks(model, architecture)
+    _require_whole_patches(model, cfg, config.image_size)
     fill(model, architecture, cfg, state, channels=model_args.get("in_chans", 3))
     return model, architecture, model_args, cfg
 
@@ -236,6 +241,23 @@ def _require_blocks(model: nn.Module, name: str) -> None:
             f"{name!r} is a {type(model).__name__} without transformer blocks in `model.blocks`; "
             "choose a vision transformer."
         )
+
+
+def _require_whole_patches(model: nn.Module, cfg: dict[str, Any], size: int) -> None:
+    """Refuse an input whose border would be in no patch, unless the weights were trained so."""
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", 1)
+    side = math.lcm(*patch) if isinstance(patch, tuple) else patch
+    if size % side == 0 or getattr(embed, "dynamic_img_pad", False):
+        return
+    if size == cfg.get("input_size", (0,))[-1]:
+        return
+    below = size - size % side
+    raise BackboneError(
+        f"`image-size` is {size}, no multiple of the {side} pixels of a patch; the last "
+        f"{size % side} would be cut off. Set it to "
+        + (f"{below} or {below + side}." if below else f"{side}.")
+    )
 
 
 def _preprocessing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from timm.models import load_pretrained
 from torch import Tensor, nn
 
+from fedcompo.backbone.file_kind import SUFFIXES, check_kind
+from fedcompo.backbone.prefixes import flatten, without_prefix
 from fedcompo.errors import BackboneError
 
 
@@ -28,11 +31,12 @@ def fill(
         model: A vision transformer without classifier.
         architecture: Its name, for error messages.
         cfg: timm's configuration of the weights, such as the channels they expect.
-        state: The weights by name, or an .npz in JAX's layout.
+        state: The weights by name, perhaps behind a prefix, or an .npz in JAX's layout.
         channels: Channels that the model expects.
 
     Raises:
-        BackboneError: If a weight of the model is missing or NaN, or a block's weight is unknown.
+        BackboneError: If a weight of the model is missing, a block's weight is unknown, or
+            anything is infinite or NaN.
     """
     with torch.no_grad():  # a parameter that is not loaded stays NaN, which is checked
         for parameter in model.parameters():
@@ -43,7 +47,10 @@ def fill(
     if isinstance(state, Path):
         source = {"file": str(state), "custom_load": True}
     else:
-        source = {"state_dict": {name: tensor.float() for name, tensor in state.items()}}
+        state, prefix = without_prefix(state, model, convert)
+        floats = {name: tensor.float() for name, tensor in state.items()}
+        require_finite(floats, prefix)
+        source = {"state_dict": floats}
     # timm drops the classifier where the number of classes differs, and then is not strict.
     local = {**cfg, "url": "", "hf_hub_id": None, "source": "", "num_classes": -1, **source}
     try:
@@ -75,24 +82,44 @@ def fill(
         )
 
 
+def require_finite(state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuse weights or buffers that hold infinity or NaN.
+
+    Args:
+        state: Tensors by name.
+        prefix: Put before the name in the message.
+
+    Raises:
+        BackboneError: With the name of the first such tensor.
+    """
+    for name, tensor in state.items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise BackboneError(
+                f"{prefix + name!r} of the pre-trained weights holds infinity or NaN at {bad} of "
+                f"its {tensor.numel()} places. Its training diverged or the file is damaged; "
+                "use another checkpoint."
+            )
+
+
 def read_checkpoint(path: Path) -> dict[str, Tensor] | Path:
     """Read a local checkpoint; of an .npz return the path, since timm reads JAX's layout.
+
+    The names of nested dictionaries are joined, such as ``state_dict.norm.weight``.
 
     Raises:
         BackboneError: If the file is missing, damaged, of another kind, or would run code.
     """
     if not path.is_file():
         raise BackboneError(f"There is no checkpoint {path}. Check `checkpoint`.")
+    check_kind(path)
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
-        if path.suffix in (".pth", ".pt", ".bin"):
+        if path.suffix in SUFFIXES["PyTorch"]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("model", "state_dict"):
-                loaded = loaded.get(key, loaded)
-            if other := [name for name, value in loaded.items() if not isinstance(value, Tensor)]:
-                raise TypeError(f"{other[0]!r} is no tensor")
-            return dict(loaded)
+            if not isinstance(loaded, Mapping) or not (tensors := flatten(loaded)):
+                raise TypeError(f"a {type(loaded).__name__} without tensors by name")
+            return tensors
     except Exception as error:
         raise BackboneError(
             f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {str(error)[:200]}). "

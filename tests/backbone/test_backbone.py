@@ -16,7 +16,13 @@ from builders import PATTERNS, normal, pico_backbone, pico_model, pixels, random
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
+from fedcompo.backbone.backbone import (
+    Backbone,
+    _require_whole_patches,
+    load_backbone,
+    target_weights,
+)
+from fedcompo.backbone.prefixes import without_prefix
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.storage import tensorfile
@@ -164,8 +170,33 @@ def test_a_loaded_backbone_is_frozen_in_evaluation_mode_and_knows_its_input(load
     rebuilt.load_state_dict(loaded.model.state_dict())
 
 
+def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
 @pytest.mark.parametrize(
-    "wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"epoch": 3, "state_dict": s}]
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"epoch": 3, "state_dict": s},
+        lambda s: behind("module.", s),
+        lambda s: {"state_dict": behind("model.", s) | {"loss.weight": torch.ones(3)}},
+        lambda s: {"model": behind("_orig_mod.module.encoder.", s)},
+        lambda s: {"teacher": behind("backbone.", s), "student": behind("backbone.", zeros(s))},
+        lambda s: behind("student.backbone.", zeros(s)) | behind("teacher.backbone.", s),
+        lambda s: {
+            "model_ema": zeros(s),
+            "model": s,
+            "optimizer": {"state": {0: {"m": zeros(s)["norm.bias"]}}},
+        },
+        lambda s: {"model_ema": s, "lr": 0.1},
+        lambda s: {"state_dict": behind("module.visual.trunk.", s)},  # timm takes off a part
+    ],
 )
 def test_a_pth_file_gives_the_same_backbone_as_safetensors(wrap, state, loaded, tmp_path):
     torch.save(wrap(state), tmp_path / "tiny.pth")
@@ -211,6 +242,39 @@ def in_jax_layout(state: dict[str, Tensor], *, depth: int, heads: int) -> dict[s
             f"{theirs}/out/bias": state[f"{attention}.proj.bias"],
         }
     return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def test_a_prefix_is_taken_off_the_names_of_a_safetensors_file(state, loaded, tmp_path, caplog):
+    others = {"decoder.weight": torch.ones(2), "decoder.bias": torch.ones(2)}
+    safetensors.torch.save_file(behind("backbone.", state) | others, tmp_path / "p.safetensors")
+    assert load(tmp_path / "p.safetensors").fingerprint == loaded.fingerprint
+    assert "2 tensors of the checkpoint do not begin with 'backbone.'" in caplog.text
+
+
+def test_names_that_timm_converts_are_found_in_a_nested_dictionary(state):
+    theirs = {f"layer{i}": tensor for i, tensor in enumerate(state.values())}
+
+    def convert(given, model):
+        return dict(zip(state, given.values(), strict=True)) if "layer0" in given else given
+
+    model = timm.create_model(TINY, img_size=32, num_classes=0)
+    read, prefix = without_prefix(behind("model.", theirs), model, convert)
+    assert (prefix, read) == ("model.", theirs)
+
+
+def test_a_prefix_without_all_of_the_models_names_is_named_with_what_is_missing(state, tmp_path):
+    name = "blocks.3.norm1.weight"
+    torch.save(behind("module.", {k: v for k, v in state.items() if k != name}), tmp_path / "p.pth")
+    with pytest.raises(BackboneError, match=f"begin with 'module.'; without it, 1 of .*'{name}'"):
+        load(tmp_path / "p.pth")
+
+
+def test_two_models_of_equal_right_in_one_file_are_refused(state, tmp_path):
+    torch.save({"first": state, "second": state}, tmp_path / "two.pth")
+    with pytest.raises(
+        BackboneError, match=r"several models that fit, behind first\. and second\."
+    ):
+        load(tmp_path / "two.pth")
 
 
 def test_an_npz_file_in_the_layout_of_jax_gives_the_same_backbone(state, loaded, tmp_path):
@@ -288,8 +352,48 @@ def test_a_weight_that_is_not_a_number_is_refused(state, tmp_path):
     name = "blocks.3.norm1.weight"
     broken = {**state, name: state[name] * float("nan")}
     safetensors.torch.save_file(broken, tmp_path / "nan.safetensors")
-    with pytest.raises(BackboneError, match=f"'{name}' .or hold NaN there"):
+    with pytest.raises(BackboneError, match=f"'{name}' of .* at 192 of its 192 places"):
         load(tmp_path / "nan.safetensors")
+
+
+def test_what_is_infinite_in_float32_is_refused_with_the_name_in_the_file(state, tmp_path):
+    name = "blocks.3.attn.proj.weight"
+    huge = state[name].double()
+    huge[1, 2] = 1e300
+    torch.save(behind("module.", {**state, name: huge}), tmp_path / "huge.pth")
+    with pytest.raises(BackboneError, match=f"'module.{name}' of .* at 1 of its 36864 places"):
+        load(tmp_path / "huge.pth")
+
+
+def test_an_infinite_buffer_is_refused(tmp_path):
+    state = timm.create_model("eva02_tiny_patch14_224", img_size=28).state_dict()
+    for name in ("rope.bands", "blocks.0.attn.mask"):  # one the model has, one it does not
+        torch.save({**state, name: torch.tensor([1.0, float("inf")])}, tmp_path / "buffer.pth")
+        with pytest.raises(BackboneError, match=f"'{name}' of .* at 1 of its 2 places"):
+            load(tmp_path / "buffer.pth", backbone="eva02_tiny_patch14_224", image_size=28)
+
+
+def test_infinity_in_an_npz_file_is_refused(state, tmp_path):
+    name = "blocks.3.norm1.bias"
+    broken = {**state, name: state[name].clone().index_fill_(0, torch.tensor(5), -torch.inf)}
+    np.savez(tmp_path / "tiny.npz", **in_jax_layout(broken, depth=12, heads=3))
+    with pytest.raises(BackboneError, match=f"'{name}' of .* at 1 of its 192 places"):
+        load(tmp_path / "tiny.npz")
+
+
+@pytest.mark.parametrize(("size", "said"), [(50, "48 or 64"), (8, "16")])
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(checkpoint, size, said):
+    with pytest.raises(BackboneError, match=rf"`image-size` is {size}, no .* Set it to {said}\."):
+        load(checkpoint, image_size=size)
+
+
+def test_the_image_size_of_the_pre_training_may_leave_a_border():
+    name = "vit_so400m_patch14_siglip_384"  # 384 = 27 · 14 + 6
+    model = timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=384, num_classes=0)
+    cfg = timm.get_pretrained_cfg(name).to_dict()
+    _require_whole_patches(model, cfg, 384)
+    with pytest.raises(BackboneError, match="Set it to 378 or 392"):
+        _require_whole_patches(model, cfg, 385)
 
 
 def test_weights_of_a_deeper_model_are_refused_instead_of_dropped(state, tmp_path):
@@ -304,15 +408,15 @@ def test_weights_of_a_deeper_model_are_refused_instead_of_dropped(state, tmp_pat
     ("name", "content", "message"),
     [
         ("weights.npz", b"garbage", "do not fit"),
-        ("weights.npz", b"", "do not fit"),
-        pytest.param(
-            "weights.npz",
-            b"PK\x03\x04 junk",
-            "do not fit",
-        ),
+        ("weights.npz", b"", r"is empty \(0 bytes\)"),
+        ("weights.npz", b"PK\x03\x04 junk", "zip archive .* cut off or damaged"),
+        ("weights.npz", b"version https://git-lfs.github.com/spec/v1\noid", "`git lfs pull`"),
+        ("weights.pth", b"version https://git-lfs.github.com/spec/v1\noid", "`git lfs pull`"),
+        ("weights.bin", b"\n<!DOCTYPE html>\n<html>", "is a web page"),
+        ("weights.safetensors", b"<html lang=en>", "is a web page"),
         ("weights.safetensors", b"garbage", "cannot be read as .safetensors"),
         ("weights.pth", b"garbage", "cannot be read as .pth"),
-        ("weights.bin", b"", "cannot be read as .bin"),
+        ("weights.bin", b"", r"is empty \(0 bytes\). Download"),
         ("weights.h5", b"garbage", "expected .safetensors, .pth or .npz"),
     ],
 )
@@ -320,6 +424,46 @@ def test_garbage_is_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BackboneError, match=message):
         load(tmp_path / name)
+
+
+def write_as(kind: str, path: Path) -> None:
+    tensors = {"a": normal(300, seed=1)}
+    if kind == "safetensors":
+        safetensors.torch.save_file(tensors, path)
+    elif kind == "NumPy":
+        with path.open("wb") as file:
+            np.savez(file, a=tensors["a"].numpy())
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "PyTorch")
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "right"),
+    [
+        ("safetensors", ".pth", ".safetensors"),
+        ("PyTorch", ".safetensors", ".pth"),
+        ("old PyTorch", ".npz", ".pth"),
+        ("NumPy", ".bin", ".npz"),
+    ],
+)
+def test_a_file_with_the_suffix_of_another_kind_is_refused(kind, suffix, right, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    write_as(kind, path)
+    kind = kind.removeprefix("old ")
+    with pytest.raises(BackboneError, match=f"is a {kind} file by .*Rename it to end in {right}"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("safetensors", ".safetensors"), ("PyTorch", ".pth"), ("NumPy", ".npz")]
+)
+@pytest.mark.parametrize("kept", [20, -1])
+def test_a_truncated_file_is_refused(kind, suffix, kept, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    write_as(kind, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(BackboneError, match="cut off"):
+        load(path)
 
 
 @pytest.mark.parametrize(
