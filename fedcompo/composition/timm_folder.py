@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import StoredBackbone
+from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
@@ -102,6 +103,9 @@ def write_model(
         head: Joint head.
         linearised: Whether the weights are composed of tangents.
         about: Further entries of the manifest.
+
+    Raises:
+        ContributionError: If a value of the head or of a weight that is changed is not finite.
     """
     classifier = head.as_classifier(backbone.classifier)
     layout = dict(backbone.tensors.layout)
@@ -112,15 +116,25 @@ def write_model(
     with TensorWriter(folder / WEIGHTS, layout, manifest) as writer:
         for name in sorted(layout):
             if pending is not None and pending[0] == name:
-                writer.write(name, pending[1])
+                writer.write(name, _finite(*pending))
                 pending = next(upcoming, None)
+            elif name in classifier:
+                writer.write(name, _finite(name, classifier[name]))
             else:
-                writer.write(
-                    name, classifier[name] if name in classifier else backbone.tensors[name]
-                )
+                writer.write(name, backbone.tensors[name])
     if pending is not None:
         raise ValueError(f"{pending[0]!r} is no weight of the backbone, or came out of order")
     _write_config(folder, timm_config(backbone, head.classes, linearised=linearised))
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    """Return the values; raises ``ContributionError`` if one is not finite."""
+    if not values.isfinite().all():
+        raise ContributionError(
+            f"The composed {name!r} has values that are not finite. Compose with a smaller "
+            "`scale`, or without the client whose task vector is longest."
+        )
+    return values
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, DataError
+from fedcompo.method.ranges import FEATURE, check_range
 
 EXAMPLES_PER_COMPONENT = 8
 """Fewest images for each Gaussian."""
 VARIANCE_FLOOR = 1e-3
 """Smallest variance of a component, as a share of the client's mean variance."""
+
+SLACK = 1e-3
+"""How far the shares of a mixture may be from a sum of one."""
+TINY = float(torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,12 @@ class FeatureMixture:
             raise ContributionError(
                 f"A mixture of {owner} has shapes {shapes}, expected {expected}."
             )
-        finite = all(t.is_floating_point() and torch.isfinite(t.float()).all() for t in tensors)
-        if not finite or (self.variances <= 0).any() or (self.weights < 0).any():
-            raise ContributionError(
-                f"A mixture of {owner} has values that are not finite floating-point numbers, "
-                "or variances or shares that are not positive."
-            )
-        if self.num_examples < 1 or abs(float(self.weights.sum()) - 1) > 1e-3:
+        check_range(self.weights, 1 + SLACK, f"The shares of a mixture of {owner}", least=0)
+        check_range(self.means, FEATURE, f"The means of a mixture of {owner}")
+        check_range(
+            self.variances, FEATURE**2, f"The variances of a mixture of {owner}", least=TINY
+        )
+        if self.num_examples < 1 or abs(float(self.weights.sum()) - 1) > SLACK:
             raise ContributionError(
                 f"A mixture of {owner} has {self.num_examples} examples and shares summing to "
                 f"{float(self.weights.sum()):.4f}, expected at least 1 example and a sum of 1."

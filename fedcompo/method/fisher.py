@@ -44,6 +44,7 @@ from fedcompo.method.kronecker import (
     thinned,
     whole,
 )
+from fedcompo.method.ranges import FISHER, check_range
 
 ROWS, COLUMNS = "/rows", "/columns"
 """Ends of the names of a factored weight's row and column sums."""
@@ -83,7 +84,7 @@ class FisherDiagonal:
 
         Raises:
             ContributionError: If names or shapes are not those of the target weights, a value is
-                negative or not finite, or they sum over no example.
+                negative or out of range, or they sum over no example.
         """
         expected: dict[str, tuple[int, ...]]
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
@@ -104,13 +105,8 @@ class FisherDiagonal:
                     f"{expected.get(name)}. Use the same `target-weights` and fedcompo version "
                     "everywhere."
                 )
-            total = diagonal(total) if thin else total
-            parts = margins(total) if self.form is FisherForm.DENSE else (total,)
-            finite = all(torch.isfinite(part.float()).all() for part in parts)
-            if not finite or (total < 0).any():
-                raise ContributionError(
-                    f"The Fisher of {owner} has values at {name!r} that are negative or not finite."
-                )
+            largest, least = (FISHER**0.5, None) if thin else (FISHER, 0.0)
+            check_range(total, largest, f"The Fisher of {owner} at {name!r}", least=least)
         if self.num_examples < 1:
             raise ContributionError(f"The Fisher of {owner} sums over no example.")
 

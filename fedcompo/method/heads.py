@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedcompo.errors import ContributionError
 from fedcompo.method.features import FeatureMixture, draw
+from fedcompo.method.ranges import HEAD, check_range
 from fedcompo.method.statistics import FeatureSums, is_positive, off_grid, unpacked
 
 ITERATIONS = 200
@@ -43,6 +44,11 @@ class Head:
         """Return logits, (batch, classes), of features (batch, features)."""
         return features @ self.weight.to(features).T + self.bias.to(features)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all its numbers are."""
+        return all(bool(tensor.isfinite().all()) for tensor in (self.weight, self.bias))
+
     def as_classifier(self, name: str) -> dict[str, Tensor]:
         """Return the weights of a model's classifier of this name, such as ``head``."""
         return {f"{name}.weight": self.weight, f"{name}.bias": self.bias}
@@ -63,7 +69,7 @@ class Head:
         return torch.tensor([self.classes.index(name) for name in classes])
 
     def check(self, classes: tuple[str, ...], num_features: int, owner: str) -> None:
-        """Raise ``ContributionError`` on other classes, shapes, or values not finite in float32."""
+        """Raise ``ContributionError`` on other classes or shapes, or values out of range."""
         expected = (len(classes), num_features), (len(classes),)
         shapes = tuple(self.weight.shape), tuple(self.bias.shape)
         if self.classes != classes or shapes != expected:
@@ -71,8 +77,8 @@ class Head:
                 f"The head of {owner} has classes {self.classes} and shapes {shapes}, expected "
                 f"{classes} and {expected}."
             )
-        if not all(torch.isfinite(t.float()).all() for t in (self.weight, self.bias)):
-            raise ContributionError(f"The head of {owner} has values that are not finite.")
+        for tensor in (self.weight, self.bias):
+            check_range(tensor, HEAD, f"The head of {owner}")
 
 
 def zero_head(classes: Iterable[str], num_features: int) -> Head:

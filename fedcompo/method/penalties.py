@@ -32,6 +32,9 @@ from fedcompo.method.kronecker import Kronecker, Metric, applied, trace_of
 GRADIENT_LIMIT = 100.0
 """Largest norm of the explicit step's gradient, as in the paper; a longer one is clipped to it."""
 
+LEAST_CURVATURE = 2.0**-80
+"""A smaller mean curvature holds no weight."""
+
 
 def ita_penalty(tau: Weights, fisher: Metric, alpha: float) -> Tensor:
     r"""Anchor a task vector to theta_0: :math:`\tfrac{\alpha}{2}\,\tau^\top F\,\tau`.
@@ -198,11 +201,12 @@ def one_folding(fisher: Metric) -> float:
     """Return the strength at which one step shrinks a weight of mean curvature by a half.
 
     Args:
-        fisher: *Mean* Fisher by weight name, each of an (out, in); 0 if it is zero everywhere.
+        fisher: *Mean* Fisher by weight name, each of an (out, in); 0 if it is zero everywhere, or
+            so small that the strength would leave float32.
     """
     entries = sum(block.numel() for block in fisher.values())
     mean = sum(map(trace_of, fisher.values())) / entries
-    return 1 / mean if mean > 0 else 0.0
+    return 1 / mean if mean > LEAST_CURVATURE else 0.0
 
 
 def _shrink(delta: Delta, fisher: Tensor, pull: Tensor | None) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, DataError
+from fedcompo.method.ranges import check_floats
 
 BITS = 24
 """A sum is a whole multiple of 2^-24. A float32 above one is such a multiple itself."""
@@ -29,7 +30,9 @@ CEILING = 2**62
 ROUNDING = 2.0**-20
 """Bound on what float32 and the grid do to a scatter, relative to its second moment."""
 LIMIT = CEILING // 16
-"""And those of one client below this, so that no client alone leaves no room for the others."""
+"""And those of one client below this."""
+SHARE = LIMIT // 4
+"""What is checked of a client that comes now, so that a few leave room for the others."""
 MOST_IMAGES = 2**32
 """A client has fewer images of a class."""
 
@@ -81,7 +84,7 @@ class FeatureSums:
             second: (features · (features + 1) / 2,), floating point.
 
         Raises:
-            ContributionError: If a number is not finite, or too large to be summed.
+            ContributionError: If a number is not finite, too large to be summed, or no float.
         """
         return cls(classes, counts.to(torch.int64), to_grid(sums), to_grid(second))
 
@@ -120,13 +123,15 @@ class FeatureSums:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], classes: Iterable[str]) -> FeatureSums:
         """Rebuild what :meth:`tensors` named; raises as :meth:`read` does."""
-        parts = (tensors[f"statistics/{part}"] for part in ("counts", "sums", "second"))
-        return cls.read(tuple(classes), *parts)
+        counts, *parts = (tensors[f"statistics/{part}"] for part in ("counts", "sums", "second"))
+        if counts.is_floating_point() or counts.is_complex():
+            raise ContributionError(f"Images are counted in {counts.dtype}, expected integers.")
+        return cls.read(tuple(classes), counts, *parts)
 
     def check(
         self, classes: tuple[str, ...], num_features: int, owner: str, *, clients: int = 1
     ) -> None:
-        """Refuse sums of other classes or another width, or without images of a class.
+        """Refuse sums of other classes or another width, or that no images can have.
 
         Args:
             classes: Expected, sorted.
@@ -150,11 +155,18 @@ class FeatureSums:
                 f"The statistics of {owner} count {self.counts.tolist()} images by class, expected "
                 "at least one each, and fewer than 2^32 of a client."
             )
+        largest = max(int(end.abs()) for t in (self.sums, self.second) for end in t.aminmax())
+        if largest >= clients * SHARE:
+            raise ContributionError(
+                f"The statistics of {owner} reach {largest * 2.0**-BITS:g}, expected "
+                f"numbers below {clients * SHARE * 2.0**-BITS:g}: others need room, too."
+            )
+        self.check_scatter(owner)
 
     def check_scatter(self, owner: str) -> None:
         """Refuse sums that no images can have: their features would have a negative variance.
 
-        Sums under noise can have one by chance, and are not to be checked.
+        Sums under noise have none; see :func:`fedcompo.privacy.statistics.private_sums`.
 
         Args:
             owner: Whose they are, for the error message.
@@ -255,8 +267,9 @@ def to_grid(values: Tensor) -> Tensor:
     """Round what one client sends to whole multiples of 2^-24, by way of float32; int64.
 
     Raises:
-        ContributionError: If a number is not finite, or too large to be summed.
+        ContributionError: If a number is not finite or too large to be summed, or no float.
     """
+    check_floats(values, "A sum of features of a client")
     scaled = values.float().double() * 2.0**BITS
     if values.numel() and not float(scaled.abs().max()) < LIMIT:  # also if it is not a number
         raise ContributionError(

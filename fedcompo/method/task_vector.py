@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.deltas import Delta, Weights, restore_delta, stored_shapes
+from fedcompo.method.ranges import PARAMETER, check_range
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TaskVector:
 
         Raises:
             BackboneMismatch: If it was trained on other pre-trained weights.
-            ContributionError: If names, shapes or dtypes do not fit or a value is not finite.
+            ContributionError: If names, shapes or dtypes do not fit or a value is out of range.
         """
         if self.base != base:
             raise BackboneMismatch(
@@ -101,7 +101,7 @@ class TaskVector:
 
 
 def _check_tensor(tensor: Tensor, shape: tuple[int | None, ...], what: str) -> None:
-    """Refuse a tensor of another shape, of an integer dtype, or with values not finite."""
+    """Refuse a tensor of another shape, of an integer dtype, or with values out of range."""
     fits = len(shape) == tensor.ndim and all(
         expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=True)
     )
@@ -109,11 +109,5 @@ def _check_tensor(tensor: Tensor, shape: tuple[int | None, ...], what: str) -> N
         raise ContributionError(
             f"Tensor {what} has shape {tuple(tensor.shape)}, expected {shape} (None: any rank)."
         )
-    if not tensor.is_floating_point():
-        raise ContributionError(f"Tensor {what} has dtype {tensor.dtype}, expected floating point.")
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ContributionError(
-            f"Tensor {what} has {bad} values that are not finite. Its training diverged: "
-            "lower `learning-rate`, or use `penalty = implicit`."
-        )
+    hint = "Its training diverged: lower `learning-rate`, or use `penalty = implicit`."
+    check_range(tensor, PARAMETER, f"Tensor {what}", hint=hint)

@@ -23,7 +23,6 @@ from fedcompo.messages.body import Body
 from fedcompo.method.contribution import AnyStatistics, check_statistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorfile import tensor_digest
 
@@ -49,23 +48,18 @@ def check_described(
     statistics: AnyStatistics,
     classes: tuple[str, ...],
     num_features: int,
-    *,
-    noised: bool,
 ) -> None:
     """Refuse a client's statistics unless they describe each of its classes.
 
     Raises:
         ContributionError: If there is no class, if they are unsorted or not those of the
-            statistics, if no head can be made of these, or if they are of no images; under noise
-            they may be.
+            statistics, if no head can be made of these, or if they are of no images.
     """
     if not classes or list(classes) != sorted(set(classes)):
         raise ContributionError(
             f"Client {client!r} names the classes {classes}, expected one or more, sorted."
         )
     check_statistics(statistics, classes, num_features, f"client {client!r}")
-    if isinstance(statistics, FeatureSums) and not noised:
-        statistics.check_scatter(f"client {client!r}")
 
 
 def checked_fisher(client: str, answer: FisherAnswer, backbone: Backbone) -> FisherDiagonal | None:
@@ -170,25 +164,24 @@ def _can_be_true(name: str, value: Any) -> bool:
 FEWEST = 3
 """Number of clients from which on one can stand out among the others."""
 LARGEST_FISHER = 100.0
-"""Largest mean trace of a client's Fisher, relative to the median of all."""
+"""Largest mean trace of a client's Fisher, relative to :func:`usual_beside`."""
 
 
 def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
-    r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times the median of all norms.
+    r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times :func:`usual_beside`.
 
     Returns:
         The reason to refuse the task vector, by client; empty with ratio 0.
     """
     if not ratio or len(norms) < FEWEST:
         return {}
-    usual = median(norms.values())
     return {
         client: (
             f"Its task vector has norm {norm:.3g}, more than `max-norm-ratio` = {ratio:g} times "
-            f"the median {usual:.3g}. Look at its data and its learning rate."
+            f"the median {usual:.3g} of the others'. Look at its data and its learning rate."
         )
         for client, norm in norms.items()
-        if norm > ratio * usual
+        if norm > ratio * (usual := usual_beside(norms, client))
     }
 
 
@@ -201,16 +194,25 @@ def too_large(traces: Mapping[str, float]) -> dict[str, str]:
     Returns:
         The reason to leave the Fisher out, by client.
     """
-    usual = median(traces.values()) if len(traces) >= FEWEST else 0.0
     return {
         client: (
             f"The Fisher of {client} has the mean trace {trace:.3g}, more than "
-            f"{LARGEST_FISHER:g} times the median {usual:.3g}: it anchors nobody. Look at its data "
-            "and its version of fedcompo."
+            f"{LARGEST_FISHER:g} times the median {usual:.3g} of the others': it anchors nobody. "
+            "Look at its data and its version of fedcompo."
         )
         for client, trace in traces.items()
-        if trace > LARGEST_FISHER * usual > 0
+        if len(traces) >= FEWEST
+        and trace > LARGEST_FISHER * (usual := usual_beside(traces, client)) > 0
     }
+
+
+def usual_beside(values: Mapping[str, float], client: str) -> float:
+    """Return the median of the others' values, the smallest of them left aside.
+
+    No single client makes it smaller than the median of those that remain: who exceeds a multiple
+    of it would do so whichever one of the others were not there. At least two others are needed.
+    """
+    return median(sorted(value for other, value in values.items() if other != client)[1:])
 
 
 def norm_of(vector: TaskVector, theta_0: Weights) -> float:

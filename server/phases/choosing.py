@@ -176,11 +176,10 @@ class Choosing:
 
         def fold(client: str, body: Body) -> str:
             answer, classes = RealignAnswer.from_body(body), self.registry.member(client).classes
-            noised = client in self.roster.participants.noised
             if len(answer.statistics) != len(factors):
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
-                check_described(client, own, classes, width, noised=noised)
+                check_described(client, own, classes, width)
             described.take(client, answer.statistics)
             return client
 

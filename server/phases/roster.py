@@ -218,8 +218,7 @@ class Roster:
     def _fold(self, client: str, body: Body, keep_fisher: KeepFisher | None) -> str:
         answer = DescribeAnswer.from_body(body)
         name, kind = self._checked_name(client, answer, body), answer.kind
-        width, noised = self.backbone.num_features, answer.noised
-        check_described(name, answer.statistics, answer.classes, width, noised=noised)
+        check_described(name, answer.statistics, answer.classes, self.backbone.num_features)
         if kind and self.tangent not in (None, kind is Kind.TANGENT):
             raise ContributionError(
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "

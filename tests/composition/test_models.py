@@ -9,6 +9,7 @@ import timm
 import torch
 from builders import normal, random_head
 from registry_builders import (
+    OF_MIXTURES,
     QUICK,
     WIDTH,
     backbone,
@@ -20,10 +21,10 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo.composition.head import head_of
+from fedcompo.composition.head import head_of, joint_head
 from fedcompo.composition.models import model_of, stream_composition
 from fedcompo.composition.timm_folder import write_model
-from fedcompo.config.choices import Coefficients
+from fedcompo.config.choices import Coefficients, Statistics
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.pool import Pool
 from fedcompo.storage.files import WEIGHTS
@@ -116,6 +117,25 @@ def test_weights_out_of_order_or_of_another_model_are_not_lost(tmp_path, stored)
         (tmp_path / str(number)).mkdir()
         with pytest.raises(ValueError, match="out of order"):
             write_model(tmp_path / str(number), stored, weights, head)
+
+
+def test_what_is_not_finite_is_not_written(tmp_path, stored):
+    head = random_head(("cat",), WIDTH, seed=1)
+    weight = sorted(stored.target_weights)[0]
+    for i, changed in enumerate(([], [(weight, stored.tensors[weight] * float("inf"))])):
+        (folder := tmp_path / str(i)).mkdir()
+        own = head if changed else replace(head, bias=torch.tensor([float("nan")]))
+        with pytest.raises(ContributionError, match=rf"composed .*{weight if changed else 'bias'}"):
+            write_model(folder, stored, changed, own)
+
+
+def test_whose_statistics_leave_no_finite_head_is_named():
+    given = {m.client: m.statistics for m in one_of_each_kind(Statistics.MIXTURES)}
+    given["ben"]["owl"].means.fill_(float("inf"))
+    with pytest.raises(ContributionError, match="finite without ben:"):
+        joint_head(given, OF_MIXTURES)
+    with pytest.raises(ContributionError, match="several of the clients"):
+        joint_head({"ben": given["ben"]}, OF_MIXTURES)
 
 
 def test_selecting_changes_nothing_on_disk(registry):

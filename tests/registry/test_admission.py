@@ -205,7 +205,7 @@ BAD: dict[str, tuple[Callable[[], Contribution], str]] = {
     ),
     "a weight too many": (lambda: with_tensor(full(), "x/delta", torch.zeros(1)), "difference"),
     "a LoRA out of range": (
-        lambda: with_tensor(lora(), f"{NAME}/A", torch.full((2, WIDTH), 1e6)),
+        lambda: with_tensor(lora(), f"{NAME}/A", torch.full((2, WIDTH), 6e4)),
         "at most 1024",
     ),
     "head too narrow": (
@@ -249,7 +249,7 @@ def test_what_cannot_live_with_the_others_is_refused(make, reason, registry):
 BAD_MIXTURES: dict[str, tuple[Callable[[], Contribution], str]] = {
     "negative variance": (
         lambda: with_mixture(described(), variances=-torch.ones(2, WIDTH)),
-        "not positive",
+        "out of range",
     ),
     "shares": (lambda: with_mixture(described(), weights=torch.tensor([0.9, 0.9])), "sum of 1"),
     "share without dimension": (
@@ -258,7 +258,7 @@ BAD_MIXTURES: dict[str, tuple[Callable[[], Contribution], str]] = {
     ),
     "shares in whole numbers": (
         lambda: with_mixture(described(), weights=torch.tensor([0, 1])),
-        "floating-point",
+        "floating point",
     ),
     "a class of no example": (
         lambda: with_mixture(described(), num_examples=0),

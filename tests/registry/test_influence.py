@@ -196,7 +196,7 @@ def base() -> str:
     [
         (_at_other_weights, BackboneMismatch, "backbone embedded@00, expected embedded@"),
         (_of_fewer_weights, ContributionError, "proj.*Use the same `target-weights`"),
-        (_negative, ContributionError, "negative or not finite"),
+        (_negative, ContributionError, "out of range"),
         (_of_a_client, FileFormatError, "belongs to client 'client-0', expected '\\(reference\\)'"),
         (_of_class_probabilities, ConfigError, "is of `curvature = exact`, but `curvature` is fea"),
         (lambda fisher, path: None, FileFormatError, "cannot be read"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 from app_runs import altered, run
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
@@ -33,6 +37,16 @@ def test_among_fewer_than_three_nobody_stands_out(norms):
     assert too_long(norms, 2.0) == {}
 
 
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=6), st.floats(0, 1e30), st.floats(1.5, 200))
+def test_no_client_alone_has_another_left_out(honest, hostile, ratio):
+    values = {f"client-{i}": value for i, value in enumerate(honest)}
+    for client in too_long({**values, "mallory": hostile}, ratio).keys() - {"mallory"}:
+        others = [value for name, value in values.items() if name != client]
+        assert values[client] > ratio * median(others)  # the honest ones alone say so, too
+    if hostile > ratio * max(honest):
+        assert "mallory" in too_long({**values, "mallory": hostile}, ratio)
+
+
 def test_without_a_ratio_nobody_is_refused():
     assert too_long({"a": 1.0, "b": 1.0, "c": 1e9}, 0.0) == {}
 
@@ -41,7 +55,10 @@ def test_a_fisher_is_too_large_far_beyond_the_median():
     assert too_large({"a": 1.0, "b": 2.0, "c": 200.0}) == {}
     large = too_large({"a": 1.0, "b": 2.0, "c": 201.0})
     assert list(large) == ["c"]
-    assert "mean trace 201, more than 100 times the median 2: it anchors nobody" in large["c"]
+    assert (
+        "mean trace 201, more than 100 times the median 2 of the others': it anchors nobody"
+        in large["c"]
+    )
 
 
 @pytest.mark.parametrize("traces", [{}, {"a": 1.0, "b": 1e9}, {"a": 0.0, "b": 0.0, "c": 1.0}])

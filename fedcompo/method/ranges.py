@@ -1,0 +1,67 @@
+r"""The range of the numbers that a client sends: what follows from them is finite.
+
+A number is converted to float32, in which models compute, and then compared with a limit. float32
+ends at :math:`2^{128}`. With at most :math:`2^{24}` entries in a weight, :math:`2^{12}` ranks,
+:math:`2^{14}` features and :math:`2^{16}` clients, these stay below it:
+
+- :data:`PARAMETER`: a product BA, :math:`2^{12} \cdot 2^{16} \cdot 2^{16} = 2^{44}`, and its
+  squared length, :math:`2^{24} \cdot 2^{88} = 2^{112}`. In a sum over clients a change is at most
+  :math:`2^{10}` (:data:`fedcompo.composition.fixed_point.LARGEST`), under the largest
+  :math:`\lambda`, twice their number, :math:`2^{27}`;
+- :data:`FISHER`, of a *sum* over images: :math:`\tau^\top F\,\tau`,
+  :math:`2^{24} \cdot 2^{10} \cdot 2^{60} \cdot 2^{10} = 2^{104}`. Kronecker factors are roots;
+- :data:`FEATURE`: a logit :math:`\langle w, f \rangle`,
+  :math:`2^{14} \cdot 2^{40} \cdot 2^{20} = 2^{74}`, with a row w of a head within :data:`HEAD`; a
+  sum of heads over clients. A variance is within its square.
+
+Sums of features have a range of their own; see :mod:`fedcompo.method.statistics`. Trained numbers
+are of order one to a thousand, so none of these limits is met by training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedcompo.errors import ContributionError
+
+PARAMETER = 2.0**16
+"""Largest parameter of a task vector."""
+HEAD = 2.0**40
+"""Largest number in a head."""
+FISHER = 2.0**60
+"""Largest number in a sum of Fishers."""
+FEATURE = 2.0**20
+"""Largest mean of a feature."""
+FLOATS = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
+def check_floats(tensor: Tensor, what: str) -> None:
+    """Raise ``ContributionError`` if a tensor is not of 16, 32 or 64 bit floating point."""
+    if tensor.dtype not in FLOATS:
+        raise ContributionError(f"{what} has dtype {tensor.dtype}, expected floating point.")
+
+
+def check_range(
+    tensor: Tensor, largest: float, what: str, *, least: float | None = None, hint: str = ""
+) -> None:
+    """Refuse numbers that are out of range once they are float32, or not finite.
+
+    Args:
+        tensor: Any shape.
+        largest: Largest number.
+        what: Name of the tensor and of its owner, for the error message.
+        least: Smallest number; None: minus the largest.
+        hint: What to do, for the error message.
+
+    Raises:
+        ContributionError: If it has another dtype, or a number is out of range.
+    """
+    check_floats(tensor, what)
+    least, values = -largest if least is None else least, tensor.detach().float()
+    inside = (values >= least) & (values <= largest)  # not a number is not inside
+    if not inside.all():
+        raise ContributionError(
+            f"{what} has {int((~inside).sum())} values that are not finite or out of range in "
+            f"float32, expected {least:g} to {largest:g}.{hint and ' '}{hint}"
+        )
