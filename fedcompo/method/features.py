@@ -60,9 +60,10 @@ class FeatureMixture:
         check_range(
             self.variances, FEATURE**2, f"The variances of a mixture of {owner}", least=TINY
         )
-        if self.num_examples < 1 or abs(float(self.weights.sum()) - 1) > SLACK:
+        count = self.num_examples  # JSON can hold any value
+        if type(count) is not int or count < 1 or abs(float(self.weights.sum()) - 1) > SLACK:
             raise ContributionError(
-                f"A mixture of {owner} has {self.num_examples} examples and shares summing to "
+                f"A mixture of {owner} has {count!r:.80} examples and shares summing to "
                 f"{float(self.weights.sum()):.4f}, expected at least 1 example and a sum of 1."
             )
 

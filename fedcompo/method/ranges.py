@@ -20,6 +20,9 @@ are of order one to a thousand, so none of these limits is met by training.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from statistics import median
+
 import torch
 from torch import Tensor
 
@@ -65,3 +68,12 @@ def check_range(
             f"{what} has {int((~inside).sum())} values that are not finite or out of range in "
             f"float32, expected {least:g} to {largest:g}.{hint and ' '}{hint}"
         )
+
+
+def usual_beside(values: Mapping[str, float], client: str) -> float:
+    """Return the median of the others' values, the smallest of them left aside.
+
+    No single client makes it smaller than the median of those that remain: who exceeds a multiple
+    of it would do so whichever one of the others were not there. At least two others are needed.
+    """
+    return median(sorted(value for other, value in values.items() if other != client)[1:])

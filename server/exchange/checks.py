@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from fedcompo.messages.body import Body
 from fedcompo.method.contribution import AnyStatistics, check_statistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.ranges import usual_beside
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorfile import tensor_digest
 
@@ -164,11 +164,11 @@ def _can_be_true(name: str, value: Any) -> bool:
 FEWEST = 3
 """Number of clients from which on one can stand out among the others."""
 LARGEST_FISHER = 100.0
-"""Largest mean trace of a client's Fisher, relative to :func:`usual_beside`."""
+"""Largest mean trace of a client's Fisher, relative to what is usual beside it."""
 
 
 def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
-    r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times :func:`usual_beside`.
+    r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times what is usual.
 
     Returns:
         The reason to refuse the task vector, by client; empty with ratio 0.
@@ -204,15 +204,6 @@ def too_large(traces: Mapping[str, float]) -> dict[str, str]:
         if len(traces) >= FEWEST
         and trace > LARGEST_FISHER * (usual := usual_beside(traces, client)) > 0
     }
-
-
-def usual_beside(values: Mapping[str, float], client: str) -> float:
-    """Return the median of the others' values, the smallest of them left aside.
-
-    No single client makes it smaller than the median of those that remain: who exceeds a multiple
-    of it would do so whichever one of the others were not there. At least two others are needed.
-    """
-    return median(sorted(value for other, value in values.items() if other != client)[1:])
 
 
 def norm_of(vector: TaskVector, theta_0: Weights) -> float:
