@@ -41,30 +41,8 @@ def joint_head(
         change it.
 
     Raises:
-        ContributionError: If there are sums of some clients and mixtures of others, or the head is
-            not finite; names those without whom it would be.
+        ContributionError: If there are sums of some clients and mixtures of others.
     """
-    head = _head_of(statistics, settings, purpose, shrinkage)
-    if head.is_finite:
-        return head
-    without = {c: {k: own for k, own in statistics.items() if k != c} for c in sorted(statistics)}
-    culprits = [
-        client
-        for client, others in without.items()
-        if others and _head_of(others, settings, purpose, shrinkage).is_finite
-    ]
-    raise ContributionError(
-        "The joint head has values that are not finite. It would be finite without "
-        f"{', '.join(culprits) or 'several of the clients'}: look at their data, or `exclude` them."
-    )
-
-
-def _head_of(
-    statistics: Mapping[str, AnyStatistics],
-    settings: CompositionSettings,
-    purpose: str,
-    shrinkage: float | None,
-) -> Head:
     sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
     if sums and len(sums) < len(statistics):
         raise ContributionError(

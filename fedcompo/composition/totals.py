@@ -11,7 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.ranges import STRANGE
 from fedcompo.method.statistics import BITS, FeatureSums
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
@@ -27,8 +29,18 @@ def total_after(
         going: Members of the version before that are gone.
 
     Raises:
-        ContributionError: If a sum leaves the range of int64.
+        ContributionError: If a sum leaves the range of int64, or a newcomer's features are so long
+            that they would outweigh everybody's in the joint head.
     """
+    coming = list(coming)
+    for member in coming:
+        square = _sums_of(member).mean_square
+        if before and square > STRANGE * before.mean_square:
+            raise ContributionError(
+                f"The features of client {member.client!r} have the mean square {square:.3g}, more "
+                f"than {STRANGE:g} times the members' {before.mean_square:.3g}. Look at its images "
+                "and its version of fedcompo."
+            )
     terms = [_sums_of(member) for member in coming]
     total = before or terms.pop()
     for own in terms:

@@ -36,6 +36,10 @@ FISHER = 2.0**60
 """Largest number in a sum of Fishers."""
 FEATURE = 2.0**20
 """Largest mean of a feature."""
+FEWEST = 3
+"""Number of clients from which on one can stand out among the others."""
+STRANGE = 100.0
+"""Largest mean square of a client's features, and trace of its Fisher, beside the others'."""
 FLOATS = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 
@@ -70,10 +74,17 @@ def check_range(
         )
 
 
-def usual_beside(values: Mapping[str, float], client: str) -> float:
-    """Return the median of the others' values, the smallest of them left aside.
+def beyond(values: Mapping[str, float], ratio: float) -> dict[str, float]:
+    """Find clients whose value is more than a multiple of what is usual beside it.
 
-    No single client makes it smaller than the median of those that remain: who exceeds a multiple
-    of it would do so whichever one of the others were not there. At least two others are needed.
+    Usual is the median of the others' values, the smallest of them left aside. So no single client
+    has another found: who is found exceeds the multiple of the median of the others whichever one
+    of them is not counted.
+
+    Returns:
+        What is usual, by client; empty among fewer than :data:`FEWEST`, and where it is zero.
     """
-    return median(sorted(value for other, value in values.items() if other != client)[1:])
+    if len(values) < FEWEST:
+        return {}
+    usual = {c: median(sorted(v for k, v in values.items() if k != c)[1:]) for c in values}
+    return {c: usual[c] for c, value in values.items() if value > ratio * usual[c] > 0}

@@ -102,8 +102,12 @@ class FeatureSums:
     def variance(self) -> float:
         r"""Total variance of the features, :math:`\mathrm{tr}\,\mathrm{Cov}(f)`."""
         mean = off_grid(self.sums).sum(0) / self.num_examples
-        trace = float(unpacked(off_grid(self.second)).trace()) / self.num_examples
-        return trace - float(mean.square().sum())
+        return self.mean_square - float(mean.square().sum())
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared length of the features: the trace of their mean second moment."""
+        return float(unpacked(off_grid(self.second)).trace()) / self.num_examples
 
     @property
     def scatter(self) -> Tensor:

@@ -22,7 +22,7 @@ from fedcompo.messages.body import Body
 from fedcompo.method.contribution import AnyStatistics, check_statistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.ranges import usual_beside
+from fedcompo.method.ranges import STRANGE, beyond
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.tensorfile import tensor_digest
 
@@ -161,48 +161,38 @@ def _can_be_true(name: str, value: Any) -> bool:
     return figure and 0 <= value <= LARGEST
 
 
-FEWEST = 3
-"""Number of clients from which on one can stand out among the others."""
-LARGEST_FISHER = 100.0
-"""Largest mean trace of a client's Fisher, relative to what is usual beside it."""
-
-
 def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
     r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times what is usual.
 
     Returns:
         The reason to refuse the task vector, by client; empty with ratio 0.
     """
-    if not ratio or len(norms) < FEWEST:
-        return {}
     return {
         client: (
-            f"Its task vector has norm {norm:.3g}, more than `max-norm-ratio` = {ratio:g} times "
-            f"the median {usual:.3g} of the others'. Look at its data and its learning rate."
+            f"Its task vector has norm {norms[client]:.3g}, more than `max-norm-ratio` = {ratio:g} "
+            f"times the median {usual:.3g} of the others'. Look at its data and its learning rate."
         )
-        for client, norm in norms.items()
-        if norm > ratio * (usual := usual_beside(norms, client))
+        for client, usual in (beyond(norms, ratio) if ratio else {}).items()
     }
 
 
-def too_large(traces: Mapping[str, float]) -> dict[str, str]:
-    """Find clients whose Fisher would outweigh all others: they could move nothing any more.
+def too_large(what: str, traces: Mapping[str, float]) -> dict[str, str]:
+    """Find clients whose Fisher, or second moment of features, would outweigh all others'.
 
     Args:
-        traces: Mean trace of each client's Fisher.
+        what: Which of them.
+        traces: Of the mean, by client.
 
     Returns:
-        The reason to leave the Fisher out, by client.
+        The reason to leave it out, by client.
     """
     return {
         client: (
-            f"The Fisher of {client} has the mean trace {trace:.3g}, more than "
-            f"{LARGEST_FISHER:g} times the median {usual:.3g} of the others': it anchors nobody. "
-            "Look at its data and its version of fedcompo."
+            f"The {what} of {client} has the mean trace {traces[client]:.3g}, more than "
+            f"{STRANGE:g} times the median {usual:.3g} of the others'. Look at its data and its "
+            "version of fedcompo."
         )
-        for client, trace in traces.items()
-        if len(traces) >= FEWEST
-        and trace > LARGEST_FISHER * (usual := usual_beside(traces, client)) > 0
+        for client, usual in beyond(traces, STRANGE).items()
     }
 
 

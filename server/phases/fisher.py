@@ -189,9 +189,9 @@ class Fishers:
         for client in clients:
             if client not in self._traces:
                 self._traces[client] = self.load(client).mean_trace()
-        large = too_large({client: self._traces[client] for client in clients})
+        large = too_large("Fisher", {client: self._traces[client] for client in clients})
         for client in sorted(large.keys() - self._too_large):
-            self.exchange.books.note(large[client])
+            self.exchange.books.note(f"{large[client]} It anchors nobody.")
         self._too_large |= large.keys()
         return [client for client in clients if client not in large]
 

@@ -16,12 +16,13 @@ from fedcompo.messages.body import Body
 from fedcompo.messages.requests import DescribeRequest, IdentifyRequest
 from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.heads import Head
+from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
-from server.exchange.checks import check_backbone, check_described
+from server.exchange.checks import check_backbone, check_described, too_large
 from server.exchange.exchange import Exchange
 from server.phases.participants import Participants
 
@@ -214,6 +215,11 @@ class Roster:
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
             self.on_kinds(self.participants.kinds)
+        described = {c: self.participants.described[c].statistics for c in self.parties}
+        sums = {c: own for c, own in described.items() if isinstance(own, FeatureSums)}
+        squares = {client: own.mean_square for client, own in sums.items()}
+        for client, reason in too_large("second moment of the features", squares).items():
+            self._leave_out(client, reason)
 
     def _fold(self, client: str, body: Body, keep_fisher: KeepFisher | None) -> str:
         answer = DescribeAnswer.from_body(body)

@@ -9,7 +9,6 @@ import timm
 import torch
 from builders import normal, random_head
 from registry_builders import (
-    OF_MIXTURES,
     QUICK,
     WIDTH,
     backbone,
@@ -21,10 +20,10 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo.composition.head import head_of, joint_head
+from fedcompo.composition.head import head_of
 from fedcompo.composition.models import model_of, stream_composition
 from fedcompo.composition.timm_folder import write_model
-from fedcompo.config.choices import Coefficients, Statistics
+from fedcompo.config.choices import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.pool import Pool
 from fedcompo.storage.files import WEIGHTS
@@ -127,15 +126,6 @@ def test_what_is_not_finite_is_not_written(tmp_path, stored):
         own = head if changed else replace(head, bias=torch.tensor([float("nan")]))
         with pytest.raises(ContributionError, match=rf"composed .*{weight if changed else 'bias'}"):
             write_model(folder, stored, changed, own)
-
-
-def test_whose_statistics_leave_no_finite_head_is_named():
-    given = {m.client: m.statistics for m in one_of_each_kind(Statistics.MIXTURES)}
-    given["ben"]["owl"].means.fill_(float("inf"))
-    with pytest.raises(ContributionError, match="finite without ben:"):
-        joint_head(given, OF_MIXTURES)
-    with pytest.raises(ContributionError, match="several of the clients"):
-        joint_head({"ben": given["ben"]}, OF_MIXTURES)
 
 
 def test_selecting_changes_nothing_on_disk(registry):

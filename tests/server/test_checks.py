@@ -52,18 +52,15 @@ def test_without_a_ratio_nobody_is_refused():
 
 
 def test_a_fisher_is_too_large_far_beyond_the_median():
-    assert too_large({"a": 1.0, "b": 2.0, "c": 200.0}) == {}
-    large = too_large({"a": 1.0, "b": 2.0, "c": 201.0})
+    assert too_large("Fisher", {"a": 1.0, "b": 2.0, "c": 200.0}) == {}
+    large = too_large("Fisher", {"a": 1.0, "b": 2.0, "c": 201.0})
     assert list(large) == ["c"]
-    assert (
-        "mean trace 201, more than 100 times the median 2 of the others': it anchors nobody"
-        in large["c"]
-    )
+    assert "mean trace 201, more than 100 times the median 2 of the others'" in large["c"]
 
 
 @pytest.mark.parametrize("traces", [{}, {"a": 1.0, "b": 1e9}, {"a": 0.0, "b": 0.0, "c": 1.0}])
 def test_without_a_usual_fisher_none_is_too_large(traces):
-    assert too_large(traces) == {}
+    assert too_large("Fisher", traces) == {}
 
 
 def test_the_norm_is_that_of_all_weights_together():
@@ -141,6 +138,31 @@ def test_statistics_of_no_images_are_refused_and_their_client_is_named(tmp_path)
     assert results["registry"]["joined"] == ["client-0", "client-1"]
 
 
+def far_away(tensors, manifest):
+    """Features a hundred times as long: consistent, finite, and they would drown all others."""
+    for name in tensors:
+        if name.startswith("statistics/s"):
+            tensors[name] *= 1e2 if name.endswith("sums") else 1e4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "phase", "reason"),
+    [
+        ("parallel", "describe", "second moment of the feat"),
+        ("sequential", "compose", "have the m"),
+    ],
+)
+def test_features_that_outweigh_all_others_are_refused_by_name(tmp_path, schedule, phase, reason):
+    settings = {"schedule": schedule, "realign": False, "aside": 0.0, "scale": 1.0}
+    tampered = {"tamper": {(2, "query.describe"): altered(far_away)}}
+    results = run(tampered, tmp_path / "run", **settings)
+    (left_out,) = results["left_out"]
+    assert (left_out["client"], left_out["phase"].partition(",")[0]) == ("client-2", phase)
+    assert reason in left_out["reason"]
+    assert results["registry"]["joined"] == ["client-0", "client-1"]
+    assert Registry(tmp_path / "run" / "registry").clients == ("client-0", "client-1")
+
+
 def larger(tensors, manifest):
     for name in tensors:
         if "fisher/" in name:
@@ -153,7 +175,7 @@ def test_a_fisher_that_is_far_too_large_anchors_nobody_and_is_named(tmp_path, me
     tampered = {"tamper": {(2, "query.describe"): altered(larger)}}
     results = run(tampered, tmp_path / "run", **settings, scale=1.0)
     (note,) = (note for note in results["notes"] if "The Fisher of client-2" in note)
-    assert "it anchors nobody" in note
+    assert "It anchors nobody" in note
     assert results["registry"]["joined"] == ["client-0", "client-1", "client-2"]
     registry = Registry(tmp_path / "run" / "registry")
     anchored = {c: registry.member(c).lineage.anchored_by for c in registry.clients}
