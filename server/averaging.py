@@ -179,7 +179,7 @@ class Averaging:
             "num-examples": self.roster.participants.described[client].num_examples,
             "loss": losses[-1],
         }
-        arrays = ArrayRecord(dict(answer.tensors))
+        arrays = ArrayRecord({name: tensor.float() for name, tensor in answer.tensors.items()})
         record = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
         known = self.figures[client].get("losses", [])
         self.figures[client]["losses"] = [*known, *losses]

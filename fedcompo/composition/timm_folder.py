@@ -115,26 +115,17 @@ def write_model(
     manifest = {"content": "model", "base": backbone.fingerprint, **(about or {})}
     with TensorWriter(folder / WEIGHTS, layout, manifest) as writer:
         for name in sorted(layout):
+            own = classifier.get(name)
             if pending is not None and pending[0] == name:
-                writer.write(name, _finite(*pending))
-                pending = next(upcoming, None)
-            elif name in classifier:
-                writer.write(name, _finite(name, classifier[name]))
-            else:
-                writer.write(name, backbone.tensors[name])
+                own, pending = pending[1], next(upcoming, None)
+            if own is not None and not own.isfinite().all():
+                raise ContributionError(
+                    f"The composed {name!r} has values that are not finite. Use a smaller `scale`."
+                )
+            writer.write(name, backbone.tensors[name] if own is None else own)
     if pending is not None:
         raise ValueError(f"{pending[0]!r} is no weight of the backbone, or came out of order")
     _write_config(folder, timm_config(backbone, head.classes, linearised=linearised))
-
-
-def _finite(name: str, values: Tensor) -> Tensor:
-    """Return the values; raises ``ContributionError`` if one is not finite."""
-    if not values.isfinite().all():
-        raise ContributionError(
-            f"The composed {name!r} has values that are not finite. Compose with a smaller "
-            "`scale`, or without the client whose task vector is longest."
-        )
-    return values
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:

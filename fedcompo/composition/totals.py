@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
-from fedcompo.method.ranges import STRANGE
+from fedcompo.method.ranges import STRANGE, beyond
 from fedcompo.method.statistics import BITS, FeatureSums
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
@@ -29,18 +29,8 @@ def total_after(
         going: Members of the version before that are gone.
 
     Raises:
-        ContributionError: If a sum leaves the range of int64, or a newcomer's features are so long
-            that they would outweigh everybody's in the joint head.
+        ContributionError: If a sum leaves the range of int64.
     """
-    coming = list(coming)
-    for member in coming:
-        square = _sums_of(member).mean_square
-        if before and square > STRANGE * before.mean_square:
-            raise ContributionError(
-                f"The features of client {member.client!r} have the mean square {square:.3g}, more "
-                f"than {STRANGE:g} times the members' {before.mean_square:.3g}. Look at its images "
-                "and its version of fedcompo."
-            )
     terms = [_sums_of(member) for member in coming]
     total = before or terms.pop()
     for own in terms:
@@ -48,6 +38,26 @@ def total_after(
     for member in going:
         total -= _sums_of(member)
     return total
+
+
+def check_alike(
+    newcomer: Contribution, total: FeatureSums | None, members: Iterable[Contribution]
+) -> None:
+    """Refuse features so long that they would outweigh everybody's in the joint head.
+
+    The members, whose total this is, are read only if it seems so. Their median decides: who claims
+    most images has no say. Raises ``ContributionError``.
+    """
+    square = _sums_of(newcomer).mean_square
+    if total is None or square <= STRANGE * total.mean_square:
+        return
+    squares = {own.client: _sums_of(own).mean_square for own in members} | {newcomer.client: square}
+    if usual := beyond(squares, STRANGE).get(newcomer.client):
+        raise ContributionError(
+            f"The features of client {newcomer.client!r} have the mean square {square:.3g}, more "
+            f"than {STRANGE:g} times the members' {usual:.3g}. Look at its images and its version "
+            "of fedcompo."
+        )
 
 
 def save_total(path: Path, total: FeatureSums) -> None:

@@ -44,11 +44,6 @@ class Head:
         """Return logits, (batch, classes), of features (batch, features)."""
         return features @ self.weight.to(features).T + self.bias.to(features)
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether all its numbers are."""
-        return all(bool(tensor.isfinite().all()) for tensor in (self.weight, self.bias))
-
     def as_classifier(self, name: str) -> dict[str, Tensor]:
         """Return the weights of a model's classifier of this name, such as ``head``."""
         return {f"{name}.weight": self.weight, f"{name}.bias": self.bias}

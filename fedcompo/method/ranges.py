@@ -1,21 +1,17 @@
 r"""The range of the numbers that a client sends: what follows from them is finite.
 
 A number is converted to float32, in which models compute, and then compared with a limit. float32
-ends at :math:`2^{128}`. With at most :math:`2^{24}` entries in a weight, :math:`2^{12}` ranks,
-:math:`2^{14}` features and :math:`2^{16}` clients, these stay below it:
+ends at :math:`2^{128}`. With :math:`2^{24}` entries in a weight, :math:`2^{12}` ranks and
+:math:`2^{14}` features at most, these are below it:
 
-- :data:`PARAMETER`: a product BA, :math:`2^{12} \cdot 2^{16} \cdot 2^{16} = 2^{44}`, and its
-  squared length, :math:`2^{24} \cdot 2^{88} = 2^{112}`. In a sum over clients a change is at most
-  :math:`2^{10}` (:data:`fedcompo.composition.fixed_point.LARGEST`), under the largest
-  :math:`\lambda`, twice their number, :math:`2^{27}`;
-- :data:`FISHER`, of a *sum* over images: :math:`\tau^\top F\,\tau`,
-  :math:`2^{24} \cdot 2^{10} \cdot 2^{60} \cdot 2^{10} = 2^{104}`. Kronecker factors are roots;
-- :data:`FEATURE`: a logit :math:`\langle w, f \rangle`,
-  :math:`2^{14} \cdot 2^{40} \cdot 2^{20} = 2^{74}`, with a row w of a head within :data:`HEAD`; a
-  sum of heads over clients. A variance is within its square.
+- :data:`PARAMETER`: the squared length of a product BA, :math:`2^{24} (2^{12} 2^{16} 2^{16})^2 =
+  2^{112}`. What is summed is at most :math:`2^{10}`; see :mod:`fedcompo.composition.fixed_point`;
+- :data:`FISHER`, of a *sum* over images: :math:`\tau^\top F\,\tau`, :math:`2^{24} 2^{10} 2^{60}
+  2^{10} = 2^{104}`. Kronecker factors are roots;
+- :data:`HEAD` and :data:`FEATURE`: a logit, :math:`2^{14} 2^{40} 2^{20} = 2^{74}`. A variance is
+  within a feature's square. Sums of features: see :mod:`fedcompo.method.statistics`.
 
-Sums of features have a range of their own; see :mod:`fedcompo.method.statistics`. Trained numbers
-are of order one to a thousand, so none of these limits is met by training.
+What is trained is of order one to a thousand, far below.
 """
 
 from __future__ import annotations

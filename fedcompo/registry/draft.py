@@ -14,7 +14,7 @@ from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
 from fedcompo.composition.realigned import realigned_head, save_realigned
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
-from fedcompo.composition.totals import save_total, total_after
+from fedcompo.composition.totals import check_alike, save_total, total_after
 from fedcompo.composition.version import RoundedDifferently, write_composed, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
@@ -215,11 +215,11 @@ class Draft:
     ) -> tuple[Head, float | None]:
         """Write statistics; return the joint head and its shrinkage."""
         if self._of_sums:
-            total = total_after(
-                self.registry.total_statistics() if self.before.version else None,
-                [self._opened(member) for member in coming],
-                [self._opened(member) for member in going],
-            )
+            before = self.registry.total_statistics() if self.before.version else None
+            newcomers, gone = ([self._opened(m) for m in some] for some in (coming, going))
+            for own in newcomers:
+                check_alike(own, before, map(self._opened, self.before.members.values()))
+            total = total_after(before, newcomers, gone)
             save_total(folder / TOTALS, total)
         if realigned is not None:
             save_realigned(folder / REALIGNED, realigned.statistics)

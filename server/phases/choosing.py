@@ -30,7 +30,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry.registry import Registry
-from server.exchange.checks import check_described, checked_votes
+from server.exchange.checks import check_described, checked_votes, too_large
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
 
@@ -164,7 +164,7 @@ class Choosing:
         """Ask for statistics under the model of each factor; None unless all members send them."""
         if self._missing():
             return None
-        described = Described()
+        described, squares = Described(), dict[str, list[float]]()
         form, width = self.registry.settings.statistics, self.roster.backbone.num_features
         request = RealignRequest(
             total=self._total(),
@@ -181,12 +181,20 @@ class Choosing:
             for own in answer.statistics:
                 check_described(client, own, classes, width)
             described.take(client, answer.statistics)
+            squares[client] = [
+                o.mean_square for o in answer.statistics if isinstance(o, FeatureSums)
+            ]
             return client
 
         clients = self.registry.clients
         self.exchange.ask(
             "realign", "query.realign", lambda c: request, fold, decisive=False, clients=clients
         )
+        for own in zip(*squares.values(), strict=True):
+            seconds = dict(zip(squares, own, strict=True))
+            for client, reason in too_large("second moment of the features", seconds).items():
+                if client in self.exchange.clients:
+                    self.exchange.leave_out("realign", client, reason)
         return None if self._missing() else described
 
     def _vote(self, factors: tuple[float, ...], heads: tuple[Head, ...]) -> Votes | None:

@@ -30,6 +30,7 @@ from fedcompo.config.choices import Coefficients, Kind, Statistics
 from fedcompo.errors import BackboneMismatch, ContributionError, FedcompoError, FileFormatError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.statistics import FeatureSums, off_grid
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.storage.tensorfile import load, save
@@ -274,6 +275,30 @@ def test_mixtures_that_no_head_can_be_made_of_are_refused(make, reason, tmp_path
     error = refused(registry_of(tmp_path / "r", *members, settings=OF_MIXTURES), make())
     assert isinstance(error, ContributionError)
     assert re.search(reason, str(error)), str(error)
+
+
+def of_features(contribution: Contribution, factor: float, times: int = 1) -> Contribution:
+    """Statistics of features so many times as long, of so many times as many images."""
+    own = contribution.statistics
+    scaled = FeatureSums.read(
+        own.classes,
+        own.counts * times,
+        off_grid(own.sums) * factor * times,
+        off_grid(own.second) * factor**2 * times,
+    )
+    return replace(contribution, statistics=scaled, num_examples=scaled.num_examples)
+
+
+def test_features_that_outweigh_all_others_are_refused(registry):
+    error = refused(registry, of_features(member("dee"), 100))
+    assert "times the members'" in str(error)
+    registry.add(of_features(member("dee"), 5))
+
+
+def test_nobody_is_refused_for_what_one_member_claims(registry):
+    registry.add(of_features(member("mallory"), 2**-10, times=2**24))
+    assert registry.total_statistics().mean_square < 0.01
+    registry.add(member("dee", seed=3))
 
 
 def test_a_fisher_that_can_anchor_nobody_is_refused(registry):

@@ -141,7 +141,7 @@ def test_statistics_of_no_images_are_refused_and_their_client_is_named(tmp_path)
 def far_away(tensors, manifest):
     """Features a hundred times as long: consistent, finite, and they would drown all others."""
     for name in tensors:
-        if name.startswith("statistics/s"):
+        if "statistics/s" in name:
             tensors[name] *= 1e2 if name.endswith("sums") else 1e4
 
 
@@ -161,6 +161,15 @@ def test_features_that_outweigh_all_others_are_refused_by_name(tmp_path, schedul
     assert reason in left_out["reason"]
     assert results["registry"]["joined"] == ["client-0", "client-1"]
     assert Registry(tmp_path / "run" / "registry").clients == ("client-0", "client-1")
+
+
+def test_nor_does_one_outweigh_the_others_under_the_composed_model(tmp_path):
+    tampered = {"tamper": {(2, "query.realign"): altered(far_away)}}
+    results = run(tampered, tmp_path / "run")
+    (left_out,) = results["left_out"]
+    assert (left_out["client"], left_out["phase"]) == ("client-2", "realign")
+    assert any("λ was not voted on" in note for note in results["notes"])
+    assert len(Registry(tmp_path / "run" / "registry").clients) == 3
 
 
 def larger(tensors, manifest):
