@@ -204,6 +204,7 @@ class Roster:
             kinds: Kinds to deal; empty: deal none.
             decisive: Fail if too few clients are left then.
         """
+        before = {*self.participants.described}
         self.exchange.ask(
             PHASE,
             f"query.{PHASE}",
@@ -219,7 +220,8 @@ class Roster:
         sums = {c: own for c, own in described.items() if isinstance(own, FeatureSums)}
         squares = {client: own.mean_square for client, own in sums.items()}
         for client, reason in too_large("second moment of the features", squares).items():
-            self._leave_out(client, reason)
+            if client not in before:
+                self._leave_out(client, reason)
 
     def _fold(self, client: str, body: Body, keep_fisher: KeepFisher | None) -> str:
         answer = DescribeAnswer.from_body(body)
