@@ -131,6 +131,7 @@ class LocalClient:
             kind=self.kind,
             fisher=fisher,
             caps=caps,
+            pictures=None if self.config.caps.dp_noise else self.data.facts or None,
         )
 
     def identify(self) -> IdentifyAnswer:

@@ -18,6 +18,7 @@ from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
+from fedcompo.report.pictures import notes_on
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
@@ -78,15 +79,17 @@ class Roster:
                 "start others."
             )
 
-    def note_twins(self, members: Mapping[str, Iterable[str]]) -> None:
-        """Note classes of clients and members that may be one, spelt differently; once.
+    def note_oddities(self, members: Mapping[str, Iterable[str]]) -> None:
+        """Note, once, what is odd about pictures, and classes that may be one, spelt differently.
 
         The members' classes are by member.
         """
-        described, books = self.participants.described, self.exchange.books
-        note = note_on(twins({**members, **{c: described[c].classes for c in self.parties}}))
-        if note not in ("", *books.notes):
-            books.note(note)
+        own = {c: self.participants.described[c] for c in self.parties}
+        alike = twins({**members, **{c: about.classes for c, about in own.items()}})
+        facts = {c: about.pictures or {} for c, about in own.items()}
+        for note in (note_on(alike), *notes_on(facts)):
+            if note not in ("", *self.exchange.books.notes):
+                self.exchange.books.note(note)
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
