@@ -26,9 +26,8 @@ from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.draws import Indices
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import REPEATED, WIDE
+from fedcompo.report.twins import few
 
-FAULTS_SHOWN = 5
-"""Number of unreadable images that an error lists; it counts the rest."""
 BITS = (8, 10, 12, 14, 16)
 """Ranges that cameras and scanners use."""
 COLOURS = "16-bit colours"
@@ -37,16 +36,19 @@ PAGES = "hold several pages or frames: the first is used"
 TURNED = "are turned upright, as their EXIF tag says; most other programs do not turn them"
 SEE_THROUGH = "are partly transparent: transparency is ignored, the colours under it are used"
 NEGATIVE = "say that 0 is white, with more than 8 bits; they are read as if 0 were black"
-FOREIGN = {
-    b"version https://git-lfs": "it is a git-lfs pointer; run `git lfs pull`",
-    b"II*\0": "it is a TIFF whose pixels Pillow cannot read; save it with 8 bits a channel",
-    b"MM\0*": "it is a TIFF whose pixels Pillow cannot read; save it with 8 bits a channel",
-    b"PK": "it is a zip archive; unpack it",
-    b"\x1f\x8b": "it is packed by gzip, as NIfTI files are; export its slices as PNG",
-    b"%PDF": "it is a PDF; export its pages as PNG",
-    b"<": "it is a web page or a drawing (HTML, XML, SVG); fetch or save the picture itself",
-}
-"""What a file is that Pillow does not know, and what to do; by its first bytes."""
+FOREIGN = (
+    (0, b"version https://git-lfs", "it is a git-lfs pointer; run `git lfs pull`"),
+    (0, b"II*\0", "its pixels are of a kind that Pillow cannot read"),  # as all TIFF files start
+    (0, b"MM\0*", "its pixels are of a kind that Pillow cannot read"),
+    (0, b"PK", "it is a zip archive; unpack it"),
+    (0, b"\x1f\x8b", "it is packed by gzip, as NIfTI files are; export its slices"),
+    (0, b"%PDF", "it is a PDF; export its pages"),
+    (0, b"<", "it is a web page or a drawing (HTML, XML, SVG); fetch or save the picture itself"),
+    (4, b"ftyp", "it is a HEIF picture or a video"),
+    (128, b"DICM", "it is a DICOM file"),
+    (0, b"", "Pillow knows no such picture"),
+)
+"""What a file is that Pillow does not know: where some bytes of it stand, and the bytes."""
 logger = logging.getLogger(__name__)
 
 
@@ -84,7 +86,8 @@ def decode(
     images = torch.empty(len(reader.chosen), *preprocessing.shape, dtype=torch.uint8)
     facts = reader.fill(images, preprocessing)
     kept, held = images.tensor_split([sum(map(len, train))])
-    if repeated := _repeated(kept, held):
+    seen, tests = ([sha256(image.numpy()).digest() for image in part] for part in (kept, held))
+    if repeated := sum(map(set(seen).__contains__, tests)):
         facts[REPEATED] = repeated
         logger.warning(
             "Client %r: %d of %d test images in %s are training images too, as the backbone sees "
@@ -92,12 +95,6 @@ def decode(
             *(client, repeated, len(held), catalogue.source),
         )
     return kept, held, facts
-
-
-def _repeated(train: Tensor, test: Tensor) -> int:
-    """Count test images that are training images too."""
-    known, others = ([sha256(image.numpy()).digest() for image in part] for part in (train, test))
-    return sum(map(set(known).__contains__, others))
 
 
 class _Reader:
@@ -141,10 +138,9 @@ class _Reader:
                 reason = str(error) or type(error).__name__
                 faults.append(f"{self._catalogue.describe(index)}: {self._about}{reason}")
         if faults:
-            more = [f"and {len(faults) - FAULTS_SHOWN} more"] if faults[FAULTS_SHOWN:] else []
-            listed = "".join(f"\n  - {fault}" for fault in [*faults[:FAULTS_SHOWN], *more])
+            listed = few(faults, between="\n  - ")
             raise DataError(
-                f"{self._whose}: {len(faults)} of {self._of} cannot be used:{listed}\n"
+                f"{self._whose}: {len(faults)} of {self._of} cannot be used:\n  - {listed}\n"
                 "Repair them, save them as PNG with 8 bits a channel, or take them out; images are "
                 "never skipped."
             )
@@ -185,7 +181,8 @@ def _opened(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
-        raise ValueError(_foreign(content)) from None
+        what = next(what for at, start, what in FOREIGN if content.startswith(start, at))
+        raise ValueError(what if content else "it is empty (0 bytes)") from None
 
 
 def _kind(opened: Image.Image) -> str:
@@ -213,27 +210,13 @@ def _peak(picture: Image.Image, kind: str) -> float:
 def _top(kind: str, peak: float, which: str) -> int:
     """Return the value that becomes 255, given the largest one of all pictures."""
     if kind == COLOURS and peak < 64:
-        raise DataError(
-            f"{which} of at most 14 bits, of which Pillow reads the upper 8 of 16: "
-            "most would be lost. Save them with 8 bits a channel."
+        which = (
+            f"{which} of at most 14 bits: of 16, Pillow reads the upper 8, and most would be lost"
         )
+        raise DataError(f"{which}. Save them with 8 bits a channel.")
     if kind == WIDE["F"] and 1 < peak < 16:
         raise DataError(f"{which} up to {peak:g}, neither 0..1 nor 0..255. Save them with 8 bits.")
-    if kind == COLOURS:
-        return 65535
     if kind == WIDE["F"] and peak <= 1:
         return 1
-    return int(next(2**bits - 1 for bits in BITS if peak < 2**bits))
-
-
-def _foreign(content: bytes) -> str:
-    """Say what a file is that Pillow does not know, and what to do."""
-    if not content:
-        return "the file is empty (0 bytes); copy it again"
-    if content[128:132] == b"DICM":
-        return "it is a DICOM file; export it as PNG"
-    if content[4:8] == b"ftyp":
-        return "it is a HEIF picture or a video; save it as JPEG or PNG"
-    start = content.lstrip(b"\xef\xbb\xbf \r\n\t")
-    known = next((what for first, what in FOREIGN.items() if start.startswith(first)), "")
-    return known or "Pillow knows no such picture"
+    bits = BITS[-1] if kind == COLOURS else next(b for b in BITS if peak < 2**b)
+    return int(2**bits - 1)

@@ -79,7 +79,7 @@ class Roster:
                 "start others."
             )
 
-    def note_oddities(self, members: Mapping[str, Iterable[str]]) -> None:
+    def note_odd(self, members: Mapping[str, Iterable[str]]) -> None:
         """Note, once, what is odd about pictures, and classes that may be one, spelt differently.
 
         The members' classes are by member.

@@ -210,15 +210,15 @@ def start(content: bytes) -> Callable[[Path], Any]:
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (lambda file: file.write_bytes(b""), "empty (0 bytes)"),
+        (lambda file: file.write_bytes(b""), "it is empty (0 bytes)"),
         (start(b"\0" * 128 + b"DICM"), "DICOM"),
         (start(b"\0\0\0\x18ftypheic"), "HEIF"),
         (start(b"version https://git-lfs.github.com/spec/v1"), "git-lfs"),
-        (start(b"\xef\xbb\xbf\n<!DOCTYPE html>"), "web page"),
+        (start(b"<!DOCTYPE html>"), "web page"),
         (start(b"PK\x03\x04"), "zip archive"),
         (start(b"\x1f\x8b\x08"), "NIfTI"),
         (start(b"%PDF-1.7"), "PDF"),
-        (start(b"II*\0"), "TIFF"),
+        (start(b"II*\0"), "its pixels are of a kind that Pillow cannot read"),
         (start(b"anything"), "Pillow knows no such picture"),
     ],
 )

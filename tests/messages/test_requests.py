@@ -179,9 +179,18 @@ CASES = {
         {"content": "identify", **WHO, **ABOUT},
     ),
     "answer to describe, with mixtures": (
-        answers.DescribeAnswer(**ANN, num_test_examples=7, statistics=MIXTURES),
+        answers.DescribeAnswer(
+            **ANN, num_test_examples=7, statistics=MIXTURES, pictures={"repeated": 2}
+        ),
         MIXTURES_BODY,
-        {"content": "describe", **WHO, **ABOUT, **COUNTS, "kind": ""},
+        {
+            "content": "describe",
+            **WHO,
+            **ABOUT,
+            **COUNTS,
+            "kind": "",
+            "pictures": {"repeated": 2},
+        },
     ),
     "answer to describe under noise, by one who insists on a kind": (
         answers.DescribeAnswer(
