@@ -422,7 +422,7 @@ def test_an_entry_that_is_missing_is_named(case):
     optional = {"content", "caps", "wire", "noised", "form", "holds", "kind", "classes"}
     optional |= {"mixtures"}  # without them it says sums
     optional |= {key for key in manifest if key.endswith("accuracy")}
-    optional |= {"ensemble", "round", "proximal-mu"}
+    optional |= {"ensemble", "round", "proximal-mu", "pictures"}
     for key in manifest.keys() - optional:
         rest = {k: v for k, v in manifest.items() if k != key}
         with pytest.raises(KeyError, match=key):
