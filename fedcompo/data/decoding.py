@@ -195,7 +195,8 @@ def _kind(opened: Image.Image) -> str:
 def _see_through(picture: Image.Image) -> bool:
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")
-    return "A" in picture.getbands() and np.asarray(picture.getchannel("A")).min() < 255
+    has_alpha = picture.mode in ("LA", "PA", "RGBA")
+    return has_alpha and bool(np.asarray(picture.getchannel("A")).min() < 255)
 
 
 def _peak(picture: Image.Image, kind: str) -> float:

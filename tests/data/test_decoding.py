@@ -199,6 +199,7 @@ def test_opaque_upright_pictures_are_not_spoken_of(ward: Path, caplog: pytest.Lo
     grey = Image.fromarray((STEPS * 240).astype(np.uint8))
     for mode, name in (("RGBA", "a.png"), ("CMYK", "c.jpg"), ("1", "1.png"), ("P", "p.gif")):
         grey.convert(mode).save(ward / "train/cat" / name)
+    Image.new("LAB", (4, 4)).save(ward / "train/cat/lab.tif")
     assert load_folder(ward, RGB, seed=0).facts == {}
     assert caplog.text == ""
 
