@@ -88,7 +88,7 @@ class Averaging:
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
                 self.exchange.leave_out("describe", client, reason)
         self.exchange.require_clients("describe")
-        self.roster.note_odd({})
+        self.roster.note_twins({})
         described = self.roster.participants.described
         statistics = {client: described[client].statistics for client in self.exchange.clients}
         self.aligned = self.roster.align(statistics, self.config)

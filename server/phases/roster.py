@@ -79,17 +79,15 @@ class Roster:
                 "start others."
             )
 
-    def note_odd(self, members: Mapping[str, Iterable[str]]) -> None:
-        """Note, once, what is odd about pictures, and classes that may be one, spelt differently.
+    def note_twins(self, members: Mapping[str, Iterable[str]]) -> None:
+        """Note classes of clients and members that may be one, spelt differently; once.
 
         The members' classes are by member.
         """
-        own = {c: self.participants.described[c] for c in self.parties}
-        alike = twins({**members, **{c: about.classes for c, about in own.items()}})
-        facts = {c: about.pictures or {} for c, about in own.items()}
-        for note in (note_on(alike), *notes_on(facts)):
-            if note not in ("", *self.exchange.books.notes):
-                self.exchange.books.note(note)
+        described, books = self.participants.described, self.exchange.books
+        note = note_on(twins({**members, **{c: described[c].classes for c in self.parties}}))
+        if note not in ("", *books.notes):
+            books.note(note)
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
@@ -198,7 +196,7 @@ class Roster:
         kinds: tuple[Kind, ...] = (),
         decisive: bool = True,
     ) -> None:
-        """Ask clients for statistics of their pre-trained features; deal kinds to them.
+        """Ask clients for statistics of their features, note on pictures, deal kinds to them.
 
         Args:
             clients: Whom to ask; None: everyone.
@@ -214,6 +212,10 @@ class Roster:
             decisive=decisive,
             clients=clients,
         )
+        described, books = self.participants.described, self.exchange.books
+        for note in notes_on({c: about.pictures or {} for c, about in described.items()}):
+            if note not in books.notes:
+                books.note(note)
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
             self.on_kinds(self.participants.kinds)
