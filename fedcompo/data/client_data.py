@@ -198,16 +198,21 @@ def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Sp
     Returns:
         The images to train on, and those kept aside (perhaps none), both in the order of ``split``.
     """
-    aside = torch.zeros(len(split.labels), dtype=torch.bool)
-    labels = split.labels.numpy()
-    for label in np.unique(labels) if share else ():
-        members = np.flatnonzero(labels == label)
-        if len(members) >= SMALLEST_SET_ASIDE:
-            draw = frozen_generator(seed, "aside", client, str(label))
-            aside[split_members(members, share=share, draw=draw)[1]] = True
+    aside = drawn_aside(split.labels, share=share, seed=seed, client=client)
     return Split(split.images[~aside], split.labels[~aside]), Split(
         split.images[aside], split.labels[aside]
     )
+
+
+def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tensor:
+    """Whether each image is kept aside, (count,), bool; see :func:`set_aside`."""
+    aside = torch.zeros(len(labels), dtype=torch.bool)
+    for label in np.unique(labels.numpy()) if share else ():
+        members = np.flatnonzero(labels.numpy() == label)
+        if len(members) >= SMALLEST_SET_ASIDE:
+            draw = frozen_generator(seed, "aside", client, str(label))
+            aside[split_members(members, share=share, draw=draw)[1]] = True
+    return aside
 
 
 def _parse(data: str) -> tuple[str, str]:

@@ -411,6 +411,14 @@ def test_clients_that_share_a_class_have_one_row_for_it(tmp_path):
     assert list(results["per_client"]) == ["anna", "ben"]
     assert results["classes"] == ["cat", "dog", "owl"]
     assert results["left_out"] == []
+    assert any("each given the other's own Fisher" in note for note in results["notes"])
+
+
+def test_without_enough_others_nobody_is_given_a_fisher(tmp_path):
+    results = run({}, tmp_path / "out", min_others=3)
+    assert "client-0, client-1, client-2 trained without an anchor" in "".join(results["notes"])
+    for client in Registry(tmp_path / "out/registry").pool():
+        assert client.lineage.anchored_by == ()
 
 
 def test_classes_that_may_be_one_are_noted_before_training(tmp_path):
