@@ -24,6 +24,7 @@ from fedcompo.config.choices import Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ContributionError
+from fedcompo.registry.company import Company
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
 from server.phases import composing, fitting
@@ -51,7 +52,13 @@ class Strategy(ABC):
         """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
         known = Participants(members=self.working.members, kinds=self.working.kinds)
-        self.roster = Roster(self.exchange, self.backbone, known, tangent=tangent)
+        self.roster = Roster(
+            self.exchange,
+            self.backbone,
+            lambda: Company.of(self.registry, self.backbone),
+            known,
+            tangent=tangent,
+        )
         self.roster.on_kinds = self.working.deal
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()

@@ -16,13 +16,13 @@ from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.contribution import (
     AnyStatistics,
     Contribution,
-    check_statistics,
     counts_of,
 )
 from fedcompo.method.pool import require_unmixed
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import journal
-from fedcompo.registry.admission import check_kind
+from fedcompo.registry.admission import check_features, check_kind, outliers
+from fedcompo.registry.company import Company
 from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
@@ -45,17 +45,19 @@ def add(
     if not sources:
         raise ContributionError("There is nothing to add; name at least one contribution.")
     with drafted(registry, f"adding {len(sources)} contribution(s)", on_step) as draft:
-        state = draft.before
+        state, company = draft.before, Company.of(registry)
         coming: dict[str, Member] = {}
         for source in sources:
-            member = draft.stage(source, {*state.members, *coming})
+            member, known = draft.stage(source, company)
             if member.client in state.members and not replacing:
                 raise ContributionError(
                     f"Client {member.client!r} is in the registry {registry.path} already. "
                     "Replace it explicitly (`--replace`, `replace = true`), which is a removal and "
                     "an addition, or give the newcomer another name."
                 )
-            coming[member.client] = member
+            coming[member.client], company = member, company.joined({member.client: known})
+        for reason in outliers(coming, company).values():
+            raise ContributionError(reason)
         gone = [state.members[client] for client in coming if client in state.members]
         line = draft.next_sequence + len(gone)  # each of them has a line of its own before
         coming = {client: replace(member, added=line) for client, member in coming.items()}
@@ -181,9 +183,8 @@ def _check_described(
             f"own classes; wrong or missing: {', '.join(wrong)}."
         )
     for client, own in statistics.items():
-        owner = f"client {client!r}"
-        check_kind(own, state.settings.statistics, owner)
-        check_statistics(own, members[client], num_features, owner)
+        kind, owner = state.settings.statistics, f"client {client!r}"
+        check_features(own, members[client], num_features, kind, owner)
 
 
 def _check_choice(state: State, factor: float | None, shrinkage: float | None) -> None:

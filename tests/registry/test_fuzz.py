@@ -26,6 +26,7 @@ from fedcompo.config.choices import FisherForm, Kind, Statistics
 from fedcompo.errors import FedcompoError
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.kronecker import LEFT, RIGHT
+from fedcompo.registry.company import Company
 from fedcompo.registry.draft import drafted
 from fedcompo.registry.registry import Registry
 
@@ -41,7 +42,7 @@ class Enough(Exception):
 def at_the_door(registry: Registry, folder: Path) -> None:
     """All that ``Registry.add`` does before it composes."""
     with drafted(registry, "fuzz", lambda step: None) as draft:
-        draft.stage(folder, {*registry.state.members})
+        draft.stage(folder, Company.of(registry))
         raise Enough
 
 
