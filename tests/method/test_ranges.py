@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 import pytest
 import torch
 from builders import normal
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
@@ -67,3 +70,13 @@ def test_usual_is_the_median_of_the_others_without_the_smallest():
     assert beyond({"a": 1.0, "b": 2.0, "c": 3.0, "d": 31.0}, 10.0) == {"d": 2.5}
     assert beyond({"a": 1.0, "b": 2.0, "c": 3.0, "d": 25.0}, 10.0) == {}
     assert beyond({"a": 1.0, "b": 99.0}, 2.0) == {}
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=6), st.floats(0, 1e30), st.floats(1.5, 200))
+def test_no_client_alone_has_another_found(honest, hostile, ratio):
+    values = {f"client-{i}": value for i, value in enumerate(honest)}
+    for client in beyond({**values, "mallory": hostile}, ratio).keys() - {"mallory"}:
+        others = [value for name, value in values.items() if name != client]
+        assert values[client] > ratio * median(others)  # the honest ones alone say so, too
+    if hostile > ratio * max(honest) and median(sorted(honest)[1:]) > 0:
+        assert "mallory" in beyond({**values, "mallory": hostile}, ratio)
