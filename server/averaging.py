@@ -42,6 +42,7 @@ from server.exchange.checks import checked_fractions, checked_losses
 from server.exchange.exchange import Exchange
 from server.exchange.exchange_grid import ExchangeGrid
 from server.phases import roster
+from server.phases.outliers import leave_out_strange
 from server.phases.roster import Roster
 
 METHODS = (Method.FEDAVG, Method.FEDPROX)
@@ -86,6 +87,7 @@ class Averaging:
         """Ask clients what their classes look like; settle who takes part; make the joint head."""
         self.roster.gather()
         self.roster.exclude(names_of(self.config.server.exclude))
+        leave_out_strange(self.roster, self.exchange.clients)
         for client in self.exchange.clients:
             wanted = self.roster.participants.described[client].kind
             if wanted not in (None, self.kind):

@@ -147,8 +147,6 @@ class Arrivals(Strategy):
         """Add a client's contribution to the registry, and measure the composed model."""
         self.composing = Composing(self.exchange, self.backbone, self.registry)
         self.exchange.books.timed("compose", lambda: self.compose(folders))
-        if client not in self.registry.clients:
-            return
         self.look(decisive=False)
         rows = {
             measure: {c: figures[measure] for c, figures in self.composing.figures.items()}

@@ -23,7 +23,6 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
-from fedcompo.errors import ContributionError
 from fedcompo.registry.company import Company
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
@@ -92,7 +91,6 @@ class Strategy(ABC):
         """Do all phases; afterwards ``fitting`` and ``composing`` hold the figures."""
         folders = self.fit()
         self.exchange.books.timed("compose", lambda: self.compose(folders))
-        self.exchange.require_clients("compose", self.registry.clients)
         self.look()
 
     def identify(self) -> None:
@@ -109,30 +107,14 @@ class Strategy(ABC):
     def compose(self, folders: list[Path]) -> None:
         """Add contributions to the registry, which adds them up; delete them elsewhere."""
         if not self.working.joined(self.registry, {folder.name: folder for folder in folders}):
-            folders = self._add(folders)
-        shutil.rmtree(self.fitting.contributions)
-        if self.registry.clients:
-            self.composing.compare(self.fitting.fishers.sums)
-        self.fitting.remark(folder.name for folder in folders)
-
-    def _add(self, folders: list[Path]) -> list[Path]:
-        """Add contributions, all or one by one without those that fail; returns which joined.
-
-        The order of arrival changes nothing of what is composed.
-        """
-        try:
             self.registry.add(
                 *folders,
                 replacing=self.config.registry.replace,
                 on_step=lambda step: log(INFO, "registry: %s", step),
             )
-            return folders
-        except ContributionError as error:
-            if len(folders) > 1:
-                return [joined for folder in folders for joined in self._add([folder])]
-            self.exchange.leave_out("compose", folders[0].name, str(error))
-            self.trained = tuple(c for c in self.trained if c != folders[0].name)
-            return []
+        shutil.rmtree(self.fitting.contributions)
+        self.composing.compare(self.fitting.fishers.sums)
+        self.fitting.remark(folder.name for folder in folders)
 
     def look(self, *, decisive: bool = True) -> None:
         """Choose λ, align the joint head again, and measure; decisive: fail if nobody does."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedcompo.errors import ContributionError
-from fedcompo.method.contribution import Contribution
+from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.ranges import STRANGE, beyond
 from fedcompo.method.statistics import BITS, FeatureSums
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
@@ -41,20 +41,21 @@ def total_after(
 
 
 def check_alike(
-    newcomer: Contribution, total: FeatureSums | None, members: Iterable[Contribution]
+    client: str, own: AnyStatistics, total: FeatureSums | None, members: Iterable[Contribution]
 ) -> None:
     """Refuse features so long that they would outweigh everybody's in the joint head.
 
     The members, whose total this is, are read only if it seems so. Their median decides: who claims
     most images has no say. Raises ``ContributionError``.
     """
-    square = _sums_of(newcomer).mean_square
-    if total is None or square <= STRANGE * total.mean_square:
+    if total is None or not isinstance(own, FeatureSums):
         return
-    squares = {own.client: _sums_of(own).mean_square for own in members} | {newcomer.client: square}
-    if usual := beyond(squares, STRANGE).get(newcomer.client):
+    squares = {client: own.mean_square}
+    if squares[client] > STRANGE * total.mean_square:
+        squares |= {m.client: _sums_of(m).mean_square for m in members if m.client != client}
+    if usual := beyond(squares, STRANGE).get(client):
         raise ContributionError(
-            f"The features of client {newcomer.client!r} have the mean square {square:.3g}, more "
+            f"The features of client {client!r} have the mean square {own.mean_square:.3g}, more "
             f"than {STRANGE:g} times the members' {usual:.3g}. Look at its images and its version "
             "of fedcompo."
         )

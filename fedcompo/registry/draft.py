@@ -211,8 +211,9 @@ class Draft:
         if self._of_sums:
             before = self.registry.total_statistics() if self.before.version else None
             newcomers, gone = ([self._opened(m) for m in some] for some in (coming, going))
-            for own in newcomers:
-                check_alike(own, before, map(self._opened, self.before.members.values()))
+            for new in newcomers:
+                members = map(self._opened, self.before.members.values())
+                check_alike(new.client, new.statistics, before, members)
             total = total_after(before, newcomers, gone)
             save_total(folder / TOTALS, total)
         if realigned is not None:

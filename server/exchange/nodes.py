@@ -42,8 +42,8 @@ class Nodes:
         self.ids[name] = self.ids.pop(client)
 
     def drop(self, client: str) -> None:
-        """Take a client out of all that follows; its node may be gone already."""
-        self.ids.pop(client, None)
+        """Take a client out of all that follows."""
+        del self.ids[client]
 
     def gather(self, wanted: int, *, least: int, timeout: float) -> int:
         """Wait for clients to connect.

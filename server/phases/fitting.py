@@ -43,6 +43,7 @@ from server.exchange.checks import checked_fractions, checked_losses
 from server.exchange.exchange import Exchange
 from server.phases import roster
 from server.phases.fisher import Fishers, fisher_apart
+from server.phases.outliers import leave_out_strange
 from server.phases.remarks import remarks
 from server.phases.roster import KeepFisher, Roster
 
@@ -121,6 +122,10 @@ class Fitting:
 
     def _prepare(self, coming: Collection[str], *, decisive: bool) -> None:
         """Make all that described clients train with: the joint head, and the Fisher sum."""
+        leave_out_strange(self.roster, coming, self.registry)
+        coming = tuple(client for client in coming if client in self.roster.newcomers)
+        if decisive:
+            self.roster.require_newcomers(self.registry)
         members = self.roster.participants.members
         self.roster.note_twins({client: self.registry.member(client).classes for client in members})
         self.align()

@@ -16,7 +16,6 @@ from fedcompo.messages.body import Body
 from fedcompo.messages.requests import DescribeRequest, IdentifyRequest
 from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.heads import Head
-from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.registry.admission import check_described
 from fedcompo.registry.company import Company, Known
@@ -25,7 +24,7 @@ from fedcompo.report.pictures import notes_on
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
-from server.exchange.checks import check_backbone, too_large
+from server.exchange.checks import check_backbone
 from server.exchange.exchange import Exchange
 from server.phases.participants import Participants
 
@@ -117,7 +116,7 @@ class Roster:
         came = ", ".join(sorted(who.names))
         for client in clients:
             if client in who.names & {*self.exchange.clients}:
-                self._leave_out(client, "excluded by `exclude`")
+                self.leave_out(client, "excluded by `exclude`")
             elif client not in who.ambiguous:
                 self.exchange.books.note(f"`exclude` names {client!r}, but only {came} came.")
         self.exchange.require_clients(PHASE)
@@ -145,7 +144,7 @@ class Roster:
         for client in sorted({*members} & who.described.keys()):
             classes, known = who.described[client].classes, registry.member(client).classes
             if classes != known:
-                self._leave_out(
+                self.leave_out(
                     client,
                     f"It has the classes {classes} now; in the registry it has {known}. "
                     "Train it anew with `replace = true`, or give it another name.",
@@ -214,7 +213,6 @@ class Roster:
             kinds: Kinds to deal; empty: deal none.
             decisive: Fail if too few clients are left then.
         """
-        before = {*self.participants.described}
         self.exchange.ask(
             PHASE,
             f"query.{PHASE}",
@@ -230,12 +228,6 @@ class Roster:
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
             self.on_kinds(self.participants.kinds)
-        described = {c: self.participants.described[c].statistics for c in self.parties}
-        sums = {c: own for c, own in described.items() if isinstance(own, FeatureSums)}
-        squares = {client: own.mean_square for client, own in sums.items()}
-        for client, reason in too_large("second moment of the features", squares).items():
-            if client not in before:
-                self._leave_out(client, reason)
 
     def _fold(self, client: str, body: Body, keep_fisher: KeepFisher | None) -> str:
         answer = DescribeAnswer.from_body(body)
@@ -296,11 +288,11 @@ class Roster:
             self.participants = replace(
                 who, ambiguous=who.ambiguous | {name}, names=who.names - {name}
             )
-            self._leave_out(name, reason)
+            self.leave_out(name, reason)
         if name in self.participants.ambiguous:
             raise ContributionError(reason)
 
-    def _leave_out(self, name: str, reason: str) -> None:
+    def leave_out(self, name: str, reason: str) -> None:
         """Forget a client whose answer was folded in, and leave it out of the run."""
         self.forget([name])
         books = self.exchange.books
