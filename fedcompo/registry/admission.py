@@ -217,8 +217,11 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
             f"{max(map(len, named))} names a list, expected {Method.ITA} or {Method.IEL} and at "
             f"most {LIMITS.lineage}."
         )
-    for name in lineage.shaped_by:
-        check_client_name(name)
+    try:
+        for name in lineage.shaped_by:
+            check_client_name(name)
+    except ContributionError as error:
+        raise ContributionError(f"In the lineage of {owner}, {error}") from None
     if not isinstance(settings, dict) or not all(
         isinstance(value, str | int | float) for value in settings.values()
     ):
