@@ -6,6 +6,7 @@ import functools
 import math
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -63,7 +64,8 @@ def member(
     statistics: Statistics = Statistics.SUMS,
 ) -> Contribution:
     """A contribution to :func:`backbone` with random content in every part."""
-    seed = 10_000 * (seed + 1)  # what is derived from it must not meet another client's
+    own = zlib.crc32(client.encode("utf-8", "replace")) % 1000  # nobody is another's copy
+    seed = 10_000 * (seed + 1 + 100 * own)  # what is derived from it must not meet another's
     made = contribution(
         client,
         kind,

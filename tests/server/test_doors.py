@@ -140,7 +140,7 @@ REFUSALS = {
     "a rank beyond the weight's": Refusal(lambda: of_rank(9), "rank 9, expected 1 to 8"),
     "NaN": Refusal(lambda: longer(math.nan), "not finite"),
     "ten times the weight": Refusal(lambda: longer(100.0), "10 times that of the weight"),
-    "no change": Refusal(lambda: longer(0.0), "changes nothing"),
+    "no change": Refusal(lambda: longer(0.0), "changes nothing", not_at=("run",)),
     "a copy": Refusal(copied, "the task vector of 'ada'"),
     "beyond the median": Refusal(lambda: longer(3.0), "`max-norm-ratio` = 2 times the median"),
     "other examples in all": Refusal(
