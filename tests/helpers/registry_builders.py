@@ -64,6 +64,7 @@ def member(
     statistics: Statistics = Statistics.SUMS,
 ) -> Contribution:
     """A contribution to :func:`backbone` with random content in every part."""
+    num_examples = max(num_examples, len(classes))
     own = zlib.crc32(client.encode("utf-8", "replace")) % 1000  # nobody is another's copy
     seed = 10_000 * (seed + 1 + 100 * own)  # what is derived from it must not meet another's
     made = contribution(
@@ -73,7 +74,7 @@ def member(
         base=backbone().fingerprint,
         seed=seed,
         classes=classes,
-        num_examples=max(num_examples, len(classes)),
+        num_examples=num_examples,
         with_fisher=False,
         statistics=statistics,
     )
@@ -82,7 +83,7 @@ def member(
         made,
         head=random_head(classes, WIDTH, seed=seed + 1),
         statistics=random_statistics(
-            statistics, classes, WIDTH, seed=seed + 2, num_examples=max(num_examples, len(classes))
+            statistics, classes, WIDTH, seed=seed + 2, num_examples=num_examples
         ),
         num_examples=num_examples,
         lineage=lineage or Lineage(),
