@@ -110,6 +110,7 @@ class Strategy(ABC):
             self.registry.add(
                 *folders,
                 replacing=self.config.registry.replace,
+                empty=True,
                 on_step=lambda step: log(INFO, "registry: %s", step),
             )
         shutil.rmtree(self.fitting.contributions)

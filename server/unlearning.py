@@ -176,7 +176,7 @@ class Unlearning:
             rounds.run()
             folders = rounds.keep()
             self.exchange.books.timed(
-                "compose", lambda: self.registry.add(*folders, replacing=True)
+                "compose", lambda: self.registry.add(*folders, replacing=True, empty=True)
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -35,12 +35,14 @@ LONGEST = 10.0
 """Largest norm of a change to a weight, relative to the norm of that weight."""
 
 
-def admit(contribution: Contribution, company: Company) -> Known:
+def admit(contribution: Contribution, company: Company, *, empty: bool = False) -> Known:
     """Refuse a contribution that cannot be composed with the others, or that costs too much.
 
     Args:
         contribution: With its tensors in memory, or streamed.
         company: Those who are there.
+        empty: Take a task vector of zeros too. In a run a client may learn nothing; but nobody
+            becomes a member, with a member's rights, by handing in nothing.
 
     Returns:
         What the next ones are compared with.
@@ -60,13 +62,13 @@ def admit(contribution: Contribution, company: Company) -> Known:
         contribution.fisher.check(company.shapes, owner=owner)
     rounding = check_vector(contribution.task_vector, company, owner)
     known = Known(classes, math.sqrt(rounding.squared_norm), rounding.sha256)
-    if not known.norm:
+    if not (known.norm or empty):
         raise ContributionError(
             f"The task vector of {owner} changes nothing: all of it is zero. Train it with a "
             "higher `learning-rate`, for more epochs, or with more classes."
         )
     for other, theirs in company.members.items():
-        if other != client and theirs.rounded_sha256 == known.rounded_sha256:
+        if other != client and known.norm and theirs.rounded_sha256 == known.rounded_sha256:
             raise ContributionError(
                 f"Client {client!r} sent, byte for byte, the task vector of {other!r}: a copy of "
                 "a contribution that is not its own."
@@ -213,8 +215,11 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
             f"{max(map(len, named))} names a list, expected {Method.ITA} or {Method.IEL} and at "
             f"most {LIMITS.lineage}."
         )
-    for name in lineage.shaped_by:
-        check_client_name(name)
+    try:
+        for name in lineage.shaped_by:
+            check_client_name(name)
+    except ContributionError as error:
+        raise ContributionError(f"In the lineage of {owner}, {error}") from None
     if not isinstance(settings, dict) or not all(
         isinstance(value, str | int | float) for value in settings.values()
     ):

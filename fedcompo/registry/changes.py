@@ -6,6 +6,7 @@ contributions that are added or removed, not with those that stay.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +30,11 @@ from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PRIVATE, Member, State
 from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
-from fedcompo.storage.files import write_synced
+from fedcompo.storage.files import canonical, write_synced
 from fedcompo.storage.tensorstream import file_sha256
+
+FEW = 100
+"""Most classes of a member that the journal lists when it leaves."""
 
 
 def add(
@@ -38,6 +42,7 @@ def add(
     sources: Sequence[Contribution | Path],
     *,
     replacing: bool,
+    empty: bool = False,
     requested_by: str = "",
     on_step: OnStep,
 ) -> None:
@@ -48,7 +53,7 @@ def add(
         state, company = draft.before, Company.of(registry)
         coming: dict[str, Member] = {}
         for source in sources:
-            member, known = draft.stage(source, company)
+            member, known = draft.stage(source, company, empty=empty)
             if member.client in state.members and not replacing:
                 raise ContributionError(
                     f"Client {member.client!r} is in the registry {registry.path} already. "
@@ -64,7 +69,7 @@ def add(
         after = _with_members(state, {**state.members, **coming})
         require_unmixed({client: member.kind for client, member in after.members.items()})
         after = draft.compose(after, coming=list(coming.values()), going=gone)
-        events = [("removed", {**_journalled(member), "within": "replacement"}) for member in gone]
+        events = [("removed", {**_left(member), "within": "replacement"}) for member in gone]
         newcomers = [_journalled(after.members[client]) for client in sorted(coming)]
         events.append(("added", {"clients": newcomers, **_requester(requested_by)}))
         draft.deletions += [member.folder for member in gone]
@@ -94,7 +99,7 @@ def remove(
         write_synced(path, record.text.encode())
         draft.moves.append(record.place)
         details = {
-            **_journalled(member),
+            **_left(member),
             "record": record.place,
             "record_sha256": file_sha256(path),
             **_requester(requested_by),
@@ -229,4 +234,13 @@ def _journalled(member: Member) -> dict[str, Any]:
     """Return a member as the journal keeps it: names, numbers and digests."""
     values = member.values
     del values["folder"]
+    return values
+
+
+def _left(member: Member) -> dict[str, Any]:
+    """Return the same of a member that leaves; its line of arrival lists its classes already."""
+    values, names = _journalled(member), list(member.classes)
+    if len(names) > FEW:
+        digest = hashlib.sha256(canonical(names).encode()).hexdigest()
+        values["classes"] = {"count": len(names), "sha256": digest}
     return values

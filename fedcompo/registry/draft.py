@@ -101,7 +101,9 @@ class Draft:
         """Number of the journal's next line."""
         return self.before.sequence + 1
 
-    def stage(self, source: Contribution | Path, company: Company) -> tuple[Member, Known]:
+    def stage(
+        self, source: Contribution | Path, company: Company, *, empty: bool
+    ) -> tuple[Member, Known]:
         """Copy a contribution, check all of it, and describe it as a member."""
         opened = source if isinstance(source, Contribution) else Contribution.open(source)
         name = check_client_name(str(opened.client))
@@ -113,7 +115,7 @@ class Draft:
             raise ContributionError(f"Two of the contributions are of {name!r}.")
         folder = self.new / place
         staged = stage_contribution(source, folder)
-        known = admit(staged, company)
+        known = admit(staged, company, empty=empty)
         self.moves.append(place)
         member = Member(
             client=staged.client,

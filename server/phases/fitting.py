@@ -257,7 +257,7 @@ class Fitting:
         figures = checked_fractions(client, {**answer.figures, **held})
         losses, head = checked_losses(client, answer), answer.head(answer.classes)
         made = self._contribution(client, vector, head, self.lineage(client))
-        known = self.admitted[client] = admit(made, self.company())
+        known = self.admitted[client] = admit(made, self.company(), empty=True)
         return vector, head, {**figures, "losses": losses, "norm": known.norm}
 
     def note_figures(self, client: str, figures: Mapping[str, Any]) -> None:
