@@ -112,6 +112,7 @@ class Fitting:
             self.roster.exclude(names_of(self.config.server.exclude))
         coming = self.roster.participants.described if asked is None else asked
         self.roster.settle(self.registry, self.config, coming)
+        leave_out_strange(self.roster, self.roster.newcomers, self.registry)
         self.exchange.require_clients("describe")
         self.roster.require_newcomers(self.registry)
 
@@ -122,10 +123,6 @@ class Fitting:
 
     def _prepare(self, coming: Collection[str], *, decisive: bool) -> None:
         """Make all that described clients train with: the joint head, and the Fisher sum."""
-        leave_out_strange(self.roster, coming, self.registry)
-        coming = tuple(client for client in coming if client in self.roster.newcomers)
-        if decisive:
-            self.roster.require_newcomers(self.registry)
         members = self.roster.participants.members
         self.roster.note_twins({client: self.registry.member(client).classes for client in members})
         self.align()
@@ -175,6 +172,7 @@ class Fitting:
         clients = tuple(clients)
         keep = self._keep_fisher
         self.roster.gather(clients, keep_fisher=keep, kinds=self.kinds, decisive=decisive)
+        leave_out_strange(self.roster, clients, self.registry)
         if coming := tuple(c for c in clients if c in self.roster.newcomers):
             self._prepare(coming, decisive=decisive)
         came = tuple(c for c in coming if c in self.roster.newcomers)

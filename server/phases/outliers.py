@@ -27,7 +27,7 @@ def leave_out_strange(
     squares = {c: own.mean_square for c, own in sums.items() if isinstance(own, FeatureSums)}
     reasons = too_large("second moment of the features", squares)
     total = registry.total_statistics() if registry and registry.clients and squares else None
-    for client in coming if registry else ():
+    for client in {*coming} & sums.keys() if registry else ():
         try:
             check_alike(client, sums[client], total, map(registry.contribution, registry.clients))
         except ContributionError as error:
