@@ -162,12 +162,8 @@ class Fitting:
     def take_in(self, clients: Iterable[str], *, decisive: bool) -> tuple[str, ...]:
         """Let clients join a run that is under way: they are described.
 
-        Args:
-            clients: The ones that join.
-            decisive: Fail if too few clients are left then.
-
-        Returns:
-            Those that can be trained. The others are left out, but may come again.
+        Returns those that can be trained. The others are left out, but may come again. If it is
+        decisive, the run fails if too few clients are left then.
         """
         clients = tuple(clients)
         keep = self._keep_fisher
