@@ -26,11 +26,13 @@ def leave_out_strange(
     sums = {c: described[c].statistics for c in roster.parties}
     squares = {c: own.mean_square for c, own in sums.items() if isinstance(own, FeatureSums)}
     reasons = too_large("second moment of the features", squares)
-    total = registry.total_statistics() if registry and registry.clients and squares else None
-    for client in {*coming} & sums.keys() if registry else ():
-        try:
-            check_alike(client, sums[client], total, map(registry.contribution, registry.clients))
-        except ContributionError as error:
-            reasons[client] = str(error)
+    if registry is not None and registry.clients and squares:
+        total = registry.total_statistics()
+        for client in {*coming} & sums.keys():
+            members = map(registry.contribution, registry.clients)
+            try:
+                check_alike(client, sums[client], total, members)
+            except ContributionError as error:
+                reasons[client] = str(error)
     for client in reasons.keys() & {*coming}:
         roster.leave_out(client, reasons[client])
