@@ -89,10 +89,7 @@ class Roster:
             )
 
     def note_twins(self, members: Mapping[str, Iterable[str]]) -> None:
-        """Note classes of clients and members that may be one, spelt differently; once.
-
-        The members' classes are by member.
-        """
+        """Note classes of clients, and of members, that may be one, spelt differently; once."""
         described, books = self.participants.described, self.exchange.books
         note = note_on(twins({**members, **{c: described[c].classes for c in self.parties}}))
         if note not in ("", *books.notes):

@@ -96,7 +96,7 @@ def counted(count: int) -> Contribution:
 
 def of_no_images() -> Contribution:
     statistics = dee().statistics
-    return dee(statistics=replace(statistics, second=statistics.second // 2))
+    return dee(statistics=replace(statistics, second=-statistics.second))
 
 
 @dataclass(frozen=True)
