@@ -155,7 +155,8 @@ def check_features(
         ContributionError: Says whose they are, and what was expected.
     """
     check_kind(statistics, expected, owner)
-    check_statistics(statistics, classes, num_features, owner)
+    if isinstance(statistics, FeatureSums):  # whose counts are a tensor; else JSON can hold any
+        statistics.check(classes, num_features, owner)
     counts = counts_of(statistics)
     if not all(type(count) is int and 1 <= count <= LIMITS.examples for count in counts.values()):
         raise ContributionError(
@@ -164,7 +165,9 @@ def check_features(
         )
     if isinstance(statistics, FeatureSums):
         statistics.check_scatter(owner)
-    elif (most := max(own.weights.numel() for own in statistics.values())) > LIMITS.components:
+        return
+    check_statistics(statistics, classes, num_features, owner)
+    if (most := max(own.weights.numel() for own in statistics.values())) > LIMITS.components:
         raise ContributionError(
             f"A mixture of {owner} has {most} components, and may have {LIMITS.components}."
         )

@@ -271,6 +271,9 @@ def test_mixtures_have_limits_of_their_own(tmp_path, monkeypatch):
         monkeypatch.setattr(admission, "LIMITS", replace(LIMITS, **limits))
         with pytest.raises(ContributionError, match=reason):
             registry.add(made)
+    words = {"emu": replace(made.statistics["emu"], num_examples="many")}
+    with pytest.raises(ContributionError, match="whole numbers from 1"):
+        registry.add(replace(made, statistics=words))
     assert contents(registry.path) == before
 
 
