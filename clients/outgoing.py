@@ -62,7 +62,7 @@ def statistics_of(
     caps = config.caps
     if form is Statistics.MIXTURES:
         if caps.dp_noise > 0:
-            raise ConfigError(
+            raise ConfigError.public(
                 "Mixtures cannot be made private by noise (`dp-noise`): how much one image changes "
                 "them is not known. Use `statistics = sums`."
             )

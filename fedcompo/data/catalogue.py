@@ -7,7 +7,8 @@ keeps.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -52,6 +53,12 @@ class Catalogue:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
 
+    def count(self, indices: Iterable[int]) -> str:
+        """Count images by class, for those who may know no more of them than that."""
+        counts = Counter(str(self.classes[index]) for index in indices)
+        parts = [f"{n} image(s) of class {c!r}" for c, n in counts.most_common(FAULTS_SHOWN)]
+        return ", ".join(parts) + (", and others" if len(counts) > FAULTS_SHOWN else "")
+
     def decode(self, chosen: Indices, preprocessing: Preprocessing, *, client: str) -> Tensor:
         """Read and resize images.
 
@@ -73,12 +80,13 @@ class Catalogue:
                 f"{preprocessing.modality}. Change `data`, or `backbone`."
             )
         images = torch.empty(len(chosen), *preprocessing.shape, dtype=torch.uint8)
-        faults = []
+        faults, unreadable = [], []
         for row, index in enumerate(chosen.tolist()):
             try:
                 example = self.open(index)
             except Exception as error:  # Pillow's decoders raise errors of every kind
                 faults.append(f"{self.describe(index)}: {error or type(error).__name__}")
+                unreadable.append(index)
             else:
                 images[row] = preprocessing.prepare(example)
         if faults:
@@ -87,7 +95,8 @@ class Catalogue:
             raise DataError(
                 f"Client {client!r}: {len(faults)} of {len(chosen)} images in {self.source} cannot "
                 f"be read:{listed}{f'{chr(10)}  - and {more} more' if more > 0 else ''}\n"
-                "Repair them or take them out; images are never skipped."
+                "Repair them or take them out; images are never skipped.",
+                told=f"{self.count(unreadable)} cannot be read",
             )
         return images
 

@@ -247,7 +247,8 @@ def _load_classes(
         raise DataError(
             f"Client {client!r}: no test image in {catalogue.source} for any of its classes "
             f"({', '.join(classes)}). Add test images, or leave out which images are test images: "
-            "then they are drawn."
+            "then they are drawn.",
+            told="there is no test image",
         )
     images = catalogue.decode(np.concatenate([*train, *test]), preprocessing, client=client)
     cut = sum(map(len, train))
@@ -267,14 +268,16 @@ def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> l
             raise DataError(
                 f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
                 f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
-                "are needed: add images, take the class out, or say which images are for testing."
+                "are needed: add images, take the class out, or say which images are for testing.",
+                told=f"class {own!r} has 1 image, and needs at least 2",
             )
         return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
     tests = catalogue.is_test[members]
     if tests.all():
         raise DataError(
             f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
-            "training images. Add training images, or take its test images out."
+            "training images. Add training images, or take its test images out.",
+            told=f"class {own!r} has test images but no training images",
         )
     return [members[~tests], members[tests]]
 

@@ -22,11 +22,11 @@ from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError
+from fedcompo.names import printable
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import verify_registry
-from fedcompo.report.console import literal
 from fedcompo.report.units import percent
 from fedcompo.storage.files import CONTENT
 from fedcompo.training.accuracy import accuracy_of
@@ -510,4 +510,4 @@ def test_weights_that_mean_nothing_are_refused(text: str, reason: str) -> None:
 
 def test_what_cannot_be_seen_is_shown_by_its_number() -> None:
     text = "a\tb\nc \x1b[2J \u202egnp \x9b [red]é"
-    assert literal(text).plain == "a\tb\nc ⟨U+001B⟩[2J ⟨U+202E⟩gnp ⟨U+009B⟩ [red]é"
+    assert printable(text, keep="\n\t") == "a\tb\nc ⟨U+001B⟩[2J ⟨U+202E⟩gnp ⟨U+009B⟩ [red]é"

@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 from app_runs import FEW_WEIGHTS, QUICK, altered, run
 from builders import dense_by_hand
-from rich.console import Console
 from round_runs import draw_images
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.report.console import PlainConsole
 from fedcompo.report.results import print_results
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorfile import prefixed, section
@@ -210,7 +210,7 @@ def test_people_see_a_table_and_a_picture(finished):
     output, results, _, _ = finished
     ElementTree.parse(output / "report.svg")
     stream = io.StringIO()
-    print_results(results, Console(file=stream, width=120))
+    print_results(results, PlainConsole(file=stream, width=120))
     assert "train" in stream.getvalue()
     assert "There is no registry" in stream.getvalue()
 
