@@ -83,10 +83,8 @@ class Roster:
 
         The members' classes are by member.
         """
-        described, books = self.participants.described, self.exchange.books
-        note = note_on(twins({**members, **{c: described[c].classes for c in self.parties}}))
-        if note not in ("", *books.notes):
-            books.note(note)
+        own = {c: self.participants.described[c].classes for c in self.parties}
+        self.exchange.books.note(note_on(twins({**members, **own})))
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
@@ -254,9 +252,7 @@ class Roster:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
         if name != client:
             self._refuse_twins(client, name)
-        warning, books = check_versions(name, Process.from_body(body).versions), self.exchange.books
-        if warning not in ("", *books.notes):
-            books.note(warning)
+        self.exchange.books.note(check_versions(name, Process.from_body(body).versions))
         check_backbone(name, answer.base, self.backbone)
         return name
 
