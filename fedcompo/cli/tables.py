@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from fedcompo.names import printable
 from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.twins import note_on, twins
-from fedcompo.report.units import percent, shortened, size
+from fedcompo.report.units import listed, percent, shortened, size
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
@@ -67,7 +68,7 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
     for member in members:
         table.add_row(
             member["client"],
-            member["kind"],
+            printable(member["kind"]),
             shortened(member["classes"]),
             str(member["num_examples"]),
         )
@@ -86,7 +87,7 @@ def print_details(details: Mapping[str, Any]) -> None:
         lineage = details["lineage"]
         lines = {
             "kind": details["kind"],
-            "classes": ", ".join(details["classes"]),
+            "classes": listed(details["classes"]),
             "images": str(details["num_examples"]),
             "folder": f"{details['folder']}, {size(details['bytes'])}",
             "method": lineage["method"],
@@ -115,7 +116,7 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
     client = plan["client"]
     say(f"Goes:  {goes['folder']} ({size(goes['bytes'])}), its term of the sum")
-    classes = ", ".join(goes["classes"]) or "none, others own them too"
+    classes = listed(goes["classes"]) or "none, others own them too"
     say(f"       classes of the joint head: {classes}")
     if goes["versions"]:
         say(f"       compositions that contain it: {', '.join(goes['versions'])}")
