@@ -4,8 +4,8 @@ Texts of errors hold paths, names of files (a patient's, perhaps) and what is in
 is told the kind of an error, and what :attr:`FedcompoError.told` allows. The whole text goes into
 the client's own log: in a deployment the standard error of its process, which stays on its machine.
 In a simulation Flower collects what processes print, so each client logs into a file of its own, in
-the folder that ``FEDCOMPO_CLIENT_LOGS`` names. `fedcompo simulate` sets it; under a plain `flwr run`
-the text stands in Flower's log, of the one machine that there is.
+the folder that ``FEDCOMPO_CLIENT_LOGS`` names: `fedcompo simulate` sets it. Without it, as under a
+plain `flwr run`, the text stands in Flower's log.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ def without_paths(folder: Path) -> Iterator[Path]:
         settings = json.loads((folder / CARD).read_bytes())["settings"]
         clean = scenario.without_paths(settings)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        settings = clean = None  # the server says what is wrong with it
+        settings, clean = {}, {}  # the server says what is wrong with it
     if clean == settings:
         yield folder
         return
