@@ -18,6 +18,7 @@ from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
+from fedcompo.report.pictures import notes_on
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
@@ -193,7 +194,7 @@ class Roster:
         kinds: tuple[Kind, ...] = (),
         decisive: bool = True,
     ) -> None:
-        """Ask clients for statistics of their pre-trained features; deal kinds to them.
+        """Ask clients for statistics of their features, note on pictures, deal kinds to them.
 
         Args:
             clients: Whom to ask; None: everyone.
@@ -209,6 +210,9 @@ class Roster:
             decisive=decisive,
             clients=clients,
         )
+        described = self.participants.described
+        for note in notes_on({c: about.pictures or {} for c, about in described.items()}):
+            self.exchange.books.note(note)
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
             self.on_kinds(self.participants.kinds)

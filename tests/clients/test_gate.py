@@ -58,8 +58,8 @@ def misplaced(site: Path) -> None:
 
 
 FAULTS: dict[Callable[[Path], None], str] = {
-    unreadable: f"DataError: 1 image(s) of class 'eel' cannot be read; {SEE}",
-    truncated: f"DataError: 1 image(s) of class 'eel' cannot be read; {SEE}",
+    unreadable: f"DataError: 1 image(s) of class 'eel' cannot be used; {SEE}",
+    truncated: f"DataError: 1 image(s) of class 'eel' cannot be used; {SEE}",
     nested: f"DataError: a class folder holds a folder; {SEE}",
     beside: f"DataError: there are files beside the class folders; {SEE}",
     empty: f"DataError: a class folder is empty; {SEE}",
@@ -126,10 +126,11 @@ def test_a_run_is_clean_to_the_end(images, tmp_path, caplog, faulty):
     (data / f"old {SECRET}").mkdir()
     if faulty:
         unreadable(data)
-    nodes = {2: {"client": "site-c", "data": str(data), "state": str(tmp_path / SECRET)}}
+    own = {"client": "site-c", "data": str(data), "state": str(tmp_path / SECRET)}
+    nodes = {2: {**own, "min-images": 1}}
     federate(images, tmp_path / "out", caplog, nodes, local_steps=1)
     text = (tmp_path / "out" / "results.json").read_text()
-    assert ("1 image(s) of class 'eel' cannot be read" in text) is faulty
+    assert ("1 image(s) of class 'eel' cannot be used" in text) is faulty
     assert (tmp_path / "out" / "registry" / "clients" / "site-c").exists() is not faulty
     assert f"old {SECRET}" in "".join(logged(caplog, "fedcompo"))
 
