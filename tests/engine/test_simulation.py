@@ -72,7 +72,7 @@ def test_a_run_that_fails_exits_non_zero_and_says_why(tmp_path):
     )
     assert done.returncode == 1
     assert "broken.png" not in done.stderr
-    assert "1 image(s) of class 'x', 1 image(s) of class 'y' cannot be used" in done.stderr
+    assert "class 'x' has 1 image, and needs at least 2" in done.stderr
     assert f"The clients' own logs: {tmp_path / 'runs' / 'images' / 'clients'}" in done.stderr
     assert "min-clients" in done.stderr
     assert not list(tmp_path.glob("runs/*/results.json"))
