@@ -96,7 +96,7 @@ def counted(count: int) -> Contribution:
 
 def of_no_images() -> Contribution:
     statistics = dee().statistics
-    return dee(statistics=replace(statistics, second=statistics.second // 2))
+    return dee(statistics=replace(statistics, second=-statistics.second))
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ REFUSALS = {
         lambda: dee(settings={"a": "x" * 70_000}), "may have 65536", not_at=MADE
     ),
     "a negative Fisher": Refusal(
-        lambda: _with_fisher(-1.0), "negative or not finite", not_at=("run", "compose")
+        lambda: _with_fisher(-1.0), "out of range", not_at=("run", "compose")
     ),
 }
 
@@ -271,6 +271,9 @@ def test_mixtures_have_limits_of_their_own(tmp_path, monkeypatch):
         monkeypatch.setattr(admission, "LIMITS", replace(LIMITS, **limits))
         with pytest.raises(ContributionError, match=reason):
             registry.add(made)
+    words = {"emu": replace(made.statistics["emu"], num_examples="many")}
+    with pytest.raises(ContributionError, match="whole numbers from 1"):
+        registry.add(replace(made, statistics=words))
     assert contents(registry.path) == before
 
 
