@@ -139,6 +139,7 @@ REFUSALS = {
     "rank 0": Refusal(lambda: of_rank(0), "rank 0, expected 1 to 8"),
     "a rank beyond the weight's": Refusal(lambda: of_rank(9), "rank 9, expected 1 to 8"),
     "NaN": Refusal(lambda: longer(math.nan), "not finite"),
+    "beyond float32": Refusal(lambda: changed(lambda name, t: t.double() + 1e300), "not finite"),
     "ten times the weight": Refusal(lambda: longer(100.0), "10 times that of the weight"),
     "no change": Refusal(lambda: longer(0.0), "changes nothing", not_at=("run",)),
     "a copy": Refusal(copied, "the task vector of 'ada'"),
@@ -272,7 +273,7 @@ def test_mixtures_have_limits_of_their_own(tmp_path, monkeypatch):
         with pytest.raises(ContributionError, match=reason):
             registry.add(made)
     words = {"emu": replace(made.statistics["emu"], num_examples="many")}
-    with pytest.raises(ContributionError, match="whole numbers from 1"):
+    with pytest.raises(ContributionError, match="expected at least 1 example"):
         registry.add(replace(made, statistics=words))
     assert contents(registry.path) == before
 
