@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import threading
 import time
 from collections import Counter
@@ -11,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedcompo.errors import ConfigError
+from fedcompo.service.access import Account, Peer
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import LARGEST_PIECE
 
@@ -39,13 +42,23 @@ class Limits:
     burst: int = 60
     """Calls at once, after a pause."""
     calls_each: int = 8
-    """Calls of one caller under way."""
+    """Calls of one caller under way; one, while half of all places are taken."""
     calls: int = 128
-    """Calls under way, of all callers."""
+    """Calls of members under way."""
+    kept: int = 8
+    """More of them, for operators alone."""
     heavy: int = 2
-    """Compositions and verifications under way; the others wait."""
+    """Compositions and verifications of members under way; the others wait."""
     models: int = 16
-    """Composed models on disk, most of them being sent; the others wait."""
+    """Composed models of members on disk, most of them being sent; the others wait."""
+    each: int = 2
+    """Compositions, verifications and changes that one caller may wait for."""
+    connections: int = 4096
+    """Connections; half of the files that the process may open, if that is less."""
+    handshake: float = 10.0
+    """How long a connection may take to show its certificate."""
+    idle: float = 60.0
+    """How long a call waits for its caller, and a connection for a call."""
     seconds: float = 3600.0
     """The longest a call may take, waiting included."""
     grace: float = 30.0
@@ -58,8 +71,8 @@ class Limits:
             if not (value > 0 or (value == 0 and field.name == "spare")):
                 raise ConfigError(f"The limit `{field.name}` must be positive, got {value}.")
         # gRPC counts bytes of a message, and milliseconds, in 32 bits.
-        largest = {"message": 2**31 - 1, "seconds": 2_000_000.0, "grace": 2_000_000.0}
-        for name, most in largest.items():
+        largest = dict.fromkeys(("handshake", "idle", "seconds", "grace"), 2_000_000.0)
+        for name, most in {**largest, "message": 2**31 - 1, "connections": 2**31 - 1}.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"The limit `{name}` may be {most:.0f} at most.")
 
@@ -92,73 +105,133 @@ def limits_of(texts: Sequence[str]) -> Limits:
 
 
 class Turns:
-    """Limits each caller to so many calls a second (a token bucket), and so many at a time."""
+    """Limits each caller to so many calls a second (a token bucket), and so many at a time.
+
+    While half of the members' places are taken, a caller has one: few callers cannot take them all.
+    Operators' calls do not count against the places of members, nor members' against theirs.
+    """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with full buckets."""
         self._limits, self._clock = limits, clock
         self._lock = threading.Lock()
-        self._buckets: dict[str, tuple[float, float]] = {}  # tokens, and when they were counted
-        self._under_way: Counter[str] = Counter()
+        self._buckets: dict[Account, tuple[float, float]] = {}  # tokens, and when they were counted
+        self._under_way: Counter[Account] = Counter()
+        self._members = 0
+        """Calls of members under way."""
 
     @contextmanager
-    def taken(self, caller: str) -> Iterator[None]:
+    def taken(self, caller: Peer) -> Iterator[None]:
         """Count a call as under way.
 
         Raises:
             Refused: If the caller calls too often, or has too many calls under way.
         """
+        account, member = caller.account, not caller.operator
         with self._lock:
             self._take_token(caller)
-            if self._under_way[caller] >= self._limits.calls_each:
-                raise Refused(
-                    Code.RESOURCE_EXHAUSTED,
-                    f"{caller} has {self._under_way[caller]} calls under way, and may have "
-                    f"{self._limits.calls_each}. Wait for one to end.",
-                )
-            self._under_way[caller] += 1
+            self._check_room(self._under_way[account], caller)
+            self._under_way[account] += 1
+            self._members += member
         try:
             yield
         finally:
             with self._lock:
-                self._under_way[caller] -= 1
+                self._under_way[account] -= 1
+                self._members -= member
                 self._under_way += Counter()  # forget who has none
 
-    def _take_token(self, caller: str) -> None:
+    def _check_room(self, under_way: int, caller: Peer) -> None:
+        limits, operator = self._limits, caller.operator
+        crowded = not operator and 2 * self._members >= limits.calls
+        if under_way >= (most := 1 if crowded else limits.calls_each):
+            raise Refused(
+                Code.RESOURCE_EXHAUSTED,
+                f"{caller.name} has {under_way} calls under way, and may have {most} "
+                f"{'while many call' if crowded else 'at a time'}. Wait for one to end.",
+            )
+        if not operator and self._members >= limits.calls:
+            raise Refused(
+                Code.RESOURCE_EXHAUSTED,
+                f"{self._members} calls are under way, as many as may be. Try again later.",
+            )
+
+    def _take_token(self, caller: Peer) -> None:
         now, limits = self._clock(), self._limits
-        tokens, counted = self._buckets.get(caller, (float(limits.burst), now))
+        tokens, counted = self._buckets.get(caller.account, (float(limits.burst), now))
         tokens = min(float(limits.burst), tokens + (now - counted) * limits.rate)
         if tokens < 1:
             raise Refused(
                 Code.RESOURCE_EXHAUSTED,
-                f"{caller} calls more than {limits.rate:g} times a second. Wait, then try again.",
+                f"{caller.name} calls more than {limits.rate:g} times a second. Wait, then try "
+                "again.",
             )
-        self._buckets[caller] = (tokens - 1, now)
+        self._buckets[caller.account] = (tokens - 1, now)
         if len(self._buckets) > CALLERS_KNOWN:
             whole = limits.burst / limits.rate
             self._buckets = {c: b for c, b in self._buckets.items() if now - b[1] < whole}
 
 
 class Places:
-    """A number of places; a call without one waits for as long as it may take."""
+    """A number of places; a call without one waits for as long as it may take, operators first."""
 
-    def __init__(self, count: int) -> None:
-        """Set how many there are."""
-        self._free = threading.Semaphore(count)
+    def __init__(self, count: int, *, kept: int = 0, each: int = 2) -> None:
+        """Set how many there are.
+
+        Args:
+            count: For everybody.
+            kept: More of them, for operators alone.
+            each: How many one caller may hold or wait for.
+        """
+        self._free, self._kept, self._each = count + kept, kept, each
+        self._changed = threading.Condition()
+        self._queue: list[tuple[bool, int]] = []  # members after operators, each in their order
+        self._numbers = itertools.count()
+        self._callers: Counter[Account] = Counter()
 
     @contextmanager
-    def taken(self, seconds: float) -> Iterator[None]:
+    def taken(self, caller: Peer, seconds: float) -> Iterator[None]:
         """Wait for a place, and hold it.
 
         Raises:
-            Refused: If none was free in time.
+            Refused: If the caller has as many as it may, or none was free in time.
         """
-        if not self._free.acquire(timeout=max(0.0, seconds)):
-            raise Refused(
-                Code.RESOURCE_EXHAUSTED,
-                f"The service had others to serve for {seconds:.0f} s. Try again later.",
-            )
+        with self._changed:
+            if self._callers[caller.account] >= self._each:
+                raise Refused(
+                    Code.RESOURCE_EXHAUSTED,
+                    f"{caller.name} waits for {self._each} compositions, verifications or changes "
+                    "already. Wait for one to end.",
+                )
+            self._callers[caller.account] += 1
         try:
-            yield
+            with self._changed:
+                self._wait(caller, seconds)
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._free += 1
+                    self._changed.notify_all()
         finally:
-            self._free.release()
+            with self._changed:
+                self._callers[caller.account] -= 1
+                self._callers += Counter()
+
+    def _wait(self, caller: Peer, seconds: float) -> None:
+        """Take a place when it is this caller's turn."""
+        turn = (not caller.operator, next(self._numbers))
+        least = 0 if caller.operator else self._kept
+        bisect.insort(self._queue, turn)
+        try:
+            if not self._changed.wait_for(
+                lambda: self._queue[0] == turn and self._free > least, max(0.0, seconds)
+            ):
+                raise Refused(
+                    Code.RESOURCE_EXHAUSTED,
+                    f"The service had others to serve for {seconds:.0f} s. Try again later.",
+                )
+            self._free -= 1
+        finally:
+            self._queue.remove(turn)
+            self._changed.notify_all()

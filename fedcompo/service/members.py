@@ -64,7 +64,7 @@ class Members:
                 Code.INVALID_ARGUMENT,
                 f"The reason has {len(request.reason)} characters, and may have {LONGEST_REASON}.",
             )
-        with self._writers.taken(time_left(context, self._limits)):
+        with self._writers.taken(peer, time_left(context, self._limits)):
             registry = Registry(self._registry)
             if client in registry.clients:
                 try:
@@ -99,7 +99,7 @@ class Members:
 
     def verify(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Verify every claim of the registry, or of a receipt."""
-        with self._heavy.taken(time_left(context, self._limits)):
+        with self._heavy.taken(peer_of(context), time_left(context, self._limits)):
             before = State.read(self._registry / STATE)
             findings = self._findings(request.record)
             failed = any(finding.holds is False for finding in findings)

@@ -169,6 +169,7 @@ def serving(load: Load, registry: Registry) -> Iterator[tuple[str, Callable[[], 
     load.authority.save(load.folder)
     load.authority.issue_server(["localhost"]).save(load.folder, "server")
     command = [sys.executable, "-m", "fedcompo.cli", "serve", str(registry.path), "--port", "0"]
+    command += ["--compose", "members", "--least", "1"]
     for option, file in (("ca", "ca.crt"), ("certificate", "server.crt"), ("key", "server.key")):
         command += [f"--{option}", str(load.folder / file)]
     with (load.folder / "log").open("wb") as log:

@@ -14,6 +14,7 @@ from service_runs import chunk, code_of, intact, offer_of, saved, served, stub_o
 from fedcompo.errors import ConfigError
 from fedcompo.service import publishing as uploads_module
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.access import Peer
 from fedcompo.service.limits import Limits, Places, Turns
 from fedcompo.service.publishing import Uploads
 from fedcompo.service.refusals import Code, Refused
@@ -21,6 +22,10 @@ from fedcompo.service.transfer import FileEntry
 from fedcompo.storage.files import CARD
 
 ENTRY = FileEntry(CARD, 10, "0" * 64)
+
+
+def peer(name, *, operator=False):
+    return Peer(name, operator, "0" * 64)
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def test_a_caller_may_call_so_often_and_again_after_a_pause():
     turns = Turns(Limits(rate=2.0, burst=3), clock=lambda: now[0])
 
     def call(name):
-        with turns.taken(name):
+        with turns.taken(peer(name)):
             pass
 
     for _ in range(3):
@@ -57,13 +62,13 @@ def test_a_caller_may_call_so_often_and_again_after_a_pause():
 
 def test_a_caller_may_have_so_many_calls_under_way():
     turns = Turns(Limits(calls_each=1, burst=100))
-    with turns.taken("ada"):
-        with pytest.raises(Refused, match="1 calls under way") as caught, turns.taken("ada"):
+    with turns.taken(peer("ada")):
+        with pytest.raises(Refused, match="1 calls under way") as caught, turns.taken(peer("ada")):
             pass
-        with turns.taken("ben"):
+        with turns.taken(peer("ben")):
             pass
     assert caught.value.code is Code.RESOURCE_EXHAUSTED
-    with turns.taken("ada"):
+    with turns.taken(peer("ada")):
         pass
 
 
@@ -73,7 +78,7 @@ def test_callers_that_are_gone_are_forgotten(monkeypatch):
     turns = Turns(Limits(rate=1.0, burst=2), clock=lambda: now[0])
     for number in range(100):
         now[0] += 1
-        with turns.taken(f"client-{number}"):
+        with turns.taken(peer(f"client-{number}")):
             pass
     assert len(turns._buckets) <= 11
     assert not turns._under_way
@@ -81,9 +86,13 @@ def test_callers_that_are_gone_are_forgotten(monkeypatch):
 
 def test_a_place_is_waited_for_but_not_for_ever():
     places = Places(1)
-    with places.taken(1), pytest.raises(Refused, match="others to serve"), places.taken(0.01):
+    with (
+        places.taken(peer("ada"), 1),
+        pytest.raises(Refused, match="others to serve"),
+        places.taken(peer("ben"), 0.01),
+    ):
         pass
-    with places.taken(0.01):
+    with places.taken(peer("ada"), 0.01):
         pass
 
 
