@@ -230,10 +230,11 @@ def _scaled(
 ) -> CompositionSettings:
     if scale is None:
         return settings
-    if not 0 < scale <= (most := LARGEST_SCALE * members):
+    most = LARGEST_SCALE * members
+    if not 0 < scale <= most:
         raise ConfigError(
-            f"`scale` must be positive and at most {most}, {LARGEST_SCALE} times the number of "
-            f"clients, got {scale:g}. To subtract a client's task vector, see `fedcompo negate`."
+            f"`scale` must be a positive number, got {scale:g}; for {members} clients {most} is the "
+            "largest. To subtract a client's task vector, see `fedcompo negate`."
         )
     return replace(settings, scale=scale)
 

@@ -161,11 +161,11 @@ def require_many(
         peer: The caller, whose own task vector hides nobody either: it can subtract it.
         clients: Those in the model.
         weights: Those that the caller chose; None: the registry's own, which it did not.
-        least: How many others there must be.
+        least: How many others there must be, if there are any.
     """
     others = [(weights or {}).get(c, 0.0 if weights else 1.0) for c in clients if c != peer.name]
     even = weights is None or max(others, default=0.0) * least <= sum(others) * (1 + 1e-6)
-    if not peer.operator and (len(others) < least or not even):
+    if others and not peer.operator and (len(others) < least or not even):
         raise Refused(
             Code.PERMISSION_DENIED,
             f"A model for {peer.name} must hold {least} other clients or more, none of them with "

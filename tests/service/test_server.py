@@ -29,6 +29,7 @@ from fedcompo.errors import RegistryError, ServiceError
 from fedcompo.service import downloads, publishing
 from fedcompo.service import members as answers
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.access import Audience
 from fedcompo.service.limits import Limits
 from fedcompo.service.refusals import UNFORESEEN, Code
 from fedcompo.service.server import NAME, Server, Settings
@@ -170,6 +171,7 @@ class stub_and_server:  # noqa: N801
                 authority().credential.certificate,
                 server_credential(),
                 port=0,
+                audience=Audience.MEMBERS,
                 limits=Limits(grace=15.0),
             )
         )

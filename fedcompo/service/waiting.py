@@ -1,0 +1,90 @@
+"""Cuts off calls that take too long, or whose caller keeps them waiting.
+
+A call waits for its caller when it reads a message that does not come, or writes one that nobody
+takes. gRPC itself would wait as long as the connection lasts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import grpc
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Call:
+    """A call under way."""
+
+    context: grpc.ServicerContext
+    began: float = field(default_factory=time.monotonic)
+    waits_since: float | None = None
+    """Since when it has waited for its caller; None: it does not."""
+
+    def received(self, messages: Iterable[T]) -> Iterator[T]:
+        """Yield messages of the caller; reading each of them is waiting for the caller."""
+        messages = iter(messages)
+        while True:
+            self.waits_since = time.monotonic()
+            try:
+                message = next(messages)
+            except StopIteration:
+                return
+            finally:
+                self.waits_since = None
+            yield message
+
+    def sent(self, messages: Iterable[T]) -> Iterator[T]:
+        """Yield messages to the caller; the next one is asked for when it has taken the last."""
+        for message in messages:
+            self.waits_since = time.monotonic()
+            yield message
+            self.waits_since = None
+
+
+class Watch:
+    """Looks after all calls of a service, in one thread that lives while there are any."""
+
+    def __init__(self, *, idle: float, seconds: float) -> None:
+        """Set how long a call waits for its caller, and how long it may take in all."""
+        self._idle, self._seconds = idle, seconds
+        self._calls: set[Call] = set()
+        self._lock = threading.Lock()
+        self._watching = False
+
+    @contextmanager
+    def over(self, context: grpc.ServicerContext) -> Iterator[Call]:
+        """Look after a call."""
+        call = Call(context)
+        with self._lock:
+            self._calls.add(call)
+            if not self._watching:
+                threading.Thread(target=self._watch, name="watch", daemon=True).start()
+                self._watching = True
+        try:
+            yield call
+        finally:
+            with self._lock:
+                self._calls.remove(call)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._idle / 4, self._seconds / 4))
+            with self._lock:
+                self._watching = bool(self._calls)
+                calls = tuple(self._calls)
+            if not calls:
+                return
+            now = time.monotonic()
+            for call in calls:
+                since = call.waits_since
+                waits = since is not None and now - since > self._idle
+                if waits or now - call.began > self._seconds:
+                    call.context.cancel()
