@@ -233,8 +233,8 @@ def _scaled(
     most = LARGEST_SCALE * members
     if not 0 < scale <= most:
         raise ConfigError(
-            f"`scale` must be a positive number, got {scale:g}; for {members} clients {most} is the "
-            "largest. To subtract a client's task vector, see `fedcompo negate`."
+            f"`scale` must be a positive number, got {scale:g}; for {members} clients {most} is "
+            "the largest. To subtract a client's task vector, see `fedcompo negate`."
         )
     return replace(settings, scale=scale)
 

@@ -29,9 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.extend([str(HERE), str(HERE.parent / "helpers")])
-
 import torch
 from registry_workload import RANK, Job, _backbone, _contribution
 from service_load import MEGABYTE, Load, serving, summary, timed
@@ -46,6 +43,7 @@ from fedcompo.registry.verification import verify_registry
 from fedcompo.service.certificates import read_credential
 from fedcompo.service.client import Client
 
+HERE = Path(__file__).resolve().parent
 HONEST = ("honest-0", "honest-1", "honest-2")
 OPERATOR = "olga"
 SECONDS = 120.0
