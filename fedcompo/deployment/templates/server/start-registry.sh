@@ -1,5 +1,5 @@
 #!/bin/sh
-# Serves a registry, so that clients fetch models and leave at any hour.
+# Serves a registry, so that operators fetch models and clients leave at any hour.
 #   ./start-registry             that of the run with the default settings
 #   ./start-registry REGISTRY    another, such as runs/first/registry; options of `fedcompo serve`
 #                                may follow, such as --compose members
