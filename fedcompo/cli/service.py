@@ -261,7 +261,7 @@ def serve(
 
     Limits, sizes in bytes and times in seconds: message, contribution, description, tensor, spare
     (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, kept (for
-    operators), heavy, models, each, connections, handshake, idle, seconds, grace.
+    operators), heavy, models, connections, handshake, idle, seconds, grace.
     """
     with errors_as_sentences(verbose):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

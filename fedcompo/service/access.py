@@ -55,8 +55,6 @@ from fedcompo.service.refusals import LOGGER, Code, Refused
 if TYPE_CHECKING:
     import grpc
 
-Account = tuple[str, bool]
-"""Name of a caller, and whether it is an operator."""
 PEM = "x509_pem_cert"
 """Where gRPC keeps the caller's certificate."""
 FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -75,7 +73,7 @@ class Peer:
     """SHA-256 of the certificate, hexadecimal."""
 
     @property
-    def account(self) -> Account:
+    def account(self) -> tuple[str, bool]:
         """Whose calls are counted together, also under a renewed certificate."""
         return self.name, self.operator
 

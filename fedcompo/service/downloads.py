@@ -33,7 +33,7 @@ from fedcompo.service.access import (
     require_owner,
 )
 from fedcompo.service.gate import time_left
-from fedcompo.service.limits import Limits, Places
+from fedcompo.service.limits import EACH, Limits, Places
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import FileEntry, identity, outgoing
 
@@ -62,7 +62,7 @@ class Downloads:
         """
         self._registry, self._folder, self._audience = registry, folder, audience
         self._least, self._heavy, self._limits = least, heavy, limits
-        self._models = Places(limits.models, kept=limits.heavy, each=limits.each)
+        self._models = Places(limits.models, kept=EACH)
 
     def fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Send a member's files."""

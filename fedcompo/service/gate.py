@@ -50,17 +50,12 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
             return None
         # On the wire a single request is a stream of one. Read as a stream, it is awaited behind
         # the gate; grpc would wait for it before, for ever, and keep a thread for it.
-        kinds = [
-            ("unary", "stream")[many]
-            for many in (handler.request_streaming, handler.response_streaming)
-        ]
-        guard, build = (
-            (self._streaming, grpc.stream_stream_rpc_method_handler)
-            if handler.response_streaming
-            else (self._single, grpc.stream_unary_rpc_method_handler)
-        )
+        word, streams = ("unary", "stream"), handler.response_streaming
+        attribute = f"{word[handler.request_streaming]}_{word[streams]}"
+        guard = self._streaming if streams else self._single
+        build = getattr(grpc, f"stream_{word[streams]}_rpc_method_handler")
         return build(
-            guard(getattr(handler, "_".join(kinds)), details.method, handler.request_streaming),
+            guard(getattr(handler, attribute), details.method, handler.request_streaming),
             request_deserializer=_deserialiser(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
@@ -114,14 +109,15 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
             caller = peer_of(context).signature
         except FedcompoError:
             caller = "nobody"
-        log_call(
-            "refused",
-            method=method,
-            peer=caller,
-            address=context.peer(),
-            code=code.name,
-            why=str(error),
-        )
+        if not (isinstance(error, Refused) and error.quiet):
+            log_call(
+                "refused",
+                method=method,
+                peer=caller,
+                address=context.peer(),
+                code=code.name,
+                why=str(error),
+            )
         if code is Code.INTERNAL:
             LOGGER.error("%s failed", method, exc_info=error)
         return code, sentence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import threading
 import time
 from collections import Counter
@@ -13,10 +14,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedcompo.errors import ConfigError
-from fedcompo.service.access import Account, Peer
+from fedcompo.service.access import Peer
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import LARGEST_PIECE
 
+EACH = 2
+"""Places of a kind that one caller may hold or wait for: compositions, verifications, changes."""
 CALLERS_KNOWN = 4096
 """Buckets kept; beyond, those that are full again are forgotten."""
 
@@ -51,8 +54,6 @@ class Limits:
     """Compositions and verifications of members under way; the others wait."""
     models: int = 16
     """Composed models of members on disk, most of them being sent; the others wait."""
-    each: int = 2
-    """Compositions, verifications and changes that one caller may wait for."""
     connections: int = 4096
     """Connections; half of the files that the process may open, if that is less."""
     handshake: float = 10.0
@@ -115,10 +116,10 @@ class Turns:
         """Start with full buckets."""
         self._limits, self._clock = limits, clock
         self._lock = threading.Lock()
-        self._buckets: dict[Account, tuple[float, float]] = {}  # tokens, and when they were counted
-        self._under_way: Counter[Account] = Counter()
-        self._members = 0
-        """Calls of members under way."""
+        # By caller: its tokens, when they were counted, and when a refusal was last logged.
+        self._buckets: dict[tuple[str, bool], tuple[float, float, float]] = {}
+        self._under_way: Counter[tuple[str, bool]] = Counter()
+        self._members = 0  # calls of theirs that are under way
 
     @contextmanager
     def taken(self, caller: Peer) -> Iterator[None]:
@@ -158,15 +159,18 @@ class Turns:
 
     def _take_token(self, caller: Peer) -> None:
         now, limits = self._clock(), self._limits
-        tokens, counted = self._buckets.get(caller.account, (float(limits.burst), now))
+        fresh = (float(limits.burst), now, -math.inf)
+        tokens, counted, logged = self._buckets.get(caller.account, fresh)
         tokens = min(float(limits.burst), tokens + (now - counted) * limits.rate)
         if tokens < 1:
+            quiet = now - logged < 1  # a flood would fill the log
+            self._buckets[caller.account] = (tokens, now, logged if quiet else now)
             raise Refused(
                 Code.RESOURCE_EXHAUSTED,
-                f"{caller.name} calls more than {limits.rate:g} times a second. Wait, then try "
-                "again.",
+                f"{caller.name} calls more than {limits.rate:g} times a second. Wait a moment.",
+                quiet=quiet,
             )
-        self._buckets[caller.account] = (tokens - 1, now)
+        self._buckets[caller.account] = (tokens - 1, now, logged)
         if len(self._buckets) > CALLERS_KNOWN:
             whole = limits.burst / limits.rate
             self._buckets = {c: b for c, b in self._buckets.items() if now - b[1] < whole}
@@ -175,19 +179,14 @@ class Turns:
 class Places:
     """A number of places; a call without one waits for as long as it may take, operators first."""
 
-    def __init__(self, count: int, *, kept: int = 0, each: int = 2) -> None:
-        """Set how many there are.
-
-        Args:
-            count: For everybody.
-            kept: More of them, for operators alone.
-            each: How many one caller may hold or wait for.
-        """
-        self._free, self._kept, self._each = count + kept, kept, each
+    def __init__(self, count: int, *, kept: int = 0) -> None:
+        """Set how many there are for everybody, and how many more are kept for operators."""
+        self._count, self._kept = count, kept
         self._changed = threading.Condition()
-        self._queue: list[tuple[bool, int]] = []  # members after operators, each in their order
         self._numbers = itertools.count()
-        self._callers: Counter[Account] = Counter()
+        # Calls that wait and that have a place: members after operators, each in their order.
+        self._waiting: list[tuple[bool, int, str]] = []
+        self._served: list[tuple[bool, int, str]] = []
 
     @contextmanager
     def taken(self, caller: Peer, seconds: float) -> Iterator[None]:
@@ -196,42 +195,30 @@ class Places:
         Raises:
             Refused: If the caller has as many as it may, or none was free in time.
         """
+        turn = (not caller.operator, next(self._numbers), caller.name)
+        count = self._count + (self._kept if caller.operator else 0)
         with self._changed:
-            if self._callers[caller.account] >= self._each:
+            if sum(one[::2] == turn[::2] for one in self._waiting + self._served) >= EACH:
                 raise Refused(
                     Code.RESOURCE_EXHAUSTED,
-                    f"{caller.name} waits for {self._each} compositions, verifications or changes "
+                    f"{caller.name} waits for {EACH} compositions, verifications or changes "
                     "already. Wait for one to end.",
                 )
-            self._callers[caller.account] += 1
-        try:
-            with self._changed:
-                self._wait(caller, seconds)
-            try:
-                yield
-            finally:
-                with self._changed:
-                    self._free += 1
-                    self._changed.notify_all()
-        finally:
-            with self._changed:
-                self._callers[caller.account] -= 1
-                self._callers += Counter()
-
-    def _wait(self, caller: Peer, seconds: float) -> None:
-        """Take a place when it is this caller's turn."""
-        turn = (not caller.operator, next(self._numbers))
-        least = 0 if caller.operator else self._kept
-        bisect.insort(self._queue, turn)
-        try:
-            if not self._changed.wait_for(
-                lambda: self._queue[0] == turn and self._free > least, max(0.0, seconds)
-            ):
-                raise Refused(
-                    Code.RESOURCE_EXHAUSTED,
-                    f"The service had others to serve for {seconds:.0f} s. Try again later.",
-                )
-            self._free -= 1
-        finally:
-            self._queue.remove(turn)
+            bisect.insort(self._waiting, turn)
+            ready = self._changed.wait_for(
+                lambda: self._waiting[0] == turn and len(self._served) < count, max(0.0, seconds)
+            )
+            self._waiting.remove(turn)
+            self._served += [turn] if ready else []
             self._changed.notify_all()
+        if not ready:
+            raise Refused(
+                Code.RESOURCE_EXHAUSTED,
+                f"The service had others to serve for {seconds:.0f} s. Try again later.",
+            )
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._served.remove(turn)
+                self._changed.notify_all()

@@ -55,10 +55,10 @@ UNFORESEEN = "The service failed, and has logged why. Nothing half done stays; t
 class Refused(ServiceError):
     """A call that is refused, with the status to refuse it with."""
 
-    def __init__(self, code: grpc.StatusCode, sentence: str) -> None:
-        """Keep the status, and the reason as a sentence."""
+    def __init__(self, code: grpc.StatusCode, sentence: str, *, quiet: bool = False) -> None:
+        """Keep the status, the reason as a sentence, and whether it stays out of the log."""
         super().__init__(sentence)
-        self.code = code
+        self.code, self.quiet = code, quiet
 
 
 def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.StatusCode, str]:

@@ -88,9 +88,9 @@ class Server:
             options=_options(limits),
             maximum_concurrent_rpcs=QUEUE * (limits.calls + limits.kept),
         )
-        uploads, writers = Uploads(folder / "uploads", limits), Places(1, each=limits.each)
+        uploads, writers = Uploads(folder / "uploads", limits), Places(1)
         uploads.sweep()
-        models, heavy = folder / "models", Places(limits.heavy, kept=1, each=limits.each)
+        models, heavy = folder / "models", Places(limits.heavy, kept=1)
         _delete_old(models, limits.stale)
         downloads = Downloads(root, models, settings.audience, settings.least, heavy, limits)
         members = Members(root, uploads, writers, heavy, limits, hidden)

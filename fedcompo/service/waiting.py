@@ -29,17 +29,13 @@ class Call:
     """Since when it has waited for its caller; None: it does not."""
 
     def received(self, messages: Iterable[T]) -> Iterator[T]:
-        """Yield messages of the caller; reading each of them is waiting for the caller."""
-        messages = iter(messages)
-        while True:
-            self.waits_since = time.monotonic()
-            try:
-                message = next(messages)
-            except StopIteration:
-                return
-            finally:
-                self.waits_since = None
+        """Yield messages of the caller; reading one is waiting for it."""
+        self.waits_since = time.monotonic()
+        for message in messages:
+            self.waits_since = None
             yield message
+            self.waits_since = time.monotonic()
+        self.waits_since = None
 
     def sent(self, messages: Iterable[T]) -> Iterator[T]:
         """Yield messages to the caller; the next one is asked for when it has taken the last."""

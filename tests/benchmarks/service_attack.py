@@ -27,6 +27,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -136,12 +137,11 @@ def oddities(backbone: Backbone, name: str) -> Iterator[Contribution]:
     plain = contribution(backbone, name, 7)
     for value, dtype in ((1e300, torch.float64), (math.nan, torch.float32), (3e38, torch.float32)):
         yield with_tensors(plain, lambda t, v=value, d=dtype: torch.full_like(t, v, dtype=d))
-    yield with_tensors(plain, lambda t: t[..., :0] if t.shape[0] > RANK else t[:0])  # rank 0
-    wide = {0: 10_000, 1: 10_000}
-    yield with_tensors(
-        plain,
-        lambda t: torch.ones(*((len(t), wide[1]) if t.shape[1] == RANK else (wide[0], t.shape[1]))),
-    )
+    yield with_tensors(plain, lambda t: t.narrow(t.shape.index(RANK), 0, 0))  # rank 0
+    first = next(iter(backbone.theta_0))
+    wide = {f"{first}/B": (backbone.theta_0[first].shape[0], 10_000)}
+    wide[f"{first}/A"] = (10_000, backbone.theta_0[first].shape[1])
+    yield with_tensors(plain, lambda t: t, {n: torch.ones(shape) for n, shape in wide.items()})
     yield contribution(backbone, name, 7, [f"shared-{c}" for c in range(400)])
     yield contribution(backbone, name, 7, [f"{name}-{c}" for c in range(3000)])
     yield contribution(
@@ -150,11 +150,14 @@ def oddities(backbone: Backbone, name: str) -> Iterator[Contribution]:
 
 
 def with_tensors(
-    plain: Contribution, change: Callable[[torch.Tensor], torch.Tensor]
+    plain: Contribution,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    more: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Contribution:
+    """The same contribution with other tensors in its task vector."""
     tensors = {key: change(plain.task_vector.tensors[key]) for key in plain.task_vector.tensors}
     odd = copy(plain.task_vector)
-    object.__setattr__(odd, "tensors", tensors)  # past the checks of those who are honest
+    object.__setattr__(odd, "tensors", tensors | dict(more))  # past the checks of the honest
     return replace(plain, task_vector=odd)
 
 

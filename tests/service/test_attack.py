@@ -25,7 +25,7 @@ def test_a_short_attack_stops_nobody(script, tmp_path):
 @pytest.mark.slow
 def test_an_attack_of_sixteen_stops_nobody_and_fills_no_memory(script, tmp_path):
     figures = script.attack(tmp_path, seconds=120.0, quiet=20.0, hostile=16, backbone="vit-ti")
-    print(script.report(figures))
-    assert set(figures["attack"]) == {*CALLS, "leave"}
-    assert figures["resident_peak"] < figures["resident_before"] + 2e9
-    assert max(found["median"] for found in figures["attack"].values()) < 60
+    said = script.report(figures)
+    assert set(figures["attack"]) == {*CALLS, "leave"}, said
+    assert figures["resident_peak"] < figures["resident_before"] + 2e9, said
+    assert max(found["median"] for found in figures["attack"].values()) < 60, said

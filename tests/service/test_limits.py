@@ -80,6 +80,19 @@ def test_a_caller_may_call_so_often_and_again_after_a_pause():
         call("ada")
 
 
+def test_a_flood_is_logged_once_a_second():
+    now, quiet = [0.0], []
+    turns = Turns(Limits(rate=0.001, burst=1), clock=lambda: now[0])
+    for moment in (0.0, 0.1, 0.2, 1.2, 1.3):
+        now[0] = moment
+        try:
+            with turns.taken(peer("eve")):
+                pass
+        except Refused as refused:
+            quiet.append(refused.quiet)
+    assert quiet == [False, True, False, True]
+
+
 def test_a_caller_may_have_so_many_calls_under_way():
     turns = Turns(Limits(calls_each=1, burst=100))
     with turns.taken(peer("ada")):
@@ -157,11 +170,11 @@ def test_operators_have_a_place_kept_and_come_first():
                 (peer("ada"), peer("ben"), peer("oleg", operator=True)), start=1
             ):
                 threads.submit(waiting, caller)
-                while len(places._queue) < number:
+                while len(places._waiting) < number:
                     time.sleep(0.001)
         while order != ["oleg"]:  # the members wait for eve
             time.sleep(0.001)
-        assert len(places._queue) == 2
+        assert len(places._waiting) == 2
     # they begin once eve has ended
     assert order == ["oleg", "ada", "ben"]
 
