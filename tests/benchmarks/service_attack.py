@@ -20,18 +20,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from registry_workload import RANK, Job, _backbone, _contribution
+from registry_workload import Job, _backbone, _contribution
 from service_load import MEGABYTE, Load, serving, summary, timed
 
 from fedcompo.backbone.backbone import Backbone
@@ -135,13 +134,14 @@ def contribution(
 def oddities(backbone: Backbone, name: str) -> Iterator[Contribution]:
     """Well-formed contributions that no honest client makes."""
     plain = contribution(backbone, name, 7)
+    own = plain.task_vector.tensors
     for value, dtype in ((1e300, torch.float64), (math.nan, torch.float32), (3e38, torch.float32)):
-        yield with_tensors(plain, lambda t, v=value, d=dtype: torch.full_like(t, v, dtype=d))
-    yield with_tensors(plain, lambda t: t.narrow(t.shape.index(RANK), 0, 0))  # rank 0
-    first = next(iter(backbone.theta_0))
-    wide = {f"{first}/B": (backbone.theta_0[first].shape[0], 10_000)}
-    wide[f"{first}/A"] = (10_000, backbone.theta_0[first].shape[1])
-    yield with_tensors(plain, lambda t: t, {n: torch.ones(shape) for n, shape in wide.items()})
+        yield forged(plain, {n: torch.full_like(t, value, dtype=dtype) for n, t in own.items()})
+    weight, theta = next(iter(backbone.theta_0.items()))
+    for rank in (0, 10_000):
+        rows, columns = theta.shape
+        factors = {"B": torch.ones(rows, rank), "A": torch.ones(rank, columns)}
+        yield forged(plain, {**own, **{f"{weight}/{n}": t for n, t in factors.items()}})
     yield contribution(backbone, name, 7, [f"shared-{c}" for c in range(400)])
     yield contribution(backbone, name, 7, [f"{name}-{c}" for c in range(3000)])
     yield contribution(
@@ -149,15 +149,10 @@ def oddities(backbone: Backbone, name: str) -> Iterator[Contribution]:
     )
 
 
-def with_tensors(
-    plain: Contribution,
-    change: Callable[[torch.Tensor], torch.Tensor],
-    more: Mapping[str, torch.Tensor] = MappingProxyType({}),
-) -> Contribution:
-    """The same contribution with other tensors in its task vector."""
-    tensors = {key: change(plain.task_vector.tensors[key]) for key in plain.task_vector.tensors}
+def forged(plain: Contribution, tensors: Mapping[str, torch.Tensor]) -> Contribution:
+    """The same with other tensors, past the checks of those who are honest."""
     odd = copy(plain.task_vector)
-    object.__setattr__(odd, "tensors", tensors | dict(more))  # past the checks of the honest
+    object.__setattr__(odd, "tensors", tensors)
     return replace(plain, task_vector=odd)
 
 
