@@ -25,6 +25,7 @@ from fedcompo.service.limits import Limits, Places
 from fedcompo.service.publishing import Uploads
 from fedcompo.service.refusals import Code, Refused, redacted
 
+CHANGED = "The registry was changed while it was verified. Try again."
 LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""
 
@@ -101,10 +102,13 @@ class Members:
         """Verify every claim of the registry, or of a receipt."""
         with self._heavy.taken(peer_of(context), time_left(context, self._limits)):
             before = State.read(self._registry / STATE)
-            findings = self._findings(request.record)
+            try:
+                findings = self._findings(request.record)
+            except FileNotFoundError as error:  # a change deleted it between two looks
+                raise RegistryError(CHANGED) from error
             failed = any(finding.holds is False for finding in findings)
             if failed and State.read(self._registry / STATE) != before:
-                raise RegistryError("The registry was changed while it was verified. Try again.")
+                raise RegistryError(CHANGED)
         return wire.VerifyReply(
             findings=[
                 wire.Finding(
