@@ -196,6 +196,6 @@ def _file_finding(claim: str, path: Path, digest: str) -> Finding:
 
 
 def all_but_folders(root: Path) -> Iterator[Path]:
-    """Files, links and whatever else lies in a folder or below; folders that vanish are passed over."""
+    """Files, links and whatever else lies in a folder or below, but for what vanishes meanwhile."""
     found = (Path(place) / n for place, folders, files in os.walk(root) for n in folders + files)
     return (path for path in sorted(found) if path.is_symlink() or not path.is_dir())
