@@ -151,15 +151,10 @@ def require_audience(peer: Peer, audience: Audience, members: Iterable[str]) -> 
 def require_many(
     peer: Peer, clients: Iterable[str], weights: Mapping[str, float] | None, least: int
 ) -> None:
-    """Raise ``Refused`` unless a model holds enough others than a caller who is no operator.
+    """Raise ``Refused`` unless a model for a member holds so many others at least, or none.
 
-    Of the others, none may have more than its share of ``1 / least``: a tiny weight hides nobody.
-
-    Args:
-        peer: The caller, whose own task vector hides nobody either: it can subtract it.
-        clients: Those in the model.
-        weights: Those that the caller chose; None: the registry's own, which it did not.
-        least: How many others there must be, if there are any.
+    The caller can subtract its own task vector, so it does not count. With weights that it chose,
+    none of the others may have more than ``1 / least`` of theirs: a tiny weight hides nobody.
     """
     others = [(weights or {}).get(c, 0.0 if weights else 1.0) for c in clients if c != peer.name]
     even = weights is None or max(others, default=0.0) * least <= sum(others) * (1 + 1e-6)

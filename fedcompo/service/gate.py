@@ -61,15 +61,11 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
         )
 
     def _single(self, behaviour: Behaviour, method: str, streaming: bool) -> Behaviour:
-        def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            try:
-                with self._admitted(method, context) as call:
-                    return behaviour(_parsed(call.received(requests), streaming), context)
-            except Exception as error:
-                code, sentence = self._refusal(method, context, error)
-            return context.abort(code, sentence)
+        def as_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            yield behaviour(request, context)
 
-        return guarded
+        guarded = self._streaming(as_stream, method, streaming)
+        return lambda requests, context: list(guarded(requests, context)).pop()
 
     def _streaming(self, behaviour: Behaviour, method: str, streaming: bool) -> Behaviour:
         def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:

@@ -6,11 +6,11 @@ takes. gRPC itself would wait as long as the connection lasts.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(eq=False)
 class Call:
     """A call under way."""
 
-    context: grpc.ServicerContext
-    began: float = field(default_factory=time.monotonic)
-    waits_since: float | None = None
-    """Since when it has waited for its caller; None: it does not."""
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        """Begin now."""
+        self.context, self.began = context, time.monotonic()
+        self.waits_since = math.inf
+        """Since when it has waited for its caller; infinite: it does not."""
 
     def received(self, messages: Iterable[T]) -> Iterator[T]:
         """Yield messages of the caller; reading one is waiting for it."""
         self.waits_since = time.monotonic()
         for message in messages:
-            self.waits_since = None
+            self.waits_since = math.inf
             yield message
             self.waits_since = time.monotonic()
-        self.waits_since = None
+        self.waits_since = math.inf
 
     def sent(self, messages: Iterable[T]) -> Iterator[T]:
         """Yield messages to the caller; the next one is asked for when it has taken the last."""
         for message in messages:
             self.waits_since = time.monotonic()
             yield message
-            self.waits_since = None
+            self.waits_since = math.inf
 
 
 class Watch:
@@ -80,7 +80,5 @@ class Watch:
                 return
             now = time.monotonic()
             for call in calls:
-                since = call.waits_since
-                waits = since is not None and now - since > self._idle
-                if waits or now - call.began > self._seconds:
+                if now - call.waits_since > self._idle or now - call.began > self._seconds:
                     call.context.cancel()
