@@ -25,9 +25,9 @@ from fedcompo.service.limits import Limits, Places
 from fedcompo.service.publishing import Uploads
 from fedcompo.service.refusals import Code, Refused, redacted
 
-CHANGED = "The registry was changed while it was verified. Try again."
 LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""
+CHANGED = "The registry was changed while it was verified. Try again."
 
 
 class Members:
