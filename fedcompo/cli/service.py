@@ -5,7 +5,6 @@ The server's is `serve`; a client's are `publish`, `fetch`, `members` and `reque
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedcompo.cli.common import (
 )
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
+from fedcompo.report.log import log_to_stderr
 
 if TYPE_CHECKING:
     from fedcompo.service.certificates import Credential
@@ -236,8 +236,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 9443,
     compose: Annotated[
         str,
-        typer.Option(metavar="WHO", help="Who may compose: members, everyone or operators."),
-    ] = "members",
+        typer.Option(metavar="WHO", help="Who may compose: operators, members or everyone."),
+    ] = "operators",
+    least: Annotated[
+        int,
+        typer.Option(min=1, help="How many others a model holds at least, for whom it is opened."),
+    ] = 2,
     revoked: Annotated[
         Path | None,
         typer.Option(help="List of certificates that count no more: SHA-256, one a line."),
@@ -256,11 +260,11 @@ def serve(
     What happened to each call is logged on standard error; every change is in the journal.
 
     Limits, sizes in bytes and times in seconds: message, contribution, description, tensor, spare
-    (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, heavy,
-    models, seconds, grace.
+    (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, kept (for
+    operators), heavy, models, connections, handshake, idle, seconds, grace.
     """
     with errors_as_sentences(verbose):
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        log_to_stderr()
         from fedcompo.service.access import Audience
         from fedcompo.service.certificates import read_authority, read_credential
         from fedcompo.service.limits import limits_of
@@ -276,6 +280,7 @@ def serve(
             host=host,
             port=port,
             audience=Audience(compose),
+            least=least,
             limits=limits_of(limit or ()),
             revoked=revoked,
         )
