@@ -23,7 +23,7 @@ from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 
 PATH_SETTINGS = ("output", "checkpoint", "reference", "registry")
-PATH_SOURCES = ("folder:", "npz:", "text:")
+PATH_SOURCES = {"data": ("folder:", "npz:", "text:"), "backbone": ("local-dir:",)}
 
 
 def settings_of(
@@ -116,10 +116,11 @@ def with_absolute_paths(values: Mapping[str, Scalar], where: Path) -> dict[str, 
     for key in PATH_SETTINGS:
         if path := resolved.get(key):
             resolved[key] = _absolute(str(path), where)
-    data = str(resolved.get("data", ""))
-    source = next((prefix for prefix in PATH_SOURCES if data.startswith(prefix)), None)
-    if source and data != source:
-        resolved["data"] = source + _absolute(data.removeprefix(source), where)
+    for key, prefixes in PATH_SOURCES.items():
+        value = str(resolved.get(key, ""))
+        source = next((prefix for prefix in prefixes if value.startswith(prefix)), None)
+        if source and value != source:
+            resolved[key] = source + _absolute(value.removeprefix(source), where)
     return resolved
 
 
