@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients import averaging, composed
+from clients.loading import known_name
 from clients.local import LocalClient
 from fedcompo.errors import FedcompoError
 from fedcompo.messages.answers import Answer, Process
@@ -74,7 +75,8 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
         process = Process(peak_memory=peak_bytes(), versions=installed_versions())
         content = to_record(tensors, manifest | process.to_body()[1])
     except FedcompoError as error:
-        content = refusal(f"{type(error).__name__}: {error}")
+        name = known_name(context.run_config, context.node_config)
+        content = refusal(f"{type(error).__name__}: {error}", name)
     return Message(content, reply_to=message)
 
 

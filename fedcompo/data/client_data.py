@@ -37,6 +37,7 @@ from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
 from fedcompo.data.text import TEXT_ENDINGS, text_catalogue
 from fedcompo.errors import ConfigError, DataError
+from fedcompo.names import check_client_names
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
 NAMED: dict[str, Callable[[], Catalogue]] = {
@@ -75,14 +76,21 @@ class ClientData:
     """Images to test on, at least one; grouped by class."""
 
 
-def num_clients(source: DataConfig) -> int:
-    """Count the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
+def client_names(source: DataConfig) -> tuple[str, ...]:
+    """Name the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
 
     Raises:
         DataError: If the source is unknown, or a ``folder:`` that cannot be read.
     """
     kind, rest = _parse(source.data)
-    return len(client_folders(Path(rest).expanduser())) if kind == "folder" else source.num_tasks
+    if kind == "folder":
+        return tuple(client_folders(Path(rest).expanduser()))
+    return tuple(f"client-{partition}" for partition in range(source.num_tasks))
+
+
+def num_clients(source: DataConfig) -> int:
+    """Count the clients that a source yields; raises as :func:`client_names` does."""
+    return len(client_names(source))
 
 
 def count_clients(config: RunConfig) -> int:
@@ -91,8 +99,10 @@ def count_clients(config: RunConfig) -> int:
     Raises:
         ConfigError: If more clients are asked for than there are, or fewer than the run needs.
         DataError: If the data cannot be used.
+        ContributionError: If a folder's name cannot be a client's.
     """
-    available = num_clients(config.data)
+    names = client_names(config.data)
+    available = len(names)
     if config.server.num_clients > available:
         raise ConfigError(
             f"`num-clients` asks for {config.server.num_clients} clients, "
@@ -104,6 +114,7 @@ def count_clients(config: RunConfig) -> int:
             f"The run needs {config.server.min_clients} clients (`min-clients`), "
             f"but would get {clients} from {config.data.data}."
         )
+    check_client_names(names[:clients])
     return clients
 
 
@@ -123,19 +134,19 @@ def load_client_data(
         DataError: If the source or one of its images cannot be used, or the client does not exist.
     """
     kind, rest = _parse(config.data)
-    count = num_clients(config)
+    names = client_names(config)
+    count = len(names)
     if not 0 <= partition < count:
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {count} clients, 0 to "
             f"{count - 1}. Start as many clients as the data has, or change `num-tasks`."
         )
-    path = Path(rest).expanduser()
+    path, name = Path(rest).expanduser(), names[partition]
     if kind == "folder":
-        name, folder = list(client_folders(path).items())[partition]
+        folder = client_folders(path)[name]
         catalogue = folder_catalogue(folder, client=name)
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
     else:
-        name = f"client-{partition}"
         catalogue = read_once(FILES[kind], path) if kind in FILES else NAMED[kind]()
         classes = deal_classes(
             catalogue.names,
