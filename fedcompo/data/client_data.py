@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig, RunConfig
+from fedcompo.config.run import DataConfig
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.draws import (
     Indices,
@@ -36,8 +36,7 @@ from fedcompo.data.folders import client_folders, folder_catalogue
 from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
 from fedcompo.data.text import TEXT_ENDINGS, text_catalogue
-from fedcompo.errors import ConfigError, DataError
-from fedcompo.names import check_client_names
+from fedcompo.errors import DataError
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
 NAMED: dict[str, Callable[[], Catalogue]] = {
@@ -91,31 +90,6 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
 def num_clients(source: DataConfig) -> int:
     """Count the clients that a source yields; raises as :func:`client_names` does."""
     return len(client_names(source))
-
-
-def count_clients(config: RunConfig) -> int:
-    """Return the number of clients to simulate: ``num-clients``, or else all of the data.
-
-    Raises:
-        ConfigError: If more clients are asked for than there are, or fewer than the run needs.
-        DataError: If the data cannot be used.
-        ContributionError: If a folder's name cannot be a client's.
-    """
-    names = client_names(config.data)
-    available = len(names)
-    if config.server.num_clients > available:
-        raise ConfigError(
-            f"`num-clients` asks for {config.server.num_clients} clients, "
-            f"but {config.data.data} yields {available}."
-        )
-    clients = config.server.num_clients or available
-    if clients < config.server.min_clients:
-        raise ConfigError(
-            f"The run needs {config.server.min_clients} clients (`min-clients`), "
-            f"but would get {clients} from {config.data.data}."
-        )
-    check_client_names(names[:clients])
-    return clients
 
 
 def load_client_data(

@@ -17,7 +17,6 @@ from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import (
     ClientData,
     Split,
-    count_clients,
     load_client_data,
     load_folder,
     num_clients,
@@ -30,6 +29,7 @@ from fedcompo.data.draws import (
     frozen_generator,
     split_members,
 )
+from fedcompo.engine.simulation import count_clients
 from fedcompo.errors import ConfigError, ContributionError, DataError
 
 GREY_8 = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
