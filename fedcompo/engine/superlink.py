@@ -20,15 +20,14 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fedcompo.config.scenario import as_toml
 from fedcompo.config.setting import Scalar
 from fedcompo.engine import guard
 from fedcompo.engine.log import last_error, plain, read_from
+from fedcompo.engine.proxies import past_loopback
 from fedcompo.errors import LaunchError
 from fedcompo.storage.files import PACKAGE
 
@@ -250,30 +249,11 @@ def _environment(folder: Path, user: Mapping[str, str]) -> dict[str, str]:
     environment["FEDCOMPO_STATE"] = str(folder / "state")  # what simulated clients keep
     # Flower's programs start each other by name.
     environment["PATH"] = os.pathsep.join([_scripts(), user.get("PATH", os.defpath)])
-    environment = {k: v for k, v in environment.items() if _usable(k.lower(), v)}
-    for key in ("NO_PROXY", "no_proxy"):  # with brackets, Flower's HTTP client would not start
-        names = user.get(key, "").replace("[", "").replace("]", "")
-        environment[key] = ",".join(filter(None, [names, "127.0.0.1,localhost,::1"]))
+    environment = past_loopback(environment)
     if _must_be_linked():
         paths = [str(folder / "library"), user.get("PYTHONPATH")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
-
-
-def _usable(key: str, value: str) -> bool:
-    """Whether an environment variable, if it names a proxy, is one that Flower's client takes.
-
-    Of another proxy it would fail even where it needs none; the hub's client is the same.
-    """
-    if not key.endswith("_proxy") or key.startswith("no_") or not value:
-        return True
-    place = urlsplit(value if "://" in value else f"http://{value}")
-    try:
-        place.port  # noqa: B018  raises where it is no number
-    except ValueError:
-        return False
-    socks = place.scheme in ("socks5", "socks5h") and find_spec("socksio") is not None
-    return place.scheme in ("http", "https") or socks
 
 
 def _write_files(folder: Path, port: int) -> None:

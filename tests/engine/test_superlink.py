@@ -77,6 +77,7 @@ def test_the_environment_closes_the_traps_and_keeps_the_rest(tmp_path: Path) -> 
         ("", True),
         ("socks://house:1080", False),
         ("http://house:port", False),
+        ("http://[::1", False),
     ],
 )
 def test_flowers_client_starts_whatever_proxies_there_are(proxy, kept, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ QUICK = {
     "local-epochs": 1,
     "local-steps": 2,
     "rank": 2,
-    "fisher-examples": 6,
+    "fisher-examples": 8,
 }
 PROXIES = {
     name: f"{scheme}://127.0.0.1:1"
@@ -34,7 +34,7 @@ SHARED: dict[str, Scalar] = {
     "local-epochs": 1,
     "local-steps": 2,
     "rank": 2,
-    "fisher-examples": 6,
+    "fisher-examples": 8,
     "realign": False,
     "kind": "lora,full",
     "device": "cpu",
