@@ -100,7 +100,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     if name == EMBEDDED:
         model, architecture, model_args, cfg = _embedded(config)
     else:
-        source = source_of(name)
+        source = source_of(name, config.checkpoint)
         name = source.name
         model, architecture, model_args, cfg = _from_timm(source, config)
     model = model.float().eval().requires_grad_(False)

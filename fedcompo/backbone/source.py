@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -39,17 +40,21 @@ class Source:
     """timm's configuration of the weights."""
 
 
-def source_of(name: str) -> Source:
+def source_of(name: str, checkpoint: str = "") -> Source:
     """Resolve a name; no weights are loaded.
 
     Args:
         name: timm's name of a model, perhaps with a tag, or a folder that timm wrote.
+        checkpoint: File of the weights, if they come from elsewhere; a local folder that is gone
+            may be where this lies now.
 
     Raises:
         BackboneError: If timm knows no such model, or the folder's configuration cannot be read.
     """
     kind, colon, place = name.partition(":")
     if colon and kind.lower() in FOLDERS:
+        if kind.lower() == LOCAL and checkpoint and not Path(place).is_dir():
+            place = str(Path(checkpoint).parent)
         return _of_folder(kind.lower(), place)
     if not timm.is_model(name):
         near = difflib.get_close_matches(
@@ -73,7 +78,7 @@ def _of_folder(kind: str, place: str) -> Source:
         cfg, architecture, args = FOLDERS[kind](place)
     except Exception as error:
         advice = (
-            "Name a folder that `timm.models.save_for_hf` wrote, with config.json and weights."
+            "Name a folder that `timm.models.save_for_hf` wrote, or a `checkpoint` in one."
             if kind == LOCAL
             else "Without the hub, get its files and set `backbone = local-dir:<their folder>`."
         )

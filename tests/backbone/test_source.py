@@ -95,6 +95,10 @@ def test_the_input_can_be_changed_and_the_weights_can_come_from_a_checkpoint(fol
     (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
     same = loaded(name, **wanted, checkpoint=str(folder.parent / WEIGHTS))
     assert same.fingerprint == backbone.fingerprint
+    (folder / CONFIG).rename(folder.parent / CONFIG)
+    folder.rmdir()
+    same = loaded(name, **wanted, checkpoint=str(folder.parent / WEIGHTS))
+    assert same.fingerprint == backbone.fingerprint
 
 
 def test_a_registry_needs_the_folder_no_more(folder, tmp_path):
