@@ -37,7 +37,7 @@ def load_images(
             Path(path), preprocessing, seed=seed, images_per_class=config.images_per_class
         )
     if partition < 0:
-        raise DataError(
+        raise DataError.public(
             "This node says neither where its images are nor which part of `data` it owns. "
             'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
         )
@@ -45,8 +45,11 @@ def load_images(
 
 
 def known_name(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> str:
-    """Name of a node's client before its images are read; empty if it cannot be told."""
-    own = str(node_config.get("client", "")) or Path(str(node_config.get("data", ""))).name
+    """Name of a node's client before its images are read; empty if there is none.
+
+    The name of a folder is one in a simulation alone: elsewhere nobody else knows it.
+    """
+    own = str(node_config.get("client", ""))
     partition = int(node_config.get("partition-id", -1))
     if not own and partition >= 0:
         with suppress(FedcompoError, IndexError):
