@@ -20,11 +20,12 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import fedcompo.backbone.text  # noqa: F401  timm knows its models from here on
-from fedcompo.backbone.checkpoint import fill, read_checkpoint, require_finite
+from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
@@ -182,11 +183,15 @@ def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], 
         except Exception as error:
             raise BackboneError(f"timm cannot tell how {name!r} was trained: {error}.") from error
         cfg = pretrained_cfg.to_dict() if pretrained_cfg is not None else {}
-        return _build(name, {}, cfg, read_checkpoint(Path(config.checkpoint)), config)
+        path = Path(config.checkpoint)
+        fixed_args, own = read_config(path, name, cfg)
+        return _build(name, fixed_args, cfg | own, read_checkpoint(path), config)
     model_args = _input_args(config)
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0, **model_args)
     except Exception as error:
+        if model_args and timm.is_model(name.split(".")[0]):
+            _require_takes(name, config, model_args, {})
         raise BackboneError(
             f"The weights of {name!r} could not be had from the hub ({type(error).__name__}: "
             f"{str(error)[:200]}). Without a network, set `checkpoint` to a file with its weights, "
@@ -207,15 +212,7 @@ def _build(
 ) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
     """Make a model and load weights from disk, resampled to the wanted input."""
     model_args = {**fixed_args, **_input_args(config)}
-    try:
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise BackboneError(
-            f"{architecture!r} does not take {_input_args(config)}: {error}. "
-            "Change `image-size` or `channels`, or choose a plain vision transformer."
-        ) from error
-    _require_blocks(model, architecture)
-    _require_whole_patches(model, cfg, config.image_size)
+    model = _require_takes(architecture, config, model_args, cfg)
     fill(model, architecture, cfg, state, channels=model_args.get("in_chans", 3))
     return model, architecture, model_args, cfg
 
@@ -223,6 +220,22 @@ def _build(
 def _input_args(config: BackboneConfig) -> dict[str, Any]:
     wanted = {"img_size": config.image_size, "in_chans": config.channels}
     return {name: value for name, value in wanted.items() if value}
+
+
+def _require_takes(
+    name: str, config: BackboneConfig, model_args: dict[str, Any], cfg: dict[str, Any]
+) -> nn.Module:
+    """Make the model with random weights; refuse an input that it does not take."""
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, **model_args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise BackboneError(
+            f"{name!r} does not take {model_args}: {error}. "
+            "Change `image-size` or `channels`, or choose a plain vision transformer."
+        ) from error
+    _require_blocks(model, name)
+    _require_whole_patches(model, cfg, config.image_size)
+    return model
 
 
 def _classifier_name(model: nn.Module, architecture: str) -> str:
@@ -263,20 +276,28 @@ def _require_whole_patches(model: nn.Module, cfg: dict[str, Any], size: int) -> 
 def _preprocessing(
     model: nn.Module, model_args: dict[str, Any], cfg: dict[str, Any]
 ) -> Preprocessing:
-    """Read size, mean and std from the model's own configuration."""
-    channels, _, size = cfg.get("input_size", (3, 224, 224))
-    wanted = model_args.get("in_chans", channels)
-    mean, std = tuple(cfg.get("mean", (0.5,) * channels)), tuple(cfg.get("std", (0.5,) * channels))
-    if wanted != len(mean):  # another number of channels: the average one for each
-        mean, std = (sum(mean) / len(mean),) * wanted, (sum(std) / len(std),) * wanted
-    if wanted not in (1, 3):
-        raise BackboneError(f"`channels` is {wanted}; expected 1 (grey) or 3 (RGB).")
-    return Preprocessing(
-        image_size=model_args.get("img_size", size),
-        channels=wanted,
-        mean=mean,
-        std=std,
-        interpolation=cfg.get("interpolation", "bicubic"),
-        crop_fraction=cfg.get("crop_pct") or 1.0,
-        modality=getattr(model, "modality", Modality.PICTURES),
-    )
+    """Read the input from timm's configuration of the weights, as timm does."""
+    try:
+        seen = resolve_data_config(pretrained_cfg={"input_size": (3, 224, 224), **cfg})
+        channels, *sides = seen["input_size"]
+        wanted = model_args.get("in_chans", channels)
+        mean, std = tuple(seen["mean"]), tuple(seen["std"])
+        if wanted != len(mean):  # another number of channels: the average one for each
+            mean, std = (sum(mean) / len(mean),) * wanted, (sum(std) / len(std),) * wanted
+        size = model_args.get("img_size", sides)
+        height, width = (size, size) if isinstance(size, int) else size
+        modality = getattr(model, "modality", Modality.PICTURES)
+        return Preprocessing(
+            image_size=width if height == width or modality == Modality.TEXTS else (height, width),
+            channels=wanted,
+            mean=mean,
+            std=std,
+            interpolation=seen["interpolation"],
+            crop_fraction=seen["crop_pct"],
+            crop_mode=seen["crop_mode"],
+            modality=modality,
+        )
+    except (TypeError, ValueError) as error:
+        raise BackboneError(
+            f"The backbone's configuration does not describe an input ({error}): {cfg}."
+        ) from error

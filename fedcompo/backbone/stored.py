@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcompo.errors import BackboneError, FileFormatError
-from fedcompo.storage.files import tuples
 from fedcompo.storage.manifest import require_content
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
@@ -133,4 +132,4 @@ class StoredBackbone:
         """Input of the model."""
         from fedcompo.backbone.preprocessing import Preprocessing
 
-        return Preprocessing(**tuples(self.tensors.manifest["preprocessing"]))
+        return Preprocessing.parse(self.tensors.manifest["preprocessing"])

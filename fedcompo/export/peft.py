@@ -119,10 +119,9 @@ def _check_called(backbone: Backbone, layers: Iterable[str]) -> None:
         )
         for layer in tuple(idle)
     ]
-    seen = backbone.preprocessing
     try:
         with torch.no_grad():
-            empty = torch.zeros(1, seen.channels, seen.image_size, seen.image_size)
+            empty = torch.zeros(1, *backbone.preprocessing.shape)
             backbone.model(empty.to(backbone.device))
     finally:
         for hook in hooks:
