@@ -28,6 +28,7 @@ from fedcompo.messages.requests import (
     RealignRequest,
     TrainRequest,
     VoteRequest,
+    preprocessing_of,
     registered_name,
 )
 from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
@@ -68,7 +69,10 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
     try:
         body = from_record(message.content, expected=REQUEST, source="the server")
         client = LocalClient.from_node(
-            context.run_config, context.node_config, registered_name(body)
+            context.run_config,
+            context.node_config,
+            registered_name(body),
+            preprocessing_of(body),
         )
         tensors, manifest = work(client, body).to_body()
         process = Process(peak_memory=peak_bytes(), versions=installed_versions())

@@ -20,7 +20,6 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -110,7 +109,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
         target_weights(model, config.target_weights),
         config.backbone,
         f"{config.backbone}@{digest}",
-        _preprocessing(model, model_args, cfg),
+        Preprocessing.of_timm(cfg, model_args, getattr(model, "modality", Modality.PICTURES)),
         architecture,
         _classifier_name(model, architecture),
         model_args,
@@ -227,7 +226,7 @@ def _require_takes(
 ) -> nn.Module:
     """Make the model with random weights; refuse an input that it does not take."""
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=0, **model_args)
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **model_args)
     except (TypeError, ValueError, AssertionError) as error:
         raise BackboneError(
             f"{name!r} does not take {model_args}: {error}. "
@@ -271,33 +270,3 @@ def _require_whole_patches(model: nn.Module, cfg: dict[str, Any], size: int) -> 
         f"{size % side} would be cut off. Set it to "
         + (f"{below} or {below + side}." if below else f"{side}.")
     )
-
-
-def _preprocessing(
-    model: nn.Module, model_args: dict[str, Any], cfg: dict[str, Any]
-) -> Preprocessing:
-    """Read the input from timm's configuration of the weights, as timm does."""
-    try:
-        seen = resolve_data_config(pretrained_cfg={"input_size": (3, 224, 224), **cfg})
-        channels, *sides = seen["input_size"]
-        wanted = model_args.get("in_chans", channels)
-        mean, std = tuple(seen["mean"]), tuple(seen["std"])
-        if wanted != len(mean):  # another number of channels: the average one for each
-            mean, std = (sum(mean) / len(mean),) * wanted, (sum(std) / len(std),) * wanted
-        size = model_args.get("img_size", sides)
-        height, width = (size, size) if isinstance(size, int) else size
-        modality = getattr(model, "modality", Modality.PICTURES)
-        return Preprocessing(
-            image_size=width if height == width or modality == Modality.TEXTS else (height, width),
-            channels=wanted,
-            mean=mean,
-            std=std,
-            interpolation=seen["interpolation"],
-            crop_fraction=seen["crop_pct"],
-            crop_mode=seen["crop_mode"],
-            modality=modality,
-        )
-    except (TypeError, ValueError) as error:
-        raise BackboneError(
-            f"The backbone's configuration does not describe an input ({error}): {cfg}."
-        ) from error

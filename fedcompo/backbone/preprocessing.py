@@ -56,18 +56,60 @@ class Preprocessing:
     def __post_init__(self) -> None:
         """Check what a file, or a server, says."""
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        checks = {
-            "input size": all(isinstance(side, int) and side > 0 for side in sides),
-            "channels": self.channels in (1, 3),
-            "mean": len(self.mean) == self.channels and all(map(math.isfinite, self.mean)),
-            "std": len(self.std) == self.channels and all(0 < v < math.inf for v in self.std),
-            "interpolation": str(self.interpolation).upper() in Image.Resampling.__members__,
-            "crop_pct": 0.1 <= self.crop_fraction <= 10,
-            "pixel rule": self.rule in (1, 2),
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        lengths, known = {len(self.mean), len(self.std)}, Image.Resampling.__members__
+        holds = {
+            f"the input size is {self.image_size}": min(sides) > 0,
+            f"`channels` is {self.channels}; expected 1 (grey) or 3 (RGB)": self.channels in (1, 3),
+            f"mean and std are {self.mean}, {self.std}; expected {self.channels} finite numbers, "
+            "std > 0": lengths == {self.channels} and finite and min(self.std) > 0,
+            f"the interpolation is {self.interpolation!r}; expected one of "
+            f"{', '.join(known).lower()}": self.interpolation.upper() in known,
+            f"crop_pct is {self.crop_fraction}; expected 0.1..10": 0.1 <= self.crop_fraction <= 10,
+            f"pixels go by rule {self.rule}; expected 1 or 2": self.rule in (1, 2),
         }
-        for name, holds in checks.items():
-            if not holds:
-                raise BackboneError(f"The {name} of {self} cannot be used.")
+        if wrong := [text for text, is_so in holds.items() if not is_so]:
+            raise BackboneError(f"The input of a backbone cannot be used: {wrong[0]}.")
+
+    @classmethod
+    def of_timm(
+        cls, cfg: Mapping[str, Any], model_args: Mapping[str, Any], modality: str
+    ) -> Preprocessing:
+        """Read timm's configuration of pre-trained weights, as timm does.
+
+        Args:
+            cfg: The configuration.
+            model_args: Arguments of the model; its input size and channels win.
+            modality: Of the model.
+
+        Raises:
+            BackboneError: If it cannot be used.
+        """
+        from timm.data import resolve_data_config
+
+        try:
+            seen = resolve_data_config(pretrained_cfg={"input_size": (3, 224, 224), **cfg})
+            channels, *sides = seen["input_size"]
+            wanted = model_args.get("in_chans", channels)
+            mean, std = tuple(seen["mean"]), tuple(seen["std"])
+            if wanted != len(mean):  # another number of channels: the average one for each
+                mean, std = (sum(mean) / len(mean),) * wanted, (sum(std) / len(std),) * wanted
+            size = model_args.get("img_size", sides)
+            height, width = (size, size) if isinstance(size, int) else size
+            return cls(
+                width if height == width or modality == Modality.TEXTS else (height, width),
+                wanted,
+                mean,
+                std,
+                seen["interpolation"],
+                seen["crop_pct"],
+                modality,
+                seen["crop_mode"],
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BackboneError(
+                f"The backbone's configuration does not describe an input ({error}): {cfg}."
+            ) from error
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -78,8 +120,21 @@ class Preprocessing:
         """
         try:
             return cls(**{"rule": 1, **tuples(values)})
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise BackboneError(f"{values!r} does not describe an input: {error}.") from error
+
+    def instead_of(self, own: Preprocessing) -> Preprocessing:
+        """Return this, for a model that was loaded with its own.
+
+        Raises:
+            BackboneError: If the model reads examples of another shape or kind.
+        """
+        if (self.shape, self.modality) != (own.shape, own.modality):
+            raise BackboneError(
+                f"The registry or the server reads {self.modality} of {self.shape}, this backbone "
+                f"{own.modality} of {own.shape}. Use the same `image-size` and `channels`."
+            )
+        return self
 
     @property
     def shape(self) -> tuple[int, int, int]:

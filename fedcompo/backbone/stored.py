@@ -128,6 +128,12 @@ class StoredBackbone:
         )
 
     @property
+    def old_pixels(self) -> bool:
+        """Whether pictures are prepared by the first rule, see :class:`Preprocessing`."""
+        values = self.tensors.manifest["preprocessing"]
+        return bool(values.get("rule", 1) == 1 and values.get("modality") != "texts")
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """Input of the model."""
         from fedcompo.backbone.preprocessing import Preprocessing

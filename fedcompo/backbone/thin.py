@@ -101,4 +101,5 @@ def _weighted(pixels: Integers, places: Integers, weights: Integers) -> Integers
     """Sum pixels at places along the first axis, and round to 0..255."""
     shape = (-1, *[1] * (pixels.ndim - 1))
     total = sum(w.reshape(shape) * pixels[p] for p, w in zip(places, weights, strict=True))
-    return np.clip((total + (1 << BITS - 1)) >> BITS, 0, 255)
+    rounded: Integers = (total + (1 << BITS - 1)) >> BITS
+    return rounded.clip(0, 255)
