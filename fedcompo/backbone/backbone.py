@@ -257,6 +257,12 @@ def _require_blocks(model: nn.Module, name: str) -> None:
 
 def _require_whole_patches(model: nn.Module, cfg: dict[str, Any], size: int) -> None:
     """Refuse an input whose border would be in no patch, unless the weights were trained so."""
+    _, height, width = cfg.get("input_size", (0, 0, 0))
+    if size and height != width and getattr(model, "modality", None) != Modality.TEXTS:
+        raise BackboneError(
+            f"The weights read pictures of {height} x {width} pixels, not square, and timm cannot "
+            f"resample them to {size}. Leave `image-size` out."
+        )
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", 1)
     side = math.lcm(*patch) if isinstance(patch, tuple) else patch
