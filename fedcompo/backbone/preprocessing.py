@@ -75,12 +75,7 @@ class Preprocessing:
     def of_timm(
         cls, cfg: Mapping[str, Any], model_args: Mapping[str, Any], modality: str
     ) -> Preprocessing:
-        """Read timm's configuration of pre-trained weights, as timm does.
-
-        Args:
-            cfg: The configuration.
-            model_args: Arguments of the model; its input size and channels win.
-            modality: Of the model.
+        """Read timm's configuration of weights as timm does; size and channels of the model win.
 
         Raises:
             BackboneError: If it cannot be used.

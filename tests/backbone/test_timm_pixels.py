@@ -19,6 +19,7 @@ from timm.data import create_transform, resolve_data_config
 from fedcompo.backbone import thin
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 
@@ -189,6 +190,10 @@ def test_a_configuration_beside_a_checkpoint_holds(content, folder, model):
         expected = model(create_transform(**config)(given)[None])
     actual = backbone.forward({})(backbone.preprocessing.resize(given)[None])
     torch.testing.assert_close(actual, expected)
+    save_backbone(folder / "stored", backbone)
+    again = StoredBackbone(folder / "stored").load()
+    assert again.preprocessing == backbone.preprocessing
+    assert torch.equal(again.forward({})(backbone.preprocessing.resize(given)[None]), actual)
 
 
 def test_settings_go_before_a_configuration_beside_a_checkpoint(square):
