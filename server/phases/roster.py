@@ -84,10 +84,8 @@ class Roster:
 
         The members' classes are by member.
         """
-        described, books = self.participants.described, self.exchange.books
-        note = note_on(twins({**members, **{c: described[c].classes for c in self.parties}}))
-        if note not in ("", *books.notes):
-            books.note(note)
+        own = {c: self.participants.described[c].classes for c in self.parties}
+        self.exchange.books.note(note_on(twins({**members, **own})))
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
@@ -212,10 +210,9 @@ class Roster:
             decisive=decisive,
             clients=clients,
         )
-        described, books = self.participants.described, self.exchange.books
+        described = self.participants.described
         for note in notes_on({c: about.pictures or {} for c, about in described.items()}):
-            if note not in books.notes:
-                books.note(note)
+            self.exchange.books.note(note)
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
             self.on_kinds(self.participants.kinds)
@@ -259,9 +256,7 @@ class Roster:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
         if name != client:
             self._refuse_twins(client, name)
-        warning, books = check_versions(name, Process.from_body(body).versions), self.exchange.books
-        if warning not in ("", *books.notes):
-            books.note(warning)
+        self.exchange.books.note(check_versions(name, Process.from_body(body).versions))
         check_backbone(name, answer.base, self.backbone)
         return name
 
