@@ -173,7 +173,7 @@ def test_what_is_no_list_of_certificates_is_refused(home):
 
 def test_serve_until_sigterm(home):
     command = [sys.executable, "-m", "fedcompo.cli", "serve", "registry", "--port", "0"]
-    command += ["--ca", "ca.crt", *own("server")]
+    command += ["--ca", "ca.crt", *own("server"), "--compose", "members"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
