@@ -5,7 +5,6 @@ The server's is `serve`; a client's are `publish`, `fetch`, `members` and `reque
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,7 @@ from fedcompo.cli.common import (
     Choice,
     JsonOption,
     VerboseOption,
+    confirm,
     errors_as_sentences,
     progress,
     with_options,
@@ -167,10 +167,7 @@ def request_removal(
         if as_json and not yes:
             raise ConfigError("With --json nobody is asked: add --yes.")
         if not yes:
-            question = f"Remove {name} from the registry at {connection.server}?"
-            if not sys.stdin.isatty():
-                question += " Nobody may be there to answer: --yes does without."
-            typer.confirm(question, abort=True)
+            confirm(f"Remove {name} from the registry at {connection.server}?")
         with progress(quiet=as_json) as tell:
             tell(f"removing {name}")
             receipt = service.remove(name, reason=reason)
