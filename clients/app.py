@@ -28,6 +28,7 @@ from fedcompo.messages.requests import (
     RealignRequest,
     TrainRequest,
     VoteRequest,
+    preprocessing_of,
     registered_name,
 )
 from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
@@ -69,7 +70,9 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
 
     def answer() -> RecordDict:
         body = from_record(message.content, expected=REQUEST, source="the server")
-        client = LocalClient.from_node(run_config, node_config, registered_name(body))
+        client = LocalClient.from_node(
+            run_config, node_config, registered_name(body), preprocessing_of(body)
+        )
         tensors, manifest = work(client, body).to_body()
         process = Process(peak_memory=peak_bytes(), versions=installed_versions())
         return to_record(tensors, manifest | process.to_body()[1])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcompo.errors import BackboneError, FileFormatError
-from fedcompo.storage.files import tuples
 from fedcompo.storage.manifest import require_content
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
@@ -149,8 +148,14 @@ class StoredBackbone:
         )
 
     @property
+    def old_pixels(self) -> bool:
+        """Whether pictures are prepared by the first rule, see :class:`Preprocessing`."""
+        values = self.tensors.manifest["preprocessing"]
+        return bool(values.get("rule", 1) == 1 and values.get("modality") != "texts")
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """Input of the model."""
         from fedcompo.backbone.preprocessing import Preprocessing
 
-        return Preprocessing(**tuples(self.tensors.manifest["preprocessing"]))
+        return Preprocessing.parse(self.tensors.manifest["preprocessing"])

@@ -52,6 +52,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
     )
     aligned = "composed" if summary["joint_head"] == "realigned" else "pre-trained"
     say(f"Backbone {summary['backbone']}")
+    if summary["old_pixels"]:
+        say("Pictures are resized as by earlier versions, whose roundings are not quite timm's.")
     say(f"Joint head of {len(summary['classes'])} classes, aligned on {aligned} features")
     if summary["twins"]:
         say(f"Note: {note_on(summary['twins'])}")

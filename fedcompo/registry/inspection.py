@@ -23,6 +23,7 @@ def summary(registry: RegistryReader) -> Values:
     return {
         "registry": str(registry.path.absolute()),
         "backbone": state.base,
+        "old_pixels": registry.backbone.old_pixels,
         "root": state.root,
         "settings": registry.settings.values,
         "scale": registry.scale,

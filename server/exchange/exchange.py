@@ -16,6 +16,7 @@ from logging import INFO
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.messages.answers import Process
 from fedcompo.messages.body import Body
@@ -52,6 +53,8 @@ class Exchange:
     """Requests under way at a time, which bounds the answers in memory; 0: all at once."""
     answers: KeptAnswers | None = None
     """Where answers are kept, if an interrupted run can be resumed; None: it cannot."""
+    preprocessing: Preprocessing | None = None
+    """How clients prepare their examples; None: as their own backbones say."""
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -133,7 +136,7 @@ class Exchange:
         if self._recalled(client, asking, asked):
             return
         name = self.nodes.registered_name(client)
-        content = to_record(*addressed(request, name))
+        content = to_record(*addressed(request, name, self.preprocessing))
         node = self.nodes.ids[client]
         message = Message(content, node, asking.message_type, ttl=self.timeout)
         ids, sent = list(self.nodes.grid.push_messages([message])), size_of(content)
