@@ -13,6 +13,8 @@ LONGEST = 64
 """Characters."""
 LONGEST_BYTES = 200
 """In UTF-8; file systems take 255, and temporary files need some for themselves."""
+LONGEST_CLASS = 128
+"""Characters of a class's name."""
 PUNCTUATION = " -_."
 RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}
 WRITTEN_TOGETHER = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}
@@ -100,6 +102,22 @@ def check_distinct(name: str, known: Iterable[str]) -> str:
                 "Choose a name that differs visibly."
             )
     return name
+
+
+def check_class_names(names: Iterable[str], owner: str) -> None:
+    """Refuse names of classes that look like others, or cannot be printed.
+
+    Raises:
+        ContributionError: If one is empty or longer than 128 characters, or holds what is not
+            printable or not in Unicode's composed form (NFC).
+    """
+    for name in names:
+        printable = name.isprintable() and unicodedata.is_normalized("NFC", name)
+        if not (printable and 0 < len(name) <= LONGEST_CLASS):
+            raise ContributionError(
+                f"{owner} names the class {name[:80]!a}, expected 1 to {LONGEST_CLASS} printable "
+                "characters in Unicode's composed form (NFC). Give the class another name."
+            )
 
 
 def _allowed(c: str) -> bool:

@@ -23,6 +23,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig
@@ -34,8 +35,10 @@ from fedcompo.messages.requests import AveragingRequest, EvaluateRequest
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.registry.admission import check_vector
+from fedcompo.registry.company import Company
 from fedcompo.seeds import generator_for
-from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
+from server.exchange.checks import checked_fractions, checked_losses
 from server.exchange.exchange import Exchange
 from server.exchange.exchange_grid import ExchangeGrid
 from server.phases import roster
@@ -64,7 +67,8 @@ class Averaging:
     def __post_init__(self) -> None:
         """Refuse settings that allow no averaging, before any client is asked."""
         self.kind = _only_kind(self.config)
-        self.roster = Roster(self.exchange, self.backbone)
+        alone = Company.on(self.backbone, CompositionSettings.of(self.config))
+        self.roster = Roster(self.exchange, self.backbone, lambda: alone)
         self.folder = self.output / "model"
 
     def run(self) -> None:
@@ -164,7 +168,8 @@ class Averaging:
             ContributionError: If its tensors are not those that were sent, trained further.
         """
         answer = AveragingAnswer.from_body(body)
-        checked_task_vector(client, answer, self.backbone)
+        vector = TaskVector(answer.kind, answer.task_vector, answer.base)
+        check_vector(vector, self.roster.others(), f"client {client!r}")
         shapes = {name: tensor.shape for name, tensor in answer.tensors.items()}
         if shapes != self._shapes:
             differing = sorted({*shapes.items()} ^ {*self._shapes.items()})

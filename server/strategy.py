@@ -23,6 +23,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
+from fedcompo.registry.company import Company
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
 from server.phases import composing, fitting
@@ -50,7 +51,13 @@ class Strategy(ABC):
         """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
         known = Participants(members=self.working.members, kinds=self.working.kinds)
-        self.roster = Roster(self.exchange, self.backbone, known, tangent=tangent)
+        self.roster = Roster(
+            self.exchange,
+            self.backbone,
+            lambda: Company.of(self.registry, self.backbone),
+            known,
+            tangent=tangent,
+        )
         self.roster.on_kinds = self.working.deal
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
@@ -103,6 +110,7 @@ class Strategy(ABC):
             self.registry.add(
                 *folders,
                 replacing=self.config.registry.replace,
+                empty=True,
                 on_step=lambda step: log(INFO, "registry: %s", step),
             )
         shutil.rmtree(self.fitting.contributions)

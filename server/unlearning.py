@@ -28,6 +28,7 @@ from fedcompo.messages.answers import IdentifyAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import NoticeRequest
 from fedcompo.names import require_known
+from fedcompo.registry.company import Company
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from server.exchange.exchange import Exchange
@@ -70,7 +71,7 @@ class Unlearning:
     def __post_init__(self) -> None:
         """Raise, before any client is asked, if the client is not in the registry."""
         require_known([self.request.client], self.registry.clients, "registry")
-        self.roster = Roster(self.exchange, self.backbone)
+        self.roster = Roster(self.exchange, self.backbone, self._others)
         self.choosing = Choosing(self.roster, self.registry, self.config)
 
     @property
@@ -166,7 +167,7 @@ class Unlearning:
             members=tuple(client for client in members if client not in going_on),
             kinds={client: Kind(members[client].kind) for client in going_on},
         )
-        roster = Roster(self.exchange, self.backbone, participants)
+        roster = Roster(self.exchange, self.backbone, self._others, participants)
         folder = self.output / fitting.INCOMING
         fits = Fitting(roster, self.config, self.registry, folder, ensembled=True)
         last = LastSent(self.output / ROUNDS)
@@ -175,12 +176,15 @@ class Unlearning:
             rounds.run()
             folders = rounds.keep()
             self.exchange.books.timed(
-                "compose", lambda: self.registry.add(*folders, replacing=True)
+                "compose", lambda: self.registry.add(*folders, replacing=True, empty=True)
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             last.clear()
         self.rounds = rounds.history
+
+    def _others(self) -> Company:
+        return Company.of(self.registry, self.backbone)
 
     def results(self) -> dict[str, Any]:
         """What happened, as JSON values."""

@@ -51,6 +51,10 @@ def compose(
     checkpoint: Annotated[
         str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
     ] = "",
+    max_norm_ratio: Annotated[
+        float,
+        typer.Option(help="With folders: refuse a task vector this many times the median length."),
+    ] = 0.0,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -66,7 +70,7 @@ def compose(
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         tell("reading")
-        with _selected(folders, registry, checkpoint, choice.parsed()) as selection:
+        with _selected(folders, registry, checkpoint, max_norm_ratio, choice.parsed()) as selection:
             from fedcompo.export.folder import publish
 
             tell("composing")
@@ -221,18 +225,26 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _selected(
-    folders: list[Path] | None, registry: Path | None, checkpoint: str, choice: Mapping[str, Any]
+    folders: list[Path] | None,
+    registry: Path | None,
+    checkpoint: str,
+    ratio: float,
+    choice: Mapping[str, Any],
 ) -> Iterator[Selection]:
     if folders and registry is not None:
         raise ConfigError("Name folders of contributions, or a registry, not both.")
     if checkpoint and not folders:
         raise ConfigError("`--checkpoint` goes with folders; a registry holds its own weights.")
+    if not ratio >= 0 or (ratio and not folders):
+        raise ConfigError("`--max-norm-ratio` goes with folders, and is a number >= 0.")
     if not folders:
         open_registry(registry)  # refuses at once where there is none
     from fedcompo.export import selection
 
     if folders:
-        with selection.from_folders(folders, checkpoint=checkpoint, **choice) as chosen:
+        with selection.from_folders(
+            folders, checkpoint=checkpoint, max_norm_ratio=ratio, **choice
+        ) as chosen:
             yield chosen
     else:
         yield selection.from_registry(open_registry(registry), **choice)

@@ -46,6 +46,9 @@ def print_list(summary: Mapping[str, Any]) -> None:
         )
     console = table_console()
     console.print(table)
+    for row in summary["clients"]:
+        if fault := row.get("fault"):
+            say(f"{row['client']} cannot be described ({fault}); see `fedcompo verify`.")
     say(
         "shaped by: number of clients whose data shaped its training. shapes: number of members "
         "whose training its data shaped. `fedcompo show CLIENT` names them."

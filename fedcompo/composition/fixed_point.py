@@ -52,10 +52,12 @@ class Rounding:
     def __init__(self) -> None:
         self._digest, self._squared = hashlib.sha256(), 0.0
 
-    def update(self, name: str, values: Tensor) -> None:
-        """Take in the rounded change of one weight, (out, in), int64."""
+    def update(self, name: str, values: Tensor) -> float:
+        """Take in the rounded change of one weight, (out, in), int64; return its squared length."""
         hash_rounded(self._digest, name, values)
-        self._squared += squared_length(values)
+        squared = squared_length(values)
+        self._squared += squared
+        return squared
 
     @property
     def sha256(self) -> str:

@@ -29,6 +29,8 @@ class CompositionSettings:
     """mixtures: seed of the draws."""
     keep_versions: bool = False
     """Whether earlier compositions are kept when a new one replaces them."""
+    max_norm_ratio: float = 0.0
+    """A task vector this many times longer than the median of all is refused; 0: none."""
 
     def __post_init__(self) -> None:
         """Put a number in place of a scale that nobody chooses."""
@@ -46,6 +48,7 @@ class CompositionSettings:
             ridge=config.head.ridge,
             seed=config.seed,
             keep_versions=config.registry.keep_versions,
+            max_norm_ratio=config.server.max_norm_ratio,
         )
 
     @classmethod
@@ -57,10 +60,12 @@ class CompositionSettings:
 
     @property
     def values(self) -> dict[str, Any]:
-        """JSON values; those of mixtures do not name the statistics: they are older than sums."""
+        """JSON values; without those that older registries do not name and that change nothing."""
         values = asdict(self)
         if self.statistics is Statistics.MIXTURES:
             del values["statistics"]
+        if not self.max_norm_ratio:
+            del values["max_norm_ratio"]
         return values
 
     def times(self, num_examples: int) -> int:

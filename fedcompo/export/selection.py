@@ -21,7 +21,8 @@ from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
-from fedcompo.registry.admission import check_contribution
+from fedcompo.registry.admission import admit, outliers
+from fedcompo.registry.company import Company
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import ABOUT
 from fedcompo.storage.files import BACKBONE
@@ -116,6 +117,7 @@ def from_folders(
     weights: Mapping[str, float] | None = None,
     scale: float | None = None,
     checkpoint: str = "",
+    max_norm_ratio: float = 0.0,
 ) -> Iterator[Selection]:
     """Select contributions that lie in folders of their own; no registry, no server.
 
@@ -126,6 +128,7 @@ def from_folders(
         weights: Coefficients by client; None: those of the run of the first by name.
         scale: λ; None: that keeps the length of the task vectors, or 1 with mixtures.
         checkpoint: File of the pre-trained weights; empty: as in this run.
+        max_norm_ratio: Refuse a task vector this many times longer than the median; 0: none.
 
     Raises:
         FileFormatError: If a folder holds no intact contribution.
@@ -148,15 +151,11 @@ def from_folders(
             f"The contributions were trained on the backbone {base}, found is "
             f"{backbone.fingerprint}. Name the file of its weights with `--checkpoint`."
         )
+    company = Company.on(backbone, settings).held_to(max_norm_ratio)
     for member in pool:
-        check_contribution(
-            member,
-            theta_shapes=backbone.theta_0,
-            base=base,
-            num_features=backbone.num_features,
-            statistics=settings.statistics,
-            members=pool.clients,
-        )
+        company = company.joined({member.client: admit(member, company)})
+    for reason in outliers(pool.clients, company).values():
+        raise ContributionError(reason)
     with tempfile.TemporaryDirectory(prefix="fedcompo-") as temporary:
         path = Path(temporary) / BACKBONE
         save_backbone(path, backbone)

@@ -1,12 +1,21 @@
-"""Checks a contribution before the registry changes."""
+"""The one door: every contribution is checked here before anything changes.
+
+A run, ``add``, ``publish`` and ``compose`` of folders call :func:`admit` for each contribution, and
+:func:`outliers` when all are there. A run calls :func:`check_described` before, so that nobody
+trains in vain. What a contribution may cost follows from
+:data:`~fedcompo.registry.company.LIMITS`, not from what is sent.
+"""
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
-from fedcompo.config.choices import Statistics
+from fedcompo.composition.fixed_point import Rounding, rounded
+from fedcompo.config.choices import Method, Statistics
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.method.contribution import (
     AnyStatistics,
@@ -14,13 +23,233 @@ from fedcompo.method.contribution import (
     check_statistics,
     counts_of,
 )
-from fedcompo.method.deltas import Weights
 from fedcompo.method.statistics import FeatureSums
-from fedcompo.names import check_client_name, check_distinct
-from fedcompo.storage.files import CARD, CONTENT, FISHER, sync
+from fedcompo.method.task_vector import TaskVector
+from fedcompo.names import check_class_names, check_client_name, check_distinct
+from fedcompo.registry.company import LIMITS, Company, Known
+from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical, sync
 
 PIECE = 1 << 22
 """Bytes copied at a time."""
+LONGEST = 10.0
+"""Largest norm of a change to a weight, relative to the norm of that weight."""
+FEWEST = 3
+"""Number of clients from which on one can stand out among the others."""
+
+
+def admit(contribution: Contribution, company: Company, *, empty: bool = False) -> Known:
+    """Refuse a contribution that cannot be composed with the others, or that costs too much.
+
+    Args:
+        contribution: With its tensors in memory, or streamed.
+        company: Those who are there.
+        empty: Take a task vector of zeros too. In a run a client may learn nothing; but nobody
+            becomes a member, with a member's rights, by handing in nothing.
+
+    Returns:
+        What the next ones are compared with.
+
+    Raises:
+        BackboneMismatch: If it was trained on other pre-trained weights.
+        ContributionError: If its name, classes, task vector, head, statistics, counts, lineage,
+            settings or Fisher cannot be used, or its task vector is another client's.
+    """
+    client, classes = contribution.client, contribution.head.classes
+    owner = f"client {client!r}"
+    _check_statements(contribution, owner)
+    check_described(client, classes, contribution.statistics, company)
+    _check_total(contribution, owner)
+    contribution.head.check(classes, company.num_features, owner)
+    if contribution.fisher is not None:
+        contribution.fisher.check(company.shapes, owner=owner)
+    rounding = check_vector(contribution.task_vector, company, owner)
+    known = Known(classes, math.sqrt(rounding.squared_norm), rounding.sha256)
+    if not (known.norm or empty):
+        raise ContributionError(
+            f"The task vector of {owner} changes nothing: all of it is zero. Train it with a "
+            "higher `learning-rate`, for more epochs, or with more classes."
+        )
+    for other, theirs in company.members.items():
+        if other != client and known.norm and theirs.rounded_sha256 == known.rounded_sha256:
+            raise ContributionError(
+                f"Client {client!r} sent, byte for byte, the task vector of {other!r}: a copy of "
+                "a contribution that is not its own."
+            )
+    return known
+
+
+def outliers(newcomers: Iterable[str], company: Company) -> dict[str, str]:
+    r"""Find newcomers whose :math:`\lVert\tau_c\rVert` exceeds a multiple of the median of all.
+
+    The multiple is ``max-norm-ratio``; 0: none is refused. Members whose length is not known do not
+    count.
+
+    Args:
+        newcomers: Clients of the company that may be refused.
+        company: Everyone, the newcomers too.
+
+    Returns:
+        The reason to refuse the task vector, by client.
+    """
+    ratio, known = company.settings.max_norm_ratio, company.members
+    norms = {client: own.norm for client, own in known.items() if own.norm is not None}
+    if not ratio or len(norms) < FEWEST:
+        return {}
+    usual = median(norms.values())
+    return {
+        client: (
+            f"The task vector of client {client!r} has norm {norms[client]:.3g}, more than "
+            f"`max-norm-ratio` = {ratio:g} times the median {usual:.3g}. Look at its data and its "
+            "learning rate."
+        )
+        for client in newcomers
+        if client in norms and norms[client] > ratio * usual
+    }
+
+
+def check_described(
+    client: str, classes: tuple[str, ...], statistics: AnyStatistics, company: Company
+) -> None:
+    """Refuse a name, classes or statistics that no joint head can be made of with the others.
+
+    Raises:
+        ContributionError: If the name could be another's; if classes are none, too many, not
+            sorted, or badly named; or as :func:`check_features` does.
+    """
+    owner = f"client {client!r}"
+    check_distinct(check_client_name(client), company.members)
+    if not 0 < len(classes) <= LIMITS.classes or list(classes) != sorted(set(classes)):
+        raise ContributionError(
+            f"{owner} names {len(classes)} classes, {list(classes[:5])} …; expected 1 to "
+            f"{LIMITS.classes}, sorted, each once."
+        )
+    used = set().union(*(own.classes for own in company.members.values()))
+    check_class_names((name for name in classes if name not in used), owner)  # old ones stay
+    if (size := sum(len(name.encode()) for name in classes)) > LIMITS.class_names:
+        raise ContributionError(
+            f"The names of the classes of {owner} have {size} bytes, expected at most "
+            f"{LIMITS.class_names}. Use shorter names."
+        )
+    others = (own.classes for name, own in company.members.items() if name != client)
+    together, kind = len(set(classes).union(*others)), company.settings.statistics
+    most = LIMITS.drawn_classes if kind is Statistics.MIXTURES else LIMITS.all_classes
+    if together > most:
+        raise ContributionError(
+            f"With {owner} there would be {together} classes in all, and with `statistics = {kind}`"
+            f" there may be {most}. Use another registry"
+            + (", with `statistics = sums`." if kind is Statistics.MIXTURES else ".")
+        )
+    check_features(statistics, classes, company.num_features, kind, owner)
+
+
+def check_features(
+    statistics: AnyStatistics,
+    classes: tuple[str, ...],
+    num_features: int,
+    expected: Statistics,
+    owner: str,
+) -> None:
+    """Refuse statistics of another kind, of other classes, or of no images.
+
+    Raises:
+        ContributionError: Says whose they are, and what was expected.
+    """
+    check_kind(statistics, expected, owner)
+    if isinstance(statistics, FeatureSums):  # whose counts are a tensor; else JSON can hold any
+        statistics.check(classes, num_features, owner)
+    counts = counts_of(statistics)
+    if not all(type(count) is int and 1 <= count <= LIMITS.examples for count in counts.values()):
+        raise ContributionError(
+            f"{owner} counts {list(counts.values())[:5]} … images by class, expected whole numbers "
+            f"from 1 to {LIMITS.examples}."
+        )
+    if isinstance(statistics, FeatureSums):
+        statistics.check_scatter(owner)
+        return
+    check_statistics(statistics, classes, num_features, owner)
+    if (most := max(own.weights.numel() for own in statistics.values())) > LIMITS.components:
+        raise ContributionError(
+            f"A mixture of {owner} has {most} components, and may have {LIMITS.components}."
+        )
+
+
+def check_kind(own: AnyStatistics, expected: Statistics, owner: str) -> None:
+    """Refuse mixtures beside sums, and sums beside mixtures; raises ``ContributionError``."""
+    actual = Statistics.SUMS if isinstance(own, FeatureSums) else Statistics.MIXTURES
+    if actual is not expected:
+        raise ContributionError(
+            f"{owner} describes its features by {actual}, the others by {expected}. Train it with "
+            f"`statistics = {expected}`, or train all of them anew with `statistics = {actual}` "
+            "into a new registry."
+        )
+
+
+def check_vector(vector: TaskVector, company: Company, owner: str) -> Rounding:
+    """Refuse a task vector that cannot be added to the weights, or is far longer than they are.
+
+    Returns:
+        Its digest and length on the grid of the running sum.
+
+    Raises:
+        BackboneMismatch: If it was trained on other pre-trained weights.
+        ContributionError: If names, shapes or values cannot be used, or its training diverged.
+    """
+    vector.check(company.shapes, base=company.base, owner=owner)
+    rounding = Rounding()
+    for name in sorted(company.shapes):
+        weight = company.weights[name]
+        values = rounded(vector, name, weight, owner=owner)
+        length, limit = math.sqrt(rounding.update(name, values)), LONGEST * float(weight.norm())
+        if not length <= limit:  # also if the weight's norm is not a number
+            raise ContributionError(
+                f"The task vector of {owner} has norm {length:.3g} at {name!r}, more "
+                f"than {LONGEST:g} times that of the weight itself. Its training diverged: lower "
+                "`learning-rate`, or use `penalty = implicit`."
+            )
+    return rounding
+
+
+def _check_statements(contribution: Contribution, owner: str) -> None:
+    """Refuse names, lineage and settings that are no such thing, or too long: JSON can hold any."""
+    lineage, settings = contribution.lineage, contribution.settings
+    named = lineage.anchored_by, lineage.aligned_with, lineage.ensemble
+    lists = ((contribution.client, lineage.method), contribution.head.classes, *named)
+    if not all(isinstance(names, tuple) and all(map(_is_text, names)) for names in lists):
+        raise ContributionError(f"{owner} has names of classes or clients that are no text.")
+    if lineage.method not in list(Method) or max(map(len, named)) > LIMITS.lineage:
+        raise ContributionError(
+            f"{owner} has a lineage of the method {lineage.method[:80]!r} with up to "
+            f"{max(map(len, named))} names a list, expected {Method.ITA} or {Method.IEL} and at "
+            f"most {LIMITS.lineage}."
+        )
+    try:
+        for name in lineage.shaped_by:
+            check_client_name(name)
+    except ContributionError as error:
+        raise ContributionError(f"In the lineage of {owner}, {error}") from None
+    if not isinstance(settings, dict) or not all(
+        isinstance(value, str | int | float) for value in settings.values()
+    ):
+        raise ContributionError(f"{owner} has settings that are no table of names and values.")
+    if (size := len(canonical(settings))) > LIMITS.settings:
+        raise ContributionError(
+            f"The settings of {owner} have {size} bytes, and may have {LIMITS.settings}."
+        )
+
+
+def _check_total(contribution: Contribution, owner: str) -> None:
+    """Refuse a number of examples other than that of its classes together."""
+    stated, counted = contribution.num_examples, sum(counts_of(contribution.statistics).values())
+    if type(stated) is not int or stated != counted or stated > LIMITS.examples:
+        raise ContributionError(
+            f"{owner} names {str(stated)[:40]} examples in all, and {counted} by class; expected "
+            f"the same number, at most {LIMITS.examples}."
+        )
+
+
+def _is_text(name: object) -> bool:
+    """Whether a value is text; half of a surrogate pair, which JSON can hold, is not."""
+    return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name
 
 
 def stage_contribution(source: Contribution | Path, folder: Path) -> Contribution:
@@ -58,82 +287,3 @@ def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as original, target.open("xb") as copy:
         shutil.copyfileobj(original, copy, PIECE)
         sync(copy)
-
-
-def check_contribution(
-    contribution: Contribution,
-    *,
-    theta_shapes: Weights,
-    base: str,
-    num_features: int,
-    statistics: Statistics,
-    members: Iterable[str],
-) -> None:
-    """Refuse a contribution that cannot be composed with the others.
-
-    Args:
-        contribution: With its tensors in memory, or streamed.
-        theta_shapes: The target weights; only their shapes matter.
-        base: Fingerprint of the pre-trained weights.
-        num_features: Width of the backbone's features.
-        statistics: What the others describe their features by.
-        members: Names that the contribution's name must differ from.
-
-    Raises:
-        BackboneMismatch: If it was trained on other pre-trained weights.
-        ContributionError: If its name, task vector, head, statistics or Fisher cannot be used.
-    """
-    owner = f"client {contribution.client!r}"
-    _check_statements(contribution, owner)
-    check_distinct(check_client_name(contribution.client), members)
-    contribution.task_vector.check(theta_shapes, base=base, owner=owner)
-    contribution.head.check(contribution.head.classes, num_features, owner)
-    classes = contribution.head.classes
-    if not classes or list(classes) != sorted(set(classes)):
-        raise ContributionError(f"{owner} names the classes {classes}, expected sorted, each once.")
-    check_statistics(contribution.statistics, classes, num_features, owner)
-    _check_counts(contribution, owner)
-    check_kind(contribution.statistics, statistics, owner)
-    if contribution.fisher is not None:
-        contribution.fisher.check(theta_shapes, owner=owner)
-
-
-def check_kind(own: AnyStatistics, expected: Statistics, owner: str) -> None:
-    """Refuse mixtures beside sums, and sums beside mixtures; raises ``ContributionError``."""
-    actual = Statistics.SUMS if isinstance(own, FeatureSums) else Statistics.MIXTURES
-    if actual is not expected:
-        raise ContributionError(
-            f"{owner} describes its features by {actual}, the others by {expected}. Train it with "
-            f"`statistics = {expected}`, or train all of them anew with `statistics = {actual}` "
-            "into a new registry."
-        )
-
-
-def _check_statements(contribution: Contribution, owner: str) -> None:
-    """Refuse names and settings of the wrong type: JSON can hold any."""
-    lineage = contribution.lineage
-    lists = (
-        (contribution.client, lineage.method),
-        contribution.head.classes,
-        lineage.anchored_by,
-        lineage.aligned_with,
-        lineage.ensemble,
-    )
-    if not all(isinstance(names, tuple) and all(map(_is_text, names)) for names in lists):
-        raise ContributionError(f"{owner} has names of classes or clients that are no text.")
-    if not isinstance(contribution.settings, dict):
-        raise ContributionError(f"{owner} has settings that are no table of names and values.")
-
-
-def _check_counts(contribution: Contribution, owner: str) -> None:
-    """Refuse numbers of examples that nobody can have."""
-    counts = [contribution.num_examples, *counts_of(contribution.statistics).values()]
-    if not all(type(count) is int and count >= 1 for count in counts):
-        raise ContributionError(
-            f"{owner} names {counts} examples, in all and by class; expected whole numbers from 1."
-        )
-
-
-def _is_text(name: object) -> bool:
-    """Whether a value is text; half of a surrogate pair, which JSON can hold, is not."""
-    return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name

@@ -6,6 +6,7 @@ contributions that are added or removed, not with those that stay.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,21 +17,24 @@ from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.contribution import (
     AnyStatistics,
     Contribution,
-    check_statistics,
     counts_of,
 )
 from fedcompo.method.pool import require_unmixed
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import journal
-from fedcompo.registry.admission import check_kind
+from fedcompo.registry.admission import check_features, check_kind, outliers
+from fedcompo.registry.company import Company
 from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PRIVATE, Member, State
 from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
-from fedcompo.storage.files import write_synced
+from fedcompo.storage.files import canonical, write_synced
 from fedcompo.storage.tensorstream import file_sha256
+
+FEW = 100
+"""Most classes of a member that the journal lists when it leaves."""
 
 
 def add(
@@ -38,6 +42,7 @@ def add(
     sources: Sequence[Contribution | Path],
     *,
     replacing: bool,
+    empty: bool = False,
     requested_by: str = "",
     on_step: OnStep,
 ) -> None:
@@ -45,24 +50,26 @@ def add(
     if not sources:
         raise ContributionError("There is nothing to add; name at least one contribution.")
     with drafted(registry, f"adding {len(sources)} contribution(s)", on_step) as draft:
-        state = draft.before
+        state, company = draft.before, Company.of(registry)
         coming: dict[str, Member] = {}
         for source in sources:
-            member = draft.stage(source, {*state.members, *coming})
+            member, known = draft.stage(source, company, empty=empty)
             if member.client in state.members and not replacing:
                 raise ContributionError(
                     f"Client {member.client!r} is in the registry {registry.path} already. "
                     "Replace it explicitly (`--replace`, `replace = true`), which is a removal and "
                     "an addition, or give the newcomer another name."
                 )
-            coming[member.client] = member
+            coming[member.client], company = member, company.joined({member.client: known})
+        for reason in outliers(coming, company).values():
+            raise ContributionError(reason)
         gone = [state.members[client] for client in coming if client in state.members]
         line = draft.next_sequence + len(gone)  # each of them has a line of its own before
         coming = {client: replace(member, added=line) for client, member in coming.items()}
         after = _with_members(state, {**state.members, **coming})
         require_unmixed({client: member.kind for client, member in after.members.items()})
         after = draft.compose(after, coming=list(coming.values()), going=gone)
-        events = [("removed", {**_journalled(member), "within": "replacement"}) for member in gone]
+        events = [("removed", {**_left(member), "within": "replacement"}) for member in gone]
         newcomers = [_journalled(after.members[client]) for client in sorted(coming)]
         events.append(("added", {"clients": newcomers, **_requester(requested_by)}))
         draft.deletions += [member.folder for member in gone]
@@ -92,7 +99,7 @@ def remove(
         write_synced(path, record.text.encode())
         draft.moves.append(record.place)
         details = {
-            **_journalled(member),
+            **_left(member),
             "record": record.place,
             "record_sha256": file_sha256(path),
             **_requester(requested_by),
@@ -181,9 +188,8 @@ def _check_described(
             f"own classes; wrong or missing: {', '.join(wrong)}."
         )
     for client, own in statistics.items():
-        owner = f"client {client!r}"
-        check_kind(own, state.settings.statistics, owner)
-        check_statistics(own, members[client], num_features, owner)
+        kind, owner = state.settings.statistics, f"client {client!r}"
+        check_features(own, members[client], num_features, kind, owner)
 
 
 def _check_choice(state: State, factor: float | None, shrinkage: float | None) -> None:
@@ -228,4 +234,13 @@ def _journalled(member: Member) -> dict[str, Any]:
     """Return a member as the journal keeps it: names, numbers and digests."""
     values = member.values
     del values["folder"]
+    return values
+
+
+def _left(member: Member) -> dict[str, Any]:
+    """Return the same of a member that leaves; its line of arrival lists its classes already."""
+    values, names = _journalled(member), list(member.classes)
+    if len(names) > FEW:
+        digest = hashlib.sha256(canonical(names).encode()).hexdigest()
+        values["classes"] = {"count": len(names), "sha256": digest}
     return values

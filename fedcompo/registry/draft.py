@@ -28,7 +28,8 @@ from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
-from fedcompo.registry.admission import check_contribution, stage_contribution
+from fedcompo.registry.admission import admit, stage_contribution
+from fedcompo.registry.company import Company, Known
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
 from fedcompo.report.units import OnStep
@@ -100,9 +101,10 @@ class Draft:
         """Number of the journal's next line."""
         return self.before.sequence + 1
 
-    def stage(self, source: Contribution | Path, known: set[str]) -> Member:
+    def stage(
+        self, source: Contribution | Path, company: Company, *, empty: bool
+    ) -> tuple[Member, Known]:
         """Copy a contribution, check all of it, and describe it as a member."""
-        registry = self.registry
         opened = source if isinstance(source, Contribution) else Contribution.open(source)
         name = check_client_name(str(opened.client))
         self.on_step(f"checking {name}")
@@ -113,16 +115,9 @@ class Draft:
             raise ContributionError(f"Two of the contributions are of {name!r}.")
         folder = self.new / place
         staged = stage_contribution(source, folder)
-        check_contribution(
-            staged,
-            theta_shapes=registry.backbone.theta_shapes,
-            base=registry.state.base,
-            num_features=registry.backbone.num_features,
-            statistics=registry.settings.statistics,
-            members=known,
-        )
+        known = admit(staged, company, empty=empty)
         self.moves.append(place)
-        return Member(
+        member = Member(
             client=staged.client,
             folder=place,
             kind=str(staged.task_vector.kind),
@@ -134,6 +129,7 @@ class Draft:
             lineage=staged.lineage,
             added=self.next_sequence,
         )
+        return member, known
 
     def compose(
         self,
@@ -188,7 +184,7 @@ class Draft:
         members = dict(after.members)
         for member, rounding in zip(known, written.roundings, strict=False):  # who goes comes last
             norm = member.squared_norm
-            if norm is None and self._of_sums:
+            if norm is None and (self._of_sums or after.settings.max_norm_ratio):
                 norm = rounding.squared_norm
             members[member.client] = replace(
                 member, rounded_sha256=rounding.sha256, squared_norm=norm

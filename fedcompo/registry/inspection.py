@@ -14,12 +14,14 @@ from fedcompo.registry.transaction import MODEL
 from fedcompo.report.twins import twins
 
 Values = dict[str, Any]
+DAMAGED = "damaged"
+"""Kind of a member that cannot be described."""
 
 
 def summary(registry: RegistryReader) -> Values:
     """Describe a registry, what it composes, and each of its members."""
     state, entries = registry.state, registry.entries()
-    members = [_row(registry, member, entries) for member in state.members.values()]
+    members = [_listed(registry, member, entries) for member in state.members.values()]
     return {
         "registry": str(registry.path.absolute()),
         "backbone": state.base,
@@ -109,6 +111,22 @@ def removal_plan(registry: RegistryReader, client: str, *, keep_versions: bool) 
         "lineage": asdict(influence),
         "to_retrain": list(influence.to_retrain),
     }
+
+
+def _listed(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> Values:
+    """Describe a member; one that cannot be described keeps nobody else from being listed."""
+    try:
+        return _row(registry, member, entries)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        nothing: Values = {
+            "num_examples": 0,
+            "bytes": 0,
+            "added": "",
+            "shaped_by": [],
+            "shapes": [],
+        }
+        fault = f"{type(error).__name__}: {error}"
+        return {"client": member.client, "kind": DAMAGED, "classes": [], **nothing, "fault": fault}
 
 
 def _row(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> Values:

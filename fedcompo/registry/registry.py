@@ -83,6 +83,7 @@ class Registry(RegistryReader):
         self,
         *sources: Contribution | Path,
         replacing: bool = False,
+        empty: bool = False,
         requested_by: str = "",
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
@@ -91,6 +92,7 @@ class Registry(RegistryReader):
         Args:
             sources: Contributions, or folders that hold one each.
             replacing: Take the place of members of the same name; a removal and an addition.
+            empty: Take task vectors of zeros too, as a client that learnt nothing has one.
             requested_by: Person or client who asks for it; for the journal.
             on_step: Called with what is being done.
 
@@ -100,7 +102,14 @@ class Registry(RegistryReader):
             BackboneMismatch: If one was trained on other pre-trained weights.
             RegistryLocked: If another process keeps changing the registry.
         """
-        changes.add(self, sources, replacing=replacing, requested_by=requested_by, on_step=on_step)
+        changes.add(
+            self,
+            sources,
+            replacing=replacing,
+            empty=empty,
+            requested_by=requested_by,
+            on_step=on_step,
+        )
 
     def remove(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -62,6 +63,11 @@ class Member:
     squared_norm: float | None = None
     """Squared length of its task vector, to six significant digits; None: not known yet, or the
     members' features are described by mixtures."""
+
+    @property
+    def norm(self) -> float | None:
+        """Length of its task vector; None: not known."""
+        return None if self.squared_norm is None else math.sqrt(self.squared_norm)
 
     @property
     def values(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +12,11 @@ from typing import Any
 import grpc
 
 from fedcompo.errors import ContributionError, RegistryError
+from fedcompo.registry.inspection import DAMAGED
 from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.rederivation import Finding
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import PUBLIC, State
+from fedcompo.registry.state import PUBLIC, Member, State
 from fedcompo.registry.transaction import STATE
 from fedcompo.registry.verification import verify_registry
 from fedcompo.service import registry_pb2 as wire
@@ -25,6 +27,8 @@ from fedcompo.service.limits import Limits, Places
 from fedcompo.service.publishing import Uploads
 from fedcompo.service.refusals import Code, Refused, redacted
 
+LARGEST_LIST = 8 << 20
+"""Bytes of the names of classes in a list, of all members together; the rest is counted."""
 LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""
 CHANGED = "The registry was changed while it was verified. Try again."
@@ -80,21 +84,13 @@ class Members:
         """List the members."""
         registry = Registry(self._registry)
         state = registry.state
+        share = LARGEST_LIST // max(1, len(state.members))
         return wire.ListReply(
             identity=registry.identity,
             base=state.base,
             root=state.root,
             sequence=state.sequence,
-            members=[
-                wire.Member(
-                    client=member.client,
-                    kind=member.kind,
-                    num_examples=member.num_examples,
-                    classes=member.classes,
-                    added=member.added,
-                )
-                for member in state.members.values()
-            ],
+            members=[_listed(member, share) for member in state.members.values()],
             public_key=_public_key(registry),
         )
 
@@ -129,6 +125,24 @@ class Members:
             findings = verify_record(path, registry=Registry(self._registry))
             inside = {path: "the receipt"}
             return [replace(f, detail=redacted(f.detail, inside)) for f in findings]
+
+
+def _listed(member: Member, share: int) -> Any:
+    """Describe a member in so many bytes; what cannot be described keeps nobody else from it."""
+    sizes = itertools.accumulate(len(str(name).encode(errors="replace")) for name in member.classes)
+    classes = [c for c, size in zip(member.classes, sizes, strict=True) if size <= share]
+    if more := len(member.classes) - len(classes):
+        classes.append(f"… and {more} more")
+    try:
+        return wire.Member(
+            client=member.client,
+            kind=member.kind,
+            num_examples=member.num_examples,
+            classes=classes,
+            added=member.added,
+        )
+    except (ValueError, TypeError):  # an older version took it in
+        return wire.Member(client=member.client, kind=DAMAGED)
 
 
 def _last_record(registry: Registry, client: str) -> bytes:

@@ -1,14 +1,12 @@
 """Check a client's answer before anything else uses it.
 
-Each check unpacks one part of an answer and raises if it cannot be used. Two look at task vectors
-for signs of a fault or of fraud: one that is far too long, and one that another client sent before.
+Each check unpacks one part of an answer and raises if it cannot be used. Contributions are checked
+in :mod:`fedcompo.registry.admission`, wherever they come from.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -20,17 +18,11 @@ from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.messages.answers import AveragingAnswer, FisherAnswer, VoteAnswer, caps_of
 from fedcompo.messages.body import Body
-from fedcompo.method.contribution import AnyStatistics, check_statistics
-from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.method.statistics import FeatureSums
-from fedcompo.method.task_vector import TaskVector
-from fedcompo.storage.tensorfile import tensor_digest
+from fedcompo.registry.admission import FEWEST
 
 CAP_WORDS: Mapping[str, list[Any]] = {"wire": list(Wire), "form": list(FisherForm)}
 """Caps that a client reports in words, and the words there are."""
-LONGEST = 10.0
-"""Largest norm of a change to a weight, relative to the norm of that weight."""
 LARGEST = torch.finfo(torch.float32).max
 """Largest figure that a client can report: sums of these are finite in float64."""
 
@@ -42,30 +34,6 @@ def check_backbone(client: str, base: str, backbone: Backbone) -> None:
             f"Client {client!r} holds the backbone {base}, the server holds "
             f"{backbone.fingerprint}. Give both the same `backbone` and `checkpoint`."
         )
-
-
-def check_described(
-    client: str,
-    statistics: AnyStatistics,
-    classes: tuple[str, ...],
-    num_features: int,
-    *,
-    noised: bool,
-) -> None:
-    """Refuse a client's statistics unless they describe each of its classes.
-
-    Raises:
-        ContributionError: If there is no class, if they are unsorted or not those of the
-            statistics, if no head can be made of these, or if they are of no images; under noise
-            they may be.
-    """
-    if not classes or list(classes) != sorted(set(classes)):
-        raise ContributionError(
-            f"Client {client!r} names the classes {classes}, expected one or more, sorted."
-        )
-    check_statistics(statistics, classes, num_features, f"client {client!r}")
-    if isinstance(statistics, FeatureSums) and not noised:
-        statistics.check_scatter(f"client {client!r}")
 
 
 def checked_fisher(client: str, answer: FisherAnswer, backbone: Backbone) -> FisherDiagonal | None:
@@ -111,21 +79,6 @@ def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
     return Votes(hits, losses, images)
 
 
-def checked_task_vector(client: str, answer: AveragingAnswer, backbone: Backbone) -> TaskVector:
-    """Return a client's task vector; raises as :meth:`TaskVector.check` does."""
-    vector = TaskVector(answer.kind, answer.task_vector, answer.base)
-    vector.check(backbone.theta_0, base=backbone.fingerprint, owner=f"client {client!r}")
-    for name, weight in backbone.theta_0.items():
-        length, limit = float(vector.delta(name, weight).norm()), LONGEST * float(weight.norm())
-        if not length <= limit:  # also if it is not a number
-            raise ContributionError(
-                f"The task vector of client {client!r} has norm {length:.3g} at {name!r}, more "
-                f"than {LONGEST:g} times that of the weight itself. Its training diverged: lower "
-                "`learning-rate`, or use `penalty = implicit`."
-            )
-    return vector
-
-
 def checked_fractions(client: str, figures: Mapping[str, Any]) -> dict[str, float]:
     """Return reported accuracies by name; raises ``ContributionError`` if one is not in [0, 1]."""
     for name, value in figures.items():
@@ -167,29 +120,8 @@ def _can_be_true(name: str, value: Any) -> bool:
     return figure and 0 <= value <= LARGEST
 
 
-FEWEST = 3
-"""Number of clients from which on one can stand out among the others."""
 LARGEST_FISHER = 100.0
 """Largest mean trace of a client's Fisher, relative to the median of all."""
-
-
-def too_long(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
-    r"""Find clients whose :math:`\lVert\tau_c\rVert` exceeds ratio times the median of all norms.
-
-    Returns:
-        The reason to refuse the task vector, by client; empty with ratio 0.
-    """
-    if not ratio or len(norms) < FEWEST:
-        return {}
-    usual = median(norms.values())
-    return {
-        client: (
-            f"Its task vector has norm {norm:.3g}, more than `max-norm-ratio` = {ratio:g} times "
-            f"the median {usual:.3g}. Look at its data and its learning rate."
-        )
-        for client, norm in norms.items()
-        if norm > ratio * usual
-    }
 
 
 def too_large(traces: Mapping[str, float]) -> dict[str, str]:
@@ -211,31 +143,3 @@ def too_large(traces: Mapping[str, float]) -> dict[str, str]:
         for client, trace in traces.items()
         if trace > LARGEST_FISHER * usual > 0
     }
-
-
-def norm_of(vector: TaskVector, theta_0: Weights) -> float:
-    """Euclidean norm of a task vector, over all target weights."""
-    parts = (float(vector.delta(name, weight).norm()) for name, weight in theta_0.items())
-    return math.hypot(*parts)
-
-
-@dataclass
-class Originals:
-    """The first sender of each task vector."""
-
-    owners: dict[str, str] = field(default_factory=dict)
-    """First sender, by SHA-256 of the task vector."""
-
-    def check(self, client: str, vector: TaskVector, norm: float) -> None:
-        """Raise ``ContributionError`` if another client sent the same task vector before.
-
-        Two trainings do not end at the same bits, unless both changed nothing: norm 0.
-        """
-        if not norm:
-            return
-        owner = self.owners.setdefault(tensor_digest(vector.tensors), client)
-        if owner != client:
-            raise ContributionError(
-                f"Client {client!r} sent, byte for byte, the task vector of {owner!r}: a copy of a "
-                "contribution that is not its own."
-            )

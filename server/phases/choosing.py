@@ -29,8 +29,9 @@ from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.statistics import FeatureSums
+from fedcompo.registry.admission import check_features
 from fedcompo.registry.registry import Registry
-from server.exchange.checks import check_described, checked_votes
+from server.exchange.checks import checked_votes
 from server.exchange.exchange import Exchange
 from server.phases.roster import Roster
 
@@ -176,11 +177,10 @@ class Choosing:
 
         def fold(client: str, body: Body) -> str:
             answer, classes = RealignAnswer.from_body(body), self.registry.member(client).classes
-            noised = client in self.roster.participants.noised
             if len(answer.statistics) != len(factors):
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
-                check_described(client, own, classes, width, noised=noised)
+                check_features(own, classes, width, form, f"client {client!r}")
             described.take(client, answer.statistics)
             return client
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,10 @@ from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums, total_of
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.registry.admission import admit, outliers
+from fedcompo.registry.company import Company, Known
 from fedcompo.registry.registry import Registry
-from server.exchange.checks import (
-    Originals,
-    checked_fractions,
-    checked_losses,
-    checked_task_vector,
-    norm_of,
-    too_long,
-)
+from server.exchange.checks import checked_fractions, checked_losses
 from server.exchange.exchange import Exchange
 from server.phases import roster
 from server.phases.fisher import Fishers, fisher_apart
@@ -76,8 +71,8 @@ class Fitting:
     """What clients reported, by client."""
     ensembled: bool = False
     """Whether clients train inside the sum of the others."""
-    originals: Originals = field(default_factory=Originals)
-    """The first sender of each task vector."""
+    admitted: dict[str, Known] = field(default_factory=dict)
+    """What is known of the last task vector that each client sent."""
 
     def __post_init__(self) -> None:
         """Read the reference before any client is asked; raises if that fails."""
@@ -195,9 +190,9 @@ class Fitting:
         self.exchange.ask(
             "train", "train", self.train_request, self._fold_trained, clients=self.roster.newcomers
         )
-        norms = {client: self.figures[client]["norm"] for client in self.roster.newcomers}
-        for client, reason in too_long(norms, self.config.server.max_norm_ratio).items():
-            self.exchange.leave_out("train", client, reason)
+        while long := outliers(self.roster.newcomers, self.company()):
+            for client, reason in long.items():  # without them, the median is another
+                self.exchange.leave_out("train", client, reason)
         self.exchange.require_clients("train")
         self.trained = self.roster.newcomers
 
@@ -246,20 +241,19 @@ class Fitting:
         self, client: str, answer: TrainAnswer
     ) -> tuple[TaskVector, Head, dict[str, Any]]:
         """Check and unpack what a client trained; raises ``ContributionError``."""
-        vector, who = checked_task_vector(client, answer, self.backbone), self.roster.participants
+        vector = TaskVector(answer.kind, answer.task_vector, answer.base)
+        who = self.roster.participants
         if vector.kind is not who.kinds[client]:
             raise ContributionError(
                 f"Client {client!r} sent a task vector of the kind {vector.kind}, it was asked for "
                 f"{who.kinds[client]}. Use the same fedcompo version everywhere."
             )
-        norm = norm_of(vector, self.backbone.theta_0)
-        self.originals.check(client, vector, norm)
-        head = answer.head(answer.classes)
-        head.check(who.described[client].classes, self.backbone.num_features, f"client {client!r}")
         held = {} if answer.held is None else {"held": answer.held}
         figures = checked_fractions(client, {**answer.figures, **held})
-        losses = checked_losses(client, answer)
-        return vector, head, {**figures, "losses": losses, "norm": norm}
+        losses, head = checked_losses(client, answer), answer.head(answer.classes)
+        made = self._contribution(client, vector, head, self.lineage(client))
+        known = self.admitted[client] = admit(made, self.company(), empty=True)
+        return vector, head, {**figures, "losses": losses, "norm": known.norm}
 
     def note_figures(self, client: str, figures: Mapping[str, Any]) -> None:
         """Keep what a client reports of its training; its losses are appended to earlier ones."""
@@ -268,20 +262,31 @@ class Fitting:
 
     def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
         """Write a client's contribution to its folder, and note how far it went."""
-        description = self.roster.participants.described[client]
         fisher = self.fishers.known(client) if self.config.server.keep_fisher else None
         distance = self.fishers.distance(client, vector, self._variance)
         self.figures.setdefault(client, {})["distance"] = distance
-        Contribution(
+        made = self._contribution(client, vector, head, lineage)
+        replace(made, fisher=fisher).save(self.folder(client))
+
+    def company(self) -> Company:
+        """Return whom a contribution must go together with, and all that is known of them."""
+        company = self.roster.company().held_to(self.config.server.max_norm_ratio)
+        return company.joined({c: k for c, k in self.admitted.items() if c in company.members})
+
+    def _contribution(
+        self, client: str, vector: TaskVector, head: Head, lineage: Lineage
+    ) -> Contribution:
+        """Make a client's contribution, without Fisher."""
+        description = self.roster.participants.described[client]
+        return Contribution(
             client=client,
             task_vector=vector,
             head=head,
             statistics=description.statistics,
             num_examples=description.num_examples,
             lineage=lineage,
-            fisher=fisher,
             settings=dict(self.config.of_client()),
-        ).save(self.folder(client))
+        )
 
     def lineage(self, client: str) -> Lineage:
         """Clients whose data shaped a client's contribution, besides its own."""

@@ -17,12 +17,14 @@ from fedcompo.messages.requests import DescribeRequest, IdentifyRequest
 from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
+from fedcompo.registry.admission import check_described
+from fedcompo.registry.company import Company, Known
 from fedcompo.registry.registry import Registry
 from fedcompo.report.pictures import notes_on
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
-from server.exchange.checks import check_backbone, check_described
+from server.exchange.checks import check_backbone
 from server.exchange.exchange import Exchange
 from server.phases.participants import Participants
 
@@ -44,6 +46,8 @@ class Roster:
 
     exchange: Exchange
     backbone: Backbone
+    others: Callable[[], Company]
+    """Returns who is there beside the clients of this run: the registry's members, or nobody."""
     participants: Participants = Participants()
     """The current value; only the roster replaces it."""
     tangent: bool | None = None
@@ -70,6 +74,11 @@ class Roster:
         """All clients that are trained in this run, connected at the moment or not; sorted."""
         return tuple(sorted({*self.present, *self.participants.absent}))
 
+    def company(self) -> Company:
+        """Return whom a contribution must go together with: the others, and who is described."""
+        described = self.participants.described
+        return self.others().joined({c: Known(described[c].classes) for c in self.parties})
+
     def require_newcomers(self, registry: Registry) -> None:
         """Raise ``ContributionError`` if no client is to be trained."""
         if not self.newcomers:
@@ -80,10 +89,7 @@ class Roster:
             )
 
     def note_twins(self, members: Mapping[str, Iterable[str]]) -> None:
-        """Note classes of clients and members that may be one, spelt differently; once.
-
-        The members' classes are by member.
-        """
+        """Note classes of clients, and of members, that may be one, spelt differently; once."""
         own = {c: self.participants.described[c].classes for c in self.parties}
         self.exchange.books.note(note_on(twins({**members, **own})))
 
@@ -220,8 +226,7 @@ class Roster:
     def _fold(self, client: str, body: Body, keep_fisher: KeepFisher | None) -> str:
         answer = DescribeAnswer.from_body(body)
         name, kind = self._checked_name(client, answer, body), answer.kind
-        width, noised = self.backbone.num_features, answer.noised
-        check_described(name, answer.statistics, answer.classes, width, noised=noised)
+        check_described(name, answer.classes, answer.statistics, self.company())
         if kind and self.tangent not in (None, kind is Kind.TANGENT):
             raise ContributionError(
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "

@@ -26,8 +26,8 @@ from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages.answers import LacksAnswer, TrainAnswer, read_trained
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import ANCHOR, OWN, Others, Round, TrainRequest
+from fedcompo.registry.admission import outliers
 from fedcompo.registry.registry import Registry
-from server.exchange.checks import too_long
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting
 from server.phases.roster import Roster
@@ -81,6 +81,7 @@ class Rounds:
             self.history.append({**happened, "came": list(came), "went": list(went)})
             if self.working and number > len(self.working.steps):
                 self.working.step(self.history[-1])
+        self.drop_outliers()
         self.drop_silent()
         self.attendance.close()
 
@@ -101,6 +102,17 @@ class Rounds:
             self.holdings.change_anchors()
             if self.roster.parties and number < self.number:
                 self.fitting.align()
+
+    def drop_outliers(self) -> None:
+        """Take out whose last task vector stands out among those that are there in the end."""
+        while long := outliers(self.trained, self.fitting.company()):
+            for client, reason in long.items():
+                self.sum.drop(client)
+                if client in self.exchange.clients:
+                    self.exchange.leave_out("train", client, reason)
+                else:
+                    self.exchange.books.miss("train", client, reason)
+            self.fitting.forget(long)
 
     def drop_silent(self) -> None:
         """Leave out clients that never sent a task vector; raises ``TooFewClients``."""
@@ -126,13 +138,14 @@ class Rounds:
         self._number, self._together = number, self.sum.together(asked)
         self._arrived: dict[str, dict[str, Any]] = {}
         self._lacking: set[str] = set()
+        self._before = dict(self.fitting.admitted)
         missed = self._book_missed()
         self._ask(asked)
         if self._lacking:
             self._ask(self._lacking)
-        norms = {client: figures["norm"] for client, figures in self._arrived.items()}
-        for client, reason in too_long(norms, self.fitting.config.server.max_norm_ratio).items():
-            self._refuse(client, reason)
+        while long := outliers(self._arrived, self.fitting.company()):
+            for client, reason in long.items():
+                self._refuse(client, reason)
         inside, losses = set(self.sum.clients), {}
         for client, figures in sorted(self._arrived.items()):
             try:
@@ -240,6 +253,8 @@ class Rounds:
         self.last.refuse(client)
         self.holdings.lost(client)
         self._arrived.pop(client, None)
+        self.fitting.admitted.pop(client, None)
+        self.fitting.admitted |= {c: known for c, known in self._before.items() if c == client}
         self.exchange.books.miss("train", client, reason)
 
     # -- what comes of it -------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError
 from fedcompo.names import printable
+from fedcompo.registry import admission
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.state import PUBLIC
@@ -52,8 +53,9 @@ def home(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture
-def odd(home: Path) -> Path:
-    """The same, with a client whose classes have odd names."""
+def odd(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, with a client whose classes have odd names, which older versions took in."""
+    monkeypatch.setattr(admission, "check_class_names", lambda names, owner: None)
     Registry("registry").add(member("odd", Kind.IA3, seed=8, classes=sorted(ODD)))
     return home
 
@@ -96,9 +98,9 @@ def test_list_for_programs_is_the_registry_itself(home: Path) -> None:
 def test_list_names_classes_that_may_be_one(home: Path) -> None:
     assert (told("list")["twins"], "Note" in run("list").stdout) == ([], False)
     Registry("registry").add(member("north", seed=7, classes=["Three", "seven"]))
-    Registry("registry").add(member("west", seed=8, classes=["Three\u200b", "nine"]))
-    assert told("list")["twins"] == [{"Three": ["north"], "Three\u200b": ["west"]}]
-    assert "'Three' (north), 'Three⟨U+200B⟩' (west)" in run("list").stdout
+    Registry("registry").add(member("west", seed=8, classes=["THREE", "nine"]))
+    assert told("list")["twins"] == [{"THREE": ["west"], "Three": ["north"]}]
+    assert "'THREE' (west), 'Three' (north)" in run("list").stdout
 
 
 def test_an_empty_registry_can_be_listed(tmp_path: Path) -> None:

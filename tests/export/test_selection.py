@@ -219,7 +219,9 @@ def mailed(
     return replace(
         made,
         head=random_head(made.head.classes, width, seed=number),
-        statistics=random_sums(made.head.classes, width, seed=number),
+        statistics=random_sums(
+            made.head.classes, width, seed=number, num_examples=made.num_examples
+        ),
         settings={**RunConfig().flat(), **settings},
     )
 
@@ -282,7 +284,13 @@ def test_folders_of_mixtures_compose_the_mean_as_they_always_did(
     for number, client in enumerate(("ada", "ben"), 1):
         made = mailed(embedded, client, Kind.LORA, number)
         width = embedded.num_features
-        mixtures = random_statistics(Statistics.MIXTURES, made.head.classes, width, seed=number)
+        mixtures = random_statistics(
+            Statistics.MIXTURES,
+            made.head.classes,
+            width,
+            seed=number,
+            num_examples=made.num_examples,
+        )
         replace(made, statistics=mixtures, settings=older).save(tmp_path / client)
     with from_folders(sorted(tmp_path.iterdir())) as selection:
         assert selection.scale == 1

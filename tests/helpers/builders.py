@@ -170,8 +170,10 @@ def random_statistics(
     """Sums of so many images, or a mixture for each class."""
     if kind is Statistics.SUMS:
         return random_sums(classes, num_features, seed=seed, num_examples=num_examples)
+    share, rest = divmod(num_examples, len(classes))
     return {
-        name: random_mixture(num_features, seed=seed + 10 * i) for i, name in enumerate(classes)
+        name: random_mixture(num_features, seed=seed + 10 * i, num_examples=share + (i < rest))
+        for i, name in enumerate(classes)
     }
 
 

@@ -6,6 +6,7 @@ import functools
 import math
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -63,7 +64,9 @@ def member(
     statistics: Statistics = Statistics.SUMS,
 ) -> Contribution:
     """A contribution to :func:`backbone` with random content in every part."""
-    seed = 10_000 * (seed + 1)  # what is derived from it must not meet another client's
+    num_examples = max(num_examples, len(classes))
+    own = zlib.crc32(client.encode("utf-8", "replace")) % 1000  # nobody is another's copy
+    seed = 10_000 * (seed + 1 + 100 * own)  # what is derived from it must not meet another's
     made = contribution(
         client,
         kind,
@@ -71,7 +74,7 @@ def member(
         base=backbone().fingerprint,
         seed=seed,
         classes=classes,
-        num_examples=max(num_examples, len(classes)),
+        num_examples=num_examples,
         with_fisher=False,
         statistics=statistics,
     )
@@ -80,7 +83,7 @@ def member(
         made,
         head=random_head(classes, WIDTH, seed=seed + 1),
         statistics=random_statistics(
-            statistics, classes, WIDTH, seed=seed + 2, num_examples=max(num_examples, len(classes))
+            statistics, classes, WIDTH, seed=seed + 2, num_examples=num_examples
         ),
         num_examples=num_examples,
         lineage=lineage or Lineage(),

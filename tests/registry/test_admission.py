@@ -233,8 +233,8 @@ BAD: dict[str, tuple[Callable[[], Contribution], str]] = {
     ),
     "no image of a class": (lambda: with_count(full(), 0), "at least one each"),
     "too many images of a class": (lambda: with_count(full(), 2**60), "fewer than"),
-    "no example": (lambda: replace(full(), num_examples=0), "whole numbers from 1"),
-    "half an example": (lambda: replace(full(), num_examples=2.5), "whole numbers from 1"),
+    "no example": (lambda: replace(full(), num_examples=0), "names 0 examples in all, and 20"),
+    "half an example": (lambda: replace(full(), num_examples=2.5), "names 2.5 examples"),
     "class of half a character": (lambda: member("dee", classes=("\ud800",)), "no text"),
 }
 
@@ -262,7 +262,7 @@ BAD_MIXTURES: dict[str, tuple[Callable[[], Contribution], str]] = {
     ),
     "a class of no example": (
         lambda: with_mixture(described(), num_examples=0),
-        "at least 1 example",
+        "whole numbers from 1",
     ),
     "sums among mixtures": (full, "by sums, the others by mixtures"),
 }
@@ -300,9 +300,8 @@ def test_another_backbone_is_refused_and_both_are_named(registry):
 def test_examples_that_leave_the_range_of_the_sum_are_refused(tmp_path):
     how = CompositionSettings(coefficients=Coefficients.EXAMPLES)
     registry = registry_of(tmp_path / "r", member("ada"), settings=how)
-    error = refused(registry, replace(full(), num_examples=10**7))
-    assert "`coefficients = uniform`" in str(error)
-    error = refused(registry, replace(full(), num_examples=10**30))
+    many = with_count(full(), 10**7)
+    error = refused(registry, replace(many, num_examples=many.statistics.num_examples))
     assert "`coefficients = uniform`" in str(error)
 
 
@@ -405,6 +404,6 @@ def test_claims_that_no_client_of_ours_makes_are_refused(claims, tmp_path, regis
 
 def test_rewriting_alone_is_no_reason_to_refuse(tmp_path, registry):
     member("dee", Kind.FULL, lineage=Lineage(anchored_by=("zoe",))).save(tmp_path / "inbox")
-    registry.add(rewritten(tmp_path / "inbox", num_examples=3))
-    assert registry.member("dee").num_examples == 3
+    registry.add(rewritten(tmp_path / "inbox", settings={"seed": 3}))
+    assert registry.card("dee")["settings"] == {"seed": 3}
     assert registry.member("dee").lineage.anchored_by == ("zoe",)

@@ -76,7 +76,7 @@ def specs(kinds: Sequence[Kind], most: int) -> st.SearchStrategy[list[Spec]]:
         st.sampled_from(kinds),
         st.integers(0, 2),
         st.sampled_from(CLASSES),
-        st.sampled_from((1, 7, 40)),
+        st.sampled_from((3, 7, 40)),
     )
     return st.lists(one, min_size=1, max_size=most, unique_by=lambda s: s.client)
 
