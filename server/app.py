@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
     # Members count: a single newcomer can join them.
     least = max(1, config.server.min_clients - len(working.members))
     exchange = new_exchange(grid, books, config, least=least, answers=working.answers)
-    if registry.clients and registry.settings != CompositionSettings.of(config):
+    uncapped = replace(registry.settings, class_cap=0, client_cap=0)
+    if registry.clients and uncapped != CompositionSettings.of(config):
         books.note("The registry composes with its own settings, not with this run's.")
     fixed, aside = registry.settings.scale, config.train.aside
     if fixed is not None and aside > 0:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedcompo.composition.claims import most_of
+
 TEMPERATURE = 0.03
 """t, a factor on the logits."""
 WORST = 2.0
@@ -32,8 +34,8 @@ WORST = 2.0
 class Votes:
     """Sums over the images kept aside, of one client or of all; of each candidate."""
 
-    hits: tuple[int, ...]
-    """Images classified correctly, by candidate."""
+    hits: tuple[float, ...]
+    """Images classified correctly, by candidate; of all clients, each weighed."""
     losses: tuple[float, ...]
     """Quadratic scores, by candidate."""
     num_examples: int
@@ -61,13 +63,28 @@ class Votes:
         """Return the votes on so many candidates of a client that keeps no image aside."""
         return cls((0,) * count, (0.0,) * count, 0)
 
-    def __add__(self, other: Votes) -> Votes:
-        """Sum over the images of both."""
-        return Votes(
-            tuple(a + b for a, b in zip(self.hits, other.hits, strict=True)),
-            tuple(a + b for a, b in zip(self.losses, other.losses, strict=True)),
-            self.num_examples + other.num_examples,
-        )
+    @classmethod
+    def together(cls, votes: Sequence[Votes], ratio: float) -> Votes:
+        """Sum over the clients; the order of clients is that of the votes.
+
+        Args:
+            votes: Of each client.
+            ratio: How many times the usual number of images a client weighs by at most, among
+                those who have any; 0: by all.
+        """
+        votes = [own for own in votes if own.num_examples]
+        if not votes:
+            return cls((), (), 0)
+        most = most_of((own.num_examples for own in votes), ratio)
+        images = [min(own.num_examples, most or own.num_examples) for own in votes]
+        shares = [count / own.num_examples for count, own in zip(images, votes, strict=True)]
+
+        def summed(parts: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+            weighted = [[s * value for value in own] for s, own in zip(shares, parts, strict=True)]
+            return tuple(map(sum, zip(*weighted, strict=True)))
+
+        losses = summed(own.losses for own in votes)
+        return cls(summed(own.hits for own in votes), losses, sum(images))
 
 
 def scales(members: int) -> tuple[float, ...]:

@@ -22,6 +22,12 @@ class ComposeConfig:
         SCALE,
         numeric=True,
     )
+    max_count_ratio: float = setting(
+        1.5,
+        "Let a client weigh by no more images (of a class; in all) than this many times the usual "
+        "number, whatever it claims; 0: by all.",
+        NOT_NEGATIVE,
+    )
     realign: bool = setting(True, "Align the joint head again on features of the composed model.")
 
     @property

@@ -19,7 +19,7 @@ from fedcompo.composition.models import factor_of, stream_composition
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.method.contribution import Contribution
+from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.admission import check_contribution
@@ -137,7 +137,8 @@ def from_folders(
     pool = _chosen(Pool(tuple(members)), only, without, weights)
     first = pool.contributions[0]
     config = _run_config(first, checkpoint)
-    settings = _scaled(CompositionSettings.of(config), scale)
+    counts = [counts_of(member.statistics) for member in pool]
+    settings = _scaled(CompositionSettings.of(config), scale).with_caps(counts)
     backbone = load_backbone(config.backbone)
     base = first.task_vector.base
     if backbone.fingerprint != base:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
 from typing import Any
 
+from fedcompo.composition.claims import capped
 from fedcompo.composition.fixed_point import GRID
 from fedcompo.composition.head import head_from_total
 from fedcompo.composition.voting import Votes, elected, scales
@@ -181,7 +180,8 @@ class Choosing:
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
                 check_described(client, own, classes, width, noised=noised)
-            described.take(client, answer.statistics)
+            cap = self.registry.settings.class_cap
+            described.take(client, [capped(own, cap) for own in answer.statistics])
             return client
 
         clients = self.registry.clients
@@ -209,8 +209,8 @@ class Choosing:
             "vote", "query.vote", lambda c: request, fold, decisive=False, clients=clients
         )
         there = [by_client[client] for client in sorted(by_client)]
-        together = reduce(add, there) if there else None
-        return together if together and together.num_examples else None
+        together = Votes.together(there, self.config.compose.max_count_ratio)
+        return together if together.num_examples else None
 
     def _total(self) -> Weights:
         """The sum of the members' task vectors, each as often as it counts; float32."""
