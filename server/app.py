@@ -21,6 +21,7 @@ from fedcompo.config.choices import Action, Method, Schedule
 from fedcompo.config.run import RunConfig
 from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
+from fedcompo.registry.owners import OWNERS, read_owners
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
 from fedcompo.report.picture import write_report
@@ -94,7 +95,12 @@ def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
 def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Train new clients and add them to the registry."""
     backbone = load_backbone(config.backbone)
+    table = Path(config.registry.owners).expanduser()
+    if config.registry.owners:
+        read_owners(table)  # raises before anything is made
     registry = open_or_create(config, backbone, output)
+    if config.registry.owners:
+        write_atomically(registry.path / OWNERS, table.read_bytes())
     working = Working.open(output, config, registry)
     # Members count: a single newcomer can join them.
     least = max(1, config.server.min_clients - len(working.members))

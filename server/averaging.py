@@ -38,6 +38,7 @@ from fedcompo.method.contribution import counts_of
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.registry.owners import read_owners
 from fedcompo.seeds import generator_for
 from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
 from server.exchange.exchange import Exchange
@@ -68,7 +69,9 @@ class Averaging:
     def __post_init__(self) -> None:
         """Refuse settings that allow no averaging, before any client is asked."""
         self.kind = _only_kind(self.config)
-        self.roster = Roster(self.exchange, self.backbone)
+        table = self.config.registry.owners
+        owners = read_owners(Path(table).expanduser()) if table else {}
+        self.roster = Roster(self.exchange, self.backbone, owners=owners)
         self.folder = self.output / "model"
 
     def run(self) -> None:
@@ -92,7 +95,7 @@ class Averaging:
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
                 self.exchange.leave_out("describe", client, reason)
         self.exchange.require_clients("describe")
-        self.roster.note_twins({})
+        self.roster.note_classes({})
         described = self.roster.participants.described
         stated = {client: described[client].statistics for client in self.exchange.clients}
         settings = CompositionSettings.of(self.config).with_caps(map(counts_of, stated.values()))

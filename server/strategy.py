@@ -23,6 +23,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
+from fedcompo.registry.owners import owners_in
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
 from server.phases import composing, fitting
@@ -50,7 +51,8 @@ class Strategy(ABC):
         """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
         known = Participants(members=self.working.members, kinds=self.working.kinds)
-        self.roster = Roster(self.exchange, self.backbone, known, tangent=tangent)
+        owners = owners_in(self.registry.path)
+        self.roster = Roster(self.exchange, self.backbone, known, tangent=tangent, owners=owners)
         self.roster.on_kinds = self.working.deal
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()

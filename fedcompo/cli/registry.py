@@ -23,6 +23,7 @@ from fedcompo.cli.common import (
 from fedcompo.errors import ConfigError
 from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
+from fedcompo.report.newcomers import newcomers, note_on_newcomers
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -88,7 +89,11 @@ def add(
         with progress(quiet=as_json) as tell:
             opened.add(*folders, replacing=replace, on_step=tell)
         new = [member["client"] for member in opened.entries()[-1].details["clients"]]
+        members = opened.state.members.values()
+        found = newcomers((m.added, m.client, m.classes) for m in members)
+        came = {client: classes for client, classes in found.items() if client in new}
         summary = {
+            "newcomers": came,
             "added": [client for client in new if client not in before],
             "replaced": [client for client in new if client in before],
             "clients": opened.clients,
@@ -100,6 +105,8 @@ def add(
         for what in ("added", "replaced"):
             if summary[what]:
                 say(f"{what.capitalize()} {', '.join(summary[what])}.")
+        if came:
+            say(f"Note: {note_on_newcomers(came)}")
         say(f"{len(opened.clients)} clients, {len(opened.classes)} classes. Root {summary['root']}")
 
 

@@ -23,6 +23,7 @@ from fedcompo.cli.common import (
 )
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
+from fedcompo.report.newcomers import newcomers, note_on_newcomers
 
 if TYPE_CHECKING:
     from fedcompo.service.certificates import Credential
@@ -81,13 +82,18 @@ def publish(
     with errors_as_sentences(verbose), connection.open() as client:
         with progress(quiet=as_json) as tell:
             published = client.publish(folder, replace=replace, on_step=tell)
+            there = [(m.added, m.client, m.classes) for m in client.list().members]
+        came = {c: names for c, names in newcomers(there).items() if c == published.client}
         if as_json:
             fields = ("client", "already", "root")
-            print_json({field: getattr(published, field) for field in fields})
+            reply = {field: getattr(published, field) for field in fields}
+            print_json({**reply, "newcomers": came})
         elif published.already:
             say(f"{published.client} was there already, with these files. Root {published.root}")
         else:
             say(f"Published {published.client}. Root {published.root}")
+            if came:
+                say(f"Note: {note_on_newcomers(came)}")
 
 
 @with_options("connection", Connection)

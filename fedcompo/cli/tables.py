@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedcompo.report.console import literal, numbers, say, table_console
+from fedcompo.report.newcomers import newcomers, note_on_newcomers
 from fedcompo.report.twins import note_on, twins
 from fedcompo.report.units import percent, shortened, size
 
@@ -54,7 +55,12 @@ def print_list(summary: Mapping[str, Any]) -> None:
     say(f"Joint head of {len(summary['classes'])} classes, aligned on {aligned} features")
     if summary["twins"]:
         say(f"Note: {note_on(summary['twins'])}")
+    if note := note_on_newcomers(summary["newcomers"]):
+        say(f"Note: {note}")
     if summary["clients"]:
+        caps = [summary["settings"].get(name) for name in ("class_cap", "client_cap")]
+        limits = f"at most {caps[0]} a class and {caps[1]} in all" if any(caps) else "all it states"
+        say(f"Images that a client weighs by: {limits}")
         say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
     say(f"Model: {summary['model'] or 'none, nobody is there'}")
     say(f"Root {summary['root']}")
@@ -72,7 +78,9 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
             str(member["num_examples"]),
         )
     table_console().print(table)
-    if note := note_on(twins({member["client"]: member["classes"] for member in members})):
+    came = newcomers((row["added"], row["client"], row["classes"]) for row in members)
+    said = note_on(twins({member["client"]: member["classes"] for member in members}))
+    for note in filter(None, (said, note_on_newcomers(came))):
         say(f"Note: {note}")
     say(f"Root {root}")
 

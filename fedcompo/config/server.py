@@ -74,6 +74,9 @@ class RegistryConfig:
         Action.TRAIN, "train (new clients, who join the registry), or remove (one of its clients)."
     )
     registry: str = setting("", "Folder of the registry; empty: a new one in the output.")
+    owners: str = setting(
+        "", 'TOML table of the clients that may have a class: cat = ["client-1"]; kept with it.'
+    )
     replace: bool = setting(
         False, "train: train clients anew that are in the registry, and replace them there."
     )

@@ -29,6 +29,7 @@ from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_contribution, stage_contribution
+from fedcompo.registry.owners import check_owner, owners_in
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
 from fedcompo.report.units import OnStep
@@ -121,6 +122,7 @@ class Draft:
             statistics=registry.settings.statistics,
             members=known,
         )
+        check_owner(staged.client, staged.head.classes, owners_in(registry.path))
         self.moves.append(place)
         return Member(
             client=staged.client,

@@ -11,6 +11,7 @@ from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import foreseen_influence
 from fedcompo.registry.state import Member
 from fedcompo.registry.transaction import MODEL
+from fedcompo.report.newcomers import newcomers
 from fedcompo.report.twins import twins
 
 Values = dict[str, Any]
@@ -32,6 +33,7 @@ def summary(registry: RegistryReader) -> Values:
         "model": str(registry.path.absolute() / MODEL) if members else None,
         "classes": list(registry.classes),
         "twins": twins({member.client: member.classes for member in state.members.values()}),
+        "newcomers": newcomers((m.added, m.client, m.classes) for m in state.members.values()),
         "joint_head": "realigned" if registry.realigned else "aligned",
         "kept_versions": list(state.kept),
         "clients": members,

@@ -42,8 +42,8 @@ def note_on(groups: list[Spellings]) -> str:
     """Write a note on twins that says what to do; empty if there are none."""
     if not groups:
         return ""
-    listed = _few(
-        [_few([f"{visible(s)} ({_few(who)})" for s, who in group.items()]) for group in groups],
+    listed = few(
+        [few([f"{visible(s)} ({few(who)})" for s, who in group.items()]) for group in groups],
         "; ",
     )
     return (
@@ -71,7 +71,7 @@ def _unseen(c: str) -> bool:
     return unicodedata.category(c) in BLANK or c in FILLERS
 
 
-def _few(texts: list[str], between: str = ", ") -> str:
+def few(texts: list[str], between: str = ", ") -> str:
     """Join the first texts, and say how many more there are."""
     more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return between.join([*texts[:SHOWN], *more])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
@@ -17,7 +17,9 @@ from fedcompo.messages.requests import DescribeRequest, IdentifyRequest
 from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
+from fedcompo.registry.owners import Owners, check_owner
 from fedcompo.registry.registry import Registry
+from fedcompo.report.newcomers import newcomers, note_on_newcomers
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
@@ -49,6 +51,8 @@ class Roster:
     """Whether the run's task vectors are tangents, which mix with no other kind; None: either."""
     on_kinds: Callable[[Mapping[str, Kind]], None] = lambda kinds: None
     """Called with the kinds of all clients whenever some are dealt."""
+    owners: Owners = field(default_factory=dict)
+    """Clients that may have a class, by class; an open one is not named."""
     _late: bool = False
     """Whether the clients asked last came when the run was under way."""
 
@@ -78,15 +82,21 @@ class Roster:
                 "start others."
             )
 
-    def note_twins(self, members: Mapping[str, Iterable[str]]) -> None:
-        """Note classes of clients and members that may be one, spelt differently; once.
+    def note_classes(self, members: Mapping[str, Iterable[str]]) -> None:
+        """Note classes that may be one, spelt differently, and who comes to a member's; once.
 
         The members' classes are by member.
         """
         described, books = self.participants.described, self.exchange.books
-        note = note_on(twins({**members, **{c: described[c].classes for c in self.parties}}))
-        if note not in ("", *books.notes):
-            books.note(note)
+        coming = {c: described[c].classes for c in self.parties}
+        staying = {client: members[client] for client in members.keys() - coming.keys()}
+        arrivals = [(0, *item) for item in staying.items()] + [
+            (1, *item) for item in coming.items()
+        ]
+        twin = note_on(twins({**members, **coming}))
+        for note in (twin, note_on_newcomers(newcomers(arrivals))):
+            if note not in ("", *books.notes):
+                books.note(note)
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
@@ -220,6 +230,7 @@ class Roster:
         name, kind = self._checked_name(client, answer, body), answer.kind
         width, noised = self.backbone.num_features, answer.noised
         check_described(name, answer.statistics, answer.classes, width, noised=noised)
+        check_owner(name, answer.classes, self.owners)
         if kind and self.tangent not in (None, kind is Kind.TANGENT):
             raise ContributionError(
                 f"It insists on the kind {kind}, but tangents mix with no other kind. Give the "
