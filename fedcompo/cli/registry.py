@@ -89,11 +89,9 @@ def add(
         with progress(quiet=as_json) as tell:
             opened.add(*folders, replacing=replace, on_step=tell)
         new = [member["client"] for member in opened.entries()[-1].details["clients"]]
-        members = opened.state.members.values()
-        found = newcomers((m.added, m.client, m.classes) for m in members)
-        came = {client: classes for client, classes in found.items() if client in new}
+        arrivals = [(m.added, m.client, m.classes) for m in opened.state.members.values()]
+        came = {c: classes for c, classes in newcomers(arrivals).items() if c in new}
         summary = {
-            "newcomers": came,
             "added": [client for client in new if client not in before],
             "replaced": [client for client in new if client in before],
             "clients": opened.clients,

@@ -86,8 +86,7 @@ def publish(
         came = {c: names for c, names in newcomers(there).items() if c == published.client}
         if as_json:
             fields = ("client", "already", "root")
-            reply = {field: getattr(published, field) for field in fields}
-            print_json({**reply, "newcomers": came})
+            print_json({field: getattr(published, field) for field in fields})
         elif published.already:
             say(f"{published.client} was there already, with these files. Root {published.root}")
         else:

@@ -1,10 +1,9 @@
-"""Who may claim which class: a table that an operator keeps in the registry's folder.
+"""Who may have which class: a table that an operator keeps in the registry's folder.
 
-``owners.toml`` lists the only clients that may have a class. It is read at every change; whoever is
-a member already stays. A class that it does not name is open to everybody::
+``owners.toml`` is read at every change; whoever is a member already stays. A class that it does not
+name is open to everybody::
 
     cat = ["hospital-a", "hospital-b"]
-    "rare bird" = ["station-3"]
 """
 
 from __future__ import annotations
@@ -17,21 +16,17 @@ from fedcompo.errors import ConfigError, ContributionError
 
 OWNERS = "owners.toml"
 Owners = Mapping[str, list[str]]
-"""Clients that may have a class, by class."""
+"""The only clients that may have a class, by class."""
 
 
 def read_owners(path: Path) -> Owners:
     """Read a table; raises ``ConfigError`` if it is missing, or is none."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if wrong := [name for name, clients in table.items() if not isinstance(clients, list)]:
+            raise ValueError(f'{wrong[0]!r} needs a list of clients, such as ["hospital-a"]')
     except (OSError, ValueError) as error:
-        raise ConfigError(f"The owners of classes in {path} cannot be read: {error}") from error
-    for name, clients in table.items():
-        if not isinstance(clients, list) or not all(isinstance(c, str) for c in clients):
-            raise ConfigError(
-                f"{path} gives the class {name!r} to {clients!r}, expected a list of clients' "
-                'names, such as ["hospital-a"].'
-            )
+        raise ConfigError(f"The owners of classes in {path} cannot be read: {error}.") from error
     return table
 
 
