@@ -16,7 +16,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.composition.settings import CompositionSettings
+from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.choices import Action, Method, Schedule
 from fedcompo.config.run import RunConfig
 from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
@@ -95,17 +95,15 @@ def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
 def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Train new clients and add them to the registry."""
     backbone = load_backbone(config.backbone)
-    table = Path(config.registry.owners).expanduser()
-    if config.registry.owners:
-        read_owners(table)  # raises before anything is made
     registry = open_or_create(config, backbone, output)
-    if config.registry.owners:
-        write_atomically(registry.path / OWNERS, table.read_bytes())
+    if table := config.registry.owners:
+        read_owners(Path(table))  # raises before it takes the place of an earlier one
+        write_atomically(registry.path / OWNERS, Path(table).read_bytes())
     working = Working.open(output, config, registry)
     # Members count: a single newcomer can join them.
     least = max(1, config.server.min_clients - len(working.members))
     exchange = new_exchange(grid, books, config, least=least, answers=working.answers)
-    uncapped = replace(registry.settings, class_cap=0, client_cap=0)
+    uncapped = replace(registry.settings, class_cap=UNLIMITED, client_cap=UNLIMITED)
     if registry.clients and uncapped != CompositionSettings.of(config):
         books.note("The registry composes with its own settings, not with this run's.")
     fixed, aside = registry.settings.scale, config.train.aside

@@ -16,7 +16,7 @@ clients start from the same A, drawn by the seed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.claims import capped
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
-from fedcompo.config.choices import Coefficients, HeadStart, Kind, Method, Schedule, kinds_of
+from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, ContributionError
@@ -38,7 +38,6 @@ from fedcompo.method.contribution import counts_of
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry.owners import read_owners
 from fedcompo.seeds import generator_for
 from server.exchange.checks import checked_fractions, checked_losses, checked_task_vector
 from server.exchange.exchange import Exchange
@@ -69,9 +68,7 @@ class Averaging:
     def __post_init__(self) -> None:
         """Refuse settings that allow no averaging, before any client is asked."""
         self.kind = _only_kind(self.config)
-        table = self.config.registry.owners
-        owners = read_owners(Path(table).expanduser()) if table else {}
-        self.roster = Roster(self.exchange, self.backbone, owners=owners)
+        self.roster = Roster(self.exchange, self.backbone)
         self.folder = self.output / "model"
 
     def run(self) -> None:
@@ -99,8 +96,7 @@ class Averaging:
         described = self.roster.participants.described
         stated = {client: described[client].statistics for client in self.exchange.clients}
         settings = CompositionSettings.of(self.config).with_caps(map(counts_of, stated.values()))
-        settings = replace(settings, coefficients=Coefficients.EXAMPLES)
-        self.weights = {c: settings.times(described[c].num_examples) for c in stated}
+        self.weights = {c: min(described[c].num_examples, settings.client_cap) for c in stated}
         statistics = {c: capped(own, settings.class_cap) for c, own in stated.items()}
         self.aligned = self.roster.align(statistics, self.config)
 

@@ -23,7 +23,7 @@ from fedcompo.cli.common import (
 from fedcompo.errors import ConfigError
 from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
-from fedcompo.report.newcomers import newcomers, note_on_newcomers
+from fedcompo.report.newcomers import note_on_newcomers
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -89,8 +89,6 @@ def add(
         with progress(quiet=as_json) as tell:
             opened.add(*folders, replacing=replace, on_step=tell)
         new = [member["client"] for member in opened.entries()[-1].details["clients"]]
-        arrivals = [(m.added, m.client, m.classes) for m in opened.state.members.values()]
-        came = {c: classes for c, classes in newcomers(arrivals).items() if c in new}
         summary = {
             "added": [client for client in new if client not in before],
             "replaced": [client for client in new if client in before],
@@ -103,8 +101,9 @@ def add(
         for what in ("added", "replaced"):
             if summary[what]:
                 say(f"{what.capitalize()} {', '.join(summary[what])}.")
-        if came:
-            say(f"Note: {note_on_newcomers(came)}")
+        arrivals = ((m.added, m.client, m.classes) for m in opened.state.members.values())
+        if note := note_on_newcomers(arrivals, new):
+            say(f"Note: {note}")
         say(f"{len(opened.clients)} clients, {len(opened.classes)} classes. Root {summary['root']}")
 
 

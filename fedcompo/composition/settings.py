@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import ceil
+from statistics import median_low
 from typing import Any
 
-from fedcompo.composition.claims import most_of, usual
 from fedcompo.config.choices import Coefficients, Statistics
 from fedcompo.config.run import RunConfig
+
+UNLIMITED = 2**62
+"""A cap that nobody reaches."""
+
+
+def most_of(counts: Iterable[int], ratio: float) -> int:
+    """Return so many times the median, of two the lower, as a cap; no ratio: no limit."""
+    known = list(counts)
+    return ceil(ratio * median_low(known)) if known and ratio else UNLIMITED
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,11 @@ class CompositionSettings:
     keep_versions: bool = False
     """Whether earlier compositions are kept when a new one replaces them."""
     max_count_ratio: float = 0.0
-    """What the caps are chosen by, as multiples of usual counts; 0: none is chosen, as in
-    registries of earlier versions."""
-    class_cap: int = 0
-    """Images of one class that a client can weigh by; 0: all that it states."""
-    client_cap: int = 0
-    """Images in all that a client can weigh by; 0: all that it states."""
+    """Chooses the caps, as a multiple of usual counts; 0: none, as in earlier versions."""
+    class_cap: int = UNLIMITED
+    """Images of a class that a client weighs by at most."""
+    client_cap: int = UNLIMITED
+    """Images in all that a client weighs by at most."""
 
     def __post_init__(self) -> None:
         """Put a number in place of a scale that nobody chooses."""
@@ -70,32 +79,27 @@ class CompositionSettings:
         values = asdict(self)
         if self.statistics is Statistics.MIXTURES:
             del values["statistics"]
-        caps = ("max_count_ratio", "class_cap", "client_cap")
-        return {name: value for name, value in values.items() if value or name not in caps}
+        none = {"max_count_ratio": 0.0, "class_cap": UNLIMITED, "client_cap": UNLIMITED}
+        return {name: value for name, value in values.items() if value != none.get(name)}
 
     def with_caps(self, counts: Iterable[Mapping[str, int]]) -> CompositionSettings:
-        """Choose the caps by the usual counts, unless they are chosen, or none are wanted.
+        """Choose the caps by the counts of clients, by class, unless they are there already.
 
         Every client has one say, however many classes it claims.
-
-        Args:
-            counts: Images of each class, of each client; at least one.
         """
-        if not self.max_count_ratio or self.class_cap:
+        if not self.max_count_ratio or self.class_cap < UNLIMITED:
             return self
         stated = [own.values() for own in counts]
-        one = most_of(map(usual, stated), self.max_count_ratio)
-        return replace(
-            self, class_cap=one, client_cap=most_of(map(sum, stated), self.max_count_ratio)
-        )
+        one, every = map(median_low, stated), map(sum, stated)
+        ratio = self.max_count_ratio
+        return replace(self, class_cap=most_of(one, ratio), client_cap=most_of(every, ratio))
 
     @property
     def caps(self) -> tuple[int, int] | None:
-        """The caps on the images of one class, and in all; None: there are none."""
-        return (self.class_cap, self.client_cap) if self.class_cap or self.client_cap else None
+        """The caps on a class and in all; None: there are none."""
+        return (self.class_cap, self.client_cap) if self.class_cap < UNLIMITED else None
 
     def times(self, num_examples: int) -> int:
         """Return how often a client counts in the sum: once, or once for each of its examples."""
-        if self.coefficients is not Coefficients.EXAMPLES:
-            return 1
-        return min(num_examples, self.client_cap or num_examples)
+        by_examples = self.coefficients is Coefficients.EXAMPLES
+        return min(num_examples, self.client_cap) if by_examples else 1

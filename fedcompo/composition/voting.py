@@ -22,8 +22,6 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedcompo.composition.claims import most_of
-
 TEMPERATURE = 0.03
 """t, a factor on the logits."""
 WORST = 2.0
@@ -35,7 +33,7 @@ class Votes:
     """Sums over the images kept aside, of one client or of all; of each candidate."""
 
     hits: tuple[float, ...]
-    """Images classified correctly, by candidate; of all clients, each weighed."""
+    """Images classified correctly, by candidate."""
     losses: tuple[float, ...]
     """Quadratic scores, by candidate."""
     num_examples: int
@@ -63,28 +61,19 @@ class Votes:
         """Return the votes on so many candidates of a client that keeps no image aside."""
         return cls((0,) * count, (0.0,) * count, 0)
 
-    @classmethod
-    def together(cls, votes: Sequence[Votes], ratio: float) -> Votes:
-        """Sum over the clients; the order of clients is that of the votes.
+    def capped(self, most: int) -> Votes:
+        """Let it count as the votes on so many images at most."""
+        share = min(1.0, most / max(1, self.num_examples))
+        hits, losses = (tuple(share * own for own in sums) for sums in (self.hits, self.losses))
+        return Votes(hits, losses, min(most, self.num_examples))
 
-        Args:
-            votes: Of each client.
-            ratio: How many times the usual number of images a client weighs by at most, among
-                those who have any; 0: by all.
-        """
-        votes = [own for own in votes if own.num_examples]
-        if not votes:
-            return cls((), (), 0)
-        most = most_of((own.num_examples for own in votes), ratio)
-        images = [min(own.num_examples, most or own.num_examples) for own in votes]
-        shares = [count / own.num_examples for count, own in zip(images, votes, strict=True)]
-
-        def summed(parts: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
-            weighted = [[s * value for value in own] for s, own in zip(shares, parts, strict=True)]
-            return tuple(map(sum, zip(*weighted, strict=True)))
-
-        losses = summed(own.losses for own in votes)
-        return cls(summed(own.hits for own in votes), losses, sum(images))
+    def __add__(self, other: Votes) -> Votes:
+        """Sum over the images of both."""
+        return Votes(
+            tuple(a + b for a, b in zip(self.hits, other.hits, strict=True)),
+            tuple(a + b for a, b in zip(self.losses, other.losses, strict=True)),
+            self.num_examples + other.num_examples,
+        )
 
 
 def scales(members: int) -> tuple[float, ...]:

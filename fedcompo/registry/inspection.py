@@ -11,7 +11,6 @@ from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import foreseen_influence
 from fedcompo.registry.state import Member
 from fedcompo.registry.transaction import MODEL
-from fedcompo.report.newcomers import newcomers
 from fedcompo.report.twins import twins
 
 Values = dict[str, Any]
@@ -33,7 +32,6 @@ def summary(registry: RegistryReader) -> Values:
         "model": str(registry.path.absolute() / MODEL) if members else None,
         "classes": list(registry.classes),
         "twins": twins({member.client: member.classes for member in state.members.values()}),
-        "newcomers": newcomers((m.added, m.client, m.classes) for m in state.members.values()),
         "joint_head": "realigned" if registry.realigned else "aligned",
         "kept_versions": list(state.kept),
         "clients": members,
@@ -123,6 +121,7 @@ def _row(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> 
         "num_examples": member.num_examples,
         "bytes": _bytes(registry, member),
         "added": entries[member.added - 1].time,
+        "line": member.added,
         "shaped_by": sorted(member.lineage.shaped_by),
         "shapes": list(influence.to_retrain),
     }

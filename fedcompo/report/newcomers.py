@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable
 
 from fedcompo.report.twins import few, visible
 
-Arrival = tuple[int, str, Iterable[str]]
-"""When a client came, in any unit; its name; its classes."""
 
+def note_on_newcomers(
+    arrivals: Iterable[tuple[int, str, Iterable[str]]], among: Container[str] | None = None
+) -> str:
+    """Write a note on them; empty if there are none.
 
-def newcomers(arrivals: Iterable[Arrival]) -> dict[str, list[str]]:
-    """Find the classes that each client shares with one that came before it, by client."""
+    Args:
+        arrivals: When each client came, in any unit; its name; its classes.
+        among: Clients to look at; None: all.
+    """
     first: dict[str, int] = {}
-    found: dict[str, list[str]] = {}
+    found = []
     for when, client, classes in sorted(arrivals, key=lambda arrival: arrival[:2]):
-        if shared := [n for n in sorted(classes) if first.setdefault(n, when) < when]:
-            found[client] = shared
-    return found
-
-
-def note_on_newcomers(found: Mapping[str, Iterable[str]]) -> str:
-    """Write a note on newcomers; empty if there are none."""
+        shared = [name for name in sorted(classes) if first.setdefault(name, when) < when]
+        if shared and (among is None or client in among):
+            found.append(f"{client} ({few([visible(name) for name in shared])})")
     if not found:
         return ""
-    listed = few([f"{c} ({few([visible(n) for n in names])})" for c, names in found.items()])
     return (
-        f"Came to classes that others had before: {listed}. If they should not have these, remove "
-        "them, and name the clients of each class in owners.toml."
+        f"Came to classes that others had before: {few(found)}. If they should not have these, "
+        "remove them, and name the clients of each class in owners.toml."
     )

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 
 from fedcompo.composition.claims import capped
 from fedcompo.composition.fixed_point import GRID
 from fedcompo.composition.head import head_from_total
+from fedcompo.composition.settings import most_of
 from fedcompo.composition.voting import Votes, elected, scales
 from fedcompo.config.choices import AUTO, Statistics
 from fedcompo.config.run import RunConfig
@@ -209,8 +212,10 @@ class Choosing:
             "vote", "query.vote", lambda c: request, fold, decisive=False, clients=clients
         )
         there = [by_client[client] for client in sorted(by_client)]
-        together = Votes.together(there, self.config.compose.max_count_ratio)
-        return together if together.num_examples else None
+        ratio = self.config.compose.max_count_ratio
+        most = most_of((own.num_examples for own in there if own.num_examples), ratio)
+        together = reduce(add, (own.capped(most) for own in there)) if there else None
+        return together if together and together.num_examples else None
 
     def _total(self) -> Weights:
         """The sum of the members' task vectors, each as often as it counts; float32."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.claims import most_of
+from fedcompo.composition.settings import most_of
 from fedcompo.config.choices import AnchorBy, Curvature, HeadStart, Penalty
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
@@ -184,10 +184,10 @@ class Fishers:
         return self.strength > 0 or self.config.train.bounded
 
     def _weighed(self, clients: Sequence[str]) -> Callable[[str], FisherDiagonal]:
-        """Read Fisher sums, of which none counts by more examples than the settings allow."""
-        ratio = self.config.compose.max_count_ratio
-        most = most_of((self.load(client).num_examples for client in clients), ratio)
-        return lambda client: self.load(client).capped(most) if most else self.load(client)
+        """Read Fisher sums, none of which counts by more examples than the settings allow."""
+        counts = (self.load(client).num_examples for client in clients)
+        most = most_of(counts, self.config.compose.max_count_ratio)
+        return lambda client: self.load(client).capped(most)
 
     def _without_too_large(self, clients: Sequence[str]) -> list[str]:
         """Leave out whose Fisher is far too large to anchor others, and note it once by name."""

@@ -141,8 +141,7 @@ class Fitting:
         """Make the joint head of all clients' statistics."""
         who = self.roster.participants
         stated = {client: who.described[client].statistics for client in self.roster.parties}
-        if stated:
-            self.settings = self.settings.with_caps(map(counts_of, stated.values()))
+        self.settings = self.settings.with_caps(map(counts_of, stated.values()))
         described = {c: capped(own, self.settings.class_cap) for c, own in stated.items()}
         members = {*who.members} - described.keys()
         self._aligned_with = tuple(sorted({*members, *described}))

@@ -19,7 +19,7 @@ from fedcompo.method.heads import Head
 from fedcompo.names import check_client_name
 from fedcompo.registry.owners import Owners, check_owner
 from fedcompo.registry.registry import Registry
-from fedcompo.report.newcomers import newcomers, note_on_newcomers
+from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
@@ -89,12 +89,9 @@ class Roster:
         """
         described, books = self.participants.described, self.exchange.books
         coming = {c: described[c].classes for c in self.parties}
-        staying = {client: members[client] for client in members.keys() - coming.keys()}
-        arrivals = [(0, *item) for item in staying.items()] + [
-            (1, *item) for item in coming.items()
-        ]
-        twin = note_on(twins({**members, **coming}))
-        for note in (twin, note_on_newcomers(newcomers(arrivals))):
+        parts = (members, coming)
+        came = note_on_newcomers((i, *one) for i, part in enumerate(parts) for one in part.items())
+        for note in (note_on(twins({**members, **coming})), came):
             if note not in ("", *books.notes):
                 books.note(note)
 

@@ -33,12 +33,11 @@ def test_votes_are_the_quadratic_score_of_each_candidate():
 def test_votes_add_up_over_clients():
     logits = [normal(4, 3, seed=1), normal(4, 3, seed=2)]
     first, rest = LABELS[:1], LABELS[1:]
-    few, many = (Votes.of([z[:1] for z in logits], first), Votes.of([z[1:] for z in logits], rest))
-    parts = Votes.together([few, Votes.none(2), many], 0.0)
+    parts = Votes.of([z[:1] for z in logits], first) + Votes.of([z[1:] for z in logits], rest)
     whole = Votes.of(logits, LABELS)
     assert (parts.hits, parts.num_examples) == (whole.hits, whole.num_examples)
     assert parts.losses == pytest.approx(whole.losses, rel=1e-12)
-    assert Votes.together([Votes.none(2)], 1.5) == Votes((), (), 0)
+    assert whole + Votes.none(2) == whole
 
 
 def test_one_image_near_the_border_does_not_outweigh_the_margins_of_the_others():

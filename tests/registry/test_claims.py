@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from cli_runs import run, told
+from cli_runs import run
 from registry_builders import contents, member, registry_of, three_clients
 
 from fedcompo.composition.settings import CompositionSettings
@@ -82,7 +82,7 @@ def test_a_registry_of_an_earlier_version_has_no_caps_and_says_so(tmp_path):
     registry.add(member("eve", seed=9, num_examples=10**6))
     assert registry.settings.caps is registry.remove("eve").caps is None
     assert (
-        "Images that a client weighs by: all it states"
+        "Images that a client weighs by, at most: all a class, all in all"
         in run("list", "--registry", registry.path).stdout
     )
 
@@ -111,9 +111,7 @@ def test_a_table_that_cannot_be_read_lets_nobody_in(table, tmp_path):
 def test_who_comes_to_a_class_that_another_has_is_noted(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     registry = three_clients(tmp_path / "r")
-    assert told("list", "--registry", registry.path)["newcomers"] == {}
     member("eve", seed=9, classes=("emu", "yak")).save(tmp_path / "eve")
     added = run("add", tmp_path / "eve", "--registry", registry.path).stdout
     assert "Came to classes that others had before: eve ('yak')" in added
-    listed = told("list", "--registry", registry.path)["newcomers"]
-    assert listed == {"eve": ["yak"]}
+    assert added.splitlines()[1] in run("list", "--registry", registry.path).stdout

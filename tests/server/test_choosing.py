@@ -44,7 +44,7 @@ def test_the_clients_elect_the_candidate_with_the_least_loss(chosen):
     registry, clients = Registry(output / "registry"), clients_of()
     theta_0 = registry.backbone.load().theta_0
     pool, tried = registry.pool(), scales(3)
-    each = []
+    votes = Votes.none(len(tried))
     sums: dict[float, list[FeatureSums]] = {}
     for scale in tried:
         theta = pool.compose(theta_0, scale=scale) if scale else {}
@@ -59,8 +59,7 @@ def test_the_clients_elect_the_candidate_with_the_least_loss(chosen):
             theta = pool.compose(theta_0, scale=scale) if scale else {}
             logits.append(head(features(client, theta, 1)))
         labels = heads[0].indices(client.data.classes)[client.split[1].labels]
-        each.append(Votes.of(logits, labels))
-    votes = Votes.together(each, 0.0)
+        votes += Votes.of(logits, labels)
     reported = results["scale"]
     assert reported["votes"] == votes.num_examples > 0
     expected = [loss / votes.num_examples for loss in votes.losses]

@@ -106,14 +106,11 @@ def test_who_joins_a_class_of_a_member_is_noted(tmp_path):
     assert any("others had before: eve ('0')" in note for note in later["notes"])
 
 
-def test_a_vote_of_any_number_of_images_weighs_as_much_as_one_and_a_half_usual_ones():
-    honest = [Votes((8, 2), (3.0, 9.0), 10), Votes((9, 1), (2.0, 8.0), 10)]
-    liar = Votes((0, 10**9), (2e9, 0.0), 10**9)
-    votes = Votes.together([*honest, liar, Votes.none(2)], 1.5)
-    assert votes.losses == pytest.approx((5 + 30, 17.0))
-    assert votes.hits == pytest.approx((17, 3 + 15))
-    assert votes.num_examples == 35
-    assert Votes.together(honest, 1.5) == Votes((17, 3), (5.0, 17.0), 20)
+def test_a_vote_on_any_number_of_images_weighs_as_much_as_the_cap():
+    honest, liar = Votes((8, 2), (3.0, 9.0), 10), Votes((0, 10**9), (2e9, 0.0), 10**9)
+    assert (honest.capped(15), Votes.none(2).capped(15)) == (honest, Votes.none(2))
+    together = honest + liar.capped(15)
+    assert (together.hits, together.losses, together.num_examples) == ((8, 17), (33, 9), 25)
 
 
 @pytest.mark.parametrize("reduced", [False, True])
