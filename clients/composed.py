@@ -45,9 +45,12 @@ def realign(client: LocalClient, request: RealignRequest) -> RealignAnswer:
 
 
 def vote(client: LocalClient, request: VoteRequest) -> VoteAnswer:
-    """Measure each model under a head of its own, on the images kept aside from training."""
+    """Measure each model under a head of its own, on the images kept aside from training.
+
+    A client with fewer of them than ``min-images`` abstains.
+    """
     aside = client.split[1]
-    if not len(aside.labels):
+    if len(aside.labels) < max(1, client.config.caps.min_images):
         return VoteAnswer(**client.who(), **asdict(Votes.none(len(request.heads))))
     labels = request.heads[0].indices(client.data.classes)[aside.labels]
     logits = (

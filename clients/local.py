@@ -21,7 +21,7 @@ from clients.loading import load_images, load_shared_backbone
 from clients.store import Store, completed, store_home
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
-from fedcompo.config.caps import NODE_KEYS
+from fedcompo.config.caps import FEWEST_IMAGES, NODE_KEYS
 from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split, set_aside
@@ -90,6 +90,8 @@ class LocalClient:
         """
         keys = ("device", "kind", *NODE_KEYS)
         own = {key: node_config[key] for key in keys if key in node_config}
+        least = FEWEST_IMAGES if node_config.get("data") else 1
+        own["min-images"] = own.get("min-images") or least  # a run may ask for more, never for less
         wished = RunConfig.parse(run_config)  # its preset is resolved before the node's own
         config = RunConfig.parse({**wished.flat(), **own})
         config = replace(config, caps=wished.caps.strictest(config.caps))
@@ -108,8 +110,9 @@ class LocalClient:
             int(node_config.get("partition-id", -1)),
         )
         name = registered_name or str(node_config.get("client", "")) or data.name
+        outgoing.check_enough(data, check_client_name(name), config)
         return cls(
-            check_client_name(name),
+            name,
             config,
             backbone,
             data,
@@ -131,6 +134,7 @@ class LocalClient:
             kind=self.kind,
             fisher=fisher,
             caps=caps,
+            pictures=None if self.config.caps.dp_noise else self.data.facts or None,
         )
 
     def identify(self) -> IdentifyAnswer:

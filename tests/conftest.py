@@ -91,7 +91,7 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from deployed_federation import TWO, digits_as_folders
 
     folder = tmp_path_factory.mktemp("hospitals")
-    digits_as_folders(folder, TWO, training=6, test=12)
+    digits_as_folders(folder, TWO, training=10, test=12)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Limits on what a client sends: bits, form of the Fisher, noise.
+"""Limits on what a client sends: bits, form of the Fisher, noise, fewest images.
 
 Both the run and the node set them. Of each, the stricter counts. So a node may send less than the
 run asks for, and no run can make it send more than it allows.
@@ -13,8 +13,17 @@ from fedcompo.config.setting import NOT_NEGATIVE, POSITIVE, Check, setting
 from fedcompo.errors import ConfigError
 
 PROBABILITY: Check = (lambda value: 0 < value < 1, "must be above 0 and below 1")
-NODE_KEYS = ("wire", "fisher-form", "dp-noise", "dp-clip-features", "dp-clip-fisher")
+NODE_KEYS = (
+    "wire",
+    "fisher-form",
+    "dp-noise",
+    "dp-clip-features",
+    "dp-clip-fisher",
+    "min-images",
+)
 """Keys that a node may set in its node config."""
+FEWEST_IMAGES = 8
+"""Default of ``min-images`` where a client's images are its own, not a part of a simulation's."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,18 @@ class CapsConfig:
     dp_delta: float = setting(
         1e-5, "dp-noise: δ at which ε is reported; well below one over the examples.", PROBABILITY
     )
+    min_images: int = setting(
+        0,
+        "Fewest images that a client makes anything of that it sends: training images of each "
+        "class, test images, images kept aside; 0: 8 in a deployment, 1 in a simulation.",
+        NOT_NEGATIVE,
+    )
+    min_others: int = setting(
+        1,
+        "Fewest other clients whose mean Fisher may anchor a client. With 1 and two clients, each "
+        "is given the other's own.",
+        POSITIVE,
+    )
 
     def strictest(self, own: CapsConfig) -> CapsConfig:
         """Combine a run's limits with a node's own: of each, take the stricter.
@@ -66,6 +87,7 @@ class CapsConfig:
             wire=max(self.wire, own.wire, key=list(Wire).index),
             fisher_form=max(self.fisher_form, own.fisher_form, key=list(FisherForm).index),
             dp_noise=max(self.dp_noise, own.dp_noise),
+            min_images=max(self.min_images, own.min_images),
         )
 
     def check_noise(

@@ -11,20 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
-from fedcompo.data.draws import Indices
+from fedcompo.backbone.preprocessing import Modality
 from fedcompo.errors import DataError
 
-FAULTS_SHOWN = 5
-"""Number of unreadable images that an error lists; it counts the rest."""
 KEPT_BYTES = 256 * 2**20
 """Size of the largest file whose content :func:`read_once` keeps."""
 
@@ -40,8 +34,7 @@ class Catalogue:
     is_test: NDArray[np.bool_] | None
     """(count,) whether each is a test image; None: the source does not say."""
     open: Callable[[int], Image.Image | bytes]
-    """Read one image, upright and of 8 bits a channel, or one text as bytes. May raise any
-    exception."""
+    """Read one image as pixels or as its file's content, or one text. May raise any exception."""
     describe: Callable[[int], str]
     """Describe one image, for messages."""
     modality: Modality = Modality.PICTURES
@@ -51,45 +44,6 @@ class Catalogue:
     def names(self) -> tuple[str, ...]:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
-
-    def decode(self, chosen: Indices, preprocessing: Preprocessing, *, client: str) -> Tensor:
-        """Read and resize images.
-
-        Args:
-            chosen: Indices of the images, (count,).
-            preprocessing: Input that the backbone expects.
-            client: Who owns the images, for messages.
-
-        Returns:
-            (count, channels, image_size, image_size), or of texts (count, 1, 1, length); uint8.
-
-        Raises:
-            DataError: If images cannot be read; lists the first few and how many there are. If the
-                backbone reads texts and these are none, or the other way round.
-        """
-        if self.modality != preprocessing.modality:
-            raise DataError(
-                f"{self.source} holds {self.modality}, but the backbone reads "
-                f"{preprocessing.modality}. Change `data`, or `backbone`."
-            )
-        images = torch.empty(len(chosen), *preprocessing.shape, dtype=torch.uint8)
-        faults = []
-        for row, index in enumerate(chosen.tolist()):
-            try:
-                example = self.open(index)
-            except Exception as error:  # Pillow's decoders raise errors of every kind
-                faults.append(f"{self.describe(index)}: {error or type(error).__name__}")
-            else:
-                images[row] = preprocessing.prepare(example)
-        if faults:
-            listed = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])
-            more = len(faults) - FAULTS_SHOWN
-            raise DataError(
-                f"Client {client!r}: {len(faults)} of {len(chosen)} images in {self.source} cannot "
-                f"be read:{listed}{f'{chr(10)}  - and {more} more' if more > 0 else ''}\n"
-                "Repair them or take them out; images are never skipped."
-            )
-        return images
 
 
 Reader = Callable[[Path], Catalogue]
@@ -137,36 +91,3 @@ def class_name(raw: str, *, source: str) -> str:
     if not raw.strip():
         raise DataError(f"A name in {source} is empty, got {raw!r}. Give the class a name.")
     return unicodedata.normalize("NFC", raw)
-
-
-def read_picture(source: Path | IO[bytes]) -> Image.Image:
-    """Read an image file, rotate it as its EXIF tag says, convert it to 8 bits a channel.
-
-    Of an animation only the first frame is read.
-
-    Raises:
-        Exception: Any that Pillow raises on a file that is damaged or no image.
-    """
-    with Image.open(source) as opened:
-        opened.load()
-        return to_8_bits(ImageOps.exif_transpose(opened))
-
-
-def to_8_bits(picture: Image.Image) -> Image.Image:
-    """Scale a 16-bit grey picture to 8 bits; Pillow's own conversion would clip at 255.
-
-    0..65535 is mapped to 0..255 whatever values occur, so that pictures stay comparable; 12-bit
-    data in a 16-bit file becomes dark. Other pictures are returned unchanged.
-
-    Raises:
-        ValueError: If pixels are floating-point numbers, or integers outside 0..65535.
-    """
-    if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
-    if picture.mode != "I" and not picture.mode.startswith("I;16"):
-        return picture
-    pixels = np.asarray(picture)
-    low, high = int(pixels.min()), int(pixels.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"its pixels span {low}..{high}; save it with 8 or 16 bits (0..65535)")
-    return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))

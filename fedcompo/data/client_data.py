@@ -13,8 +13,9 @@ dealt and split like images; the rest of fedcompo treats them as images with a s
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.catalogue import Catalogue, read_once
+from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
     Indices,
     cap_members,
@@ -37,6 +39,7 @@ from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
 from fedcompo.data.text import TEXT_ENDINGS, text_catalogue
 from fedcompo.errors import ConfigError, DataError
+from fedcompo.report.pictures import Facts
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
 NAMED: dict[str, Callable[[], Catalogue]] = {
@@ -47,8 +50,11 @@ FILES = {"npz": npz_catalogue, "text": text_catalogue}
 PATHS = ("folder", *FILES)
 SMALLEST_SET_ASIDE = 5
 """Images of a class below which :func:`set_aside` takes none of it."""
+NO_LABEL = ("-1", "nan")
+"""Names of classes that programs write for images without a label."""
 TEST_SHARE = 0.2
 """Share of each class that becomes test images where the source does not mark them."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class ClientData:
     """Images to train on, at least one a class; grouped by class."""
     test: Split
     """Images to test on, at least one; grouped by class."""
+    facts: Facts = field(default_factory=dict)
+    """What whoever reads the results should know of the images."""
 
 
 def num_clients(source: DataConfig) -> int:
@@ -190,16 +198,21 @@ def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Sp
     Returns:
         The images to train on, and those kept aside (perhaps none), both in the order of ``split``.
     """
-    aside = torch.zeros(len(split.labels), dtype=torch.bool)
-    labels = split.labels.numpy()
-    for label in np.unique(labels) if share else ():
-        members = np.flatnonzero(labels == label)
-        if len(members) >= SMALLEST_SET_ASIDE:
-            draw = frozen_generator(seed, "aside", client, str(label))
-            aside[split_members(members, share=share, draw=draw)[1]] = True
+    aside = drawn_aside(split.labels, share=share, seed=seed, client=client)
     return Split(split.images[~aside], split.labels[~aside]), Split(
         split.images[aside], split.labels[aside]
     )
+
+
+def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tensor:
+    """Whether each image is kept aside, (count,), bool; see :func:`set_aside`."""
+    aside = torch.zeros(len(labels), dtype=torch.bool)
+    for label in np.unique(labels.numpy()) if share else ():
+        members = np.flatnonzero(labels.numpy() == label)
+        if len(members) >= SMALLEST_SET_ASIDE:
+            draw = frozen_generator(seed, "aside", client, str(label))
+            aside[split_members(members, share=share, draw=draw)[1]] = True
+    return aside
 
 
 def _parse(data: str) -> tuple[str, str]:
@@ -249,13 +262,20 @@ def _load_classes(
             f"({', '.join(classes)}). Add test images, or leave out which images are test images: "
             "then they are drawn."
         )
-    images = catalogue.decode(np.concatenate([*train, *test]), preprocessing, client=client)
-    cut = sum(map(len, train))
+    for own in set(classes) & set(NO_LABEL):
+        count = int((catalogue.classes == own).sum())
+        logger.warning(
+            "Client %r: %d images in %s have the class %r, which often means that they have none; "
+            "it is trained as a class. Take them out if so.",
+            *(client, count, catalogue.source, own),
+        )
+    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client)
     return ClientData(
         name=client,
         classes=classes,
-        train=Split(images[:cut], _labels(train)),
-        test=Split(images[cut:], _labels(test)),
+        train=Split(kept, _labels(train)),
+        test=Split(held, _labels(test)),
+        facts=facts,
     )
 
 

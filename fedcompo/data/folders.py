@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcompo.data.catalogue import Catalogue, class_name, read_picture
+from fedcompo.data.catalogue import Catalogue, class_name
 from fedcompo.errors import DataError
 
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
@@ -92,7 +92,7 @@ def folder_catalogue(path: Path, *, client: str) -> Catalogue:
         source=str(path),
         classes=np.array(classes),
         is_test=np.array(is_test) if test else None,
-        open=lambda index: read_picture(files[index]),
+        open=lambda index: files[index].read_bytes(),
         describe=lambda index: f"{files[index]} (class {classes[index]!r})",
     )
 

@@ -12,7 +12,6 @@ Its members::
 
 from __future__ import annotations
 
-import io
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -23,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedcompo.data.catalogue import Catalogue, class_name, read_picture
+from fedcompo.data.catalogue import Catalogue, class_name
 from fedcompo.errors import DataError
 
 Array = NDArray[Any]
-Opener = Callable[[int], Image.Image]
+Opener = Callable[[int], Image.Image | bytes]
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """Errors of NumPy on files that are no npz, are damaged, or hold pickled objects."""
 
@@ -48,6 +47,12 @@ def npz_catalogue(path: Path) -> Catalogue:
     else:
         open_picture, count = _packed_pictures(members["jpeg"], members["offsets"], path)
     labels = _flat(members, "labels", "iu", count, path).astype(np.int64)
+    if unlabelled := int((labels < 0).sum()):
+        raise DataError(
+            f"`labels` in {path} are negative for {unlabelled} of {count} images (the smallest is "
+            f'{labels.min()}), which most programs write for "no label". Take these images out, or '
+            "number the classes from 0."
+        )
     split = None
     if "split" in members:
         split = _flat(members, "split", "iub", count, path).astype(np.int64)
@@ -127,10 +132,7 @@ def _packed_pictures(jpeg: Array, offsets: Array, path: Path) -> tuple[Opener, i
             f"got {bounds.min()}..{bounds.max()}. The file is damaged or was packed wrongly."
         )
 
-    def open_picture(index: int) -> Image.Image:
-        return read_picture(io.BytesIO(jpeg[bounds[index] : bounds[index + 1]].tobytes()))
-
-    return open_picture, len(bounds) - 1
+    return lambda index: jpeg[bounds[index] : bounds[index + 1]].tobytes(), len(bounds) - 1
 
 
 def _flat(members: dict[str, Array], name: str, kinds: str, count: int, path: Path) -> Array:
@@ -158,9 +160,9 @@ def _class_names(members: dict[str, Array], labels: Array, path: Path) -> NDArra
             f"`names` in {path} must be text of shape (classes,), got {names.dtype} of shape "
             f"{names.shape}. Save it with numpy.array(list_of_names)."
         )
-    if labels.min() < 0 or labels.max() >= len(names):
+    if labels.max() >= len(names):
         raise DataError(
-            f"`labels` in {path} span {labels.min()}..{labels.max()}, but `names` has {len(names)} "
+            f"`labels` in {path} reach {labels.max()}, but `names` has {len(names)} "
             f"entries: expected 0..{len(names) - 1}."
         )
     normal = [class_name(str(name), source=str(path)) for name in names]

@@ -25,6 +25,7 @@ from fedcompo.method.contribution import (
     statistics_tensors,
 )
 from fedcompo.method.heads import Head, head_from
+from fedcompo.report.pictures import Facts
 from fedcompo.storage.tensorfile import prefixed, section
 
 MOST = 2**53
@@ -163,6 +164,8 @@ class DescribeAnswer(IdentifyAnswer):
     statistics: AnyStatistics
     kind: Kind | None = None
     """Kind of task vector that the client insists on."""
+    pictures: Facts | None = entry(_counts, default=None)
+    """Facts on its pictures; none under noise, as they are exact."""
     fisher: FisherAnswer | None = None
     """None: not asked for."""
 
@@ -172,10 +175,8 @@ class DescribeAnswer(IdentifyAnswer):
         return sum(counts_of(self.statistics).values())
 
     def _write(self) -> Body:
-        entries: dict[str, Any] = {
-            **statistics_entry(self.statistics),
-            "kind": str(self.kind or ""),
-        }
+        entries: dict[str, Any] = {"kind": str(self.kind or "")}
+        entries |= statistics_entry(self.statistics)
         tensors = statistics_tensors(self.statistics)
         if self.fisher is not None:
             own, entries["fisher"] = self.fisher.to_body()

@@ -34,6 +34,8 @@ class FisherSums:
     load: Callable[[str], FisherDiagonal]
     """Reads a member's Fisher sum."""
     reference: FisherDiagonal | None = None
+    fewest: int = 1
+    """Other clients without which their mean anchors nobody (the setting ``min-others``)."""
 
     @classmethod
     def of(
@@ -43,6 +45,7 @@ class FisherSums:
         *,
         by: AnchorBy,
         reference: FisherDiagonal | None = None,
+        fewest: int = 1,
     ) -> FisherSums:
         """Add the members' sums in the order of names, whatever the order of arrival.
 
@@ -51,9 +54,11 @@ class FisherSums:
             load: Reads a member's Fisher sum.
             by: Whose Fisher anchors a client.
             reference: Fisher sum of no client's examples; needed if clients are anchored by it.
+            fewest: Other clients without which their mean anchors nobody.
         """
         members = tuple(sorted(members))
-        return cls(by, members, functools.reduce(operator.add, map(load, members)), load, reference)
+        total = functools.reduce(operator.add, map(load, members))
+        return cls(by, members, total, load, reference, fewest)
 
     def mean_for(self, client: str, *, with_own: bool = False) -> Weights | None:
         """Return the *mean* Fisher that anchors a client; None if there are no examples for it.
@@ -79,7 +84,9 @@ class FisherSums:
         """Whether there are examples whose Fisher anchors a client."""
         if self.by is AnchorBy.OWN:
             return client in self.members
-        return with_own or self.by is AnchorBy.REFERENCE or bool(self.others(client))
+        if self.by is AnchorBy.REFERENCE:
+            return True
+        return bool(self.others(client)) or (with_own and self.fewest == 1)
 
     def note(self, alpha: float, *, setting: str = "alpha") -> str:
         """Return a note if a reference Fisher is far larger or smaller than the clients'; or "".
@@ -105,4 +112,5 @@ class FisherSums:
         """Return the other clients whose Fisher anchors this one."""
         if self.by is not AnchorBy.OTHERS:
             return ()
-        return tuple(member for member in self.members if member != client)
+        others = tuple(member for member in self.members if member != client)
+        return others if len(others) >= self.fewest else ()

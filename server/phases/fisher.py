@@ -98,8 +98,11 @@ class Fishers:
         known = self._known_members()
         parties = [c for c in self.roster.parties if self._file(c).exists()]
         everyone, by = self._without_too_large([*known, *parties]), self.config.train.anchor
+        fewest = self.config.caps.min_others
         self.sums = (
-            FisherSums.of(everyone, self._weighed(everyone), by=by, reference=self.reference)
+            FisherSums.of(
+                everyone, self._weighed(everyone), by=by, reference=self.reference, fewest=fewest
+            )
             if everyone
             else None
         )
@@ -112,11 +115,27 @@ class Fishers:
             )
         if self.sums is None and self.held:
             self.exchange.books.note("There is no Fisher of any client: nobody is anchored.")
+        if self.sums and self.held and by is AnchorBy.OTHERS:
+            self._note_few(self.sums.members)
         if self.config.train.penalty is Penalty.IMPLICIT:
             return  # whose strength does not depend on the scale of the Fisher
         setting = "beta" if self.ensembled else "alpha"
         if self.sums and (note := self.sums.note(self.strength, setting=setting)):
             self.exchange.books.note(note)
+
+    def _note_few(self, members: Sequence[str]) -> None:
+        """Note where a mean is of so few that it is one client's own, or is not used."""
+        fewest = self.config.caps.min_others
+        if alone := [c for c in self.roster.parties if len({*members} - {c}) < fewest]:
+            self.exchange.books.note(
+                f"Fewer than {fewest} other clients (`min-others`) sent a Fisher: "
+                f"{', '.join(alone)} trained without an anchor."
+            )
+        elif len(members) == 2:
+            self.exchange.books.note(
+                f"Of two clients, the mean of the others is the other's: {' and '.join(members)} "
+                "were each given the other's own Fisher. Set `min-others` to 2 to give nobody that."
+            )
 
     def known(self, client: str) -> FisherDiagonal | None:
         """Read a client's Fisher *sum*, if there is one of it."""

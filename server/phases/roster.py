@@ -20,6 +20,7 @@ from fedcompo.names import check_client_name
 from fedcompo.registry.owners import Owners, check_owner
 from fedcompo.registry.registry import Registry
 from fedcompo.report.newcomers import note_on_newcomers
+from fedcompo.report.pictures import notes_on
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
 from server.exchange.books import NOTHING
@@ -202,7 +203,7 @@ class Roster:
         kinds: tuple[Kind, ...] = (),
         decisive: bool = True,
     ) -> None:
-        """Ask clients for statistics of their pre-trained features; deal kinds to them.
+        """Ask clients for statistics of their features, note on pictures, deal kinds to them.
 
         Args:
             clients: Whom to ask; None: everyone.
@@ -218,6 +219,10 @@ class Roster:
             decisive=decisive,
             clients=clients,
         )
+        described, books = self.participants.described, self.exchange.books
+        for note in notes_on({c: about.pictures or {} for c, about in described.items()}):
+            if note not in books.notes:
+                books.note(note)
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
             self.on_kinds(self.participants.kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,15 @@ from round_runs import (
     Wire as Heard,
 )
 
+from clients.composed import vote
 from clients.local import LocalClient
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import Curvature, FisherForm, Wire
-from fedcompo.errors import ConfigError, TooFewClients
+from fedcompo.errors import ConfigError, DataError, TooFewClients
 from fedcompo.messages.records import from_record
+from fedcompo.messages.requests import VoteRequest
 from fedcompo.messages.wire import decode, encode
+from fedcompo.method.heads import zero_head
 from fedcompo.privacy.noise import composed_epsilon
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
@@ -91,7 +95,7 @@ def client_of(run_config: dict, node_config: dict) -> LocalClient:
 
 def test_a_node_sends_less_than_it_is_asked_for_and_never_more_than_it_allows():
     asked = {"wire": "bfloat16", "dp-noise": 1.0}
-    assert client_of({}, {}).config.caps == PLAIN
+    assert client_of({}, {}).config.caps == replace(PLAIN, min_images=1)
     caps = client_of(asked, {"wire": "int8", "fisher-form": "none", "dp-noise": 4}).config.caps
     assert (caps.wire, caps.fisher_form, caps.dp_noise) == (Wire.INT8, FisherForm.NONE, 4.0)
     caps = client_of({"preset": "paper"}, {"fisher-form": "factored"}).config.caps
@@ -120,6 +124,54 @@ def test_noise_under_a_head_fitted_to_the_images_is_refused_by_run_and_node(tmp_
     nodes = {i: {"dp-noise": 1.0} for i in range(3)}
     with pytest.raises(TooFewClients, match="not private by noise"):
         run({"node_configs": nodes}, tmp_path / "nodes", head_start="probe", curvature="exact")
+
+
+# -- fewest images ------------------------------------------------------------------------------
+
+
+def own_folder(folder: Path, *, train: int, test: int) -> dict[str, str]:
+    """A node in a deployment: its images are in a folder of its own."""
+    draw_images(folder, {"ann": {"cat": 30, "dog": train}}, test=test)
+    return {"client": "ann", "data": str(folder / "ann")}
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "node", "run_config", "complaint"),
+    [
+        (8, 4, {}, {}, "Too few training images of 1 classes.*'dog' 7; `min-images` is 8"),
+        (8, 4, {}, {"min-images": 9, "aside": 0.0}, "'dog' 8; `min-images` is 9"),
+        (30, 4, {}, {"images-per-class": 1}, "'cat' 1, 'dog' 1; `min-images` is 8"),
+        (30, 4, {"min-images": 2}, {"images-per-class": 1}, "'cat' 1, 'dog' 1; `min-images` is 2"),
+        (30, 4, {}, {"fisher-examples": 1}, "`fisher-examples` is 1, and this node's"),
+        (30, 3, {}, {}, "There are 6 test images; `min-images` is 8"),
+    ],
+)
+def test_nothing_leaves_a_node_that_is_made_of_few_images(
+    train, test, node, run_config, complaint, tmp_path
+):
+    own = own_folder(tmp_path, train=train, test=test)
+    with pytest.raises((ConfigError, DataError), match=complaint):
+        LocalClient.from_node(run_config, {**own, **node})
+
+
+def test_a_node_may_allow_few_images_and_a_run_cannot(tmp_path):
+    own = own_folder(tmp_path, train=3, test=2)
+    client = LocalClient.from_node({"min-images": 1}, {**own, "min-images": 2})
+    assert client.config.caps.min_images == 2
+    with pytest.raises(DataError, match="'dog' 3; `min-images` is 8"):
+        LocalClient.from_node({"min-images": 1}, own)
+
+
+def test_a_client_with_few_images_aside_abstains_from_the_vote(tmp_path):
+    own = own_folder(tmp_path, train=30, test=4)
+    head = zero_head(("cat", "dog"), 128)
+    for least, voted in ((6, 6), (7, 0)):
+        client = LocalClient.from_node({}, {**own, "min-images": least})
+        request = VoteRequest(
+            total=client.backbone.theta_0, factors=(0.0,), heads=(head,), linearised=False
+        )
+        assert len(client.split[1].labels) == 6
+        assert vote(client, request).num_examples == voted
 
 
 # -- fewer bits ---------------------------------------------------------------------------------

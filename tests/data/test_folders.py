@@ -172,29 +172,6 @@ def test_a_picture_is_turned_upright_as_its_exif_tag_says(ward: Path):
         np.testing.assert_array_equal(client.train.images[row, 0].numpy(), upright)
 
 
-@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
-def test_16_bit_pictures_are_scaled_not_clipped(ward: Path, kind: str):
-    pixels = np.linspace(0, 65535, 16).round().astype(np.uint16).reshape(4, 4)
-    Image.fromarray(pixels).save(ward / f"train/cat/!.{kind}")
-    client = load_folder(ward, GREY, seed=0)
-    expected = np.linspace(0, 255, 16).reshape(4, 4)
-    np.testing.assert_allclose(client.train.images[0, 0].numpy(), expected, atol=0.51)
-
-
-@pytest.mark.parametrize(
-    ("pixels", "reason"),
-    [
-        (np.full((4, 4), 70_000, dtype=np.int32), "its pixels span 70000..70000"),
-        (np.full((4, 4), 0.5, dtype=np.float32), "its pixels are floating-point numbers"),
-    ],
-)
-def test_pixels_without_a_known_range_are_refused(ward: Path, pixels: np.ndarray, reason: str):
-    Image.fromarray(pixels).save(ward / "train/cat/x.tif")
-    message = refused(ward)
-    assert reason in message
-    assert "x.tif" in message
-
-
 def damage(file: Path, how: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(file)

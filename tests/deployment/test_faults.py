@@ -26,7 +26,7 @@ SOON = 300.0
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeployedFederation]:
-    images = digits_as_folders(tmp_path_factory.mktemp("images"), DIGITS, training=6, test=12)
+    images = digits_as_folders(tmp_path_factory.mktemp("images"), DIGITS, training=10, test=12)
     with deployed(tmp_path_factory.mktemp("federation"), images) as started:
         started.start_server()
         yield started

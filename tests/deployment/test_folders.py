@@ -77,6 +77,7 @@ def test_the_settings_of_a_client_are_data_device_kind_and_limits(
         "DATA": "/data/b",
         "DEVICE": "auto",
         "KIND": "",
+        "CAPS": "",
         "THREADS": "4",
         "PORT": "9094",
     }

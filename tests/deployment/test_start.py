@@ -96,7 +96,11 @@ def test_flower_understands_the_settings_of_the_node(client: Path, programs: Pat
     from flwr.common.config import parse_config_args
 
     conf = client / "client.conf"
-    conf.write_text(conf.read_text().replace("KIND=", "KIND=full"))
+    conf.write_text(
+        conf.read_text()
+        .replace("KIND=\n", "KIND=full\n")
+        .replace("CAPS=\n", "CAPS='min-images=20 wire=\"int8\"'\n")
+    )
     said = start(client, programs).stdout.splitlines()
     assert parse_config_args([said[said.index("--node-config") + 1]]) == {
         "client": "a",
@@ -104,6 +108,8 @@ def test_flower_understands_the_settings_of_the_node(client: Path, programs: Pat
         "device": "cpu",
         "state": f"{client}/state",
         "kind": "full",
+        "min-images": 20,
+        "wire": "int8",
     }
 
 

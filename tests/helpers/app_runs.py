@@ -46,7 +46,7 @@ QUICK = {
     "local-steps": 0,
     "rank": 2,
     "target-weights": FEW_WEIGHTS,
-    "fisher-examples": 6,
+    "fisher-examples": 8,
     "mixture-components": 1,
     "align-samples": 16,
     "timeout": 60.0,

@@ -18,7 +18,7 @@ QUICK = {
     "local-epochs": 1,
     "local-steps": 2,
     "rank": 2,
-    "fisher-examples": 6,
+    "fisher-examples": 8,
 }
 LIMIT = 300
 """Seconds after which a run has hung."""
@@ -27,7 +27,7 @@ SHARED: dict[str, Scalar] = {
     "local-epochs": 1,
     "local-steps": 2,
     "rank": 2,
-    "fisher-examples": 6,
+    "fisher-examples": 8,
     "realign": False,
     "kind": "lora,full",
     "device": "cpu",

@@ -179,9 +179,18 @@ CASES = {
         {"content": "identify", **WHO, **ABOUT},
     ),
     "answer to describe, with mixtures": (
-        answers.DescribeAnswer(**ANN, num_test_examples=7, statistics=MIXTURES),
+        answers.DescribeAnswer(
+            **ANN, num_test_examples=7, statistics=MIXTURES, pictures={"repeated": 2}
+        ),
         MIXTURES_BODY,
-        {"content": "describe", **WHO, **ABOUT, **COUNTS, "kind": ""},
+        {
+            "content": "describe",
+            **WHO,
+            **ABOUT,
+            **COUNTS,
+            "kind": "",
+            "pictures": {"repeated": 2},
+        },
     ),
     "answer to describe under noise, by one who insists on a kind": (
         answers.DescribeAnswer(
@@ -413,7 +422,7 @@ def test_an_entry_that_is_missing_is_named(case):
     optional = {"content", "caps", "wire", "noised", "form", "holds", "kind", "classes"}
     optional |= {"mixtures"}  # without them it says sums
     optional |= {key for key in manifest if key.endswith("accuracy")}
-    optional |= {"ensemble", "round", "proximal-mu"}
+    optional |= {"ensemble", "round", "proximal-mu", "pictures"}
     for key in manifest.keys() - optional:
         rest = {k: v for k, v in manifest.items() if k != key}
         with pytest.raises(KeyError, match=key):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -410,6 +411,14 @@ def test_clients_that_share_a_class_have_one_row_for_it(tmp_path):
     assert list(results["per_client"]) == ["anna", "ben"]
     assert results["classes"] == ["cat", "dog", "owl"]
     assert results["left_out"] == []
+    assert any("each given the other's own Fisher" in note for note in results["notes"])
+
+
+def test_without_enough_others_nobody_is_given_a_fisher(tmp_path):
+    results = run({}, tmp_path / "out", min_others=3)
+    assert "client-0, client-1, client-2 trained without an anchor" in "".join(results["notes"])
+    for client in Registry(tmp_path / "out/registry").pool():
+        assert client.lineage.anchored_by == ()
 
 
 def test_classes_that_may_be_one_are_noted_before_training(tmp_path):
@@ -424,6 +433,24 @@ def test_classes_that_may_be_one_are_noted_before_training(tmp_path):
     )
     training = [e["event"] == "phase-started" and e["phase"] == "train" for e in events]
     assert note < training.index(True)
+
+
+def test_what_is_odd_about_pictures_is_noted_by_client_unless_it_sends_under_noise(tmp_path):
+    for client, top in (("north", 4000), ("south", 900)):
+        for name in ("cat", "dog"):
+            for part, count in (("train", 4), ("test", 2)):
+                folder = tmp_path / "images" / client / part / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    pixels = np.full((8, 8), top - 50 * i, dtype=np.uint16)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+    data = f"folder:{tmp_path / 'images'}"
+    notes = run({"clients": 2}, tmp_path / "out", data=data, num_clients=2)["notes"]
+    assert any("training images too, at north (4), south (4)" in note for note in notes)
+    assert any("the ranges differ: north 0..4095, south 0..1023." in note for note in notes)
+    noise = {"dp_noise": 1.0, "fisher_form": "dense", "trust_region": 0.0}
+    noised = run({"clients": 2}, tmp_path / "noised", data=data, num_clients=2, **noise)["notes"]
+    assert not any("too, at" in note or "ranges differ" in note for note in noised)
 
 
 @pytest.mark.gpu

@@ -116,3 +116,17 @@ def test_no_bit_of_the_sum_depends_on_the_order_of_members():
     for order in permutations(CLIENTS):
         total = anchors(AnchorBy.OTHERS, order).total
         assert all(torch.equal(total.sums[name], first.sums[name]) for name in first.sums)
+
+
+@pytest.mark.parametrize("with_own", [False, True])
+@pytest.mark.parametrize("by", AnchorBy)
+def test_a_mean_of_too_few_others_anchors_nobody(by, with_own):
+    sums = {
+        fewest: FisherSums.of(CLIENTS, fisher_of, by=by, reference=NOBODYS, fewest=fewest)
+        for fewest in (2, 3)
+    }
+    means = {n: own.mean_for("ann", with_own=with_own) for n, own in sums.items()}
+    assert_mean(means[2], anchors(by).mean_for("ann", with_own=with_own)["a"])
+    assert (means[3] is None) == (by is AnchorBy.OTHERS)
+    assert bool(sums[2].others("ann")) == (by is AnchorBy.OTHERS)
+    assert not sums[3].others("ann")

@@ -59,4 +59,4 @@ exec flower-supernode --superlink @ADDRESS@ \
     --auth-supernode-private-key certificates/supernode \
     --port "$PORT" \
     --node-config "client=\"@NAME@\" data=\"$DATA\" device=\"$DEVICE\" \
-state=\"$PWD/state\"${KIND:+ kind=\"$KIND\"}"
+state=\"$PWD/state\"${KIND:+ kind=\"$KIND\"}${CAPS:+ $CAPS}"
