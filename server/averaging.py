@@ -92,7 +92,7 @@ class Averaging:
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
                 self.exchange.leave_out("describe", client, reason)
         self.exchange.require_clients("describe")
-        self.roster.note_classes({})
+        self.roster.note_names({})
         described = self.roster.participants.described
         stated = {client: described[client].statistics for client in self.exchange.clients}
         settings = CompositionSettings.of(self.config).with_caps(map(counts_of, stated.values()))

@@ -137,8 +137,7 @@ def from_folders(
     pool = _chosen(Pool(tuple(members)), only, without, weights)
     first = pool.contributions[0]
     config = _run_config(first, checkpoint)
-    counts = [counts_of(member.statistics) for member in pool]
-    settings = _scaled(CompositionSettings.of(config), scale).with_caps(counts)
+    settings = _scaled(CompositionSettings.of(config), scale)
     backbone = load_backbone(config.backbone)
     base = first.task_vector.base
     if backbone.fingerprint != base:
@@ -155,6 +154,7 @@ def from_folders(
             statistics=settings.statistics,
             members=pool.clients,
         )
+    settings = settings.with_caps(counts_of(member.statistics) for member in pool)
     with tempfile.TemporaryDirectory(prefix="fedcompo-") as temporary:
         path = Path(temporary) / BACKBONE
         save_backbone(path, backbone)

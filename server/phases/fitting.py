@@ -129,9 +129,7 @@ class Fitting:
     def _prepare(self, coming: Collection[str], *, decisive: bool) -> None:
         """Make all that described clients train with: the joint head, and the Fisher sum."""
         members = self.roster.participants.members
-        self.roster.note_classes(
-            {client: self.registry.member(client).classes for client in members}
-        )
+        self.roster.note_names({client: self.registry.member(client).classes for client in members})
         self.align()
         if fisher_apart(self.config):
             self.fishers.gather(coming, self.aligned, decisive=decisive)

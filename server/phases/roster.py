@@ -83,7 +83,7 @@ class Roster:
                 "start others."
             )
 
-    def note_classes(self, members: Mapping[str, Iterable[str]]) -> None:
+    def note_names(self, members: Mapping[str, Iterable[str]]) -> None:
         """Note classes that may be one, spelt differently, and who comes to a member's; once.
 
         The members' classes are by member.
