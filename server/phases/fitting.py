@@ -141,6 +141,13 @@ class Fitting:
         stated = {client: who.described[client].statistics for client in self.roster.parties}
         self.settings = self.settings.with_caps(map(counts_of, stated.values()))
         described = {c: capped(own, self.settings.class_cap) for c, own in stated.items()}
+        lower = [c for c in stated if counts_of(stated[c]) != counts_of(described[c])]
+        note = (
+            f"{', '.join(lower)} weigh by {self.settings.class_cap} images of a class, not by all "
+            "that they state, which are more than `max-count-ratio` allows."
+        )
+        if lower and note not in self.exchange.books.notes:
+            self.exchange.books.note(note)
         members = {*who.members} - described.keys()
         self._aligned_with = tuple(sorted({*members, *described}))
         statistics = {**described, **self._statistics_of(members)}
@@ -151,7 +158,8 @@ class Fitting:
     def _statistics_of(self, members: Collection[str]) -> dict[str, AnyStatistics]:
         """Statistics of members, by name; of sums their total, from that of the registry."""
         if not members or self.registry.settings.statistics is Statistics.MIXTURES:
-            return {client: self.registry.contribution(client).statistics for client in members}
+            stated = {client: self.registry.contribution(client).statistics for client in members}
+            return {c: capped(own, self.settings.class_cap) for c, own in stated.items()}
         others = [self.registry.contribution(c) for c in self.registry.clients if c not in members]
         return {"": total_after(self.registry.total_statistics(), (), others, self.settings)}
 

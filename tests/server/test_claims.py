@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def test_a_lie_about_counts_takes_nobody_s_class(tmp_path):
         return accuracy(run({"tamper": lies}, output, data=f"folder:{data}", **SETTINGS, **more))
 
     shared, lied = of(honest, {}), of(wrong, LIES)
+    notes = json.loads((tmp_path / f"b{len(LIES)}0" / "results.json").read_text())["notes"]
+    assert any(note.startswith("eve weigh by 18 images of a class") for note in notes)
     assert all(after > before - 0.1 for after, before in zip(lied, shared, strict=True)), (
         shared,
         lied,
