@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients import averaging, composed
+from clients import averaging, composed, gate
 from clients.local import LocalClient
-from fedcompo.errors import FedcompoError
 from fedcompo.messages.answers import Answer, Process
 from fedcompo.messages.body import Body, Content
-from fedcompo.messages.records import from_record, refusal, to_record
+from fedcompo.messages.records import from_record, to_record
 from fedcompo.messages.requests import (
     REQUEST,
     ROUND,
@@ -60,21 +59,21 @@ def _on(
 
 
 def _answer(message: Message, context: Context, work: Work) -> Message:
-    """Do the work; a ``FedcompoError`` is answered as a refusal with its text."""
+    """Do the work, and let through the gate what may leave."""
     # The same seed gives the same result, also on a GPU, where torch knows such an algorithm.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     reset_peak()
-    try:
+    run_config, node_config = context.run_config, context.node_config
+
+    def answer() -> RecordDict:
         body = from_record(message.content, expected=REQUEST, source="the server")
-        client = LocalClient.from_node(
-            context.run_config, context.node_config, registered_name(body)
-        )
+        client = LocalClient.from_node(run_config, node_config, registered_name(body))
         tensors, manifest = work(client, body).to_body()
         process = Process(peak_memory=peak_bytes(), versions=installed_versions())
-        content = to_record(tensors, manifest | process.to_body()[1])
-    except FedcompoError as error:
-        content = refusal(f"{type(error).__name__}: {error}")
+        return to_record(tensors, manifest | process.to_body()[1])
+
+    content = gate.answer_of(answer, gate.name_of(run_config, node_config))
     return Message(content, reply_to=message)
 
 

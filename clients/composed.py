@@ -26,7 +26,7 @@ def realign(client: LocalClient, request: RealignRequest) -> RealignAnswer:
         ConfigError: If several are asked for under noise: each is a release of its own.
     """
     if client.config.caps.dp_noise > 0 and len(request.factors) > 1:
-        raise ConfigError(
+        raise ConfigError.public(
             f"This node sends statistics under noise (`dp-noise`), of one model and not of "
             f"{len(request.factors)}. Set `scale` to a number."
         )

@@ -34,7 +34,7 @@ def load_images(
             Path(path), preprocessing, seed=seed, images_per_class=config.images_per_class
         )
     if partition < 0:
-        raise DataError(
+        raise DataError.public(
             "This node says neither where its images are nor which part of `data` it owns. "
             'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
         )

@@ -60,14 +60,15 @@ def check_enough(data: ClientData, client: str, config: RunConfig) -> None:
         listed = ", ".join(f"{name!r} {count}" for name, count in few.items())
         raise DataError(
             f"Too few training images of {len(few)} classes, without those drawn for tests, kept "
-            f"aside, or above `images-per-class`: {listed}; `min-images` is {least}. {advice}"
+            f"aside, or above `images-per-class`: {listed}; `min-images` is {least}. {advice}",
+            told=f"{len(few)} classes have fewer training images than `min-images`, {least}",
         )
     if len(data.test.labels) < least:
-        raise DataError(
+        raise DataError.public(
             f"There are {len(data.test.labels)} test images; `min-images` is {least}. {advice}"
         )
     if 0 < wanted < least:
-        raise ConfigError(
+        raise ConfigError.public(
             f"`fisher-examples` is {wanted}, and this node's `min-images` is {least}. Set the "
             "first to 0 or at least to the second."
         )
@@ -101,7 +102,7 @@ def statistics_of(
     caps = config.caps
     if form is Statistics.MIXTURES:
         if caps.dp_noise > 0:
-            raise ConfigError(
+            raise ConfigError.public(
                 "Mixtures cannot be made private by noise (`dp-noise`): how much one image changes "
                 "them is not known. Use `statistics = sums`."
             )

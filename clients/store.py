@@ -48,7 +48,7 @@ class Store:
             FileFormatError: If the federation's name could lead out of the folder.
         """
         if not federation.isalnum():
-            raise FileFormatError(
+            raise FileFormatError.public(
                 f"The server calls its federation {federation!r}, expected letters and digits. "
                 "Use the same fedcompo version everywhere."
             )

@@ -16,14 +16,33 @@
     ├── LaunchError          a simulation that could not start or did not finish
     └── ServiceError         a registry's service that refuses, or cannot be reached
 
-A message says what is wrong, what was expected, what was found and how to fix it.
+A message says what is wrong, what was expected, what was found and how to fix it. It may hold
+paths, names of files and what is in them, so it stays on the machine where it was raised. What a
+client tells the server of it is ``told``.
 """
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class FedcompoError(Exception):
-    """Base class of all errors below; catch it to catch them all."""
+    """Base class of all errors below; catch it to catch them all.
+
+    Args:
+        message: For whoever owns the machine.
+        told: What the other side may read of it, one sentence without a full stop: no path, no name
+            of a file, nothing of its content. Empty: nothing but the kind of error.
+    """
+
+    def __init__(self, message: str = "", *, told: str = "") -> None:
+        super().__init__(message)
+        self.told = told
+
+    @classmethod
+    def public(cls, message: str) -> Self:
+        """Make an error whose whole message the other side may read: of settings and numbers."""
+        return cls(message, told=message)
 
 
 class ConfigError(FedcompoError, ValueError):

@@ -1,4 +1,4 @@
-"""Checks names of clients, which become folders and must not be mistaken, and other texts."""
+"""Checks names of clients, which become folders and must not be mistaken; makes texts printable."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def check_client_name(name: str) -> str:
     if faults:
         raise ContributionError(
             f"{name[:80]!r} cannot be a client's name: {'; '.join(faults)}. "
-            "Use letters of one script, digits, spaces within, hyphens, underscores and dots."
+            "Use letters of one script, digits, spaces within, hyphens, underscores and dots.",
+            told="its name, or its folder's, cannot be a client's name",
         )
     return name
 
@@ -99,6 +100,24 @@ def _script(letter: str) -> str:
     """First word of the letter's Unicode name, which is its script for nearly all letters."""
     first = unicodedata.name(letter, "UNNAMED").partition(" ")[0]
     return "CJK" if first in WRITTEN_TOGETHER else first
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Return a text that is safe in a terminal or a log: what cannot be seen stands as its number.
+
+    Some characters steer terminals, turn the direction of writing or forge lines of a log, and what
+    clients and registries say of themselves comes from outside.
+
+    Args:
+        text: Any.
+        keep: Characters that stay as they are, such as line breaks.
+    """
+    return "".join(c if c.isprintable() or c in keep else number(c) for c in text)
+
+
+def number(c: str) -> str:
+    """A character as its number in Unicode."""
+    return f"⟨U+{ord(c):04X}⟩"
 
 
 def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> None:

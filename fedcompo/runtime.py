@@ -34,7 +34,7 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
+        raise ConfigError.public(
             f"`device` is {wanted!r}, but this machine shows no GPU. Use auto or cpu."
         )
     return torch.device(wanted)

@@ -21,6 +21,7 @@ from fedcompo.config.choices import Action, Method, Schedule
 from fedcompo.config.run import RunConfig
 from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
+from fedcompo.names import printable
 from fedcompo.registry.owners import OWNERS, read_owners
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
@@ -70,7 +71,7 @@ def main(grid: Grid, context: Context) -> None:
         write_atomically(output / RESULTS, text.encode())
         clear(output)
     except BaseException as error:
-        log(ERROR, "The run failed: %s", error)
+        log(ERROR, "The run failed: %s", printable(str(error), keep="\n"))
         if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():
             log(ERROR, "See to the server's disk, then go on with `resume`: nothing is lost.")
         with suppress(OSError):  # a full disk must not hide what happened

@@ -110,7 +110,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor] | Path:
         BackboneError: If the file is missing, damaged, of another kind, or would run code.
     """
     if not path.is_file():
-        raise BackboneError(f"There is no checkpoint {path}. Check `checkpoint`.")
+        raise BackboneError(
+            f"There is no checkpoint {path}. Check `checkpoint`.", told="there is no `checkpoint`"
+        )
     check_kind(path)
     try:
         if path.suffix == ".safetensors":

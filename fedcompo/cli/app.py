@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import fedcompo
@@ -21,7 +20,7 @@ from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
-from fedcompo.report.console import say
+from fedcompo.report.console import PlainConsole, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,7 +121,7 @@ def settings(
         {"setting": key, "default": defaults[key], "help": declared.metadata["help"]}
         for key, declared in all_settings().items()
     ]
-    console = Console()
+    console = PlainConsole()
     if as_json:
         say(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -132,7 +131,7 @@ def settings(
         shown = default if isinstance(default, str) and default else json.dumps(default)
         # The longest default breaks at its commas.
         table.add_row(str(row["setting"]), shown.replace(",", ",\n"), str(row["help"]))
-    console.print(table, markup=False)
+    console.print(table)
 
 
 @app.command()
@@ -176,7 +175,7 @@ def _simulate(
     from fedcompo.engine.run_folder import begun_settings
     from fedcompo.engine.simulation import prepare
 
-    console = Console()
+    console = PlainConsole()
     if resume is None:
         values = settings_of(file, assignments, options)
     else:

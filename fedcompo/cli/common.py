@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 import os
 import traceback
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from fedcompo.config.setting import names_of
 from fedcompo.errors import ConfigError, FedcompoError
-from fedcompo.report.console import literal, say
+from fedcompo.names import printable
+from fedcompo.report.console import PlainConsole, say
+from fedcompo.report.log import log_to_stderr
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -67,29 +68,29 @@ def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
     reader wanted, and left to typer.
     """
     if verbose:
-        logging.basicConfig(level=logging.INFO)
+        log_to_stderr()
     try:
         yield
     except KeyboardInterrupt:
-        say("Interrupted; everything that was started has been ended.", Console(stderr=True))
+        say("Interrupted; everything that was started has been ended.", PlainConsole(stderr=True))
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         raise
     except (FedcompoError, OSError) as error:
         sentence = f"The system refuses: {error}" if isinstance(error, OSError) else str(error)
-        say(traceback.format_exc() if verbose else sentence, Console(stderr=True))
+        say(traceback.format_exc() if verbose else sentence, PlainConsole(stderr=True))
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
 
 
 @contextlib.contextmanager
 def progress(*, quiet: bool) -> Iterator[Any]:
     """Show the current step on standard error; yields a function that takes its name."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if quiet or not console.is_terminal:
         yield lambda step: None
         return
     with console.status("…") as status:
-        yield lambda step: status.update(literal(f"{step} …"))
+        yield lambda step: status.update(Text(printable(f"{step} …")))
 
 
 def open_registry(named: Path | None) -> RegistryReader:

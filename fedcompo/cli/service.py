@@ -5,7 +5,6 @@ The server's is `serve`; a client's are `publish`, `fetch`, `members` and `reque
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedcompo.cli.common import (
 )
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
+from fedcompo.report.log import log_to_stderr
 from fedcompo.report.newcomers import note_on_newcomers
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def serve(
     models, seconds, grace.
     """
     with errors_as_sentences(verbose):
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        log_to_stderr()
         from fedcompo.service.access import Audience
         from fedcompo.service.certificates import read_authority, read_credential
         from fedcompo.service.limits import limits_of

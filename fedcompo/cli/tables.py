@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedcompo.report.console import literal, numbers, say, table_console
+from fedcompo.names import printable
+from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.twins import note_on, twins
-from fedcompo.report.units import percent, shortened, size
+from fedcompo.report.units import listed, percent, shortened, size
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
@@ -31,13 +32,13 @@ def print_list(summary: Mapping[str, Any]) -> None:
     """Print who is in a registry, and what it composes."""
     client, added = Column("client", no_wrap=True), Column("added", no_wrap=True)
     counted = numbers("images", "size", "shaped by", "shapes")
-    title = literal(f"Registry {summary['registry']}")
+    title = f"Registry {summary['registry']}"
     table = Table(client, "kind", "classes", added, *counted, title=title)
     for row in summary["clients"]:
         table.add_row(
-            literal(row["client"]),
+            row["client"],
             row["kind"],
-            literal(shortened(row["classes"])),
+            shortened(row["classes"]),
             row["added"].partition("T")[0],  # the day is enough, and fits a narrow terminal
             str(row["num_examples"]),
             size(row["bytes"]),
@@ -68,13 +69,13 @@ def print_list(summary: Mapping[str, Any]) -> None:
 
 def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) -> None:
     """Print who is in a registry that is served elsewhere."""
-    client, title = Column("client", no_wrap=True), literal(f"Registry at {server}")
+    client, title = Column("client", no_wrap=True), f"Registry at {server}"
     table = Table(client, "kind", "classes", *numbers("images"), title=title)
     for member in members:
         table.add_row(
-            literal(member["client"]),
-            member["kind"],
-            literal(shortened(member["classes"])),
+            member["client"],
+            printable(member["kind"]),
+            shortened(member["classes"]),
             str(member["num_examples"]),
         )
     table_console().print(table)
@@ -87,14 +88,14 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
 
 def print_details(details: Mapping[str, Any]) -> None:
     """Print what is known of one client."""
-    table = Table(show_header=False, title=literal(details["client"]))
+    table = Table(show_header=False, title=details["client"])
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     if details["present"]:
         lineage = details["lineage"]
         lines = {
             "kind": details["kind"],
-            "classes": ", ".join(details["classes"]),
+            "classes": listed(details["classes"]),
             "images": str(details["num_examples"]),
             "folder": f"{details['folder']}, {size(details['bytes'])}",
             "method": lineage["method"],
@@ -111,7 +112,7 @@ def print_details(details: Mapping[str, Any]) -> None:
         more += ", to be replaced" if "within" in event else ""
         lines[f"journal, line {event['sequence']}"] = f"{event['event']}, {event['time']}{more}"
     for name, value in lines.items():
-        table.add_row(literal(name), literal(value))
+        table.add_row(name, value)
     table_console().print(table)
 
 
@@ -123,7 +124,7 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
     client = plan["client"]
     say(f"Goes:  {goes['folder']} ({size(goes['bytes'])}), its term of the sum")
-    classes = ", ".join(goes["classes"]) or "none, others own them too"
+    classes = listed(goes["classes"]) or "none, others own them too"
     say(f"       classes of the joint head: {classes}")
     if goes["versions"]:
         say(f"       compositions that contain it: {', '.join(goes['versions'])}")
@@ -158,7 +159,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding not in whole:
             mark, style = MARKS[finding.holds]
-            table.add_row(literal(finding.claim), Text(mark, style=style))
+            table.add_row(finding.claim, Text(mark, style=style))
     if whole:
         mark, style = MARKS[True]
         table.add_row(f"{len(whole)} files are unaltered", Text(mark, style=style))
@@ -179,7 +180,7 @@ def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> No
     table = Table("client", *numbers("images", "class-IL", "task-IL"), title=title)
     for client, own in figures.items():
         table.add_row(
-            literal(client),
+            client,
             str(own["num_examples"]),
             percent(own["class_il_accuracy"]),
             percent(own["task_il_accuracy"]),
@@ -211,7 +212,7 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
     for client, before in accuracy["before"].items():
         after = accuracy["after"].get(client, {})
         table.add_row(
-            literal(client),
+            client,
             str(before["num_examples"]),
             percent(before["class_il_accuracy"]),
             percent(after.get("class_il_accuracy")),

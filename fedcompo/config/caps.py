@@ -101,17 +101,17 @@ class CapsConfig:
         if not self.dp_noise > 0:
             return
         if statistics is Statistics.MIXTURES:
-            raise ConfigError(
+            raise ConfigError.public(
                 f"`dp-noise` is {self.dp_noise:g} and `statistics` is {statistics}: mixtures are "
                 "not private by noise. Use `statistics = sums`."
             )
         if self.fisher_form is FisherForm.KRONECKER:
-            raise ConfigError(
+            raise ConfigError.public(
                 f"`dp-noise` is {self.dp_noise:g} and `fisher-form` is {self.fisher_form}: there "
                 "is no noise for Kronecker factors. Use `fisher-form = factored`."
             )
         if curvature is not Curvature.FEATURES and start is HeadStart.PROBE:
-            raise ConfigError(
+            raise ConfigError.public(
                 f"`dp-noise` is {self.dp_noise:g}, `curvature` is {curvature} and `head-start` is "
                 f"{start}: a Fisher under a head fitted to the same images is not private by "
                 "noise. Use `curvature = features`, or `head-start = zero` or `aligned`."

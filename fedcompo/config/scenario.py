@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from fedcompo.config.presets import with_preset
@@ -23,7 +23,8 @@ from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 
 PATH_SETTINGS = ("output", "checkpoint", "reference", "registry", "owners")
-PATH_SOURCES = ("folder:", "npz:", "text:")
+PATH_SOURCES = {"data": ("folder:", "npz:", "text:"), "backbone": ("local-dir:",)}
+ELSEWHERE = "not-told"
 
 
 def settings_of(
@@ -112,14 +113,24 @@ def with_absolute_paths(values: Mapping[str, Scalar], where: Path) -> dict[str, 
 
     Flower's processes run in other folders, where a relative path would name another file.
     """
+    return _with_paths(values, lambda path: _absolute(path, where))
+
+
+def without_paths(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Make every path among the settings a word that says no more than that there is one."""
+    return _with_paths(values, lambda path: ELSEWHERE)
+
+
+def _with_paths(values: Mapping[str, Scalar], changed: Callable[[str], str]) -> dict[str, Scalar]:
     resolved = dict(values)
     for key in PATH_SETTINGS:
         if path := resolved.get(key):
-            resolved[key] = _absolute(str(path), where)
-    data = str(resolved.get("data", ""))
-    source = next((prefix for prefix in PATH_SOURCES if data.startswith(prefix)), None)
-    if source and data != source:
-        resolved["data"] = source + _absolute(data.removeprefix(source), where)
+            resolved[key] = changed(str(path))
+    for key, prefixes in PATH_SOURCES.items():
+        value = str(resolved.get(key, ""))
+        source = next((prefix for prefix in prefixes if value.startswith(prefix)), None)
+        if source and value != source:
+            resolved[key] = source + changed(value.removeprefix(source))
     return resolved
 
 

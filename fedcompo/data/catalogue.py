@@ -7,7 +7,8 @@ keeps.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fedcompo.backbone.preprocessing import Modality
 from fedcompo.errors import DataError
+from fedcompo.report.twins import few
 
 KEPT_BYTES = 256 * 2**20
 """Size of the largest file whose content :func:`read_once` keeps."""
@@ -44,6 +46,11 @@ class Catalogue:
     def names(self) -> tuple[str, ...]:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
+
+    def count(self, indices: Iterable[int]) -> str:
+        """Count images by class, for those who may know no more of them than that."""
+        counts = Counter(str(self.classes[index]) for index in indices)
+        return few([f"{n} image(s) of class {c!r}" for c, n in counts.most_common()])
 
 
 Reader = Callable[[Path], Catalogue]

@@ -223,20 +223,14 @@ def _parse(data: str) -> tuple[str, str]:
     if kind in PATHS:
         hint = f"{kind} needs a path: {kind}:<path>."
     elif near := difflib.get_close_matches(kind, (*PATHS, *NAMED), 1):
-        path = (rest or "<path>") if near[0] not in NAMED else ""
-        hint = f"Did you mean {near[0] + (':' + path if path else '')!r}?"
-    elif data and Path(data).expanduser().exists():
-        hint = f"Did you mean '{_kind_of(Path(data).expanduser())}:{data}'?"
+        more = "" if near[0] in NAMED else f":{rest or '<path>'}"
+        hint = f"Did you mean {near[0] + more!r}?"
+    elif data and (path := Path(data).expanduser()).exists():
+        text = "text" if path.suffix in TEXT_ENDINGS else "npz"
+        hint = f"Did you mean '{'folder' if path.is_dir() else text}:{data}'?"
     else:
         hint = ""
     raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
-
-
-def _kind_of(path: Path) -> str:
-    """Guess the kind of source from a path."""
-    if path.is_dir():
-        return "folder"
-    return "text" if path.suffix in TEXT_ENDINGS else "npz"
 
 
 def _load_classes(
@@ -287,19 +281,20 @@ def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> l
             raise DataError(
                 f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
                 f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
-                "are needed: add images, take the class out, or say which images are for testing."
+                "are needed: add images, take the class out, or say which images are for testing.",
+                told=f"class {own!r} has 1 image, and needs at least 2",
             )
         return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
     tests = catalogue.is_test[members]
     if tests.all():
         raise DataError(
             f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
-            "training images. Add training images, or take its test images out."
+            "training images. Add training images, or take its test images out.",
+            told=f"class {own!r} has test images but no training images",
         )
     return [members[~tests], members[tests]]
 
 
 def _labels(members: list[Indices]) -> Tensor:
     """Return the label of each image, (count,), given the images of each class."""
-    counts = torch.tensor([len(own) for own in members])
-    return torch.repeat_interleave(torch.arange(len(members)), counts)
+    return torch.arange(len(members)).repeat_interleave(torch.tensor([*map(len, members)]))

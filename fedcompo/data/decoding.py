@@ -126,7 +126,7 @@ class _Reader:
 
     def _fill(self, images: Tensor, rows: Iterable[int], preprocessing: Preprocessing) -> list[int]:
         """Fill some rows; return those whose pictures must be read again."""
-        waiting, faults = [], []
+        waiting, faults = [], {}
         for row in rows:
             index = int(self.chosen[row])
             try:
@@ -136,13 +136,14 @@ class _Reader:
                     images[row] = preprocessing.prepare(example)
             except Exception as error:  # Pillow's decoders raise errors of every kind
                 reason = str(error) or type(error).__name__
-                faults.append(f"{self._catalogue.describe(index)}: {self._about}{reason}")
+                faults[index] = f"{self._catalogue.describe(index)}: {self._about}{reason}"
         if faults:
-            listed = few(faults, between="\n  - ")
+            listed = few([*faults.values()], between="\n  - ")
             raise DataError(
                 f"{self._whose}: {len(faults)} of {self._of} cannot be used:\n  - {listed}\n"
                 "Repair them, save them as PNG with 8 bits a channel, or take them out; images are "
-                "never skipped."
+                "never skipped.",
+                told=f"{self._catalogue.count(faults)} cannot be used",
             )
         return waiting
 

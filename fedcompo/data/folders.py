@@ -71,13 +71,15 @@ def folder_catalogue(path: Path, *, client: str) -> Catalogue:
         if near and name != near[0] and near[0] not in folders:
             raise DataError(
                 f"Client {client!r}: {path} holds a folder {name!r}. Rename it {near[0]!r} if that "
-                "is what it is, or take it out; only 'train' and 'test' are read."
+                "is what it is, or take it out; only 'train' and 'test' are read.",
+                told=f"a folder should be called {near[0]!r}",
             )
     if "train" not in folders:
         present = ", ".join(map(repr, folders)) or "none"
         raise DataError(
             f"Client {client!r}: {path} has no folder 'train'; folders found: {present}. Expected "
-            "train/<class>/* and perhaps test/<class>/*."
+            "train/<class>/* and perhaps test/<class>/*.",
+            told="there is no folder 'train'",
         )
     test = _test_folder(folders, path, client)
     files: list[Path] = []
@@ -122,19 +124,22 @@ def _classes(folder: Path, client: str) -> dict[str, list[Path]]:
         if not entry.is_dir():
             raise DataError(
                 f"Client {client!r}: {entry} lies beside the class folders. Move it into the "
-                "folder of its class, or take it out."
+                "folder of its class, or take it out.",
+                told="there are files beside the class folders",
             )
         files = list(_entries(entry, client).values())
         nested = next((file for file in files if file.is_dir()), None)
         if nested:
             raise DataError(
                 f"Client {client!r}: class {name!r} holds the folder {nested}. Expected image "
-                "files only; move them up into the class folder."
+                "files only; move them up into the class folder.",
+                told="a class folder holds a folder",
             )
         if not files:
             raise DataError(
                 f"Client {client!r}: class {name!r} is empty; {entry} holds no image. Add images "
-                "or take the folder out."
+                "or take the folder out.",
+                told="a class folder is empty",
             )
         classes[name] = files
     if not classes:
@@ -157,7 +162,8 @@ def _entries(folder: Path, client: str = "") -> dict[str, Path]:
     except OSError as error:
         raise DataError(
             f"{whose} {folder.absolute()} cannot be read ({error.strerror}). Check the path, and "
-            "that you may read it."
+            "that you may read it.",
+            told="a folder cannot be read",
         ) from error
     named: dict[str, Path] = {}
     for entry in sorted(entries):

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from fedcompo.config.setting import Scalar
 from fedcompo.engine.log import Event, EventTail, LineTail, last_error, note, read_from
 from fedcompo.engine.resources import Resources
-from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS
+from fedcompo.engine.run_folder import CLIENTS, EVENTS, LOG, RESULTS
 from fedcompo.engine.superlink import Engine, started
 from fedcompo.errors import LaunchError
 from fedcompo.storage.files import PACKAGE
@@ -145,7 +145,11 @@ def _results(output: Path, status: str, details: str, reported: str) -> dict[str
         shortest = [r for r in reasons if not any(r != other and other in r for other in reasons)]
         reason = "The run failed: " + " ".join(shortest or [f"Flower says {status}."])
     ending = last_error(read_from(log, 0))
-    raise LaunchError(f"{reason}\nThe end of Flower's log:\n{ending}\nThe whole log: {log}")
+    own = output / CLIENTS
+    clients = f"\nThe clients' own logs: {own}" if own.is_dir() else ""
+    raise LaunchError(
+        f"{reason}\nThe end of Flower's log:\n{ending}\nThe whole log: {log}{clients}"
+    )
 
 
 @contextlib.contextmanager

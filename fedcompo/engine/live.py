@@ -9,13 +9,15 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from fedcompo.engine.log import Event
+from fedcompo.names import printable
+from fedcompo.report.console import PlainConsole
 from fedcompo.report.units import duration, size
 
 SERVER = "server"
@@ -56,7 +58,8 @@ class Cell:
         if self.standing is Standing.OK:
             return Text(f"ok {duration(self.seconds)}{part}", style="green")
         style = "bold red" if self.standing is Standing.LEFT_OUT else "red"
-        return Text(f"{self.standing.value.upper()}{part} {self.reason}".rstrip(), style=style)
+        said = f"{self.standing.value.upper()}{part} {self.reason}".rstrip()
+        return Text(printable(said), style=style)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Progress:
         for name in sorted(self.clients, key=lambda name: name == SERVER):
             cells = [self.cells.get((name, phase)) for phase in self.phases]
             waiting = Text("" if name == SERVER else "waiting", style="dim")
-            table.add_row(Text(name), *(cell.text(now) if cell else waiting for cell in cells))
+            table.add_row(name, *(cell.text(now) if cell else waiting for cell in cells))
         return table
 
 
@@ -145,7 +148,7 @@ class Display:
         console: The console to show them on.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
         self._console = console
         self._progress = Progress()
         self._began = time.time()
@@ -174,9 +177,7 @@ class Display:
         """Show one event."""
         self._progress = self._progress.after(event)
         if not self._live or event["event"] == "note":
-            self._console.print(
-                line(event, self._began), soft_wrap=True, markup=False, highlight=False
-            )
+            self._console.print(line(event, self._began), soft_wrap=True)
 
     def _render(self) -> RenderableType:
         now = time.time()

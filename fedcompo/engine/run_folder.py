@@ -9,6 +9,8 @@ from fedcompo.config.setting import Scalar
 from fedcompo.errors import LaunchError
 
 LOG, EVENTS, RESULTS = "flower.log", "events.jsonl", "results.json"
+CLIENTS = "clients"
+"""Folder of the simulated clients' own logs, one file each; nothing else names their files."""
 RUN = "run.json"
 """Progress of a run, to resume it; see :mod:`server.resume`."""
 

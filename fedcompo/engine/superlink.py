@@ -27,6 +27,7 @@ from fedcompo.config.scenario import as_toml
 from fedcompo.config.setting import Scalar
 from fedcompo.engine import guard
 from fedcompo.engine.log import last_error, plain, read_from
+from fedcompo.engine.run_folder import CLIENTS
 from fedcompo.errors import LaunchError
 from fedcompo.storage.files import PACKAGE
 
@@ -193,6 +194,7 @@ def _superlink(log: Path) -> Iterator[Engine]:
     folder = Path(tempfile.mkdtemp(prefix="fedcompo-", dir=_temporary()))
     try:
         environment = _environment(folder, os.environ)
+        environment["FEDCOMPO_CLIENT_LOGS"] = str(log.absolute().parent / CLIENTS)
         superlink = program("flower-superlink", environment)
         port = _free_port()
         _write_files(folder, port)

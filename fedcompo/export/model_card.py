@@ -14,6 +14,7 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
+from fedcompo.names import printable
 from fedcompo.registry.removal import influence
 
 MOST_CLASSES = 200
@@ -148,8 +149,7 @@ Composed with fedcompo {escaped(model.fedcompo_version)}.
 
 def escaped(text: str) -> str:
     """Return Markdown that shows a text literally, on one line; invisible characters by number."""
-    visible = "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in text)
-    return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", visible)
+    return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", printable(text))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -7,25 +7,28 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.style import Style
 from rich.table import Column
 from rich.text import Text
+
+from fedcompo.names import printable
 
 PIPE_WIDTH = 120
 """Columns of a table that no terminal will show."""
 
 
-def literal(text: str) -> Text:
-    """Make text that is printed as it is: without markup, invisible characters by their numbers.
+class PlainConsole(Console):
+    """Prints every text as it is: no markup, no emoji codes, no control characters."""
 
-    Some characters steer terminals, and names of classes come from outside.
-    """
-    visible = (c if c.isprintable() or c in "\n\t" else f"⟨U+{ord(c):04X}⟩" for c in text)
-    return Text("".join(visible))
+    def render_str(self, text: str, *, style: str | Style = "", **options: Any) -> Text:
+        """Make what rich prints of a text, in cells and titles too."""
+        keep = {key: options[key] for key in ("justify", "overflow") if key in options}
+        return Text(printable(text, keep="\n\t"), style, **keep)
 
 
-def say(text: str, console: Console | None = None) -> None:
+def say(text: str, console: PlainConsole | None = None) -> None:
     """Print a sentence as it is."""
-    (console or Console()).print(literal(text), soft_wrap=True)
+    (console or PlainConsole()).print(text, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -38,9 +41,9 @@ def numbers(*titles: str) -> list[Column]:
     return [Column(title, justify="right") for title in titles]
 
 
-def table_console(console: Console | None = None) -> Console:
+def table_console(console: PlainConsole | None = None) -> PlainConsole:
     """Make a console wide enough for tables, also where there is no terminal."""
-    console = console or Console()
+    console = console or PlainConsole()
     if console.is_terminal:
         return console
-    return Console(file=console.file, width=max(PIPE_WIDTH, console.width))
+    return PlainConsole(file=console.file, width=max(PIPE_WIDTH, console.width))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from fedcompo.names import printable
 from fedcompo.report.units import percent
 from fedcompo.storage.files import write_atomically
 
@@ -128,4 +129,4 @@ def text(x: float, y: float, words: str, *, bold: bool = False, anchor: str = "s
     """Make a line of text; ``anchor`` (start, middle, end) is its point at ``x``."""
     style = "" if anchor == "start" else f' text-anchor="{anchor}"'
     style += ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(printable(words))}</text>'

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from fedcompo.report.console import numbers, table_console
+from fedcompo.report.console import PlainConsole, numbers, table_console
 from fedcompo.report.picture import SHOWN, Results, overlap, shown
 from fedcompo.report.units import percent, shortened, size
 
@@ -25,7 +24,7 @@ own heads: the one model of all, the clients' own heads side by side, all classe
 class-IL, task-IL: the one model of all, all classes; the client's classes"""
 
 
-def print_results(results: Results, console: Console) -> None:
+def print_results(results: Results, console: PlainConsole) -> None:
     """Print accuracies, traffic and diagnostics of a run: what ``results.json`` holds."""
     console = table_console(console)
     console.print(_accuracy_table(results))
@@ -36,15 +35,15 @@ def print_results(results: Results, console: Console) -> None:
         _print_diagnostics(results, console)
     for client in results["left_out"]:
         line = f"Left out: {client['client']} ({client['phase']}): {client['reason']}"
-        console.print(line, style="bold red", markup=False)
+        console.print(line, style="bold red")
     for missed in results.get("missed", []):
         line = f"Missed: {missed['client']} ({missed['phase']}): {missed['reason']}"
-        console.print(line, style="red", markup=False)
+        console.print(line, style="red")
     for note in results["notes"]:
-        console.print(f"Note: {note}", style="yellow", markup=False)
+        console.print(f"Note: {note}", style="yellow")
 
 
-def _print_scale(chosen: Mapping[str, Any], console: Console) -> None:
+def _print_scale(chosen: Mapping[str, Any], console: PlainConsole) -> None:
     """Print λ, and the candidates where the clients voted."""
     if not chosen["candidates"]:
         console.print(f"λ = {chosen['scale']:.3g} (by {chosen['by']})")
@@ -61,7 +60,7 @@ def _print_scale(chosen: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _print_diagnostics(results: Results, console: Console) -> None:
+def _print_diagnostics(results: Results, console: PlainConsole) -> None:
     console.print(_diagnostics_table(results))
     gap = results["diagnostics"]["composition_gap"]
     console.print(f"Gap Ω of Theorem 1 (mean Fisher, composition's coefficients): {gap:.3g}")

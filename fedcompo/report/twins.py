@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping
 
+from fedcompo.names import number
+
 SHOWN = 5
 """Number of groups, of spellings and of clients that a note lists; it counts the rest."""
 BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")
@@ -64,7 +66,7 @@ def visible(name: str) -> str:
         unseen = not c.isprintable() or c in FILLERS
         return unseen or not compatible or bool(loose and unicodedata.combining(c))
 
-    return f"'{''.join(f'⟨U+{ord(c):04X}⟩' if hidden(c) else c for c in name)}'"
+    return f"'{''.join(number(c) if hidden(c) else c for c in name)}'"
 
 
 def _unseen(c: str) -> bool:

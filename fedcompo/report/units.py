@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from fedcompo.names import printable
 
 OnStep = Callable[[str], None]
 """Called with each step of something that takes long, in words."""
@@ -28,9 +30,14 @@ def size(count: int) -> str:
     return f"{value:.{digits}f} {units[0]}"
 
 
+def listed(names: Iterable[str]) -> str:
+    """Join names by commas, on one line whatever they hold."""
+    return ", ".join(map(printable, names))
+
+
 def shortened(names: Sequence[str], limit: int = 24) -> str:
     """Join names by commas; a list that is too long shows its length and its first names."""
-    text = ", ".join(names)
+    text = listed(names)
     return text if len(text) <= limit else f"{len(names)}: {text[: limit - 5]}…"
 
 

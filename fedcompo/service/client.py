@@ -24,7 +24,7 @@ from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
 from fedcompo.service.registry_pb2_grpc import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
-from fedcompo.service.transfer import FileEntry, Part, outgoing, received
+from fedcompo.service.transfer import FileEntry, Part, outgoing, received, without_paths
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Client:
         """Hand in the contribution that lies in a folder.
 
         Args:
-            folder: As ``Contribution.save`` writes it.
+            folder: As ``Contribution.save`` writes it. Paths among its settings are not sent.
             replace: Take the place of the caller's earlier one.
             on_step: Called with how much was sent.
 
@@ -139,6 +139,10 @@ class Client:
             FileFormatError: If the folder holds no contribution.
             ServiceError: If the server refuses, or cannot be reached.
         """
+        with without_paths(folder) as clean:
+            return self._publish(clean, replace, on_step)
+
+    def _publish(self, folder: Path, replace: bool, on_step: OnStep) -> Any:
         on_step("hashing")
         names = [n for n in sorted(CONTRIBUTION[1]) if (folder / n).is_file()]
         if not CONTRIBUTION[0].issubset(names):

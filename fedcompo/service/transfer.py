@@ -6,18 +6,22 @@ A folder that is being received is kept as ``.<name>.part`` until it is complete
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from fedcompo.config import scenario
 from fedcompo.errors import FileFormatError
 from fedcompo.report.units import size
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.storage.files import canonical, write_atomically
+from fedcompo.storage.files import CARD, canonical, write_atomically
 
 PIECE = 1 << 18
 """Bytes of a chunk that is sent."""
@@ -258,3 +262,27 @@ def _resume(draft: Path) -> Any:
         for path in sorted((draft / FILES).iterdir())
     ]
     return wire.Resume(id=_known_id(draft), positions=positions)
+
+
+@contextmanager
+def without_paths(folder: Path) -> Iterator[Path]:
+    """Yield a folder with the same contribution, whose settings name no path of this machine.
+
+    Raises:
+        FileFormatError: If there are such paths, and the contribution cannot be read.
+    """
+    try:
+        settings = json.loads((folder / CARD).read_bytes())["settings"]
+        clean = scenario.without_paths(settings)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        settings, clean = {}, {}  # the server says what is wrong with it
+    if clean == settings:
+        yield folder
+        return
+    from fedcompo.method.contribution import Contribution  # imports torch
+
+    with tempfile.TemporaryDirectory() as parent:
+        copy = Path(parent) / folder.absolute().name
+        copy.mkdir()
+        replace(Contribution.open(folder, check=True), settings=clean).save(copy)
+        yield copy

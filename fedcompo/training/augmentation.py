@@ -35,7 +35,7 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
     if kind is Augmentation.NONE or (kind is Augmentation.AUTO and are_texts):
         return images
     if are_texts:
-        raise ConfigError(
+        raise ConfigError.public(
             f"`augmentation` is {kind}, which moves the pixels of images, but these are texts. Set "
             "it to none."
         )

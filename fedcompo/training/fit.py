@@ -126,7 +126,7 @@ def fit_task_vector(
             seen += len(labels)
         losses.append(total / seen)
         if not math.isfinite(losses[-1]):
-            raise ContributionError(
+            raise ContributionError.public(
                 f"The training loss is {losses[-1]} after epoch {epoch}: training diverged. "
                 "Lower `learning-rate`, or use `penalty = implicit`."
             )

@@ -134,7 +134,7 @@ def require_recorded(record: Mapping[str, object], names: Iterable[str]) -> None
             function of its own.
     """
     if unused := sorted(set(names) - set(record)):
-        raise BackboneError(
+        raise BackboneError.public(
             f"{len(unused)} target weights are used without calling their layer, among them "
             f"{unused[0]!r}; their Fisher cannot be computed. Leave them out of `target-weights`, "
             "or choose a plain vision transformer."
@@ -178,7 +178,7 @@ def require_own_rows(
 
 
 def _refused(name: str, why: str) -> BackboneError:
-    return BackboneError(
+    return BackboneError.public(
         f"The layer of {name!r} {why}; the Fisher of its weight cannot be computed. "
         "Leave it out of `target-weights`, or choose a plain vision transformer."
     )
@@ -187,7 +187,7 @@ def _refused(name: str, why: str) -> BackboneError:
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     layer = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(layer, nn.Linear):
-        raise BackboneError(
+        raise BackboneError.public(
             f"Weight {name!r} belongs to a {type(layer).__name__}; Fisher diagonals are "
             "computed for nn.Linear alone. Choose other `target-weights`."
         )

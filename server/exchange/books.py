@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 
 from flwr.common.logger import log
 
+from fedcompo.names import printable
 from fedcompo.runtime import peak_bytes, reset_peak
 
 T = TypeVar("T")
+LONGEST = 2000
+"""Characters of a reason or a note."""
 
 
 @dataclass(frozen=True)
@@ -140,20 +143,24 @@ class Books:
 
     def miss(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
         """Book that a client misses this phase alone, and why."""
+        reason = _said(reason)
         self.missed.append(LeftOut(client, self.label(phase), reason))
         self._warn(phase, client, "missed", reason, cost)
 
     def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
         """Book that a client is out of all that follows, and why."""
+        reason = _said(reason)
         self.left_out.append(LeftOut(client, self.label(phase), reason))
         self._warn(phase, client, "left-out", reason, cost)
 
     # -- for whoever follows the run --------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Write a note for whoever follows the run, and into the results."""
-        self.notes.append(text)
-        self.tell("note", text=text)
+        """Write a note for whoever follows the run, and into the results; once; none if empty."""
+        text = _said(text)
+        if text not in ("", *self.notes):
+            self.notes.append(text)
+            self.tell("note", text=text)
 
     def tell(self, event: str, **entries: Any) -> None:
         """Append an event to the file of events."""
@@ -173,6 +180,12 @@ class Books:
     def _remember_peak(self, label: str, peaks: Mapping[str, int]) -> None:
         known = self.memory[label]
         known |= {who: max(int(peak), known.get(who, 0)) for who, peak in peaks.items()}
+
+
+def _said(text: str) -> str:
+    """One printable line of what a client may have had a say in; never endless."""
+    shown = printable(text)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} …"
 
 
 def totals(traffic: Iterable[Traffic]) -> dict[str, int]:

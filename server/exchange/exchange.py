@@ -152,7 +152,8 @@ class Exchange:
         except OSError:  # this server's disk, as in `_take`
             raise
         except Exception as error:  # another version may have kept it
-            log(INFO, "%s is asked again: its kept answer does not serve: %s", client, error)
+            kind = type(error).__name__
+            log(INFO, "%s is asked again: its kept answer does not serve (%s)", client, kind)
             return False
         self._book(asking, client, name, body, cost, reason="answered before the interruption")
         return True

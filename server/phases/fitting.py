@@ -146,8 +146,7 @@ class Fitting:
             f"{', '.join(lower)} weigh by {self.settings.class_cap} images of a class, not by all "
             "that they state, which are more than `max-count-ratio` allows."
         )
-        if lower and note not in self.exchange.books.notes:
-            self.exchange.books.note(note)
+        self.exchange.books.note(note if lower else "")
         members = {*who.members} - described.keys()
         self._aligned_with = tuple(sorted({*members, *described}))
         statistics = {**described, **self._statistics_of(members)}

@@ -88,13 +88,11 @@ class Roster:
 
         The members' classes are by member.
         """
-        described, books = self.participants.described, self.exchange.books
-        coming = {c: described[c].classes for c in self.parties}
+        coming = {c: self.participants.described[c].classes for c in self.parties}
         parts = (members, coming)
         came = note_on_newcomers((i, *one) for i, part in enumerate(parts) for one in part.items())
-        for note in (note_on(twins({**members, **coming})), came):
-            if note not in ("", *books.notes):
-                books.note(note)
+        self.exchange.books.note(note_on(twins({**members, **coming})))
+        self.exchange.books.note(came)
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
@@ -219,10 +217,9 @@ class Roster:
             decisive=decisive,
             clients=clients,
         )
-        described, books = self.participants.described, self.exchange.books
+        described = self.participants.described
         for note in notes_on({c: about.pictures or {} for c, about in described.items()}):
-            if note not in books.notes:
-                books.note(note)
+            self.exchange.books.note(note)
         if kinds:
             self.participants = self.participants.with_kinds(kinds)
             self.on_kinds(self.participants.kinds)
@@ -267,9 +264,7 @@ class Roster:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
         if name != client:
             self._refuse_twins(client, name)
-        warning, books = check_versions(name, Process.from_body(body).versions), self.exchange.books
-        if warning not in ("", *books.notes):
-            books.note(warning)
+        self.exchange.books.note(check_versions(name, Process.from_body(body).versions))
         check_backbone(name, answer.base, self.backbone)
         return name
 

@@ -22,17 +22,17 @@ from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError
+from fedcompo.names import printable
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import verify_registry
-from fedcompo.report.console import literal
 from fedcompo.report.units import percent
 from fedcompo.storage.files import CONTENT
 from fedcompo.training.accuracy import accuracy_of
 
-ODD = ("[/]", "[bold]7", ":smile:", "\x1b[31mred")
-"""Names of classes that markup, emoji codes and terminals would swallow."""
+ODD = ("[/]", "[bold]7", ":smile:", "\x1b[31mred", "7\nRoot\r")
+"""Names of classes that markup, emoji codes and terminals would swallow, or lines forged by one."""
 RECORD = "000003-client-1.json"
 
 
@@ -158,8 +158,9 @@ def test_names_are_printed_as_they_are(odd: Path, arguments: tuple[str, ...]) ->
     for name in ODD:
         Registry("registry").add(member("odd", classes=[name]), replacing=True)
         out = run(*arguments).stdout
-        assert name.replace("\x1b", "⟨U+001B⟩") in out
+        assert printable(name) in out
         assert "\x1b" not in out
+        assert "7\nRoot" not in out
 
 
 def test_names_come_whole_out_of_json(odd: Path) -> None:
@@ -506,8 +507,3 @@ def test_weights_are_parsed() -> None:
 def test_weights_that_mean_nothing_are_refused(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         weights_of(text)
-
-
-def test_what_cannot_be_seen_is_shown_by_its_number() -> None:
-    text = "a\tb\nc \x1b[2J \u202egnp \x9b [red]é"
-    assert literal(text).plain == "a\tb\nc ⟨U+001B⟩[2J ⟨U+202E⟩gnp ⟨U+009B⟩ [red]é"

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fedcompo.engine.live import SERVER, Display, Progress, Standing, line
 from fedcompo.engine.log import Event, EventTail, note
+from fedcompo.report.console import PlainConsole
 from fedcompo.report.units import duration, size
 
 REPLY = {"bytes_sent": 1_500_000, "bytes_received": 2_000, "seconds": 4.25, "reason": ""}
@@ -43,7 +42,7 @@ def after(events: list[Event]) -> Progress:
 
 
 def shown(progress: Progress, now: float) -> str:
-    console = Console(file=io.StringIO(), width=120, record=True)
+    console = PlainConsole(file=io.StringIO(), width=120, record=True)
     console.print(progress.table(now))
     return console.export_text()
 
@@ -165,7 +164,7 @@ def test_a_line_says_which_round_it_is() -> None:
 
 def test_a_pipe_gets_one_line_an_event() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=20)) as display:
+    with Display(PlainConsole(file=out, width=20)) as display:
         for event in RUN:
             display.show(event)
     assert len(out.getvalue().splitlines()) == len(RUN)
@@ -184,7 +183,7 @@ def test_a_pipe_gets_one_line_an_event() -> None:
 
 def test_a_terminal_gets_the_table_and_the_notes() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=120, force_terminal=True)) as display:
+    with Display(PlainConsole(file=out, width=120, force_terminal=True)) as display:
         for event in RUN:
             display.show(event)
     text = out.getvalue()

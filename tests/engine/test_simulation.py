@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from engine_runs import BIN, LIMIT, QUICK
 from golden import figures_of, nearly
+from PIL import Image
 
+from fedcompo.config.scenario import as_toml
 from fedcompo.method.contribution import Contribution
 
 pytestmark = pytest.mark.simulation
@@ -68,9 +71,47 @@ def test_a_run_that_fails_exits_non_zero_and_says_why(tmp_path):
         timeout=LIMIT,
     )
     assert done.returncode == 1
-    assert "broken.png" in done.stderr
+    assert "broken.png" not in done.stderr
+    assert "class 'x' has 1 image, and needs at least 2" in done.stderr
+    assert f"The clients' own logs: {tmp_path / 'runs' / 'images' / 'clients'}" in done.stderr
     assert "min-clients" in done.stderr
     assert not list(tmp_path.glob("runs/*/results.json"))
+
+
+def test_what_a_client_s_files_are_called_stands_in_its_own_log_alone(hospitals, tmp_path):
+    secret, images, output = "DOE_Jane_1900-01-01", tmp_path / "images", tmp_path / "out"
+    shutil.copytree(hospitals, images)
+    shutil.copytree(images / "hospital-a", images / "hospital-c")
+    shutil.move(images / "hospital-a" / "test", images / "hospital-a" / "val")
+    (images / "hospital-a" / secret).mkdir()  # is not read, which its log says
+    spoilt = next((images / "hospital-c" / "train").iterdir())
+    exif = Image.Exif()
+    exif[0x010E] = secret
+    Image.new("L", (28, 28)).save(spoilt / f"{secret}.jpg", exif=exif)
+    (spoilt / f"{secret}.jpg").write_bytes((spoilt / f"{secret}.jpg").read_bytes()[:-80])
+    (spoilt / f"{secret}.png").write_text(secret)
+    settings = {**QUICK, "data": f"folder:{images}", "num-classes": 0, "realign": False}
+    (tmp_path / "scenario.toml").write_text(as_toml(settings))
+    done = subprocess.run(
+        [BIN / "fedcompo", "simulate", "scenario.toml", "--output", output],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    (left_out,) = json.loads((output / "results.json").read_text())["left_out"]
+    assert left_out["reason"].startswith(f"DataError: 2 image(s) of class '{spoilt.name}' cannot")
+    assert left_out["reason"] in (output / "flower.log").read_text()
+    logs = {path.stem: path.read_text() for path in (output / "clients").iterdir()}
+    assert set(logs) <= {"hospital-a", "hospital-b", "hospital-c"}
+    assert f"'{secret}'" in logs["hospital-a"]
+    assert f"{secret}.jpg" in logs["hospital-c"]
+    assert f"{secret}.png" in logs["hospital-c"]
+    others = [p for p in output.rglob("*") if p.is_file() and p.parent.name != "clients"]
+    assert {"results.json", "events.jsonl", "flower.log"} <= {path.name for path in others}
+    assert not [path for path in others if secret.encode() in path.read_bytes()]
+    assert secret not in done.stdout + done.stderr
 
 
 def test_plain_flwr_run_works_too(tmp_path):

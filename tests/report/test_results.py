@@ -7,8 +7,8 @@ import json
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
 
+from fedcompo.report.console import PlainConsole
 from fedcompo.report.picture import cosines_of, write_report
 from fedcompo.report.results import print_results
 from fedcompo.report.units import percent
@@ -55,7 +55,9 @@ def results(clients: int = 3) -> dict:
 
 def printed(value: dict, width: int = 80) -> str:
     stream = io.StringIO()
-    print_results(value, Console(file=stream, width=width, force_terminal=True, color_system=None))
+    print_results(
+        value, PlainConsole(file=stream, width=width, force_terminal=True, color_system=None)
+    )
     return stream.getvalue()
 
 

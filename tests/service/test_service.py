@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,22 @@ def test_publishing_is_adding_and_nothing_is_left_beside(tmp_path: Path) -> None
     assert intact(registry)
     beside = tmp_path / ".registry.service"
     assert not [path for path in beside.rglob("*") if path.is_file()]
+
+
+def test_paths_of_the_publisher_s_machine_do_not_leave_it(tmp_path: Path) -> None:
+    registry = registry_of(tmp_path / "registry")
+    paths = {"data": "folder:/srv/DOE_Jane", "checkpoint": "/home/DOE_Jane/a.pth"}
+    settings = {**BEN.settings, **paths, "backbone": "local-dir:DOE_Jane"}
+    folder = saved(replace(BEN, settings=settings), tmp_path / "ben")
+    before = contents(folder)
+    with served(registry) as address, client_of(address, "ben") as client:
+        client.publish(folder)
+        assert client.publish(folder).already
+    registry.refresh()
+    assert not [p for p in registry.path.rglob("*") if p.is_file() and b"DOE_" in p.read_bytes()]
+    assert registry.contribution("ben").settings["data"] == "folder:not-told"
+    assert contents(folder) == before
+    assert intact(registry)
 
 
 def test_publishing_again_changes_nothing_and_replacing_is_explicit(
