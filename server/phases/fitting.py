@@ -49,7 +49,7 @@ from server.exchange.checks import (
 from server.exchange.exchange import Exchange
 from server.phases import roster
 from server.phases.fisher import Fishers, fisher_apart
-from server.phases.remarks import remarks
+from server.phases.remarks import on_capped, remarks
 from server.phases.roster import KeepFisher, Roster
 
 INCOMING = "incoming"
@@ -141,15 +141,9 @@ class Fitting:
         stated = {client: who.described[client].statistics for client in self.roster.parties}
         self.settings = self.settings.with_caps(map(counts_of, stated.values()))
         described = {c: capped(own, self.settings.class_cap) for c, own in stated.items()}
-        lower = [c for c in stated if counts_of(stated[c]) != counts_of(described[c])]
-        note = (
-            f"{', '.join(lower)} weigh by {self.settings.class_cap} images of a class, not by all "
-            "that they state, which are more than `max-count-ratio` allows."
-        )
-        self.exchange.books.note(note if lower else "")
-        members = {*who.members} - described.keys()
-        self._aligned_with = tuple(sorted({*members, *described}))
-        statistics = {**described, **self._statistics_of(members)}
+        self.exchange.books.note(on_capped(stated, self.settings.class_cap))
+        self._aligned_with = tuple(sorted({*who.members, *stated}))
+        statistics = {**described, **self._statistics_of({*who.members} - stated.keys())}
         sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
         self._variance = total_of(sums).variance if sums else 0.0
         self.aligned = self.roster.align(statistics, self.config)
@@ -157,8 +151,8 @@ class Fitting:
     def _statistics_of(self, members: Collection[str]) -> dict[str, AnyStatistics]:
         """Statistics of members, by name; of sums their total, from that of the registry."""
         if not members or self.registry.settings.statistics is Statistics.MIXTURES:
-            stated = {client: self.registry.contribution(client).statistics for client in members}
-            return {c: capped(own, self.settings.class_cap) for c, own in stated.items()}
+            cap, there = self.settings.class_cap, map(self.registry.contribution, members)
+            return {own.client: capped(own.statistics, cap) for own in there}
         others = [self.registry.contribution(c) for c in self.registry.clients if c not in members]
         return {"": total_after(self.registry.total_statistics(), (), others, self.settings)}
 
