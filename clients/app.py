@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import averaging, composed, gate
+from clients.loading import known_name
 from clients.local import LocalClient
 from fedcompo.messages.answers import Answer, Process
 from fedcompo.messages.body import Body, Content
@@ -73,7 +74,7 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
         process = Process(peak_memory=peak_bytes(), versions=installed_versions())
         return to_record(tensors, manifest | process.to_body()[1])
 
-    content = gate.answer_of(answer, gate.name_of(run_config, node_config))
+    content = gate.answer_of(answer, known_name(run_config, node_config))
     return Message(content, reply_to=message)
 
 

@@ -6,7 +6,6 @@ images, unless its attribute ``modality`` says texts.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ from torch.func import functional_call
 import fedcompo.backbone.text  # noqa: F401  timm knows its models from here on
 from fedcompo.backbone.checkpoint import fill, read_checkpoint, require_finite
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.source import Source, source_of
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
@@ -45,7 +45,7 @@ class Backbone:
     theta_0: Weights
     """The target weights at their pre-trained values, each (out, in)."""
     name: str
-    """``embedded`` or timm's name."""
+    """``embedded``, timm's name, or ``local-dir:<architecture>`` of a folder."""
     fingerprint: str
     """Name and SHA-256 over names, dtypes, shapes and bytes of *all* of the backbone's weights."""
     preprocessing: Preprocessing
@@ -96,10 +96,13 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     Raises:
         BackboneError: If the name is unknown, the weights cannot be loaded, or no weight matches.
     """
-    if config.backbone == EMBEDDED:
+    name = config.backbone
+    if name == EMBEDDED:
         model, architecture, model_args, cfg = _embedded(config)
     else:
-        model, architecture, model_args, cfg = _from_timm(config)
+        source = source_of(name, config.checkpoint)
+        name = source.name
+        model, architecture, model_args, cfg = _from_timm(source, config)
     model = model.float().eval().requires_grad_(False)
     require_finite(model.state_dict())
     digest = tensorfile.tensor_digest(model.state_dict())
@@ -107,8 +110,8 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     return Backbone(
         model,
         target_weights(model, config.target_weights),
-        config.backbone,
-        f"{config.backbone}@{digest}",
+        name,
+        f"{name}@{digest}",
         _preprocessing(model, model_args, cfg),
         architecture,
         _classifier_name(model, architecture),
@@ -165,37 +168,25 @@ def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], d
     )
 
 
-def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
-    name = config.backbone
-    if not timm.is_model(name.split(":")[-1].split("/")[-1].split(".")[0]) and "/" not in name:
-        near = difflib.get_close_matches(
-            name, [m for like in ("*vit*", "*deit*", "byte_*") for m in timm.list_models(like)]
-        )
-        raise BackboneError(
-            f"timm knows no model {name!r}. "
-            + (f"Did you mean {' or '.join(near)}? " if near else "")
-            + "`timm.list_models('*vit*')` lists vision transformers."
-        )
+def _from_timm(
+    source: Source, config: BackboneConfig
+) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
     if config.checkpoint:
-        try:
-            pretrained_cfg = timm.get_pretrained_cfg(name)
-        except Exception as error:
-            raise BackboneError(f"timm cannot tell how {name!r} was trained: {error}.") from error
-        cfg = pretrained_cfg.to_dict() if pretrained_cfg is not None else {}
-        return _build(name, {}, cfg, read_checkpoint(Path(config.checkpoint)), config)
-    model_args = _input_args(config)
+        state = read_checkpoint(Path(config.checkpoint))
+        return _build(source.architecture, source.model_args, source.cfg, state, config)
+    name, given = config.backbone, _input_args(config)
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **model_args)
+        model = timm.create_model(name, pretrained=True, num_classes=0, **given)
     except Exception as error:
         raise BackboneError(
-            f"The weights of {name!r} could not be had from the hub ({type(error).__name__}: "
-            f"{str(error)[:200]}). Without a network, set `checkpoint` to a file with its weights, "
-            "or use `backbone = embedded`."
+            f"The weights of {name!r} could not be had from the hub or its folder "
+            f"({type(error).__name__}: {str(error)[:200]}). Without a network, set `checkpoint` to "
+            "a file with its weights, or use `backbone = embedded`."
         ) from error
     _require_blocks(model, name)
     cfg = dict(model.pretrained_cfg)
     _require_whole_patches(model, cfg, config.image_size)
-    return model, name.split(".")[0], model_args, cfg
+    return model, source.architecture, {**source.model_args, **given}, cfg
 
 
 def _build(

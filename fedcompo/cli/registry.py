@@ -15,6 +15,7 @@ from fedcompo.cli.common import (
     JsonOption,
     RegistryOption,
     VerboseOption,
+    confirm,
     errors_as_sentences,
     open_registry,
     progress,
@@ -153,7 +154,7 @@ def remove(
             _preview(opened, plan, data, as_json)
             return
         if not yes:
-            typer.confirm(f"Remove {client} from {opened.path}?", abort=True)
+            confirm(f"Remove {client} from {opened.path}?")
         from fedcompo.registry.registry import Registry
 
         changed, started = Registry(opened.path), time.monotonic()

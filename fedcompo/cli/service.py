@@ -5,7 +5,6 @@ The server's is `serve`; a client's are `publish`, `fetch`, `members` and `reque
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,7 @@ from fedcompo.cli.common import (
     Choice,
     JsonOption,
     VerboseOption,
+    confirm,
     errors_as_sentences,
     progress,
     with_options,
@@ -171,10 +171,7 @@ def request_removal(
         if as_json and not yes:
             raise ConfigError("With --json nobody is asked: add --yes.")
         if not yes:
-            question = f"Remove {name} from the registry at {connection.server}?"
-            if not sys.stdin.isatty():
-                question += " Nobody may be there to answer: --yes does without."
-            typer.confirm(question, abort=True)
+            confirm(f"Remove {name} from the registry at {connection.server}?")
         with progress(quiet=as_json) as tell:
             tell(f"removing {name}")
             receipt = service.remove(name, reason=reason)
@@ -240,8 +237,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 9443,
     compose: Annotated[
         str,
-        typer.Option(metavar="WHO", help="Who may compose: members, everyone or operators."),
-    ] = "members",
+        typer.Option(metavar="WHO", help="Who may compose: operators, members or everyone."),
+    ] = "operators",
+    least: Annotated[
+        int,
+        typer.Option(min=1, help="How many others a model holds at least, for whom it is opened."),
+    ] = 2,
     revoked: Annotated[
         Path | None,
         typer.Option(help="List of certificates that count no more: SHA-256, one a line."),
@@ -260,8 +261,8 @@ def serve(
     What happened to each call is logged on standard error; every change is in the journal.
 
     Limits, sizes in bytes and times in seconds: message, contribution, description, tensor, spare
-    (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, heavy,
-    models, seconds, grace.
+    (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, kept (for
+    operators), heavy, models, connections, handshake, idle, seconds, grace.
     """
     with errors_as_sentences(verbose):
         log_to_stderr()
@@ -280,6 +281,7 @@ def serve(
             host=host,
             port=port,
             audience=Audience(compose),
+            least=least,
             limits=limits_of(limit or ()),
             revoked=revoked,
         )

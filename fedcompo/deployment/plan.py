@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.names import address, check_client_name, check_distinct
+from fedcompo.service.certificates import check_host
 from fedcompo.storage.files import write_atomically
 
 FILE = "deployment.json"
@@ -36,13 +37,14 @@ class Deployment:
         """Check ports and names.
 
         Raises:
-            ConfigError: If a port is not valid, or used twice; if a name occurs twice, or cannot
-                name a service.
+            ConfigError: If the server is no host; if a port is not valid, or used twice; if a name
+                occurs twice, or cannot name a service.
             ContributionError: If a name cannot be a client's, or resembles another.
         """
         ports = (self.port, self.superlink_port, self.registry_port)
+        check_host(self.server)
         for port in ports:
-            if not 0 < port < 65536:
+            if not 0 < int(port) == port < 65536:
                 raise ConfigError(f"{port} is no port; expected 1 to 65535.")
         if self.port == self.superlink_port:
             raise ConfigError(

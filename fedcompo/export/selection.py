@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,9 @@ from fedcompo.registry.admission import check_contribution
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import ABOUT
 from fedcompo.storage.files import BACKBONE
+
+LARGEST_SCALE = 10
+"""For each client; 1 gives the plain sum."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,10 @@ def from_registry(
 
     Raises:
         ContributionError: If there is no such client, none is left, or weights do not fit.
-        ConfigError: If λ is not a positive number.
+        ConfigError: If λ is not positive, or far beyond the plain sum.
     """
     pool = _chosen(registry.pool(), only, without, weights)
-    settings = _scaled(registry.settings, scale)
+    settings = _scaled(registry.settings, scale, len(pool))
     everyone = pool.clients == registry.clients and weights is None
     head = registry.joint_head() if everyone else head_of(pool, settings)
     return Selection(
@@ -129,7 +131,8 @@ def from_folders(
         FileFormatError: If a folder holds no intact contribution.
         BackboneMismatch: If the pre-trained weights are not those of the contributions.
         ContributionError: If the contributions do not go together.
-        ConfigError: If λ is not a positive number, or settings of the run cannot be used.
+        ConfigError: If λ is not positive or far beyond the plain sum, or settings of the run cannot
+            be used.
     """
     members = [Contribution.open(folder, with_fisher=False, check=True) for folder in folders]
     if not members:
@@ -137,7 +140,7 @@ def from_folders(
     pool = _chosen(Pool(tuple(members)), only, without, weights)
     first = pool.contributions[0]
     config = _run_config(first, checkpoint)
-    settings = _scaled(CompositionSettings.of(config), scale)
+    settings = _scaled(CompositionSettings.of(config), scale, len(pool))
     backbone = load_backbone(config.backbone)
     base = first.task_vector.base
     if backbone.fingerprint != base:
@@ -223,13 +226,16 @@ def _factor(
     return factor_of(pool, registry.backbone, settings, weights).value
 
 
-def _scaled(settings: CompositionSettings, scale: float | None) -> CompositionSettings:
+def _scaled(
+    settings: CompositionSettings, scale: float | None, members: int
+) -> CompositionSettings:
     if scale is None:
         return settings
-    if not 0 < scale < math.inf:
+    most = LARGEST_SCALE * members
+    if not 0 < scale <= most:
         raise ConfigError(
-            f"`scale` must be a positive number, got {scale:g}. "
-            "To subtract a client's task vector, see `fedcompo negate`."
+            f"`scale` must be a positive number, got {scale:g}; for {members} clients {most} is "
+            "the largest. To subtract a client's task vector, see `fedcompo negate`."
         )
     return replace(settings, scale=scale)
 

@@ -162,7 +162,9 @@ class RemovalRecord:
     @property
     def text(self) -> str:
         """The record as a file."""
-        return json.dumps(self._values(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        values = self._values()
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return f"{text}\n"
 
     @property
     def signed_bytes(self) -> bytes:
@@ -191,6 +193,7 @@ class RemovalRecord:
             }
             record = cls(**tuples(values), influence=Influence(**names))
             intact = content == CONTENT and version == record.format_version
+            intact = intact and isinstance(record.signature, str)
             intact = intact and record.text.encode() == data
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileFormatError(

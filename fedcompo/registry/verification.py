@@ -6,6 +6,7 @@ followed, the running sum and the composed weights are computed anew from the co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,5 +197,6 @@ def _file_finding(claim: str, path: Path, digest: str) -> Finding:
 
 
 def all_but_folders(root: Path) -> Iterator[Path]:
-    """Files, links and whatever else lies in a folder or below."""
-    return (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
+    """Files, links and whatever else lies in a folder or below, but for what vanishes meanwhile."""
+    found = (Path(place) / n for place, folders, files in os.walk(root) for n in folders + files)
+    return (path for path in sorted(found) if path.is_symlink() or not path.is_dir())

@@ -20,8 +20,9 @@ name, operators neither: what comes by mail they add at the registry itself.
 
 A model of one client alone is θ₀ plus that client's task vector, with a head fitted to its
 statistics; and two models of many clients can be subtracted. So whoever composes freely can compute
-the task vectors, though a client's Fisher, statistics and own head are never sent. Where members
-must not see each other's task vectors, let operators alone compose.
+the task vectors, though a client's Fisher, statistics and own head are never sent. Therefore
+operators alone compose, unless the service is opened for members; a model for them then holds so
+many others at least, which hinders reading but not subtracting.
 
 A certificate can be revoked before it expires, because a key was lost or its holder must leave. The
 operator lists revoked certificates in a file. The service reads it again whenever it has changed,
@@ -36,7 +37,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -70,6 +71,11 @@ class Peer:
     operator: bool
     fingerprint: str
     """SHA-256 of the certificate, hexadecimal."""
+
+    @property
+    def account(self) -> tuple[str, bool]:
+        """Whose calls are counted together, also under a renewed certificate."""
+        return self.name, self.operator
 
     @property
     def signature(self) -> str:
@@ -140,6 +146,24 @@ def require_audience(peer: Peer, audience: Audience, members: Iterable[str]) -> 
         Code.PERMISSION_DENIED,
         f"Of this registry {whom} may compose models; {peer.name} is none of them.",
     )
+
+
+def require_many(
+    peer: Peer, clients: Iterable[str], weights: Mapping[str, float] | None, least: int
+) -> None:
+    """Raise ``Refused`` unless a model for a member holds so many others at least, or none.
+
+    The caller can subtract its own task vector, so it does not count. With weights that it chose,
+    none of the others may have more than ``1 / least`` of theirs: a tiny weight hides nobody.
+    """
+    others = [(weights or {}).get(c, 0.0 if weights else 1.0) for c in clients if c != peer.name]
+    even = weights is None or max(others, default=0.0) * least <= sum(others) * (1 + 1e-6)
+    if others and not peer.operator and (len(others) < least or not even):
+        raise Refused(
+            Code.PERMISSION_DENIED,
+            f"A model for {peer.name} must hold {least} other clients or more, none of them with "
+            f"more than 1/{least} of the others' weight. Name more of them, or ask an operator.",
+        )
 
 
 class Revoked:

@@ -130,7 +130,7 @@ class Authority:
         """
         if not hosts:
             raise ConfigError("A server's certificate needs a host: a DNS name or an IP address.")
-        alternatives = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        alternatives = x509.SubjectAlternativeName([check_host(host) for host in hosts])
         subject = _subject(SERVER, SERVER)
         return self._issue(subject, ExtendedKeyUsageOID.SERVER_AUTH, days, alternatives)
 
@@ -239,8 +239,11 @@ def _subject(name: str, unit: str) -> x509.Name:
     )
 
 
-def _general_name(host: str) -> x509.GeneralName:
+def check_host(host: str) -> x509.GeneralName:
+    """Return a host as certificates name it; raises ``ConfigError`` if it is no host."""
     try:
+        if "%" in host:
+            raise ValueError("a scope holds on one machine alone, and may be any text")
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         # An address that was mistyped is no DNS name: no top-level domain consists of digits.
@@ -248,7 +251,7 @@ def _general_name(host: str) -> x509.GeneralName:
         if len(host) > 253 or last.isdigit() or not DNS_NAME.fullmatch(host):
             raise ConfigError(
                 f"{host!r} is neither a DNS name nor an IP address. Write it without scheme, port, "
-                "path and brackets, such as fed.example.org, 192.0.2.7 or 2001:db8::7."
+                "path, brackets and scope, such as fed.example.org, 192.0.2.7 or 2001:db8::7."
             ) from None
         return x509.DNSName(host.rstrip("."))
 

@@ -24,9 +24,16 @@ from fedcompo.names import require_known
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import Member
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.service.access import Audience, peer_of, require_audience, require_owner
+from fedcompo.service.access import (
+    Audience,
+    Peer,
+    peer_of,
+    require_audience,
+    require_many,
+    require_owner,
+)
 from fedcompo.service.gate import time_left
-from fedcompo.service.limits import Limits, Places
+from fedcompo.service.limits import EACH, Limits, Places
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import FileEntry, identity, outgoing
 
@@ -39,6 +46,7 @@ class Downloads:
         registry: Path,
         folder: Path,
         audience: Audience,
+        least: int,
         heavy: Places,
         limits: Limits,
     ) -> None:
@@ -48,11 +56,13 @@ class Downloads:
             registry: Folder of the registry.
             folder: Where models are composed.
             audience: Who may compose.
+            least: How many others a model holds at least, unless it is for an operator.
             heavy: The places of calls that compute for long.
             limits: The service's.
         """
         self._registry, self._folder, self._audience = registry, folder, audience
-        self._heavy, self._models, self._limits = heavy, Places(limits.models), limits
+        self._least, self._heavy, self._limits = least, heavy, limits
+        self._models = Places(limits.models, kept=EACH)
 
     def fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Send a member's files."""
@@ -78,11 +88,11 @@ class Downloads:
         peer = peer_of(context)
         require_audience(peer, self._audience, Registry(self._registry).clients)
         wait = time_left(context, self._limits)
-        with self._models.taken(wait), ExitStack() as stack:
-            with self._heavy.taken(wait), self._scratch_folder() as folder:
+        with self._models.taken(peer, wait), ExitStack() as stack:
+            with self._heavy.taken(peer, wait), self._scratch_folder() as folder:
                 if not context.is_active():
                     raise Refused(Code.ABORTED, "The call was broken off.")
-                content = self._composed(folder / "model", request)
+                content = self._composed(folder / "model", peer, request)
                 files = {
                     path.name: stack.enter_context(path.open("rb"))
                     for path in sorted((folder / "model").iterdir())
@@ -90,7 +100,7 @@ class Downloads:
             entries = [FileEntry.of(name, file) for name, file in files.items()]
             yield from _sent(content, files, entries, request.resume)
 
-    def _composed(self, output: Path, request: Any) -> Any:
+    def _composed(self, output: Path, peer: Peer, request: Any) -> Any:
         registry = Registry(self._registry)
         weights = dict(request.weights) or None
         require_members(registry, [*request.only, *request.without, *(weights or ())])
@@ -103,6 +113,7 @@ class Downloads:
             weights=weights,
             scale=request.scale if request.HasField("scale") else None,
         )
+        require_many(peer, selection.pool.clients, weights, self._least)
         publish(output, selection)
         registry.refresh()
         now = registry.state.members

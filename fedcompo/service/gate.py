@@ -6,7 +6,6 @@ refused like any other fault of the caller.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,16 +18,9 @@ from fedcompo.errors import FedcompoError
 from fedcompo.service.access import Revoked, peer_of
 from fedcompo.service.limits import Limits, Turns
 from fedcompo.service.refusals import LOGGER, Code, Refused, answer_to, log_call
+from fedcompo.service.waiting import Call, Watch
 
 Behaviour = Callable[[Any, grpc.ServicerContext], Any]
-
-BUILDERS = {
-    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
-    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
-    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
-    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
-}
-"""Attribute of a handler and how to make one, by whether requests and replies are streams."""
 
 
 class Malformed:
@@ -46,8 +38,8 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
             hidden: Folders that no answer may name, and what to call them instead.
             revoked: Certificates that are refused.
         """
-        self._limits, self._hidden, self._turns = limits, hidden, Turns(limits)
-        self._revoked = revoked
+        self._hidden, self._revoked, self._turns = hidden, revoked, Turns(limits)
+        self._watch = Watch(idle=limits.idle, seconds=limits.seconds)
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], details: grpc.HandlerCallDetails
@@ -56,8 +48,12 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
         handler = continuation(details)
         if handler is None:
             return None
-        attribute, build = BUILDERS[handler.request_streaming, handler.response_streaming]
-        guard = self._streaming if handler.response_streaming else self._single
+        # On the wire a single request is a stream of one. Read as a stream, it is awaited behind
+        # the gate; grpc would wait for it before, for ever, and keep a thread for it.
+        word, streams = ("unary", "stream"), handler.response_streaming
+        attribute = f"{word[handler.request_streaming]}_{word[streams]}"
+        guard = self._streaming if streams else self._single
+        build = getattr(grpc, f"stream_{word[streams]}_rpc_method_handler")
         return build(
             guard(getattr(handler, attribute), details.method, handler.request_streaming),
             request_deserializer=_deserialiser(handler.request_deserializer),
@@ -65,21 +61,18 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
         )
 
     def _single(self, behaviour: Behaviour, method: str, streaming: bool) -> Behaviour:
-        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
-            try:
-                with self._admitted(method, context):
-                    return behaviour(_parsed(request, streaming), context)
-            except Exception as error:
-                code, sentence = self._refusal(method, context, error)
-            return context.abort(code, sentence)
+        def as_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            yield behaviour(request, context)
 
-        return guarded
+        guarded = self._streaming(as_stream, method, streaming)
+        return lambda requests, context: list(guarded(requests, context)).pop()
 
     def _streaming(self, behaviour: Behaviour, method: str, streaming: bool) -> Behaviour:
-        def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        def guarded(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
             try:
-                with self._admitted(method, context):
-                    yield from behaviour(_parsed(request, streaming), context)
+                with self._admitted(method, context) as call:
+                    request = _parsed(call.received(requests), streaming)
+                    yield from call.sent(behaviour(request, context))
                 return
             except Exception as error:
                 code, sentence = self._refusal(method, context, error)
@@ -88,19 +81,13 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
         return guarded
 
     @contextmanager
-    def _admitted(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
-        """Count the call, and cut it off when it takes too long: its client may have stalled."""
+    def _admitted(self, method: str, context: grpc.ServicerContext) -> Iterator[Call]:
+        """Count the call, and look after it: its client may stall."""
         peer = peer_of(context)
         self._revoked.require_valid(peer)
-        with self._turns.taken(peer.name):
-            timer = threading.Timer(self._limits.seconds, context.cancel)
-            timer.daemon = True
-            timer.start()
-            began = time.monotonic()
-            try:
-                yield
-            finally:
-                timer.cancel()
+        began = time.monotonic()
+        with self._turns.taken(peer), self._watch.over(context) as call:
+            yield call
         seconds = round(time.monotonic() - began, 3)
         log_call("served", method=method, peer=peer.signature, seconds=seconds)
 
@@ -118,14 +105,15 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc comes without 
             caller = peer_of(context).signature
         except FedcompoError:
             caller = "nobody"
-        log_call(
-            "refused",
-            method=method,
-            peer=caller,
-            address=context.peer(),
-            code=code.name,
-            why=str(error),
-        )
+        if not (isinstance(error, Refused) and error.quiet):
+            log_call(
+                "refused",
+                method=method,
+                peer=caller,
+                address=context.peer(),
+                code=code.name,
+                why=str(error),
+            )
         if code is Code.INTERNAL:
             LOGGER.error("%s failed", method, exc_info=error)
         return code, sentence
@@ -149,9 +137,10 @@ def _deserialiser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return deserialise
 
 
-def _parsed(request: Any, streaming: bool) -> Any:
-    """The request, or the stream of them; raises ``Refused`` at one that could not be parsed."""
-    return map(_well_formed, request) if streaming else _well_formed(request)
+def _parsed(requests: Iterator[Any], streaming: bool) -> Any:
+    """The stream of requests, or its only one; raises ``Refused`` if one cannot be parsed."""
+    messages = map(_well_formed, requests)
+    return messages if streaming else _well_formed(next(messages, Malformed()))
 
 
 def _well_formed(message: Any) -> Any:

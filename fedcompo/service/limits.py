@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 import threading
 import time
 from collections import Counter
@@ -11,9 +14,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedcompo.errors import ConfigError
+from fedcompo.service.access import Peer
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import LARGEST_PIECE
 
+EACH = 2
+"""Places of a kind that one caller may hold or wait for: compositions, verifications, changes."""
 CALLERS_KNOWN = 4096
 """Buckets kept; beyond, those that are full again are forgotten."""
 
@@ -39,13 +45,21 @@ class Limits:
     burst: int = 60
     """Calls at once, after a pause."""
     calls_each: int = 8
-    """Calls of one caller under way."""
+    """Calls of one caller under way; one, while half of all places are taken."""
     calls: int = 128
-    """Calls under way, of all callers."""
+    """Calls of members under way."""
+    kept: int = 8
+    """More of them, for operators alone."""
     heavy: int = 2
-    """Compositions and verifications under way; the others wait."""
+    """Compositions and verifications of members under way; the others wait."""
     models: int = 16
-    """Composed models on disk, most of them being sent; the others wait."""
+    """Composed models of members on disk, most of them being sent; the others wait."""
+    connections: int = 4096
+    """Connections; half of the files that the process may open, if that is less."""
+    handshake: float = 10.0
+    """How long a connection may take to show its certificate."""
+    idle: float = 60.0
+    """How long a call waits for its caller, and a connection for a call."""
     seconds: float = 3600.0
     """The longest a call may take, waiting included."""
     grace: float = 30.0
@@ -58,8 +72,8 @@ class Limits:
             if not (value > 0 or (value == 0 and field.name == "spare")):
                 raise ConfigError(f"The limit `{field.name}` must be positive, got {value}.")
         # gRPC counts bytes of a message, and milliseconds, in 32 bits.
-        largest = {"message": 2**31 - 1, "seconds": 2_000_000.0, "grace": 2_000_000.0}
-        for name, most in largest.items():
+        largest = dict.fromkeys(("handshake", "idle", "seconds", "grace"), 2_000_000.0)
+        for name, most in {**largest, "message": 2**31 - 1, "connections": 2**31 - 1}.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"The limit `{name}` may be {most:.0f} at most.")
 
@@ -92,68 +106,112 @@ def limits_of(texts: Sequence[str]) -> Limits:
 
 
 class Turns:
-    """Limits each caller to so many calls a second (a token bucket), and so many at a time."""
+    """Limits each caller to so many calls a second (a token bucket), and so many at a time.
+
+    While half of the members' places are taken, a caller has one: few callers cannot take them all.
+    Operators' calls do not count against the places of members, nor members' against theirs.
+    """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with full buckets."""
         self._limits, self._clock = limits, clock
         self._lock = threading.Lock()
-        self._buckets: dict[str, tuple[float, float]] = {}  # tokens, and when they were counted
-        self._under_way: Counter[str] = Counter()
+        # By caller: its tokens, when they were counted, and when a refusal was last logged.
+        self._buckets: dict[tuple[str, bool], tuple[float, float, float]] = {}
+        self._under_way: Counter[tuple[str, bool]] = Counter()
+        self._members = 0  # calls of theirs that are under way
 
     @contextmanager
-    def taken(self, caller: str) -> Iterator[None]:
+    def taken(self, caller: Peer) -> Iterator[None]:
         """Count a call as under way.
 
         Raises:
             Refused: If the caller calls too often, or has too many calls under way.
         """
+        account, member = caller.account, not caller.operator
         with self._lock:
             self._take_token(caller)
-            if self._under_way[caller] >= self._limits.calls_each:
-                raise Refused(
-                    Code.RESOURCE_EXHAUSTED,
-                    f"{caller} has {self._under_way[caller]} calls under way, and may have "
-                    f"{self._limits.calls_each}. Wait for one to end.",
-                )
-            self._under_way[caller] += 1
+            self._check_room(self._under_way[account], caller)
+            self._under_way[account] += 1
+            self._members += member
         try:
             yield
         finally:
             with self._lock:
-                self._under_way[caller] -= 1
+                self._under_way[account] -= 1
+                self._members -= member
                 self._under_way += Counter()  # forget who has none
 
-    def _take_token(self, caller: str) -> None:
-        now, limits = self._clock(), self._limits
-        tokens, counted = self._buckets.get(caller, (float(limits.burst), now))
-        tokens = min(float(limits.burst), tokens + (now - counted) * limits.rate)
-        if tokens < 1:
+    def _check_room(self, under_way: int, caller: Peer) -> None:
+        limits, operator = self._limits, caller.operator
+        crowded = not operator and 2 * self._members >= limits.calls
+        if under_way >= (most := 1 if crowded else limits.calls_each):
             raise Refused(
                 Code.RESOURCE_EXHAUSTED,
-                f"{caller} calls more than {limits.rate:g} times a second. Wait, then try again.",
+                f"{caller.name} has {under_way} calls under way, and may have {most} "
+                f"{'while many call' if crowded else 'at a time'}. Wait for one to end.",
             )
-        self._buckets[caller] = (tokens - 1, now)
+        if not operator and self._members >= limits.calls:
+            raise Refused(
+                Code.RESOURCE_EXHAUSTED,
+                f"{self._members} calls are under way, as many as may be. Try again later.",
+            )
+
+    def _take_token(self, caller: Peer) -> None:
+        now, limits = self._clock(), self._limits
+        fresh = (float(limits.burst), now, -math.inf)
+        tokens, counted, logged = self._buckets.get(caller.account, fresh)
+        tokens = min(float(limits.burst), tokens + (now - counted) * limits.rate)
+        if tokens < 1:
+            quiet = now - logged < 1  # a flood would fill the log
+            self._buckets[caller.account] = (tokens, now, logged if quiet else now)
+            raise Refused(
+                Code.RESOURCE_EXHAUSTED,
+                f"{caller.name} calls more than {limits.rate:g} times a second. Wait a moment.",
+                quiet=quiet,
+            )
+        self._buckets[caller.account] = (tokens - 1, now, logged)
         if len(self._buckets) > CALLERS_KNOWN:
             whole = limits.burst / limits.rate
             self._buckets = {c: b for c, b in self._buckets.items() if now - b[1] < whole}
 
 
 class Places:
-    """A number of places; a call without one waits for as long as it may take."""
+    """A number of places; a call without one waits for as long as it may take, operators first."""
 
-    def __init__(self, count: int) -> None:
-        """Set how many there are."""
-        self._free = threading.Semaphore(count)
+    def __init__(self, count: int, *, kept: int = 0) -> None:
+        """Set how many there are for everybody, and how many more are kept for operators."""
+        self._count, self._kept = count, kept
+        self._changed = threading.Condition()
+        self._numbers = itertools.count()
+        # Calls that wait and that have a place: members after operators, each in their order.
+        self._waiting: list[tuple[bool, int, str]] = []
+        self._served: list[tuple[bool, int, str]] = []
 
     @contextmanager
-    def taken(self, seconds: float) -> Iterator[None]:
+    def taken(self, caller: Peer, seconds: float) -> Iterator[None]:
         """Wait for a place, and hold it.
 
         Raises:
-            Refused: If none was free in time.
+            Refused: If the caller has as many as it may, or none was free in time.
         """
-        if not self._free.acquire(timeout=max(0.0, seconds)):
+        turn = (not caller.operator, next(self._numbers), caller.name)
+        count = self._count + (self._kept if caller.operator else 0)
+        with self._changed:
+            if sum(one[::2] == turn[::2] for one in self._waiting + self._served) >= EACH:
+                raise Refused(
+                    Code.RESOURCE_EXHAUSTED,
+                    f"{caller.name} waits for {EACH} compositions, verifications or changes "
+                    "already. Wait for one to end.",
+                )
+            bisect.insort(self._waiting, turn)
+            ready = self._changed.wait_for(
+                lambda: self._waiting[0] == turn and len(self._served) < count, max(0.0, seconds)
+            )
+            self._waiting.remove(turn)
+            self._served += [turn] if ready else []
+            self._changed.notify_all()
+        if not ready:
             raise Refused(
                 Code.RESOURCE_EXHAUSTED,
                 f"The service had others to serve for {seconds:.0f} s. Try again later.",
@@ -161,4 +219,6 @@ class Places:
         try:
             yield
         finally:
-            self._free.release()
+            with self._changed:
+                self._served.remove(turn)
+                self._changed.notify_all()

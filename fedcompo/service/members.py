@@ -27,6 +27,7 @@ from fedcompo.service.refusals import Code, Refused, redacted
 
 LONGEST_REASON = 1000
 """Characters; a reason stands in the receipt for good."""
+CHANGED = "The registry was changed while it was verified. Try again."
 
 
 class Members:
@@ -64,7 +65,7 @@ class Members:
                 Code.INVALID_ARGUMENT,
                 f"The reason has {len(request.reason)} characters, and may have {LONGEST_REASON}.",
             )
-        with self._writers.taken(time_left(context, self._limits)):
+        with self._writers.taken(peer, time_left(context, self._limits)):
             registry = Registry(self._registry)
             if client in registry.clients:
                 try:
@@ -99,12 +100,15 @@ class Members:
 
     def verify(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Verify every claim of the registry, or of a receipt."""
-        with self._heavy.taken(time_left(context, self._limits)):
+        with self._heavy.taken(peer_of(context), time_left(context, self._limits)):
             before = State.read(self._registry / STATE)
-            findings = self._findings(request.record)
+            try:
+                findings = self._findings(request.record)
+            except FileNotFoundError as error:  # a change deleted it between two looks
+                raise RegistryError(CHANGED) from error
             failed = any(finding.holds is False for finding in findings)
             if failed and State.read(self._registry / STATE) != before:
-                raise RegistryError("The registry was changed while it was verified. Try again.")
+                raise RegistryError(CHANGED)
         return wire.VerifyReply(
             findings=[
                 wire.Finding(

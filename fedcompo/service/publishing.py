@@ -105,7 +105,7 @@ class Publishing:
             for name in incoming.entries.keys() - {CARD}:
                 self._check_tensors(incoming.folder / name)
             require_named(peer, Contribution.open(incoming.folder, with_fisher=False).client)
-            with self._writers.taken(time_left(context, self._limits)):
+            with self._writers.taken(peer, time_left(context, self._limits)):
                 if not context.is_active():
                     raise Refused(Code.ABORTED, "The call was broken off; nothing was changed.")
                 Registry(self._registry).add(

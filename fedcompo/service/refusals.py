@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,7 +43,10 @@ CODES: tuple[tuple[type[FedcompoError], grpc.StatusCode], ...] = (
 """The first that fits counts. After ABORTED and UNAVAILABLE, the same call may succeed later."""
 RETRYABLE = frozenset({Code.ABORTED, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
 """Statuses after which a call may be made again; all others are final."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Errors of the system that pass when others have gone."""
+BROKEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""Errors of the system that pass when its operator has done something."""
 LONGEST = 2000
 """Characters of a sentence; it travels in a header."""
 UNFORESEEN = "The service failed, and has logged why. Nothing half done stays; tell its operator."
@@ -51,10 +55,10 @@ UNFORESEEN = "The service failed, and has logged why. Nothing half done stays; t
 class Refused(ServiceError):
     """A call that is refused, with the status to refuse it with."""
 
-    def __init__(self, code: grpc.StatusCode, sentence: str) -> None:
-        """Keep the status, and the reason as a sentence."""
+    def __init__(self, code: grpc.StatusCode, sentence: str, *, quiet: bool = False) -> None:
+        """Keep the status, the reason as a sentence, and whether it stays out of the log."""
         super().__init__(sentence)
-        self.code = code
+        self.code, self.quiet = code, quiet
 
 
 def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.StatusCode, str]:
@@ -69,8 +73,11 @@ def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.Status
     if isinstance(error, FedcompoError):
         code = next((code for kind, code in CODES if isinstance(error, kind)), Code.INTERNAL)
         return code, redacted(str(error), hidden)
-    if isinstance(error, OSError) and error.errno in FULL:
-        return Code.RESOURCE_EXHAUSTED, "The server's disk is full; try again later."
+    if isinstance(error, OSError) and error.errno in FULL | BROKEN:
+        code, advice = Code.RESOURCE_EXHAUSTED, "Try again later"
+        if error.errno in BROKEN:
+            code, advice = Code.FAILED_PRECONDITION, "Tell its operator"
+        return code, f"The server's system refuses: {os.strerror(error.errno)}. {advice}."
     return Code.INTERNAL, UNFORESEEN
 
 

@@ -56,4 +56,9 @@ class Attempts:
                 f"No service answers at {self.address}, it does not accept the certificate, or "
                 f"its own is not vouched for: {details}."
             )
+        if code is Code.CANCELLED:
+            return ServiceError(
+                f"{self.address} broke off the call: it lasted too long, or this machine kept it "
+                "waiting. Call again: what was transferred is kept."
+            )
         return ServiceError(f"{self.address} refuses ({code.name}): {details}")

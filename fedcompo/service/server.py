@@ -6,12 +6,14 @@ None of it is part of the registry, and all of it may be deleted while no servic
 
 from __future__ import annotations
 
+import resource
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -34,6 +36,8 @@ from fedcompo.service.members import Members
 from fedcompo.service.publishing import Publishing, Uploads
 
 NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
+QUEUE = 8
+"""Calls that wait for a thread, for each one there is: the gate refuses most of a flood at once."""
 KEEPALIVE_SECONDS = 30
 """A client that vanished is noticed after about so long."""
 CONNECTION_SECONDS = 3600
@@ -52,7 +56,9 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 9443
     """0: any that is free."""
-    audience: Audience = Audience.MEMBERS
+    audience: Audience = Audience.OPERATORS
+    least: int = 2
+    """How many others a model for a member holds at least."""
     limits: Limits = field(default_factory=Limits)
     revoked: Path | None = None
     """File that lists revoked certificates."""
@@ -77,16 +83,16 @@ class Server:
         folder.mkdir(exist_ok=True, mode=0o700)
         self._health = health.HealthServicer(experimental_non_blocking=False)
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(limits.calls, thread_name_prefix="call"),
+            futures.ThreadPoolExecutor(limits.calls + limits.kept, thread_name_prefix="call"),
             interceptors=(Gate(limits, hidden, revoked),),
             options=_options(limits),
-            maximum_concurrent_rpcs=limits.calls,
+            maximum_concurrent_rpcs=QUEUE * (limits.calls + limits.kept),
         )
         uploads, writers = Uploads(folder / "uploads", limits), Places(1)
         uploads.sweep()
-        models, heavy = folder / "models", Places(limits.heavy)
+        models, heavy = folder / "models", Places(limits.heavy, kept=1)
         _delete_old(models, limits.stale)
-        downloads = Downloads(root, models, settings.audience, heavy, limits)
+        downloads = Downloads(root, models, settings.audience, settings.least, heavy, limits)
         members = Members(root, uploads, writers, heavy, limits, hidden)
         methods = SimpleNamespace(
             Publish=Publishing(root, uploads, writers, limits).publish,
@@ -155,6 +161,7 @@ def serve(settings: Settings, *, on_ready: Callable[[Server], None]) -> None:
     """
     # Calls run side by side: each on one thread, and fits of a head round the same in all of them.
     torch.set_num_threads(1)
+    _open_more_files()
     over = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -170,14 +177,25 @@ def serve(settings: Settings, *, on_ready: Callable[[Server], None]) -> None:
             signal.signal(number, handler)
 
 
+def _open_more_files() -> None:
+    """Let this process open as many files as the system allows: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems allow fewer than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _options(limits: Limits) -> list[tuple[str, int]]:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return [
+        ("grpc.max_allowed_incoming_connections", min(limits.connections, files // 2)),
         ("grpc.max_receive_message_length", limits.message),
         ("grpc.max_send_message_length", -1),
-        ("grpc.max_concurrent_streams", 4 * limits.calls_each),
+        ("grpc.max_concurrent_streams", limits.calls_each),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1000)),
+        ("grpc.max_connection_idle_ms", int(limits.idle * 1000)),
         ("grpc.max_connection_age_ms", CONNECTION_SECONDS * 1000),
         ("grpc.max_connection_age_grace_ms", int(limits.seconds * 1000)),
         ("grpc.so_reuseport", 0),  # a second service on the port is an error, not a lottery

@@ -21,6 +21,7 @@ from fedcompo.messages.answers import Process
 from fedcompo.messages.body import Body
 from fedcompo.messages.records import from_record, size_of, to_record
 from fedcompo.messages.requests import addressed
+from fedcompo.names import LONGEST
 from server.exchange.books import NOTHING, Books, Traffic
 from server.exchange.checks import checked_caps
 from server.exchange.kept_answers import KeptAnswers, question
@@ -198,7 +199,7 @@ class Exchange:
             checked_caps(client, body)
             name = asking.fold(client, body)
         except FedcompoError as error:
-            self._fail(asking, client, str(error), cost)
+            self._fail(asking, client, str(error), cost, getattr(error, "client", ""))
             return
         except OSError:  # what fails is this server's disk: no fault of the client's
             raise
@@ -219,10 +220,22 @@ class Exchange:
         caps = checked_caps(name, body)
         self.books.answered(asking.phase, name, cost, peaks=_peaks(body), caps=caps, reason=reason)
 
-    def _fail(self, asking: _Asking, client: str, reason: str, cost: Traffic) -> None:
-        """Go on without a client: in this phase, or in all that follow."""
-        do_without = self.books.miss if asking.may_miss else self.leave_out
-        do_without(asking.phase, client, reason, cost)
+    def _fail(
+        self, asking: _Asking, client: str, reason: str, cost: Traffic, claimed: str = ""
+    ) -> None:
+        """Go on without a client: in this phase, or in all that follow.
+
+        One that fails before it is known by name goes by the name it is registered under, or else
+        claims in its refusal.
+        """
+        if asking.may_miss:
+            self.books.miss(asking.phase, client, reason, cost)
+            return
+        name = self.nodes.registered_name(client) or claimed
+        shown = 0 < len(name) <= LONGEST and name.isprintable() and name not in self.clients
+        self.nodes.drop(client)
+        called = name if shown and asking.phase in NAMING else client
+        self.books.leave_out(asking.phase, called, reason, cost)
 
     def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
         """Take a client out of the rest of the run; the books say why."""

@@ -217,7 +217,8 @@ def _contribution(job: Job, backbone: Backbone, index: int) -> Contribution:
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(index))
     size = 1e-3 if kind is Kind.FULL else 1e-2
     tensors = {
-        f"{weight}/{part}": draw([n or rank_of(weight, RANK) for n in shape]) * size
+        f"{weight}/{part}": draw([n or min(rank_of(weight, RANK), *value.shape) for n in shape])
+        * size
         for weight, value in backbone.theta_0.items()
         for part, shape in stored_shapes(kind, value).items()
     }

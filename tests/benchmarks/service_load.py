@@ -77,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         load = Load(Path(folder), arguments.clients, arguments.rounds)
         registry = registry_of(load.folder / "registry", contribution(0))
-        with serving(load, registry) as (address, resident):
+        with serving(load, registry, "--compose", "members", "--least", "1") as (address, resident):
             before = resident()
             took = run(load, address)
             peak = resident()
@@ -164,11 +164,17 @@ def check(load: Load, registry: Registry) -> None:
 
 
 @contextmanager
-def serving(load: Load, registry: Registry) -> Iterator[tuple[str, Callable[[], int]]]:
-    """Serve in a process of its own; yields the address, and a look at its peak memory."""
+def serving(
+    load: Load, registry: Registry, *options: str
+) -> Iterator[tuple[str, Callable[[], int]]]:
+    """Serve in a process of its own, which may open 1,024 files at first, as most systems have it.
+
+    Yields the address, and a look at its peak memory.
+    """
     load.authority.save(load.folder)
     load.authority.issue_server(["localhost"]).save(load.folder, "server")
     command = [sys.executable, "-m", "fedcompo.cli", "serve", str(registry.path), "--port", "0"]
+    command = ["sh", "-c", 'ulimit -Sn 1024; exec "$@"', "sh", *command, *options]
     for option, file in (("ca", "ca.crt"), ("certificate", "server.crt"), ("key", "server.key")):
         command += [f"--{option}", str(load.folder / file)]
     with (load.folder / "log").open("wb") as log:

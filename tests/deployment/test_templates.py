@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import shutil
 import stat
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from fedcompo.deployment.contents import server_files
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.templates import PLACE, TEMPLATES, fill, write_files
 from fedcompo.engine.launcher import find_app
+from fedcompo.errors import ConfigError, FedcompoError
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,31 @@ def test_a_template_without_its_value_is_an_error(tmp_path: Path) -> None:
     write_files(tmp_path, {"x": "1"})
     with pytest.raises(FileExistsError):
         write_files(tmp_path, {"x": "2"})
+
+
+@pytest.mark.parametrize("mark", ["'", '"', "$", "%", "\n", "\\", ";", "`", "/", "{", " x", "é"])
+def test_what_means_something_to_a_shell_nginx_or_systemd_is_refused(mark: str) -> None:
+    for host in (f"x{mark}org", f"fe80::1{mark}eth0", f"fe80::1%eth0{mark}reboot"):
+        with pytest.raises(ConfigError, match="neither a DNS name nor an IP address"):
+            Deployment(host, ("a",))
+    with pytest.raises(FedcompoError, match=r"cannot (be a client's name|name a service)"):
+        Deployment("x.org", (f"a{mark}b",))
+
+
+def test_a_deployment_that_was_edited_is_checked(tmp_path: Path) -> None:
+    good = Deployment("x.org", ("a",))
+    for changed in ({"server": "x;y"}, {"server": 5}, {"port": "1; x"}, {"port": 8443.5}):
+        (tmp_path / "deployment.json").write_text(json.dumps(asdict(good) | changed))
+        with pytest.raises(FedcompoError, match="is no deployment"):
+            Deployment.load(tmp_path)
+
+
+@pytest.mark.parametrize("mark", ['"', "\\"])
+def test_a_place_that_settings_cannot_name_is_refused(tmp_path: Path, mark: str) -> None:
+    place = tmp_path / f"a{mark}b"
+    write_files(place, server_files(Deployment("x.org", ("a",))))
+    done = subprocess.run([place / "start-superlink"], capture_output=True, text=True, check=False)
+    assert done.returncode == 78 and "double quote or a backslash" in done.stderr
 
 
 def texts(folder: Path) -> dict[Path, str]:

@@ -52,6 +52,7 @@ def served(
     *,
     limits: Limits | None = None,
     audience: Audience = Audience.MEMBERS,
+    least: int = 1,
     revoked: Path | None = None,
 ) -> Iterator[str]:
     """Serve a registry; yields the address, and leaves nothing running."""
@@ -62,6 +63,7 @@ def served(
         port=0,
         limits=limits or Limits(grace=5.0),
         audience=audience,
+        least=least,
         revoked=revoked,
     )
     with Server(settings) as server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,18 @@ def test_every_changed_bit_is_refused(keys):
             changed = bytearray(data)
             changed[position] ^= 1 << bit
             assert not holds(bytes(changed), keys[1]), (position, bit)
+
+
+STRANGE = (None, [], {}, ["a"], {"a": 1}, 3, 1.5, "t", True, math.nan, 10**30, [[["x"]]])
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=repr)
+def test_values_of_another_type_are_refused(keys, value):
+    values = json.loads(unsigned().signed(keys[0]).text)
+    for key in values:
+        changed = values | {key: value}
+        text = json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        assert changed == values or not holds(text.encode(), keys[1]), key
 
 
 def test_added_dropped_and_rewritten_text_is_refused(keys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from fedcompo.registry.rederivation import Finding, head_finding
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT, PRIVATE, PUBLIC, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, STATE
-from fedcompo.registry.verification import verify_registry
+from fedcompo.registry.verification import all_but_folders, verify_registry
 from fedcompo.storage.files import CONTENT, REALIGNED, SUM, WEIGHTS
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
@@ -408,3 +409,23 @@ def test_a_last_bit_that_another_processor_rounds_otherwise_leaves_the_claim_ope
         False,
         False,
     ]
+
+
+def test_folders_that_a_change_deletes_meanwhile_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    over = threading.Event()
+
+    def changing() -> None:
+        while not over.is_set():
+            (tmp_path / "pending" / "new" / "versions").mkdir(parents=True)
+            shutil.rmtree(tmp_path / "pending")
+
+    other = threading.Thread(target=changing)
+    other.start()
+    try:
+        for _ in range(300):
+            assert tmp_path / "kept" / "file" in list(all_but_folders(tmp_path))
+    finally:
+        over.set()
+        other.join()

@@ -217,6 +217,8 @@ def test_a_message_beyond_the_limit_is_refused(registry, folder):
         ({"scale": math.nan}, Code.INVALID_ARGUMENT),
         ({"scale": 0.0}, Code.INVALID_ARGUMENT),
         ({"scale": -1.0}, Code.INVALID_ARGUMENT),
+        ({"scale": 1e30}, Code.INVALID_ARGUMENT),
+        ({"scale": 30.1}, Code.INVALID_ARGUMENT),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from registry_builders import registry_of
 
+from fedcompo.service.access import Audience
 from fedcompo.service.limits import Limits
 from fedcompo.service.server import Server, Settings
 
@@ -26,6 +27,8 @@ def test_publishing_and_composing_at_once_while_one_leaves(script, tmp_path, cap
         load.authority.credential.certificate,
         load.authority.issue_server(["localhost"]),
         port=0,
+        audience=Audience.MEMBERS,
+        least=1,
         limits=Limits(grace=5.0),
     )
     with Server(settings) as server:

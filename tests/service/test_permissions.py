@@ -6,12 +6,23 @@ import re
 
 import pytest
 from registry_builders import member, three_clients
-from service_runs import chunks_of, client_of, code_of, offer_of, saved, served, stub_of, unchanged
+from service_runs import (
+    chunks_of,
+    client_of,
+    code_of,
+    credential,
+    offer_of,
+    saved,
+    served,
+    stub_of,
+    unchanged,
+)
 
 from fedcompo.service import access
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.access import Audience
 from fedcompo.service.refusals import Code
+from fedcompo.service.server import Settings
 from fedcompo.storage.files import CARD
 
 ANSWERED = {"List": wire.ListRequest(), "Verify": wire.VerifyRequest()}
@@ -90,6 +101,37 @@ def test_the_audience_decides_who_composes(registry, audience):
                     assert list(call)
                 else:
                     assert code_of(lambda c=call: c) is Code.PERMISSION_DENIED
+
+
+REQUESTS = {
+    "everyone": ({}, True),
+    "itself": ({"only": ["ada"]}, True),
+    "itself and one other": ({"only": ["ada", "ben"]}, False),
+    "one other": ({"only": ["ben"]}, False),
+    "two others": ({"only": ["ben", "cho"]}, True),
+    "two others with weights": ({"weights": {"ben": 0.5, "cho": 0.5}}, True),
+    "itself and two": ({"weights": {"ada": 0.8, "ben": 0.1, "cho": 0.1}}, True),
+    "one that hides behind a tiny weight": ({"weights": {"ben": 0.999, "cho": 0.001}}, False),
+    "one that hides behind nothing": ({"weights": {"ben": 1.0, "cho": 0.0}}, False),
+    "one that hides behind the caller": ({"weights": {"ada": 0.5, "ben": 0.5, "cho": 0.0}}, False),
+}
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_a_model_for_a_member_holds_so_many_others(registry, what):
+    request, allowed = REQUESTS[what]
+    with served(registry, least=2) as address:
+        for name, may in (("ada", allowed), ("olga", True)):
+            with stub_of(address, name, operator=name == "olga") as stub:
+                call = stub.Compose(wire.ComposeRequest(**request), timeout=60)
+                if may:
+                    assert list(call)
+                else:
+                    assert code_of(lambda c=call: c) is Code.PERMISSION_DENIED
+
+
+def test_operators_alone_compose_unless_it_is_said_otherwise(registry):
+    assert Settings(registry.path, b"", credential("ada")).audience is Audience.OPERATORS
 
 
 def test_who_has_left_composes_no_more(registry):

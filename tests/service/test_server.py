@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -29,6 +32,7 @@ from fedcompo.errors import RegistryError, ServiceError
 from fedcompo.service import downloads, publishing
 from fedcompo.service import members as answers
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.access import Audience
 from fedcompo.service.limits import Limits
 from fedcompo.service.refusals import UNFORESEEN, Code
 from fedcompo.service.server import NAME, Server, Settings
@@ -100,9 +104,20 @@ def test_what_nobody_foresaw_is_logged_here_and_not_told_there(registry, monkeyp
     assert "hunter2" in caplog.text
 
 
-def test_a_full_disk_is_said_to_be_full(registry, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (errno.ENOSPC, Code.RESOURCE_EXHAUSTED, "No space left on device. Try again later"),
+        (errno.EMFILE, Code.RESOURCE_EXHAUSTED, "Too many open files. Try again later"),
+        (errno.EROFS, Code.FAILED_PRECONDITION, "Read-only file system. Tell its operator"),
+        (errno.EACCES, Code.FAILED_PRECONDITION, "Permission denied. Tell its operator"),
+    ],
+)
+def test_what_is_wrong_with_the_machine_is_said(
+    registry, monkeypatch, tmp_path, number, code, said
+):
     def full(self, part):
-        raise OSError(28, "No space left on device", "/somewhere/secret")
+        raise OSError(number, os.strerror(number), "/somewhere/secret")
 
     monkeypatch.setattr("fedcompo.service.transfer.Incoming.write", full)
     folder = saved(member("dee", seed=8, classes=("emu",)), tmp_path / "dee")
@@ -114,8 +129,22 @@ def test_a_full_disk_is_said_to_be_full(registry, monkeypatch, tmp_path):
         pytest.raises(grpc.RpcError) as caught,
     ):
         list(stub.Publish(iter(parts), timeout=60))
-    assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+    assert caught.value.code() is code
+    assert said in caught.value.details()
     assert "secret" not in caught.value.details()
+
+
+def test_a_file_that_grows_too_large_for_the_system_is_said(registry, tmp_path):
+    folder = saved(member("dee", seed=8, classes=("emu",)), tmp_path / "dee")
+    parts = [offer_of(folder), *chunks_of(folder)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with served(registry) as address, stub_of(address, "dee") as stub, unchanged(registry):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            code = code_of(lambda: stub.Publish(iter(parts), timeout=60))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code is Code.RESOURCE_EXHAUSTED
 
 
 def test_refusals_tell_nothing_of_the_machine(tmp_path):
@@ -170,6 +199,7 @@ class stub_and_server:  # noqa: N801
                 authority().credential.certificate,
                 server_credential(),
                 port=0,
+                audience=Audience.MEMBERS,
                 limits=Limits(grace=15.0),
             )
         )

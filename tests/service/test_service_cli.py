@@ -30,6 +30,7 @@ def home(tmp_path, monkeypatch):
     credential("olga", operator=True).save(tmp_path, "olga")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")  # it refuses; loopback needs none
     for variable in ("SERVER", "CA", "CERTIFICATE", "KEY", "REGISTRY"):
         monkeypatch.delenv(f"FEDCOMPO_{variable}", raising=False)
     return tmp_path
@@ -173,7 +174,7 @@ def test_what_is_no_list_of_certificates_is_refused(home):
 
 def test_serve_until_sigterm(home):
     command = [sys.executable, "-m", "fedcompo.cli", "serve", "registry", "--port", "0"]
-    command += ["--ca", "ca.crt", *own("server")]
+    command += ["--ca", "ca.crt", *own("server"), "--compose", "members"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -8,7 +8,7 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 if [ -d "$here/venv" ]; then PATH="$here/venv/bin:$PATH"; export PATH; fi
-FEDCOMPO_SERVER=@REGISTRY@
+FEDCOMPO_SERVER='@REGISTRY@'
 FEDCOMPO_CA="$here/@CERTIFICATES@ca.crt"
 FEDCOMPO_CERTIFICATE="$here/@CERTIFICATES@@STEM@.crt"
 FEDCOMPO_KEY="$here/@CERTIFICATES@@STEM@.key"

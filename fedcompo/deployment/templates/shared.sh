@@ -1,5 +1,11 @@
 # What is written here is nobody else's business.
 umask 077
+case $PWD in
+    *[\"\\]*)
+        echo "$0: the path $PWD holds a double quote or a backslash; move this folder." >&2
+        exit 78
+        ;;
+esac
 if [ -d venv ]; then PATH="$PWD/venv/bin:$PATH"; export PATH; fi
 # No telemetry, no look for updates, no installation at run time.
 @EXPORTS@

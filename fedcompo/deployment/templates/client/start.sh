@@ -22,7 +22,9 @@ export OMP_NUM_THREADS FLWR_HOME PYTHONDONTWRITEBYTECODE
 
 supernode=$(command -v flower-supernode) ||
     refuse "Flower is not installed. Run: python3 -m venv venv && venv/bin/pip install PROJECT"
-case $DATA in *\"*) refuse "DATA in client.conf cannot hold a double quote: $DATA" ;; esac
+case $DATA$DEVICE$KIND in
+    *[\"\\]*) refuse "client.conf sets a value with a double quote or a backslash; rename it." ;;
+esac
 [ -d "$DATA" ] || refuse "DATA in client.conf is no folder: $DATA. Write where the images are."
 
 sha256sum --check --quiet --strict app.sha256 ||
@@ -54,7 +56,7 @@ if command -v flock > /dev/null; then
     }
 fi
 
-exec flower-supernode --superlink @ADDRESS@ \
+exec flower-supernode --superlink '@ADDRESS@' \
     --root-certificates certificates/ca.crt \
     --auth-supernode-private-key certificates/supernode \
     --port "$PORT" \

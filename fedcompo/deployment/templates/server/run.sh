@@ -15,6 +15,12 @@ cd "$(dirname "$0")"
 . ./environment
 name=$(basename "$given" .toml)
 if [ "$name" = null ]; then name=default; fi
+case $name in
+    *[\"\\]*)
+        echo "run: the name $name holds a double quote or a backslash; rename the file." >&2
+        exit 2
+        ;;
+esac
 settings="$TMPDIR/run.$$.toml"
 trap 'rm -f "$settings"' EXIT
 set -- clients/*.pub
