@@ -17,12 +17,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.composition.settings import CompositionSettings
+from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.choices import Action, Method, Schedule
 from fedcompo.config.run import RunConfig
 from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.names import printable
+from fedcompo.registry.owners import OWNERS, read_owners
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
 from fedcompo.report.picture import write_report
@@ -97,6 +98,9 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
     """Train new clients and add them to the registry."""
     loaded = load_backbone(config.backbone)
     registry = open_or_create(config, loaded, output)
+    if table := config.registry.owners:
+        read_owners(Path(table))  # raises before it takes the place of an earlier one
+        write_atomically(registry.path / OWNERS, Path(table).read_bytes())
     seen = registry.backbone.preprocessing.instead_of(loaded.preprocessing)
     backbone = replace(loaded, preprocessing=seen)
     working = Working.open(output, config, registry)
@@ -109,7 +113,8 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
             + (", with other roundings than timm's" if registry.backbone.old_pixels else "")
             + ", not as this run's backbone says."
         )
-    if registry.clients and registry.settings != CompositionSettings.of(config):
+    uncapped = replace(registry.settings, class_cap=UNLIMITED, client_cap=UNLIMITED)
+    if registry.clients and uncapped != CompositionSettings.of(config):
         books.note("The registry composes with its own settings, not with this run's.")
     fixed, aside = registry.settings.scale, config.train.aside
     if fixed is not None and aside > 0:

@@ -24,6 +24,7 @@ from fedcompo.cli.common import (
 from fedcompo.errors import ConfigError
 from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
+from fedcompo.report.newcomers import note_on_newcomers
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -101,6 +102,9 @@ def add(
         for what in ("added", "replaced"):
             if summary[what]:
                 say(f"{what.capitalize()} {', '.join(summary[what])}.")
+        arrivals = ((m.added, m.client, m.classes) for m in opened.state.members.values())
+        if note := note_on_newcomers(arrivals, new):
+            say(f"Note: {note}")
         say(f"{len(opened.clients)} clients, {len(opened.classes)} classes. Root {summary['root']}")
 
 

@@ -23,6 +23,7 @@ from fedcompo.cli.common import (
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.log import log_to_stderr
+from fedcompo.report.newcomers import note_on_newcomers
 
 if TYPE_CHECKING:
     from fedcompo.service.certificates import Credential
@@ -81,6 +82,7 @@ def publish(
     with errors_as_sentences(verbose), connection.open() as client:
         with progress(quiet=as_json) as tell:
             published = client.publish(folder, replace=replace, on_step=tell)
+            arrivals = [(m.added, m.client, m.classes) for m in client.list().members]
         if as_json:
             fields = ("client", "already", "root")
             print_json({field: getattr(published, field) for field in fields})
@@ -88,6 +90,8 @@ def publish(
             say(f"{published.client} was there already, with these files. Root {published.root}")
         else:
             say(f"Published {published.client}. Root {published.root}")
+            if note := note_on_newcomers(arrivals, [published.client]):
+                say(f"Note: {note}")
 
 
 @with_options("connection", Connection)
