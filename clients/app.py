@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import averaging, composed, gate
+from clients.loading import known_name
 from clients.local import LocalClient
 from fedcompo.messages.answers import Answer, Process
 from fedcompo.messages.body import Body, Content
@@ -27,6 +28,7 @@ from fedcompo.messages.requests import (
     RealignRequest,
     TrainRequest,
     VoteRequest,
+    preprocessing_of,
     registered_name,
 )
 from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
@@ -68,12 +70,14 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
 
     def answer() -> RecordDict:
         body = from_record(message.content, expected=REQUEST, source="the server")
-        client = LocalClient.from_node(run_config, node_config, registered_name(body))
+        client = LocalClient.from_node(
+            run_config, node_config, registered_name(body), preprocessing_of(body)
+        )
         tensors, manifest = work(client, body).to_body()
         process = Process(peak_memory=peak_bytes(), versions=installed_versions())
         return to_record(tensors, manifest | process.to_body()[1])
 
-    content = gate.answer_of(answer, gate.name_of(run_config, node_config))
+    content = gate.answer_of(answer, known_name(run_config, node_config))
     return Message(content, reply_to=message)
 
 

@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from flwr.app import RecordDict
 
-from fedcompo.data.folders import client_folders
-from fedcompo.errors import DataError, FedcompoError
+from fedcompo.errors import FedcompoError
 from fedcompo.messages.records import refusal
 from fedcompo.report.log import LogFormatter
 
 LOGS = "FEDCOMPO_CLIENT_LOGS"
-FOLDER = "folder:"
 SEE = "see the client's own log"
 KNOWN = ("fedcompo", "builtins", "torch")
 """Packages whose errors are called by their names; others by that of their base."""
@@ -37,16 +34,16 @@ def answer_of(work: Callable[[], RecordDict], name: str) -> RecordDict:
 
     Args:
         work: Makes the answer; may raise anything.
-        name: Of the client's log; see :func:`name_of`.
+        name: Of the client, as far as it is known; goes with a refusal, and names the log.
     """
     try:
         with own_log(name):
             try:
                 return work()
             except Exception as error:
-                return refusal(told(error))
+                return refusal(told(error), name)
     except OSError as error:  # of the log itself
-        return refusal(told(error))
+        return refusal(told(error), name)
 
 
 def told(error: Exception) -> str:
@@ -62,18 +59,6 @@ def told(error: Exception) -> str:
     return f"{kind}: {error.told}; {SEE}." if error.told else f"{kind}; {SEE}."
 
 
-def name_of(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> str:
-    """Name of a simulated client, known before its data are read: that of its folder if it has one.
-
-    In a deployment it serves no purpose: there is one client a machine.
-    """
-    part, source = int(node_config.get("partition-id", -1)), str(run_config.get("data", ""))
-    if source.startswith(FOLDER):
-        with suppress(DataError, IndexError):
-            return list(client_folders(Path(source.removeprefix(FOLDER)).expanduser()))[part]
-    return f"client-{part}"
-
-
 @contextmanager
 def own_log(name: str) -> Iterator[None]:
     """Write all messages and warnings into the client's own file meanwhile, if there is a folder.
@@ -87,7 +72,7 @@ def own_log(name: str) -> Iterator[None]:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    level, file = root.level, _File(Path(folder) / f"{name}.log", encoding="utf-8")
+    level, file = root.level, _File(Path(folder) / f"{name or 'client'}.log", encoding="utf-8")
     file.setFormatter(LogFormatter())
     root.addHandler(file)
     root.setLevel(logging.INFO)

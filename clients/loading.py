@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import BackboneConfig, DataConfig
-from fedcompo.data.client_data import ClientData, load_client_data, load_folder
-from fedcompo.errors import DataError
+from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
+from fedcompo.data.client_data import ClientData, client_names, load_client_data, load_folder
+from fedcompo.errors import DataError, FedcompoError
 
 
 @lru_cache(maxsize=1)
@@ -39,3 +42,16 @@ def load_images(
             'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
         )
     return load_client_data(config, preprocessing, partition=partition, seed=seed)
+
+
+def known_name(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> str:
+    """Name of a node's client before its images are read; empty if there is none.
+
+    The name of a folder is one in a simulation alone: elsewhere nobody else knows it.
+    """
+    own = str(node_config.get("client", ""))
+    partition = int(node_config.get("partition-id", -1))
+    if not own and partition >= 0:
+        with suppress(FedcompoError, IndexError):
+            return client_names(RunConfig.parse(run_config).data)[partition]
+    return own

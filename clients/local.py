@@ -20,6 +20,7 @@ from clients.course import course_of
 from clients.loading import load_images, load_shared_backbone
 from clients.store import Store, completed, store_home
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.caps import FEWEST_IMAGES, NODE_KEYS
 from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kinds_of
@@ -74,6 +75,7 @@ class LocalClient:
         run_config: Mapping[str, Any],
         node_config: Mapping[str, Any],
         registered_name: str = "",
+        preprocessing: Preprocessing | None = None,
     ) -> LocalClient:
         """Build the client of one node.
 
@@ -84,6 +86,7 @@ class LocalClient:
                 (folder of what it keeps between rounds) and caps of what leaves it; see
                 :mod:`fedcompo.config.caps`.
             registered_name: Name under which the server knows the node; wins over ``client``.
+            preprocessing: How the server wants images prepared; None: as the backbone says.
 
         Raises:
             FedcompoError: If settings, backbone or data cannot be used.
@@ -102,6 +105,9 @@ class LocalClient:
         )
         device = pick_device(config.device)
         backbone = load_shared_backbone(config.backbone, device)
+        if preprocessing is not None:
+            preprocessing = preprocessing.instead_of(backbone.preprocessing)
+            backbone = replace(backbone, preprocessing=preprocessing)
         data = load_images(
             config.data,
             backbone.preprocessing,

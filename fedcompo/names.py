@@ -62,6 +62,18 @@ def check_client_name(name: str) -> str:
     return name
 
 
+def check_client_names(names: Iterable[str]) -> None:
+    """Check the names of all clients of a run; raises ``ContributionError`` with all faults."""
+    faults, known = [], list[str]()
+    for name in names:
+        try:
+            known.append(check_distinct(check_client_name(name), known))
+        except ContributionError as error:
+            faults.append(str(error))
+    if faults:
+        raise ContributionError("\n".join([*faults, "Rename the folders, then start again."]))
+
+
 def resembles(name: str) -> str:
     """Return a skeleton that is the same for names that could be taken for one another.
 

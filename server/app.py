@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
-from fedcompo.composition.settings import CompositionSettings
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.choices import Action, Method, Schedule
 from fedcompo.config.run import RunConfig
 from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.names import printable
+from fedcompo.registry.owners import OWNERS, read_owners
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
 from fedcompo.report.picture import write_report
@@ -93,13 +96,25 @@ def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
 
 def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Train new clients and add them to the registry."""
-    backbone = load_backbone(config.backbone)
-    registry = open_or_create(config, backbone, output)
+    loaded = load_backbone(config.backbone)
+    registry = open_or_create(config, loaded, output)
+    if table := config.registry.owners:
+        read_owners(Path(table))  # raises before it takes the place of an earlier one
+        write_atomically(registry.path / OWNERS, Path(table).read_bytes())
+    seen = registry.backbone.preprocessing.instead_of(loaded.preprocessing)
+    backbone = replace(loaded, preprocessing=seen)
     working = Working.open(output, config, registry)
     # Members count: a single newcomer can join them.
     least = max(1, config.server.min_clients - len(working.members))
-    exchange = new_exchange(grid, books, config, least=least, answers=working.answers)
-    if registry.clients and registry.settings != CompositionSettings.of(config):
+    exchange = new_exchange(grid, books, config, seen, least=least, answers=working.answers)
+    if seen != loaded.preprocessing:
+        books.note(
+            "Pictures are prepared as when the registry was made"
+            + (", with other roundings than timm's" if registry.backbone.old_pixels else "")
+            + ", not as this run's backbone says."
+        )
+    uncapped = replace(registry.settings, class_cap=UNLIMITED, client_cap=UNLIMITED)
+    if registry.clients and uncapped != CompositionSettings.of(config):
         books.note("The registry composes with its own settings, not with this run's.")
     fixed, aside = registry.settings.scale, config.train.aside
     if fixed is not None and aside > 0:
@@ -118,8 +133,10 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
 
 def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Train one model of all clients by FedAvg or FedProx; it has no registry."""
-    exchange = new_exchange(grid, books, config, least=config.server.min_clients)
-    averaged = Averaging(exchange, config, load_backbone(config.backbone), output)
+    backbone = load_backbone(config.backbone)
+    least = config.server.min_clients
+    exchange = new_exchange(grid, books, config, backbone.preprocessing, least=least)
+    averaged = Averaging(exchange, config, backbone, output)
     exchange.gather(config.server.num_clients)
     averaged.run()
     results = collect_averaging(averaged)
@@ -137,19 +154,27 @@ def strategy_of(config: RunConfig) -> type[Strategy]:
 def _remove(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Remove a client from the registry; those who stay and are connected take part."""
     registry = Registry(registry_path(config))
-    exchange = new_exchange(grid, books, config, least=0)
-    removal = Unlearning(exchange, config, registry.backbone.load(), registry, output)
+    backbone = registry.backbone.load()
+    exchange = new_exchange(grid, books, config, backbone.preprocessing, least=0)
+    removal = Unlearning(exchange, config, backbone, registry, output)
     exchange.gather(config.server.num_clients)
     removal.run()
     return collect_removal(removal)
 
 
 def new_exchange(
-    grid: Grid, books: Books, config: RunConfig, *, least: int, answers: KeptAnswers | None = None
+    grid: Grid,
+    books: Books,
+    config: RunConfig,
+    preprocessing: Preprocessing,
+    *,
+    least: int,
+    answers: KeptAnswers | None = None,
 ) -> Exchange:
     """Begin the conversation with the clients of a run, which fails with fewer than the least."""
     server = config.server
-    return Exchange(books, Nodes(grid), server.timeout, least, server.in_flight, answers)
+    nodes, timeout = Nodes(grid), server.timeout
+    return Exchange(books, nodes, timeout, least, server.in_flight, answers, preprocessing)
 
 
 def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Registry:

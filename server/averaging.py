@@ -4,8 +4,9 @@ r"""FedAvg and FedProx: baselines, by Flower's own strategies.
 
 In each round all clients train one model further, from the same parameters p. The server averages
 what they send, weighted by their numbers of examples (McMahan et al., AISTATS 2017, arXiv
-1602.05629). FedProx adds :math:`\tfrac\mu2\lVert p_c - p\rVert^2` to a client's loss (Li et al.,
-MLSys 2020, arXiv 1812.06127).
+1602.05629), as far as `max-count-ratio` lets these count. FedProx adds
+:math:`\tfrac\mu2\lVert p_c - p\rVert^2` to a client's loss (Li et al., MLSys 2020, arXiv
+1812.06127).
 
 p is the parameters of one task vector and a head of all classes, which starts at zero, or as the
 joint head of all clients' statistics (`head-start`). The factors A and B of a LoRA are averaged
@@ -23,6 +24,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.claims import capped
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, kinds_of
@@ -32,6 +34,7 @@ from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.messages.answers import AveragingAnswer, EvaluateAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import AveragingRequest, EvaluateRequest
+from fedcompo.method.contribution import counts_of
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
@@ -94,9 +97,12 @@ class Averaging:
                 reason = f"It insists on the kind {wanted}; what is averaged is of {self.kind}."
                 self.exchange.leave_out("describe", client, reason)
         self.exchange.require_clients("describe")
-        self.roster.note_twins({})
+        self.roster.note_names({})
         described = self.roster.participants.described
-        statistics = {client: described[client].statistics for client in self.exchange.clients}
+        stated = {client: described[client].statistics for client in self.exchange.clients}
+        settings = CompositionSettings.of(self.config).with_caps(map(counts_of, stated.values()))
+        self.weights = {c: min(described[c].num_examples, settings.client_cap) for c in stated}
+        statistics = {c: capped(own, settings.class_cap) for c, own in stated.items()}
         self.aligned = self.roster.align(statistics, self.config)
 
     def start(self) -> AveragingRequest:
@@ -183,7 +189,7 @@ class Averaging:
         answer.head(classes).check(classes, self.backbone.num_features, f"client {client!r}")
         losses = checked_losses(client, answer)
         metrics = {
-            "num-examples": self.roster.participants.described[client].num_examples,
+            "num-examples": self.weights[client],
             "loss": losses[-1],
         }
         arrays = ArrayRecord({name: tensor.float() for name, tensor in answer.tensors.items()})

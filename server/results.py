@@ -136,13 +136,13 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
 
 def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
     described = averaging.roster.participants.described
-    together = sum(described[name].num_examples for name in averaging.trained)
+    together = sum(averaging.weights[name] for name in averaging.trained)
     return {
         "classes": list(described[client].classes),
         "kind": str(averaging.kind),
         "num_examples": described[client].num_examples,
         "num_test_examples": described[client].num_test_examples,
-        "coefficient": described[client].num_examples / together,
+        "coefficient": averaging.weights[client] / together,
         **_reported(averaging, client, averaging.figures[client]),
     }
 

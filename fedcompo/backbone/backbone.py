@@ -6,7 +6,6 @@ images, unless its attribute ``modality`` says texts.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import math
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fedcompo.backbone.text  # noqa: F401  timm knows its models from here on
-from fedcompo.backbone.checkpoint import fill, read_checkpoint, require_finite
+from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.source import Source, source_of
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
@@ -45,7 +45,7 @@ class Backbone:
     theta_0: Weights
     """The target weights at their pre-trained values, each (out, in)."""
     name: str
-    """``embedded`` or timm's name."""
+    """``embedded``, timm's name, or ``local-dir:<architecture>`` of a folder."""
     fingerprint: str
     """Name and SHA-256 over names, dtypes, shapes and bytes of *all* of the backbone's weights."""
     preprocessing: Preprocessing
@@ -96,10 +96,13 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     Raises:
         BackboneError: If the name is unknown, the weights cannot be loaded, or no weight matches.
     """
-    if config.backbone == EMBEDDED:
+    name = config.backbone
+    if name == EMBEDDED:
         model, architecture, model_args, cfg = _embedded(config)
     else:
-        model, architecture, model_args, cfg = _from_timm(config)
+        source = source_of(name, config.checkpoint)
+        name = source.name
+        model, architecture, model_args, cfg = _from_timm(source, config)
     model = model.float().eval().requires_grad_(False)
     require_finite(model.state_dict())
     digest = tensorfile.tensor_digest(model.state_dict())
@@ -107,9 +110,9 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     return Backbone(
         model,
         target_weights(model, config.target_weights),
-        config.backbone,
-        f"{config.backbone}@{digest}",
-        _preprocessing(model, model_args, cfg),
+        name,
+        f"{name}@{digest}",
+        Preprocessing.of_timm(cfg, model_args, getattr(model, "modality", Modality.PICTURES)),
         architecture,
         _classifier_name(model, architecture),
         model_args,
@@ -165,37 +168,29 @@ def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], d
     )
 
 
-def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
-    name = config.backbone
-    if not timm.is_model(name.split(":")[-1].split("/")[-1].split(".")[0]) and "/" not in name:
-        near = difflib.get_close_matches(
-            name, [m for like in ("*vit*", "*deit*", "byte_*") for m in timm.list_models(like)]
-        )
-        raise BackboneError(
-            f"timm knows no model {name!r}. "
-            + (f"Did you mean {' or '.join(near)}? " if near else "")
-            + "`timm.list_models('*vit*')` lists vision transformers."
-        )
+def _from_timm(
+    source: Source, config: BackboneConfig
+) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
     if config.checkpoint:
-        try:
-            pretrained_cfg = timm.get_pretrained_cfg(name)
-        except Exception as error:
-            raise BackboneError(f"timm cannot tell how {name!r} was trained: {error}.") from error
-        cfg = pretrained_cfg.to_dict() if pretrained_cfg is not None else {}
-        return _build(name, {}, cfg, read_checkpoint(Path(config.checkpoint)), config)
-    model_args = _input_args(config)
+        path = Path(config.checkpoint)
+        args, cfg = read_config(path, source.architecture, source.cfg)
+        args, cfg = source.model_args | args, source.cfg | cfg
+        return _build(source.architecture, args, cfg, read_checkpoint(path), config)
+    name, given = config.backbone, _input_args(config)
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **model_args)
+        model = timm.create_model(name, pretrained=True, num_classes=0, **given)
     except Exception as error:
+        if given:
+            _require_takes(source.architecture, config, {**source.model_args, **given}, {})
         raise BackboneError(
-            f"The weights of {name!r} could not be had from the hub ({type(error).__name__}: "
-            f"{str(error)[:200]}). Without a network, set `checkpoint` to a file with its weights, "
-            "or use `backbone = embedded`."
+            f"The weights of {name!r} could not be had from the hub or its folder "
+            f"({type(error).__name__}: {str(error)[:200]}). Without a network, set `checkpoint` to "
+            "a file with its weights, or use `backbone = embedded`."
         ) from error
     _require_blocks(model, name)
     cfg = dict(model.pretrained_cfg)
     _require_whole_patches(model, cfg, config.image_size)
-    return model, name.split(".")[0], model_args, cfg
+    return model, source.architecture, {**source.model_args, **given}, cfg
 
 
 def _build(
@@ -207,15 +202,7 @@ def _build(
 ) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
     """Make a model and load weights from disk, resampled to the wanted input."""
     model_args = {**fixed_args, **_input_args(config)}
-    try:
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise BackboneError(
-            f"{architecture!r} does not take {_input_args(config)}: {error}. "
-            "Change `image-size` or `channels`, or choose a plain vision transformer."
-        ) from error
-    _require_blocks(model, architecture)
-    _require_whole_patches(model, cfg, config.image_size)
+    model = _require_takes(architecture, config, model_args, cfg)
     fill(model, architecture, cfg, state, channels=model_args.get("in_chans", 3))
     return model, architecture, model_args, cfg
 
@@ -223,6 +210,22 @@ def _build(
 def _input_args(config: BackboneConfig) -> dict[str, Any]:
     wanted = {"img_size": config.image_size, "in_chans": config.channels}
     return {name: value for name, value in wanted.items() if value}
+
+
+def _require_takes(
+    name: str, config: BackboneConfig, model_args: dict[str, Any], cfg: dict[str, Any]
+) -> nn.Module:
+    """Make the model with random weights; refuse an input that it does not take."""
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **model_args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise BackboneError(
+            f"{name!r} does not take {model_args}: {error}. "
+            "Change `image-size` or `channels`, or choose a plain vision transformer."
+        ) from error
+    _require_blocks(model, name)
+    _require_whole_patches(model, cfg, config.image_size)
+    return model
 
 
 def _classifier_name(model: nn.Module, architecture: str) -> str:
@@ -245,6 +248,12 @@ def _require_blocks(model: nn.Module, name: str) -> None:
 
 def _require_whole_patches(model: nn.Module, cfg: dict[str, Any], size: int) -> None:
     """Refuse an input whose border would be in no patch, unless the weights were trained so."""
+    _, height, width = cfg.get("input_size", (0, 0, 0))
+    if size and height != width and getattr(model, "modality", None) != Modality.TEXTS:
+        raise BackboneError(
+            f"The weights read pictures of {height} x {width} pixels, not square, and timm cannot "
+            f"resample them to {size}. Leave `image-size` out."
+        )
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", 1)
     side = math.lcm(*patch) if isinstance(patch, tuple) else patch
@@ -257,26 +266,4 @@ def _require_whole_patches(model: nn.Module, cfg: dict[str, Any], size: int) -> 
         f"`image-size` is {size}, no multiple of the {side} pixels of a patch; the last "
         f"{size % side} would be cut off. Set it to "
         + (f"{below} or {below + side}." if below else f"{side}.")
-    )
-
-
-def _preprocessing(
-    model: nn.Module, model_args: dict[str, Any], cfg: dict[str, Any]
-) -> Preprocessing:
-    """Read size, mean and std from the model's own configuration."""
-    channels, _, size = cfg.get("input_size", (3, 224, 224))
-    wanted = model_args.get("in_chans", channels)
-    mean, std = tuple(cfg.get("mean", (0.5,) * channels)), tuple(cfg.get("std", (0.5,) * channels))
-    if wanted != len(mean):  # another number of channels: the average one for each
-        mean, std = (sum(mean) / len(mean),) * wanted, (sum(std) / len(std),) * wanted
-    if wanted not in (1, 3):
-        raise BackboneError(f"`channels` is {wanted}; expected 1 (grey) or 3 (RGB).")
-    return Preprocessing(
-        image_size=model_args.get("img_size", size),
-        channels=wanted,
-        mean=mean,
-        std=std,
-        interpolation=cfg.get("interpolation", "bicubic"),
-        crop_fraction=cfg.get("crop_pct") or 1.0,
-        modality=getattr(model, "modality", Modality.PICTURES),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,12 @@ from torch import Tensor, nn
 from fedcompo.backbone.file_kind import SUFFIXES, check_kind
 from fedcompo.backbone.prefixes import flatten, without_prefix
 from fedcompo.errors import BackboneError
+from fedcompo.storage.files import CONFIG
+
+logger = logging.getLogger(__name__)
+
+INPUT_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Entries of timm's configuration that say how a picture becomes the model's input."""
 
 
 def fill(
@@ -99,6 +107,51 @@ def require_finite(state: Mapping[str, Tensor], prefix: str = "") -> None:
                 f"its {tensor.numel()} places. Its training diverged or the file is damaged; "
                 "use another checkpoint."
             )
+
+
+def read_config(
+    path: Path, architecture: str, known: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read timm's config.json beside a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        architecture: timm's name of the model, perhaps with a tag.
+        known: timm's own configuration of it.
+
+    Returns:
+        Arguments that build the model, and how its input is made; both empty without such a file.
+
+    Raises:
+        BackboneError: If the file is damaged, or describes another architecture.
+    """
+    file = path.with_name(CONFIG)
+    if not file.is_file():
+        return {}, {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "architecture" not in content:
+            logger.warning("%s is not in timm's format; pictures are prepared without it.", file)
+            return {}, {}
+        config = content.get("pretrained_cfg", content)
+        own = {key: config[key] for key in INPUT_KEYS if config.get(key)}
+        args: dict[str, Any] = {}
+        if "input_size" in own and list(own["input_size"]) != list(known.get("input_size", ())):
+            channels, height, width = own["input_size"]
+            size = height if height == width else (height, width)
+            args = {"in_chans": channels, "img_size": size}
+        args |= content.get("model_args", {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BackboneError(
+            f"{file} cannot be read as timm's configuration of {path.name} "
+            f"({type(error).__name__}: {error}). Mend it, or move the checkpoint elsewhere."
+        ) from error
+    if content["architecture"] != architecture.split(".")[0]:
+        raise BackboneError(
+            f"{file} describes {content['architecture']!r}, but `backbone` is {architecture!r}. "
+            "Name that architecture, or move the checkpoint into a folder of its own."
+        )
+    return args, own
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor] | Path:

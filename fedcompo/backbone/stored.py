@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcompo.errors import BackboneError, FileFormatError
-from fedcompo.storage.files import tuples
 from fedcompo.storage.manifest import require_content
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
@@ -75,11 +75,30 @@ class StoredBackbone:
             )
         self.path = path
         self.fingerprint: str = manifest["fingerprint"]
-        self.architecture: str = manifest["architecture"]
         self.classifier: str = manifest["classifier"]
-        self.model_args: dict[str, Any] = manifest["model_args"]
         self.num_features: int = manifest["num_features"]
         self.target_weights: tuple[str, ...] = tuple(manifest["target_weights"])
+
+    @property
+    def architecture(self) -> str:
+        """Timm's plain name of the architecture."""
+        return self._built[0]
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments that rebuild the model with ``timm.create_model``."""
+        return self._built[1]
+
+    @cached_property
+    def _built(self) -> tuple[str, dict[str, Any]]:
+        """Architecture and arguments; older files name a folder instead, which is then read."""
+        manifest = self.tensors.manifest
+        if ":" not in manifest["architecture"]:
+            return manifest["architecture"], manifest["model_args"]
+        from fedcompo.backbone.source import source_of
+
+        source = source_of(manifest["name"])
+        return source.architecture, {**source.model_args, **manifest["model_args"]}
 
     @property
     def theta_shapes(self) -> Weights:
@@ -129,8 +148,14 @@ class StoredBackbone:
         )
 
     @property
+    def old_pixels(self) -> bool:
+        """Whether pictures are prepared by the first rule, see :class:`Preprocessing`."""
+        values = self.tensors.manifest["preprocessing"]
+        return bool(values.get("rule", 1) == 1 and values.get("modality") != "texts")
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """Input of the model."""
         from fedcompo.backbone.preprocessing import Preprocessing
 
-        return Preprocessing(**tuples(self.tensors.manifest["preprocessing"]))
+        return Preprocessing.parse(self.tensors.manifest["preprocessing"])

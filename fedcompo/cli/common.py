@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,6 +92,13 @@ def progress(*, quiet: bool) -> Iterator[Any]:
         return
     with console.status("…") as status:
         yield lambda step: status.update(Text(printable(f"{step} …")))
+
+
+def confirm(question: str) -> None:
+    """Ask, and go on with a yes alone; a script, whose answer may be missing, is told of --yes."""
+    if not sys.stdin.isatty():
+        question += " Nobody may be there to answer: --yes does without."
+    typer.confirm(question, abort=True)
 
 
 def open_registry(named: Path | None) -> RegistryReader:

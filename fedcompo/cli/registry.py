@@ -15,6 +15,7 @@ from fedcompo.cli.common import (
     JsonOption,
     RegistryOption,
     VerboseOption,
+    confirm,
     errors_as_sentences,
     open_registry,
     progress,
@@ -23,6 +24,7 @@ from fedcompo.cli.common import (
 from fedcompo.errors import ConfigError
 from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
+from fedcompo.report.newcomers import note_on_newcomers
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -100,6 +102,9 @@ def add(
         for what in ("added", "replaced"):
             if summary[what]:
                 say(f"{what.capitalize()} {', '.join(summary[what])}.")
+        arrivals = ((m.added, m.client, m.classes) for m in opened.state.members.values())
+        if note := note_on_newcomers(arrivals, new):
+            say(f"Note: {note}")
         say(f"{len(opened.clients)} clients, {len(opened.classes)} classes. Root {summary['root']}")
 
 
@@ -149,7 +154,7 @@ def remove(
             _preview(opened, plan, data, as_json)
             return
         if not yes:
-            typer.confirm(f"Remove {client} from {opened.path}?", abort=True)
+            confirm(f"Remove {client} from {opened.path}?")
         from fedcompo.registry.registry import Registry
 
         changed, started = Registry(opened.path), time.monotonic()

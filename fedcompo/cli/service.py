@@ -5,7 +5,6 @@ The server's is `serve`; a client's are `publish`, `fetch`, `members` and `reque
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,7 @@ from fedcompo.cli.common import (
     Choice,
     JsonOption,
     VerboseOption,
+    confirm,
     errors_as_sentences,
     progress,
     with_options,
@@ -23,6 +23,7 @@ from fedcompo.cli.common import (
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.log import log_to_stderr
+from fedcompo.report.newcomers import note_on_newcomers
 
 if TYPE_CHECKING:
     from fedcompo.service.certificates import Credential
@@ -81,6 +82,7 @@ def publish(
     with errors_as_sentences(verbose), connection.open() as client:
         with progress(quiet=as_json) as tell:
             published = client.publish(folder, replace=replace, on_step=tell)
+            arrivals = [(m.added, m.client, m.classes) for m in client.list().members]
         if as_json:
             fields = ("client", "already", "root")
             print_json({field: getattr(published, field) for field in fields})
@@ -88,6 +90,8 @@ def publish(
             say(f"{published.client} was there already, with these files. Root {published.root}")
         else:
             say(f"Published {published.client}. Root {published.root}")
+            if note := note_on_newcomers(arrivals, [published.client]):
+                say(f"Note: {note}")
 
 
 @with_options("connection", Connection)
@@ -167,10 +171,7 @@ def request_removal(
         if as_json and not yes:
             raise ConfigError("With --json nobody is asked: add --yes.")
         if not yes:
-            question = f"Remove {name} from the registry at {connection.server}?"
-            if not sys.stdin.isatty():
-                question += " Nobody may be there to answer: --yes does without."
-            typer.confirm(question, abort=True)
+            confirm(f"Remove {name} from the registry at {connection.server}?")
         with progress(quiet=as_json) as tell:
             tell(f"removing {name}")
             receipt = service.remove(name, reason=reason)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fedcompo.names import printable
 from fedcompo.report.console import numbers, say, table_console
+from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.twins import note_on, twins
 from fedcompo.report.units import listed, percent, shortened, size
 
@@ -55,10 +56,17 @@ def print_list(summary: Mapping[str, Any]) -> None:
     )
     aligned = "composed" if summary["joint_head"] == "realigned" else "pre-trained"
     say(f"Backbone {summary['backbone']}")
+    if summary["old_pixels"]:
+        say("Pictures are resized as by earlier versions, whose roundings are not quite timm's.")
     say(f"Joint head of {len(summary['classes'])} classes, aligned on {aligned} features")
     if summary["twins"]:
         say(f"Note: {note_on(summary['twins'])}")
+    rows = summary["clients"]
+    if note := note_on_newcomers((row["line"], row["client"], row["classes"]) for row in rows):
+        say(f"Note: {note}")
     if summary["clients"]:
+        one, every = (summary["settings"].get(f"{cap}_cap", "all") for cap in ("class", "client"))
+        say(f"Images that a client weighs by, at most: {one} a class, {every} in all")
         say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
     say(f"Model: {summary['model'] or 'none, nobody is there'}")
     say(f"Root {summary['root']}")
@@ -76,7 +84,9 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
             str(member["num_examples"]),
         )
     table_console().print(table)
-    if note := note_on(twins({member["client"]: member["classes"] for member in members})):
+    spelt = note_on(twins({member["client"]: member["classes"] for member in members}))
+    came = note_on_newcomers((m["added"], m["client"], m["classes"]) for m in members)
+    for note in filter(None, (spelt, came)):
         say(f"Note: {note}")
     say(f"Root {root}")
 

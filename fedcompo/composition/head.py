@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from fedcompo.composition.claims import capped
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import AnyStatistics
@@ -32,7 +33,8 @@ def joint_head(
 
     Args:
         statistics: By client; of θ₀'s features, or of the composed model's.
-        settings: mixtures: number of features for each class, ridge and seed.
+        settings: Cap on the images of a class; mixtures: number of features for each class, ridge
+            and seed.
         purpose: mixtures: purpose of the draws; each has draws of its own.
         shrinkage: sums: see :func:`~fedcompo.method.heads.discriminant`; None: :data:`SHRINKAGE`.
 
@@ -43,6 +45,7 @@ def joint_head(
     Raises:
         ContributionError: If there are sums of some clients and mixtures of others.
     """
+    statistics = {c: capped(own, settings.class_cap) for c, own in statistics.items()}
     sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
     if sums and len(sums) < len(statistics):
         raise ContributionError(

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from statistics import median_low
 from typing import Any
 
 from fedcompo.config.choices import Coefficients, Statistics
 from fedcompo.config.run import RunConfig
+
+UNLIMITED = 2**62
+"""A cap that nobody reaches."""
+
+
+def most_of(counts: Iterable[int], ratio: float) -> int:
+    """Return so many times the median, of two the lower, as a cap; no ratio: no limit."""
+    known = list(counts)
+    return ceil(ratio * median_low(known)) if known and ratio else UNLIMITED
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,12 @@ class CompositionSettings:
     """Whether earlier compositions are kept when a new one replaces them."""
     max_norm_ratio: float = 0.0
     """A task vector this many times longer than the median of all is refused; 0: none."""
+    max_count_ratio: float = 0.0
+    """Chooses the caps, as a multiple of usual counts; 0: none, as in earlier versions."""
+    class_cap: int = UNLIMITED
+    """Images of a class that a client weighs by at most."""
+    client_cap: int = UNLIMITED
+    """Images in all that a client weighs by at most."""
 
     def __post_init__(self) -> None:
         """Put a number in place of a scale that nobody chooses."""
@@ -49,6 +66,7 @@ class CompositionSettings:
             seed=config.seed,
             keep_versions=config.registry.keep_versions,
             max_norm_ratio=config.server.max_norm_ratio,
+            max_count_ratio=config.compose.max_count_ratio,
         )
 
     @classmethod
@@ -64,10 +82,32 @@ class CompositionSettings:
         values = asdict(self)
         if self.statistics is Statistics.MIXTURES:
             del values["statistics"]
-        if not self.max_norm_ratio:
-            del values["max_norm_ratio"]
-        return values
+        none = {
+            "max_norm_ratio": 0.0,
+            "max_count_ratio": 0.0,
+            "class_cap": UNLIMITED,
+            "client_cap": UNLIMITED,
+        }
+        return {name: value for name, value in values.items() if value != none.get(name)}
+
+    def with_caps(self, counts: Iterable[Mapping[str, int]]) -> CompositionSettings:
+        """Choose the caps by the counts of clients, by class, unless they are there already.
+
+        Every client has one say, however many classes it claims.
+        """
+        if not self.max_count_ratio or self.class_cap < UNLIMITED:
+            return self
+        stated = [own.values() for own in counts]
+        one, every = map(median_low, stated), map(sum, stated)
+        ratio = self.max_count_ratio
+        return replace(self, class_cap=most_of(one, ratio), client_cap=most_of(every, ratio))
+
+    @property
+    def caps(self) -> tuple[int, int] | None:
+        """The caps on a class and in all; None: there are none."""
+        return (self.class_cap, self.client_cap) if self.class_cap < UNLIMITED else None
 
     def times(self, num_examples: int) -> int:
         """Return how often a client counts in the sum: once, or once for each of its examples."""
-        return num_examples if self.coefficients is Coefficients.EXAMPLES else 1
+        by_examples = self.coefficients is Coefficients.EXAMPLES
+        return min(num_examples, self.client_cap) if by_examples else 1

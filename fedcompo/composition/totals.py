@@ -11,6 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedcompo.composition.claims import capped
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.ranges import STRANGE, beyond
@@ -19,7 +21,10 @@ from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
 
 
 def total_after(
-    before: FeatureSums | None, coming: Iterable[Contribution], going: Iterable[Contribution]
+    before: FeatureSums | None,
+    coming: Iterable[Contribution],
+    going: Iterable[Contribution],
+    settings: CompositionSettings,
 ) -> FeatureSums:
     """Return the total of a version.
 
@@ -27,16 +32,17 @@ def total_after(
         before: Total of the version before; None: nobody was there.
         coming: Members that are new; at least one if nobody was there.
         going: Members of the version before that are gone.
+        settings: The registry's cap on the images of a class.
 
     Raises:
         ContributionError: If a sum leaves the range of int64.
     """
-    terms = [_sums_of(member) for member in coming]
+    terms = [_sums_of(member, settings) for member in coming]
     total = before or terms.pop()
     for own in terms:
         total += own
     for member in going:
-        total -= _sums_of(member)
+        total -= _sums_of(member, settings)
     return total
 
 
@@ -82,6 +88,7 @@ def exact_from(tensors: Mapping[str, Tensor], classes: Iterable[str]) -> Feature
     return FeatureSums(tuple(classes), *(tensors[part] for part in ("counts", "sums", "second")))
 
 
-def _sums_of(member: Contribution) -> FeatureSums:
-    assert isinstance(member.statistics, FeatureSums)  # a registry holds one kind of statistics
-    return member.statistics
+def _sums_of(member: Contribution, settings: CompositionSettings) -> FeatureSums:
+    own = capped(member.statistics, settings.class_cap)
+    assert isinstance(own, FeatureSums)  # a registry holds one kind of statistics
+    return own

@@ -32,7 +32,7 @@ WORST = 2.0
 class Votes:
     """Sums over the images kept aside, of one client or of all; of each candidate."""
 
-    hits: tuple[int, ...]
+    hits: tuple[float, ...]
     """Images classified correctly, by candidate."""
     losses: tuple[float, ...]
     """Quadratic scores, by candidate."""
@@ -60,6 +60,12 @@ class Votes:
     def none(cls, count: int) -> Votes:
         """Return the votes on so many candidates of a client that keeps no image aside."""
         return cls((0,) * count, (0.0,) * count, 0)
+
+    def capped(self, most: int) -> Votes:
+        """Let it count as the votes on so many images at most."""
+        share = min(1.0, most / max(1, self.num_examples))
+        hits, losses = (tuple(share * own for own in sums) for sums in (self.hits, self.losses))
+        return Votes(hits, losses, min(most, self.num_examples))
 
     def __add__(self, other: Votes) -> Votes:
         """Sum over the images of both."""

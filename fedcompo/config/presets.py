@@ -31,6 +31,7 @@ PAPER: dict[str, Scalar] = {
     "wire": "float32",
     "augmentation": "crop-flip",
     "scale": "1.0",
+    "max-count-ratio": 0.0,
 }
 """``preset = paper``: the protocol, and the values published for CIFAR-100 with LoRA.
 
@@ -45,6 +46,7 @@ OLDER: dict[str, Scalar] = {
     "local-steps": 0,
     "aside": 0.0,
     "fisher-form": "dense",
+    "max-count-ratio": 0.0,
 }
 """How a contribution was made that was stored before it said ``statistics``."""
 OBSOLETE = ("fisher", "fisher-tolerance", "head-alpha", "head-decay")

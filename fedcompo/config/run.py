@@ -58,7 +58,7 @@ class DataConfig:
 class BackboneConfig:
     """The pre-trained weights that all clients share, and which of them are adapted."""
 
-    backbone: str = setting("embedded", "embedded, or the name of a timm vision transformer.")
+    backbone: str = setting("embedded", "embedded, timm's name, local-dir:<path>, hf-hub:<name>.")
     checkpoint: str = setting(
         "", "Weights on disk (.safetensors, .pth, .npz); empty: from the hub, if not embedded."
     )

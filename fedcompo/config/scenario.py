@@ -22,7 +22,7 @@ from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 
-PATH_SETTINGS = ("output", "checkpoint", "reference", "registry")
+PATH_SETTINGS = ("output", "checkpoint", "reference", "registry", "owners")
 PATH_SOURCES = {"data": ("folder:", "npz:", "text:"), "backbone": ("local-dir:",)}
 ELSEWHERE = "not-told"
 

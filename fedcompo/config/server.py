@@ -22,6 +22,12 @@ class ComposeConfig:
         SCALE,
         numeric=True,
     )
+    max_count_ratio: float = setting(
+        1.5,
+        "Let a client weigh by no more images (of a class; in all) than this many times the usual "
+        "number, whatever it claims; 0: by all.",
+        NOT_NEGATIVE,
+    )
     realign: bool = setting(True, "Align the joint head again on features of the composed model.")
 
     @property
@@ -68,6 +74,9 @@ class RegistryConfig:
         Action.TRAIN, "train (new clients, who join the registry), or remove (one of its clients)."
     )
     registry: str = setting("", "Folder of the registry; empty: a new one in the output.")
+    owners: str = setting(
+        "", 'TOML table of the clients that may have a class: cat = ["client-1"]; kept with it.'
+    )
     replace: bool = setting(
         False, "train: train clients anew that are in the registry, and replace them there."
     )

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fedcompo.data.catalogue import Catalogue as Catalogue
     from fedcompo.data.client_data import ClientData as ClientData
     from fedcompo.data.client_data import Split as Split
-    from fedcompo.data.client_data import count_clients as count_clients
+    from fedcompo.data.client_data import client_names as client_names
     from fedcompo.data.client_data import load_client_data as load_client_data
     from fedcompo.data.client_data import set_aside as set_aside
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig, RunConfig
+from fedcompo.config.run import DataConfig
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
@@ -38,7 +38,7 @@ from fedcompo.data.folders import client_folders, folder_catalogue
 from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
 from fedcompo.data.text import TEXT_ENDINGS, text_catalogue
-from fedcompo.errors import ConfigError, DataError
+from fedcompo.errors import DataError
 from fedcompo.report.pictures import Facts
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
@@ -83,36 +83,21 @@ class ClientData:
     """What whoever reads the results should know of the images."""
 
 
-def num_clients(source: DataConfig) -> int:
-    """Count the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
+def client_names(source: DataConfig) -> tuple[str, ...]:
+    """Name the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
 
     Raises:
         DataError: If the source is unknown, or a ``folder:`` that cannot be read.
     """
     kind, rest = _parse(source.data)
-    return len(client_folders(Path(rest).expanduser())) if kind == "folder" else source.num_tasks
+    if kind == "folder":
+        return tuple(client_folders(Path(rest).expanduser()))
+    return tuple(f"client-{partition}" for partition in range(source.num_tasks))
 
 
-def count_clients(config: RunConfig) -> int:
-    """Return the number of clients to simulate: ``num-clients``, or else all of the data.
-
-    Raises:
-        ConfigError: If more clients are asked for than there are, or fewer than the run needs.
-        DataError: If the data cannot be used.
-    """
-    available = num_clients(config.data)
-    if config.server.num_clients > available:
-        raise ConfigError(
-            f"`num-clients` asks for {config.server.num_clients} clients, "
-            f"but {config.data.data} yields {available}."
-        )
-    clients = config.server.num_clients or available
-    if clients < config.server.min_clients:
-        raise ConfigError(
-            f"The run needs {config.server.min_clients} clients (`min-clients`), "
-            f"but would get {clients} from {config.data.data}."
-        )
-    return clients
+def num_clients(source: DataConfig) -> int:
+    """Count the clients that a source yields; raises as :func:`client_names` does."""
+    return len(client_names(source))
 
 
 def load_client_data(
@@ -131,19 +116,19 @@ def load_client_data(
         DataError: If the source or one of its images cannot be used, or the client does not exist.
     """
     kind, rest = _parse(config.data)
-    count = num_clients(config)
+    names = client_names(config)
+    count = len(names)
     if not 0 <= partition < count:
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {count} clients, 0 to "
             f"{count - 1}. Start as many clients as the data has, or change `num-tasks`."
         )
-    path = Path(rest).expanduser()
+    path, name = Path(rest).expanduser(), names[partition]
     if kind == "folder":
-        name, folder = list(client_folders(path).items())[partition]
+        folder = client_folders(path)[name]
         catalogue = folder_catalogue(folder, client=name)
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
     else:
-        name = f"client-{partition}"
         catalogue = read_once(FILES[kind], path) if kind in FILES else NAMED[kind]()
         classes = deal_classes(
             catalogue.names,

@@ -16,6 +16,8 @@ from fedcompo.engine import launcher
 from fedcompo.engine.log import Event
 from fedcompo.engine.resources import Resources, fair_resources
 from fedcompo.engine.run_folder import reopen_output, reserve_output
+from fedcompo.errors import ConfigError
+from fedcompo.names import check_client_names
 
 
 def simulate(
@@ -95,6 +97,33 @@ class Simulation:
         )
 
 
+def count_clients(config: RunConfig) -> int:
+    """Return the number of clients to simulate: ``num-clients``, or else all of the data.
+
+    Raises:
+        ConfigError: If more clients are asked for than there are, or fewer than the run needs.
+        DataError: If the data cannot be used.
+        ContributionError: If a folder's name cannot be a client's.
+    """
+    from fedcompo.data.client_data import client_names  # imports torch
+
+    names = client_names(config.data)
+    available = len(names)
+    if config.server.num_clients > available:
+        raise ConfigError(
+            f"`num-clients` asks for {config.server.num_clients} clients, "
+            f"but {config.data.data} yields {available}."
+        )
+    clients = config.server.num_clients or available
+    if clients < config.server.min_clients:
+        raise ConfigError(
+            f"The run needs {config.server.min_clients} clients (`min-clients`), "
+            f"but would get {clients} from {config.data.data}."
+        )
+    check_client_names(names[:clients])
+    return clients
+
+
 def prepare(
     settings: Mapping[str, Scalar],
     *,
@@ -115,10 +144,9 @@ def prepare(
     Raises:
         ConfigError: If the settings, or the shares of the machine, cannot be used.
         DataError: If the data cannot be used.
+        ContributionError: If a folder's name cannot be a client's.
         LaunchError: If there is no app, or no folder can be made.
     """
-    from fedcompo.data.client_data import count_clients  # imports torch
-
     config = RunConfig.parse(settings)
     clients = count_clients(config)
     resources = fair_resources(

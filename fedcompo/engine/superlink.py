@@ -27,6 +27,7 @@ from fedcompo.config.scenario import as_toml
 from fedcompo.config.setting import Scalar
 from fedcompo.engine import guard
 from fedcompo.engine.log import last_error, plain, read_from
+from fedcompo.engine.proxies import past_loopback
 from fedcompo.engine.run_folder import CLIENTS
 from fedcompo.errors import LaunchError
 from fedcompo.storage.files import PACKAGE
@@ -250,8 +251,7 @@ def _environment(folder: Path, user: Mapping[str, str]) -> dict[str, str]:
     environment["FEDCOMPO_STATE"] = str(folder / "state")  # what simulated clients keep
     # Flower's programs start each other by name.
     environment["PATH"] = os.pathsep.join([_scripts(), user.get("PATH", os.defpath)])
-    for key in ("NO_PROXY", "no_proxy"):
-        environment[key] = ",".join(filter(None, [user.get(key), "127.0.0.1,localhost"]))
+    environment = past_loopback(environment)
     if _must_be_linked():
         paths = [str(folder / "library"), user.get("PYTHONPATH")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -67,7 +67,7 @@ def publish(
         card = ExportedModel(
             members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
             classes=selection.head.classes,
-            backbone=backbone.fingerprint.partition("@")[0],
+            backbone=backbone.fingerprint.rpartition("@")[0],
             architecture=backbone.architecture,
             fingerprint=backbone.fingerprint,
             preprocessing=backbone.preprocessing,

@@ -174,11 +174,13 @@ def class_table(classes: Sequence[str]) -> str:
 def preprocessing_text(seen: Preprocessing) -> str:
     """Return what a model's images must be like."""
     mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (seen.mean, seen.std))
+    height, width = seen.shape[1:]
     return (
         f"`images` are {'grey' if seen.channels == 1 else 'RGB'}, "
-        f"(batch, {seen.channels}, {seen.image_size}, {seen.image_size}). The shorter side is "
-        f"resized\n({seen.interpolation}), of which the central crop keeps "
-        f"{100 * seen.crop_fraction:.4g} %; values are in [0, 1], less {mean}, divided by {std}."
+        f"(batch, {seen.channels}, {height}, {width}), resized and cropped\nas timm's "
+        f"`create_transform` does ({seen.interpolation}, crop_mode {seen.crop_mode}, crop_pct "
+        f"{seen.crop_fraction:.4g}); values are in [0, 1], less {mean}, divided by {std}."
+        + ("\nThe clients' pictures had slightly other roundings." if seen.rule == 1 else "")
     )
 
 

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 
 from fedcompo.backbone.backbone import EMBEDDED, Backbone
+from fedcompo.backbone.preprocessing import Modality
+from fedcompo.backbone.source import LOCAL
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError, ContributionError
 from fedcompo.export.model_card import class_table, escaped, front_matter, preprocessing_text, table
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
-from fedcompo.storage.files import MODEL_CARD, write_atomically
+from fedcompo.storage.files import BACKBONE, MODEL_CARD, write_atomically
 from fedcompo.storage.tensorstream import save_streamed
 
 ADAPTER = "adapter_model.safetensors"
@@ -119,10 +121,9 @@ def _check_called(backbone: Backbone, layers: Iterable[str]) -> None:
         )
         for layer in tuple(idle)
     ]
-    seen = backbone.preprocessing
     try:
         with torch.no_grad():
-            empty = torch.zeros(1, seen.channels, seen.image_size, seen.image_size)
+            empty = torch.zeros(1, *backbone.preprocessing.shape)
             backbone.model(empty.to(backbone.device))
     finally:
         for hook in hooks:
@@ -158,7 +159,7 @@ It goes onto the plain timm model with the weights of the backbone named here, a
 ```python
 import timm
 from peft import PeftModel
-{_loading(backbone, len(head.classes))}
+{_loading(backbone, contribution)}
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
 logits = model(images)
 ```
@@ -169,19 +170,27 @@ logits = model(images)
 """
 
 
-def _loading(backbone: Backbone, num_classes: int) -> str:
+def _loading(backbone: Backbone, contribution: Contribution) -> str:
     """Code that makes the plain model with the backbone's weights."""
-    arguments = {"num_classes": num_classes, **backbone.model_args}
+    arguments = {"num_classes": len(contribution.head.classes), **backbone.model_args}
     listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    if backbone.name != EMBEDDED:
-        return f"""
-# The backbone's weights from the hub; if yours came from a file, load that one.
-model = timm.create_model({backbone.name!r}, pretrained=True, {listed})"""
     seen = backbone.preprocessing
-    return f"""\
+    if backbone.name == EMBEDDED:
+        return f"""\
 from fedcompo import RunConfig, load_backbone
 
 config = RunConfig.parse({{"image-size": {seen.image_size}, "channels": {seen.channels}}})
 backbone = load_backbone(config.backbone)
 model = timm.create_model({backbone.architecture!r}, {listed})
 model.load_state_dict(backbone.model.state_dict(), strict=False)  # the adapter brings the head"""
+    from_file = contribution.settings.get("checkpoint") or backbone.name.startswith(LOCAL)
+    if not from_file:
+        return f"""
+model = timm.create_model({backbone.name!r}, pretrained=True, {listed})"""
+    texts = "import fedcompo.backbone.text  # timm knows its models from here on\n"
+    return f"""\
+from safetensors.torch import load_file
+{texts if seen.modality == Modality.TEXTS else ""}
+model = timm.create_model({backbone.architecture!r}, {listed})
+weights = load_file("path/to/registry/{BACKBONE}")
+model.load_state_dict(weights, strict=False)  # the adapter brings the head"""

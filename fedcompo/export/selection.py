@@ -18,7 +18,7 @@ from fedcompo.composition.models import factor_of, stream_composition
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.method.contribution import Contribution
+from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.admission import admit, outliers
@@ -156,6 +156,7 @@ def from_folders(
         company = company.joined({member.client: admit(member, company)})
     for reason in outliers(pool.clients, company).values():
         raise ContributionError(reason)
+    settings = settings.with_caps(counts_of(member.statistics) for member in pool)
     with tempfile.TemporaryDirectory(prefix="fedcompo-") as temporary:
         path = Path(temporary) / BACKBONE
         save_backbone(path, backbone)

@@ -28,6 +28,9 @@ REFUSAL = "refusal"
 class ClientRefusal(FedcompoError):
     """A client refuses a request; the message is its reason."""
 
+    client = ""
+    """What the client calls itself, if it came to know that."""
+
 
 def to_record(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> RecordDict:
     """Pack tensors and a manifest into the content of a message."""
@@ -35,9 +38,9 @@ def to_record(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Rec
     return RecordDict({PAYLOAD: ArrayRecord({PAYLOAD: Array(data)})})
 
 
-def refusal(reason: str) -> RecordDict:
-    """Pack a refusal of a request, with its reason."""
-    return to_record({}, {"content": REFUSAL, "reason": reason})
+def refusal(reason: str, client: str = "") -> RecordDict:
+    """Pack a refusal of a request, with its reason and the client's name, if it is known."""
+    return to_record({}, {"content": REFUSAL, "reason": reason, "client": client})
 
 
 def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
@@ -63,7 +66,9 @@ def from_record(content: RecordDict, *, expected: str, source: str) -> Body:
     if not _is_text(manifest):
         raise FileFormatError(f"The message of {source} holds halves of surrogate pairs.")
     if manifest.get("content") == REFUSAL:
-        raise ClientRefusal(str(manifest.get("reason")))
+        refused = ClientRefusal(str(manifest.get("reason")))
+        refused.client = str(manifest.get("client", ""))
+        raise refused
     if manifest.get("content") != expected:
         raise FileFormatError(
             f"The message of {source} holds a {manifest.get('content')!r}, expected {expected!r}."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind, Statistics
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.body import TASK_VECTOR, Body, Content, entry, floats
@@ -25,10 +26,21 @@ ROUND = "server-round"
 """Flower's name for the number of a round; only a request of averaging has it."""
 
 
-def addressed(request: Body, registered_name: str) -> Body:
-    """A request as it travels, with the name that the server knows the node by (or "")."""
+def addressed(
+    request: Body, registered_name: str, preprocessing: Preprocessing | None = None
+) -> Body:
+    """A request as it travels.
+
+    Args:
+        request: The request.
+        registered_name: The name that the server knows the node by, or "".
+        preprocessing: How clients prepare their examples; None: as their own backbone says.
+    """
     tensors, manifest = request
-    return tensors, {"content": REQUEST, "registered_name": registered_name, **manifest}
+    about: dict[str, Any] = {"content": REQUEST, "registered_name": registered_name}
+    if preprocessing is not None:
+        about["preprocessing"] = asdict(preprocessing)
+    return tensors, about | manifest
 
 
 def registered_name(request: Body) -> str:
@@ -39,6 +51,12 @@ def registered_name(request: Body) -> str:
 def own_tensors(task_vector: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
     """A client's task vector and head as they travel; the classes go into the manifest."""
     return prefixed(TASK_VECTOR, task_vector) | head_tensors(head)
+
+
+def preprocessing_of(request: Body) -> Preprocessing | None:
+    """How the server wants examples prepared; ``BackboneError`` if that cannot be used."""
+    wanted = request[1].get("preprocessing")
+    return None if wanted is None else Preprocessing.parse(wanted)
 
 
 class IdentifyRequest(Content):

@@ -151,6 +151,15 @@ class FisherDiagonal:
             sums = {name: total.clamp_min(0) for name, total in sums.items()}
         return FisherDiagonal(sums, self.num_examples - other.num_examples)
 
+    def capped(self, most: int) -> FisherDiagonal:
+        """Let it count as a sum over so many examples at most; the mean stays."""
+        if self.num_examples <= most:
+            return self
+        ratio = most / self.num_examples
+        power = 0.5 if self.form is FisherForm.KRONECKER else 1.0  # see :meth:`mean`
+        sums = {name: total.double() * ratio**power for name, total in self.thinned().sums.items()}
+        return FisherDiagonal(sums, most)
+
     def mean(self) -> Weights:
         """Return the mean over examples in the same form, float32; zeros if there are none.
 

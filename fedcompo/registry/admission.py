@@ -27,6 +27,7 @@ from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.names import check_class_names, check_client_name, check_distinct
 from fedcompo.registry.company import LIMITS, Company, Known
+from fedcompo.registry.owners import check_owner
 from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical, sync
 
 PIECE = 1 << 22
@@ -119,6 +120,7 @@ def check_described(
             f"{owner} names {len(classes)} classes, {list(classes[:5])} …; expected 1 to "
             f"{LIMITS.classes}, sorted, each once."
         )
+    check_owner(client, classes, company.owners)
     used = set().union(*(own.classes for own in company.members.values()))
     check_class_names((name for name in classes if name not in used), owner)  # old ones stay
     if (size := sum(len(name.encode()) for name in classes)) > LIMITS.class_names:

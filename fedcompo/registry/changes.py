@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedcompo.composition.claims import capped
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.contribution import (
     AnyStatistics,
@@ -68,6 +69,7 @@ def add(
         coming = {client: replace(member, added=line) for client, member in coming.items()}
         after = _with_members(state, {**state.members, **coming})
         require_unmixed({client: member.kind for client, member in after.members.items()})
+        after = draft.with_caps(after, list(coming.values()))
         after = draft.compose(after, coming=list(coming.values()), going=gone)
         events = [("removed", {**_left(member), "within": "replacement"}) for member in gone]
         newcomers = [_journalled(after.members[client]) for client in sorted(coming)]
@@ -137,6 +139,7 @@ def _record(
         recomposed=draft.recomposed,
         influence=foreseen_influence(draft.entries, client, tuple(after.members)),
         fedcompo_version=version("fedcompo"),
+        caps=after.settings.caps,
         **_factors(before, after),
     )
     return record.signed(registry.path / PRIVATE)
@@ -169,6 +172,8 @@ def realign(
             statistics.check(state.classes, num_features, owner, clients=clients)
         else:
             _check_described(state, statistics, num_features)
+            cap = state.settings.class_cap
+            statistics = {client: capped(own, cap) for client, own in statistics.items()}
         _check_choice(state, factor, shrinkage)
         new = Realignment(statistics, factor, shrinkage)
         after = draft.compose(_with_members(state, state.members), [], [], new)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.method.deltas import Weights
+from fedcompo.registry.owners import Owners, owners_in
 
 if TYPE_CHECKING:
     from fedcompo.backbone.backbone import Backbone
@@ -67,6 +68,8 @@ class Company:
     """The target weights, perhaps among others; read when they are used."""
     members: Mapping[str, Known] = field(default_factory=dict)
     """By client; one of the same name as the newcomer is what it replaces."""
+    owners: Owners = field(default_factory=dict)
+    """Clients that may have a class, by class; an open one is not named."""
 
     @classmethod
     def of(cls, registry: RegistryReader, backbone: Backbone | None = None) -> Company:
@@ -76,10 +79,11 @@ class Company:
             client: Known(m.classes, m.norm, m.rounded_sha256)
             for client, m in state.members.items()
         }
+        owners = owners_in(registry.path)
         if backbone is not None:
-            return cls.on(backbone, state.settings).joined(members)
+            return replace(cls.on(backbone, state.settings), members=members, owners=owners)
         shapes, width = stored.theta_shapes, stored.num_features
-        return cls(state.settings, state.base, width, shapes, stored.tensors, members)
+        return cls(state.settings, state.base, width, shapes, stored.tensors, members, owners)
 
     @classmethod
     def on(cls, backbone: Backbone, settings: CompositionSettings) -> Company:

@@ -131,6 +131,11 @@ class Draft:
         )
         return member, known
 
+    def with_caps(self, after: State, coming: Sequence[Member]) -> State:
+        """Let a registry's first members choose its caps; later they stay, whoever leaves."""
+        counts = (counts_of(self._opened(member).statistics) for member in coming)
+        return replace(after, settings=after.settings.with_caps(counts))
+
     def compose(
         self,
         after: State,
@@ -170,7 +175,9 @@ class Draft:
         """Write the running sum; return the members with what is known of them, and its length."""
         path, backbone = folder / SUM, self.registry.backbone
         known = list(coming)
-        terms = [self._term(m, 1) for m in coming] + [self._term(m, -1) for m in going]
+        times = after.settings.times
+        terms = [self._term(m, times(m.num_examples)) for m in coming]
+        terms += [self._term(m, -times(m.num_examples)) for m in going]
         before = self.registry.running_sum() if self.before.version else None
         try:
             written = write_sum(path, backbone, terms, count=after.count, before=before)
@@ -179,7 +186,8 @@ class Draft:
             self.recomposed = True
             path.unlink()
             known = list(after.members.values())
-            terms = [replace(self._term(member, 1), rounded_sha256="") for member in known]
+            terms = [self._term(member, times(member.num_examples)) for member in known]
+            terms = [replace(term, rounded_sha256="") for term in terms]
             written = write_sum(path, backbone, terms, count=after.count)
         members = dict(after.members)
         for member, rounding in zip(known, written.roundings, strict=False):  # who goes comes last
@@ -216,7 +224,7 @@ class Draft:
             for new in newcomers:
                 members = map(self._opened, self.before.members.values())
                 check_alike(new.client, new.statistics, before, members)
-            total = total_after(before, newcomers, gone)
+            total = total_after(before, newcomers, gone, after.settings)
             save_total(folder / TOTALS, total)
         if realigned is not None:
             save_realigned(folder / REALIGNED, realigned.statistics)
@@ -240,9 +248,8 @@ class Draft:
             return Contribution.open(staged, with_fisher=False)
         return self.registry.contribution(member.client)
 
-    def _term(self, member: Member, sign: int) -> Term:
+    def _term(self, member: Member, times: int) -> Term:
         """Return a member's term of the sum."""
-        times = sign * self.before.settings.times(member.num_examples)
         vector = self._opened(member).task_vector
         return Term(member.client, vector, times, member.rounded_sha256)
 

@@ -25,6 +25,7 @@ def summary(registry: RegistryReader) -> Values:
     return {
         "registry": str(registry.path.absolute()),
         "backbone": state.base,
+        "old_pixels": registry.backbone.old_pixels,
         "root": state.root,
         "settings": registry.settings.values,
         "scale": registry.scale,
@@ -139,6 +140,7 @@ def _row(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> 
         "num_examples": member.num_examples,
         "bytes": _bytes(registry, member),
         "added": entries[member.added - 1].time,
+        "line": member.added,
         "shaped_by": sorted(member.lineage.shaped_by),
         "shapes": list(influence.to_retrain),
     }

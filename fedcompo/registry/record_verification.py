@@ -101,6 +101,7 @@ def _against_journal(
     yield compared("the classes are the survivors'", record.classes_after, tuple(sorted(classes)))
     derived = foreseen_influence(earlier, record.client, tuple(members))
     yield compared("the lineage statement follows from the lineages", record.influence, derived)
+    yield compared("the caps are the registry's", record.caps, registry.settings.caps)
     claim = "whether the sum was taken anew is as the journal says"
     yield compared(claim, record.recomposed, "rounded" in entry.details)
 
@@ -208,7 +209,7 @@ def _compose_survivors(
     written = write_sum(folder / SUM, backbone, terms, count=state.count)
     state = replace(state, factor=expected_factor(state, written.squared_norm))
     if settings.statistics is Statistics.SUMS:
-        save_total(folder / TOTALS, total_after(None, pool, ()))
+        save_total(folder / TOTALS, total_after(None, pool, (), settings))
     write_composed(
         folder,
         backbone,

@@ -92,7 +92,8 @@ def expected_factor(state: State, squared_norm: float) -> float:
 def totals_again(registry: RegistryReader) -> Finding:
     """Add up the members' statistics again and compare every number."""
     claim = "the totals are those of the members"
-    derived, stored = total_after(None, registry.pool(), ()), registry.total_statistics()
+    derived = total_after(None, registry.pool(), (), registry.settings)
+    stored = registry.total_statistics()
     if derived.classes != stored.classes:
         return Finding(claim, False, f"they are of {stored.classes}, expected {derived.classes}")
     totals = exact_tensors(stored)

@@ -145,6 +145,10 @@ class RemovalRecord:
     """Where the factor after comes from: ``vote`` (the one that the clients chose stays),
     ``norms`` (computed from the survivors' lengths) or ``fixed``; empty: nobody is left."""
 
+    caps: tuple[int, int] | None = None
+    """Images of one class, and in all, that a member weighs by at most. The registry's first
+    members chose them by their counts, perhaps the removed one among them; None: no caps."""
+
     @property
     def format_version(self) -> int:
         """Version of the record's format."""
@@ -207,6 +211,8 @@ class RemovalRecord:
         del values["influence"]
         if self.format_version == 1:
             del values["factor_before"], values["factor_after"], values["factor_by"]
+        if self.caps is None:
+            del values["caps"]
         statement = {
             **asdict(self.influence),
             "composition_exact": True,

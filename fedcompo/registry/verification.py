@@ -16,6 +16,7 @@ from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry import journal, signing
 from fedcompo.registry.history import end_of_change, line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
+from fedcompo.registry.owners import OWNERS
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import (
     Finding,
@@ -172,7 +173,7 @@ def signature_finding(path: Path, public: Path) -> Finding:
 def _check_strangers(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
     """Find files that the state does not name; check where the link ``model`` leads."""
     state, root = registry.state, registry.path
-    known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, *state.places)}
+    known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, OWNERS, *state.places)}
     known |= {root / e.details["record"] for e in entries if "record" in e.details}
     link = root / MODEL
     known |= {link} if link.is_symlink() else set()

@@ -19,10 +19,10 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
     """Draw a random view of each image of a batch.
 
     Args:
-        images: (batch, channels, size, size), uint8.
+        images: (batch, channels, height, width), uint8.
         kind: none; shift (by whole pixels, the border is repeated; for characters, which a mirror
-            would change); crop (a random square crop, back to size); crop-flip (mirrored half the
-            time, too); auto (crop; of texts, none).
+            would change); crop (at random, of the same proportions, back to size); crop-flip
+            (mirrored half the time, too); auto (crop; of texts, none).
         generator: Source of the draws, on the CPU.
 
     Returns:
@@ -31,7 +31,7 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
     Raises:
         ConfigError: If the images are texts.
     """
-    are_texts = images.shape[2] == 1 < images.shape[3]  # a single row; images are square
+    are_texts = images.shape[2] == 1 < images.shape[3]  # a single row
     if kind is Augmentation.NONE or (kind is Augmentation.AUTO and are_texts):
         return images
     if are_texts:
@@ -47,18 +47,19 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
 
 
 def _shifted(image: Tensor, generator: torch.Generator) -> Tensor:
-    size = image.shape[-1]
-    room = max(1, round(SHIFT * size))
+    height, width = image.shape[-2:]
+    room = max(1, round(SHIFT * width))
     top, left = (_draw(0, 2 * room, generator) for _ in range(2))
-    view: Tensor = F.crop(F.pad(image, [room], padding_mode="edge"), top, left, size, size)
+    view: Tensor = F.crop(F.pad(image, [room], padding_mode="edge"), top, left, height, width)
     return view
 
 
 def _cropped(image: Tensor, generator: torch.Generator) -> Tensor:
-    size = image.shape[-1]
-    side = _draw(round(SMALLEST_CROP * size), size, generator)
-    top, left = (_draw(0, size - side, generator) for _ in range(2))
-    view: Tensor = F.resized_crop(image, top, left, side, side, [size, size], antialias=True)
+    height, width = image.shape[-2:]
+    wide = _draw(round(SMALLEST_CROP * width), width, generator)
+    high = round(wide * height / width)
+    top, left = (_draw(0, room, generator) for room in (height - high, width - wide))
+    view: Tensor = F.resized_crop(image, top, left, high, wide, [height, width], antialias=True)
     return view
 
 

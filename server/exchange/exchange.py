@@ -16,11 +16,13 @@ from logging import INFO
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.messages.answers import Process
 from fedcompo.messages.body import Body
 from fedcompo.messages.records import from_record, size_of, to_record
 from fedcompo.messages.requests import addressed
+from fedcompo.names import LONGEST
 from server.exchange.books import NOTHING, Books, Traffic
 from server.exchange.checks import checked_caps
 from server.exchange.kept_answers import KeptAnswers, question
@@ -51,6 +53,8 @@ class Exchange:
     """Requests under way at a time, which bounds the answers in memory; 0: all at once."""
     answers: KeptAnswers | None = None
     """Where answers are kept, if an interrupted run can be resumed; None: it cannot."""
+    preprocessing: Preprocessing | None = None
+    """How clients prepare their examples; None: as their own backbones say."""
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -132,7 +136,7 @@ class Exchange:
         if self._recalled(client, asking, asked):
             return
         name = self.nodes.registered_name(client)
-        content = to_record(*addressed(request, name))
+        content = to_record(*addressed(request, name, self.preprocessing))
         node = self.nodes.ids[client]
         message = Message(content, node, asking.message_type, ttl=self.timeout)
         ids, sent = list(self.nodes.grid.push_messages([message])), size_of(content)
@@ -198,7 +202,7 @@ class Exchange:
             checked_caps(client, body)
             name = asking.fold(client, body)
         except FedcompoError as error:
-            self._fail(asking, client, str(error), cost)
+            self._fail(asking, client, str(error), cost, getattr(error, "client", ""))
             return
         except OSError:  # what fails is this server's disk: no fault of the client's
             raise
@@ -219,10 +223,22 @@ class Exchange:
         caps = checked_caps(name, body)
         self.books.answered(asking.phase, name, cost, peaks=_peaks(body), caps=caps, reason=reason)
 
-    def _fail(self, asking: _Asking, client: str, reason: str, cost: Traffic) -> None:
-        """Go on without a client: in this phase, or in all that follow."""
-        do_without = self.books.miss if asking.may_miss else self.leave_out
-        do_without(asking.phase, client, reason, cost)
+    def _fail(
+        self, asking: _Asking, client: str, reason: str, cost: Traffic, claimed: str = ""
+    ) -> None:
+        """Go on without a client: in this phase, or in all that follow.
+
+        One that fails before it is known by name goes by the name it is registered under, or else
+        claims in its refusal.
+        """
+        if asking.may_miss:
+            self.books.miss(asking.phase, client, reason, cost)
+            return
+        name = self.nodes.registered_name(client) or claimed
+        shown = 0 < len(name) <= LONGEST and name.isprintable() and name not in self.clients
+        self.nodes.drop(client)
+        called = name if shown and asking.phase in NAMING else client
+        self.books.leave_out(asking.phase, called, reason, cost)
 
     def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
         """Take a client out of the rest of the run; the books say why."""

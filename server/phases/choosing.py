@@ -17,8 +17,10 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from fedcompo.composition.claims import capped
 from fedcompo.composition.fixed_point import GRID
 from fedcompo.composition.head import head_from_total
+from fedcompo.composition.settings import most_of
 from fedcompo.composition.voting import Votes, elected, scales
 from fedcompo.config.choices import AUTO, Statistics
 from fedcompo.config.run import RunConfig
@@ -181,7 +183,8 @@ class Choosing:
                 raise ValueError(f"it describes {len(answer.statistics)} models of {len(factors)}")
             for own in answer.statistics:
                 check_features(own, classes, width, form, f"client {client!r}")
-            described.take(client, answer.statistics)
+            cap = self.registry.settings.class_cap
+            described.take(client, [capped(own, cap) for own in answer.statistics])
             squares[client] = [
                 o.mean_square for o in answer.statistics if isinstance(o, FeatureSums)
             ]
@@ -217,7 +220,9 @@ class Choosing:
             "vote", "query.vote", lambda c: request, fold, decisive=False, clients=clients
         )
         there = [by_client[client] for client in sorted(by_client)]
-        together = reduce(add, there) if there else None
+        ratio = self.config.compose.max_count_ratio
+        most = most_of((own.num_examples for own in there if own.num_examples), ratio)
+        together = reduce(add, (own.capped(most) for own in there)) if there else None
         return together if together and together.num_examples else None
 
     def _total(self) -> Weights:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.settings import most_of
 from fedcompo.config.choices import AnchorBy, Curvature, HeadStart, Penalty
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ContributionError
@@ -99,7 +100,9 @@ class Fishers:
         everyone, by = self._without_too_large([*known, *parties]), self.config.train.anchor
         fewest = self.config.caps.min_others
         self.sums = (
-            FisherSums.of(everyone, self.load, by=by, reference=self.reference, fewest=fewest)
+            FisherSums.of(
+                everyone, self._weighed(everyone), by=by, reference=self.reference, fewest=fewest
+            )
             if everyone
             else None
         )
@@ -198,6 +201,12 @@ class Fishers:
     def held(self) -> bool:
         """Whether a Fisher holds the clients at all."""
         return self.strength > 0 or self.config.train.bounded
+
+    def _weighed(self, clients: Sequence[str]) -> Callable[[str], FisherDiagonal]:
+        """Read Fisher sums, none of which counts by more examples than the settings allow."""
+        counts = (self.load(client).num_examples for client in clients)
+        most = most_of(counts, self.config.compose.max_count_ratio)
+        return lambda client: self.load(client).capped(most)
 
     def _without_too_large(self, clients: Sequence[str]) -> list[str]:
         """Leave out whose Fisher is far too large to anchor others, and note it once by name."""

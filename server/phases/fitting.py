@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.composition.claims import capped
 from fedcompo.composition.running_sum import RunningSum
 from fedcompo.composition.totals import total_after
 from fedcompo.config.choices import HeadStart, Method, Statistics, kinds_of
@@ -31,7 +32,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import TrainAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import ANCHOR, Others, TrainRequest
-from fedcompo.method.contribution import AnyStatistics, Contribution
+from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums, total_of
@@ -44,7 +45,7 @@ from server.exchange.exchange import Exchange
 from server.phases import roster
 from server.phases.fisher import Fishers, fisher_apart
 from server.phases.outliers import leave_out_strange
-from server.phases.remarks import remarks
+from server.phases.remarks import on_capped, remarks
 from server.phases.roster import KeepFisher, Roster
 
 INCOMING = "incoming"
@@ -80,6 +81,7 @@ class Fitting:
         self.exchange: Exchange = self.roster.exchange
         self.backbone: Backbone = self.roster.backbone
         self.kinds = kinds_of(self.config.train.kind)
+        self.settings = self.registry.settings
         self.fishers = Fishers(
             self.roster,
             self.config,
@@ -124,7 +126,7 @@ class Fitting:
     def _prepare(self, coming: Collection[str], *, decisive: bool) -> None:
         """Make all that described clients train with: the joint head, and the Fisher sum."""
         members = self.roster.participants.members
-        self.roster.note_twins({client: self.registry.member(client).classes for client in members})
+        self.roster.note_names({client: self.registry.member(client).classes for client in members})
         self.align()
         if fisher_apart(self.config):
             self.fishers.gather(coming, self.aligned, decisive=decisive)
@@ -133,10 +135,12 @@ class Fitting:
     def align(self) -> None:
         """Make the joint head of all clients' statistics."""
         who = self.roster.participants
-        described = {client: who.described[client].statistics for client in self.roster.parties}
-        members = {*who.members} - described.keys()
-        self._aligned_with = tuple(sorted({*members, *described}))
-        statistics = {**described, **self._statistics_of(members)}
+        stated = {client: who.described[client].statistics for client in self.roster.parties}
+        self.settings = self.settings.with_caps(map(counts_of, stated.values()))
+        described = {c: capped(own, self.settings.class_cap) for c, own in stated.items()}
+        self.exchange.books.note(on_capped(stated, self.settings.class_cap))
+        self._aligned_with = tuple(sorted({*who.members, *stated}))
+        statistics = {**described, **self._statistics_of({*who.members} - stated.keys())}
         sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
         self._variance = total_of(sums).variance if sums else 0.0
         self.aligned = self.roster.align(statistics, self.config)
@@ -144,9 +148,10 @@ class Fitting:
     def _statistics_of(self, members: Collection[str]) -> dict[str, AnyStatistics]:
         """Statistics of members, by name; of sums their total, from that of the registry."""
         if not members or self.registry.settings.statistics is Statistics.MIXTURES:
-            return {client: self.registry.contribution(client).statistics for client in members}
+            cap, there = self.settings.class_cap, map(self.registry.contribution, members)
+            return {own.client: capped(own.statistics, cap) for own in there}
         others = [self.registry.contribution(c) for c in self.registry.clients if c not in members]
-        return {"": total_after(self.registry.total_statistics(), (), others)}
+        return {"": total_after(self.registry.total_statistics(), (), others, self.settings)}
 
     def _uses_joint_head(self, client: str) -> bool:
         """Whether a client trains with the joint head: from it, or with a Fisher under it.
@@ -218,7 +223,7 @@ class Fitting:
 
     def _others_of(self, client: str) -> Others:
         """The sum of all members but the client itself, and the client's share beside them."""
-        registry, times = self.registry, self.registry.settings.times
+        registry, times = self.registry, self.settings.times
         total = dict(registry.running_sum()) if registry.clients else {}
         others = RunningSum(self.backbone.theta_0, total=total)
         if client in registry.clients:  # what it trains takes the place of what it is there

@@ -20,6 +20,7 @@ from fedcompo.names import check_client_name
 from fedcompo.registry.admission import check_described
 from fedcompo.registry.company import Company, Known
 from fedcompo.registry.registry import Registry
+from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.pictures import notes_on
 from fedcompo.report.twins import note_on, twins
 from fedcompo.runtime import check_versions
@@ -88,10 +89,16 @@ class Roster:
                 "start others."
             )
 
-    def note_twins(self, members: Mapping[str, Iterable[str]]) -> None:
-        """Note classes of clients, and of members, that may be one, spelt differently; once."""
-        own = {c: self.participants.described[c].classes for c in self.parties}
-        self.exchange.books.note(note_on(twins({**members, **own})))
+    def note_names(self, members: Mapping[str, Iterable[str]]) -> None:
+        """Note classes that may be one, spelt differently, and who comes to a member's; once.
+
+        The members' classes are by member.
+        """
+        coming = {c: self.participants.described[c].classes for c in self.parties}
+        parts = (members, coming)
+        came = note_on_newcomers((i, *one) for i, part in enumerate(parts) for one in part.items())
+        self.exchange.books.note(note_on(twins({**members, **coming})))
+        self.exchange.books.note(came)
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""

@@ -61,7 +61,7 @@ class CurrentSum:
         """
         for client in (*members, *going_on):
             contribution = self.registry.contribution(client)
-            times = self.registry.settings.times(contribution.num_examples)
+            times = self.fitting.settings.times(contribution.num_examples)
             self.running.put(client, contribution.task_vector, times=times)
             if client in going_on:
                 self.heads[client] = contribution.head
@@ -72,7 +72,7 @@ class CurrentSum:
     def times(self, client: str) -> int:
         """How often a client counts in the sum."""
         described = self.roster.participants.described[client]
-        return self.registry.settings.times(described.num_examples)
+        return self.fitting.settings.times(described.num_examples)
 
     def together(self, asked: Iterable[str]) -> int:
         """How often all clients count that are in the sum, or are asked to train."""

@@ -512,6 +512,8 @@ def test_without_network_the_hub_is_refused_and_other_ways_are_named(monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BackboneError, match=r"the hub .*`checkpoint`.*`backbone = embedded`"):
         load_backbone(BackboneConfig(backbone=TINY))
+    with pytest.raises(BackboneError, match=r"`image-size` is 8, no multiple.*Set it to 16\."):
+        load_backbone(BackboneConfig(backbone=TINY, image_size=8))
 
 
 # -- the embedded backbone and a real one ------------------------------------------------------

@@ -304,8 +304,8 @@ def test_a_dry_run_without_data_at_hand_says_why(home: Path) -> None:
 def test_a_removal_asks_first(home: Path) -> None:
     before = contents(home / "registry")
     result = run("remove", "client-1", code=1, answer="n\n")
-    assert "Remove client-1 from registry? [y/N]" in result.stdout
-    run("remove", "client-1", code=1)  # nobody answers
+    assert "Remove client-1 from registry?" in result.stdout
+    assert "--yes does without" in run("remove", "client-1", code=1).stdout  # nobody answers
     assert contents(home / "registry") == before
     run("remove", "client-1", answer="y\n")
     assert Registry("registry").clients == ("client-0", "client-2")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from builders import normal, random_head
+from builders import normal, pico_backbone, random_head
 from registry_builders import (
     QUICK,
     WIDTH,
@@ -20,9 +20,10 @@ from registry_builders import (
     three_clients,
 )
 
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import model_of, stream_composition
-from fedcompo.composition.timm_folder import write_model
+from fedcompo.composition.timm_folder import timm_config, write_model
 from fedcompo.config.choices import Coefficients
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.pool import Pool
@@ -94,6 +95,12 @@ def test_the_head_of_some_is_the_joint_head_of_a_registry_of_them(tmp_path, regi
     head = head_of(registry.pool().without("cho"), registry.settings)
     assert head.classes == few.classes
     assert torch.equal(head.weight, few.joint_head().weight)
+
+
+def test_timm_reads_the_preprocessing_of_a_written_model():
+    seen = Preprocessing((8, 6), 3, (0.1,) * 3, (0.2,) * 3, "bilinear", 0.9, crop_mode="squash")
+    config = timm_config(replace(pico_backbone(), preprocessing=seen), ("cat",))["pretrained_cfg"]
+    assert Preprocessing.of_timm(config, {}, seen.modality) == seen
 
 
 def test_a_written_model_is_one_that_plain_timm_loads(tmp_path, stored):

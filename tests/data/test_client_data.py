@@ -17,7 +17,6 @@ from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import (
     ClientData,
     Split,
-    count_clients,
     load_client_data,
     load_folder,
     num_clients,
@@ -30,7 +29,8 @@ from fedcompo.data.draws import (
     frozen_generator,
     split_members,
 )
-from fedcompo.errors import ConfigError, DataError
+from fedcompo.engine.simulation import count_clients
+from fedcompo.errors import ConfigError, ContributionError, DataError
 
 GREY_8 = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
 RGB_16 = Preprocessing(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -255,6 +255,21 @@ def test_clients_are_counted_by_the_data_or_by_the_setting():
         count_clients(RunConfig.parse({"num-tasks": 4, "num-clients": 5}))
     with pytest.raises(ConfigError, match="needs 2 clients"):
         count_clients(RunConfig.parse({"num-tasks": 1}))
+
+
+def test_folders_whose_names_no_client_can_have_are_refused_all_at_once(tmp_path):
+    for name in ("Clinic (North)", "lab #3", "site-0", "site-O"):
+        (tmp_path / name).mkdir()
+    config = RunConfig.parse({"data": f"folder:{tmp_path}"})
+    with pytest.raises(ContributionError) as refused:
+        count_clients(config)
+    said = str(refused.value)
+    assert all(name in said for name in ("'Clinic (North)'", "'lab #3'", "'site-O' could be"))
+    assert "Rename the folders" in said
+    for name in ("lab #3", "site-O"):
+        (tmp_path / name).rmdir()
+    (tmp_path / "Clinic (North)").rename(tmp_path / "Clinic North")
+    assert count_clients(config) == 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from fedcompo.engine import superlink as engine
@@ -60,11 +61,37 @@ def test_the_environment_closes_the_traps_and_keeps_the_rest(tmp_path: Path) -> 
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert "RAY_ADDRESS" not in environment
     assert environment["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/usr/bin"]
-    assert environment["NO_PROXY"] == "a.b,127.0.0.1,localhost"
+    assert environment["NO_PROXY"] == "a.b,127.0.0.1,localhost,::1"
     assert environment["FLWR_HOME"] == str(tmp_path / "home")
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert "HF_HUB_OFFLINE" not in engine._environment(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("proxy", "kept"),
+    [
+        ("http://house:3128", True),
+        ("house:3128", True),
+        ("https://a:b@house:3128", True),
+        ("", True),
+        ("socks://house:1080", False),
+        ("http://house:port", False),
+        ("http://[::1", False),
+    ],
+)
+def test_flowers_client_starts_whatever_proxies_there_are(proxy, kept, tmp_path, monkeypatch):
+    names = [f"{kind}_proxy" for kind in ("http", "https", "grpc", "all", "HTTP", "ALL")]
+    user = dict.fromkeys(names, proxy) | {"no_proxy": "a.b,[::1]", "NO_PROXY": ""}
+    environment = engine._environment(tmp_path, user)
+    assert all((environment.get(name) == proxy) is kept for name in names)
+    for key in user:
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with httpx.Client() as client:
+        for url in ("http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1"):
+            assert client._transport_for_url(httpx.URL(url)) is client._transport
 
 
 def test_two_engines_carry_different_markers(tmp_path: Path) -> None:

@@ -263,7 +263,14 @@ def test_a_long_list_of_classes_is_cut_and_says_so():
 def test_the_images_that_the_model_wants_are_described():
     seen = Preprocessing(32, 3, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3), "bilinear", 0.875)
     text = preprocessing_text(seen)
-    for words in ("RGB", "(batch, 3, 32, 32)", "bilinear", "87.5 %", "0.4, 0.5, 0.6", "0.2, 0.3"):
+    for words in (
+        "RGB",
+        "(batch, 3, 32, 32)",
+        "bilinear",
+        "crop_pct 0.875",
+        "0.4, 0.5, 0.6",
+        "0.2, 0.3",
+    ):
         assert words in text
     assert "grey, (batch, 1, 8, 8)" in preprocessing_text(GREY)
 

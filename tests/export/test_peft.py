@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,13 @@ from builders import (
     pixels,
     random_head,
 )
+from timm_folders import offline, write_folder
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.backbone.stored import save_backbone
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
@@ -37,7 +40,7 @@ from fedcompo.method.deltas import LoRA
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage import tensorfile
-from fedcompo.storage.files import MODEL_CARD
+from fedcompo.storage.files import BACKBONE, MODEL_CARD
 
 CLASSES = tuple(f"class {i}" for i in range(10))
 
@@ -189,31 +192,42 @@ def test_with_the_adapter_disabled_the_model_is_the_plain_one_with_its_own_head(
             assert torch.equal(adapted(batch), before)
 
 
-@pytest.mark.parametrize("config", [BackboneConfig(), BackboneConfig(image_size=42, channels=3)])
-def test_the_code_of_the_card_makes_the_adapted_model(peft, config, tmp_path):
-    backbone = load_backbone(config)
-    client = client_of(backbone)
-    export_peft(tmp_path, backbone, client)
-    card = (tmp_path / MODEL_CARD).read_text(encoding="utf-8")
+def of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    return load_backbone(BackboneConfig(f"local-dir:{write_folder(tmp_path / 'mine')}"))
+
+
+def of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    offline(tmp_path / "cache", monkeypatch, write_folder(tmp_path / "mine"))
+    return load_backbone(BackboneConfig("hf-hub:org/my.model", image_size=16))
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (lambda *_: load_backbone(BackboneConfig()), {}),
+        (lambda *_: load_backbone(BackboneConfig(image_size=42, channels=3)), {}),
+        (lambda *_: pico_backbone(), {"checkpoint": "/a/file"}),
+        (of_a_folder, {}),
+        (of_the_hub, {}),
+    ],
+    ids=["embedded", "embedded, resized", "checkpoint", "local-dir", "hub"],
+)
+def test_the_code_of_the_card_makes_the_adapted_model(peft, make, settings, tmp_path, monkeypatch):
+    backbone = make(tmp_path, monkeypatch)
+    save_backbone(tmp_path / BACKBONE, backbone)  # as the registry holds it
+    shutil.rmtree(tmp_path / "mine", ignore_errors=True)
+    client = replace(client_of(backbone), settings=settings)
+    export_peft(tmp_path / "adapter", backbone, client)
+    card = (tmp_path / "adapter" / MODEL_CARD).read_text(encoding="utf-8")
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(front)["library_name"] == "peft"
     images = images_for(backbone)
     scope = {"images": backbone.preprocessing.normalise(images)}
     code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
-    exec(code.replace("path/to/this/folder", str(tmp_path)), scope)
+    code = code.replace("path/to/registry", str(tmp_path))
+    exec(code.replace("path/to/this/folder", str(tmp_path / "adapter")), scope)
     oracle = logits_in_double_precision(client, backbone, images)
     torch.testing.assert_close(scope["logits"].detach().double(), oracle, rtol=0, atol=1e-5)
-
-
-def test_the_card_of_a_backbone_from_the_hub_asks_timm_for_it(tmp_path):
-    backbone = replace(
-        pico_backbone(), name="vit_tiny_patch16_224.augreg", model_args={"img_size": 8}
-    )
-    export_peft(tmp_path, backbone, client_of(backbone))
-    assert (
-        "timm.create_model('vit_tiny_patch16_224.augreg', pretrained=True, "
-        "num_classes=10, img_size=8)\n"
-    ) in (tmp_path / MODEL_CARD).read_text(encoding="utf-8")
 
 
 def test_the_adapter_says_whose_it_is_and_an_altered_byte_is_found(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from golden import commands_of, facts_of
+from typer.testing import CliRunner
 
 from fedcompo.cli.app import app
 from fedcompo.registry.record_verification import verify_record
@@ -67,6 +68,9 @@ def test_an_earlier_registry_opens_verifies_and_says_the_same(name, copy_of):
     path = copy_of(name)
     assert_verified(path)
     assert_facts(path, "opened")
+    assert Registry(path).backbone.preprocessing.rule == 1
+    said = CliRunner().invoke(app, ["list", "--registry", str(path)]).stdout
+    assert "Pictures are resized as by earlier versions" in said
 
 
 def test_an_earlier_receipt_is_valid(copy_of):

@@ -3,7 +3,7 @@
 Each machine gets its own copy of its own folder, and runs the scripts in there; nothing else. Where
 namespaces are not allowed, all of them share the loopback of this machine, with ports of their own.
 
-    images = digits_as_folders(tmp_path / "images", {"a": (0, 1), "b": (2, 3)}, training=10, test=12)
+    images = digits_as_folders(folder, {"a": (0, 1), "b": (2, 3)}, training=10, test=12)
     with deployed(tmp_path / "federation", images) as federation:
         federation.start_server()
         federation.start_client("a")

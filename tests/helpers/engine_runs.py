@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ QUICK = {
     "rank": 2,
     "fisher-examples": 8,
 }
+PROXIES = {
+    name: f"{scheme}://127.0.0.1:1"
+    for kind, scheme in (("http", "http"), ("https", "http"), ("grpc", "http"), ("all", "socks5"))
+    for name in (f"{kind}_proxy", f"{kind}_proxy".upper())
+}
+"""A house whose proxies refuse everything."""
 LIMIT = 300
 """Seconds after which a run has hung."""
 SHARED: dict[str, Scalar] = {
@@ -50,6 +57,8 @@ class Simulated:
 def simulate(folder: Path, images: Path) -> Simulated:
     """Give the command as a user would: some settings in a file, one beside it, a relative output.
 
+    No proxy of the user's is in the way of what stays on this machine.
+
     Args:
         folder: Where it is given.
         images: Of all clients.
@@ -61,6 +70,7 @@ def simulate(folder: Path, images: Path) -> Simulated:
     done = subprocess.run(
         [BIN / "fedcompo", "simulate", *options],
         cwd=folder,
+        env={**os.environ, **PROXIES},
         capture_output=True,
         text=True,
         timeout=LIMIT,

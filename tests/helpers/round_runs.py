@@ -76,12 +76,13 @@ def federate(
 
 
 def notes_of(results: Mapping[str, list[str]]) -> list[str]:
-    """Notes but those on how well clients trained: their images are noise."""
+    """Notes but those on how well clients trained, on noise, and on their numbers of images."""
     of_noise = ("The own task vector of", "The task vector of", "The anchor undid")
     return [
         note
         for note in results["notes"]
-        if not note.startswith(of_noise) and "learnt nothing" not in note
+        if not note.startswith(of_noise)
+        and not any(words in note for words in ("learnt nothing", "weigh by"))
     ]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from builders import normal, pico_weights, random_head, random_like, task_vector
 
 from clients.course import course_of
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import FisherForm, Kind, Statistics
-from fedcompo.errors import FileFormatError
+from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.messages import answers, requests
 from fedcompo.messages.answers import Process, caps_of
 from fedcompo.messages.requests import (
@@ -20,6 +23,7 @@ from fedcompo.messages.requests import (
     TrainRequest,
     addressed,
     own_tensors,
+    preprocessing_of,
     registered_name,
 )
 from fedcompo.method.features import FeatureMixture
@@ -347,6 +351,15 @@ def test_a_request_travels_with_the_name_that_the_server_knows_the_node_by():
     assert body == ({}, {"content": "request", "registered_name": "hospital-a"})
     assert registered_name(body) == "hospital-a"
     assert registered_name(({}, {})) == ""
+
+
+def test_a_request_travels_with_how_the_server_wants_pictures_prepared():
+    seen = Preprocessing((8, 6), 1, (0.5,), (0.25,), crop_mode="squash", rule=1)
+    body = addressed(IdentifyRequest().to_body(), "", seen)
+    assert preprocessing_of(json.loads(json.dumps(body))) == seen
+    assert preprocessing_of(({}, {})) is None
+    with pytest.raises(BackboneError):
+        preprocessing_of(({}, {"preprocessing": ["nonsense"]}))
 
 
 def test_an_answer_says_what_its_process_took_and_ran():

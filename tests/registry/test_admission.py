@@ -263,7 +263,7 @@ BAD_MIXTURES: dict[str, tuple[Callable[[], Contribution], str]] = {
     ),
     "a class of no example": (
         lambda: with_mixture(described(), num_examples=0),
-        "at least 1 example",
+        "whole numbers from 1",
     ),
     "sums among mixtures": (full, "by sums, the others by mixtures"),
 }

@@ -33,7 +33,13 @@ def test_a_console_prints_what_it_is_given_and_steers_no_terminal() -> None:
 
 
 def test_members_of_a_served_registry_are_printed_on_their_lines(capsys) -> None:
-    member = {"client": "a", "kind": HOSTILE, "num_examples": 1, "classes": [HOSTILE, "dog"]}
+    member = {
+        "client": "a",
+        "kind": HOSTILE,
+        "num_examples": 1,
+        "classes": [HOSTILE, "dog"],
+        "added": 2,
+    }
     print_members(HOSTILE, "1", [member])
     out = capsys.readouterr().out
     assert not FORBIDDEN & set(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from in_process_grid import InProcessGrid, lost
 from PIL import Image
 from round_runs import draw_images
 
+from clients import local
 from clients.app import app as client_app
 from clients.local import LocalClient
 from fedcompo.backbone.backbone import load_backbone
-from fedcompo.config.run import BackboneConfig
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import DataConfig, load_client_data
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.method.contribution import Contribution
@@ -130,6 +133,25 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
         accuracy = sum(a == b for a, b in zip(said, true, strict=True)) / len(true)
         reported = results["per_client"][data.name]["class_il_accuracy"]
         assert accuracy == pytest.approx(reported, abs=1e-9)
+
+
+def test_clients_prepare_pictures_as_when_the_registry_was_made(tmp_path, monkeypatch):
+    loaded = load_backbone(BackboneConfig(target_weights=FEW_WEIGHTS))
+    old = replace(loaded, preprocessing=replace(loaded.preprocessing, rule=1))
+    settings = CompositionSettings.of(RunConfig.parse(QUICK))
+    Registry.create(tmp_path / "registry", old, settings)
+    rules, load = [], local.load_images
+    monkeypatch.setattr(
+        local,
+        "load_images",
+        lambda data, seen, *rest: rules.append(seen.rule) or load(data, seen, *rest),
+    )
+    results = run({}, tmp_path / "out", registry=str(tmp_path / "registry"))
+    assert set(rules) == {1}
+    (note,) = (
+        note for note in results["notes"] if note.startswith("Pictures are prepared as when")
+    )
+    assert "other roundings than timm's" in note
 
 
 def test_lineage_names_the_others_and_never_the_client_itself(finished):

@@ -187,7 +187,7 @@ def test_who_restarts_before_its_old_node_is_found_gone_comes_in_a_round_later(
     images, tmp_path, sums
 ):
     """The fourth node is ben's new one: there from round 2, as the old one is until round 3."""
-    restarted = {"client": "ben", "data": str(images / "ben")}
+    restarted = {"client": "ben", "data": str(images / "ben"), "min-images": 1}
     looks = Looks({"ben": [1, 2], "zoe": [2, 3]})
     grid = {**looks.options, "node_configs": {3: restarted}}
     results = rounds(images, tmp_path, grid, clients=4, num_clients=3)

@@ -57,6 +57,7 @@ def images(tmp_path_factory) -> Path:
 
 def settings(images: Path, **more: object) -> dict:
     given = {"batch_size": 4, "num_server_rounds": 1, "head_start": "aligned", "aside": 0.0}
+    given["max_count_ratio"] = 0.0  # all count by all that they have
     return {"data": f"folder:{images}", "wire": "float32", **given, **more}
 
 
@@ -151,6 +152,12 @@ def test_one_round_is_the_mean_of_local_training_weighted_by_examples(finished, 
     assert results["rounds"] == [
         {"round": 1, "trained": list(OWNED), "mean_loss": pytest.approx(sum(losses))}
     ]
+
+
+def test_nobody_is_weighed_by_more_images_than_the_cap(images, tmp_path):
+    results = run({}, tmp_path / "out", **settings(images, method="fedavg", max_count_ratio=1.0))
+    shares = {client: own["coefficient"] for client, own in results["per_client"].items()}
+    assert shares == pytest.approx({"anna": 14 / 36, "ben": 8 / 36, "cleo": 14 / 36})
 
 
 def test_reported_accuracies_are_those_of_the_saved_model_and_of_the_frozen_one(

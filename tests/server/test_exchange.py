@@ -218,8 +218,19 @@ def test_who_was_left_out_is_not_taken_up_again_unless_it_is_to_be_looked_at_ane
     assert exchange.nodes.look_again() == (("node 1001",), ())
 
 
+def test_who_refuses_before_it_has_said_who_it_is_goes_by_the_name_it_knows(tmp_path):
+    wrong = {"kind": "nonsense"}
+    own = {0: wrong, 1: {"client": "ben", **wrong}, 2: {"client": "a\nb", **wrong}, 3: {}}
+    own[4] = {"client": "client-3", **wrong}  # another's name
+    exchange, _ = connected(tmp_path, 5, node_configs=own)
+    identify(exchange)
+    assert exchange.clients == ("client-3",)
+    called = [left.client for left in exchange.books.left_out]
+    assert called == ["client-0", "ben", "node 1002", "node 1004"]
+
+
 def test_who_fails_before_it_has_said_who_it_is_has_its_registered_name(tmp_path):
     tamper = {(1, IDENTIFY): lost}
     exchange, _ = connected(tmp_path, 2, timeout=0.5, names={0: "ada", 1: "ben"}, tamper=tamper)
     identify(exchange)
-    assert [left.client for left in exchange.books.left_out] == ["node 1001, registered as ben"]
+    assert [left.client for left in exchange.books.left_out] == ["ben"]

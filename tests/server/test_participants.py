@@ -68,7 +68,7 @@ def test_statistics_of_members_leave_out_who_is_trained_again(kind, tmp_path):
         *one_of_each_kind(kind),
         settings=CompositionSettings(statistics=kind),
     )
-    fitting = SimpleNamespace(registry=registry)
+    fitting = SimpleNamespace(registry=registry, settings=registry.settings)
     found = Fitting._statistics_of(fitting, {"ada", "cho"})
     own = {client: registry.contribution(client).statistics for client in ("ada", "cho")}
     head, expected = (joint_head(given, registry.settings) for given in (found, own))

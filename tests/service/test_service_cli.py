@@ -30,6 +30,7 @@ def home(tmp_path, monkeypatch):
     credential("olga", operator=True).save(tmp_path, "olga")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")  # it refuses; loopback needs none
     for variable in ("SERVER", "CA", "CERTIFICATE", "KEY", "REGISTRY"):
         monkeypatch.delenv(f"FEDCOMPO_{variable}", raising=False)
     return tmp_path

@@ -13,9 +13,10 @@ from fedcompo.training.augmentation import SHIFT, SMALLEST_CROP, augment
 RANDOM = [Augmentation.SHIFT, Augmentation.CROP, Augmentation.CROP_FLIP]
 
 
-@pytest.fixture
-def images() -> torch.Tensor:
-    return pixels(6, 3, 8)
+@pytest.fixture(params=[8, 5])
+def images(request) -> torch.Tensor:
+    """Square, and upright."""
+    return pixels(6, 3, 8)[..., : request.param].contiguous()
 
 
 def gradient(count: int, side: int) -> torch.Tensor:
