@@ -58,7 +58,8 @@ def check_alike(
         return
     squares = {client: own.mean_square}
     if squares[client] > STRANGE * total.mean_square:
-        squares |= {m.client: _sums_of(m).mean_square for m in members if m.client != client}
+        others = {m.client: m.statistics for m in members if m.client != client}
+        squares |= {c: s.mean_square for c, s in others.items() if isinstance(s, FeatureSums)}
     if usual := beyond(squares, STRANGE).get(client):
         raise ContributionError(
             f"The features of client {client!r} have the mean square {own.mean_square:.3g}, more "
