@@ -1,10 +1,9 @@
 """The first half of a run: each client describes itself and fits its task vector.
 
 Describe → train. A client's description holds the statistics of its features and the Fisher
-diagonal of these. Between the two the server makes the joint head of all statistics, and the Fisher
-of class probabilities under that head, if it is wanted, has a phase of its own. Under ITA each
-client trains alone, under IEL inside the sum of the registry's members. Rounds, in which all
-clients train at a time, are in :mod:`server.rounds.rounds`.
+diagonal of these. Between the two the server makes the joint head of all statistics; the Fisher of
+class probabilities under it, if it is wanted, has a phase of its own. Under ITA each client trains
+alone, under IEL inside the sum of the registry's members; rounds are in :mod:`server.rounds`.
 
 If the others' Fisher anchors a client (the default), or if it trains under the joint head, its
 result depends on the others, and its lineage names them. If it starts from zero or its own probe,
@@ -207,15 +206,12 @@ class Fitting:
             self.exchange.books.note(note)
 
     def train_request(self, client: str) -> Body:
-        """Request for a client: the joint head, the Fisher that anchors it, and in IEL the sum.
-
-        A client that does not start from the joint head measures the frozen backbone with it.
-        """
+        """Request for a client: the joint head, the Fisher that anchors it, and in IEL the sum."""
         anchor = self.fishers.anchor_of(client)
         return TrainRequest(
             joint=self.aligned,
             kind=self.roster.participants.kinds[client],
-            frozen=True,
+            frozen=True,  # the frozen backbone is measured with the joint head
             needs={ANCHOR: ""} if anchor else {},
             sent={ANCHOR: anchor} if anchor else {},
             others=self._others_of(client) if self.ensembled else None,

@@ -54,7 +54,9 @@ def prepare(folder: Path) -> None:
         )
         statistics = random_sums(made.head.classes, WIDTH, seed=seed)
         head = random_head(made.head.classes, WIDTH, seed=seed)
-        replace(made, head=head, statistics=statistics).save(folder / client)
+        small = {name: delta / 10 for name, delta in made.task_vector.tensors.items()}
+        vector = replace(made.task_vector, tensors=small)
+        replace(made, task_vector=vector, head=head, statistics=statistics).save(folder / client)
 
 
 def measure(folder: Path, weights: float) -> None:
