@@ -15,6 +15,10 @@ LONGEST_BYTES = 200
 """In UTF-8; file systems take 255, and temporary files need some for themselves."""
 LONGEST_CLASS = 128
 """Characters of a class's name."""
+STEERING = {"Cc", "Cs", "Co", "Zl", "Zp"}
+"""Unicode's categories of characters that no class's name has: controls, breaks, halves, private."""
+DIRECTIONS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+"""Characters that turn the direction of writing."""
 PUNCTUATION = " -_."
 RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}
 WRITTEN_TOGETHER = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}
@@ -105,18 +109,22 @@ def check_distinct(name: str, known: Iterable[str]) -> str:
 
 
 def check_class_names(names: Iterable[str], owner: str) -> None:
-    """Refuse names of classes that look like others, or cannot be printed.
+    """Refuse names of classes that steer terminals or the direction of writing.
+
+    What merely cannot be seen, such as a no-break space, is noted; see :mod:`fedcompo.report.twins`.
 
     Raises:
-        ContributionError: If one is empty or longer than 128 characters, or holds what is not
-            printable or not in Unicode's composed form (NFC).
+        ContributionError: If one is empty or longer than 128 characters, holds such a character, or
+            is not in Unicode's composed form (NFC).
     """
     for name in names:
-        printable = name.isprintable() and unicodedata.is_normalized("NFC", name)
-        if not (printable and 0 < len(name) <= LONGEST_CLASS):
+        steers = any(unicodedata.category(c) in STEERING or c in DIRECTIONS for c in name)
+        normal = unicodedata.is_normalized("NFC", name)
+        if steers or not (normal and 0 < len(name) <= LONGEST_CLASS):
             raise ContributionError(
-                f"{owner} names the class {name[:80]!a}, expected 1 to {LONGEST_CLASS} printable "
-                "characters in Unicode's composed form (NFC). Give the class another name."
+                f"{owner} names the class {name[:80]!a}, expected 1 to {LONGEST_CLASS} characters "
+                "in Unicode's composed form (NFC), none of which steers a terminal or the direction "
+                "of writing. Give the class another name."
             )
 
 

@@ -141,6 +141,7 @@ def read_config(
             size = height if height == width else (height, width)
             args = {"in_chans": channels, "img_size": size}
         args |= content.get("model_args", {})
+        args.pop("num_classes", None)  # backbones have none
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BackboneError(
             f"{file} cannot be read as timm's configuration of {path.name} "

@@ -233,9 +233,14 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
 
 
 def _check_total(contribution: Contribution, owner: str) -> None:
-    """Refuse a number of examples other than that of its classes together."""
+    """Refuse a number of examples other than that of its classes together.
+
+    Beside mixtures, which are older, it may differ.
+    """
     stated, counted = contribution.num_examples, sum(counts_of(contribution.statistics).values())
-    if type(stated) is not int or stated != counted or stated > LIMITS.examples:
+    free = not isinstance(contribution.statistics, FeatureSums)
+    right = type(stated) is int and 1 <= stated <= LIMITS.examples
+    if not (right and (free or stated == counted)):
         raise ContributionError(
             f"{owner} names {str(stated)[:40]} examples in all, and {counted} by class; expected "
             f"the same number, at most {LIMITS.examples}."

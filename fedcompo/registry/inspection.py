@@ -122,6 +122,7 @@ def _listed(registry: RegistryReader, member: Member, entries: Sequence[Entry]) 
             "num_examples": 0,
             "bytes": 0,
             "added": "",
+            "line": member.added,
             "shaped_by": [],
             "shapes": [],
         }

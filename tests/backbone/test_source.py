@@ -46,8 +46,14 @@ def features_of_timm(name: str, **arguments):
 
 
 def member(backbone: Backbone, client: str, *classes: str) -> Contribution:
+    seed = sum(client.encode())
     made = contribution(
-        client, theta_0=backbone.theta_0, base=backbone.fingerprint, classes=classes, scale=0.1
+        client,
+        theta_0=backbone.theta_0,
+        base=backbone.fingerprint,
+        classes=classes,
+        scale=0.1,
+        seed=seed,
     )
     width = backbone.num_features
     return replace(

@@ -34,7 +34,7 @@ from fedcompo.errors import (
     FileFormatError,
 )
 from fedcompo.export.selection import Selection, from_folders, from_registry, new_folder
-from fedcompo.method.contribution import Contribution
+from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
@@ -240,7 +240,10 @@ def test_folders_compose_without_a_registry(embedded: Backbone, mail: list[Path]
     with from_folders(mail) as selection:
         assert selection.pool.clients == ("ada", "ben")
         assert_near(selection, pool, embedded.theta_0, scale=1.5)
-        assert_same_head(selection.head, head_of(pool, CompositionSettings()))
+        counts = [counts_of(member.statistics) for member in pool]
+        settings = CompositionSettings(max_count_ratio=1.5).with_caps(counts)
+        assert settings.class_cap < max(max(own.values()) for own in counts)
+        assert_same_head(selection.head, head_of(pool, settings))
         assert selection.backbone.fingerprint == embedded.fingerprint
         assert selection.backbone.path.is_file()
     assert not selection.backbone.path.exists()

@@ -89,7 +89,8 @@ def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> R
         *(
             _trained(client, dealt[client.name], aligned, sums, described[client.name])
             for client in clients
-        )
+        ),
+        empty=True,
     )
     return registry
 

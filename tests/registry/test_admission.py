@@ -263,7 +263,7 @@ BAD_MIXTURES: dict[str, tuple[Callable[[], Contribution], str]] = {
     ),
     "a class of no example": (
         lambda: with_mixture(described(), num_examples=0),
-        "whole numbers from 1",
+        "at least 1 example",
     ),
     "sums among mixtures": (full, "by sums, the others by mixtures"),
 }

@@ -268,7 +268,7 @@ def _beyond_float32(tensors, prefix):
     [
         (_nan, "not finite"),
         (_wrong_shape, "has shape"),
-        (_absurd, "has norm"),
+        (_absurd, "Its training diverged"),
         (_nonsense_memory, "whole number"),
         (_boast, "expected [0, 1]"),
         (_forget, "malformed"),

@@ -114,8 +114,8 @@ MADE = ("run",)
 REFUSALS = {
     "a look-alike of a member": Refusal(lambda: replace(dee(), client="Ada"), "mistaken"),
     "a class in loose accents": Refusal(lambda: of_classes("cafe\u0301"), "composed form"),
-    "a class with what nobody sees": Refusal(lambda: of_classes("cat\u200b"), "printable"),
-    "a class that moves the cursor": Refusal(lambda: of_classes("\x1b[2Jcat"), "printable"),
+    "a class written backwards": Refusal(lambda: of_classes("\u202ecat"), "steers"),
+    "a class that moves the cursor": Refusal(lambda: of_classes("\x1b[2Jcat"), "steers"),
     "a class of no character": Refusal(lambda: of_classes(""), "1 to 128"),
     "a class of 129 characters": Refusal(lambda: of_classes("x" * 129), "1 to 128"),
     "too many classes": Refusal(
