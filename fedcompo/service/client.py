@@ -22,7 +22,7 @@ from fedcompo.names import require_utf8
 from fedcompo.report.units import OnStep, size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
-from fedcompo.service.registry_pb2_grpc import RegistryStub
+from fedcompo.service.methods import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
 from fedcompo.service.transfer import FileEntry, Part, outgoing, received, without_paths
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS

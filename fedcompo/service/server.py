@@ -16,7 +16,7 @@ from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 
 import grpc
 import torch
@@ -26,16 +26,15 @@ from grpc_reflection.v1alpha import reflection
 from fedcompo.errors import ServiceError
 from fedcompo.names import address
 from fedcompo.registry.registry import Registry
-from fedcompo.service import registry_pb2, registry_pb2_grpc
 from fedcompo.service.access import Audience, Revoked
 from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.gate import Gate
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.members import Members
+from fedcompo.service.methods import NAME, serve_methods
 from fedcompo.service.publishing import Publishing, Uploads
 
-NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 QUEUE = 8
 """Calls that wait for a thread, for each one there is: the gate refuses most of a flood at once."""
 KEEPALIVE_SECONDS = 30
@@ -94,7 +93,8 @@ class Server:
         _delete_old(models, limits.stale)
         downloads = Downloads(root, models, settings.audience, settings.least, heavy, limits)
         members = Members(root, uploads, writers, heavy, limits, hidden)
-        methods = SimpleNamespace(
+        serve_methods(
+            self._server,
             Publish=Publishing(root, uploads, writers, limits).publish,
             Fetch=downloads.fetch,
             Compose=downloads.compose,
@@ -102,7 +102,6 @@ class Server:
             List=members.list,
             Verify=members.verify,
         )
-        registry_pb2_grpc.add_RegistryServicer_to_server(methods, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
