@@ -24,7 +24,7 @@ from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
-from fedcompo.service.transfer import FileEntry, Part, outgoing, received, without_paths
+from fedcompo.service.transfer import FileEntry, outgoing, received, without_paths
 from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
 
 if TYPE_CHECKING:
@@ -158,12 +158,12 @@ class Client:
         announced = [wire.File(name=e.name, size=e.size, sha256=e.sha256) for e in entries]
         offer = wire.PublishRequest(offer=wire.Offer(files=announced, replace=replace))
 
-        def parts(offsets: Mapping[str, int]) -> Iterator[Part]:
+        def chunks(offsets: Mapping[str, int]) -> Iterator[wire.Chunk]:
             # Opened anew for each attempt: the thread of the last one may still be reading.
             with _opened(folder, names) as files:
                 yield from outgoing(files, entries, offsets)
 
-        return self._attempts.make(lambda: self._published(offer, parts, on_step))
+        return self._attempts.make(lambda: self._published(offer, chunks, on_step))
 
     def fetch(self, output: Path, client: str = "", *, on_step: OnStep = lambda step: None) -> Any:
         """Get a contribution back; returns the message ``Content``.
@@ -248,7 +248,7 @@ class Client:
     def _published(
         self,
         offer: Any,
-        parts: Callable[[Mapping[str, int]], Iterator[Part]],
+        chunks: Callable[[Mapping[str, int]], Iterator[wire.Chunk]],
         on_step: OnStep,
     ) -> Any:
         """Make one attempt to publish: offer, learn what the server has, send the rest."""
@@ -258,10 +258,9 @@ class Client:
         def requests() -> Iterator[Any]:
             yield offer
             offsets = positions.get()
-            for part in parts(offsets) if offsets is not None else ():
-                chunk = wire.Chunk(file=part.file, offset=part.offset, data=part.data)
+            for chunk in chunks(offsets) if offsets is not None else ():
                 yield wire.PublishRequest(chunk=chunk)
-                on_step(f"sending, {size(total)} in all: {part.file} at {size(part.offset)}")
+                on_step(f"sending, {size(total)} in all: {chunk.file} at {size(chunk.offset)}")
 
         call = self._stub.Publish(requests(), timeout=self._seconds)
         published = None

@@ -173,5 +173,5 @@ def _sent(
     yield wire.Download(content=content)
     same = resume.id == content.id
     offsets = {position.file: position.bytes for position in resume.positions} if same else {}
-    for part in outgoing(files, entries, offsets):
-        yield wire.Download(chunk=wire.Chunk(file=part.file, offset=part.offset, data=part.data))
+    for chunk in outgoing(files, entries, offsets):
+        yield wire.Download(chunk=chunk)

@@ -32,7 +32,7 @@ from fedcompo.service.access import Peer, peer_of, require_named
 from fedcompo.service.gate import time_left
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.refusals import RETRYABLE, Code, Refused, answer_to
-from fedcompo.service.transfer import FileEntry, Incoming, Part, check_entries, identity
+from fedcompo.service.transfer import FileEntry, Incoming, check_entries, identity
 from fedcompo.storage.files import CARD, CONTENT, FISHER
 from fedcompo.storage.tensorstream import StreamedTensors
 
@@ -81,7 +81,7 @@ class Publishing:
             have = [wire.Position(file=name, bytes=count) for name, count in positions]
             yield wire.PublishReply(have=wire.Have(positions=have))
             for request in requests:
-                incoming.write(_part(request))
+                incoming.write(_chunk(request))
             incoming.check()
             self._add(peer, incoming, context, replacing=offer.replace)
         registry.refresh()
@@ -206,10 +206,10 @@ class Uploads:
             )
 
 
-def _part(request: Any) -> Part:
+def _chunk(request: Any) -> Any:
     if request.WhichOneof("part") != "chunk":
         raise FileFormatError("After the offer come chunks; something else came.")
-    return Part(request.chunk.file, request.chunk.offset, request.chunk.data)
+    return request.chunk
 
 
 def _published(peer: Peer, registry: Registry, *, already: bool = False) -> Any:

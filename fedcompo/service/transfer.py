@@ -51,15 +51,6 @@ class FileEntry:
         return cls(name, os.fstat(file.fileno()).st_size, sha256)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of a file, and its position."""
-
-    file: str
-    offset: int
-    data: bytes
-
-
 def identity(entries: Sequence[FileEntry]) -> str:
     """SHA-256 over names, sizes and SHA-256 of files, in the order of names; hexadecimal."""
     described = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
@@ -92,7 +83,7 @@ def check_entries(
 
 def outgoing(
     files: Mapping[str, BufferedReader], entries: Sequence[FileEntry], offsets: Mapping[str, int]
-) -> Iterator[Part]:
+) -> Iterator[wire.Chunk]:
     """Cut the missing rest of files into pieces.
 
     Args:
@@ -113,7 +104,7 @@ def outgoing(
                     f"{entry.name} ended at byte {position} of {entry.size}: it was changed while "
                     "it was being sent. Try again."
                 )
-            yield Part(entry.name, position, data)
+            yield wire.Chunk(file=entry.name, offset=position, data=data)
             position += len(data)
 
 
@@ -135,7 +126,7 @@ class Incoming:
         """Bytes that have not been received yet."""
         return sum(entry.size for entry in self.entries.values()) - sum(self._positions.values())
 
-    def write(self, part: Part) -> None:
+    def write(self, part: wire.Chunk) -> None:
         """Append a piece.
 
         Raises:
@@ -233,8 +224,7 @@ def received(
     incoming = Incoming(files, entries)
     total = sum(entry.size for entry in entries)
     for reply in replies:
-        chunk = reply.chunk
-        incoming.write(Part(chunk.file, chunk.offset, chunk.data))
+        incoming.write(reply.chunk)
         on_step(f"receiving, {size(total - incoming.missing)} of {size(total)}")
     incoming.check()
     files.replace(output)

@@ -134,6 +134,15 @@ def test_what_is_wrong_with_the_machine_is_said(
     assert "secret" not in caught.value.details()
 
 
+def test_what_cannot_be_opened_for_want_of_room_is_no_damage(registry, monkeypatch):
+    def full(self):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with served(registry) as address, stub_of(address, "ada") as stub:
+        monkeypatch.setattr(Path, "read_bytes", full)
+        assert code_of(lambda: stub.List(wire.ListRequest(), timeout=60)) is Code.RESOURCE_EXHAUSTED
+
+
 def test_a_file_that_grows_too_large_for_the_system_is_said(registry, tmp_path):
     folder = saved(member("dee", seed=8, classes=("emu",)), tmp_path / "dee")
     parts = [offer_of(folder), *chunks_of(folder)]
