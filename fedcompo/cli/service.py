@@ -237,7 +237,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 9443,
     compose: Annotated[
         str,
-        typer.Option(metavar="WHO", help="Who may compose: operators, members or everyone."),
+        typer.Option(metavar="WHO", help="Who may compose: operators, or members too."),
     ] = "operators",
     least: Annotated[
         int,

@@ -7,10 +7,9 @@ names, not the open files. A model whose clients changed while it was composed i
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -62,6 +61,7 @@ class Downloads:
         """
         self._registry, self._folder, self._audience = registry, folder, audience
         self._least, self._heavy, self._limits = least, heavy, limits
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._models = Places(limits.models, kept=EACH)
 
     def fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
@@ -89,13 +89,19 @@ class Downloads:
         require_audience(peer, self._audience, Registry(self._registry).clients)
         wait = time_left(context, self._limits)
         with self._models.taken(peer, wait), ExitStack() as stack:
-            with self._heavy.taken(peer, wait), self._scratch_folder() as folder:
+            with (
+                self._heavy.taken(peer, wait),
+                tempfile.TemporaryDirectory(
+                    dir=self._folder, ignore_cleanup_errors=True
+                ) as scratch,
+            ):
                 if not context.is_active():
                     raise Refused(Code.ABORTED, "The call was broken off.")
-                content = self._composed(folder / "model", peer, request)
+                folder = Path(scratch) / "model"
+                content = self._composed(folder, peer, request)
                 files = {
                     path.name: stack.enter_context(path.open("rb"))
-                    for path in sorted((folder / "model").iterdir())
+                    for path in sorted(folder.iterdir())
                 }
             entries = [FileEntry.of(name, file) for name, file in files.items()]
             yield from _sent(content, files, entries, request.resume)
@@ -123,16 +129,6 @@ class Downloads:
                 "left or came anew. Try again."
             )
         return wire.Content(clients=selection.pool.clients, root=before.root)
-
-    @contextmanager
-    def _scratch_folder(self) -> Iterator[Path]:
-        """A folder that is deleted at the end; files opened in it can still be read."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = Path(tempfile.mkdtemp(dir=self._folder))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_members(registry: Registry, clients: Sequence[str]) -> None:

@@ -21,7 +21,6 @@ from types import FrameType
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from fedcompo.errors import ServiceError
 from fedcompo.names import address
@@ -103,8 +102,6 @@ class Server:
             Verify=members.verify,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
         self.port = self._claim(settings)
 
     def start(self) -> None:

@@ -12,9 +12,6 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
-    ProtoReflectionDescriptorDatabase,
-)
 from registry_builders import member, registry_of, three_clients
 from service_runs import (
     channel,
@@ -56,15 +53,6 @@ def test_it_says_that_it_is_well(registry):
         assert next(watched).status == SERVING
         began = time.monotonic()
     assert time.monotonic() - began < 30  # a watcher does not keep it from ending
-
-
-def test_it_says_what_can_be_asked(registry):
-    with served(registry) as address, channel(address, credential("ada")) as opened:
-        found = ProtoReflectionDescriptorDatabase(opened)
-        assert NAME in found.get_services()
-        file = found.FindFileContainingSymbol(NAME)
-    told = {method.name for service in file.service for method in service.method}
-    assert told == {"Publish", "Fetch", "Compose", "Remove", "List", "Verify"}
 
 
 def test_the_generated_code_is_that_of_the_proto():
