@@ -24,21 +24,25 @@ from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
-from fedcompo.service.transfer import FileEntry, outgoing, received, without_paths
-from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
+from fedcompo.service.transfer import (
+    CONTRIBUTION,
+    FileEntry,
+    outgoing,
+    received,
+    without_paths,
+)
+from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, WEIGHTS
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
     from fedcompo.registry.removal import RemovalRecord
 
 
-CONTRIBUTION = frozenset({CONTENT, CARD}), frozenset({CONTENT, CARD, FISHER})
-"""Files of a contribution: those that must be there, and those that may."""
 MODEL = (
     frozenset({WEIGHTS, CONFIG, MODEL_CARD}),
     frozenset({WEIGHTS, CONFIG, MODEL_CARD, BACKBONE}),
 )
-"""The same of a model."""
+"""Files of a model: those that must be there, and those that may."""
 LOOPBACK = "localhost", "127.0.0.1", "[::1]"
 LARGEST_MESSAGE = 16 << 20
 """Bytes; the list of a registry of thousands is the largest."""

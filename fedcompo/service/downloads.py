@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -32,44 +33,34 @@ from fedcompo.service.access import (
     require_owner,
 )
 from fedcompo.service.gate import time_left
-from fedcompo.service.limits import EACH, Limits, Places
+from fedcompo.service.limits import Limits, Places
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import FileEntry, identity, outgoing
 
 
+@dataclass(frozen=True)
 class Downloads:
     """The methods ``Fetch`` and ``Compose``."""
 
-    def __init__(
-        self,
-        registry: Path,
-        folder: Path,
-        audience: Audience,
-        least: int,
-        heavy: Places,
-        limits: Limits,
-    ) -> None:
-        """Describe what is sent, to whom, and how much at a time.
-
-        Args:
-            registry: Folder of the registry.
-            folder: Where models are composed.
-            audience: Who may compose.
-            least: How many others a model holds at least, unless it is for an operator.
-            heavy: The places of calls that compute for long.
-            limits: The service's.
-        """
-        self._registry, self._folder, self._audience = registry, folder, audience
-        self._least, self._heavy, self._limits = least, heavy, limits
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._models = Places(limits.models, kept=EACH)
+    registry: Path
+    """Its folder."""
+    folder: Path
+    """Where models are composed."""
+    audience: Audience
+    least: int
+    """How many others a model holds at least, unless it is for an operator."""
+    heavy: Places
+    """The places of calls that compute for long."""
+    models: Places
+    """The places of models on disk."""
+    limits: Limits
 
     def fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Send a member's files."""
         peer = peer_of(context)
         client = request.client or peer.name
         require_owner(peer, client, "fetch")
-        registry = Registry(self._registry)
+        registry = Registry(self.registry)
         require_members(registry, [client])
         member = registry.member(client)
         with ExitStack() as stack:
@@ -86,14 +77,13 @@ class Downloads:
     def compose(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Compose a model, and send it."""
         peer = peer_of(context)
-        require_audience(peer, self._audience, Registry(self._registry).clients)
-        wait = time_left(context, self._limits)
-        with self._models.taken(peer, wait), ExitStack() as stack:
+        require_audience(peer, self.audience, Registry(self.registry).clients)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        wait = time_left(context, self.limits)
+        with self.models.taken(peer, wait), ExitStack() as stack:
             with (
-                self._heavy.taken(peer, wait),
-                tempfile.TemporaryDirectory(
-                    dir=self._folder, ignore_cleanup_errors=True
-                ) as scratch,
+                self.heavy.taken(peer, wait),
+                tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch,
             ):
                 if not context.is_active():
                     raise Refused(Code.ABORTED, "The call was broken off.")
@@ -107,7 +97,7 @@ class Downloads:
             yield from _sent(content, files, entries, request.resume)
 
     def _composed(self, output: Path, peer: Peer, request: Any) -> Any:
-        registry = Registry(self._registry)
+        registry = Registry(self.registry)
         weights = dict(request.weights) or None
         require_members(registry, [*request.only, *request.without, *(weights or ())])
         _check_weights(weights)
@@ -119,7 +109,7 @@ class Downloads:
             weights=weights,
             scale=request.scale if request.HasField("scale") else None,
         )
-        require_many(peer, selection.pool.clients, weights, self._least)
+        require_many(peer, selection.pool.clients, weights, self.least)
         publish(output, selection)
         registry.refresh()
         now = registry.state.members

@@ -71,9 +71,11 @@ def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.Status
     if isinstance(error, Refused):
         return error.code, redacted(str(error), hidden)
     system: BaseException | None = error
-    while system and not isinstance(system, OSError):  # what cannot be read is not yet damaged
+    while system is not None and not isinstance(
+        system, OSError
+    ):  # what cannot be read is not yet damaged
         system = system.__cause__
-    if system and system.errno in FULL | BROKEN:
+    if system is not None and system.errno in FULL | BROKEN:
         code, advice = Code.RESOURCE_EXHAUSTED, "Try again later"
         if system.errno in BROKEN:
             code, advice = Code.FAILED_PRECONDITION, "Tell its operator"

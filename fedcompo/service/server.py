@@ -29,7 +29,7 @@ from fedcompo.service.access import Audience, Revoked
 from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.gate import Gate
-from fedcompo.service.limits import Limits, Places
+from fedcompo.service.limits import EACH, Limits, Places
 from fedcompo.service.members import Members
 from fedcompo.service.methods import NAME, serve_methods
 from fedcompo.service.publishing import Publishing, Uploads
@@ -88,9 +88,10 @@ class Server:
         )
         uploads, writers = Uploads(folder / "uploads", limits), Places(1)
         uploads.sweep()
-        models, heavy = folder / "models", Places(limits.heavy, kept=1)
-        _delete_old(models, limits.stale)
-        downloads = Downloads(root, models, settings.audience, settings.least, heavy, limits)
+        heavy, models = Places(limits.heavy, kept=1), Places(limits.models, kept=EACH)
+        composed, who, least = folder / "models", settings.audience, settings.least
+        _delete_old(composed, limits.stale)
+        downloads = Downloads(root, composed, who, least, heavy, models, limits)
         members = Members(root, uploads, writers, heavy, limits, hidden)
         serve_methods(
             self._server,
