@@ -70,10 +70,8 @@ def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.Status
     """
     if isinstance(error, Refused):
         return error.code, redacted(str(error), hidden)
-    system: BaseException | None = error
-    while system is not None and not isinstance(
-        system, OSError
-    ):  # what cannot be read is not yet damaged
+    system: BaseException | None = error  # or its cause: what cannot be read is not yet damaged
+    while system is not None and not isinstance(system, OSError):
         system = system.__cause__
     if system is not None and system.errno in FULL | BROKEN:
         code, advice = Code.RESOURCE_EXHAUSTED, "Try again later"
