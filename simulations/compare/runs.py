@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedcompo.engine.run_folder import RESULTS
+
 FEDCOMPO = Path(sys.executable).parent / "fedcompo"
 IN_PROCESS = Path(__file__).with_name("in_process.py")
-RESULTS = "results.json"
 
 
 def run(
@@ -54,13 +53,8 @@ def run(
     asked.write_text(wanted)
     command = [sys.executable, IN_PROCESS] if in_process else [FEDCOMPO, "simulate"]
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as state:
-        done = subprocess.run(
-            [*command, *scenarios, "--output", folder, *options],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "FEDCOMPO_STATE": state},
-        )
+    command += [*scenarios, "--output", folder, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{folder.name} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
         return {}
