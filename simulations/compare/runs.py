@@ -12,26 +12,21 @@ from pathlib import Path
 
 from fedcompo.engine.run_folder import RESULTS
 
-FEDCOMPO = Path(sys.executable).parent / "fedcompo"
 IN_PROCESS = Path(__file__).with_name("in_process.py")
 
 
 def run(
-    folder: Path,
-    scenario: str,
-    settings: Mapping[str, str],
-    assignments: Sequence[str] = (),
-    *,
-    in_process: bool = False,
+    folder: Path, scenario: str, settings: Mapping[str, str], assignments: Sequence[str]
 ) -> dict:
     """Run once, or return the results of a finished run; start an interrupted run again.
+
+    Without Flower's engine; see :mod:`in_process`.
 
     Args:
         folder: The run's own; beside it ``<folder>.json`` says with what it was made.
         scenario: File; empty: the digits.
         settings: What this run varies.
         assignments: ``key=value`` each, for all runs alike; the run's own settings win.
-        in_process: Without Flower's engine; see :mod:`in_process`.
 
     Returns:
         What ``results.json`` holds; empty if the run failed, which is printed.
@@ -51,9 +46,8 @@ def run(
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked.write_text(wanted)
-    command = [sys.executable, IN_PROCESS] if in_process else [FEDCOMPO, "simulate"]
     began = time.monotonic()
-    command += [*scenarios, "--output", folder, *options]
+    command = [sys.executable, IN_PROCESS, *scenarios, "--output", folder, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{folder.name} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
