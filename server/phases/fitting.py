@@ -186,6 +186,15 @@ class Fitting:
             shutil.rmtree(self.folder(client), ignore_errors=True)
         self.fishers.sum_up()
 
+    def leave_out(self, phase: str, reasons: Mapping[str, str]) -> None:
+        """Go on without clients, connected at the moment or not; the books say why."""
+        for client, reason in reasons.items():
+            if client in self.exchange.clients:
+                self.exchange.leave_out(phase, client, reason)
+            else:
+                self.exchange.books.miss(phase, client, reason)
+        self.forget(reasons)
+
     # -- train ------------------------------------------------------------------------------------
 
     def train(self) -> None:

@@ -76,9 +76,14 @@ class Roster:
         return tuple(sorted({*self.present, *self.participants.absent}))
 
     def company(self) -> Company:
-        """Return whom a contribution must go together with: the others, and who is described."""
-        described = self.participants.described
-        return self.others().joined({c: Known(described[c].classes) for c in self.parties})
+        """Return whom a contribution must go together with: the others, and who is described.
+
+        What a member sent before stays its own, also while it is trained anew.
+        """
+        others, described = self.others(), self.participants.described
+        before = {c: own.rounded_sha256 for c, own in others.members.items()}
+        known = {c: Known(described[c].classes, None, before.get(c, "")) for c in self.parties}
+        return others.joined(known)
 
     def require_newcomers(self, registry: Registry) -> None:
         """Raise ``ContributionError`` if no client is to be trained."""
