@@ -239,8 +239,8 @@ class Rounds:
 
     def _check(self, client: str, answer: TrainAnswer) -> None:
         """Check a client's answer, and write it beside the one of its last round."""
-        vector, _, figures = self.fitting.check_trained(client, answer)
-        digest = self.last.arrive(client, vector, answer.own)
+        made, figures = self.fitting.check_trained(client, answer)
+        digest = self.last.arrive(client, made.task_vector, answer.own)
         self.holdings.sent(client, digest, answer.holds)
         self._arrived[client] = figures
 
