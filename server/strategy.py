@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,8 @@ class Strategy(ABC):
         """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
         known = Participants(members=self.working.members, kinds=self.working.kinds)
-        self.roster = Roster(
-            self.exchange,
-            self.backbone,
-            lambda: Company.of(self.registry, self.backbone),
-            known,
-            tangent=tangent,
-        )
+        others = partial(Company.of, self.registry, self.backbone)
+        self.roster = Roster(self.exchange, self.backbone, others, known, tangent=tangent)
         self.roster.on_kinds = self.working.deal
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
