@@ -148,25 +148,22 @@ def load_folder(
     *,
     seed: int,
     images_per_class: int = 0,
-    name: str = "",
 ) -> ClientData:
-    """Load the folder of one client; in a deployment each node has its own path.
+    """Load the folder of one client, which has its name; in a deployment each node has its own.
 
     Args:
         path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
         preprocessing: Input that the backbone expects.
         seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
         images_per_class: Keep at most this many training images a class; 0: all.
-        name: The client's name; empty: the folder's.
 
     Raises:
         DataError: If the folder or one of its images cannot be used.
     """
     path = Path(path).expanduser().absolute()
-    name = name or path.name
-    catalogue = folder_catalogue(path, client=name)
+    catalogue = folder_catalogue(path, client=path.name)
     return _load_classes(
-        catalogue, catalogue.names, preprocessing, client=name, seed=seed, cap=images_per_class
+        catalogue, catalogue.names, preprocessing, client=path.name, seed=seed, cap=images_per_class
     )
 
 

@@ -64,7 +64,6 @@ def npz_catalogue(path: Path) -> Catalogue:
         classes=classes,
         is_test=None if split is None else split == 1,
         open=open_picture,
-        describe=lambda index: f"image {index} (class {str(classes[index])!r})",
     )
 
 

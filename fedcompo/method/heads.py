@@ -167,9 +167,8 @@ def align(
     samples: int,
     ridge: float,
     seed: int,
-    start: Head | None = None,
 ) -> Head:
-    """Fit the joint head to features drawn from the mixtures of all clients.
+    """Fit the joint head, from zeros, to features drawn from the mixtures of all clients.
 
     Args:
         mixtures: By class name, one mixture for each client that has the class, in the order of
@@ -178,7 +177,6 @@ def align(
         samples: Features drawn for each class.
         ridge: λ of :func:`fit_head`.
         seed: Seed of the draws.
-        start: Where the fit begins; None: zeros.
 
     Returns:
         The joint head.
@@ -186,7 +184,7 @@ def align(
     classes = tuple(classes)
     generator = torch.Generator().manual_seed(seed)
     features, labels = draw(mixtures, classes, samples=samples, generator=generator)
-    return fit_head(features, labels, start or zero_head(classes, features.shape[1]), ridge=ridge)
+    return fit_head(features, labels, zero_head(classes, features.shape[1]), ridge=ridge)
 
 
 def head_tensors(head: Head) -> dict[str, Tensor]:

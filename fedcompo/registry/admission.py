@@ -22,7 +22,7 @@ from fedcompo.method.contribution import (
     check_statistics,
     counts_of,
 )
-from fedcompo.method.ranges import beyond
+from fedcompo.method.ranges import MOST_IMAGES, beyond
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.names import check_class_names, check_client_name, check_distinct
@@ -154,12 +154,6 @@ def check_features(
     """
     check_kind(statistics, expected, owner)
     check_statistics(statistics, classes, num_features, owner)
-    counts = counts_of(statistics)
-    if not all(type(count) is int and 1 <= count <= LIMITS.examples for count in counts.values()):
-        raise ContributionError(
-            f"{owner} counts {list(counts.values())[:5]} … images by class, expected whole numbers "
-            f"from 1 to {LIMITS.examples}."
-        )
     if isinstance(statistics, FeatureSums):
         return
     if (most := max(own.weights.numel() for own in statistics.values())) > LIMITS.components:
@@ -239,11 +233,11 @@ def _check_total(contribution: Contribution, owner: str) -> None:
     """
     stated, counted = contribution.num_examples, sum(counts_of(contribution.statistics).values())
     free = not isinstance(contribution.statistics, FeatureSums)
-    right = type(stated) is int and 1 <= stated <= LIMITS.examples
+    right = type(stated) is int and 1 <= stated <= MOST_IMAGES
     if not (right and (free or stated == counted)):
         raise ContributionError(
             f"{owner} names {str(stated)[:40]} examples in all, and {counted} by class; expected "
-            f"the same number, at most {LIMITS.examples}."
+            f"the same number, at most {MOST_IMAGES}."
         )
 
 

@@ -32,8 +32,6 @@ class Limits:
     class, grows with the square."""
     components: int = 256
     """Gaussians in a mixture."""
-    examples: int = 2**31
-    """Images of a class, and in all."""
     lineage: int = 4096
     """Names in each list of a lineage."""
     settings: int = 1 << 16

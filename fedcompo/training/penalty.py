@@ -94,12 +94,15 @@ class TrainingPenalty:
         if config.penalty is Penalty.IMPLICIT and anchor:
             strength *= 2 * one_folding(anchor.weights) / steps  # c is a half on average
         held = strength > 0 or self._limit > 0
+        devices = {name: next(delta.parameters()).device for name, delta in deltas.items()}
         self._fisher: Metric = {}
         if anchor and held:
-            self._fisher = {n: anchor.weights[n].to(_device(d)) for n, d in deltas.items()}
-        self._rest = _on_devices(deltas, ensemble.rest) if ensemble and self._fisher else {}
+            self._fisher = {n: anchor.weights[n].to(device) for n, device in devices.items()}
+        self._rest: Weights = {}
         self._strength, self._pull = strength, None
         if ensemble is not None:
+            if self._fisher:
+                self._rest = {n: ensemble.rest[n].to(device) for n, device in devices.items()}
             self._strength = strength * own_strength(ensemble.share)
             self._pull = {name: strength * rest for name, rest in self._rest.items()}
         self._schedules: list[float] = []
@@ -152,12 +155,3 @@ class TrainingPenalty:
         taken = float(torch.stack(self._moves).sum())
         length = float(torch.stack([delta().norm() for delta in self._deltas.values()]).norm())
         return taken / (taken + length) if taken > 0 else 0.0
-
-
-def _on_devices(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
-    """Select the entries of the deltas, each on its delta's device."""
-    return {name: weights[name].to(_device(delta)) for name, delta in deltas.items()}
-
-
-def _device(delta: Delta) -> torch.device:
-    return next(delta.parameters()).device

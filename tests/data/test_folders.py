@@ -64,10 +64,6 @@ def test_a_folder_is_read_as_it_lies(ward: Path):
     assert client.test.labels.tolist() == [0, 1, 1]
 
 
-def test_a_name_may_be_given(ward: Path):
-    assert load_folder(ward, GREY, seed=0, name="hospital-b").name == "hospital-b"
-
-
 def test_each_sub_folder_is_a_client_in_order_of_name_and_may_share_classes(ward: Path):
     write(ward.parent / "clinic/train", {"cat": 5, "emu": 5, "fox": 5})
     (ward.parent / "README.md").write_text("beside the clients")
