@@ -158,20 +158,24 @@ class Preprocessing:
         """
         picture = picture.convert("L" if self.channels == 1 else "RGB")
         if self.rule == 1:
-            return pil_to_tensor(self._resize_1(picture)).contiguous()
+            return self._resize_1(picture)
         if self.crop_fraction <= 1 and self.crop_mode != "border":  # nothing is padded
             picture = Thin.unless_broad(picture)
         return _transform(self)(picture).contiguous()
 
-    def _resize_1(self, picture: Image.Image) -> Image.Image:
+    def _resize_1(self, picture: Image.Image) -> Tensor:
         """Resize and crop by the first rule: every mode is center, and roundings are not timm's."""
+        from torchvision.transforms.functional import pil_to_tensor
+
         height, width = self.shape[1:]
         scale = width / self.crop_fraction / min(picture.size)
         size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
         if size != picture.size:
             picture = picture.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        return picture.crop((left, top, left + width, top + height))
+        cropped = picture.crop((left, top, left + width, top + height))
+        pixels: Tensor = pil_to_tensor(cropped)
+        return pixels.contiguous()
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 images, or texts, into the network's input.

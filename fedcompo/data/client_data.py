@@ -95,11 +95,6 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
     return tuple(f"client-{partition}" for partition in range(source.num_tasks))
 
 
-def num_clients(source: DataConfig) -> int:
-    """Count the clients that a source yields; raises as :func:`client_names` does."""
-    return len(client_names(source))
-
-
 def load_client_data(
     config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int
 ) -> ClientData:
@@ -117,11 +112,10 @@ def load_client_data(
     """
     kind, rest = _parse(config.data)
     names = client_names(config)
-    count = len(names)
-    if not 0 <= partition < count:
+    if not 0 <= partition < len(names):
         raise DataError(
-            f"There is no client {partition}: `data` {config.data!r} yields {count} clients, 0 to "
-            f"{count - 1}. Start as many clients as the data has, or change `num-tasks`."
+            f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "
+            f"0 to {len(names) - 1}. Start as many clients as the data has, or change `num-tasks`."
         )
     path, name = Path(rest).expanduser(), names[partition]
     if kind == "folder":

@@ -81,6 +81,6 @@ def load_fisher(
     weights = Section(sums, without=OLD_HEAD)
     try:
         count = int(manifest["num_examples"])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error
     return FisherDiagonal(dict(weights) if guard is None else weights, count)
