@@ -111,20 +111,14 @@ def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
         within, level = torch.eye(size, dtype=torch.float64), 1.0
     added = max(shrinkage, LEAST_SHRINKAGE)
     if not is_positive(within + 0.5 * added * level * torch.eye(size, dtype=torch.float64)):
-        within = without_negative(within)
+        values, vectors = torch.linalg.eigh(within)
+        within = (vectors * values.clamp_min(0)) @ vectors.T  # the nearest one without
         level = float(within.trace()) / size
     shared = (1 - shrinkage) * within
     shared.diagonal().add_(added * level)
     weight = torch.linalg.solve(shared, means.T).T
     bias = -0.5 * (weight * means).sum(1)
     return Head(total.classes, weight.float(), bias.float())
-
-
-def without_negative(matrix: Tensor) -> Tensor:
-    """Return the nearest symmetric matrix without negative eigenvalues, (size, size)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    nearest: Tensor = (vectors * values.clamp_min(0)) @ vectors.T
-    return nearest
 
 
 def fit_head(features: Tensor, labels: Tensor, start: Head, *, ridge: float) -> Head:
