@@ -17,7 +17,7 @@ from fedcompo.composition.fixed_point import Rounding, rounded
 from fedcompo.config.choices import Method, Statistics
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
-from fedcompo.method.ranges import MOST_IMAGES, beyond
+from fedcompo.method.ranges import beyond
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.names import check_class_names, check_client_name, check_distinct
@@ -235,11 +235,11 @@ def _check_total(contribution: Contribution, owner: str) -> None:
     """
     stated, counted = contribution.num_examples, sum(counts_of(contribution.statistics).values())
     free = not isinstance(contribution.statistics, FeatureSums)
-    right = type(stated) is int and 1 <= stated <= MOST_IMAGES
+    right = type(stated) is int and 1 <= stated <= LIMITS.examples
     if not (right and (free or stated == counted)):
         raise ContributionError(
             f"{owner} names {str(stated)[:40]} examples in all, and {counted} by class; expected "
-            f"the same number, at most {MOST_IMAGES}."
+            f"the same number, at most {LIMITS.examples}."
         )
 
 
