@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.composition.claims import capped
-from fedcompo.errors import ConfigError, ContributionError
+from fedcompo.errors import ConfigError, ContributionError, blaming
 from fedcompo.method.contribution import (
     AnyStatistics,
     Contribution,
@@ -62,8 +62,9 @@ def add(
                     "an addition, or give the newcomer another name."
                 )
             coming[member.client], company = member, company.joined({member.client: known})
-        for reason in outliers(coming, company).values():
-            raise ContributionError(reason)
+        for client, reason in outliers(coming, company).items():
+            with blaming(client):
+                raise ContributionError(reason)
         gone = [state.members[client] for client in coming if client in state.members]
         line = draft.next_sequence + len(gone)  # each of them has a line of its own before
         coming = {client: replace(member, added=line) for client, member in coming.items()}
