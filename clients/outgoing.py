@@ -192,7 +192,6 @@ def _private(
         (normalise(part.to(backbone.device)) for part in torch.split(images, size)),
         backbone.theta_0,
         head=head,
-        curvature=config.fisher.curvature,
         factored=factored,
         clip=caps.dp_clip_fisher,
         noise=caps.dp_noise,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import DataConfig, RunConfig
-from fedcompo.data.client_data import ClientData, load_client_data, num_clients
+from fedcompo.data.client_data import ClientData, client_names, load_client_data
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.export.selection import from_registry
 from fedcompo.method.deltas import Weights
@@ -49,7 +49,7 @@ def clients_data(
     Raises:
         DataError: If the source cannot be used.
     """
-    for partition in range(num_clients(source)):
+    for partition in range(len(client_names(source))):
         data = load_client_data(source, backbone.preprocessing, partition=partition, seed=seed)
         if not wanted or data.name in wanted:
             yield data

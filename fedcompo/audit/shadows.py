@@ -271,4 +271,4 @@ def _anchor_of(registry: RegistryReader, client: str, config: RunConfig) -> Weig
             )
         return fisher
 
-    return FisherSums.of({client, *others}, kept, by=AnchorBy.OTHERS).mean_for(client)
+    return FisherSums(tuple({client, *others}), kept, AnchorBy.OTHERS).mean_for(client)

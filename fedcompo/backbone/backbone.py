@@ -257,9 +257,8 @@ def _require_whole_patches(model: nn.Module, cfg: dict[str, Any], size: int) -> 
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", 1)
     side = math.lcm(*patch) if isinstance(patch, tuple) else patch
-    if size % side == 0 or getattr(embed, "dynamic_img_pad", False):
-        return
-    if size == cfg.get("input_size", (0,))[-1]:
+    as_trained = size == cfg.get("input_size", (0,))[-1]
+    if size % side == 0 or as_trained or getattr(embed, "dynamic_img_pad", False):
         return
     below = size - size % side
     raise BackboneError(

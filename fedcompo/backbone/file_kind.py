@@ -14,9 +14,6 @@ SUFFIXES = {
     "NumPy": (".npz",),
 }
 """Names that a file of each kind may have."""
-LFS_POINTER = b"version https://git-lfs"
-WEB_PAGES = (b"<!doctype html", b"<html")
-ZIP = b"PK\x03\x04"
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The first bytes of what torch wrote before version 1.6, a pickled magic number."""
 AGAIN = "Download or copy it again."
@@ -34,17 +31,17 @@ def check_kind(path: Path) -> None:
         start = file.read(512)
     if not start:
         raise BackboneError(f"{path} is empty (0 bytes). {AGAIN}")
-    if start.startswith(LFS_POINTER):
+    if start.startswith(b"version https://git-lfs"):
         raise BackboneError(
             f"{path} is a git-lfs pointer, which stands for the weights but does not hold them. "
             "Run `git lfs pull` in the repository it comes from."
         )
-    if start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith(WEB_PAGES):
+    if start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype html", b"<html")):
         raise BackboneError(
             f"{path} is a web page (HTML), not weights. Download the file itself; on a hub its "
             "address has `resolve` or `raw` where the page has `blob`."
         )
-    kind = _zip_kind(path) if start.startswith(ZIP) else _kind(path, start)
+    kind = _zip_kind(path) if start.startswith(b"PK\x03\x04") else _kind(path, start)
     if kind and path.suffix not in SUFFIXES[kind]:
         raise BackboneError(
             f"{path} is a {kind} file by its content, but its name ends in {path.suffix!r}. "

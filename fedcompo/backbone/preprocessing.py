@@ -141,19 +141,10 @@ class Preprocessing:
 
     def prepare(self, example: Image.Image | bytes) -> Tensor:
         """Convert an example to its shape, uint8: resize a picture, cut or fill a text."""
-        return self.fill(example) if isinstance(example, bytes) else self.resize(example)
-
-    def fill(self, text: bytes) -> Tensor:
-        """Cut a text to the fixed length, or fill it with zeros.
-
-        Args:
-            text: Its bytes, at least one.
-
-        Returns:
-            (1, 1, length), uint8.
-        """
+        if not isinstance(example, bytes):
+            return self.resize(example)
         length = self.shape[-1]
-        filled = bytearray(text[:length].ljust(length, b"\0"))
+        filled = bytearray(example[:length].ljust(length, b"\0"))
         return torch.frombuffer(filled, dtype=torch.uint8).reshape(self.shape)
 
     def resize(self, picture: Image.Image) -> Tensor:
@@ -167,20 +158,24 @@ class Preprocessing:
         """
         picture = picture.convert("L" if self.channels == 1 else "RGB")
         if self.rule == 1:
-            picture = self._resize_1(picture)
-        elif self.crop_fraction <= 1 and self.crop_mode != "border":  # nothing is padded
+            return self._resize_1(picture)
+        if self.crop_fraction <= 1 and self.crop_mode != "border":  # nothing is padded
             picture = Thin.unless_broad(picture)
         return _transform(self)(picture).contiguous()
 
-    def _resize_1(self, picture: Image.Image) -> Image.Image:
+    def _resize_1(self, picture: Image.Image) -> Tensor:
         """Resize and crop by the first rule: every mode is center, and roundings are not timm's."""
+        from torchvision.transforms.functional import pil_to_tensor
+
         height, width = self.shape[1:]
         scale = width / self.crop_fraction / min(picture.size)
         size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
         if size != picture.size:
             picture = picture.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        return picture.crop((left, top, left + width, top + height))
+        cropped = picture.crop((left, top, left + width, top + height))
+        pixels: Tensor = pil_to_tensor(cropped)
+        return pixels.contiguous()
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 images, or texts, into the network's input.
@@ -201,13 +196,9 @@ class Preprocessing:
 
 @lru_cache(maxsize=4)
 def _transform(seen: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    """Make timm's evaluation transform up to bytes; under the first rule, its last step alone."""
+    """Make timm's evaluation transform up to bytes."""
     from timm.data import create_transform
-    from timm.data.transforms import MaybePILToTensor
 
-    if seen.rule == 1:
-        to_tensor: Callable[[Image.Image], Tensor] = MaybePILToTensor()
-        return to_tensor
     transform: Callable[[Image.Image], Tensor] = create_transform(
         input_size=seen.shape,
         interpolation=seen.interpolation,

@@ -23,30 +23,16 @@ if TYPE_CHECKING:
     from fedcompo.method.deltas import Weights
 
 CONTENT = "backbone"
-MANIFEST_KEYS = {
-    "name",
-    "fingerprint",
-    "preprocessing",
-    "architecture",
-    "classifier",
-    "model_args",
-    "num_features",
-    "target_weights",
-}
-"""Keys of the manifest besides ``content``."""
+COPIED = ("name", "fingerprint", "architecture", "classifier", "model_args", "num_features")
+"""Keys of the manifest that are attributes of a :class:`Backbone`."""
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
     """Write all weights of a backbone, and a manifest from which it can be rebuilt."""
     manifest = {
         "content": CONTENT,
-        "name": backbone.name,
-        "fingerprint": backbone.fingerprint,
+        **{key: getattr(backbone, key) for key in COPIED},
         "preprocessing": asdict(backbone.preprocessing),
-        "architecture": backbone.architecture,
-        "classifier": backbone.classifier,
-        "model_args": backbone.model_args,
-        "num_features": backbone.num_features,
         "target_weights": sorted(backbone.theta_0),
     }
     save_streamed(path, backbone.model.state_dict(), manifest)
@@ -68,7 +54,7 @@ class StoredBackbone:
         self.tensors = StreamedTensors(path, guard=guard)
         manifest = self.tensors.manifest
         require_content(manifest, CONTENT, path)
-        if missing := sorted(MANIFEST_KEYS - manifest.keys()):
+        if missing := sorted({*COPIED, "preprocessing", "target_weights"} - manifest.keys()):
             raise FileFormatError(
                 f"The manifest of {path} has no {missing[0]!r}. It was written by another version "
                 "of fedcompo; use that one, or make the file again."

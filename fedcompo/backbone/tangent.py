@@ -19,6 +19,7 @@ Source: Liu & Soatto, *Tangent Model Composition for Ensembling and Continual Fi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,33 +66,18 @@ def tangent_features(backbone: Backbone, tau: Weights, images: Tensor) -> Tensor
     return result
 
 
-def linearised(backbone: Backbone, theta: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    r"""Return the map from uint8 images to features, linearised at the pre-trained weights.
-
-    It replaces :meth:`fedcompo.backbone.backbone.Backbone.forward` for compositions of tangents:
-    :math:`f(x;\theta_0) + J(\theta - \theta_0)`, by one JVP a batch.
+def feature_map(backbone: Backbone, theta: Weights, *, tangent: bool) -> Callable[[Tensor], Tensor]:
+    r"""Return the map from uint8 images to features under composed weights.
 
     Args:
         backbone: Pre-trained weights.
         theta: Composed target weights by name, (out, in); those not named stay pre-trained.
+        tangent: Whether they are composed of tangents. The backbone is then linearised at the
+            pre-trained weights: :math:`f(x;\theta_0) + J(\theta - \theta_0)`, by one JVP a batch.
     """
-    tau = change_from(backbone.theta_0, theta)
-
-    def features(images: Tensor) -> Tensor:
-        return tangent_features(backbone, tau, images)
-
-    return features
-
-
-def feature_map(backbone: Backbone, theta: Weights, *, tangent: bool) -> Callable[[Tensor], Tensor]:
-    """Return the map from uint8 images to features under composed weights.
-
-    Args:
-        backbone: Pre-trained weights.
-        theta: Composed target weights by name, (out, in).
-        tangent: Whether they are composed of tangents, so that the backbone is linearised.
-    """
-    return linearised(backbone, theta) if tangent else backbone.forward(theta)
+    if not tangent:
+        return backbone.forward(theta)
+    return partial(tangent_features, backbone, change_from(backbone.theta_0, theta))
 
 
 def change_from(theta_0: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> Weights:

@@ -37,15 +37,19 @@ class Catalogue:
     """(count,) whether each is a test image; None: the source does not say."""
     open: Callable[[int], Image.Image | bytes]
     """Read one image as pixels or as its file's content, or one text. May raise any exception."""
-    describe: Callable[[int], str]
-    """Describe one image, for messages."""
     modality: Modality = Modality.PICTURES
     """Pictures or texts."""
+    which: Callable[[int], object] = "image {}".format
+    """Name one image, for messages."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
+
+    def describe(self, index: int) -> str:
+        """Name one image and its class, for messages."""
+        return f"{self.which(index)} (class {str(self.classes[index])!r})"
 
     def count(self, indices: Iterable[int]) -> str:
         """Count images by class, for those who may know no more of them than that."""

@@ -95,11 +95,6 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
     return tuple(f"client-{partition}" for partition in range(source.num_tasks))
 
 
-def num_clients(source: DataConfig) -> int:
-    """Count the clients that a source yields; raises as :func:`client_names` does."""
-    return len(client_names(source))
-
-
 def load_client_data(
     config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int
 ) -> ClientData:
@@ -117,11 +112,10 @@ def load_client_data(
     """
     kind, rest = _parse(config.data)
     names = client_names(config)
-    count = len(names)
-    if not 0 <= partition < count:
+    if not 0 <= partition < len(names):
         raise DataError(
-            f"There is no client {partition}: `data` {config.data!r} yields {count} clients, 0 to "
-            f"{count - 1}. Start as many clients as the data has, or change `num-tasks`."
+            f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "
+            f"0 to {len(names) - 1}. Start as many clients as the data has, or change `num-tasks`."
         )
     path, name = Path(rest).expanduser(), names[partition]
     if kind == "folder":
@@ -148,25 +142,22 @@ def load_folder(
     *,
     seed: int,
     images_per_class: int = 0,
-    name: str = "",
 ) -> ClientData:
-    """Load the folder of one client; in a deployment each node has its own path.
+    """Load the folder of one client, which has its name; in a deployment each node has its own.
 
     Args:
         path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
         preprocessing: Input that the backbone expects.
         seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
         images_per_class: Keep at most this many training images a class; 0: all.
-        name: The client's name; empty: the folder's.
 
     Raises:
         DataError: If the folder or one of its images cannot be used.
     """
     path = Path(path).expanduser().absolute()
-    name = name or path.name
-    catalogue = folder_catalogue(path, client=name)
+    catalogue = folder_catalogue(path, client=path.name)
     return _load_classes(
-        catalogue, catalogue.names, preprocessing, client=name, seed=seed, cap=images_per_class
+        catalogue, catalogue.names, preprocessing, client=path.name, seed=seed, cap=images_per_class
     )
 
 

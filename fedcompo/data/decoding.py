@@ -155,7 +155,8 @@ class _Reader:
             return example
         opened = _opened(example) if isinstance(example, bytes) else example
         self._about = f"{opened.format or 'pixels'}, mode {opened.mode}, size {opened.size}: "
-        kind, wide = _kind(opened), _kind(opened) in WIDE.values()
+        kind = _kind(opened)
+        wide = kind in WIDE.values()
         white = getattr(opened, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0
         odd = {
             PAGES: getattr(opened, "is_animated", False),

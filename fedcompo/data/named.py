@@ -41,7 +41,6 @@ def digits_catalogue() -> Catalogue:
         classes=classes,
         is_test=is_test,
         open=lambda index: Image.fromarray(pixels[index]),
-        describe=lambda index: f"image {index} (class {str(classes[index])!r})",
     )
 
 
@@ -83,5 +82,4 @@ def cifar100_catalogue() -> Catalogue:
         classes=classes,
         is_test=np.arange(len(classes)) >= first_test,
         open=open_picture,
-        describe=lambda index: f"image {index} (class {str(classes[index])!r})",
     )

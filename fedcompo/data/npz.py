@@ -64,7 +64,6 @@ def npz_catalogue(path: Path) -> Catalogue:
         classes=classes,
         is_test=None if split is None else split == 1,
         open=open_picture,
-        describe=lambda index: f"image {index} (class {str(classes[index])!r})",
     )
 
 
@@ -98,12 +97,9 @@ def _read(path: Path) -> dict[str, Array]:
 
 def _raw_pictures(images: Array, path: Path) -> tuple[Opener, int]:
     """Return the function that opens image i of ``images``, and the number of images."""
-    shapes_fit = images.ndim in (3, 4) and images.shape[3:] in ((), (1,), (3,))
-    if images.dtype != np.uint8 or not shapes_fit:
-        raise DataError(
-            f"`images` in {path} must be uint8 of shape (count, height, width) or (count, height, "
-            f"width, 3), got {images.dtype} of shape {images.shape}."
-        )
+    fits = images.ndim in (3, 4) and images.shape[3:] in ((), (1,), (3,))
+    expected = "uint8 of shape (count, height, width) or (count, height, width, 3)"
+    _require(images.dtype == np.uint8 and fits, "images", images, expected, path)
     if not images.size:
         raise DataError(f"{path} holds no images: `images` has shape {images.shape}.")
     if images.shape[3:] == (1,):
@@ -113,16 +109,10 @@ def _raw_pictures(images: Array, path: Path) -> tuple[Opener, int]:
 
 def _packed_pictures(jpeg: Array, offsets: Array, path: Path) -> tuple[Opener, int]:
     """Return the function that opens image i of ``jpeg``, and the number of images."""
-    if jpeg.dtype != np.uint8 or jpeg.ndim != 1:
-        raise DataError(
-            f"`jpeg` in {path} must be uint8 of shape (bytes,), got {jpeg.dtype} of shape "
-            f"{jpeg.shape}."
-        )
-    if offsets.ndim != 1 or offsets.dtype.kind not in "iu":
-        raise DataError(
-            f"`offsets` in {path} must be integers of shape (count + 1,), got {offsets.dtype} of "
-            f"shape {offsets.shape}."
-        )
+    fits = jpeg.dtype == np.uint8 and jpeg.ndim == 1
+    _require(fits, "jpeg", jpeg, "uint8 of shape (bytes,)", path)
+    fits = offsets.dtype.kind in "iu" and offsets.ndim == 1
+    _require(fits, "offsets", offsets, "integers of shape (count + 1,)", path)
     bounds = offsets.astype(np.int64)
     if len(bounds) < 2:
         raise DataError(f"{path} holds no images: `offsets` has shape {offsets.shape}.")
@@ -138,16 +128,16 @@ def _packed_pictures(jpeg: Array, offsets: Array, path: Path) -> tuple[Opener, i
 def _flat(members: dict[str, Array], name: str, kinds: str, count: int, path: Path) -> Array:
     """Check that a member has one integer an image."""
     values = members[name]
-    if values.dtype.kind not in kinds or values.ndim != 1:
-        raise DataError(
-            f"`{name}` in {path} must be integers of shape ({count},), got {values.dtype} of shape "
-            f"{values.shape}."
-        )
-    if len(values) != count:
-        raise DataError(
-            f"`{name}` in {path} has {len(values)} entries for {count} images; expected one each."
-        )
+    fits = values.dtype.kind in kinds and values.shape == (count,)
+    _require(fits, name, values, f"integers of shape ({count},), one an image", path)
     return values
+
+
+def _require(fits: bool, name: str, values: Array, expected: str, path: Path) -> None:
+    if not fits:
+        raise DataError(
+            f"`{name}` in {path} must be {expected}, got {values.dtype} of shape {values.shape}."
+        )
 
 
 def _class_names(members: dict[str, Array], labels: Array, path: Path) -> NDArray[np.str_]:
@@ -155,11 +145,8 @@ def _class_names(members: dict[str, Array], labels: Array, path: Path) -> NDArra
     if "names" not in members:
         return labels.astype(np.str_)
     names = members["names"]
-    if names.dtype.kind != "U" or names.ndim != 1:
-        raise DataError(
-            f"`names` in {path} must be text of shape (classes,), got {names.dtype} of shape "
-            f"{names.shape}. Save it with numpy.array(list_of_names)."
-        )
+    fits = names.dtype.kind == "U" and names.ndim == 1
+    _require(fits, "names", names, "text of shape (classes,), as of numpy.array(a_list)", path)
     if labels.max() >= len(names):
         raise DataError(
             f"`labels` in {path} reach {labels.max()}, but `names` has {len(names)} "

@@ -71,8 +71,8 @@ def text_catalogue(path: Path) -> Catalogue:
         classes=np.array(classes),
         is_test=None if unsaid[0] else np.array([split == "test" for split in splits]),
         open=lambda index: texts[index],
-        describe=lambda index: f"text {index + 1} (class {classes[index]!r})",
         modality=Modality.TEXTS,
+        which=lambda index: f"text {index + 1}",
     )
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fedcompo.method.deltas import IA3 as IA3
     from fedcompo.method.deltas import Full as Full
     from fedcompo.method.deltas import LoRA as LoRA
-    from fedcompo.method.deltas import Tangent as Tangent
     from fedcompo.method.features import FeatureMixture as FeatureMixture
     from fedcompo.method.fisher import FisherDiagonal as FisherDiagonal
     from fedcompo.method.heads import Head as Head

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
-from fedcompo.errors import ContributionError, FileFormatError
+from fedcompo.errors import FileFormatError
 from fedcompo.method.features import FeatureMixture, Mixtures
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import load_fisher, save_fisher
@@ -174,29 +174,6 @@ def counts_of(statistics: AnyStatistics) -> dict[str, int]:
     if isinstance(statistics, FeatureSums):
         return dict(zip(statistics.classes, statistics.counts.tolist(), strict=True))
     return {name: mixture.num_examples for name, mixture in sorted(statistics.items())}
-
-
-def check_statistics(
-    statistics: AnyStatistics, classes: tuple[str, ...], num_features: int, owner: str
-) -> None:
-    """Refuse statistics that a joint head cannot be made of; raises ``ContributionError``.
-
-    Args:
-        statistics: Of one client.
-        classes: Its classes, sorted.
-        num_features: Width of the backbone's features.
-        owner: Whose they are, for the error message.
-    """
-    if isinstance(statistics, FeatureSums):
-        statistics.check(classes, num_features, owner)
-        return
-    if set(statistics) != set(classes):
-        raise ContributionError(
-            f"The statistics of {owner} describe the classes {sorted(statistics)}, expected "
-            f"{list(classes)}."
-        )
-    for mixture in statistics.values():
-        mixture.check(num_features, owner)
 
 
 def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:

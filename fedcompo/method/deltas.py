@@ -22,7 +22,10 @@ Weights = dict[str, Tensor]
 
 
 class Full(nn.Module):
-    r""":math:`\Delta` itself, dense, (out, in)."""
+    r""":math:`\Delta` itself, dense, (out, in); of tangents a direction.
+
+    In that the features are linearised around θ₀; see :mod:`fedcompo.backbone.tangent`.
+    """
 
     sized = frozenset({"delta"})
 
@@ -34,13 +37,6 @@ class Full(nn.Module):
     def forward(self) -> Tensor:
         """Return the change, (out, in)."""
         return self.delta
-
-
-class Tangent(Full):
-    """Dense too, but a direction: the features are linearised in it, around θ₀.
-
-    See :mod:`fedcompo.backbone.tangent`.
-    """
 
 
 class LoRA(nn.Module):
@@ -94,7 +90,7 @@ KINDS: Mapping[Kind, type[Full] | type[LoRA] | type[IA3]] = {
     Kind.FULL: Full,
     Kind.LORA: LoRA,
     Kind.IA3: IA3,
-    Kind.TANGENT: Tangent,
+    Kind.TANGENT: Full,
 }
 
 

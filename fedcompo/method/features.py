@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, DataError
-from fedcompo.method.ranges import FEATURE, check_range
+from fedcompo.method.ranges import FEATURE, MOST_IMAGES, check_range
 
 EXAMPLES_PER_COMPONENT = 8
 """Fewest images for each Gaussian."""
@@ -61,10 +61,12 @@ class FeatureMixture:
             self.variances, FEATURE**2, f"The variances of a mixture of {owner}", least=TINY
         )
         count = self.num_examples  # JSON can hold any value
-        if type(count) is not int or count < 1 or abs(float(self.weights.sum()) - 1) > SLACK:
+        counted = type(count) is int and 1 <= count <= MOST_IMAGES
+        if not counted or abs(float(self.weights.sum()) - 1) > SLACK:
             raise ContributionError(
                 f"A mixture of {owner} has {count!r:.80} examples and shares summing to "
-                f"{float(self.weights.sum()):.4f}, expected at least 1 example and a sum of 1."
+                f"{float(self.weights.sum()):.4f}, expected at least 1 example, at most "
+                f"{MOST_IMAGES}, and a sum of 1."
             )
 
 

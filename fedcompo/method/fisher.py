@@ -122,8 +122,8 @@ class FisherDiagonal:
             return FisherDiagonal(renamed, self.num_examples)
         parts: Weights = {}
         for name, total in self.sums.items():
-            rows, columns = (margin.to(total.dtype) for margin in margins(total))
-            parts |= {f"{name}{ROWS}": rows, f"{name}{COLUMNS}": columns}
+            for axis, end in ((1, ROWS), (0, COLUMNS)):
+                parts[f"{name}{end}"] = total.double().sum(axis).to(total.dtype)
         return FisherDiagonal(parts, self.num_examples)
 
     def thinned(self) -> FisherDiagonal:
@@ -193,12 +193,6 @@ class FisherDiagonal:
                 f"{min(differing)!r}; they must have the same names and shapes."
             )
         return mine, theirs
-
-
-def margins(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Return row sums, (out,), and column sums, (in,), of a matrix, (out, in); in float64."""
-    total = total.double()
-    return total.sum(1), total.sum(0)
 
 
 def outer(rows: Tensor, columns: Tensor) -> Tensor:

@@ -62,25 +62,21 @@ def load_fisher(
     sums = StreamedTensors(path, guard=guard or (lambda: None))
     manifest = sums.manifest
     require_content(manifest, "fisher", path)
-    if missing := sorted({"client", "base", "num_examples"} - manifest.keys()):
+    try:
+        owner, origin, count = manifest["client"], manifest["base"], int(manifest["num_examples"])
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise FileFormatError(
-            f"The manifest of {path} has no {missing[0]!r}. It was written by another version of "
-            "fedcompo; estimate this Fisher again."
-        )
-    if manifest["client"] != client:
-        raise FileFormatError(
-            f"{path} belongs to client {manifest['client']!r}, expected {client!r}."
-        )
-    if manifest["base"] != base:
+            f"The manifest of {path} cannot be used ({type(error).__name__}: {error}). It was "
+            "written by another version of fedcompo; estimate this Fisher again."
+        ) from error
+    if owner != client:
+        raise FileFormatError(f"{path} belongs to client {owner!r}, expected {client!r}.")
+    if origin != base:
         raise BackboneMismatch(
-            f"{path} was estimated at the backbone {manifest['base']}, expected {base}. "
+            f"{path} was estimated at the backbone {origin}, expected {base}. "
             "Use the same `backbone` and `checkpoint`, or estimate it again."
         )
     if guard is None:
         sums.check()
     weights = Section(sums, without=OLD_HEAD)
-    try:
-        count = int(manifest["num_examples"])
-    except (ValueError, TypeError) as error:
-        raise FileFormatError(f"The manifest of {path} cannot be used: {error}") from error
     return FisherDiagonal(dict(weights) if guard is None else weights, count)

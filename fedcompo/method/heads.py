@@ -111,20 +111,14 @@ def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
         within, level = torch.eye(size, dtype=torch.float64), 1.0
     added = max(shrinkage, LEAST_SHRINKAGE)
     if not is_positive(within + 0.5 * added * level * torch.eye(size, dtype=torch.float64)):
-        within = without_negative(within)
+        values, vectors = torch.linalg.eigh(within)
+        within = (vectors * values.clamp_min(0)) @ vectors.T  # the nearest one without
         level = float(within.trace()) / size
     shared = (1 - shrinkage) * within
     shared.diagonal().add_(added * level)
     weight = torch.linalg.solve(shared, means.T).T
     bias = -0.5 * (weight * means).sum(1)
     return Head(total.classes, weight.float(), bias.float())
-
-
-def without_negative(matrix: Tensor) -> Tensor:
-    """Return the nearest symmetric matrix without negative eigenvalues, (size, size)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    nearest: Tensor = (vectors * values.clamp_min(0)) @ vectors.T
-    return nearest
 
 
 def fit_head(features: Tensor, labels: Tensor, start: Head, *, ridge: float) -> Head:
@@ -167,9 +161,8 @@ def align(
     samples: int,
     ridge: float,
     seed: int,
-    start: Head | None = None,
 ) -> Head:
-    """Fit the joint head to features drawn from the mixtures of all clients.
+    """Fit the joint head, from zeros, to features drawn from the mixtures of all clients.
 
     Args:
         mixtures: By class name, one mixture for each client that has the class, in the order of
@@ -178,7 +171,6 @@ def align(
         samples: Features drawn for each class.
         ridge: λ of :func:`fit_head`.
         seed: Seed of the draws.
-        start: Where the fit begins; None: zeros.
 
     Returns:
         The joint head.
@@ -186,7 +178,7 @@ def align(
     classes = tuple(classes)
     generator = torch.Generator().manual_seed(seed)
     features, labels = draw(mixtures, classes, samples=samples, generator=generator)
-    return fit_head(features, labels, start or zero_head(classes, features.shape[1]), ridge=ridge)
+    return fit_head(features, labels, zero_head(classes, features.shape[1]), ridge=ridge)
 
 
 def head_tensors(head: Head) -> dict[str, Tensor]:

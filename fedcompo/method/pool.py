@@ -91,7 +91,6 @@ class Pool:
         coefficients: Mapping[str, float] | None = None,
         *,
         scale: float = 1.0,
-        base: str = "",
     ) -> Weights:
         r"""Add the task vectors to the pre-trained weights.
 
@@ -101,18 +100,16 @@ class Pool:
             theta_0: Target weights by name, each (out, in).
             coefficients: :math:`w_c` by client; None: equal ones.
             scale: :math:`\lambda`.
-            base: Fingerprint of ``theta_0``, to compare with that of the contributions; "": do not.
 
         Returns:
             :math:`\theta_P`, same names, shapes, dtypes as ``theta_0``.
 
         Raises:
-            BackboneMismatch: If the contributions were trained on another backbone.
             ContributionError: If the pool is empty or mixes tangents with another kind, or the
                 coefficients are not one a client, not negative, summing to one.
         """
         theta_p = dict(theta_0)
-        theta_p.update(self.stream(theta_0, coefficients, scale=scale, base=base))
+        theta_p.update(self.stream(theta_0, coefficients, scale=scale))
         return theta_p
 
     def stream(
@@ -121,14 +118,13 @@ class Pool:
         coefficients: Mapping[str, float] | None = None,
         *,
         scale: float = 1.0,
-        base: str = "",
     ) -> Iterator[tuple[str, Tensor]]:
         """Compose one weight after the other, in the order of names; see :meth:`compose`.
 
         Yields:
             Name and composed value, (out, in), of each weight that changes.
         """
-        coefficients = self.check_composable(coefficients, base=base)
+        coefficients = self.check_composable(coefficients)
         for name in sorted({name for c in self for name in c.task_vector.names}):
             weight = theta_0[name]
             total = torch.zeros_like(weight, dtype=torch.float64)
@@ -141,7 +137,10 @@ class Pool:
     def check_composable(
         self, coefficients: Mapping[str, float] | None, *, base: str = ""
     ) -> dict[str, float]:
-        """Return the coefficients that :meth:`compose` uses; raises as it does."""
+        """Return the coefficients that :meth:`compose` uses; raises as it does.
+
+        And ``BackboneMismatch``, if it was trained on another base than this fingerprint.
+        """
         if not self.contributions:
             raise ContributionError("An empty pool cannot be composed; add a contribution.")
         trained_on = self.contributions[0].task_vector.base

@@ -32,6 +32,8 @@ FISHER = 2.0**60
 """Largest number in a sum of Fishers."""
 FEATURE = 2.0**20
 """Largest mean of a feature."""
+MOST_IMAGES = 2**31
+"""Most images that a client has of a class, and in all."""
 FEWEST = 3
 """Number of clients from which on one can stand out among the others."""
 STRANGE = 100.0

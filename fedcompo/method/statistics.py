@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, DataError
-from fedcompo.method.ranges import check_floats
+from fedcompo.method.ranges import MOST_IMAGES, check_floats
 
 BITS = 24
 """A sum is a whole multiple of 2^-24. A float32 above one is such a multiple itself."""
@@ -31,8 +31,6 @@ ROUNDING = 2.0**-20
 """Bound on what float32 and the grid do to a scatter, relative to its second moment."""
 LIMIT = CEILING // 16
 """And those of one client below this, so that no client alone leaves no room for the others."""
-MOST_IMAGES = 2**32
-"""A client has fewer images of a class."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +150,10 @@ class FeatureSums:
                 f"The statistics of {owner} are of the classes {self.classes} with shapes {shapes},"
                 f" expected {classes} and {expected}."
             )
-        if any(not 1 <= count < clients * MOST_IMAGES for count in self.counts.tolist()):
+        if any(not 1 <= count <= clients * MOST_IMAGES for count in self.counts.tolist()):
             raise ContributionError(
-                f"The statistics of {owner} count {self.counts.tolist()} images by class, expected "
-                "at least one each, and fewer than 2^32 of a client."
+                f"The statistics of {owner} count {self.counts.tolist()[:5]} … images by class, "
+                f"expected at least one each, and at most {MOST_IMAGES} of a client."
             )
         self.check_scatter(owner)
 

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedcompo.config.choices import Curvature
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import COLUMNS, ROWS, FisherDiagonal
 from fedcompo.method.heads import Head
@@ -111,7 +110,6 @@ def private_fisher(
     names: Iterable[str],
     *,
     head: Head | None = None,
-    curvature: Curvature = Curvature.FEATURES,
     factored: bool,
     clip: float,
     noise: float,
@@ -123,9 +121,8 @@ def private_fisher(
         model: Maps images to features.
         batches: All normalised images, neither shuffled nor augmented.
         names: Weights of linear layers.
-        head: Turns features into logits, for the Fisher of class probabilities; must not be fitted
-            to these images without noise.
-        curvature: Of what; Monte Carlo counts as exact.
+        head: Turns features into logits, for the exact Fisher of class probabilities; must not be
+            fitted to these images without noise. None: the Fisher of features.
         factored: Whether it is sent as row and column sums.
         clip: Largest Fisher, as a norm, that one image may add.
         noise: In sensitivities.
@@ -136,12 +133,8 @@ def private_fisher(
         noise too, at least one.
 
     Raises:
-        ValueError: If a head is needed and there is none.
         BackboneError: If images cannot be told apart at a layer.
     """
-    if curvature is not Curvature.FEATURES and head is None:
-        raise ValueError(f"The Fisher of `curvature = {curvature}` needs a head, got none.")
-    under = None if curvature is Curvature.FEATURES else head
     sums: Weights = {}
     count, names = 0, tuple(names)
     for images in batches:
@@ -149,7 +142,7 @@ def private_fisher(
             with evaluation_mode(model), recorded(model, names) as record:
                 require_own_rows(model, images, names, record)
         fishers = per_example_fishers(
-            model, images, names, head=under, factored=factored, entropy=entropy
+            model, images, names, head=head, factored=factored, entropy=entropy
         )
         for name, part in clipped_sum(fishers, clip).items():
             sums[name] = sums[name] + part if name in sums else part

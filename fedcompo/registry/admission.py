@@ -16,12 +16,7 @@ from pathlib import Path
 from fedcompo.composition.fixed_point import Rounding, rounded
 from fedcompo.config.choices import Method, Statistics
 from fedcompo.errors import ContributionError, FileFormatError
-from fedcompo.method.contribution import (
-    AnyStatistics,
-    Contribution,
-    check_statistics,
-    counts_of,
-)
+from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.ranges import beyond
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
@@ -153,15 +148,16 @@ def check_features(
         ContributionError: Says whose they are, and what was expected.
     """
     check_kind(statistics, expected, owner)
-    check_statistics(statistics, classes, num_features, owner)
-    counts = counts_of(statistics)
-    if not all(type(count) is int and 1 <= count <= LIMITS.examples for count in counts.values()):
-        raise ContributionError(
-            f"{owner} counts {list(counts.values())[:5]} … images by class, expected whole numbers "
-            f"from 1 to {LIMITS.examples}."
-        )
     if isinstance(statistics, FeatureSums):
+        statistics.check(classes, num_features, owner)
         return
+    if set(statistics) != set(classes):
+        raise ContributionError(
+            f"The statistics of {owner} describe the classes {sorted(statistics)}, expected "
+            f"{list(classes)}."
+        )
+    for mixture in statistics.values():
+        mixture.check(num_features, owner)
     if (most := max(own.weights.numel() for own in statistics.values())) > LIMITS.components:
         raise ContributionError(
             f"A mixture of {owner} has {most} components, and may have {LIMITS.components}."

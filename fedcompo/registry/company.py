@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.method.deltas import Weights
+from fedcompo.method.ranges import MOST_IMAGES
 from fedcompo.registry.owners import Owners, owners_in
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class Limits:
     class, grows with the square."""
     components: int = 256
     """Gaussians in a mixture."""
-    examples: int = 2**31
-    """Images of a class, and in all."""
+    examples: int = MOST_IMAGES
+    """Images in all."""
     lineage: int = 4096
     """Names in each list of a lineage."""
     settings: int = 1 << 16

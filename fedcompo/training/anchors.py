@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from fedcompo.config.choices import AnchorBy
 from fedcompo.method.deltas import Weights
@@ -24,41 +24,26 @@ TOLERATED = 10.0
 
 @dataclass(frozen=True)
 class FisherSums:
-    """The Fisher sums of a run's clients."""
+    """The Fisher sums of a run's clients, added up in the order of names."""
 
-    by: AnchorBy
     members: tuple[str, ...]
-    """Clients that have a Fisher sum, sorted."""
-    total: FisherDiagonal
-    """Sum over the examples of all members; factored if one of them is."""
+    """Clients that have a Fisher sum, at least one; sorted."""
     load: Callable[[str], FisherDiagonal]
     """Reads a member's Fisher sum."""
+    by: AnchorBy
+    """Whose Fisher anchors a client."""
     reference: FisherDiagonal | None = None
+    """Fisher sum of no client's examples; needed if clients are anchored by it."""
     fewest: int = 1
     """Other clients without which their mean anchors nobody (the setting ``min-others``)."""
+    total: FisherDiagonal = field(init=False)
+    """Sum over the examples of all members; factored if one of them is."""
 
-    @classmethod
-    def of(
-        cls,
-        members: Iterable[str],
-        load: Callable[[str], FisherDiagonal],
-        *,
-        by: AnchorBy,
-        reference: FisherDiagonal | None = None,
-        fewest: int = 1,
-    ) -> FisherSums:
-        """Add the members' sums in the order of names, whatever the order of arrival.
-
-        Args:
-            members: At least one client.
-            load: Reads a member's Fisher sum.
-            by: Whose Fisher anchors a client.
-            reference: Fisher sum of no client's examples; needed if clients are anchored by it.
-            fewest: Other clients without which their mean anchors nobody.
-        """
-        members = tuple(sorted(members))
-        total = functools.reduce(operator.add, map(load, members))
-        return cls(by, members, total, load, reference, fewest)
+    def __post_init__(self) -> None:
+        """Read and add up the members' sums."""
+        object.__setattr__(self, "members", tuple(sorted(self.members)))
+        total = functools.reduce(operator.add, map(self.load, self.members))
+        object.__setattr__(self, "total", total)
 
     def mean_for(self, client: str, *, with_own: bool = False) -> Weights | None:
         """Return the *mean* Fisher that anchors a client; None if there are no examples for it.

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,10 @@ from fedcompo.training.per_example import (
 class FisherReport:
     """Cost and size of an estimate."""
 
-    passes: int = 0
+    passes: int
     """Backward passes, over all batches."""
-    batches: int = 0
-    trace: float = 0.0
+    batches: int
+    trace: float
     """Sum of all entries of the estimate."""
 
 
@@ -93,10 +93,10 @@ def estimate_fisher(
     for name, (end, *axes) in itertools.product(names, ends):
         shape = [parameters[name].shape[axis] for axis in axes]
         sums[name + end] = torch.zeros(shape, dtype=torch.float64, device=device)
-    count, report = 0, FisherReport()
+    count = passes = done = 0
     with evaluation_mode(model), recorded(model, names) as record:
         for images in batches:
-            if not report.batches:
+            if not done:
                 require_own_rows(model, images, names, record)
             features = model(images)
             require_recorded(record, names)
@@ -112,12 +112,10 @@ def estimate_fisher(
                     continue
                 for name, _, squares in squared_gradients(record, features, cotangent):
                     sums[name].add_(squares.sum(0))
-            passes = report.passes + len(cotangents)
-            report = replace(report, passes=passes, batches=report.batches + 1)
-            count += len(images)
+            passes, done, count = passes + len(cotangents), done + 1, count + len(images)
             record.clear()
     fisher = FisherDiagonal(sums, count)
-    return fisher, replace(report, trace=fisher.mean_trace() * count)
+    return fisher, FisherReport(passes, done, fisher.mean_trace() * count)
 
 
 def directions(features: Tensor, generator: torch.Generator) -> Tensor:

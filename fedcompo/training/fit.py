@@ -106,10 +106,7 @@ def fit_task_vector(
     training_of = _TangentTraining if kind is Kind.TANGENT else _Training
     scale, variance = feature_scale(backbone, data.images)
     head = HeadTraining(
-        course.head or start,
-        scale=scale,
-        fixed=course.fixed,
-        device=backbone.device,
+        course.head or start, scale=scale, fixed=course.fixed, device=backbone.device
     )
     batch, steps = pace(len(data.labels), config, course.share)
     training = training_of(backbone, kind, head, config, course, generator, steps, variance)
@@ -180,19 +177,15 @@ class _Training:
         self.deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
         if course.begin is not None:
             _restore(self.deltas, course.begin)
-        self._penalty = TrainingPenalty(
-            self.deltas,
-            course.anchor,
-            course.ensemble,
-            config,
-            steps=steps / course.share,
-            variance=variance,
-        )
-        self.held = self._penalty.held
         self._ensemble = course.ensemble
         if self._ensemble is not None:
             rest = {name: t.to(backbone.device) for name, t in self._ensemble.rest.items()}
             self._ensemble = replace(self._ensemble, rest=rest)
+        whole = steps / course.share
+        self._penalty = TrainingPenalty(
+            self.deltas, course.anchor, self._ensemble, config, steps=whole, variance=variance
+        )
+        self.held = self._penalty.held
         # AdamW decays towards zero; a scale of (IA)³ rests at one, and would take the weight along.
         decay = 0.0 if kind is Kind.IA3 else config.weight_decay
         relative = config.learning_rate == 0
@@ -211,9 +204,8 @@ class _Training:
         """Take one step on a batch; returns its mean loss, without penalties."""
         for group in self._optimiser.param_groups:
             group["lr"] = self._peak * schedule * group["size"]
-        images = augment(
-            images.to(self._backbone.device), self._config.augmentation, self._generator
-        )
+        images = images.to(self._backbone.device)
+        images = augment(images, self._config.augmentation, self._generator)
         tau = {name: delta() for name, delta in self.deltas.items()}
         with _autocast(self._config.precision, self._backbone.device):
             logits = self._head.logits(self._features(tau, images))
@@ -271,7 +263,6 @@ def _batches(
 
 
 def _autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    half = precision is Precision.BFLOAT16 or (
-        precision is Precision.AUTO and device.type == "cuda"
-    )
+    on_gpu = device.type == "cuda"
+    half = precision is Precision.BFLOAT16 or (precision is Precision.AUTO and on_gpu)
     return torch.autocast(device.type, torch.bfloat16, enabled=half)

@@ -76,12 +76,12 @@ class TrainingPenalty:
         steps: float,
         variance: float = 1.0,
     ) -> None:
-        """Move the metric, and the sum of the others, to the device of the deltas.
+        """Move the metric to the device of the deltas.
 
         Args:
             deltas: Trainable changes by weight name.
             anchor: The metric; None: there is no penalty.
-            ensemble: The others (IEL); None: ITA.
+            ensemble: The others (IEL), on that device; None: ITA.
             config: Strength, and how the penalty acts.
             steps: Optimiser steps of the whole training, of which this may be a part.
             variance: Of the features, in all: the unit of the trust region in a Fisher of features.
@@ -96,12 +96,12 @@ class TrainingPenalty:
         held = strength > 0 or self._limit > 0
         self._fisher: Metric = {}
         if anchor and held:
-            self._fisher = {n: anchor.weights[n].to(_device(d)) for n, d in deltas.items()}
-        self._rest = _on_devices(deltas, ensemble.rest) if ensemble and self._fisher else {}
+            devices = {name: next(delta.parameters()).device for name, delta in deltas.items()}
+            self._fisher = {n: anchor.weights[n].to(device) for n, device in devices.items()}
         self._strength, self._pull = strength, None
-        if ensemble is not None:
+        if ensemble is not None and self._fisher:
             self._strength = strength * own_strength(ensemble.share)
-            self._pull = {name: strength * rest for name, rest in self._rest.items()}
+            self._pull = {name: strength * ensemble.rest[name] for name in deltas}
         self._schedules: list[float] = []
         self._moves: list[Tensor] = []
 
@@ -115,8 +115,8 @@ class TrainingPenalty:
             return None
         if self._ensemble is None:
             return ita_penalty(tau, self._fisher, self._config.alpha)
-        share, beta = self._ensemble.share, self._ensemble.beta
-        return iel_penalty(tau, self._fisher, self._rest, share=share, beta=beta)
+        rest, share, beta = self._ensemble.rest, self._ensemble.share, self._ensemble.beta
+        return iel_penalty(tau, self._fisher, rest, share=share, beta=beta)
 
     def step(self, schedule: float, *, last: bool) -> None:
         """Take the penalty's own step, after the optimiser's; none if it is coupled.
@@ -152,12 +152,3 @@ class TrainingPenalty:
         taken = float(torch.stack(self._moves).sum())
         length = float(torch.stack([delta().norm() for delta in self._deltas.values()]).norm())
         return taken / (taken + length) if taken > 0 else 0.0
-
-
-def _on_devices(deltas: Mapping[str, Delta], weights: Weights) -> Weights:
-    """Select the entries of the deltas, each on its delta's device."""
-    return {name: weights[name].to(_device(delta)) for name, delta in deltas.items()}
-
-
-def _device(delta: Delta) -> torch.device:
-    return next(delta.parameters()).device

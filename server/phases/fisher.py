@@ -99,13 +99,10 @@ class Fishers:
         parties = [c for c in self.roster.parties if self._file(c).exists()]
         everyone, by = self._without_too_large([*known, *parties]), self.config.train.anchor
         fewest = self.config.caps.min_others
-        self.sums = (
-            FisherSums.of(
-                everyone, self._weighed(everyone), by=by, reference=self.reference, fewest=fewest
-            )
-            if everyone
-            else None
-        )
+        self.sums = None
+        if everyone:
+            weighed = self._weighed(everyone)
+            self.sums = FisherSums(tuple(everyone), weighed, by, self.reference, fewest)
         if not notes:
             return
         if without := sorted(set(self.roster.participants.members) - set(known)):

@@ -29,7 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import settings_of
 from fedcompo.config.setting import Scalar
-from fedcompo.data.client_data import num_clients
+from fedcompo.data.client_data import client_names
 from fedcompo.engine.launcher import find_app
 from fedcompo.engine.run_folder import RESULTS, reserve_output
 from fedcompo.errors import FedcompoError
@@ -124,7 +124,7 @@ def run_in_process(settings: Mapping[str, Scalar], output: Path) -> dict:
     from clients.app import app as client_app
     from server.app import app as server_app
 
-    clients = num_clients(RunConfig.parse(settings).data)
+    clients = len(client_names(RunConfig.parse(settings).data))
     config = {**settings, "output": str(output)}
     config["num-clients"] = config.get("num-clients") or clients
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)

@@ -24,7 +24,6 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import (
     TangentModel,
     feature_map,
-    linearised,
     square_loss,
     tangent_features,
 )
@@ -39,6 +38,10 @@ QKV, FC2 = "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"
 class InFloat64(Preprocessing):
     def normalise(self, images: Tensor) -> Tensor:
         return super().normalise(images).double()
+
+
+def linearised(backbone, theta):
+    return feature_map(backbone, theta, tangent=True)
 
 
 def double_backbone() -> Backbone:

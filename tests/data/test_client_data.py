@@ -17,9 +17,9 @@ from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import (
     ClientData,
     Split,
+    client_names,
     load_client_data,
     load_folder,
-    num_clients,
     set_aside,
 )
 from fedcompo.data.draws import (
@@ -40,7 +40,7 @@ RGB_16 = Preprocessing(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.5,) * 
 def all_clients(config: DataConfig, *, seed: int = 0) -> list[ClientData]:
     return [
         load_client_data(config, GREY_8, partition=partition, seed=seed)
-        for partition in range(num_clients(config))
+        for partition in range(len(client_names(config)))
     ]
 
 
@@ -287,7 +287,7 @@ def test_folders_whose_names_no_client_can_have_are_refused_all_at_once(tmp_path
 )
 def test_an_unknown_source_is_refused_with_the_list_and_the_nearest(data: str, hint: str):
     with pytest.raises(DataError) as caught:
-        num_clients(DataConfig(data=data))
+        client_names(DataConfig(data=data))
     assert "digits, folder:<path>, npz:<path>, text:<path>, cifar100" in str(caught.value)
     assert str(caught.value).endswith(hint)
 
@@ -295,9 +295,9 @@ def test_an_unknown_source_is_refused_with_the_list_and_the_nearest(data: str, h
 def test_a_bare_path_is_refused_with_the_source_that_reads_it(tmp_path: Path):
     (tmp_path / "scans.npz").touch()
     with pytest.raises(DataError, match="Did you mean 'folder:"):
-        num_clients(DataConfig(data=str(tmp_path)))
+        client_names(DataConfig(data=str(tmp_path)))
     with pytest.raises(DataError, match="Did you mean 'npz:"):
-        num_clients(DataConfig(data=str(tmp_path / "scans.npz")))
+        client_names(DataConfig(data=str(tmp_path / "scans.npz")))
 
 
 @pytest.mark.parametrize(

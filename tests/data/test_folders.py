@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.run import DataConfig
-from fedcompo.data.client_data import load_client_data, load_folder, num_clients
+from fedcompo.data.client_data import client_names, load_client_data, load_folder
 from fedcompo.errors import DataError
 
 GREY = Preprocessing(image_size=4, channels=1, mean=(0.5,), std=(0.5,), interpolation="nearest")
@@ -64,15 +64,11 @@ def test_a_folder_is_read_as_it_lies(ward: Path):
     assert client.test.labels.tolist() == [0, 1, 1]
 
 
-def test_a_name_may_be_given(ward: Path):
-    assert load_folder(ward, GREY, seed=0, name="hospital-b").name == "hospital-b"
-
-
 def test_each_sub_folder_is_a_client_in_order_of_name_and_may_share_classes(ward: Path):
     write(ward.parent / "clinic/train", {"cat": 5, "emu": 5, "fox": 5})
     (ward.parent / "README.md").write_text("beside the clients")
     config = DataConfig(data=f"folder:{ward.parent}", num_tasks=99)
-    assert num_clients(config) == 2
+    assert len(client_names(config)) == 2
     clinic, second = (load_client_data(config, GREY, partition=n, seed=0) for n in range(2))
     assert (clinic.name, clinic.classes) == ("clinic", ("cat", "emu", "fox"))
     assert (second.name, second.classes) == ("ward", ("cat", "dog"))
@@ -111,7 +107,7 @@ def test_files_that_systems_leave_behind_do_not_count(ward: Path):
         (place / ".git").mkdir()
     config = DataConfig(data=f"folder:{ward.parent}")
     actual = load_client_data(config, GREY, partition=0, seed=0)
-    assert (num_clients(config), actual.classes) == (1, expected.classes)
+    assert (len(client_names(config)), actual.classes) == (1, expected.classes)
     torch.testing.assert_close(actual.train.images, expected.train.images, rtol=0, atol=0)
 
 
@@ -247,15 +243,15 @@ def test_of_two_validation_folders_none_is_guessed(ward: Path):
 def test_a_missing_or_empty_path_is_refused_by_name(tmp_path: Path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(DataError, match=str(path)):
-            num_clients(DataConfig(data=f"folder:{path}"))
+            client_names(DataConfig(data=f"folder:{path}"))
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"Not a directory"):
-        num_clients(DataConfig(data=f"folder:{tmp_path / 'file'}"))
+        client_names(DataConfig(data=f"folder:{tmp_path / 'file'}"))
 
 
 def test_the_folder_of_one_client_is_no_folder_of_clients(ward: Path):
     with pytest.raises(DataError, match=f"give the folder above it: folder:{ward.parent}"):
-        num_clients(DataConfig(data=f"folder:{ward}"))
+        client_names(DataConfig(data=f"folder:{ward}"))
 
 
 def test_a_partition_beyond_the_folders_is_refused(ward: Path):

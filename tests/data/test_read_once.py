@@ -25,9 +25,7 @@ class Reader:
             name = path.read_text()
         except OSError as error:
             raise DataError(f"{path} cannot be read") from error
-        return Catalogue(
-            str(path), np.array([name]), None, lambda index: Image.new("L", (1, 1)), str
-        )
+        return Catalogue(str(path), np.array([name]), None, lambda index: Image.new("L", (1, 1)))
 
 
 @pytest.fixture

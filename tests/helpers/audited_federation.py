@@ -83,7 +83,7 @@ def federate(path: Path, config: RunConfig, *, without: Iterable[str] = ()) -> R
             curvature=config.fisher.curvature,
         )
     fishers = {name: _fisher(said) for name, said in described.items()}
-    sums = FisherSums.of(fishers, fishers.__getitem__, by=by, reference=reference)
+    sums = FisherSums(fishers, fishers.__getitem__, by=by, reference=reference)
     registry = Registry.create(path, backbone, settings)
     registry.add(
         *(

@@ -230,7 +230,7 @@ def rewrite_fisher(path: Path, **entries: object) -> None:
 def test_a_fisher_that_does_not_say_what_it_is_is_refused(entry, tmp_path):
     folder = saved(tmp_path, "hospital-b")
     rewrite_fisher(folder / FISHER, **{entry: None})
-    with pytest.raises(FileFormatError, match=f"has no '{entry}'"):
+    with pytest.raises(FileFormatError, match=f"KeyError: '{entry}'"):
         Contribution.open(folder)
 
 

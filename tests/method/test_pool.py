@@ -209,4 +209,4 @@ def test_contributions_on_different_backbones_are_refused_and_both_named():
 def test_composing_on_another_backbone_is_refused():
     pool = Pool((contribution("a", "full"),))
     with pytest.raises(BackboneMismatch, match=r"other@2"):
-        pool.compose(THETA_0, base="other@2")
+        pool.check_composable(None, base="other@2")

@@ -231,7 +231,7 @@ def exact(images: Tensor, *, factored: bool) -> Weights:
 
 
 def private(batches, *, factored: bool, **options) -> FisherDiagonal:
-    options = {"head": HEAD, "curvature": Curvature.EXACT} | options
+    options = {"head": HEAD} | options
     return private_fisher.private_fisher(
         pico_model(), batches, iter(NAMES), factored=factored, **options
     )
@@ -281,13 +281,13 @@ def test_without_noise_and_clipping_it_is_the_exact_fisher(factored, batch):
         torch.testing.assert_close(found.sums[name], expected.float(), rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("curvature", Curvature)
-def test_under_noise_a_fisher_is_not_negative_and_counts_are_not_told(curvature):
+@pytest.mark.parametrize("head", [HEAD, None], ids=["probabilities", "features"])
+def test_under_noise_a_fisher_is_not_negative_and_counts_are_not_told(head):
     runs = [
         private(
             [IMAGES],
             factored=True,
-            curvature=curvature,
+            head=head,
             clip=0.1,
             noise=3.0,
             entropy=entropy(seed),
@@ -297,12 +297,6 @@ def test_under_noise_a_fisher_is_not_negative_and_counts_are_not_told(curvature)
     assert len({fisher.num_examples for fisher in runs}) > 2
     for fisher in runs:
         fisher.check(PICO, owner="client 'a'")
-
-
-def test_of_class_probabilities_it_needs_a_head():
-    with pytest.raises(ValueError, match="needs a head"):
-        private([IMAGES], factored=True, head=None, clip=1.0, noise=1.0)
-    private([IMAGES], factored=True, head=None, curvature=Curvature.FEATURES, clip=1.0, noise=1.0)
 
 
 def test_the_noise_of_the_fisher_hides_the_clip_and_the_count_together():

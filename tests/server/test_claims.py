@@ -126,7 +126,7 @@ def test_a_fisher_of_any_number_of_images_weighs_as_much_as_the_cap(reduced):
     }
     if reduced:
         own = {client: fisher.reduced() for client, fisher in own.items()}
-    total = FisherSums.of(own, lambda c: own[c].capped(30), by=AnchorBy.OTHERS)
+    total = FisherSums(own, lambda c: own[c].capped(30), by=AnchorBy.OTHERS)
     means = {client: fisher.mean() for client, fisher in own.items()}
     for name, mean in total.mean_for("a").items():
         expected = (20 * means["b"][name].double() + 30 * means["c"][name].double()) / 50

@@ -127,7 +127,7 @@ REFUSALS = {
     "too many classes in all": Refusal(
         lambda: of_classes("ape", "bat"), "6 classes in all", {"all_classes": 5}
     ),
-    "too many images of a class": Refusal(lambda: counted(2**31 + 1), "1 to 2147483648"),
+    "too many images of a class": Refusal(lambda: counted(2**31 + 1), "at most 2147483648"),
     "too many images in all": Refusal(
         lambda: member("dee", num_examples=25), "25 examples in all", {"examples": 24}, MADE
     ),

@@ -23,7 +23,7 @@ def fisher_of(client: str) -> FisherDiagonal:
 
 
 def anchors(by: AnchorBy, members: tuple[str, ...] = CLIENTS) -> FisherSums:
-    return FisherSums.of(members, fisher_of, by=by, reference=NOBODYS)
+    return FisherSums(members, fisher_of, by=by, reference=NOBODYS)
 
 
 def mean_by_hand(anchoring: tuple[str, ...]) -> Tensor:
@@ -65,7 +65,7 @@ def test_margins_anchor_as_margins_of_the_others_sum(dense):
     def load(client: str) -> FisherDiagonal:
         return fisher_of(client) if client in dense else fisher_of(client).reduced()
 
-    found = FisherSums.of(CLIENTS, load, by=AnchorBy.OTHERS).mean_for("ann")
+    found = FisherSums(CLIENTS, load, by=AnchorBy.OTHERS).mean_for("ann")
     expected = mean_by_hand(("ben", "eve"))
     assert found is not None
     assert found.keys() == {"a/rows", "a/columns"}
@@ -85,17 +85,17 @@ def test_a_reference_on_another_scale_than_the_clients_is_noted(times, noted):
     for factor in (times, 1 / times):
         sums = {"a": torch.full((1, 1), 3.0, dtype=torch.float64) * mean * factor}
         reference = FisherDiagonal(sums, 3)
-        given = FisherSums.of(CLIENTS, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
+        given = FisherSums(CLIENTS, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
         note = given.note(alpha=30.0)
         assert bool(note) == noted
         assert not note or f"set `alpha` to {30 / factor:.3g}." in note
         assert given.note(alpha=0.0) == ""
-    assert FisherSums.of(CLIENTS, fisher_of, by=AnchorBy.OWN).note(alpha=30.0) == ""
+    assert FisherSums(CLIENTS, fisher_of, by=AnchorBy.OWN).note(alpha=30.0) == ""
 
 
 def test_the_note_names_the_setting_that_acts_on_the_reference():
     reference = FisherDiagonal({"a": torch.full((1, 1), 1e6, dtype=torch.float64)}, 3)
-    given = FisherSums.of(CLIENTS, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
+    given = FisherSums(CLIENTS, fisher_of, by=AnchorBy.REFERENCE, reference=reference)
     note = given.note(alpha=7.0, setting="beta")
     assert note.startswith("`beta` 7 acts on")
     assert "set `beta` to" in note
@@ -122,7 +122,7 @@ def test_no_bit_of_the_sum_depends_on_the_order_of_members():
 @pytest.mark.parametrize("by", AnchorBy)
 def test_a_mean_of_too_few_others_anchors_nobody(by, with_own):
     sums = {
-        fewest: FisherSums.of(CLIENTS, fisher_of, by=by, reference=NOBODYS, fewest=fewest)
+        fewest: FisherSums(CLIENTS, fisher_of, by=by, reference=NOBODYS, fewest=fewest)
         for fewest in (2, 3)
     }
     means = {n: own.mean_for("ann", with_own=with_own) for n, own in sums.items()}
