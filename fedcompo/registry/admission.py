@@ -171,11 +171,9 @@ def check_features(
     """
     check_kind(statistics, expected, owner)
     check_statistics(statistics, classes, num_features, owner)
-    counts = counts_of(statistics)
-    if not all(type(count) is int and 1 <= count <= LIMITS.examples for count in counts.values()):
+    if (most := max(counts_of(statistics).values())) > LIMITS.examples:
         raise ContributionError(
-            f"{owner} counts {list(counts.values())[:5]} … images by class, expected whole numbers "
-            f"from 1 to {LIMITS.examples}."
+            f"{owner} counts {most} images of a class, expected 1 to {LIMITS.examples}."
         )
     if isinstance(statistics, FeatureSums):
         return
@@ -214,7 +212,7 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
     lineage, settings = contribution.lineage, contribution.settings
     named = lineage.anchored_by, lineage.aligned_with, lineage.ensemble
     lists = ((contribution.client, lineage.method), contribution.head.classes, *named)
-    if not all(isinstance(names, tuple) and all(map(_is_text, names)) for names in lists):
+    if not all(isinstance(n, tuple) and all(isinstance(t, str) for t in n) for n in lists):
         raise ContributionError(f"{owner} has names of classes or clients that are no text.")
     if lineage.method not in list(Method) or max(map(len, named)) > LIMITS.lineage:
         raise ContributionError(
@@ -250,11 +248,6 @@ def _check_total(contribution: Contribution, owner: str) -> None:
             f"{owner} names {str(stated)[:40]} examples in all, and {counted} by class; expected "
             f"the same number, at most {LIMITS.examples}."
         )
-
-
-def _is_text(name: object) -> bool:
-    """Whether a value is text; half of a surrogate pair, which JSON can hold, is not."""
-    return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name
 
 
 def stage_contribution(source: Contribution | Path, folder: Path) -> Contribution:
