@@ -16,7 +16,7 @@ LONGEST_BYTES = 200
 LONGEST_CLASS = 128
 """Characters of a class's name."""
 STEERING = {"Cc", "Cs", "Co", "Zl", "Zp"}
-"""Unicode's categories of characters that no class's name has: controls, breaks, halves, private."""
+"""Unicode's categories that no class's name has: controls, breaks, halves of pairs, private use."""
 DIRECTIONS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 """Characters that turn the direction of writing."""
 PUNCTUATION = " -_."
@@ -111,7 +111,7 @@ def check_distinct(name: str, known: Iterable[str]) -> str:
 def check_class_names(names: Iterable[str], owner: str) -> None:
     """Refuse names of classes that steer terminals or the direction of writing.
 
-    What merely cannot be seen, such as a no-break space, is noted; see :mod:`fedcompo.report.twins`.
+    What merely cannot be seen, such as a no-break space, is noted (:mod:`fedcompo.report.twins`).
 
     Raises:
         ContributionError: If one is empty or longer than 128 characters, holds such a character, or
@@ -123,8 +123,8 @@ def check_class_names(names: Iterable[str], owner: str) -> None:
         if steers or not (normal and 0 < len(name) <= LONGEST_CLASS):
             raise ContributionError(
                 f"{owner} names the class {name[:80]!a}, expected 1 to {LONGEST_CLASS} characters "
-                "in Unicode's composed form (NFC), none of which steers a terminal or the direction "
-                "of writing. Give the class another name."
+                "in Unicode's composed form (NFC), none of which steers a terminal or the "
+                "direction of writing. Give the class another name."
             )
 
 

@@ -98,7 +98,8 @@ class TaskVector:
                     f"The factors of {name!r} of {owner} have ranks {rank_a} (A) and {rank_b} (B); "
                     "they must agree."
                 )
-            if not 1 <= rank_a <= (most := min(theta_0[name].shape)):
+            most = min(theta_0[name].shape)
+            if not 1 <= rank_a <= most:
                 raise ContributionError(
                     f"The factors of {name!r} of {owner} have the rank {rank_a}, expected 1 to "
                     f"{most}. Train it with another `rank`."

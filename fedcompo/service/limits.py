@@ -177,16 +177,21 @@ class Turns:
 
 
 class Places:
-    """A number of places; a call without one waits for as long as it may take, operators first."""
+    """A number of places; a call without one waits for as long as it may take.
+
+    Operators come first, then whose last turn is longest ago: who calls all the time keeps nobody
+    waiting who calls once.
+    """
 
     def __init__(self, count: int, *, kept: int = 0) -> None:
         """Set how many there are for everybody, and how many more are kept for operators."""
         self._count, self._kept = count, kept
         self._changed = threading.Condition()
         self._numbers = itertools.count()
-        # Calls that wait and that have a place: members after operators, each in their order.
-        self._waiting: list[tuple[bool, int, str]] = []
-        self._served: list[tuple[bool, int, str]] = []
+        # Calls that wait and that have a place: whose, the caller's last turn, and their number.
+        self._waiting: list[tuple[bool, float, int, str]] = []
+        self._served: list[tuple[bool, float, int, str]] = []
+        self._last: dict[str, float] = {}  # when a caller had its last turn
 
     @contextmanager
     def taken(self, caller: Peer, seconds: float) -> Iterator[None]:
@@ -195,10 +200,11 @@ class Places:
         Raises:
             Refused: If the caller has as many as it may, or none was free in time.
         """
-        turn = (not caller.operator, next(self._numbers), caller.name)
+        member, name = not caller.operator, caller.name
         count = self._count + (self._kept if caller.operator else 0)
         with self._changed:
-            if sum(one[::2] == turn[::2] for one in self._waiting + self._served) >= EACH:
+            turn = (member, self._last.get(name, -math.inf), next(self._numbers), name)
+            if sum(one[::3] == turn[::3] for one in self._waiting + self._served) >= EACH:
                 raise Refused(
                     Code.RESOURCE_EXHAUSTED,
                     f"{caller.name} waits for {EACH} compositions, verifications or changes "
@@ -209,7 +215,9 @@ class Places:
                 lambda: self._waiting[0] == turn and len(self._served) < count, max(0.0, seconds)
             )
             self._waiting.remove(turn)
-            self._served += [turn] if ready else []
+            if ready:
+                self._served.append(turn)
+                self._last[name] = time.monotonic()
             self._changed.notify_all()
         if not ready:
             raise Refused(

@@ -179,6 +179,24 @@ def test_operators_have_a_place_kept_and_come_first():
     assert order == ["oleg", "ada", "ben"]
 
 
+def test_who_calls_all_the_time_keeps_nobody_waiting_who_calls_once():
+    places, order = Places(1), []
+
+    def waiting(caller):
+        with places.taken(caller, 60):
+            order.append(caller.name)
+
+    waiting(peer("ada"))
+    for name in ("mal", "mel"):
+        waiting(peer(name))
+    with ThreadPoolExecutor() as threads, places.taken(peer("eve"), 1):
+        for number, name in enumerate(("mel", "mal", "mel", "ada", "new"), start=1):
+            threads.submit(waiting, peer(name))
+            while len(places._waiting) < number:
+                time.sleep(0.001)
+    assert order == ["ada", "mal", "mel", "new", "ada", "mal", "mel", "mel"]
+
+
 @pytest.mark.parametrize("wrong", [{"rate": 0.0}, {"calls": 0}, {"spare": -1}, {"seconds": -1.0}])
 def test_limits_are_positive(wrong):
     with pytest.raises(ConfigError, match="must be positive"):
