@@ -62,10 +62,6 @@ class Attack:
     the scores separate perfectly.
     """
 
-    members: int
-    """Number of examples that the attacked model was trained on."""
-    nonmembers: int
-    """Number of examples that it was not trained on."""
     auc: Estimate
     """Area under the ROC curve in [0, 1]; ties count half."""
     tpr: Mapping[float, Estimate]
@@ -102,7 +98,7 @@ class Attack:
         ]
         lows, highs = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
         auc, *tprs = map(Estimate, _figures(members, nonmembers, one_in), lows, highs)
-        return cls(m, n, auc, {1 / k: tpr for k, tpr in zip(one_in, tprs, strict=True)})
+        return cls(auc, {1 / k: tpr for k, tpr in zip(one_in, tprs, strict=True)})
 
     def is_chance(self) -> bool:
         """Whether the AUC's interval covers 0.5: the attack may be no better than guessing."""

@@ -39,7 +39,7 @@ def picture(values: Values, facts: Sequence[str]) -> str:
     top, row = 122, 100
     parts = [
         text(20, 30, f"Does the model forget {_named(values)}?", bold=True),
-        *legend(20, 46, names),
+        *_legend(names),
         text(20, 100, "Membership inference: AUC, 95 % interval", bold=True),
         *interval_chart(groups, left=140, top=top, width=330, row=row),
         *(text(20, top + row * len(groups) + 66 + 20 * i, fact) for i, fact in enumerate(facts)),
@@ -49,9 +49,9 @@ def picture(values: Values, facts: Sequence[str]) -> str:
     return document(960, 130 + 4 * _group_height(names), parts)
 
 
-def legend(left: float, top: float, names: Sequence[str]) -> list[str]:
+def _legend(names: Sequence[str]) -> list[str]:
     """Name the models' colours in a line."""
-    parts = []
+    parts, left, top = [], 20.0, 46
     for name in names:
         what, colour = MODELS[name]
         parts.append(f'<rect x="{left}" y="{top}" width="12" height="12" fill="{colour}"/>')
@@ -60,22 +60,8 @@ def legend(left: float, top: float, names: Sequence[str]) -> list[str]:
     return parts
 
 
-def axis_of(groups: Groups) -> tuple[float, float]:
-    """Ends of an axis that holds all intervals, and chance; whole tenths."""
-    estimates = [estimate for _, by_model in groups for estimate in by_model.values()]
-    first = math.floor(10 * min(0.4, *(float(e["low"]) for e in estimates))) / 10
-    last = math.ceil(10 * max(0.6, *(float(e["high"]) for e in estimates))) / 10
-    return first, last
-
-
 def interval_chart(
-    groups: Groups,
-    *,
-    left: float,
-    top: float,
-    width: float,
-    row: float,
-    axis: tuple[float, float] | None = None,
+    groups: Groups, *, left: float, top: float, width: float, row: float
 ) -> list[str]:
     """Draw estimates as points with whiskers over one axis, with the line of chance.
 
@@ -85,9 +71,10 @@ def interval_chart(
         top: Where the first row begins.
         width: Length of the axis.
         row: Height of a row.
-        axis: Its ends, whole tenths; None: as :func:`axis_of` has it.
     """
-    first, last = axis or axis_of(groups)
+    estimates = [estimate for _, by_model in groups for estimate in by_model.values()]
+    first = math.floor(10 * min(0.4, *(float(e["low"]) for e in estimates))) / 10
+    last = math.ceil(10 * max(0.6, *(float(e["high"]) for e in estimates))) / 10
     bottom = top + row * len(groups)
 
     def x(value: float) -> float:

@@ -187,12 +187,9 @@ def train_shadows(
         training: How the client was trained.
         data: The client's images.
         head: Joint head that the attacker puts on every backbone; has the client's classes.
-        count: Number of shadows, even, at least 4.
+        count: Number of shadows; see :func:`check_count`.
         seed: Seed of the halves and of training.
         on_step: Called with which shadow is trained.
-
-    Raises:
-        ConfigError: If the number of shadows cannot be used.
     """
     images, labels = all_images(data)
     trained_on = halves(labels, count=count, generator=generator_for(seed, "halves", data.name))
@@ -236,11 +233,7 @@ def halves(labels: Tensor, *, count: int, generator: torch.Generator) -> Tensor:
     Returns:
         Which half has which example, bool, (count, examples). Of an odd number of examples of a
         class, the first of two halves has one more.
-
-    Raises:
-        ConfigError: If the number cannot be used.
     """
-    check_count(count)
     drawn = torch.zeros(count, len(labels), dtype=torch.bool)
     for first in range(0, count, 2):
         for label in sorted(set(labels.tolist())):

@@ -48,16 +48,14 @@ def _print_scale(chosen: Mapping[str, Any], console: PlainConsole) -> None:
     if not chosen["candidates"]:
         console.print(f"λ = {chosen['scale']:.3g} (by {chosen['by']})")
         return
-    table = Table(
-        *numbers("λ", "loss", "accuracy in %"),
-        title=f"Vote on λ, {chosen['votes']} images kept aside",
-        caption=f"Chosen, by the least loss: λ = {chosen['scale']:.3g}",
-    )
+    table = Table(*numbers("λ", "loss", "accuracy in %"), title="Vote on λ")
     best = min(candidate["loss"] for candidate in chosen["candidates"])
     for tried in chosen["candidates"]:
         cells = (f"{tried['scale']:.3g}", f"{tried['loss']:.3g}", percent(tried["accuracy"]))
         table.add_row(*cells, style="bold" if tried["loss"] == best else "")
     console.print(table)
+    votes, scale = chosen["votes"], chosen["scale"]
+    console.print(f"λ = {scale:.3g}, by the least loss on {votes} images kept aside")
 
 
 def _print_diagnostics(results: Results, console: PlainConsole) -> None:

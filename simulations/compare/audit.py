@@ -7,8 +7,8 @@
 A client is anchored by the others (*others*, the default), starts from its own probe and is
 anchored by its own Fisher or by a reference (*lineage-free*), or is trained without an anchor
 (*alpha-0*). The first, the central and the last client are audited. Each way has a run with all
-clients and, for each of the three, a run without it; ``fedcompo audit`` compares them. A finished
-run is not repeated. The figures of all audits go to ``table.md``; those of each audit to
+clients and, for each of the three, a run without it; they are compared as by ``fedcompo audit``. A
+finished run is not repeated. The figures of all audits go to ``table.md``; those of each audit to
 ``<way>/audit-<client>``.
 """
 
@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from runs import FEDCOMPO, first_central_last, run
+from runs import first_central_last, run
 
 from fedcompo.audit.measure import FIGURES, LIKELIHOOD_RATIO, LOSS
+from fedcompo.audit.measure import audit as measure
 from fedcompo.audit.models import AFTER, BEFORE, GOLD
 from fedcompo.audit.picture import TITLES
-from fedcompo.audit.report import interval, markdown_table
+from fedcompo.audit.report import interval, markdown_table, write_audit
+from fedcompo.errors import FedcompoError
+from fedcompo.export.selection import new_folder
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.units import percent
 
 Audits = dict[tuple[str, str], dict]
@@ -50,18 +53,15 @@ def audit(folder: Path, client: str, arguments: argparse.Namespace) -> dict:
     file = folder / f"audit-{client}" / "audit.json"
     if not file.exists():
         began = time.monotonic()
-        options = {
-            "--remove": client,
-            "--registry": folder / "everyone" / "registry",
-            "--gold": folder / f"without-{client}" / "registry",
-            "--shadows": arguments.shadows,
-            "--seed": arguments.audit_seed,
-            "--output": file.parent,
-        }
-        flags = [f"{flag}={value}" for flag, value in options.items()]
-        done = subprocess.run([FEDCOMPO, "audit", *flags], capture_output=True, text=True)
-        if done.returncode:
-            print(f"{file.parent} failed:\n{done.stderr}", flush=True)
+        registry, gold = (
+            RegistryReader(folder / run / "registry") for run in ("everyone", f"without-{client}")
+        )
+        how = {"shadows": arguments.shadows, "seed": arguments.audit_seed}
+        try:
+            with new_folder(file.parent) as draft:
+                write_audit(draft, measure(registry, client, gold=gold, **how))
+        except FedcompoError as error:
+            print(f"{file.parent} failed: {error}", flush=True)
             return {}
         print(f"{file.parent}: {time.monotonic() - began:.0f} s", flush=True)
     values = json.loads(file.read_text())
@@ -123,12 +123,11 @@ def main() -> None:
         everyone = run(folder / "everyone", arguments.scenario, settings, arguments.set)
         failed += not everyone
         for client in first_central_last(sorted(everyone["per_client"])) if everyone else []:
-            gold = run(
+            without, settings_without = (
                 folder / f"without-{client}",
-                arguments.scenario,
                 {**settings, "exclude": client},
-                arguments.set,
             )
+            gold = run(without, arguments.scenario, settings_without, arguments.set)
             values = audit(folder, client, arguments) if gold else {}
             failed += not values
             if values:

@@ -7,7 +7,7 @@
 Without ``--method`` all methods are run (``--list`` lists them); ``name:key=value`` runs one with
 another setting, under that name. Each run executes the real apps, in a folder of its own. A
 finished run is not repeated, so an interrupted comparison can be continued. Runs share this
-machine's cores, ``--jobs`` at a time, without Flower's engine (with it if ``--engine`` is given).
+machine's cores, ``--jobs`` at a time, without Flower's engine.
 
 ``table.md`` holds mean and standard deviation over seeds, ``comparison.json`` each seed's figures.
 """
@@ -83,13 +83,8 @@ def work(job: Job, arguments: argparse.Namespace, passes: int) -> dict:
     """Do one job, or return its earlier result; empty if it failed."""
     base = METHODS[job.method.of] if job.method.of else job.method
     folder = arguments.output / job.folder
-    results = run(
-        folder,
-        arguments.scenario,
-        settings_of(base, job.kind, job.seed, passes),
-        arguments.set,
-        in_process=not arguments.engine,
-    )
+    settings = settings_of(base, job.kind, job.seed, passes)
+    results = run(folder, arguments.scenario, settings, arguments.set)
     if not results:
         return {}
     name, changes = job.name.partition(":")[0], not arguments.without_changes
@@ -112,7 +107,6 @@ def main() -> None:
     parser.add_argument("--kind", action="append", help="repeat for several; default: all")
     parser.add_argument("--seed", action="append", help="repeat for several; default: 0, 1, 2")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--engine", action="store_true", help="run each in Flower's engine")
     parser.add_argument(
         "--without-changes",
         action="store_true",

@@ -1,7 +1,7 @@
 """Run a scenario in this very process: the real apps, one client after the other, no engine.
 
     python simulations/compare/in_process.py --output runs/quick --set kind=full
-    python simulations/compare/in_process.py simulations/digits.toml --output runs/quick --seed 1
+    python simulations/compare/in_process.py simulations/digits.toml --output runs/quick
 
 Messages go from app to app directly, without Flower's SuperLink and Ray. So a run starts at once,
 loads the backbone once, needs one process for hundreds of clients, and works under a debugger. The
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import tempfile
 import uuid
@@ -33,7 +34,6 @@ from fedcompo.engine.launcher import find_app
 from fedcompo.engine.run_folder import RESULTS, reserve_output
 from fedcompo.errors import FedcompoError
 
-STATE = "FEDCOMPO_STATE"
 FIRST_NODE = 1000
 """Id of the node of partition 0; the others follow."""
 
@@ -41,15 +41,8 @@ FIRST_NODE = 1000
 class InProcessGrid(Grid):
     """Passes each message to the ClientApp at once and keeps the reply until it is pulled."""
 
-    def __init__(
-        self,
-        app: ClientApp,
-        run_config: Mapping[str, Scalar],
-        clients: int,
-        *,
-        node_configs: Mapping[int, Mapping[str, Scalar]] | None = None,
-    ) -> None:
-        """Connect all nodes; node i gets ``partition-id`` i, and its own node config."""
+    def __init__(self, app: ClientApp, run_config: Mapping[str, Scalar], clients: int) -> None:
+        """Connect all nodes; node i gets ``partition-id`` i."""
         # A Message outside a Flower process needs an identity to be made at all.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self.app = app
@@ -58,11 +51,7 @@ class InProcessGrid(Grid):
             Context(
                 run_id=1,
                 node_id=FIRST_NODE + i,
-                node_config={
-                    "partition-id": i,
-                    "num-partitions": clients,
-                    **(node_configs or {}).get(i, {}),
-                },
+                node_config={"partition-id": i, "num-partitions": clients},
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
@@ -138,9 +127,7 @@ def run_in_process(settings: Mapping[str, Scalar], output: Path) -> dict:
     clients = num_clients(RunConfig.parse(settings).data)
     config = {**settings, "output": str(output)}
     config["num-clients"] = config.get("num-clients") or clients
-    context = Context(
-        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
-    )
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     server_app(InProcessGrid(client_app, config, clients), context)
     return json.loads((output / RESULTS).read_text(encoding="utf-8"))
 
@@ -150,12 +137,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("scenario", nargs="?", type=Path, help="TOML file; default: the digits")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seed", type=int)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    options = {} if arguments.seed is None else {"seed": arguments.seed}
     try:
-        settings = settings_of(arguments.scenario, arguments.set, options)
+        settings = settings_of(arguments.scenario, arguments.set, {})
         output = reserve_output(arguments.output.absolute())
         results = run_in_process(settings, output)
     except FedcompoError as error:
@@ -165,8 +150,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import os
-
-    with tempfile.TemporaryDirectory() as state:
-        os.environ.setdefault(STATE, state)
+    with tempfile.TemporaryDirectory() as state:  # what simulated clients keep
+        os.environ["FEDCOMPO_STATE"] = state
         main()

@@ -58,12 +58,12 @@ def _reported(results: dict) -> dict[str, Any]:
 def specialised_and_removed(bench: Bench) -> dict[str, dict[str, float]]:
     """Measure specialising to the first, central and last client, and removing them."""
     clients = bench.registry.clients
-    theta_p = bench.composed(bench.pool)
+    theta_p = bench.registry.theta_p()
     kept = bench.head(theta_p, clients)
     found: dict[str, list[dict[str, float]]] = {"specialised": [], "removal": []}
     for target in first_central_last(clients):
         others = tuple(client for client in clients if client != target)
-        alone, without = (bench.composed(p(target)) for p in (bench.pool.only, bench.pool.without))
+        alone, without = bench.composed(target), bench.composed(*others)
         special = bench.accuracies(alone, bench.head(alone, clients), clients)
         found["specialised"].append(
             {
@@ -94,7 +94,10 @@ def derive(bench: Bench, method: str) -> dict[str, Any]:
     """Figures of a method that is derived from the task vectors, or the data, of a run."""
     clients, theta_0 = bench.registry.clients, bench.backbone.theta_0
     if method == "joint":
-        datas, kind = list(bench.data.values()), kinds_of(bench.config.train.kind)[0]
+        datas, kind = (
+            [client.data for client in bench.clients.values()],
+            kinds_of(bench.config.train.kind)[0],
+        )
         theta, head = train_joint(bench.backbone, datas, bench.config, kind)
         return {**_means(bench.accuracies(theta, head, clients)), **UNKNOWN, **NO_COST}
     if method == "frozen":

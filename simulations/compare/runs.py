@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-FEDCOMPO = Path(sys.executable).parent / "fedcompo"
+from fedcompo.engine.run_folder import RESULTS
+
 IN_PROCESS = Path(__file__).with_name("in_process.py")
-RESULTS = "results.json"
 
 
 def run(
-    folder: Path,
-    scenario: str,
-    settings: Mapping[str, str],
-    assignments: Sequence[str] = (),
-    *,
-    in_process: bool = False,
+    folder: Path, scenario: str, settings: Mapping[str, str], assignments: Sequence[str]
 ) -> dict:
     """Run once, or return the results of a finished run; start an interrupted run again.
+
+    Without Flower's engine; see :mod:`in_process`.
 
     Args:
         folder: The run's own; beside it ``<folder>.json`` says with what it was made.
         scenario: File; empty: the digits.
         settings: What this run varies.
         assignments: ``key=value`` each, for all runs alike; the run's own settings win.
-        in_process: Without Flower's engine; see :mod:`in_process`.
 
     Returns:
         What ``results.json`` holds; empty if the run failed, which is printed.
@@ -52,15 +46,9 @@ def run(
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked.write_text(wanted)
-    command = [sys.executable, IN_PROCESS] if in_process else [FEDCOMPO, "simulate"]
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as state:
-        done = subprocess.run(
-            [*command, *scenarios, "--output", folder, *options],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "FEDCOMPO_STATE": state},
-        )
+    command = [sys.executable, IN_PROCESS, *scenarios, "--output", folder, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{folder.name} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
         return {}

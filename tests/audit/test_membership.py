@@ -141,7 +141,6 @@ def test_a_rate_is_reported_only_where_it_allows_five_false_positives(nonmembers
 
 def test_equal_scores_are_chance_and_find_nobody():
     attack = Attack.of(torch.full((7,), 0.3), torch.full((100,), 0.3))
-    assert (attack.members, attack.nonmembers) == (7, 100)
     assert dataclasses.astuple(attack.auc) == (0.5, 0.5, 0.5)
     assert dataclasses.astuple(attack.tpr[0.05]) == (0, 0, 0)
     assert attack.is_chance()

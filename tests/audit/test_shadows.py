@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
-from fedcompo.audit.shadows import ClientTraining, halves, train_shadows
+from fedcompo.audit.shadows import ClientTraining, check_count, halves, train_shadows
 from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError, ContributionError
@@ -72,7 +72,7 @@ def test_halves_are_drawn_at_random():
 @pytest.mark.parametrize("count", [-2, 0, 2, 5])
 def test_a_number_that_gives_no_two_shadows_each_is_refused(count):
     with pytest.raises(ConfigError, match=f"`--shadows` is {count}, expected an even number"):
-        halves(torch.zeros(4), count=count, generator=rng(0))
+        check_count(count)
 
 
 # --- Training ---

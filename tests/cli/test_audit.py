@@ -240,7 +240,7 @@ def test_the_script_audits_once(script, found, folder, tmp_path):
     arguments = Namespace(shadows=4, audit_seed=0)
     values = script.audit(tmp_path, "client-1", arguments)
     assert values == found
-    script.FEDCOMPO = None
+    script.measure = None
     assert script.audit(tmp_path, "client-1", arguments) == values
     with pytest.raises(SystemExit, match=r"made with \(4, 0\) shadows and seed, not \(6, 0\)"):
         script.audit(tmp_path, "client-1", Namespace(shadows=6, audit_seed=0))

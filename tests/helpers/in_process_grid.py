@@ -47,7 +47,9 @@ class InProcessGrid(in_process.InProcessGrid):
         present: Callable[[int], bool] = lambda partition: True,
         node_of: Callable[[int], int] = lambda partition: in_process.FIRST_NODE + partition,
     ) -> None:
-        super().__init__(client_app, run_config, clients, node_configs=node_configs)
+        super().__init__(client_app, run_config, clients)
+        for partition, settings in (node_configs or {}).items():
+            self.contexts[partition].node_config.update(settings)
         self._names, self._tamper = names or {}, tamper or {}
         self._present, self._node_of = present, node_of
         self.largest_backlog = 0

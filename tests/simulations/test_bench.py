@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
 
 
 def own_composition(beside) -> dict[str, tuple[float, float]]:
-    theta, clients = beside.composed(beside.pool), beside.registry.clients
+    theta, clients = beside.registry.theta_p(), beside.registry.clients
     return beside.accuracies(theta, beside.head(theta, clients), clients)
 
 
@@ -78,7 +78,7 @@ def test_the_frozen_backbone_has_the_registrys_head_and_nearly_the_runs_figures(
 
 def test_the_head_is_made_of_the_images_that_clients_realign_on(finished):
     _, beside = finished
-    theta, clients = beside.composed(beside.pool), beside.registry.clients
+    theta, clients = beside.registry.theta_p(), beside.registry.clients
     head, own = beside.head(theta, clients), beside.registry.joint_head()
     assert head.classes == own.classes
     assert float((head.weight - own.weight).norm() / own.weight.norm()) < 1e-3
