@@ -38,10 +38,4 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         on_epoch=client.log_epoch,
     )
     tensors, _, caps = outgoing.trained(fitted, client.backbone, client.config.caps)
-    return AveragingAnswer(
-        base=base,
-        tensors=tensors,
-        kind=kind,
-        losses=fitted.losses,
-        caps=caps,
-    )
+    return AveragingAnswer(base=base, tensors=tensors, kind=kind, losses=fitted.losses, caps=caps)

@@ -23,6 +23,8 @@ client tells the server of it is ``told``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 
@@ -68,6 +70,9 @@ class FileFormatError(FedcompoError):
 class ContributionError(FedcompoError, ValueError):
     """A contribution whose tensors cannot enter a composition; names client and tensor."""
 
+    client = ""
+    """Without whom the others could enter; empty: not known."""
+
 
 class RegistryError(FedcompoError):
     """A registry that cannot be opened, or cannot do what it is asked."""
@@ -91,3 +96,13 @@ class LaunchError(FedcompoError):
 
 class ServiceError(FedcompoError):
     """A registry's service that refuses, or cannot be reached; says which, and why."""
+
+
+@contextmanager
+def blaming(client: str) -> Iterator[None]:
+    """Let a ``ContributionError`` that is raised within say whose contribution it is."""
+    try:
+        yield
+    except ContributionError as error:
+        error.client = client
+        raise

@@ -24,7 +24,6 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.composition.claims import capped
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.choices import HeadStart, Kind, Method, Schedule, kinds_of
@@ -34,7 +33,6 @@ from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.messages.answers import AveragingAnswer, EvaluateAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import AveragingRequest, EvaluateRequest
-from fedcompo.method.contribution import counts_of
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
@@ -45,8 +43,8 @@ from server.exchange.checks import checked_fractions, checked_losses
 from server.exchange.exchange import Exchange
 from server.exchange.exchange_grid import ExchangeGrid
 from server.phases import roster
-from server.phases.outliers import leave_out_strange
 from server.phases.roster import Roster
+from server.phases.weight import leave_out_strange, weighed
 
 METHODS = (Method.FEDAVG, Method.FEDPROX)
 NO_REGISTRY = (
@@ -98,11 +96,9 @@ class Averaging:
                 self.exchange.leave_out("describe", client, reason)
         self.exchange.require_clients("describe")
         self.roster.note_names({})
+        settings, statistics = weighed(self.roster, CompositionSettings.of(self.config))
         described = self.roster.participants.described
-        stated = {client: described[client].statistics for client in self.exchange.clients}
-        settings = CompositionSettings.of(self.config).with_caps(map(counts_of, stated.values()))
-        self.weights = {c: min(described[c].num_examples, settings.client_cap) for c in stated}
-        statistics = {c: capped(own, settings.class_cap) for c, own in stated.items()}
+        self.weights = {c: min(described[c].num_examples, settings.client_cap) for c in statistics}
         self.aligned = self.roster.align(statistics, self.config)
 
     def start(self) -> AveragingRequest:
@@ -190,10 +186,7 @@ class Averaging:
         classes = self.aligned.classes
         answer.head(classes).check(classes, self.backbone.num_features, owner)
         losses = checked_losses(client, answer)
-        metrics = {
-            "num-examples": self.weights[client],
-            "loss": losses[-1],
-        }
+        metrics = {"num-examples": self.weights[client], "loss": losses[-1]}
         arrays = ArrayRecord({name: tensor.float() for name, tensor in answer.tensors.items()})
         record = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
         known = self.figures[client].get("losses", [])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
+from fedcompo.errors import ContributionError
 from fedcompo.registry.company import Company
 from fedcompo.registry.registry import Registry
 from server.exchange.exchange import Exchange
@@ -51,13 +53,8 @@ class Strategy(ABC):
         """Set up the phases; raises if the reference Fisher cannot be used."""
         tangent = Kind.TANGENT in kinds_of(self.config.train.kind)
         known = Participants(members=self.working.members, kinds=self.working.kinds)
-        self.roster = Roster(
-            self.exchange,
-            self.backbone,
-            lambda: Company.of(self.registry, self.backbone),
-            known,
-            tangent=tangent,
-        )
+        others = partial(Company.of, self.registry, self.backbone)
+        self.roster = Roster(self.exchange, self.backbone, others, known, tangent=tangent)
         self.roster.on_kinds = self.working.deal
         self.figures: dict[str, dict[str, Any]] = {}
         self.fitting = self.new_fitting()
@@ -105,17 +102,30 @@ class Strategy(ABC):
         """Let clients train; returns the folders of their contributions."""
 
     def compose(self, folders: list[Path]) -> None:
-        """Add contributions to the registry, which adds them up; delete them elsewhere."""
-        if not self.working.joined(self.registry, {folder.name: folder for folder in folders}):
-            self.registry.add(
-                *folders,
-                replacing=self.config.registry.replace,
-                empty=True,
-                on_step=lambda step: log(INFO, "registry: %s", step),
-            )
+        """Add contributions to the registry, which adds them up; delete them elsewhere.
+
+        Whom the registry refuses by name is left out. The others are added at once.
+        """
+        coming = {folder.name: folder for folder in folders}
+        while not self.working.joined(self.registry, coming):
+            try:
+                self.registry.add(
+                    *coming.values(),
+                    replacing=self.config.registry.replace,
+                    empty=True,
+                    on_step=lambda step: log(INFO, "registry: %s", step),
+                )
+                break
+            except ContributionError as error:
+                if error.client not in coming:
+                    raise
+                del coming[error.client]
+                self.trained = tuple(coming)
+                self.fitting.leave_out("compose", {error.client: str(error)})
+                self.exchange.require_clients("compose", coming)
         shutil.rmtree(self.fitting.contributions)
         self.composing.compare(self.fitting.fishers.sums)
-        self.fitting.remark(folder.name for folder in folders)
+        self.fitting.remark(coming)
 
     def look(self, *, decisive: bool = True) -> None:
         """Choose λ, align the joint head again, and measure; decisive: fail if nobody does."""

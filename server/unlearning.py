@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ class Unlearning:
     def __post_init__(self) -> None:
         """Raise, before any client is asked, if the client is not in the registry."""
         require_known([self.request.client], self.registry.clients, "registry")
-        self.roster = Roster(self.exchange, self.backbone, self._others)
+        others = partial(Company.of, self.registry, self.backbone)
+        self.roster = Roster(self.exchange, self.backbone, others)
         self.choosing = Choosing(self.roster, self.registry, self.config)
 
     @property
@@ -167,7 +169,7 @@ class Unlearning:
             members=tuple(client for client in members if client not in going_on),
             kinds={client: Kind(members[client].kind) for client in going_on},
         )
-        roster = Roster(self.exchange, self.backbone, self._others, participants)
+        roster = Roster(self.exchange, self.backbone, self.roster.others, participants)
         folder = self.output / fitting.INCOMING
         fits = Fitting(roster, self.config, self.registry, folder, ensembled=True)
         last = LastSent(self.output / ROUNDS)
@@ -182,9 +184,6 @@ class Unlearning:
             shutil.rmtree(folder, ignore_errors=True)
             last.clear()
         self.rounds = rounds.history
-
-    def _others(self) -> Company:
-        return Company.of(self.registry, self.backbone)
 
     def results(self) -> dict[str, Any]:
         """What happened, as JSON values."""

@@ -138,12 +138,6 @@ def settings(
     console.print(table)
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    say(fedcompo.__version__)
-
-
 app.command()(fisher)
 app.command("init-deployment")(init_deployment)
 app.command("list")(registry.list_clients)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import sys
 import traceback
@@ -147,7 +146,7 @@ def weights_of(text: str | None) -> dict[str, float] | None:
                 f"`--weights {text}` is not of the form a=0.7,b=0.3, each client once."
             )
         weights[name] = value
-    total = math.fsum(weights.values())
+    total = sum(weights.values())
     if not abs(total - 1) <= 1e-6 or min(weights.values()) < 0:  # as pools demand it
         raise ConfigError(
             f"`--weights {text}` must be >= 0 and sum to 1, but sum to {total:.6g}. "

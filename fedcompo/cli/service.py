@@ -82,7 +82,6 @@ def publish(
     with errors_as_sentences(verbose), connection.open() as client:
         with progress(quiet=as_json) as tell:
             published = client.publish(folder, replace=replace, on_step=tell)
-            arrivals = [(m.added, m.client, m.classes) for m in client.list().members]
         if as_json:
             fields = ("client", "already", "root")
             print_json({field: getattr(published, field) for field in fields})
@@ -90,6 +89,7 @@ def publish(
             say(f"{published.client} was there already, with these files. Root {published.root}")
         else:
             say(f"Published {published.client}. Root {published.root}")
+            arrivals = [(m.added, m.client, m.classes) for m in client.list().members]
             if note := note_on_newcomers(arrivals, [published.client]):
                 say(f"Note: {note}")
 
@@ -237,7 +237,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 9443,
     compose: Annotated[
         str,
-        typer.Option(metavar="WHO", help="Who may compose: operators, members or everyone."),
+        typer.Option(metavar="WHO", help="Who may compose: operators, or members too."),
     ] = "operators",
     least: Annotated[
         int,

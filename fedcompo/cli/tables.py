@@ -65,8 +65,11 @@ def print_list(summary: Mapping[str, Any]) -> None:
     if note := note_on_newcomers((row["line"], row["client"], row["classes"]) for row in rows):
         say(f"Note: {note}")
     if summary["clients"]:
-        one, every = (summary["settings"].get(f"{cap}_cap", "all") for cap in ("class", "client"))
-        say(f"Images that a client weighs by, at most: {one} a class, {every} in all")
+        one, every = (summary["settings"].get(f"{cap}_cap") for cap in ("class", "client"))
+        caps = (
+            f"for at most {one} images of a class, {every} in all" if one else "for all its images"
+        )
+        say(f"A client counts {caps}")
         say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
     say(f"Model: {summary['model'] or 'none, nobody is there'}")
     say(f"Root {summary['root']}")

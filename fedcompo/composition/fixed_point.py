@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedcompo.composition.scale import significant
 from fedcompo.config.choices import Kind
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ContributionError, blaming
 from fedcompo.method.deltas import stored_shapes
 from fedcompo.method.task_vector import TaskVector
 
@@ -121,9 +121,10 @@ def sum_of(
     """
     total = torch.zeros(weight.shape, dtype=torch.int64) if start is None else start
     for index, term in enumerate(terms):
-        values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
-        if roundings:
-            roundings[index].update(name, values, weight)
+        with blaming(term.client):
+            values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
+            if roundings:
+                roundings[index].update(name, values, weight)
         total = add(total, values, term.times)
     return total
 

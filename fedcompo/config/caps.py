@@ -13,14 +13,7 @@ from fedcompo.config.setting import NOT_NEGATIVE, POSITIVE, Check, setting
 from fedcompo.errors import ConfigError
 
 PROBABILITY: Check = (lambda value: 0 < value < 1, "must be above 0 and below 1")
-NODE_KEYS = (
-    "wire",
-    "fisher-form",
-    "dp-noise",
-    "dp-clip-features",
-    "dp-clip-fisher",
-    "min-images",
-)
+NODE_KEYS = ("wire", "fisher-form", "dp-noise", "dp-clip-features", "dp-clip-fisher", "min-images")
 """Keys that a node may set in its node config."""
 FEWEST_IMAGES = 8
 """Default of ``min-images`` where a client's images are its own, not a part of a simulation's."""

@@ -32,14 +32,7 @@ from fedcompo.config.choices import (
 )
 from fedcompo.config.presets import from_older, without_preset
 from fedcompo.config.server import ComposeConfig, RegistryConfig, ServerConfig
-from fedcompo.config.setting import (
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    Scalar,
-    check_all,
-    setting,
-)
+from fedcompo.config.setting import FRACTION, NOT_NEGATIVE, POSITIVE, Scalar, check_all, setting
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -62,8 +61,7 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         _write_server(draft, deployment, authority, app)
         given_app.give(draft / "server" / "app", draft / "given")
         for name in deployment.clients:
-            key = _write_client(draft, name, deployment, authority)
-            _list_client(draft, name, key)
+            _write_client(draft, name, deployment, authority)
         write_files(draft, top_files(deployment))
         deployment.save(draft)
 
@@ -88,8 +86,7 @@ def add(folder: Path, name: str) -> Deployment:
     vouching = Authority.load(
         authority / f"{AUTHORITY_STEM}.crt", authority / f"{AUTHORITY_STEM}.key"
     )
-    key = _write_client(folder, name, deployment, vouching)
-    _list_client(folder, name, key)
+    _write_client(folder, name, deployment, vouching)
     deployment.save(folder)
     return deployment
 
@@ -160,24 +157,19 @@ def _write_server(folder: Path, deployment: Deployment, authority: Authority, ap
     write_files(server, server_files(deployment))
 
 
-def _write_client(folder: Path, name: str, deployment: Deployment, authority: Authority) -> NodeKey:
-    """Write a client's own folder; returns its key, whose public half the server needs."""
-    key = NodeKey.create(name)
+def _write_client(folder: Path, name: str, deployment: Deployment, authority: Authority) -> None:
+    """Write a client's own folder, and add it to those that the server registers."""
+    public, private = _node_key(name)
     with _completed(folder / "clients" / name) as client:
         shutil.copytree(folder / "given", client, dirs_exist_ok=True)
         certificates = client / CERTIFICATES
         authority.issue_client(name).save(certificates, "client")
-        write_private(certificates / NODE_KEY, key.private)
-        (certificates / f"{NODE_KEY}.pub").write_bytes(key.public)
+        write_private(certificates / NODE_KEY, private)
+        (certificates / f"{NODE_KEY}.pub").write_bytes(public)
         _copy_authority(folder, certificates)
         (client / "state").mkdir()
         write_files(client, client_files(name, deployment))
-    return key
-
-
-def _list_client(folder: Path, name: str, key: NodeKey) -> None:
-    """Add a client to those that the server registers."""
-    (folder / "server" / "clients" / f"{name}.pub").write_bytes(key.public)
+    (folder / "server" / "clients" / f"{name}.pub").write_bytes(public)
 
 
 def _copy_authority(folder: Path, target: Path) -> None:
@@ -199,27 +191,15 @@ def _completed(folder: Path) -> Iterator[Path]:
         raise
 
 
-@dataclass(frozen=True)
-class NodeKey:
-    """The key pair by which the SuperLink knows a client: P-384, in OpenSSH's format."""
-
-    public: bytes
-    private: bytes = field(repr=False)
-
-    @classmethod
-    def create(cls, name: str) -> NodeKey:
-        """Make a new pair.
-
-        Args:
-            name: The client's; becomes the comment of the public key.
-        """
-        key = ec.generate_private_key(ec.SECP384R1())
-        public = key.public_key().public_bytes(
-            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        )
-        private = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.OpenSSH,
-            serialization.NoEncryption(),
-        )
-        return cls(public + f" {name}\n".encode(), private)
+def _node_key(name: str) -> tuple[bytes, bytes]:
+    """Make the public and private key by which the SuperLink knows a client: P-384, OpenSSH's."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    return public + f" {name}\n".encode(), private

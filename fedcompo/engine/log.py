@@ -38,11 +38,15 @@ LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR)\s*:|^\d{4}-\d\d-\d\dT")
 
 def read_from(file: Path, position: int) -> str:
     """Read the text of a file from a byte on; empty if there is no file."""
+    return _bytes_from(file, position).decode("utf-8", errors="replace")
+
+
+def _bytes_from(file: Path, position: int) -> bytes:
     if not file.exists():
-        return ""
+        return b""
     with file.open("rb") as stream:
         stream.seek(position)
-        return stream.read().decode("utf-8", errors="replace")
+        return stream.read()
 
 
 class LineTail:
@@ -58,11 +62,7 @@ class LineTail:
 
     def read(self) -> list[str]:
         """Read the lines since the last call; an unfinished line waits for the next call."""
-        if not self._file.exists():
-            return []
-        with self._file.open("rb") as stream:
-            stream.seek(self._position)
-            new = stream.read()
+        new = _bytes_from(self._file, self._position)
         complete = new[: new.rfind(b"\n") + 1]
         self._position += len(complete)
         return complete.decode("utf-8", errors="replace").split("\n")[:-1]

@@ -150,10 +150,7 @@ def prepare(
     config = RunConfig.parse(settings)
     clients = count_clients(config)
     resources = fair_resources(
-        clients,
-        config.device,
-        cpus_per_client=cpus_per_client,
-        gpus_per_client=gpus_per_client,
+        clients, config.device, cpus_per_client=cpus_per_client, gpus_per_client=gpus_per_client
     )
     app = launcher.find_app()
     if resuming:

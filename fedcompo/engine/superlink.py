@@ -99,7 +99,7 @@ class Engine:
     @contextlib.contextmanager
     def logging(self, run_id: str) -> Iterator[None]:
         """Append what the apps of a run print to the log, for as long as this context lasts."""
-        command = [self._program("flwr"), "log", run_id, LINK, "--stream"]
+        command = [program("flwr", self.environment), "log", run_id, LINK, "--stream"]
         with (
             self.log.open("ab") as sink,
             subprocess.Popen(
@@ -128,7 +128,7 @@ class Engine:
         """Run ``flwr`` and return its answer; raises LaunchError with what it complains about."""
         try:
             answer = subprocess.run(
-                [self._program("flwr"), *arguments, "--format", "json"],
+                [program("flwr", self.environment), *arguments, "--format", "json"],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -150,9 +150,6 @@ class Engine:
             reason = "\n".join(kept).strip()
             raise LaunchError(f"`flwr {arguments[0]}` failed:\n{reason}\nFlower's log: {self.log}")
         return dict(parsed)
-
-    def _program(self, name: str) -> str:
-        return program(name, self.environment)
 
 
 @contextlib.contextmanager
@@ -199,15 +196,8 @@ def _superlink(log: Path) -> Iterator[Engine]:
         superlink = program("flower-superlink", environment)
         port = _free_port()
         _write_files(folder, port)
-        serve = [
-            superlink,
-            "--insecure",
-            "--simulation",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
+        serve = [superlink, "--insecure", "--simulation"]
+        serve += ["--host", "127.0.0.1", "--port", str(port)]
         with log.open("ab") as sink:
             process = subprocess.Popen(
                 [sys.executable, "-I", guard.__file__, str(folder), *serve],

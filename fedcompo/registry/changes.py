@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.composition.claims import capped
-from fedcompo.errors import ConfigError, ContributionError
+from fedcompo.errors import ConfigError, ContributionError, blaming
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.pool import require_unmixed
 from fedcompo.method.statistics import FeatureSums
@@ -69,10 +69,12 @@ def add(
         for client, member in coming.items():
             rounding = draft.roundings[client]
             known = Known(member.classes, math.sqrt(rounding.squared_norm), rounding.sha256)
-            check_change(client, known, company, empty=empty)
+            with blaming(client):
+                check_change(client, known, company, empty=empty)
             company = company.joined({client: known})
-        for reason in outliers(coming, company).values():
-            raise ContributionError(reason)
+        for client, reason in outliers(coming, company).items():
+            with blaming(client):
+                raise ContributionError(reason)
         events = [("removed", {**_left(member), "within": "replacement"}) for member in gone]
         newcomers = [_journalled(after.members[client]) for client in sorted(coming)]
         events.append(("added", {"clients": newcomers, **_requester(requested_by)}))

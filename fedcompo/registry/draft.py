@@ -17,7 +17,7 @@ from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
 from fedcompo.composition.totals import check_alike, save_total, total_after
 from fedcompo.composition.version import RoundedDifferently, write_composed, write_sum
 from fedcompo.config.choices import Statistics
-from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError
+from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError, blaming
 from fedcompo.method.contribution import (
     AnyStatistics,
     Contribution,
@@ -114,7 +114,8 @@ class Draft:
             raise ContributionError(f"Two of the contributions are of {name!r}.")
         folder = self.new / place
         staged = stage_contribution(source, folder)
-        check_parts(staged, company)
+        with blaming(name):
+            check_parts(staged, company)
         self.moves.append(place)
         return Member(
             client=staged.client,
@@ -222,7 +223,8 @@ class Draft:
             newcomers, gone = ([self._opened(m) for m in some] for some in (coming, going))
             for new in newcomers:
                 members = map(self._opened, self.before.members.values())
-                check_alike(new.client, new.statistics, before, members)
+                with blaming(new.client):
+                    check_alike(new.client, new.statistics, before, members)
             total = total_after(before, newcomers, gone, after.settings)
             save_total(folder / TOTALS, total)
         if realigned is not None:

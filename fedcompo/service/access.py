@@ -8,7 +8,6 @@ call              a client                        operator
 ================  ==============================  ========
 List, Verify      yes                             yes
 health            yes                             yes
-reflection        yes                             yes
 Publish           its own                         its own
 Fetch             its own                         any
 Compose           as the :class:`Audience` says   yes
@@ -111,8 +110,6 @@ class Audience(StrEnum):
 
     MEMBERS = "members"
     """Clients that are in the registry now, and operators."""
-    EVERYONE = "everyone"
-    """Whoever has a certificate of the authority."""
     OPERATORS = "operators"
 
 
@@ -138,8 +135,7 @@ def require_named(peer: Peer, client: object) -> None:
 
 def require_audience(peer: Peer, audience: Audience, members: Iterable[str]) -> None:
     """Raise ``Refused`` unless the caller may compose."""
-    allowed = peer.operator or audience is Audience.EVERYONE
-    if allowed or (audience is Audience.MEMBERS and peer.name in members):
+    if peer.operator or (audience is Audience.MEMBERS and peer.name in members):
         return
     whom = "clients that are in it" if audience is Audience.MEMBERS else "operators"
     raise Refused(

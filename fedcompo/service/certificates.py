@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.errors import ConfigError
 from fedcompo.names import check_client_name
 from fedcompo.storage.files import UNREADABLE, private_pem, write_private
 
@@ -83,36 +83,21 @@ class Authority:
 
     @classmethod
     def load(cls, certificate: Path, key: Path) -> Authority:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            certificate: File of the certificate.
-            key: File of the private key.
+        """Read the files that :meth:`save` wrote.
 
         Raises:
-            FileFormatError: If a file cannot be read, the certificate is no authority's, or the
-                two do not belong together.
+            ConfigError: If a file cannot be read, the certificate is no authority's, or the two do
+                not belong together.
         """
+        credential = read_credential(certificate, key)
+        extensions = x509.load_pem_x509_certificate(credential.certificate).extensions
         try:
-            pem = certificate.read_bytes()
-            read = x509.load_pem_x509_certificate(pem)
-            constraints = read.extensions.get_extension_for_class(x509.BasicConstraints).value
-        except (*UNREADABLE, x509.ExtensionNotFound) as error:
-            raise FileFormatError(
-                f"The authority's certificate {certificate} cannot be read: {error}."
-            ) from error
-        if not constraints.ca:
-            raise FileFormatError(
-                f"{certificate} is the certificate of a server or client, expected an authority's."
-            )
-        try:
-            secret = key.read_bytes()
-            private = _private_key(secret)
-        except UNREADABLE as error:
-            raise FileFormatError(f"The authority's key {key} cannot be read: {error}.") from error
-        if read.public_key() != private.public_key():
-            raise FileFormatError(f"{certificate} and {key} do not belong together.")
-        return cls(Credential(pem, secret))
+            _private_key(credential.key)
+            if not extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+                raise ValueError("it is of a server or client")
+        except (ValueError, x509.ExtensionNotFound) as error:
+            raise ConfigError(f"{certificate}, expected an authority's: {error}.") from error
+        return cls(credential)
 
     def save(self, folder: Path) -> None:
         """Write ``ca.crt``, and ``ca.key`` for its owner alone; neither may exist yet."""

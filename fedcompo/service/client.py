@@ -22,23 +22,27 @@ from fedcompo.names import require_utf8
 from fedcompo.report.units import OnStep, size
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
-from fedcompo.service.registry_pb2_grpc import RegistryStub
+from fedcompo.service.methods import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
-from fedcompo.service.transfer import FileEntry, Part, outgoing, received, without_paths
-from fedcompo.storage.files import BACKBONE, CARD, CONFIG, CONTENT, FISHER, MODEL_CARD, WEIGHTS
+from fedcompo.service.transfer import (
+    CONTRIBUTION,
+    FileEntry,
+    outgoing,
+    received,
+    without_paths,
+)
+from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, WEIGHTS
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
     from fedcompo.registry.removal import RemovalRecord
 
 
-CONTRIBUTION = frozenset({CONTENT, CARD}), frozenset({CONTENT, CARD, FISHER})
-"""Files of a contribution: those that must be there, and those that may."""
 MODEL = (
     frozenset({WEIGHTS, CONFIG, MODEL_CARD}),
     frozenset({WEIGHTS, CONFIG, MODEL_CARD, BACKBONE}),
 )
-"""The same of a model."""
+"""Files of a model: those that must be there, and those that may."""
 LOOPBACK = "localhost", "127.0.0.1", "[::1]"
 LARGEST_MESSAGE = 16 << 20
 """Bytes; the list of a registry of thousands is the largest."""
@@ -158,12 +162,12 @@ class Client:
         announced = [wire.File(name=e.name, size=e.size, sha256=e.sha256) for e in entries]
         offer = wire.PublishRequest(offer=wire.Offer(files=announced, replace=replace))
 
-        def parts(offsets: Mapping[str, int]) -> Iterator[Part]:
+        def chunks(offsets: Mapping[str, int]) -> Iterator[wire.Chunk]:
             # Opened anew for each attempt: the thread of the last one may still be reading.
             with _opened(folder, names) as files:
                 yield from outgoing(files, entries, offsets)
 
-        return self._attempts.make(lambda: self._published(offer, parts, on_step))
+        return self._attempts.make(lambda: self._published(offer, chunks, on_step))
 
     def fetch(self, output: Path, client: str = "", *, on_step: OnStep = lambda step: None) -> Any:
         """Get a contribution back; returns the message ``Content``.
@@ -248,7 +252,7 @@ class Client:
     def _published(
         self,
         offer: Any,
-        parts: Callable[[Mapping[str, int]], Iterator[Part]],
+        chunks: Callable[[Mapping[str, int]], Iterator[wire.Chunk]],
         on_step: OnStep,
     ) -> Any:
         """Make one attempt to publish: offer, learn what the server has, send the rest."""
@@ -258,10 +262,9 @@ class Client:
         def requests() -> Iterator[Any]:
             yield offer
             offsets = positions.get()
-            for part in parts(offsets) if offsets is not None else ():
-                chunk = wire.Chunk(file=part.file, offset=part.offset, data=part.data)
+            for chunk in chunks(offsets) if offsets is not None else ():
                 yield wire.PublishRequest(chunk=chunk)
-                on_step(f"sending, {size(total)} in all: {part.file} at {size(part.offset)}")
+                on_step(f"sending, {size(total)} in all: {chunk.file} at {size(chunk.offset)}")
 
         call = self._stub.Publish(requests(), timeout=self._seconds)
         published = None

@@ -7,10 +7,10 @@ names, not the open files. A model whose clients changed while it was composed i
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -33,43 +33,34 @@ from fedcompo.service.access import (
     require_owner,
 )
 from fedcompo.service.gate import time_left
-from fedcompo.service.limits import EACH, Limits, Places
+from fedcompo.service.limits import Limits, Places
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.transfer import FileEntry, identity, outgoing
 
 
+@dataclass(frozen=True)
 class Downloads:
     """The methods ``Fetch`` and ``Compose``."""
 
-    def __init__(
-        self,
-        registry: Path,
-        folder: Path,
-        audience: Audience,
-        least: int,
-        heavy: Places,
-        limits: Limits,
-    ) -> None:
-        """Describe what is sent, to whom, and how much at a time.
-
-        Args:
-            registry: Folder of the registry.
-            folder: Where models are composed.
-            audience: Who may compose.
-            least: How many others a model holds at least, unless it is for an operator.
-            heavy: The places of calls that compute for long.
-            limits: The service's.
-        """
-        self._registry, self._folder, self._audience = registry, folder, audience
-        self._least, self._heavy, self._limits = least, heavy, limits
-        self._models = Places(limits.models, kept=EACH)
+    registry: Path
+    """Its folder."""
+    folder: Path
+    """Where models are composed."""
+    audience: Audience
+    least: int
+    """How many others a model holds at least, unless it is for an operator."""
+    heavy: Places
+    """The places of calls that compute for long."""
+    models: Places
+    """The places of models on disk."""
+    limits: Limits
 
     def fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Send a member's files."""
         peer = peer_of(context)
         client = request.client or peer.name
         require_owner(peer, client, "fetch")
-        registry = Registry(self._registry)
+        registry = Registry(self.registry)
         require_members(registry, [client])
         member = registry.member(client)
         with ExitStack() as stack:
@@ -86,22 +77,27 @@ class Downloads:
     def compose(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Compose a model, and send it."""
         peer = peer_of(context)
-        require_audience(peer, self._audience, Registry(self._registry).clients)
-        wait = time_left(context, self._limits)
-        with self._models.taken(peer, wait), ExitStack() as stack:
-            with self._heavy.taken(peer, wait), self._scratch_folder() as folder:
+        require_audience(peer, self.audience, Registry(self.registry).clients)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        wait = time_left(context, self.limits)
+        with self.models.taken(peer, wait), ExitStack() as stack:
+            with (
+                self.heavy.taken(peer, wait),
+                tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch,
+            ):
                 if not context.is_active():
                     raise Refused(Code.ABORTED, "The call was broken off.")
-                content = self._composed(folder / "model", peer, request)
+                folder = Path(scratch) / "model"
+                content = self._composed(folder, peer, request)
                 files = {
                     path.name: stack.enter_context(path.open("rb"))
-                    for path in sorted((folder / "model").iterdir())
+                    for path in sorted(folder.iterdir())
                 }
             entries = [FileEntry.of(name, file) for name, file in files.items()]
             yield from _sent(content, files, entries, request.resume)
 
     def _composed(self, output: Path, peer: Peer, request: Any) -> Any:
-        registry = Registry(self._registry)
+        registry = Registry(self.registry)
         weights = dict(request.weights) or None
         require_members(registry, [*request.only, *request.without, *(weights or ())])
         _check_weights(weights)
@@ -113,7 +109,7 @@ class Downloads:
             weights=weights,
             scale=request.scale if request.HasField("scale") else None,
         )
-        require_many(peer, selection.pool.clients, weights, self._least)
+        require_many(peer, selection.pool.clients, weights, self.least)
         publish(output, selection)
         registry.refresh()
         now = registry.state.members
@@ -123,16 +119,6 @@ class Downloads:
                 "left or came anew. Try again."
             )
         return wire.Content(clients=selection.pool.clients, root=before.root)
-
-    @contextmanager
-    def _scratch_folder(self) -> Iterator[Path]:
-        """A folder that is deleted at the end; files opened in it can still be read."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = Path(tempfile.mkdtemp(dir=self._folder))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_members(registry: Registry, clients: Sequence[str]) -> None:
@@ -173,5 +159,5 @@ def _sent(
     yield wire.Download(content=content)
     same = resume.id == content.id
     offsets = {position.file: position.bytes for position in resume.positions} if same else {}
-    for part in outgoing(files, entries, offsets):
-        yield wire.Download(chunk=wire.Chunk(file=part.file, offset=part.offset, data=part.data))
+    for chunk in outgoing(files, entries, offsets):
+        yield wire.Download(chunk=chunk)

@@ -1,6 +1,6 @@
 """Checks every call: its caller, its rate and its duration; turns errors into a status.
 
-It stands before all methods, health and reflection included. A message that cannot be parsed is
+It stands before all methods, health included. A message that cannot be parsed is
 refused like any other fault of the caller.
 """
 

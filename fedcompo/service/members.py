@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +34,20 @@ LONGEST_REASON = 1000
 CHANGED = "The registry was changed while it was verified. Try again."
 
 
+@dataclass(frozen=True)
 class Members:
     """The methods ``Remove``, ``List`` and ``Verify``."""
 
-    def __init__(
-        self,
-        registry: Path,
-        uploads: Uploads,
-        writers: Places,
-        heavy: Places,
-        limits: Limits,
-        hidden: Mapping[Path, str],
-    ) -> None:
-        """Describe the registry, and what is shared with other calls.
-
-        Args:
-            registry: Folder of the registry.
-            uploads: What clients are sending.
-            writers: The place that a call takes while it changes the registry.
-            heavy: The places of calls that compute for long.
-            limits: The service's.
-            hidden: Folders that no answer may name, and what to call them instead.
-        """
-        self._registry, self._uploads, self._hidden = registry, uploads, hidden
-        self._writers, self._heavy, self._limits = writers, heavy, limits
+    registry: Path
+    """Its folder."""
+    uploads: Uploads
+    writers: Places
+    """The place that a call takes while it changes the registry."""
+    heavy: Places
+    """The places of calls that compute for long."""
+    limits: Limits
+    hidden: Mapping[Path, str]
+    """Folders that no answer may name, and what to call them instead."""
 
     def remove(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Remove a client and return the receipt; for one that has left, its last receipt."""
@@ -69,20 +59,20 @@ class Members:
                 Code.INVALID_ARGUMENT,
                 f"The reason has {len(request.reason)} characters, and may have {LONGEST_REASON}.",
             )
-        with self._writers.taken(peer, time_left(context, self._limits)):
-            registry = Registry(self._registry)
+        with self.writers.taken(peer, time_left(context, self.limits)):
+            registry = Registry(self.registry)
             if client in registry.clients:
                 try:
                     registry.remove(client, requested_by=peer.signature, reason=request.reason)
                 except ContributionError:  # another process was faster
                     registry.refresh()
-        self._uploads.forget(client)
+        self.uploads.forget(client)
         record = _last_record(registry, client)
         return wire.RemoveReply(record=record, public_key=_public_key(registry))
 
     def list(self, request: Any, context: grpc.ServicerContext) -> Any:
         """List the members."""
-        registry = Registry(self._registry)
+        registry = Registry(self.registry)
         state = registry.state
         share = LARGEST_LIST // max(1, len(state.members))
         return wire.ListReply(
@@ -96,21 +86,21 @@ class Members:
 
     def verify(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Verify every claim of the registry, or of a receipt."""
-        with self._heavy.taken(peer_of(context), time_left(context, self._limits)):
-            before = State.read(self._registry / STATE)
+        with self.heavy.taken(peer_of(context), time_left(context, self.limits)):
+            before = State.read(self.registry / STATE)
             try:
                 findings = self._findings(request.record)
             except FileNotFoundError as error:  # a change deleted it between two looks
                 raise RegistryError(CHANGED) from error
             failed = any(finding.holds is False for finding in findings)
-            if failed and State.read(self._registry / STATE) != before:
+            if failed and State.read(self.registry / STATE) != before:
                 raise RegistryError(CHANGED)
         return wire.VerifyReply(
             findings=[
                 wire.Finding(
-                    claim=redacted(finding.claim, self._hidden),
+                    claim=redacted(finding.claim, self.hidden),
                     holds=finding.holds,
-                    detail=redacted(finding.detail, self._hidden),
+                    detail=redacted(finding.detail, self.hidden),
                 )
                 for finding in findings
             ]
@@ -118,11 +108,11 @@ class Members:
 
     def _findings(self, record: bytes) -> Sequence[Finding]:
         if not record:
-            return verify_registry(self._registry)
+            return verify_registry(self.registry)
         with tempfile.TemporaryDirectory(prefix="fedcompo-verify-") as folder:
             path = Path(folder) / "record.json"
             path.write_bytes(record)
-            findings = verify_record(path, registry=Registry(self._registry))
+            findings = verify_record(path, registry=Registry(self.registry))
             inside = {path: "the receipt"}
             return [replace(f, detail=redacted(f.detail, inside)) for f in findings]
 

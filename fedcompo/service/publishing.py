@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,10 @@ from fedcompo.service.access import Peer, peer_of, require_named
 from fedcompo.service.gate import time_left
 from fedcompo.service.limits import Limits, Places
 from fedcompo.service.refusals import RETRYABLE, Code, Refused, answer_to
-from fedcompo.service.transfer import FileEntry, Incoming, Part, check_entries, identity
-from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.service.transfer import CONTRIBUTION, FileEntry, Incoming, check_entries, identity
+from fedcompo.storage.files import CARD
 from fedcompo.storage.tensorstream import StreamedTensors
 
-REQUIRED = frozenset({CONTENT, CARD})
-ALLOWED = REQUIRED | {FISHER}
 LENGTH = 8
 """Bytes at the start of a file of tensors that hold the length of its header."""
 PATIENCE = 10.0
@@ -45,26 +44,22 @@ PATIENCE = 10.0
 TICK = 0.05
 
 
+@dataclass(frozen=True)
 class Publishing:
     """The method ``Publish``."""
 
-    def __init__(self, registry: Path, uploads: Uploads, writers: Places, limits: Limits) -> None:
-        """Describe where contributions go, and what limits them.
-
-        Args:
-            registry: Folder of the registry.
-            uploads: Where files are kept while they are being received.
-            writers: The place that a call takes while it changes the registry.
-            limits: The service's.
-        """
-        self._registry, self._uploads = registry, uploads
-        self._writers, self._limits = writers, limits
+    registry: Path
+    """Its folder."""
+    uploads: Uploads
+    writers: Places
+    """The place that a call takes while it changes the registry."""
+    limits: Limits
 
     def publish(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         """Add a contribution; nothing changes unless every byte and every check is right."""
         peer = peer_of(context)
         offer, entries = self._offer(requests)
-        registry = Registry(self._registry)
+        registry = Registry(self.registry)
         member = registry.state.members.get(peer.name)
         if member and dict(member.files) == {entry.name: entry.sha256 for entry in entries}:
             yield _published(peer, registry, already=True)  # an answer was lost on its way
@@ -75,13 +70,13 @@ class Publishing:
                 f"{peer.name} is in the registry already, with other files. Replace them "
                 "explicitly (`--replace`), which is a removal and an addition.",
             )
-        self._uploads.sweep()
-        with self._uploads.opened(peer.name, entries) as incoming:
+        self.uploads.sweep()
+        with self.uploads.opened(peer.name, entries) as incoming:
             positions = incoming.positions.items()
             have = [wire.Position(file=name, bytes=count) for name, count in positions]
             yield wire.PublishReply(have=wire.Have(positions=have))
             for request in requests:
-                incoming.write(_part(request))
+                incoming.write(_chunk(request))
             incoming.check()
             self._add(peer, incoming, context, replacing=offer.replace)
         registry.refresh()
@@ -92,7 +87,7 @@ class Publishing:
         if first is None or first.WhichOneof("part") != "offer":
             raise FileFormatError("A call begins with an offer of files; it began otherwise.")
         entries = [FileEntry(file.name, file.size, file.sha256) for file in first.offer.files]
-        check_entries(entries, allowed=ALLOWED, required=REQUIRED)
+        check_entries(entries, CONTRIBUTION)
         card = next(entry for entry in entries if entry.name == CARD)
         self._check_description(CARD, card.size)
         return first.offer, entries
@@ -105,10 +100,10 @@ class Publishing:
             for name in incoming.entries.keys() - {CARD}:
                 self._check_tensors(incoming.folder / name)
             require_named(peer, Contribution.open(incoming.folder, with_fisher=False).client)
-            with self._writers.taken(peer, time_left(context, self._limits)):
+            with self.writers.taken(peer, time_left(context, self.limits)):
                 if not context.is_active():
                     raise Refused(Code.ABORTED, "The call was broken off; nothing was changed.")
-                Registry(self._registry).add(
+                Registry(self.registry).add(
                     incoming.folder, replacing=replacing, requested_by=peer.signature
                 )
         except FedcompoError as error:
@@ -122,18 +117,18 @@ class Publishing:
         with path.open("rb") as file:
             self._check_description(path.name, int.from_bytes(file.read(LENGTH), "little"))
         for name, (dtype, shape) in StreamedTensors(path).layout.items():
-            if (size := math.prod(shape) * dtype.itemsize) > self._limits.tensor:
+            if (size := math.prod(shape) * dtype.itemsize) > self.limits.tensor:
                 raise FileFormatError(
                     f"The tensor {name[:80]!r} in {path.name} has {size} bytes, and may have "
-                    f"{self._limits.tensor}. Ask an operator to add it at the registry."
+                    f"{self.limits.tensor}. Ask an operator to add it at the registry."
                 )
 
     def _check_description(self, name: str, size: int) -> None:
         """Refuse a huge card or header: it is read as a whole, and would fill the memory."""
-        if size > self._limits.description:
+        if size > self.limits.description:
             raise FileFormatError(
                 f"The description in {name} has {size} bytes, and may have "
-                f"{self._limits.description}."
+                f"{self.limits.description}."
             )
 
 
@@ -206,10 +201,10 @@ class Uploads:
             )
 
 
-def _part(request: Any) -> Part:
+def _chunk(request: Any) -> Any:
     if request.WhichOneof("part") != "chunk":
         raise FileFormatError("After the offer come chunks; something else came.")
-    return Part(request.chunk.file, request.chunk.offset, request.chunk.data)
+    return request.chunk
 
 
 def _published(peer: Peer, registry: Registry, *, already: bool = False) -> Any:

@@ -70,14 +70,17 @@ def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.Status
     """
     if isinstance(error, Refused):
         return error.code, redacted(str(error), hidden)
+    system: BaseException | None = error  # or its cause: what cannot be read is not yet damaged
+    while system is not None and not isinstance(system, OSError):
+        system = system.__cause__
+    if system is not None and system.errno in FULL | BROKEN:
+        code, advice = Code.RESOURCE_EXHAUSTED, "Try again later"
+        if system.errno in BROKEN:
+            code, advice = Code.FAILED_PRECONDITION, "Tell its operator"
+        return code, f"The server's system refuses: {os.strerror(system.errno)}. {advice}."
     if isinstance(error, FedcompoError):
         code = next((code for kind, code in CODES if isinstance(error, kind)), Code.INTERNAL)
         return code, redacted(str(error), hidden)
-    if isinstance(error, OSError) and error.errno in FULL | BROKEN:
-        code, advice = Code.RESOURCE_EXHAUSTED, "Try again later"
-        if error.errno in BROKEN:
-            code, advice = Code.FAILED_PRECONDITION, "Tell its operator"
-        return code, f"The server's system refuses: {os.strerror(error.errno)}. {advice}."
     return Code.INTERNAL, UNFORESEEN
 
 

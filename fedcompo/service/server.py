@@ -16,26 +16,24 @@ from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from fedcompo.errors import ServiceError
 from fedcompo.names import address
 from fedcompo.registry.registry import Registry
-from fedcompo.service import registry_pb2, registry_pb2_grpc
 from fedcompo.service.access import Audience, Revoked
 from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.gate import Gate
-from fedcompo.service.limits import Limits, Places
+from fedcompo.service.limits import EACH, Limits, Places
 from fedcompo.service.members import Members
+from fedcompo.service.methods import NAME, serve_methods
 from fedcompo.service.publishing import Publishing, Uploads
 
-NAME = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 QUEUE = 8
 """Calls that wait for a thread, for each one there is: the gate refuses most of a flood at once."""
 KEEPALIVE_SECONDS = 30
@@ -90,11 +88,13 @@ class Server:
         )
         uploads, writers = Uploads(folder / "uploads", limits), Places(1)
         uploads.sweep()
-        models, heavy = folder / "models", Places(limits.heavy, kept=1)
-        _delete_old(models, limits.stale)
-        downloads = Downloads(root, models, settings.audience, settings.least, heavy, limits)
+        heavy, models = Places(limits.heavy, kept=1), Places(limits.models, kept=EACH)
+        composed, who, least = folder / "models", settings.audience, settings.least
+        _delete_old(composed, limits.stale)
+        downloads = Downloads(root, composed, who, least, heavy, models, limits)
         members = Members(root, uploads, writers, heavy, limits, hidden)
-        methods = SimpleNamespace(
+        serve_methods(
+            self._server,
             Publish=Publishing(root, uploads, writers, limits).publish,
             Fetch=downloads.fetch,
             Compose=downloads.compose,
@@ -102,10 +102,7 @@ class Server:
             List=members.list,
             Verify=members.verify,
         )
-        registry_pb2_grpc.add_RegistryServicer_to_server(methods, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
         self.port = self._claim(settings)
 
     def start(self) -> None:

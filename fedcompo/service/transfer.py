@@ -21,7 +21,7 @@ from fedcompo.config import scenario
 from fedcompo.errors import FileFormatError
 from fedcompo.report.units import size
 from fedcompo.service import registry_pb2 as wire
-from fedcompo.storage.files import CARD, canonical, write_atomically
+from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical, write_atomically
 
 PIECE = 1 << 18
 """Bytes of a chunk that is sent."""
@@ -31,6 +31,8 @@ HEXADECIMAL = frozenset("0123456789abcdef")
 FILES, ID = "files", "id"
 """In the folder of an unfinished download: its files, and the id of its content."""
 LONGEST_ID = 64
+CONTRIBUTION = frozenset({CONTENT, CARD}), frozenset({CONTENT, CARD, FISHER})
+"""Files of a contribution: those that must be there, and those that may."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,6 @@ class FileEntry:
         return cls(name, os.fstat(file.fileno()).st_size, sha256)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of a file, and its position."""
-
-    file: str
-    offset: int
-    data: bytes
-
-
 def identity(entries: Sequence[FileEntry]) -> str:
     """SHA-256 over names, sizes and SHA-256 of files, in the order of names; hexadecimal."""
     described = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
@@ -67,7 +60,7 @@ def identity(entries: Sequence[FileEntry]) -> str:
 
 
 def check_entries(
-    entries: Sequence[FileEntry], *, allowed: frozenset[str], required: frozenset[str]
+    entries: Sequence[FileEntry], expected: tuple[frozenset[str], frozenset[str]]
 ) -> None:
     """Refuse unexpected files: their names become names of files here.
 
@@ -75,7 +68,7 @@ def check_entries(
         FileFormatError: If a name is not allowed, missing or repeated, a file is empty, or a digest
             is malformed.
     """
-    names = [entry.name for entry in entries]
+    names, (required, allowed) = [entry.name for entry in entries], expected
     if len(set(names)) < len(names) or not required <= set(names) <= allowed:
         raise FileFormatError(
             f"The files {', '.join(repr(name[:80]) for name in names[:8]) or 'none'} were "
@@ -92,7 +85,7 @@ def check_entries(
 
 def outgoing(
     files: Mapping[str, BufferedReader], entries: Sequence[FileEntry], offsets: Mapping[str, int]
-) -> Iterator[Part]:
+) -> Iterator[wire.Chunk]:
     """Cut the missing rest of files into pieces.
 
     Args:
@@ -113,7 +106,7 @@ def outgoing(
                     f"{entry.name} ended at byte {position} of {entry.size}: it was changed while "
                     "it was being sent. Try again."
                 )
-            yield Part(entry.name, position, data)
+            yield wire.Chunk(file=entry.name, offset=position, data=data)
             position += len(data)
 
 
@@ -123,19 +116,15 @@ class Incoming:
     def __init__(self, folder: Path, entries: Sequence[FileEntry]) -> None:
         """Resume from the folder; it must exist, and belong to these files alone."""
         self.folder, self.entries = folder, {entry.name: entry for entry in entries}
-        self._positions = {name: self._size(name) for name in self.entries}
-
-    @property
-    def positions(self) -> dict[str, int]:
+        self.positions = {name: self._size(name) for name in self.entries}
         """Bytes received of each file, by name."""
-        return dict(self._positions)
 
     @property
     def missing(self) -> int:
         """Bytes that have not been received yet."""
-        return sum(entry.size for entry in self.entries.values()) - sum(self._positions.values())
+        return sum(entry.size for entry in self.entries.values()) - sum(self.positions.values())
 
-    def write(self, part: Part) -> None:
+    def write(self, part: wire.Chunk) -> None:
         """Append a piece.
 
         Raises:
@@ -147,7 +136,7 @@ class Incoming:
                 f"A piece of {part.file[:80]!r} came, which was not announced; expected pieces of "
                 f"{', '.join(self.entries)}."
             )
-        position = self._positions[part.file]
+        position = self.positions[part.file]
         if part.offset != position or not 0 < len(part.data) <= entry.size - position:
             raise FileFormatError(
                 f"A piece of {part.file} came with {len(part.data)} bytes for byte {part.offset}; "
@@ -156,7 +145,7 @@ class Incoming:
             )
         with (self.folder / part.file).open("ab") as file:
             file.write(part.data)
-        self._positions[part.file] = position + len(part.data)
+        self.positions[part.file] = position + len(part.data)
 
     def check(self) -> None:
         """Compare each file with its digest; a file that differs is deleted.
@@ -233,8 +222,7 @@ def received(
     incoming = Incoming(files, entries)
     total = sum(entry.size for entry in entries)
     for reply in replies:
-        chunk = reply.chunk
-        incoming.write(Part(chunk.file, chunk.offset, chunk.data))
+        incoming.write(reply.chunk)
         on_step(f"receiving, {size(total - incoming.missing)} of {size(total)}")
     incoming.check()
     files.replace(output)
@@ -244,7 +232,7 @@ def received(
 
 def _entries(content: Any, names: tuple[frozenset[str], frozenset[str]]) -> list[FileEntry]:
     entries = [FileEntry(file.name, file.size, file.sha256) for file in content.files]
-    check_entries(entries, required=names[0], allowed=names[1])
+    check_entries(entries, names)
     if identity(entries) != content.id:
         raise FileFormatError("The server calls its files by an id that is not theirs.")
     return entries

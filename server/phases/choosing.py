@@ -205,10 +205,7 @@ class Choosing:
         """Ask all members how well each model does under its head; None if nobody says so."""
         by_client: dict[str, Votes] = {}
         request = VoteRequest(
-            total=self._total(),
-            linearised=self.registry.linearised,
-            factors=factors,
-            heads=heads,
+            total=self._total(), linearised=self.registry.linearised, factors=factors, heads=heads
         ).to_body()
 
         def fold(client: str, body: Body) -> str:

@@ -31,7 +31,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import TrainAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import ANCHOR, Others, TrainRequest
-from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
+from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums, total_of
@@ -43,9 +43,9 @@ from server.exchange.checks import checked_fractions, checked_losses
 from server.exchange.exchange import Exchange
 from server.phases import roster
 from server.phases.fisher import Fishers, fisher_apart
-from server.phases.outliers import leave_out_strange
-from server.phases.remarks import on_capped, remarks
+from server.phases.remarks import remarks
 from server.phases.roster import KeepFisher, Roster
+from server.phases.weight import leave_out_strange, weighed
 
 INCOMING = "incoming"
 """Folder of a run for contributions that are not in the registry yet."""
@@ -81,14 +81,8 @@ class Fitting:
         self.backbone: Backbone = self.roster.backbone
         self.kinds = kinds_of(self.config.train.kind)
         self.settings = self.registry.settings
-        self.fishers = Fishers(
-            self.roster,
-            self.config,
-            self.registry,
-            self.contributions,
-            self.figures,
-            self.ensembled,
-        )
+        shared = self.roster, self.config, self.registry, self.contributions, self.figures
+        self.fishers = Fishers(*shared, self.ensembled)
 
     def run(self) -> None:
         """Do all phases; afterwards a contribution of each trained client is in its folder."""
@@ -134,12 +128,9 @@ class Fitting:
     def align(self) -> None:
         """Make the joint head of all clients' statistics."""
         who = self.roster.participants
-        stated = {client: who.described[client].statistics for client in self.roster.parties}
-        self.settings = self.settings.with_caps(map(counts_of, stated.values()))
-        described = {c: capped(own, self.settings.class_cap) for c, own in stated.items()}
-        self.exchange.books.note(on_capped(stated, self.settings.class_cap))
-        self._aligned_with = tuple(sorted({*who.members, *stated}))
-        statistics = {**described, **self._statistics_of({*who.members} - stated.keys())}
+        self.settings, described = weighed(self.roster, self.settings)
+        self._aligned_with = tuple(sorted({*who.members, *described}))
+        statistics = {**described, **self._statistics_of({*who.members} - described.keys())}
         sums = [own for own in statistics.values() if isinstance(own, FeatureSums)]
         self._variance = total_of(sums).variance if sums else 0.0
         self.aligned = self.roster.align(statistics, self.config)
@@ -185,6 +176,15 @@ class Fitting:
         for client in clients:
             shutil.rmtree(self.folder(client), ignore_errors=True)
         self.fishers.sum_up()
+
+    def leave_out(self, phase: str, reasons: Mapping[str, str]) -> None:
+        """Go on without clients, connected at the moment or not; the books say why."""
+        for client, reason in reasons.items():
+            if client in self.exchange.clients:
+                self.exchange.leave_out(phase, client, reason)
+            else:
+                self.exchange.books.miss(phase, client, reason)
+        self.forget(reasons)
 
     # -- train ------------------------------------------------------------------------------------
 
@@ -232,14 +232,14 @@ class Fitting:
         return Others(rest=rest, share=own / together, scale=scale)
 
     def _fold_trained(self, client: str, body: Body) -> str:
-        vector, head, figures = self.check_trained(client, TrainAnswer.from_body(body))
-        self.keep(client, vector, head, self.lineage(client))
+        made, figures = self.check_trained(client, TrainAnswer.from_body(body))
+        self.keep(made)
         self.note_figures(client, figures)
         return client
 
     def check_trained(
         self, client: str, answer: TrainAnswer
-    ) -> tuple[TaskVector, Head, dict[str, Any]]:
+    ) -> tuple[Contribution, dict[str, Any]]:
         """Check and unpack what a client trained; raises ``ContributionError``."""
         vector = TaskVector(answer.kind, answer.task_vector, answer.base)
         who = self.roster.participants
@@ -251,21 +251,21 @@ class Fitting:
         held = {} if answer.held is None else {"held": answer.held}
         figures = checked_fractions(client, {**answer.figures, **held})
         losses, head = checked_losses(client, answer), answer.head(answer.classes)
-        made = self._contribution(client, vector, head, self.lineage(client))
+        made = self.contribution(client, vector, head, self.lineage(client))
         known = self.admitted[client] = admit(made, self.company(), empty=True)
-        return vector, head, {**figures, "losses": losses, "norm": known.norm}
+        return made, {**figures, "losses": losses, "norm": known.norm}
 
     def note_figures(self, client: str, figures: Mapping[str, Any]) -> None:
         """Keep what a client reports of its training; its losses are appended to earlier ones."""
         known = self.figures.setdefault(client, {})
         known |= {**figures, "losses": [*known.get("losses", []), *figures["losses"]]}
 
-    def keep(self, client: str, vector: TaskVector, head: Head, lineage: Lineage) -> None:
+    def keep(self, made: Contribution) -> None:
         """Write a client's contribution to its folder, and note how far it went."""
+        client = made.client
         fisher = self.fishers.known(client) if self.config.server.keep_fisher else None
-        distance = self.fishers.distance(client, vector, self._variance)
+        distance = self.fishers.distance(client, made.task_vector, self._variance)
         self.figures.setdefault(client, {})["distance"] = distance
-        made = self._contribution(client, vector, head, lineage)
         replace(made, fisher=fisher).save(self.folder(client))
 
     def company(self) -> Company:
@@ -273,7 +273,7 @@ class Fitting:
         company = self.roster.company().held_to(self.config.server.max_norm_ratio)
         return company.joined({c: k for c, k in self.admitted.items() if c in company.members})
 
-    def _contribution(
+    def contribution(
         self, client: str, vector: TaskVector, head: Head, lineage: Lineage
     ) -> Contribution:
         """Make a client's contribution, without Fisher."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fedcompo.method.contribution import AnyStatistics, counts_of
-
 UNDONE = 0.9
 """Share of the way that the anchor took back, from which on it undid the training."""
 
@@ -31,17 +29,6 @@ def remarks(reported: Mapping[str, Mapping[str, Any]], *, strength: str) -> Iter
             f"The own task vector of {worse} is worse on its own task than the frozen backbone: "
             "lower `learning-rate`, or give it more images."
         )
-
-
-def on_capped(stated: Mapping[str, AnyStatistics], cap: int) -> str:
-    """Write a sentence on who weighs by fewer images of a class than it states; or none."""
-    lower = sorted(c for c, own in stated.items() if max(counts_of(own).values()) > cap)
-    if not lower:
-        return ""
-    return (
-        f"{', '.join(lower)} weigh by {cap} images of a class, not by all that they state, which "
-        "are more than `max-count-ratio` allows."
-    )
 
 
 def _named(reported: Mapping[str, Mapping[str, Any]], befell: Callable[[Any], bool]) -> str:

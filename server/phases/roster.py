@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import joint_head
@@ -76,9 +77,14 @@ class Roster:
         return tuple(sorted({*self.present, *self.participants.absent}))
 
     def company(self) -> Company:
-        """Return whom a contribution must go together with: the others, and who is described."""
-        described = self.participants.described
-        return self.others().joined({c: Known(described[c].classes) for c in self.parties})
+        """Return whom a contribution must go together with: the others, and who is described.
+
+        What a member sent before stays its own, also while it is trained anew.
+        """
+        others, described = self.others(), self.participants.described
+        before = {c: own.rounded_sha256 for c, own in others.members.items()}
+        known = {c: Known(described[c].classes, None, before.get(c, "")) for c in self.parties}
+        return others.joined(known)
 
     def require_newcomers(self, registry: Registry) -> None:
         """Raise ``ContributionError`` if no client is to be trained."""
@@ -90,10 +96,7 @@ class Roster:
             )
 
     def note_names(self, members: Mapping[str, Iterable[str]]) -> None:
-        """Note classes that may be one, spelt differently, and who comes to a member's; once.
-
-        The members' classes are by member.
-        """
+        """Note classes that may be one, spelt differently, and who comes to a member's; once."""
         coming = {c: self.participants.described[c].classes for c in self.parties}
         parts = (members, coming)
         came = note_on_newcomers((i, *one) for i, part in enumerate(parts) for one in part.items())
@@ -102,13 +105,9 @@ class Roster:
 
     def align(self, statistics: Mapping[str, AnyStatistics], config: RunConfig) -> Head:
         """Make the joint head of statistics by client; of mixtures, in a phase of its own."""
-
-        def align() -> Head:
-            return joint_head(statistics, CompositionSettings.of(config), purpose=ALIGN)
-
-        if ALIGN not in phases_of(config):
-            return align()
-        return self.exchange.books.timed(ALIGN, align)
+        settings = CompositionSettings.of(config)
+        align = partial(joint_head, statistics, settings, purpose=ALIGN)
+        return self.exchange.books.timed(ALIGN, align) if ALIGN in phases_of(config) else align()
 
     # -- who comes and goes -----------------------------------------------------------------------
 

@@ -114,7 +114,8 @@ class CurrentSum:
         """Write the contributions of all that trained; returns their folders."""
         for client in self.trained:
             vector, head = self.running.vectors[client], self.heads[client]
-            self.fitting.keep(client, vector, head, self.lineages[client])
+            lineage = self.lineages[client]
+            self.fitting.keep(self.fitting.contribution(client, vector, head, lineage))
         return [self.fitting.folder(client) for client in self.trained]
 
     def _read(self, client: str, *, arriving: bool = False) -> tuple[TaskVector, Head]:

@@ -106,13 +106,9 @@ class Rounds:
     def drop_outliers(self) -> None:
         """Take out whose last task vector stands out among those that are there in the end."""
         while long := outliers(self.trained, self.fitting.company()):
-            for client, reason in long.items():
+            for client in long:
                 self.sum.drop(client)
-                if client in self.exchange.clients:
-                    self.exchange.leave_out("train", client, reason)
-                else:
-                    self.exchange.books.miss("train", client, reason)
-            self.fitting.forget(long)
+            self.fitting.leave_out("train", long)
 
     def drop_silent(self) -> None:
         """Leave out clients that never sent a task vector; raises ``TooFewClients``."""
@@ -243,8 +239,8 @@ class Rounds:
 
     def _check(self, client: str, answer: TrainAnswer) -> None:
         """Check a client's answer, and write it beside the one of its last round."""
-        vector, _, figures = self.fitting.check_trained(client, answer)
-        digest = self.last.arrive(client, vector, answer.own)
+        made, figures = self.fitting.check_trained(client, answer)
+        digest = self.last.arrive(client, made.task_vector, answer.own)
         self.holdings.sent(client, digest, answer.holds)
         self._arrived[client] = figures
 

@@ -26,7 +26,7 @@ from fedcompo.errors import FedcompoError
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import read_credential
 from fedcompo.service.client import Client
-from fedcompo.service.registry_pb2_grpc import RegistryStub
+from fedcompo.service.methods import RegistryStub
 
 RAW, ENCRYPTED = 1300, 200
 """Connections that are opened, and left so; and those of them that show a certificate."""

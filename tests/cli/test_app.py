@@ -167,7 +167,7 @@ def test_a_file_of_settings_is_checked(tmp_path: Path) -> None:
 
 
 def test_version_is_that_of_the_project() -> None:
-    for arguments in (["version"], ["--version"], ["-V"]):
+    for arguments in (["--version"], ["-V"]):
         assert runner.invoke(cli.app, arguments).stdout.strip() == fedcompo.__version__
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert fedcompo.__version__ == project["version"]

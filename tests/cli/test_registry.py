@@ -504,6 +504,8 @@ def test_weights_are_parsed() -> None:
         ("a=2,b=-1", "must be >= 0"),
         ("a=nan", "sum to nan"),
         ("a=inf", "sum to inf"),
+        ("a=1e308,b=1e308", "sum to inf"),
+        ("a=inf,b=-inf", "must be >= 0"),
     ],
 )
 def test_weights_that_mean_nothing_are_refused(text: str, reason: str) -> None:

@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from fedcompo.deployment import folders, given_app
 from fedcompo.deployment.plan import Deployment
 from fedcompo.engine.launcher import find_app
-from fedcompo.errors import ConfigError, ContributionError, FileFormatError, LaunchError
+from fedcompo.errors import ConfigError, ContributionError, LaunchError
 from fedcompo.service.certificates import Authority
 
 SECRETS = ("*.key", "supernode")
@@ -348,7 +348,7 @@ def test_what_cannot_be_deployed_is_refused(tmp_path: Path, options: list[str], 
 def test_a_deployment_without_its_authority_takes_nobody(written: Path) -> None:
     shutil.rmtree(written / "authority")
     before = contents(written)
-    with pytest.raises(FileFormatError, match=r"authority's certificate .* cannot be read"):
+    with pytest.raises(ConfigError, match=r"certificate .*ca.crt cannot be read"):
         folders.add(written, "d")
     assert contents(written) == before
 

@@ -19,7 +19,7 @@ from fedcompo.service.access import Audience
 from fedcompo.service.certificates import Authority, Credential
 from fedcompo.service.client import Client
 from fedcompo.service.limits import Limits
-from fedcompo.service.registry_pb2_grpc import RegistryStub
+from fedcompo.service.methods import RegistryStub
 from fedcompo.service.server import Server, Settings
 from fedcompo.service.transfer import FileEntry
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from app_runs import altered, run
 
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ContributionError, TooFewClients
+from fedcompo.method.contribution import Contribution
+from fedcompo.registry.owners import OWNERS
 from fedcompo.registry.registry import Registry
 from fedcompo.runtime import check_versions, installed_versions
 from fedcompo.storage.files import FISHER
@@ -155,3 +157,42 @@ def test_a_client_of_another_release_is_refused_and_named(tmp_path):
     results = run({"tamper": {(1, "query.describe"): altered(older)}}, tmp_path / "run")
     (left_out,) = results["left_out"]
     assert "runs fedcompo 0.0.9" in left_out["reason"]
+
+
+def test_a_copy_of_what_a_member_sent_before_is_refused_though_the_member_trains_anew(tmp_path):
+    first = run({}, tmp_path / "first")
+    registry = Registry(first["registry"]["path"])
+    copied, _, last = registry.clients
+    old = registry.contribution(last).task_vector.tensors
+
+    def change(tensors, manifest):
+        tensors |= {f"task_vector/{name}": old[name].clone() for name in old}
+
+    tampered = {"tamper": {(0, "train"): altered(change)}}
+    again = {"registry": str(registry.path), "replace": True}
+    results = run(tampered, tmp_path / "second", **again)
+    (left_out,) = results["left_out"]
+    assert (left_out["client"], left_out["phase"]) == (copied, "train")
+    assert "byte for byte" in left_out["reason"]
+
+
+def test_whom_only_the_registry_refuses_is_left_out_and_the_others_join(tmp_path, monkeypatch):
+    add = Registry.add
+
+    def add_later(registry, *sources, **options):
+        name = Contribution.open(sources[-1]).head.classes[0]
+        if len(sources) == 3:  # while the clients trained
+            (registry.path / OWNERS).write_text(f'{name} = ["nobody"]\n')
+        add(registry, *sources, **options)
+
+    monkeypatch.setattr(Registry, "add", add_later)
+    results = run({}, tmp_path / "run")
+    (left_out,) = results["left_out"]
+    assert (left_out["client"], left_out["phase"]) == ("client-2", "compose")
+    assert "claims the class" in left_out["reason"]
+    assert results["registry"]["joined"] == ["client-0", "client-1"]
+    assert Registry(results["registry"]["path"]).clients == ("client-0", "client-1")
+
+    with pytest.raises(TooFewClients, match="claims the class"):
+        run({}, tmp_path / "three", min_clients=3)
+    assert Registry(tmp_path / "three" / "registry").clients == ()

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedcompo.errors import ConfigError, ContributionError, FileFormatError
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.service.certificates import Authority, Credential
 from fedcompo.storage.files import write_private
 
@@ -276,12 +276,12 @@ def test_what_is_no_authority_is_not_loaded(tmp_path: Path, authority: Authority
     ca, key = tmp_path / "ca.crt", tmp_path / "ca.key"
     for certificate, private, why in (
         (tmp_path / "a.crt", tmp_path / "a.key", "expected an authority's"),
-        (ca, tmp_path / "other" / "ca.key", "do not belong together"),
+        (ca, tmp_path / "other" / "ca.key", "are no pair"),
         (tmp_path / "junk", key, r"certificate .*junk cannot be read"),
         (ca, tmp_path / "junk", r"key .*junk cannot be read"),
         (ca, tmp_path / "none", r"key .*none cannot be read"),
     ):
-        with pytest.raises(FileFormatError, match=why):
+        with pytest.raises(ConfigError, match=why):
             Authority.load(certificate, private)
 
 

@@ -27,8 +27,8 @@ from service_runs import (
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.access import peer_of
 from fedcompo.service.certificates import Authority, Credential
+from fedcompo.service.methods import RegistryStub
 from fedcompo.service.refusals import Code, Refused
-from fedcompo.service.registry_pb2_grpc import RegistryStub
 
 
 def handmade(

@@ -38,7 +38,7 @@ from fedcompo.service.limits import Limits, Places, Turns
 from fedcompo.service.publishing import Uploads
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.server import NAME
-from fedcompo.service.transfer import FileEntry, Part
+from fedcompo.service.transfer import FileEntry
 from fedcompo.storage.files import CARD
 
 ENTRY = FileEntry(CARD, 10, "0" * 64)
@@ -311,7 +311,7 @@ SILENT = {
 
 @pytest.mark.parametrize("what", SILENT)
 def test_a_call_that_waits_for_its_caller_is_cut_off(registry, what, monkeypatch):
-    parts = [Part(CARD, 0, bytes(1 << 18))] * 400  # more than is under way at a time
+    parts = [wire.Chunk(file=CARD, data=bytes(1 << 18))] * 400  # more than is under way at a time
     monkeypatch.setattr(downloads, "outgoing", lambda *given: iter(parts))
     limits = Limits(idle=1.0, calls_each=1, rate=1000.0, burst=1000, grace=5.0)
     with (

@@ -86,7 +86,6 @@ def test_an_operator_that_is_no_client_has_nothing_of_its_own(registry):
 
 MAY_COMPOSE = {
     Audience.MEMBERS: {"ada": True, "stranger": False, "olga": True},
-    Audience.EVERYONE: {"ada": True, "stranger": True, "olga": True},
     Audience.OPERATORS: {"ada": False, "stranger": False, "olga": True},
 }
 

@@ -12,9 +12,6 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
-    ProtoReflectionDescriptorDatabase,
-)
 from registry_builders import member, registry_of, three_clients
 from service_runs import (
     channel,
@@ -56,15 +53,6 @@ def test_it_says_that_it_is_well(registry):
         assert next(watched).status == SERVING
         began = time.monotonic()
     assert time.monotonic() - began < 30  # a watcher does not keep it from ending
-
-
-def test_it_says_what_can_be_asked(registry):
-    with served(registry) as address, channel(address, credential("ada")) as opened:
-        found = ProtoReflectionDescriptorDatabase(opened)
-        assert NAME in found.get_services()
-        file = found.FindFileContainingSymbol(NAME)
-    told = {method.name for service in file.service for method in service.method}
-    assert told == {"Publish", "Fetch", "Compose", "Remove", "List", "Verify"}
 
 
 def test_the_generated_code_is_that_of_the_proto():
@@ -132,6 +120,15 @@ def test_what_is_wrong_with_the_machine_is_said(
     assert caught.value.code() is code
     assert said in caught.value.details()
     assert "secret" not in caught.value.details()
+
+
+def test_what_cannot_be_opened_for_want_of_room_is_no_damage(registry, monkeypatch):
+    def full(self):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with served(registry) as address, stub_of(address, "ada") as stub:
+        monkeypatch.setattr(Path, "read_bytes", full)
+        assert code_of(lambda: stub.List(wire.ListRequest(), timeout=60)) is Code.RESOURCE_EXHAUSTED
 
 
 def test_a_file_that_grows_too_large_for_the_system_is_said(registry, tmp_path):

@@ -39,7 +39,7 @@ def handing_out(registry, tmp_path):
     """The methods themselves, to stop them in the middle."""
     limits = Limits()
     folder = tmp_path / "models"
-    return Downloads(registry.path, folder, Audience.MEMBERS, 1, Places(1), limits)
+    return Downloads(registry.path, folder, Audience.MEMBERS, 1, Places(1), Places(1), limits)
 
 
 def calling(name):

@@ -15,7 +15,7 @@ from fedcompo.service import downloads, publishing, transfer
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service import retries as attempts
 from fedcompo.service.refusals import Code, Refused
-from fedcompo.service.transfer import FileEntry, Incoming, Part, identity
+from fedcompo.service.transfer import FileEntry, Incoming, identity
 from fedcompo.storage.files import CARD, CONTENT
 
 
@@ -82,7 +82,7 @@ def test_a_line_that_keeps_breaking_delays_an_upload_and_loses_nothing(tmp_path,
 
     monkeypatch.setattr("fedcompo.service.publishing.Incoming", Breaking)
     sizes = []
-    monkeypatch.setattr(publishing, "_part", lambda r: counted(sizes, r))
+    monkeypatch.setattr(publishing, "_chunk", lambda r: counted(sizes, r))
     with served(registry) as address, client_of(address, "ada") as client:
         client.publish(folder)
     assert left == [0]
@@ -94,7 +94,7 @@ def test_a_line_that_keeps_breaking_delays_an_upload_and_loses_nothing(tmp_path,
 
 def counted(sizes, request):
     sizes.append(len(request.chunk.data))
-    return Part(request.chunk.file, request.chunk.offset, request.chunk.data)
+    return request.chunk
 
 
 def breaking_sender(monkeypatch, times):
@@ -145,7 +145,7 @@ def test_what_was_changed_meanwhile_comes_anew_not_mixed(registry, tmp_path, mon
 def test_a_download_with_another_digest_never_takes_its_place(registry, tmp_path, monkeypatch):
     def lying(*arguments):
         for part in transfer.outgoing(*arguments):
-            yield Part(part.file, part.offset, bytes(len(part.data)))
+            yield wire.Chunk(file=part.file, offset=part.offset, data=bytes(len(part.data)))
 
     monkeypatch.setattr(downloads, "outgoing", lying)
     with (
@@ -188,9 +188,9 @@ def test_a_call_is_given_up_in_the_end(tmp_path, monkeypatch):
 @pytest.mark.parametrize("offset", [0, 2, 9])
 def test_a_piece_goes_where_the_last_one_ended_and_nowhere_else(tmp_path, offset):
     incoming = Incoming(tmp_path, [FileEntry(CARD, 10, "0" * 64)])
-    incoming.write(Part(CARD, 0, b"x"))
+    incoming.write(wire.Chunk(file=CARD, offset=0, data=b"x"))
     with pytest.raises(FileFormatError, match="expected byte 1"):
-        incoming.write(Part(CARD, offset, b"y"))
+        incoming.write(wire.Chunk(file=CARD, offset=offset, data=b"y"))
     assert (tmp_path / CARD).read_bytes() == b"x"
 
 
@@ -206,7 +206,7 @@ def test_a_registry_that_is_busy_costs_no_second_transfer(tmp_path, monkeypatch)
         real(self, *sources, **options)
 
     monkeypatch.setattr(publishing.Registry, "add", adding)
-    monkeypatch.setattr(publishing, "_part", lambda r: counted(sizes, r))
+    monkeypatch.setattr(publishing, "_chunk", lambda r: counted(sizes, r))
     with served(registry) as address, client_of(address, "ada") as client:
         client.publish(folder)
     assert busy == [0]
@@ -218,12 +218,12 @@ def test_of_what_was_altered_on_the_way_only_that_file_comes_again(tmp_path):
     wrong = FileEntry(CONTENT, 1, hashlib.sha256(b"y").hexdigest())
     incoming = Incoming(tmp_path, [right, wrong])
     for entry in (right, wrong):
-        incoming.write(Part(entry.name, 0, b"x"))
+        incoming.write(wire.Chunk(file=entry.name, offset=0, data=b"x"))
     with pytest.raises(FileFormatError, match=CONTENT):
         incoming.check()
     again = Incoming(tmp_path, [right, wrong])
     assert again.positions == {CARD: 1, CONTENT: 0}
-    again.write(Part(CONTENT, 0, b"y"))
+    again.write(wire.Chunk(file=CONTENT, offset=0, data=b"y"))
     again.check()
 
 

@@ -1,11 +1,14 @@
-"""Leave out clients whose features would outweigh everybody else's in the joint head."""
+"""What each client weighs in the joint head; who would outweigh all others is left out."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from fedcompo.composition.claims import capped
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.totals import check_alike
 from fedcompo.errors import ContributionError
+from fedcompo.method.contribution import AnyStatistics, counts_of
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry.registry import Registry
 from server.exchange.checks import too_large
@@ -36,3 +39,19 @@ def leave_out_strange(
                 reasons[client] = str(error)
     for client in reasons.keys() & {*coming}:
         roster.leave_out(client, reasons[client])
+
+
+def weighed(
+    roster: Roster, settings: CompositionSettings
+) -> tuple[CompositionSettings, dict[str, AnyStatistics]]:
+    """Return the settings with their caps, and the statistics of all clients of the run, capped."""
+    described = roster.participants.described
+    stated = {client: described[client].statistics for client in roster.parties}
+    settings = settings.with_caps(map(counts_of, stated.values()))
+    cap = settings.class_cap
+    if lower := sorted(c for c, own in stated.items() if max(counts_of(own).values()) > cap):
+        roster.exchange.books.note(
+            f"{', '.join(lower)} weigh by {cap} images of a class, not by all that they state, "
+            "which are more than `max-count-ratio` allows."
+        )
+    return settings, {client: capped(own, cap) for client, own in stated.items()}
