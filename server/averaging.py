@@ -36,7 +36,7 @@ from fedcompo.messages.requests import AveragingRequest, EvaluateRequest
 from fedcompo.method.deltas import Weights, new_deltas
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry.admission import check_vector
+from fedcompo.registry.admission import rounding_of
 from fedcompo.registry.company import Company
 from fedcompo.seeds import generator_for
 from server.exchange.checks import checked_fractions, checked_losses
@@ -173,7 +173,9 @@ class Averaging:
         """
         answer = AveragingAnswer.from_body(body)
         vector = TaskVector(answer.kind, answer.task_vector, answer.base)
-        check_vector(vector, self.roster.others(), f"client {client!r}")
+        company, owner = self.roster.others(), f"client {client!r}"
+        vector.check(company.shapes, base=company.base, owner=owner)
+        rounding_of(client, vector, company)
         shapes = {name: tensor.shape for name, tensor in answer.tensors.items()}
         if shapes != self._shapes:
             differing = sorted({*shapes.items()} ^ {*self._shapes.items()})
@@ -182,7 +184,7 @@ class Averaging:
                 f"{differing[0]}. Use the same fedcompo version everywhere."
             )
         classes = self.aligned.classes
-        answer.head(classes).check(classes, self.backbone.num_features, f"client {client!r}")
+        answer.head(classes).check(classes, self.backbone.num_features, owner)
         losses = checked_losses(client, answer)
         metrics = {"num-examples": self.weights[client], "loss": losses[-1]}
         arrays = ArrayRecord({name: tensor.float() for name, tensor in answer.tensors.items()})

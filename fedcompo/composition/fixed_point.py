@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedcompo.composition.scale import significant
 from fedcompo.config.choices import Kind
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ContributionError, blaming
 from fedcompo.method.deltas import stored_shapes
 from fedcompo.method.task_vector import TaskVector
 
@@ -38,6 +38,8 @@ GRID = 2.0**-BITS
 """Distance between two neighbouring values."""
 LARGEST = 2.0**10
 """Values of a task vector beyond this are refused; weights of a trained network are of order 1."""
+LONGEST = 10.0
+"""Largest norm of a newcomer's change to a weight, relative to the norm of that weight."""
 CEILING = 2**62
 """Sums stay below this: half of the range of int64."""
 NORM_DIGITS = 6
@@ -49,15 +51,25 @@ PIECE = 1 << 16
 class Rounding:
     """Digest and length of a task vector on the grid, fed one weight at a time, in their order."""
 
-    def __init__(self) -> None:
-        self._digest, self._squared = hashlib.sha256(), 0.0
+    def __init__(self, newcomer: str = "") -> None:
+        """Start with nothing; a newcomer, named here, is refused if it changes a weight too far."""
+        self._digest, self._squared, self._newcomer = hashlib.sha256(), 0.0, newcomer
 
-    def update(self, name: str, values: Tensor) -> float:
-        """Take in the rounded change of one weight, (out, in), int64; return its squared length."""
+    def update(self, name: str, values: Tensor, weight: Tensor) -> None:
+        """Take in the rounded change of one weight, (out, in), int64.
+
+        Raises:
+            ContributionError: If a newcomer's is longer than :data:`LONGEST` times the weight.
+        """
         hash_rounded(self._digest, name, values)
         squared = squared_length(values)
         self._squared += squared
-        return squared
+        if self._newcomer and not (length := math.sqrt(squared)) <= LONGEST * float(weight.norm()):
+            raise ContributionError(  # also if the weight's norm is not a number
+                f"The task vector of client {self._newcomer!r} has norm {length:.3g} at {name!r}, "
+                f"more than {LONGEST:g} times that of the weight itself. Its training diverged: "
+                "lower `learning-rate`, or use `penalty = implicit`."
+            )
 
     @property
     def sha256(self) -> str:
@@ -80,6 +92,8 @@ class Term:
     """How often it counts: m_c; negative to take the client out."""
     rounded_sha256: str = ""
     """Expected SHA-256 of its rounded form; empty: not known yet."""
+    is_new: bool = False
+    """Whether its length is checked."""
 
 
 def sum_of(
@@ -107,9 +121,10 @@ def sum_of(
     """
     total = torch.zeros(weight.shape, dtype=torch.int64) if start is None else start
     for index, term in enumerate(terms):
-        values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
-        if roundings:
-            roundings[index].update(name, values)
+        with blaming(term.client):
+            values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
+            if roundings:
+                roundings[index].update(name, values, weight)
         total = add(total, values, term.times)
     return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from statistics import median_low
 from typing import Any
@@ -13,6 +13,8 @@ from fedcompo.config.run import RunConfig
 
 UNLIMITED = 2**62
 """A cap that nobody reaches."""
+NEWER = "max_norm_ratio", "max_count_ratio", "class_cap", "client_cap"
+"""Settings that older registries do not name."""
 
 
 def most_of(counts: Iterable[int], ratio: float) -> int:
@@ -82,13 +84,8 @@ class CompositionSettings:
         values = asdict(self)
         if self.statistics is Statistics.MIXTURES:
             del values["statistics"]
-        none = {
-            "max_norm_ratio": 0.0,
-            "max_count_ratio": 0.0,
-            "class_cap": UNLIMITED,
-            "client_cap": UNLIMITED,
-        }
-        return {name: value for name, value in values.items() if value != none.get(name)}
+        unset = {f.name: f.default for f in fields(self) if f.name in NEWER}
+        return {n: v for n, v in values.items() if n not in unset or v != unset[n]}
 
     def with_caps(self, counts: Iterable[Mapping[str, int]]) -> CompositionSettings:
         """Choose the caps by the counts of clients, by class, unless they are there already.

@@ -65,9 +65,10 @@ def write_sum(
 
     Raises:
         RoundedDifferently: If a term's rounded form has changed; then sum over all members.
-        ContributionError: If a value leaves the range of the sum.
+        ContributionError: If a value leaves the range of the sum, or a newcomer's training
+            diverged.
     """
-    roundings = tuple(Rounding() for _ in terms)
+    roundings = tuple(Rounding(term.client if term.is_new else "") for term in terms)
     squared = 0.0
     layout = {
         name: (torch.int64, backbone.tensors.layout[name][1]) for name in backbone.target_weights

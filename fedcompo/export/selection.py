@@ -142,7 +142,8 @@ def from_folders(
         raise ContributionError("There is nothing to compose; name at least one folder.")
     pool = _chosen(Pool(tuple(members)), only, without, weights)
     first = pool.contributions[0]
-    config = _run_config(first, checkpoint)
+    named = {"checkpoint": checkpoint} if checkpoint else {}
+    config = RunConfig.stored({**first.settings, **named})
     settings = _scaled(CompositionSettings.of(config), scale, len(pool))
     backbone = load_backbone(config.backbone)
     base = first.task_vector.base
@@ -237,10 +238,3 @@ def _scaled(
             "the largest. To subtract a client's task vector, see `fedcompo negate`."
         )
     return replace(settings, scale=scale)
-
-
-def _run_config(contribution: Contribution, checkpoint: str) -> RunConfig:
-    settings = dict(contribution.settings)
-    if checkpoint:
-        settings["checkpoint"] = checkpoint
-    return RunConfig.stored(settings)

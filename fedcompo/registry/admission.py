@@ -1,8 +1,9 @@
 """The one door: every contribution is checked here before anything changes.
 
-A run, ``add``, ``publish`` and ``compose`` of folders call :func:`admit` for each contribution, and
-:func:`outliers` when all are there. A run calls :func:`check_described` before, so that nobody
-trains in vain. What a contribution may cost follows from
+A run and ``compose`` of folders call :func:`admit` for each contribution, and :func:`outliers` when
+all are there. ``add`` and ``publish`` check the same before and after the running sum is written,
+for which task vectors are rounded anyway. A run calls :func:`check_described` before, so that
+nobody trains in vain. What a contribution may cost follows from
 :data:`~fedcompo.registry.company.LIMITS`, not from what is sent.
 """
 
@@ -27,26 +28,36 @@ from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical, sync
 
 PIECE = 1 << 22
 """Bytes copied at a time."""
-LONGEST = 10.0
-"""Largest norm of a change to a weight, relative to the norm of that weight."""
 
 
 def admit(contribution: Contribution, company: Company, *, empty: bool = False) -> Known:
     """Refuse a contribution that cannot be composed with the others, or that costs too much.
 
-    Args:
-        contribution: With its tensors in memory, or streamed.
-        company: Those who are there.
-        empty: Take a task vector of zeros too. In a run a client may learn nothing; but nobody
-            becomes a member, with a member's rights, by handing in nothing.
-
     Returns:
         What the next ones are compared with.
 
     Raises:
+        BackboneMismatch, ContributionError: As :func:`check_parts` and :func:`check_change` do.
+    """
+    check_parts(contribution, company)
+    client = contribution.client
+    rounding = rounding_of(client, contribution.task_vector, company)
+    known = Known(contribution.head.classes, math.sqrt(rounding.squared_norm), rounding.sha256)
+    check_change(client, known, company, empty=empty)
+    return known
+
+
+def check_parts(contribution: Contribution, company: Company) -> None:
+    """Refuse what shows before the task vector is rounded.
+
+    Args:
+        contribution: With its tensors in memory, or streamed.
+        company: Those who are there.
+
+    Raises:
         BackboneMismatch: If it was trained on other pre-trained weights.
         ContributionError: If its name, classes, task vector, head, statistics, counts, lineage,
-            settings or Fisher cannot be used, or its task vector is another client's.
+            settings or Fisher cannot be used.
     """
     client, classes = contribution.client, contribution.head.classes
     owner = f"client {client!r}"
@@ -56,20 +67,26 @@ def admit(contribution: Contribution, company: Company, *, empty: bool = False) 
     contribution.head.check(classes, company.num_features, owner)
     if contribution.fisher is not None:
         contribution.fisher.check(company.shapes, owner=owner)
-    rounding = check_vector(contribution.task_vector, company, owner)
-    known = Known(classes, math.sqrt(rounding.squared_norm), rounding.sha256)
-    if not (known.norm or empty):
+    contribution.task_vector.check(company.shapes, base=company.base, owner=owner)
+
+
+def check_change(client: str, own: Known, company: Company, *, empty: bool) -> None:
+    """Refuse a task vector that is another client's.
+
+    Refuse one of zeros too, unless ``empty``: in a run a client may learn nothing; but nobody
+    becomes a member, with a member's rights, by handing in nothing. Raises ``ContributionError``.
+    """
+    if not (own.norm or empty):
         raise ContributionError(
-            f"The task vector of {owner} changes nothing: all of it is zero. Train it with a "
-            "higher `learning-rate`, for more epochs, or with more classes."
+            f"The task vector of client {client!r} changes nothing: all of it is zero. Train it "
+            "with a higher `learning-rate`, for more epochs, or with more classes."
         )
     for other, theirs in company.members.items():
-        if other != client and known.norm and theirs.rounded_sha256 == known.rounded_sha256:
+        if other != client and own.norm and theirs.rounded_sha256 == own.rounded_sha256:
             raise ContributionError(
                 f"Client {client!r} sent, byte for byte, the task vector of {other!r}: a copy of "
                 "a contribution that is not its own."
             )
-    return known
 
 
 def outliers(newcomers: Iterable[str], company: Company) -> dict[str, str]:
@@ -175,28 +192,16 @@ def check_kind(own: AnyStatistics, expected: Statistics, owner: str) -> None:
         )
 
 
-def check_vector(vector: TaskVector, company: Company, owner: str) -> Rounding:
-    """Refuse a task vector that cannot be added to the weights, or is far longer than they are.
-
-    Returns:
-        Its digest and length on the grid of the running sum.
+def rounding_of(client: str, vector: TaskVector, company: Company) -> Rounding:
+    """Return digest and length, on the grid of the running sum, of a task vector that fits.
 
     Raises:
-        BackboneMismatch: If it was trained on other pre-trained weights.
-        ContributionError: If names, shapes or values cannot be used, or its training diverged.
+        ContributionError: If it is far longer than the weights: its training diverged.
     """
-    vector.check(company.shapes, base=company.base, owner=owner)
-    rounding = Rounding()
+    rounding = Rounding(newcomer=client)
     for name in sorted(company.shapes):
         weight = company.weights[name]
-        values = rounded(vector, name, weight, owner=owner)
-        length, limit = math.sqrt(rounding.update(name, values)), LONGEST * float(weight.norm())
-        if not length <= limit:  # also if the weight's norm is not a number
-            raise ContributionError(
-                f"The task vector of {owner} has norm {length:.3g} at {name!r}, more "
-                f"than {LONGEST:g} times that of the weight itself. Its training diverged: lower "
-                "`learning-rate`, or use `penalty = implicit`."
-            )
+        rounding.update(name, rounded(vector, name, weight, owner=f"client {client!r}"), weight)
     return rounding
 
 
@@ -205,7 +210,7 @@ def _check_statements(contribution: Contribution, owner: str) -> None:
     lineage, settings = contribution.lineage, contribution.settings
     named = lineage.anchored_by, lineage.aligned_with, lineage.ensemble
     lists = ((contribution.client, lineage.method), contribution.head.classes, *named)
-    if not all(isinstance(names, tuple) and all(map(_is_text, names)) for names in lists):
+    if not all(isinstance(n, tuple) and all(isinstance(t, str) for t in n) for n in lists):
         raise ContributionError(f"{owner} has names of classes or clients that are no text.")
     if lineage.method not in list(Method) or max(map(len, named)) > LIMITS.lineage:
         raise ContributionError(
@@ -241,11 +246,6 @@ def _check_total(contribution: Contribution, owner: str) -> None:
             f"{owner} names {str(stated)[:40]} examples in all, and {counted} by class; expected "
             f"the same number, at most {LIMITS.examples}."
         )
-
-
-def _is_text(name: object) -> bool:
-    """Whether a value is text; half of a surrogate pair, which JSON can hold, is not."""
-    return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name
 
 
 def stage_contribution(source: Contribution | Path, folder: Path) -> Contribution:

@@ -15,16 +15,12 @@ from typing import Any
 
 from fedcompo.composition.claims import capped
 from fedcompo.errors import ConfigError, ContributionError, blaming
-from fedcompo.method.contribution import (
-    AnyStatistics,
-    Contribution,
-    counts_of,
-)
+from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.pool import require_unmixed
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import journal
-from fedcompo.registry.admission import check_features, check_kind, outliers
-from fedcompo.registry.company import Company
+from fedcompo.registry.admission import check_change, check_features, check_kind, outliers
+from fedcompo.registry.company import Company, Known
 from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
@@ -54,17 +50,15 @@ def add(
         state, company = draft.before, Company.of(registry)
         coming: dict[str, Member] = {}
         for source in sources:
-            member, known = draft.stage(source, company, empty=empty)
+            member = draft.stage(source, company)
             if member.client in state.members and not replacing:
                 raise ContributionError(
                     f"Client {member.client!r} is in the registry {registry.path} already. "
                     "Replace it explicitly (`--replace`, `replace = true`), which is a removal and "
                     "an addition, or give the newcomer another name."
                 )
-            coming[member.client], company = member, company.joined({member.client: known})
-        for client, reason in outliers(coming, company).items():
-            with blaming(client):
-                raise ContributionError(reason)
+            coming[member.client] = member
+            company = company.joined({member.client: Known(member.classes)})
         gone = [state.members[client] for client in coming if client in state.members]
         line = draft.next_sequence + len(gone)  # each of them has a line of its own before
         coming = {client: replace(member, added=line) for client, member in coming.items()}
@@ -72,6 +66,15 @@ def add(
         require_unmixed({client: member.kind for client, member in after.members.items()})
         after = draft.with_caps(after, list(coming.values()))
         after = draft.compose(after, coming=list(coming.values()), going=gone)
+        for client, member in coming.items():
+            rounding = draft.roundings[client]
+            known = Known(member.classes, math.sqrt(rounding.squared_norm), rounding.sha256)
+            with blaming(client):
+                check_change(client, known, company, empty=empty)
+            company = company.joined({client: known})
+        for client, reason in outliers(coming, company).items():
+            with blaming(client):
+                raise ContributionError(reason)
         events = [("removed", {**_left(member), "within": "replacement"}) for member in gone]
         newcomers = [_journalled(after.members[client]) for client in sorted(coming)]
         events.append(("added", {"clients": newcomers, **_requester(requested_by)}))
@@ -160,9 +163,7 @@ def _factors(before: State, after: State) -> dict[str, Any]:
 def realign(
     registry: RegistryReader,
     statistics: Mapping[str, AnyStatistics] | FeatureSums,
-    *,
     factor: float | None,
-    shrinkage: float | None,
 ) -> None:
     """Make the joint head again; see :meth:`fedcompo.registry.registry.Registry.realign`."""
     with drafted(registry, "aligning the joint head again", lambda step: None) as draft:
@@ -175,8 +176,9 @@ def realign(
             _check_described(state, statistics, num_features)
             cap = state.settings.class_cap
             statistics = {client: capped(own, cap) for client, own in statistics.items()}
-        _check_choice(state, factor, shrinkage)
-        new = Realignment(statistics, factor, shrinkage)
+        if factor is not None:
+            _check_factor(state, factor)
+        new = Realignment(statistics, factor)
         after = draft.compose(_with_members(state, state.members), [], [], new)
         draft.finish(after, [("realigned", {"clients": sorted(state.members)})])
 
@@ -198,19 +200,15 @@ def _check_described(
         check_features(own, members[client], num_features, kind, owner)
 
 
-def _check_choice(state: State, factor: float | None, shrinkage: float | None) -> None:
-    """Refuse a factor or a shrinkage that the registry cannot compose with."""
-    if factor is not None and state.settings.scale is not None:
+def _check_factor(state: State, factor: float) -> None:
+    """Refuse a factor that the registry cannot compose with."""
+    if state.settings.scale is not None:
         raise ConfigError(
             f"The registry composes at the fixed scale {state.settings.scale:g}, so no factor can "
             "be chosen. Make a new registry with `scale = auto`."
         )
-    if factor is not None and not 0 <= factor < math.inf:
+    if not 0 <= factor < math.inf:
         raise ConfigError(f"A factor must be a number >= 0, got {factor}.")
-    if shrinkage is not None and not state.chosen:
-        raise ConfigError("A head made of mixtures has no shrinkage; expected none.")
-    if shrinkage is not None and not 0 <= shrinkage <= 1:
-        raise ConfigError(f"A shrinkage must be in [0, 1], got {shrinkage}.")
 
 
 def _with_members(state: State, members: Mapping[str, Member], *, keep: bool = False) -> State:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fedcompo.composition.fixed_point import Term
+from fedcompo.composition.fixed_point import Rounding, Term
 from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
 from fedcompo.composition.realigned import realigned_head, save_realigned
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
@@ -28,8 +28,8 @@ from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
-from fedcompo.registry.admission import admit, stage_contribution
-from fedcompo.registry.company import Company, Known
+from fedcompo.registry.admission import check_parts, stage_contribution
+from fedcompo.registry.company import Company
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
 from fedcompo.report.units import OnStep
@@ -73,7 +73,6 @@ class Realignment:
     """Of the composed model's features, by client, or their sum."""
     factor: float | None = None
     """New factor; None: the present one."""
-    shrinkage: float | None = None
 
 
 @dataclass
@@ -90,6 +89,8 @@ class Draft:
     """Staged files and folders, relative to the registry."""
     deletions: list[str] = field(default_factory=list)
     """Files and folders to delete after the commit, relative to the registry."""
+    roundings: dict[str, Rounding] = field(default_factory=dict)
+    """Of the task vectors that went into the sum, by client."""
     recomposed: bool = False
     """Whether the sum was taken anew."""
 
@@ -101,10 +102,8 @@ class Draft:
         """Number of the journal's next line."""
         return self.before.sequence + 1
 
-    def stage(
-        self, source: Contribution | Path, company: Company, *, empty: bool
-    ) -> tuple[Member, Known]:
-        """Copy a contribution, check all of it, and describe it as a member."""
+    def stage(self, source: Contribution | Path, company: Company) -> Member:
+        """Copy a contribution, check all but the length of its change, and describe a member."""
         opened = source if isinstance(source, Contribution) else Contribution.open(source)
         name = check_client_name(str(opened.client))
         self.on_step(f"checking {name}")
@@ -116,9 +115,9 @@ class Draft:
         folder = self.new / place
         staged = stage_contribution(source, folder)
         with blaming(name):
-            known = admit(staged, company, empty=empty)
+            check_parts(staged, company)
         self.moves.append(place)
-        member = Member(
+        return Member(
             client=staged.client,
             folder=place,
             kind=str(staged.task_vector.kind),
@@ -130,7 +129,6 @@ class Draft:
             lineage=staged.lineage,
             added=self.next_sequence,
         )
-        return member, known
 
     def with_caps(self, after: State, coming: Sequence[Member]) -> State:
         """Let a registry's first members choose its caps; later they stay, whoever leaves."""
@@ -156,8 +154,9 @@ class Draft:
         after, squared_norm = self._add_up(folder, after, coming, going)
         factor = self._factor(after, squared_norm, realigned)
         self.on_step("aligning the joint head")
-        head, shrinkage = self._head(folder, after, coming, going, realigned)
+        shrinkage = SHRINKAGE if self._of_sums else None
         after = replace(after, factor=factor.value, factor_by=factor.by, shrinkage=shrinkage)
+        head = self._head(folder, after, coming, going, realigned)
         write_composed(
             folder,
             self.registry.backbone,
@@ -177,7 +176,7 @@ class Draft:
         path, backbone = folder / SUM, self.registry.backbone
         known = list(coming)
         times = after.settings.times
-        terms = [self._term(m, times(m.num_examples)) for m in coming]
+        terms = [replace(self._term(m, times(m.num_examples)), is_new=True) for m in coming]
         terms += [self._term(m, -times(m.num_examples)) for m in going]
         before = self.registry.running_sum() if self.before.version else None
         try:
@@ -192,7 +191,7 @@ class Draft:
             written = write_sum(path, backbone, terms, count=after.count)
         members = dict(after.members)
         for member, rounding in zip(known, written.roundings, strict=False):  # who goes comes last
-            norm = member.squared_norm
+            self.roundings[member.client], norm = rounding, member.squared_norm
             if norm is None and (self._of_sums or after.settings.max_norm_ratio):
                 norm = rounding.squared_norm
             members[member.client] = replace(
@@ -217,8 +216,8 @@ class Draft:
         coming: Sequence[Member],
         going: Sequence[Member],
         realigned: Realignment | None,
-    ) -> tuple[Head, float | None]:
-        """Write statistics; return the joint head and its shrinkage."""
+    ) -> Head:
+        """Write statistics; return the joint head."""
         if self._of_sums:
             before = self.registry.total_statistics() if self.before.version else None
             newcomers, gone = ([self._opened(m) for m in some] for some in (coming, going))
@@ -230,14 +229,11 @@ class Draft:
             save_total(folder / TOTALS, total)
         if realigned is not None:
             save_realigned(folder / REALIGNED, realigned.statistics)
-            shrinkage = realigned.shrinkage
-            if self._of_sums and shrinkage is None:
-                shrinkage = SHRINKAGE
-            return realigned_head(folder / REALIGNED, after.settings, shrinkage), shrinkage
+            return realigned_head(folder / REALIGNED, after.settings, after.shrinkage)
         if self._of_sums:
-            return head_from_total(total, SHRINKAGE), SHRINKAGE
+            return head_from_total(total, after.shrinkage)
         mixtures = {c: self._statistics(m) for c, m in after.members.items()}
-        return joint_head(mixtures, after.settings), None
+        return joint_head(mixtures, after.settings)
 
     @property
     def _of_sums(self) -> bool:

@@ -150,7 +150,6 @@ class Registry(RegistryReader):
         statistics: Mapping[str, AnyStatistics] | FeatureSums,
         *,
         factor: float | None = None,
-        shrinkage: float | None = None,
     ) -> None:
         r"""Make the joint head again, of statistics of the composed model's features.
 
@@ -159,10 +158,9 @@ class Registry(RegistryReader):
             factor: :math:`\lambda'` that the clients voted for, under which the features are; the
                 model is composed with it, and so are later ones until the next vote. None: the
                 present factor.
-            shrinkage: Shrinkage of the head; None: the usual one.
 
         Raises:
             ContributionError: If a member's are missing or cannot be used.
-            ConfigError: If the registry's scale is fixed, or a number is out of range.
+            ConfigError: If the registry's scale is fixed, or the factor is out of range.
         """
-        changes.realign(self, statistics, factor=factor, shrinkage=shrinkage)
+        changes.realign(self, statistics, factor)

@@ -103,11 +103,6 @@ def stage(root: Path) -> Path:
     return folder
 
 
-def discard(root: Path) -> None:
-    """Delete what is staged."""
-    shutil.rmtree(root / PENDING, ignore_errors=True)
-
-
 def commit(root: Path, change: Change, state: str) -> None:
     """Commit a staged change and apply it.
 
@@ -144,7 +139,7 @@ def recover(root: Path) -> None:
     if not pending.exists():
         return
     if not (pending / COMMIT).exists():
-        discard(root)
+        shutil.rmtree(pending, ignore_errors=True)
         return
     try:
         values = json.loads((pending / COMMIT).read_text(encoding="utf-8"))

@@ -128,23 +128,14 @@ def _check_keys(registry: RegistryReader) -> Iterator[Finding]:
 def _check_files(registry: RegistryReader) -> Iterator[Finding]:
     """Compare every file that the state names with its SHA-256."""
     state, root = registry.state, registry.path
-    named = {f"the {file}": (root / file, digest) for file, digest in state.fixed.items()}
-    for client, member in state.members.items():
-        named |= {
-            f"{file} of {client}": (root / member.folder / file, digest)
-            for file, digest in member.files.items()
-        }
-    named |= {
-        f"the composition's {file}": (root / state.version / file, digest)
-        for file, digest in state.files.items()
-    }
-    for folder, kept in state.kept.items():
-        named |= {
-            f"{file} of the kept {folder}": (root / folder / file, digest)
-            for file, digest in kept["files"].items()
-        }
-    for what, (path, digest) in named.items():
-        yield _file_finding(f"{what} is unaltered", path, digest)
+    groups = [("the ", "", "", state.fixed)]
+    groups += [("", f" of {c}", member.folder, member.files) for c, member in state.members.items()]
+    groups += [("the composition's ", "", state.version, state.files)]
+    groups += [("", f" of the kept {f}", f, kept["files"]) for f, kept in state.kept.items()]
+    for before, after, folder, files in groups:
+        for file, digest in files.items():
+            claim = f"{before}{file}{after} is unaltered"
+            yield _file_finding(claim, root / folder / file, digest)
 
 
 def _check_records(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:

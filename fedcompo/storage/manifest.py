@@ -32,17 +32,36 @@ def seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(rest).encode()).hexdigest()
 
 
-def manifest_of(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the manifest in a safetensors header; raises if it is altered or of another version."""
+def manifest_of(header: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Read the manifest in a safetensors header.
+
+    Raises:
+        FileFormatError: If it is altered or of another version. Where there is none, something
+            else is raised.
+    """
     text = header["__metadata__"]["manifest"]
     manifest: dict[str, Any] = json.loads(text)
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"format version {manifest.get('format_version')!r}, expected {FORMAT_VERSION}"
+        raise FileFormatError(
+            f"{source} has format version {manifest.get('format_version')!r}, this fedcompo reads "
+            f"{FORMAT_VERSION}. Use the fedcompo version that wrote it."
         )
     if manifest.get("sha256") != seal(manifest) or text != canonical(manifest):
-        raise ValueError("the manifest does not match its own SHA-256")
+        raise FileFormatError(
+            f"The manifest of {source} does not match its own SHA-256: it was altered. "
+            "Get the file again."
+        )
     return manifest
+
+
+def check_digest(manifest: Mapping[str, Any], actual: str, source: object) -> None:
+    """Raise ``FileFormatError`` if tensors have another SHA-256 than their manifest says."""
+    stated = str(manifest.get("tensors_sha256"))
+    if stated != actual:
+        raise FileFormatError(
+            f"The tensors of {source} have SHA-256 {actual[:16]}…, the manifest says "
+            f"{stated[:16]}…: they were altered. Get the file again."
+        )
 
 
 def require_content(manifest: Mapping[str, Any], content: str, path: Path) -> None:

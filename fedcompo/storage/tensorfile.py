@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedcompo.errors import FileFormatError
 from fedcompo.storage.files import canonical, write_atomically
-from fedcompo.storage.manifest import FORMAT_VERSION, complete_manifest, seal
+from fedcompo.storage.manifest import check_digest, complete_manifest, manifest_of
 from fedcompo.storage.tensorstream import TensorDigest
 
 
@@ -89,10 +89,9 @@ def _checked(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Parse the manifest, read the tensors, and compare one with the other."""
     try:
-        text = json.loads(header)["__metadata__"]["manifest"]
-        manifest = json.loads(text)
+        manifest = manifest_of(json.loads(header), source)
         tensors = read()
-        _check(tensors, manifest, text, source)
+        check_digest(manifest, tensor_digest(tensors), source)
     except FileFormatError:
         raise
     except Exception as error:  # whatever strange bytes can provoke
@@ -101,26 +100,6 @@ def _checked(
             "It was truncated, altered or written by something else; get it again."
         ) from error
     return tensors, manifest
-
-
-def _check(tensors: Mapping[str, Tensor], manifest: dict[str, Any], text: str, source: str) -> None:
-    version_read = manifest.get("format_version")
-    if version_read != FORMAT_VERSION:
-        raise FileFormatError(
-            f"{source} has format version {version_read!r}, this fedcompo reads {FORMAT_VERSION}. "
-            "Use the fedcompo version that wrote it."
-        )
-    if manifest.get("sha256") != seal(manifest) or text != canonical(manifest):
-        raise FileFormatError(
-            f"The manifest of {source} does not match its own SHA-256: it was altered. "
-            "Get the file again."
-        )
-    actual = tensor_digest(tensors)
-    if manifest["tensors_sha256"] != actual:
-        raise FileFormatError(
-            f"The tensors of {source} have SHA-256 {actual[:16]}…, the manifest says "
-            f"{manifest['tensors_sha256'][:16]}…: they were altered. Get the file again."
-        )
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

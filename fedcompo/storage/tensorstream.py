@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fedcompo.errors import FileFormatError
 from fedcompo.storage.files import canonical, put_in_place, sync, temporary_beside
-from fedcompo.storage.manifest import complete_manifest, manifest_of
+from fedcompo.storage.manifest import check_digest, complete_manifest, manifest_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,13 +62,15 @@ class StreamedTensors(Mapping[str, "Tensor"]):
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(length, size)))
             self._start = 8 + length
-            self.manifest = manifest_of(header)
+            self.manifest = manifest_of(header, path)
             self._places = {
                 str(name): (*DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
             self._check_places(size - self._start)
+        except FileFormatError:
+            raise
         except OSError as error:
             raise FileFormatError(f"{path} cannot be read: {error.strerror}.") from error
         except Exception as error:  # whatever strange bytes can provoke
@@ -126,12 +128,7 @@ class StreamedTensors(Mapping[str, "Tensor"]):
         digest = TensorDigest()
         for name in self:
             digest.add(name, self[name])
-        if self.manifest.get("tensors_sha256") != digest.hexdigest():
-            raise FileFormatError(
-                f"The tensors of {self.path} have SHA-256 {digest.hexdigest()[:16]}…, the manifest "
-                f"says {str(self.manifest.get('tensors_sha256'))[:16]}…: they were altered. "
-                "Get the file again."
-            )
+        check_digest(self.manifest, digest.hexdigest(), self.path)
 
     def _check_places(self, available: int) -> None:
         """Raise ``ValueError`` for tensors that overlap, leave gaps, or do not fill the file."""

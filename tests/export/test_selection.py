@@ -149,7 +149,7 @@ def test_shares_follow_the_registrys_own_coefficients(tmp_path: Path) -> None:
 def test_a_voted_factor_stays_whoever_is_chosen(tmp_path: Path) -> None:
     clients = [member("ada", Kind.FULL), member("ben", classes=("owl",)), member("cho", seed=3)]
     registry = registry_of(tmp_path / "r", *clients)
-    registry.realign(own_statistics(registry), factor=0.6, shrinkage=0.3)
+    registry.realign(own_statistics(registry), factor=0.6)
     assert from_registry(registry).scale == pytest.approx(1.8)
     left_out = from_registry(registry, without=("ben",))
     assert left_out.scale == pytest.approx(1.2)

@@ -41,6 +41,15 @@ def counting(made, images):
     return replace(made, statistics=own)
 
 
+def test_settings_are_written_as_earlier_versions_wrote_them():
+    names = "coefficients", "scale", "statistics", "align_samples", "ridge", "seed", "keep_versions"
+    plain = CompositionSettings()
+    assert tuple(plain.values) == names and plain.values["scale"] is None
+    newer = replace(plain, max_norm_ratio=2.0, class_cap=7)
+    assert newer.values == {**plain.values, "max_norm_ratio": 2.0, "class_cap": 7}
+    assert CompositionSettings.parse(newer.values) == newer
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_without_a_client_all_is_as_it_would_be_had_it_never_come(settings, tmp_path):
     """The caps stay as the first members chose them, which the record says."""

@@ -55,7 +55,7 @@ def remove(registry: Registry) -> None:
 
 
 def realign(registry: Registry) -> None:
-    registry.realign(own_statistics(registry, seed=9), factor=0.7, shrinkage=0.5)
+    registry.realign(own_statistics(registry, seed=9), factor=0.7)
 
 
 def empty(registry: Registry) -> None:

@@ -139,7 +139,7 @@ class Expected:
     def align(self, registry: Registry, seed: int, voted: float | None) -> None:
         """Make the joint head again; a fixed scale leaves nothing to vote on."""
         factor = voted if registry.settings.scale is None else None
-        registry.realign(own_statistics(registry, seed=seed), factor=factor, shrinkage=0.3)
+        registry.realign(own_statistics(registry, seed=seed), factor=factor)
 
     def rebuilt(self, path: Path, order: Sequence[Spec], settings: CompositionSettings) -> Registry:
         """A registry that was never given anyone else."""

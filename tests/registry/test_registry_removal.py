@@ -26,7 +26,6 @@ from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.registry import admission
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
@@ -243,7 +242,7 @@ def test_replacing_what_was_rounded_elsewhere_composes_anew(elsewhere, tmp_path)
 
 def test_who_cancelled_out_in_the_sum_can_leave_too(tmp_path, monkeypatch):
     """The survivors' sum alone would not be let in; what is left of it is exact all the same."""
-    monkeypatch.setattr(admission, "LONGEST", math.inf)
+    monkeypatch.setattr(fixed_point, "LONGEST", math.inf)
     clients = [
         replace(
             member(name, Kind.FULL, seed=seed, num_examples=3100),

@@ -19,7 +19,6 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.transaction import (
     Change,
     commit,
-    discard,
     locked,
     recover,
     recover_if_idle,
@@ -69,7 +68,7 @@ def test_what_is_staged_is_nothing_until_it_is_committed(folder):
     before = contents(folder)
     with locked(folder, "test"):
         staged(folder, "clients/ada")
-        discard(folder)
+        recover(folder)
     assert contents(folder) == before
     with locked(folder, "test"):
         staged(folder, "clients/ada")
@@ -91,7 +90,7 @@ def test_something_in_the_way_is_not_overwritten(folder):
         staged(folder, "clients/ben")
         with pytest.raises(RegistryDamaged, match=r"clients/ben is in the way"):
             commit(folder, change("clients/ben"), "new")
-        discard(folder)
+        recover(folder)
     assert (folder / "clients" / "ben").read_text() == "his"
     assert (folder / "state.json").read_text() == "old"
 
