@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedcompo.backbone.preprocessing import Modality
-from fedcompo.errors import DataError
+from fedcompo.errors import ContributionError, DataError
+from fedcompo.names import check_class_names
 from fedcompo.report.twins import few
 
 KEPT_BYTES = 256 * 2**20
@@ -101,4 +102,9 @@ def class_name(raw: str, *, source: str) -> str:
         ) from None
     if not raw.strip():
         raise DataError(f"A name in {source} is empty, got {raw!r}. Give the class a name.")
-    return unicodedata.normalize("NFC", raw)
+    name = unicodedata.normalize("NFC", raw)
+    try:
+        check_class_names([name], source)  # here, before the server would refuse the client
+    except ContributionError as error:
+        raise DataError(str(error)) from None
+    return name
