@@ -15,6 +15,7 @@ from fedcompo.cli.audit import audit
 from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
+from fedcompo.cli.prediction import predict
 from fedcompo.cli.tables import print_removal
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
@@ -151,6 +152,7 @@ for command in (
     models.evaluate,
     models.negate,
     models.export,
+    predict,
     service.serve,
     service.publish,
     service.fetch,

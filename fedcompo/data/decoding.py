@@ -178,6 +178,18 @@ class _Reader:
         return Image.fromarray(pixels.clip(max=255).astype(np.uint8))
 
 
+def picture_of(content: bytes) -> Image.Image:
+    """Read one picture by itself, upright; may raise any exception.
+
+    Raises:
+        ValueError: If its pixels have more than 8 bits: one picture does not tell their range.
+    """
+    opened = _opened(content)
+    if (kind := _kind(opened)) in WIDE.values():
+        raise ValueError(f"it has {kind}, whose range is not known; save it as PNG with 8 bits")
+    return ImageOps.exif_transpose(opened)
+
+
 def _opened(content: bytes) -> Image.Image:
     """Open a picture's file; most formats read the header alone."""
     try:

@@ -154,6 +154,11 @@ def _classes(folder: Path, client: str) -> dict[str, list[Path]]:
     return classes
 
 
+def left_behind(entry: Path) -> bool:
+    """Tell whether a file is hidden, or one that operating systems create."""
+    return entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND
+
+
 def _entries(folder: Path, client: str = "") -> dict[str, Path]:
     """List a folder by name in NFC, sorted, without the files that operating systems create."""
     whose = f"Client {client!r}: folder" if client else "Folder"
@@ -167,7 +172,7 @@ def _entries(folder: Path, client: str = "") -> dict[str, Path]:
         ) from error
     named: dict[str, Path] = {}
     for entry in sorted(entries):
-        if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
+        if left_behind(entry):
             continue
         name = class_name(entry.name, source=str(folder))
         if name in named:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from fedcompo.export.folder import publish as publish
     from fedcompo.export.model_card import ExportedModel as ExportedModel
     from fedcompo.export.peft import export_peft as export_peft
+    from fedcompo.export.prediction import model_from as model_from
+    from fedcompo.export.prediction import predict as predict
     from fedcompo.export.selection import Selection as Selection
     from fedcompo.export.selection import from_folders as from_folders
     from fedcompo.export.selection import from_registry as from_registry

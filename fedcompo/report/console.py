@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -34,6 +37,15 @@ def say(text: str, console: PlainConsole | None = None) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON document, in ASCII: every terminal and every program can take it."""
     typer.echo(json.dumps(value, indent=2, default=list))
+
+
+def print_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print CSV with a header, in UTF-8; names of files keep bytes that are none."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    typer.echo(text.getvalue().encode(errors="surrogateescape"), nl=False)
 
 
 def numbers(*titles: str) -> list[Column]:

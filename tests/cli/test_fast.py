@@ -45,6 +45,8 @@ REFUSALS = [
     *(f"{words} -r nowhere" for words in ("list", "add ada", "compose -o out", "evaluate")),
     *(f"{words} -r nowhere" for words in ("negate ada -o out", "verify record.json")),
     "compose -r R -o out --weights ada=2",
+    "predict cat.png -r nowhere",
+    "predict cat.png --model nowhere",
     "fetch -o out --weights ada=2 --server localhost:1 --ca no --certificate no --key no",
     "simulate --set knid=lora",
     "fisher --data digits -o out --set rank=many",
