@@ -29,9 +29,7 @@ from fedcompo.storage.files import CONFIG, WEIGHTS
 
 
 def predict(
-    images: Annotated[
-        list[Path], typer.Argument(help="Pictures, and folders of them, at any depth.")
-    ],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, and folders of them.")],
     registry: RegistryOption = None,
     model: Annotated[
         Path | None,
@@ -46,9 +44,9 @@ def predict(
 ) -> None:
     """Predict the classes of pictures, by the pixels that timm computes.
 
-    Pictures that cannot be read are named; the others are predicted, and the exit code is 1.
+    IMAGES are pictures, and folders of them, at any depth.
 
-    As in training, pictures are turned upright, as their EXIF tag says.
+    Pictures that cannot be read are named; the others are predicted, and the exit code is 1. As in training, pictures are turned upright, as their EXIF tag says.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         if (registry is not None and model is not None) or (as_csv and as_json):

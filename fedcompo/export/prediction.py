@@ -19,7 +19,7 @@ from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.composition.models import load_tangent_model, model_of
 from fedcompo.data.decoding import picture_of
 from fedcompo.data.folders import left_behind
-from fedcompo.errors import BackboneError, DataError, FedcompoError
+from fedcompo.errors import BackboneError, DataError
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.units import OnStep
 from fedcompo.storage.files import BACKBONE
@@ -36,25 +36,23 @@ def model_from(source: RegistryReader | Path) -> nn.Module:
 
     Raises:
         BackboneError: If timm cannot load the folder, or a weight is not finite.
+        FileFormatError: If a folder of tangents was altered.
     """
     if isinstance(source, RegistryReader):
         return model_of(
             source.backbone, source.composed(), source.classes, linearised=source.linearised
         )
+    if (source / BACKBONE).is_file():
+        return load_tangent_model(source)
     try:
-        if (source / BACKBONE).is_file():
-            model = load_tangent_model(source)
-        else:
-            model = timm.create_model(f"local-dir:{source}", pretrained=True).eval()
-    except FedcompoError:
-        raise
+        model: nn.Module = timm.create_model(f"local-dir:{source}", pretrained=True)
     except Exception as error:  # timm's errors are of every kind
         raise BackboneError(
             f"timm cannot load {source} ({type(error).__name__}: {str(error)[:200]}). Name a "
             "folder that `fedcompo compose` or `fedcompo export` wrote for timm."
         ) from error
     require_finite(model.state_dict())
-    return model
+    return model.eval()
 
 
 @torch.no_grad()
