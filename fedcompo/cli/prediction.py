@@ -46,7 +46,8 @@ def predict(
 
     IMAGES are pictures, and folders of them, at any depth.
 
-    Pictures that cannot be read are named; the others are predicted, and the exit code is 1. As in training, pictures are turned upright, as their EXIF tag says.
+    Pictures that cannot be read are named; the others are predicted, and the exit code is 1. As in
+    training, pictures are turned upright, as their EXIF tag says.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         if (registry is not None and model is not None) or (as_csv and as_json):
