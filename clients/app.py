@@ -62,23 +62,28 @@ def _on(
 
 def _answer(message: Message, context: Context, work: Work) -> Message:
     """Do the work, and let through the gate what may leave."""
-    # The same seed gives the same result, also on a GPU, where torch knows such an algorithm.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    reset_peak()
     run_config, node_config = context.run_config, context.node_config
 
-    def answer() -> RecordDict:
+    def answer() -> Answer:
         body = from_record(message.content, expected=REQUEST, source="the server")
         client = LocalClient.from_node(
             run_config, node_config, registered_name(body), preprocessing_of(body)
         )
-        tensors, manifest = work(client, body).to_body()
-        process = Process(peak_memory=peak_bytes(), versions=installed_versions())
-        return to_record(tensors, manifest | process.to_body()[1])
+        return work(client, body)
 
-    content = gate.answer_of(answer, known_name(run_config, node_config))
-    return Message(content, reply_to=message)
+    name = known_name(run_config, node_config)
+    return Message(gate.answer_of(lambda: answered(answer), name), reply_to=message)
+
+
+def answered(answer: Callable[[], Answer]) -> RecordDict:
+    """Let a client make its answer; return it as it travels, with facts on the process."""
+    # The same seed gives the same result, also on a GPU, where torch knows such an algorithm.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    reset_peak()
+    tensors, manifest = answer().to_body()
+    process = Process(peak_memory=peak_bytes(), versions=installed_versions())
+    return to_record(tensors, manifest | process.to_body()[1])
 
 
 app.query("identify")(_on(IdentifyRequest, lambda client, request: client.identify()))
