@@ -27,7 +27,7 @@ from server.resume import Working
 from server.strategy import ItaStrategy
 
 Answering = Callable[[str, RecordDict], RecordDict]
-"""Takes what is asked for, such as ``describe``, and the request; raises what the client raises."""
+"""Takes the type of a message and the request; raises what the client raises."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class AtHand(Exchange):
         expected = message_type.rpartition(".")[2]
         for client in self.clients if clients is None else tuple(clients):
             asked = to_record(*addressed(request(client), "", self.preprocessing))
-            reply = self.answering(expected, asked)
+            reply = self.answering(message_type, asked)
             body = from_record(reply, expected=expected, source=f"client {client!r}")
             checked_caps(client, body)
             fold(client, body)
@@ -60,7 +60,7 @@ class AtHand(Exchange):
 
 def contribute(
     registry: Registry, config: RunConfig, client: str, answering: Answering, scratch: Path
-) -> tuple[Path, dict[str, Any], list[str]]:
+) -> tuple[Path, dict[str, Any]]:
     """Let one client describe itself and train, as a newcomer to a registry does.
 
     Args:
@@ -71,12 +71,11 @@ def contribute(
         scratch: Folder for working files.
 
     Returns:
-        The folder of the contribution, inside ``scratch``; what the client reports; notes.
+        The folder of the contribution, inside ``scratch``, and what to tell of it, as JSON values.
     """
-    backbone = registry.backbone.load()
-    books, nodes = Books(scratch / "events"), Nodes(cast(Any, None), {client: 1})
+    backbone, own = registry.backbone.load(), Nodes(cast(Any, None), {client: 1})
     exchange = AtHand(
-        *(books, nodes, config.server.timeout, 1),
+        *(Books(scratch / "events"), own, config.server.timeout, 1),
         preprocessing=backbone.preprocessing,
         answering=answering,
     )
@@ -84,4 +83,14 @@ def contribute(
     strategy = ItaStrategy(exchange, config, backbone, registry, working)
     (folder,) = strategy.fit()
     strategy.fitting.remark([client])
-    return folder, strategy.figures[client], books.notes
+    described = strategy.roster.participants.described[client]
+    return folder, {
+        "client": client,
+        "kind": strategy.roster.participants.kinds[client],
+        "classes": described.classes,
+        "num_examples": described.num_examples,
+        "num_test_examples": described.num_test_examples,
+        "own_task_accuracy": strategy.figures[client]["own_task_accuracy"],
+        "others": registry.clients,
+        "notes": exchange.books.notes,
+    }

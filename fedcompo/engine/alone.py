@@ -55,7 +55,8 @@ def fit_alone(
         FedcompoError: If registry, backbone or images cannot be used.
     """
     name = check_client_name(client or data.absolute().name)
-    sys.path.insert(0, str(find_app()))
+    if (app := str(find_app())) not in sys.path:
+        sys.path.insert(0, app)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         on_step("loading the backbone")
@@ -66,23 +67,14 @@ def fit_alone(
                 "(`--client`), or fit it anew with `--set replace=true`."
             )
         on_step("reading the images")
+        local, apps, server = map(import_module, ("clients.local", "clients.app", "server.alone"))
+        node = {"data": str(data), "client": name}
         backbone = joined.backbone.load(pick_device(config.device))
-        parts = import_module("clients.alone"), import_module("server.alone")
-        who, answering = parts[0].client_of(config.flat(), str(data), name, backbone)
-        on_step(f"training on {len(who.data.train.labels)} images")
-        made, figures, notes = parts[1].contribute(joined, config, name, answering, scratch)
+        own = local.LocalClient.from_node(config.flat(), node, backbone=backbone)
+        on_step(f"training on {len(own.data.train.labels)} images")
+        made, told = server.contribute(joined, config, name, apps.answering(own), scratch)
         shutil.copytree(made, output, dirs_exist_ok=True)
-        return {
-            "client": name,
-            "kind": config.train.kind,
-            "classes": who.data.classes,
-            "num_examples": len(who.data.train.labels),
-            "num_test_examples": len(who.data.test.labels),
-            "own_task_accuracy": figures.get("own_task_accuracy"),
-            "held": figures.get("held"),
-            "others": joined.clients,
-            "notes": notes,
-        }
+        return dict(told)
 
 
 def _opened(
@@ -95,14 +87,17 @@ def _opened(
         registry = Registry.create(scratch / "registry", backbone, CompositionSettings.of(config))
     else:
         registry = Registry(path)
-        config = RunConfig.parse({**_settings_of(registry), **settings})
-        own = RunConfig.parse(_settings_of(registry))
-        statistics = registry.settings.statistics
-        if config.backbone != own.backbone or config.head.statistics is not statistics:
-            keys = (key.replace("_", "-") for key in BackboneConfig.__dataclass_fields__)
+        own = _settings_of(registry)
+        config = RunConfig.parse({**own, **settings})
+        if config.backbone != RunConfig.parse(own).backbone:
+            keys = ", ".join(sorted(settings.keys() & BackboneConfig().__dict__.keys()))
             raise ConfigError(
-                f"The registry {path} has its backbone and its `statistics = {statistics}`; leave "
-                f"{', '.join(keys)} and statistics out, or fit without `--registry`."
+                f"The registry {path} has a backbone; leave out --set {keys}, or --registry."
+            )
+        if config.head.statistics is not registry.settings.statistics:
+            raise ConfigError(
+                f"`statistics` is {config.head.statistics}, the registry {path} is one of "
+                f"{registry.settings.statistics}. Leave it out."
             )
     if config.method.method is not Method.ITA:
         raise ConfigError(

@@ -53,7 +53,7 @@ def test_it_leaves_the_bits_of_a_newcomer_to_the_same_registry(
 ) -> None:
     run({}, tmp_path / "first", **way)
     path = tmp_path / "first" / "registry"
-    shutil.copytree(path, tmp_path / "joined")
+    shutil.copytree(path, tmp_path / "joined", symlinks=True)
     nodes = {"clients": 1, "node_configs": {0: {"data": str(images), "client": "newcomer"}}}
     joining = {"registry": str(tmp_path / "joined"), "num_clients": 1}
     results = run(nodes, tmp_path / "second", **joining, **way)
@@ -61,12 +61,13 @@ def test_it_leaves_the_bits_of_a_newcomer_to_the_same_registry(
 
     made = fit_alone(images, tmp_path / "made", {}, registry=path)
 
-    member = Registry(tmp_path / "joined").path_of("newcomer")
+    joined = Registry(tmp_path / "joined")
+    member = joined.path / joined.member("newcomer").folder
     there = {file.name: file.read_bytes() for file in member.iterdir()}
     assert {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()} == there
     assert {CARD, FISHER} < there.keys()
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
-    figures = results["clients"]["newcomer"]
+    figures = results["per_client"]["newcomer"]
     assert made["own_task_accuracy"] == figures["own_task_accuracy"]
     Registry(path).add(tmp_path / "made")
     assert "newcomer" in Registry(path).clients
@@ -103,7 +104,7 @@ def test_what_cannot_be_fitted_is_refused(
 
 def test_a_registry_keeps_its_backbone_and_a_member_its_name(images: Path, tmp_path: Path) -> None:
     path = digits_registry(tmp_path / "registry").path
-    with pytest.raises(FedcompoError, match="leave backbone"):
+    with pytest.raises(FedcompoError, match="has a backbone"):
         fit_alone(images, tmp_path / "out", {"checkpoint": "other.pth"}, registry=path)
     with pytest.raises(FedcompoError, match="replace=true"):
         fit_alone(images, tmp_path / "out", {}, registry=path, client="client-0")
