@@ -1,7 +1,7 @@
 """Fits one client's contribution on this machine: the two sides of a run without Flower's engine.
 
-The client and the server's phases are those of a federation, loaded as Flower loads them: from the
-folder of the app. So the contribution has the bits that a run leaves of a lone newcomer.
+Client and server are those of a federation, loaded as Flower loads them: from the app's folder. So
+the contribution has the bits that a run leaves of a lone newcomer.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def fit_alone(
         JSON values: what was fitted, how accurate it is on the test images, and notes.
 
     Raises:
-        ConfigError: If a setting cannot be used.
-        ContributionError: If the client is in the registry already.
-        FedcompoError: If registry, backbone or images cannot be used.
+        FedcompoError: If a setting, the registry, the name or the images cannot be used.
     """
     name = check_client_name(client or data.absolute().name)
     if (app := str(find_app())) not in sys.path:
