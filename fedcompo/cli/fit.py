@@ -46,7 +46,7 @@ def fit(
 
     With --registry, the bits are those of a run in which this client alone joins the registry.
 
-    Then: fedcompo add DIR --registry R, or fedcompo publish DIR
+    Then: fedcompo add DIR --registry R, fedcompo publish DIR, or fedcompo compose DIR OTHERS
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         settings = settings_of(None, assignments or [], {})
@@ -70,8 +70,10 @@ def fit(
         f"Accuracy among its own classes: {percent(made['own_task_accuracy'])} % of "
         f"{made['num_test_examples']} test images."
     )
-    say(f"Beside {listed(others)}." if others else "Beside nobody: no Fisher of others holds it.")
+    if others:
+        say(f"In the company of {listed(others)}.")
     for note in made["notes"]:
         say(f"Note: {note}")
     say(f"Contribution: {output}")
-    say(f"Next: fedcompo add {output} --registry {path or 'R'}, or fedcompo publish {output}")
+    also = "" if path else f", or fedcompo compose {output} OTHERS -o MODEL"
+    say(f"Next: fedcompo add {output} --registry {path or 'R'}, or fedcompo publish {output}{also}")
