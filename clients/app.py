@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -14,7 +13,7 @@ from clients import averaging, composed, gate
 from clients.loading import known_name
 from clients.local import LocalClient
 from fedcompo.messages.answers import Answer, Process
-from fedcompo.messages.body import Body, Content
+from fedcompo.messages.body import Body
 from fedcompo.messages.records import from_record, to_record
 from fedcompo.messages.requests import (
     REQUEST,
@@ -23,7 +22,6 @@ from fedcompo.messages.requests import (
     DescribeRequest,
     EvaluateRequest,
     FisherRequest,
-    IdentifyRequest,
     NoticeRequest,
     RealignRequest,
     TrainRequest,
@@ -35,56 +33,74 @@ from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
 
 app = ClientApp()
 
-Asked = TypeVar("Asked", bound=Content)
 Work = Callable[[LocalClient, Body], Answer]
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
+def _trained(client: LocalClient, body: Body) -> Answer:
     """Fit the task vector, or train the model that all share (FedAvg, FedProx)."""
-
-    def work(client: LocalClient, body: Body) -> Answer:
-        if ROUND in body[1]:
-            return averaging.train(client, AveragingRequest.from_body(body))
-        return client.train(TrainRequest.from_body(body))
-
-    return _answer(message, context, work)
+    if ROUND in body[1]:
+        return averaging.train(client, AveragingRequest.from_body(body))
+    return client.train(TrainRequest.from_body(body))
 
 
-def _on(
-    request: type[Asked], work: Callable[[LocalClient, Asked], Answer]
-) -> Callable[[Message, Context], Message]:
-    """Read a request of one sort from each message, and answer it by this work."""
-    return lambda message, context: _answer(
-        message, context, lambda client, body: work(client, request.from_body(body))
-    )
+WORK: dict[str, Work] = {
+    "train": _trained,
+    "query.identify": lambda client, body: client.identify(),
+    "query.describe": lambda client, body: client.describe(DescribeRequest.from_body(body)),
+    "query.fisher": lambda client, body: client.fisher(FisherRequest.from_body(body)),
+    "query.notice": lambda client, body: client.notice(NoticeRequest.from_body(body)),
+    "query.realign": lambda client, body: composed.realign(client, RealignRequest.from_body(body)),
+    "query.vote": lambda client, body: composed.vote(client, VoteRequest.from_body(body)),
+    "evaluate": lambda client, body: composed.evaluate(client, EvaluateRequest.from_body(body)),
+}
+"""What a client does, by Flower's type of the message that asks for it."""
 
 
 def _answer(message: Message, context: Context, work: Work) -> Message:
     """Do the work, and let through the gate what may leave."""
-    # The same seed gives the same result, also on a GPU, where torch knows such an algorithm.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    reset_peak()
     run_config, node_config = context.run_config, context.node_config
 
-    def answer() -> RecordDict:
+    def answer() -> Answer:
         body = from_record(message.content, expected=REQUEST, source="the server")
         client = LocalClient.from_node(
             run_config, node_config, registered_name(body), preprocessing_of(body)
         )
-        tensors, manifest = work(client, body).to_body()
-        process = Process(peak_memory=peak_bytes(), versions=installed_versions())
-        return to_record(tensors, manifest | process.to_body()[1])
+        return work(client, body)
 
-    content = gate.answer_of(answer, known_name(run_config, node_config))
-    return Message(content, reply_to=message)
+    name = known_name(run_config, node_config)
+    return Message(gate.answer_of(lambda: answered(answer), name), reply_to=message)
 
 
-app.query("identify")(_on(IdentifyRequest, lambda client, request: client.identify()))
-app.query("describe")(_on(DescribeRequest, lambda client, request: client.describe(request)))
-app.query("fisher")(_on(FisherRequest, lambda client, request: client.fisher(request)))
-app.query("notice")(_on(NoticeRequest, lambda client, request: client.notice(request)))
-app.query("realign")(_on(RealignRequest, composed.realign))
-app.query("vote")(_on(VoteRequest, composed.vote))
-app.evaluate()(_on(EvaluateRequest, composed.evaluate))
+def answered(answer: Callable[[], Answer]) -> RecordDict:
+    """Let a client make its answer; return it as it travels, with facts on the process."""
+    # The same seed gives the same result, also on a GPU, where torch knows such an algorithm.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    reset_peak()
+    tensors, manifest = answer().to_body()
+    process = Process(peak_memory=peak_bytes(), versions=installed_versions())
+    return to_record(tensors, manifest | process.to_body()[1])
+
+
+def answering(client: LocalClient) -> Callable[[str, RecordDict], RecordDict]:
+    """Return what answers messages, by type and content, without Flower; it raises what is raised.
+
+    For a client that is fitted alone; see :mod:`fedcompo.engine.alone`.
+    """
+
+    def answer(asked: str, content: RecordDict) -> RecordDict:
+        body = from_record(content, expected=REQUEST, source="the server")
+        return answered(lambda: WORK[asked](client, body))
+
+    return answer
+
+
+def _on(work: Work) -> Callable[[Message, Context], Message]:
+    return lambda message, context: _answer(message, context, work)
+
+
+app.train()(_on(WORK["train"]))
+app.evaluate()(_on(WORK["evaluate"]))
+for asked, work in WORK.items():
+    if asked.startswith("query."):
+        app.query(asked.removeprefix("query."))(_on(work))

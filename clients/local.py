@@ -76,6 +76,7 @@ class LocalClient:
         node_config: Mapping[str, Any],
         registered_name: str = "",
         preprocessing: Preprocessing | None = None,
+        backbone: Backbone | None = None,
     ) -> LocalClient:
         """Build the client of one node.
 
@@ -87,6 +88,7 @@ class LocalClient:
                 :mod:`fedcompo.config.caps`.
             registered_name: Name under which the server knows the node; wins over ``client``.
             preprocessing: How the server wants images prepared; None: as the backbone says.
+            backbone: The shared one, where it is in memory; None: that of the settings.
 
         Raises:
             FedcompoError: If settings, backbone or data cannot be used.
@@ -103,8 +105,8 @@ class LocalClient:
             curvature=config.fisher.curvature,
             start=config.train.head_start,
         )
-        device = pick_device(config.device)
-        backbone = load_shared_backbone(config.backbone, device)
+        if backbone is None:
+            backbone = load_shared_backbone(config.backbone, pick_device(config.device))
         if preprocessing is not None:
             preprocessing = preprocessing.instead_of(backbone.preprocessing)
             backbone = replace(backbone, preprocessing=preprocessing)

@@ -15,6 +15,7 @@ from fedcompo.cli.audit import audit
 from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
+from fedcompo.cli.fit import fit
 from fedcompo.cli.prediction import predict
 from fedcompo.cli.tables import print_removal
 from fedcompo.config.run import RunConfig, all_settings
@@ -140,6 +141,7 @@ def settings(
 
 
 app.command()(fisher)
+app.command()(fit)
 app.command("init-deployment")(init_deployment)
 app.command("list")(registry.list_clients)
 for command in (

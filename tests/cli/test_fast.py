@@ -50,6 +50,8 @@ REFUSALS = [
     "fetch -o out --weights ada=2 --server localhost:1 --ca no --certificate no --key no",
     "simulate --set knid=lora",
     "fisher --data digits -o out --set rank=many",
+    "fit --data digits -o out -r nowhere",
+    "fit --data digits -o out --set rank=many",
     "members --server localhost:1 --ca no --certificate no --key no",
     "init-deployment out",
 ]

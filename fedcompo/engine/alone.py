@@ -1,0 +1,118 @@
+"""Fits one client's contribution on this machine: the two sides of a run without Flower's engine.
+
+Client and server are those of a federation, loaded as Flower loads them: from the app's folder. So
+the contribution has the bits that a run leaves of a lone newcomer.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fedcompo.backbone.backbone import load_backbone
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.choices import Method
+from fedcompo.config.run import BackboneConfig, RunConfig
+from fedcompo.config.setting import Scalar
+from fedcompo.engine.launcher import find_app
+from fedcompo.errors import ConfigError, ContributionError
+from fedcompo.names import check_client_name
+from fedcompo.registry.registry import Registry
+from fedcompo.report.units import OnStep
+from fedcompo.runtime import pick_device
+
+
+def fit_alone(
+    data: Path,
+    output: Path,
+    settings: Mapping[str, Scalar],
+    *,
+    registry: Path | None = None,
+    client: str = "",
+    on_step: OnStep = lambda step: None,
+) -> dict[str, Any]:
+    """Fit the contribution of one folder of images, as a newcomer to a registry or as the first.
+
+    Args:
+        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
+        output: An empty folder for the contribution.
+        settings: Those that differ from the registry's, or from the defaults; paths absolute.
+        registry: Folder of the registry that it is made for, which is only read; None: of none.
+        client: The client's name; empty: that of the folder.
+        on_step: Called with each step.
+
+    Returns:
+        JSON values: what was fitted, how accurate it is on the test images, and notes.
+
+    Raises:
+        FedcompoError: If a setting, the registry, the name or the images cannot be used.
+    """
+    name = check_client_name(client or data.absolute().name)
+    if (app := str(find_app())) not in sys.path:
+        sys.path.insert(0, app)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        on_step("loading the backbone")
+        joined, config = _opened(registry, settings, scratch)
+        if name in joined.clients and not config.registry.replace:
+            raise ContributionError(
+                f"Client {name!r} is in the registry {joined.path} already. Give another name "
+                "(`--client`), or fit it anew with `--set replace=true`."
+            )
+        on_step("reading the images")
+        local, apps, server = map(import_module, ("clients.local", "clients.app", "server.alone"))
+        node = {"data": str(data), "client": name}
+        backbone = joined.backbone.load(pick_device(config.device))
+        own = local.LocalClient.from_node(config.flat(), node, backbone=backbone)
+        on_step(f"training on {len(own.data.train.labels)} images")
+        made, told = server.contribute(joined, config, name, apps.answering(own), scratch)
+        shutil.copytree(made, output, dirs_exist_ok=True)
+        return dict(told)
+
+
+def _opened(
+    path: Path | None, settings: Mapping[str, Scalar], scratch: Path
+) -> tuple[Registry, RunConfig]:
+    """Open the registry, or make an empty one to throw away; settle the settings."""
+    if path is None:
+        config = RunConfig.parse(settings)
+        backbone = load_backbone(config.backbone)
+        registry = Registry.create(scratch / "registry", backbone, CompositionSettings.of(config))
+    else:
+        registry = Registry(path)
+        own = _settings_of(registry)
+        config = RunConfig.parse({**own, **settings})
+        if config.backbone != RunConfig.parse(own).backbone:
+            keys = ", ".join(sorted(settings.keys() & BackboneConfig().__dict__.keys()))
+            raise ConfigError(
+                f"The registry {path} has a backbone; leave out --set {keys}, or --registry."
+            )
+        if config.head.statistics is not registry.settings.statistics:
+            raise ConfigError(
+                f"`statistics` is {config.head.statistics}, the registry {path} is one of "
+                f"{registry.settings.statistics}. Leave it out."
+            )
+    if config.method.method is not Method.ITA:
+        raise ConfigError(
+            f"`method` is {config.method.method}, which trains in rounds with others. Alone, a "
+            "client is fitted by `--set method=ita`."
+        )
+    return registry, config
+
+
+def _settings_of(registry: Registry) -> dict[str, Scalar]:
+    """The settings that the members of a registry were trained with, and its own."""
+    own, backbone = registry.settings, registry.backbone
+    if registry.clients:
+        values = RunConfig.stored(registry.card(registry.clients[0])["settings"]).flat()
+    else:
+        targets = ",".join(backbone.target_weights)
+        name = str(backbone.tensors.manifest["name"])
+        values = {"backbone": name, "target-weights": targets, "statistics": str(own.statistics)}
+    ratios = {"max-count-ratio": own.max_count_ratio, "max-norm-ratio": own.max_norm_ratio}
+    return {**values, **ratios}
