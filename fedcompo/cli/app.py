@@ -15,6 +15,7 @@ from fedcompo.cli.audit import audit
 from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
+from fedcompo.cli.imports import import_source
 from fedcompo.cli.tables import print_removal
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
@@ -141,6 +142,7 @@ def settings(
 app.command()(fisher)
 app.command("init-deployment")(init_deployment)
 app.command("list")(registry.list_clients)
+app.command("import")(import_source)
 for command in (
     registry.show,
     registry.add,
