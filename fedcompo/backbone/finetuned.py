@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config
+from fedcompo.backbone.checkpoint import INPUT_KEYS, fill, read_checkpoint, read_config
 from fedcompo.backbone.prefixes import without_prefix
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError
 from fedcompo.method.task_vector import TaskVector
@@ -29,6 +30,10 @@ from fedcompo.storage.files import CONFIG, WEIGHTS
 LEAST_COSINE = 0.5
 """Weights that are less alike than this were never fine-tuned from one another: between two
 trainings from other starts it is near 0, after a fine-tuning near 1."""
+FIELDS = {"input_size": "shape", "crop_pct": "crop_fraction"} | {
+    key: key for key in ("mean", "std", "interpolation", "crop_mode")
+}
+"""What a key of timm's configuration is called in :class:`Preprocessing`."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +105,14 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
     tensors = {f"{name}/delta": theta[name] - start[name] for name in backbone.theta_0}
     return FineTuned(
         TaskVector(Kind.FULL, tensors, backbone.fingerprint),
-        _rows(*classifier),
+        rows(*classifier),
         names,
         tuple(sorted({*changed, *(found.keys() - theta.keys()), *pixels})),
     )
 
 
-def _rows(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def rows(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """A classifier of a weight and a bias; None without a weight, (classes, features)."""
     if weight is None or weight.ndim != 2:
         return None
     return weight.float(), torch.zeros(len(weight)) if bias is None else bias.float()
@@ -121,12 +127,16 @@ def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
 
 def _configured(path: Path, backbone: Backbone) -> tuple[tuple[str, ...], list[str]]:
     """The classes that timm's config.json names, and how its pixels differ from the backbone's."""
-    _, own = read_config(path, backbone.architecture, {})
+    args, own = read_config(path, backbone.architecture, {})
     if not own:
         return (), []
-    seen = backbone.preprocessing
-    ours = {"input_size": seen.shape, "mean": seen.mean, "std": seen.std}
-    pixels = [f"{CONFIG}: {key}" for key in ours if key in own and tuple(own[key]) != ours[key]]
+    ours = backbone.preprocessing
+    theirs = Preprocessing.of_timm(own, args, ours.modality)
+    pixels = [
+        f"{CONFIG}: {key}"
+        for key in INPUT_KEYS
+        if key in own and getattr(theirs, FIELDS[key]) != getattr(ours, FIELDS[key])
+    ]
     names = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8")).get("label_names")
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if listed and len({*names}) == len(names) else (), pixels

@@ -20,7 +20,7 @@ from fedcompo.report.console import print_json, say
 
 
 def import_source(
-    source: Annotated[Path, typer.Argument(help="Checkpoint of timm, or the folder of one.")],
+    source: Annotated[Path, typer.Argument(help="A checkpoint, a folder of one, or of a LoRA.")],
     *,
     client: Annotated[str, typer.Option(help="Name of the contribution.")],
     data: Annotated[Path, typer.Option(help="Its images: train/<class>/*, to describe it by.")],
@@ -42,7 +42,8 @@ def import_source(
 ) -> None:
     """Make a client of a model that was fine-tuned elsewhere from the registry's weights.
 
-    SOURCE is a checkpoint of timm (.safetensors, .pth), or a folder that timm wrote.
+    SOURCE is a checkpoint of timm (.safetensors, .pth), a folder that timm wrote, or a LoRA
+    adapter's folder that PEFT wrote.
     """
     with errors_as_sentences(verbose):
         opened = open_registry(registry)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from fedcompo.backbone.adapter import ADAPTER_CONFIG, read_adapter
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.finetuned import FineTuned, read_finetuned
 from fedcompo.config.choices import Statistics
@@ -45,7 +46,8 @@ def import_model(
     """Make a contribution to a registry of a fine-tuned model; the registry stays as it is.
 
     Args:
-        source: See :func:`~fedcompo.backbone.finetuned.read_finetuned`.
+        source: See :func:`~fedcompo.backbone.finetuned.read_finetuned`; or the folder of a LoRA
+            adapter, see :func:`~fedcompo.backbone.adapter.read_adapter`.
         registry: Has the pre-trained weights.
         client: Name of the contribution.
         data: Folder with ``train/<class>/*``.
@@ -65,7 +67,8 @@ def import_model(
     check_client_name(client)
     on_step("reading")
     backbone = registry.backbone.load()
-    found = read_finetuned(source, backbone)
+    read = read_adapter if (source / ADAPTER_CONFIG).is_file() else read_finetuned
+    found = read(source, backbone)
     if found.rest and not drop_rest:
         raise ContributionError(
             f"{source} changed more than the target weights, which is all that a contribution can "
