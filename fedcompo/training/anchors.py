@@ -62,8 +62,13 @@ class FisherSums:
         if self.by is AnchorBy.REFERENCE:
             assert self.reference is not None
             return self.reference.mean()
-        alone = with_own or client not in self.members
-        return (self.total if alone else self.total - self.load(client)).mean()
+        return self.total.mean() if with_own else self.beside(client)
+
+    def beside(self, client: str) -> Weights | None:
+        """Return the mean over the examples of all other members; None if there are none."""
+        if self.members == (client,):
+            return None
+        return (self.total - self.load(client) if client in self.members else self.total).mean()
 
     def anchored(self, client: str, *, with_own: bool = False) -> bool:
         """Whether there are examples whose Fisher anchors a client."""

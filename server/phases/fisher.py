@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,7 @@ class Fishers:
             None where there is no Fisher of the features of others.
         """
         of_features = self.config.fisher.curvature is Curvature.FEATURES
-        sums = self.sums and replace(self.sums, by=AnchorBy.OTHERS)  # whoever's anchors it
-        mean = sums.mean_for(client) if sums and of_features and variance > 0 else None
+        mean = self.sums.beside(client) if self.sums and of_features and variance > 0 else None
         if mean is None:
             return None
         theta_0 = self.backbone.theta_0
