@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ FIELDS = {"input_size": "shape", "crop_pct": "crop_fraction"} | {
     key: key for key in ("mean", "std", "interpolation", "crop_mode")
 }
 """What a key of timm's configuration is called in :class:`Preprocessing`."""
+INPUT_ARGS = ("img_size", "in_chans")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,6 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
     state = read_checkpoint(path)
     if isinstance(state, Path):
         raise BackboneError(f"{path} is in JAX's layout. Save it from timm as .safetensors first.")
-    names, pixels = _configured(path, backbone)
     model = copy.deepcopy(backbone.model)
     channels, height, width = backbone.preprocessing.shape
     # Without `first_conv`, channels are never averaged: it must read as many as the backbone.
@@ -90,6 +92,7 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         raise BackboneError(
             f"{path} is no fine-tuned {backbone.name!r}, which the registry's weights are: {error}"
         ) from error
+    names, differ = _configured(path, replace(backbone, model=model))
     found = _converted(state, model)
     classifier = [found.pop(f"{backbone.classifier}.{part}", None) for part in ("weight", "bias")]
     theta = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
@@ -107,7 +110,7 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         TaskVector(Kind.FULL, tensors, backbone.fingerprint),
         rows(*classifier),
         names,
-        tuple(sorted({*changed, *(found.keys() - theta.keys()), *pixels})),
+        tuple(sorted({*changed, *(found.keys() - theta.keys()), *differ})),
     )
 
 
@@ -125,21 +128,35 @@ def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
     return dict(convert(dict(without_prefix(state, model, convert)[0]), model))
 
 
-def _configured(path: Path, backbone: Backbone) -> tuple[tuple[str, ...], list[str]]:
-    """The classes that timm's config.json names, and how its pixels differ from the backbone's."""
-    args, own = read_config(path, backbone.architecture, {})
+def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]]:
+    """The classes that timm's config.json names, and what of the model it describes otherwise.
+
+    Its arguments may be written out or left at their defaults. So they are compared by what a model
+    that is built with them computes.
+    """
+    args, own = read_config(path, tuned.architecture, {})
     if not own:
         return (), []
-    ours = backbone.preprocessing
+    ours = tuned.preprocessing
     theirs = Preprocessing.of_timm(own, args, ours.modality)
-    pixels = [
+    differ = [
         f"{CONFIG}: {key}"
         for key in INPUT_KEYS
         if key in own and getattr(theirs, FIELDS[key]) != getattr(ours, FIELDS[key])
     ]
+    built = {key: value for key, value in args.items() if key not in INPUT_ARGS}
+    built |= {key: value for key, value in tuned.model_args.items() if key in INPUT_ARGS}
+    example = torch.linspace(-1, 1, math.prod(ours.shape)).reshape(1, *ours.shape)
+    try:
+        twin = timm.create_model(tuned.architecture, num_classes=0, **built).eval()
+        twin.load_state_dict(tuned.model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(twin(example), tuned.model(example))
+    except (RuntimeError, TypeError, ValueError, AssertionError):
+        differ.append(f"{CONFIG}: model_args")
     names = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8")).get("label_names")
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return tuple(names) if listed and len({*names}) == len(names) else (), pixels
+    return tuple(names) if listed and len({*names}) == len(names) else (), differ
 
 
 def _require_related(

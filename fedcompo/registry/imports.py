@@ -20,7 +20,7 @@ from fedcompo.config.setting import Scalar
 from fedcompo.data.client_data import ClientData, load_folder
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
-from fedcompo.method.features import extract_features, fit_mixtures
+from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums
@@ -78,28 +78,16 @@ def import_model(
     images = load_folder(data, backbone.preprocessing, seed=SEED)
     on_step("describing")
     features = extract_features(backbone.forward({}), images.train.images)
-    labels, config = images.train.labels, RunConfig().head
     head, whose = _head_of(found, classes, backbone, images)
-    kept = registry.settings.statistics
     contribution = Contribution(
         client=client,
         task_vector=found.task_vector,
         head=head,
-        statistics=(
-            FeatureSums.of(features, labels, images.classes)
-            if kept is Statistics.SUMS
-            else fit_mixtures(
-                features, labels, images.classes, components=config.mixture_components, seed=SEED
-            )
-        ),
-        num_examples=len(labels),
+        statistics=FeatureSums.of(features, images.train.labels, images.classes),
+        num_examples=len(features),
         lineage=Lineage(),
-        settings=_settings(backbone, found, kept)
-        | {
-            f"{IMPORTED}from": source.name,
-            f"{IMPORTED}head": whose,
-            f"{IMPORTED}dropped": found.rest_counted,
-        },
+        settings=_settings(backbone, found)
+        | {f"{IMPORTED}from": source.name, f"{IMPORTED}head": whose},
     )
     admit(contribution, Company.of(registry, backbone))
     return contribution
@@ -127,7 +115,7 @@ def _head_of(
     return fit_head(features, images.train.labels, start, ridge=ridge), "fitted"
 
 
-def _settings(backbone: Backbone, found: FineTuned, kept: Statistics) -> dict[str, Scalar]:
+def _settings(backbone: Backbone, found: FineTuned) -> dict[str, Scalar]:
     """What a run would have to be told to train on the same weights; nothing of the training."""
     channels, _, size = backbone.preprocessing.shape
     return {
@@ -136,5 +124,6 @@ def _settings(backbone: Backbone, found: FineTuned, kept: Statistics) -> dict[st
         "channels": channels,
         "target-weights": ",".join(backbone.theta_0),
         "kind": str(found.task_vector.kind),
-        "statistics": str(kept),
+        "statistics": str(Statistics.SUMS),
+        f"{IMPORTED}dropped": found.rest_counted,
     }

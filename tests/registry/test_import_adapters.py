@@ -34,7 +34,7 @@ def written(folder: Path, **given: Any) -> tuple[Path, dict[str, Tensor]]:
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, peft.LoraConfig(**chosen))
         with torch.no_grad():
-            for seed, (name, parameter) in enumerate(adapted.named_parameters()):
+            for seed, parameter in enumerate(adapted.parameters()):
                 if parameter.requires_grad:
                     drawn = normal(*parameter.shape, seed=seed, scale=0.2, dtype=torch.float32)
                     parameter.copy_(drawn)

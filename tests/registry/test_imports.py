@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from image_folders import write_images
 from registry_builders import backbone, member, registry_of
 from torch import Tensor
 
+from fedcompo.audit.shadows import ClientTraining
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_folder
-from fedcompo.errors import BackboneError, ContributionError
+from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry.imports import import_model
@@ -86,8 +88,11 @@ def test_a_checkpoint_becomes_a_client(
     train = load_folder(images, backbone().preprocessing, seed=0).train
     features = extract_features(backbone().forward({}), train.images)
     own = FeatureSums.of(features, train.labels, ("cat", "dog"))
+    assert isinstance(made.statistics, FeatureSums)
     torch.testing.assert_close(made.statistics.tensors(), own.tensors(), rtol=0, atol=0)
     registry.add(made)
+    with pytest.raises(ConfigError, match="was imported"):
+        ClientTraining.of(registry, "ada", backbone())
     assert all(finding.holds is not False for finding in verify_registry(registry.path))
     registry.remove("ada")
     assert registry.clients == ("ben",)
@@ -117,6 +122,37 @@ def test_what_else_changed_is_named_and_refused_or_recorded(
     assert rest in str(refused.value)
     made = import_model(source, registry, client="ada", data=images, drop_rest=True)
     assert made.settings["imported-dropped"] == rest
+
+
+@pytest.mark.parametrize(
+    ("section", "argument", "value", "said"),
+    [
+        ("model_args", "num_heads", 4, "model_args"),
+        ("model_args", "class_token", False, "model_args"),
+        ("pretrained_cfg", "mean", [0.1], "mean"),
+        ("pretrained_cfg", "interpolation", "bilinear", "interpolation"),
+    ],
+)
+def test_a_model_that_computes_something_else_is_named(
+    section: str,
+    argument: str,
+    value: object,
+    said: str,
+    registry: Registry,
+    images: Path,
+    tmp_path: Path,
+) -> None:
+    source = saved(tmp_path, "folder", tuned())
+    config = json.loads((source / "config.json").read_text())
+    config["pretrained_cfg"]["crop_pct"] = 1.0
+    (source / "config.json").write_text(json.dumps(config))
+    given: dict[str, Any] = {"client": "ada", "data": images}
+    made = import_model(source, registry, **given)
+    assert (made.settings["imported-head"], made.settings["imported-dropped"]) == ("source", "")
+    config[section][argument] = value
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContributionError, match=f"config.json: {said}"):
+        import_model(source, registry, **given)
 
 
 def test_rounding_to_half_precision_is_no_change(
