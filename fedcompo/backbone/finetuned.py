@@ -72,16 +72,7 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         BackboneError: If the source cannot be read, is of another architecture, holds infinity or
             NaN, or does not come from these pre-trained weights.
     """
-    files = (source / WEIGHTS, source / "pytorch_model.bin") if source.is_dir() else (source,)
-    path = next((file for file in files if file.is_file()), None)
-    if path is None:
-        raise BackboneError(
-            f"There are no weights at {source}. Expected a .safetensors or .pth file, a folder "
-            f"with {WEIGHTS}, or the folder of a PEFT adapter."
-        )
-    state = read_checkpoint(path)
-    if isinstance(state, Path):
-        raise BackboneError(f"{path} is in JAX's layout. Save it from timm as .safetensors first.")
+    path, state = _read(source)
     model = copy.deepcopy(backbone.model)
     channels, height, width = backbone.preprocessing.shape
     # Without `first_conv`, channels are never averaged: it must read as many as the backbone.
@@ -112,6 +103,20 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         names,
         tuple(sorted({*changed, *(found.keys() - theta.keys()), *differ})),
     )
+
+
+def _read(source: Path) -> tuple[Path, dict[str, Tensor]]:
+    files = (source / WEIGHTS, source / "pytorch_model.bin") if source.is_dir() else (source,)
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise BackboneError(
+            f"There are no weights at {source}. Expected a .safetensors or .pth file, a folder "
+            f"with {WEIGHTS}, or the folder of a PEFT adapter."
+        )
+    state = read_checkpoint(path)
+    if isinstance(state, Path):
+        raise BackboneError(f"{path} is in JAX's layout. Save it from timm as .safetensors first.")
+    return path, state
 
 
 def rows(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:

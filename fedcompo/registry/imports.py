@@ -67,14 +67,7 @@ def import_model(
     check_client_name(client)
     on_step("reading")
     backbone = registry.backbone.load()
-    read = read_adapter if (source / ADAPTER_CONFIG).is_file() else read_finetuned
-    found = read(source, backbone)
-    if found.rest and not drop_rest:
-        raise ContributionError(
-            f"{source} changed more than the target weights, which is all that a contribution can "
-            f"change: {found.rest_counted}. Without them it is another model than yours; "
-            "`--drop-rest` leaves them out, and says so in the card."
-        )
+    found = _read(source, backbone, drop_rest=drop_rest)
     images = load_folder(data, backbone.preprocessing, seed=SEED)
     on_step("describing")
     features = extract_features(backbone.forward({}), images.train.images)
@@ -91,6 +84,18 @@ def import_model(
     )
     admit(contribution, Company.of(registry, backbone))
     return contribution
+
+
+def _read(source: Path, backbone: Backbone, *, drop_rest: bool) -> FineTuned:
+    read = read_adapter if (source / ADAPTER_CONFIG).is_file() else read_finetuned
+    found = read(source, backbone)
+    if found.rest and not drop_rest:
+        raise ContributionError(
+            f"{source} changed more than the target weights, which is all that a contribution can "
+            f"change: {found.rest_counted}. Without them it is another model than yours; "
+            "`--drop-rest` leaves them out, and says so in the card."
+        )
+    return found
 
 
 def _head_of(
