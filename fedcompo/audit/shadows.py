@@ -39,6 +39,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import stream_composition
 from fedcompo.config.choices import AnchorBy, Curvature, FisherForm, HeadStart, Kind
+from fedcompo.config.presets import IMPORTED
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.errors import ConfigError, ContributionError
@@ -98,6 +99,11 @@ class ClientTraining:
             FileFormatError: If the reference Fisher that it was anchored by cannot be read.
         """
         contribution = registry.contribution(client)
+        if any(key.startswith(IMPORTED) for key in contribution.settings):
+            raise ConfigError(
+                f"Client {client!r} was imported: how it was trained is not known, so shadows of "
+                "it cannot be trained. Audit a client that was trained here."
+            )
         config = RunConfig.stored(contribution.settings)
         joint = None
         single = len(contribution.head.classes) == 1

@@ -16,6 +16,7 @@ from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.fit import fit
+from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
 from fedcompo.cli.tables import print_removal
 from fedcompo.config.run import RunConfig, all_settings
@@ -144,6 +145,7 @@ app.command()(fisher)
 app.command()(fit)
 app.command("init-deployment")(init_deployment)
 app.command("list")(registry.list_clients)
+app.command("import")(import_source)
 for command in (
     registry.show,
     registry.add,

@@ -13,6 +13,8 @@ from typing import Any
 from fedcompo.config.choices import Curvature, FisherForm, Penalty, Preset
 from fedcompo.config.setting import Scalar
 
+IMPORTED = "imported-"
+"""How names begin that say, beside the settings, where an imported model is from."""
 PAPER: dict[str, Scalar] = {
     "statistics": "mixtures",
     "curvature": "exact",
@@ -89,7 +91,11 @@ def without_preset(
 
 
 def from_older(stored: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Translate settings that were stored with a contribution; newer ones stay as they are."""
+    """Translate settings that were stored with a contribution; newer ones stay as they are.
+
+    What says where an imported model is from goes: it is no setting.
+    """
+    stored = {key: value for key, value in stored.items() if not key.startswith(IMPORTED)}
     if "statistics" in stored:
         return dict(stored)
     kept = {key: value for key, value in stored.items() if key not in OBSOLETE}

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG, PREFIX
 from fedcompo.backbone.backbone import EMBEDDED, Backbone
 from fedcompo.backbone.preprocessing import Modality
 from fedcompo.backbone.source import LOCAL
@@ -32,10 +33,6 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.storage.files import BACKBONE, MODEL_CARD, write_atomically
 from fedcompo.storage.tensorstream import save_streamed
-
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
 
 
 def export_peft(folder: Path, backbone: Backbone, contribution: Contribution) -> None:

@@ -42,6 +42,7 @@ REFUSALS = [
     "negate zoe -r R -o out",
     "export -r R --client zoe -o out",
     "audit -r R --remove zoe",
+    "import tuned.pth --client zoe --data images -r nowhere",
     *(f"{words} -r nowhere" for words in ("list", "add ada", "compose -o out", "evaluate")),
     *(f"{words} -r nowhere" for words in ("negate ada -o out", "verify record.json")),
     "compose -r R -o out --weights ada=2",

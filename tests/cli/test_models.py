@@ -18,6 +18,7 @@ from registry_builders import QUICK, backbone, contents, member, same_bits, scal
 from torch import Tensor
 from torch.func import functional_call
 
+from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli.common import VARIABLE
 from fedcompo.composition.head import head_of
@@ -25,7 +26,6 @@ from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.export.folder import negated
-from fedcompo.export.peft import ADAPTER, ADAPTER_CONFIG
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head

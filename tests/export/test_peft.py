@@ -28,13 +28,14 @@ from timm_folders import offline, write_folder
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG
 from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.stored import save_backbone
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
-from fedcompo.export.peft import ADAPTER, ADAPTER_CONFIG, export_peft
+from fedcompo.export.peft import export_peft
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import LoRA
 from fedcompo.method.pool import Pool

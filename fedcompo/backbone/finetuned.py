@@ -1,0 +1,181 @@
+r"""Reads a model that was fine-tuned elsewhere as a change :math:`\theta - \theta_0` of a backbone.
+
+A contribution changes the target weights alone. Whatever else the source changed is named in
+:attr:`FineTuned.rest`, so that nothing is lost without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.checkpoint import INPUT_KEYS, fill, read_checkpoint, read_config
+from fedcompo.backbone.prefixes import without_prefix
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.choices import Kind
+from fedcompo.errors import BackboneError
+from fedcompo.method.task_vector import TaskVector
+from fedcompo.storage.files import CONFIG, WEIGHTS
+
+LEAST_COSINE = 0.5
+"""Weights that are less alike than this were never fine-tuned from one another: between two
+trainings from other starts it is near 0, after a fine-tuning near 1."""
+FIELDS = {"input_size": "shape", "crop_pct": "crop_fraction"} | {
+    key: key for key in ("mean", "std", "interpolation", "crop_mode")
+}
+"""What a key of timm's configuration is called in :class:`Preprocessing`."""
+INPUT_ARGS = ("img_size", "in_chans")
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What was found in a source."""
+
+    task_vector: TaskVector
+    classifier: tuple[Tensor, Tensor] | None
+    """Weight (classes, features) and bias (classes,); None: the source has none."""
+    classes: tuple[str, ...]
+    """Names of the classifier's rows, in their order; empty: not known."""
+    rest: tuple[str, ...]
+    """Names of all that the source changed beside the target weights and the classifier."""
+
+    @property
+    def rest_counted(self) -> str:
+        """The rest in short: ``blocks.*.norm1.weight (12), pos_embed (1)``."""
+        counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.rest)
+        return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+
+
+def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
+    """Read a timm checkpoint, or the folder of one that ``timm.models.save_for_hf`` wrote.
+
+    Args:
+        source: File (.safetensors, .pth, .pt, .bin) or folder, perhaps with timm's config.json.
+        backbone: The pre-trained weights it was fine-tuned from.
+
+    Returns:
+        A task vector of kind ``full``, float32, and what else there is.
+
+    Raises:
+        BackboneError: If the source cannot be read, is of another architecture, holds infinity or
+            NaN, or does not come from these pre-trained weights.
+    """
+    path, state = _read(source)
+    model = copy.deepcopy(backbone.model)
+    channels, height, width = backbone.preprocessing.shape
+    # Without `first_conv`, channels are never averaged: it must read as many as the backbone.
+    cfg = {"input_size": (channels, height, width), "classifier": backbone.classifier}
+    try:
+        fill(model, backbone.architecture, cfg, state, channels=channels)
+    except BackboneError as error:
+        raise BackboneError(
+            f"{path} is no fine-tuned {backbone.name!r}, which the registry's weights are: {error}"
+        ) from error
+    names, differ = _configured(path, replace(backbone, model=model))
+    found = _converted(state, model)
+    classifier = [found.pop(f"{backbone.classifier}.{part}", None) for part in ("weight", "bias")]
+    theta = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    start = {name: tensor.cpu() for name, tensor in backbone.model.state_dict().items()}
+    kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    stored = kinds.pop() if len(kinds) == 1 else torch.float32  # rounding alone is no change
+    changed = (
+        name
+        for name in theta.keys() - backbone.theta_0.keys()
+        if not torch.equal(theta[name].to(stored), start[name].to(stored))
+    )
+    _require_related(path, backbone, theta, start)
+    tensors = {f"{name}/delta": theta[name] - start[name] for name in backbone.theta_0}
+    return FineTuned(
+        TaskVector(Kind.FULL, tensors, backbone.fingerprint),
+        rows(*classifier),
+        names,
+        tuple(sorted({*changed, *(found.keys() - theta.keys()), *differ})),
+    )
+
+
+def _read(source: Path) -> tuple[Path, dict[str, Tensor]]:
+    files = (source / WEIGHTS, source / "pytorch_model.bin") if source.is_dir() else (source,)
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise BackboneError(
+            f"There are no weights at {source}. Expected a .safetensors or .pth file, a folder "
+            f"with {WEIGHTS}, or the folder of a PEFT adapter."
+        )
+    state = read_checkpoint(path)
+    if isinstance(state, Path):
+        raise BackboneError(f"{path} is in JAX's layout. Save it from timm as .safetensors first.")
+    return path, state
+
+
+def rows(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """A classifier of a weight and a bias; None without a weight, (classes, features)."""
+    if weight is None or weight.ndim != 2:
+        return None
+    return weight.float(), torch.zeros(len(weight)) if bias is None else bias.float()
+
+
+def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
+    """All that the checkpoint holds, under the model's names."""
+    module = sys.modules[type(model).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
+    return dict(convert(dict(without_prefix(state, model, convert)[0]), model))
+
+
+def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]]:
+    """The classes that timm's config.json names, and what of the model it describes otherwise.
+
+    Its arguments may be written out or left at their defaults. So they are compared by what a model
+    that is built with them computes.
+    """
+    args, own = read_config(path, tuned.architecture, {})
+    if not own:
+        return (), []
+    ours = tuned.preprocessing
+    theirs = Preprocessing.of_timm(own, args, ours.modality)
+    differ = [
+        f"{CONFIG}: {key}"
+        for key in INPUT_KEYS
+        if key in own and getattr(theirs, FIELDS[key]) != getattr(ours, FIELDS[key])
+    ]
+    built = {key: value for key, value in args.items() if key not in INPUT_ARGS}
+    built |= {key: value for key, value in tuned.model_args.items() if key in INPUT_ARGS}
+    example = torch.linspace(-1, 1, math.prod(ours.shape)).reshape(1, *ours.shape)
+    try:
+        twin = timm.create_model(tuned.architecture, num_classes=0, **built).eval()
+        twin.load_state_dict(tuned.model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(twin(example), tuned.model(example))
+    except (RuntimeError, TypeError, ValueError, AssertionError):
+        differ.append(f"{CONFIG}: model_args")
+    names = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8")).get("label_names")
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if listed and len({*names}) == len(names) else (), differ
+
+
+def _require_related(
+    path: Path, backbone: Backbone, theta: dict[str, Tensor], start: dict[str, Tensor]
+) -> None:
+    names = backbone.theta_0
+    inner = sum(float((theta[n].double() * start[n].double()).sum()) for n in names)
+    lengths = [
+        sum(float(t[n].double().square().sum()) for n in names) ** 0.5 for t in (theta, start)
+    ]
+    cosine = inner / (lengths[0] * lengths[1] or 1.0)
+    if cosine < LEAST_COSINE:
+        raise BackboneError(
+            f"{path} has the architecture of {backbone.name!r}, but was not fine-tuned from its "
+            f"weights (cosine {cosine:.2f}, expected above {LEAST_COSINE}). Import it into a "
+            "registry of the weights it started from."
+        )
