@@ -111,8 +111,8 @@ def check_distinct(name: str, known: Iterable[str]) -> str:
 def check_class_names(names: Iterable[str], owner: str) -> None:
     """Refuse names of classes that steer terminals or the direction of writing.
 
-    What merely cannot be seen, such as a no-break space, is allowed; names that look alike are noted
-    (:mod:`fedcompo.report.twins`).
+    What merely cannot be seen, such as a no-break space, is allowed; names that look alike are
+    noted (:mod:`fedcompo.report.twins`).
 
     Raises:
         ContributionError: If one is empty or longer than 128 characters, holds such a character, or
