@@ -78,11 +78,6 @@ class Changes:
         """M, how often all members count."""
         return sum(self.times.values())
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all members count alike."""
-        return len(set(self.times.values())) < 2
-
     def exact_sum(self) -> Tensor:
         """Return S, (out, in), int64; the members must count whole times."""
         if self.known is not None:
