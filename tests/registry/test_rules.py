@@ -1,4 +1,4 @@
-"""A registry composes by a rule: joining, leaving, verifying, voting, on this machine or another."""
+"""A registry composes by a rule: joining, leaving, verifying, voting, here or elsewhere."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_members_leave_and_return_among_rules_that_read_all_of_them(tmp_path):
 def test_tangents_and_mixtures_are_composed_by_rules_too(tmp_path):
     registry = registry_of(tmp_path / "tangents", *tangents(), settings=by("ties"))
     assert registry.linearised
-    mixed = [replace(own, client=own.client) for own in one_of_each_kind(Statistics.MIXTURES)]
+    mixed = one_of_each_kind(Statistics.MIXTURES)
     settings = replace(by("ties"), statistics=Statistics.MIXTURES, align_samples=8, scale=1.0)
     older = registry_of(tmp_path / "mixtures", *mixed, settings=settings)
     for each in (registry, older):
@@ -193,9 +193,9 @@ def test_weights_go_where_the_equation_has_them(tmp_path):
     for text in ("task-arithmetic:lambda=1", "ties", "dare", "iso-c"):
         chosen = from_registry(registry, rule=text, weights=weights)
         changes = Changes(name, registry.backbone.tensors[name], one_of_each_kind(), weights)
-        expected = chosen.factor * parse_rule(text).total(changes)
-        actual = dict(chosen.stream())[name] - registry.backbone.tensors[name]
-        torch.testing.assert_close(actual, expected.float(), rtol=1e-3, atol=1e-6)
+        expected = changes.weight.double() + chosen.factor * parse_rule(text).total(changes)
+        actual = dict(chosen.stream())[name]
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-6, atol=1e-8)
     with pytest.raises(ContributionError, match="tsv-m has no weights"):
         from_registry(registry, rule="tsv-m", weights=weights)
     with pytest.raises(ConfigError, match="says λ itself; leave out `--scale`"):
