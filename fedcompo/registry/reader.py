@@ -155,7 +155,7 @@ class RegistryReader:
         return foreseen_influence(self.entries(), client, others)
 
     def pool(self, *, with_fisher: bool = False) -> Pool:
-        """Open the members as a pool, to be composed; with what the registry's rule needs of them."""
+        """Open the members as a pool, with what the registry's rule needs of them."""
         from fedcompo.method.pool import Pool
 
         with_fisher = with_fisher or bool(self.settings.made_by.needs)
