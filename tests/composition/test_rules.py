@@ -93,7 +93,10 @@ def ties(taus, times, rule):
 
 
 def dare(taus, times, rule):
-    kept = [rule.kept(c, NAME, tau.shape).numpy() for c, tau in zip("abcdefgh", taus, strict=False)]
+    kept = [
+        rule.kept(c, NAME, torch.Size(tau.shape)).numpy()
+        for c, tau in zip("abcdefgh", taus, strict=False)
+    ]
     terms = zip(times, kept, taus, strict=True)
     return sum(m * b * tau / (1 - rule.drop) for m, b, tau in terms)
 
