@@ -23,7 +23,7 @@ from fedcompo.data.client_data import load_folder
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums
-from fedcompo.registry.imports import import_model
+from fedcompo.registry.imports import Wanted, import_model
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 
@@ -76,8 +76,8 @@ def test_a_checkpoint_becomes_a_client(
     state = tuned()
     source = saved(tmp_path, form, state)
     classes = () if form == "folder" else ROWS
-    given: dict[str, Any] = {"client": "ada", "data": images, "classes": classes}
-    made = import_model(source, registry, drop_rest=form == "folder", **given)
+    given: dict[str, Any] = {"client": "ada", "data": images, "wanted": Wanted(classes)}
+    made = import_model(source, registry, **given)
     theta_0 = backbone().theta_0
     expected = {name: state[name].double() - theta_0[name].double() for name in theta_0}
     actual = {name: tau.double() for name, tau in made.task_vector.dense(theta_0).items()}
@@ -120,7 +120,7 @@ def test_what_else_changed_is_named_and_refused_or_recorded(
     with pytest.raises(ContributionError) as refused:
         import_model(source, registry, client="ada", data=images)
     assert rest in str(refused.value)
-    made = import_model(source, registry, client="ada", data=images, drop_rest=True)
+    made = import_model(source, registry, client="ada", data=images, wanted=Wanted(drop_rest=True))
     assert made.settings["imported-dropped"] == rest
 
 
@@ -211,7 +211,7 @@ def test_names_that_do_not_fit_the_rows_are_refused(
 ) -> None:
     source = saved(tmp_path, "safetensors", tuned())
     with pytest.raises(ContributionError, match="3 rows"):
-        import_model(source, registry, client="ada", data=images, classes=classes)
+        import_model(source, registry, client="ada", data=images, wanted=Wanted(classes))
 
 
 def test_the_command_adds_it_or_writes_its_folder(
