@@ -16,7 +16,7 @@ from fedcompo.config.setting import Scalar
 IMPORTED = "imported-"
 """How names begin that say, beside the settings, where an imported model is from."""
 STAND_IN = "stand-in"
-"""Value of ``imported-statistics`` of a member that no images describe, but its classifier's rows."""
+"""Value of ``imported-statistics`` where a classifier's rows stand for images."""
 PAPER: dict[str, Scalar] = {
     "statistics": "mixtures",
     "curvature": "exact",

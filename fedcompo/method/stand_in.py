@@ -12,11 +12,12 @@ change no decision, if only the biases agree up to a constant c:
 .. math:: W_k^\top S\,v + c = -b_k - \tfrac{a}{2}\,W_k^\top S\,W_k \quad\text{for every } k
 
 These are K linear equations in v and c. Of all solutions, the one is taken whose means lie nearest,
-in the metric of :math:`S^{-1}`, to the mean of all features. With no more classes than features
-they hold exactly; with more, in the sense of least squares. S is the covariance of the clients who
-are there, so that their own rows of the joint head stay as they are; a makes the classes as far
-apart as theirs. Where nobody is there, S and the mean are those of a layer normalisation's output,
-and a is 1.
+in the metric of :math:`S^{-1}`, to the mean of all features. With more classes than features there
+is none in general; towards that number, v grows without bounds; hence :data:`SHARE`.
+
+S is the covariance of the clients who are there, so that their own rows of the joint head stay as
+they are; a makes the classes as far apart as theirs. Where nobody is there, S and the mean are
+those of a layer normalisation's output, and a is 1.
 
 The classifier was trained on the features of its own fine-tuned model. That they are those of the
 pre-trained one is an assumption, as is S.
@@ -29,8 +30,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedcompo.method.heads import Head, covariance, discriminant
+from fedcompo.errors import ContributionError
+from fedcompo.method.heads import Head, covariance
 from fedcompo.method.statistics import FeatureSums, off_grid, packed
+
+SHARE = 0.5
+"""Most classes, as a share of the features. Of 192 features, ImageNet's first classifier as DeiT
+has it: means are 1.5 times as long as real ones with 100 classes, 11 times with 190."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,17 @@ def stand_in(head: Head, assumed: Assumed, *, shrinkage: float, images: int) -> 
 
     Returns:
         Sums with the assumed covariance in classes.
+
+    Raises:
+        ContributionError: If there are too many classes.
     """
+    most = int(SHARE * head.weight.shape[1])
+    if len(head.classes) > most:
+        raise ContributionError(
+            f"The classifier has {len(head.classes)} classes, and of {head.weight.shape[1]} "
+            f"features the statistics of at most {most} can be made of its rows alone. Name a "
+            "folder of images in `--data`."
+        )
     weight, bias = head.weight.double(), head.bias.double()
     level = float(assumed.within.trace()) / len(assumed.within)
     shared = (1 - shrinkage) * assumed.within
@@ -97,15 +113,3 @@ def stand_in(head: Head, assumed: Assumed, *, shrinkage: float, images: int) -> 
     second = (count - size) * assumed.within + images * means.T @ means
     counts = torch.full((size,), images)
     return FeatureSums.read(head.classes, counts, images * means, packed(second))
-
-
-def disagreement(head: Head, sums: FeatureSums, *, shrinkage: float) -> float:
-    r"""Largest difference of biases, after a, v and c, relative to the spread of a's logits.
-
-    0 where the discriminant decides as the classifier does; see the module.
-    """
-    made = discriminant(sums, shrinkage=shrinkage)
-    x, y = (h.weight.double() - h.weight.double().mean(0) for h in (head, made))
-    a = float((x * y).sum() / x.square().sum().clamp_min(1e-30))
-    off = (made.bias - made.bias.mean()).double() - a * (head.bias - head.bias.mean()).double()
-    return float(off.abs().max())
