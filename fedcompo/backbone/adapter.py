@@ -20,7 +20,7 @@ from fedcompo.backbone import ia3_adapter, lora_adapter
 from fedcompo.backbone.adapted import Adapted, Layers
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.checkpoint import read_checkpoint, require_finite
-from fedcompo.backbone.finetuned import FineTuned, rows
+from fedcompo.backbone.finetuned import FineTuned, require_plausible, rows
 from fedcompo.backbone.foreign_names import timm_name
 from fedcompo.errors import BackboneError
 from fedcompo.method.task_vector import TaskVector
@@ -59,7 +59,14 @@ def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
     """
     config = _config(folder / ADAPTER_CONFIG)
     path = folder / ADAPTER
-    state = read_checkpoint(path if path.is_file() else path.with_suffix(".bin"))
+    path = path if path.is_file() else path.with_suffix(".bin")
+    if not path.is_file():
+        raise BackboneError(
+            f"{folder} has {ADAPTER_CONFIG}, but no {ADAPTER}: the weights are missing. Get the "
+            "whole folder again."
+        )
+    require_plausible(path, backbone)
+    state = read_checkpoint(path)
     assert not isinstance(state, Path)
     require_finite(state)
     found = {name.removeprefix(PREFIX): tensor.float() for name, tensor in state.items()}

@@ -41,6 +41,8 @@ input. How much of a picture's border an evaluation cuts off is no matter of tra
 MODEL_FROM = 0.5
 """A fine-tuning changes weights by a few hundredths of their length, up to a few tenths. What is
 longer than this multiple of it is no difference, and what is shorter no model."""
+LARGEST, TIMES = 1 << 30, 16
+"""A file of more bytes, and of more than so many times the backbone's, is not read."""
 INPUT_ARGS = ("img_size", "in_chans")
 
 
@@ -126,10 +128,22 @@ def read_source(source: Path, backbone: Backbone) -> tuple[Path, dict[str, Tenso
             f"There are no weights at {source}. Expected a .safetensors or .pth file, a folder "
             f"with {WEIGHTS}, or the folder of a PEFT adapter."
         )
+    require_plausible(path, backbone)
     state = read_checkpoint(path)
     if isinstance(state, Path):
         raise BackboneError(f"{path} is in JAX's layout. Save it from timm as .safetensors first.")
     return path, as_timm(path, state, backbone.classifier)
+
+
+def require_plausible(path: Path, backbone: Backbone) -> None:
+    """Refuse a file that no fine-tuning of the backbone can be, before it fills the memory."""
+    own = sum(t.numel() * t.element_size() for t in backbone.model.state_dict().values())
+    size = path.stat().st_size if path.is_file() else 0
+    if size > max(LARGEST, TIMES * own):
+        raise BackboneError(
+            f"{path} has {size / 1e9:.1f} GB, and the weights of {backbone.name!r} "
+            f"{own / 1e9:.2g} GB. Save the state dict alone, without the optimiser's."
+        )
 
 
 def rows(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -125,6 +125,21 @@ def test_what_lies_beside_the_target_weights_is_refused_by_name(
     assert "(1)" in str(made.settings["imported-dropped"])
 
 
+def test_a_larger_models_names_and_what_it_left_as_it_was_are_no_change(tmp_path: Path) -> None:
+    folder, merged = written(tmp_path, target_modules=["qkv"])
+    state = {n.replace("blocks", "vit.blocks"): t for n, t in load_file(folder / ADAPTER).items()}
+    norm = {f"base_model.model.{n}": backbone().model.state_dict()[n] for n in ("norm.weight",)}
+    save_file(state | norm, folder / ADAPTER)
+    found = read_adapter(folder, backbone())
+    assert not found.rest
+    tau = found.task_vector.dense(backbone().theta_0)["blocks.0.attn.qkv.weight"]
+    expected = merged["blocks.0.attn.qkv.weight"] - backbone().theta_0["blocks.0.attn.qkv.weight"]
+    torch.testing.assert_close(tau, expected, rtol=0, atol=1e-6)
+    (folder / ADAPTER).unlink()
+    with pytest.raises(BackboneError, match="the weights are missing"):
+        read_adapter(folder, backbone())
+
+
 def alien(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("attn.qkv", "attn.q_proj"): t for name, t in state.items()}
 
@@ -147,6 +162,10 @@ def of_another_kind(config: dict[str, Any], state: dict[str, Tensor]) -> dict[st
     return state
 
 
+def of_two_models(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state | {n.replace("blocks", "teacher.blocks"): t + 0 for n, t in state.items()}
+
+
 def from_the_future(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
     config["use_more"] = True
     return state
@@ -160,6 +179,7 @@ def from_the_future(config: dict[str, Any], state: dict[str, Tensor]) -> dict[st
         (half_gone, "have shapes"),
         (diverged, "infinity or NaN"),
         (of_another_kind, "peft_type = 'VERA'"),
+        (of_two_models, "which are both 'blocks.0.attn.qkv.weight'"),
         (from_the_future, "use_more = True"),
     ],
 )

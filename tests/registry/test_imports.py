@@ -171,6 +171,17 @@ def wrong(kind: str, folder: Path) -> Path:
     if kind == "pickle":
         torch.save({"state_dict": state, "args": Path("code")}, folder / "tuned.pth")
         return folder / "tuned.pth"
+    if kind == "empty":
+        (folder / "empty").mkdir()
+        return folder / "empty"
+    if kind == "huge":
+        with (folder / "huge.safetensors").open("wb") as file:
+            file.truncate(3 << 30)  # sparse
+        return folder / "huge.safetensors"
+    if kind == "cut":
+        path = saved(folder, "safetensors", state)
+        path.write_bytes(path.read_bytes()[:-100])
+        return path
     if kind == "nan":
         state["blocks.0.attn.qkv.weight"][0, 0] = torch.nan
     if kind == "shape":
@@ -190,6 +201,9 @@ def wrong(kind: str, folder: Path) -> Path:
     ("kind", "said"),
     [
         ("nothing", "There are no weights at"),
+        ("empty", "There are no weights at"),
+        ("huge", r"has 3.2 GB, and the weights of 'pico'"),
+        ("cut", "is cut off"),
         ("pickle", "never as code"),
         ("nan", "infinity or NaN"),
         ("shape", "no fine-tuned 'pico'"),
