@@ -43,8 +43,9 @@ def fetched(source: str | Path) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = fetch(OLDER)
     except Exception as error:  # of the network, the hub, its client or the name
+        first = next(iter(str(error).splitlines()), "")[:150]
         raise BackboneError(
-            f"{source} could not be had from the hub ({type(error).__name__}: {str(error)[:150]}). "
+            f"{source} could not be had from the hub ({type(error).__name__}: {first}). "
             "Check the name and the network; without one, get its files elsewhere and name their "
             "folder."
         ) from error

@@ -18,7 +18,7 @@ from fedcompo.cli.common import (
 )
 from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.presets import STAND_IN
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.report.console import print_json, say
 
 
@@ -50,16 +50,16 @@ def import_source(
         typer.Option("--drop-rest", help="Leave out what it changed beside the target weights."),
     ] = False,
     min_images: Annotated[
-        int, typer.Option(min=1, help="Fewest training images of a class.")
-    ] = FEWEST_IMAGES,
+        int | None, typer.Option(min=1, help="With --data: fewest images of a class; default: 8.")
+    ] = None,
     counts_as: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=0,
+            min=2,
             help="Without --data: images that each class counts as; default: as many as a class of "
             "the others.",
         ),
-    ] = 0,
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of the client of that name.")
     ] = False,
@@ -72,6 +72,10 @@ def import_source(
     folder of one, or the folder of a LoRA or (IA)³ adapter that PEFT wrote; or hf-hub:<repository>.
     """
     with errors_as_sentences(verbose):
+        if (min_images if data is None else counts_as) is not None:
+            raise ConfigError(
+                "`--min-images` goes with `--data`, and `--counts-as` without it. Leave it out."
+            )
         opened = open_registry(registry)
         if output is None and not replace and client in opened.clients:
             raise ContributionError(
@@ -92,8 +96,8 @@ def import_source(
                     classes=listed_names(classes),
                     difference=delta,
                     drop_rest=drop_rest,
-                    min_images=min_images,
-                    counts_as=counts_as,
+                    min_images=min_images or FEWEST_IMAGES,
+                    counts_as=counts_as or 0,
                 ),
                 on_step=tell,
             )

@@ -103,6 +103,7 @@ def test_few_images_are_refused_unless_told(registry: Registry, tmp_path: Path) 
     common = ("import", source, "--client", "ada", "-r", registry.path, "--data", few)
     assert "`--min-images` is 8" in run(*common, code=1).output.replace("\n", " ")
     run(*common, "--min-images", 2)
+    assert "`--counts-as` without it" in run(*common, "--counts-as", 9, code=2).output
 
 
 def test_a_registry_that_none_can_join_is_refused_first(
