@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,48 +39,36 @@ def described_elsewhere(path: Path, backbone: Backbone) -> tuple[tuple[str, ...]
     Raises:
         BackboneError: If a file is damaged.
     """
-    config, pixels = (_json(path.with_name(name)) for name in (CONFIG, PIXELS))
+    try:
+        config, pixels = (_json(path.with_name(name)) for name in (CONFIG, PIXELS))
+        labels = config.get("id2label") or {}
+        names = tuple(str(labels[number]) for number in sorted(labels, key=int))
+        theirs = [tuple(pixels.get(f"image_{key}") or ()) for key in ("mean", "std")]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BackboneError(
+            f"{CONFIG} or {PIXELS} beside {path} cannot be read ({type(error).__name__}: {error}). "
+            "Get it again, or move the checkpoint elsewhere."
+        ) from error
     if "model_type" not in config:
         return None
     config = {**config, **(config.get("vision_config") or {})}
-    names = [str(name) for _, name in sorted(_labels(config), key=lambda row: int(row[0]))]
-    if any(re.fullmatch(r"LABEL_\d+", name) for name in names):
-        names = []
     block: Any = backbone.model.blocks[0]  # type: ignore[index]
-    differ, ours = [], backbone.preprocessing
-    heads = config.get("num_attention_heads")
-    if heads is not None and heads != getattr(block.attn, "num_heads", heads):
-        differ.append(f"{CONFIG}: num_attention_heads")
     act, points = config.get("hidden_act", "gelu"), torch.linspace(-4, 4, 33)
     with torch.no_grad():
         same = act in ACTIVATIONS and torch.allclose(
             ACTIVATIONS[act](points), block.mlp.act(points), atol=1e-4
         )
-    if not same:
-        differ.append(f"{CONFIG}: hidden_act")
-    for key, own in (("image_mean", ours.mean), ("image_std", ours.std)):
-        if key in pixels and tuple(pixels[key]) != own:
-            differ.append(f"{PIXELS}: {key}")
-    return tuple(names), differ
+    ours = backbone.preprocessing
+    agree = {
+        f"{CONFIG}: num_attention_heads": config.get("num_attention_heads", block.attn.num_heads)
+        == block.attn.num_heads,
+        f"{CONFIG}: hidden_act": same,
+        f"{PIXELS}: image_mean": theirs[0] in ((), ours.mean),
+        f"{PIXELS}: image_std": theirs[1] in ((), ours.std),
+    }
+    unnamed = any(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    return () if unnamed else names, [what for what, is_so in agree.items() if not is_so]
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        _labels(content)
-        return dict(content)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BackboneError(
-            f"{file} cannot be read as JSON of `transformers` ({type(error).__name__}: {error}). "
-            "Get it again, or take it away."
-        ) from error
-
-
-def _labels(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Entries of ``id2label``, whose keys are numbers as text."""
-    rows = list((config.get("id2label") or {}).items())
-    for number, _ in rows:
-        int(number)
-    return rows
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

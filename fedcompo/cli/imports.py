@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -109,17 +110,22 @@ def import_source(
         told = {"client": client, "output": str(output or opened.path), **made.settings}
         if as_json:
             print_json(told)
-            return
-        say(f"Imported {client} to {told['output']}; its head is {told['imported-head']}.")
-        if told["imported-dropped"]:
-            say(f"Left out: {told['imported-dropped']}.")
-        if base := told.get("imported-base"):
-            say(
-                f"Note: it was trained on {base}, the registry's weights are {told['backbone']}; "
-                "an adapter cannot tell whether these are the same."
-            )
-        if told["imported-statistics"] == STAND_IN:
-            say(
-                "Note: no images describe it. The rows of its classifier stand for them, and its "
-                f"classes count as {made.num_examples // len(made.head.classes)} images each."
-            )
+        else:
+            _print(told, made.num_examples // len(made.head.classes))
+
+
+def _print(told: Mapping[str, Any], counts_as: int) -> None:
+    """Say what was imported, what was left out, and what nobody can tell of it."""
+    say(f"Imported {told['client']} to {told['output']}; its head is {told['imported-head']}.")
+    if told["imported-dropped"]:
+        say(f"Left out: {told['imported-dropped']}.")
+    if base := told.get("imported-base"):
+        say(
+            f"Note: it was trained on {base}, the registry's weights are {told['backbone']}; "
+            "an adapter cannot tell whether these are the same."
+        )
+    if told["imported-statistics"] == STAND_IN:
+        say(
+            "Note: no images describe it. The rows of its classifier stand for them, and its "
+            f"classes count as {counts_as} images each."
+        )

@@ -22,6 +22,7 @@ from fedcompo.backbone.difference import read_difference
 from fedcompo.backbone.fetching import fetched
 from fedcompo.backbone.finetuned import FineTuned, read_finetuned
 from fedcompo.backbone.preprocessing import Modality
+from fedcompo.composition.claims import capped
 from fedcompo.composition.head import SHRINKAGE
 from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.choices import Statistics
@@ -100,7 +101,7 @@ def import_model(
     found = _read(path, backbone, wanted)
     on_step("describing")
     if data is None:
-        head, statistics = _of_rows(path, found, wanted, registry, backbone)
+        head, statistics = _of_rows(path, found, wanted, _others(registry, client), backbone)
         said = {"head": "source", "statistics": STAND_IN}
     else:
         head, statistics, whose = _of_images(data, found, wanted, backbone)
@@ -196,8 +197,20 @@ def _of_images(
     return head, FeatureSums.of(features, images.train.labels, images.classes), whose
 
 
+def _others(registry: RegistryReader, client: str) -> FeatureSums | None:
+    """Statistics of the members, without the one that is replaced; None: nobody else is there."""
+    if not {*registry.clients} - {client}:
+        return None
+    total = registry.total_statistics()
+    if client not in registry.clients:
+        return total
+    own = capped(registry.contribution(client).statistics, registry.settings.class_cap)
+    assert isinstance(own, FeatureSums)
+    return total - own
+
+
 def _of_rows(
-    path: Path, found: FineTuned, wanted: Wanted, registry: RegistryReader, backbone: Backbone
+    path: Path, found: FineTuned, wanted: Wanted, total: FeatureSums | None, backbone: Backbone
 ) -> tuple[Head, FeatureSums]:
     """Head and statistics of the source's own classifier."""
     names = wanted.classes or found.classes
@@ -219,7 +232,6 @@ def _of_rows(
             f"{len(weight)} rows. Name each row."
         )
     head = Head(names, weight, bias).rows(sorted(names))
-    total = registry.total_statistics() if registry.clients else None
     assumed = (
         Assumed.of_norm(backbone.model, backbone.num_features)
         if total is None

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedcompo.backbone.preprocessing import Modality
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.config.choices import Statistics
+from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 
@@ -76,6 +77,11 @@ def test_a_model_without_images_joins_and_leaves(registry: Registry, tmp_path: P
     assert Registry(registry.path).state.root == before
 
 
+def folder_of(contribution: Contribution, folder: Path) -> Path:
+    contribution.save(folder)
+    return folder
+
+
 def test_models_without_images_need_nobody_there(tmp_path: Path) -> None:
     empty = registry_of(tmp_path / "registry")
     source = saved(tmp_path / "tuned.safetensors")
@@ -86,6 +92,12 @@ def test_models_without_images_need_nobody_there(tmp_path: Path) -> None:
     own = state()
     spread = [w.double() - w.double().mean(0) for w in (head.rows(ROWS).weight, own["head.weight"])]
     torch.testing.assert_close(*spread, rtol=0, atol=1e-3)
+    run(*common, "--replace", "--counts-as", 40)  # nobody else is there, so it is the same again
+    again = Registry(empty.path).joint_head()
+    torch.testing.assert_close(again.weight, head.weight, rtol=0, atol=0)
+    run("add", folder_of(member("ben"), tmp_path / "ben"), "-r", empty.path)
+    run(*common, "--replace", "--counts-as", 40)
+    assert Registry(empty.path).clients == ("ada", "ben")
 
 
 def test_a_name_that_is_taken_is_replaced_on_demand(
