@@ -53,15 +53,18 @@ def described_elsewhere(path: Path, backbone: Backbone) -> tuple[tuple[str, ...]
         return None
     config = {**config, **(config.get("vision_config") or {})}
     block: Any = backbone.model.blocks[0]  # type: ignore[index]
+    heads = getattr(getattr(block, "attn", None), "num_heads", None)
+    own = getattr(getattr(block, "mlp", None), "act", None)
     act, points = config.get("hidden_act", "gelu"), torch.linspace(-4, 4, 33)
     with torch.no_grad():
-        same = act in ACTIVATIONS and torch.allclose(
-            ACTIVATIONS[act](points), block.mlp.act(points), atol=1e-4
+        same = (
+            own is not None
+            and act in ACTIVATIONS
+            and torch.allclose(ACTIVATIONS[act](points), own(points), atol=1e-4)
         )
     ours = backbone.preprocessing
     agree = {
-        f"{CONFIG}: num_attention_heads": config.get("num_attention_heads", block.attn.num_heads)
-        == block.attn.num_heads,
+        f"{CONFIG}: num_attention_heads": config.get("num_attention_heads", heads) == heads,
         f"{CONFIG}: hidden_act": same,
         f"{PIXELS}: image_mean": theirs[0] in ((), ours.mean),
         f"{PIXELS}: image_std": theirs[1] in ((), ours.std),
