@@ -12,8 +12,11 @@ change no decision, if only the biases agree up to a constant c:
 .. math:: W_k^\top S\,v + c = -b_k - \tfrac{a}{2}\,W_k^\top S\,W_k \quad\text{for every } k
 
 These are K linear equations in v and c. Of all solutions, the one is taken whose means lie nearest,
-in the metric of :math:`S^{-1}`, to the mean of all features. With more classes than features there
-is none in general; towards that number, v grows without bounds; hence :data:`SHARE`.
+in the metric of :math:`S^{-1}`, to the mean of all features. If even these lie farther from it than
+the classes lie from each other, they would outdo the others' classes on the others' images: then
+the equations hold only as well as they can at that distance (a ridge), and the decisions are nearly
+the classifier's. With more classes than features there is no solution in general; towards that
+number, v grows without bounds; hence :data:`SHARE`.
 
 S is the covariance of the clients who are there, so that their own rows of the joint head stay as
 they are; a makes the classes as far apart as theirs. Where nobody is there, S and the mean are
@@ -107,9 +110,30 @@ def stand_in(head: Head, assumed: Assumed, *, shrinkage: float, images: int) -> 
     a = (assumed.apart / own) ** 0.5 if assumed.apart and own > 0 else 1.0
     first = torch.linalg.solve(shared, assumed.mean) - a * weight.mean(0)
     wanted = -bias - 0.5 * a * ((weight @ shared) * weight).sum(1) - weight @ shared @ first
-    nearest = torch.linalg.pinv(gram, hermitian=True) @ (wanted - wanted.mean())
+    nearest = _nearest(gram, wanted - wanted.mean(), a**2 * own)
     means = (a * weight + first + spread.T @ nearest) @ shared
     count, size = images * len(means), len(head.classes)
     second = (count - size) * assumed.within + images * means.T @ means
     counts = torch.full((size,), images)
     return FeatureSums.read(head.classes, counts, images * means, packed(second))
+
+
+def _nearest(gram: Tensor, wanted: Tensor, longest: float) -> Tensor:
+    """Solve G x = w with the least ridge under which xᵀGx, the squared shift, is below a limit."""
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > 1e-10 * values.max()
+    values, vectors = values[kept], vectors[:, kept]
+    target = vectors.T @ wanted
+
+    def shift(ridge: float) -> float:
+        return float((values * (target / (values + ridge)).square()).sum())
+
+    low, high = 0.0, 0.0
+    if shift(0.0) > longest:
+        high = float(values.max()) if len(values) else 1.0
+        while shift(high) > longest > 0:
+            low, high = high, 2 * high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if shift(middle) > longest else (low, middle)
+    return vectors @ (target / (values + high))

@@ -15,9 +15,19 @@ from fedcompo.method.statistics import FeatureSums
 WIDTH, GAMMA = 16, 0.3
 
 
-def classifier(count: int, seed: int = 0) -> Head:
+def classifier(count: int, assumed: Assumed, *, away: float = 0.1) -> Head:
+    """Random rows, and biases by which the classes' means lie so far from the mean of all."""
+    rows = normal(count, WIDTH, seed=0)
+    means = assumed.mean + (rows - rows.mean(0) + away * normal(WIDTH, seed=1)) @ covered(assumed)
+    bias = -0.5 * (means @ torch.linalg.solve(covered(assumed), means.T)).diagonal()
     names = tuple(f"k{row:02}" for row in range(count))
-    return Head(names, normal(count, WIDTH, seed=seed), normal(count, seed=seed + 1))
+    return Head(names, torch.linalg.solve(covered(assumed), means.T).T, bias)
+
+
+def covered(assumed: Assumed) -> Tensor:
+    """The joint head's covariance: the assumed one, shrunk."""
+    level = assumed.within.trace() / WIDTH
+    return (1 - GAMMA) * assumed.within + GAMMA * level * torch.eye(WIDTH)
 
 
 def real() -> FeatureSums:
@@ -44,8 +54,8 @@ def log_odds(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("alone", [True, False])
 def test_the_discriminant_has_the_classifiers_own_logits(count: int, alone: bool) -> None:
     """Up to one factor; the discriminant is the oracle, by its own covariance."""
-    head = classifier(count)
     assumed = of_norm() if alone else Assumed.of(real(), shrinkage=GAMMA)
+    head = classifier(count, assumed)
     sums = stand_in(head, assumed, shrinkage=GAMMA, images=30)
     sums.check(head.classes, WIDTH, "ada")
     assert sums.counts.tolist() == [30] * count
@@ -57,8 +67,9 @@ def test_the_discriminant_has_the_classifiers_own_logits(count: int, alone: bool
 
 
 def test_the_others_rows_stay_and_the_classes_are_as_far_apart() -> None:
-    total, head = real(), classifier(3)
+    total = real()
     assumed = Assumed.of(total, shrinkage=GAMMA)
+    head = classifier(3, assumed)
     sums = stand_in(head, assumed, shrinkage=GAMMA, images=50)
     joint = discriminant(total + sums, shrinkage=GAMMA).rows(total.classes)
     own = discriminant(total, shrinkage=GAMMA)
@@ -66,8 +77,7 @@ def test_the_others_rows_stay_and_the_classes_are_as_far_apart() -> None:
         joint.weight, own.weight, rtol=0, atol=1e-4 * float(own.weight.std())
     )
     rows = discriminant(sums, shrinkage=GAMMA).weight.double()
-    level = float(assumed.within.trace()) / WIDTH
-    shared = (1 - GAMMA) * assumed.within + GAMMA * level * torch.eye(WIDTH)
+    shared = covered(assumed)
     around = rows - rows.mean(0)
     apart = torch.stack([row @ shared @ row for row in around]).mean()
     assert float(apart) == pytest.approx(assumed.apart, rel=1e-3)
@@ -75,9 +85,8 @@ def test_the_others_rows_stay_and_the_classes_are_as_far_apart() -> None:
 
 def test_of_all_solutions_the_means_are_nearest_to_the_mean_of_all_features() -> None:
     """The oracle solves the conditions of the constrained minimum as one linear system; a is 1."""
-    head, assumed = classifier(3), of_norm()
-    level = float(assumed.within.trace()) / WIDTH
-    s = (1 - GAMMA) * assumed.within + GAMMA * level * torch.eye(WIDTH)
+    assumed = of_norm()
+    head, s = classifier(3, assumed), covered(assumed)
     w, b, one = head.weight, head.bias, torch.ones(3, 1).double()
     left = torch.cat(
         [
@@ -94,6 +103,17 @@ def test_of_all_solutions_the_means_are_nearest_to_the_mean_of_all_features() ->
     torch.testing.assert_close(actual, (w + v) @ s, rtol=0, atol=1e-5)
 
 
+def test_means_do_not_lie_farther_off_than_the_classes_lie_apart() -> None:
+    assumed = of_norm()
+    head = classifier(3, assumed, away=9.0)
+    sums = stand_in(head, assumed, shrinkage=GAMMA, images=100)
+    means = sums.sums.double() / 2**24 / 100
+    around, s = means - means.mean(0), covered(assumed)
+    apart = float((around @ torch.linalg.solve(s, around.T)).diagonal().mean())
+    off = means.mean(0) - assumed.mean
+    assert float(off @ torch.linalg.solve(s, off)) == pytest.approx(apart, rel=1e-3)
+
+
 def test_more_classes_than_the_features_can_tell_are_refused() -> None:
     with pytest.raises(ContributionError, match="at most 8 can be made"):
-        stand_in(classifier(9), of_norm(), shrinkage=GAMMA, images=30)
+        stand_in(classifier(9, of_norm()), of_norm(), shrinkage=GAMMA, images=30)
