@@ -1,6 +1,6 @@
-"""Names of vision transformers in Hugging Face's `transformers` (ViT, DeiT, CLIP), as timm's.
+"""Names of vision transformers in `transformers` (ViT, DeiT, DINOv2, CLIP), as timm's.
 
-There, query, key and value are three layers. timm has one fused ``attn.qkv``, whose rows are those
+In Hugging Face's `transformers`, query, key and value are three layers. timm has one fused ``attn.qkv``, whose rows are those
 of query, key and value, in this order. The rest is a matter of names; ``transformers`` 5 has others
 than its files, and writes adapters under them, so both are in the tables.
 """
@@ -35,8 +35,9 @@ IN_BLOCK = {
     ),
     **dict.fromkeys(("intermediate.dense", "mlp.fc1"), "mlp.fc1"),
     **dict.fromkeys(("output.dense", "mlp.fc2"), "mlp.fc2"),
-    **dict.fromkeys(("layernorm_before", "layer_norm1"), "norm1"),
-    **dict.fromkeys(("layernorm_after", "layer_norm2"), "norm2"),
+    **dict.fromkeys(("layernorm_before", "layer_norm1", "norm1"), "norm1"),
+    **dict.fromkeys(("layernorm_after", "layer_norm2", "norm2"), "norm2"),
+    **{f"layer_scale{i}": f"ls{i}" for i in (1, 2)},
 }
 OUTSIDE = {
     "embeddings.cls_token": "cls_token",
@@ -55,8 +56,8 @@ OUTSIDE = {
         for leaf in ("weight", "bias")
     },
 }
-COUNTERS = "embeddings.position_ids"
-"""A buffer of the numbers 0, 1, 2, …: no weight."""
+IDLE = "embeddings.position_ids", "embeddings.mask_token"
+"""Counts from 0, and what stands for hidden patches in a pre-training: no image meets them."""
 PARTS = ("query", "key", "value")
 
 
@@ -74,6 +75,7 @@ def timm_name(name: str, classifier: str) -> tuple[str, int | None] | None:
         layer, _, leaf = match[2].rpartition(".")
         if layer not in IN_BLOCK:
             return None
+        leaf = "gamma" if leaf == "lambda1" else leaf
         return f"blocks.{match[1]}.{IN_BLOCK[layer]}.{leaf}", SEPARATE.get(layer)
     if re.fullmatch(r"classifier\.(weight|bias)", name):
         return name.replace("classifier", classifier), None
@@ -104,7 +106,7 @@ def as_timm(path: Path, state: Mapping[str, Tensor], classifier: str) -> dict[st
     for name, tensor in state.items():
         known = timm_name(name, classifier)
         if known is None:
-            if not name.endswith(COUNTERS):
+            if not name.endswith(IDLE):
                 found[name] = tensor
             continue
         ours, part = known
