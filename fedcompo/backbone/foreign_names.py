@@ -1,8 +1,9 @@
 """Names of vision transformers in `transformers` (ViT, DeiT, DINOv2, CLIP), as timm's.
 
-In Hugging Face's `transformers`, query, key and value are three layers. timm has one fused ``attn.qkv``, whose rows are those
-of query, key and value, in this order. The rest is a matter of names; ``transformers`` 5 has others
-than its files, and writes adapters under them, so both are in the tables.
+In Hugging Face's `transformers`, query, key and value are three layers. timm has one fused
+``attn.qkv``, whose rows are those of query, key and value, in this order. The rest is a matter of
+names. ``transformers`` 5 has others than its files, and adapters are written under them, so both
+are in the tables.
 """
 
 from __future__ import annotations
