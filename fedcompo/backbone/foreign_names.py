@@ -86,6 +86,11 @@ def timm_name(name: str, classifier: str) -> tuple[str, int | None] | None:
     return None
 
 
+def within(name: str) -> str:
+    """Take off what stands before ``blocks.``, as in ``module.blocks.0.attn.qkv.weight``."""
+    return re.sub(r"^.*?\.(?=blocks\.\d+\.)", "", name)
+
+
 def as_timm(path: Path, state: Mapping[str, Tensor], classifier: str) -> dict[str, Tensor]:
     """Give a checkpoint timm's names, with query, key and value fused.
 
