@@ -35,6 +35,11 @@ def read_difference(source: Path, backbone: Backbone) -> FineTuned:
     path, state = read_source(source, backbone)
     require_finite(state)
     found = {within(name): tensor.float() for name, tensor in state.items()}
+    if len(found) < len(state):
+        raise BackboneError(
+            f"{path} holds several models: names differ only in what stands before `blocks.`. "
+            "Save the difference of the one you want in a file of its own."
+        )
     start = backbone.model.state_dict()
     own = {name: found.get(name) for name in backbone.theta_0}
     if all(tensor is None for tensor in own.values()):

@@ -300,6 +300,9 @@ def test_a_model_is_no_difference_and_a_difference_no_model(tmp_path: Path) -> N
     assert read_difference(saved(tmp_path / "more", beside), backbone()).rest == (
         *("head.weight", "pos_embed"),
     )
+    both = {f"{who}.{n}": t + 0 for n, t in change.items() for who in ("teacher", "student")}
+    with pytest.raises(BackboneError, match="several models"):
+        read_difference(saved(tmp_path / "both", both), backbone())
     alien = {f"layers.{n}": t for n, t in change.items() if n.startswith("norm")}
     with pytest.raises(BackboneError, match="no target weight"):
         read_difference(saved(tmp_path / "alien", alien), backbone())
