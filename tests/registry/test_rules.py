@@ -171,7 +171,7 @@ def test_what_is_altered_is_found(tmp_path):
 # -- chosen on the spot ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", NEW)
+@pytest.mark.parametrize("text", ["task-arithmetic", *BOTH])
 def test_a_registry_of_the_mean_is_composed_by_any_rule(text, tmp_path):
     registry = registry_of(tmp_path / "registry", *one_of_each_kind())
     there = registry_of(tmp_path / "ruled", *one_of_each_kind(), settings=by(text))
