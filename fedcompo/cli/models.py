@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcompo.cli.common import (
-    Choice,
     JsonOption,
     RegistryOption,
+    RuledChoice,
+    RuleOption,
     ScaleOption,
     VerboseOption,
     WeightsOption,
@@ -21,6 +22,7 @@ from fedcompo.cli.common import (
     progress,
     with_options,
 )
+from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
@@ -38,7 +40,7 @@ DataOption = Annotated[
 ]
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def compose(
     folders: Annotated[
         list[Path] | None,
@@ -47,7 +49,7 @@ def compose(
     *,
     output: OutputOption,
     registry: RegistryOption = None,
-    choice: Choice,
+    choice: RuledChoice,
     checkpoint: Annotated[
         str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
     ] = "",
@@ -85,6 +87,7 @@ def specialise(
     registry: RegistryOption = None,
     weights: WeightsOption = None,
     scale: ScaleOption = None,
+    rule: RuleOption = "",
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -98,17 +101,18 @@ def specialise(
         only=clients,
         weights=weights,
         scale=scale,
+        rule=rule,
         as_json=as_json,
         verbose=verbose,
     )
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def evaluate(
     *,
     data: DataOption = None,
     registry: RegistryOption = None,
-    choice: Choice,
+    choice: RuledChoice,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -213,6 +217,8 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
         return
     clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
     say(f"Composed of {clients}; {len(written['classes'])} classes.")
+    if written["rule"] != MEAN:
+        say(f"By the rule {written['rule']}, λ = {written['scale']:.4g}.")
     if written["negated"]:
         say(f"A negated copy: {written['negated']} was subtracted. See its README.md.")
     folder = written["output"]
