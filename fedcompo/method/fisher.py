@@ -29,6 +29,8 @@ NIPS 2000.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -199,15 +201,18 @@ class FisherDiagonal:
         """Return the *mean* Fisher of each entry of one weight, float64, (out, in).
 
         Dense: as it was summed. Factored: the matrix of rank one above. Kronecker: the same, of the
-        diagonals of its factors.
+        diagonals of its thin factors. Every machine computes the same bits.
         """
+        count = max(1, self.num_examples)
         if self.form is FisherForm.DENSE:
-            total = self.sums[name].double()
-        elif self.form is FisherForm.KRONECKER:
-            total = outer(*(diagonal(self.sums[name + end].double()) for end in (LEFT, RIGHT)))
+            return self.sums[name].double() / count
+        if self.form is FisherForm.KRONECKER:
+            squares = (self.sums[name + end].double().square() for end in (LEFT, RIGHT))
+            r, c = (functools.reduce(torch.add, factor.unbind(1)) for factor in squares)
         else:
-            total = outer(self.sums[name + ROWS], self.sums[name + COLUMNS])
-        return total.double() / max(1, self.num_examples)
+            r, c = (self.sums[name + end].double() for end in (ROWS, COLUMNS))
+        root = math.sqrt(math.fsum(r.tolist()) * math.fsum(c.tolist()))
+        return torch.outer(r / (root * count or 1.0), c)
 
     def inputs_of(self, name: str) -> Tensor:
         """Return the *mean* over examples of the squares of a layer's inputs, float64, (in,)."""
