@@ -132,7 +132,7 @@ def test_whoever_alone_weighs_something_decides_and_equals_make_the_mean(rule):
 def test_who_lacks_what_the_rule_needs_is_named_with_what_to_do(rule):
     ada, ben, cho = members()
     lacking = replace(cho, fisher=None if rule == "fisher" else replace(cho.fisher, inputs={}))
-    with pytest.raises(ContributionError, match="which cho did not send.*`keep-fisher = true`"):
+    with pytest.raises(ContributionError, match=r"which cho did not send.*`keep-fisher = true`"):
         parse_rule(rule).check([ada, ben, lacking], TIMES)
     parse_rule(rule).check([ada, ben, cho], TIMES)
 
