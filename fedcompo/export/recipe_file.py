@@ -155,7 +155,9 @@ def _declared(kind: type) -> dict[str, Field[Any]]:
 def _scalars(value: Recipe | Group | Negation) -> Iterator[str]:
     """Write the single values that are given."""
     declared = _declared(type(value)).items()
-    own = {key: getattr(value, f.name) for key, f in declared if getattr(value, f.name) != f.default}
+    own = {
+        key: getattr(value, f.name) for key, f in declared if getattr(value, f.name) != f.default
+    }
     return _pairs(own)
 
 

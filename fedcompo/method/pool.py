@@ -135,11 +135,16 @@ class Pool:
             yield name, (weight.double() + scale * total).to(weight.dtype)
 
     def check_composable(
-        self, coefficients: Mapping[str, float] | None, *, base: str = ""
+        self,
+        coefficients: Mapping[str, float] | None,
+        *,
+        base: str = "",
+        normalise: bool = True,
     ) -> dict[str, float]:
         """Return the coefficients that :meth:`compose` uses; raises as it does.
 
-        And ``BackboneMismatch``, if it was trained on another base than this fingerprint.
+        And ``BackboneMismatch``, if it was trained on another base than this fingerprint. Without
+        ``normalise`` coefficients may be negative and have any sum.
         """
         if not self.contributions:
             raise ContributionError("An empty pool cannot be composed; add a contribution.")
@@ -158,10 +163,12 @@ class Pool:
                 f"expected exactly {', '.join(self.clients)}."
             )
         total = math.fsum(coefficients.values())
-        if not abs(total - 1) <= 1e-6 or min(coefficients.values()) < 0:
+        mean = abs(total - 1) <= 1e-6 and min(coefficients.values()) >= 0
+        if not (mean if normalise else math.isfinite(total)):
             raise ContributionError(
                 f"Coefficients must be >= 0 and sum to 1, got {dict(coefficients)} with the sum "
-                f"{total:.6g}. Use `scale` to enlarge the sum."
+                f"{total:.6g}. Use `scale` to enlarge the sum, or a recipe with "
+                "`normalise = false`, which takes any numbers."
             )
         return dict(coefficients)
 
