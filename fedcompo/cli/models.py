@@ -25,7 +25,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
 if TYPE_CHECKING:
-    from fedcompo.export.selection import Selection
+    from fedcompo.export.selected import Selection
 
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
@@ -48,6 +48,10 @@ def compose(
     output: OutputOption,
     registry: RegistryOption = None,
     choice: Choice,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Compose as this file says, in place of the options above."),
+    ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
     ] = "",
@@ -70,7 +74,8 @@ def compose(
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         tell("reading")
-        with _selected(folders, registry, checkpoint, max_norm_ratio, choice.parsed()) as selection:
+        chosen = choice.parsed() if recipe is None else _recipe_alone(recipe, choice)
+        with _selected(folders, registry, checkpoint, max_norm_ratio, chosen) as selection:
             from fedcompo.export.folder import publish
 
             tell("composing")
@@ -157,20 +162,14 @@ def negate(
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         opened = open_registry(registry)
         opened.member(client)  # refuses at once who is not there
-        from fedcompo.export.folder import negated, publish
+        from fedcompo.export.folder import publish
+        from fedcompo.export.recipe import Negation, Recipe
         from fedcompo.export.selection import from_registry
 
-        vector = opened.contribution(client).task_vector
-        selection = from_registry(opened, without=(client,))
+        recipe = Recipe(negated=Negation(client, strength=strength))
+        selection = from_registry(opened, recipe=recipe)
         tell("composing")
-        weights = negated(
-            selection.stream(),
-            vector,
-            opened.backbone.tensors,
-            scale=strength,
-            base=opened.backbone.fingerprint,
-        )
-        _report(publish(output, selection, weights, negated=client, strength=strength), as_json)
+        _report(publish(output, selection), as_json)
 
 
 def export(
@@ -221,6 +220,18 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
         say("Composed of tangents: it is linearised, which timm cannot do. See its README.md.")
         load = f'import fedcompo; fedcompo.load_tangent_model("{folder}")'
     say(f"Model: {folder}\n{load}")
+
+
+def _recipe_alone(path: Path, choice: Choice) -> dict[str, Any]:
+    """Read a recipe; refuse options beside it that would say the same or something else."""
+    if given := [f"`--{name}`" for name, value in vars(choice).items() if value is not None]:
+        raise ConfigError(
+            f"`--recipe` says all that is composed: leave out {', '.join(given)}, or write it into "
+            f"{path}."
+        )
+    from fedcompo.export.recipe_file import read_recipe
+
+    return {"recipe": read_recipe(path)}
 
 
 @contextlib.contextmanager

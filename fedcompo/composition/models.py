@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -30,6 +30,9 @@ def stream_composition(
     coefficients: Mapping[str, float] | None,
     settings: CompositionSettings,
     factor: float | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    normalise: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     r"""Compose the target weights of a pool, one at a time, in the order of names.
 
@@ -43,19 +46,24 @@ def stream_composition(
         settings: The registry's scale and coefficients.
         factor: :math:`\lambda'` on :math:`\sum_c m_c \tau_c`, or :math:`\lambda` on the mean with
             these coefficients; None: see :func:`factor_of`.
+        names: Weights to compose; None: all target weights.
+        normalise: Whether coefficients must be those of a mean.
 
     Raises:
         BackboneMismatch: If the pool was trained on another backbone.
         ContributionError: If the pool is empty or mixed, or the coefficients cannot be used.
     """
-    pool.check_composable(coefficients, base=backbone.fingerprint)
+    pool.check_composable(coefficients, base=backbone.fingerprint, normalise=normalise)
     if factor is None:
         factor = factor_of(pool, backbone, settings, coefficients).value
+    chosen = sorted(backbone.target_weights if names is None else names)
     if coefficients is not None:
-        yield from pool.stream(backbone.tensors, coefficients, scale=factor)
+        yield from pool.stream(
+            backbone.tensors, coefficients, scale=factor, names=chosen, normalise=normalise
+        )
         return
     terms = terms_of(pool, settings)
-    for name in sorted(backbone.target_weights):
+    for name in chosen:
         weight = backbone.tensors[name]
         total = fixed_point.sum_of(terms, name, weight)
         yield name, fixed_point.compose(weight, total, factor=factor)

@@ -23,24 +23,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
+from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.setting import POSITIVE, Check, setting
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 
-MEMBERS, REALIGNED = "members", "realigned:"
+MEMBERS, FROM_FILE = "members", "realigned:"
 """What a joint head is made of: the members' statistics, or a file of which the SHA-256 follows."""
 SHA256: Check = (
     lambda value: bool(re.fullmatch("([0-9a-f]{64})?", value)),
     "must be a SHA-256, 64 hexadecimal digits",
 )
 HEAD: Check = (
-    lambda value: bool(re.fullmatch(f"{MEMBERS}|{REALIGNED}[0-9a-f]{{64}}", value)),
-    f"must be `{MEMBERS}`, or `{REALIGNED}` and a SHA-256",
+    lambda value: bool(re.fullmatch(f"{MEMBERS}|{FROM_FILE}[0-9a-f]{{64}}", value)),
+    f"must be `{MEMBERS}`, or `{FROM_FILE}` and a SHA-256",
 )
+CAPS = "class_cap", "client_cap"
 NOT_EMPTY: Check = (bool, "must not be empty")
 
 
@@ -84,14 +86,27 @@ class Recipe:
     dtype: Dtype = setting(Dtype.FLOAT32, "Of the written weights.")
     head: str = setting("", "What the joint head is made of.", HEAD)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Those that are given, as :class:`~fedcompo.composition.settings.CompositionSettings` names
-    them; a cap of 0 is none."""
+    """Of :class:`~fedcompo.composition.settings.CompositionSettings`, by key of a run's settings,
+    those that are given; a cap of 0 is none."""
     members: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each contribution's tensors, by client; empty: of any."""
     weights: Mapping[str, float] | None = None
     """Coefficients by client; None: the registry's own."""
     groups: tuple[Group, ...] = ()
     negated: Negation | None = None
+
+    @property
+    def chosen_scale(self) -> float | None:
+        """λ where the recipe says it, or 1 where weights need not be a mean's; None: it is open."""
+        free = not self.normalise and self.weights is not None
+        return self.scale or (1.0 if free else None)
+
+    def settled(self, settings: CompositionSettings) -> CompositionSettings:
+        """Put the recipe's settings in place of others."""
+        own = {key.replace("-", "_"): value for key, value in self.settings.items()}
+        own |= {cap: own[cap] or UNLIMITED for cap in CAPS if cap in own}
+        own |= {"max_count_ratio": 0.0} if own.keys() & set(CAPS) else {}  # which would choose caps
+        return replace(settings, **own)
 
     def contradictions(self) -> Iterator[str]:
         """Find what cannot stand in one recipe."""
@@ -103,6 +118,8 @@ class Recipe:
             clients = self.members or self.weights or own
             if odd := sorted(own.keys() ^ clients.keys()):
                 yield f"Weights are given for exactly the members; {odd[0]!r} is on one side only."
+        if self.negated is not None and self.negated.client in (self.members or self.weights or ()):
+            yield f"{self.negated.client!r} is subtracted, so it cannot be a member too."
         if not self.normalise and not given:
             yield "`normalise = false` is said of weights, and there are none."
 

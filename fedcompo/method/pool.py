@@ -12,7 +12,7 @@ Source: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,14 +118,24 @@ class Pool:
         coefficients: Mapping[str, float] | None = None,
         *,
         scale: float = 1.0,
+        names: Iterable[str] | None = None,
+        normalise: bool = True,
     ) -> Iterator[tuple[str, Tensor]]:
         """Compose one weight after the other, in the order of names; see :meth:`compose`.
 
+        Args:
+            theta_0: Target weights by name, each (out, in).
+            coefficients: By client; None: equal ones.
+            scale: λ.
+            names: Weights to compose; None: all that change.
+            normalise: Whether coefficients must be a mean's.
+
         Yields:
-            Name and composed value, (out, in), of each weight that changes.
+            Name and composed value, (out, in).
         """
-        coefficients = self.check_composable(coefficients)
-        for name in sorted({name for c in self for name in c.task_vector.names}):
+        coefficients = self.check_composable(coefficients, normalise=normalise)
+        changing = {name for c in self for name in c.task_vector.names}
+        for name in sorted(changing if names is None else names):
             weight = theta_0[name]
             total = torch.zeros_like(weight, dtype=torch.float64)
             for contribution in self:

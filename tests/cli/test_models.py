@@ -25,7 +25,7 @@ from fedcompo.composition.head import head_of
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import load_client_data
-from fedcompo.export.folder import negated
+from fedcompo.export.negation import negated
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head

@@ -33,7 +33,8 @@ from fedcompo.errors import (
     FedcompoError,
     FileFormatError,
 )
-from fedcompo.export.selection import Selection, from_folders, from_registry, new_folder
+from fedcompo.export.selected import Selection
+from fedcompo.export.selection import from_folders, from_registry, new_folder
 from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
