@@ -62,6 +62,7 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
             negated=negated,
             negation_scale=1.0 if negation is None else negation.strength,
             linearised=linearised,
+            recipe=text,
         )
         write_atomically(folder / RECIPE, text.encode())
         write_atomically(folder / MODEL_CARD, model_card(card).encode())

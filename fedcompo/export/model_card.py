@@ -18,6 +18,7 @@ from fedcompo.names import printable
 from fedcompo.registry.removal import influence
 
 MOST_CLASSES = 200
+MOST_LINES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
 USE = """\
@@ -90,6 +91,8 @@ class ExportedModel:
     """How often it was subtracted."""
     linearised: bool = False
     """Whether the members are tangents."""
+    recipe: str = ""
+    """What `recipe.toml` holds; empty: there is none."""
 
 
 def model_card(model: ExportedModel) -> str:
@@ -131,6 +134,7 @@ logits = model(images)
 
 {table(SHARE, map(_share, model.members))}
 
+{_recipe(model.recipe) if model.recipe else ""}
 ## Lineage
 
 By the data of how many other clients the training of each member was shaped:
@@ -215,6 +219,23 @@ def _composition(model: ExportedModel) -> str:
     chosen = f"Only {_list(model.only)}." if model.only else ""
     left_out = f"Without {_list(model.without)}." if model.without else ""
     return " ".join(filter(None, (chosen, left_out))) or "All clients."
+
+
+def _recipe(text: str) -> str:
+    """Show a recipe, cut where it gets too long to read; its texts are quoted, each on one line."""
+    lines = text.splitlines()
+    cut = ["", f"# … and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else []
+    shown = "\n".join(lines[:MOST_LINES] + cut)
+    return f"""\
+## Recipe
+
+`recipe.toml` makes the same bits again of the same contributions: `fedcompo compose --recipe \
+recipe.toml`.
+
+```toml
+{shown}
+```
+"""
 
 
 def _share(m: Member) -> tuple[object, ...]:
