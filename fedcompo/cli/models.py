@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcompo.cli.common import (
-    Choice,
     JsonOption,
     RegistryOption,
+    RuledChoice,
+    RuleOption,
     ScaleOption,
     VerboseOption,
     WeightsOption,
@@ -38,7 +39,7 @@ DataOption = Annotated[
 ]
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def compose(
     folders: Annotated[
         list[Path] | None,
@@ -47,7 +48,7 @@ def compose(
     *,
     output: OutputOption,
     registry: RegistryOption = None,
-    choice: Choice,
+    choice: RuledChoice,
     recipe: Annotated[
         Path | None,
         typer.Option(help="Compose as this file says, in place of the options above."),
@@ -90,6 +91,7 @@ def specialise(
     registry: RegistryOption = None,
     weights: WeightsOption = None,
     scale: ScaleOption = None,
+    rule: RuleOption = "",
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -103,17 +105,18 @@ def specialise(
         only=clients,
         weights=weights,
         scale=scale,
+        rule=rule,
         as_json=as_json,
         verbose=verbose,
     )
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def evaluate(
     *,
     data: DataOption = None,
     registry: RegistryOption = None,
-    choice: Choice,
+    choice: RuledChoice,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -222,9 +225,9 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
     say(f"Model: {folder}\n{load}")
 
 
-def _recipe_alone(path: Path, choice: Choice) -> dict[str, Any]:
+def _recipe_alone(path: Path, choice: RuledChoice) -> dict[str, Any]:
     """Read a recipe; refuse options beside it that would say the same or something else."""
-    if given := [f"`--{name}`" for name, value in vars(choice).items() if value is not None]:
+    if given := [f"`--{name}`" for name, value in vars(choice).items() if value not in (None, "")]:
         raise ConfigError(
             f"`--recipe` says all that is composed: leave out {', '.join(given)}, or write it into "
             f"{path}."

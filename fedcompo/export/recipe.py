@@ -106,7 +106,7 @@ class Recipe:
         own = {key.replace("-", "_"): value for key, value in self.settings.items()}
         own |= {cap: own[cap] or UNLIMITED for cap in CAPS if cap in own}
         own |= {"max_count_ratio": 0.0} if own.keys() & set(CAPS) else {}  # which would choose caps
-        return replace(settings, **own)
+        return replace(settings, **own, rule=self.rule or settings.rule)
 
     def contradictions(self) -> Iterator[str]:
         """Find what cannot stand in one recipe."""

@@ -57,7 +57,7 @@ class Selection:
     @property
     def scale(self) -> float:
         r""":math:`\lambda`, as a multiple of the weighted mean."""
-        if self.settings.scale is not None:
+        if self.settings.scale is not None and self.settings.made_by.votes:
             return self.settings.scale
         if self.coefficients is not None:
             return self.factor
@@ -74,12 +74,14 @@ class Selection:
         if settings.statistics is Statistics.MIXTURES:
             drawn = "align-samples", "ridge", "seed"
             needed |= {key: getattr(settings, key.replace("-", "_")) for key in drawn}
+        used = self.factor if settings.made_by.votes else 0.0  # else the rule says it again
         return replace(
             recipe,
             fedcompo=version("fedcompo"),
             backbone=self.backbone.fingerprint,
-            factor=0.0 if self.coefficients is not None else self.factor,
-            scale=0.0 if self.coefficients is None else self.factor,
+            rule=settings.made_by.text,
+            factor=used if self.coefficients is None else 0.0,
+            scale=0.0 if self.coefficients is None else used,
             head=self.made_of,
             settings={key: 0 if v == UNLIMITED else v for key, v in needed.items()},
             members={c.client: c.tensors_sha256 for c in self.pool},
@@ -89,8 +91,10 @@ class Selection:
         )
 
     def _scale_of(self, group: Group) -> float:
+        """λ of a group's weights: its own, the recipe's, or as where the whole has such weights."""
         free = not self.recipe.normalise and group.weights is not None
-        return group.scale or self.recipe.scale or (1.0 if free else self.scale)
+        of_free = self.settings.made_by.factor or 1.0
+        return group.scale or self.recipe.scale or (of_free if free else self.scale)
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Compose the target weights, one at a time, in the order of names."""

@@ -66,7 +66,6 @@ def again(registry: Registry, first: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 GROUPED = Recipe(
-    rule="mean",
     weights={"ada": 0.2, "cho": 0.8},
     groups=(Group(FIRST, 0.0, {"ada": 0.9, "cho": 0.1}), Group("*.1.mlp.*", 0.7)),
     dtype=Dtype.BFLOAT16,
@@ -79,6 +78,16 @@ RECIPES = {
     "grouped": GROUPED,
     "groups of everyone": Recipe(groups=GROUPED.groups[1:]),
     "signed": Recipe(weights={"ada": 1.5, "ben": -0.25}, normalise=False, dtype=Dtype.BFLOAT16),
+    "signed and scaled": Recipe(
+        rule="task-arithmetic:lambda=0.7", weights={"ada": -1.0, "ben": 0.5}, normalise=False
+    ),
+    "ties": Recipe(
+        rule="ties", weights={"ada": 0.5, "ben": 0.5}, scale=0.3, groups=(Group(FIRST, 0.4),)
+    ),
+    "ties of everyone": Recipe(rule="ties:density=0.5", groups=(Group(REST, 1.5),)),
+    "dare": Recipe(rule="dare:drop=0.5,seed=3", dtype=Dtype.FLOAT16),
+    "norm-preserving": Recipe(rule="norm-preserving", members={"ada": "", "cho": ""}),
+    "task arithmetic": Recipe(rule="task-arithmetic", groups=GROUPED.groups[1:]),
     "negated": Recipe(negated=Negation("ben", strength=0.5)),
 }
 
@@ -123,15 +132,15 @@ def test_so_does_that_of_a_registry_with_a_vote_and_a_head_of_its_own(
     if realigned:
         registry.realign(own_statistics(registry), factor=None if settings.scale else VOTED)
     publish(tmp_path / "first", from_registry(registry))
-    sha256, recipe = written(tmp_path / "first")
+    _, recipe = written(tmp_path / "first")
     assert tensors(tmp_path / "first").keys() == dict(registry.composed()).keys()
     assert recipe.factor == registry.factor
     again(registry, tmp_path / "first", monkeypatch)
     if not realigned:
         return
-    with pytest.raises(ContributionError, match=r"lie in a registry.*`head = \"members\"`"):
-        with from_folders(folders(registry), recipe=recipe):
-            pass
+    elsewhere = pytest.raises(ContributionError, match=r"lie in a registry.*`head = \"members\"`")
+    with elsewhere, from_folders(folders(registry), recipe=recipe):
+        pass
     registry.realign(own_statistics(registry, seed=5))
     with pytest.raises(ContributionError, match="Name the registry as it was then"):
         from_registry(registry, recipe=recipe)
@@ -203,10 +212,10 @@ def test_every_weight_and_the_head_are_rounded_once_and_timm_loads_them(
 
 def test_what_a_dtype_cannot_hold_is_refused(registry: Registry, tmp_path: Path) -> None:
     huge = replace(from_registry(registry), factor=1e7, recipe=Recipe(dtype=Dtype.FLOAT16))
-    with pytest.raises(ContributionError, match="not finite as torch.float16"):
+    with pytest.raises(ContributionError, match=r"not finite as torch\.float16"):
         publish(tmp_path / "out", huge)
     of_tangents = registry_of(tmp_path / "r", *tangents())
-    with pytest.raises(ConfigError, match="tangents cannot be written as torch.bfloat16"):
+    with pytest.raises(ConfigError, match=r"tangents cannot be written as torch\.bfloat16"):
         publish(tmp_path / "out", from_registry(of_tangents, recipe=Recipe(dtype=Dtype.BFLOAT16)))
     assert not (tmp_path / "out").exists()
 
@@ -226,6 +235,19 @@ def test_what_a_dtype_cannot_hold_is_refused(registry: Registry, tmp_path: Path)
             Recipe(groups=(Group(FIRST, 0.0, {"ada": 1.0}),)),
             ContributionError,
             "expected exactly ada, ben, cho",
+        ),
+        (Recipe(rule="tise"), ConfigError, "no rule 'tise'"),
+        (Recipe(rule="norm-preserving", scale=2.0), ConfigError, "says λ itself"),
+        (Recipe(rule="task-arithmetic", factor=0.3), ConfigError, "says λ itself"),
+        (
+            Recipe(rule="ties", weights={"ada": -1.0}, normalise=False),
+            ContributionError,
+            "the rules mean and task-arithmetic take any",
+        ),
+        (
+            Recipe(rule="norm-preserving", weights={"ada": -1.0}, normalise=False),
+            ContributionError,
+            "takes weights that are >= 0 and sum to 1",
         ),
         (Recipe(head=f"realigned:{'0' * 64}"), ContributionError, "of features of the composed"),
     ],
