@@ -72,6 +72,9 @@ def compose(
     With FOLDERS, one contribution each, it needs no registry and no server:
 
     fedcompo compose A/ B/ -o DIR
+
+    The folder holds recipe.toml, from which --recipe makes the same bits of the same members. One
+    written by hand may also give groups of weights, negative weights and the dtype.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         tell("reading")

@@ -62,7 +62,8 @@ class Asked:
             pool.check_composable(own, normalise=not free)
         if recipe is None:
             recipe = Recipe(weights=weights, scale=_checked(scale, len(pool)), rule=rule)
-        return cls(pool, recipe, tuple(only), tuple(without), negated)
+        some = len(pool) + len(without) < len(everyone)
+        return cls(pool, recipe, tuple(only) if some else (), tuple(without), negated)
 
     @property
     def everyone(self) -> Iterator[Contribution]:

@@ -10,11 +10,11 @@ import torch
 
 from fedcompo.composition.timm_folder import write_model
 from fedcompo.export.model_card import ExportedModel, Member, model_card
-from fedcompo.export.recipe_file import RECIPE, recipe_text
+from fedcompo.export.recipe_file import recipe_text
 from fedcompo.export.selected import Selection
 from fedcompo.export.selection import new_folder
 from fedcompo.runtime import version
-from fedcompo.storage.files import BACKBONE, MODEL_CARD, WEIGHTS, write_atomically
+from fedcompo.storage.files import BACKBONE, MODEL_CARD, RECIPE, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
 
 

@@ -14,7 +14,6 @@ from fedcompo.config.setting import NOT_NEGATIVE, check_one, setting
 from fedcompo.errors import ConfigError
 from fedcompo.export.recipe import SHA256, Group, Negation, Recipe
 
-RECIPE = "recipe.toml"
 LARGEST = 4 << 20
 """Bytes of a recipe; about 30,000 members."""
 OF_RUNS = "coefficients", "align-samples", "ridge", "seed"

@@ -26,6 +26,7 @@ from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.export.negation import negated
+from fedcompo.export.prediction import model_from
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
@@ -329,3 +330,43 @@ def test_other_kinds_have_no_adapter(home: Path, client: str, kind: str) -> None
     error = run("export", "--client", client, "-o", "peft", code=1).stderr
     assert f"'{client}' is of kind {kind}" in error
     assert [path.name for path in home.iterdir()] == ["registry"]
+
+
+# -- by a recipe ----------------------------------------------------------------------------------
+
+
+def test_a_recipe_composes_what_options_did_and_what_options_cannot(home: Path) -> None:
+    options = ["--weights", "client-0=0.7,client-2=0.3", "--scale", "2", "--rule", "ties"]
+    run("compose", *options, "-o", "a")
+    found = told("compose", "--recipe", "a/recipe.toml", "-r", "registry", "-o", "b")
+    assert (found["scale"], found["coefficients"]) == (2.0, WEIGHTS)
+    parts = [{**contents(home / name), MODEL_CARD: b""} for name in "ab"]
+    assert parts[0] == parts[1]
+    assert "Only client-0, client-2." in (home / "b" / MODEL_CARD).read_text()
+    Path("own.toml").write_text('dtype = "bfloat16"\nnormalise = false\n[weights]\nclient-0 = -1\n')
+    run("compose", "--recipe", "own.toml", "-o", "c")
+    model = model_from(home / "c")
+    assert tensors(home / "c")["head.weight"].dtype == torch.bfloat16
+    assert torch.equal(model.head.weight, tensors(home / "c")["head.weight"].float())
+    run("negate", "client-1", "--strength", "0.5", "-o", "d")
+    run("compose", "--recipe", "d/recipe.toml", "-o", "e")
+    assert same_bits(tensors(home / "d"), tensors(home / "e"))
+    assert "do not deploy" in (home / "e" / MODEL_CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--scale 1 --rule ties", "leave out `--scale`, `--rule`, or write it into own.toml"),
+        ("--only client-0", "leave out `--only`"),
+        ("", "`membres` is no setting. Did you mean `members`?"),
+    ],
+)
+def test_options_beside_a_recipe_and_misspelt_keys_are_refused(
+    home: Path, options: str, reason: str
+) -> None:
+    Path("own.toml").write_text("membres = ['client-0']")
+    before = contents(home)
+    given = ["compose", "--recipe", "own.toml", *options.split(), "-o", "out"]
+    assert reason in run(*given, code=2).stderr
+    assert contents(home) == before

@@ -16,11 +16,10 @@ from fedcompo.config.choices import Kind
 from fedcompo.errors import ConfigError
 from fedcompo.export.folder import publish
 from fedcompo.export.recipe import Negation, Recipe
-from fedcompo.export.recipe_file import RECIPE
 from fedcompo.export.selected import Selection
 from fedcompo.export.selection import from_registry
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.files import MODEL_CARD
+from fedcompo.storage.files import MODEL_CARD, RECIPE
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 

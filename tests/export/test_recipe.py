@@ -27,9 +27,10 @@ from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.export import selection as module
 from fedcompo.export.folder import publish
 from fedcompo.export.recipe import Dtype, Group, Negation, Recipe
-from fedcompo.export.recipe_file import RECIPE, read_recipe
+from fedcompo.export.recipe_file import read_recipe
 from fedcompo.export.selection import from_folders, from_registry
 from fedcompo.registry.registry import Registry
+from fedcompo.storage.files import RECIPE
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 FIRST, REST = "blocks.0.*", "blocks.1.*"
