@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -101,11 +101,15 @@ class Asked:
             scale = recipe.factor * sum(settings.times(c.num_examples) for c in self.pool)
         return settings if scale is None else replace(settings, scale=scale)
 
-    def check(self, backbone: StoredBackbone) -> None:
-        """Refuse what the recipe was not made for, before anything is composed."""
-        digests = {c.client: c.tensors_sha256 for c in self.everyone}
-        self.recipe.check_sources(backbone.fingerprint, digests)
-        self.recipe.grouped(backbone.target_weights)
+    def check(self, base: str, names: Collection[str]) -> None:
+        """Refuse what the recipe was not made for, before anything is composed.
+
+        Args:
+            base: Fingerprint of the pre-trained weights.
+            names: Of the target weights.
+        """
+        self.recipe.check_sources(base, {c.client: c.tensors_sha256 for c in self.everyone})
+        self.recipe.grouped(names)
 
     def selection(
         self,

@@ -229,8 +229,8 @@ def _recipe(text: str) -> str:
     return f"""\
 ## Recipe
 
-`recipe.toml` makes the same bits again of the same contributions: `fedcompo compose --recipe \
-recipe.toml`.
+Of the same contributions, this version of fedcompo makes the same bits again:
+`fedcompo compose --recipe recipe.toml`.
 
 ```toml
 {shown}

@@ -1,5 +1,8 @@
 r"""A recipe: how a model is composed. The same recipe with the same members gives the same bits.
 
+That holds for the same version of fedcompo. On another machine, the last bits may differ where
+members have weights or the rule takes singular vectors: matrix products of libraries differ.
+
 By hand it names only what differs from the defaults::
 
     members = ["ada", "ben"]     # default: all

@@ -6,13 +6,14 @@ import heapq
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import Any
 
 from torch import Tensor
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition.models import stream_composition
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
-from fedcompo.config.choices import Statistics
+from fedcompo.config.choices import Coefficients, Statistics
 from fedcompo.export.negation import negated
 from fedcompo.export.recipe import MEMBERS, Group, Recipe
 from fedcompo.method.contribution import Contribution
@@ -48,7 +49,7 @@ class Selection:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Coefficients w by client; they sum to one."""
+        """Coefficients w by client; they sum to one, unless the recipe says otherwise."""
         if self.coefficients is not None:
             return dict(self.coefficients)
         times = {c.client: self.settings.times(c.num_examples) for c in self.pool}
@@ -67,8 +68,11 @@ class Selection:
     def written(self) -> Recipe:
         """The whole recipe: with the same contributions, it gives the same bits."""
         recipe, settings = self.recipe, self.settings
-        own = {"coefficients": str(settings.coefficients), "client-cap": settings.client_cap}
-        needed = {} if self.coefficients is not None else own
+        needed: dict[str, Any] = {}
+        if self.coefficients is None:
+            needed["coefficients"] = str(settings.coefficients)
+        if needed and settings.coefficients is Coefficients.EXAMPLES:
+            needed["client-cap"] = settings.client_cap
         if self.made_of == MEMBERS:
             needed["class-cap"] = settings.class_cap
         if settings.statistics is Statistics.MIXTURES:

@@ -62,7 +62,7 @@ def from_registry(
     members = registry.pool(with_fisher=_needs_fisher(recipe.rule if recipe else rule, own))
     asked = Asked.of(members, only, without, weights, scale, rule, recipe)
     settings = asked.settled(registry.settings)
-    asked.check(registry.backbone)
+    asked.check(registry.backbone.fingerprint, registry.backbone.target_weights)
     head, made_of = _head(registry, asked, settings)
     factor = asked.recipe.factor or _factor(registry, asked, settings)
     return asked.selection(registry.backbone, settings, head, made_of, factor)
@@ -117,6 +117,7 @@ def from_folders(
             f"The contributions were trained on the backbone {base}, found is "
             f"{backbone.fingerprint}. Name the file of its weights with `--checkpoint`."
         )
+    asked.check(base, backbone.theta_0)
     company = Company.on(backbone, settings).held_to(max_norm_ratio)
     for member in asked.everyone:
         company = company.joined({member.client: admit(member, company)})
@@ -127,7 +128,6 @@ def from_folders(
         path = Path(temporary) / BACKBONE
         save_backbone(path, backbone)
         stored = StoredBackbone(path)
-        asked.check(stored)
         head = _head_of_members(asked, settings)
         factor = asked.recipe.factor or factor_of(pool, stored, settings, asked.weights).value
         yield asked.selection(stored, settings, head, MEMBERS, factor)
