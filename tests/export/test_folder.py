@@ -49,6 +49,7 @@ def test_the_folder_holds_model_configuration_and_card_and_what_is_told_is_in_it
         "clients": ["ada", "ben"],
         "coefficients": {"ada": 0.5, "ben": 0.5},
         "scale": 2.0,
+        "rule": "mean",
         "classes": ["cat", "dog", "owl", "yak"],
         "negated": None,
         "linearised": False,
