@@ -108,7 +108,7 @@ class Asked:
             base: Fingerprint of the pre-trained weights.
             names: Of the target weights.
         """
-        self.recipe.check_sources(base, {c.client: c.tensors_sha256 for c in self.everyone})
+        self.recipe.check_sources(base, self.everyone)
         self.recipe.grouped(names)
 
     def selection(

@@ -228,7 +228,11 @@ def test_what_a_dtype_cannot_hold_is_refused(registry: Registry, tmp_path: Path)
         (Recipe(weights={"ada": 0.5, "zoe": 0.5}), ContributionError, "no client 'zoe'"),
         (Recipe(negated=Negation("zoe")), ContributionError, "no client 'zoe'"),
         (Recipe(members={"ada": "0" * 64}), ContributionError, f"the recipe names {'0' * 64}"),
-        (Recipe(negated=Negation("ada", "0" * 64)), ContributionError, "it is another one"),
+        (
+            Recipe(negated=Negation("ada", "0" * 64)),
+            ContributionError,
+            "it is another contribution",
+        ),
         (Recipe(backbone="e@1"), BackboneMismatch, "for the backbone e@1"),
         (Recipe(groups=(Group("Block*", 1.0),)), ConfigError, "fits no weight"),
         (Recipe(groups=(Group(FIRST, 1.0), Group("*", 1.0))), ConfigError, "two patterns"),
