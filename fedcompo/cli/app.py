@@ -18,6 +18,7 @@ from fedcompo.cli.fisher import fisher
 from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
+from fedcompo.cli.push import push
 from fedcompo.cli.tables import print_removal
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
@@ -157,6 +158,7 @@ for command in (
     models.negate,
     models.export,
     predict,
+    push,
     service.serve,
     service.publish,
     service.fetch,
