@@ -64,6 +64,7 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
             negation_scale=1.0 if negation is None else negation.strength,
             linearised=linearised,
             recipe=text,
+            origin=backbone.origin,
         )
         write_atomically(folder / RECIPE, text.encode())
         write_atomically(folder / MODEL_CARD, model_card(card).encode())
