@@ -271,6 +271,21 @@ def test_a_recipe_for_something_else_is_refused_before_anything_is_composed(
         pass
 
 
+def test_a_rule_that_reads_fishers_names_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [member(name, with_fisher=True) for name in ("ada", "ben")]
+    registry = registry_of(tmp_path / "r", *clients)
+    publish(tmp_path / "first", from_registry(registry, rule="fisher"))
+    again(registry, tmp_path / "first", monkeypatch)
+    recipe = read_recipe(tmp_path / "first" / RECIPE)
+    card = json.loads((folders(registry)[0] / "card.json").read_text())
+    assert recipe.fisher["ada"] == card["tensors_sha256"]["fisher.safetensors"]
+    other = replace(recipe, fisher={**recipe.fisher, "ben": recipe.fisher["ada"]})
+    with pytest.raises(ContributionError, match=r"fisher\.safetensors of client 'ben' have SHA-256"):
+        from_registry(registry, recipe=other)
+
+
 def test_the_card_shows_the_recipe(registry: Registry, tmp_path: Path) -> None:
     publish(tmp_path / "out", from_registry(registry, recipe=GROUPED))
     text = (tmp_path / "out" / RECIPE).read_text()
