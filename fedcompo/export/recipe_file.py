@@ -51,7 +51,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return a recipe as TOML; what has its default is left out."""
+    """Return a recipe as TOML; what has its default is left out, but for the dtype."""
     lines = [*_scalars(recipe), *_pairs(recipe.settings)]
     for title in ("members", "fisher", "weights"):
         table = getattr(recipe, title)
@@ -155,11 +155,8 @@ def _declared(kind: type) -> dict[str, Field[Any]]:
 
 def _scalars(value: Recipe | Group | Negation) -> Iterator[str]:
     """Write the single values that are given."""
-    declared = _declared(type(value)).items()
-    own = {
-        key: getattr(value, f.name) for key, f in declared if getattr(value, f.name) != f.default
-    }
-    return _pairs(own)
+    own = {key: (getattr(value, f.name), f.default) for key, f in _declared(type(value)).items()}
+    return _pairs({key: v for key, (v, default) in own.items() if v != default or key == "dtype"})
 
 
 def _pairs(table: Mapping[str, Any] | None) -> Iterator[str]:

@@ -282,7 +282,9 @@ def test_a_rule_that_reads_fishers_names_them_too(
     card = json.loads((folders(registry)[0] / "card.json").read_text())
     assert recipe.fisher["ada"] == card["tensors_sha256"]["fisher.safetensors"]
     other = replace(recipe, fisher={**recipe.fisher, "ben": recipe.fisher["ada"]})
-    with pytest.raises(ContributionError, match=r"fisher\.safetensors of client 'ben' have SHA-256"):
+    with pytest.raises(
+        ContributionError, match=r"fisher\.safetensors of client 'ben' have SHA-256"
+    ):
         from_registry(registry, recipe=other)
 
 

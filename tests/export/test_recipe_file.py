@@ -47,7 +47,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         text = recipe_text(recipe)
         assert read(tmp_path, text) == recipe
         assert all(c.isprintable() for line in text.splitlines() for c in line)
-    assert recipe_text(Recipe()).strip() == ""
+    assert recipe_text(Recipe()).strip() == 'dtype = "float32"'
 
 
 @given(
