@@ -7,18 +7,16 @@ from dataclasses import Field, fields
 from typing import Any
 
 from fedcompo.composition.rules.dare import Dare
-from fedcompo.composition.rules.fisher import Fisher
 from fedcompo.composition.rules.iso_c import IsoC
 from fedcompo.composition.rules.mean import Mean
 from fedcompo.composition.rules.norm_preserving import NormPreserving
-from fedcompo.composition.rules.regmean import RegMean
 from fedcompo.composition.rules.rule import Rule
 from fedcompo.composition.rules.task_arithmetic import TaskArithmetic
 from fedcompo.composition.rules.ties import Ties
 from fedcompo.composition.rules.tsv_m import TsvM
 from fedcompo.errors import ConfigError
 
-KINDS = Mean, NormPreserving, TaskArithmetic, Ties, Dare, IsoC, TsvM, Fisher, RegMean
+KINDS = Mean, NormPreserving, TaskArithmetic, Ties, Dare, IsoC, TsvM
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in KINDS}
 """All rules by name."""
 
@@ -58,7 +56,7 @@ def _pairs(text: str, rest: str) -> Iterator[tuple[str, str]]:
 
 
 def _read(rule: str, key: str, option: Field[Any], value: str) -> int | float:
-    kind: Any = type(option.default)  # int or float
+    kind: type[int] | type[float] = int if isinstance(option.default, int) else float
     try:
         number: int | float = kind(value)
     except ValueError:
