@@ -56,41 +56,45 @@ def publish(
     Raises:
         ConfigError: If something is at ``output`` already.
     """
-    backbone, shares = selection.backbone, selection.shares
-    linearised = selection.pool.linearised
+    backbone, linearised = selection.backbone, selection.pool.linearised
     changed = selection.stream() if weights is None else weights
     with new_folder(output) as folder:
         write_model(folder, backbone, changed, selection.head, linearised=linearised)
         if linearised:  # load_tangent_model needs the pre-trained weights too
             shutil.copyfile(backbone.path, folder / BACKBONE)
-        sha256 = file_sha256(folder / WEIGHTS)
-        card = ExportedModel(
-            members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
-            classes=selection.head.classes,
-            backbone=backbone.fingerprint.rpartition("@")[0],
-            architecture=backbone.architecture,
-            fingerprint=backbone.fingerprint,
-            preprocessing=backbone.preprocessing,
-            sha256=sha256,
-            fedcompo_version=version("fedcompo"),
-            scale=selection.scale,
-            only=selection.only,
-            without=selection.without,
-            negated=negated,
-            negation_scale=strength,
-            linearised=linearised,
-        )
+        card = described(selection, folder / WEIGHTS, negated=negated, negation_scale=strength)
         write_atomically(folder / MODEL_CARD, model_card(card).encode())
     return {
         "output": str(output.absolute()),
         "clients": list(selection.pool.clients),
-        "coefficients": shares,
+        "coefficients": selection.shares,
         "scale": selection.scale,
         "classes": list(selection.head.classes),
         "negated": negated or None,
         "linearised": linearised,
-        "sha256": sha256,
+        "sha256": card.sha256,
     }
+
+
+def described(selection: Selection, file: Path, **more: Any) -> ExportedModel:
+    """Describe a selection for the card of a file that holds its weights; ``more`` fields of it."""
+    backbone, shares = selection.backbone, selection.shares
+    return ExportedModel(
+        members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
+        classes=selection.head.classes,
+        backbone=backbone.fingerprint.rpartition("@")[0],
+        architecture=backbone.architecture,
+        fingerprint=backbone.fingerprint,
+        preprocessing=backbone.preprocessing,
+        file=file.name,
+        sha256=file_sha256(file),
+        fedcompo_version=version("fedcompo"),
+        scale=selection.scale,
+        only=selection.only,
+        without=selection.without,
+        linearised=selection.pool.linearised,
+        **more,
+    )
 
 
 def negated(

@@ -28,6 +28,11 @@ USE_LINEARISED = """\
 from fedcompo import load_tangent_model
 
 model = load_tangent_model("path/to/this/folder")"""
+USE_ADAPTER = """\
+import timm
+from peft import PeftModel
+{loading}
+model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()"""
 SPECIAL = re.compile(
     r"""[\\`*{}\[\]()<>#+!|~&:@$=^"'/]"""  # means something somewhere in Markdown or HTML
     r"|(?<![a-zA-Z0-9])_"  # starts emphasis, but not after a letter or digit
@@ -62,8 +67,22 @@ class Member:
 
 
 @dataclass(frozen=True)
+class AdapterUse:
+    """What the card says of an adapter beside the model that it makes."""
+
+    loading: str
+    """Code that makes ``model``, the plain one with the backbone's weights."""
+    ranks: tuple[int, int]
+    """The smallest and the largest of a weight's change."""
+    error: float
+    """Of the adapter's change, relative to the composed one, by Frobenius' norm."""
+    worst: float
+    """The same of the weight where it is largest."""
+
+
+@dataclass(frozen=True)
 class ExportedModel:
-    """All that the card says of a composed model in a timm folder."""
+    """All that the card says of a composed model: in a timm folder, or as an adapter."""
 
     members: tuple[Member, ...]
     classes: tuple[str, ...]
@@ -75,8 +94,10 @@ class ExportedModel:
     fingerprint: str
     """Of the pre-trained weights."""
     preprocessing: Preprocessing
+    file: str
+    """Name of the file that holds the weights."""
     sha256: str
-    """Of the file ``model.safetensors``, hexadecimal."""
+    """Its SHA-256, hexadecimal."""
     fedcompo_version: str
     scale: float = 1.0
     """λ."""
@@ -90,34 +111,38 @@ class ExportedModel:
     """How often it was subtracted."""
     linearised: bool = False
     """Whether the members are tangents."""
+    adapter: AdapterUse | None = None
+    """Set if it is an adapter for PEFT."""
 
 
 def model_card(model: ExportedModel) -> str:
     """Return the Markdown text of a model card, with front matter as model hubs read it."""
     times = f"{model.negation_scale:g}"
-    library = "fedcompo" if model.linearised else "timm"
+    library = "fedcompo" if model.linearised else "peft" if model.adapter else "timm"
     tags = ["fedcompo", "image-classification", "task-arithmetic"]
+    tags += ["lora"] if model.adapter else []
     tags += [] if model.linearised else ["timm"]
+    noun = "A LoRA adapter" if model.adapter else "A model"
     files = (
         ("backbone", model.backbone),
         ("architecture", model.architecture),
         ("fingerprint of θ₀", model.fingerprint),
-        ("SHA-256 of model.safetensors", model.sha256),
+        (f"SHA-256 of {model.file}", model.sha256),
     )
     return f"""\
 {front_matter(library, tags)}
 
-# {"Negated copy of a model" if model.negated else "A model"} composed of \
+# {"Negated copy of a model" if model.negated else noun} composed of \
 {len(model.members)} client{"s" * (len(model.members) != 1)}
 {_warning(model.negated, times) if model.negated else ""}
 Each client fine-tuned the same pre-trained vision transformer θ₀ on its own images and gave the
 change, its task vector τ. {_formula(model)}
 The card says what is in it, not how accurate it is.
-
+{_nearness(model.adapter) if model.adapter else ""}
 ## Use
 
 ```python
-{USE_LINEARISED if model.linearised else USE}
+{_use(model)}
 logits = model(images)
 ```
 
@@ -193,6 +218,28 @@ def _warning(client: str, times: str) -> str:
 > forgetting ([Ilharco et al., ICLR 2023](https://arxiv.org/abs/2212.04089)). It proves no removal,
 > and must never go into a registry.
 """
+
+
+def _nearness(adapter: AdapterUse) -> str:
+    """Say how far an adapter is from the composed change."""
+    least, most = adapter.ranks
+    how = (
+        f"cut to this rank: its error is {adapter.error:.3g} in all and at most "
+        f"{adapter.worst:.3g}\nin one weight, relative to the change by Frobenius' norm"
+        if adapter.error
+        else "the composed change itself, to float32's rounding"
+    )
+    return f"""
+It is LoRA of rank {least if least == most else f"{least} to {most}"}, {how}.
+It goes onto the plain timm model with the weights of the backbone named below, and none other;
+it brings its head along.
+"""
+
+
+def _use(model: ExportedModel) -> str:
+    if model.adapter:
+        return USE_ADAPTER.format(loading=model.adapter.loading)
+    return USE_LINEARISED if model.linearised else USE
 
 
 def _formula(model: ExportedModel) -> str:

@@ -48,6 +48,14 @@ class Selection:
     without: tuple[str, ...] = ()
 
     @property
+    def multipliers(self) -> dict[str, float]:
+        r"""What each task vector counts in the sum, :math:`\lambda' m_c`, by client."""
+        times = self.coefficients or {
+            c.client: self.settings.times(c.num_examples) for c in self.pool
+        }
+        return {client: self.factor * count for client, count in times.items()}
+
+    @property
     def shares(self) -> dict[str, float]:
         """Coefficients w by client; they sum to one."""
         if self.coefficients is not None:

@@ -42,6 +42,7 @@ MODEL = ExportedModel(
     architecture="vit_tiny_patch16_224",
     fingerprint="embedded@1234",
     preprocessing=GREY,
+    file=WEIGHTS,
     sha256="ab" * 32,
     fedcompo_version="1.2.3",
     scale=0.75,
