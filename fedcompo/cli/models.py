@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcompo.cli.common import (
-    Choice,
     JsonOption,
     RegistryOption,
+    RuledChoice,
+    RuleOption,
     ScaleOption,
     VerboseOption,
     WeightsOption,
@@ -39,7 +40,7 @@ DataOption = Annotated[
 ]
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def compose(
     folders: Annotated[
         list[Path] | None,
@@ -48,7 +49,7 @@ def compose(
     *,
     output: OutputOption,
     registry: RegistryOption = None,
-    choice: Choice,
+    choice: RuledChoice,
     checkpoint: Annotated[
         str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
     ] = "",
@@ -86,6 +87,7 @@ def specialise(
     registry: RegistryOption = None,
     weights: WeightsOption = None,
     scale: ScaleOption = None,
+    rule: RuleOption = "",
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -99,17 +101,18 @@ def specialise(
         only=clients,
         weights=weights,
         scale=scale,
+        rule=rule,
         as_json=as_json,
         verbose=verbose,
     )
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def evaluate(
     *,
     data: DataOption = None,
     registry: RegistryOption = None,
-    choice: Choice,
+    choice: RuledChoice,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
