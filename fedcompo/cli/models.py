@@ -177,7 +177,7 @@ def negate(
         _report(publish(output, selection, weights, negated=client, strength=strength), as_json)
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def export(
     *,
     output: OutputOption,
@@ -193,7 +193,7 @@ def export(
         int | None,
         typer.Option(min=1, help="Largest rank of the adapter; default: whatever is exact."),
     ] = None,
-    choice: Choice,
+    choice: RuledChoice,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -205,7 +205,7 @@ def export(
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         chosen = choice.parsed()
-        if client is not None and choice != Choice():
+        if client is not None and choice != RuledChoice():
             raise ConfigError("`--client` takes one client as it is; to compose, use `--only`.")
         if rank is not None and not adapter and client is None:
             raise ConfigError("`--rank` goes with `--adapter` or `--client`.")

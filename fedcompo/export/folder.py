@@ -93,6 +93,7 @@ def described(selection: Selection, file: Path, **more: Any) -> ExportedModel:
         only=selection.only,
         without=selection.without,
         linearised=selection.pool.linearised,
+        origin=backbone.origin,
         **more,
     )
 

@@ -1,7 +1,7 @@
 """Writes the README of an exported model: what it is made of, and what it is not made for.
 
 Names of clients and classes come from outside and are shown literally, whatever they hold. The
-front matter, which machines read, consists of fixed words.
+front matter, which machines read, has fixed words and names of the hub.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
+from fedcompo.export.example import CONFIGURED, example
+from fedcompo.export.hub_metadata import front_matter, license_text
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
 from fedcompo.names import printable
@@ -20,19 +23,12 @@ from fedcompo.registry.removal import influence
 MOST_CLASSES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
-USE = """\
-import timm
-
-model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()"""
+USE = """
+model = timm.create_model("local-dir:.", pretrained=True).eval()"""
 USE_LINEARISED = """\
 from fedcompo import load_tangent_model
 
-model = load_tangent_model("path/to/this/folder")"""
-USE_ADAPTER = """\
-import timm
-from peft import PeftModel
-{loading}
-model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()"""
+model = load_tangent_model(".")"""
 SPECIAL = re.compile(
     r"""[\\`*{}\[\]()<>#+!|~&:@$=^"'/]"""  # means something somewhere in Markdown or HTML
     r"|(?<![a-zA-Z0-9])_"  # starts emphasis, but not after a letter or digit
@@ -70,8 +66,8 @@ class Member:
 class AdapterUse:
     """What the card says of an adapter beside the model that it makes."""
 
-    loading: str
-    """Code that makes ``model``, the plain one with the backbone's weights."""
+    example: str
+    """See :func:`~fedcompo.export.example.example`."""
     ranks: tuple[int, int]
     """The smallest and the largest of a weight's change."""
     error: float
@@ -111,6 +107,8 @@ class ExportedModel:
     """How often it was subtracted."""
     linearised: bool = False
     """Whether the members are tangents."""
+    origin: Origin = Origin()
+    """Of the pre-trained weights."""
     adapter: AdapterUse | None = None
     """Set if it is an adapter for PEFT."""
 
@@ -119,10 +117,17 @@ def model_card(model: ExportedModel) -> str:
     """Return the Markdown text of a model card, with front matter as model hubs read it."""
     times = f"{model.negation_scale:g}"
     library = "fedcompo" if model.linearised else "peft" if model.adapter else "timm"
-    tags = ["fedcompo", "image-classification", "task-arithmetic"]
-    tags += ["lora"] if model.adapter else []
-    tags += [] if model.linearised else ["timm"]
     noun = "A LoRA adapter" if model.adapter else "A model"
+    several = len(model.members) + bool(model.negated) > 1
+    tags = {library, "task-arithmetic", *(["merge"] if several else [])}
+    front = front_matter(
+        library,
+        tags | ({"lora", "timm"} if model.adapter else set()),
+        backbone=model.backbone,
+        origin=model.origin,
+        relation="adapter" if model.adapter else "merge" if several else "finetune",
+        modality=model.preprocessing.modality,
+    )
     files = (
         ("backbone", model.backbone),
         ("architecture", model.architecture),
@@ -130,7 +135,7 @@ def model_card(model: ExportedModel) -> str:
         (f"SHA-256 of {model.file}", model.sha256),
     )
     return f"""\
-{front_matter(library, tags)}
+{front}
 
 # {"Negated copy of a model" if model.negated else noun} composed of \
 {len(model.members)} client{"s" * (len(model.members) != 1)}
@@ -141,12 +146,7 @@ The card says what is in it, not how accurate it is.
 {_nearness(model.adapter) if model.adapter else ""}
 ## Use
 
-```python
 {_use(model)}
-logits = model(images)
-```
-
-{preprocessing_text(model.preprocessing)}
 
 {class_table(model.classes)}
 
@@ -168,6 +168,8 @@ By the data of how many other clients the training of each member was shaped:
 
 {table(("what", "value"), ((what, escaped(value)) for what, value in files))}
 
+{license_text(model.backbone, model.origin)}
+
 Composed with fedcompo {escaped(model.fedcompo_version)}.
 """
 
@@ -183,30 +185,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def front_matter(library: str, tags: Iterable[str]) -> str:
-    """Return what model hubs read, as YAML; for fixed words only."""
-    lines = [f"library_name: {library}", "pipeline_tag: image-classification", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
-
-
 def class_table(classes: Sequence[str]) -> str:
     """Return a table of logits and classes, cut where it gets too long to read."""
     rows = [(i, escaped(name)) for i, name in enumerate(classes[:MOST_CLASSES])]
     more = len(classes) - len(rows)
     return table(("logit", "class"), rows) + (f"\n\n… and {more} more." if more else "")
-
-
-def preprocessing_text(seen: Preprocessing) -> str:
-    """Return what a model's images must be like."""
-    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (seen.mean, seen.std))
-    height, width = seen.shape[1:]
-    return (
-        f"`images` are {'grey' if seen.channels == 1 else 'RGB'}, "
-        f"(batch, {seen.channels}, {height}, {width}), resized and cropped\nas timm's "
-        f"`create_transform` does ({seen.interpolation}, crop_mode {seen.crop_mode}, crop_pct "
-        f"{seen.crop_fraction:.4g}); values are in [0, 1], less {mean}, divided by {std}."
-        + ("\nThe clients' pictures had slightly other roundings." if seen.rule == 1 else "")
-    )
 
 
 def _warning(client: str, times: str) -> str:
@@ -224,22 +207,22 @@ def _nearness(adapter: AdapterUse) -> str:
     """Say how far an adapter is from the composed change."""
     least, most = adapter.ranks
     how = (
-        f"cut to this rank: its error is {adapter.error:.3g} in all and at most "
-        f"{adapter.worst:.3g}\nin one weight, relative to the change by Frobenius' norm"
+        f"cut to this rank: relative to the change, its error is\n{adapter.error:.3g} in all and "
+        f"at most {adapter.worst:.3g} in one weight, by Frobenius' norm"
         if adapter.error
         else "the composed change itself, to float32's rounding"
     )
     return f"""
 It is LoRA of rank {least if least == most else f"{least} to {most}"}, {how}.
-It goes onto the plain timm model with the weights of the backbone named below, and none other;
-it brings its head along.
+It goes onto the plain timm model with the weights of the backbone named below, and none other.
+It brings its head along.
 """
 
 
 def _use(model: ExportedModel) -> str:
     if model.adapter:
-        return USE_ADAPTER.format(loading=model.adapter.loading)
-    return USE_LINEARISED if model.linearised else USE
+        return model.adapter.example
+    return example(USE_LINEARISED if model.linearised else USE, model.preprocessing, CONFIGURED)
 
 
 def _formula(model: ExportedModel) -> str:
@@ -247,7 +230,7 @@ def _formula(model: ExportedModel) -> str:
     change = "λ Σ w τ" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
     if not model.linearised:
         return f"""\
-This model is θ₀ + {change}
+{"With this adapter the" if model.adapter else "This"} model is θ₀ + {change}
 ([Porrello et al., ICLR 2025](https://arxiv.org/abs/2405.16350))."""
     return f"""\
 This model is linearised at θ₀: with J the

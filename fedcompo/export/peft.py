@@ -28,10 +28,9 @@ import torch
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG, PREFIX
 from fedcompo.backbone.backbone import EMBEDDED, Backbone
-from fedcompo.backbone.preprocessing import Modality
-from fedcompo.backbone.source import LOCAL
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
+from fedcompo.export.example import example
 from fedcompo.export.folder import described
 from fedcompo.export.low_rank import Product, cut, joined
 from fedcompo.export.model_card import AdapterUse, model_card
@@ -39,6 +38,11 @@ from fedcompo.export.selection import Selection
 from fedcompo.method.deltas import rank_of
 from fedcompo.storage.files import BACKBONE, MODEL_CARD, write_atomically
 from fedcompo.storage.tensorstream import TensorWriter
+
+NAME_RANK = (
+    "Name the adapter's largest rank by `--rank`; it then says how far it is from the composed "
+    "change."
+)
 
 
 def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
     config = json.dumps(_config(backbone, {_layer(n): r for n, r in ranks.items()}), indent=2)
     write_atomically(folder / ADAPTER_CONFIG, f"{config}\n".encode())
     use = AdapterUse(
-        _loading(backbone, selection),
+        _example(backbone, len(selection.head.classes)),
         ranks=(min(ranks.values()), max(ranks.values())),
         error=errors["error"],
         worst=errors["worst"]["error"],
@@ -102,32 +106,38 @@ def _check_kinds(selection: Selection, rank: int | None) -> None:
             )
         if kind is not Kind.LORA and rank is None:
             raise ContributionError(
-                f"Client {member.client!r} is of kind {kind}, which has no factors to join. Name "
-                "the adapter's largest rank by `--rank`; it then says how far it is from the "
-                "composed change."
+                f"Client {member.client!r} is of kind {kind}, which has no factors to join. "
+                f"{NAME_RANK}"
             )
+    if rank is None and selection.multipliers is None:
+        raise ContributionError(
+            f"The rule {selection.settings.rule} makes no sum, so there are no factors to join. "
+            f"{NAME_RANK}"
+        )
+
+
+def _has_factors(selection: Selection) -> bool:
+    """Whether the change is a sum of products of two factors."""
+    kinds = {member.task_vector.kind for member in selection.pool}
+    return selection.multipliers is not None and kinds == {Kind.LORA}
 
 
 def _rank(selection: Selection, name: str, most: int | None) -> int:
     """Return the rank of a weight's change in the adapter."""
     bounds = [*selection.backbone.tensors.layout[name][1]]
     bounds += [] if most is None else [rank_of(name, most)]
-    vectors = [member.task_vector for member in selection.pool]
-    if all(vector.kind is Kind.LORA for vector in vectors):
-        bounds.append(sum(len(vector.tensors[f"{name}/A"]) for vector in vectors))
+    if _has_factors(selection):
+        bounds.append(sum(len(c.task_vector.tensors[f"{name}/A"]) for c in selection.pool))
     return min(bounds)
 
 
 def _product(selection: Selection, name: str, rank: int) -> Product:
-    """Compose the change of one weight; dense only if a client has no factors."""
-    terms = [(selection.multipliers[c.client], c.task_vector) for c in selection.pool]
-    if all(vector.kind is Kind.LORA for _, vector in terms):
-        return joined([(k, v.tensors[f"{name}/B"], v.tensors[f"{name}/A"]) for k, v in terms], rank)
-    weight = selection.backbone.tensors[name].double()
-    total = torch.zeros_like(weight)
-    for k, vector in terms:
-        total += k * vector.delta(name, weight)
-    return cut(total, rank)
+    """Compose the change of one weight; dense only if it has no factors."""
+    times = selection.multipliers
+    if times is None or not _has_factors(selection):
+        return cut(selection.change(name), rank)
+    tensors = [(times[c.client], c.task_vector.tensors) for c in selection.pool]
+    return joined([(k, own[f"{name}/B"], own[f"{name}/A"]) for k, own in tensors], rank)
 
 
 def _write(path: Path, selection: Selection, ranks: dict[str, int]) -> dict[str, Any]:
@@ -192,7 +202,7 @@ def _config(backbone: Backbone, ranks: dict[str, int]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": backbone.origin.hub or None,
         "target_modules": sorted(ranks),
         "modules_to_save": [backbone.classifier],
         "r": usual,
@@ -231,27 +241,25 @@ def _check_called(backbone: Backbone, layers: Iterable[str]) -> None:
         )
 
 
-def _loading(backbone: Backbone, selection: Selection) -> str:
-    """Code that makes the plain model with the backbone's weights."""
-    arguments = {"num_classes": len(selection.head.classes), **backbone.model_args}
+def _example(backbone: Backbone, classes: int) -> str:
+    """Write the example of the card."""
+    arguments = {"num_classes": classes, **backbone.model_args}
     listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    make = f"model = timm.create_model({backbone.architecture!r}, {listed})"
+    fill = "model.load_state_dict(weights, strict=False)  # the adapter brings the head"
     seen = backbone.preprocessing
-    if backbone.name == EMBEDDED:
-        return f"""\
-from fedcompo import RunConfig, load_backbone
-
-config = RunConfig.parse({{"image-size": {seen.image_size}, "channels": {seen.channels}}})
-backbone = load_backbone(config.backbone)
-model = timm.create_model({backbone.architecture!r}, {listed})
-model.load_state_dict(backbone.model.state_dict(), strict=False)  # the adapter brings the head"""
-    from_file = any(member.settings.get("checkpoint") for member in selection.pool)
-    if not (from_file or backbone.name.startswith(LOCAL)):
-        return f"""
-model = timm.create_model({backbone.name!r}, pretrained=True, {listed})"""
-    texts = "import fedcompo.backbone.text  # timm knows its models from here on\n"
-    return f"""\
-from safetensors.torch import load_file
-{texts if seen.modality == Modality.TEXTS else ""}
-model = timm.create_model({backbone.architecture!r}, {listed})
-weights = load_file("path/to/registry/{BACKBONE}")
-model.load_state_dict(weights, strict=False)  # the adapter brings the head"""
+    lines: tuple[str, ...]
+    if backbone.origin.hub:
+        lines = ("", f"model = timm.create_model({backbone.name!r}, pretrained=True, {listed})")
+    elif backbone.name == EMBEDDED:
+        settings = f'{{"image-size": {seen.image_size}, "channels": {seen.channels}}}'
+        config = f"config = RunConfig.parse({settings})"
+        weights = "weights = load_backbone(config.backbone).model.state_dict()"
+        lines = ("from fedcompo import RunConfig, load_backbone", "", config, weights, make, fill)
+    else:
+        weights = f'weights = load_file("{BACKBONE}")'
+        lines = ("from safetensors.torch import load_file", "", weights, make, fill)
+    adapt = 'model = PeftModel.from_pretrained(model, ".").eval()'
+    loading = "\n".join(("from peft import PeftModel", *lines, adapt))
+    beside = f"the registry's `{BACKBONE}`" if BACKBONE in loading else ""
+    return example(loading, seen, beside=beside)

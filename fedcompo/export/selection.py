@@ -14,7 +14,8 @@ from torch import Tensor
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.composition.head import head_of
-from fedcompo.composition.models import factor_of, stream_composition
+from fedcompo.composition.models import factor_of, stream_composition, times_of
+from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
@@ -48,12 +49,21 @@ class Selection:
     without: tuple[str, ...] = ()
 
     @property
-    def multipliers(self) -> dict[str, float]:
-        r"""What each task vector counts in the sum, :math:`\lambda' m_c`, by client."""
-        times = self.coefficients or {
-            c.client: self.settings.times(c.num_examples) for c in self.pool
-        }
-        return {client: self.factor * count for client, count in times.items()}
+    def multipliers(self) -> dict[str, float] | None:
+        r"""What each task vector counts in the change, :math:`\lambda' m_c`, by client.
+
+        None: the change is not a sum of them.
+        """
+        times = times_of(self.pool, self.settings, self.coefficients)
+        is_sum = self.settings.made_by.is_sum
+        return {c: self.factor * count for c, count in times.items()} if is_sum else None
+
+    def change(self, name: str) -> Tensor:
+        """Compose the change of one weight, (out, in), float64."""
+        times, rule = times_of(self.pool, self.settings, self.coefficients), self.settings.made_by
+        rule.check(self.pool.contributions, times)
+        weight = self.backbone.tensors[name]
+        return self.factor * rule.total(Changes(name, weight, self.pool.contributions, times))
 
     @property
     def shares(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shutil
 import warnings
 import zlib
 from dataclasses import replace
@@ -15,11 +15,13 @@ import torch
 from builders import dense_by_hand, normal, pixels, random_deltas
 from cli_runs import run, told
 from registry_builders import backbone, contents, member, registry_of, scale_by_hand, tangents
+from timm_folders import logits_as_printed
 from torch import Tensor
 
 from fedcompo.backbone.adapter import ADAPTER, PREFIX
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind
+from fedcompo.errors import ContributionError
 from fedcompo.export.low_rank import cut, joined
 from fedcompo.export.peft import export_peft
 from fedcompo.export.selection import Selection, from_registry
@@ -27,7 +29,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.files import MODEL_CARD
+from fedcompo.storage.files import BACKBONE, MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors
 
 IMAGES = pixels(5, 1, 8, seed=5)
@@ -36,13 +38,11 @@ BY_EXAMPLES = CompositionSettings(coefficients=Coefficients.EXAMPLES)
 
 def of_rank(client: str, rank: int, **given: Any) -> Contribution:
     """A LoRA client; its factors have this rank, three times that at qkv."""
-    made = member(client, **given)
     deltas = random_deltas(
         Kind.LORA, backbone().theta_0, seed=zlib.crc32(client.encode()) % 1000, rank=rank
     )
     vector = TaskVector.of(Kind.LORA, deltas, base=backbone().fingerprint)
-    settings = {**made.settings, "checkpoint": "/a/file"}  # the card then names the registry's copy
-    return replace(made, task_vector=vector, settings=settings)
+    return replace(member(client, **given), task_vector=vector)
 
 
 def loras() -> list[Contribution]:
@@ -107,7 +107,7 @@ def test_the_product_is_the_composed_change(registry, choice, clients, tmp_path)
     assert written["clients"] == list(clients)
 
 
-def adapted_logits(folder: Path, classes: int) -> Tensor:
+def adapted_logits(folder: Path, classes: int, images: Tensor = IMAGES) -> Tensor:
     """What PEFT makes of the plain timm model with the backbone's weights."""
     peft = pytest.importorskip("peft", reason="`pip install .[dev]` brings PEFT")
     model = timm.create_model(
@@ -117,7 +117,7 @@ def adapted_logits(folder: Path, classes: int) -> Tensor:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")  # PEFT warns of keys that are missing or unknown
         adapted = peft.PeftModel.from_pretrained(model, folder).eval()
-        return adapted(backbone().preprocessing.normalise(IMAGES))
+        return adapted(backbone().preprocessing.normalise(images))
 
 
 def logits_of(registry: Registry) -> Tensor:
@@ -136,7 +136,7 @@ def test_peft_gives_the_logits_of_the_registrys_model(registry, tmp_path):
     assert again["ranks"]["blocks.0.mlp.fc1.weight"] == 4
 
 
-def test_an_adapter_says_what_it_is_made_of_and_its_code_runs(registry, tmp_path):
+def test_an_adapter_says_what_it_is_made_of_and_its_code_runs(registry, tmp_path, monkeypatch):
     pytest.importorskip("peft", reason="`pip install .[dev]` brings PEFT")
     chosen = "--adapter", "--without", "ada", "--rank", "1", "-r", registry.path
     written = told("export", *chosen, "-o", tmp_path / "out")
@@ -148,11 +148,9 @@ def test_an_adapter_says_what_it_is_made_of_and_its_code_runs(registry, tmp_path
     for client, share in written["coefficients"].items():
         assert f"| {client} | lora | {share:.6g} |" in card
     assert written["sha256"] in card
-    scope = {"images": backbone().preprocessing.normalise(IMAGES)}
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    code = code.replace("path/to/registry", str(registry.path))
-    exec(code.replace("path/to/this/folder", str(tmp_path / "out")), scope)
-    assert torch.equal(scope["logits"], adapted_logits(tmp_path / "out", 3))
+    shutil.copy(registry.path / BACKBONE, tmp_path / "out")
+    logits, images = logits_as_printed(tmp_path / "out", backbone().preprocessing, monkeypatch)
+    assert torch.equal(logits, adapted_logits(tmp_path / "out", 3, images))
 
 
 def unlike_kinds() -> list[Contribution]:
@@ -178,6 +176,19 @@ def test_a_smaller_rank_is_the_nearest_one_and_the_error_is_told(make, rank, tmp
     assert written["error"] == pytest.approx((lost / squares) ** 0.5, rel=1e-5, abs=1e-9)
     assert written["worst"]["error"] == pytest.approx(worst, rel=1e-5, abs=1e-9)
     assert (written["error"] == 0) == (rank == 8)
+
+
+@pytest.mark.parametrize(("rule", "is_sum"), [("task-arithmetic", True), ("ties", False)])
+def test_an_adapter_of_a_rule_is_cut_of_its_change(registry, rule, is_sum, tmp_path):
+    selection = from_registry(registry, rule=rule)
+    if not is_sum:
+        with pytest.raises(ContributionError, match=r"The rule ties.* makes no sum.*`--rank`"):
+            export_peft(tmp_path / "out", selection)
+    written = export_peft(tmp_path / "out", selection, rank=None if is_sum else 8)
+    for name, theta in selection.stream():
+        found = backbone().theta_0[name].double() + product(tmp_path / "out", name)
+        torch.testing.assert_close(found, theta.double(), rtol=1e-6, atol=1e-6)
+    assert written["error"] == 0
 
 
 def test_kinds_without_factors_need_a_rank_and_tangents_have_none(tmp_path):
