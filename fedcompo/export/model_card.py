@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.composition.settings import MEAN
 from fedcompo.config.choices import Kind
 from fedcompo.export.example import CONFIGURED, example
 from fedcompo.export.hub_metadata import front_matter, license_text
@@ -21,6 +22,7 @@ from fedcompo.names import printable
 from fedcompo.registry.removal import influence
 
 MOST_CLASSES = 200
+MOST_LINES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
 USE = """
@@ -97,6 +99,8 @@ class ExportedModel:
     fedcompo_version: str
     scale: float = 1.0
     """λ."""
+    rule: str = MEAN
+    """Text of the rule of composition."""
     only: tuple[str, ...] = ()
     """Clients that were chosen by name; empty: all."""
     without: tuple[str, ...] = ()
@@ -111,6 +115,8 @@ class ExportedModel:
     """Of the pre-trained weights."""
     adapter: AdapterUse | None = None
     """Set if it is an adapter for PEFT."""
+    recipe: str = ""
+    """What `recipe.toml` holds; empty: there is none."""
 
 
 def model_card(model: ExportedModel) -> str:
@@ -156,6 +162,7 @@ The card says what is in it, not how accurate it is.
 
 {table(SHARE, map(_share, model.members))}
 
+{_recipe(model.recipe) if model.recipe else ""}
 ## Lineage
 
 By the data of how many other clients the training of each member was shaped:
@@ -227,7 +234,8 @@ def _use(model: ExportedModel) -> str:
 
 def _formula(model: ExportedModel) -> str:
     """Return the model's formula, and its source."""
-    change = "λ Σ w τ" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
+    total = "Σ w τ" if model.rule == MEAN else f"`{model.rule}`(w, τ)"
+    change = f"λ {total}" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
     if not model.linearised:
         return f"""\
 {"With this adapter the" if model.adapter else "This"} model is θ₀ + {change}
@@ -244,7 +252,25 @@ Jacobian of its logits there, they are f(x; θ₀) + J ({change})
 def _composition(model: ExportedModel) -> str:
     chosen = f"Only {_list(model.only)}." if model.only else ""
     left_out = f"Without {_list(model.without)}." if model.without else ""
-    return " ".join(filter(None, (chosen, left_out))) or "All clients."
+    whom = " ".join(filter(None, (chosen, left_out))) or "All clients."
+    return whom if model.rule == MEAN else f"{whom} By the rule `{model.rule}`."
+
+
+def _recipe(text: str) -> str:
+    """Show a recipe, cut where it gets too long to read; its texts are quoted, each on one line."""
+    lines = text.splitlines()
+    cut = ["", f"# … and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else []
+    shown = "\n".join(lines[:MOST_LINES] + cut)
+    return f"""\
+## Recipe
+
+Of the same contributions, this version of fedcompo makes the same bits again:
+`fedcompo compose --recipe recipe.toml`.
+
+```toml
+{shown}
+```
+"""
 
 
 def _share(m: Member) -> tuple[object, ...]:

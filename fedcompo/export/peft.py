@@ -34,7 +34,7 @@ from fedcompo.export.example import example
 from fedcompo.export.folder import described
 from fedcompo.export.low_rank import Product, cut, joined
 from fedcompo.export.model_card import AdapterUse, model_card
-from fedcompo.export.selection import Selection
+from fedcompo.export.selected import Selection
 from fedcompo.method.deltas import rank_of
 from fedcompo.storage.files import BACKBONE, MODEL_CARD, write_atomically
 from fedcompo.storage.tensorstream import TensorWriter
@@ -67,7 +67,9 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
     """
     backbone = selection.backbone.load()
     _check_kinds(selection, rank)
-    selection.pool.check_composable(selection.coefficients, base=backbone.fingerprint)
+    selection.pool.check_composable(
+        selection.coefficients, base=backbone.fingerprint, normalise=selection.recipe.normalise
+    )
     _check_called(backbone, map(_layer, backbone.theta_0))
     ranks = {name: _rank(selection, name, rank) for name in sorted(backbone.theta_0)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +88,7 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
         "clients": list(selection.pool.clients),
         "coefficients": selection.shares,
         "scale": selection.scale,
+        "rule": selection.settings.rule,
         "classes": list(selection.head.classes),
         "format": "peft",
         "ranks": ranks,
@@ -97,6 +100,10 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
 def _check_kinds(selection: Selection, rank: int | None) -> None:
     if rank is not None and rank < 1:
         raise ConfigError(f"`rank` must be a positive number, got {rank}.")
+    if selection.recipe.groups or selection.negated:
+        raise ContributionError(
+            "No adapter is made of a recipe with groups or a negated client. Compose a folder."
+        )
     for member in selection.pool:
         kind = member.task_vector.kind
         if kind is Kind.TANGENT:

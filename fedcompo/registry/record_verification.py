@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedcompo.composition.head import SHRINKAGE, joint_head
 from fedcompo.composition.models import times_of
+from fedcompo.composition.settings import MEAN
 from fedcompo.composition.totals import save_total, total_after
 from fedcompo.composition.version import terms_of, write_composed, write_ruled, write_sum
 from fedcompo.config.choices import Statistics
@@ -107,6 +108,7 @@ def _against_journal(
     derived = foreseen_influence(earlier, record.client, tuple(members))
     yield compared("the lineage statement follows from the lineages", record.influence, derived)
     yield compared("the caps are the registry's", record.caps, registry.settings.caps)
+    yield compared("the rule is the registry's", record.rule or MEAN, registry.settings.rule)
     claim = "whether the sum was taken anew is as the journal says"
     yield compared(claim, record.recomposed, "rounded" in entry.details)
 

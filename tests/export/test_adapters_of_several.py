@@ -24,7 +24,8 @@ from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.errors import ContributionError
 from fedcompo.export.low_rank import cut, joined
 from fedcompo.export.peft import export_peft
-from fedcompo.export.selection import Selection, from_registry
+from fedcompo.export.selected import Selection
+from fedcompo.export.selection import from_registry
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector

@@ -38,7 +38,8 @@ from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.export.peft import export_peft
-from fedcompo.export.selection import Selection
+from fedcompo.export.recipe import MEMBERS
+from fedcompo.export.selected import Selection
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import LoRA
 from fedcompo.method.pool import Pool
@@ -104,6 +105,7 @@ def exported(folder: Path, backbone: Backbone, *clients: Contribution, **given: 
             CompositionSettings(scale=1.0),
             clients[0].head,
             1 / len(clients),
+            MEMBERS,
         )
         return export_peft(folder, replace(selection, **given), rank=rank)
 
