@@ -217,13 +217,9 @@ def _compose_survivors(
     )
     terms = terms_of(pool, settings)
     written = write_sum(folder / SUM, backbone, terms, count=state.count)
-    squared, rule = written.squared_norm, settings.made_by
-    if not rule.is_sum:
-        if rule.needs:
-            pool = registry.pool(with_fisher=True).only(*record.survivors)
-        squared = write_ruled(
-            folder, backbone, settings, pool.contributions, times_of(pool, settings)
-        )
+    squared, members, times = written.squared_norm, pool.contributions, times_of(pool, settings)
+    if not settings.made_by.is_sum:
+        squared = write_ruled(folder, backbone, settings, members, times)
     state = replace(state, factor=expected_factor(state, squared))
     if settings.statistics is Statistics.SUMS:
         save_total(folder / TOTALS, total_after(None, pool, (), settings))
