@@ -1,6 +1,8 @@
-"""Where pre-trained weights came from and their license, as far as a hub or timm says so.
+"""Where pre-trained weights came from, and their license, as far as timm knows it.
 
-What is not known stays empty: a file may hold any weights, whatever its architecture is called.
+What is not known stays empty. A file may hold any weights, whatever its architecture is called. The
+license in a folder that timm wrote is that of timm's own weights of the architecture, also when
+the folder's are others: it counts in timm's own repositories alone.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class Origin:
     hub: str = ""
     """Repository they were loaded from, such as ``timm/vit_base_patch16_224.augreg_in21k``."""
     license: str = ""
-    """Identifier of their license, as their configuration gives it."""
+    """Identifier of their license, as timm gives it."""
 
     @classmethod
     def of(cls, cfg: Mapping[str, Any], *, from_hub: bool) -> Origin:
@@ -33,9 +35,10 @@ class Origin:
             from_hub: Whether they are the hub's, not those of a local folder.
         """
         hub = str(cfg.get("hf_hub_id") or "").partition("@")[0] if from_hub else ""
-        named = str(cfg.get("license") or "").lower()
+        hub = hub if REPOSITORY.fullmatch(hub) else ""
+        named = str(cfg.get("license") or "").lower() if hub.startswith("timm/") else ""
         known = LICENSE.fullmatch(named) and named != "unknown"
-        return cls(hub if REPOSITORY.fullmatch(hub) else "", named if known else "")
+        return cls(hub, named if known else "")
 
     @classmethod
     def parse(cls, values: object) -> Origin:

@@ -162,11 +162,11 @@ def test_the_front_matter_is_yaml_as_hubs_read_it():
             },
         ),
         (
-            {"origin": Origin("org/y", "dinov3-license"), "members": MEMBERS[:1]},
+            {"origin": Origin("timm/y", "dinov3-license"), "members": MEMBERS[:1]},
             {
                 "license": "other",
                 "license_name": "dinov3-license",
-                "base_model": "org/y",
+                "base_model": "timm/y",
                 "base_model_relation": "finetune",
             },
         ),
@@ -188,9 +188,11 @@ def test_lineage_and_license_are_the_hubs_names_or_left_out(changes, expected):
 
 
 def test_what_is_no_name_of_the_hub_is_not_repeated():
-    cfg = {"hf_hub_id": "org/name@v1", "license": "Apache-2.0"}
-    assert Origin.of(cfg, from_hub=True) == Origin("org/name", "apache-2.0")
-    assert Origin.of(cfg, from_hub=False) == Origin("", "apache-2.0")
+    cfg = {"hf_hub_id": "timm/name@v1", "license": "Apache-2.0"}
+    assert Origin.of(cfg, from_hub=True) == Origin("timm/name", "apache-2.0")
+    assert Origin.of(cfg, from_hub=False) == Origin()
+    # timm writes the license of its own weights into every folder of the architecture.
+    assert Origin.of({**cfg, "hf_hub_id": "org/name"}, from_hub=True) == Origin("org/name")
     for hub, license in (
         ("/home/eve", "ask eve: 555"),
         ("a b/c", "unknown"),

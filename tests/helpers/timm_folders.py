@@ -30,10 +30,10 @@ ARGS = {
 }
 
 
-def write_folder(folder: Path) -> Path:
+def write_folder(folder: Path, **arguments: Any) -> Path:
     """A model unlike any of timm's own, written by timm."""
     torch.manual_seed(0)
-    model = timm.create_model(TINY, num_classes=3, **ARGS)
+    model = timm.create_model(TINY, num_classes=3, **{**ARGS, **arguments})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     timm.models.save_for_hf(model, folder, safe_serialization=True)
