@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +85,7 @@ def compose(
 
             tell("composing")
             written = publish(output, selection)
-        _report(written, as_json)
+        report(written, as_json)
 
 
 def specialise(
@@ -177,91 +176,23 @@ def negate(
         recipe = Recipe(negated=Negation(client, strength=strength))
         selection = from_registry(opened, recipe=recipe)
         tell("composing")
-        _report(publish(output, selection), as_json)
+        report(publish(output, selection), as_json)
 
 
-@with_options("choice", RuledChoice)
-def export(
-    *,
-    output: OutputOption,
-    registry: RegistryOption = None,
-    client: Annotated[
-        str | None,
-        typer.Option(help="One client, with its own head, as an adapter that PEFT loads."),
-    ] = None,
-    adapter: Annotated[
-        bool, typer.Option("--adapter", help="Write one LoRA adapter that PEFT loads.")
-    ] = False,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="Largest rank of the adapter; default: whatever is exact."),
-    ] = None,
-    choice: RuledChoice,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Export the composed model for timm, or as one LoRA adapter for PEFT.
-
-    An adapter joins the factors of the members: it makes the composed model, to rounding. --rank
-    cuts it, and tells the error; members without factors (full, ia3) need it. It is three times as
-    large for a fused qkv, as in training.
-    """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        chosen = choice.parsed()
-        if client is not None and choice != RuledChoice():
-            raise ConfigError("`--client` takes one client as it is; to compose, use `--only`.")
-        if rank is not None and not adapter and client is None:
-            raise ConfigError("`--rank` goes with `--adapter` or `--client`.")
-        opened = open_registry(registry)
-        if client is not None:
-            opened.member(client)  # refuses at once who is not there
-            chosen |= {"only": (client,), "weights": {client: 1.0}, "scale": 1.0, "rule": MEAN}
-        from fedcompo.export.folder import publish
-        from fedcompo.export.selection import from_registry, new_folder
-
-        selection = from_registry(opened, **chosen)
-        if client is not None:
-            selection = replace(selection, head=opened.contribution(client).head)
-        tell("writing")
-        if client is None and not adapter:
-            _report(publish(output, selection), as_json)
-            return
-        from fedcompo.export.peft import export_peft
-
-        with new_folder(output) as folder:
-            written = export_peft(folder, selection, rank=rank)
-        written |= {"output": str(output.absolute()), "client": client}
-        _report_adapter(written, as_json)
-
-
-def _report_adapter(written: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(written)
-        return
-    _say_members(written)
-    ranks, worst = sorted({*written["ranks"].values()}), written["worst"]
-    spread = " to ".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
-    say(f"LoRA adapter for PEFT, of rank {spread}: {written['output']}")
-    say(
-        f"Error, relative to the composed change: {written['error']:.3g} in all; "
-        f"{worst['error']:.3g} at most, in {worst['weight']}."
-        if worst["error"]
-        else "It is the composed change, to float32's rounding."
-    )
-
-
-def _say_members(written: Mapping[str, Any]) -> None:
+def say_members(written: Mapping[str, Any]) -> None:
+    """Say whom it was composed of, and how."""
     clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
     say(f"Composed of {clients}; {len(written['classes'])} classes.")
     if written["rule"] != MEAN:
         say(f"By the rule {written['rule']}, λ = {written['scale']:.4g}.")
 
 
-def _report(written: Mapping[str, Any], as_json: bool) -> None:
+def report(written: Mapping[str, Any], as_json: bool) -> None:
+    """Say what was written, and how it is loaded."""
     if as_json:
         print_json(written)
         return
-    _say_members(written)
+    say_members(written)
     if written["negated"]:
         say(f"A negated copy: {written['negated']} was subtracted. See its README.md.")
     folder = written["output"]

@@ -65,20 +65,6 @@ class Member:
 
 
 @dataclass(frozen=True)
-class AdapterUse:
-    """What the card says of an adapter beside the model that it makes."""
-
-    example: str
-    """See :func:`~fedcompo.export.example.example`."""
-    ranks: tuple[int, int]
-    """The smallest and the largest of a weight's change."""
-    error: float
-    """Of the adapter's change, relative to the composed one, by Frobenius' norm."""
-    worst: float
-    """The same of the weight where it is largest."""
-
-
-@dataclass(frozen=True)
 class ExportedModel:
     """All that the card says of a composed model: in a timm folder, or as an adapter."""
 
@@ -113,8 +99,8 @@ class ExportedModel:
     """Whether the members are tangents."""
     origin: Origin = Origin()
     """Of the pre-trained weights."""
-    adapter: AdapterUse | None = None
-    """Set if it is an adapter for PEFT."""
+    adapter: str = ""
+    """Section on the use of an adapter; empty: it is a model in a folder."""
     recipe: str = ""
     """What `recipe.toml` holds; empty: there is none."""
 
@@ -124,6 +110,7 @@ def model_card(model: ExportedModel) -> str:
     times = f"{model.negation_scale:g}"
     library = "fedcompo" if model.linearised else "peft" if model.adapter else "timm"
     noun = "A LoRA adapter" if model.adapter else "A model"
+    loading = USE_LINEARISED if model.linearised else USE
     several = len(model.members) + bool(model.negated) > 1
     tags = {library, "task-arithmetic", *(["merge"] if several else [])}
     front = front_matter(
@@ -149,10 +136,10 @@ def model_card(model: ExportedModel) -> str:
 Each client fine-tuned the same pre-trained vision transformer θ₀ on its own images and gave the
 change, its task vector τ. {_formula(model)}
 The card says what is in it, not how accurate it is.
-{_nearness(model.adapter) if model.adapter else ""}
+
 ## Use
 
-{_use(model)}
+{model.adapter or example(loading, model.preprocessing, CONFIGURED)}
 
 {class_table(model.classes)}
 
@@ -208,28 +195,6 @@ def _warning(client: str, times: str) -> str:
 > forgetting ([Ilharco et al., ICLR 2023](https://arxiv.org/abs/2212.04089)). It proves no removal,
 > and must never go into a registry.
 """
-
-
-def _nearness(adapter: AdapterUse) -> str:
-    """Say how far an adapter is from the composed change."""
-    least, most = adapter.ranks
-    how = (
-        f"cut to this rank: relative to the change, its error is\n{adapter.error:.3g} in all and "
-        f"at most {adapter.worst:.3g} in one weight, by Frobenius' norm"
-        if adapter.error
-        else "the composed change itself, to float32's rounding"
-    )
-    return f"""
-It is LoRA of rank {least if least == most else f"{least} to {most}"}, {how}.
-It goes onto the plain timm model with the weights of the backbone named below, and none other.
-It brings its head along.
-"""
-
-
-def _use(model: ExportedModel) -> str:
-    if model.adapter:
-        return model.adapter.example
-    return example(USE_LINEARISED if model.linearised else USE, model.preprocessing, CONFIGURED)
 
 
 def _formula(model: ExportedModel) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.export.example import example
 from fedcompo.export.folder import described
 from fedcompo.export.low_rank import Product, cut, joined
-from fedcompo.export.model_card import AdapterUse, model_card
+from fedcompo.export.model_card import model_card
 from fedcompo.export.selected import Selection
 from fedcompo.method.deltas import rank_of
 from fedcompo.storage.files import BACKBONE, MODEL_CARD, write_atomically
@@ -76,12 +76,7 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
     errors = _write(folder / ADAPTER, selection, ranks)
     config = json.dumps(_config(backbone, {_layer(n): r for n, r in ranks.items()}), indent=2)
     write_atomically(folder / ADAPTER_CONFIG, f"{config}\n".encode())
-    use = AdapterUse(
-        _example(backbone, len(selection.head.classes)),
-        ranks=(min(ranks.values()), max(ranks.values())),
-        error=errors["error"],
-        worst=errors["worst"]["error"],
-    )
+    use = f"{_nearness(ranks, errors)}\n{_example(backbone, len(selection.head.classes))}"
     card = described(selection, folder / ADAPTER, adapter=use)
     write_atomically(folder / MODEL_CARD, model_card(card).encode())
     return {
@@ -246,6 +241,23 @@ def _check_called(backbone: Backbone, layers: Iterable[str]) -> None:
             f"layer, so PEFT would change nothing there ({len(idle)} such layers). Export a timm "
             "folder instead, without `--adapter`."
         )
+
+
+def _nearness(ranks: Mapping[str, int], errors: Mapping[str, Any]) -> str:
+    """Say how far the adapter is from the composed change."""
+    least, most = min(ranks.values()), max(ranks.values())
+    how = (
+        "cut to this rank: relative to the change, its error is\n"
+        f"{errors['error']:.3g} in all and at most {errors['worst']['error']:.3g} in one weight, "
+        "by Frobenius' norm"
+        if errors["error"]
+        else "the composed change itself, to float32's rounding"
+    )
+    return f"""\
+The adapter is LoRA of rank {least if least == most else f"{least} to {most}"}, {how}.
+It goes onto the plain timm model with the weights of the backbone named below, and none other.
+It brings its head along.
+"""
 
 
 def _example(backbone: Backbone, classes: int) -> str:

@@ -143,7 +143,7 @@ def test_an_adapter_says_what_it_is_made_of_and_its_code_runs(registry, tmp_path
     written = told("export", *chosen, "-o", tmp_path / "out")
     card = (tmp_path / "out" / MODEL_CARD).read_text(encoding="utf-8")
     assert "# A LoRA adapter composed of 2 clients" in card
-    assert "It is LoRA of rank 1 to 3, cut to this rank" in card
+    assert "The adapter is LoRA of rank 1 to 3, cut to this rank" in card
     assert f"{written['error']:.3g} in all and at most {written['worst']['error']:.3g}" in card
     assert f"Without ada. λ = {written['scale']:g}." in card
     for client, share in written["coefficients"].items():
