@@ -55,3 +55,4 @@ def push(
     say(f"The card states {f'the license {sent.license}' if sent.license else 'no license'}.")
     if told:
         say(f"Address: {told['address']}")
+        say(f"Its card says how to use it, in a folder: hf download {repo} --local-dir DIR")

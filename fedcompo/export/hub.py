@@ -19,7 +19,7 @@ from fedcompo.errors import ConfigError, FileFormatError, ServiceError
 from fedcompo.names import printable
 from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
-from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS
 from fedcompo.storage.manifest import require_content
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
@@ -28,7 +28,6 @@ NEEDED = {
     "peft-adapter": (ADAPTER, ADAPTER_CONFIG, MODEL_CARD),
 }
 """Files of a folder, by the content of the first."""
-RECIPE = "recipe.toml"
 REFUSALS = {
     401: "The token is not valid there. `hf auth login` saves a new one.",
     403: "The token may not write there; it needs the role `write`, and you a right to {owner}.",

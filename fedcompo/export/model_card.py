@@ -26,7 +26,7 @@ MOST_LINES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
 USE = """
-model = timm.create_model("local-dir:.", pretrained=True).eval()"""
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # or hf-hub:OWNER/NAME"""
 USE_LINEARISED = """\
 from fedcompo import load_tangent_model
 
