@@ -85,7 +85,7 @@ def compose(
 
             tell("composing")
             written = publish(output, selection)
-        _report(written, as_json)
+        report(written, as_json)
 
 
 def specialise(
@@ -176,51 +176,23 @@ def negate(
         recipe = Recipe(negated=Negation(client, strength=strength))
         selection = from_registry(opened, recipe=recipe)
         tell("composing")
-        _report(publish(output, selection), as_json)
+        report(publish(output, selection), as_json)
 
 
-def export(
-    output: OutputOption,
-    registry: RegistryOption = None,
-    client: Annotated[
-        str | None,
-        typer.Option(help="One LoRA client, as an adapter that PEFT loads; default: everyone."),
-    ] = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Export the composed model for timm, or one client's LoRA for PEFT."""
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        opened = open_registry(registry)
-        if client is not None:
-            opened.member(client)  # refuses at once who is not there
-        from fedcompo.export.folder import publish
-        from fedcompo.export.selection import from_registry, new_folder
-
-        if client is None:
-            selection = from_registry(opened)
-            tell("writing")
-            _report(publish(output, selection), as_json)
-            return
-        from fedcompo.export.peft import export_peft
-
-        contribution = opened.contribution(client)
-        with new_folder(output) as folder:
-            export_peft(folder, opened.backbone.load(), contribution)
-        if as_json:
-            print_json({"output": str(output.absolute()), "client": client, "format": "peft"})
-        else:
-            say(f"Adapter of {client} for PEFT: {output}")
-
-
-def _report(written: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(written)
-        return
+def say_members(written: Mapping[str, Any]) -> None:
+    """Say whom it was composed of, and how."""
     clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
     say(f"Composed of {clients}; {len(written['classes'])} classes.")
     if written["rule"] != MEAN:
         say(f"By the rule {written['rule']}, λ = {written['scale']:.4g}.")
+
+
+def report(written: Mapping[str, Any], as_json: bool) -> None:
+    """Say what was written, and how it is loaded."""
+    if as_json:
+        print_json(written)
+        return
+    say_members(written)
     if written["negated"]:
         say(f"A negated copy: {written['negated']} was subtracted. See its README.md.")
     folder = written["output"]

@@ -31,7 +31,7 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
     Raises:
         ConfigError: If something is at ``output`` already.
     """
-    backbone, shares, recipe = selection.backbone, selection.shares, selection.recipe
+    backbone, recipe = selection.backbone, selection.recipe
     linearised, negation = selection.pool.linearised, recipe.negated
     negated = "" if negation is None else negation.client
     text = recipe_text(selection.written)
@@ -46,36 +46,46 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
         )
         if linearised:  # load_tangent_model needs the pre-trained weights too
             shutil.copyfile(backbone.path, folder / BACKBONE)
-        sha256 = file_sha256(folder / WEIGHTS)
-        card = ExportedModel(
-            members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
-            classes=selection.head.classes,
-            backbone=backbone.fingerprint.rpartition("@")[0],
-            architecture=backbone.architecture,
-            fingerprint=backbone.fingerprint,
-            preprocessing=backbone.preprocessing,
-            sha256=sha256,
-            fedcompo_version=version("fedcompo"),
-            scale=selection.scale,
-            rule=selection.settings.rule,
-            only=selection.only,
-            without=selection.without,
+        card = described(
+            selection,
+            folder / WEIGHTS,
             negated=negated,
             negation_scale=1.0 if negation is None else negation.strength,
-            linearised=linearised,
             recipe=text,
-            origin=backbone.origin,
         )
         write_atomically(folder / RECIPE, text.encode())
         write_atomically(folder / MODEL_CARD, model_card(card).encode())
     return {
         "output": str(output.absolute()),
         "clients": list(selection.pool.clients),
-        "coefficients": shares,
+        "coefficients": selection.shares,
         "scale": selection.scale,
         "rule": selection.settings.rule,
         "classes": list(selection.head.classes),
         "negated": negated or None,
         "linearised": linearised,
-        "sha256": sha256,
+        "sha256": card.sha256,
     }
+
+
+def described(selection: Selection, file: Path, **more: Any) -> ExportedModel:
+    """Describe a selection for the card of a file that holds its weights; ``more`` fields of it."""
+    backbone, shares = selection.backbone, selection.shares
+    return ExportedModel(
+        members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
+        classes=selection.head.classes,
+        backbone=backbone.fingerprint.rpartition("@")[0],
+        architecture=backbone.architecture,
+        fingerprint=backbone.fingerprint,
+        preprocessing=backbone.preprocessing,
+        file=file.name,
+        sha256=file_sha256(file),
+        fedcompo_version=version("fedcompo"),
+        scale=selection.scale,
+        rule=selection.settings.rule,
+        only=selection.only,
+        without=selection.without,
+        linearised=selection.pool.linearised,
+        origin=backbone.origin,
+        **more,
+    )

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.backbone.stored import StoredBackbone
-from fedcompo.composition.models import stream_composition
+from fedcompo.composition.models import stream_composition, times_of
+from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.choices import Coefficients, Statistics
 from fedcompo.export.negation import negated
@@ -64,6 +65,23 @@ class Selection:
         if self.coefficients is not None:
             return self.factor
         return self.factor * sum(self.settings.times(c.num_examples) for c in self.pool)
+
+    @property
+    def multipliers(self) -> dict[str, float] | None:
+        r"""What each task vector counts in the change, :math:`\lambda' m_c`, by client.
+
+        None: the change is not a sum of them.
+        """
+        times = times_of(self.pool, self.settings, self.coefficients)
+        is_sum = self.settings.made_by.is_sum
+        return {c: self.factor * count for c, count in times.items()} if is_sum else None
+
+    def change(self, name: str) -> Tensor:
+        """Compose the change of one weight, (out, in), float64; of a recipe without groups."""
+        times, rule = times_of(self.pool, self.settings, self.coefficients), self.settings.made_by
+        rule.check(self.pool.contributions, times)
+        weight = self.backbone.tensors[name]
+        return self.factor * rule.total(Changes(name, weight, self.pool.contributions, times))
 
     @property
     def written(self) -> Recipe:

@@ -321,12 +321,17 @@ def test_a_negation_needs_a_positive_strength(home: Path) -> None:
 
 def test_a_lora_client_becomes_an_adapter(home: Path) -> None:
     out = run("export", "--client", "client-1", "-o", "peft").stdout
-    assert out == "Adapter of client-1 for PEFT: peft\n"
+    assert out == (
+        "Composed of client-1 × 1; 2 classes.\n"
+        f"LoRA adapter for PEFT, of rank 2 to 6: {home / 'peft'}\n"
+        "It is the composed change, to float32's rounding.\n"
+    )
     assert sorted(p.name for p in (home / "peft").iterdir()) == sorted(
         [ADAPTER, ADAPTER_CONFIG, MODEL_CARD]
     )
     found = told("export", "--client", "client-1", "-o", "again")
-    assert found == {"output": str(home / "again"), "client": "client-1", "format": "peft"}
+    expected = {"output": str(home / "again"), "client": "client-1", "format": "peft"}
+    assert found == found | expected | {"clients": ["client-1"], "scale": 1.0, "error": 0.0}
     assert contents(home / "again") == contents(home / "peft")
 
 
