@@ -53,7 +53,7 @@ class Asked:
             if recipe.negated is not None:
                 (negated,) = everyone.only(recipe.negated.client)
                 without = () if only or weights else (negated.client,)
-        some = tuple(only or (() if without else weights or ()))
+        some = tuple(only or (() if without else sorted(weights or ())))
         pool = (everyone.only(*some) if some else everyone).without(*without)
         free = recipe is not None and not recipe.normalise
         for own in (weights, *(group.weights for group in (recipe.groups if recipe else ()))):

@@ -54,7 +54,7 @@ def recipe_text(recipe: Recipe) -> str:
     """Return a recipe as TOML; what has its default is left out, but for the dtype."""
     lines = [*_scalars(recipe), *_pairs(recipe.settings)]
     for title in ("members", "fisher", "weights"):
-        table = getattr(recipe, title)
+        table = dict(sorted((getattr(recipe, title) or {}).items()))
         lines += ["", f"[{title}]", *_pairs(table)] if table else []
     for group in recipe.groups:
         lines += ["", "[[groups]]", *_scalars(group)]
