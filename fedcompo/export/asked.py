@@ -49,21 +49,20 @@ class Asked:
         """
         negated = None
         if recipe is not None:
-            only, weights = tuple(recipe.members), recipe.weights
+            only, without, weights = tuple(recipe.members), (), recipe.weights
             if recipe.negated is not None:
                 (negated,) = everyone.only(recipe.negated.client)
                 without = () if only or weights else (negated.client,)
-        pool = everyone
-        if only or (weights and not without):
-            pool = pool.only(*(only or weights or ()))
-        pool = pool.without(*without)
+        some = tuple(only or (() if without else weights or ()))
+        pool = (everyone.only(*some) if some else everyone).without(*without)
         free = recipe is not None and not recipe.normalise
         for own in (weights, *(group.weights for group in (recipe.groups if recipe else ()))):
             pool.check_composable(own, normalise=not free)
         if recipe is None:
             recipe = Recipe(weights=weights, scale=_checked(scale, len(pool)), rule=rule)
-        some = len(pool) + len(without) < len(everyone)
-        return cls(pool, recipe, tuple(only) if some else (), tuple(without), negated)
+        if len(pool) + len(without) == len(everyone):
+            some = ()
+        return cls(pool, recipe, some, tuple(without), negated)
 
     @property
     def everyone(self) -> Iterator[Contribution]:
@@ -108,7 +107,7 @@ class Asked:
             base: Fingerprint of the pre-trained weights.
             names: Of the target weights.
         """
-        self.recipe.check_sources(base, {c.client: c.tensors_sha256 for c in self.everyone})
+        self.recipe.check_sources(base, self.everyone)
         self.recipe.grouped(names)
 
     def selection(

@@ -25,7 +25,7 @@ pre-trained weights, :math:`\lambda'` in all digits (``factor``), and what the h
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -34,6 +34,8 @@ from typing import Any
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.setting import POSITIVE, Check, setting
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
+from fedcompo.method.contribution import Contribution
+from fedcompo.storage.files import CONTENT, FISHER
 
 MEMBERS, FROM_FILE = "members", "realigned:"
 """What a joint head is made of: the members' statistics, or a file of which the SHA-256 follows."""
@@ -93,6 +95,8 @@ class Recipe:
     those that are given; a cap of 0 is none."""
     members: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each contribution's tensors, by client; empty: of any."""
+    fisher: Mapping[str, str] = field(default_factory=dict)
+    """And of its Fisher, if the rule needs it."""
     weights: Mapping[str, float] | None = None
     """Coefficients by client; None: the registry's own."""
     groups: tuple[Group, ...] = ()
@@ -126,12 +130,12 @@ class Recipe:
         if not self.normalise and not given:
             yield "`normalise = false` is said of weights, and there are none."
 
-    def check_sources(self, base: str, digests: Mapping[str, str]) -> None:
+    def check_sources(self, base: str, members: Iterable[Contribution]) -> None:
         """Refuse other pre-trained weights or contributions than the recipe names.
 
         Args:
             base: Fingerprint of the pre-trained weights.
-            digests: SHA-256 of each contribution's tensors, by client.
+            members: Those who are composed, and who is subtracted.
 
         Raises:
             BackboneMismatch: If the fingerprint is another one.
@@ -142,16 +146,16 @@ class Recipe:
                 f"The recipe is for the backbone {self.backbone}, found is {base}. Compose it of "
                 "contributions to the recipe's backbone."
             )
-        wanted = dict(self.members)
-        if self.negated is not None:
-            wanted[self.negated.client] = self.negated.sha256
-        for client, digest in wanted.items():
-            if digest not in ("", digests.get(client, "")):
-                raise ContributionError(
-                    f"The contribution of client {client!r} has SHA-256 "
-                    f"{digests.get(client, '')}, the recipe names {digest}: it is another one. "
-                    "Bring the contribution that the recipe names, or take its SHA-256 out."
-                )
+        less = {} if self.negated is None else {self.negated.client: self.negated.sha256}
+        for own in members:
+            for file, named in ((CONTENT, {**self.members, **less}), (FISHER, self.fisher)):
+                wanted, found = named.get(own.client, ""), own.digests.get(file, "unknown")
+                if wanted not in ("", found):
+                    raise ContributionError(
+                        f"The tensors in {file} of client {own.client!r} have SHA-256 {found}, the "
+                        f"recipe names {wanted}: it is another contribution. Bring the one that "
+                        "the recipe names, or take its SHA-256 out."
+                    )
 
     def grouped(self, names: Collection[str]) -> list[tuple[Group, list[str]]]:
         """Return each group with the names of its weights.

@@ -51,9 +51,10 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return a recipe as TOML; what has its default is left out."""
+    """Return a recipe as TOML; what has its default is left out, but for the dtype."""
     lines = [*_scalars(recipe), *_pairs(recipe.settings)]
-    for title, table in (("members", recipe.members), ("weights", recipe.weights)):
+    for title in ("members", "fisher", "weights"):
+        table = getattr(recipe, title)
         lines += ["", f"[{title}]", *_pairs(table)] if table else []
     for group in recipe.groups:
         lines += ["", "[[groups]]", *_scalars(group)]
@@ -65,7 +66,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 def _recipe(table: Mapping[str, Any], faults: list[str]) -> Recipe:
     settings = {key: all_settings()[key] for key in OF_RUNS} | dict.fromkeys(CAPS, CAP)
-    tables = "members", "weights", "groups", "negated"
+    tables = "members", "fisher", "weights", "groups", "negated"
     given = _checked(table, _declared(Recipe) | settings, faults, apart=tables)
     members, groups = table.get("members"), table.get("groups", [])
     if isinstance(members, list) and all(isinstance(client, str) for client in members):
@@ -78,6 +79,7 @@ def _recipe(table: Mapping[str, Any], faults: list[str]) -> Recipe:
         **{key.replace("-", "_"): v for key, v in given.items() if key not in settings},
         settings={key: v for key, v in given.items() if key in settings},
         members=_by_client(members, DIGEST, "members", faults) or {},
+        fisher=_by_client(table.get("fisher"), DIGEST, "fisher", faults) or {},
         weights=_by_client(table.get("weights"), WEIGHT, "weights", faults),
         groups=tuple(_group(own, f"groups[{i}].", faults) for i, own in enumerate(groups)),
         negated=None if negated is None else _negation(negated, faults),
@@ -153,11 +155,8 @@ def _declared(kind: type) -> dict[str, Field[Any]]:
 
 def _scalars(value: Recipe | Group | Negation) -> Iterator[str]:
     """Write the single values that are given."""
-    declared = _declared(type(value)).items()
-    own = {
-        key: getattr(value, f.name) for key, f in declared if getattr(value, f.name) != f.default
-    }
-    return _pairs(own)
+    own = {key: (getattr(value, f.name), f.default) for key, f in _declared(type(value)).items()}
+    return _pairs({key: v for key, (v, default) in own.items() if v != default or key == "dtype"})
 
 
 def _pairs(table: Mapping[str, Any] | None) -> Iterator[str]:

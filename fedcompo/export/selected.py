@@ -16,11 +16,12 @@ from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.choices import Coefficients, Statistics
 from fedcompo.export.negation import negated
-from fedcompo.export.recipe import MEMBERS, Group, Recipe
+from fedcompo.export.recipe import MEMBERS, Group, Negation, Recipe
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.runtime import version
+from fedcompo.storage.files import CONTENT, FISHER
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,17 @@ class Selection:
             scale=0.0 if self.coefficients is None else used,
             head=self.made_of,
             settings={key: 0 if v == UNLIMITED else v for key, v in needed.items()},
-            members={c.client: c.tensors_sha256 for c in self.pool},
+            members=_digests(self.pool, CONTENT),
+            fisher=_digests(self.pool, FISHER) if settings.made_by.needs else {},
             groups=tuple(replace(group, scale=self._scale_of(group)) for group in recipe.groups),
-            negated=recipe.negated
-            and replace(recipe.negated, sha256=self.negated.tensors_sha256 if self.negated else ""),
+            negated=self._negation,
         )
+
+    @property
+    def _negation(self) -> Negation | None:
+        if self.negated is None or self.recipe.negated is None:
+            return None
+        return replace(self.recipe.negated, sha256=self.negated.digests.get(CONTENT, ""))
 
     def _scale_of(self, group: Group) -> float:
         """λ of a group's weights: its own, the recipe's, or as where the whole has such weights."""
@@ -151,3 +158,8 @@ class Selection:
             names=names,
             normalise=self.recipe.normalise,
         )
+
+
+def _digests(pool: Pool, file: str) -> dict[str, str]:
+    """SHA-256 of the tensors in a file of each member's, by client."""
+    return {member.client: member.digests.get(file, "") for member in pool}

@@ -228,7 +228,11 @@ def test_what_a_dtype_cannot_hold_is_refused(registry: Registry, tmp_path: Path)
         (Recipe(weights={"ada": 0.5, "zoe": 0.5}), ContributionError, "no client 'zoe'"),
         (Recipe(negated=Negation("zoe")), ContributionError, "no client 'zoe'"),
         (Recipe(members={"ada": "0" * 64}), ContributionError, f"the recipe names {'0' * 64}"),
-        (Recipe(negated=Negation("ada", "0" * 64)), ContributionError, "it is another one"),
+        (
+            Recipe(negated=Negation("ada", "0" * 64)),
+            ContributionError,
+            "it is another contribution",
+        ),
         (Recipe(backbone="e@1"), BackboneMismatch, "for the backbone e@1"),
         (Recipe(groups=(Group("Block*", 1.0),)), ConfigError, "fits no weight"),
         (Recipe(groups=(Group(FIRST, 1.0), Group("*", 1.0))), ConfigError, "two patterns"),
@@ -265,6 +269,23 @@ def test_a_recipe_for_something_else_is_refused_before_anything_is_composed(
     monkeypatch.setattr(module, "load_backbone", lambda config: backbone())
     with pytest.raises(error, match=reason), from_folders(folders(registry), recipe=recipe):
         pass
+
+
+def test_a_rule_that_reads_fishers_names_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [member(name, with_fisher=True) for name in ("ada", "ben")]
+    registry = registry_of(tmp_path / "r", *clients)
+    publish(tmp_path / "first", from_registry(registry, rule="fisher"))
+    again(registry, tmp_path / "first", monkeypatch)
+    recipe = read_recipe(tmp_path / "first" / RECIPE)
+    card = json.loads((folders(registry)[0] / "card.json").read_text())
+    assert recipe.fisher["ada"] == card["tensors_sha256"]["fisher.safetensors"]
+    other = replace(recipe, fisher={**recipe.fisher, "ben": recipe.fisher["ada"]})
+    with pytest.raises(
+        ContributionError, match=r"fisher\.safetensors of client 'ben' have SHA-256"
+    ):
+        from_registry(registry, recipe=other)
 
 
 def test_the_card_shows_the_recipe(registry: Registry, tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from registry_builders import member
 
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.export.recipe import Dtype, Group, Negation, Recipe
 from fedcompo.export.recipe_file import LARGEST, read_recipe, recipe_text
+from fedcompo.method.contribution import Contribution
+from fedcompo.storage.files import CONTENT, FISHER
 
 A, B = "a" * 64, "b" * 64
 FULL = Recipe(
@@ -23,6 +27,7 @@ FULL = Recipe(
     head=f"realigned:{A}",
     settings={"coefficients": "examples", "class-cap": 0, "client-cap": 7, "ridge": 1e-7},
     members={"ada": A, "hôpital b": ""},
+    fisher={"ada": B},
     weights={"ada": -1.5, "hôpital b": 1e22},
     groups=(
         Group("blocks.1?.*", 2.0, {"ada": 0.1 + 0.2, "hôpital b": 0.0}),
@@ -42,7 +47,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         text = recipe_text(recipe)
         assert read(tmp_path, text) == recipe
         assert all(c.isprintable() for line in text.splitlines() for c in line)
-    assert recipe_text(Recipe()).strip() == ""
+    assert recipe_text(Recipe()).strip() == 'dtype = "float32"'
 
 
 @given(
@@ -118,14 +123,30 @@ def test_all_faults_are_told_at_once_and_bytes_and_folders_are_no_recipe(tmp_pat
 
 
 def test_other_sources_than_it_names_are_refused_with_both_digests() -> None:
-    recipe = Recipe(backbone="e@1", members={"ada": A, "ben": ""}, negated=Negation("cho", B))
-    recipe.check_sources("e@1", {"ada": A, "ben": A, "cho": B, "dan": A})
-    Recipe().check_sources("e@2", {})
+    def made(client: str, content: str, fisher: str = A) -> Contribution:
+        return replace(member(client), digests={CONTENT: content, FISHER: fisher})
+
+    recipe = Recipe(
+        backbone="e@1",
+        members={"ada": A, "ben": ""},
+        fisher={"ben": A},
+        negated=Negation("cho", B),
+    )
+    right = [made("ada", A), made("ben", B), made("cho", B, B), made("dan", B)]
+    recipe.check_sources("e@1", right)
+    Recipe().check_sources("e@2", right)
     with pytest.raises(BackboneMismatch, match=r"for the backbone e@1, found is e@2"):
-        recipe.check_sources("e@2", {})
-    for client, right, wrong in (("ada", A, B), ("cho", B, A)):
-        with pytest.raises(ContributionError, match=f"{client!r} has SHA-256 {wrong}.*{right}"):
-            recipe.check_sources("e@1", {"ada": A, "cho": B, client: wrong})
+        recipe.check_sources("e@2", [])
+    for wrong, wanted, found in (
+        (made("ada", B), A, B),
+        (made("ben", A, B), A, B),
+        (made("cho", A), B, A),
+        (replace(made("ada", A), digests={}), A, "unknown"),
+    ):
+        with pytest.raises(
+            ContributionError, match=f"{wrong.client!r} have SHA-256 {found}.*{wanted}"
+        ):
+            recipe.check_sources("e@1", [wrong])
 
 
 def test_a_group_has_the_weights_that_fit_its_pattern() -> None:
