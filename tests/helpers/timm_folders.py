@@ -58,7 +58,7 @@ def logits_as_printed(
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "picture.png")
     card = (folder / MODEL_CARD).read_text(encoding="utf-8")
-    assert card.count("```python") == 1
+    assert card.count("```python\n") == 1
     monkeypatch.chdir(folder)
     scope: dict[str, Any] = {}
     exec(card.partition("```python\n")[2].partition("```")[0], scope)
