@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG
 from fedcompo.errors import ConfigError, FileFormatError, ServiceError
@@ -148,7 +148,7 @@ def _check_intact(folder: Path, content: str) -> str:
     try:
         json.loads(config.read_text(encoding="utf-8"))
         text = card.read_text(encoding="utf-8")
-        license = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.license
+        license = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.get("license")
     except (OSError, ValueError, AttributeError) as error:
         raise FileFormatError(
             f"{config.name} or {card.name} of {folder} cannot be read ({error}). Write the folder "
