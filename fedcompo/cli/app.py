@@ -14,10 +14,12 @@ from fedcompo.cli import models, registry, service
 from fedcompo.cli.audit import audit
 from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
+from fedcompo.cli.export import export
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
+from fedcompo.cli.push import push
 from fedcompo.cli.tables import print_removal
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig, all_settings
@@ -156,8 +158,9 @@ for command in (
     models.specialise,
     models.evaluate,
     models.negate,
-    models.export,
+    export,
     predict,
+    push,
     service.serve,
     service.publish,
     service.fetch,

@@ -280,11 +280,11 @@ def _head_of(
 
 def _settings(backbone: Backbone, found: FineTuned) -> dict[str, Scalar]:
     """What a run would have to be told to train on the same weights; nothing of the training."""
-    channels, _, size = backbone.preprocessing.shape
+    size = backbone.preprocessing.image_size
     return {
         "backbone": backbone.name,
-        "image-size": size,
-        "channels": channels,
+        "image-size": size if isinstance(size, int) else 0,  # one that is not square stays
+        "channels": backbone.preprocessing.channels,
         "target-weights": ",".join(backbone.theta_0),
         "kind": str(found.task_vector.kind),
         "statistics": str(Statistics.SUMS),
