@@ -162,6 +162,7 @@ def test_a_run_that_raises_is_a_failure_and_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.simulation
+@pytest.mark.slow  # each part is shown without the engine above, or by the runs before
 def test_a_run_without_results_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
