@@ -31,15 +31,15 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
     """Stand in `tmp_path`, and note what would be started instead of starting it."""
     calls: Started = []
 
-    def run_app(settings: dict[str, Any], **rest: Any) -> dict[str, Any]:
-        calls.append({"settings": settings, **rest})
-        rest["on_event"]({"event": "note", "text": "a note", "time": 0.0})
+    def run(self: launcher.Simulation, on_event: Callable[..., Any]) -> dict[str, Any]:
+        calls.append(vars(self))
+        on_event({"event": "note", "text": "a note", "time": 0.0})
         return {"accuracy": 0.5}
 
     report = ModuleType("fedcompo.report.results")
     report.print_results = lambda results, console: console.print(results)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fedcompo.report.results", report)
-    monkeypatch.setattr(launcher, "run_app", run_app)
+    monkeypatch.setattr(launcher.Simulation, "run", run)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -127,7 +127,7 @@ def test_a_scenario_that_is_not_there_is_a_sentence(started: Started) -> None:
 def test_errors_become_sentences_and_exit_codes(
     started: Started, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    monkeypatch.setattr(launcher, "run_app", failing(error))
+    monkeypatch.setattr(launcher.Simulation, "run", failing(error))
     result = runner.invoke(cli.app, ["simulate"])
     assert result.exit_code == code
     assert "Traceback" not in result.output
@@ -138,7 +138,7 @@ def test_errors_become_sentences_and_exit_codes(
 def test_verbose_shows_the_traceback_and_keeps_the_exit_code(
     started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "run_app", failing(LaunchError("no engine")))
+    monkeypatch.setattr(launcher.Simulation, "run", failing(LaunchError("no engine")))
     result = runner.invoke(cli.app, ["simulate", "--verbose"])
     assert result.exit_code == 1
     assert "Traceback (most recent call last)" in result.stderr
