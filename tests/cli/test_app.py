@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -193,9 +192,3 @@ def test_shells_can_complete_the_commands() -> None:
         },
     )
     assert completed.stdout.split() == ["specialise"]
-
-
-def test_the_command_can_be_run_as_a_module() -> None:
-    command = [sys.executable, "-m", "fedcompo.cli", "--version"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == fedcompo.__version__
