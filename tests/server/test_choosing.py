@@ -145,7 +145,7 @@ def test_one_node_under_noise_describes_one_model(tmp_path):
 
 
 def test_without_everyones_features_the_head_stays_as_the_registry_aligned_it(tmp_path):
-    one_by_one = {"timeout": 1.0, "in_flight": 1}
+    one_by_one = {"timeout": 0.3, "in_flight": 1}
     results = run({"tamper": {(0, "query.realign"): lost}}, tmp_path / "out", **one_by_one)
     assert any("not aligned again" in note for note in results["notes"])
     assert results["scale"]["by"] == "norms"
