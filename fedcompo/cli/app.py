@@ -14,11 +14,14 @@ from fedcompo.cli import models, registry, service
 from fedcompo.cli.audit import audit
 from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
+from fedcompo.cli.export import export
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
+from fedcompo.cli.push import push
 from fedcompo.cli.tables import print_removal
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
@@ -120,7 +123,7 @@ def settings(
     """List all settings of a run: name, default, meaning."""
     if check is not None:
         with errors_as_sentences(verbose=False):
-            settings_of(check, (), {})
+            CompositionSettings.of(RunConfig.parse(settings_of(check, (), {})))
         say(f"{check}: every setting is known, and in range.")
         return
     defaults = RunConfig().flat()
@@ -155,8 +158,9 @@ for command in (
     models.specialise,
     models.evaluate,
     models.negate,
-    models.export,
+    export,
     predict,
+    push,
     service.serve,
     service.publish,
     service.fetch,

@@ -48,7 +48,19 @@ WeightsOption = Annotated[
     typer.Option(metavar="A=0.7,B=0.3", help="Coefficients; they must sum to 1. Default: equal."),
 ]
 ScaleOption = Annotated[
-    float | None, typer.Option(help="Factor on the sum; default: the registry's own.")
+    float | None,
+    typer.Option(
+        help="λ, a multiple of the rule's mean; default: the registry's own; by another rule, that "
+        "which keeps the length of the task vectors."
+    ),
+]
+RuleOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:OPTION=VALUE,…]",
+        help="mean, norm-preserving, task-arithmetic:lambda=0.3, ties:density=0.2, "
+        "dare:drop=0.9,seed=0, iso-c, tsv-m, fisher or regmean; default: the registry's own.",
+    ),
 ]
 AssignmentsOption = Annotated[
     list[str] | None,
@@ -150,7 +162,7 @@ def weights_of(text: str | None) -> dict[str, float] | None:
     if not abs(total - 1) <= 1e-6 or min(weights.values()) < 0:  # as pools demand it
         raise ConfigError(
             f"`--weights {text}` must be >= 0 and sum to 1, but sum to {total:.6g}. "
-            "`--scale` enlarges the sum."
+            "`--scale` enlarges the sum; in a recipe, `normalise = false` allows any."
         )
     return weights
 
@@ -176,6 +188,17 @@ class Choice:
             "weights": weights_of(self.weights),
             "scale": self.scale,
         }
+
+
+@dataclass(frozen=True)
+class RuledChoice(Choice):
+    """And by which rule."""
+
+    rule: RuleOption = ""
+
+    def parsed(self) -> dict[str, Any]:
+        """Add the rule to what :class:`Choice` reads."""
+        return {**super().parsed(), "rule": self.rule}
 
 
 def with_options(

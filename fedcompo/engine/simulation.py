@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Action
 from fedcompo.config.presets import with_preset
 from fedcompo.config.run import RunConfig
@@ -118,6 +119,7 @@ def prepare(
         LaunchError: If there is no app, or no folder can be made.
     """
     config = RunConfig.parse(settings)
+    CompositionSettings.of(config)  # refuses a rule that cannot be used
     clients = count_clients(config)
     resources = fair_resources(
         clients, config.device, cpus_per_client=cpus_per_client, gpus_per_client=gpus_per_client

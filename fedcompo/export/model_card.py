@@ -1,7 +1,7 @@
 """Writes the README of an exported model: what it is made of, and what it is not made for.
 
 Names of clients and classes come from outside and are shown literally, whatever they hold. The
-front matter, which machines read, consists of fixed words.
+front matter, which machines read, has fixed words and names of the hub.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.composition.settings import MEAN
 from fedcompo.config.choices import Kind
+from fedcompo.export.example import CONFIGURED, example
+from fedcompo.export.hub_metadata import front_matter, license_text
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
 from fedcompo.names import printable
 from fedcompo.registry.removal import influence
 
 MOST_CLASSES = 200
+MOST_LINES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
-USE = """\
-import timm
-
-model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()"""
+USE = """
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # or hf-hub:OWNER/NAME"""
 USE_LINEARISED = """\
 from fedcompo import load_tangent_model
 
-model = load_tangent_model("path/to/this/folder")"""
+model = load_tangent_model(".")"""
 SPECIAL = re.compile(
     r"""[\\`*{}\[\]()<>#+!|~&:@$=^"'/]"""  # means something somewhere in Markdown or HTML
     r"|(?<![a-zA-Z0-9])_"  # starts emphasis, but not after a letter or digit
@@ -63,7 +66,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """All that the card says of a composed model in a timm folder."""
+    """All that the card says of a composed model: in a timm folder, or as an adapter."""
 
     members: tuple[Member, ...]
     classes: tuple[str, ...]
@@ -75,11 +78,15 @@ class ExportedModel:
     fingerprint: str
     """Of the pre-trained weights."""
     preprocessing: Preprocessing
+    file: str
+    """Name of the file that holds the weights."""
     sha256: str
-    """Of the file ``model.safetensors``, hexadecimal."""
+    """Its SHA-256, hexadecimal."""
     fedcompo_version: str
     scale: float = 1.0
     """λ."""
+    rule: str = MEAN
+    """Text of the rule of composition."""
     only: tuple[str, ...] = ()
     """Clients that were chosen by name; empty: all."""
     without: tuple[str, ...] = ()
@@ -90,24 +97,40 @@ class ExportedModel:
     """How often it was subtracted."""
     linearised: bool = False
     """Whether the members are tangents."""
+    origin: Origin = Origin()
+    """Of the pre-trained weights."""
+    adapter: str = ""
+    """Section on the use of an adapter; empty: it is a model in a folder."""
+    recipe: str = ""
+    """What `recipe.toml` holds; empty: there is none."""
 
 
 def model_card(model: ExportedModel) -> str:
     """Return the Markdown text of a model card, with front matter as model hubs read it."""
     times = f"{model.negation_scale:g}"
-    library = "fedcompo" if model.linearised else "timm"
-    tags = ["fedcompo", "image-classification", "task-arithmetic"]
-    tags += [] if model.linearised else ["timm"]
+    library = "fedcompo" if model.linearised else "peft" if model.adapter else "timm"
+    noun = "A LoRA adapter" if model.adapter else "A model"
+    loading = USE_LINEARISED if model.linearised else USE
+    several = len(model.members) + bool(model.negated) > 1
+    tags = {library, "task-arithmetic", *(["merge"] if several else [])}
+    front = front_matter(
+        library,
+        tags | ({"lora", "timm"} if model.adapter else set()),
+        backbone=model.backbone,
+        origin=model.origin,
+        relation="adapter" if model.adapter else "merge" if several else "finetune",
+        modality=model.preprocessing.modality,
+    )
     files = (
         ("backbone", model.backbone),
         ("architecture", model.architecture),
         ("fingerprint of θ₀", model.fingerprint),
-        ("SHA-256 of model.safetensors", model.sha256),
+        (f"SHA-256 of {model.file}", model.sha256),
     )
     return f"""\
-{front_matter(library, tags)}
+{front}
 
-# {"Negated copy of a model" if model.negated else "A model"} composed of \
+# {"Negated copy of a model" if model.negated else noun} composed of \
 {len(model.members)} client{"s" * (len(model.members) != 1)}
 {_warning(model.negated, times) if model.negated else ""}
 Each client fine-tuned the same pre-trained vision transformer θ₀ on its own images and gave the
@@ -116,12 +139,7 @@ The card says what is in it, not how accurate it is.
 
 ## Use
 
-```python
-{USE_LINEARISED if model.linearised else USE}
-logits = model(images)
-```
-
-{preprocessing_text(model.preprocessing)}
+{model.adapter or example(loading, model.preprocessing, CONFIGURED)}
 
 {class_table(model.classes)}
 
@@ -131,6 +149,7 @@ logits = model(images)
 
 {table(SHARE, map(_share, model.members))}
 
+{_recipe(model.recipe) if model.recipe else ""}
 ## Lineage
 
 By the data of how many other clients the training of each member was shaped:
@@ -142,6 +161,8 @@ By the data of how many other clients the training of each member was shaped:
 ## Identity
 
 {table(("what", "value"), ((what, escaped(value)) for what, value in files))}
+
+{license_text(model.backbone, model.origin)}
 
 Composed with fedcompo {escaped(model.fedcompo_version)}.
 """
@@ -158,30 +179,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def front_matter(library: str, tags: Iterable[str]) -> str:
-    """Return what model hubs read, as YAML; for fixed words only."""
-    lines = [f"library_name: {library}", "pipeline_tag: image-classification", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
-
-
 def class_table(classes: Sequence[str]) -> str:
     """Return a table of logits and classes, cut where it gets too long to read."""
     rows = [(i, escaped(name)) for i, name in enumerate(classes[:MOST_CLASSES])]
     more = len(classes) - len(rows)
     return table(("logit", "class"), rows) + (f"\n\n… and {more} more." if more else "")
-
-
-def preprocessing_text(seen: Preprocessing) -> str:
-    """Return what a model's images must be like."""
-    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (seen.mean, seen.std))
-    height, width = seen.shape[1:]
-    return (
-        f"`images` are {'grey' if seen.channels == 1 else 'RGB'}, "
-        f"(batch, {seen.channels}, {height}, {width}), resized and cropped\nas timm's "
-        f"`create_transform` does ({seen.interpolation}, crop_mode {seen.crop_mode}, crop_pct "
-        f"{seen.crop_fraction:.4g}); values are in [0, 1], less {mean}, divided by {std}."
-        + ("\nThe clients' pictures had slightly other roundings." if seen.rule == 1 else "")
-    )
 
 
 def _warning(client: str, times: str) -> str:
@@ -197,10 +199,11 @@ def _warning(client: str, times: str) -> str:
 
 def _formula(model: ExportedModel) -> str:
     """Return the model's formula, and its source."""
-    change = "λ Σ w τ" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
+    total = "Σ w τ" if model.rule == MEAN else f"`{model.rule}`(w, τ)"
+    change = f"λ {total}" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
     if not model.linearised:
         return f"""\
-This model is θ₀ + {change}
+{"With this adapter the" if model.adapter else "This"} model is θ₀ + {change}
 ([Porrello et al., ICLR 2025](https://arxiv.org/abs/2405.16350))."""
     return f"""\
 This model is linearised at θ₀: with J the
@@ -214,7 +217,25 @@ Jacobian of its logits there, they are f(x; θ₀) + J ({change})
 def _composition(model: ExportedModel) -> str:
     chosen = f"Only {_list(model.only)}." if model.only else ""
     left_out = f"Without {_list(model.without)}." if model.without else ""
-    return " ".join(filter(None, (chosen, left_out))) or "All clients."
+    whom = " ".join(filter(None, (chosen, left_out))) or "All clients."
+    return whom if model.rule == MEAN else f"{whom} By the rule `{model.rule}`."
+
+
+def _recipe(text: str) -> str:
+    """Show a recipe, cut where it gets too long to read; its texts are quoted, each on one line."""
+    lines = text.splitlines()
+    cut = ["", f"# … and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else []
+    shown = "\n".join(lines[:MOST_LINES] + cut)
+    return f"""\
+## Recipe
+
+Of the same contributions, this version of fedcompo makes the same bits again:
+`fedcompo compose --recipe recipe.toml`.
+
+```toml
+{shown}
+```
+"""
 
 
 def _share(m: Member) -> tuple[object, ...]:
