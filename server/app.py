@@ -114,7 +114,7 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
             + ", not as this run's backbone says."
         )
     uncapped = replace(registry.settings, class_cap=UNLIMITED, client_cap=UNLIMITED)
-    if registry.clients and uncapped != CompositionSettings.of(config):
+    if uncapped != CompositionSettings.of(config):
         books.note("The registry composes with its own settings, not with this run's.")
     fixed, aside = registry.settings.scale, config.train.aside
     if fixed is not None and aside > 0:

@@ -199,8 +199,8 @@ def train_shadows(
     """
     images, labels = all_images(data)
     trained_on = halves(labels, count=count, generator=generator_for(seed, "halves", data.name))
-    member = registry.contribution(training.client)
-    others = registry.pool().without(training.client)
+    everyone = registry.pool()  # with what the registry's rule needs of them
+    (member,), others = everyone.only(training.client), everyone.without(training.client)
     phi = []
     for index, chosen in enumerate(trained_on):
         on_step(f"shadow {index + 1} of {count}")

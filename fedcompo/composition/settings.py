@@ -128,7 +128,7 @@ class CompositionSettings:
         if self.rule != MEAN and method is not Method.ITA:
             raise ConfigError(
                 f"The rule is {self.rule}, but {method} trains for the mean of all clients, in "
-                "rounds. Use `rule = mean`, or `method = ita`."
+                "rounds. Use `method = ita` and no `repair-rounds`, or compose by `rule = mean`."
             )
 
     def check_kept(self, config: RunConfig) -> None:

@@ -97,6 +97,7 @@ def _opened(
                 f"`statistics` is {config.head.statistics}, the registry {path} is one of "
                 f"{registry.settings.statistics}. Leave it out."
             )
+        registry.settings.check_kept(config)
     if config.method.method is not Method.ITA:
         raise ConfigError(
             f"`method` is {config.method.method}, which trains in rounds with others. Alone, a "

@@ -204,8 +204,9 @@ def _check_described(
 
 def _check_factor(state: State, factor: float) -> None:
     """Refuse a factor that the registry cannot compose with."""
-    if (known := state.settings.known_factor(state.count)) or not state.settings.made_by.votes:
-        by = f"at the fixed scale {state.scale:g}" if known else f"by {state.settings.rule}"
+    scale, rule = state.settings.scale, state.settings.made_by
+    if scale is not None or not rule.votes:
+        by = f"at the fixed scale {scale:g}" if rule.votes else f"by {rule.text}"
         raise ConfigError(
             f"The registry composes {by}, so no factor can be chosen. Make a new registry with "
             "`scale = auto`, and a rule that leaves λ open."
