@@ -146,20 +146,12 @@ def _record(
         fedcompo_version=version("fedcompo"),
         caps=after.settings.caps,
         rule=after.settings.rule if after.settings.rule != MEAN else "",
-        **_factors(before, after),
     )
+    if before.chosen:  # else the format fixes the factor
+        by = str(after.factor_by)
+        factors = {"factor_before": before.factor, "factor_after": after.factor}
+        record = replace(record, **factors, factor_by=by)
     return record.signed(registry.path / PRIVATE)
-
-
-def _factors(before: State, after: State) -> dict[str, Any]:
-    """Return what a record says of the factor; nothing where it is fixed by the format."""
-    if not before.chosen:
-        return {}
-    return {
-        "factor_before": before.factor,
-        "factor_after": after.factor,
-        "factor_by": str(after.factor_by),
-    }
 
 
 def realign(
@@ -204,11 +196,9 @@ def _check_described(
 
 def _check_factor(state: State, factor: float) -> None:
     """Refuse a factor that the registry cannot compose with."""
-    scale, rule = state.settings.scale, state.settings.made_by
-    if scale is not None or not rule.votes:
-        by = f"at the fixed scale {scale:g}" if rule.votes else f"by {rule.text}"
+    if given := state.settings.factor_given:
         raise ConfigError(
-            f"The registry composes {by}, so no factor can be chosen. Make a new registry with "
+            f"The registry composes {given}, so no factor can be chosen. Make a new registry with "
             "`scale = auto`, and a rule that leaves λ open."
         )
     if not 0 <= factor < math.inf:

@@ -168,8 +168,8 @@ def _composed_again(
     old = OLD_TOTALS in record.composition_after
     rule = registry.settings.made_by
     names = [SUM] if old or record.format_version == 1 else [SUM, TOTALS]
-    names += [] if rule.is_sum else [RULED]
-    names += [WEIGHTS] if record.format_version == 1 else [FACTOR, WEIGHTS]
+    names += [WEIGHTS] if rule.is_sum else [RULED, WEIGHTS]
+    names += [] if record.format_version == 1 else [FACTOR]
     claims = {name: f"the survivors alone give the record's {name}" for name in names}
     if old:
         claim = f"the survivors alone give the record's {OLD_TOTALS}"
@@ -197,7 +197,7 @@ def _composed_again(
         if here[name] == stated.get(name):
             yield Finding(claims[name], True)
         elif name in by_machine:
-            by_machine.add(FACTOR)  # which follows from the length of what the rule makes
+            by_machine |= {FACTOR} if name == RULED else set()  # it follows from this one's length
             yield Finding(claims[name], None, f"{detail}: {BY_MACHINE[name]}")
         else:
             by_machine.clear()

@@ -45,8 +45,7 @@ def note_on(groups: list[Spellings]) -> str:
     if not groups:
         return ""
     listed = few(
-        [few([f"{visible(s)} ({few(who)})" for s, who in group.items()]) for group in groups],
-        "; ",
+        [few([f"{visible(s)} ({few(who)})" for s, who in group.items()]) for group in groups], "; "
     )
     return (
         "Classes whose names differ only in case, blanks, invisible characters or Unicode form "

@@ -109,7 +109,7 @@ def test_the_voted_factor_stays_and_the_total_is_not_made_again(text, tmp_path, 
 @pytest.mark.parametrize("text", ["norm-preserving", "task-arithmetic:lambda=0.3"])
 def test_a_rule_that_says_the_factor_leaves_nothing_to_vote_on(text, tmp_path):
     registry = registry_of(tmp_path / "registry", *one_of_each_kind(), settings=by(text))
-    with pytest.raises(ConfigError, match=f"composes by {text}, so no factor"):
+    with pytest.raises(ConfigError, match=f"composes by the rule {text}, so no factor"):
         registry.realign(own_statistics(registry), factor=0.7)
 
 
