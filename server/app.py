@@ -188,6 +188,7 @@ def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Regis
     if not (path / ABOUT).exists():
         return Registry.create(path, backbone, CompositionSettings.of(config))
     registry, statistics = Registry(path), config.head.statistics
+    registry.settings.check_method(config.method.method)
     kept = registry.settings.statistics
     if kept is not statistics:  # also of an empty one: its settings never change
         raise ConfigError(

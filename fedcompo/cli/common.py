@@ -48,7 +48,19 @@ WeightsOption = Annotated[
     typer.Option(metavar="A=0.7,B=0.3", help="Coefficients; they must sum to 1. Default: equal."),
 ]
 ScaleOption = Annotated[
-    float | None, typer.Option(help="Factor on the sum; default: the registry's own.")
+    float | None,
+    typer.Option(
+        help="λ, a multiple of the rule's mean; default: the registry's own; by another rule, that "
+        "which keeps the length of the task vectors."
+    ),
+]
+RuleOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:OPTION=VALUE,…]",
+        help="mean, norm-preserving, task-arithmetic:lambda=0.3, ties:density=0.2, "
+        "dare:drop=0.9,seed=0, iso-c or tsv-m; default: the registry's own.",
+    ),
 ]
 AssignmentsOption = Annotated[
     list[str] | None,
@@ -176,6 +188,17 @@ class Choice:
             "weights": weights_of(self.weights),
             "scale": self.scale,
         }
+
+
+@dataclass(frozen=True)
+class RuledChoice(Choice):
+    """And by which rule."""
+
+    rule: RuleOption = ""
+
+    def parsed(self) -> dict[str, Any]:
+        """Add the rule to what :class:`Choice` reads."""
+        return {**super().parsed(), "rule": self.rule}
 
 
 def with_options(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcompo.cli.common import (
-    Choice,
     JsonOption,
     RegistryOption,
+    RuledChoice,
+    RuleOption,
     ScaleOption,
     VerboseOption,
     WeightsOption,
@@ -38,7 +39,7 @@ DataOption = Annotated[
 ]
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def compose(
     folders: Annotated[
         list[Path] | None,
@@ -47,7 +48,7 @@ def compose(
     *,
     output: OutputOption,
     registry: RegistryOption = None,
-    choice: Choice,
+    choice: RuledChoice,
     checkpoint: Annotated[
         str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
     ] = "",
@@ -85,6 +86,7 @@ def specialise(
     registry: RegistryOption = None,
     weights: WeightsOption = None,
     scale: ScaleOption = None,
+    rule: RuleOption = "",
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -98,17 +100,18 @@ def specialise(
         only=clients,
         weights=weights,
         scale=scale,
+        rule=rule,
         as_json=as_json,
         verbose=verbose,
     )
 
 
-@with_options("choice", Choice)
+@with_options("choice", RuledChoice)
 def evaluate(
     *,
     data: DataOption = None,
     registry: RegistryOption = None,
-    choice: Choice,
+    choice: RuledChoice,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:

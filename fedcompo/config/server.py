@@ -12,6 +12,11 @@ from fedcompo.config.setting import NAMES, NOT_NEGATIVE, POSITIVE, setting
 class ComposeConfig:
     """How the task vectors are added up."""
 
+    rule: str = setting(
+        "mean",
+        "How task vectors become one: mean, norm-preserving, task-arithmetic, ties, dare, iso-c or "
+        "tsv-m, with options as in ties:density=0.2; a registry keeps its rule.",
+    )
     coefficients: Coefficients = setting(
         Coefficients.UNIFORM, "uniform, or in proportion to each client's examples."
     )

@@ -58,7 +58,7 @@ class Selection:
     @property
     def scale(self) -> float:
         r""":math:`\lambda`, as a multiple of the weighted mean."""
-        if self.settings.scale is not None:
+        if self.settings.scale is not None and self.settings.made_by.votes:
             return self.settings.scale
         if self.coefficients is not None:
             return self.factor
@@ -78,6 +78,7 @@ def from_registry(
     without: Sequence[str] = (),
     weights: Mapping[str, float] | None = None,
     scale: float | None = None,
+    rule: str = "",
 ) -> Selection:
     """Select members of a registry.
 
@@ -86,14 +87,18 @@ def from_registry(
         only: Clients to take; empty: all, or all that have a weight.
         without: Clients to leave out.
         weights: Coefficients by client; None: the registry's own.
-        scale: λ; None: as the registry composes it, after a removal of those who are left out.
+        scale: λ; None: as the registry composes it, after a removal of those who are left out; by
+            another rule, that keeps the length of the task vectors.
+        rule: Text of a rule; empty: the registry's own.
 
     Raises:
         ContributionError: If there is no such client, none is left, or weights do not fit.
-        ConfigError: If λ is not positive, or far beyond the plain sum.
+        ConfigError: If λ is not positive, or far beyond the plain sum; if there is no such rule.
     """
-    pool = _chosen(registry.pool(), only, without, weights)
-    settings = _scaled(registry.settings, scale, len(pool))
+    settings = _ruled(registry.settings, rule)
+    members = registry.pool(with_fisher=bool(settings.made_by.needs))
+    pool = _chosen(members, only, without, weights)
+    settings = _scaled(settings, scale, len(pool))
     everyone = pool.clients == registry.clients and weights is None
     head = registry.joint_head() if everyone else head_of(pool, settings)
     return Selection(
@@ -116,6 +121,7 @@ def from_folders(
     without: Sequence[str] = (),
     weights: Mapping[str, float] | None = None,
     scale: float | None = None,
+    rule: str = "",
     checkpoint: str = "",
     max_norm_ratio: float = 0.0,
 ) -> Iterator[Selection]:
@@ -127,6 +133,7 @@ def from_folders(
         without: Clients to leave out.
         weights: Coefficients by client; None: those of the run of the first by name.
         scale: λ; None: that keeps the length of the task vectors, or 1 with mixtures.
+        rule: Text of a rule; empty: the mean.
         checkpoint: File of the pre-trained weights; empty: as in this run.
         max_norm_ratio: Refuse a task vector this many times longer than the median; 0: none.
 
@@ -134,17 +141,19 @@ def from_folders(
         FileFormatError: If a folder holds no intact contribution.
         BackboneMismatch: If the pre-trained weights are not those of the contributions.
         ContributionError: If the contributions do not go together.
-        ConfigError: If λ is not positive or far beyond the plain sum, or settings of the run cannot
-            be used.
+        ConfigError: If λ is not positive or far beyond the plain sum, there is no such rule, or
+            settings of the run cannot be used.
     """
-    members = [Contribution.open(folder, with_fisher=False, check=True) for folder in folders]
+    wanted = _ruled(CompositionSettings(), rule).made_by
+    with_fisher = bool(wanted.needs)
+    members = [Contribution.open(f, with_fisher=with_fisher, check=True) for f in folders]
     if not members:
         raise ContributionError("There is nothing to compose; name at least one folder.")
     pool = _chosen(Pool(tuple(members)), only, without, weights)
     first = pool.contributions[0]
     named = {"checkpoint": checkpoint} if checkpoint else {}
     config = RunConfig.stored({**first.settings, **named})
-    settings = _scaled(CompositionSettings.of(config), scale, len(pool))
+    settings = _scaled(_ruled(CompositionSettings.of(config), rule), scale, len(pool))
     backbone = load_backbone(config.backbone)
     base = first.task_vector.base
     if backbone.fingerprint != base:
@@ -218,12 +227,21 @@ def _factor(
     everyone: bool,
 ) -> float:
     """Return the factor of some members, as after a removal of the others."""
-    if settings.scale is None and everyone:
+    same = settings.scale is None and settings.rule == registry.settings.rule
+    if same and everyone:
         return registry.factor
-    if settings.scale is None and registry.kept_factor is not None:
+    if same and registry.kept_factor is not None:
         together = sum(settings.times(c.num_examples) for c in pool)
         return registry.kept_factor * (1 if weights is None else together)
     return factor_of(pool, registry.backbone, settings, weights).value
+
+
+def _ruled(settings: CompositionSettings, text: str) -> CompositionSettings:
+    """Return settings by another rule, if one is named."""
+    if not text:
+        return settings
+    rule = replace(settings, rule=text).made_by
+    return replace(settings, rule=rule.text, scale=settings.scale if rule.votes else None)
 
 
 def _scaled(
@@ -231,6 +249,8 @@ def _scaled(
 ) -> CompositionSettings:
     if scale is None:
         return settings
+    if not (rule := settings.made_by).votes:
+        raise ConfigError(f"The rule {rule.text} says λ itself; leave out `--scale`.")
     most = LARGEST_SCALE * members
     if not 0 < scale <= most:
         raise ConfigError(

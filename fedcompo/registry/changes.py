@@ -202,10 +202,11 @@ def _check_described(
 
 def _check_factor(state: State, factor: float) -> None:
     """Refuse a factor that the registry cannot compose with."""
-    if state.settings.scale is not None:
+    if (known := state.settings.known_factor(state.count)) or not state.settings.made_by.votes:
+        by = f"at the fixed scale {state.scale:g}" if known else f"by {state.settings.rule}"
         raise ConfigError(
-            f"The registry composes at the fixed scale {state.settings.scale:g}, so no factor can "
-            "be chosen. Make a new registry with `scale = auto`."
+            f"The registry composes {by}, so no factor can be chosen. Make a new registry with "
+            "`scale = auto`, and a rule that leaves λ open."
         )
     if not 0 <= factor < math.inf:
         raise ConfigError(f"A factor must be a number >= 0, got {factor}.")

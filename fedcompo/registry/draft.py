@@ -13,9 +13,15 @@ import torch
 from fedcompo.composition.fixed_point import Rounding, Term
 from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
 from fedcompo.composition.realigned import realigned_head, save_realigned
+from fedcompo.composition.rules.rule import Removal, Rule
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
 from fedcompo.composition.totals import check_alike, save_total, total_after
-from fedcompo.composition.version import RoundedDifferently, write_composed, write_sum
+from fedcompo.composition.version import (
+    RoundedDifferently,
+    write_composed,
+    write_ruled,
+    write_sum,
+)
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError, blaming
 from fedcompo.method.contribution import (
@@ -152,6 +158,9 @@ class Draft:
         folder.mkdir(parents=True)
         self.on_step("composing")
         after, squared_norm = self._add_up(folder, after, coming, going)
+        rule = after.settings.made_by
+        if not rule.is_sum:
+            squared_norm = self._ruled(folder, after, rule, changed=bool(coming or going))
         factor = self._factor(after, squared_norm, realigned)
         self.on_step("aligning the joint head")
         shrinkage = SHRINKAGE if self._of_sums else None
@@ -199,15 +208,24 @@ class Draft:
             )
         return replace(after, members=members), written.squared_norm
 
+    def _ruled(self, folder: Path, after: State, rule: Rule, *, changed: bool) -> float:
+        """Write the rule's total, of all members if it takes them; returns its squared length."""
+        by_sum = rule.removal is Removal.SUM
+        self.on_step(f"composing by {rule.text}" + ("" if by_sum else " from all members"))
+        needed = [] if by_sum or not changed else after.members.values()
+        members = [self._opened(member, with_fisher=bool(rule.needs)) for member in needed]
+        times = {m.client: after.settings.times(m.num_examples) for m in after.members.values()}
+        same = None if changed else self.registry.total()
+        backbone = self.registry.backbone
+        return write_ruled(folder, backbone, after.settings, members, times, same=same)
+
     def _factor(self, after: State, squared_norm: float, realigned: Realignment | None) -> Factor:
-        """Return the factor: fixed, voted now or before, or computed from lengths."""
-        if after.settings.scale is not None:
-            return Factor(after.settings.scale / after.count, FactorBy.FIXED)
-        if realigned is not None and realigned.factor is not None:
-            return Factor(realigned.factor, FactorBy.VOTE)
-        if self.before.factor_by == FactorBy.VOTE:
-            return Factor(self.before.factor, FactorBy.VOTE)
-        return Factor(norm_preserving(after.lengths, squared_norm), FactorBy.NORMS)
+        """Return the factor: of the rule, fixed, voted now or before, or computed from lengths."""
+        voted = realigned.factor if realigned is not None else None
+        if voted is None:
+            voted = self.registry.kept_factor
+        known = after.settings.known_factor(after.count, voted)
+        return known or Factor(norm_preserving(after.lengths, squared_norm), FactorBy.NORMS)
 
     def _head(
         self,
@@ -240,11 +258,11 @@ class Draft:
         """Whether members describe their features by sums."""
         return self.before.settings.statistics is Statistics.SUMS
 
-    def _opened(self, member: Member) -> Contribution:
+    def _opened(self, member: Member, *, with_fisher: bool = False) -> Contribution:
         """Open a member's contribution; a new one is read from the staged files."""
         if (staged := self.new / member.folder).exists():
-            return Contribution.open(staged, with_fisher=False)
-        return self.registry.contribution(member.client)
+            return Contribution.open(staged, with_fisher=with_fisher)
+        return self.registry.contribution(member.client, with_fisher=with_fisher)
 
     def _term(self, member: Member, times: int) -> Term:
         """Return a member's term of the sum."""

@@ -27,6 +27,7 @@ from fedcompo.storage.files import (
     CONTENT,
     OLD_TOTALS,
     REALIGNED,
+    RULED,
     SUM,
     TOTALS,
     WEIGHTS,
@@ -183,6 +184,10 @@ class RegistryReader:
     def running_sum(self) -> StreamedTensors:
         """The integer sum behind the current composition, by weight name; int64."""
         return self._version_file(SUM)
+
+    def total(self) -> StreamedTensors:
+        """What the rule made of the members, on the grid of the running sum; int64."""
+        return self._version_file(RULED if RULED in self.state.files else SUM)
 
     def total_statistics(self) -> FeatureSums:
         """Read the sum of the members' statistics.

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedcompo.composition.head import SHRINKAGE, joint_head
+from fedcompo.composition.models import times_of
 from fedcompo.composition.totals import save_total, total_after
-from fedcompo.composition.version import terms_of, write_composed, write_sum
+from fedcompo.composition.version import terms_of, write_composed, write_ruled, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry.history import line_of, members_after, root_of
@@ -20,10 +21,14 @@ from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import all_but_folders, signature_finding
 from fedcompo.report.units import OnStep
-from fedcompo.storage.files import OLD_TOTALS, SUM, TOTALS, WEIGHTS
+from fedcompo.storage.files import OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
 FACTOR = "factor"
+BY_MACHINE = {
+    WEIGHTS: "the joint head is fitted with this machine's arithmetic",
+    RULED: "the rule's singular vectors are this machine's",
+}
 
 
 def verify_record(
@@ -157,7 +162,9 @@ def _composed_again(
 ) -> Iterator[Finding]:
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
     old = OLD_TOTALS in record.composition_after
-    names = [SUM, WEIGHTS] if old or record.format_version == 1 else [SUM, TOTALS, WEIGHTS]
+    rule = registry.settings.made_by
+    names = [SUM] if old or record.format_version == 1 else [SUM, TOTALS]
+    names += [WEIGHTS] if rule.is_sum else [RULED, WEIGHTS]
     claims = {name: f"the survivors alone give the record's {name}" for name in names}
     if old:
         claim = f"the survivors alone give the record's {OLD_TOTALS}"
@@ -181,15 +188,16 @@ def _composed_again(
         here = {name: file_sha256(Path(folder) / name) for name in names}
     if FACTOR in claims:
         yield compared(claims[FACTOR], record.factor_after, factor)
-    alike = {name: here[name] == record.composition_after.get(name) for name in names}
-    for name in names[:-1]:
-        yield Finding.of(claims[name], alike[name], f"here it is {here[name]}")
-    detail = f"here it is {here[WEIGHTS]}"
-    known = all(alike[name] for name in names[:-1])
-    if known and not alike[WEIGHTS]:  # the weights follow from the sum: it is the head that differs
-        detail += ": the joint head is fitted with this machine's arithmetic"
-    holds = alike[WEIGHTS] or (None if known else False)
-    yield Finding(claims[WEIGHTS], holds, "" if alike[WEIGHTS] else detail)
+    known = True
+    for name in names:  # sums are exact; what differs after them may be this machine's rounding
+        alike = here[name] == record.composition_after.get(name)
+        detail = "" if alike else f"here it is {here[name]}"
+        by_machine = name == WEIGHTS or (name == RULED and not rule.portable)
+        if known and by_machine and not alike:
+            yield Finding(claims[name], None, f"{detail}: {BY_MACHINE[name]}")
+        else:
+            known &= alike
+            yield Finding(claims[name], alike, detail)
 
 
 def _compose_survivors(
@@ -207,7 +215,14 @@ def _compose_survivors(
     )
     terms = terms_of(pool, settings)
     written = write_sum(folder / SUM, backbone, terms, count=state.count)
-    state = replace(state, factor=expected_factor(state, written.squared_norm))
+    squared, rule = written.squared_norm, settings.made_by
+    if not rule.is_sum:
+        if rule.needs:
+            pool = registry.pool(with_fisher=True).only(*record.survivors)
+        squared = write_ruled(
+            folder, backbone, settings, pool.contributions, times_of(pool, settings)
+        )
+    state = replace(state, factor=expected_factor(state, squared))
     if settings.statistics is Statistics.SUMS:
         save_total(folder / TOTALS, total_after(None, pool, (), settings))
     write_composed(

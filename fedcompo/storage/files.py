@@ -22,6 +22,8 @@ WEIGHTS, CONFIG, MODEL_CARD = "model.safetensors", "config.json", "README.md"
 """Files of a composed model."""
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
 """Files beside it in a registry: the integer sum; statistics that its head was made of again."""
+RULED = "ruled.safetensors"
+"""And what a rule of composition makes of its members, where it is another total than the sum."""
 TOTALS, OLD_TOTALS = "totals.safetensors", "statistics.safetensors"
 """And the members' statistics, summed; in old versions together with their Fisher diagonals."""
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -4,8 +4,7 @@ r"""Iso-C: the sum with all its singular values made equal.
    \mathrm{total} = \bar\sigma\,U V^\top
 
 with :math:`\bar\sigma` the mean over the numerical rank, so that a sum of LoRAs stays in the
-directions that its members trained (:mod:`fedcompo.composition.rules.singular`). A weight of more
-than two dimensions is taken as (out, rest); of a vector, which has no directions, the sum stays.
+directions that its members trained (:mod:`fedcompo.composition.rules.singular`).
 Source: Marczak et al., ICML 2025 (arXiv 2502.04959).
 """
 
@@ -32,11 +31,7 @@ class IsoC(Rule):
 
     def total(self, changes: Changes) -> Tensor:
         """Return the isotropic sum."""
-        total = changes.sum()
-        if total.dim() < 2:
-            return total
         with one_thread():
-            u, values, vh = numerical_svd(total.flatten(1), changes.together)
-            if not len(values):
-                return total.zero_()
-            return (u @ vh).mul_(values.mean()).view(total.shape)
+            u, values, vh = numerical_svd(changes.sum(), changes.weight, changes.together)
+            mean = values.mean() if len(values) else 0.0
+            return (u @ vh).mul_(mean)

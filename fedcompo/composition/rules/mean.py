@@ -22,6 +22,7 @@ class Mean(Rule):
 
     name: ClassVar[str] = "mean"
     removal: ClassVar[Removal] = Removal.SUM
+    is_sum: ClassVar[bool] = True
     cost: ClassVar[str] = "one pass"
 
     def total(self, changes: Changes) -> Tensor:
@@ -29,5 +30,5 @@ class Mean(Rule):
         return changes.sum()
 
     def on_grid(self, changes: Changes) -> Tensor:
-        """Return the sum in whole numbers, never rounded."""
-        return changes.exact_sum()
+        """Return the sum in whole numbers, never rounded where members count whole times."""
+        return changes.exact_sum() if changes.whole else super().on_grid(changes)

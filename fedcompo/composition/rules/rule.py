@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import BITS, CEILING, GRID, Term
-from fedcompo.errors import ContributionError
+from fedcompo.composition.fixed_point import BITS, CEILING, GRID
+from fedcompo.errors import ContributionError, blaming
 from fedcompo.method.contribution import Contribution
 
 
@@ -61,13 +61,22 @@ class Changes:
     """How often each member counts, by client: whole numbers m_c, or any coefficients."""
     known: Tensor | None = None
     """S, the members' sum on the grid, (out, in), int64; None: it is taken here."""
+    squares: dict[tuple[str, str], float] | None = None
+    """Where squared lengths are noted as members are read, by client and weight; None: nowhere."""
 
     def __iter__(self) -> Iterator[Change]:
         """Read one member after the other; a pass holds one of them."""
-        for own in self.members:
-            owner = f"client {own.client!r}"
-            values = fixed_point.rounded(own.task_vector, self.name, self.weight, owner=owner)
+        for own, values in self._rounded():
             yield Change(own, self.times[own.client], values.double().mul_(GRID))
+
+    def _rounded(self) -> Iterator[tuple[Contribution, Tensor]]:
+        for own in self.members:
+            with blaming(own.client):
+                owner = f"client {own.client!r}"
+                values = fixed_point.rounded(own.task_vector, self.name, self.weight, owner=owner)
+            if self.squares is not None:
+                self.squares[own.client, self.name] = fixed_point.squared_length(values)
+            yield own, values
 
     def __len__(self) -> int:
         """T, the number of members."""
@@ -82,12 +91,20 @@ class Changes:
         """Return S, (out, in), int64; the members must count whole times."""
         if self.known is not None:
             return self.known
-        terms = [Term(m.client, m.task_vector, int(self.times[m.client])) for m in self.members]
-        return fixed_point.sum_of(terms, self.name, self.weight)
+        total = torch.zeros(self.weight.shape, dtype=torch.int64)
+        for own, values in self._rounded():
+            with blaming(own.client):
+                total = fixed_point.add(total, values, int(self.times[own.client]))
+        return total
+
+    @property
+    def whole(self) -> bool:
+        """Whether all members count whole times."""
+        return all(isinstance(times, int) for times in self.times.values())
 
     def sum(self) -> Tensor:
         r"""Return :math:`\sum_c m_c \tau_c`, (out, in), float64, a new tensor."""
-        if all(isinstance(times, int) for times in self.times.values()):
+        if self.whole:
             return self.exact_sum().double().mul_(GRID)
         total = torch.zeros(self.weight.shape, dtype=torch.float64)
         for change in self:
@@ -109,6 +126,8 @@ class Rule:
     removal: ClassVar[Removal] = Removal.MEMBERS
     weighted: ClassVar[bool] = True
     """Whether members may count differently."""
+    is_sum: ClassVar[bool] = False
+    """Whether the total is the members' sum itself."""
     portable: ClassVar[bool] = True
     """Whether every machine computes the same bits; not so if it takes singular vectors."""
     cost: ClassVar[str]

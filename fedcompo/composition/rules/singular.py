@@ -1,4 +1,4 @@
-"""Singular vectors of changes, up to the rank that the grid can tell from rounding."""
+"""Singular vectors of changes, up to the rank that can be told from rounding."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ WIDTH = 64
 EPS = torch.finfo(torch.float64).eps
 
 
-def numerical_svd(change: Tensor, times: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Decompose a change into its singular vectors, without those that are rounding alone.
+def numerical_svd(
+    change: Tensor, weight: Tensor, times: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Decompose a change into its singular vectors, without those that nobody could see.
 
-    A LoRA of rank r is a matrix of rank r whose entries were rounded to the grid. That adds all
-    other singular vectors, with singular values below
+    Left out are singular values below the larger of
 
-    .. math:: \lVert E \rVert_F \le 2^{-40}\,M\,\sqrt{\mathrm{out} \cdot \mathrm{in}}
+    .. math:: 2^{-40}\,M\,\sqrt{\mathrm{out} \cdot \mathrm{in}}, \qquad
+       2^{-24}\,M\,\lVert\theta_0\rVert_F
 
-    A change of small rank is first projected to few random directions that hold all of it but for
-    less than this (Halko et al., SIAM Review 2011, arXiv 0909.4061), which is checked; the
-    decomposition is then as exact, and many times faster.
+    The first is what rounding to the grid adds to a LoRA's sum, whose rank is small; the second
+    what rounding a fine-tuned model to float32 adds to the change that is read from it. A rule
+    that enlarges small directions would enlarge these.
+
+    A change of small rank is first projected to a few random directions that hold all of it but
+    for less than the first bound (Halko et al., SIAM Review 2011, arXiv 0909.4061), which is
+    checked; that is many times faster.
 
     Args:
         change: (out, in), float64, on the grid.
-        times: M, how many rounded members were added up.
+        weight: :math:`\theta_0`, of as many values.
+        times: M, how often the members that were added up count.
 
     Returns:
         U (out, rank), the singular values (rank,) in descending order, and Vᵀ (rank, in).
@@ -43,7 +50,8 @@ def numerical_svd(change: Tensor, times: float = 1.0) -> tuple[Tensor, Tensor, T
             break
         width *= 2
     u, values, vh = torch.linalg.svd(small, full_matrices=False)
-    least = max(noise, EPS * max(change.shape) * float(values[0])) if len(values) else 0.0
+    seen = 2.0**-24 * times * float(weight.double().norm())
+    least = max(noise, seen, EPS * max(change.shape) * float(values[0]))
     rank = int((values > least).sum())
     u = u[:, :rank] if basis is None else basis @ u[:, :rank]
     return u, values[:rank], vh[:rank]

@@ -8,8 +8,7 @@ matrices with orthonormal columns:
 .. math:: \mathrm{total} = U (U^\top U)^{+1/2}\;\mathrm{diag}(\sigma_1, …, \sigma_T)\;
    (V^\top V)^{+1/2}\,V^\top
 
-Members that are equal count as one. A weight of more than two dimensions is taken as (out, rest);
-of a vector the sum stays. Its equation has no weights: members count alike.
+Members that are equal count as one. Its equation has no weights: members count alike.
 Source: Gargiulo et al., CVPR 2025 (arXiv 2412.00081).
 """
 
@@ -37,17 +36,13 @@ class TsvM(Rule):
 
     def total(self, changes: Changes) -> Tensor:
         """Return the sum of the leading parts, made orthogonal."""
-        shape = changes.weight.shape
-        if len(shape) < 2:
-            return changes.sum()
+        most = max(1, min(changes.weight.shape) // len(changes))
+        left, sizes, right = [], [], []
         with one_thread():
-            left, sizes, right = [], [], []
-            most = max(1, min(changes.weight.flatten(1).shape) // len(changes))
             for change in changes:
-                u, values, vh = numerical_svd(change.tau.flatten(1))
+                u, values, vh = numerical_svd(change.tau, changes.weight)
                 left.append(u[:, :most])
                 sizes.append(values[:most])
                 right.append(vh[:most].T)
             u, v = (nearest_isometry(torch.cat(side, 1)) for side in (left, right))
-            total = (u * torch.cat(sizes)) @ v.T
-        return total.view(shape).mul_(next(iter(changes.times.values())))
+            return (u * torch.cat(sizes)) @ v.T * next(iter(changes.times.values()))
