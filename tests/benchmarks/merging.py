@@ -58,7 +58,9 @@ MERGES = {
     "tsv-m": (None, None),
 }
 """By fedcompo's rule: mergekit's method with its parameters; PEFT's with weights and density."""
-COLUMNS = "| models | rule | by | seconds | peak memory, MB | largest difference |"
+COLUMNS = (
+    "| models | rule | by | seconds | peak memory, MB | largest difference | entries that differ |"
+)
 LAUNCHER = """
 import json, os, subprocess, sys, time
 began = time.perf_counter()
@@ -102,7 +104,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.mergekit is None:
         print("Without mergekit: name an interpreter that has it with --mergekit.\n")
-    print(f"{COLUMNS}\n|---|---|---|--:|--:|--:|")
+    print(f"{COLUMNS}\n|---|---|---|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = given.base or random_base(folder, given.backbone)
@@ -135,10 +137,9 @@ def compare(
     kind = "adapters" if models.adapters else "checkpoints"
     for (rule, tool), found in taken.items():
         seconds, peak = (statistics.median(values) for values in list(zip(*found, strict=True))[:2])
-        difference = ""
+        difference = " | "
         if tool != "fedcompo":
-            ours = taken[rule, "fedcompo"][-1][-1]
-            difference = f"{largest_difference(ours, found[-1][-1]):.1e}"
+            difference = differences(taken[rule, "fedcompo"][-1][-1], found[-1][-1])
         print(
             f"| {kind} | {rule} | {tool} | {seconds:.2f} | {peak:.0f} | {difference} |", flush=True
         )
@@ -157,11 +158,12 @@ def timed(command: list[str]) -> tuple[float, float]:
     return seconds, peak
 
 
-def largest_difference(ours: Path, theirs: Path) -> float:
-    """Of the target weights, entry by entry."""
+def differences(ours: Path, theirs: Path) -> str:
+    """The largest of the target weights, and in how many entries they are apart by 1e-6 or more."""
     one, other = (load_file(next(path.glob("*.safetensors"))) for path in (ours, theirs))
-    names = [name for name in one if ".attn." in name or ".mlp." in name]
-    return max(float((one[n] - other[n]).abs().max()) for n in names if n.endswith(".weight"))
+    names = [n for n in one if (".attn." in n or ".mlp." in n) and n.endswith(".weight")]
+    apart = torch.cat([(one[n] - other[n]).abs().flatten() for n in names])
+    return f"{float(apart.max()):.1e} | {int((apart > 1e-6).sum()):,} of {len(apart):,}"
 
 
 # -- the three tools ------------------------------------------------------------------------------
@@ -204,7 +206,9 @@ def with_peft(
 def merge_with_peft(request: str, output: str) -> None:
     """Load a model and its adapters, merge these, then into the weights; save the model."""
     backbone, base, adapters, combination, weights, density = json.loads(request)
-    tuned = peft.PeftModel.from_pretrained(base_model(backbone, Path(base)), adapters[0], "0")
+    model = base_model(backbone, Path(base))
+    width = model.num_features
+    tuned = peft.PeftModel.from_pretrained(model, adapters[0], "0")
     tuned.load_adapter(adapters[1], "1")
     tuned.add_weighted_adapter(
         ["0", "1"],
@@ -212,7 +216,7 @@ def merge_with_peft(request: str, output: str) -> None:
         "merged",
         combination_type=combination,
         density=density,
-        svd_rank=10**6 if combination.endswith("svd") else None,  # all: nothing is cut off
+        svd_rank=width if combination.endswith("svd") else None,  # all: nothing is cut off
     )
     tuned.set_adapter("merged")
     Path(output).mkdir()
