@@ -123,6 +123,11 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
             f"`aside` = {aside:g} of the images, which clients keep aside to vote on, trains "
             f"nobody. Set `scale = {fixed:g}` to train on all images."
         )
+    if aside > 0 and not registry.settings.made_by.votes:
+        books.note(
+            f"The rule {registry.settings.rule} says λ, so nobody votes: set `aside = 0` to train "
+            "on all images."
+        )
     exchange.gather(config.server.num_clients)
     chosen = strategy_of(config)(exchange, config, backbone, registry, working)
     chosen.run()

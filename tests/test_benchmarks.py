@@ -149,3 +149,14 @@ def test_removals_fill_a_table(monkeypatch, capsys, tmp_path):
     rows = table_of(monkeypatch, capsys, "removal", *options, "--folder", str(tmp_path))
     assert [row[:2] for row in rows] == [["2", "2"], ["2", "4"], ["3", "2"], ["3", "4"]]
     assert all(float(value) >= 0 for row in rows for value in row[2:])
+
+
+def test_each_rule_has_a_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rules = importlib.import_module("rules")
+    options = ["--scale", "tiny", "--members", "3", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["rules.py", *options])
+    rules.main()
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == list(rules.RULES)
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
 from fedcompo.cli.tables import print_removal
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
@@ -120,7 +121,7 @@ def settings(
     """List all settings of a run: name, default, meaning."""
     if check is not None:
         with errors_as_sentences(verbose=False):
-            settings_of(check, (), {})
+            CompositionSettings.of(RunConfig.parse(settings_of(check, (), {})))
         say(f"{check}: every setting is known, and in range.")
         return
     defaults = RunConfig().flat()

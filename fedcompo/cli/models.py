@@ -22,6 +22,7 @@ from fedcompo.cli.common import (
     progress,
     with_options,
 )
+from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
@@ -216,6 +217,8 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
         return
     clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
     say(f"Composed of {clients}; {len(written['classes'])} classes.")
+    if written["rule"] != MEAN:
+        say(f"By the rule {written['rule']}, λ = {written['scale']:.4g}.")
     if written["negated"]:
         say(f"A negated copy: {written['negated']} was subtracted. See its README.md.")
     folder = written["output"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CHOSEN_BY = {
     "fixed": "as set",
     "vote": "as the clients voted; the factor on the sum stays when members change",
+    "rule": "as the rule says",
     "norms": "which keeps the length of the task vectors",
 }
 """What is said of a scale, by where it comes from."""
@@ -70,6 +71,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
             f"for at most {one} images of a class, {every} in all" if one else "for all its images"
         )
         say(f"A client counts {caps}")
+        if rule := summary["settings"].get("rule"):
+            say(f"Rule {rule}")
         say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
     say(f"Model: {summary['model'] or 'none, nobody is there'}")
     say(f"Root {summary['root']}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Action
 from fedcompo.config.presets import with_preset
 from fedcompo.config.run import RunConfig
@@ -148,6 +149,7 @@ def prepare(
         LaunchError: If there is no app, or no folder can be made.
     """
     config = RunConfig.parse(settings)
+    CompositionSettings.of(config)  # refuses a rule that cannot be used
     clients = count_clients(config)
     resources = fair_resources(
         clients, config.device, cpus_per_client=cpus_per_client, gpus_per_client=gpus_per_client

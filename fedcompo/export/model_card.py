@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.composition.settings import MEAN
 from fedcompo.config.choices import Kind
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
@@ -80,6 +81,8 @@ class ExportedModel:
     fedcompo_version: str
     scale: float = 1.0
     """λ."""
+    rule: str = MEAN
+    """Text of the rule of composition."""
     only: tuple[str, ...] = ()
     """Clients that were chosen by name; empty: all."""
     without: tuple[str, ...] = ()
@@ -197,7 +200,8 @@ def _warning(client: str, times: str) -> str:
 
 def _formula(model: ExportedModel) -> str:
     """Return the model's formula, and its source."""
-    change = "λ Σ w τ" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
+    total = "Σ w τ" if model.rule == MEAN else f"`{model.rule}`(w, τ)"
+    change = f"λ {total}" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
     if not model.linearised:
         return f"""\
 This model is θ₀ + {change}
@@ -214,7 +218,8 @@ Jacobian of its logits there, they are f(x; θ₀) + J ({change})
 def _composition(model: ExportedModel) -> str:
     chosen = f"Only {_list(model.only)}." if model.only else ""
     left_out = f"Without {_list(model.without)}." if model.without else ""
-    return " ".join(filter(None, (chosen, left_out))) or "All clients."
+    whom = " ".join(filter(None, (chosen, left_out))) or "All clients."
+    return whom if model.rule == MEAN else f"{whom} By the rule `{model.rule}`."
 
 
 def _share(m: Member) -> tuple[object, ...]:

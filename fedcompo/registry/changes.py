@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.composition.claims import capped
+from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError, ContributionError, blaming
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.pool import require_unmixed
@@ -144,6 +145,7 @@ def _record(
         influence=foreseen_influence(draft.entries, client, tuple(after.members)),
         fedcompo_version=version("fedcompo"),
         caps=after.settings.caps,
+        rule=after.settings.rule if after.settings.rule != MEAN else "",
         **_factors(before, after),
     )
     return record.signed(registry.path / PRIVATE)

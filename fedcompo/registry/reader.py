@@ -155,9 +155,10 @@ class RegistryReader:
         return foreseen_influence(self.entries(), client, others)
 
     def pool(self, *, with_fisher: bool = False) -> Pool:
-        """Open the members as a pool, to be composed with any coefficients."""
+        """Open the members as a pool, with what the registry's rule needs of them."""
         from fedcompo.method.pool import Pool
 
+        with_fisher = with_fisher or bool(self.settings.made_by.needs)
         return Pool(tuple(self.contribution(c, with_fisher=with_fisher) for c in self.clients))
 
     def joint_head(self) -> Head:

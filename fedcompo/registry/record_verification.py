@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedcompo.composition.head import SHRINKAGE, joint_head
 from fedcompo.composition.models import times_of
+from fedcompo.composition.settings import MEAN
 from fedcompo.composition.totals import save_total, total_after
 from fedcompo.composition.version import terms_of, write_composed, write_ruled, write_sum
 from fedcompo.config.choices import Statistics
@@ -107,6 +108,7 @@ def _against_journal(
     derived = foreseen_influence(earlier, record.client, tuple(members))
     yield compared("the lineage statement follows from the lineages", record.influence, derived)
     yield compared("the caps are the registry's", record.caps, registry.settings.caps)
+    yield compared("the rule is the registry's", record.rule or MEAN, registry.settings.rule)
     claim = "whether the sum was taken anew is as the journal says"
     yield compared(claim, record.recomposed, "rounded" in entry.details)
 
@@ -215,13 +217,9 @@ def _compose_survivors(
     )
     terms = terms_of(pool, settings)
     written = write_sum(folder / SUM, backbone, terms, count=state.count)
-    squared, rule = written.squared_norm, settings.made_by
-    if not rule.is_sum:
-        if rule.needs:
-            pool = registry.pool(with_fisher=True).only(*record.survivors)
-        squared = write_ruled(
-            folder, backbone, settings, pool.contributions, times_of(pool, settings)
-        )
+    squared, members, times = written.squared_norm, pool.contributions, times_of(pool, settings)
+    if not settings.made_by.is_sum:
+        squared = write_ruled(folder, backbone, settings, members, times)
     state = replace(state, factor=expected_factor(state, squared))
     if settings.statistics is Statistics.SUMS:
         save_total(folder / TOTALS, total_after(None, pool, (), settings))

@@ -60,7 +60,7 @@ def recomposed(registry: RegistryReader) -> Finding:
     if stated != as_json(state.about):
         return Finding(claim, False, f"the model says {stated}, expected {state.about}")
     rule = state.settings.made_by
-    pool, ruled = registry.pool(with_fisher=bool(rule.needs)), registry.total()
+    pool, ruled = registry.pool(), registry.total()
     terms, times = terms_of(pool, state.settings), times_of(pool, state.settings)
     roundings, squared_norm, apart = [Rounding() for _ in terms], 0.0, 0.0
     for name in sorted(backbone.tensors):

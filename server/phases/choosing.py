@@ -128,7 +128,9 @@ class Choosing:
     def _reason(self) -> str:
         """Why there is no vote; empty if there is one."""
         settings = self.registry.settings
-        if settings.scale is not None or not settings.made_by.votes:
+        if not settings.made_by.votes:
+            return f"the rule {settings.rule} says it"
+        if settings.scale is not None:
             return "it is fixed"
         if noised := sorted(self.roster.participants.noised & {*self.registry.clients}):
             return f"the statistics of {', '.join(noised)} are under noise"

@@ -129,7 +129,7 @@ def test_specialise_is_compose_only(home: Path) -> None:
     run("specialise", "client-0,client-2", "-o", "a")
     run("compose", "--only", "client-0,client-2", "-o", "b")
     assert contents(home / "a") == contents(home / "b")
-    weights = ["--weights", "client-0=0.7,client-2=0.3", "--scale", "2"]
+    weights = ["--weights", "client-0=0.7,client-2=0.3", "--scale", "2", "--rule", "ties"]
     run("specialise", "client-0,client-2", *weights, "-o", "c")
     run("compose", "--only", "client-0,client-2", *weights, "-o", "d")
     assert contents(home / "c") == contents(home / "d")
@@ -152,6 +152,10 @@ def test_without_a_client_is_what_its_removal_gives_bit_for_bit(home: Path) -> N
         ("--only client-0,,client-1", 2, "no list of clients"),
         ("--without= ", 2, "no list of clients"),
         ("--scale 0", 2, "positive number"),
+        ("--rule tis", 2, "no rule 'tis'; there are mean, "),
+        ("--rule dare:drop=1", 2, "drop must be in [0, 1)"),
+        ("--rule task-arithmetic --scale 1", 2, "says λ itself"),
+        ("--rule tsv-m --weights client-0=0.7,client-1=0.3", 1, "no weights in its equation"),
         ("--checkpoint x", 2, "goes with folders"),
         ("folder --registry registry", 2, "not both"),
         ("--weights client-9=1", 1, "no client 'client-9'"),
@@ -236,7 +240,8 @@ def test_folders_compose_without_registry_or_server(
 
 
 @pytest.mark.parametrize(
-    "options", ["", "--without client-1", "--weights client-0=0.7,client-2=0.3 --scale 2"]
+    "options",
+    ["", "--without client-1", "--weights client-0=0.7,client-2=0.3 --scale 2", "--rule ties"],
 )
 def test_accuracies_are_the_librarys(home: Path, options: str) -> None:
     found = told("evaluate", *options.split())

@@ -222,6 +222,7 @@ def test_backbone_and_digests_are_given():
         ({}, "All clients. λ = 0.75."),
         ({"only": ("client-0", "client-1")}, "Only client-0, client-1. λ = 0.75."),
         ({"without": ("client-8",)}, "Without client-8. λ = 0.75."),
+        ({"rule": "ties:density=0.2"}, "All clients. By the rule `ties:density=0.2`. λ = 0.75."),
         ({"only": ("client-0",), "without": ("b",)}, "Only client-0. Without b. λ = 0.75."),
     ],
 )

@@ -22,6 +22,7 @@ from registry_builders import (
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import head_of
+from fedcompo.composition.rules import Changes, parse_rule
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind, Statistics
 from fedcompo.config.run import BackboneConfig, RunConfig
@@ -247,6 +248,20 @@ def test_folders_compose_without_a_registry(embedded: Backbone, mail: list[Path]
         assert selection.backbone.fingerprint == embedded.fingerprint
         assert selection.backbone.path.is_file()
     assert not selection.backbone.path.exists()
+
+
+@pytest.mark.parametrize("text", ["ties", "task-arithmetic", "iso-c"])
+def test_folders_compose_by_any_rule(embedded: Backbone, mail: list[Path], text: str) -> None:
+    """A fixed scale of the run they are from stays, unless the rule says λ."""
+    members = sorted(map(Contribution.open, mail), key=lambda member: member.client)
+    rule, name = parse_rule(text), min(embedded.theta_0)
+    with from_folders(mail, rule=text) as selection:
+        weight = embedded.theta_0[name]
+        total = rule.total(Changes(name, weight, members, {"ada": 1, "ben": 1}))
+        factor = 0.3 if text == "task-arithmetic" else 0.75
+        assert selection.factor == factor
+        expected = (weight.double() + factor * total).float()
+        torch.testing.assert_close(dict(selection.stream())[name], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_order_of_folders_changes_nothing(mail: list[Path]) -> None:

@@ -19,6 +19,7 @@ from fedcompo.composition.voting import Votes, elected, scales
 from fedcompo.config.choices import Statistics
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
+from fedcompo.export.selection import from_registry
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums, total_of
 from fedcompo.registry.registry import Registry
@@ -244,3 +245,24 @@ def test_the_distance_is_in_the_metric_of_the_others_whoever_s_anchors(chosen, t
     own = run({}, tmp_path / "out", **SOME, anchor="own", realign=False)
     for client, expected in results["per_client"].items():
         assert own["per_client"][client]["distance"] == pytest.approx(expected["distance"])
+
+
+def test_by_another_rule_they_vote_on_its_total(tmp_path):
+    """λ = 0 is the frozen backbone whatever the rule; the others are multiples of its total."""
+    fast = {**SOME, "local_epochs": 1, "local_steps": 5}
+    results = run({}, tmp_path / "out", **fast, rule="ties:density=0.3")
+    registry = Registry(tmp_path / "out" / "registry")
+    chosen, candidates = results["scale"], results["scale"]["candidates"]
+    assert (chosen["by"], [c["scale"] for c in candidates]) == ("vote", list(scales(3)))
+    losses = []
+    clients = clients_of(**fast)
+    for scale in scales(3):
+        theta = dict(from_registry(registry, scale=scale).stream()) if scale else {}
+        own = [(features(c, theta, 0), c.split[0].labels, c.data.classes) for c in clients]
+        head = head_from_total(total_of([FeatureSums.of(*described) for described in own]))
+        votes = Votes.none(1)
+        for client in clients:
+            labels = head.indices(client.data.classes)[client.split[1].labels]
+            votes += Votes.of([head(features(client, theta, 1))], labels)
+        losses.append(votes.losses[0] / votes.num_examples)
+    assert [c["loss"] for c in candidates] == pytest.approx(losses, abs=1e-4)
