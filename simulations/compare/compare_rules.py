@@ -1,14 +1,13 @@
 """Compare rules of composition on the same task vectors: those of finished runs.
 
-    python simulations/compare/rules.py runs/compare-cifar/ita-lora-seed* --json rules.json
-    python simulations/compare/rules.py runs/digits --rule mean --rule ties:density=0.5
+    python simulations/compare/compare_rules.py runs/compare-cifar/ita-lora-seed* --json rules.json
+    python simulations/compare/compare_rules.py runs/digits --rule mean --rule ties:density=0.5
 
 Each run is a draw (a seed) of one scenario. A rule's total is taken once and added to θ₀ with
 several λ. For each, the joint head is aligned again, as in a run, and measured on the clients' test
 images, and on the images that they keep aside. λ is chosen on the latter, by the score that clients
 vote by; *best* is the largest on test images, an oracle's choice that nobody could make. Seconds
-and memory are of the total alone, from contributions on disk: memory is the peak of the process
-above what it held before.
+are of the CPU, for the total alone.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from fedcompo.composition.scale import norm_preserving
 from fedcompo.composition.voting import Votes, elected
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
-from fedcompo.runtime import peak_bytes
 
 SAME_TOTAL = ("norm-preserving", "task-arithmetic")
 """The mean, at a λ that is in its row."""
@@ -74,15 +72,14 @@ def measured(bench: Bench, rule: Rule) -> dict[str, Any]:
     pool, settings = bench.registry.pool(with_fisher=True), bench.registry.settings
     times = times_of(pool, settings)
     rule.check(pool.contributions, times)
-    held = reset_peak()
-    began = time.perf_counter()
+    began = time.process_time()
     squares: dict[tuple[str, str], float] = {}
     total, squared = {}, 0.0
     for name, weight in sorted(bench.backbone.theta_0.items()):
         changes = Changes(name, weight, pool.contributions, times, squares=squares)
         total[name] = rule.on_grid(changes)
         squared += fixed_point.squared_length(total[name])
-    seconds, peak = time.perf_counter() - began, peak_bytes()["resident"] - held
+    seconds = time.process_time() - began
     lengths = dict.fromkeys(times, 0.0)
     for (client, _), own in squares.items():
         lengths[client] += own
@@ -96,7 +93,6 @@ def measured(bench: Bench, rule: Rule) -> dict[str, Any]:
     return {
         "removal": str(rule.removal),
         "seconds": seconds,
-        "megabytes": peak / 1e6,
         "tried": tried,
         "chosen": chosen["class_il"],
         "best": max(one["class_il"] for one in tried.values()),
@@ -130,29 +126,20 @@ def accuracy(bench: Bench, theta: Weights) -> dict[str, float]:
     return {"class_il": fmean(class_il for class_il, _ in found.values()), "loss": loss}
 
 
-def reset_peak() -> int:
-    """Forget the peak of this process's memory so far; return what it holds now, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()["resident"]
-
-
 def table(seeds: list[dict[str, Any]], texts: list[str]) -> str:
     """Format the figures of all runs as one table, in Markdown."""
     names = [*(name for name, _ in columns(1)), "length"]
     lines = [["rule", *(f"λ = {name}" for name in names[:-1]), "as long as a member", "its λ"]]
-    lines[0] += ["chosen aside", "best", "seconds", "memory, MB", "removal"]
+    lines[0] += ["chosen aside", "best", "seconds", "removal"]
     for text in texts:
         rows = [seed[text] for seed in seeds if text in seed]
         cells = [spread([row["tried"][name]["class_il"] for row in rows]) for name in names]
         cells += [spread([row["tried"]["length"]["scale"] for row in rows], factor=1)]
         cells += [spread([row[key] for row in rows]) for key in ("chosen", "best")]
-        cells += [spread([fmean(r[key] for r in rows)], factor=1, digits=n) for key, n in COSTS]
+        cells += [spread([fmean(row["seconds"] for row in rows)], factor=1)]
         lines.append([text, *cells, rows[0]["removal"]])
     frozen = spread([seed["frozen"] for seed in seeds])
     return f"Frozen: {frozen}; {len(seeds)} run(s).\n\n{markdown_table(lines)}"
-
-
-COSTS = ("seconds", 2), ("megabytes", 0)
 
 
 if __name__ == "__main__":
