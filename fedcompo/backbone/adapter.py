@@ -1,8 +1,7 @@
-r"""Reads a LoRA adapter that PEFT wrote as a change of a backbone: :math:`\Delta = sBA`.
+"""Reads an adapter that PEFT wrote, a LoRA or (IA)³, as a change of a backbone.
 
-s is α/r, or α/√r in rsLoRA; rank and α may differ by layer. The factor goes into B. What PEFT can
-do beyond that (DoRA, trained biases, layers repeated, …) makes another function of the weights, and
-is refused by its name in adapter_config.json. The format is described at
+What its layers are called in timm is found here; :mod:`fedcompo.backbone.lora_adapter` and
+:mod:`fedcompo.backbone.ia3_adapter` say what each kind computes. The format is described at
 https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -14,33 +13,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fedcompo.backbone import ia3_adapter, lora_adapter
+from fedcompo.backbone.adapted import Adapted, Layers
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.checkpoint import read_checkpoint, require_finite
-from fedcompo.backbone.finetuned import FineTuned, rows
-from fedcompo.config.choices import Kind
+from fedcompo.backbone.finetuned import FineTuned, require_plausible, rows
+from fedcompo.backbone.foreign_names import timm_name
 from fedcompo.errors import BackboneError
 from fedcompo.method.task_vector import TaskVector
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-CONVERTED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+OF_LAYER = re.compile(r"(.+)\.(lora_[AB]\.weight|ia3_l)")
+BASE = "base_model_name_or_path"
 HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type"),
-    *("inference_mode", "lora_dropout", "runtime_config", "ensure_weight_tying"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "megatron_core", "qalora_group_size", "fan_in_fan_out"),
+    *("peft_type", "auto_mapping", BASE, "peft_version", "revision", "task_type"),
+    *("inference_mode", "runtime_config", "target_modules", "exclude_modules"),
+    *("modules_to_save", "fan_in_fan_out"),
 }
 """Keys that leave an adapter of nn.Linear what it is: the file's tensors say which layers there
 are, and PEFT itself takes no notice of ``fan_in_fan_out`` at an nn.Linear."""
-ALLOWED = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),
-}
-"""Keys of which some values are converted. Other ways to initialise may change the base weights."""
+KINDS: dict[str, Any] = {"LORA": lora_adapter, "IA3": ia3_adapter}
+"""The module of each kind that is converted, by PEFT's name of it."""
 
 
 def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
@@ -48,100 +46,133 @@ def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
 
     Args:
         folder: Holds adapter_config.json and adapter_model.safetensors (or .bin).
-        backbone: The pre-trained weights it was trained on; an adapter does not tell which.
+        backbone: The pre-trained weights it was trained on. Of them an adapter tells no more than
+            a name, :attr:`FineTuned.base`.
 
     Returns:
-        A task vector of kind ``lora``, float32, zero at target weights without an adapter. The
+        A task vector of its kind, float32, without a change where there is no adapter. The
         classifier of ``modules_to_save`` has no names of classes.
 
     Raises:
-        BackboneError: If a file cannot be read, or the adapter is more than LoRA or for another
-            model.
+        BackboneError: If a file cannot be read, or the adapter is more than LoRA or (IA)³, or for
+            another model.
     """
     config = _config(folder / ADAPTER_CONFIG)
     path = folder / ADAPTER
-    state = read_checkpoint(path if path.is_file() else path.with_suffix(".bin"))
+    path = path if path.is_file() else path.with_suffix(".bin")
+    if not path.is_file():
+        raise BackboneError(
+            f"{folder} has {ADAPTER_CONFIG}, but no {ADAPTER}: the weights are missing. Get the "
+            "whole folder again."
+        )
+    require_plausible(path, backbone)
+    state = read_checkpoint(path)
     assert not isinstance(state, Path)
     require_finite(state)
     found = {name.removeprefix(PREFIX): tensor.float() for name, tensor in state.items()}
-    factors: dict[str, Tensor] = {}
-    adapted = 0
-    for name, weight in backbone.theta_0.items():
-        layer = name.removesuffix(".weight")
-        a, b = (found.pop(f"{layer}.lora_{factor}.weight", None) for factor in "AB")
-        if a is None and b is None:
-            a, b = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1)
-        else:
-            adapted += 1
-            rank = _of_layer(config, "rank_pattern", "r", layer)
-            _require_shapes(layer, a, b, (rank, *weight.shape))
-            assert b is not None
-            alpha = _of_layer(config, "alpha_pattern", "lora_alpha", layer)
-            b = b * (alpha / (rank**0.5 if config.get("use_rslora") else rank))
-        assert a is not None
-        factors |= {f"{name}/A": a.cpu(), f"{name}/B": b.cpu()}
-    if not adapted:
+    layers = _layers(found, backbone)
+    if not layers:
         raise BackboneError(
             f"{folder} is an adapter for another model: of {backbone.name!r} it adapts no target "
             f"weight, only {', '.join(sorted(found)[:3])}. Import it into a registry of its model."
         )
-    classifier = [found.pop(f"{backbone.classifier}.{part}", None) for part in ("weight", "bias")]
-    vector = TaskVector(Kind.LORA, factors, backbone.fingerprint)
-    return FineTuned(vector, rows(*classifier), (), tuple(sorted(found)))
+    classifier, rest = _beside(found, backbone)
+    vector: TaskVector = KINDS[config["peft_type"]].converted(config, layers, backbone)
+    rest += ia3_adapter.scaled_biases(layers, backbone)
+    base = config.get(BASE)
+    return FineTuned(
+        vector, rows(*classifier), (), tuple(sorted(rest)), base if isinstance(base, str) else ""
+    )
+
+
+def _layers(found: dict[str, Tensor], backbone: Backbone) -> Layers:
+    """Take what belongs to the target weights out of the adapter's tensors.
+
+    Raises:
+        BackboneError: If two layers of the adapter are the same one of the backbone.
+    """
+    places: dict[tuple[str, int | None], Adapted] = {}
+    for name in sorted(found):
+        match = OF_LAYER.fullmatch(name)
+        place = match and _place(match[1], backbone)
+        if not match or place is None:
+            continue
+        own = places.setdefault(place, Adapted(match[1], place[1], {}))
+        if own.layer != match[1]:
+            raise BackboneError(
+                f"The adapter adapts {own.layer!r} and {match[1]!r}, which are both {place[0]!r} "
+                "in timm. Save the adapter of the one model that you want."
+            )
+        own.tensors[match[2]] = found.pop(name)
+    layers: Layers = {}
+    for (weight, _), own in places.items():
+        layers.setdefault(weight, []).append(own)
+    return layers
+
+
+def _place(layer: str, backbone: Backbone) -> tuple[str, int | None] | None:
+    """The target weight of a layer, and its part of a fused one; None: it has none."""
+    name = f"{layer}.weight"
+    known = timm_name(name, backbone.classifier)
+    if known is None:  # timm's own name, perhaps within a larger model
+        inside = re.search(r"(?:^|\.)(blocks\.\d+\..+)$", name)
+        known = (inside[1] if inside and name not in backbone.theta_0 else name), None
+    return known if known[0] in backbone.theta_0 else None
+
+
+def _beside(
+    found: Mapping[str, Tensor], backbone: Backbone
+) -> tuple[list[Tensor | None], list[str]]:
+    """The classifier's weight and bias, and the names of all else that the adapter changes."""
+    start = backbone.model.state_dict()
+    own = [f"{backbone.classifier}.{part}" for part in ("weight", "bias")]
+    classifier: dict[str, Tensor] = {}
+    rest = []
+    for name, tensor in found.items():
+        known = timm_name(name, backbone.classifier)
+        ours = known[0] if known and known[1] is None else name
+        if ours in own:
+            classifier[ours] = tensor
+        elif ours not in start or not torch.equal(tensor, start[ours].cpu()):
+            rest.append(name)
+    return [classifier.get(name) for name in own], rest
 
 
 def _config(path: Path) -> dict[str, Any]:
     """Read adapter_config.json; refuse what is not converted, by its name."""
     try:
         config = {"peft_type": None, **json.loads(path.read_text(encoding="utf-8"))}
-        _refuse_beyond(path, config)
-        patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
-        ranks = config["r"], *patterns[0].values()
-        alphas = config["lora_alpha"], *patterns[1].values()
-        for pattern in (key for keys in patterns for key in keys):
-            re.compile(pattern)
-        if not all(type(r) is int and r > 0 for r in ranks):
-            raise ValueError(f"ranks {ranks}, expected positive integers")
-        if not all(type(alpha) in (int, float) for alpha in alphas):
-            raise ValueError(f"alphas {alphas}, expected numbers")
+        kind = config["peft_type"]
+        if kind not in KINDS:
+            raise BackboneError(
+                f"{path} describes an adapter of peft_type = {kind!r:.60}; those of LORA and IA3 "
+                "are converted. Merge it into its model with PEFT's `merge_and_unload`, save the "
+                "weights, and import those."
+            )
+        _refuse_beyond(path, config, KINDS[kind].HARMLESS | HARMLESS, KINDS[kind].ALLOWED)
+        KINDS[kind].check(config)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, re.error) as error:
         raise BackboneError(
-            f"{path} cannot be read as PEFT's configuration of a LoRA ({type(error).__name__}: "
-            f"{error}). Save the adapter again with `save_pretrained`."
+            f"{path} cannot be read as PEFT's configuration ({type(error).__name__}: {error}). "
+            "Save the adapter again with `save_pretrained`."
         ) from error
     return config
 
 
-def _refuse_beyond(path: Path, config: Mapping[str, Any]) -> None:
-    plain = CONVERTED | HARMLESS
+def _refuse_beyond(
+    path: Path,
+    config: Mapping[str, Any],
+    plain: set[str],
+    allowed: Mapping[str, tuple[Any, ...]],
+) -> None:
     beyond = [
         f"{key} = {value!r:.60}"
         for key, value in sorted(config.items())
-        if key not in plain and (value not in ALLOWED[key] if key in ALLOWED else value)
+        if key not in plain and (value not in allowed[key] if key in allowed else value)
     ]
     if beyond:
         raise BackboneError(
-            f"{path} asks for more than LoRA, which cannot be converted exactly: "
+            f"{path} asks for more than {config['peft_type']}, which cannot be converted exactly: "
             f"{', '.join(beyond)}. Merge it into its model with PEFT's `merge_and_unload`, save "
             "the weights, and import those."
-        )
-
-
-def _of_layer(config: Mapping[str, Any], patterns: str, default: str, layer: str) -> Any:
-    """A layer's rank or α: of the first pattern that fits the end of its name, as PEFT reads it."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return config[default]
-
-
-def _require_shapes(
-    layer: str, a: Tensor | None, b: Tensor | None, sizes: tuple[int, int, int]
-) -> None:
-    rank, out, width = sizes
-    shapes = [None if factor is None else tuple(factor.shape) for factor in (a, b)]
-    if shapes != [(rank, width), (out, rank)]:
-        raise BackboneError(
-            f"The adapter's factors A, B of {layer!r} have shapes {shapes[0]}, {shapes[1]}, "
-            f"expected {(rank, width)}, {(out, rank)} by its configuration and this backbone."
         )

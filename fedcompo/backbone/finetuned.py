@@ -21,21 +21,28 @@ import torch
 from torch import Tensor, nn
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.checkpoint import INPUT_KEYS, fill, read_checkpoint, read_config
+from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config
+from fedcompo.backbone.foreign_config import described_elsewhere
+from fedcompo.backbone.foreign_names import as_timm
 from fedcompo.backbone.prefixes import without_prefix
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError
+from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.files import CONFIG, WEIGHTS
 
 LEAST_COSINE = 0.5
 """Weights that are less alike than this were never fine-tuned from one another: between two
 trainings from other starts it is near 0, after a fine-tuning near 1."""
-FIELDS = {"input_size": "shape", "crop_pct": "crop_fraction"} | {
-    key: key for key in ("mean", "std", "interpolation", "crop_mode")
-}
-"""What a key of timm's configuration is called in :class:`Preprocessing`."""
+FIELDS = {"input_size": "shape", "mean": "mean", "std": "std", "interpolation": "interpolation"}
+"""What a key of timm's configuration is called in :class:`Preprocessing`: those of the model's
+input. How much of a picture's border an evaluation cuts off is no matter of training."""
+MODEL_FROM = 0.5
+"""A fine-tuning changes weights by a few hundredths of their length, up to a few tenths. What is
+longer than this multiple of it is no difference, and what is shorter no model."""
+LARGEST, TIMES = 1 << 30, 16
+"""A file of more bytes, and of more than so many times the backbone's, is not read."""
 INPUT_ARGS = ("img_size", "in_chans")
 
 
@@ -50,6 +57,8 @@ class FineTuned:
     """Names of the classifier's rows, in their order; empty: not known."""
     rest: tuple[str, ...]
     """Names of all that the source changed beside the target weights and the classifier."""
+    base: str = ""
+    """What the source calls the model that it started from; empty: it does not say."""
 
     @property
     def rest_counted(self) -> str:
@@ -72,7 +81,7 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         BackboneError: If the source cannot be read, is of another architecture, holds infinity or
             NaN, or does not come from these pre-trained weights.
     """
-    path, state = _read(source)
+    path, state = read_source(source, backbone)
     model = copy.deepcopy(backbone.model)
     channels, height, width = backbone.preprocessing.shape
     # Without `first_conv`, channels are never averaged: it must read as many as the backbone.
@@ -81,7 +90,8 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         fill(model, backbone.architecture, cfg, state, channels=channels)
     except BackboneError as error:
         raise BackboneError(
-            f"{path} is no fine-tuned {backbone.name!r}, which the registry's weights are: {error}"
+            f"{path} is no fine-tuned {backbone.name!r}, which the registry's weights are: {error} "
+            "If it holds a difference θ - θ₀ alone, add `--delta`."
         ) from error
     names, differ = _configured(path, replace(backbone, model=model))
     found = _converted(state, model)
@@ -105,7 +115,12 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
     )
 
 
-def _read(source: Path) -> tuple[Path, dict[str, Tensor]]:
+def read_source(source: Path, backbone: Backbone) -> tuple[Path, dict[str, Tensor]]:
+    """Read a file's tensors under timm's names, or those of the first one in a folder.
+
+    Raises:
+        BackboneError: If there are none, or they cannot be read.
+    """
     files = (source / WEIGHTS, source / "pytorch_model.bin") if source.is_dir() else (source,)
     path = next((file for file in files if file.is_file()), None)
     if path is None:
@@ -113,10 +128,22 @@ def _read(source: Path) -> tuple[Path, dict[str, Tensor]]:
             f"There are no weights at {source}. Expected a .safetensors or .pth file, a folder "
             f"with {WEIGHTS}, or the folder of a PEFT adapter."
         )
+    require_plausible(path, backbone)
     state = read_checkpoint(path)
     if isinstance(state, Path):
         raise BackboneError(f"{path} is in JAX's layout. Save it from timm as .safetensors first.")
-    return path, state
+    return path, as_timm(path, state, backbone.classifier)
+
+
+def require_plausible(path: Path, backbone: Backbone) -> None:
+    """Refuse a file that no fine-tuning of the backbone can be, before it fills the memory."""
+    own = sum(t.numel() * t.element_size() for t in backbone.model.state_dict().values())
+    size = path.stat().st_size if path.is_file() else 0
+    if size > max(LARGEST, TIMES * own):
+        raise BackboneError(
+            f"{path} has {size / 1e9:.1f} GB, and the weights of {backbone.name!r} "
+            f"{own / 1e9:.2g} GB. Save the state dict alone, without the optimiser's."
+        )
 
 
 def rows(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -139,6 +166,8 @@ def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]
     Its arguments may be written out or left at their defaults. So they are compared by what a model
     that is built with them computes.
     """
+    if (described := described_elsewhere(path, tuned)) is not None:
+        return described
     args, own = read_config(path, tuned.architecture, {})
     if not own:
         return (), []
@@ -146,8 +175,8 @@ def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]
     theirs = Preprocessing.of_timm(own, args, ours.modality)
     differ = [
         f"{CONFIG}: {key}"
-        for key in INPUT_KEYS
-        if key in own and getattr(theirs, FIELDS[key]) != getattr(ours, FIELDS[key])
+        for key, field in FIELDS.items()
+        if key in own and getattr(theirs, field) != getattr(ours, field)
     ]
     built = {key: value for key, value in args.items() if key not in INPUT_ARGS}
     built |= {key: value for key, value in tuned.model_args.items() if key in INPUT_ARGS}
@@ -164,18 +193,26 @@ def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]
     return tuple(names) if listed and len({*names}) == len(names) else (), differ
 
 
-def _require_related(
-    path: Path, backbone: Backbone, theta: dict[str, Tensor], start: dict[str, Tensor]
-) -> None:
-    names = backbone.theta_0
-    inner = sum(float((theta[n].double() * start[n].double()).sum()) for n in names)
-    lengths = [
-        sum(float(t[n].double().square().sum()) for n in names) ** 0.5 for t in (theta, start)
-    ]
+def _require_related(path: Path, backbone: Backbone, theta: Weights, start: Weights) -> None:
+    ours = {name: start[name] for name in backbone.theta_0}
+    theirs = {name: theta[name] for name in ours}
+    inner = sum(float((theirs[name].double() * ours[name].double()).sum()) for name in ours)
+    lengths = length(theirs), length(ours)
     cosine = inner / (lengths[0] * lengths[1] or 1.0)
     if cosine < LEAST_COSINE:
+        small = lengths[0] < MODEL_FROM * lengths[1]
         raise BackboneError(
             f"{path} has the architecture of {backbone.name!r}, but was not fine-tuned from its "
-            f"weights (cosine {cosine:.2f}, expected above {LEAST_COSINE}). Import it into a "
-            "registry of the weights it started from."
+            f"weights (cosine {cosine:.2f}, expected above {LEAST_COSINE}). "
+            + (
+                f"They are as long as {lengths[0] / lengths[1]:.2g} of the pre-trained ones: if it "
+                "holds a difference θ - θ₀, add `--delta`."
+                if small
+                else "Import it into a registry of the weights it started from."
+            )
         )
+
+
+def length(weights: Weights) -> float:
+    """Length of all weights together."""
+    return float(sum(float(t.double().square().sum()) for t in weights.values()) ** 0.5)

@@ -15,6 +15,8 @@ from fedcompo.config.setting import Scalar
 
 IMPORTED = "imported-"
 """How names begin that say, beside the settings, where an imported model is from."""
+STAND_IN = "stand-in"
+"""Value of ``imported-statistics`` where a classifier's rows stand for images."""
 PAPER: dict[str, Scalar] = {
     "statistics": "mixtures",
     "curvature": "exact",

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter
 from fedcompo.errors import BackboneError, ContributionError
 from fedcompo.export.peft import export_peft
-from fedcompo.registry.imports import import_model
+from fedcompo.registry.imports import Wanted, import_model
 
 peft = pytest.importorskip("peft", reason="`pip install .[dev]` brings PEFT")
 
@@ -72,7 +72,7 @@ def test_an_adapter_becomes_a_client_with_its_own_head(tmp_path: Path) -> None:
     registry = registry_of(tmp_path / "registry", member("ben"))
     images = write_images(tmp_path / "images")
     folder, merged = written(tmp_path / "adapter", modules_to_save=["head"])
-    made = import_model(folder, registry, client="ada", data=images, classes=("dog", "cat"))
+    made = import_model(folder, registry, client="ada", data=images, wanted=Wanted(("dog", "cat")))
     assert made.head.classes == ("cat", "dog")
     assert torch.equal(made.head.weight, merged["head.weight"].flip(0))
     registry.add(made)
@@ -121,8 +121,23 @@ def test_what_lies_beside_the_target_weights_is_refused_by_name(
     folder, _ = written(tmp_path / "adapter", **given)
     with pytest.raises(ContributionError, match=r"patch_embed.proj.lora_A.weight|norm.bias"):
         import_model(folder, registry, client="ada", data=images)
-    made = import_model(folder, registry, client="ada", data=images, drop_rest=True)
+    made = import_model(folder, registry, client="ada", data=images, wanted=Wanted(drop_rest=True))
     assert "(1)" in str(made.settings["imported-dropped"])
+
+
+def test_a_larger_models_names_and_what_it_left_as_it_was_are_no_change(tmp_path: Path) -> None:
+    folder, merged = written(tmp_path, target_modules=["qkv"])
+    state = {n.replace("blocks", "vit.blocks"): t for n, t in load_file(folder / ADAPTER).items()}
+    norm = {f"base_model.model.{n}": backbone().model.state_dict()[n] for n in ("norm.weight",)}
+    save_file(state | norm, folder / ADAPTER)
+    found = read_adapter(folder, backbone())
+    assert not found.rest
+    tau = found.task_vector.dense(backbone().theta_0)["blocks.0.attn.qkv.weight"]
+    expected = merged["blocks.0.attn.qkv.weight"] - backbone().theta_0["blocks.0.attn.qkv.weight"]
+    torch.testing.assert_close(tau, expected, rtol=0, atol=1e-6)
+    (folder / ADAPTER).unlink()
+    with pytest.raises(BackboneError, match="the weights are missing"):
+        read_adapter(folder, backbone())
 
 
 def alien(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,10 +157,13 @@ def diverged(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tens
     return {name: t / 0 for name, t in state.items()}
 
 
-def of_ia3(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    config["peft_type"] = "IA3"
-    del config["r"]
+def of_another_kind(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    config["peft_type"] = "VERA"
     return state
+
+
+def of_two_models(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state | {n.replace("blocks", "teacher.blocks"): t + 0 for n, t in state.items()}
 
 
 def from_the_future(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +178,8 @@ def from_the_future(config: dict[str, Any], state: dict[str, Tensor]) -> dict[st
         (other_rank, "have shapes"),
         (half_gone, "have shapes"),
         (diverged, "infinity or NaN"),
-        (of_ia3, "peft_type = 'IA3'"),
+        (of_another_kind, "peft_type = 'VERA'"),
+        (of_two_models, "which are both 'blocks.0.attn.qkv.weight'"),
         (from_the_future, "use_more = True"),
     ],
 )

@@ -23,7 +23,7 @@ from fedcompo.data.client_data import load_folder
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums
-from fedcompo.registry.imports import import_model
+from fedcompo.registry.imports import Wanted, import_model
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 
@@ -76,8 +76,8 @@ def test_a_checkpoint_becomes_a_client(
     state = tuned()
     source = saved(tmp_path, form, state)
     classes = () if form == "folder" else ROWS
-    given: dict[str, Any] = {"client": "ada", "data": images, "classes": classes}
-    made = import_model(source, registry, drop_rest=form == "folder", **given)
+    given: dict[str, Any] = {"client": "ada", "data": images, "wanted": Wanted(classes)}
+    made = import_model(source, registry, **given)
     theta_0 = backbone().theta_0
     expected = {name: state[name].double() - theta_0[name].double() for name in theta_0}
     actual = {name: tau.double() for name, tau in made.task_vector.dense(theta_0).items()}
@@ -120,7 +120,7 @@ def test_what_else_changed_is_named_and_refused_or_recorded(
     with pytest.raises(ContributionError) as refused:
         import_model(source, registry, client="ada", data=images)
     assert rest in str(refused.value)
-    made = import_model(source, registry, client="ada", data=images, drop_rest=True)
+    made = import_model(source, registry, client="ada", data=images, wanted=Wanted(drop_rest=True))
     assert made.settings["imported-dropped"] == rest
 
 
@@ -171,6 +171,17 @@ def wrong(kind: str, folder: Path) -> Path:
     if kind == "pickle":
         torch.save({"state_dict": state, "args": Path("code")}, folder / "tuned.pth")
         return folder / "tuned.pth"
+    if kind == "empty":
+        (folder / "empty").mkdir()
+        return folder / "empty"
+    if kind == "huge":
+        with (folder / "huge.safetensors").open("wb") as file:
+            file.truncate(3 << 30)  # sparse
+        return folder / "huge.safetensors"
+    if kind == "cut":
+        path = saved(folder, "safetensors", state)
+        path.write_bytes(path.read_bytes()[:-100])
+        return path
     if kind == "nan":
         state["blocks.0.attn.qkv.weight"][0, 0] = torch.nan
     if kind == "shape":
@@ -190,6 +201,9 @@ def wrong(kind: str, folder: Path) -> Path:
     ("kind", "said"),
     [
         ("nothing", "There are no weights at"),
+        ("empty", "There are no weights at"),
+        ("huge", r"has 3.2 GB, and the weights of 'pico'"),
+        ("cut", "is cut off"),
         ("pickle", "never as code"),
         ("nan", "infinity or NaN"),
         ("shape", "no fine-tuned 'pico'"),
@@ -211,7 +225,7 @@ def test_names_that_do_not_fit_the_rows_are_refused(
 ) -> None:
     source = saved(tmp_path, "safetensors", tuned())
     with pytest.raises(ContributionError, match="3 rows"):
-        import_model(source, registry, client="ada", data=images, classes=classes)
+        import_model(source, registry, client="ada", data=images, wanted=Wanted(classes))
 
 
 def test_the_command_adds_it_or_writes_its_folder(

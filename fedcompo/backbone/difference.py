@@ -1,0 +1,69 @@
+r"""Reads a file that holds a difference :math:`\theta - \theta_0`, not a model.
+
+Such files look like checkpoints: names and shapes are the same. Nothing in them says what they are.
+So whoever imports one says it, and the lengths of the weights must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.checkpoint import require_finite
+from fedcompo.backbone.finetuned import MODEL_FROM, FineTuned, length, read_source
+from fedcompo.config.choices import Kind
+from fedcompo.errors import BackboneError
+from fedcompo.method.deltas import Weights
+from fedcompo.method.task_vector import TaskVector
+
+
+def read_difference(source: Path, backbone: Backbone) -> FineTuned:
+    """Read a difference; a weight that it does not hold is unchanged.
+
+    Args:
+        source: As for :func:`~fedcompo.backbone.finetuned.read_finetuned`.
+        backbone: The pre-trained weights it is a difference to.
+
+    Returns:
+        A task vector of kind ``full``. A classifier is no part of the pre-trained weights, so that
+        nobody knows what it is a difference to; it counts to the rest.
+
+    Raises:
+        BackboneError: If the source cannot be read, fits other weights, or holds a model.
+    """
+    path, state = read_source(source, backbone)
+    require_finite(state)
+    found = {_within(name, backbone): tensor.float() for name, tensor in state.items()}
+    start = backbone.model.state_dict()
+    own = {name: found.get(name) for name in backbone.theta_0}
+    if all(tensor is None for tensor in own.values()):
+        raise BackboneError(
+            f"{path} holds no target weight of {backbone.name!r}, only "
+            f"{', '.join(sorted(state)[:3])}. Import it into a registry of its model."
+        )
+    tau: Weights = {}
+    for name, weight in backbone.theta_0.items():
+        tensor = own[name]
+        if tensor is not None and tensor.shape != weight.shape:
+            raise BackboneError(
+                f"{name!r} of {path} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(weight.shape)} as in {backbone.name!r}, which the registry's weights are."
+            )
+        tau[name] = weight.new_zeros(weight.shape).cpu() if tensor is None else tensor
+    if not length(tau) < MODEL_FROM * length(backbone.theta_0):
+        raise BackboneError(
+            f"{path} is no difference to {backbone.name!r}: its weights are as long as "
+            f"{length(tau) / length(backbone.theta_0):.2g} of the pre-trained ones, expected below "
+            f"{MODEL_FROM}. If it holds a model, leave `--delta` out."
+        )
+    rest = (n for n, t in found.items() if n not in own and (n not in start or bool(t.any())))
+    tensors = {f"{name}/delta": tensor for name, tensor in tau.items()}
+    vector = TaskVector(Kind.FULL, tensors, backbone.fingerprint)
+    return FineTuned(vector, None, (), tuple(sorted(rest)))
+
+
+def _within(name: str, backbone: Backbone) -> str:
+    """Take off what stands before ``blocks.``, as in ``module.blocks.0.attn.qkv.weight``."""
+    inside = re.search(r"(?:^|\.)(blocks\.\d+\..+)$", name)
+    return inside[1] if inside and name not in backbone.theta_0 else name
