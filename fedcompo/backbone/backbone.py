@@ -24,8 +24,9 @@ from torch.func import functional_call
 
 import fedcompo.backbone.text  # noqa: F401  timm knows its models from here on
 from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
+from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
-from fedcompo.backbone.source import Source, source_of
+from fedcompo.backbone.source import LOCAL, Source, source_of
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
@@ -55,6 +56,8 @@ class Backbone:
     """timm's name of the classifier, ``head`` in all plain vision transformers."""
     model_args: dict[str, Any]
     """Arguments that rebuild the model with ``timm.create_model``."""
+    origin: Origin = Origin()
+    """Whence the weights came."""
 
     @property
     def num_features(self) -> int:
@@ -96,13 +99,15 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     Raises:
         BackboneError: If the name is unknown, the weights cannot be loaded, or no weight matches.
     """
-    name = config.backbone
+    name, origin = config.backbone, Origin()
     if name == EMBEDDED:
         model, architecture, model_args, cfg = _embedded(config)
     else:
         source = source_of(name, config.checkpoint)
         name = source.name
         model, architecture, model_args, cfg = _from_timm(source, config)
+        if not config.checkpoint:
+            origin = Origin.of(cfg, from_hub=not name.startswith(LOCAL))
     model = model.float().eval().requires_grad_(False)
     require_finite(model.state_dict())
     digest = tensorfile.tensor_digest(model.state_dict())
@@ -116,6 +121,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
         architecture,
         _classifier_name(model, architecture),
         model_args,
+        origin,
     )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedcompo.backbone.origin import Origin
 from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.storage.manifest import require_content
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
@@ -34,6 +35,7 @@ def save_backbone(path: Path, backbone: Backbone) -> None:
         **{key: getattr(backbone, key) for key in COPIED},
         "preprocessing": asdict(backbone.preprocessing),
         "target_weights": sorted(backbone.theta_0),
+        **({"origin": asdict(backbone.origin)} if backbone.origin != Origin() else {}),
     }
     save_streamed(path, backbone.model.state_dict(), manifest)
 
@@ -64,6 +66,7 @@ class StoredBackbone:
         self.classifier: str = manifest["classifier"]
         self.num_features: int = manifest["num_features"]
         self.target_weights: tuple[str, ...] = tuple(manifest["target_weights"])
+        self.origin = Origin.parse(manifest.get("origin"))
 
     @property
     def architecture(self) -> str:
@@ -131,6 +134,7 @@ class StoredBackbone:
             architecture=self.architecture,
             classifier=self.classifier,
             model_args=self.model_args,
+            origin=self.origin,
         )
 
     @property

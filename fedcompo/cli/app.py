@@ -18,6 +18,7 @@ from fedcompo.cli.fisher import fisher
 from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
+from fedcompo.cli.push import push
 from fedcompo.cli.tables import print_removal
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig, all_settings
@@ -158,6 +159,7 @@ for command in (
     models.negate,
     models.export,
     predict,
+    push,
     service.serve,
     service.publish,
     service.fetch,

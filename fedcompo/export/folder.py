@@ -80,6 +80,7 @@ def publish(
             negated=negated,
             negation_scale=strength,
             linearised=linearised,
+            origin=backbone.origin,
         )
         write_atomically(folder / MODEL_CARD, model_card(card).encode())
     return {

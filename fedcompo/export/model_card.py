@@ -1,7 +1,7 @@
 """Writes the README of an exported model: what it is made of, and what it is not made for.
 
 Names of clients and classes come from outside and are shown literally, whatever they hold. The
-front matter, which machines read, consists of fixed words.
+front matter, which machines read, has fixed words and names of the hub.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.settings import MEAN
 from fedcompo.config.choices import Kind
+from fedcompo.export.example import CONFIGURED, example
+from fedcompo.export.hub_metadata import front_matter, license_text
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.lineage import Lineage
 from fedcompo.names import printable
@@ -21,14 +24,12 @@ from fedcompo.registry.removal import influence
 MOST_CLASSES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
-USE = """\
-import timm
-
-model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()"""
+USE = """
+model = timm.create_model("local-dir:.", pretrained=True).eval()"""
 USE_LINEARISED = """\
 from fedcompo import load_tangent_model
 
-model = load_tangent_model("path/to/this/folder")"""
+model = load_tangent_model(".")"""
 SPECIAL = re.compile(
     r"""[\\`*{}\[\]()<>#+!|~&:@$=^"'/]"""  # means something somewhere in Markdown or HTML
     r"|(?<![a-zA-Z0-9])_"  # starts emphasis, but not after a letter or digit
@@ -93,14 +94,23 @@ class ExportedModel:
     """How often it was subtracted."""
     linearised: bool = False
     """Whether the members are tangents."""
+    origin: Origin = Origin()
+    """Of the pre-trained weights."""
 
 
 def model_card(model: ExportedModel) -> str:
     """Return the Markdown text of a model card, with front matter as model hubs read it."""
     times = f"{model.negation_scale:g}"
     library = "fedcompo" if model.linearised else "timm"
-    tags = ["fedcompo", "image-classification", "task-arithmetic"]
-    tags += [] if model.linearised else ["timm"]
+    several = len(model.members) + bool(model.negated) > 1
+    front = front_matter(
+        library,
+        {library, "task-arithmetic", *(["merge"] if several else [])},
+        backbone=model.backbone,
+        origin=model.origin,
+        relation="merge" if several else "finetune",
+        modality=model.preprocessing.modality,
+    )
     files = (
         ("backbone", model.backbone),
         ("architecture", model.architecture),
@@ -108,7 +118,7 @@ def model_card(model: ExportedModel) -> str:
         ("SHA-256 of model.safetensors", model.sha256),
     )
     return f"""\
-{front_matter(library, tags)}
+{front}
 
 # {"Negated copy of a model" if model.negated else "A model"} composed of \
 {len(model.members)} client{"s" * (len(model.members) != 1)}
@@ -119,12 +129,7 @@ The card says what is in it, not how accurate it is.
 
 ## Use
 
-```python
-{USE_LINEARISED if model.linearised else USE}
-logits = model(images)
-```
-
-{preprocessing_text(model.preprocessing)}
+{example(USE_LINEARISED if model.linearised else USE, model.preprocessing, CONFIGURED)}
 
 {class_table(model.classes)}
 
@@ -146,6 +151,8 @@ By the data of how many other clients the training of each member was shaped:
 
 {table(("what", "value"), ((what, escaped(value)) for what, value in files))}
 
+{license_text(model.backbone, model.origin)}
+
 Composed with fedcompo {escaped(model.fedcompo_version)}.
 """
 
@@ -161,30 +168,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def front_matter(library: str, tags: Iterable[str]) -> str:
-    """Return what model hubs read, as YAML; for fixed words only."""
-    lines = [f"library_name: {library}", "pipeline_tag: image-classification", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
-
-
 def class_table(classes: Sequence[str]) -> str:
     """Return a table of logits and classes, cut where it gets too long to read."""
     rows = [(i, escaped(name)) for i, name in enumerate(classes[:MOST_CLASSES])]
     more = len(classes) - len(rows)
     return table(("logit", "class"), rows) + (f"\n\n… and {more} more." if more else "")
-
-
-def preprocessing_text(seen: Preprocessing) -> str:
-    """Return what a model's images must be like."""
-    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (seen.mean, seen.std))
-    height, width = seen.shape[1:]
-    return (
-        f"`images` are {'grey' if seen.channels == 1 else 'RGB'}, "
-        f"(batch, {seen.channels}, {height}, {width}), resized and cropped\nas timm's "
-        f"`create_transform` does ({seen.interpolation}, crop_mode {seen.crop_mode}, crop_pct "
-        f"{seen.crop_fraction:.4g}); values are in [0, 1], less {mean}, divided by {std}."
-        + ("\nThe clients' pictures had slightly other roundings." if seen.rule == 1 else "")
-    )
 
 
 def _warning(client: str, times: str) -> str:

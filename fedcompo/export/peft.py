@@ -24,11 +24,11 @@ import torch
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG, PREFIX
 from fedcompo.backbone.backbone import EMBEDDED, Backbone
-from fedcompo.backbone.preprocessing import Modality
-from fedcompo.backbone.source import LOCAL
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError, ContributionError
-from fedcompo.export.model_card import class_table, escaped, front_matter, preprocessing_text, table
+from fedcompo.export.example import example
+from fedcompo.export.hub_metadata import front_matter, license_text
+from fedcompo.export.model_card import class_table, escaped, table
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.storage.files import BACKBONE, MODEL_CARD, write_atomically
@@ -94,7 +94,7 @@ def _config(backbone: Backbone, ranks: dict[str, int]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": backbone.origin.hub or None,
         "target_modules": sorted(ranks),
         "modules_to_save": [backbone.classifier],
         "r": usual,
@@ -142,8 +142,19 @@ def _card(backbone: Backbone, contribution: Contribution) -> str:
         ("backbone", backbone.name),
         ("fingerprint of its weights", backbone.fingerprint),
     )
+    seen, origin = backbone.preprocessing, backbone.origin
+    front = front_matter(
+        "peft",
+        ("lora", "peft", "timm"),
+        backbone=backbone.name,
+        origin=origin,
+        relation="adapter",
+        modality=seen.modality,
+    )
+    loading = _loading(backbone, len(head.classes))
+    beside = f"the registry's `{BACKBONE}`" if BACKBONE in loading else ""
     return f"""\
-{front_matter("peft", ("fedcompo", "image-classification", "lora", "timm"))}
+{front}
 
 # LoRA adapter and head of one client
 
@@ -153,41 +164,31 @@ It goes onto the plain timm model with the weights of the backbone named here, a
 
 ## Use
 
-```python
-import timm
-from peft import PeftModel
-{_loading(backbone, contribution)}
-model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
-logits = model(images)
-```
-
-{preprocessing_text(backbone.preprocessing)}
+{example(loading, seen, beside=beside)}
 
 {class_table(head.classes)}
+
+{license_text(backbone.name, origin)}
 """
 
 
-def _loading(backbone: Backbone, contribution: Contribution) -> str:
-    """Code that makes the plain model with the backbone's weights."""
-    arguments = {"num_classes": len(contribution.head.classes), **backbone.model_args}
+def _loading(backbone: Backbone, classes: int) -> str:
+    """Code that makes the adapted model."""
+    arguments = {"num_classes": classes, **backbone.model_args}
     listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    make = f"model = timm.create_model({backbone.architecture!r}, {listed})"
+    fill = "model.load_state_dict(weights, strict=False)  # the adapter brings the head"
     seen = backbone.preprocessing
-    if backbone.name == EMBEDDED:
-        return f"""\
-from fedcompo import RunConfig, load_backbone
-
-config = RunConfig.parse({{"image-size": {seen.image_size}, "channels": {seen.channels}}})
-backbone = load_backbone(config.backbone)
-model = timm.create_model({backbone.architecture!r}, {listed})
-model.load_state_dict(backbone.model.state_dict(), strict=False)  # the adapter brings the head"""
-    from_file = contribution.settings.get("checkpoint") or backbone.name.startswith(LOCAL)
-    if not from_file:
-        return f"""
-model = timm.create_model({backbone.name!r}, pretrained=True, {listed})"""
-    texts = "import fedcompo.backbone.text  # timm knows its models from here on\n"
-    return f"""\
-from safetensors.torch import load_file
-{texts if seen.modality == Modality.TEXTS else ""}
-model = timm.create_model({backbone.architecture!r}, {listed})
-weights = load_file("path/to/registry/{BACKBONE}")
-model.load_state_dict(weights, strict=False)  # the adapter brings the head"""
+    lines: tuple[str, ...]
+    if backbone.origin.hub:
+        lines = ("", f"model = timm.create_model({backbone.name!r}, pretrained=True, {listed})")
+    elif backbone.name == EMBEDDED:
+        settings = f'{{"image-size": {seen.image_size}, "channels": {seen.channels}}}'
+        config = f"config = RunConfig.parse({settings})"
+        weights = "weights = load_backbone(config.backbone).model.state_dict()"
+        lines = ("from fedcompo import RunConfig, load_backbone", "", config, weights, make, fill)
+    else:
+        weights = f'weights = load_file("{BACKBONE}")'
+        lines = ("from safetensors.torch import load_file", "", weights, make, fill)
+    adapt = 'model = PeftModel.from_pretrained(model, ".").eval()'
+    return "\n".join(("from peft import PeftModel", *lines, adapt))

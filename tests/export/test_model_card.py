@@ -6,16 +6,16 @@ import itertools
 from dataclasses import replace
 
 import pytest
-import timm
 import yaml
-from builders import mixed_pool_members, pico_backbone, pico_weights, random_head
+from builders import mixed_pool_members, pico_backbone, pico_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.composition.timm_folder import export_timm
 from fedcompo.config.choices import Kind
+from fedcompo.export.example import preprocessing_text
 from fedcompo.export.model_card import (
     MOST_CLASSES,
     ExportedModel,
@@ -23,11 +23,8 @@ from fedcompo.export.model_card import (
     class_table,
     escaped,
     model_card,
-    preprocessing_text,
 )
 from fedcompo.method.lineage import Lineage
-from fedcompo.storage.files import MODEL_CARD, WEIGHTS, write_atomically
-from fedcompo.storage.tensorstream import file_sha256
 
 GREY = pico_backbone().preprocessing
 COEFFICIENTS = {"client-0": 0.5, "client-1": 0.2, "client-2": 0.3}
@@ -47,9 +44,10 @@ MODEL = ExportedModel(
     scale=0.75,
 )
 FRONT = {
+    "license": "apache-2.0",
     "library_name": "timm",
     "pipeline_tag": "image-classification",
-    "tags": ["fedcompo", "image-classification", "task-arithmetic", "timm"],
+    "tags": ["fedcompo", "image-classification", "merge", "task-arithmetic", "timm"],
 }
 HOSTILE = [
     "|",
@@ -149,10 +147,66 @@ def test_the_front_matter_is_yaml_as_hubs_read_it():
     assert yaml.safe_load(parts(model_card(MODEL))[0]) == FRONT
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"backbone": "vit", "members": MEMBERS[:1]}, {}),
+        (
+            {"origin": Origin("timm/vit.x", "cc-by-nc-4.0")},
+            {
+                "license": "cc-by-nc-4.0",
+                "base_model": "timm/vit.x",
+                "base_model_relation": "merge",
+            },
+        ),
+        (
+            {"origin": Origin("timm/y", "dinov3-license"), "members": MEMBERS[:1]},
+            {
+                "license": "other",
+                "license_name": "dinov3-license",
+                "base_model": "timm/y",
+                "base_model_relation": "finetune",
+            },
+        ),
+        (
+            {"origin": Origin("org/y"), "members": MEMBERS[:1], "negated": "gone"},
+            {"base_model": "org/y", "base_model_relation": "merge"},
+        ),
+    ],
+)
+def test_lineage_and_license_are_the_hubs_names_or_left_out(changes, expected):
+    card = model_card(replace(MODEL, **{"backbone": "vit", **changes}))
+    found = yaml.safe_load(parts(card)[0])
+    several = expected.get("base_model_relation") == "merge"
+    tags = [tag for tag in FRONT["tags"] if several or tag != "merge"]
+    rest = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": tags}
+    assert found == {**rest, **expected}
+    stated = ("license" in expected) == ("The backbone's license is" in card)
+    assert stated and ("license" in expected) != ("No license is stated" in card)
+
+
+def test_what_is_no_name_of_the_hub_is_not_repeated():
+    cfg = {"hf_hub_id": "timm/name@v1", "license": "Apache-2.0"}
+    assert Origin.of(cfg, from_hub=True) == Origin("timm/name", "apache-2.0")
+    assert Origin.of(cfg, from_hub=False) == Origin()
+    # timm writes the license of its own weights into every folder of the architecture.
+    assert Origin.of({**cfg, "hf_hub_id": "org/name"}, from_hub=True) == Origin("org/name")
+    for hub, license in (
+        ("/home/eve", "ask eve: 555"),
+        ("a b/c", "unknown"),
+        (None, None),
+        (3, []),
+    ):
+        assert Origin.of({"hf_hub_id": hub, "license": license}, from_hub=True) == Origin()
+        assert Origin.parse({"hub": hub, "license": license}) == Origin()
+    assert Origin.parse("text") == Origin.parse(None) == Origin()
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_changes_the_shape_of_the_card(name):
     front, body = parts(model_card(named(name)))
-    assert yaml.safe_load(front) == FRONT
+    own = {key: value for key, value in FRONT.items() if key != "license"}  # no such backbone
+    assert yaml.safe_load(front) == own
     assert outline(body) == outline(parts(model_card(named("plain")))[1])
     assert not any(token.type == "html_inline" for token in tokens_of(body))
     body.encode()
@@ -274,18 +328,3 @@ def test_the_images_that_the_model_wants_are_described():
     ):
         assert words in text
     assert "grey, (batch, 1, 8, 8)" in preprocessing_text(GREY)
-
-
-def test_the_code_of_the_card_loads_the_folder_beside_it(tmp_path):
-    backbone = pico_backbone()
-    head = random_head(["cat", "dog"], backbone.num_features, seed=1)
-    export_timm(tmp_path, backbone, backbone.theta_0, head)
-    card = model_card(replace(MODEL, sha256=file_sha256(tmp_path / WEIGHTS)))
-    write_atomically(tmp_path / MODEL_CARD, card.encode())
-    body = parts((tmp_path / MODEL_CARD).read_text(encoding="utf-8"))[1]
-    code = next(token.content for token in tokens_of(body) if token.type == "fence")
-    code = code.replace("path/to/this/folder", str(tmp_path))
-    lines = [line for line in code.splitlines() if "logits" not in line]
-    found: dict[str, timm.models.VisionTransformer] = {}
-    exec("\n".join(lines), found)
-    assert found["model"].head.weight.tolist() == head.weight.tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -24,7 +23,7 @@ from builders import (
     pixels,
     random_head,
 )
-from timm_folders import offline, write_folder
+from timm_folders import logits_as_printed, offline, write_folder
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -197,38 +196,48 @@ def of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
     return load_backbone(BackboneConfig(f"local-dir:{write_folder(tmp_path / 'mine')}"))
 
 
+def of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, depth=1)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "mine.pth")
+    path = str(tmp_path / "mine.pth")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 1}})
+    )
+    return load_backbone(BackboneConfig("vit_tiny_patch16_224", path, image_size=32, channels=1))
+
+
 def of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
     offline(tmp_path / "cache", monkeypatch, write_folder(tmp_path / "mine"))
     return load_backbone(BackboneConfig("hf-hub:org/my.model", image_size=16))
 
 
 @pytest.mark.parametrize(
-    ("make", "settings"),
+    ("make", "hub"),
     [
-        (lambda *_: load_backbone(BackboneConfig()), {}),
-        (lambda *_: load_backbone(BackboneConfig(image_size=42, channels=3)), {}),
-        (lambda *_: pico_backbone(), {"checkpoint": "/a/file"}),
-        (of_a_folder, {}),
-        (of_the_hub, {}),
+        (lambda *_: load_backbone(BackboneConfig()), None),
+        (lambda *_: load_backbone(BackboneConfig(image_size=42, channels=3)), None),
+        (of_a_checkpoint, None),
+        (of_a_folder, None),
+        (of_the_hub, "org/my.model"),
     ],
     ids=["embedded", "embedded, resized", "checkpoint", "local-dir", "hub"],
 )
-def test_the_code_of_the_card_makes_the_adapted_model(peft, make, settings, tmp_path, monkeypatch):
+def test_the_code_of_the_card_makes_the_adapted_model(peft, make, hub, tmp_path, monkeypatch):
     backbone = make(tmp_path, monkeypatch)
     save_backbone(tmp_path / BACKBONE, backbone)  # as the registry holds it
     shutil.rmtree(tmp_path / "mine", ignore_errors=True)
-    client = replace(client_of(backbone), settings=settings)
+    client = client_of(backbone)
     export_peft(tmp_path / "adapter", backbone, client)
     card = (tmp_path / "adapter" / MODEL_CARD).read_text(encoding="utf-8")
-    front, body = card.removeprefix("---\n").split("\n---\n", 1)
-    assert yaml.safe_load(front)["library_name"] == "peft"
-    images = images_for(backbone)
-    scope = {"images": backbone.preprocessing.normalise(images)}
-    code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
-    code = code.replace("path/to/registry", str(tmp_path))
-    exec(code.replace("path/to/this/folder", str(tmp_path / "adapter")), scope)
+    front = yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])
+    assert (front["library_name"], front.get("base_model")) == ("peft", hub)
+    assert front.get("base_model_relation") == ("adapter" if hub else None)
+    config = json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_text())
+    assert config["base_model_name_or_path"] == hub
+    shutil.copy(tmp_path / BACKBONE, tmp_path / "adapter")
+    logits, images = logits_as_printed(tmp_path / "adapter", backbone.preprocessing, monkeypatch)
     oracle = logits_in_double_precision(client, backbone, images)
-    torch.testing.assert_close(scope["logits"].detach().double(), oracle, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits.double(), oracle, rtol=0, atol=1e-5)
 
 
 def test_the_adapter_says_whose_it_is_and_an_altered_byte_is_found(tmp_path):

@@ -1,0 +1,146 @@
+"""Uploads to a hub: what arrives is what lies in the folder, and what is not known stays."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from builders import altered
+from cli_runs import run, told
+from hub_stand_in import Hub, hub_stand_in
+from registry_builders import member, registry_of, tangents
+
+from fedcompo.config.choices import Kind
+from fedcompo.storage.files import BACKBONE
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, one of tangents, and an adapter."""
+    home = tmp_path_factory.mktemp("written")
+    registry_of(home / "r", member("ada", Kind.LORA, seed=1))
+    registry_of(home / "t", *tangents())
+    run("export", "-r", home / "r", "-o", home / "model")
+    run("export", "-r", home / "r", "--client", "ada", "-o", home / "adapter")
+    run("export", "-r", home / "t", "-o", home / "tangents")
+    return home
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written / "model", tmp_path / "model"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_stand_in(monkeypatch) as hub:
+        yield hub
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "tangents"])
+def test_every_byte_arrives_and_nothing_else(written, hub, kind):
+    done = told("push", written / kind, "org/mine")
+    assert hub.repos == {"org/mine": {"private": False, "files": bytes_of(written / kind)}}
+    assert done["address"] == f"{hub.address}/org/mine"
+    assert done["commit"] == f"{hub.address}/org/mine/commit/1"
+    assert (done["left"], done["license"]) == ([], None)
+    assert BACKBONE in done["files"] or kind != "tangents"
+    assert not any(str(written) in str(text) for text in hub.repos["org/mine"]["files"].values())
+
+
+def test_files_of_others_stay_and_are_named(folder, hub):
+    mine = bytes_of(folder)
+    (folder / "patients.csv").write_text("secret")
+    (folder / ".cache").mkdir()
+    text = run("push", folder, "org/mine").output
+    assert "Left here: .cache." in text and "Left here: patients.csv." in text
+    assert f"Address: {hub.address}/org/mine" in text
+    assert hub.repos["org/mine"]["files"] == mine
+
+
+def test_a_second_upload_goes_to_the_same_repository(written, hub):
+    run("push", written / "model", "org/mine")
+    run("push", written / "adapter", "org/mine")
+    both = bytes_of(written / "model") | bytes_of(written / "adapter")
+    assert hub.repos["org/mine"]["files"] == both
+
+
+def test_private_is_private_or_nothing_is_sent(folder, hub):
+    run("push", folder, "org/mine", "--private")
+    assert hub.repos["org/mine"]["private"]
+    hub.repos["org/open"] = {"private": False, "files": {}}
+    text = run("push", folder, "org/open", "--private", code=2).output
+    assert "exists and is public" in text and hub.repos["org/open"]["files"] == {}
+
+
+def test_a_dry_run_needs_neither_token_nor_network(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: pytest.fail("no token is needed"))
+    done = told("push", folder, "org/mine", "--dry-run")
+    sizes = {name: len(data) for name, data in bytes_of(folder).items()}
+    assert done == {
+        "repo": "org/mine", "files": sizes, "left": [], "license": None
+    }  # fmt: skip
+    size = sizes["model.safetensors"]
+    text = run("push", folder, "org/mine", "--dry-run").output
+    assert f"Would send model.safetensors: {size:,} bytes." in text
+    assert "The card states no license." in text
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "message"),
+    [
+        (lambda f: altered(f / "model.safetensors", -1), 1, "were altered"),
+        (lambda f: (f / "config.json").write_text("{"), 1, "config.json or README.md"),
+        (lambda f: (f / "README.md").write_text("Mine."), 1, "the card of another model"),
+        (lambda f: (f / "README.md").unlink(), 2, "has no README.md"),
+        (lambda f: (f / "model.safetensors").unlink(), 2, "no model.safetensors or adapter_mod"),
+        (lambda f: (f / BACKBONE).write_bytes(b"1"), 1, "not a complete fedcompo file"),
+    ],
+)
+def test_what_is_not_intact_is_not_sent(folder, hub, harm, code, message):
+    harm(folder)
+    assert message in " ".join(run("push", folder, "org/mine", code=code).output.split())
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize("repo", ["mine", "a/b/c", "org/", "org/a b", "../up", "org/-x"])
+def test_a_wrong_name_is_refused_before_anything_is_read(repo, tmp_path, hub):
+    text = run("push", tmp_path, "--", repo, code=2).output
+    assert "write OWNER/NAME" in text and hub.seen == []
+
+
+def test_without_a_token_it_says_where_to_get_one(folder, hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert "`hf auth login`" in run("push", folder, "org/mine", code=2).output
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize(
+    ("where", "status", "advice"),
+    [
+        ("/repos/create", 401, "The token is not valid there"),
+        ("create|api/models", 403, "a right to org"),
+        ("/preupload/", 404, "There is no org/mine"),
+        ("/objects/batch", 403, "needs the role `write`"),
+        ("/put/", 403, "needs the role `write`"),
+        ("/commit/", 429, "Try again later"),
+    ],
+)
+def test_a_refusal_is_one_sentence_and_what_to_do(folder, hub, where, status, advice):
+    hub.refused[where] = status
+    text = run("push", folder, "org/mine", code=1).output
+    assert advice in text and f"refuses org/mine ({status}: " in text and text.count("\n") == 1
+    assert not any(repo["files"] for repo in hub.repos.values())
+
+
+def test_a_hub_out_of_reach_is_named(folder, hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    text = run("push", folder, "org/mine", code=1).output
+    assert "http://127.0.0.1:1 cannot be reached" in text and "HF_ENDPOINT" in text
