@@ -1,7 +1,7 @@
 """Two fine-tuned models merged by fedcompo, by mergekit and by PEFT: seconds, memory, weights.
 
     python tests/benchmarks/merging_tools.py --mergekit ~/mergekit/bin/python
-    python tests/benchmarks/merging_tools.py --backbone deit_tiny_patch16_224 --base deit.safetensors \
+    python tests/benchmarks/merging_tools.py --backbone deit_tiny_patch16_224 --base deit.pt \
         --checkpoints one.safetensors two.safetensors --adapters one-lora two-lora
 
 Without files, the models are random: θ₀, and changes of it by the order of 1e-3. Each merge is a
