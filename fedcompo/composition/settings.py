@@ -36,8 +36,8 @@ class CompositionSettings:
     coefficients: Coefficients = Coefficients.UNIFORM
     """Weight of each task vector in the mean: equal, or by number of examples."""
     scale: float | None = None
-    """λ, the factor on the weighted mean of the task vectors; None: it is chosen. With mixtures it
-    is always a number: None becomes 1."""
+    """λ, the factor on the weighted mean of the task vectors, or on what the rule makes in its
+    place; None: it is chosen. With mixtures it is always a number: None becomes 1."""
     statistics: Statistics = Statistics.SUMS
     """What every member describes its features by."""
     align_samples: int = 256

@@ -22,8 +22,8 @@ class ComposeConfig:
     )
     scale: str = setting(
         "auto",
-        "λ, the factor on the weighted mean of the task vectors: a number, or auto: the clients "
-        "choose it, on images that they did not train on.",
+        "λ, the factor on the weighted mean of the task vectors, or on what the rule makes in its "
+        "place: a number, or auto: the clients choose it, on images that they did not train on.",
         SCALE,
         numeric=True,
     )

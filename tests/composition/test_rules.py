@@ -19,6 +19,9 @@ from fedcompo.method.task_vector import TaskVector
 NAME = "blocks.0.mlp.fc1.weight"
 GRID = 2.0**-40
 SHAPES = [(6, 9), (9, 4)]
+PINNED = [[0, 0], [0, 12], [0, 24], [1, 0], [1, 1], [1, 10], [1, 14], [1, 22]]
+"""Entries that DARE keeps of the change of a weight, (2, 25), of client a; seed 7, four of five
+dropped."""
 ALL = ["mean", "norm-preserving", "task-arithmetic", "ties", "dare:drop=0.5", "iso-c", "tsv-m"]
 
 
@@ -90,7 +93,10 @@ def ties(taus, times, rule):
 
 
 def dare(taus, times, rule):
-    kept = [rule.kept(c, NAME, tau.shape).numpy() for c, tau in zip("abcdefgh", taus, strict=False)]
+    kept = [
+        rule.kept(c, NAME, torch.Size(tau.shape)).numpy()
+        for c, tau in zip("abcdefgh", taus, strict=False)
+    ]
     terms = zip(times, kept, taus, strict=True)
     return sum(m * b * tau / (1 - rule.drop) for m, b, tau in terms)
 
@@ -203,6 +209,8 @@ def test_draws_depend_on_nobody_else():
     assert (together - others - alone).abs().max() <= 1
     kept = alone.count_nonzero() / alone.numel()
     assert 0.15 < kept < 0.25
+    first = rule.kept("a", NAME, torch.Size([2, 25])).nonzero().tolist()
+    assert first == PINNED, "whoever was composed before must be found again"
     for other in ("dare:drop=0.8,seed=8", "dare:drop=0.8"):
         assert not torch.equal(parse_rule(other).on_grid(changes(taus)), together)
 

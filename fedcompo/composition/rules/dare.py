@@ -13,12 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedcompo.composition.rules.rule import Changes, Rule
 from fedcompo.config.setting import FRACTION, NOT_NEGATIVE, setting
-from fedcompo.seeds import generator_for
+from fedcompo.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -40,5 +41,6 @@ class Dare(Rule):
 
     def kept(self, client: str, weight: str, shape: torch.Size) -> Tensor:
         """Draw which entries of a client's change of a weight stay, as booleans."""
-        draws = generator_for(self.seed, "dare", client, weight)
-        return torch.rand(shape, generator=draws) >= self.drop
+        draws = np.random.PCG64(derive_seed(self.seed, "dare", client, weight))
+        bits = draws.random_raw(shape.numel())  # of which numpy promises that they never change
+        return torch.from_numpy(bits >= np.uint64(self.drop * 2.0**64)).view(shape)

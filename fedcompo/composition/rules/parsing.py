@@ -56,7 +56,7 @@ def _pairs(text: str, rest: str) -> Iterator[tuple[str, str]]:
 
 
 def _read(rule: str, key: str, option: Field[Any], value: str) -> int | float:
-    kind = type(option.default)
+    kind: type[int] | type[float] = type(option.default)  # each option is a number
     try:
         number: int | float = kind(value)
     except ValueError:

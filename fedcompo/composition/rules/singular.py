@@ -70,4 +70,5 @@ def nearest_isometry(vectors: Tensor) -> Tensor:
         return vectors
     u, values, vh = torch.linalg.svd(vectors, full_matrices=False)
     rank = int((values > EPS * max(vectors.shape) * values[0]).sum())
-    return u[:, :rank] @ vh[:rank]
+    nearest: Tensor = u[:, :rank] @ vh[:rank]
+    return nearest
