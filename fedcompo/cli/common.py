@@ -59,7 +59,7 @@ RuleOption = Annotated[
     typer.Option(
         metavar="NAME[:OPTION=VALUE,…]",
         help="mean, norm-preserving, task-arithmetic:lambda=0.3, ties:density=0.2, "
-        "dare:drop=0.9,seed=0, iso-c or tsv-m; default: the registry's own.",
+        "dare:drop=0.9,seed=0, iso-c, tsv-m, fisher or regmean; default: the registry's own.",
     ),
 ]
 AssignmentsOption = Annotated[

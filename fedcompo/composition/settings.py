@@ -9,7 +9,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from fedcompo.composition.scale import Factor, FactorBy
-from fedcompo.config.choices import Coefficients, Method, Statistics
+from fedcompo.config.choices import Coefficients, FisherForm, Method, Statistics
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 
@@ -86,6 +86,7 @@ class CompositionSettings:
         if settings.rule == MEAN:
             return settings
         settings.check_method(config.method.method)
+        settings.check_kept(config)
         rule, mixtures = settings.made_by, settings.statistics is Statistics.MIXTURES
         if not rule.votes and (config.compose.fixed_scale is not None or mixtures):
             raise ConfigError(
@@ -128,6 +129,17 @@ class CompositionSettings:
             raise ConfigError(
                 f"The rule is {self.rule}, but {method} trains for the mean of all clients, in "
                 "rounds. Use `rule = mean`, or `method = ita`."
+            )
+
+    def check_kept(self, config: RunConfig) -> None:
+        """Refuse a run whose clients would lack what the rule needs of them."""
+        needs, noise = self.made_by.needs, config.caps.dp_noise
+        kept = config.server.keep_fisher and config.caps.fisher_form is not FisherForm.NONE
+        if needs and not (kept and not ("inputs" in needs and noise)):
+            raise ConfigError(
+                f"The rule {self.rule} composes by what clients send with their Fisher: it goes "
+                "with `keep-fisher = true`, a `fisher-form` other than none"
+                + (" and `dp-noise = 0`." if "inputs" in needs else ".")
             )
 
     def known_factor(self, together: float, voted: float | None = None) -> Factor | None:

@@ -14,8 +14,8 @@ class ComposeConfig:
 
     rule: str = setting(
         "mean",
-        "How task vectors become one: mean, norm-preserving, task-arithmetic, ties, dare, iso-c or "
-        "tsv-m, with options as in ties:density=0.2; a registry keeps its rule.",
+        "How task vectors become one: mean, norm-preserving, task-arithmetic, ties, dare, iso-c, "
+        "tsv-m, fisher or regmean, with options as in ties:density=0.2; a registry keeps its rule.",
     )
     coefficients: Coefficients = setting(
         Coefficients.UNIFORM, "uniform, or in proportion to each client's examples."

@@ -29,7 +29,7 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str, *
     Returns:
         SHA-256 of its tensors.
     """
-    sums = {name: total.float() for name, total in fisher.sums.items()}
+    sums = {name: total.float() for name, total in fisher.tensors.items()}
     manifest = {
         "content": "fisher",
         "client": client,
@@ -79,4 +79,4 @@ def load_fisher(
     if guard is None:
         sums.check()
     weights = Section(sums, without=OLD_HEAD)
-    return FisherDiagonal(dict(weights) if guard is None else weights, count)
+    return FisherDiagonal.read(dict(weights) if guard is None else weights, count)

@@ -42,7 +42,7 @@ def checked_fisher(client: str, answer: FisherAnswer, backbone: Backbone) -> Fis
         ContributionError: If it is not in the form that it names, or cannot anchor a client; see
             :meth:`FisherDiagonal.check`.
     """
-    fisher = FisherDiagonal(answer.parts, answer.num_examples)
+    fisher = FisherDiagonal.read(answer.parts, answer.num_examples)
     if answer.form is FisherForm.NONE and not answer.parts:
         return None
     if fisher.form is not answer.form:

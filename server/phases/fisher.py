@@ -82,6 +82,7 @@ class Fishers:
     def keep(self, client: str, answer: FisherAnswer) -> None:
         """Check a client's Fisher, and write it to its file; none if it sent none."""
         fisher, file = checked_fisher(client, answer, self.backbone), self._file(client)
+        self.registry.settings.made_by.require({client: fisher})
         self._traces.pop(client, None)
         if fisher is None:
             file.unlink(missing_ok=True)

@@ -96,6 +96,17 @@ def test_a_fisher_sum_in_double_is_stored_in_single_precision(tmp_path):
     assert all(torch.equal(loaded.sums[name], t.float()) for name, t in double.items())
 
 
+def test_squares_of_inputs_are_stored_with_the_fisher_and_opened(tmp_path):
+    given = contribution("hospital-b")
+    inputs = {f"{name}/inputs": torch.arange(3.0) for name in given.fisher.sums}
+    replace(given, fisher=replace(given.fisher, inputs=inputs)).save(tmp_path)
+    loaded = Contribution.open(tmp_path, check=True).fisher
+    assert loaded.sums.keys() == given.fisher.sums.keys()
+    assert {name: t.tolist() for name, t in loaded.inputs.items()} == {
+        name: [0, 1, 2] for name in inputs
+    }
+
+
 def test_the_digests_returned_are_those_on_the_card_and_of_the_tensors(tmp_path):
     digests = contribution("hospital-b").save(tmp_path)
     assert json.loads((tmp_path / CARD).read_text())["tensors_sha256"] == digests

@@ -7,16 +7,18 @@ from dataclasses import Field, fields
 from typing import Any
 
 from fedcompo.composition.rules.dare import Dare
+from fedcompo.composition.rules.fisher import Fisher
 from fedcompo.composition.rules.iso_c import IsoC
 from fedcompo.composition.rules.mean import Mean
 from fedcompo.composition.rules.norm_preserving import NormPreserving
+from fedcompo.composition.rules.regmean import RegMean
 from fedcompo.composition.rules.rule import Rule
 from fedcompo.composition.rules.task_arithmetic import TaskArithmetic
 from fedcompo.composition.rules.ties import Ties
 from fedcompo.composition.rules.tsv_m import TsvM
 from fedcompo.errors import ConfigError
 
-KINDS = Mean, NormPreserving, TaskArithmetic, Ties, Dare, IsoC, TsvM
+KINDS = Mean, NormPreserving, TaskArithmetic, Ties, Dare, IsoC, TsvM, Fisher, RegMean
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in KINDS}
 """All rules by name."""
 

@@ -7,7 +7,7 @@ their total, which is rounded to that grid too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import ClassVar
@@ -19,6 +19,7 @@ from fedcompo.composition import fixed_point
 from fedcompo.composition.fixed_point import BITS, CEILING, GRID
 from fedcompo.errors import ContributionError, blaming
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.fisher import FisherDiagonal
 
 
 class Removal(StrEnum):
@@ -28,6 +29,13 @@ class Removal(StrEnum):
     """The member alone: it is subtracted from a sum."""
     MEMBERS = "O(T)"
     """All members that stay."""
+
+
+NEEDS: Mapping[str, tuple[str, Callable[[FisherDiagonal], bool]]] = {
+    "fisher": ("Fisher", lambda own: True),
+    "inputs": ("squares of layers' inputs", lambda own: bool(own.inputs)),
+}
+"""What a rule may need, how it is called, and whether a Fisher has it."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class Rule:
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    """What members must hold beside a task vector: attributes of their contributions."""
+    """What members must hold beside a task vector; see :data:`NEEDS`."""
     removal: ClassVar[Removal] = Removal.MEMBERS
     weighted: ClassVar[bool] = True
     """Whether members may count differently."""
@@ -156,12 +164,25 @@ class Rule:
                 f"The rule {self.name} has no weights in its equation: all members count alike. "
                 "Compose without weights and with `coefficients = uniform`, or by another rule."
             )
+        if self.needs:
+            self.require({own.client: own.fisher for own in members})
+
+    def require(self, fishers: Mapping[str, FisherDiagonal | None]) -> None:
+        """Refuse members that lack what the rule needs; raises ``ContributionError``.
+
+        Args:
+            fishers: What each holds, by client.
+        """
         for need in self.needs:
-            if lacking := [own.client for own in members if getattr(own, need, None) is None]:
-                raise ContributionError(
-                    f"The rule {self.name} needs of every member its {need}, which "
-                    f"{', '.join(lacking)} did not send. Compose without them, or by another rule."
-                )
+            what, held = NEEDS[need]
+            if lacking := [c for c, own in fishers.items() if own is None or not held(own)]:
+                with blaming(lacking[0]):
+                    raise ContributionError(
+                        f"The rule {self.name} needs of every member the {what}, which "
+                        f"{', '.join(lacking)} did not send. Compose without them or by another "
+                        "rule, or train them anew with `keep-fisher = true`, a `fisher-form` other "
+                        "than none" + (" and `dp-noise = 0`." if need == "inputs" else ".")
+                    )
 
     def total(self, changes: Changes) -> Tensor:
         """Return the total of one weight, (out, in), float64, in the size of a sum; a new one."""
