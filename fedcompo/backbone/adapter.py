@@ -20,9 +20,9 @@ from fedcompo.backbone import ia3_adapter, lora_adapter
 from fedcompo.backbone.adapted import Adapted, Layers
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.checkpoint import read_checkpoint, require_finite
-from fedcompo.backbone.finetuned import FineTuned, require_plausible, rows
-from fedcompo.backbone.foreign_names import timm_name
-from fedcompo.errors import BackboneError
+from fedcompo.backbone.finetuned import LEAST_COSINE, FineTuned, require_plausible, take_classifier
+from fedcompo.backbone.foreign_names import timm_name, within
+from fedcompo.errors import BackboneError, BackboneMismatch
 from fedcompo.method.task_vector import TaskVector
 
 ADAPTER = "adapter_model.safetensors"
@@ -76,12 +76,15 @@ def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
             f"{folder} is an adapter for another model: of {backbone.name!r} it adapts no target "
             f"weight, only {', '.join(sorted(found)[:3])}. Import it into a registry of its model."
         )
-    classifier, rest = _beside(found, backbone)
+    beside, start = _renamed(found, backbone), backbone.model.state_dict()
+    classifier, rest = take_classifier(beside, backbone)
+    _require_related(folder, beside, start, backbone)
+    rest += [n for n, t in beside.items() if n not in start or not torch.equal(t, start[n].cpu())]
     vector: TaskVector = KINDS[config["peft_type"]].converted(config, layers, backbone)
     rest += ia3_adapter.scaled_biases(layers, backbone)
     base = config.get(BASE)
     return FineTuned(
-        vector, rows(*classifier), (), tuple(sorted(rest)), base if isinstance(base, str) else ""
+        vector, classifier, (), tuple(sorted(rest)), base if isinstance(base, str) else ""
     )
 
 
@@ -113,29 +116,35 @@ def _layers(found: dict[str, Tensor], backbone: Backbone) -> Layers:
 def _place(layer: str, backbone: Backbone) -> tuple[str, int | None] | None:
     """The target weight of a layer, and its part of a fused one; None: it has none."""
     name = f"{layer}.weight"
-    known = timm_name(name, backbone.classifier)
-    if known is None:  # timm's own name, perhaps within a larger model
-        inside = re.search(r"(?:^|\.)(blocks\.\d+\..+)$", name)
-        known = (inside[1] if inside and name not in backbone.theta_0 else name), None
+    known = timm_name(name, backbone.classifier) or (within(name), None)
     return known if known[0] in backbone.theta_0 else None
 
 
-def _beside(
-    found: Mapping[str, Tensor], backbone: Backbone
-) -> tuple[list[Tensor | None], list[str]]:
-    """The classifier's weight and bias, and the names of all else that the adapter changes."""
-    start = backbone.model.state_dict()
-    own = [f"{backbone.classifier}.{part}" for part in ("weight", "bias")]
-    classifier: dict[str, Tensor] = {}
-    rest = []
-    for name, tensor in found.items():
-        known = timm_name(name, backbone.classifier)
-        ours = known[0] if known and known[1] is None else name
-        if ours in own:
-            classifier[ours] = tensor
-        elif ours not in start or not torch.equal(tensor, start[ours].cpu()):
-            rest.append(name)
-    return [classifier.get(name) for name in own], rest
+def _renamed(found: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """What else the adapter holds, under timm's names where there are some."""
+    known = {name: timm_name(name, backbone.classifier) for name in found}
+    ours = {name: place[0] for name, place in known.items() if place and place[1] is None}
+    return {ours.get(name, name): tensor for name, tensor in found.items()}
+
+
+def _require_related(
+    folder: Path, beside: Mapping[str, Tensor], start: Mapping[str, Tensor], backbone: Backbone
+) -> None:
+    """Compare saved layers, such as norms, with the backbone's; each without its mean, near 1."""
+    pairs = [(t, start[n].cpu()) for n, t in beside.items() if n in start]
+    theirs, ours = (
+        torch.cat([t.double().flatten() - t.double().mean() for t in side] or [torch.zeros(1)])
+        for side in ([a for a, b in pairs if a.shape == b.shape], [b for _, b in pairs])
+    )
+    if len(theirs) != len(ours) or not float(ours.norm()) > 0:
+        return  # of another shape, which is named later, or nothing to compare with
+    cosine = float(theirs @ ours / (theirs.norm() * ours.norm()).clamp_min(1e-30))
+    if cosine < LEAST_COSINE:
+        raise BackboneMismatch(
+            f"{folder} was trained on other weights than {backbone.name!r} has: the layers that it "
+            f"saved whole are not these, fine-tuned (cosine {cosine:.2f}, expected above "
+            f"{LEAST_COSINE}). Import it into a registry of its model."
+        )
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -6,12 +6,12 @@ So whoever imports one says it, and the lengths of the weights must agree.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.checkpoint import require_finite
 from fedcompo.backbone.finetuned import MODEL_FROM, FineTuned, length, read_source
+from fedcompo.backbone.foreign_names import within
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
@@ -34,7 +34,12 @@ def read_difference(source: Path, backbone: Backbone) -> FineTuned:
     """
     path, state = read_source(source, backbone)
     require_finite(state)
-    found = {_within(name, backbone): tensor.float() for name, tensor in state.items()}
+    found = {within(name): tensor.float() for name, tensor in state.items()}
+    if len(found) < len(state):
+        raise BackboneError(
+            f"{path} holds several models: names differ only in what stands before `blocks.`. "
+            "Save the difference of the one you want in a file of its own."
+        )
     start = backbone.model.state_dict()
     own = {name: found.get(name) for name in backbone.theta_0}
     if all(tensor is None for tensor in own.values()):
@@ -61,9 +66,3 @@ def read_difference(source: Path, backbone: Backbone) -> FineTuned:
     tensors = {f"{name}/delta": tensor for name, tensor in tau.items()}
     vector = TaskVector(Kind.FULL, tensors, backbone.fingerprint)
     return FineTuned(vector, None, (), tuple(sorted(rest)))
-
-
-def _within(name: str, backbone: Backbone) -> str:
-    """Take off what stands before ``blocks.``, as in ``module.blocks.0.attn.qkv.weight``."""
-    inside = re.search(r"(?:^|\.)(blocks\.\d+\..+)$", name)
-    return inside[1] if inside and name not in backbone.theta_0 else name

@@ -95,7 +95,7 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         ) from error
     names, differ = _configured(path, replace(backbone, model=model))
     found = _converted(state, model)
-    classifier = [found.pop(f"{backbone.classifier}.{part}", None) for part in ("weight", "bias")]
+    classifier, unread = take_classifier(found, backbone)
     theta = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     start = {name: tensor.cpu() for name, tensor in backbone.model.state_dict().items()}
     kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
@@ -109,9 +109,9 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
     tensors = {f"{name}/delta": theta[name] - start[name] for name in backbone.theta_0}
     return FineTuned(
         TaskVector(Kind.FULL, tensors, backbone.fingerprint),
-        rows(*classifier),
+        classifier,
         names,
-        tuple(sorted({*changed, *(found.keys() - theta.keys()), *differ})),
+        tuple(sorted({*changed, *(found.keys() - theta.keys()), *differ, *unread})),
     )
 
 
@@ -146,11 +146,20 @@ def require_plausible(path: Path, backbone: Backbone) -> None:
         )
 
 
-def rows(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """A classifier of a weight and a bias; None without a weight, (classes, features)."""
-    if weight is None or weight.ndim != 2:
-        return None
-    return weight.float(), torch.zeros(len(weight)) if bias is None else bias.float()
+def take_classifier(
+    found: dict[str, Tensor], backbone: Backbone
+) -> tuple[tuple[Tensor, Tensor] | None, list[str]]:
+    """Take a classifier out of a model's tensors: weight (classes, features), bias (classes,).
+
+    None without one, or if it reads something else than the backbone's features; then the names of
+    its tensors come second.
+    """
+    names = [f"{backbone.classifier}.{part}" for part in ("weight", "bias")]
+    held = [name for name in names if name in found]
+    weight, bias = (found.pop(name, None) for name in names)
+    if weight is None or weight.ndim != 2 or weight.shape[1] != backbone.num_features:
+        return None, held
+    return (weight.float(), torch.zeros(len(weight)) if bias is None else bias.float()), []
 
 
 def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Names of vision transformers in Hugging Face's `transformers` (ViT, DeiT, CLIP), as timm's.
+"""Names of vision transformers in `transformers` (ViT, DeiT, DINOv2, CLIP), as timm's.
 
-There, query, key and value are three layers. timm has one fused ``attn.qkv``, whose rows are those
-of query, key and value, in this order. The rest is a matter of names; ``transformers`` 5 has others
-than its files, and writes adapters under them, so both are in the tables.
+In Hugging Face's `transformers`, query, key and value are three layers. timm has one fused
+``attn.qkv``, whose rows are those of query, key and value, in this order. The rest is a matter of
+names. ``transformers`` 5 has others than its files, and adapters are written under them, so both
+are in the tables.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ IN_BLOCK = {
     ),
     **dict.fromkeys(("intermediate.dense", "mlp.fc1"), "mlp.fc1"),
     **dict.fromkeys(("output.dense", "mlp.fc2"), "mlp.fc2"),
-    **dict.fromkeys(("layernorm_before", "layer_norm1"), "norm1"),
-    **dict.fromkeys(("layernorm_after", "layer_norm2"), "norm2"),
+    **dict.fromkeys(("layernorm_before", "layer_norm1", "norm1"), "norm1"),
+    **dict.fromkeys(("layernorm_after", "layer_norm2", "norm2"), "norm2"),
+    **{f"layer_scale{i}": f"ls{i}" for i in (1, 2)},
 }
 OUTSIDE = {
     "embeddings.cls_token": "cls_token",
@@ -55,8 +57,8 @@ OUTSIDE = {
         for leaf in ("weight", "bias")
     },
 }
-COUNTERS = "embeddings.position_ids"
-"""A buffer of the numbers 0, 1, 2, …: no weight."""
+IDLE = "embeddings.position_ids", "embeddings.mask_token"
+"""Counts from 0, and what stands for hidden patches in a pre-training: no image meets them."""
 PARTS = ("query", "key", "value")
 
 
@@ -74,6 +76,7 @@ def timm_name(name: str, classifier: str) -> tuple[str, int | None] | None:
         layer, _, leaf = match[2].rpartition(".")
         if layer not in IN_BLOCK:
             return None
+        leaf = "gamma" if leaf == "lambda1" else leaf
         return f"blocks.{match[1]}.{IN_BLOCK[layer]}.{leaf}", SEPARATE.get(layer)
     if re.fullmatch(r"classifier\.(weight|bias)", name):
         return name.replace("classifier", classifier), None
@@ -81,6 +84,11 @@ def timm_name(name: str, classifier: str) -> tuple[str, int | None] | None:
         if name == theirs or (name.endswith(f".{theirs}") and "text_model." not in name):
             return ours, None
     return None
+
+
+def within(name: str) -> str:
+    """Take off what stands before ``blocks.``, as in ``module.blocks.0.attn.qkv.weight``."""
+    return re.sub(r"^.*?\.(?=blocks\.\d+\.)", "", name)
 
 
 def as_timm(path: Path, state: Mapping[str, Tensor], classifier: str) -> dict[str, Tensor]:
@@ -104,7 +112,7 @@ def as_timm(path: Path, state: Mapping[str, Tensor], classifier: str) -> dict[st
     for name, tensor in state.items():
         known = timm_name(name, classifier)
         if known is None:
-            if not name.endswith(COUNTERS):
+            if not name.endswith(IDLE):
                 found[name] = tensor
             continue
         ours, part = known

@@ -136,4 +136,5 @@ def _nearest(gram: Tensor, wanted: Tensor, longest: float) -> Tensor:
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if shift(middle) > longest else (low, middle)
-    return vectors @ (target / (values + high))
+    solved: Tensor = vectors @ (target / (values + high))
+    return solved

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter
-from fedcompo.errors import BackboneError, ContributionError
+from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError
 from fedcompo.export.peft import export_peft
 from fedcompo.registry.imports import Wanted, import_model
 
@@ -34,10 +34,10 @@ def written(folder: Path, **given: Any) -> tuple[Path, dict[str, Tensor]]:
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, peft.LoraConfig(**chosen))
         with torch.no_grad():
-            for seed, parameter in enumerate(adapted.parameters()):
+            for seed, (name, parameter) in enumerate(adapted.named_parameters()):
                 if parameter.requires_grad:
                     drawn = normal(*parameter.shape, seed=seed, scale=0.2, dtype=torch.float32)
-                    parameter.copy_(drawn)
+                    parameter.copy_(parameter + 0.1 * drawn if "norm" in name else drawn)
         adapted.save_pretrained(folder)
         merged = adapted.merge_and_unload().state_dict()
     return folder, {name: tensor.detach() for name, tensor in merged.items()}
@@ -135,6 +135,12 @@ def test_a_larger_models_names_and_what_it_left_as_it_was_are_no_change(tmp_path
     tau = found.task_vector.dense(backbone().theta_0)["blocks.0.attn.qkv.weight"]
     expected = merged["blocks.0.attn.qkv.weight"] - backbone().theta_0["blocks.0.attn.qkv.weight"]
     torch.testing.assert_close(tau, expected, rtol=0, atol=1e-6)
+    apart = {
+        f"base_model.model.norm.{part}": normal(8, seed=5).float() for part in ("weight", "bias")
+    }
+    save_file(state | apart, folder / ADAPTER)
+    with pytest.raises(BackboneMismatch, match="trained on other weights"):
+        read_adapter(folder, backbone())
     (folder / ADAPTER).unlink()
     with pytest.raises(BackboneError, match="the weights are missing"):
         read_adapter(folder, backbone())

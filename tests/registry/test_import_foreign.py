@@ -61,7 +61,8 @@ CLIP = {
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",
 }
-NAMINGS = {"vit": VIT, "newer": NEWER, "clip": CLIP}
+DINO = VIT | {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "norm1": "norm1", "norm2": "norm2"}
+NAMINGS = {"dino": DINO, "vit": VIT, "newer": NEWER, "clip": CLIP}
 """What a layer of timm's is called elsewhere, written down from transformers 4.57 and 5.24."""
 
 
@@ -136,6 +137,13 @@ def test_what_the_tables_do_not_know_is_named_with_what_computes_otherwise(tmp_p
         *("preprocessor_config.json: image_mean", "vit.pooler.dense.weight"),
     }
     assert found.classes == ()
+
+
+def test_a_classifier_of_other_features_is_named(tmp_path: Path) -> None:
+    state = renamed(tuned() | {"head.weight": torch.ones(3, 16)}, DINO)
+    state["vit.embeddings.mask_token"] = torch.ones(1, 8)
+    found = read_finetuned(saved(tmp_path, state), backbone())
+    assert (found.classifier, found.rest) == (None, ("head.bias", "head.weight"))
 
 
 def lacking(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -292,6 +300,9 @@ def test_a_model_is_no_difference_and_a_difference_no_model(tmp_path: Path) -> N
     assert read_difference(saved(tmp_path / "more", beside), backbone()).rest == (
         *("head.weight", "pos_embed"),
     )
+    both = {f"{who}.{n}": t + 0 for n, t in change.items() for who in ("teacher", "student")}
+    with pytest.raises(BackboneError, match="several models"):
+        read_difference(saved(tmp_path / "both", both), backbone())
     alien = {f"layers.{n}": t for n, t in change.items() if n.startswith("norm")}
     with pytest.raises(BackboneError, match="no target weight"):
         read_difference(saved(tmp_path / "alien", alien), backbone())
