@@ -121,28 +121,25 @@ def compare(
     folder: Path, models: Models, rules: list[str], mergekit: Path | None, repeats: int
 ) -> None:
     """Merge the models by each rule with each tool, in turns; print a row each."""
-    commands = {}
     for rule in rules:
         theirs, of_peft = MERGES[rule]
-        commands[rule, "fedcompo"] = fedcompo(models, rule)
+        commands = {"fedcompo": fedcompo(models, rule)}
         if theirs and mergekit and not models.adapters:
-            commands[rule, "mergekit"] = with_mergekit(folder, models, mergekit, *theirs)
+            commands["mergekit"] = with_mergekit(folder, models, mergekit, *theirs)
         if of_peft and models.adapters:
-            commands[rule, "PEFT"] = with_peft(models, *of_peft)
-    taken = defaultdict(list)
-    for turn in range(repeats):
-        for (rule, tool), command in commands.items():
-            output = folder / f"{turn}-{models.adapters}-{rule.partition(':')[0]}-{tool}"
-            taken[rule, tool].append((*timed([*command, str(output)]), output))
-    kind = "adapters" if models.adapters else "checkpoints"
-    for (rule, tool), found in taken.items():
-        seconds, peak = (statistics.median(values) for values in list(zip(*found, strict=True))[:2])
-        difference = " | "
-        if tool != "fedcompo":
-            difference = differences(taken[rule, "fedcompo"][-1][-1], found[-1][-1])
-        print(
-            f"| {kind} | {rule} | {tool} | {seconds:.2f} | {peak:.0f} | {difference} |", flush=True
-        )
+            commands["PEFT"] = with_peft(models, *of_peft)
+        taken = defaultdict(list)
+        for turn in range(repeats):
+            for tool, command in commands.items():
+                output = folder / f"{turn}-{models.adapters}-{rule.partition(':')[0]}-{tool}"
+                taken[tool].append((*timed([*command, str(output)]), output))
+        ours = taken["fedcompo"][-1][-1]
+        for tool, found in taken.items():
+            seconds, peaks, outputs = zip(*found, strict=True)
+            cells = ["adapters" if models.adapters else "checkpoints", rule, tool]
+            cells += [f"{statistics.median(seconds):.2f}", f"{statistics.median(peaks):.0f}"]
+            cells += ["", ""] if tool == "fedcompo" else differences(ours, outputs[-1])
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def timed(command: list[str]) -> tuple[float, float]:
@@ -158,12 +155,12 @@ def timed(command: list[str]) -> tuple[float, float]:
     return seconds, peak
 
 
-def differences(ours: Path, theirs: Path) -> str:
+def differences(ours: Path, theirs: Path) -> list[str]:
     """The largest of the target weights, and in how many entries they are apart by 1e-6 or more."""
     one, other = (load_file(next(path.glob("*.safetensors"))) for path in (ours, theirs))
     names = [n for n in one if (".attn." in n or ".mlp." in n) and n.endswith(".weight")]
     apart = torch.cat([(one[n] - other[n]).abs().flatten() for n in names])
-    return f"{float(apart.max()):.1e} | {int((apart > 1e-6).sum()):,} of {len(apart):,}"
+    return [f"{float(apart.max()):.1e}", f"{int((apart > 1e-6).sum()):,} of {len(apart):,}"]
 
 
 # -- the three tools ------------------------------------------------------------------------------
