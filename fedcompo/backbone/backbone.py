@@ -27,6 +27,7 @@ from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, req
 from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.backbone.source import LOCAL, Source, source_of
+from fedcompo.backbone.stored import StoredBackbone, stored_at
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
@@ -102,6 +103,9 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     name, origin = config.backbone, Origin()
     if name == EMBEDDED:
         model, architecture, model_args, cfg = _embedded(config)
+    elif config.checkpoint and (stored := stored_at(Path(config.checkpoint))):
+        name, origin = stored.name_as(name), stored.origin
+        model, architecture, model_args, cfg = _from_stored(stored, config)
     else:
         source = source_of(name, config.checkpoint)
         name = source.name
@@ -191,12 +195,25 @@ def _from_timm(
         raise BackboneError(
             f"The weights of {name!r} could not be had from the hub or its folder "
             f"({type(error).__name__}: {str(error)[:200]}). Without a network, set `checkpoint` to "
-            "a file with its weights, or use `backbone = embedded`."
+            "a file with its weights, such as a registry's `backbone.safetensors`, or use "
+            "`backbone = embedded`."
         ) from error
     _require_blocks(model, name)
     cfg = dict(model.pretrained_cfg)
     _require_whole_patches(model, cfg, config.image_size)
     return model, source.architecture, {**source.model_args, **given}, cfg
+
+
+def _from_stored(
+    stored: StoredBackbone, config: BackboneConfig
+) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+    """Make the model of a registry's file, which tells its arguments and its input."""
+    stored.tensors.check()
+    seen = stored.preprocessing
+    cfg = {"input_size": seen.shape, "crop_pct": seen.crop_fraction}
+    cfg["first_conv"] = "patch_embed.proj"  # which is averaged where the channels are others
+    cfg |= {key: getattr(seen, key) for key in ("mean", "std", "interpolation", "crop_mode")}
+    return _build(stored.architecture, stored.model_args, cfg, dict(stored.tensors), config)
 
 
 def _build(

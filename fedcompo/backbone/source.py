@@ -78,7 +78,8 @@ def _of_folder(kind: str, place: str) -> Source:
         cfg, architecture, args = FOLDERS[kind](place)
     except Exception as error:
         advice = (
-            "Name a folder that `timm.models.save_for_hf` wrote, or a `checkpoint` in one."
+            "Name a folder that `timm.models.save_for_hf` wrote; or as `checkpoint` a file in one, "
+            "or a registry's `backbone.safetensors`."
             if kind == LOCAL
             else "Without the hub, get its files and set `backbone = local-dir:<their folder>`."
         )

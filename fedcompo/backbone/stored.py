@@ -40,6 +40,14 @@ def save_backbone(path: Path, backbone: Backbone) -> None:
     save_streamed(path, backbone.model.state_dict(), manifest)
 
 
+def stored_at(path: Path) -> StoredBackbone | None:
+    """Open a file that :func:`save_backbone` wrote; None for any other."""
+    try:
+        return StoredBackbone(path) if path.suffix == ".safetensors" else None
+    except FileFormatError:
+        return None
+
+
 class StoredBackbone:
     """Pre-trained weights on disk; each weight is read when it is used."""
 
@@ -88,6 +96,22 @@ class StoredBackbone:
 
         source = source_of(manifest["name"])
         return source.architecture, {**source.model_args, **manifest["model_args"]}
+
+    def name_as(self, name: str) -> str:
+        """Return the name of a backbone that a setting names and whose weights are these.
+
+        Raises:
+            BackboneError: If the setting names another architecture.
+        """
+        kind, colon, _ = name.partition(":")
+        if kind.lower() == "local-dir":  # which is known by its architecture
+            return f"local-dir:{self.architecture}"
+        if not colon and name.partition(".")[0] != self.architecture:
+            raise BackboneError(
+                f"{self.path} holds the weights of {self.architecture!r}, but `backbone` is "
+                f"{name!r}. Name that architecture."
+            )
+        return name
 
     @property
     def theta_shapes(self) -> Weights:

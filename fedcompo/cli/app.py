@@ -14,6 +14,7 @@ from fedcompo.cli import models, registry, service
 from fedcompo.cli.audit import audit
 from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
+from fedcompo.cli.export import export
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
@@ -158,7 +159,7 @@ for command in (
     models.specialise,
     models.evaluate,
     models.negate,
-    models.export,
+    export,
     predict,
     push,
     service.serve,

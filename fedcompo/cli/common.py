@@ -162,7 +162,7 @@ def weights_of(text: str | None) -> dict[str, float] | None:
     if not abs(total - 1) <= 1e-6 or min(weights.values()) < 0:  # as pools demand it
         raise ConfigError(
             f"`--weights {text}` must be >= 0 and sum to 1, but sum to {total:.6g}. "
-            "`--scale` enlarges the sum."
+            "`--scale` enlarges the sum; in a recipe, `normalise = false` allows any."
         )
     return weights
 

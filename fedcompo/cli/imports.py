@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,8 +20,18 @@ from fedcompo.cli.common import (
 )
 from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.presets import STAND_IN
-from fedcompo.errors import ConfigError, ContributionError
+from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.report.console import print_json, say
+from fedcompo.report.units import OnStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedcompo.backbone.backbone import Backbone
+    from fedcompo.method.fisher import FisherDiagonal
+
+FISHER_IMAGES = 256
+"""Images, drawn at random, that the Fisher is estimated on at most: it takes longest."""
 
 
 def import_source(
@@ -100,6 +111,7 @@ def import_source(
                     min_images=min_images or FEWEST_IMAGES,
                     counts_as=counts_as or 0,
                 ),
+                fisher_of=partial(_fisher_of, client=client, tell=tell),
                 on_step=tell,
             )
             if output is None:
@@ -114,11 +126,28 @@ def import_source(
             _print(told, made.num_examples // len(made.head.classes))
 
 
+def _fisher_of(
+    backbone: Backbone, images: Tensor, *, client: str, tell: OnStep
+) -> tuple[FisherDiagonal | None, str]:
+    """Estimate the Fisher of the features as a run's clients do, of fewer images."""
+    from fedcompo.config.run import FisherConfig
+    from fedcompo.training.probing import fisher_of_images
+
+    tell("estimating the Fisher")
+    config = FisherConfig(fisher_examples=FISHER_IMAGES)
+    try:
+        return fisher_of_images(backbone, images, config, seed=0, owner=client)[0].reduced(), ""
+    except BackboneError as error:  # a target weight is used outside a layer
+        return None, str(error)
+
+
 def _print(told: Mapping[str, Any], counts_as: int) -> None:
     """Say what was imported, what was left out, and what nobody can tell of it."""
     say(f"Imported {told['client']} to {told['output']}; its head is {told['imported-head']}.")
     if told["imported-dropped"]:
         say(f"Left out: {told['imported-dropped']}.")
+    if why := told.get("imported-no-fisher"):
+        say(f"Note: it has no Fisher. {why}")
     if base := told.get("imported-base"):
         say(
             f"Note: it was trained on {base}, the registry's weights are {told['backbone']}; "

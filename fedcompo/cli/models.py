@@ -27,7 +27,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
 if TYPE_CHECKING:
-    from fedcompo.export.selection import Selection
+    from fedcompo.export.selected import Selection
 
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
@@ -50,6 +50,10 @@ def compose(
     output: OutputOption,
     registry: RegistryOption = None,
     choice: RuledChoice,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Compose as this file says, in place of the options above."),
+    ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
     ] = "",
@@ -69,15 +73,19 @@ def compose(
     With FOLDERS, one contribution each, it needs no registry and no server:
 
     fedcompo compose A/ B/ -o DIR
+
+    The folder holds recipe.toml, from which --recipe makes the same bits of the same members. One
+    written by hand may also give groups of weights, negative weights and the dtype.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         tell("reading")
-        with _selected(folders, registry, checkpoint, max_norm_ratio, choice.parsed()) as selection:
+        chosen = choice.parsed() if recipe is None else _recipe_alone(recipe, choice)
+        with _selected(folders, registry, checkpoint, max_norm_ratio, chosen) as selection:
             from fedcompo.export.folder import publish
 
             tell("composing")
             written = publish(output, selection)
-        _report(written, as_json)
+        report(written, as_json)
 
 
 def specialise(
@@ -161,64 +169,30 @@ def negate(
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
         opened = open_registry(registry)
         opened.member(client)  # refuses at once who is not there
-        from fedcompo.export.folder import negated, publish
+        from fedcompo.export.folder import publish
+        from fedcompo.export.recipe import Negation, Recipe
         from fedcompo.export.selection import from_registry
 
-        vector = opened.contribution(client).task_vector
-        selection = from_registry(opened, without=(client,))
+        recipe = Recipe(negated=Negation(client, strength=strength))
+        selection = from_registry(opened, recipe=recipe)
         tell("composing")
-        weights = negated(
-            selection.stream(),
-            vector,
-            opened.backbone.tensors,
-            scale=strength,
-            base=opened.backbone.fingerprint,
-        )
-        _report(publish(output, selection, weights, negated=client, strength=strength), as_json)
+        report(publish(output, selection), as_json)
 
 
-def export(
-    output: OutputOption,
-    registry: RegistryOption = None,
-    client: Annotated[
-        str | None,
-        typer.Option(help="One LoRA client, as an adapter that PEFT loads; default: everyone."),
-    ] = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Export the composed model for timm, or one client's LoRA for PEFT."""
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        opened = open_registry(registry)
-        if client is not None:
-            opened.member(client)  # refuses at once who is not there
-        from fedcompo.export.folder import publish
-        from fedcompo.export.selection import from_registry, new_folder
-
-        if client is None:
-            selection = from_registry(opened)
-            tell("writing")
-            _report(publish(output, selection), as_json)
-            return
-        from fedcompo.export.peft import export_peft
-
-        contribution = opened.contribution(client)
-        with new_folder(output) as folder:
-            export_peft(folder, opened.backbone.load(), contribution)
-        if as_json:
-            print_json({"output": str(output.absolute()), "client": client, "format": "peft"})
-        else:
-            say(f"Adapter of {client} for PEFT: {output}")
-
-
-def _report(written: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(written)
-        return
+def say_members(written: Mapping[str, Any]) -> None:
+    """Say whom it was composed of, and how."""
     clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
     say(f"Composed of {clients}; {len(written['classes'])} classes.")
     if written["rule"] != MEAN:
         say(f"By the rule {written['rule']}, λ = {written['scale']:.4g}.")
+
+
+def report(written: Mapping[str, Any], as_json: bool) -> None:
+    """Say what was written, and how it is loaded."""
+    if as_json:
+        print_json(written)
+        return
+    say_members(written)
     if written["negated"]:
         say(f"A negated copy: {written['negated']} was subtracted. See its README.md.")
     folder = written["output"]
@@ -227,6 +201,18 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
         say("Composed of tangents: it is linearised, which timm cannot do. See its README.md.")
         load = f'import fedcompo; fedcompo.load_tangent_model("{folder}")'
     say(f"Model: {folder}\n{load}")
+
+
+def _recipe_alone(path: Path, choice: RuledChoice) -> dict[str, Any]:
+    """Read a recipe; refuse options beside it that would say the same or something else."""
+    if given := [f"`--{name}`" for name, value in vars(choice).items() if value not in (None, "")]:
+        raise ConfigError(
+            f"`--recipe` says all that is composed: leave out {', '.join(given)}, or write it into "
+            f"{path}."
+        )
+    from fedcompo.export.recipe_file import read_recipe
+
+    return {"recipe": read_recipe(path)}
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def push(
     The token is that of `hf auth login`, or $HF_TOKEN. $HF_ENDPOINT names another hub.
     """
     with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         from fedcompo.export.hub import Pushable, check_name
 
@@ -55,3 +55,4 @@ def push(
     say(f"The card states {f'the license {sent.license}' if sent.license else 'no license'}.")
     if told:
         say(f"Address: {told['address']}")
+        say(f"Its card says how to use it, in a folder: hf download {repo} --local-dir DIR")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -29,6 +29,9 @@ def stream_composition(
     coefficients: Mapping[str, float] | None,
     settings: CompositionSettings,
     factor: float | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    normalise: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     r"""Compose the target weights of a pool, one at a time, in the order of names.
 
@@ -42,21 +45,26 @@ def stream_composition(
         settings: The registry's rule, scale and coefficients.
         factor: :math:`\lambda'` on the rule's total, of the mean :math:`\sum_c m_c \tau_c`, or
             :math:`\lambda` with these coefficients; None: see :func:`factor_of`.
+        names: Weights to compose; None: all target weights.
+        normalise: Whether coefficients must be those of a mean.
 
     Raises:
         BackboneMismatch: If the pool was trained on another backbone.
         ContributionError: If the pool is empty or mixed, or the coefficients cannot be used by the
             rule.
     """
-    pool.check_composable(coefficients, base=backbone.fingerprint)
+    pool.check_composable(coefficients, base=backbone.fingerprint, normalise=normalise)
     if factor is None:
         factor = factor_of(pool, backbone, settings, coefficients).value
     rule, times = settings.made_by, times_of(pool, settings, coefficients)
     rule.check(pool.contributions, times)
+    chosen = sorted(backbone.target_weights if names is None else names)
     if coefficients is not None and rule.is_sum:
-        yield from pool.stream(backbone.tensors, coefficients, scale=factor)
+        yield from pool.stream(
+            backbone.tensors, coefficients, scale=factor, names=chosen, normalise=normalise
+        )
         return
-    for name in sorted(backbone.target_weights):
+    for name in chosen:
         weight = backbone.tensors[name]
         total = rule.on_grid(Changes(name, weight, pool.contributions, times))
         yield name, fixed_point.compose(weight, total, factor=factor)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG
 from fedcompo.errors import ConfigError, FileFormatError, ServiceError
 from fedcompo.names import printable
 from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
-from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS
 from fedcompo.storage.manifest import require_content
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
@@ -28,7 +28,6 @@ NEEDED = {
     "peft-adapter": (ADAPTER, ADAPTER_CONFIG, MODEL_CARD),
 }
 """Files of a folder, by the content of the first."""
-RECIPE = "recipe.toml"
 REFUSALS = {
     401: "The token is not valid there. `hf auth login` saves a new one.",
     403: "The token may not write there; it needs the role `write`, and you a right to {owner}.",
@@ -149,7 +148,7 @@ def _check_intact(folder: Path, content: str) -> str:
     try:
         json.loads(config.read_text(encoding="utf-8"))
         text = card.read_text(encoding="utf-8")
-        license = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.license
+        license = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.get("license")
     except (OSError, ValueError, AttributeError) as error:
         raise FileFormatError(
             f"{config.name} or {card.name} of {folder} cannot be read ({error}). Write the folder "

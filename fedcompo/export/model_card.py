@@ -22,10 +22,11 @@ from fedcompo.names import printable
 from fedcompo.registry.removal import influence
 
 MOST_CLASSES = 200
+MOST_LINES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
 USE = """
-model = timm.create_model("local-dir:.", pretrained=True).eval()"""
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # or hf-hub:OWNER/NAME"""
 USE_LINEARISED = """\
 from fedcompo import load_tangent_model
 
@@ -65,7 +66,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """All that the card says of a composed model in a timm folder."""
+    """All that the card says of a composed model: in a timm folder, or as an adapter."""
 
     members: tuple[Member, ...]
     classes: tuple[str, ...]
@@ -77,8 +78,10 @@ class ExportedModel:
     fingerprint: str
     """Of the pre-trained weights."""
     preprocessing: Preprocessing
+    file: str
+    """Name of the file that holds the weights."""
     sha256: str
-    """Of the file ``model.safetensors``, hexadecimal."""
+    """Its SHA-256, hexadecimal."""
     fedcompo_version: str
     scale: float = 1.0
     """λ."""
@@ -96,31 +99,38 @@ class ExportedModel:
     """Whether the members are tangents."""
     origin: Origin = Origin()
     """Of the pre-trained weights."""
+    adapter: str = ""
+    """Section on the use of an adapter; empty: it is a model in a folder."""
+    recipe: str = ""
+    """What `recipe.toml` holds; empty: there is none."""
 
 
 def model_card(model: ExportedModel) -> str:
     """Return the Markdown text of a model card, with front matter as model hubs read it."""
     times = f"{model.negation_scale:g}"
-    library = "fedcompo" if model.linearised else "timm"
+    library = "fedcompo" if model.linearised else "peft" if model.adapter else "timm"
+    noun = "A LoRA adapter" if model.adapter else "A model"
+    loading = USE_LINEARISED if model.linearised else USE
     several = len(model.members) + bool(model.negated) > 1
+    tags = {library, "task-arithmetic", *(["merge"] if several else [])}
     front = front_matter(
         library,
-        {library, "task-arithmetic", *(["merge"] if several else [])},
+        tags | ({"lora", "timm"} if model.adapter else set()),
         backbone=model.backbone,
         origin=model.origin,
-        relation="merge" if several else "finetune",
+        relation="adapter" if model.adapter else "merge" if several else "finetune",
         modality=model.preprocessing.modality,
     )
     files = (
         ("backbone", model.backbone),
         ("architecture", model.architecture),
         ("fingerprint of θ₀", model.fingerprint),
-        ("SHA-256 of model.safetensors", model.sha256),
+        (f"SHA-256 of {model.file}", model.sha256),
     )
     return f"""\
 {front}
 
-# {"Negated copy of a model" if model.negated else "A model"} composed of \
+# {"Negated copy of a model" if model.negated else noun} composed of \
 {len(model.members)} client{"s" * (len(model.members) != 1)}
 {_warning(model.negated, times) if model.negated else ""}
 Each client fine-tuned the same pre-trained vision transformer θ₀ on its own images and gave the
@@ -129,7 +139,7 @@ The card says what is in it, not how accurate it is.
 
 ## Use
 
-{example(USE_LINEARISED if model.linearised else USE, model.preprocessing, CONFIGURED)}
+{model.adapter or example(loading, model.preprocessing, CONFIGURED)}
 
 {class_table(model.classes)}
 
@@ -139,6 +149,7 @@ The card says what is in it, not how accurate it is.
 
 {table(SHARE, map(_share, model.members))}
 
+{_recipe(model.recipe) if model.recipe else ""}
 ## Lineage
 
 By the data of how many other clients the training of each member was shaped:
@@ -192,7 +203,7 @@ def _formula(model: ExportedModel) -> str:
     change = f"λ {total}" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
     if not model.linearised:
         return f"""\
-This model is θ₀ + {change}
+{"With this adapter the" if model.adapter else "This"} model is θ₀ + {change}
 ([Porrello et al., ICLR 2025](https://arxiv.org/abs/2405.16350))."""
     return f"""\
 This model is linearised at θ₀: with J the
@@ -208,6 +219,23 @@ def _composition(model: ExportedModel) -> str:
     left_out = f"Without {_list(model.without)}." if model.without else ""
     whom = " ".join(filter(None, (chosen, left_out))) or "All clients."
     return whom if model.rule == MEAN else f"{whom} By the rule `{model.rule}`."
+
+
+def _recipe(text: str) -> str:
+    """Show a recipe, cut where it gets too long to read; its texts are quoted, each on one line."""
+    lines = text.splitlines()
+    cut = ["", f"# … and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else []
+    shown = "\n".join(lines[:MOST_LINES] + cut)
+    return f"""\
+## Recipe
+
+Of the same contributions, this version of fedcompo makes the same bits again:
+`fedcompo compose --recipe recipe.toml`.
+
+```toml
+{shown}
+```
+"""
 
 
 def _share(m: Member) -> tuple[object, ...]:

@@ -44,6 +44,8 @@ class Contribution:
     """Fisher *sum* at θ₀; None if it is not kept."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the run that it was trained with."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the tensors in each file that it was read from, by its name."""
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write tensors, Fisher and card into a folder of the contribution's own.
@@ -123,6 +125,7 @@ class Contribution:
                 lineage=Lineage.parse(manifest["lineage"]),
                 fisher=fisher,
                 settings=manifest["settings"],
+                digests=stated,
             )
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise FileFormatError(

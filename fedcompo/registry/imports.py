@@ -15,6 +15,7 @@ from statistics import median_low
 
 import timm
 import torch
+from torch import Tensor
 
 from fedcompo.backbone.adapter import ADAPTER_CONFIG, read_adapter
 from fedcompo.backbone.backbone import Backbone
@@ -33,6 +34,7 @@ from fedcompo.data.client_data import ClientData, load_folder
 from fedcompo.errors import BackboneMismatch, ContributionError, DataError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import extract_features
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.stand_in import Assumed, stand_in
@@ -46,6 +48,8 @@ LONELY = 100
 """Images that a class counts as that no images describe, where nobody is there."""
 SEED = 0
 """Draws test images where the folder has no ``test``."""
+FisherOf = Callable[[Backbone, Tensor], tuple[FisherDiagonal | None, str]]
+"""Returns the Fisher *sum* over images, (count, channels, size, size); or none, and why."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def import_model(
     client: str,
     data: Path | None = None,
     wanted: Wanted = Wanted(),
+    fisher_of: FisherOf = lambda backbone, images: (None, ""),
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Contribution:
     """Make a contribution to a registry of a fine-tuned model; the registry stays as it is.
@@ -82,6 +87,7 @@ def import_model(
         client: Name of the contribution.
         data: Folder with ``train/<class>/*``; None: the source's classifier stands for it.
         wanted: How it is to be read.
+        fisher_of: Estimates the Fisher of images.
         on_step: Called with what is being done.
 
     Returns:
@@ -102,10 +108,12 @@ def import_model(
     on_step("describing")
     if data is None:
         head, statistics = _of_rows(path, found, wanted, _others(registry, client), backbone)
-        said = {"head": "source", "statistics": STAND_IN}
+        said, fisher = {"head": "source", "statistics": STAND_IN}, None
     else:
-        head, statistics, whose = _of_images(data, found, wanted, backbone)
+        images = _images(data, wanted, backbone)
+        head, statistics, whose = _of_images(images, found, wanted, backbone)
         said = {"head": whose, "statistics": "images"}
+        fisher, said["no-fisher"] = fisher_of(backbone, images.train.images)
     said |= {"from": path.name, "base": found.base, "dropped": found.rest_counted}
     contribution = Contribution(
         client=client,
@@ -114,6 +122,7 @@ def import_model(
         statistics=statistics,
         num_examples=statistics.num_examples,
         lineage=Lineage(),
+        fisher=fisher,
         settings=_settings(backbone, found)
         | {f"{IMPORTED}{key}": value for key, value in said.items() if value or key == "dropped"},
     )
@@ -176,10 +185,8 @@ def _other_base(path: Path, named: str, backbone: Backbone) -> str:
     return theirs if named.startswith(("/", ".", "~")) or named.count("/") > 1 else named
 
 
-def _of_images(
-    data: Path, found: FineTuned, wanted: Wanted, backbone: Backbone
-) -> tuple[Head, FeatureSums, str]:
-    """Head and statistics of images, and whose the head is."""
+def _images(data: Path, wanted: Wanted, backbone: Backbone) -> ClientData:
+    """Read the images; refuse too few of a class."""
     images = load_folder(data, backbone.preprocessing, seed=SEED)
     counts = torch.bincount(images.train.labels, minlength=len(images.classes)).tolist()
     if few := [
@@ -192,6 +199,13 @@ def _of_images(
             f"tests: {', '.join(few)}; `--min-images` is {wanted.min_images}. Add images, or set "
             "it lower: what is made of few images tells much of each."
         )
+    return images
+
+
+def _of_images(
+    images: ClientData, found: FineTuned, wanted: Wanted, backbone: Backbone
+) -> tuple[Head, FeatureSums, str]:
+    """Head and statistics of images, and whose the head is."""
     features = extract_features(backbone.forward({}), images.train.images)
     head, whose = _head_of(found, wanted.classes, backbone, images)
     return head, FeatureSums.of(features, images.train.labels, images.classes), whose
@@ -266,11 +280,11 @@ def _head_of(
 
 def _settings(backbone: Backbone, found: FineTuned) -> dict[str, Scalar]:
     """What a run would have to be told to train on the same weights; nothing of the training."""
-    channels, _, size = backbone.preprocessing.shape
+    size = backbone.preprocessing.image_size
     return {
         "backbone": backbone.name,
-        "image-size": size,
-        "channels": channels,
+        "image-size": size if isinstance(size, int) else 0,  # one that is not square stays
+        "channels": backbone.preprocessing.channels,
         "target-weights": ",".join(backbone.theta_0),
         "kind": str(found.task_vector.kind),
         "statistics": str(Statistics.SUMS),

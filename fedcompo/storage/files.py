@@ -20,6 +20,8 @@ CONTENT, FISHER, CARD = "contribution.safetensors", "fisher.safetensors", "card.
 """Files of a contribution."""
 WEIGHTS, CONFIG, MODEL_CARD = "model.safetensors", "config.json", "README.md"
 """Files of a composed model."""
+RECIPE = "recipe.toml"
+"""File beside them in an exported folder: how the model is composed."""
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
 """Files beside it in a registry: the integer sum; statistics that its head was made of again."""
 RULED = "ruled.safetensors"

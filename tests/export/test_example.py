@@ -1,4 +1,4 @@
-"""The code in the card of a model: run as printed, it gives the registry's own logits."""
+"""A model of any backbone: the code in its card, run as printed, gives the registry's logits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from builders import contribution, random_head, random_statistics
 from timm_folders import ARGS, TINY, logits_as_printed, offline, write_folder
 
-from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import EMBEDDED, Backbone, load_backbone
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind, Statistics
 from fedcompo.config.run import BackboneConfig
 from fedcompo.export.folder import publish
-from fedcompo.export.selection import from_registry
+from fedcompo.export.selection import from_folders, from_registry
 from fedcompo.registry.registry import Registry
+from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS
 
 
 def of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
@@ -49,16 +50,15 @@ def of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
     return load_backbone(BackboneConfig(f"local-dir:{folder}", image_size=16, channels=3))
 
 
-@pytest.mark.parametrize("kind", [Kind.FULL, Kind.TANGENT])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "kind"),
     [
-        lambda *_: load_backbone(BackboneConfig()),
-        lambda *_: load_backbone(BackboneConfig(image_size=42, channels=3)),
-        of_texts,
-        of_a_checkpoint,
-        of_a_folder,
-        of_the_hub,
+        (lambda *_: load_backbone(BackboneConfig()), Kind.LORA),
+        (lambda *_: load_backbone(BackboneConfig(image_size=42, channels=3)), Kind.LORA),
+        (of_texts, Kind.LORA),
+        (of_a_checkpoint, Kind.TANGENT),
+        (of_a_folder, Kind.FULL),
+        (of_the_hub, Kind.FULL),
     ],
     ids=["embedded", "resized", "text", "checkpoint", "local-dir", "hub"],
 )
@@ -73,6 +73,12 @@ def test_the_code_of_the_card_gives_the_registrys_logits(make, kind, tmp_path, m
         head=random_head(classes, width, seed=1),
         statistics=random_statistics(Statistics.SUMS, classes, width, seed=1, num_examples=20),
         fisher=None,
+        settings={
+            "backbone": backbone.name,
+            "image-size": backbone.preprocessing.shape[2],
+            "channels": backbone.preprocessing.channels,
+            "statistics": "sums",
+        },
     )
     registry = Registry.create(tmp_path / "registry", backbone, CompositionSettings())
     registry.add(member)
@@ -81,3 +87,13 @@ def test_the_code_of_the_card_gives_the_registrys_logits(make, kind, tmp_path, m
     with torch.no_grad():
         expected = registry.model()(backbone.preprocessing.normalise(images))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    if backbone.name == EMBEDDED:
+        return
+    # Without the registry, from the contribution's folder and the pre-trained weights, the same.
+    member.save(tmp_path / "ada")
+    with from_folders([tmp_path / "ada"], checkpoint=str(registry.path / BACKBONE)) as selection:
+        publish(tmp_path / "again", selection)
+    again, out = tmp_path / "again", tmp_path / "out"
+    assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    configs = [json.loads((folder / CONFIG).read_text()) for folder in (again, out)]
+    assert configs[0]["pretrained_cfg"] == configs[1]["pretrained_cfg"]

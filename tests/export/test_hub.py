@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import timm
+import torch
 from builders import altered
 from cli_runs import run, told
 from hub_stand_in import Hub, hub_stand_in
-from registry_builders import member, registry_of, tangents
+from registry_builders import member, registry_of, same_bits, tangents
 
+from fedcompo.backbone.backbone import load_backbone
+from fedcompo.backbone.origin import Origin
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
+from fedcompo.config.run import BackboneConfig
+from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import BACKBONE
 
 
@@ -35,8 +44,8 @@ def folder(written: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_stand_in(monkeypatch) as hub:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with hub_stand_in(monkeypatch, tmp_path / "cache") as hub:
         yield hub
 
 
@@ -53,6 +62,27 @@ def test_every_byte_arrives_and_nothing_else(written, hub, kind):
     assert (done["left"], done["license"]) == ([], None)
     assert BACKBONE in done["files"] or kind != "tangents"
     assert not any(str(written) in str(text) for text in hub.repos["org/mine"]["files"].values())
+
+
+def test_what_was_sent_is_a_model_for_timm_and_a_backbone_for_the_next(written, hub, tmp_path):
+    run("push", written / "model", "org/mine")
+    here = timm.create_model(f"local-dir:{written / 'model'}", pretrained=True).state_dict()
+    there = timm.create_model("hf-hub:org/mine", pretrained=True).state_dict()
+    assert same_bits(dict(there), dict(here))
+    backbone = load_backbone(BackboneConfig("hf-hub:org/mine"))
+    assert backbone.origin == Origin("org/mine")
+    assert torch.equal(backbone.model.state_dict()["norm.weight"], here["norm.weight"])
+    registry = Registry.create(tmp_path / "next", backbone, CompositionSettings())
+    made = member("eve", Kind.LORA, seed=2)
+    vector = replace(made.task_vector, base=backbone.fingerprint)
+    registry.add(replace(made, task_vector=vector))
+    for options, relation in (((), "finetune"), (("--client", "eve"), "adapter")):
+        out = tmp_path / relation
+        run("export", "-r", registry.path, "-o", out, *options)
+        data = huggingface_hub.ModelCard.load(out / "README.md").data
+        assert (data.base_model, data.base_model_relation) == ("org/mine", relation)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/mine"
 
 
 def test_files_of_others_stay_and_are_named(folder, hub):

@@ -25,6 +25,7 @@ from fedcompo.export.model_card import (
     model_card,
 )
 from fedcompo.method.lineage import Lineage
+from fedcompo.storage.files import WEIGHTS
 
 GREY = pico_backbone().preprocessing
 COEFFICIENTS = {"client-0": 0.5, "client-1": 0.2, "client-2": 0.3}
@@ -39,6 +40,7 @@ MODEL = ExportedModel(
     architecture="vit_tiny_patch16_224",
     fingerprint="embedded@1234",
     preprocessing=GREY,
+    file=WEIGHTS,
     sha256="ab" * 32,
     fedcompo_version="1.2.3",
     scale=0.75,

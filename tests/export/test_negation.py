@@ -10,7 +10,7 @@ from builders import KINDS, dense_by_hand, pico_weights, random_like, task_vecto
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.export.folder import negated
+from fedcompo.export.negation import negated
 
 THETA_0 = pico_weights(dtype=torch.float32)
 THETA = random_like(THETA_0, seed=40)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
@@ -33,7 +34,7 @@ class Hub:
     seen: list[str] = field(default_factory=list)
 
     def answer(self, verb: str, path: str, body: bytes) -> tuple[int, Any]:
-        """Answer a request: the status, and JSON."""
+        """Answer a request: the status, and JSON or a file."""
         for pattern, status in self.refused.items():
             if re.search(pattern, path):
                 return status, {"error": "You shall not pass"}
@@ -82,11 +83,14 @@ class Hub:
                     assert hashlib.sha256(data).hexdigest() == value["oid"]
                     assert len(data) == value["size"]
             return 200, {"commitUrl": f"{self.address}/{name}/commit/1", "commitOid": "1" * 40}
+        if "/resolve/" in path:
+            found = repo["files"].get(path.rpartition("/")[2])
+            return (404, {"error": "Entry not found"}) if found is None else (200, found)
         return 200, {"id": name, "private": repo["private"], "siblings": []}
 
 
 @contextlib.contextmanager
-def hub_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub_stand_in(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
     """Serve a hub, to which the client's calls go, with a token; it ends with the context."""
     hub = Hub()
 
@@ -101,11 +105,17 @@ def hub_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
                 status, value = 401, {"error": "Invalid credentials"}
             else:
                 status, value = hub.answer(self.command, self.path, body)
-            data = json.dumps(value).encode()
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
+            if isinstance(value, bytes):  # a file
+                self.send_header("X-Repo-Commit", "1" * 40)
+                self.send_header("ETag", hashlib.sha256(data).hexdigest())
+            elif status == 404 and "/resolve/" in self.path:
+                self.send_header("X-Error-Code", "EntryNotFound")
             self.end_headers()
-            self.wfile.write(data)
+            if self.command != "HEAD":
+                self.wfile.write(data)
 
         do_GET = do_POST = do_PUT = do_HEAD = _answer  # noqa: N815
 
@@ -118,9 +128,15 @@ def hub_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread.start()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    values = {
+        "ENDPOINT": hub.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(cache),
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
     try:
         yield hub
     finally:

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from builders import PICO_ARGS, normal
+from cli_runs import run
 from image_folders import write_images
 from registry_builders import backbone, member, registry_of
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError
-from fedcompo.export.peft import export_peft
 from fedcompo.registry.imports import Wanted, import_model
 
 peft = pytest.importorskip("peft", reason="`pip install .[dev]` brings PEFT")
@@ -86,8 +86,10 @@ def test_an_adapter_becomes_a_client_with_its_own_head(tmp_path: Path) -> None:
 
 def test_what_export_writes_import_reads(tmp_path: Path) -> None:
     sent = member("ada")
-    export_peft(tmp_path, backbone(), sent)
-    found = read_adapter(tmp_path, backbone())
+    registry_of(tmp_path / "registry", sent)
+    folder = tmp_path / "adapter"
+    run("export", "--client", "ada", "-r", tmp_path / "registry", "-o", folder)
+    found = read_adapter(folder, backbone())
     theta_0 = backbone().theta_0
     expected = sent.task_vector.dense(theta_0)
     torch.testing.assert_close(found.task_vector.dense(theta_0), expected, rtol=0, atol=0)

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from fedcompo.audit.shadows import ClientTraining
 from fedcompo.config.choices import Kind
-from fedcompo.config.run import RunConfig
+from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import load_folder
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry.imports import Wanted, import_model
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
+from fedcompo.training.probing import fisher_of_images
 
 ROWS = ("yak", "dog", "cat")
 """Rows of the classifiers below, in no order."""
@@ -228,12 +230,32 @@ def test_names_that_do_not_fit_the_rows_are_refused(
         import_model(source, registry, client="ada", data=images, wanted=Wanted(classes))
 
 
+def test_where_no_fisher_can_be_had_it_is_imported_without_and_says_why(
+    registry: Registry, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BackboneError("The layer is not called.")
+
+    monkeypatch.setattr("fedcompo.training.probing.fisher_of_images", refuse)
+    source = saved(tmp_path, "safetensors", tuned())
+    common = ("import", source, "--data", images, "-r", registry.path, "--classes", "yak,dog,cat")
+    assert "it has no Fisher. The layer is not called." in run(*common, "--client", "cho").output
+    member = Registry(registry.path).contribution("cho", with_fisher=True)
+    assert member.fisher is None
+    assert member.settings["imported-no-fisher"] == "The layer is not called."
+
+
 def test_the_command_adds_it_or_writes_its_folder(
     registry: Registry, images: Path, tmp_path: Path
 ) -> None:
     source = saved(tmp_path, "safetensors", tuned())
     command = ("import", source, "--data", images, "-r", registry.path, "--classes", "yak,dog,cat")
     assert told(*command, "--client", "cho", "-o", tmp_path / "cho")["imported-head"] == "source"
+    fisher = Contribution.open(tmp_path / "cho").fisher
+    seen = load_folder(images, backbone().preprocessing, seed=0).train.images
+    expected, _ = fisher_of_images(backbone(), seen, FisherConfig(), seed=0, owner="cho")
+    assert fisher.tensors.keys() == expected.reduced().tensors.keys()
+    assert all(torch.equal(fisher.tensors[n], t) for n, t in expected.reduced().tensors.items())
     assert Registry(registry.path).clients == ("ben",)
     run("add", tmp_path / "cho", "-r", registry.path)
     assert "byte for byte" in run(*command, "--client", "dan", code=1).output

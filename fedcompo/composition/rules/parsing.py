@@ -58,7 +58,7 @@ def _pairs(text: str, rest: str) -> Iterator[tuple[str, str]]:
 
 
 def _read(rule: str, key: str, option: Field[Any], value: str) -> int | float:
-    kind: type[int] | type[float] = type(option.default)  # each option is a number
+    kind: type[int] | type[float] = int if isinstance(option.default, int) else float
     try:
         number: int | float = kind(value)
     except ValueError:

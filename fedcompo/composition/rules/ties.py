@@ -40,9 +40,9 @@ class Ties(Rule):
         sums, counts = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
         for change in changes:
             kept = trimmed(change.tau, self.density)
-            for sign, side in enumerate((kept > 0, kept < 0)):
-                sums[sign].add_(kept * side, alpha=change.times)
-                counts[sign].add_(side, alpha=change.times)
+            for sign, side in enumerate((kept.clamp_min(0), kept.clamp_max(0))):
+                sums[sign].add_(side, alpha=change.times)
+                counts[sign].add_(side != 0, alpha=change.times)
         means = sums / counts.clamp_min_(torch.finfo(torch.float64).tiny)
         elected = sums.sum(0) >= 0
         return means[0].where(elected, means[1]).mul_(changes.together)
@@ -58,4 +58,4 @@ def trimmed(tau: Tensor, density: float) -> Tensor:
     count = max(1, int(density * tau.numel()))
     sizes = tau.abs()
     threshold = sizes.flatten().kthvalue(tau.numel() - count + 1).values
-    return tau * (sizes >= threshold)
+    return tau.where(sizes >= threshold, 0)

@@ -1,0 +1,165 @@
+"""What was selected to be composed: as weights, one after the other, and as a recipe."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from fedcompo.backbone.stored import StoredBackbone
+from fedcompo.composition.models import stream_composition, times_of
+from fedcompo.composition.rules.rule import Changes
+from fedcompo.composition.settings import UNLIMITED, CompositionSettings
+from fedcompo.config.choices import Coefficients, Statistics
+from fedcompo.export.negation import negated
+from fedcompo.export.recipe import MEMBERS, Group, Negation, Recipe
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.heads import Head
+from fedcompo.method.pool import Pool
+from fedcompo.runtime import version
+from fedcompo.storage.files import CONTENT, FISHER
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Contributions to compose, and with what."""
+
+    pool: Pool
+    backbone: StoredBackbone
+    settings: CompositionSettings
+    head: Head
+    factor: float
+    r""":math:`\lambda'` on the sum of the task vectors with the registry's own coefficients, or
+    :math:`\lambda` on the mean with others."""
+    made_of: str
+    """What the head is made of; see :mod:`fedcompo.export.recipe`."""
+    recipe: Recipe = Recipe()
+    """What was asked for."""
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    negated: Contribution | None = None
+    """Whose task vector is subtracted, as the recipe says."""
+
+    @property
+    def coefficients(self) -> Mapping[str, float] | None:
+        """By client; None: the registry's own."""
+        return self.recipe.weights
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Coefficients w by client; they sum to one, unless the recipe says otherwise."""
+        if self.coefficients is not None:
+            return dict(self.coefficients)
+        times = {c.client: self.settings.times(c.num_examples) for c in self.pool}
+        return {client: count / sum(times.values()) for client, count in times.items()}
+
+    @property
+    def scale(self) -> float:
+        r""":math:`\lambda`, as a multiple of the weighted mean."""
+        if self.settings.scale is not None and self.settings.made_by.votes:
+            return self.settings.scale
+        if self.coefficients is not None:
+            return self.factor
+        return self.factor * sum(self.settings.times(c.num_examples) for c in self.pool)
+
+    @property
+    def multipliers(self) -> dict[str, float] | None:
+        r"""What each task vector counts in the change, :math:`\lambda' m_c`, by client.
+
+        None: the change is not a sum of them.
+        """
+        times = times_of(self.pool, self.settings, self.coefficients)
+        is_sum = self.settings.made_by.is_sum
+        return {c: self.factor * count for c, count in times.items()} if is_sum else None
+
+    def change(self, name: str) -> Tensor:
+        """Compose the change of one weight, (out, in), float64; of a recipe without groups."""
+        times, rule = times_of(self.pool, self.settings, self.coefficients), self.settings.made_by
+        rule.check(self.pool.contributions, times)
+        weight = self.backbone.tensors[name]
+        return self.factor * rule.total(Changes(name, weight, self.pool.contributions, times))
+
+    @property
+    def written(self) -> Recipe:
+        """The whole recipe: with the same contributions, it gives the same bits."""
+        recipe, settings = self.recipe, self.settings
+        needed: dict[str, Any] = {}
+        if self.coefficients is None:
+            needed["coefficients"] = str(settings.coefficients)
+        if needed and settings.coefficients is Coefficients.EXAMPLES:
+            needed["client-cap"] = settings.client_cap
+        if self.made_of == MEMBERS:
+            needed["class-cap"] = settings.class_cap
+        if settings.statistics is Statistics.MIXTURES:
+            drawn = "align-samples", "ridge", "seed"
+            needed |= {key: getattr(settings, key.replace("-", "_")) for key in drawn}
+        used = self.factor if settings.made_by.votes else 0.0  # else the rule says it again
+        return replace(
+            recipe,
+            fedcompo=version("fedcompo"),
+            backbone=self.backbone.fingerprint,
+            rule=settings.made_by.text,
+            factor=used if self.coefficients is None else 0.0,
+            scale=0.0 if self.coefficients is None else used,
+            head=self.made_of,
+            settings={key: 0 if v == UNLIMITED else v for key, v in needed.items()},
+            members=_digests(self.pool, CONTENT),
+            fisher=_digests(self.pool, FISHER) if settings.made_by.needs else {},
+            groups=tuple(replace(group, scale=self._scale_of(group)) for group in recipe.groups),
+            negated=self._negation,
+        )
+
+    @property
+    def _negation(self) -> Negation | None:
+        if self.negated is None or self.recipe.negated is None:
+            return None
+        return replace(self.recipe.negated, sha256=self.negated.digests.get(CONTENT, ""))
+
+    def _scale_of(self, group: Group) -> float:
+        """λ of a group's weights: its own, the recipe's, or as where the whole has such weights."""
+        free = not self.recipe.normalise and group.weights is not None
+        of_free = self.settings.made_by.factor or 1.0
+        return group.scale or self.recipe.scale or (of_free if free else self.scale)
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Compose the target weights, one at a time, in the order of names."""
+        groups = self.recipe.grouped(self.backbone.target_weights)
+        rest = set(self.backbone.target_weights).difference(*(names for _, names in groups))
+        parts = [self._part(rest, self.coefficients, self.factor)]
+        together = sum(self.settings.times(c.num_examples) for c in self.pool)
+        for group, names in groups:
+            weights = self.coefficients if group.weights is None else group.weights
+            factor = self._scale_of(group) / (together if weights is None else 1)
+            parts.append(self._part(names, weights, factor))
+        composed = heapq.merge(*parts, key=itemgetter(0))
+        if self.negated is None or self.recipe.negated is None:
+            return composed
+        return negated(
+            composed,
+            self.negated.task_vector,
+            self.backbone.tensors,
+            scale=self.recipe.negated.strength,
+            base=self.backbone.fingerprint,
+        )
+
+    def _part(
+        self, names: Collection[str], weights: Mapping[str, float] | None, factor: float
+    ) -> Iterator[tuple[str, Tensor]]:
+        return stream_composition(
+            self.pool,
+            self.backbone,
+            weights,
+            self.settings,
+            factor,
+            names=names,
+            normalise=self.recipe.normalise,
+        )
+
+
+def _digests(pool: Pool, file: str) -> dict[str, str]:
+    """SHA-256 of the tensors in a file of each member's, by client."""
+    return {member.client: member.digests.get(file, "") for member in pool}
