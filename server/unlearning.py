@@ -178,7 +178,7 @@ class Unlearning:
         rounds = Rounds(fits, self.request.repair_rounds, last, continuing=True)
         try:
             rounds.run()
-            folders = rounds.keep()
+            folders = rounds.sum.keep()
             self.exchange.books.timed(
                 "compose", lambda: self.registry.add(*folders, replacing=True, empty=True)
             )

@@ -11,7 +11,6 @@ from average_factors import average_factors
 from bench import Accuracies, Bench
 from joint import train_joint
 from methods import METHODS
-from runs import first_central_last
 
 from fedcompo.config.choices import kinds_of
 from fedcompo.export.selection import from_registry
@@ -64,7 +63,7 @@ def specialised_and_removed(bench: Bench) -> dict[str, dict[str, float]]:
     theta_p = bench.registry.theta_p()
     kept = bench.head(theta_p, clients)
     found: dict[str, list[dict[str, float]]] = {"specialised": [], "removal": []}
-    for target in first_central_last(clients):
+    for target in dict.fromkeys([clients[0], clients[len(clients) // 2], clients[-1]]):
         others = tuple(client for client in clients if client != target)
         alone, without = bench.composed(target), bench.composed(*others)
         special = bench.accuracies(alone, bench.head(alone, clients), clients)

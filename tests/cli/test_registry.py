@@ -438,19 +438,6 @@ def test_every_option_is_explained(
             assert option.make_metavar(click.Context(command)).strip("[]. ") in out
 
 
-def test_help_is_quick(home: Path) -> None:
-    """The commands import what computes only when they compute."""
-    code = (
-        "import sys\nfrom fedcompo.cli.app import app\n"
-        "for words in (['--help'], ['remove', '--help'], ['compose', '--help']):\n"
-        "    try: app(words)\n"
-        "    except SystemExit as end: assert end.code == 0\n"
-        "print({'torch', 'timm', 'numpy', 'flwr', 'ray', 'sklearn'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
-
-
 def test_a_real_process_keeps_its_output_clean(home: Path) -> None:
     command = [sys.executable, "-m", "fedcompo.cli", "remove", "client-1", "--yes", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)

@@ -33,7 +33,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.storage.files import RULED, WEIGHTS
 
-NEW = [name for name in RULES if name != "mean"]
+NEW = [name for name, rule in RULES.items() if name != "mean" and not rule.needs]
 BOTH = ["ties", "iso-c"]
 """One of each class of removal; the second takes singular vectors."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from app_runs import FEW_WEIGHTS, QUICK, altered, run
+from app_runs import BACKBONE, QUICK, altered, run
 from in_process_grid import lost
 from round_runs import draw_images
 
@@ -17,7 +17,6 @@ from fedcompo.composition.head import SHRINKAGE, head_from_total
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.voting import Votes, elected, scales
 from fedcompo.config.choices import Statistics
-from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 from fedcompo.export.selection import from_registry
 from fedcompo.method.features import extract_features
@@ -98,7 +97,7 @@ def test_a_fixed_scale_is_not_voted_on_and_no_image_is_kept_aside(tmp_path):
 def test_who_joins_a_registry_of_fixed_scale_is_told_that_images_are_kept_aside_in_vain(
     scale, tmp_path
 ):
-    backbone = load_backbone(RunConfig.parse({"target-weights": FEW_WEIGHTS}).backbone)
+    backbone = load_backbone(BACKBONE)
     Registry.create(tmp_path / "fixed", backbone, CompositionSettings(scale=2.0))
     results = run({}, tmp_path / "out", registry=str(tmp_path / "fixed"), scale=scale, **SOME)
     told = [note for note in results["notes"] if "trains nobody. Set `scale = 2`" in note]
@@ -147,7 +146,7 @@ def test_one_node_under_noise_describes_one_model(tmp_path):
 
 
 def test_without_everyones_features_the_head_stays_as_the_registry_aligned_it(tmp_path):
-    one_by_one = {"timeout": 1.0, "in_flight": 1}
+    one_by_one = {"timeout": 0.3, "in_flight": 1}
     results = run({"tamper": {(0, "query.realign"): lost}}, tmp_path / "out", **one_by_one)
     assert any("not aligned again" in note for note in results["notes"])
     assert results["scale"]["by"] == "norms"
