@@ -99,7 +99,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
 
 
 def _registry_script(name: str, stem: str, certificates: str, deployment: Deployment) -> str:
-    """The script that calls the registry; certificates lie in a folder (with a slash), or beside it."""
+    """The script that calls the registry; certificates lie in a folder ("name/") or beside it."""
     own = {"name": name, "stem": stem, "certificates": certificates}
     return filled("registry.sh", {**_values(deployment), **own})
 
