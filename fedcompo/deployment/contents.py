@@ -38,12 +38,7 @@ def operator_files(deployment: Deployment) -> dict[str, str]:
 
 
 def client_files(name: str, deployment: Deployment) -> dict[str, str]:
-    """A client's files by relative path.
-
-    Args:
-        name: Of the client.
-        deployment: The server's address and ports.
-    """
+    """A client's files by relative path."""
     folder = f"{HOME}/{name}"
     unit = _unit(
         f"client {name}",

@@ -19,10 +19,7 @@ Spellings = dict[str, list[str]]
 
 
 def twins(owned: Mapping[str, Iterable[str]]) -> list[Spellings]:
-    """Find classes that may be one, spelt differently.
-
-    Args:
-        owned: Names of classes, by client.
+    """Find classes that may be one, spelt differently; they are given by client.
 
     Returns:
         Groups of two spellings or more that have the same :func:`key`; all in order.
