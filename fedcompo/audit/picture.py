@@ -58,7 +58,7 @@ def _legend(names: Sequence[str]) -> list[str]:
 def interval_chart(
     groups: Groups, *, left: float, top: float, width: float, row: float
 ) -> list[str]:
-    """Draw estimates as points with whiskers, a group a row, over one axis with a line of chance."""
+    """Draw estimates as points with whiskers, a group a row, over one axis with chance marked."""
     estimates = [estimate for _, by_model in groups for estimate in by_model.values()]
     first = math.floor(10 * min(0.4, *(float(e["low"]) for e in estimates))) / 10
     last = math.ceil(10 * max(0.6, *(float(e["high"]) for e in estimates))) / 10
