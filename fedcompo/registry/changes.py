@@ -148,9 +148,8 @@ def _record(
         rule=after.settings.rule if after.settings.rule != MEAN else "",
     )
     if before.chosen:  # else the format fixes the factor
-        by = str(after.factor_by)
-        factors = {"factor_before": before.factor, "factor_after": after.factor}
-        record = replace(record, **factors, factor_by=by)
+        now, by = after.factor, str(after.factor_by)
+        record = replace(record, factor_before=before.factor, factor_after=now, factor_by=by)
     return record.signed(registry.path / PRIVATE)
 
 
