@@ -193,8 +193,7 @@ def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Regis
     if not (path / ABOUT).exists():
         return Registry.create(path, backbone, CompositionSettings.of(config))
     registry, statistics = Registry(path), config.head.statistics
-    registry.settings.check_method(config.method.method)
-    registry.settings.check_kept(config)
+    registry.settings.check_run(config)
     kept = registry.settings.statistics
     if kept is not statistics:  # also of an empty one: its settings never change
         raise ConfigError(

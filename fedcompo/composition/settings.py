@@ -85,8 +85,7 @@ class CompositionSettings:
         )
         if settings.rule == MEAN:
             return settings
-        settings.check_method(config.method.method)
-        settings.check_kept(config)
+        settings.check_run(config)
         rule, mixtures = settings.made_by, settings.statistics is Statistics.MIXTURES
         if not rule.votes and (config.compose.fixed_scale is not None or mixtures):
             raise ConfigError(
@@ -131,15 +130,15 @@ class CompositionSettings:
                 "rounds. Use `rule = mean`, or `method = ita`."
             )
 
-    def check_kept(self, config: RunConfig) -> None:
-        """Refuse a run whose clients would lack what the rule needs of them."""
-        needs, noise = self.made_by.needs, config.caps.dp_noise
-        kept = config.server.keep_fisher and config.caps.fisher_form is not FisherForm.NONE
-        if needs and not (kept and not ("inputs" in needs and noise)):
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse a run that trains for another model, or whose clients lack what the rule needs."""
+        self.check_method(config.method.method)
+        rule, caps = self.made_by, config.caps
+        kept = config.server.keep_fisher and caps.fisher_form is not FisherForm.NONE
+        if rule.needs and (not kept or (rule.takes_inputs and caps.dp_noise)):
             raise ConfigError(
                 f"The rule {self.rule} composes by what clients send with their Fisher: it goes "
-                "with `keep-fisher = true`, a `fisher-form` other than none"
-                + (" and `dp-noise = 0`." if "inputs" in needs else ".")
+                f"with {rule.kept_by}."
             )
 
     def known_factor(self, together: float, voted: float | None = None) -> Factor | None:

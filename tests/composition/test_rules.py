@@ -253,11 +253,11 @@ def test_a_text_names_a_rule_and_all_its_options():
         ("mean:a=1", "mean has no option"),
         ("ties:density", "no rule of the form name:option=value"),
         ("ties:density=0.1,density=0.2", "twice"),
-        ("ties:density=0", r"density must be in \(0, 1\], got 0"),
-        ("ties:density=nan", "got nan"),
-        ("dare:drop=1", "drop must be in"),
-        ("dare:seed=0.5", "takes a whole number for seed"),
-        ("task-arithmetic:lambda=-1", "lambda must be in"),
+        ("ties:density=0", r"`density` must be in \(0, 1\], got 0"),
+        ("ties:density=nan", "must be finite, got nan"),
+        ("dare:drop=1", "`drop` must be in"),
+        ("dare:seed=0.5", "`seed` must be of type int, got 0.5"),
+        ("task-arithmetic:lambda=-1", "`lambda` must be in"),
     ],
 )
 def test_a_wrong_text_is_refused(text, sentence):

@@ -22,12 +22,11 @@ from fedcompo.composition.rules.singular import numerical_svd
 
 @dataclass(frozen=True)
 class IsoC(Rule):
-    """An isotropic sum."""
+    """An isotropic sum; one decomposition a weight."""
 
     name: ClassVar[str] = "iso-c"
     removal: ClassVar[Removal] = Removal.SUM
     portable: ClassVar[bool] = False
-    cost: ClassVar[str] = "one decomposition a weight"
 
     def total(self, changes: Changes) -> Tensor:
         """Return the isotropic sum."""

@@ -27,12 +27,11 @@ from fedcompo.composition.rules.singular import nearest_isometry, numerical_svd
 
 @dataclass(frozen=True)
 class TsvM(Rule):
-    """Task singular vectors, merged."""
+    """Task singular vectors, merged; a decomposition a member and two more."""
 
     name: ClassVar[str] = "tsv-m"
     weighted: ClassVar[bool] = False
     portable: ClassVar[bool] = False
-    cost: ClassVar[str] = "a decomposition a member and two more; memory of T·k vectors"
 
     def total(self, changes: Changes) -> Tensor:
         """Return the sum of the leading parts, made orthogonal."""
