@@ -56,6 +56,8 @@ from fedcompo.storage.tensorstream import Section
 
 ROWS, COLUMNS = "/rows", "/columns"
 """Ends of the names of a factored weight's row and column sums."""
+ENDS = {FisherForm.FACTORED: (ROWS, COLUMNS), FisherForm.KRONECKER: (LEFT, RIGHT)}
+"""Ends of the names of a weight's two tensors, of its rows and of its columns, by form."""
 INPUTS = "/inputs"
 """End of the names of the sums of squares of what weights' layers are given."""
 
@@ -89,17 +91,12 @@ class FisherDiagonal:
         return {**self.sums, **self.inputs}
 
     @property
-    def factored(self) -> bool:
-        """Whether it is kept as row and column sums."""
-        return self.form is FisherForm.FACTORED
-
-    @property
     def form(self) -> FisherForm:
         """Its form; an empty one counts as dense."""
-        if any(name.endswith((ROWS, COLUMNS)) for name in self.sums):
-            return FisherForm.FACTORED
-        kronecker = any(name.endswith((LEFT, RIGHT)) for name in self.sums)
-        return FisherForm.KRONECKER if kronecker else FisherForm.DENSE
+        for form, ends in ENDS.items():
+            if any(name.endswith(ends) for name in self.sums):
+                return form
+        return FisherForm.DENSE
 
     def check(self, theta_0: Mapping[str, Tensor], *, owner: str) -> None:
         """Refuse sums that do not fit the backbone.
@@ -114,13 +111,12 @@ class FisherDiagonal:
         """
         expected: dict[str, tuple[int, ...]]
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
-        thin = self.form is FisherForm.KRONECKER
-        if self.factored or thin:
-            ends = ((LEFT, 0), (RIGHT, 1)) if thin else ((ROWS, 0), (COLUMNS, 1))
+        thin, ends = self.form is FisherForm.KRONECKER, ENDS.get(self.form)
+        if ends is not None:
             expected = {
-                f"{name}{end}": thin_shape(shape[axis]) if thin else (shape[axis],)
+                f"{name}{end}": thin_shape(size) if thin else (size,)
                 for name, shape in expected.items()
-                for end, axis in ends
+                for end, size in zip(ends, shape, strict=True)
             }
         if self.inputs:
             expected |= {f"{name}{INPUTS}": tuple(w.shape[1:]) for name, w in theta_0.items()}
@@ -141,7 +137,7 @@ class FisherDiagonal:
 
     def reduced(self) -> FisherDiagonal:
         """Return the factored form, in the same dtype; a factored one is returned as it is."""
-        if self.factored:
+        if self.form is FisherForm.FACTORED:
             return self
         if self.form is FisherForm.KRONECKER:
             renamed = {
@@ -204,13 +200,11 @@ class FisherDiagonal:
         diagonals of its thin factors. Every machine computes the same bits.
         """
         count = max(1, self.num_examples)
-        if self.form is FisherForm.DENSE:
+        if (form := self.form) is FisherForm.DENSE:
             return self.sums[name].double() / count
-        if self.form is FisherForm.KRONECKER:
-            squares = (self.sums[name + end].double().square() for end in (LEFT, RIGHT))
-            r, c = (functools.reduce(torch.add, factor.unbind(1)) for factor in squares)
-        else:
-            r, c = (self.sums[name + end].double() for end in (ROWS, COLUMNS))
+        r, c = (self.sums[name + end].double() for end in ENDS[form])
+        if form is FisherForm.KRONECKER:
+            r, c = (functools.reduce(torch.add, t.square().unbind(1)) for t in (r, c))
         root = math.sqrt(math.fsum(r.tolist()) * math.fsum(c.tolist()))
         return torch.outer(r / (root * count or 1.0), c)
 
