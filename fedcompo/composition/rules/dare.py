@@ -35,8 +35,8 @@ class Dare(Rule):
         total = torch.zeros(changes.weight.shape, dtype=torch.float64)
         for change in changes:
             kept = self.kept(change.member.client, changes.name, change.tau.shape)
-            total.add_(change.tau.mul_(kept), alpha=change.times / (1 - self.drop))
-        return total
+            total.add_(change.tau.mul_(kept), alpha=change.times)  # no product is rounded here
+        return total.div_(1 - self.drop)
 
     def kept(self, client: str, weight: str, shape: torch.Size) -> Tensor:
         """Draw which entries of a client's change of a weight stay, as booleans."""
