@@ -99,11 +99,7 @@ class FisherDiagonal:
         return FisherForm.DENSE
 
     def check(self, theta_0: Mapping[str, Tensor], *, owner: str) -> None:
-        """Refuse sums that do not fit the backbone.
-
-        Args:
-            theta_0: The target weights, by name; only their shapes are used.
-            owner: Whose sums these are, for the error message.
+        """Refuse sums of an owner that do not fit the shapes of the target weights.
 
         Raises:
             ContributionError: If names or shapes are not those of the target weights, a value is
@@ -225,12 +221,8 @@ class FisherDiagonal:
             mine, theirs = self.reduced().sums, other.reduced().sums
         elif self.form is FisherForm.KRONECKER:
             mine, theirs = ({n: whole(t) for n, t in sums.items()} for sums in (mine, theirs))
-        differing = {
-            name
-            for name in mine.keys() | theirs.keys()
-            if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
-        }
-        if differing:
+        own, others = ({(n, tuple(t.shape)) for n, t in sums.items()} for sums in (mine, theirs))
+        if differing := {name for name, _ in own ^ others}:
             raise ContributionError(
                 f"Two Fisher diagonals differ in {len(differing)} weights, among them "
                 f"{min(differing)!r}; they must have the same names and shapes."
@@ -256,11 +248,9 @@ def outer(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def expanded(parts: Mapping[str, Tensor], theta_0: Mapping[str, Tensor]) -> Metric:
-    """Make a Fisher of any form one that can be applied to a change.
+    """Make a Fisher of any form one that can be applied to a change of these weights.
 
-    Args:
-        parts: A sum or a mean; see :attr:`FisherDiagonal.sums`. Kronecker factors are thin.
-        theta_0: The target weights; only the names are used.
+    Its parts are a sum or a mean; see :attr:`FisherDiagonal.sums`. Kronecker factors are thin.
 
     Returns:
         By weight name: a diagonal, (out, in), float32, or a Kronecker product.

@@ -129,9 +129,6 @@ class Pool:
             scale: λ.
             names: Weights to compose; None: all that change.
             normalise: Whether coefficients must be a mean's.
-
-        Yields:
-            Name and composed value, (out, in).
         """
         coefficients = self.check_composable(coefficients, normalise=normalise)
         changing = {name for c in self for name in c.task_vector.names}
