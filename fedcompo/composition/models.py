@@ -83,14 +83,9 @@ def factor_of(
     settings: CompositionSettings,
     coefficients: Mapping[str, float] | None = None,
 ) -> Factor:
-    """Return the factor of a composition that nobody voted on.
+    """Return the factor of a composition that nobody voted on, of at least one contribution.
 
-    Args:
-        pool: At least one contribution, all on this backbone.
-        backbone: Pre-trained weights.
-        settings: Rule, scale and coefficients.
-        coefficients: In place of the settings' own; they sum to one, so that the factor is the
-            scale.
+    Coefficients in place of the settings' own sum to one, so that the factor is the scale.
     """
     times, rule = times_of(pool, settings, coefficients), settings.made_by
     known = settings.known_factor(sum(times.values()) if coefficients is None else 1)
@@ -164,9 +159,8 @@ def model_of(
     Args:
         backbone: Gives the architecture.
         weights: All of its weights by name, with the classifier.
-        classes: Names of the classes, in the order of the logits.
-        linearised: Whether the weights are composed of tangents. The model is then a
-            :class:`~fedcompo.backbone.tangent.TangentModel`.
+        classes: In the order of the logits.
+        linearised: Of tangents: a :class:`~fedcompo.backbone.tangent.TangentModel`.
     """
     seen = tuples(timm_config(backbone, classes)["pretrained_cfg"])
     model = timm.create_model(

@@ -85,8 +85,7 @@ class CompositionSettings:
         )
         if settings.rule == MEAN:
             return settings
-        settings.check_method(config.method.method)
-        settings.check_kept(config)
+        settings.check_run(config)
         rule, mixtures = settings.made_by, settings.statistics is Statistics.MIXTURES
         if not rule.votes and (config.compose.fixed_scale is not None or mixtures):
             raise ConfigError(
@@ -133,7 +132,13 @@ class CompositionSettings:
     def check_run(self, config: RunConfig) -> None:
         """Refuse a run whose clients cannot join; raises ``ConfigError``."""
         self.check_method(config.method.method)
-        self.check_kept(config)
+        rule, caps = self.made_by, config.caps
+        kept = config.server.keep_fisher and caps.fisher_form is not FisherForm.NONE
+        if rule.needs and (not kept or (rule.takes_inputs and caps.dp_noise)):
+            raise ConfigError(
+                f"The rule {self.rule} composes by what clients send with their Fisher: it goes "
+                f"with {rule.kept_by}."
+            )
         if config.head.statistics is not self.statistics:  # also of an empty one: they never change
             raise ConfigError(
                 f"`statistics` is {config.head.statistics}, but the registry's members are "
@@ -147,17 +152,6 @@ class CompositionSettings:
             raise ConfigError(
                 f"The rule is {self.rule}, but {method} trains for the mean of all clients, in "
                 "rounds. Use `method = ita` and no `repair-rounds`, or compose by `rule = mean`."
-            )
-
-    def check_kept(self, config: RunConfig) -> None:
-        """Refuse a run whose clients would lack what the rule needs of them."""
-        needs, noise = self.made_by.needs, config.caps.dp_noise
-        kept = config.server.keep_fisher and config.caps.fisher_form is not FisherForm.NONE
-        if needs and not (kept and not ("inputs" in needs and noise)):
-            raise ConfigError(
-                f"The rule {self.rule} composes by what clients send with their Fisher: it goes "
-                "with `keep-fisher = true`, a `fisher-form` other than none"
-                + (" and `dp-noise = 0`." if "inputs" in needs else ".")
             )
 
     def known_factor(self, together: float, voted: float | None = None) -> Factor | None:

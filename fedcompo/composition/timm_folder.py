@@ -36,13 +36,8 @@ LINEARISED = (
 def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) -> None:
     """Write weights and configuration for ``timm.create_model("local-dir:...")``.
 
-    Not for a composition of tangents; see :func:`write_model`.
-
-    Args:
-        folder: Folder to write to; created if it does not exist.
-        backbone: Pre-trained weights, for all that ``theta`` does not name.
-        theta: Target weights by name.
-        head: Joint head; its classes become ``label_names``.
+    The folder is created. What ``theta`` does not name stays pre-trained. Not for a composition of
+    tangents; see :func:`write_model`.
     """
     state = {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()}
     state |= {name: tensor.detach() for name, tensor in theta.items()}
@@ -57,10 +52,7 @@ def timm_config(
 ) -> dict[str, Any]:
     """Return the content of config.json: what timm needs to build the model and feed it.
 
-    Args:
-        backbone: Gives the architecture and its preprocessing.
-        classes: Names of the classes, in the order of the logits; become ``label_names``.
-        linearised: Whether the weights are composed of tangents; timm then refuses the folder.
+    Classes are in the order of the logits. Of weights composed of tangents, timm refuses it.
     """
     seen = backbone.preprocessing
     name = LINEARISED if linearised else "{architecture}"

@@ -97,7 +97,7 @@ def write_ruled(
     *,
     same: StreamedTensors | None = None,
 ) -> float:
-    r"""Write what the rule makes of the members, beside their sum.
+    r"""Write what the rule makes of the members, beside their sum; returns its squared length.
 
     Args:
         folder: Holds the sum.
@@ -106,9 +106,6 @@ def write_ruled(
         members: Sorted by name; empty for a rule that needs their sum alone.
         times: How often each member counts, by client.
         same: The total of the same members, if it is there already.
-
-    Returns:
-        Its squared length.
 
     Raises:
         ContributionError: If the rule cannot compose them.
@@ -137,15 +134,9 @@ def write_composed(
     linearised: bool,
     about: Mapping[str, Any],
 ) -> None:
-    r"""Write the model that follows from the rule's total in the same folder.
+    r"""Write the model that follows from the sum in the same folder, or from another rule's total.
 
-    Args:
-        folder: Holds the running sum, and the total of a rule that makes another.
-        backbone: Pre-trained weights.
-        head: Joint head.
-        factor: :math:`\lambda'`.
-        linearised: Whether the members are tangents.
-        about: Further entries of the manifest.
+    The factor is :math:`\lambda'`; ``about`` holds further entries of the manifest.
     """
     running, ruled = StreamedTensors(folder / SUM), folder / RULED
     total = StreamedTensors(ruled) if ruled.exists() else running

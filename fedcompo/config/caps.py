@@ -71,9 +71,7 @@ class CapsConfig:
     def strictest(self, own: CapsConfig) -> CapsConfig:
         """Combine a run's limits with a node's own: of each, take the stricter.
 
-        Args:
-            own: The node's limits. Its clips replace the run's, because the noise is in proportion
-                to them.
+        The node's clips replace the run's, because the noise is in proportion to them.
         """
         return replace(
             own,

@@ -58,14 +58,7 @@ OBSOLETE = ("fisher", "fisher-tolerance", "head-alpha", "head-decay")
 
 
 def with_preset(explicit: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Put the values of the preset under settings that were given explicitly, which win.
-
-    Args:
-        explicit: Settings by run-config key, only those that were given.
-
-    Returns:
-        The same, if the preset is not ``paper``.
-    """
+    """Put the values of the preset under settings that were given explicitly, which win."""
     if explicit.get("preset") != Preset.PAPER:
         return dict(explicit)
     return {**PAPER, **explicit, "preset": str(Preset.DEFAULT)}

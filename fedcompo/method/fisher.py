@@ -56,6 +56,8 @@ from fedcompo.storage.tensorstream import Section
 
 ROWS, COLUMNS = "/rows", "/columns"
 """Ends of the names of a factored weight's row and column sums."""
+ENDS = {FisherForm.FACTORED: (ROWS, COLUMNS), FisherForm.KRONECKER: (LEFT, RIGHT)}
+"""Ends of the names of a weight's two tensors, of its rows and of its columns, by form."""
 INPUTS = "/inputs"
 """End of the names of the sums of squares of what weights' layers are given."""
 
@@ -89,24 +91,15 @@ class FisherDiagonal:
         return {**self.sums, **self.inputs}
 
     @property
-    def factored(self) -> bool:
-        """Whether it is kept as row and column sums."""
-        return self.form is FisherForm.FACTORED
-
-    @property
     def form(self) -> FisherForm:
         """Its form; an empty one counts as dense."""
-        if any(name.endswith((ROWS, COLUMNS)) for name in self.sums):
-            return FisherForm.FACTORED
-        kronecker = any(name.endswith((LEFT, RIGHT)) for name in self.sums)
-        return FisherForm.KRONECKER if kronecker else FisherForm.DENSE
+        for form, ends in ENDS.items():
+            if any(name.endswith(ends) for name in self.sums):
+                return form
+        return FisherForm.DENSE
 
     def check(self, theta_0: Mapping[str, Tensor], *, owner: str) -> None:
-        """Refuse sums that do not fit the backbone.
-
-        Args:
-            theta_0: The target weights, by name; only their shapes are used.
-            owner: Whose sums these are, for the error message.
+        """Refuse sums of an owner that do not fit the shapes of the target weights.
 
         Raises:
             ContributionError: If names or shapes are not those of the target weights, a value is
@@ -114,13 +107,12 @@ class FisherDiagonal:
         """
         expected: dict[str, tuple[int, ...]]
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
-        thin = self.form is FisherForm.KRONECKER
-        if self.factored or thin:
-            ends = ((LEFT, 0), (RIGHT, 1)) if thin else ((ROWS, 0), (COLUMNS, 1))
+        thin, ends = self.form is FisherForm.KRONECKER, ENDS.get(self.form)
+        if ends is not None:
             expected = {
-                f"{name}{end}": thin_shape(shape[axis]) if thin else (shape[axis],)
+                f"{name}{end}": thin_shape(size) if thin else (size,)
                 for name, shape in expected.items()
-                for end, axis in ends
+                for end, size in zip(ends, shape, strict=True)
             }
         if self.inputs:
             expected |= {f"{name}{INPUTS}": tuple(w.shape[1:]) for name, w in theta_0.items()}
@@ -141,7 +133,7 @@ class FisherDiagonal:
 
     def reduced(self) -> FisherDiagonal:
         """Return the factored form, in the same dtype; a factored one is returned as it is."""
-        if self.factored:
+        if self.form is FisherForm.FACTORED:
             return self
         if self.form is FisherForm.KRONECKER:
             renamed = {
@@ -204,13 +196,11 @@ class FisherDiagonal:
         diagonals of its thin factors. Every machine computes the same bits.
         """
         count = max(1, self.num_examples)
-        if self.form is FisherForm.DENSE:
+        if (form := self.form) is FisherForm.DENSE:
             return self.sums[name].double() / count
-        if self.form is FisherForm.KRONECKER:
-            squares = (self.sums[name + end].double().square() for end in (LEFT, RIGHT))
-            r, c = (functools.reduce(torch.add, factor.unbind(1)) for factor in squares)
-        else:
-            r, c = (self.sums[name + end].double() for end in (ROWS, COLUMNS))
+        r, c = (self.sums[name + end].double() for end in ENDS[form])
+        if form is FisherForm.KRONECKER:
+            r, c = (functools.reduce(torch.add, t.square().unbind(1)) for t in (r, c))
         root = math.sqrt(math.fsum(r.tolist()) * math.fsum(c.tolist()))
         return torch.outer(r / (root * count or 1.0), c)
 
@@ -231,12 +221,8 @@ class FisherDiagonal:
             mine, theirs = self.reduced().sums, other.reduced().sums
         elif self.form is FisherForm.KRONECKER:
             mine, theirs = ({n: whole(t) for n, t in sums.items()} for sums in (mine, theirs))
-        differing = {
-            name
-            for name in mine.keys() | theirs.keys()
-            if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
-        }
-        if differing:
+        own, others = ({(n, tuple(t.shape)) for n, t in sums.items()} for sums in (mine, theirs))
+        if differing := {name for name, _ in own ^ others}:
             raise ContributionError(
                 f"Two Fisher diagonals differ in {len(differing)} weights, among them "
                 f"{min(differing)!r}; they must have the same names and shapes."
@@ -262,11 +248,9 @@ def outer(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def expanded(parts: Mapping[str, Tensor], theta_0: Mapping[str, Tensor]) -> Metric:
-    """Make a Fisher of any form one that can be applied to a change.
+    """Make a Fisher of any form one that can be applied to a change of these weights.
 
-    Args:
-        parts: A sum or a mean; see :attr:`FisherDiagonal.sums`. Kronecker factors are thin.
-        theta_0: The target weights; only the names are used.
+    Its parts are a sum or a mean; see :attr:`FisherDiagonal.sums`. Kronecker factors are thin.
 
     Returns:
         By weight name: a diagonal, (out, in), float32, or a Kronecker product.

@@ -174,13 +174,10 @@ def align(
     Args:
         mixtures: By class name, one mixture for each client that has the class, in the order of
             clients' names.
-        classes: Names of all classes, in the order of the joint head.
+        classes: All classes, in the order of the joint head.
         samples: Features drawn for each class.
         ridge: λ of :func:`fit_head`.
-        seed: Seed of the draws.
-
-    Returns:
-        The joint head.
+        seed: Of the draws.
     """
     classes = tuple(classes)
     generator = torch.Generator().manual_seed(seed)

@@ -129,9 +129,6 @@ class Pool:
             scale: λ.
             names: Weights to compose; None: all that change.
             normalise: Whether coefficients must be a mean's.
-
-        Yields:
-            Name and composed value, (out, in).
         """
         coefficients = self.check_composable(coefficients, normalise=normalise)
         changing = {name for c in self for name in c.task_vector.names}
@@ -172,7 +169,7 @@ class Pool:
                 f"Coefficients are given for {', '.join(sorted(coefficients)) or 'nobody'}, "
                 f"expected exactly {', '.join(self.clients)}."
             )
-        total = math.fsum(coefficients.values())
+        total = sum(coefficients.values())  # fsum raises where infinities meet
         mean = abs(total - 1) <= 1e-6 and min(coefficients.values()) >= 0
         if not (mean if normalise else math.isfinite(total)):
             raise ContributionError(

@@ -16,13 +16,6 @@ def average_factors(pool: Pool, theta_0: Weights) -> Weights:
     The mean of the task vectors is :math:`\tfrac1T\sum_c B_c A_c`. Here each B meets every A,
     though each client drew its own.
 
-    Args:
-        pool: LoRAs.
-        theta_0: Target weights by name, each (out, in).
-
-    Returns:
-        The merged weights by name, like those of ``theta_0``.
-
     Raises:
         ContributionError: If a task vector is no LoRA, or its ranks are not those of the others.
     """

@@ -96,10 +96,8 @@ def derive(bench: Bench, method: str) -> dict[str, Any]:
     """Figures of a method that is derived from the task vectors, or the data, of a run."""
     clients, theta_0 = bench.registry.clients, bench.backbone.theta_0
     if method == "joint":
-        datas, kind = (
-            [client.data for client in bench.clients.values()],
-            kinds_of(bench.config.train.kind)[0],
-        )
+        datas = [client.data for client in bench.clients.values()]
+        kind = kinds_of(bench.config.train.kind)[0]
         theta, head = train_joint(bench.backbone, datas, bench.config, kind)
         return {**_means(bench.accuracies(theta, head, clients)), **UNKNOWN, **NO_COST}
     if method == "frozen":

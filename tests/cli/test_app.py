@@ -165,7 +165,7 @@ def test_a_file_of_settings_is_checked(tmp_path: Path) -> None:
     assert all(fault in result.stderr for fault in ("`sead`", "`rank` must be of type int"))
     file.write_text('rule = "ties:density=2"\n')
     result = runner.invoke(cli.app, ["settings", "--check", str(file)])
-    assert (result.exit_code, "density must be in (0, 1], got 2" in result.stderr) == (2, True)
+    assert (result.exit_code, "`density` must be in (0, 1], got 2" in result.stderr) == (2, True)
 
 
 def test_version_is_that_of_the_project() -> None:

@@ -201,6 +201,16 @@ def test_equal_members_count_as_one_and_more_members_than_directions_are_taken()
     assert rule.total(changes(several((2, 9), 8))).isfinite().all()
 
 
+def test_dare_rounds_nothing_that_a_processor_may_fuse():
+    """Its products are exact, so that multiplying and adding at once gives the same bits."""
+    taus, times, rule = several((40, 50), 3), [3, 1, 700], parse_rule("dare:drop=0.7")
+    kept = [rule.kept(client, NAME, taus[0].shape).numpy() for client in "abc"]
+    units = [(tau / GRID).astype(np.int64) for tau in on_grid(taus)]
+    whole = sum(m * b * unit for m, b, unit in zip(times, kept, units, strict=True))
+    expected = torch.tensor(whole).double() * GRID / (1 - 0.7)
+    assert torch.equal(rule.total(changes(taus, times=times)), expected)
+
+
 def test_draws_depend_on_nobody_else():
     taus, rule = several((40, 50), 3), parse_rule("dare:drop=0.8,seed=7")
     together = rule.on_grid(changes(taus))
@@ -253,11 +263,11 @@ def test_a_text_names_a_rule_and_all_its_options():
         ("mean:a=1", "mean has no option"),
         ("ties:density", "no rule of the form name:option=value"),
         ("ties:density=0.1,density=0.2", "twice"),
-        ("ties:density=0", r"density must be in \(0, 1\], got 0"),
-        ("ties:density=nan", "got nan"),
-        ("dare:drop=1", "drop must be in"),
-        ("dare:seed=0.5", "takes a whole number for seed"),
-        ("task-arithmetic:lambda=-1", "lambda must be in"),
+        ("ties:density=0", r"`density` must be in \(0, 1\], got 0"),
+        ("ties:density=nan", "must be finite, got nan"),
+        ("dare:drop=1", "`drop` must be in"),
+        ("dare:seed=0.5", "`seed` must be of type int, got 0.5"),
+        ("task-arithmetic:lambda=-1", "`lambda` must be in"),
     ],
 )
 def test_a_wrong_text_is_refused(text, sentence):

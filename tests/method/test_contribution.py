@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import KINDS, altered, contribution
 
-from fedcompo.config.choices import Kind, Statistics
+from fedcompo.config.choices import FisherForm, Kind, Statistics
 from fedcompo.errors import BackboneMismatch, FileFormatError
 from fedcompo.method.contribution import (
     CARD,
@@ -264,7 +264,7 @@ def test_a_factored_fisher_is_kept_as_such(tmp_path):
     given = contribution("hospital-b").fisher.reduced()
     save_fisher(tmp_path / FISHER, given, client="hospital-b", base="pico@0")
     loaded = load_fisher(tmp_path / FISHER, client="hospital-b", base="pico@0")
-    assert loaded.factored
+    assert loaded.form is FisherForm.FACTORED
     assert all(torch.equal(loaded.sums[name], given.sums[name]) for name in given.sums)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedcompo.config.choices import FisherForm
 from fedcompo.errors import ContributionError
 from fedcompo.method.fisher import FisherDiagonal, expanded, outer
 
@@ -38,7 +39,7 @@ def test_what_was_added_can_be_taken_away_again(factored):
     assert both.num_examples == 12
     left = both - g
     assert left.num_examples == 7
-    assert left.factored == factored
+    assert (left.form is FisherForm.FACTORED) == factored
     for name, expected in f.sums.items():
         torch.testing.assert_close(left.sums[name], expected, rtol=1e-12, atol=1e-12 * 100)
 
@@ -93,7 +94,7 @@ def test_fisher_diagonals_of_other_weights_are_refused(other, factored):
 def test_of_a_dense_one_and_a_factored_one_the_margins_are_summed():
     f, g = diagonal(1, 7), diagonal(2, 5)
     for both in (f + g.reduced(), f.reduced() + g):
-        assert both.factored
+        assert both.form is FisherForm.FACTORED
         for name, expected in (f + g).reduced().sums.items():
             torch.testing.assert_close(both.sums[name], expected)
     left = (f + g) - f.reduced()
@@ -233,8 +234,8 @@ def test_either_form_fits_its_backbone_and_can_anchor(fisher):
 
 
 def test_the_factored_form_has_a_number_for_each_row_and_column_in_the_same_dtype():
-    assert FACTORED.factored
-    assert not DENSE.factored
+    assert FACTORED.form is FisherForm.FACTORED
+    assert DENSE.form is FisherForm.DENSE
     assert FACTORED.reduced() is FACTORED
     assert {name: (tuple(t.shape), t.dtype) for name, t in FACTORED.sums.items()} == {
         f"{name}{end}": ((size,), torch.float32)

@@ -226,7 +226,7 @@ def test_weights_go_where_the_equation_has_them(tmp_path):
     ("values", "sentence"),
     [
         ({"rule": "tis"}, "no rule 'tis'"),
-        ({"rule": "ties:density=0"}, "density must be in"),
+        ({"rule": "ties:density=0"}, "`density` must be in"),
         ({"rule": "ties", "method": "iel"}, "iel trains for the mean"),
         ({"rule": "norm-preserving", "method": "fedavg"}, "fedavg trains for the mean"),
         ({"rule": "task-arithmetic", "scale": "1"}, "says λ itself"),

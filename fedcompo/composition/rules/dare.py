@@ -24,10 +24,9 @@ from fedcompo.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Dare(Rule):
-    """A sum of thinned task vectors."""
+    """A sum of thinned task vectors; one draw an entry, and two weights more than the mean."""
 
     name: ClassVar[str] = "dare"
-    cost: ClassVar[str] = "one draw an entry; two weights more"
     drop: float = setting(0.9, "Probability that an entry is dropped.", FRACTION)
     seed: int = setting(0, "Seed of the draws.", NOT_NEGATIVE)
 
@@ -35,9 +34,9 @@ class Dare(Rule):
         """Return the sum of what is kept."""
         total = torch.zeros(changes.weight.shape, dtype=torch.float64)
         for change in changes:
-            kept = self.kept(change.client, changes.name, change.tau.shape)
-            total.add_(change.tau.mul_(kept), alpha=change.times / (1 - self.drop))
-        return total
+            kept = self.kept(change.member.client, changes.name, change.tau.shape)
+            total.add_(change.tau.mul_(kept), alpha=change.times)  # no product is rounded here
+        return total.div_(1 - self.drop)
 
     def kept(self, client: str, weight: str, shape: torch.Size) -> Tensor:
         """Draw which entries of a client's change of a weight stay, as booleans."""

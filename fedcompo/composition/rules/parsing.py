@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import Field, fields
+from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 from fedcompo.composition.rules.dare import Dare
-from fedcompo.composition.rules.fisher import Fisher
-from fedcompo.composition.rules.iso_c import IsoC
-from fedcompo.composition.rules.mean import Mean
-from fedcompo.composition.rules.norm_preserving import NormPreserving
-from fedcompo.composition.rules.regmean import RegMean
+from fedcompo.composition.rules.mean import Mean, NormPreserving, TaskArithmetic
 from fedcompo.composition.rules.rule import Rule
-from fedcompo.composition.rules.task_arithmetic import TaskArithmetic
+from fedcompo.composition.rules.singular import IsoC, TsvM
 from fedcompo.composition.rules.ties import Ties
-from fedcompo.composition.rules.tsv_m import TsvM
+from fedcompo.composition.rules.weighted import Fisher, RegMean
+from fedcompo.config.setting import Scalar, check_one
 from fedcompo.errors import ConfigError
 from fedcompo.runtime import version
 
@@ -40,37 +37,26 @@ def parse_rule(text: str) -> Rule:
             f"There is no rule {name!r} in fedcompo {version('fedcompo')}; it has "
             f"{', '.join(RULES)}."
         )
-    kind = RULES[name]
-    known = {f.name.rstrip("_"): f for f in fields(kind)}
+    known = {f.name.rstrip("_"): f for f in fields(RULES[name])}
     values: dict[str, Any] = {}
-    for key, value in _pairs(text, rest):
+    for pair in rest.split(",") if rest else ():
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise ConfigError(f"{text!r} is no rule of the form name:option=value,option=value.")
         if key not in known:
             options = ", ".join(known) or "no option"
             raise ConfigError(f"The rule {name} has {options}, but {text!r} names {key!r}.")
         if known[key].name in values:
             raise ConfigError(f"The rule {text!r} says {key} twice.")
-        values[known[key].name] = _read(name, key, known[key], value)
-    return kind(**values)
+        try:
+            values[known[key].name] = check_one(key, known, _number(value))
+        except ValueError as error:
+            raise ConfigError(f"The rule {text!r} cannot be used: {error}") from None
+    return RULES[name](**values)
 
 
-def _pairs(text: str, rest: str) -> Iterator[tuple[str, str]]:
-    for pair in rest.split(",") if rest else ():
-        key, equals, value = (part.strip() for part in pair.partition("="))
-        if not equals:
-            raise ConfigError(f"{text!r} is no rule of the form name:option=value,option=value.")
-        yield key, value
-
-
-def _read(rule: str, key: str, option: Field[Any], value: str) -> int | float:
-    kind: type[int] | type[float] = int if isinstance(option.default, int) else float
-    try:
-        number: int | float = kind(value)
-    except ValueError:
-        raise ConfigError(
-            f"The rule {rule} takes a {'whole ' if kind is int else ''}number for {key}, "
-            f"got {value!r}."
-        ) from None
-    for passes, demand in option.metadata["checks"]:
-        if not passes(number):
-            raise ConfigError(f"The rule {rule}: {key} {demand}, got {value}.")
-    return number
+def _number(text: str) -> Scalar:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

@@ -7,7 +7,7 @@ their total, which is rounded to that grid too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import ClassVar
@@ -31,13 +31,6 @@ class Removal(StrEnum):
     """All members that stay."""
 
 
-NEEDS: Mapping[str, tuple[str, Callable[[FisherDiagonal], bool]]] = {
-    "fisher": ("Fisher", lambda own: True),
-    "inputs": ("squares of layers' inputs", lambda own: bool(own.inputs)),
-}
-"""What a rule may need, how it is called, and whether a Fisher has it."""
-
-
 @dataclass(frozen=True)
 class Change:
     """One member's change of one weight."""
@@ -48,11 +41,6 @@ class Change:
     """How often it counts: m_c."""
     tau: Tensor
     """(out, in), float64, a new tensor."""
-
-    @property
-    def client(self) -> str:
-        """The member's name."""
-        return self.member.client
 
 
 @dataclass(frozen=True)
@@ -129,17 +117,19 @@ class Rule:
     """
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]] = ()
-    """What members must hold beside a task vector; see :data:`NEEDS`."""
+    needs: ClassVar[str] = ""
+    """What members must hold beside a task vector, in words; empty: nothing."""
+    takes_inputs: ClassVar[bool] = False
+    """Whether that is the squares of layers' inputs, which are not sent under noise."""
     removal: ClassVar[Removal] = Removal.MEMBERS
     weighted: ClassVar[bool] = True
     """Whether members may count differently."""
     is_sum: ClassVar[bool] = False
     """Whether the total is the members' sum itself."""
+    votes: ClassVar[bool] = True
+    r"""Whether :math:`\lambda` is open to a fixed scale, or to the clients' vote."""
     portable: ClassVar[bool] = True
     """Whether every machine computes the same bits; not so if it takes singular vectors."""
-    cost: ClassVar[str]
-    """Time and memory beside the mean's, in a few words."""
 
     @property
     def text(self) -> str:
@@ -153,9 +143,10 @@ class Rule:
         return None
 
     @property
-    def votes(self) -> bool:
-        r"""Whether :math:`\lambda` is open to a fixed scale, or to the clients' vote."""
-        return self.factor is None
+    def kept_by(self) -> str:
+        """Settings of a run under which clients send what the rule needs."""
+        noise = " and `dp-noise = 0`" if self.takes_inputs else ""
+        return f"`keep-fisher = true`, a `fisher-form` other than none{noise}"
 
     def check(self, members: Sequence[Contribution], times: Mapping[str, float]) -> None:
         """Refuse members that the rule cannot compose; raises ``ContributionError``."""
@@ -164,8 +155,12 @@ class Rule:
                 f"The rule {self.name} has no weights in its equation: all members count alike. "
                 "Compose without weights and with `coefficients = uniform`, or by another rule."
             )
-        if self.needs:
-            self.require({own.client: own.fisher for own in members})
+        if not self.is_sum and min(times.values()) < 0:
+            raise ContributionError(
+                f"The rule {self.name} takes no member that counts less than nothing, got "
+                f"{dict(times)}. Give no negative weight, or compose by the mean."
+            )
+        self.require({own.client: own.fisher for own in members})
 
     def require(self, fishers: Mapping[str, FisherDiagonal | None]) -> None:
         """Refuse members that lack what the rule needs; raises ``ContributionError``.
@@ -173,16 +168,15 @@ class Rule:
         Args:
             fishers: What each holds, by client.
         """
-        for need in self.needs:
-            what, held = NEEDS[need]
-            if lacking := [c for c, own in fishers.items() if own is None or not held(own)]:
-                with blaming(lacking[0]):
-                    raise ContributionError(
-                        f"The rule {self.name} needs of every member the {what}, which "
-                        f"{', '.join(lacking)} did not send. Compose without them or by another "
-                        "rule, or train them anew with `keep-fisher = true`, a `fisher-form` other "
-                        "than none" + (" and `dp-noise = 0`." if need == "inputs" else ".")
-                    )
+        inputs = self.takes_inputs
+        lacking = [c for c, own in fishers.items() if own is None or (inputs and not own.inputs)]
+        if self.needs and lacking:
+            with blaming(lacking[0]):
+                raise ContributionError(
+                    f"The rule {self.name} needs of every member the {self.needs}, which "
+                    f"{', '.join(lacking)} did not send. Compose without them or by another rule, "
+                    f"or train them anew with {self.kept_by}."
+                )
 
     def total(self, changes: Changes) -> Tensor:
         """Return the total of one weight, (out, in), float64, in the size of a sum; a new one."""

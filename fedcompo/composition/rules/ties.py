@@ -26,10 +26,12 @@ from fedcompo.config.setting import setting
 
 @dataclass(frozen=True)
 class Ties(Rule):
-    """One pass: the sums of each sign are kept apart until one is elected."""
+    """One pass: the sums of each sign are kept apart until one is elected.
+
+    A member costs one selection; four weights more than the mean are in memory.
+    """
 
     name: ClassVar[str] = "ties"
-    cost: ClassVar[str] = "one selection a member; four weights more"
     density: float = setting(
         0.2, "Share of entries that is kept.", (lambda value: 0 < value <= 1, "must be in (0, 1]")
     )
