@@ -7,6 +7,7 @@ or none. The token is the one that ``hf auth login`` saved, or ``$HF_TOKEN``.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG
 from fedcompo.errors import ConfigError, FileFormatError, ServiceError
+from fedcompo.export.recipe_file import read_recipe
 from fedcompo.names import printable
 from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
@@ -68,6 +70,11 @@ class Pushable:
         names = [*NEEDED[content]]
         if content == "model":
             names += [name for name in (BACKBONE, RECIPE) if (folder / name).is_file()]
+        if links := [name for name in names if (folder / name).is_symlink()]:
+            raise ConfigError(
+                f"{folder / links[0]} is a link, which fedcompo does not write. Put the file in "
+                "its place, or write the folder again."
+            )
         license = _check_intact(folder, content)
         inside = sorted(path.name for path in folder.iterdir())
         return cls(
@@ -96,9 +103,11 @@ class Pushable:
             ServiceError: If the hub cannot be reached, or refuses.
         """
         check_name(repo)
-        if huggingface_hub.get_token() is None:
+        token = huggingface_hub.get_token()
+        if token is None or not re.fullmatch("[!-~]+", token):  # errors would show such a one
             raise ConfigError(
-                "There is no token for the hub. `hf auth login` saves one, or set HF_TOKEN."
+                f"{'There is no token' if token is None else 'What is given is no token'} for the "
+                "hub. `hf auth login` saves one, or set HF_TOKEN."
             )
         api = huggingface_hub.HfApi(library_name="fedcompo", library_version=version("fedcompo"))
         try:
@@ -154,16 +163,24 @@ def _check_intact(folder: Path, content: str) -> str:
             f"{config.name} or {card.name} of {folder} cannot be read ({error}). Write the folder "
             "again."
         ) from error
-    if content == "model" and file_sha256(first) not in text:
+    if file_sha256(first) not in text:
         raise FileFormatError(
             f"{card} is the card of another model: it does not name the SHA-256 of {first.name}. "
             "Write the folder again."
         )
-    if content == "model" and (folder / BACKBONE).is_file():
+    if content != "model":
+        return str(license or "")
+    base = tensors.manifest.get("base")
+    if (folder / RECIPE).is_file() and read_recipe(folder / RECIPE).backbone != base:
+        raise FileFormatError(
+            f"{folder / RECIPE} is not the recipe of {first.name}: it does not name the backbone "
+            f"{base}. Write the folder again."
+        )
+    if (folder / BACKBONE).is_file():
         backbone = StreamedTensors(folder / BACKBONE)
         require_content(backbone.manifest, "backbone", folder / BACKBONE)
         backbone.check()
-        if backbone.manifest.get("fingerprint") != tensors.manifest.get("base"):
+        if backbone.manifest.get("fingerprint") != base:
             raise FileFormatError(f"{folder / BACKBONE} is not what {first.name} was composed on.")
     return str(license or "")
 

@@ -127,6 +127,9 @@ class Recipe:
                 yield f"Weights are given for exactly the members; {odd[0]!r} is on one side only."
         if self.negated is not None and self.negated.client in (self.members or self.weights or ()):
             yield f"{self.negated.client!r} is subtracted, so it cannot be a member too."
+        known = {*self.members, *([self.negated.client] if self.negated else [])}
+        if self.members and (odd := sorted(self.fisher.keys() - known)):
+            yield f"`fisher` names {odd[0]!r}, who is no member."
         if not self.normalise and not given:
             yield "`normalise = false` is said of weights, and there are none."
 

@@ -8,6 +8,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from fedcompo.composition.settings import UNLIMITED
 from fedcompo.config.run import all_settings
 from fedcompo.config.scenario import toml_value
 from fedcompo.config.setting import NOT_NEGATIVE, check_one, setting
@@ -22,7 +23,12 @@ CAPS = "class-cap", "client-cap"
 """Settings that a registry chooses: images of a class, and in all, by which a client weighs."""
 DIGEST = setting("", "SHA-256 of a contribution's tensors; empty: any.", SHA256)
 WEIGHT = setting(0.0, "A client's coefficient.")
-CAP = setting(0, "Number of images; 0: all.", NOT_NEGATIVE)
+CAP = setting(
+    0,
+    "Number of images; 0: all.",
+    NOT_NEGATIVE,
+    (lambda value: value <= UNLIMITED, "must be at most 2**62"),
+)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -90,7 +96,7 @@ def _group(table: Any, where: str, faults: list[str]) -> Group:
     given = _checked(table, _declared(Group), faults, where, apart=("weights",), needs="pattern")
     weights = table.get("weights") if isinstance(table, dict) else None
     group = Group(**given, weights=_by_client(weights, WEIGHT, f"{where}weights", faults))
-    if not group.scale and group.weights is None:
+    if isinstance(table, dict) and not table.keys() & {"weights", "scale"}:
         faults.append(f"`{where}weights` and `{where}scale` are missing: give one of them.")
     return group
 

@@ -172,7 +172,7 @@ class Pool:
                 f"Coefficients are given for {', '.join(sorted(coefficients)) or 'nobody'}, "
                 f"expected exactly {', '.join(self.clients)}."
             )
-        total = math.fsum(coefficients.values())
+        total = sum(coefficients.values())  # where it overflows, it is infinite
         mean = abs(total - 1) <= 1e-6 and min(coefficients.values()) >= 0
         if not (mean if normalise else math.isfinite(total)):
             raise ContributionError(
