@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from fedcompo.composition.timm_folder import write_model
-from fedcompo.export.model_card import ExportedModel, Member, model_card
+from fedcompo.export.model_card import ExportedModel, model_card
 from fedcompo.export.recipe_file import recipe_text
 from fedcompo.export.selected import Selection
 from fedcompo.export.selection import new_folder
-from fedcompo.runtime import version
 from fedcompo.storage.files import BACKBONE, MODEL_CARD, RECIPE, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
 
@@ -70,17 +69,16 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
 
 def described(selection: Selection, file: Path, **more: Any) -> ExportedModel:
     """Describe a selection for the card of a file that holds its weights; ``more`` fields of it."""
-    backbone, shares = selection.backbone, selection.shares
+    backbone = selection.backbone
     return ExportedModel(
-        members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
+        members=selection.pool.contributions,
+        shares=selection.shares,
         classes=selection.head.classes,
-        backbone=backbone.fingerprint.rpartition("@")[0],
         architecture=backbone.architecture,
         fingerprint=backbone.fingerprint,
         preprocessing=backbone.preprocessing,
         file=file.name,
         sha256=file_sha256(file),
-        fedcompo_version=version("fedcompo"),
         scale=selection.scale,
         rule=selection.settings.rule,
         only=selection.only,

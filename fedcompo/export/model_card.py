@@ -7,19 +7,18 @@ front matter, which machines read, has fixed words and names of the hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.settings import MEAN
-from fedcompo.config.choices import Kind
 from fedcompo.export.example import CONFIGURED, example
 from fedcompo.export.hub_metadata import front_matter, license_text
 from fedcompo.method.contribution import Contribution
-from fedcompo.method.lineage import Lineage
 from fedcompo.names import printable
 from fedcompo.registry.removal import influence
+from fedcompo.runtime import version
 
 MOST_CLASSES = 200
 MOST_LINES = 200
@@ -39,40 +38,14 @@ SPECIAL = re.compile(
 
 
 @dataclass(frozen=True)
-class Member:
-    """A client whose task vector is in the model."""
-
-    client: str
-    kind: Kind
-    coefficient: float
-    """w."""
-    num_examples: int
-    """Training images."""
-    num_classes: int
-    lineage: Lineage
-
-    @classmethod
-    def of(cls, contribution: Contribution, coefficient: float) -> Member:
-        """Take from a contribution what the card says of it."""
-        return cls(
-            contribution.client,
-            contribution.task_vector.kind,
-            coefficient,
-            contribution.num_examples,
-            len(contribution.head.classes),
-            contribution.lineage,
-        )
-
-
-@dataclass(frozen=True)
 class ExportedModel:
     """All that the card says of a composed model: in a timm folder, or as an adapter."""
 
-    members: tuple[Member, ...]
+    members: Sequence[Contribution]
+    shares: Mapping[str, float]
+    """Coefficients w, by client."""
     classes: tuple[str, ...]
     """In the order of the logits."""
-    backbone: str
-    """``embedded`` or timm's name."""
     architecture: str
     """timm's name of the architecture."""
     fingerprint: str
@@ -82,7 +55,6 @@ class ExportedModel:
     """Name of the file that holds the weights."""
     sha256: str
     """Its SHA-256, hexadecimal."""
-    fedcompo_version: str
     scale: float = 1.0
     """λ."""
     rule: str = MEAN
@@ -103,6 +75,11 @@ class ExportedModel:
     """Section on the use of an adapter; empty: it is a model in a folder."""
     recipe: str = ""
     """What `recipe.toml` holds; empty: there is none."""
+
+    @property
+    def backbone(self) -> str:
+        """``embedded`` or timm's name."""
+        return self.fingerprint.rpartition("@")[0]
 
 
 def model_card(model: ExportedModel) -> str:
@@ -147,7 +124,7 @@ The card says what is in it, not how accurate it is.
 
 {_composition(model)} λ = {model.scale:g}.
 
-{table(SHARE, map(_share, model.members))}
+{table(SHARE, (_share(own, model.shares[own.client]) for own in model.members))}
 
 {_recipe(model.recipe) if model.recipe else ""}
 ## Lineage
@@ -164,7 +141,7 @@ By the data of how many other clients the training of each member was shaped:
 
 {license_text(model.backbone, model.origin)}
 
-Composed with fedcompo {escaped(model.fedcompo_version)}.
+Composed with fedcompo {escaped(version("fedcompo"))}.
 """
 
 
@@ -238,13 +215,16 @@ Of the same contributions, this version of fedcompo makes the same bits again:
 """
 
 
-def _share(m: Member) -> tuple[object, ...]:
-    return escaped(m.client), m.kind, f"{m.coefficient:.6g}", m.num_examples, m.num_classes
+def _share(own: Contribution, coefficient: float) -> tuple[object, ...]:
+    images = "none" if own.without_images else own.num_examples
+    kind, classes = own.task_vector.kind, len(own.head.classes)
+    return escaped(own.client), kind, f"{coefficient:.6g}", images, classes
 
 
-def _origin(m: Member) -> tuple[object, ...]:
-    shaped_by = m.lineage.anchored_by, m.lineage.aligned_with, m.lineage.ensemble
-    return escaped(m.client), escaped(m.lineage.method), *map(len, shaped_by)
+def _origin(own: Contribution) -> tuple[object, ...]:
+    lineage = own.lineage
+    shaped_by = lineage.anchored_by, lineage.aligned_with, lineage.ensemble
+    return escaped(own.client), escaped(lineage.method), *map(len, shaped_by)
 
 
 def _influences(model: ExportedModel) -> str:

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+import fedcompo
 from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.choices import Kind
+from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.export.example import preprocessing_text
 from fedcompo.export.model_card import (
     MOST_CLASSES,
     ExportedModel,
-    Member,
     class_table,
     escaped,
     model_card,
@@ -29,20 +29,16 @@ from fedcompo.storage.files import WEIGHTS
 
 GREY = pico_backbone().preprocessing
 COEFFICIENTS = {"client-0": 0.5, "client-1": 0.2, "client-2": 0.3}
-MEMBERS = tuple(
-    Member.of(contribution, COEFFICIENTS[contribution.client])
-    for contribution in mixed_pool_members(pico_weights())
-)
+MEMBERS = tuple(mixed_pool_members(pico_weights()))
 MODEL = ExportedModel(
     members=MEMBERS,
+    shares=COEFFICIENTS,
     classes=("cat", "dog"),
-    backbone="embedded",
     architecture="vit_tiny_patch16_224",
     fingerprint="embedded@1234",
     preprocessing=GREY,
     file=WEIGHTS,
     sha256="ab" * 32,
-    fedcompo_version="1.2.3",
     scale=0.75,
 )
 FRONT = {
@@ -136,9 +132,9 @@ def named(client: str) -> ExportedModel:
     return replace(
         MODEL,
         members=(replace(MEMBERS[0], client=client, lineage=lineage),),
+        shares={client: 1.0},
         classes=(client, "dog"),
-        backbone=client,
-        fingerprint=client,
+        fingerprint=f"{client}@1",
         only=(client,),
         without=(client, "gone"),
         negated=client,
@@ -152,7 +148,7 @@ def test_the_front_matter_is_yaml_as_hubs_read_it():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"backbone": "vit", "members": MEMBERS[:1]}, {}),
+        ({"members": MEMBERS[:1]}, {}),
         (
             {"origin": Origin("timm/vit.x", "cc-by-nc-4.0")},
             {
@@ -177,7 +173,7 @@ def test_the_front_matter_is_yaml_as_hubs_read_it():
     ],
 )
 def test_lineage_and_license_are_the_hubs_names_or_left_out(changes, expected):
-    card = model_card(replace(MODEL, **{"backbone": "vit", **changes}))
+    card = model_card(replace(MODEL, **{"fingerprint": "vit@1", **changes}))
     found = yaml.safe_load(parts(card)[0])
     several = expected.get("base_model_relation") == "merge"
     tags = [tag for tag in FRONT["tags"] if several or tag != "merge"]
@@ -221,7 +217,8 @@ def test_any_name_is_shown_literally_in_its_cell(name):
     classes, shares, origins, identity = tables_of(body)
     assert classes[1:] == [["0", visible(name)], ["1", "dog"]]
     assert shares[1][0] == origins[1][0] == origins[1][1] == visible(name)
-    assert identity[1][1] == identity[3][1] == visible(name)
+    assert identity[1][1] == visible(name)
+    assert identity[3][1] == visible(f"{name}@1")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -254,10 +251,16 @@ def test_members_are_listed_with_kind_coefficient_and_examples():
     ]
 
 
+def test_no_images_are_claimed_where_a_classifier_stands_for_them():
+    member = replace(MEMBERS[0], settings={f"{IMPORTED}statistics": STAND_IN})
+    shares = tables_of(parts(model_card(replace(MODEL, members=(member,))))[1])[1]
+    assert shares[1] == ["client-0", "full", "0.5", "none", "2"]
+
+
 def test_the_lineage_of_each_member_is_counted():
     lineage = Lineage("iel", ("a", "b", "c"), ("a", "b"), ("a",))
-    member = Member("x", Kind.LORA, 1.0, 5, 1, lineage)
-    origins = tables_of(parts(model_card(replace(MODEL, members=(member,))))[1])[2]
+    member = replace(MEMBERS[0], client="x", lineage=lineage)
+    origins = tables_of(parts(model_card(replace(MODEL, members=(member,), shares={"x": 1})))[1])[2]
     assert origins[1] == ["x", "iel", "3", "2", "1"]
 
 
@@ -269,7 +272,7 @@ def test_backbone_and_digests_are_given():
         "fingerprint of θ₀": "embedded@1234",
         "SHA-256 of model.safetensors": "ab" * 32,
     }
-    assert "fedcompo 1.2.3." in model_card(MODEL)
+    assert f"fedcompo {fedcompo.__version__}." in model_card(MODEL)
 
 
 @pytest.mark.parametrize(
