@@ -4,42 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypedDict
 
-from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.export.recipe import Recipe
-from fedcompo.export.selected import Selection
 from fedcompo.method.contribution import Contribution
-from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 
 LARGEST_SCALE = 10
 """For each client; 1 gives the plain sum."""
 
 
-@dataclass(frozen=True)
+class Choice(TypedDict, total=False):
+    """What may be asked for."""
+
+    only: Sequence[str]
+    """Clients to take; empty: all, or all that have a weight."""
+    without: Sequence[str]
+    """Clients to leave out."""
+    weights: Mapping[str, float] | None
+    """Coefficients by client; None: the registry's own, or of the run."""
+    scale: float | None
+    """λ; None: it is chosen."""
+    rule: str
+    """Text of a rule; empty: the registry's own, or the mean."""
+    recipe: Recipe | None
+    """Says all of this, in place of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """Members of a pool, and a recipe for them."""
 
     pool: Pool
-    recipe: Recipe
-    only: tuple[str, ...]
-    without: tuple[str, ...]
-    negated: Contribution | None
+    recipe: Recipe = Recipe()
+    only: tuple[str, ...] = ()
+    """Clients that were chosen by name; empty: all."""
+    without: tuple[str, ...] = ()
+    """Clients that were left out by name."""
+    negated: Contribution | None = None
     """Who is subtracted from what is composed of the pool."""
 
     @classmethod
     def of(
         cls,
         everyone: Pool,
-        only: Sequence[str],
-        without: Sequence[str],
-        weights: Mapping[str, float] | None,
-        scale: float | None,
-        rule: str,
-        recipe: Recipe | None,
+        *,
+        only: Sequence[str] = (),
+        without: Sequence[str] = (),
+        weights: Mapping[str, float] | None = None,
+        scale: float | None = None,
+        rule: str = "",
+        recipe: Recipe | None = None,
     ) -> Self:
         """Choose clients; a recipe stands in place of the options.
 
@@ -62,7 +79,7 @@ class Asked:
             recipe = Recipe(weights=weights, scale=_checked(scale, len(pool)), rule=rule)
         if len(pool) + len(without) == len(everyone):
             some = ()
-        return cls(pool, recipe, some, tuple(without), negated)
+        return cls(pool=pool, recipe=recipe, only=some, without=tuple(without), negated=negated)
 
     @property
     def everyone(self) -> Iterator[Contribution]:
@@ -72,8 +89,8 @@ class Asked:
             yield self.negated
 
     @property
-    def weights(self) -> Mapping[str, float] | None:
-        """Coefficients by client; None: the registry's own."""
+    def coefficients(self) -> Mapping[str, float] | None:
+        """By client; None: the registry's own."""
         return self.recipe.weights
 
     def settled(self, settings: CompositionSettings) -> CompositionSettings:
@@ -109,28 +126,6 @@ class Asked:
         """
         self.recipe.check_sources(base, self.everyone)
         self.recipe.grouped(names)
-
-    def selection(
-        self,
-        backbone: StoredBackbone,
-        settings: CompositionSettings,
-        head: Head,
-        made_of: str,
-        factor: float,
-    ) -> Selection:
-        """Return what is composed."""
-        return Selection(
-            self.pool,
-            backbone,
-            settings,
-            head=head,
-            made_of=made_of,
-            factor=factor,
-            recipe=self.recipe,
-            only=self.only,
-            without=self.without,
-            negated=self.negated,
-        )
 
 
 def _checked(scale: float | None, members: int) -> float:

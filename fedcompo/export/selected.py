@@ -15,20 +15,18 @@ from fedcompo.composition.models import stream_composition, times_of
 from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.choices import Coefficients, Statistics
+from fedcompo.export.asked import Asked
 from fedcompo.export.negation import negated
-from fedcompo.export.recipe import MEMBERS, Group, Negation, Recipe
-from fedcompo.method.contribution import Contribution
+from fedcompo.export.recipe import MEMBERS, Group, Recipe
 from fedcompo.method.heads import Head
-from fedcompo.method.pool import Pool
 from fedcompo.runtime import version
 from fedcompo.storage.files import CONTENT, FISHER
 
 
-@dataclass(frozen=True)
-class Selection:
+@dataclass(frozen=True, kw_only=True)
+class Selection(Asked):
     """Contributions to compose, and with what."""
 
-    pool: Pool
     backbone: StoredBackbone
     settings: CompositionSettings
     head: Head
@@ -37,17 +35,6 @@ class Selection:
     :math:`\lambda` on the mean with others."""
     made_of: str
     """What the head is made of; see :mod:`fedcompo.export.recipe`."""
-    recipe: Recipe = Recipe()
-    """What was asked for."""
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    negated: Contribution | None = None
-    """Whose task vector is subtracted, as the recipe says."""
-
-    @property
-    def coefficients(self) -> Mapping[str, float] | None:
-        """By client; None: the registry's own."""
-        return self.recipe.weights
 
     @property
     def shares(self) -> dict[str, float]:
@@ -87,6 +74,7 @@ class Selection:
     def written(self) -> Recipe:
         """The whole recipe: with the same contributions, it gives the same bits."""
         recipe, settings = self.recipe, self.settings
+        less, gone = recipe.negated, self.negated
         needed: dict[str, Any] = {}
         if self.coefficients is None:
             needed["coefficients"] = str(settings.coefficients)
@@ -107,17 +95,15 @@ class Selection:
             scale=0.0 if self.coefficients is None else used,
             head=self.made_of,
             settings={key: 0 if v == UNLIMITED else v for key, v in needed.items()},
-            members=_digests(self.pool, CONTENT),
-            fisher=_digests(self.pool, FISHER) if settings.made_by.needs else {},
+            members=self._digests(CONTENT),
+            fisher=self._digests(FISHER) if settings.made_by.needs else {},
             groups=tuple(replace(group, scale=self._scale_of(group)) for group in recipe.groups),
-            negated=self._negation,
+            negated=less and replace(less, sha256=gone.digests.get(CONTENT, "") if gone else ""),
         )
 
-    @property
-    def _negation(self) -> Negation | None:
-        if self.negated is None or self.recipe.negated is None:
-            return None
-        return replace(self.recipe.negated, sha256=self.negated.digests.get(CONTENT, ""))
+    def _digests(self, file: str) -> dict[str, str]:
+        """SHA-256 of the tensors in a file of each member's, by client."""
+        return {own.client: own.digests.get(file, "") for own in self.pool}
 
     def _scale_of(self, group: Group) -> float:
         """λ of a group's weights: its own, the recipe's, or as where the whole has such weights."""
@@ -158,8 +144,3 @@ class Selection:
             names=names,
             normalise=self.recipe.normalise,
         )
-
-
-def _digests(pool: Pool, file: str) -> dict[str, str]:
-    """SHA-256 of the tensors in a file of each member's, by client."""
-    return {member.client: member.digests.get(file, "") for member in pool}
