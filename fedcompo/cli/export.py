@@ -61,7 +61,7 @@ def export(
             opened.member(client)  # refuses at once who is not there
             chosen |= {"only": (client,), "weights": {client: 1.0}, "scale": 1.0, "rule": MEAN}
         from fedcompo.export.folder import publish
-        from fedcompo.export.selection import from_registry, new_folder
+        from fedcompo.export.selection import from_registry
 
         selection = from_registry(opened, **chosen)
         if client is not None:
@@ -72,10 +72,7 @@ def export(
             return
         from fedcompo.export.peft import export_peft
 
-        with new_folder(output) as folder:
-            written = export_peft(folder, selection, rank=rank)
-        written |= {"output": str(output.absolute()), "client": client}
-        _report_adapter(written, as_json)
+        _report_adapter({**export_peft(output, selection, rank=rank), "client": client}, as_json)
 
 
 def _report_adapter(written: Mapping[str, Any], as_json: bool) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 
 from huggingface_hub import ModelCardData
 
-from fedcompo.backbone.backbone import EMBEDDED
-from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Modality
 
 OWN_LICENSE = "apache-2.0"
@@ -28,8 +26,8 @@ def front_matter(
     library: str,
     tags: Iterable[str],
     *,
-    backbone: str,
-    origin: Origin,
+    license: str,
+    hub: str,
     relation: str,
     modality: str = Modality.PICTURES,
 ) -> str:
@@ -38,34 +36,28 @@ def front_matter(
     Args:
         library: ``timm``, ``peft`` or ``fedcompo``: what loads the folder.
         tags: Further tags.
-        backbone: ``embedded`` or timm's name.
-        origin: Of the backbone's weights.
+        license: Identifier of the license of the backbone's weights; empty: not known.
+        hub: Repository of the hub that they came from; empty: none.
         relation: To the backbone: ``merge``, ``finetune`` or ``adapter``.
         modality: pictures or texts.
     """
-    license = license_of(backbone, origin)
     named = license in ("", *HUB_LICENSES)
     task = "text-classification" if modality == Modality.TEXTS else "image-classification"
     data = ModelCardData(
         license=(license or None) if named else "other",
         license_name=None if named else license,
-        base_model=origin.hub or None,
-        base_model_relation=relation if origin.hub else None,
+        base_model=hub or None,
+        base_model_relation=relation if hub else None,
         library_name=library,
         pipeline_tag=task,
-        tags=sorted({"fedcompo", task, *tags}),
+        tags=sorted({"fedcompo", library, task, *tags}),
     )
     return f"---\n{data.to_yaml(line_break=chr(10))}\n---"
 
 
-def license_of(backbone: str, origin: Origin) -> str:
-    """Return the identifier of the license of a backbone's weights; empty: not known."""
-    return OWN_LICENSE if backbone == EMBEDDED else origin.license
-
-
-def license_text(backbone: str, origin: Origin) -> str:
+def license_text(license: str) -> str:
     """Return what a card says to people of licenses."""
-    if license := license_of(backbone, origin):
+    if license:
         return (
             f"The backbone's license is {license}, and stated above. What the clients ask for the "
             "use of\ntheir part is not known here: whoever publishes this must know it."

@@ -31,12 +31,12 @@ from fedcompo.backbone.backbone import EMBEDDED, Backbone
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.export.example import example
-from fedcompo.export.folder import described
+from fedcompo.export.folder import write_card
 from fedcompo.export.low_rank import Product, cut, joined
-from fedcompo.export.model_card import model_card
 from fedcompo.export.selected import Selection
+from fedcompo.export.selection import new_folder
 from fedcompo.method.deltas import rank_of
-from fedcompo.storage.files import BACKBONE, MODEL_CARD, write_atomically
+from fedcompo.storage.files import BACKBONE, write_atomically
 from fedcompo.storage.tensorstream import TensorWriter
 
 NAME_RANK = (
@@ -45,11 +45,11 @@ NAME_RANK = (
 )
 
 
-def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) -> dict[str, Any]:
+def export_peft(output: Path, selection: Selection, *, rank: int | None = None) -> dict[str, Any]:
     r"""Write the composed change and the head as a PEFT adapter, with a card to read.
 
     Args:
-        folder: A new or empty folder; created if it does not exist.
+        output: A new or empty folder; appears when everything is in it.
         selection: Contributions to compose.
         rank: Largest rank of a weight's change, three times it for a fused qkv, as in training.
             None: the sum of the clients' ranks, or the smaller side of the weight. The product then
@@ -59,7 +59,7 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
         What was written, as JSON values. The errors are relative, by Frobenius' norm.
 
     Raises:
-        ConfigError: If the rank is not positive.
+        ConfigError: If the rank is not positive, or something is at ``output`` already.
         ContributionError: If clients are tangents, or of a kind that has no factors and no rank is
             given.
         BackboneMismatch: If they were trained on another backbone.
@@ -72,24 +72,13 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
     )
     _check_called(backbone, map(_layer, backbone.theta_0))
     ranks = {name: _rank(selection, name, rank) for name in sorted(backbone.theta_0)}
-    folder.mkdir(parents=True, exist_ok=True)
-    errors = _write(folder / ADAPTER, selection, ranks)
     config = json.dumps(_config(backbone, {_layer(n): r for n, r in ranks.items()}), indent=2)
-    write_atomically(folder / ADAPTER_CONFIG, f"{config}\n".encode())
-    use = f"{_nearness(ranks, errors)}\n{_example(backbone, len(selection.head.classes))}"
-    card = described(selection, folder / ADAPTER, adapter=use)
-    write_atomically(folder / MODEL_CARD, model_card(card).encode())
-    return {
-        "clients": list(selection.pool.clients),
-        "coefficients": selection.shares,
-        "scale": selection.scale,
-        "rule": selection.settings.rule,
-        "classes": list(selection.head.classes),
-        "format": "peft",
-        "ranks": ranks,
-        **errors,
-        "sha256": card.sha256,
-    }
+    with new_folder(output) as folder:
+        errors = _write(folder / ADAPTER, selection, ranks)
+        write_atomically(folder / ADAPTER_CONFIG, f"{config}\n".encode())
+        use = f"{_nearness(ranks, errors)}\n{_example(backbone, len(selection.head.classes))}"
+        told = write_card(selection, folder / ADAPTER, adapter=use)
+    return {"output": str(output.absolute()), **told, "format": "peft", "ranks": ranks, **errors}
 
 
 def _check_kinds(selection: Selection, rank: int | None) -> None:
