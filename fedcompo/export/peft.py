@@ -107,17 +107,11 @@ def _check_kinds(selection: Selection, rank: int | None) -> None:
         )
 
 
-def _has_factors(selection: Selection) -> bool:
-    """Whether the change is a sum of products of two factors."""
-    kinds = {member.task_vector.kind for member in selection.pool}
-    return selection.multipliers is not None and kinds == {Kind.LORA}
-
-
 def _rank(selection: Selection, name: str, most: int | None) -> int:
     """Return the rank of a weight's change in the adapter."""
     bounds = [*selection.backbone.tensors.layout[name][1]]
     bounds += [] if most is None else [rank_of(name, most)]
-    if _has_factors(selection):
+    if selection.multipliers is not None:
         bounds.append(sum(len(c.task_vector.tensors[f"{name}/A"]) for c in selection.pool))
     return min(bounds)
 
@@ -125,7 +119,7 @@ def _rank(selection: Selection, name: str, most: int | None) -> int:
 def _product(selection: Selection, name: str, rank: int) -> Product:
     """Compose the change of one weight; dense only if it has no factors."""
     times = selection.multipliers
-    if times is None or not _has_factors(selection):
+    if times is None:
         return cut(selection.change(name), rank)
     tensors = [(times[c.client], c.task_vector.tensors) for c in selection.pool]
     return joined([(k, own[f"{name}/B"], own[f"{name}/A"]) for k, own in tensors], rank)
@@ -141,8 +135,7 @@ def _write(path: Path, selection: Selection, ranks: dict[str, int]) -> dict[str,
     shapes |= {name: tuple(tensor.shape) for name, tensor in head.items()}
     layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
     names = {_part(name, "A"): name for name in ranks}
-    errors: dict[str, float] = {}
-    squared_norm = squared_error = 0.0
+    squares: dict[str, tuple[float, float]] = {}
     manifest = {
         "content": "peft-adapter",
         "clients": list(selection.pool.clients),
@@ -155,9 +148,7 @@ def _write(path: Path, selection: Selection, ranks: dict[str, int]) -> dict[str,
             if key in names:
                 name = names[key]
                 made = _product(selection, name, ranks[name])
-                squared_norm += made.squared_norm
-                squared_error += made.squared_error
-                errors[name] = _relative(made.squared_error, made.squared_norm)
+                squares[name] = made.squared_error, made.squared_norm
                 pending |= {key: made.a, _part(name, "B"): made.b}
             tensor = pending.pop(key).float()
             if not tensor.isfinite().all():
@@ -165,15 +156,18 @@ def _write(path: Path, selection: Selection, ranks: dict[str, int]) -> dict[str,
                     f"The composed {key!r} has values that are not finite. Use a smaller `scale`."
                 )
             writer.write(key, tensor)
+    errors = {name: _relative([own]) for name, own in squares.items()}
     worst = max(errors, key=errors.__getitem__)
     return {
-        "error": _relative(squared_error, squared_norm),
+        "error": _relative(squares.values()),
         "worst": {"weight": worst, "error": errors[worst]},
     }
 
 
-def _relative(squared_error: float, squared_norm: float) -> float:
-    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
+def _relative(squares: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the error, relative to the change, of their squares by weight."""
+    error, norm = map(sum, zip(*squares, strict=True))
+    return math.sqrt(error / norm) if norm else 0.0
 
 
 def _part(name: str, factor: str) -> str:

@@ -47,7 +47,8 @@ HEAD: Check = (
     lambda value: bool(re.fullmatch(f"{MEMBERS}|{FROM_FILE}[0-9a-f]{{64}}", value)),
     f"must be `{MEMBERS}`, or `{FROM_FILE}` and a SHA-256",
 )
-CAPS = "class_cap", "client_cap"
+CAPS = "class-cap", "client-cap"
+"""Settings that a registry chooses: images of a class, and in all, by which a client weighs."""
 NOT_EMPTY: Check = (bool, "must not be empty")
 
 
@@ -110,9 +111,9 @@ class Recipe:
 
     def settled(self, settings: CompositionSettings) -> CompositionSettings:
         """Put the recipe's settings in place of others."""
-        own = {key.replace("-", "_"): value for key, value in self.settings.items()}
-        own |= {cap: own[cap] or UNLIMITED for cap in CAPS if cap in own}
-        own |= {"max_count_ratio": 0.0} if own.keys() & set(CAPS) else {}  # which would choose caps
+        caps = {key: self.settings[key] or UNLIMITED for key in CAPS if key in self.settings}
+        own = {key.replace("-", "_"): value for key, value in {**self.settings, **caps}.items()}
+        own |= {"max_count_ratio": 0.0} if caps else {}  # which would choose caps
         return replace(settings, **own, rule=self.rule or settings.rule)
 
     def contradictions(self) -> Iterator[str]:

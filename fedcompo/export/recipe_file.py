@@ -13,14 +13,12 @@ from fedcompo.config.run import all_settings
 from fedcompo.config.scenario import toml_value
 from fedcompo.config.setting import NOT_NEGATIVE, check_one, setting
 from fedcompo.errors import ConfigError
-from fedcompo.export.recipe import SHA256, Group, Negation, Recipe
+from fedcompo.export.recipe import CAPS, SHA256, Group, Negation, Recipe
 
 LARGEST = 4 << 20
 """Bytes of a recipe; about 30,000 members."""
 OF_RUNS = "coefficients", "align-samples", "ridge", "seed"
 """Settings of a run that decide how its contributions are composed."""
-CAPS = "class-cap", "client-cap"
-"""Settings that a registry chooses: images of a class, and in all, by which a client weighs."""
 DIGEST = setting("", "SHA-256 of a contribution's tensors; empty: any.", SHA256)
 WEIGHT = setting(0.0, "A client's coefficient.")
 CAP = setting(
@@ -88,7 +86,9 @@ def _recipe(table: Mapping[str, Any], faults: list[str]) -> Recipe:
         fisher=_by_client(table.get("fisher"), DIGEST, "fisher", faults) or {},
         weights=_by_client(table.get("weights"), WEIGHT, "weights", faults),
         groups=tuple(_group(own, f"groups[{i}].", faults) for i, own in enumerate(groups)),
-        negated=None if negated is None else _negation(negated, faults),
+        negated=None
+        if negated is None
+        else Negation(**_checked(negated, _declared(Negation), faults, "negated.", needs="client")),
     )
 
 
@@ -99,10 +99,6 @@ def _group(table: Any, where: str, faults: list[str]) -> Group:
     if isinstance(table, dict) and not table.keys() & {"weights", "scale"}:
         faults.append(f"`{where}weights` and `{where}scale` are missing: give one of them.")
     return group
-
-
-def _negation(table: Any, faults: list[str]) -> Negation:
-    return Negation(**_checked(table, _declared(Negation), faults, "negated.", needs="client"))
 
 
 def _by_client(

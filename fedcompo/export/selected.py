@@ -14,7 +14,7 @@ from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition.models import stream_composition, times_of
 from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
-from fedcompo.config.choices import Coefficients, Statistics
+from fedcompo.config.choices import Coefficients, Kind, Statistics
 from fedcompo.export.asked import Asked
 from fedcompo.export.negation import negated
 from fedcompo.export.recipe import MEMBERS, Group, Recipe
@@ -55,13 +55,16 @@ class Selection(Asked):
 
     @property
     def multipliers(self) -> dict[str, float] | None:
-        r"""What each task vector counts in the change, :math:`\lambda' m_c`, by client.
+        r"""How often each product of two factors counts in the change, :math:`\lambda' m_c`.
 
-        None: the change is not a sum of them.
+        By client; None: the change is no sum of such products.
         """
+        if not self.settings.made_by.is_sum or any(
+            own.task_vector.kind is not Kind.LORA for own in self.pool
+        ):
+            return None
         times = times_of(self.pool, self.settings, self.coefficients)
-        is_sum = self.settings.made_by.is_sum
-        return {c: self.factor * count for c, count in times.items()} if is_sum else None
+        return {c: self.factor * count for c, count in times.items()}
 
     def change(self, name: str) -> Tensor:
         """Compose the change of one weight, (out, in), float64; of a recipe without groups."""
