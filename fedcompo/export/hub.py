@@ -29,7 +29,7 @@ NEEDED = {
     "model": (WEIGHTS, CONFIG, MODEL_CARD),
     "peft-adapter": (ADAPTER, ADAPTER_CONFIG, MODEL_CARD),
 }
-"""Files of a folder, by the content of the first."""
+"""Files of a folder, by the content of the first, which holds the weights."""
 REFUSALS = {
     401: "The token is not valid there. `hf auth login` saves a new one.",
     403: "The token may not write there; it needs the role `write`, and you a right to {owner}.",
@@ -60,28 +60,26 @@ class Pushable:
             ConfigError: If it is no folder that fedcompo wrote for others.
             FileFormatError: If a file was altered, or is another model's.
         """
-        content = next((c for c, (first, *_) in NEEDED.items() if (folder / first).is_file()), "")
-        missing = [f for f in NEEDED.get(content, ()) if not (folder / f).is_file()]
-        if not content or missing:
+        adapter = (folder / ADAPTER).is_file() and not (folder / WEIGHTS).is_file()
+        content = "peft-adapter" if adapter else "model"
+        if missing := [name for name in NEEDED[content] if not (folder / name).is_file()]:
             raise ConfigError(
-                f"{folder} has no {missing[0] if missing else f'{WEIGHTS} or {ADAPTER}'}. Name a "
-                "folder that `fedcompo compose` or `fedcompo export` wrote."
+                f"{folder} has no {missing[0]}. Name a folder that `fedcompo compose` or `fedcompo "
+                "export` wrote."
             )
-        names = [*NEEDED[content]]
-        if content == "model":
-            names += [name for name in (BACKBONE, RECIPE) if (folder / name).is_file()]
+        more = () if adapter else (BACKBONE, RECIPE)
+        names = [*NEEDED[content], *(name for name in more if (folder / name).is_file())]
         if links := [name for name in names if (folder / name).is_symlink()]:
             raise ConfigError(
                 f"{folder / links[0]} is a link, which fedcompo does not write. Put the file in "
                 "its place, or write the folder again."
             )
         license = _check_intact(folder, content)
-        inside = sorted(path.name for path in folder.iterdir())
         return cls(
             folder,
             content,
             {name: (folder / name).stat().st_size for name in names},
-            tuple(name for name in inside if name not in names),
+            tuple(sorted(path.name for path in folder.iterdir() if path.name not in names)),
             license,
         )
 
@@ -151,9 +149,8 @@ def check_name(repo: str) -> None:
 def _check_intact(folder: Path, content: str) -> str:
     """Check the digests, and that the other files belong to them; return the card's license."""
     first, config, card = (folder / name for name in NEEDED[content])
-    tensors = StreamedTensors(first)
-    require_content(tensors.manifest, content, first)
-    tensors.check()
+    tensors = _checked(first, content)
+    base = tensors.manifest.get("base")
     try:
         json.loads(config.read_text(encoding="utf-8"))
         text = card.read_text(encoding="utf-8")
@@ -163,26 +160,25 @@ def _check_intact(folder: Path, content: str) -> str:
             f"{config.name} or {card.name} of {folder} cannot be read ({error}). Write the folder "
             "again."
         ) from error
+    other = ""
     if file_sha256(first) not in text:
-        raise FileFormatError(
-            f"{card} is the card of another model: it does not name the SHA-256 of {first.name}. "
-            "Write the folder again."
-        )
-    if content != "model":
-        return str(license or "")
-    base = tensors.manifest.get("base")
-    if (folder / RECIPE).is_file() and read_recipe(folder / RECIPE).backbone != base:
-        raise FileFormatError(
-            f"{folder / RECIPE} is not the recipe of {first.name}: it does not name the backbone "
-            f"{base}. Write the folder again."
-        )
-    if (folder / BACKBONE).is_file():
-        backbone = StreamedTensors(folder / BACKBONE)
-        require_content(backbone.manifest, "backbone", folder / BACKBONE)
-        backbone.check()
-        if backbone.manifest.get("fingerprint") != base:
-            raise FileFormatError(f"{folder / BACKBONE} is not what {first.name} was composed on.")
+        other = f"{card} is the card of another model: it does not name the SHA-256 of {first.name}"
+    recipe, stored = (folder / name for name in (RECIPE, BACKBONE))
+    if content == "model" and recipe.is_file() and read_recipe(recipe).backbone != base:
+        other = f"{recipe} is not the recipe of {first.name}: it does not name the backbone {base}"
+    below = _checked(stored, "backbone") if content == "model" and stored.is_file() else None
+    if below is not None and below.manifest.get("fingerprint") != base:
+        other = f"{stored} is not what {first.name} was composed on"
+    if other:
+        raise FileFormatError(f"{other}. Write the folder again.")
     return str(license or "")
+
+
+def _checked(file: Path, content: str) -> StreamedTensors:
+    tensors = StreamedTensors(file)
+    require_content(tensors.manifest, content, file)
+    tensors.check()
+    return tensors
 
 
 def _refusal(error: Exception, repo: str, endpoint: str) -> str:

@@ -1,7 +1,10 @@
 """Writes the README of an exported model: what it is made of, and what it is not made for.
 
 Names of clients and classes come from outside and are shown literally, whatever they hold. The
-front matter, which machines read, has fixed words and names of the hub.
+front matter, which machines read, has fixed words and names of the hub. It says only what is known:
+a base model if the hub itself brought its weights, and nothing of data sets and measures, of which
+a contribution knows no more than its client does. Its keys:
+https://huggingface.co/docs/hub/model-cards#model-card-metadata
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from huggingface_hub import ModelCardData
+
 from fedcompo.backbone.backbone import EMBEDDED
+from fedcompo.backbone.preprocessing import Modality
 from fedcompo.composition.settings import MEAN
 from fedcompo.export.example import CONFIGURED, example
-from fedcompo.export.hub_metadata import OWN_LICENSE, front_matter, license_text
 from fedcompo.export.recipe import Negation
 from fedcompo.export.selected import Selection
 from fedcompo.method.contribution import Contribution
@@ -20,6 +25,13 @@ from fedcompo.names import printable
 from fedcompo.registry.removal import influence
 from fedcompo.runtime import version
 
+OWN_LICENSE = "apache-2.0"
+"""fedcompo's, under which the embedded weights come."""
+HUB_LICENSES = {
+    *("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0"),
+    *("fair-noncommercial-research-license", "gemma", "mit"),
+}
+"""Those of timm's that the hub knows by their identifier; it takes others as names."""
 MOST_CLASSES = 200
 MOST_LINES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
@@ -52,18 +64,8 @@ def model_card(
     pool, backbone, negation = selection.pool, selection.backbone, selection.recipe.negated
     name = backbone.fingerprint.rpartition("@")[0]
     license = OWN_LICENSE if name == EMBEDDED else backbone.origin.license
-    library = "fedcompo" if pool.linearised else "peft" if adapter else "timm"
     noun = "A LoRA adapter" if adapter else "Negated copy of a model" if negation else "A model"
     loading = USE_LINEARISED if pool.linearised else USE
-    several = len(pool) + bool(negation) > 1
-    front = front_matter(
-        library,
-        {"task-arithmetic", *["merge"] * several, *(("lora", "timm") if adapter else ())},
-        license=license,
-        hub=backbone.origin.hub,
-        relation="adapter" if adapter else "merge" if several else "finetune",
-        modality=backbone.preprocessing.modality,
-    )
     files = (
         ("backbone", name),
         ("architecture", backbone.architecture),
@@ -71,7 +73,7 @@ def model_card(
         (f"SHA-256 of {file}", sha256),
     )
     return f"""\
-{front}
+{_front_matter(selection, license, adapter=bool(adapter))}
 
 # {noun} composed of {len(pool)} client{"s" * (len(pool) != 1)}
 {_warning(negation) if negation else ""}
@@ -104,10 +106,46 @@ By the data of how many other clients the training of each member was shaped:
 
 {table(("what", "value"), ((what, escaped(value)) for what, value in files))}
 
-{license_text(license)}
+{_license_text(license)}
 
 Composed with fedcompo {escaped(version("fedcompo"))}.
 """
+
+
+def _front_matter(selection: Selection, license: str, *, adapter: bool) -> str:
+    hub, linearised = selection.backbone.origin.hub, selection.pool.linearised
+    texts = selection.backbone.preprocessing.modality == Modality.TEXTS
+    task = "text-classification" if texts else "image-classification"
+    library = "fedcompo" if linearised else "peft" if adapter else "timm"
+    several = len(selection.pool) + bool(selection.recipe.negated) > 1
+    relation = "adapter" if adapter else "merge" if several else "finetune"
+    tags = {"fedcompo", "task-arithmetic", library, task}
+    tags |= {"merge"} if several else set()
+    tags |= {"lora", "timm"} if adapter else set()
+    named = license in ("", *HUB_LICENSES)
+    data = ModelCardData(
+        license=(license or None) if named else "other",
+        license_name=None if named else license,
+        base_model=hub or None,
+        base_model_relation=relation if hub else None,
+        library_name=library,
+        pipeline_tag=task,
+        tags=sorted(tags),
+    )
+    return f"---\n{data.to_yaml(line_break=chr(10))}\n---"
+
+
+def _license_text(license: str) -> str:
+    """Return what a card says to people of licenses."""
+    if license:
+        return (
+            f"The backbone's license is {license}, and stated above. What the clients ask for the "
+            "use of\ntheir part is not known here: whoever publishes this must know it."
+        )
+    return (
+        "No license is stated above: the backbone's is not known here, nor what the clients ask "
+        "for the\nuse of their part."
+    )
 
 
 def escaped(text: str) -> str:

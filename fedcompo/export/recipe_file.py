@@ -122,18 +122,9 @@ def _checked(
     apart: Collection[str] = (),
     needs: str = "",
 ) -> dict[str, Any]:
-    """Check the single values of a table, and collect what is wrong.
+    """Return the right values of a table, but for keys ``apart``; note what is wrong.
 
-    Args:
-        table: What should be a table.
-        known: Its values, by key.
-        faults: Is added to.
-        where: Stands before the keys in the text of a fault.
-        apart: Keys that are checked elsewhere.
-        needs: A key that must be there.
-
-    Returns:
-        Those that are right, by key.
+    ``where`` stands before the keys in the text of a fault; ``needs`` is a key that must be there.
     """
     if not isinstance(table, dict):
         faults.append(f"`{where.rstrip('.')}` must be a table, got {table!r}.")

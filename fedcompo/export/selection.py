@@ -17,9 +17,8 @@ from fedcompo.composition.rules.parsing import parse_rule
 from fedcompo.composition.settings import MEAN, CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.export.asked import Asked, Choice
 from fedcompo.export.recipe import FROM_FILE, MEMBERS
-from fedcompo.export.selected import Selection
+from fedcompo.export.selected import Asked, Choice, Selection
 from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
@@ -35,9 +34,9 @@ def from_registry(registry: RegistryReader, **choice: Unpack[Choice]) -> Selecti
 
     Args:
         registry: Registry of the members.
-        choice: See :class:`~fedcompo.export.asked.Choice`. A scale that is open is as the registry
-            composes it, after a removal of those who are left out; by another rule, that which
-            keeps the length of the task vectors.
+        choice: See :class:`~fedcompo.export.selected.Choice`. A scale that is open is that of the
+            registry after a removal of those who are left out; by another rule, that which keeps
+            the length of the task vectors.
 
     Raises:
         ContributionError: If there is no such client, none is left, or weights do not fit; if the

@@ -144,7 +144,7 @@ def test_the_card_of_another_adapter_is_not_sent_with_it(written, tmp_path, hub)
         (lambda f: (f / "config.json").write_text("{"), 1, "config.json or README.md"),
         (lambda f: (f / "README.md").write_text("Mine."), 1, "the card of another model"),
         (lambda f: (f / "README.md").unlink(), 2, "has no README.md"),
-        (lambda f: (f / "model.safetensors").unlink(), 2, "no model.safetensors or adapter_mod"),
+        (lambda f: (f / "model.safetensors").unlink(), 2, "has no model.safetensors"),
         (lambda f: (f / BACKBONE).write_bytes(b"1"), 1, "not a complete fedcompo file"),
         (lambda f: (f / "recipe.toml").write_text("password"), 2, "no valid TOML"),
         (lambda f: (f / "recipe.toml").write_text(""), 1, "is not the recipe of model.safetensors"),
