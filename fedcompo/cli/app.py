@@ -12,7 +12,12 @@ from rich.table import Table
 import fedcompo
 from fedcompo.cli import models, registry, service
 from fedcompo.cli.audit import audit
-from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
+from fedcompo.cli.common import (
+    AssignmentsOption,
+    JsonOption,
+    VerboseOption,
+    errors_as_sentences,
+)
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.export import export
 from fedcompo.cli.fisher import fisher
@@ -90,9 +95,7 @@ def simulate(
     gpus_per_client: Annotated[
         float | None, typer.Option(min=0.0, help="GPUs a client; default: an even share.")
     ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
-    ] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Simulate a federation on this machine, with Flower's real engine.
 
@@ -115,7 +118,7 @@ def simulate(
 
 @app.command()
 def settings(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: JsonOption = False,
     check: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check a file of settings instead.")
     ] = None,

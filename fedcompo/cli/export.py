@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedcompo.cli import common
-from fedcompo.cli.models import OutputOption, report, say_members
+from fedcompo.cli.models import report, say_members
 from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
@@ -18,7 +18,7 @@ from fedcompo.report.console import print_json, say
 @common.with_options("choice", common.RuledChoice)
 def export(
     *,
-    output: OutputOption,
+    output: common.OutputOption,
     registry: common.RegistryOption = None,
     client: Annotated[
         str | None,

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from fedcompo.cli import common
-from fedcompo.cli.models import OutputOption
 from fedcompo.config.scenario import settings_of
 from fedcompo.report.console import print_json, say
 from fedcompo.report.units import listed, percent
@@ -20,7 +19,7 @@ def fit(
         Path,
         typer.Option(help="Folder of images: train/<class>/* and perhaps test/<class>/*."),
     ],
-    output: OutputOption,
+    output: common.OutputOption,
     registry: Annotated[
         Path | None,
         typer.Option(

@@ -80,6 +80,8 @@ def import_source(
             raise ConfigError(
                 "`--min-images` goes with `--data`, and `--counts-as` without it. Leave it out."
             )
+        if replace and output is not None:
+            raise ConfigError("With `--output` nothing is added, so `--replace` replaces nobody.")
         opened = common.open_registry(registry)
         if output is None and not replace and client in opened.clients:
             raise ContributionError(

@@ -17,9 +17,6 @@ from fedcompo.report.console import print_json, say
 if TYPE_CHECKING:
     from fedcompo.export.selected import Selection
 
-OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
-]
 DataOption = Annotated[
     str | None,
     typer.Option(
@@ -35,7 +32,7 @@ def compose(
         typer.Argument(help="Folders of contributions; none: compose a registry's members."),
     ] = None,
     *,
-    output: OutputOption,
+    output: common.OutputOption,
     registry: common.RegistryOption = None,
     choice: common.RuledChoice,
     recipe: Annotated[
@@ -79,7 +76,7 @@ def compose(
 def specialise(
     clients: Annotated[str, typer.Argument(metavar="A,B", help="Clients to compose.")],
     *,
-    output: OutputOption,
+    output: common.OutputOption,
     registry: common.RegistryOption = None,
     weights: common.WeightsOption = None,
     scale: common.ScaleOption = None,
@@ -142,7 +139,7 @@ def evaluate(
 def negate(
     client: Annotated[str, typer.Argument(help="Client whose task vector is subtracted.")],
     *,
-    output: OutputOption,
+    output: common.OutputOption,
     registry: common.RegistryOption = None,
     strength: Annotated[float, typer.Option(help="How much of it is subtracted.")] = 1.0,
     as_json: common.JsonOption = False,
@@ -217,14 +214,12 @@ def _selected(
         raise ConfigError("`--checkpoint` goes with folders; a registry holds its own weights.")
     if not ratio >= 0 or (ratio and not folders):
         raise ConfigError("`--max-norm-ratio` goes with folders, and is a number >= 0.")
-    if not folders:
-        common.open_registry(registry)  # refuses at once where there is none
-    from fedcompo.export import selection
+    opened = None if folders else common.open_registry(registry)  # refuses before torch is loaded
+    from fedcompo.export.selection import from_folders, from_registry
 
-    if folders:
-        with selection.from_folders(
-            folders, checkpoint=checkpoint, max_norm_ratio=ratio, **choice
-        ) as chosen:
-            yield chosen
-    else:
-        yield selection.from_registry(common.open_registry(registry), **choice)
+    if opened is not None:
+        yield from_registry(opened, **choice)
+        return
+    given = {"checkpoint": checkpoint, "max_norm_ratio": ratio, **choice}
+    with from_folders(folders or (), **given) as chosen:
+        yield chosen

@@ -94,9 +94,7 @@ def fetch(
         typer.Argument(help="Whose contribution to fetch; none: a composed model."),
     ] = None,
     *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
-    ],
+    output: common.OutputOption,
     connection: Connection,
     choice: common.Choice,
     as_json: common.JsonOption = False,

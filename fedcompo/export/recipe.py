@@ -103,12 +103,6 @@ class Recipe:
     groups: tuple[Group, ...] = ()
     negated: Negation | None = None
 
-    @property
-    def chosen_scale(self) -> float | None:
-        """λ where the recipe says it, or 1 where weights need not be a mean's; None: it is open."""
-        free = not self.normalise and self.weights is not None
-        return self.scale or (1.0 if free else None)
-
     def settled(self, settings: CompositionSettings) -> CompositionSettings:
         """Put the recipe's settings in place of others."""
         caps = {key: self.settings[key] or UNLIMITED for key in CAPS if key in self.settings}

@@ -6,7 +6,7 @@ Of that, a :class:`Selection` makes weights, one after the other, and the whole 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Self, TypedDict
@@ -127,20 +127,12 @@ class Asked:
                 f"The rule {rule.text} takes weights that are >= 0 and sum to 1. With "
                 "`normalise = false`, the rules mean and task-arithmetic take any."
             )
-        scale = recipe.chosen_scale if rule.votes else None
+        scale = recipe.scale
         if recipe.factor:
             scale = recipe.factor * sum(settings.times(c.num_examples) for c in self.pool)
-        return settings if scale is None else replace(settings, scale=scale)
-
-    def check(self, base: str, names: Collection[str]) -> None:
-        """Refuse what the recipe was not made for, before anything is composed.
-
-        Args:
-            base: Fingerprint of the pre-trained weights.
-            names: Of the target weights.
-        """
-        self.recipe.check_sources(base, self.everyone)
-        self.recipe.grouped(names)
+        elif not scale and rule.votes and not recipe.normalise and recipe.weights is not None:
+            scale = 1.0  # the weights need not be a mean's
+        return replace(settings, scale=scale) if scale else settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,13 +230,25 @@ class Selection(Asked):
         """Compose the target weights, one at a time, in the order of names."""
         groups = self.recipe.grouped(self.backbone.target_weights)
         rest = set(self.backbone.target_weights).difference(*(names for _, names in groups))
-        parts = [self._part(rest, self.coefficients, self.factor)]
+        parts = [(rest, self.coefficients, self.factor)]
         together = sum(self.settings.times(c.num_examples) for c in self.pool)
         for group, names in groups:
             weights = self.coefficients if group.weights is None else group.weights
             factor = self._scale_of(group) / (together if weights is None else 1)
-            parts.append(self._part(names, weights, factor))
-        composed = heapq.merge(*parts, key=itemgetter(0))
+            parts.append(({*names}, weights, factor))
+        streams = (
+            stream_composition(
+                self.pool,
+                self.backbone,
+                weights,
+                self.settings,
+                factor,
+                names=names,
+                normalise=self.recipe.normalise,
+            )
+            for names, weights, factor in parts
+        )
+        composed = heapq.merge(*streams, key=itemgetter(0))
         if self.negated is None or self.recipe.negated is None:
             return composed
         return negated(
@@ -253,19 +257,6 @@ class Selection(Asked):
             self.backbone.tensors,
             scale=self.recipe.negated.strength,
             base=self.backbone.fingerprint,
-        )
-
-    def _part(
-        self, names: Collection[str], weights: Mapping[str, float] | None, factor: float
-    ) -> Iterator[tuple[str, Tensor]]:
-        return stream_composition(
-            self.pool,
-            self.backbone,
-            weights,
-            self.settings,
-            factor,
-            names=names,
-            normalise=self.recipe.normalise,
         )
 
 

@@ -48,7 +48,8 @@ def from_registry(registry: RegistryReader, **choice: Unpack[Choice]) -> Selecti
     members = registry.pool(with_fisher=_needs_fisher(choice, registry.settings.rule))
     asked = Asked.of(members, **choice)
     settings = asked.settled(registry.settings)
-    asked.check(registry.backbone.fingerprint, registry.backbone.target_weights)
+    asked.recipe.check_sources(registry.backbone.fingerprint, asked.everyone)
+    asked.recipe.grouped(registry.backbone.target_weights)
     head, made_of = _head(registry, asked, settings)
     factor = asked.recipe.factor or _factor(registry, asked, settings)
     return Selection(
@@ -102,7 +103,8 @@ def from_folders(
             f"The contributions were trained on the backbone {base}, found is "
             f"{backbone.fingerprint}. Name the file of its weights with `--checkpoint`."
         )
-    asked.check(base, backbone.theta_0)
+    asked.recipe.check_sources(base, asked.everyone)
+    asked.recipe.grouped(backbone.theta_0)
     company = Company.on(backbone, settings).held_to(max_norm_ratio)
     for member in asked.everyone:
         company = company.joined({member.client: admit(member, company)})
