@@ -128,7 +128,8 @@ class Pushable:
         except ConfigError:
             raise
         except Exception as error:  # those of the client and of its transports
-            raise ServiceError(_refusal(error, repo, api.endpoint)) from error
+            said = _refusal(error, repo, api.endpoint)
+            raise ServiceError(re.sub("//[^/@ ]+@", "//", said)) from error  # a password in a URL
         return {"address": address, "commit": commit.commit_url}
 
 

@@ -189,7 +189,8 @@ def test_a_refusal_is_one_sentence_and_what_to_do(folder, hub, where, status, ad
     assert not any(repo["files"] for repo in hub.repos.values())
 
 
-def test_a_hub_out_of_reach_is_named(folder, hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+def test_a_hub_out_of_reach_is_named_without_the_password_of_its_address(folder, hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://eve:secret@127.0.0.1:1")
     text = run("push", folder, "org/mine", code=1).output
     assert "http://127.0.0.1:1 cannot be reached" in text and "HF_ENDPOINT" in text
+    assert "secret" not in text
