@@ -31,7 +31,7 @@ LARGEST_SCALE = 10
 """For each client; 1 gives the plain sum."""
 
 
-class Choice(TypedDict, total=False):
+class Options(TypedDict, total=False):
     """What may be asked for."""
 
     only: Sequence[str]

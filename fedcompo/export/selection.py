@@ -18,7 +18,7 @@ from fedcompo.composition.settings import MEAN, CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.export.recipe import FROM_FILE, MEMBERS
-from fedcompo.export.selected import Asked, Choice, Selection
+from fedcompo.export.selected import Asked, Options, Selection
 from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
@@ -29,12 +29,12 @@ from fedcompo.registry.state import ABOUT
 from fedcompo.storage.files import BACKBONE, REALIGNED
 
 
-def from_registry(registry: RegistryReader, **choice: Unpack[Choice]) -> Selection:
+def from_registry(registry: RegistryReader, **choice: Unpack[Options]) -> Selection:
     """Select members of a registry.
 
     Args:
         registry: Registry of the members.
-        choice: See :class:`~fedcompo.export.selected.Choice`. A scale that is open is that of the
+        choice: See :class:`~fedcompo.export.selected.Options`. A scale that is open is that of the
             registry after a removal of those who are left out; by another rule, that which keeps
             the length of the task vectors.
 
@@ -68,7 +68,7 @@ def from_folders(
     *,
     checkpoint: str = "",
     max_norm_ratio: float = 0.0,
-    **choice: Unpack[Choice],
+    **choice: Unpack[Options],
 ) -> Iterator[Selection]:
     """Select contributions that lie in folders of their own; no registry, no server.
 
@@ -152,7 +152,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _needs_fisher(choice: Choice, own: str) -> bool:
+def _needs_fisher(choice: Options, own: str) -> bool:
     recipe = choice.get("recipe")
     rule = choice.get("rule") if recipe is None else recipe.rule
     return bool(parse_rule(rule or own).needs)
