@@ -10,9 +10,8 @@ import typer
 from rich.table import Table
 
 import fedcompo
-from fedcompo.cli import models, registry, service
+from fedcompo.cli import common, models, registry, service
 from fedcompo.cli.audit import audit
-from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.export import export
 from fedcompo.cli.fisher import fisher
@@ -67,7 +66,7 @@ def simulate(
     scenario: Annotated[
         Path | None, typer.Argument(help="TOML file of settings; none: the default digits run.")
     ] = None,
-    assignments: AssignmentsOption = None,
+    assignments: common.AssignmentsOption = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -90,9 +89,7 @@ def simulate(
     gpus_per_client: Annotated[
         float | None, typer.Option(min=0.0, help="GPUs a client; default: an even share.")
     ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
-    ] = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Simulate a federation on this machine, with Flower's real engine.
 
@@ -104,7 +101,7 @@ def simulate(
     """
     chosen = {"output": output, "seed": seed}
     options: dict[str, Scalar] = {key: v for key, v in chosen.items() if v is not None}
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         if resume is not None and (scenario or assignments or options):
             raise ConfigError(
                 "--resume takes all settings from the run that is there: give neither a scenario "
@@ -115,14 +112,14 @@ def simulate(
 
 @app.command()
 def settings(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: common.JsonOption = False,
     check: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check a file of settings instead.")
     ] = None,
 ) -> None:
     """List all settings of a run: name, default, meaning."""
     if check is not None:
-        with errors_as_sentences(verbose=False):
+        with common.errors_as_sentences(verbose=False):
             CompositionSettings.of(RunConfig.parse(settings_of(check, (), {})))
         say(f"{check}: every setting is known, and in range.")
         return

@@ -37,6 +37,9 @@ RegistryOption = Annotated[
         "or its `registry`.",
     ),
 ]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
@@ -182,12 +185,8 @@ class Choice:
         Raises:
             ConfigError: If one is not of its form.
         """
-        return {
-            "only": listed_names(self.only),
-            "without": listed_names(self.without),
-            "weights": weights_of(self.weights),
-            "scale": self.scale,
-        }
+        names = {"only": listed_names(self.only), "without": listed_names(self.without)}
+        return {**vars(self), **names, "weights": weights_of(self.weights)}
 
 
 @dataclass(frozen=True)
@@ -195,10 +194,6 @@ class RuledChoice(Choice):
     """And by which rule."""
 
     rule: RuleOption = ""
-
-    def parsed(self) -> dict[str, Any]:
-        """Add the rule to what :class:`Choice` reads."""
-        return {**super().parsed(), "rule": self.rule}
 
 
 def with_options(

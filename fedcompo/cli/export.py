@@ -8,27 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from fedcompo.cli.common import (
-    JsonOption,
-    RegistryOption,
-    RuledChoice,
-    VerboseOption,
-    errors_as_sentences,
-    open_registry,
-    progress,
-    with_options,
-)
-from fedcompo.cli.models import OutputOption, report, say_members
+from fedcompo.cli import common
+from fedcompo.cli.models import report, say_members
 from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
 
-@with_options("choice", RuledChoice)
+@common.with_options("choice", common.RuledChoice)
 def export(
     *,
-    output: OutputOption,
-    registry: RegistryOption = None,
+    output: common.OutputOption,
+    registry: common.RegistryOption = None,
     client: Annotated[
         str | None,
         typer.Option(help="One client, with its own head, as an adapter that PEFT loads."),
@@ -40,9 +31,9 @@ def export(
         int | None,
         typer.Option(min=1, help="Largest rank of the adapter; default: whatever is exact."),
     ] = None,
-    choice: RuledChoice,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    choice: common.RuledChoice,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Export the composed model for timm, or as one LoRA adapter for PEFT.
 
@@ -50,18 +41,18 @@ def export(
     cuts it, and tells the error; members without factors (full, ia3) need it. It is three times as
     large for a fused qkv, as in training.
     """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
         chosen = choice.parsed()
-        if client is not None and choice != RuledChoice():
+        if client is not None and choice != common.RuledChoice():
             raise ConfigError("`--client` takes one client as it is; to compose, use `--only`.")
         if rank is not None and not adapter and client is None:
             raise ConfigError("`--rank` goes with `--adapter` or `--client`.")
-        opened = open_registry(registry)
+        opened = common.open_registry(registry)
         if client is not None:
             opened.member(client)  # refuses at once who is not there
             chosen |= {"only": (client,), "weights": {client: 1.0}, "scale": 1.0, "rule": MEAN}
         from fedcompo.export.folder import publish
-        from fedcompo.export.selection import from_registry, new_folder
+        from fedcompo.export.selection import from_registry
 
         selection = from_registry(opened, **chosen)
         if client is not None:
@@ -72,10 +63,7 @@ def export(
             return
         from fedcompo.export.peft import export_peft
 
-        with new_folder(output) as folder:
-            written = export_peft(folder, selection, rank=rank)
-        written |= {"output": str(output.absolute()), "client": client}
-        _report_adapter(written, as_json)
+        _report_adapter({**export_peft(output, selection, rank=rank), "client": client}, as_json)
 
 
 def _report_adapter(written: Mapping[str, Any], as_json: bool) -> None:

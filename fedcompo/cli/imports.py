@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli.common import (
-    JsonOption,
-    RegistryOption,
-    VerboseOption,
-    errors_as_sentences,
-    listed_names,
-    open_registry,
-    progress,
-)
+from fedcompo.cli import common
 from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.presets import STAND_IN
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
@@ -45,7 +37,7 @@ def import_source(
             "its classifier stand for them."
         ),
     ] = None,
-    registry: RegistryOption = None,
+    registry: common.RegistryOption = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write a contribution's folder; add nothing."),
@@ -75,20 +67,22 @@ def import_source(
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of the client of that name.")
     ] = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Make a client of a model that was fine-tuned elsewhere from the registry's weights.
 
     SOURCE is a checkpoint of timm or of Hugging Face's transformers (.safetensors, .pth), the
     folder of one, or the folder of a LoRA or (IA)³ adapter that PEFT wrote; or hf-hub:<repository>.
     """
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         if (min_images if data is None else counts_as) is not None:
             raise ConfigError(
                 "`--min-images` goes with `--data`, and `--counts-as` without it. Leave it out."
             )
-        opened = open_registry(registry)
+        if replace and output is not None:
+            raise ConfigError("With `--output` nothing is added, so `--replace` replaces nobody.")
+        opened = common.open_registry(registry)
         if output is None and not replace and client in opened.clients:
             raise ContributionError(
                 f"{client!r} is in {opened.path} already. `--replace` takes it out and this one "
@@ -98,14 +92,14 @@ def import_source(
         from fedcompo.registry.imports import Wanted, import_model
         from fedcompo.registry.registry import Registry
 
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             made = import_model(
                 source,
                 opened,
                 client=client,
                 data=data,
                 wanted=Wanted(
-                    classes=listed_names(classes),
+                    classes=common.listed_names(classes),
                     difference=delta,
                     drop_rest=drop_rest,
                     min_images=min_images or FEWEST_IMAGES,

@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli.common import (
-    JsonOption,
-    RegistryOption,
-    RuledChoice,
-    RuleOption,
-    ScaleOption,
-    VerboseOption,
-    WeightsOption,
-    errors_as_sentences,
-    open_registry,
-    progress,
-    with_options,
-)
+from fedcompo.cli import common
 from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
@@ -29,9 +17,6 @@ from fedcompo.report.console import print_json, say
 if TYPE_CHECKING:
     from fedcompo.export.selected import Selection
 
-OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
-]
 DataOption = Annotated[
     str | None,
     typer.Option(
@@ -40,16 +25,16 @@ DataOption = Annotated[
 ]
 
 
-@with_options("choice", RuledChoice)
+@common.with_options("choice", common.RuledChoice)
 def compose(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(help="Folders of contributions; none: compose a registry's members."),
     ] = None,
     *,
-    output: OutputOption,
-    registry: RegistryOption = None,
-    choice: RuledChoice,
+    output: common.OutputOption,
+    registry: common.RegistryOption = None,
+    choice: common.RuledChoice,
     recipe: Annotated[
         Path | None,
         typer.Option(help="Compose as this file says, in place of the options above."),
@@ -61,8 +46,8 @@ def compose(
         float,
         typer.Option(help="With folders: refuse a task vector this many times the median length."),
     ] = 0.0,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Compose a model and write a folder that plain timm loads, with a model card.
 
@@ -77,7 +62,7 @@ def compose(
     The folder holds recipe.toml, from which --recipe makes the same bits of the same members. One
     written by hand may also give groups of weights, negative weights and the dtype.
     """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
         tell("reading")
         chosen = choice.parsed() if recipe is None else _recipe_alone(recipe, choice)
         with _selected(folders, registry, checkpoint, max_norm_ratio, chosen) as selection:
@@ -91,13 +76,13 @@ def compose(
 def specialise(
     clients: Annotated[str, typer.Argument(metavar="A,B", help="Clients to compose.")],
     *,
-    output: OutputOption,
-    registry: RegistryOption = None,
-    weights: WeightsOption = None,
-    scale: ScaleOption = None,
-    rule: RuleOption = "",
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    output: common.OutputOption,
+    registry: common.RegistryOption = None,
+    weights: common.WeightsOption = None,
+    scale: common.ScaleOption = None,
+    rule: common.RuleOption = "",
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Compose a specialist of some clients; the same as `compose --only`.
 
@@ -115,23 +100,23 @@ def specialise(
     )
 
 
-@with_options("choice", RuledChoice)
+@common.with_options("choice", common.RuledChoice)
 def evaluate(
     *,
     data: DataOption = None,
-    registry: RegistryOption = None,
-    choice: RuledChoice,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    registry: common.RegistryOption = None,
+    choice: common.RuledChoice,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Measure a registry's model, or one of some of its members, on the clients' test images."""
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         chosen = choice.parsed()
-        opened = open_registry(registry)
+        opened = common.open_registry(registry)
         from fedcompo.audit.evaluation import evaluate_clients, run_config_of
         from fedcompo.export.selection import from_registry
 
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             selection = from_registry(opened, **chosen)
             backbone = opened.backbone.load()
             figures = evaluate_clients(
@@ -154,11 +139,11 @@ def evaluate(
 def negate(
     client: Annotated[str, typer.Argument(help="Client whose task vector is subtracted.")],
     *,
-    output: OutputOption,
-    registry: RegistryOption = None,
+    output: common.OutputOption,
+    registry: common.RegistryOption = None,
     strength: Annotated[float, typer.Option(help="How much of it is subtracted.")] = 1.0,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Write a copy of the model with a client's task vector subtracted: forget beyond absence.
 
@@ -166,8 +151,8 @@ def negate(
 
     The copy is labelled as what it is, and never enters the registry.
     """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        opened = open_registry(registry)
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+        opened = common.open_registry(registry)
         opened.member(client)  # refuses at once who is not there
         from fedcompo.export.folder import publish
         from fedcompo.export.recipe import Negation, Recipe
@@ -203,7 +188,7 @@ def report(written: Mapping[str, Any], as_json: bool) -> None:
     say(f"Model: {folder}\n{load}")
 
 
-def _recipe_alone(path: Path, choice: RuledChoice) -> dict[str, Any]:
+def _recipe_alone(path: Path, choice: common.RuledChoice) -> dict[str, Any]:
     """Read a recipe; refuse options beside it that would say the same or something else."""
     if given := [f"`--{name}`" for name, value in vars(choice).items() if value not in (None, "")]:
         raise ConfigError(
@@ -229,14 +214,12 @@ def _selected(
         raise ConfigError("`--checkpoint` goes with folders; a registry holds its own weights.")
     if not ratio >= 0 or (ratio and not folders):
         raise ConfigError("`--max-norm-ratio` goes with folders, and is a number >= 0.")
-    if not folders:
-        open_registry(registry)  # refuses at once where there is none
-    from fedcompo.export import selection
+    opened = None if folders else common.open_registry(registry)  # refuses before torch is loaded
+    from fedcompo.export.selection import from_folders, from_registry
 
-    if folders:
-        with selection.from_folders(
-            folders, checkpoint=checkpoint, max_norm_ratio=ratio, **choice
-        ) as chosen:
-            yield chosen
-    else:
-        yield selection.from_registry(open_registry(registry), **choice)
+    if opened is not None:
+        yield from_registry(opened, **choice)
+        return
+    given = {"checkpoint": checkpoint, "max_norm_ratio": ratio, **choice}
+    with from_folders(folders or (), **given) as chosen:
+        yield chosen

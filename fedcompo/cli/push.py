@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedcompo.cli.common import JsonOption, VerboseOption, errors_as_sentences, progress
+from fedcompo.cli import common
 from fedcompo.report.console import print_json, say
 
 
@@ -23,8 +23,8 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be sent; send nothing.")
     ] = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Upload a model or an adapter to the Hugging Face hub, with its card.
 
@@ -32,7 +32,7 @@ def push(
 
     The token is that of `hf auth login`, or $HF_TOKEN. $HF_ENDPOINT names another hub.
     """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         from fedcompo.export.hub import Pushable, check_name

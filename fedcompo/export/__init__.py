@@ -6,7 +6,6 @@ from fedcompo._lazy import face
 
 if TYPE_CHECKING:
     from fedcompo.export.folder import publish as publish
-    from fedcompo.export.model_card import ExportedModel as ExportedModel
     from fedcompo.export.negation import negated as negated
     from fedcompo.export.peft import export_peft as export_peft
     from fedcompo.export.prediction import model_from as model_from

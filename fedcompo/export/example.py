@@ -19,33 +19,46 @@ def example(loading: str, seen: Preprocessing, config: str = "", beside: str = "
         beside: File that it needs besides those of the folder.
     """
     if seen.modality == Modality.TEXTS:
-        return _of_text(loading, seen.shape[2], beside)
-    config = config or (
-        f"\n    input_size={seen.shape},\n    interpolation={seen.interpolation!r},"
-        f"\n    mean={seen.mean},\n    std={seen.std},"
-        f"\n    crop_pct={seen.crop_fraction},\n    crop_mode={seen.crop_mode!r},\n"
-    )
-    mode = "L" if seen.channels == 1 else "RGB"
-    needed = " and ".join(filter(None, ("a `picture.png` of yours", beside)))
+        length, needed = seen.shape[2], beside
+        first, last = TEXTS, ""
+        reading = f"""\
+text = "A text of yours."
+row = list(text.encode()[:{length}].ljust({length}, b"\\0"))"""
+        given = f"torch.tensor(row).float().view(1, 1, 1, {length})"
+    else:
+        needed = " and ".join(filter(None, ("a `picture.png` of yours", beside)))
+        first, last = "", "from PIL import Image\n"
+        config = config or (
+            f"\n    input_size={seen.shape},\n    interpolation={seen.interpolation!r},"
+            f"\n    mean={seen.mean},\n    std={seen.std},"
+            f"\n    crop_pct={seen.crop_fraction},\n    crop_mode={seen.crop_mode!r},\n"
+        )
+        reading = f"""\
+transform = timm.data.create_transform({config})
+picture = Image.open("picture.png").convert("{"L" if seen.channels == 1 else "RGB"}")"""
+        given = "transform(picture).unsqueeze(0)"
     return f"""\
-Run it in this folder, with {needed} in it:
+Run it in this folder{f", with {needed} in it" if needed else ""}:
 
 ```python
-import timm
+{first}import timm
 import torch
-from PIL import Image
-{loading}
-transform = timm.data.create_transform({config})
-picture = Image.open("picture.png").convert("{mode}")
+{last}{loading}
+{reading}
 with torch.no_grad():
-    logits = model(transform(picture).unsqueeze(0))
+    logits = model({given})
 ```
 
 {preprocessing_text(seen)}"""
 
 
 def preprocessing_text(seen: Preprocessing) -> str:
-    """Return what a model's pictures must be like."""
+    """Return what a model's pictures, or texts, must be like."""
+    if seen.modality == Modality.TEXTS:
+        return (
+            f"The model reads {seen.shape[2]} bytes of UTF-8, as numbers from 0 to 255. Longer "
+            "texts are cut, shorter\nones filled with zeros."
+        )
     mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (seen.mean, seen.std))
     height, width = seen.shape[1:]
     return (
@@ -55,22 +68,3 @@ def preprocessing_text(seen: Preprocessing) -> str:
         f"{seen.crop_fraction:.4g}); values are in [0, 1], less {mean}, divided by {std}."
         + ("\nThe clients' pictures had slightly other roundings." if seen.rule == 1 else "")
     )
-
-
-def _of_text(loading: str, length: int, beside: str) -> str:
-    needed = f", with {beside} in it" if beside else ""
-    return f"""\
-Run it in this folder{needed}:
-
-```python
-{TEXTS}import timm
-import torch
-{loading}
-text = "A text of yours."
-row = list(text.encode()[:{length}].ljust({length}, b"\\0"))
-with torch.no_grad():
-    logits = model(torch.tensor(row).float().view(1, 1, 1, {length}))
-```
-
-The model reads {length} bytes of UTF-8, as numbers from 0 to 255. Longer texts are cut, shorter
-ones filled with zeros."""

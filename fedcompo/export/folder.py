@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from fedcompo.composition.timm_folder import write_model
-from fedcompo.export.model_card import ExportedModel, Member, model_card
+from fedcompo.export.model_card import model_card
 from fedcompo.export.recipe_file import recipe_text
 from fedcompo.export.selected import Selection
 from fedcompo.export.selection import new_folder
-from fedcompo.runtime import version
 from fedcompo.storage.files import BACKBONE, MODEL_CARD, RECIPE, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
 
@@ -31,10 +30,8 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
     Raises:
         ConfigError: If something is at ``output`` already.
     """
-    backbone, recipe = selection.backbone, selection.recipe
-    linearised, negation = selection.pool.linearised, recipe.negated
-    negated = "" if negation is None else negation.client
-    text = recipe_text(selection.written)
+    backbone, negated = selection.backbone, selection.recipe.negated
+    linearised, text = selection.pool.linearised, recipe_text(selection.written)
     with new_folder(output) as folder:
         write_model(
             folder,
@@ -42,50 +39,39 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
             selection.stream(),
             selection.head,
             linearised=linearised,
-            dtype=getattr(torch, recipe.dtype),
+            dtype=getattr(torch, selection.recipe.dtype),
         )
         if linearised:  # load_tangent_model needs the pre-trained weights too
             shutil.copyfile(backbone.path, folder / BACKBONE)
-        card = described(
-            selection,
-            folder / WEIGHTS,
-            negated=negated,
-            negation_scale=1.0 if negation is None else negation.strength,
-            recipe=text,
-        )
         write_atomically(folder / RECIPE, text.encode())
-        write_atomically(folder / MODEL_CARD, model_card(card).encode())
+        told = write_card(selection, folder / WEIGHTS, recipe=text)
     return {
         "output": str(output.absolute()),
+        **told,
+        "negated": None if negated is None else negated.client,
+        "linearised": linearised,
+    }
+
+
+def write_card(selection: Selection, file: Path, **more: str) -> dict[str, Any]:
+    """Write the card of a selection beside the file of its weights.
+
+    Args:
+        selection: What it is composed of.
+        file: File of the weights.
+        more: For :func:`~fedcompo.export.model_card.model_card`.
+
+    Returns:
+        What was written, as JSON values.
+    """
+    sha256 = file_sha256(file)
+    card = model_card(selection, file.name, sha256, **more)
+    write_atomically(file.with_name(MODEL_CARD), card.encode())
+    return {
         "clients": list(selection.pool.clients),
         "coefficients": selection.shares,
         "scale": selection.scale,
         "rule": selection.settings.rule,
         "classes": list(selection.head.classes),
-        "negated": negated or None,
-        "linearised": linearised,
-        "sha256": card.sha256,
+        "sha256": sha256,
     }
-
-
-def described(selection: Selection, file: Path, **more: Any) -> ExportedModel:
-    """Describe a selection for the card of a file that holds its weights; ``more`` fields of it."""
-    backbone, shares = selection.backbone, selection.shares
-    return ExportedModel(
-        members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
-        classes=selection.head.classes,
-        backbone=backbone.fingerprint.rpartition("@")[0],
-        architecture=backbone.architecture,
-        fingerprint=backbone.fingerprint,
-        preprocessing=backbone.preprocessing,
-        file=file.name,
-        sha256=file_sha256(file),
-        fedcompo_version=version("fedcompo"),
-        scale=selection.scale,
-        rule=selection.settings.rule,
-        only=selection.only,
-        without=selection.without,
-        linearised=selection.pool.linearised,
-        origin=backbone.origin,
-        **more,
-    )

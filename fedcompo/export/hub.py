@@ -7,6 +7,7 @@ or none. The token is the one that ``hf auth login`` saved, or ``$HF_TOKEN``.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG
 from fedcompo.errors import ConfigError, FileFormatError, ServiceError
+from fedcompo.export.recipe_file import read_recipe
 from fedcompo.names import printable
 from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
@@ -27,7 +29,7 @@ NEEDED = {
     "model": (WEIGHTS, CONFIG, MODEL_CARD),
     "peft-adapter": (ADAPTER, ADAPTER_CONFIG, MODEL_CARD),
 }
-"""Files of a folder, by the content of the first."""
+"""Files of a folder, by the content of the first, which holds the weights."""
 REFUSALS = {
     401: "The token is not valid there. `hf auth login` saves a new one.",
     403: "The token may not write there; it needs the role `write`, and you a right to {owner}.",
@@ -58,23 +60,26 @@ class Pushable:
             ConfigError: If it is no folder that fedcompo wrote for others.
             FileFormatError: If a file was altered, or is another model's.
         """
-        content = next((c for c, (first, *_) in NEEDED.items() if (folder / first).is_file()), "")
-        missing = [f for f in NEEDED.get(content, ()) if not (folder / f).is_file()]
-        if not content or missing:
+        adapter = (folder / ADAPTER).is_file() and not (folder / WEIGHTS).is_file()
+        content = "peft-adapter" if adapter else "model"
+        if missing := [name for name in NEEDED[content] if not (folder / name).is_file()]:
             raise ConfigError(
-                f"{folder} has no {missing[0] if missing else f'{WEIGHTS} or {ADAPTER}'}. Name a "
-                "folder that `fedcompo compose` or `fedcompo export` wrote."
+                f"{folder} has no {missing[0]}. Name a folder that `fedcompo compose` or `fedcompo "
+                "export` wrote."
             )
-        names = [*NEEDED[content]]
-        if content == "model":
-            names += [name for name in (BACKBONE, RECIPE) if (folder / name).is_file()]
+        more = () if adapter else (BACKBONE, RECIPE)
+        names = [*NEEDED[content], *(name for name in more if (folder / name).is_file())]
+        if links := [name for name in names if (folder / name).is_symlink()]:
+            raise ConfigError(
+                f"{folder / links[0]} is a link, which fedcompo does not write. Put the file in "
+                "its place, or write the folder again."
+            )
         license = _check_intact(folder, content)
-        inside = sorted(path.name for path in folder.iterdir())
         return cls(
             folder,
             content,
             {name: (folder / name).stat().st_size for name in names},
-            tuple(name for name in inside if name not in names),
+            tuple(sorted(path.name for path in folder.iterdir() if path.name not in names)),
             license,
         )
 
@@ -96,9 +101,11 @@ class Pushable:
             ServiceError: If the hub cannot be reached, or refuses.
         """
         check_name(repo)
-        if huggingface_hub.get_token() is None:
+        token = huggingface_hub.get_token()
+        if token is None or not re.fullmatch("[!-~]+", token):  # errors would show such a one
             raise ConfigError(
-                "There is no token for the hub. `hf auth login` saves one, or set HF_TOKEN."
+                f"{'There is no token' if token is None else 'What is given is no token'} for the "
+                "hub. `hf auth login` saves one, or set HF_TOKEN."
             )
         api = huggingface_hub.HfApi(library_name="fedcompo", library_version=version("fedcompo"))
         try:
@@ -121,7 +128,8 @@ class Pushable:
         except ConfigError:
             raise
         except Exception as error:  # those of the client and of its transports
-            raise ServiceError(_refusal(error, repo, api.endpoint)) from error
+            said = _refusal(error, repo, api.endpoint)
+            raise ServiceError(re.sub("//[^/@ ]+@", "//", said)) from error  # a password in a URL
         return {"address": address, "commit": commit.commit_url}
 
 
@@ -142,9 +150,8 @@ def check_name(repo: str) -> None:
 def _check_intact(folder: Path, content: str) -> str:
     """Check the digests, and that the other files belong to them; return the card's license."""
     first, config, card = (folder / name for name in NEEDED[content])
-    tensors = StreamedTensors(first)
-    require_content(tensors.manifest, content, first)
-    tensors.check()
+    tensors = _checked(first, content)
+    base = tensors.manifest.get("base")
     try:
         json.loads(config.read_text(encoding="utf-8"))
         text = card.read_text(encoding="utf-8")
@@ -154,18 +161,25 @@ def _check_intact(folder: Path, content: str) -> str:
             f"{config.name} or {card.name} of {folder} cannot be read ({error}). Write the folder "
             "again."
         ) from error
-    if content == "model" and file_sha256(first) not in text:
-        raise FileFormatError(
-            f"{card} is the card of another model: it does not name the SHA-256 of {first.name}. "
-            "Write the folder again."
-        )
-    if content == "model" and (folder / BACKBONE).is_file():
-        backbone = StreamedTensors(folder / BACKBONE)
-        require_content(backbone.manifest, "backbone", folder / BACKBONE)
-        backbone.check()
-        if backbone.manifest.get("fingerprint") != tensors.manifest.get("base"):
-            raise FileFormatError(f"{folder / BACKBONE} is not what {first.name} was composed on.")
+    other = ""
+    if file_sha256(first) not in text:
+        other = f"{card} is the card of another model: it does not name the SHA-256 of {first.name}"
+    recipe, stored = (folder / name for name in (RECIPE, BACKBONE))
+    if content == "model" and recipe.is_file() and read_recipe(recipe).backbone != base:
+        other = f"{recipe} is not the recipe of {first.name}: it does not name the backbone {base}"
+    below = _checked(stored, "backbone") if content == "model" and stored.is_file() else None
+    if below is not None and below.manifest.get("fingerprint") != base:
+        other = f"{stored} is not what {first.name} was composed on"
+    if other:
+        raise FileFormatError(f"{other}. Write the folder again.")
     return str(license or "")
+
+
+def _checked(file: Path, content: str) -> StreamedTensors:
+    tensors = StreamedTensors(file)
+    require_content(tensors.manifest, content, file)
+    tensors.check()
+    return tensors
 
 
 def _refusal(error: Exception, repo: str, endpoint: str) -> str:

@@ -59,18 +59,8 @@ def negated(
             f"The strength of a negation must be a positive number, got {scale}. "
             "To add a task vector, compose it."
         )
-    pairs = theta.items() if isinstance(theta, Mapping) else theta
-    return _subtracted(pairs, task_vector, theta_0, scale)
-
-
-def _subtracted(
-    pairs: Iterable[tuple[str, Tensor]],
-    task_vector: TaskVector,
-    theta_0: Mapping[str, Tensor],
-    scale: float,
-) -> Iterator[tuple[str, Tensor]]:
     missing = set(task_vector.names)
-    for name, weight in pairs:
+    for name, weight in theta.items() if isinstance(theta, Mapping) else theta:
         if name in missing:
             missing.remove(name)
             tau = task_vector.delta(name, theta_0[name]).to(weight.device)

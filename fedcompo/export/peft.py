@@ -31,12 +31,12 @@ from fedcompo.backbone.backbone import EMBEDDED, Backbone
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.export.example import example
-from fedcompo.export.folder import described
+from fedcompo.export.folder import write_card
 from fedcompo.export.low_rank import Product, cut, joined
-from fedcompo.export.model_card import model_card
 from fedcompo.export.selected import Selection
+from fedcompo.export.selection import new_folder
 from fedcompo.method.deltas import rank_of
-from fedcompo.storage.files import BACKBONE, MODEL_CARD, write_atomically
+from fedcompo.storage.files import BACKBONE, write_atomically
 from fedcompo.storage.tensorstream import TensorWriter
 
 NAME_RANK = (
@@ -45,11 +45,11 @@ NAME_RANK = (
 )
 
 
-def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) -> dict[str, Any]:
+def export_peft(output: Path, selection: Selection, *, rank: int | None = None) -> dict[str, Any]:
     r"""Write the composed change and the head as a PEFT adapter, with a card to read.
 
     Args:
-        folder: A new or empty folder; created if it does not exist.
+        output: A new or empty folder; appears when everything is in it.
         selection: Contributions to compose.
         rank: Largest rank of a weight's change, three times it for a fused qkv, as in training.
             None: the sum of the clients' ranks, or the smaller side of the weight. The product then
@@ -59,7 +59,7 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
         What was written, as JSON values. The errors are relative, by Frobenius' norm.
 
     Raises:
-        ConfigError: If the rank is not positive.
+        ConfigError: If the rank is not positive, or something is at ``output`` already.
         ContributionError: If clients are tangents, or of a kind that has no factors and no rank is
             given.
         BackboneMismatch: If they were trained on another backbone.
@@ -72,24 +72,13 @@ def export_peft(folder: Path, selection: Selection, *, rank: int | None = None) 
     )
     _check_called(backbone, map(_layer, backbone.theta_0))
     ranks = {name: _rank(selection, name, rank) for name in sorted(backbone.theta_0)}
-    folder.mkdir(parents=True, exist_ok=True)
-    errors = _write(folder / ADAPTER, selection, ranks)
     config = json.dumps(_config(backbone, {_layer(n): r for n, r in ranks.items()}), indent=2)
-    write_atomically(folder / ADAPTER_CONFIG, f"{config}\n".encode())
-    use = f"{_nearness(ranks, errors)}\n{_example(backbone, len(selection.head.classes))}"
-    card = described(selection, folder / ADAPTER, adapter=use)
-    write_atomically(folder / MODEL_CARD, model_card(card).encode())
-    return {
-        "clients": list(selection.pool.clients),
-        "coefficients": selection.shares,
-        "scale": selection.scale,
-        "rule": selection.settings.rule,
-        "classes": list(selection.head.classes),
-        "format": "peft",
-        "ranks": ranks,
-        **errors,
-        "sha256": card.sha256,
-    }
+    with new_folder(output) as folder:
+        errors = _write(folder / ADAPTER, selection, ranks)
+        write_atomically(folder / ADAPTER_CONFIG, f"{config}\n".encode())
+        use = f"{_nearness(ranks, errors)}\n{_example(backbone, len(selection.head.classes))}"
+        told = write_card(selection, folder / ADAPTER, adapter=use)
+    return {"output": str(output.absolute()), **told, "format": "peft", "ranks": ranks, **errors}
 
 
 def _check_kinds(selection: Selection, rank: int | None) -> None:
@@ -118,17 +107,11 @@ def _check_kinds(selection: Selection, rank: int | None) -> None:
         )
 
 
-def _has_factors(selection: Selection) -> bool:
-    """Whether the change is a sum of products of two factors."""
-    kinds = {member.task_vector.kind for member in selection.pool}
-    return selection.multipliers is not None and kinds == {Kind.LORA}
-
-
 def _rank(selection: Selection, name: str, most: int | None) -> int:
     """Return the rank of a weight's change in the adapter."""
     bounds = [*selection.backbone.tensors.layout[name][1]]
     bounds += [] if most is None else [rank_of(name, most)]
-    if _has_factors(selection):
+    if selection.multipliers is not None:
         bounds.append(sum(len(c.task_vector.tensors[f"{name}/A"]) for c in selection.pool))
     return min(bounds)
 
@@ -136,7 +119,7 @@ def _rank(selection: Selection, name: str, most: int | None) -> int:
 def _product(selection: Selection, name: str, rank: int) -> Product:
     """Compose the change of one weight; dense only if it has no factors."""
     times = selection.multipliers
-    if times is None or not _has_factors(selection):
+    if times is None:
         return cut(selection.change(name), rank)
     tensors = [(times[c.client], c.task_vector.tensors) for c in selection.pool]
     return joined([(k, own[f"{name}/B"], own[f"{name}/A"]) for k, own in tensors], rank)
@@ -152,8 +135,7 @@ def _write(path: Path, selection: Selection, ranks: dict[str, int]) -> dict[str,
     shapes |= {name: tuple(tensor.shape) for name, tensor in head.items()}
     layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
     names = {_part(name, "A"): name for name in ranks}
-    errors: dict[str, float] = {}
-    squared_norm = squared_error = 0.0
+    squares: dict[str, tuple[float, float]] = {}
     manifest = {
         "content": "peft-adapter",
         "clients": list(selection.pool.clients),
@@ -166,9 +148,7 @@ def _write(path: Path, selection: Selection, ranks: dict[str, int]) -> dict[str,
             if key in names:
                 name = names[key]
                 made = _product(selection, name, ranks[name])
-                squared_norm += made.squared_norm
-                squared_error += made.squared_error
-                errors[name] = _relative(made.squared_error, made.squared_norm)
+                squares[name] = made.squared_error, made.squared_norm
                 pending |= {key: made.a, _part(name, "B"): made.b}
             tensor = pending.pop(key).float()
             if not tensor.isfinite().all():
@@ -176,15 +156,18 @@ def _write(path: Path, selection: Selection, ranks: dict[str, int]) -> dict[str,
                     f"The composed {key!r} has values that are not finite. Use a smaller `scale`."
                 )
             writer.write(key, tensor)
+    errors = {name: _relative([own]) for name, own in squares.items()}
     worst = max(errors, key=errors.__getitem__)
     return {
-        "error": _relative(squared_error, squared_norm),
+        "error": _relative(squares.values()),
         "worst": {"weight": worst, "error": errors[worst]},
     }
 
 
-def _relative(squared_error: float, squared_norm: float) -> float:
-    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
+def _relative(squares: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the error, relative to the change, of their squares by weight."""
+    error, norm = map(sum, zip(*squares, strict=True))
+    return math.sqrt(error / norm) if norm else 0.0
 
 
 def _part(name: str, factor: str) -> str:

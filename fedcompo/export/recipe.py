@@ -47,7 +47,8 @@ HEAD: Check = (
     lambda value: bool(re.fullmatch(f"{MEMBERS}|{FROM_FILE}[0-9a-f]{{64}}", value)),
     f"must be `{MEMBERS}`, or `{FROM_FILE}` and a SHA-256",
 )
-CAPS = "class_cap", "client_cap"
+CAPS = "class-cap", "client-cap"
+"""Settings that a registry chooses: images of a class, and in all, by which a client weighs."""
 NOT_EMPTY: Check = (bool, "must not be empty")
 
 
@@ -102,17 +103,11 @@ class Recipe:
     groups: tuple[Group, ...] = ()
     negated: Negation | None = None
 
-    @property
-    def chosen_scale(self) -> float | None:
-        """λ where the recipe says it, or 1 where weights need not be a mean's; None: it is open."""
-        free = not self.normalise and self.weights is not None
-        return self.scale or (1.0 if free else None)
-
     def settled(self, settings: CompositionSettings) -> CompositionSettings:
         """Put the recipe's settings in place of others."""
-        own = {key.replace("-", "_"): value for key, value in self.settings.items()}
-        own |= {cap: own[cap] or UNLIMITED for cap in CAPS if cap in own}
-        own |= {"max_count_ratio": 0.0} if own.keys() & set(CAPS) else {}  # which would choose caps
+        caps = {key: self.settings[key] or UNLIMITED for key in CAPS if key in self.settings}
+        own = {key.replace("-", "_"): value for key, value in {**self.settings, **caps}.items()}
+        own |= {"max_count_ratio": 0.0} if caps else {}  # which would choose caps
         return replace(settings, **own, rule=self.rule or settings.rule)
 
     def contradictions(self) -> Iterator[str]:
@@ -127,6 +122,9 @@ class Recipe:
                 yield f"Weights are given for exactly the members; {odd[0]!r} is on one side only."
         if self.negated is not None and self.negated.client in (self.members or self.weights or ()):
             yield f"{self.negated.client!r} is subtracted, so it cannot be a member too."
+        known = {*self.members, *([self.negated.client] if self.negated else [])}
+        if self.members and (odd := sorted(self.fisher.keys() - known)):
+            yield f"`fisher` names {odd[0]!r}, who is no member."
         if not self.normalise and not given:
             yield "`normalise = false` is said of weights, and there are none."
 

@@ -8,21 +8,25 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from fedcompo.composition.settings import UNLIMITED
 from fedcompo.config.run import all_settings
 from fedcompo.config.scenario import toml_value
 from fedcompo.config.setting import NOT_NEGATIVE, check_one, setting
 from fedcompo.errors import ConfigError
-from fedcompo.export.recipe import SHA256, Group, Negation, Recipe
+from fedcompo.export.recipe import CAPS, SHA256, Group, Negation, Recipe
 
 LARGEST = 4 << 20
 """Bytes of a recipe; about 30,000 members."""
 OF_RUNS = "coefficients", "align-samples", "ridge", "seed"
 """Settings of a run that decide how its contributions are composed."""
-CAPS = "class-cap", "client-cap"
-"""Settings that a registry chooses: images of a class, and in all, by which a client weighs."""
 DIGEST = setting("", "SHA-256 of a contribution's tensors; empty: any.", SHA256)
 WEIGHT = setting(0.0, "A client's coefficient.")
-CAP = setting(0, "Number of images; 0: all.", NOT_NEGATIVE)
+CAP = setting(
+    0,
+    "Number of images; 0: all.",
+    NOT_NEGATIVE,
+    (lambda value: value <= UNLIMITED, "must be at most 2**62"),
+)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -82,7 +86,9 @@ def _recipe(table: Mapping[str, Any], faults: list[str]) -> Recipe:
         fisher=_by_client(table.get("fisher"), DIGEST, "fisher", faults) or {},
         weights=_by_client(table.get("weights"), WEIGHT, "weights", faults),
         groups=tuple(_group(own, f"groups[{i}].", faults) for i, own in enumerate(groups)),
-        negated=None if negated is None else _negation(negated, faults),
+        negated=None
+        if negated is None
+        else Negation(**_checked(negated, _declared(Negation), faults, "negated.", needs="client")),
     )
 
 
@@ -90,13 +96,9 @@ def _group(table: Any, where: str, faults: list[str]) -> Group:
     given = _checked(table, _declared(Group), faults, where, apart=("weights",), needs="pattern")
     weights = table.get("weights") if isinstance(table, dict) else None
     group = Group(**given, weights=_by_client(weights, WEIGHT, f"{where}weights", faults))
-    if not group.scale and group.weights is None:
+    if isinstance(table, dict) and not table.keys() & {"weights", "scale"}:
         faults.append(f"`{where}weights` and `{where}scale` are missing: give one of them.")
     return group
-
-
-def _negation(table: Any, faults: list[str]) -> Negation:
-    return Negation(**_checked(table, _declared(Negation), faults, "negated.", needs="client"))
 
 
 def _by_client(
@@ -120,18 +122,9 @@ def _checked(
     apart: Collection[str] = (),
     needs: str = "",
 ) -> dict[str, Any]:
-    """Check the single values of a table, and collect what is wrong.
+    """Return the right values of a table, but for keys ``apart``; note what is wrong.
 
-    Args:
-        table: What should be a table.
-        known: Its values, by key.
-        faults: Is added to.
-        where: Stands before the keys in the text of a fault.
-        apart: Keys that are checked elsewhere.
-        needs: A key that must be there.
-
-    Returns:
-        Those that are right, by key.
+    ``where`` stands before the keys in the text of a fault; ``needs`` is a key that must be there.
     """
     if not isinstance(table, dict):
         faults.append(f"`{where.rstrip('.')}` must be a table, got {table!r}.")

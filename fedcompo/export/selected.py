@@ -1,12 +1,15 @@
-"""What was selected to be composed: as weights, one after the other, and as a recipe."""
+"""Who is to be composed, and how: by a recipe, or by options, which are a short one.
+
+Of that, a :class:`Selection` makes weights, one after the other, and the whole recipe.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
+from typing import Any, Self, TypedDict
 
 from torch import Tensor
 
@@ -14,21 +17,128 @@ from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition.models import stream_composition, times_of
 from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
-from fedcompo.config.choices import Coefficients, Statistics
+from fedcompo.config.choices import Coefficients, Kind, Statistics
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.export.negation import negated
-from fedcompo.export.recipe import MEMBERS, Group, Negation, Recipe
+from fedcompo.export.recipe import MEMBERS, Group, Recipe
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.runtime import version
 from fedcompo.storage.files import CONTENT, FISHER
 
+LARGEST_SCALE = 10
+"""For each client; 1 gives the plain sum."""
 
-@dataclass(frozen=True)
-class Selection:
-    """Contributions to compose, and with what."""
+
+class Options(TypedDict, total=False):
+    """What may be asked for."""
+
+    only: Sequence[str]
+    """Clients to take; empty: all, or all that have a weight."""
+    without: Sequence[str]
+    """Clients to leave out."""
+    weights: Mapping[str, float] | None
+    """Coefficients by client; None: the registry's own, or of the run."""
+    scale: float | None
+    """λ; None: it is chosen."""
+    rule: str
+    """Text of a rule; empty: the registry's own, or the mean."""
+    recipe: Recipe | None
+    """Says all of this, in place of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Members of a pool, and a recipe for them."""
 
     pool: Pool
+    recipe: Recipe = Recipe()
+    only: tuple[str, ...] = ()
+    """Clients that were chosen by name; empty: all."""
+    without: tuple[str, ...] = ()
+    """Clients that were left out by name."""
+    negated: Contribution | None = None
+    """Who is subtracted from what is composed of the pool."""
+
+    @classmethod
+    def of(
+        cls,
+        everyone: Pool,
+        *,
+        only: Sequence[str] = (),
+        without: Sequence[str] = (),
+        weights: Mapping[str, float] | None = None,
+        scale: float | None = None,
+        rule: str = "",
+        recipe: Recipe | None = None,
+    ) -> Self:
+        """Choose clients; a recipe stands in place of the options.
+
+        Raises:
+            ContributionError: If there is no such client, none is left, or weights do not fit.
+            ConfigError: If λ is not positive, or far beyond the plain sum.
+        """
+        negated = None
+        if recipe is not None:
+            only, without, weights = tuple(recipe.members), (), recipe.weights
+            if recipe.negated is not None:
+                (negated,) = everyone.only(recipe.negated.client)
+                without = () if only or weights else (negated.client,)
+        some = tuple(only or (() if without else sorted(weights or ())))
+        pool = (everyone.only(*some) if some else everyone).without(*without)
+        free = recipe is not None and not recipe.normalise
+        for own in (weights, *(group.weights for group in (recipe.groups if recipe else ()))):
+            pool.check_composable(own, normalise=not free)
+        if recipe is None:
+            recipe = Recipe(weights=weights, scale=_checked(scale, len(pool)), rule=rule)
+        if len(pool) + len(without) == len(everyone):
+            some = ()
+        return cls(pool=pool, recipe=recipe, only=some, without=tuple(without), negated=negated)
+
+    @property
+    def everyone(self) -> Iterator[Contribution]:
+        """Those who are composed, and who is subtracted."""
+        yield from self.pool
+        if self.negated is not None:
+            yield self.negated
+
+    @property
+    def coefficients(self) -> Mapping[str, float] | None:
+        """By client; None: the registry's own."""
+        return self.recipe.weights
+
+    def settled(self, settings: CompositionSettings) -> CompositionSettings:
+        """Return settings with what was asked for in place of their own.
+
+        Raises:
+            ConfigError: If there is no such rule, or it says λ itself.
+            ContributionError: If it cannot take weights that are no mean's.
+        """
+        recipe = self.recipe
+        settings = recipe.settled(settings)
+        rule = settings.made_by
+        kept = settings.scale if rule.votes else None
+        settings = replace(settings, rule=rule.text, scale=kept)
+        if (recipe.scale or recipe.factor) and not rule.votes:
+            raise ConfigError(f"The rule {rule.text} says λ itself; leave out `scale`.")
+        if not recipe.normalise and not (rule.is_sum and (rule.votes or rule.factor)):
+            raise ContributionError(
+                f"The rule {rule.text} takes weights that are >= 0 and sum to 1. With "
+                "`normalise = false`, the rules mean and task-arithmetic take any."
+            )
+        scale = recipe.scale
+        if recipe.factor:
+            scale = recipe.factor * sum(settings.times(c.num_examples) for c in self.pool)
+        elif not scale and rule.votes and not recipe.normalise and recipe.weights is not None:
+            scale = 1.0  # the weights need not be a mean's
+        return replace(settings, scale=scale) if scale else settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Asked):
+    """Contributions to compose, and with what."""
+
     backbone: StoredBackbone
     settings: CompositionSettings
     head: Head
@@ -37,17 +147,6 @@ class Selection:
     :math:`\lambda` on the mean with others."""
     made_of: str
     """What the head is made of; see :mod:`fedcompo.export.recipe`."""
-    recipe: Recipe = Recipe()
-    """What was asked for."""
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    negated: Contribution | None = None
-    """Whose task vector is subtracted, as the recipe says."""
-
-    @property
-    def coefficients(self) -> Mapping[str, float] | None:
-        """By client; None: the registry's own."""
-        return self.recipe.weights
 
     @property
     def shares(self) -> dict[str, float]:
@@ -68,13 +167,16 @@ class Selection:
 
     @property
     def multipliers(self) -> dict[str, float] | None:
-        r"""What each task vector counts in the change, :math:`\lambda' m_c`, by client.
+        r"""How often each product of two factors counts in the change, :math:`\lambda' m_c`.
 
-        None: the change is not a sum of them.
+        By client; None: the change is no sum of such products.
         """
+        if not self.settings.made_by.is_sum or any(
+            own.task_vector.kind is not Kind.LORA for own in self.pool
+        ):
+            return None
         times = times_of(self.pool, self.settings, self.coefficients)
-        is_sum = self.settings.made_by.is_sum
-        return {c: self.factor * count for c, count in times.items()} if is_sum else None
+        return {c: self.factor * count for c, count in times.items()}
 
     def change(self, name: str) -> Tensor:
         """Compose the change of one weight, (out, in), float64; of a recipe without groups."""
@@ -87,6 +189,7 @@ class Selection:
     def written(self) -> Recipe:
         """The whole recipe: with the same contributions, it gives the same bits."""
         recipe, settings = self.recipe, self.settings
+        less, gone = recipe.negated, self.negated
         needed: dict[str, Any] = {}
         if self.coefficients is None:
             needed["coefficients"] = str(settings.coefficients)
@@ -107,17 +210,15 @@ class Selection:
             scale=0.0 if self.coefficients is None else used,
             head=self.made_of,
             settings={key: 0 if v == UNLIMITED else v for key, v in needed.items()},
-            members=_digests(self.pool, CONTENT),
-            fisher=_digests(self.pool, FISHER) if settings.made_by.needs else {},
+            members=self._digests(CONTENT),
+            fisher=self._digests(FISHER) if settings.made_by.needs else {},
             groups=tuple(replace(group, scale=self._scale_of(group)) for group in recipe.groups),
-            negated=self._negation,
+            negated=less and replace(less, sha256=gone.digests.get(CONTENT, "") if gone else ""),
         )
 
-    @property
-    def _negation(self) -> Negation | None:
-        if self.negated is None or self.recipe.negated is None:
-            return None
-        return replace(self.recipe.negated, sha256=self.negated.digests.get(CONTENT, ""))
+    def _digests(self, file: str) -> dict[str, str]:
+        """SHA-256 of the tensors in a file of each member's, by client."""
+        return {own.client: own.digests.get(file, "") for own in self.pool}
 
     def _scale_of(self, group: Group) -> float:
         """λ of a group's weights: its own, the recipe's, or as where the whole has such weights."""
@@ -129,13 +230,25 @@ class Selection:
         """Compose the target weights, one at a time, in the order of names."""
         groups = self.recipe.grouped(self.backbone.target_weights)
         rest = set(self.backbone.target_weights).difference(*(names for _, names in groups))
-        parts = [self._part(rest, self.coefficients, self.factor)]
+        parts = [(rest, self.coefficients, self.factor)]
         together = sum(self.settings.times(c.num_examples) for c in self.pool)
         for group, names in groups:
             weights = self.coefficients if group.weights is None else group.weights
             factor = self._scale_of(group) / (together if weights is None else 1)
-            parts.append(self._part(names, weights, factor))
-        composed = heapq.merge(*parts, key=itemgetter(0))
+            parts.append(({*names}, weights, factor))
+        streams = (
+            stream_composition(
+                self.pool,
+                self.backbone,
+                weights,
+                self.settings,
+                factor,
+                names=names,
+                normalise=self.recipe.normalise,
+            )
+            for names, weights, factor in parts
+        )
+        composed = heapq.merge(*streams, key=itemgetter(0))
         if self.negated is None or self.recipe.negated is None:
             return composed
         return negated(
@@ -146,20 +259,13 @@ class Selection:
             base=self.backbone.fingerprint,
         )
 
-    def _part(
-        self, names: Collection[str], weights: Mapping[str, float] | None, factor: float
-    ) -> Iterator[tuple[str, Tensor]]:
-        return stream_composition(
-            self.pool,
-            self.backbone,
-            weights,
-            self.settings,
-            factor,
-            names=names,
-            normalise=self.recipe.normalise,
+
+def _checked(scale: float | None, members: int) -> float:
+    """Return λ, or 0 where it is open."""
+    most = LARGEST_SCALE * members
+    if scale is not None and not 0 < scale <= most:
+        raise ConfigError(
+            f"`scale` must be a positive number, got {scale:g}; for {members} clients {most} is "
+            "the largest. To subtract a client's task vector, see `fedcompo negate`."
         )
-
-
-def _digests(pool: Pool, file: str) -> dict[str, str]:
-    """SHA-256 of the tensors in a file of each member's, by client."""
-    return {member.client: member.digests.get(file, "") for member in pool}
+    return scale or 0.0

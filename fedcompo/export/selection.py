@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Unpack
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
@@ -16,9 +17,8 @@ from fedcompo.composition.rules.parsing import parse_rule
 from fedcompo.composition.settings import MEAN, CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.export.asked import Asked
-from fedcompo.export.recipe import FROM_FILE, MEMBERS, Recipe
-from fedcompo.export.selected import Selection
+from fedcompo.export.recipe import FROM_FILE, MEMBERS
+from fedcompo.export.selected import Asked, Options, Selection
 from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
@@ -29,27 +29,14 @@ from fedcompo.registry.state import ABOUT
 from fedcompo.storage.files import BACKBONE, REALIGNED
 
 
-def from_registry(
-    registry: RegistryReader,
-    *,
-    only: Sequence[str] = (),
-    without: Sequence[str] = (),
-    weights: Mapping[str, float] | None = None,
-    scale: float | None = None,
-    rule: str = "",
-    recipe: Recipe | None = None,
-) -> Selection:
+def from_registry(registry: RegistryReader, **choice: Unpack[Options]) -> Selection:
     """Select members of a registry.
 
     Args:
         registry: Registry of the members.
-        only: Clients to take; empty: all, or all that have a weight.
-        without: Clients to leave out.
-        weights: Coefficients by client; None: the registry's own.
-        scale: λ; None: as the registry composes it, after a removal of those who are left out; by
-            another rule, that keeps the length of the task vectors.
-        rule: Text of a rule; empty: the registry's own.
-        recipe: Says all of this, in place of it.
+        choice: See :class:`~fedcompo.export.selected.Options`. A scale that is open is that of the
+            registry after a removal of those who are left out; by another rule, that which keeps
+            the length of the task vectors.
 
     Raises:
         ContributionError: If there is no such client, none is left, or weights do not fit; if the
@@ -58,41 +45,40 @@ def from_registry(
         ConfigError: If λ is not positive, or far beyond the plain sum; if there is no such rule; if
             a pattern of the recipe fits no weight.
     """
-    own = registry.settings.rule
-    members = registry.pool(with_fisher=_needs_fisher(recipe.rule if recipe else rule, own))
-    asked = Asked.of(members, only, without, weights, scale, rule, recipe)
+    members = registry.pool(with_fisher=_needs_fisher(choice, registry.settings.rule))
+    asked = Asked.of(members, **choice)
     settings = asked.settled(registry.settings)
-    asked.check(registry.backbone.fingerprint, registry.backbone.target_weights)
+    asked.recipe.check_sources(registry.backbone.fingerprint, asked.everyone)
+    asked.recipe.grouped(registry.backbone.target_weights)
     head, made_of = _head(registry, asked, settings)
     factor = asked.recipe.factor or _factor(registry, asked, settings)
-    return asked.selection(registry.backbone, settings, head, made_of, factor)
+    return Selection(
+        **vars(asked),
+        backbone=registry.backbone,
+        settings=settings,
+        head=head,
+        made_of=made_of,
+        factor=factor,
+    )
 
 
 @contextmanager
 def from_folders(
     folders: Sequence[Path],
     *,
-    only: Sequence[str] = (),
-    without: Sequence[str] = (),
-    weights: Mapping[str, float] | None = None,
-    scale: float | None = None,
-    rule: str = "",
-    recipe: Recipe | None = None,
     checkpoint: str = "",
     max_norm_ratio: float = 0.0,
+    **choice: Unpack[Options],
 ) -> Iterator[Selection]:
     """Select contributions that lie in folders of their own; no registry, no server.
 
     Args:
         folders: One contribution each; every byte is checked.
-        only: Clients to take; empty: all, or all that have a weight.
-        without: Clients to leave out.
-        weights: Coefficients by client; None: those of the run of the first by name.
-        scale: λ; None: that keeps the length of the task vectors, or 1 with mixtures.
-        rule: Text of a rule; empty: the mean.
-        recipe: Says all of this, in place of it.
         checkpoint: File of the pre-trained weights; empty: as in this run.
         max_norm_ratio: Refuse a task vector this many times longer than the median; 0: none.
+        choice: As of :func:`from_registry`; without weights, coefficients are those of the run of
+            the first by name; a scale that is open keeps the length of the task vectors, or is 1
+            with mixtures.
 
     Raises:
         FileFormatError: If a folder holds no intact contribution.
@@ -101,11 +87,11 @@ def from_folders(
         ConfigError: If λ is not positive or far beyond the plain sum, there is no such rule, or the
             recipe or settings of the run cannot be used.
     """
-    with_fisher = _needs_fisher(recipe.rule if recipe else rule, MEAN)
+    with_fisher = _needs_fisher(choice, MEAN)
     members = [Contribution.open(f, with_fisher=with_fisher, check=True) for f in folders]
     if not members:
         raise ContributionError("There is nothing to compose; name at least one folder.")
-    asked = Asked.of(Pool(tuple(members)), only, without, weights, scale, rule, recipe)
+    asked = Asked.of(Pool(tuple(members)), **choice)
     pool, first = asked.pool, asked.pool.contributions[0]
     named = {"checkpoint": checkpoint} if checkpoint else {}
     config = RunConfig.stored({**first.settings, **named})
@@ -117,7 +103,8 @@ def from_folders(
             f"The contributions were trained on the backbone {base}, found is "
             f"{backbone.fingerprint}. Name the file of its weights with `--checkpoint`."
         )
-    asked.check(base, backbone.theta_0)
+    asked.recipe.check_sources(base, asked.everyone)
+    asked.recipe.grouped(backbone.theta_0)
     company = Company.on(backbone, settings).held_to(max_norm_ratio)
     for member in asked.everyone:
         company = company.joined({member.client: admit(member, company)})
@@ -129,8 +116,15 @@ def from_folders(
         save_backbone(path, backbone)
         stored = StoredBackbone(path)
         head = _head_of_members(asked, settings)
-        factor = asked.recipe.factor or factor_of(pool, stored, settings, asked.weights).value
-        yield asked.selection(stored, settings, head, MEMBERS, factor)
+        factor = asked.recipe.factor or factor_of(pool, stored, settings, asked.coefficients).value
+        yield Selection(
+            **vars(asked),
+            backbone=stored,
+            settings=settings,
+            head=head,
+            made_of=MEMBERS,
+            factor=factor,
+        )
 
 
 @contextmanager
@@ -158,7 +152,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _needs_fisher(rule: str, own: str) -> bool:
+def _needs_fisher(choice: Options, own: str) -> bool:
+    recipe = choice.get("recipe")
+    rule = choice.get("rule") if recipe is None else recipe.rule
     return bool(parse_rule(rule or own).needs)
 
 
@@ -170,7 +166,7 @@ def _head(
     own = MEMBERS if realigned is None else f"{FROM_FILE}{realigned}"
     asked_for = asked.recipe.head == own != MEMBERS
     as_it_is = asked_for or not (asked.recipe.head or asked.recipe.settings)
-    if as_it_is and asked.pool.clients == registry.clients and asked.weights is None:
+    if as_it_is and asked.pool.clients == registry.clients and asked.coefficients is None:
         return registry.joint_head(), own
     return _head_of_members(asked, settings), MEMBERS
 
@@ -190,9 +186,9 @@ def _factor(registry: RegistryReader, asked: Asked, settings: CompositionSetting
     """Return the factor of some members, as after a removal of the others."""
     open_still = settings.scale is None and not asked.recipe.settings
     open_still = open_still and settings.rule == registry.settings.rule
-    if open_still and asked.pool.clients == registry.clients and asked.weights is None:
+    if open_still and asked.pool.clients == registry.clients and asked.coefficients is None:
         return registry.factor
     if open_still and registry.kept_factor is not None:
         together = sum(settings.times(c.num_examples) for c in asked.pool)
-        return registry.kept_factor * (1 if asked.weights is None else together)
-    return factor_of(asked.pool, registry.backbone, settings, asked.weights).value
+        return registry.kept_factor * (1 if asked.coefficients is None else together)
+    return factor_of(asked.pool, registry.backbone, settings, asked.coefficients).value

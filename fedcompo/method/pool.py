@@ -169,7 +169,7 @@ class Pool:
                 f"Coefficients are given for {', '.join(sorted(coefficients)) or 'nobody'}, "
                 f"expected exactly {', '.join(self.clients)}."
             )
-        total = sum(coefficients.values())  # fsum raises where infinities meet
+        total = sum(coefficients.values())  # fsum raises where it overflows, or infinities meet
         mean = abs(total - 1) <= 1e-6 and min(coefficients.values()) >= 0
         if not (mean if normalise else math.isfinite(total)):
             raise ContributionError(

@@ -105,6 +105,8 @@ def test_a_name_that_is_taken_is_replaced_on_demand(
 ) -> None:
     common = ("import", saved(tmp_path / "a.safetensors"), "-r", registry.path, "--data", images)
     assert "`--replace`" in run(*common, "--client", "ben", code=1).output
+    nobody = run(*common, "--client", "ben", "--replace", "-o", tmp_path / "out", code=2)
+    assert "`--replace` replaces nobody" in nobody.output
     run(*common, "--client", "ben", "--replace")
     assert Registry(registry.path).member("ben").classes == ("cat", "dog")
 

@@ -123,6 +123,20 @@ def test_a_dry_run_needs_neither_token_nor_network(folder, monkeypatch):
     assert "The card states no license." in text
 
 
+def linked(folder):
+    """Somebody's file of another place lies under a name that is sent."""
+    (folder.parent / "secret").write_bytes((folder / "recipe.toml").read_bytes())
+    (folder / "recipe.toml").unlink()
+    (folder / "recipe.toml").symlink_to(folder.parent / "secret")
+
+
+def test_the_card_of_another_adapter_is_not_sent_with_it(written, tmp_path, hub):
+    folder = Path(shutil.copytree(written / "adapter", tmp_path / "adapter"))
+    shutil.copy(written / "model" / "README.md", folder)
+    assert "the card of another model" in run("push", folder, "org/mine", code=1).output
+    assert hub.seen == []
+
+
 @pytest.mark.parametrize(
     ("harm", "code", "message"),
     [
@@ -130,8 +144,11 @@ def test_a_dry_run_needs_neither_token_nor_network(folder, monkeypatch):
         (lambda f: (f / "config.json").write_text("{"), 1, "config.json or README.md"),
         (lambda f: (f / "README.md").write_text("Mine."), 1, "the card of another model"),
         (lambda f: (f / "README.md").unlink(), 2, "has no README.md"),
-        (lambda f: (f / "model.safetensors").unlink(), 2, "no model.safetensors or adapter_mod"),
+        (lambda f: (f / "model.safetensors").unlink(), 2, "has no model.safetensors"),
         (lambda f: (f / BACKBONE).write_bytes(b"1"), 1, "not a complete fedcompo file"),
+        (lambda f: (f / "recipe.toml").write_text("password"), 2, "no valid TOML"),
+        (lambda f: (f / "recipe.toml").write_text(""), 1, "is not the recipe of model.safetensors"),
+        (linked, 2, "recipe.toml is a link, which fedcompo does not write"),
     ],
 )
 def test_what_is_not_intact_is_not_sent(folder, hub, harm, code, message):
@@ -146,9 +163,11 @@ def test_a_wrong_name_is_refused_before_anything_is_read(repo, tmp_path, hub):
     assert "write OWNER/NAME" in text and hub.seen == []
 
 
-def test_without_a_token_it_says_where_to_get_one(folder, hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    assert "`hf auth login`" in run("push", folder, "org/mine", code=2).output
+@pytest.mark.parametrize("token", [None, "hf_mine two", "hf_mine\x01", "hf_mineé"])
+def test_without_a_token_it_says_where_to_get_one(folder, hub, monkeypatch, token):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    text = run("push", folder, "org/mine", code=2).output
+    assert "`hf auth login`" in text and "mine two" not in text and "hf_mine" not in text
     assert hub.seen == []
 
 
@@ -170,7 +189,8 @@ def test_a_refusal_is_one_sentence_and_what_to_do(folder, hub, where, status, ad
     assert not any(repo["files"] for repo in hub.repos.values())
 
 
-def test_a_hub_out_of_reach_is_named(folder, hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+def test_a_hub_out_of_reach_is_named_without_the_password_of_its_address(folder, hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://eve:secret@127.0.0.1:1")
     text = run("push", folder, "org/mine", code=1).output
     assert "http://127.0.0.1:1 cannot be reached" in text and "HF_ENDPOINT" in text
+    assert "secret" not in text

@@ -4,47 +4,76 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from builders import mixed_pool_members, pico_backbone, pico_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+import fedcompo
 from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.choices import Kind
+from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.export.example import preprocessing_text
 from fedcompo.export.model_card import (
     MOST_CLASSES,
-    ExportedModel,
-    Member,
     class_table,
     escaped,
     model_card,
 )
+from fedcompo.export.recipe import Group, Negation, Recipe
+from fedcompo.export.selected import Selection
+from fedcompo.method.contribution import Contribution
+from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
+from fedcompo.method.pool import Pool
 from fedcompo.storage.files import WEIGHTS
 
 GREY = pico_backbone().preprocessing
 COEFFICIENTS = {"client-0": 0.5, "client-1": 0.2, "client-2": 0.3}
-MEMBERS = tuple(
-    Member.of(contribution, COEFFICIENTS[contribution.client])
-    for contribution in mixed_pool_members(pico_weights())
-)
-MODEL = ExportedModel(
-    members=MEMBERS,
-    classes=("cat", "dog"),
-    backbone="embedded",
-    architecture="vit_tiny_patch16_224",
-    fingerprint="embedded@1234",
-    preprocessing=GREY,
-    file=WEIGHTS,
-    sha256="ab" * 32,
-    fedcompo_version="1.2.3",
-    scale=0.75,
-)
+MEMBERS = tuple(mixed_pool_members(pico_weights()))
+
+
+NOWHERE = Origin()
+
+
+def card_of(
+    *,
+    members: tuple[Contribution, ...] = MEMBERS,
+    classes: tuple[str, ...] = ("cat", "dog"),
+    fingerprint: str = "embedded@1234",
+    origin: Origin = NOWHERE,
+    rule: str = "mean",
+    negated: Negation | None = None,
+    groups: tuple[Group, ...] = (),
+    **names: tuple[str, ...],
+) -> str:
+    """The card of a model that nobody composed."""
+    backbone = SimpleNamespace(
+        fingerprint=fingerprint,
+        origin=origin,
+        architecture="vit_tiny_patch16_224",
+        preprocessing=GREY,
+    )
+    weights = {m.client: COEFFICIENTS.get(m.client, 1.0) for m in members}
+    selection = Selection(
+        pool=Pool(members),
+        backbone=backbone,
+        settings=CompositionSettings(scale=0.75, rule=rule),
+        head=Head(classes, torch.zeros(2, 8), torch.zeros(2)),
+        factor=0.75,
+        made_of="members",
+        recipe=Recipe(weights=weights, negated=negated, groups=groups),
+        **names,
+    )
+    return model_card(selection, WEIGHTS, "ab" * 32)
+
+
 FRONT = {
     "license": "apache-2.0",
     "library_name": "timm",
@@ -130,29 +159,27 @@ def visible(text: str) -> str:
     return "".join(shown).strip()
 
 
-def named(client: str) -> ExportedModel:
-    """A model in which a name stands wherever a name can stand."""
+def named(client: str) -> str:
+    """A card in which a name stands wherever a name can stand."""
     lineage = Lineage(method=client, anchored_by=(client,))
-    return replace(
-        MODEL,
+    return card_of(
         members=(replace(MEMBERS[0], client=client, lineage=lineage),),
         classes=(client, "dog"),
-        backbone=client,
-        fingerprint=client,
+        fingerprint=f"{client}@1",
         only=(client,),
         without=(client, "gone"),
-        negated=client,
+        negated=Negation(client),
     )
 
 
 def test_the_front_matter_is_yaml_as_hubs_read_it():
-    assert yaml.safe_load(parts(model_card(MODEL))[0]) == FRONT
+    assert yaml.safe_load(parts(card_of())[0]) == FRONT
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"backbone": "vit", "members": MEMBERS[:1]}, {}),
+        ({"members": MEMBERS[:1]}, {}),
         (
             {"origin": Origin("timm/vit.x", "cc-by-nc-4.0")},
             {
@@ -171,13 +198,13 @@ def test_the_front_matter_is_yaml_as_hubs_read_it():
             },
         ),
         (
-            {"origin": Origin("org/y"), "members": MEMBERS[:1], "negated": "gone"},
+            {"origin": Origin("org/y"), "members": MEMBERS[:1], "negated": Negation("gone")},
             {"base_model": "org/y", "base_model_relation": "merge"},
         ),
     ],
 )
 def test_lineage_and_license_are_the_hubs_names_or_left_out(changes, expected):
-    card = model_card(replace(MODEL, **{"backbone": "vit", **changes}))
+    card = card_of(**{"fingerprint": "vit@1", **changes})
     found = yaml.safe_load(parts(card)[0])
     several = expected.get("base_model_relation") == "merge"
     tags = [tag for tag in FRONT["tags"] if several or tag != "merge"]
@@ -206,22 +233,23 @@ def test_what_is_no_name_of_the_hub_is_not_repeated():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_changes_the_shape_of_the_card(name):
-    front, body = parts(model_card(named(name)))
+    front, body = parts(named(name))
     own = {key: value for key, value in FRONT.items() if key != "license"}  # no such backbone
     assert yaml.safe_load(front) == own
-    assert outline(body) == outline(parts(model_card(named("plain")))[1])
+    assert outline(body) == outline(parts(named("plain"))[1])
     assert not any(token.type == "html_inline" for token in tokens_of(body))
     body.encode()
 
 
 @given(st.text(st.characters(exclude_categories=()), min_size=1, max_size=20))
 def test_any_name_is_shown_literally_in_its_cell(name):
-    body = parts(model_card(named(name)))[1]
-    assert outline(body) == outline(parts(model_card(named("plain")))[1])
+    body = parts(named(name))[1]
+    assert outline(body) == outline(parts(named("plain"))[1])
     classes, shares, origins, identity = tables_of(body)
     assert classes[1:] == [["0", visible(name)], ["1", "dog"]]
     assert shares[1][0] == origins[1][0] == origins[1][1] == visible(name)
-    assert identity[1][1] == identity[3][1] == visible(name)
+    assert identity[1][1] == visible(name)
+    assert identity[3][1] == visible(f"{name}@1")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -245,7 +273,7 @@ def test_plain_names_are_left_as_they_are():
 
 
 def test_members_are_listed_with_kind_coefficient_and_examples():
-    shares = tables_of(parts(model_card(MODEL))[1])[1]
+    shares = tables_of(parts(card_of())[1])[1]
     assert shares == [
         ["client", "kind", "w", "training images", "classes"],
         ["client-0", "full", "0.5", "10", "2"],
@@ -254,22 +282,28 @@ def test_members_are_listed_with_kind_coefficient_and_examples():
     ]
 
 
+def test_no_images_are_claimed_where_a_classifier_stands_for_them():
+    member = replace(MEMBERS[0], settings={f"{IMPORTED}statistics": STAND_IN})
+    shares = tables_of(parts(card_of(members=(member,)))[1])[1]
+    assert shares[1] == ["client-0", "full", "0.5", "none", "2"]
+
+
 def test_the_lineage_of_each_member_is_counted():
     lineage = Lineage("iel", ("a", "b", "c"), ("a", "b"), ("a",))
-    member = Member("x", Kind.LORA, 1.0, 5, 1, lineage)
-    origins = tables_of(parts(model_card(replace(MODEL, members=(member,))))[1])[2]
+    member = replace(MEMBERS[0], client="x", lineage=lineage)
+    origins = tables_of(parts(card_of(members=(member,)))[1])[2]
     assert origins[1] == ["x", "iel", "3", "2", "1"]
 
 
 def test_backbone_and_digests_are_given():
-    identity = tables_of(parts(model_card(MODEL))[1])[3]
+    identity = tables_of(parts(card_of())[1])[3]
     assert dict(identity[1:]) == {
         "backbone": "embedded",
         "architecture": "vit_tiny_patch16_224",
         "fingerprint of θ₀": "embedded@1234",
         "SHA-256 of model.safetensors": "ab" * 32,
     }
-    assert "fedcompo 1.2.3." in model_card(MODEL)
+    assert f"fedcompo {fedcompo.__version__}." in card_of()
 
 
 @pytest.mark.parametrize(
@@ -278,19 +312,23 @@ def test_backbone_and_digests_are_given():
         ({}, "All clients. λ = 0.75."),
         ({"only": ("client-0", "client-1")}, "Only client-0, client-1. λ = 0.75."),
         ({"without": ("client-8",)}, "Without client-8. λ = 0.75."),
+        (
+            {"groups": (Group("a", 1.0),)},
+            "All clients. λ = 0.75. The recipe's groups have w or λ of their own.",
+        ),
         ({"rule": "ties:density=0.2"}, "All clients. By the rule `ties:density=0.2`. λ = 0.75."),
         ({"only": ("client-0",), "without": ("b",)}, "Only client-0. Without b. λ = 0.75."),
     ],
 )
 def test_the_card_says_how_the_model_was_composed(changes, sentence):
-    card = model_card(replace(MODEL, **changes))
+    card = card_of(**changes)
     assert f"\n{sentence}\n" in card
     assert "WARNING" not in card
     assert "# A model composed of 3 clients\n" in card
 
 
 def test_a_negated_copy_is_labelled_in_title_banner_and_formula():
-    card = model_card(replace(MODEL, negated="client-9", negation_scale=1.5))
+    card = card_of(negated=Negation("client-9", strength=1.5))
     body = parts(card)[1]
     assert body.startswith("\n# Negated copy of a model composed of 3 clients\n\n> [!WARNING]\n")
     assert "do not deploy" in body
@@ -305,7 +343,7 @@ def test_a_client_that_was_left_out_but_shaped_others_is_admitted():
         "client-2": Lineage(anchored_by=("someone",)),
     }
     members = tuple(replace(m, lineage=lineages[m.client]) for m in MEMBERS)
-    card = model_card(replace(MODEL, members=members, without=("gone", "stranger")))
+    card = card_of(members=members, without=("gone", "stranger"))
     assert "its data shaped the training of client-0, client-1: this influence stays" in card
     assert "no member was trained with anything of stranger." in card
 

@@ -100,12 +100,12 @@ def exported(folder: Path, backbone: Backbone, *clients: Contribution, **given: 
         save_backbone(Path(home) / BACKBONE, backbone)
         rank = given.pop("rank", None)
         selection = Selection(
-            Pool(clients),
-            StoredBackbone(Path(home) / BACKBONE),
-            CompositionSettings(scale=1.0),
-            clients[0].head,
-            1 / len(clients),
-            MEMBERS,
+            pool=Pool(clients),
+            backbone=StoredBackbone(Path(home) / BACKBONE),
+            settings=CompositionSettings(scale=1.0),
+            head=clients[0].head,
+            factor=1 / len(clients),
+            made_of=MEMBERS,
         )
         return export_peft(folder, replace(selection, **given), rank=rank)
 

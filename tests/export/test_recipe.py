@@ -241,6 +241,11 @@ def test_what_a_dtype_cannot_hold_is_refused(registry: Registry, tmp_path: Path)
             ContributionError,
             "expected exactly ada, ben, cho",
         ),
+        (
+            Recipe(weights={"ada": 1e308, "ben": 1e308}, normalise=False),
+            ContributionError,
+            "with the sum inf",
+        ),
         (Recipe(rule="tise"), ConfigError, "no rule 'tise'"),
         (Recipe(rule="norm-preserving", scale=2.0), ConfigError, "says λ itself"),
         (Recipe(rule="task-arithmetic", factor=0.3), ConfigError, "says λ itself"),

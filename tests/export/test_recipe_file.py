@@ -102,6 +102,8 @@ def test_by_hand_it_names_what_differs_alone(tmp_path: Path) -> None:
         ("normalise = false", "`normalise = false` is said of weights, and there are none"),
         ("[negated]\nstrength = 1.0", "`negated.client` is missing"),
         ("[negated]\nclient = 'ada'\nstrength = 0", "`negated.strength` must be > 0"),
+        ("members = ['ada']\n[fisher]\nben = ''", "`fisher` names 'ben', who is no member"),
+        ("class-cap = 4611686018427387905", "`class-cap` must be at most 2**62"),
         ("scale 1", "is no valid TOML"),
         ("a = " + "[" * 5000, "is no valid TOML"),
         ("#" * (LARGEST + 1), f"has more than {LARGEST} bytes"),
