@@ -20,7 +20,13 @@ from fedcompo.backbone import ia3_adapter, lora_adapter
 from fedcompo.backbone.adapted import Adapted, Layers
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.checkpoint import read_checkpoint, require_finite
-from fedcompo.backbone.finetuned import LEAST_COSINE, FineTuned, require_plausible, take_classifier
+from fedcompo.backbone.finetuned import (
+    LEAST_COSINE,
+    FineTuned,
+    cosine,
+    require_plausible,
+    take_classifier,
+)
 from fedcompo.backbone.foreign_names import timm_name, within
 from fedcompo.errors import BackboneError, BackboneMismatch
 from fedcompo.method.task_vector import TaskVector
@@ -136,13 +142,12 @@ def _require_related(
         torch.cat([t.double().flatten() - t.double().mean() for t in side] or [torch.zeros(1)])
         for side in ([a for a, b in pairs if a.shape == b.shape], [b for _, b in pairs])
     )
-    if len(theirs) != len(ours) or not float(ours.norm()) > 0:
-        return  # of another shape, which is named later, or nothing to compare with
-    cosine = float(theirs @ ours / (theirs.norm() * ours.norm()).clamp_min(1e-30))
-    if cosine < LEAST_COSINE:
+    if len(theirs) != len(ours):
+        return  # of another shape, which is named later
+    if (alike := cosine(theirs, ours)) < LEAST_COSINE:
         raise BackboneMismatch(
             f"{folder} was trained on other weights than {backbone.name!r} has: the layers that it "
-            f"saved whole are not these, fine-tuned (cosine {cosine:.2f}, expected above "
+            f"saved whole are not these, fine-tuned (cosine {alike:.2f}, expected above "
             f"{LEAST_COSINE}). Import it into a registry of its model."
         )
 

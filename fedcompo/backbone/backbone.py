@@ -252,7 +252,7 @@ def _require_takes(
 
 
 def _classifier_name(model: nn.Module, architecture: str) -> str:
-    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    name = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     if not isinstance(name, str):
         raise BackboneError(
             f"{architecture!r} has the classifiers {', '.join(name)}; one joint head can be put "

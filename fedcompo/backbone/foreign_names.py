@@ -78,8 +78,8 @@ def timm_name(name: str, classifier: str) -> tuple[str, int | None] | None:
             return None
         leaf = "gamma" if leaf == "lambda1" else leaf
         return f"blocks.{match[1]}.{IN_BLOCK[layer]}.{leaf}", SEPARATE.get(layer)
-    if re.fullmatch(r"classifier\.(weight|bias)", name):
-        return name.replace("classifier", classifier), None
+    if match := re.fullmatch(r"(?:.*\.)?classifier\.(weight|bias)", name):
+        return f"{classifier}.{match[1]}", None
     for theirs, ours in OUTSIDE.items():
         if name == theirs or (name.endswith(f".{theirs}") and "text_model." not in name):
             return ours, None

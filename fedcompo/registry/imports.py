@@ -152,6 +152,11 @@ def _read(path: Path, backbone: Backbone, wanted: Wanted) -> FineTuned:
         found = replace(found, base=_other_base(path, found.base, backbone))
     else:
         found = (read_difference if wanted.difference else read_finetuned)(path, backbone)
+    if not any(tau.any() for tau in found.task_vector.dense(backbone.theta_0).values()):
+        raise ContributionError(
+            f"{path} changes no target weight of {backbone.name!r}: it is not trained, or trained "
+            "elsewhere. Name the fine-tuned one, or another registry."
+        )
     if found.rest and not wanted.drop_rest:
         raise ContributionError(
             f"{path} changed more than the target weights, which is all that a contribution can "
