@@ -187,8 +187,11 @@ def _from_timm(
         args, cfg = source.model_args | args, source.cfg | cfg
         return _build(source.architecture, args, cfg, read_checkpoint(path), config)
     name, given = config.backbone, _input_args(config)
+    known = {"classifier": source.cfg.get("classifier") or "head"}  # which timm leaves out
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **given)
+        model = timm.create_model(
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay=known, **given
+        )
     except Exception as error:
         if given:
             _require_takes(source.architecture, config, {**source.model_args, **given}, {})
