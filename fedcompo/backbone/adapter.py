@@ -1,7 +1,7 @@
 """Reads an adapter that PEFT wrote, a LoRA or (IA)³, as a change of a backbone.
 
-What its layers are called in timm is found here; :mod:`fedcompo.backbone.lora_adapter` and
-:mod:`fedcompo.backbone.ia3_adapter` say what each kind computes. The format is described at
+What its layers are called in timm is found here; :mod:`fedcompo.backbone.adapter_kinds` says
+what each kind computes. The format is described at
 https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo.backbone import ia3_adapter, lora_adapter
-from fedcompo.backbone.adapted import Adapted, Layers
+from fedcompo.backbone.adapter_kinds import Adapted, check_lora, of_ia3, of_lora, scaled_biases
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.checkpoint import read_checkpoint, require_finite
 from fedcompo.backbone.finetuned import (
@@ -29,7 +28,6 @@ from fedcompo.backbone.finetuned import (
 )
 from fedcompo.backbone.foreign_names import timm_name, within
 from fedcompo.errors import BackboneError, BackboneMismatch
-from fedcompo.method.task_vector import TaskVector
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,8 +41,17 @@ HARMLESS = {
 }
 """Keys that leave an adapter of nn.Linear what it is: the file's tensors say which layers there
 are, and PEFT itself takes no notice of ``fan_in_fan_out`` at an nn.Linear."""
-KINDS: dict[str, Any] = {"LORA": lora_adapter, "IA3": ia3_adapter}
-"""The module of each kind that is converted, by PEFT's name of it."""
+HARMLESS_IN = {
+    "IA3": {"feedforward_modules", "init_ia3_weights"},
+    "LORA": {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+        *("lora_dropout", "ensure_weight_tying", "layers_to_transform", "layers_pattern"),
+        *("megatron_core", "qalora_group_size"),
+    },
+}
+"""Further ones of each kind that is converted: they are converted too, or change nothing."""
+ALLOWED = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+"""Keys of which some values are converted. Other ways to initialise may change the base weights."""
 
 
 def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
@@ -86,15 +93,16 @@ def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
     classifier, rest = take_classifier(beside, backbone)
     _require_related(folder, beside, start, backbone)
     rest += [n for n, t in beside.items() if n not in start or not torch.equal(t, start[n].cpu())]
-    vector: TaskVector = KINDS[config["peft_type"]].converted(config, layers, backbone)
-    rest += ia3_adapter.scaled_biases(layers, backbone)
+    convert = of_lora if config["peft_type"] == "LORA" else of_ia3
+    vector = convert(config, layers, backbone)
+    rest += scaled_biases(layers, backbone)
     base = config.get(BASE)
     return FineTuned(
         vector, classifier, (), tuple(sorted(rest)), base if isinstance(base, str) else ""
     )
 
 
-def _layers(found: dict[str, Tensor], backbone: Backbone) -> Layers:
+def _layers(found: dict[str, Tensor], backbone: Backbone) -> dict[str, list[Adapted]]:
     """Take what belongs to the target weights out of the adapter's tensors.
 
     Raises:
@@ -113,7 +121,7 @@ def _layers(found: dict[str, Tensor], backbone: Backbone) -> Layers:
                 "in timm. Save the adapter of the one model that you want."
             )
         own.tensors[match[2]] = found.pop(name)
-    layers: Layers = {}
+    layers: dict[str, list[Adapted]] = {}
     for (weight, _), own in places.items():
         layers.setdefault(weight, []).append(own)
     return layers
@@ -157,36 +165,24 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = {"peft_type": None, **json.loads(path.read_text(encoding="utf-8"))}
         kind = config["peft_type"]
-        if kind not in KINDS:
+        beyond = [
+            f"{key} = {value!r:.60}"
+            for key, value in sorted(config.items())
+            if key not in HARMLESS | HARMLESS_IN.get(kind, set())
+            and (value not in ALLOWED[key] if key in ALLOWED else value)
+        ]
+        if beyond or kind not in HARMLESS_IN:
             raise BackboneError(
-                f"{path} describes an adapter of peft_type = {kind!r:.60}; those of LORA and IA3 "
-                "are converted. Merge it into its model with PEFT's `merge_and_unload`, save the "
-                "weights, and import those."
+                f"{path} asks for peft_type = {kind!r:.60}"
+                + f" with {', '.join(beyond)}" * bool(beyond)
+                + ", and only plain LORA and IA3 can be converted exactly. Merge it into its model "
+                "with PEFT's `merge_and_unload`, save the weights, and import those."
             )
-        _refuse_beyond(path, config, KINDS[kind].HARMLESS | HARMLESS, KINDS[kind].ALLOWED)
-        KINDS[kind].check(config)
+        if kind == "LORA":
+            check_lora(config)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, re.error) as error:
         raise BackboneError(
             f"{path} cannot be read as PEFT's configuration ({type(error).__name__}: {error}). "
             "Save the adapter again with `save_pretrained`."
         ) from error
     return config
-
-
-def _refuse_beyond(
-    path: Path,
-    config: Mapping[str, Any],
-    plain: set[str],
-    allowed: Mapping[str, tuple[Any, ...]],
-) -> None:
-    beyond = [
-        f"{key} = {value!r:.60}"
-        for key, value in sorted(config.items())
-        if key not in plain and (value not in allowed[key] if key in allowed else value)
-    ]
-    if beyond:
-        raise BackboneError(
-            f"{path} asks for more than {config['peft_type']}, which cannot be converted exactly: "
-            f"{', '.join(beyond)}. Merge it into its model with PEFT's `merge_and_unload`, save "
-            "the weights, and import those."
-        )
