@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.checkpoint import require_finite
 from fedcompo.backbone.finetuned import MODEL_FROM, FineTuned, length, read_source
@@ -41,26 +43,26 @@ def read_difference(source: Path, backbone: Backbone) -> FineTuned:
             "Save the difference of the one you want in a file of its own."
         )
     start = backbone.model.state_dict()
-    own = {name: found.get(name) for name in backbone.theta_0}
-    if all(tensor is None for tensor in own.values()):
+    own = backbone.theta_0
+    if own.keys().isdisjoint(found):
         raise BackboneError(
             f"{path} holds no target weight of {backbone.name!r}, only "
             f"{', '.join(sorted(state)[:3])}. Import it into a registry of its model."
         )
     tau: Weights = {}
-    for name, weight in backbone.theta_0.items():
-        tensor = own[name]
-        if tensor is not None and tensor.shape != weight.shape:
+    for name, weight in own.items():
+        tensor = found.get(name, torch.zeros(weight.shape))
+        if tensor.shape != weight.shape:
             raise BackboneError(
                 f"{name!r} of {path} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(weight.shape)} as in {backbone.name!r}, which the registry's weights are."
             )
-        tau[name] = weight.new_zeros(weight.shape).cpu() if tensor is None else tensor
-    if not length(tau) < MODEL_FROM * length(backbone.theta_0):
+        tau[name] = tensor
+    if not (share := length(tau) / length(own)) < MODEL_FROM:
         raise BackboneError(
-            f"{path} is no difference to {backbone.name!r}: its weights are as long as "
-            f"{length(tau) / length(backbone.theta_0):.2g} of the pre-trained ones, expected below "
-            f"{MODEL_FROM}. If it holds a model, leave `--delta` out."
+            f"{path} is no difference to {backbone.name!r}: its weights are as long as {share:.2g} "
+            f"of the pre-trained ones, expected below {MODEL_FROM}. If it holds a model, leave "
+            "`--delta` out."
         )
     rest = (n for n, t in found.items() if n not in own and (n not in start or bool(t.any())))
     tensors = {f"{name}/delta": tensor for name, tensor in tau.items()}

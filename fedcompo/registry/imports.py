@@ -23,8 +23,8 @@ from fedcompo.backbone.difference import read_difference
 from fedcompo.backbone.fetching import fetched
 from fedcompo.backbone.finetuned import FineTuned, read_finetuned
 from fedcompo.backbone.preprocessing import Modality
-from fedcompo.composition.claims import capped
 from fedcompo.composition.head import SHRINKAGE
+from fedcompo.composition.totals import total_after
 from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.choices import Statistics
 from fedcompo.config.presets import IMPORTED, STAND_IN
@@ -210,30 +210,40 @@ def _images(data: Path, wanted: Wanted, backbone: Backbone) -> ClientData:
 def _of_images(
     images: ClientData, found: FineTuned, wanted: Wanted, backbone: Backbone
 ) -> tuple[Head, FeatureSums, str]:
-    """Head and statistics of images, and whose the head is."""
+    """Head and statistics of images, and whose the head is: ``source`` or ``fitted``."""
     features = extract_features(backbone.forward({}), images.train.images)
-    head, whose = _head_of(found, wanted.classes, backbone, images)
-    return head, FeatureSums.of(features, images.train.labels, images.classes), whose
+    statistics = FeatureSums.of(features, images.train.labels, images.classes)
+    own = _own_head(found, wanted)
+    if own is not None and {*images.classes} <= {*own.classes}:
+        return own.rows(images.classes), statistics, "source"
+    if wanted.classes:
+        raise ContributionError(
+            f"`--classes` names the classifier's {len(wanted.classes)} rows "
+            f"{', '.join(wanted.classes)}, and the images are of {', '.join(images.classes)}. "
+            "Call the rows as the images' folders are called."
+        )
+    theta = found.task_vector.dense(backbone.theta_0)
+    theta = {name: backbone.theta_0[name] + tau for name, tau in theta.items()}
+    features = extract_features(backbone.forward(theta), images.train.images)
+    start = zero_head(images.classes, backbone.num_features)
+    head = fit_head(features, images.train.labels, start, ridge=RunConfig().head.ridge)
+    return head, statistics, "fitted"
 
 
 def _others(registry: RegistryReader, client: str) -> FeatureSums | None:
     """Statistics of the members, without the one that is replaced; None: nobody else is there."""
     if not {*registry.clients} - {client}:
         return None
-    total = registry.total_statistics()
-    if client not in registry.clients:
-        return total
-    own = capped(registry.contribution(client).statistics, registry.settings.class_cap)
-    assert isinstance(own, FeatureSums)
-    return total - own
+    going = [registry.contribution(client)] if client in registry.clients else []
+    return total_after(registry.total_statistics(), (), going, registry.settings)
 
 
 def _of_rows(
     path: Path, found: FineTuned, wanted: Wanted, total: FeatureSums | None, backbone: Backbone
 ) -> tuple[Head, FeatureSums]:
     """Head and statistics of the source's own classifier."""
-    names = wanted.classes or found.classes
-    if found.classifier is None or not names:
+    own = _own_head(found, wanted)
+    if own is None:
         lacks = "has no classifier" if found.classifier is None else "does not name its classes"
         raise ContributionError(
             f"{path} {lacks}, and without `--data` its classes are described by the rows of its "
@@ -244,13 +254,7 @@ def _of_rows(
                 else f", or its {len(found.classifier[0])} rows in `--classes`, in their order."
             )
         )
-    weight, bias = found.classifier
-    if len(names) != len(weight):
-        raise ContributionError(
-            f"`--classes` names {len(names)} classes, and the source's classifier has "
-            f"{len(weight)} rows. Name each row."
-        )
-    head = Head(names, weight, bias).rows(sorted(names))
+    head = own.rows(sorted(own.classes))
     assumed = (
         Assumed.of_norm(backbone.model, backbone.num_features)
         if total is None
@@ -261,26 +265,16 @@ def _of_rows(
     return head, stand_in(head, assumed, shrinkage=SHRINKAGE, images=images)
 
 
-def _head_of(
-    found: FineTuned, given: tuple[str, ...], backbone: Backbone, images: ClientData
-) -> tuple[Head, str]:
-    """The rows of the images' classes, and whose they are: ``source`` or ``fitted``."""
+def _own_head(found: FineTuned, wanted: Wanted) -> Head | None:
+    """The source's classifier; None without one, or if the names of its rows are not known."""
     rows = 0 if found.classifier is None else len(found.classifier[0])
-    names = given or found.classes
-    fits = len(names) == rows and {*images.classes} <= {*names}
-    if given and not fits:
+    if wanted.classes and len(wanted.classes) != rows:
         raise ContributionError(
-            f"`--classes` names {len(given)} classes, and the source's classifier has {rows} rows. "
-            f"Name each row, among them those of the images: {', '.join(images.classes)}."
+            f"`--classes` names {len(wanted.classes)} classes, and the source's classifier has "
+            f"{rows} rows. Name each row."
         )
-    if fits and found.classifier is not None:
-        return Head(names, *found.classifier).rows(images.classes), "source"
-    theta = found.task_vector.dense(backbone.theta_0)
-    theta = {name: backbone.theta_0[name] + tau for name, tau in theta.items()}
-    features = extract_features(backbone.forward(theta), images.train.images)
-    start = zero_head(images.classes, backbone.num_features)
-    ridge = RunConfig().head.ridge
-    return fit_head(features, images.train.labels, start, ridge=ridge), "fitted"
+    names = wanted.classes or found.classes
+    return Head(names, *found.classifier) if found.classifier and len(names) == rows else None
 
 
 def _settings(backbone: Backbone, found: FineTuned) -> dict[str, Scalar]:
