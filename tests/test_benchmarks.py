@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import run
 from safetensors.torch import load_file, save_file
 
 from fedcompo.config.choices import Wire
@@ -160,3 +161,26 @@ def test_a_rule_has_a_line_beside_the_mean(monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["mean", "ties"]
     assert not list(tmp_path.iterdir())
+
+
+def test_tools_merge_alike_and_fill_a_table(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("merging_tools")
+
+    def here(command: list[str]) -> tuple[float, float]:
+        if "--peft" in command:
+            script.merge_with_peft(*command[-2:])
+        else:
+            run(*command[command.index("compose") :])
+        return 1.0, 1.0
+
+    monkeypatch.setattr(script, "timed", here)
+    options = ["--backbone", "test_vit", "--rules", "mean", "--repeats", "1"]
+    rows = table_of(monkeypatch, capsys, "merging_tools", *options)
+    assert [row[:3] for row in rows] == [
+        ["checkpoints", "mean", "fedcompo"],
+        ["adapters", "mean", "fedcompo"],
+        ["adapters", "mean", "PEFT"],
+    ]
+    assert rows[2][6].startswith("0 of ")
+    assert float(rows[2][5]) < 1e-6

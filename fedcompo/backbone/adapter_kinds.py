@@ -100,7 +100,8 @@ def _scaled(config: Mapping[str, Any], own: Adapted, weight: Tensor) -> tuple[Te
     if a is None or b is None or shapes != expected or "ia3_l" in own.tensors:
         raise BackboneError(
             f"The adapter's factors A, B of {own.layer!r} have shapes {shapes[0]}, {shapes[1]}, "
-            f"expected {expected[0]}, {expected[1]} by its configuration and this backbone."
+            f"expected {expected[0]}, {expected[1]} by its configuration and this backbone. "
+            "It is an adapter for another model, or its configuration is another's."
         )
     placed = torch.zeros(out, rank)
     placed[rows] = b * (alpha / (rank**0.5 if config.get("use_rslora") else rank))

@@ -89,7 +89,7 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         fill(model, backbone.architecture, cfg, state, channels=channels)
     except BackboneError as error:
         raise BackboneError(
-            f"{path} is no fine-tuned {backbone.name!r}, which the registry's weights are: {error} "
+            f"{path} is no fine-tuned {backbone.name!r}, which the registry's weights are. {error} "
             "If it holds a difference θ - θ₀ alone, add `--delta`."
         ) from error
     names, differ = _configured(path, replace(backbone, model=model))

@@ -147,6 +147,7 @@ def settings(
 app.command()(fisher)
 app.command()(fit)
 app.command("init-deployment")(init_deployment)
+app.command()(registry.create)
 app.command("list")(registry.list_clients)
 app.command("import")(import_source)
 for command in (

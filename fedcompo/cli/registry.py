@@ -1,4 +1,4 @@
-"""The commands that look into a registry and change it: list, show, add, remove, verify."""
+"""The commands that make a registry, look into it and change it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from fedcompo.cli import tables
 from fedcompo.cli.common import (
+    AssignmentsOption,
     JsonOption,
     RegistryOption,
     VerboseOption,
@@ -21,6 +22,8 @@ from fedcompo.cli.common import (
     progress,
     registry_path,
 )
+from fedcompo.config.run import RunConfig
+from fedcompo.config.scenario import settings_of
 from fedcompo.errors import ConfigError
 from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
@@ -32,6 +35,35 @@ if TYPE_CHECKING:
 NO_DATA = "none"
 """Value of ``--data``: measure nothing."""
 ClientArgument = Annotated[str, typer.Argument(help="Name of the client.")]
+
+
+def create(
+    folder: Annotated[Path, typer.Argument(help="Folder to make; must be new or empty.")],
+    assignments: AssignmentsOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make an empty registry, to `import`, `fit` and `add` to, or for runs to join.
+
+    Its backbone and its way to compose are settings, and stay:
+
+    fedcompo create R --set backbone=deit_tiny_patch16_224 --set checkpoint=deit.safetensors
+    """
+    with errors_as_sentences(verbose):
+        config = RunConfig.parse(settings_of(None, assignments or [], {}))
+        from fedcompo.backbone.backbone import load_backbone
+        from fedcompo.composition.settings import CompositionSettings
+        from fedcompo.registry.registry import Registry
+
+        with progress(quiet=as_json) as tell:
+            tell("loading the backbone")
+            backbone = load_backbone(config.backbone)
+            Registry.create(folder, backbone, CompositionSettings.of(config))
+        if as_json:
+            print_json({"registry": str(folder.absolute()), "backbone": backbone.fingerprint})
+            return
+        say(f"Made {folder}, of nobody yet, on {backbone.fingerprint}.")
+        say(f"Next: fedcompo import SOURCE --client NAME --registry {folder}")
 
 
 def list_clients(

@@ -7,14 +7,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from average_factors import average_factors
 from bench import Accuracies, Bench
 from joint import train_joint
-from merging import MERGES
 from methods import METHODS
 
 from fedcompo.config.choices import kinds_of
+from fedcompo.export.selection import from_registry
 from fedcompo.method.deltas import Weights
 
+RULES = {"ties": "ties", "fisher_weighted": "fisher"}
+"""Methods that are rules of composition, at λ = 1."""
 CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
 """Methods whose models are also specialised, and from which clients are removed."""
 
@@ -102,7 +105,10 @@ def derive(bench: Bench, method: str) -> dict[str, Any]:
     if method == "frozen":
         found = bench.accuracies({}, bench.frozen_head(clients), clients)
         return {**_means(found), **UNKNOWN, **_statistics_alone(bench)}
-    theta = MERGES[method](bench.pool, theta_0)
+    if method in RULES:
+        theta = dict(from_registry(bench.registry, rule=RULES[method], scale=1.0).stream())
+    else:
+        theta = average_factors(bench.pool, theta_0)
     return {**_means(bench.accuracies(theta, bench.head(theta, clients), clients)), **UNKNOWN}
 
 

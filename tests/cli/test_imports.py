@@ -199,3 +199,11 @@ def test_sources_of_the_hub_and_of_local_folders(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     said = run("import", "hf-hub:eve/other", "--client", "cho", *common, code=1).output
     assert "could not be had from the hub" in said.replace("\n", " ")
+
+
+def test_nobody_knows_the_images_of_imports(registry: Registry, tmp_path: Path) -> None:
+    source = saved(tmp_path / "tuned.safetensors")
+    told("import", source, "--client", "ada", "-r", registry.path, "--classes", ",".join(ROWS))
+    said = " ".join(run("evaluate", "-r", registry.path, code=1).output.split())
+    assert "ada was imported" in said
+    assert "`--data folder:<path>`" in said

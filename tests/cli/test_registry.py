@@ -498,3 +498,13 @@ def test_weights_are_parsed() -> None:
 def test_weights_that_mean_nothing_are_refused(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         weights_of(text)
+
+
+def test_a_new_registry_is_empty_and_composes_as_its_settings_say(tmp_path: Path) -> None:
+    made = told("create", tmp_path / "new", "--set", "rule=ties:density=0.5", "--set", "scale=2")
+    opened = Registry(made["registry"])
+    assert (opened.clients, opened.backbone.fingerprint) == ((), made["backbone"])
+    assert (opened.settings.rule, opened.settings.scale) == ("ties:density=0.5", 2)
+    assert told("list", "-r", opened.path)["clients"] == []
+    said = run("create", opened.path, code=1).output
+    assert "holds something already" in " ".join(said.split())
