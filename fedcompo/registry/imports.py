@@ -268,10 +268,10 @@ def _of_rows(
 def _own_head(found: FineTuned, wanted: Wanted) -> Head | None:
     """The source's classifier; None without one, or if the names of its rows are not known."""
     rows = 0 if found.classifier is None else len(found.classifier[0])
-    if wanted.classes and len(wanted.classes) != rows:
+    if wanted.classes and not len(wanted.classes) == len({*wanted.classes}) == rows:
         raise ContributionError(
-            f"`--classes` names {len(wanted.classes)} classes, and the source's classifier has "
-            f"{rows} rows. Name each row."
+            f"`--classes` names {', '.join(wanted.classes)}, and the source's classifier has "
+            f"{rows} rows. Name each row, by a name of its own."
         )
     names = wanted.classes or found.classes
     return Head(names, *found.classifier) if found.classifier and len(names) == rows else None

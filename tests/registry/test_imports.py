@@ -247,7 +247,7 @@ def test_a_wrong_source_is_refused_in_a_sentence(
         import_model(wrong(kind, tmp_path), registry, client="ada", data=images)
 
 
-@pytest.mark.parametrize("classes", [("cat", "dog"), ("cat", "yak", "owl")])
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("cat", "yak", "owl"), ("cat", "dog", "dog")])
 def test_names_that_do_not_fit_the_rows_are_refused(
     classes: tuple[str, ...], registry: Registry, images: Path, tmp_path: Path
 ) -> None:
