@@ -145,13 +145,13 @@ def _require_related(
     folder: Path, beside: Mapping[str, Tensor], start: Mapping[str, Tensor], backbone: Backbone
 ) -> None:
     """Compare saved layers, such as norms, with the backbone's; each without its mean, near 1."""
-    pairs = [(t, start[n].cpu()) for n, t in beside.items() if n in start]
+    whole = {n: t for n, t in beside.items() if n in start}
+    if not whole or any(t.shape != start[n].shape for n, t in whole.items()):
+        return  # nothing to compare with, or of another shape, which is named later
     theirs, ours = (
-        torch.cat([t.double().flatten() - t.double().mean() for t in side] or [torch.zeros(1)])
-        for side in ([a for a, b in pairs if a.shape == b.shape], [b for _, b in pairs])
+        torch.cat([state[n].double().cpu().flatten() - state[n].double().mean() for n in whole])
+        for state in (whole, start)
     )
-    if len(theirs) != len(ours):
-        return  # of another shape, which is named later
     if (alike := cosine(theirs, ours)) < LEAST_COSINE:
         raise BackboneMismatch(
             f"{folder} was trained on other weights than {backbone.name!r} has: the layers that it "

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config
+from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
 from fedcompo.backbone.foreign_config import described_elsewhere
-from fedcompo.backbone.foreign_names import as_timm
+from fedcompo.backbone.foreign_names import as_timm, within
 from fedcompo.backbone.prefixes import converter, without_prefix
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
@@ -79,7 +79,7 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         BackboneError: If the source cannot be read, is of another architecture, holds infinity or
             NaN, or does not come from these pre-trained weights.
     """
-    path, state = read_source(source, backbone)
+    path, state = _read_source(source, backbone)
     model = copy.deepcopy(backbone.model)
     channels, height, width = backbone.preprocessing.shape
     # Without `first_conv`, channels are never averaged: it must read as many as the backbone.
@@ -113,7 +113,60 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
     )
 
 
-def read_source(source: Path, backbone: Backbone) -> tuple[Path, dict[str, Tensor]]:
+def read_difference(source: Path, backbone: Backbone) -> FineTuned:
+    r"""Read a file that holds :math:`\theta - \theta_0`; a weight that it lacks is unchanged.
+
+    Such files look like checkpoints: names and shapes are the same. Nothing in them says what they
+    are. So whoever imports one says it, and the lengths of the weights must agree.
+
+    Args:
+        source: As for :func:`read_finetuned`.
+        backbone: The pre-trained weights it is a difference to.
+
+    Returns:
+        A task vector of kind ``full``. A classifier is no part of the pre-trained weights, so that
+        nobody knows what it is a difference to; it counts to the rest.
+
+    Raises:
+        BackboneError: If the source cannot be read, fits other weights, or holds a model.
+    """
+    path, state = _read_source(source, backbone)
+    require_finite(state)
+    found = {within(name): tensor.float() for name, tensor in state.items()}
+    if len(found) < len(state):
+        raise BackboneError(
+            f"{path} holds several models: names differ only in what stands before `blocks.`. "
+            "Save the difference of the one you want in a file of its own."
+        )
+    start = backbone.model.state_dict()
+    own = backbone.theta_0
+    if own.keys().isdisjoint(found):
+        raise BackboneError(
+            f"{path} holds no target weight of {backbone.name!r}, only "
+            f"{', '.join(sorted(state)[:3])}. Import it into a registry of its model."
+        )
+    tau: Weights = {}
+    for name, weight in own.items():
+        tensor = found.get(name, torch.zeros(weight.shape))
+        if tensor.shape != weight.shape:
+            raise BackboneError(
+                f"{name!r} of {path} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(weight.shape)} as in {backbone.name!r}, which the registry's weights are."
+            )
+        tau[name] = tensor
+    if not (share := _length(tau) / _length(own)) < MODEL_FROM:
+        raise BackboneError(
+            f"{path} is no difference to {backbone.name!r}: its weights are as long as {share:.2g} "
+            f"of the pre-trained ones, expected below {MODEL_FROM}. If it holds a model, leave "
+            "`--delta` out."
+        )
+    rest = (n for n, t in found.items() if n not in own and (n not in start or bool(t.any())))
+    tensors = {f"{name}/delta": tensor for name, tensor in tau.items()}
+    vector = TaskVector(Kind.FULL, tensors, backbone.fingerprint)
+    return FineTuned(vector, None, (), tuple(sorted(rest)))
+
+
+def _read_source(source: Path, backbone: Backbone) -> tuple[Path, dict[str, Tensor]]:
     """Read a file's tensors under timm's names, or those of the first one in a folder.
 
     Raises:
@@ -199,7 +252,7 @@ def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]
             torch.testing.assert_close(twin(example), tuned.model(example))
     except (RuntimeError, TypeError, ValueError, AssertionError):
         differ.append(f"{CONFIG}: model_args")
-    names = config.get("label_names")
+    names = config.get("label_names") or []
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if listed and len({*names}) == len(names) else (), differ
 
@@ -210,7 +263,7 @@ def _require_related(path: Path, backbone: Backbone, theta: Weights) -> None:
     name = min(cosines, key=cosines.__getitem__)
     if cosines[name] >= LEAST_COSINE:
         return
-    share = length({n: theta[n] for n in cosines}) / (length(backbone.theta_0) or 1.0)
+    share = _length({n: theta[n] for n in cosines}) / (_length(backbone.theta_0) or 1.0)
     raise BackboneError(
         f"{path} has the architecture of {backbone.name!r}, but was not fine-tuned from its weights"
         f" ({name!r}: cosine {cosines[name]:.2f}, expected above {LEAST_COSINE}). "
@@ -230,6 +283,6 @@ def cosine(theirs: Tensor, ours: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-30)) if b.any() else 1.0
 
 
-def length(weights: Weights) -> float:
+def _length(weights: Weights) -> float:
     """Length of all weights together."""
     return float(sum(float(t.double().square().sum()) for t in weights.values()) ** 0.5)

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from fedcompo.backbone.adapter import ADAPTER_CONFIG, read_adapter
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.difference import read_difference
-from fedcompo.backbone.fetching import fetched
-from fedcompo.backbone.finetuned import FineTuned, read_finetuned
+from fedcompo.backbone.finetuned import FineTuned, read_difference, read_finetuned
 from fedcompo.backbone.preprocessing import Modality
+from fedcompo.backbone.source import fetched
 from fedcompo.composition.head import SHRINKAGE
 from fedcompo.composition.totals import total_after
 from fedcompo.config.caps import FEWEST_IMAGES
@@ -81,7 +80,7 @@ def import_model(
     """Make a contribution to a registry of a fine-tuned model; the registry stays as it is.
 
     Args:
-        source: See :func:`~fedcompo.backbone.fetching.fetched`: a checkpoint, or the folder of one
+        source: See :func:`~fedcompo.backbone.source.fetched`: a checkpoint, or the folder of one
             or of an adapter.
         registry: Has the pre-trained weights.
         client: Name of the contribution.

@@ -16,8 +16,7 @@ from registry_builders import backbone
 from torch import Tensor, nn
 
 from fedcompo.backbone.adapter import read_adapter
-from fedcompo.backbone.difference import read_difference
-from fedcompo.backbone.finetuned import read_finetuned
+from fedcompo.backbone.finetuned import read_difference, read_finetuned
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError
 from fedcompo.method.task_vector import TaskVector
