@@ -36,6 +36,8 @@ from fedcompo.storage import tensorfile
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+Built = tuple[nn.Module, str, dict[str, Any], dict[str, Any]]
+"""A model, its architecture, arguments that rebuild it, and timm's configuration of its weights."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def target_weights(model: nn.Module, patterns: str) -> Weights:
     return {name: parameters[name].detach() for name in sorted(chosen)}
 
 
-def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+def _embedded(config: BackboneConfig) -> Built:
     """Read the backbone that is part of the package (half precision on disk)."""
     if config.checkpoint:
         raise BackboneError(
@@ -178,9 +180,7 @@ def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], d
     )
 
 
-def _from_timm(
-    source: Source, config: BackboneConfig
-) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+def _from_timm(source: Source, config: BackboneConfig) -> Built:
     if config.checkpoint:
         path = Path(config.checkpoint)
         args, cfg = read_config(path, source.architecture, source.cfg)
@@ -207,9 +207,7 @@ def _from_timm(
     return model, source.architecture, {**source.model_args, **given}, cfg
 
 
-def _from_stored(
-    stored: StoredBackbone, config: BackboneConfig
-) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+def _from_stored(stored: StoredBackbone, config: BackboneConfig) -> Built:
     """Make the model of a registry's file, which tells its arguments and its input."""
     stored.tensors.check()
     seen = stored.preprocessing
@@ -225,7 +223,7 @@ def _build(
     cfg: dict[str, Any],
     state: dict[str, Tensor] | Path,
     config: BackboneConfig,
-) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+) -> Built:
     """Make a model and load weights from disk, resampled to the wanted input."""
     model_args = {**fixed_args, **_input_args(config)}
     model = _require_takes(architecture, config, model_args, cfg)

@@ -122,7 +122,8 @@ def as_timm(path: Path, state: Mapping[str, Tensor], classifier: str) -> dict[st
                 "Save the state dict of the one you want in a file of its own."
             )
         if part is None:
-            found[ours] = _shaped(ours, tensor)
+            flat = ours in ("cls_token", "pos_embed") and tensor.ndim < 3  # CLIP has no batch axis
+            found[ours] = tensor.reshape(1, -1, tensor.shape[-1]) if flat else tensor
         else:
             fused.setdefault(ours, {})[part] = tensor
     for ours, parts in fused.items():
@@ -140,10 +141,3 @@ def as_timm(path: Path, state: Mapping[str, Tensor], classifier: str) -> dict[st
                 "be fused. It is no plain vision transformer."
             ) from error
     return found
-
-
-def _shaped(name: str, tensor: Tensor) -> Tensor:
-    """CLIP has no batch dimension: (tokens, dim) becomes (1, tokens, dim)."""
-    if name in ("cls_token", "pos_embed") and tensor.ndim < 3:
-        return tensor.reshape(1, -1, tensor.shape[-1])
-    return tensor
