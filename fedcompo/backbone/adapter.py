@@ -109,10 +109,10 @@ def _layers(found: dict[str, Tensor], backbone: Backbone) -> dict[str, list[Adap
         BackboneError: If two layers of the adapter are the same one of the backbone.
     """
     places: dict[tuple[str, int | None], Adapted] = {}
+    theta_0 = backbone.theta_0
     for name in sorted(found):
         match = OF_LAYER.fullmatch(name)
-        place = match and _place(match[1], backbone)
-        if not match or place is None:
+        if not match or (place := _known(f"{match[1]}.weight", backbone))[0] not in theta_0:
             continue
         own = places.setdefault(place, Adapted(match[1], place[1], {}))
         if own.layer != match[1]:
@@ -127,18 +127,15 @@ def _layers(found: dict[str, Tensor], backbone: Backbone) -> dict[str, list[Adap
     return layers
 
 
-def _place(layer: str, backbone: Backbone) -> tuple[str, int | None] | None:
-    """The target weight of a layer, and its part of a fused one; None: it has none."""
-    name = f"{layer}.weight"
-    known = timm_name(name, backbone.classifier) or (within(name), None)
-    return known if known[0] in backbone.theta_0 else None
+def _known(name: str, backbone: Backbone) -> tuple[str, int | None]:
+    """Name that timm has for a parameter, else its own; and its part of a fused one."""
+    return timm_name(name, backbone.classifier) or (within(name), None)
 
 
 def _renamed(found: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
     """What else the adapter holds, under timm's names where there are some."""
-    known = {name: timm_name(name, backbone.classifier) for name in found}
-    ours = {name: place[0] for name, place in known.items() if place and place[1] is None}
-    return {ours.get(name, name): tensor for name, tensor in found.items()}
+    known = {name: _known(name, backbone) for name in found}
+    return {n if part is not None else known[n][0]: found[n] for n, (_, part) in known.items()}
 
 
 def _require_related(
