@@ -254,13 +254,12 @@ def _of_rows(
             )
         )
     head = own.rows(sorted(own.classes))
-    assumed = (
-        Assumed.of_norm(backbone.model, backbone.num_features)
-        if total is None
-        else Assumed.of(total, shrinkage=SHRINKAGE)
-    )
-    usual = LONELY if total is None else median_low(total.counts.tolist())
-    images = wanted.counts_as or max(2, usual)
+    if total is None:
+        assumed, usual = Assumed.of_norm(backbone.model, backbone.num_features), LONELY
+    else:
+        assumed = Assumed.of(total, shrinkage=SHRINKAGE)
+        usual = max(2, median_low(total.counts.tolist()))
+    images = wanted.counts_as or usual
     return head, stand_in(head, assumed, shrinkage=SHRINKAGE, images=images)
 
 
