@@ -123,12 +123,30 @@ class CompositionSettings:
 
         return parse_rule(self.rule)
 
+    @property
+    def factor_given(self) -> str:
+        """How λ is given, in words: at a fixed scale, or by the rule; empty: it is open."""
+        if not self.made_by.votes:
+            return f"by the rule {self.rule}"
+        return "" if self.scale is None else f"at the fixed scale {self.scale:g}"
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse a run whose clients cannot join; raises ``ConfigError``."""
+        self.check_method(config.method.method)
+        self.check_kept(config)
+        if config.head.statistics is not self.statistics:  # also of an empty one: they never change
+            raise ConfigError(
+                f"`statistics` is {config.head.statistics}, but the registry's members are "
+                f"described by {self.statistics}, and no head can be made of both. Set "
+                f"`statistics = {self.statistics}`, or train all clients anew into a new registry."
+            )
+
     def check_method(self, method: Method) -> None:
         """Refuse a method that trains for another model than the rule composes."""
         if self.rule != MEAN and method is not Method.ITA:
             raise ConfigError(
                 f"The rule is {self.rule}, but {method} trains for the mean of all clients, in "
-                "rounds. Use `rule = mean`, or `method = ita`."
+                "rounds. Use `method = ita` and no `repair-rounds`, or compose by `rule = mean`."
             )
 
     def check_kept(self, config: RunConfig) -> None:

@@ -59,13 +59,10 @@ class Simulation:
         return RunConfig.parse(self.settings).registry.action is Action.REMOVE
 
     def run(self, on_event: Callable[[Event], None] = lambda event: None) -> dict[str, Any]:
-        """Run the app with these settings and return its results.
+        """Run the app with these settings, tell its events, and return its results.
 
         SIGTERM ends the run and raises ``SystemExit(143)``; Ctrl-C raises ``KeyboardInterrupt``.
         Either way, and however else it ends, no process of the run is left.
-
-        Args:
-            on_event: Called with each event that the app reports.
 
         Raises:
             LaunchError: If the run could not start or failed; with the reason.
@@ -83,11 +80,7 @@ class Simulation:
 
 
 def find_app(package: Path | None = None) -> Path:
-    """Find the folder of the Flower app: in the installed package, else in its checkout.
-
-    Args:
-        package: Folder of this package (default: where it was imported from).
-    """
+    """Find the folder of the Flower app: in the installed package, else in its checkout."""
     package = package or PACKAGE
     for folder in (package / "_app", package.parent):
         with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError, TypeError):

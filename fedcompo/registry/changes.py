@@ -146,20 +146,11 @@ def _record(
         fedcompo_version=version("fedcompo"),
         caps=after.settings.caps,
         rule=after.settings.rule if after.settings.rule != MEAN else "",
-        **_factors(before, after),
     )
+    if before.chosen:  # else the format fixes the factor
+        now, by = after.factor, str(after.factor_by)
+        record = replace(record, factor_before=before.factor, factor_after=now, factor_by=by)
     return record.signed(registry.path / PRIVATE)
-
-
-def _factors(before: State, after: State) -> dict[str, Any]:
-    """Return what a record says of the factor; nothing where it is fixed by the format."""
-    if not before.chosen:
-        return {}
-    return {
-        "factor_before": before.factor,
-        "factor_after": after.factor,
-        "factor_by": str(after.factor_by),
-    }
 
 
 def realign(
@@ -204,10 +195,9 @@ def _check_described(
 
 def _check_factor(state: State, factor: float) -> None:
     """Refuse a factor that the registry cannot compose with."""
-    if (known := state.settings.known_factor(state.count)) or not state.settings.made_by.votes:
-        by = f"at the fixed scale {state.scale:g}" if known else f"by {state.settings.rule}"
+    if given := state.settings.factor_given:
         raise ConfigError(
-            f"The registry composes {by}, so no factor can be chosen. Make a new registry with "
+            f"The registry composes {given}, so no factor can be chosen. Make a new registry with "
             "`scale = auto`, and a rule that leaves λ open."
         )
     if not 0 <= factor < math.inf:

@@ -19,12 +19,7 @@ from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
 from fedcompo.composition.totals import check_alike, save_total, total_after
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError, blaming
-from fedcompo.method.contribution import (
-    AnyStatistics,
-    Contribution,
-    counts_of,
-    statistics_tensors,
-)
+from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of, statistics_tensors
 from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name

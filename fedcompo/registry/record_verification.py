@@ -26,9 +26,11 @@ from fedcompo.storage.files import OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
 FACTOR = "factor"
+VECTORS = "the rule's singular vectors are this machine's"
 BY_MACHINE = {
+    RULED: VECTORS,
+    FACTOR: VECTORS,
     WEIGHTS: "the joint head is fitted with this machine's arithmetic",
-    RULED: "the rule's singular vectors are this machine's",
 }
 
 
@@ -167,12 +169,11 @@ def _composed_again(
     rule = registry.settings.made_by
     names = [SUM] if old or record.format_version == 1 else [SUM, TOTALS]
     names += [WEIGHTS] if rule.is_sum else [RULED, WEIGHTS]
+    names += [] if record.format_version == 1 else [FACTOR]
     claims = {name: f"the survivors alone give the record's {name}" for name in names}
     if old:
         claim = f"the survivors alone give the record's {OLD_TOTALS}"
         yield Finding(claim, None, "it holds sums of Fisher diagonals, which are no longer made")
-    if record.format_version > 1:
-        claims = {FACTOR: "the survivors alone give the record's factor", **claims}
     then = members_after(entries[: record.sequence])
     now = {client: member.files for client, member in registry.state.members.items()}
     gone = [c for c in record.survivors if c not in now or now[c] != then.get(c, {}).get("files")]
@@ -187,19 +188,20 @@ def _composed_again(
         line = entries[record.sequence - 1 : record.sequence]  # empty if a lie names a later one
         shrinkage = line[0].details.get("shrinkage") if line else SHRINKAGE
         factor = _compose_survivors(Path(folder), record, registry, shrinkage)
-        here = {name: file_sha256(Path(folder) / name) for name in names}
-    if FACTOR in claims:
-        yield compared(claims[FACTOR], record.factor_after, factor)
-    known = True
+        files = [name for name in names if name != FACTOR]
+        here = {FACTOR: factor, **{name: file_sha256(Path(folder) / name) for name in files}}
+    stated = {FACTOR: record.factor_after, **record.composition_after}
+    by_machine = {WEIGHTS} if rule.portable else {RULED, WEIGHTS}
     for name in names:  # sums are exact; what differs after them may be this machine's rounding
-        alike = here[name] == record.composition_after.get(name)
-        detail = "" if alike else f"here it is {here[name]}"
-        by_machine = name == WEIGHTS or (name == RULED and not rule.portable)
-        if known and by_machine and not alike:
+        detail = f"here it is {here[name]}"
+        if here[name] == stated.get(name):
+            yield Finding(claims[name], True)
+        elif name in by_machine:
+            by_machine |= {FACTOR} if name == RULED else set()  # it follows from this one's length
             yield Finding(claims[name], None, f"{detail}: {BY_MACHINE[name]}")
         else:
-            known &= alike
-            yield Finding(claims[name], alike, detail)
+            by_machine.clear()
+            yield Finding(claims[name], False, detail)
 
 
 def _compose_survivors(

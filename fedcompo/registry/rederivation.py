@@ -98,12 +98,7 @@ def distance(stated: Tensor, derived: Tensor) -> float:
 
 
 def expected_factor(state: State, squared_norm: float) -> float:
-    r"""Derive the factor again; one that was voted is taken as it is.
-
-    Args:
-        state: Its members, and where its factor comes from.
-        squared_norm: :math:`\lVert\sum_c m_c \tau_c\rVert^2`.
-    """
+    """Derive the factor again, of the total's squared length; a voted one is taken as it is."""
     voted = state.factor if state.factor_by == FactorBy.VOTE else None
     known = state.settings.known_factor(state.count, voted)
     return known.value if known else norm_preserving(state.lengths, squared_norm)

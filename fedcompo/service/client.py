@@ -24,13 +24,7 @@ from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
-from fedcompo.service.transfer import (
-    CONTRIBUTION,
-    FileEntry,
-    outgoing,
-    received,
-    without_paths,
-)
+from fedcompo.service.transfer import CONTRIBUTION, FileEntry, outgoing, received, without_paths
 from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS
 
 if TYPE_CHECKING:

@@ -127,11 +127,8 @@ class Choosing:
 
     def _reason(self) -> str:
         """Why there is no vote; empty if there is one."""
-        settings = self.registry.settings
-        if not settings.made_by.votes:
-            return f"the rule {settings.rule} says it"
-        if settings.scale is not None:
-            return "it is fixed"
+        if given := self.registry.settings.factor_given:
+            return f"the registry composes {given}"
         if noised := sorted(self.roster.participants.noised & {*self.registry.clients}):
             return f"the statistics of {', '.join(noised)} are under noise"
         if not self.config.train.aside > 0:

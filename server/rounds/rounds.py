@@ -85,12 +85,7 @@ class Rounds:
         self.attendance.close()
 
     def part_with(self, clients: Collection[str], number: int) -> None:
-        """Take clients out of the sum, the Fisher, the joint head, and the rest of the run.
-
-        Args:
-            clients: Who leaves.
-            number: The round that is over.
-        """
+        """After a round, take clients out of the sum, the Fisher, the joint head, and the run."""
         for client in clients:
             self.sum.drop(client)
             if client in self.exchange.clients:

@@ -247,8 +247,8 @@ def test_a_text_names_a_rule_and_all_its_options():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("tis", "no rule 'tis'; there are mean, .*ties"),
-        ("", "there are mean"),
+        ("tis", "no rule 'tis' in fedcompo .*; it has mean, .*ties"),
+        ("", "it has mean"),
         ("ties:dens=1", "ties has density, but 'ties:dens=1' names 'dens'"),
         ("mean:a=1", "mean has no option"),
         ("ties:density", "no rule of the form name:option=value"),

@@ -28,7 +28,7 @@ from fedcompo.config.choices import Coefficients, Kind, Method, Statistics
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.export.selection import from_registry
-from fedcompo.registry.record_verification import verify_record
+from fedcompo.registry.record_verification import _composed_again, verify_record
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.storage.files import RULED, WEIGHTS
@@ -106,12 +106,17 @@ def test_the_voted_factor_stays_and_the_total_is_not_made_again(text, tmp_path, 
     assert all(finding.holds for finding in findings)
 
 
-def test_a_rule_that_says_the_factor_leaves_nothing_to_vote_on(tmp_path):
-    registry = registry_of(
-        tmp_path / "registry", *one_of_each_kind(), settings=by("norm-preserving")
-    )
-    with pytest.raises(ConfigError, match="composes by norm-preserving, so no factor"):
+@pytest.mark.parametrize("text", ["norm-preserving", "task-arithmetic:lambda=0.3"])
+def test_a_rule_that_says_the_factor_leaves_nothing_to_vote_on(text, tmp_path):
+    registry = registry_of(tmp_path / "registry", *one_of_each_kind(), settings=by(text))
+    with pytest.raises(ConfigError, match=f"composes by the rule {text}, so no factor"):
         registry.realign(own_statistics(registry), factor=0.7)
+
+
+def test_a_fixed_scale_leaves_nothing_to_vote_on_whoever_is_there(tmp_path):
+    registry = registry_of(tmp_path / "registry", settings=by("ties", scale=1.5))
+    with pytest.raises(ConfigError, match=r"at the fixed scale 1\.5, so no factor"):
+        registry.realign({}, factor=0.7)
 
 
 @pytest.mark.parametrize("text", BOTH)
@@ -136,6 +141,16 @@ def test_another_total_is_an_open_question_where_machines_differ(text, size, tmp
     if size < 1:
         assert holds[RULED] is (None if text == "iso-c" else False)
         assert holds[WEIGHTS] is (None if text == "iso-c" else False)
+    else:
+        assert holds["factor"] is (None if text == "iso-c" else False)
+
+
+def test_a_record_of_another_factor_is_false_where_the_rules_total_is_the_same(tmp_path):
+    registry, record = removed(tmp_path / "registry", "iso-c")
+    altered = replace(record, factor_after=2 * record.factor_after)
+    entries = registry.entries()
+    found = {f.claim.rpartition(" ")[2]: f for f in _composed_again(altered, registry, entries)}
+    assert (found[RULED].holds, found["factor"].holds) == (True, False)
 
 
 def test_members_leave_and_return_among_rules_that_read_all_of_them(tmp_path):

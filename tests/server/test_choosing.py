@@ -17,6 +17,7 @@ from fedcompo.composition.head import SHRINKAGE, head_from_total
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.voting import Votes, elected, scales
 from fedcompo.config.choices import Statistics
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
 from fedcompo.export.selection import from_registry
 from fedcompo.method.features import extract_features
@@ -100,7 +101,7 @@ def test_who_joins_a_registry_of_fixed_scale_is_told_that_images_are_kept_aside_
     backbone = load_backbone(BACKBONE)
     Registry.create(tmp_path / "fixed", backbone, CompositionSettings(scale=2.0))
     results = run({}, tmp_path / "out", registry=str(tmp_path / "fixed"), scale=scale, **SOME)
-    told = [note for note in results["notes"] if "trains nobody. Set `scale = 2`" in note]
+    told = [note for note in results["notes"] if "trains nobody. Set `aside = 0`" in note]
     assert len(told) == (scale == "auto")
     assert results["scale"]["by"] == "fixed"
 
@@ -247,10 +248,13 @@ def test_the_distance_is_in_the_metric_of_the_others_whoever_s_anchors(chosen, t
 
 
 def test_by_another_rule_they_vote_on_its_total(tmp_path):
-    """λ = 0 is the frozen backbone whatever the rule; the others are multiples of its total."""
+    """The rule is the registry's. λ = 0 is the frozen backbone; the others multiply the total."""
     fast = {**SOME, "local_epochs": 1, "local_steps": 5}
-    results = run({}, tmp_path / "out", **fast, rule="ties:density=0.3")
-    registry = Registry(tmp_path / "out" / "registry")
+    settings = CompositionSettings.of(RunConfig.parse({"rule": "ties:density=0.3"}))
+    path = Registry.create(tmp_path / "empty", load_backbone(BACKBONE), settings).path
+    results = run({}, tmp_path / "out", **fast, registry=str(path))
+    assert any("composes with its own settings" in note for note in results["notes"])
+    registry = Registry(path)
     chosen, candidates = results["scale"], results["scale"]["candidates"]
     assert (chosen["by"], [c["scale"] for c in candidates]) == ("vote", list(scales(3)))
     losses = []

@@ -17,6 +17,7 @@ from fedcompo.composition.rules.task_arithmetic import TaskArithmetic
 from fedcompo.composition.rules.ties import Ties
 from fedcompo.composition.rules.tsv_m import TsvM
 from fedcompo.errors import ConfigError
+from fedcompo.runtime import version
 
 KINDS = Mean, NormPreserving, TaskArithmetic, Ties, Dare, IsoC, TsvM, Fisher, RegMean
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in KINDS}
@@ -35,7 +36,10 @@ def parse_rule(text: str) -> Rule:
     """
     name, _, rest = (part.strip() for part in text.partition(":"))
     if name not in RULES:
-        raise ConfigError(f"There is no rule {name!r}; there are {', '.join(RULES)}.")
+        raise ConfigError(
+            f"There is no rule {name!r} in fedcompo {version('fedcompo')}; it has "
+            f"{', '.join(RULES)}."
+        )
     kind = RULES[name]
     known = {f.name.rstrip("_"): f for f in fields(kind)}
     values: dict[str, Any] = {}
