@@ -1,7 +1,7 @@
 """Reads an adapter that PEFT wrote, a LoRA or (IA)³, as a change of a backbone.
 
-What its layers are called in timm is found here; :mod:`fedcompo.backbone.lora_adapter` and
-:mod:`fedcompo.backbone.ia3_adapter` say what each kind computes. The format is described at
+What its layers are called in timm is found here; :mod:`fedcompo.backbone.adapter_kinds` says
+what each kind computes. The format is described at
 https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -16,14 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo.backbone import ia3_adapter, lora_adapter
-from fedcompo.backbone.adapted import Adapted, Layers
+from fedcompo.backbone.adapter_kinds import Adapted, check_lora, of_ia3, of_lora, scaled_biases
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.checkpoint import read_checkpoint, require_finite
-from fedcompo.backbone.finetuned import LEAST_COSINE, FineTuned, require_plausible, take_classifier
+from fedcompo.backbone.finetuned import (
+    LEAST_COSINE,
+    FineTuned,
+    cosine,
+    require_plausible,
+    take_classifier,
+)
 from fedcompo.backbone.foreign_names import timm_name, within
 from fedcompo.errors import BackboneError, BackboneMismatch
-from fedcompo.method.task_vector import TaskVector
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,8 +41,17 @@ HARMLESS = {
 }
 """Keys that leave an adapter of nn.Linear what it is: the file's tensors say which layers there
 are, and PEFT itself takes no notice of ``fan_in_fan_out`` at an nn.Linear."""
-KINDS: dict[str, Any] = {"LORA": lora_adapter, "IA3": ia3_adapter}
-"""The module of each kind that is converted, by PEFT's name of it."""
+HARMLESS_IN = {
+    "IA3": {"feedforward_modules", "init_ia3_weights"},
+    "LORA": {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+        *("lora_dropout", "ensure_weight_tying", "layers_to_transform", "layers_pattern"),
+        *("megatron_core", "qalora_group_size"),
+    },
+}
+"""Further ones of each kind that is converted: they are converted too, or change nothing."""
+ALLOWED = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+"""Keys of which some values are converted. Other ways to initialise may change the base weights."""
 
 
 def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
@@ -80,25 +93,26 @@ def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
     classifier, rest = take_classifier(beside, backbone)
     _require_related(folder, beside, start, backbone)
     rest += [n for n, t in beside.items() if n not in start or not torch.equal(t, start[n].cpu())]
-    vector: TaskVector = KINDS[config["peft_type"]].converted(config, layers, backbone)
-    rest += ia3_adapter.scaled_biases(layers, backbone)
+    convert = of_lora if config["peft_type"] == "LORA" else of_ia3
+    vector = convert(config, layers, backbone)
+    rest += scaled_biases(layers, backbone)
     base = config.get(BASE)
     return FineTuned(
         vector, classifier, (), tuple(sorted(rest)), base if isinstance(base, str) else ""
     )
 
 
-def _layers(found: dict[str, Tensor], backbone: Backbone) -> Layers:
+def _layers(found: dict[str, Tensor], backbone: Backbone) -> dict[str, list[Adapted]]:
     """Take what belongs to the target weights out of the adapter's tensors.
 
     Raises:
         BackboneError: If two layers of the adapter are the same one of the backbone.
     """
     places: dict[tuple[str, int | None], Adapted] = {}
+    theta_0 = backbone.theta_0
     for name in sorted(found):
         match = OF_LAYER.fullmatch(name)
-        place = match and _place(match[1], backbone)
-        if not match or place is None:
+        if not match or (place := _known(f"{match[1]}.weight", backbone))[0] not in theta_0:
             continue
         own = places.setdefault(place, Adapted(match[1], place[1], {}))
         if own.layer != match[1]:
@@ -107,42 +121,38 @@ def _layers(found: dict[str, Tensor], backbone: Backbone) -> Layers:
                 "in timm. Save the adapter of the one model that you want."
             )
         own.tensors[match[2]] = found.pop(name)
-    layers: Layers = {}
+    layers: dict[str, list[Adapted]] = {}
     for (weight, _), own in places.items():
         layers.setdefault(weight, []).append(own)
     return layers
 
 
-def _place(layer: str, backbone: Backbone) -> tuple[str, int | None] | None:
-    """The target weight of a layer, and its part of a fused one; None: it has none."""
-    name = f"{layer}.weight"
-    known = timm_name(name, backbone.classifier) or (within(name), None)
-    return known if known[0] in backbone.theta_0 else None
+def _known(name: str, backbone: Backbone) -> tuple[str, int | None]:
+    """Name that timm has for a parameter, else its own; and its part of a fused one."""
+    return timm_name(name, backbone.classifier) or (within(name), None)
 
 
 def _renamed(found: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
     """What else the adapter holds, under timm's names where there are some."""
-    known = {name: timm_name(name, backbone.classifier) for name in found}
-    ours = {name: place[0] for name, place in known.items() if place and place[1] is None}
-    return {ours.get(name, name): tensor for name, tensor in found.items()}
+    known = {name: _known(name, backbone) for name in found}
+    return {n if part is not None else known[n][0]: found[n] for n, (_, part) in known.items()}
 
 
 def _require_related(
     folder: Path, beside: Mapping[str, Tensor], start: Mapping[str, Tensor], backbone: Backbone
 ) -> None:
     """Compare saved layers, such as norms, with the backbone's; each without its mean, near 1."""
-    pairs = [(t, start[n].cpu()) for n, t in beside.items() if n in start]
+    whole = {n: t for n, t in beside.items() if n in start}
+    if not whole or any(t.shape != start[n].shape for n, t in whole.items()):
+        return  # nothing to compare with, or of another shape, which is named later
     theirs, ours = (
-        torch.cat([t.double().flatten() - t.double().mean() for t in side] or [torch.zeros(1)])
-        for side in ([a for a, b in pairs if a.shape == b.shape], [b for _, b in pairs])
+        torch.cat([state[n].double().cpu().flatten() - state[n].double().mean() for n in whole])
+        for state in (whole, start)
     )
-    if len(theirs) != len(ours) or not float(ours.norm()) > 0:
-        return  # of another shape, which is named later, or nothing to compare with
-    cosine = float(theirs @ ours / (theirs.norm() * ours.norm()).clamp_min(1e-30))
-    if cosine < LEAST_COSINE:
+    if (alike := cosine(theirs, ours)) < LEAST_COSINE:
         raise BackboneMismatch(
             f"{folder} was trained on other weights than {backbone.name!r} has: the layers that it "
-            f"saved whole are not these, fine-tuned (cosine {cosine:.2f}, expected above "
+            f"saved whole are not these, fine-tuned (cosine {alike:.2f}, expected above "
             f"{LEAST_COSINE}). Import it into a registry of its model."
         )
 
@@ -152,36 +162,24 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = {"peft_type": None, **json.loads(path.read_text(encoding="utf-8"))}
         kind = config["peft_type"]
-        if kind not in KINDS:
+        beyond = [
+            f"{key} = {value!r:.60}"
+            for key, value in sorted(config.items())
+            if key not in HARMLESS | HARMLESS_IN.get(kind, set())
+            and (value not in ALLOWED[key] if key in ALLOWED else value)
+        ]
+        if beyond or kind not in HARMLESS_IN:
             raise BackboneError(
-                f"{path} describes an adapter of peft_type = {kind!r:.60}; those of LORA and IA3 "
-                "are converted. Merge it into its model with PEFT's `merge_and_unload`, save the "
-                "weights, and import those."
+                f"{path} asks for peft_type = {kind!r:.60}"
+                + f" with {', '.join(beyond)}" * bool(beyond)
+                + ", and only plain LORA and IA3 can be converted exactly. Merge it into its model "
+                "with PEFT's `merge_and_unload`, save the weights, and import those."
             )
-        _refuse_beyond(path, config, KINDS[kind].HARMLESS | HARMLESS, KINDS[kind].ALLOWED)
-        KINDS[kind].check(config)
+        if kind == "LORA":
+            check_lora(config)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, re.error) as error:
         raise BackboneError(
             f"{path} cannot be read as PEFT's configuration ({type(error).__name__}: {error}). "
             "Save the adapter again with `save_pretrained`."
         ) from error
     return config
-
-
-def _refuse_beyond(
-    path: Path,
-    config: Mapping[str, Any],
-    plain: set[str],
-    allowed: Mapping[str, tuple[Any, ...]],
-) -> None:
-    beyond = [
-        f"{key} = {value!r:.60}"
-        for key, value in sorted(config.items())
-        if key not in plain and (value not in allowed[key] if key in allowed else value)
-    ]
-    if beyond:
-        raise BackboneError(
-            f"{path} asks for more than {config['peft_type']}, which cannot be converted exactly: "
-            f"{', '.join(beyond)}. Merge it into its model with PEFT's `merge_and_unload`, save "
-            "the weights, and import those."
-        )

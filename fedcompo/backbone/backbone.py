@@ -36,6 +36,8 @@ from fedcompo.storage import tensorfile
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+Built = tuple[nn.Module, str, dict[str, Any], dict[str, Any]]
+"""A model, its architecture, arguments that rebuild it, and timm's configuration of its weights."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def target_weights(model: nn.Module, patterns: str) -> Weights:
     return {name: parameters[name].detach() for name in sorted(chosen)}
 
 
-def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+def _embedded(config: BackboneConfig) -> Built:
     """Read the backbone that is part of the package (half precision on disk)."""
     if config.checkpoint:
         raise BackboneError(
@@ -178,17 +180,18 @@ def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], d
     )
 
 
-def _from_timm(
-    source: Source, config: BackboneConfig
-) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+def _from_timm(source: Source, config: BackboneConfig) -> Built:
     if config.checkpoint:
         path = Path(config.checkpoint)
         args, cfg = read_config(path, source.architecture, source.cfg)
         args, cfg = source.model_args | args, source.cfg | cfg
         return _build(source.architecture, args, cfg, read_checkpoint(path), config)
     name, given = config.backbone, _input_args(config)
+    known = {"classifier": source.cfg.get("classifier") or "head"}  # which timm leaves out
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **given)
+        model = timm.create_model(
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay=known, **given
+        )
     except Exception as error:
         if given:
             _require_takes(source.architecture, config, {**source.model_args, **given}, {})
@@ -204,9 +207,7 @@ def _from_timm(
     return model, source.architecture, {**source.model_args, **given}, cfg
 
 
-def _from_stored(
-    stored: StoredBackbone, config: BackboneConfig
-) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+def _from_stored(stored: StoredBackbone, config: BackboneConfig) -> Built:
     """Make the model of a registry's file, which tells its arguments and its input."""
     stored.tensors.check()
     seen = stored.preprocessing
@@ -222,7 +223,7 @@ def _build(
     cfg: dict[str, Any],
     state: dict[str, Tensor] | Path,
     config: BackboneConfig,
-) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+) -> Built:
     """Make a model and load weights from disk, resampled to the wanted input."""
     model_args = {**fixed_args, **_input_args(config)}
     model = _require_takes(architecture, config, model_args, cfg)
@@ -252,7 +253,7 @@ def _require_takes(
 
 
 def _classifier_name(model: nn.Module, architecture: str) -> str:
-    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    name = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     if not isinstance(name, str):
         raise BackboneError(
             f"{architecture!r} has the classifiers {', '.join(name)}; one joint head can be put "

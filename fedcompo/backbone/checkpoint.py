@@ -6,7 +6,6 @@ import json
 import logging
 import pickle
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from timm.models import load_pretrained
 from torch import Tensor, nn
 
 from fedcompo.backbone.file_kind import SUFFIXES, check_kind
-from fedcompo.backbone.prefixes import flatten, without_prefix
+from fedcompo.backbone.prefixes import converter, flatten, without_prefix
 from fedcompo.errors import BackboneError
 from fedcompo.storage.files import CONFIG
 
@@ -55,13 +54,12 @@ def fill(
     with torch.no_grad():  # a parameter that is not loaded stays NaN, which is checked
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    module = sys.modules[type(model).__module__]
-    convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
+    convert = converter(model)
     source: dict[str, Any]
     if isinstance(state, Path):
         source = {"file": str(state), "custom_load": True}
     else:
-        state, prefix = without_prefix(state, model, convert)
+        state, prefix = without_prefix(state, model)
         floats = {name: tensor.float() for name, tensor in state.items()}
         require_finite(floats, prefix)
         source = {"state_dict": floats}

@@ -10,21 +10,19 @@ import copy
 import json
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config
+from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
 from fedcompo.backbone.foreign_config import described_elsewhere
-from fedcompo.backbone.foreign_names import as_timm
-from fedcompo.backbone.prefixes import without_prefix
+from fedcompo.backbone.foreign_names import as_timm, within
+from fedcompo.backbone.prefixes import converter, without_prefix
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError
@@ -81,12 +79,13 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
         BackboneError: If the source cannot be read, is of another architecture, holds infinity or
             NaN, or does not come from these pre-trained weights.
     """
-    path, state = read_source(source, backbone)
+    path, state = _read_source(source, backbone)
     model = copy.deepcopy(backbone.model)
     channels, height, width = backbone.preprocessing.shape
     # Without `first_conv`, channels are never averaged: it must read as many as the backbone.
     cfg = {"input_size": (channels, height, width), "classifier": backbone.classifier}
     try:
+        state = _whole(state, backbone)
         fill(model, backbone.architecture, cfg, state, channels=channels)
     except BackboneError as error:
         raise BackboneError(
@@ -94,18 +93,17 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
             "If it holds a difference θ - θ₀ alone, add `--delta`."
         ) from error
     names, differ = _configured(path, replace(backbone, model=model))
-    found = _converted(state, model)
+    found = dict(converter(model)(dict(state), model))
     classifier, unread = take_classifier(found, backbone)
     theta = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     start = {name: tensor.cpu() for name, tensor in backbone.model.state_dict().items()}
-    kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    stored = kinds.pop() if len(kinds) == 1 else torch.float32  # rounding alone is no change
-    changed = (
-        name
-        for name in theta.keys() - backbone.theta_0.keys()
-        if not torch.equal(theta[name].to(stored), start[name].to(stored))
-    )
-    _require_related(path, backbone, theta, start)
+    for name in theta.keys() & found.keys():  # rounding alone is no change
+        stored = found[name].dtype
+        same = theta[name].to(stored) == start[name].to(stored)
+        theta[name] = torch.where(same, start[name], theta[name])
+    rest = theta.keys() - backbone.theta_0.keys()
+    changed = (name for name in rest if not torch.equal(theta[name], start[name]))
+    _require_related(path, backbone, theta)
     tensors = {f"{name}/delta": theta[name] - start[name] for name in backbone.theta_0}
     return FineTuned(
         TaskVector(Kind.FULL, tensors, backbone.fingerprint),
@@ -115,7 +113,60 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
     )
 
 
-def read_source(source: Path, backbone: Backbone) -> tuple[Path, dict[str, Tensor]]:
+def read_difference(source: Path, backbone: Backbone) -> FineTuned:
+    r"""Read a file that holds :math:`\theta - \theta_0`; a weight that it lacks is unchanged.
+
+    Such files look like checkpoints: names and shapes are the same. Nothing in them says what they
+    are. So whoever imports one says it, and the lengths of the weights must agree.
+
+    Args:
+        source: As for :func:`read_finetuned`.
+        backbone: The pre-trained weights it is a difference to.
+
+    Returns:
+        A task vector of kind ``full``. A classifier is no part of the pre-trained weights, so that
+        nobody knows what it is a difference to; it counts to the rest.
+
+    Raises:
+        BackboneError: If the source cannot be read, fits other weights, or holds a model.
+    """
+    path, state = _read_source(source, backbone)
+    require_finite(state)
+    found = {within(name): tensor.float() for name, tensor in state.items()}
+    if len(found) < len(state):
+        raise BackboneError(
+            f"{path} holds several models: names differ only in what stands before `blocks.`. "
+            "Save the difference of the one you want in a file of its own."
+        )
+    start = backbone.model.state_dict()
+    own = backbone.theta_0
+    if own.keys().isdisjoint(found):
+        raise BackboneError(
+            f"{path} holds no target weight of {backbone.name!r}, only "
+            f"{', '.join(sorted(state)[:3])}. Import it into a registry of its model."
+        )
+    tau: Weights = {}
+    for name, weight in own.items():
+        tensor = found.get(name, torch.zeros(weight.shape))
+        if tensor.shape != weight.shape:
+            raise BackboneError(
+                f"{name!r} of {path} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(weight.shape)} as in {backbone.name!r}, which the registry's weights are."
+            )
+        tau[name] = tensor
+    if not (share := _length(tau) / _length(own)) < MODEL_FROM:
+        raise BackboneError(
+            f"{path} is no difference to {backbone.name!r}: its weights are as long as {share:.2g} "
+            f"of the pre-trained ones, expected below {MODEL_FROM}. If it holds a model, leave "
+            "`--delta` out."
+        )
+    rest = (n for n, t in found.items() if n not in own and (n not in start or bool(t.any())))
+    tensors = {f"{name}/delta": tensor for name, tensor in tau.items()}
+    vector = TaskVector(Kind.FULL, tensors, backbone.fingerprint)
+    return FineTuned(vector, None, (), tuple(sorted(rest)))
+
+
+def _read_source(source: Path, backbone: Backbone) -> tuple[Path, dict[str, Tensor]]:
     """Read a file's tensors under timm's names, or those of the first one in a folder.
 
     Raises:
@@ -162,11 +213,11 @@ def take_classifier(
     return (weight.float(), torch.zeros(len(weight)) if bias is None else bias.float()), []
 
 
-def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    """All that the checkpoint holds, under the model's names."""
-    module = sys.modules[type(model).__module__]
-    convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
-    return dict(convert(dict(without_prefix(state, model, convert)[0]), model))
+def _whole(state: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """Take a prefix off; a classifier beside what has it is the model's own."""
+    names = (f"{backbone.classifier}.{part}" for part in ("weight", "bias"))
+    beside = {name: state[name] for name in names if name in state}
+    return beside | without_prefix(state, backbone.model)[0]
 
 
 def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]]:
@@ -178,15 +229,19 @@ def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]
     if (described := described_elsewhere(path, tuned)) is not None:
         return described
     args, own = read_config(path, tuned.architecture, {})
-    if not own:
+    file = path.with_name(CONFIG)
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "architecture" not in config:
         return (), []
-    ours = tuned.preprocessing
+    ours, pool = tuned.preprocessing, getattr(tuned.model, "global_pool", None)
     theirs = Preprocessing.of_timm(own, args, ours.modality)
     differ = [
         f"{CONFIG}: {key}"
         for key, field in FIELDS.items()
         if key in own and getattr(theirs, field) != getattr(ours, field)
     ]
+    if config.get("global_pool", pool) != pool:
+        differ.append(f"{CONFIG}: global_pool")
     built = {key: value for key, value in args.items() if key not in INPUT_ARGS}
     built |= {key: value for key, value in tuned.model_args.items() if key in INPUT_ARGS}
     example = torch.linspace(-1, 1, math.prod(ours.shape)).reshape(1, *ours.shape)
@@ -197,31 +252,37 @@ def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]
             torch.testing.assert_close(twin(example), tuned.model(example))
     except (RuntimeError, TypeError, ValueError, AssertionError):
         differ.append(f"{CONFIG}: model_args")
-    names = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8")).get("label_names")
+    names = config.get("label_names") or []
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if listed and len({*names}) == len(names) else (), differ
 
 
-def _require_related(path: Path, backbone: Backbone, theta: Weights, start: Weights) -> None:
-    ours = {name: start[name] for name in backbone.theta_0}
-    theirs = {name: theta[name] for name in ours}
-    inner = sum(float((theirs[name].double() * ours[name].double()).sum()) for name in ours)
-    lengths = length(theirs), length(ours)
-    cosine = inner / (lengths[0] * lengths[1] or 1.0)
-    if cosine < LEAST_COSINE:
-        small = lengths[0] < MODEL_FROM * lengths[1]
-        raise BackboneError(
-            f"{path} has the architecture of {backbone.name!r}, but was not fine-tuned from its "
-            f"weights (cosine {cosine:.2f}, expected above {LEAST_COSINE}). "
-            + (
-                f"They are as long as {lengths[0] / lengths[1]:.2g} of the pre-trained ones: if it "
-                "holds a difference θ - θ₀, add `--delta`."
-                if small
-                else "Import it into a registry of the weights it started from."
-            )
+def _require_related(path: Path, backbone: Backbone, theta: Weights) -> None:
+    """Compare each target weight with the pre-trained one: one may be transposed, another not."""
+    cosines = {name: cosine(theta[name], start) for name, start in backbone.theta_0.items()}
+    name = min(cosines, key=cosines.__getitem__)
+    if cosines[name] >= LEAST_COSINE:
+        return
+    share = _length({n: theta[n] for n in cosines}) / (_length(backbone.theta_0) or 1.0)
+    raise BackboneError(
+        f"{path} has the architecture of {backbone.name!r}, but was not fine-tuned from its weights"
+        f" ({name!r}: cosine {cosines[name]:.2f}, expected above {LEAST_COSINE}). "
+        + (
+            f"They are as long as {share:.2g} of the pre-trained ones: if it holds a difference "
+            "θ - θ₀, add `--delta`."
+            if share < MODEL_FROM
+            else "Import it into a registry of the weights it started from. If these are they, "
+            "that one is transposed, or its query, key and value stand in another order."
         )
+    )
 
 
-def length(weights: Weights) -> float:
+def cosine(theirs: Tensor, ours: Tensor) -> float:
+    """Of two tensors as vectors; 1 where ours is zero, which nothing can be compared with."""
+    a, b = theirs.double().cpu().flatten(), ours.double().cpu().flatten()
+    return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-30)) if b.any() else 1.0
+
+
+def _length(weights: Weights) -> float:
     """Length of all weights together."""
     return float(sum(float(t.double().square().sum()) for t in weights.values()) ** 0.5)

@@ -24,13 +24,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+USUAL = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}
+"""Activations of models that begin so, where config.json does not say."""
+LARGEST_EPS = 1e-5
 
 
 def described_elsewhere(path: Path, backbone: Backbone) -> tuple[tuple[str, ...], list[str]] | None:
     """Read the configuration that ``transformers`` writes beside a checkpoint.
 
-    The small number in its normalisation (1e-12 in ViT, 1e-6 in timm) makes no difference to speak
-    of and is not compared.
+    The small number in its normalisation is 1e-12 in ViT, 1e-6 in timm, 1e-5 in CLIP, which makes
+    no difference to speak of; a larger one is named. An entry that is missing is ``transformers``'
+    default: CLIP's activation is not the others'.
 
     Returns:
         Names of the classifier's rows, if it names them, and what it says otherwise than the
@@ -51,11 +55,13 @@ def described_elsewhere(path: Path, backbone: Backbone) -> tuple[tuple[str, ...]
         ) from error
     if "model_type" not in config:
         return None
+    kind = str(config["model_type"])
     config = {**config, **(config.get("vision_config") or {})}
     block: Any = backbone.model.blocks[0]  # type: ignore[index]
     heads = getattr(getattr(block, "attn", None), "num_heads", None)
     own = getattr(getattr(block, "mlp", None), "act", None)
-    act, points = config.get("hidden_act", "gelu"), torch.linspace(-4, 4, 33)
+    usual = next((own for start, own in USUAL.items() if kind.startswith(start)), "gelu")
+    act, points = config.get("hidden_act", usual), torch.linspace(-4, 4, 33)
     with torch.no_grad():
         same = (
             own is not None
@@ -66,6 +72,7 @@ def described_elsewhere(path: Path, backbone: Backbone) -> tuple[tuple[str, ...]
     agree = {
         f"{CONFIG}: num_attention_heads": config.get("num_attention_heads", heads) == heads,
         f"{CONFIG}: hidden_act": same,
+        f"{CONFIG}: layer_norm_eps": config.get("layer_norm_eps", 0.0) <= LARGEST_EPS,
         f"{PIXELS}: image_mean": theirs[0] in ((), ours.mean),
         f"{PIXELS}: image_std": theirs[1] in ((), ours.std),
     }

@@ -78,8 +78,8 @@ def timm_name(name: str, classifier: str) -> tuple[str, int | None] | None:
             return None
         leaf = "gamma" if leaf == "lambda1" else leaf
         return f"blocks.{match[1]}.{IN_BLOCK[layer]}.{leaf}", SEPARATE.get(layer)
-    if re.fullmatch(r"classifier\.(weight|bias)", name):
-        return name.replace("classifier", classifier), None
+    if match := re.fullmatch(r"(?:.*\.)?classifier\.(weight|bias)", name):
+        return f"{classifier}.{match[1]}", None
     for theirs, ours in OUTSIDE.items():
         if name == theirs or (name.endswith(f".{theirs}") and "text_model." not in name):
             return ours, None
@@ -122,7 +122,8 @@ def as_timm(path: Path, state: Mapping[str, Tensor], classifier: str) -> dict[st
                 "Save the state dict of the one you want in a file of its own."
             )
         if part is None:
-            found[ours] = _shaped(ours, tensor)
+            flat = ours in ("cls_token", "pos_embed") and tensor.ndim < 3  # CLIP has no batch axis
+            found[ours] = tensor.reshape(1, -1, tensor.shape[-1]) if flat else tensor
         else:
             fused.setdefault(ours, {})[part] = tensor
     for ours, parts in fused.items():
@@ -140,10 +141,3 @@ def as_timm(path: Path, state: Mapping[str, Tensor], classifier: str) -> dict[st
                 "be fused. It is no plain vision transformer."
             ) from error
     return found
-
-
-def _shaped(name: str, tensor: Tensor) -> Tensor:
-    """CLIP has no batch dimension: (tokens, dim) becomes (1, tokens, dim)."""
-    if name in ("cls_token", "pos_embed") and tensor.ndim < 3:
-        return tensor.reshape(1, -1, tensor.shape[-1])
-    return tensor

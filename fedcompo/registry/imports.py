@@ -19,12 +19,11 @@ from torch import Tensor
 
 from fedcompo.backbone.adapter import ADAPTER_CONFIG, read_adapter
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.backbone.difference import read_difference
-from fedcompo.backbone.fetching import fetched
-from fedcompo.backbone.finetuned import FineTuned, read_finetuned
+from fedcompo.backbone.finetuned import FineTuned, read_difference, read_finetuned
 from fedcompo.backbone.preprocessing import Modality
-from fedcompo.composition.claims import capped
+from fedcompo.backbone.source import fetched
 from fedcompo.composition.head import SHRINKAGE
+from fedcompo.composition.totals import total_after
 from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.choices import Statistics
 from fedcompo.config.presets import IMPORTED, STAND_IN
@@ -81,7 +80,7 @@ def import_model(
     """Make a contribution to a registry of a fine-tuned model; the registry stays as it is.
 
     Args:
-        source: See :func:`~fedcompo.backbone.fetching.fetched`: a checkpoint, or the folder of one
+        source: See :func:`~fedcompo.backbone.source.fetched`: a checkpoint, or the folder of one
             or of an adapter.
         registry: Has the pre-trained weights.
         client: Name of the contribution.
@@ -152,6 +151,11 @@ def _read(path: Path, backbone: Backbone, wanted: Wanted) -> FineTuned:
         found = replace(found, base=_other_base(path, found.base, backbone))
     else:
         found = (read_difference if wanted.difference else read_finetuned)(path, backbone)
+    if not any(tau.any() for tau in found.task_vector.dense(backbone.theta_0).values()):
+        raise ContributionError(
+            f"{path} changes no target weight of {backbone.name!r}: it is not trained, or trained "
+            "elsewhere. Name the fine-tuned one, or another registry."
+        )
     if found.rest and not wanted.drop_rest:
         raise ContributionError(
             f"{path} changed more than the target weights, which is all that a contribution can "
@@ -205,30 +209,40 @@ def _images(data: Path, wanted: Wanted, backbone: Backbone) -> ClientData:
 def _of_images(
     images: ClientData, found: FineTuned, wanted: Wanted, backbone: Backbone
 ) -> tuple[Head, FeatureSums, str]:
-    """Head and statistics of images, and whose the head is."""
+    """Head and statistics of images, and whose the head is: ``source`` or ``fitted``."""
     features = extract_features(backbone.forward({}), images.train.images)
-    head, whose = _head_of(found, wanted.classes, backbone, images)
-    return head, FeatureSums.of(features, images.train.labels, images.classes), whose
+    statistics = FeatureSums.of(features, images.train.labels, images.classes)
+    own = _own_head(found, wanted)
+    if own is not None and {*images.classes} <= {*own.classes}:
+        return own.rows(images.classes), statistics, "source"
+    if wanted.classes:
+        raise ContributionError(
+            f"`--classes` names the classifier's {len(wanted.classes)} rows "
+            f"{', '.join(wanted.classes)}, and the images are of {', '.join(images.classes)}. "
+            "Call the rows as the images' folders are called."
+        )
+    theta = found.task_vector.dense(backbone.theta_0)
+    theta = {name: backbone.theta_0[name] + tau for name, tau in theta.items()}
+    features = extract_features(backbone.forward(theta), images.train.images)
+    start = zero_head(images.classes, backbone.num_features)
+    head = fit_head(features, images.train.labels, start, ridge=RunConfig().head.ridge)
+    return head, statistics, "fitted"
 
 
 def _others(registry: RegistryReader, client: str) -> FeatureSums | None:
     """Statistics of the members, without the one that is replaced; None: nobody else is there."""
     if not {*registry.clients} - {client}:
         return None
-    total = registry.total_statistics()
-    if client not in registry.clients:
-        return total
-    own = capped(registry.contribution(client).statistics, registry.settings.class_cap)
-    assert isinstance(own, FeatureSums)
-    return total - own
+    going = [registry.contribution(client)] if client in registry.clients else []
+    return total_after(registry.total_statistics(), (), going, registry.settings)
 
 
 def _of_rows(
     path: Path, found: FineTuned, wanted: Wanted, total: FeatureSums | None, backbone: Backbone
 ) -> tuple[Head, FeatureSums]:
     """Head and statistics of the source's own classifier."""
-    names = wanted.classes or found.classes
-    if found.classifier is None or not names:
+    own = _own_head(found, wanted)
+    if own is None:
         lacks = "has no classifier" if found.classifier is None else "does not name its classes"
         raise ContributionError(
             f"{path} {lacks}, and without `--data` its classes are described by the rows of its "
@@ -239,43 +253,26 @@ def _of_rows(
                 else f", or its {len(found.classifier[0])} rows in `--classes`, in their order."
             )
         )
-    weight, bias = found.classifier
-    if len(names) != len(weight):
-        raise ContributionError(
-            f"`--classes` names {len(names)} classes, and the source's classifier has "
-            f"{len(weight)} rows. Name each row."
-        )
-    head = Head(names, weight, bias).rows(sorted(names))
-    assumed = (
-        Assumed.of_norm(backbone.model, backbone.num_features)
-        if total is None
-        else Assumed.of(total, shrinkage=SHRINKAGE)
-    )
-    usual = LONELY if total is None else median_low(total.counts.tolist())
-    images = wanted.counts_as or max(2, usual)
+    head = own.rows(sorted(own.classes))
+    if total is None:
+        assumed, usual = Assumed.of_norm(backbone.model, backbone.num_features), LONELY
+    else:
+        assumed = Assumed.of(total, shrinkage=SHRINKAGE)
+        usual = max(2, median_low(total.counts.tolist()))
+    images = wanted.counts_as or usual
     return head, stand_in(head, assumed, shrinkage=SHRINKAGE, images=images)
 
 
-def _head_of(
-    found: FineTuned, given: tuple[str, ...], backbone: Backbone, images: ClientData
-) -> tuple[Head, str]:
-    """The rows of the images' classes, and whose they are: ``source`` or ``fitted``."""
+def _own_head(found: FineTuned, wanted: Wanted) -> Head | None:
+    """The source's classifier; None without one, or if the names of its rows are not known."""
     rows = 0 if found.classifier is None else len(found.classifier[0])
-    names = given or found.classes
-    fits = len(names) == rows and {*images.classes} <= {*names}
-    if given and not fits:
+    if wanted.classes and not len(wanted.classes) == len({*wanted.classes}) == rows:
         raise ContributionError(
-            f"`--classes` names {len(given)} classes, and the source's classifier has {rows} rows. "
-            f"Name each row, among them those of the images: {', '.join(images.classes)}."
+            f"`--classes` names {', '.join(wanted.classes)}, and the source's classifier has "
+            f"{rows} rows. Name each row, by a name of its own."
         )
-    if fits and found.classifier is not None:
-        return Head(names, *found.classifier).rows(images.classes), "source"
-    theta = found.task_vector.dense(backbone.theta_0)
-    theta = {name: backbone.theta_0[name] + tau for name, tau in theta.items()}
-    features = extract_features(backbone.forward(theta), images.train.images)
-    start = zero_head(images.classes, backbone.num_features)
-    ridge = RunConfig().head.ridge
-    return fit_head(features, images.train.labels, start, ridge=ridge), "fitted"
+    names = wanted.classes or found.classes
+    return Head(names, *found.classifier) if found.classifier and len(names) == rows else None
 
 
 def _settings(backbone: Backbone, found: FineTuned) -> dict[str, Scalar]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -181,3 +182,10 @@ def test_a_repository_out_of_reach_is_refused_and_the_way_out_is_named(tmp_path,
     offline(tmp_path, monkeypatch)
     with pytest.raises(BackboneError, match=r"hf-hub:org/other.*`backbone = local-dir:<their fol"):
         loaded("hf-hub:org/other")
+
+
+def test_a_folder_that_names_no_classifier_has_timms_usual_one(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config["pretrained_cfg"]["classifier"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert loaded(f"local-dir:{folder}").classifier == "head"

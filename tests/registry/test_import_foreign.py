@@ -16,8 +16,7 @@ from registry_builders import backbone
 from torch import Tensor, nn
 
 from fedcompo.backbone.adapter import read_adapter
-from fedcompo.backbone.difference import read_difference
-from fedcompo.backbone.finetuned import read_finetuned
+from fedcompo.backbone.finetuned import read_difference, read_finetuned
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneError
 from fedcompo.method.task_vector import TaskVector
@@ -120,7 +119,8 @@ def same_change(vector: TaskVector, theta: dict[str, Tensor]) -> None:
 def test_a_model_under_other_names_is_the_same_change(naming: str, tmp_path: Path) -> None:
     state = tuned()
     labels = {"id2label": {"0": "yak", "1": "dog", "2": "cat"}}
-    found = read_finetuned(saved(tmp_path, renamed(state, NAMINGS[naming]), **labels), backbone())
+    written = {f"module.{name}": t for name, t in renamed(state, NAMINGS[naming]).items()}
+    found = read_finetuned(saved(tmp_path, written, **labels), backbone())
     assert (found.rest, found.classes) == ((), ("yak", "dog", "cat"))
     same_change(found.task_vector, state)
     assert found.classifier is not None
@@ -129,14 +129,21 @@ def test_a_model_under_other_names_is_the_same_change(naming: str, tmp_path: Pat
 
 def test_what_the_tables_do_not_know_is_named_with_what_computes_otherwise(tmp_path: Path) -> None:
     state = renamed(tuned(), VIT) | {"vit.pooler.dense.weight": torch.ones(8, 8)}
-    folder = saved(tmp_path, state, hidden_act="quick_gelu", num_attention_heads=4)
+    said = {"hidden_act": "quick_gelu", "num_attention_heads": 4, "layer_norm_eps": 0.01}
+    folder = saved(tmp_path, state, **said)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.1], "image_std": [0.5]}')
     found = read_finetuned(folder, backbone())
     assert set(found.rest) >= {
-        *("config.json: hidden_act", "config.json: num_attention_heads"),
+        *(f"config.json: {key}" for key in said),
         *("preprocessor_config.json: image_mean", "vit.pooler.dense.weight"),
     }
     assert found.classes == ()
+
+
+def test_what_a_configuration_leaves_out_is_its_librarys_default(tmp_path: Path) -> None:
+    folder = saved(tmp_path, renamed(tuned(), CLIP))
+    (folder / "config.json").write_text('{"model_type": "clip", "vision_config": {}}')
+    assert read_finetuned(folder, backbone()).rest == ("config.json: hidden_act",)
 
 
 def test_a_classifier_of_other_features_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from registry_builders import backbone, member, registry_of
 from torch import Tensor
 
 from fedcompo.audit.shadows import ClientTraining
+from fedcompo.backbone.finetuned import read_finetuned
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import load_folder
@@ -131,6 +132,7 @@ def test_what_else_changed_is_named_and_refused_or_recorded(
     [
         ("model_args", "num_heads", 4, "model_args"),
         ("model_args", "class_token", False, "model_args"),
+        ("", "global_pool", "avg", "global_pool"),
         ("pretrained_cfg", "mean", [0.1], "mean"),
         ("pretrained_cfg", "interpolation", "bilinear", "interpolation"),
     ],
@@ -151,7 +153,7 @@ def test_a_model_that_computes_something_else_is_named(
     given: dict[str, Any] = {"client": "ada", "data": images}
     made = import_model(source, registry, **given)
     assert (made.settings["imported-head"], made.settings["imported-dropped"]) == ("source", "")
-    config[section][argument] = value
+    (config[section] if section else config)[argument] = value
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ContributionError, match=f"config.json: {said}"):
         import_model(source, registry, **given)
@@ -160,10 +162,27 @@ def test_a_model_that_computes_something_else_is_named(
 def test_rounding_to_half_precision_is_no_change(
     registry: Registry, images: Path, tmp_path: Path
 ) -> None:
-    halves = {name: tensor.half() for name, tensor in tuned().items()}
-    source = saved(tmp_path, "safetensors", halves)
-    made = import_model(source, registry, client="ada", data=images)
-    assert made.settings["imported-dropped"] == ""
+    state = tuned() | {"blocks.0.attn.qkv.weight": backbone().theta_0["blocks.0.attn.qkv.weight"]}
+    halves = {name: tensor.half() for name, tensor in state.items()}
+    mixed = {name: t.bfloat16() if t.ndim > 1 else t for name, t in state.items()}
+    for written in (halves, mixed):
+        source = saved(tmp_path, "safetensors", written)
+        made = import_model(source, registry, client="ada", data=images)
+        assert made.settings["imported-dropped"] == ""
+        assert not made.task_vector.dense(backbone().theta_0)["blocks.0.attn.qkv.weight"].any()
+
+
+def test_what_is_not_trained_is_refused(registry: Registry, images: Path, tmp_path: Path) -> None:
+    start = {name: t.bfloat16() for name, t in backbone().model.state_dict().items()}
+    with pytest.raises(ContributionError, match="changes no target weight"):
+        import_model(saved(tmp_path, "safetensors", start), registry, client="ada", data=images)
+
+
+def test_a_classifier_beside_the_prefix_is_the_models(registry: Registry, tmp_path: Path) -> None:
+    state = {n if n.startswith("head") else f"backbone.{n}": t for n, t in tuned().items()}
+    found = read_finetuned(saved(tmp_path, "safetensors", state), backbone())
+    assert found.classifier is not None
+    assert torch.equal(found.classifier[0], state["head.weight"])
 
 
 def wrong(kind: str, folder: Path) -> Path:
@@ -188,6 +207,11 @@ def wrong(kind: str, folder: Path) -> Path:
         state["blocks.0.attn.qkv.weight"][0, 0] = torch.nan
     if kind == "shape":
         state["blocks.0.attn.qkv.weight"] = torch.ones(3, 3)
+    if kind == "transposed":
+        state["blocks.1.attn.proj.weight"] = state["blocks.1.attn.proj.weight"].T.contiguous()
+    if kind == "exchanged":
+        query, key, value = state["blocks.1.attn.qkv.weight"].chunk(3)
+        state["blocks.1.attn.qkv.weight"] = torch.cat([key, query, value])
     if kind == "lacking":
         del state["blocks.1.mlp.fc2.weight"]
     if kind == "unrelated":
@@ -211,6 +235,8 @@ def wrong(kind: str, folder: Path) -> Path:
         ("shape", "no fine-tuned 'pico'"),
         ("lacking", "blocks.1.mlp.fc2.weight"),
         ("unrelated", "was not fine-tuned from its weights"),
+        ("transposed", "'blocks.1.attn.proj.weight': cosine"),
+        ("exchanged", "'blocks.1.attn.qkv.weight': cosine"),
         ("deeper", "blocks.2.attn.qkv.weight"),
     ],
 )
@@ -221,7 +247,7 @@ def test_a_wrong_source_is_refused_in_a_sentence(
         import_model(wrong(kind, tmp_path), registry, client="ada", data=images)
 
 
-@pytest.mark.parametrize("classes", [("cat", "dog"), ("cat", "yak", "owl")])
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("cat", "yak", "owl"), ("cat", "dog", "dog")])
 def test_names_that_do_not_fit_the_rows_are_refused(
     classes: tuple[str, ...], registry: Registry, images: Path, tmp_path: Path
 ) -> None:
