@@ -52,7 +52,8 @@ def push(
         say(f"{'Would send' if dry_run else 'Sent'} {name}: {size:,} bytes.")
     for name in sent.left:
         say(f"Left here: {name}.")
-    say(f"The card states {f'the license {sent.license}' if sent.license else 'no license'}.")
+    named = f"the license {sent.license}" if sent.license else "no license; `license: ...` adds one"
+    say(f"The card states {named}, in the first lines of README.md.")
     if told:
         say(f"Address: {told['address']}")
         say(f"Its card says how to use it, in a folder: hf download {repo} --local-dir DIR")

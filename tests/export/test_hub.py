@@ -120,7 +120,10 @@ def test_a_dry_run_needs_neither_token_nor_network(folder, monkeypatch):
     size = sizes["model.safetensors"]
     text = run("push", folder, "org/mine", "--dry-run").output
     assert f"Would send model.safetensors: {size:,} bytes." in text
-    assert "The card states no license." in text
+    assert (
+        "The card states no license; `license: ...` adds one, in the first lines of README.md."
+        in text
+    )
 
 
 def linked(folder):
