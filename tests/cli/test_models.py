@@ -154,7 +154,7 @@ def test_without_a_client_is_what_its_removal_gives_bit_for_bit(home: Path) -> N
         ("--without= ", 2, "no list of clients"),
         ("--scale 0", 2, "positive number"),
         ("--rule tis", 2, "no rule 'tis' in fedcompo "),
-        ("--rule dare:drop=1", 2, "drop must be in [0, 1)"),
+        ("--rule dare:drop=1", 2, "`drop` must be in [0, 1)"),
         ("--rule task-arithmetic --scale 1", 2, "says λ itself"),
         ("--rule tsv-m --weights client-0=0.7,client-1=0.3", 1, "no weights in its equation"),
         ("--checkpoint x", 2, "goes with folders"),
