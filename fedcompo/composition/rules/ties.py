@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,6 @@ def trimmed(tau: Tensor, density: float) -> Tensor:
         tau: Of any shape; not empty.
         density: Share of entries that is kept.
     """
-    count = max(1, int(density * tau.numel()))
-    sizes = tau.abs()
-    threshold = sizes.flatten().kthvalue(tau.numel() - count + 1).values
+    sizes, place = tau.abs(), tau.numel() - max(1, int(density * tau.numel()))
+    threshold = float(np.partition(sizes.flatten().numpy(), place)[place])  # faster than kthvalue
     return tau.where(sizes >= threshold, 0)
