@@ -150,5 +150,6 @@ def _print(told: Mapping[str, Any], counts_as: int) -> None:
     if told["imported-statistics"] == STAND_IN:
         say(
             "Note: no images describe it. The rows of its classifier stand for them, and its "
-            f"classes count as {counts_as} images each."
+            f"classes count as {counts_as} images each. Beside others, they may hardly be told "
+            "apart: `fedcompo evaluate` shows it, and `--data` mends it."
         )

@@ -114,25 +114,31 @@ def evaluate(
         chosen = choice.parsed()
         opened = common.open_registry(registry)
         from fedcompo.audit.evaluation import evaluate_clients, run_config_of
+        from fedcompo.data.client_data import client_names
         from fedcompo.export.selection import from_registry
 
         with common.progress(quiet=as_json) as tell:
             selection = from_registry(opened, **chosen)
             backbone = opened.backbone.load()
+            config = run_config_of(opened, data)
             figures = evaluate_clients(
                 backbone,
                 dict(selection.stream()),
                 selection.head,
-                run_config_of(opened, data),
+                config,
                 linearised=selection.pool.linearised,
                 on_step=tell,
             )
+        unknown = [name for name in client_names(config.data) if name not in figures]
         if as_json:
-            print_json({"clients": list(selection.pool.clients), "accuracy": figures})
+            told = {"clients": list(selection.pool.clients), "accuracy": figures}
+            print_json({**told, "not_measured": unknown})
             return
         from fedcompo.cli.tables import print_accuracies
 
         print_accuracies("Accuracy, %", figures)
+        if unknown:
+            say(f"Not measured, as the model does not know their classes: {', '.join(unknown)}.")
         say(f"Of the composition of {', '.join(selection.pool.clients)}.")
 
 
@@ -168,8 +174,8 @@ def say_members(written: Mapping[str, Any]) -> None:
     """Say whom it was composed of, and how."""
     clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
     say(f"Composed of {clients}; {len(written['classes'])} classes.")
-    if written["rule"] != MEAN:
-        say(f"By the rule {written['rule']}, λ = {written['scale']:.4g}.")
+    rule = "" if written["rule"] == MEAN else f"By the rule {written['rule']}, "
+    say(f"{rule}λ = {written['scale']:.4g}.")
 
 
 def report(written: Mapping[str, Any], as_json: bool) -> None:

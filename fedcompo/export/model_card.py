@@ -17,10 +17,12 @@ from huggingface_hub import ModelCardData
 from fedcompo.backbone.backbone import EMBEDDED
 from fedcompo.backbone.preprocessing import Modality
 from fedcompo.composition.settings import MEAN
+from fedcompo.config.presets import IMPORTED
 from fedcompo.export.example import CONFIGURED, example
 from fedcompo.export.recipe import Negation
 from fedcompo.export.selected import Selection
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.pool import Pool
 from fedcompo.names import printable
 from fedcompo.registry.removal import influence
 from fedcompo.runtime import version
@@ -93,6 +95,7 @@ The card says what is in it, not how accurate it is.
 
 {table(SHARE, (_share(own, selection.shares[own.client]) for own in pool))}
 
+{_imports(pool)}\
 {_recipe(recipe) if recipe else ""}
 ## Lineage
 
@@ -230,6 +233,18 @@ def _share(own: Contribution, coefficient: float) -> tuple[object, ...]:
     images = "none" if own.without_images else own.num_examples
     kind, classes = own.task_vector.kind, len(own.head.classes)
     return escaped(own.client), kind, f"{coefficient:.6g}", images, classes
+
+
+def _imports(pool: Pool) -> str:
+    """Say what members that were not trained here lack."""
+    said = []
+    for own in pool:
+        name, dropped = escaped(own.client), own.settings.get(f"{IMPORTED}dropped")
+        if dropped:
+            said.append(f"Of {name}, changes of other weights were left out: {escaped(dropped)}.")
+        if own.without_images:
+            said.append(f"No images describe {name}: rows of its classifier stand for them.")
+    return "".join(f"{sentence}\n\n" for sentence in said)
 
 
 def _origin(own: Contribution) -> tuple[object, ...]:

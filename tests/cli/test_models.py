@@ -265,6 +265,10 @@ def test_accuracies_are_the_librarys(home: Path, options: str) -> None:
     assert found["accuracy"] == expected
     assert len(expected) == len(found["clients"]) >= 2
     out = run("evaluate", *options.split()).stdout
+    others = [f"client-{i}" for i in range(RunConfig().data.num_tasks)]
+    others = [name for name in others if name not in expected]
+    assert found["not_measured"] == others
+    assert f"does not know their classes: {', '.join(others)}." in " ".join(out.split())
     for name, figures in expected.items():
         (line,) = (line for line in out.splitlines() if f"│ {name} " in line)
         cells = [cell.strip() for cell in line.split("│")]
@@ -322,7 +326,7 @@ def test_a_negation_needs_a_positive_strength(home: Path) -> None:
 def test_a_lora_client_becomes_an_adapter(home: Path) -> None:
     out = run("export", "--client", "client-1", "-o", "peft").stdout
     assert out == (
-        "Composed of client-1 × 1; 2 classes.\n"
+        "Composed of client-1 × 1; 2 classes.\nλ = 1.\n"
         f"LoRA adapter for PEFT, of rank 2 to 6: {home / 'peft'}\n"
         "It is the composed change, to float32's rounding.\n"
     )

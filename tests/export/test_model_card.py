@@ -283,9 +283,12 @@ def test_members_are_listed_with_kind_coefficient_and_examples():
 
 
 def test_no_images_are_claimed_where_a_classifier_stands_for_them():
-    member = replace(MEMBERS[0], settings={f"{IMPORTED}statistics": STAND_IN})
-    shares = tables_of(parts(card_of(members=(member,)))[1])[1]
+    settings = {f"{IMPORTED}statistics": STAND_IN, f"{IMPORTED}dropped": "norm.* (2)"}
+    card = card_of(members=(replace(MEMBERS[0], settings=settings),))
+    shares = tables_of(parts(card)[1])[1]
     assert shares[1] == ["client-0", "full", "0.5", "none", "2"]
+    assert "No images describe client-0: rows of its classifier stand for them." in card
+    assert "Of client-0, changes of other weights were left out: norm." in card
 
 
 def test_the_lineage_of_each_member_is_counted():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from fedcompo.composition.rules.dare import Dare
@@ -37,9 +38,11 @@ def parse_rule(text: str) -> Rule:
     """
     name, _, rest = (part.strip() for part in text.partition(":"))
     if name not in RULES:
+        near = get_close_matches(name, RULES, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"There is no rule {name!r} in fedcompo {version('fedcompo')}; it has "
-            f"{', '.join(RULES)}."
+            f"{', '.join(RULES)}.{hint}"
         )
     known = {f.name.rstrip("_"): f for f in fields(RULES[name])}
     values: dict[str, Any] = {}

@@ -175,7 +175,7 @@ class Rule:
                 raise ContributionError(
                     f"The rule {self.name} needs of every member the {self.needs}, which "
                     f"{', '.join(lacking)} did not send. Compose without them or by another rule, "
-                    f"or train them anew with {self.kept_by}."
+                    f"or train them anew with {self.kept_by}; import them with `--data`."
                 )
 
     def total(self, changes: Changes) -> Tensor:
