@@ -8,19 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
+from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, client_names, load_client_data, load_folder
 from fedcompo.errors import DataError, FedcompoError
 
-
-@lru_cache(maxsize=1)
-def load_shared_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
-    """Load the backbone once for all phases and clients of this process."""
-    return load_backbone(config, device)
+load_shared_backbone = lru_cache(maxsize=1)(load_backbone)
+"""Loads the backbone once for all phases and clients of this process."""
 
 
 @lru_cache(maxsize=2)

@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from clients import outgoing
 from clients.course import course_of
 from clients.loading import load_images, load_shared_backbone
@@ -240,15 +238,14 @@ class LocalClient:
     def statistics(
         self,
         images: Split,
-        theta: Mapping[str, Tensor],
+        theta: Weights,
         *,
         form: Statistics,
         purpose: str,
         linearised: bool = False,
     ) -> tuple[AnyStatistics, dict[str, Any]]:
         """Statistics of a model's features, by class, and the answer's report on caps."""
-        weights = {name: tensor.to(self.backbone.device) for name, tensor in theta.items()}
-        forward = feature_map(self.backbone, weights, tangent=linearised)
+        forward = feature_map(self.backbone, theta, tangent=linearised)
         features = extract_features(forward, images.images)
         seed = derive_seed(self.config.seed, purpose, self.name)
         classes = self.data.classes

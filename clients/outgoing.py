@@ -22,7 +22,7 @@ from fedcompo.messages.requests import own_tensors
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.features import fit_mixtures
-from fedcompo.method.fisher import COLUMNS, ROWS, FisherDiagonal, outer
+from fedcompo.method.fisher import COLUMNS, INPUTS, ROWS, FisherDiagonal, outer
 from fedcompo.method.heads import Head
 from fedcompo.method.kronecker import whole
 from fedcompo.method.statistics import FeatureSums
@@ -125,6 +125,8 @@ def fisher_of(
 ) -> FisherAnswer:
     """Sum the Fisher diagonal, in the form and number format that the caps allow.
 
+    With it go the squares of the layers' inputs; under noise they stay here.
+
     Args:
         backbone: Pre-trained weights.
         head: Head of the class probabilities that it is the Fisher of; None: of the features.
@@ -155,10 +157,11 @@ def fisher_of(
         report = asdict(figures)
         if caps.fisher_form is not FisherForm.DENSE:
             fisher, caps_report["form_error"] = _in_form(fisher, caps.fisher_form)
-    body = prefixed(FISHER, {name: total.float() for name, total in fisher.sums.items()})
+    body = prefixed(FISHER, {name: total.float() for name, total in fisher.tensors.items()})
     coded, arrived = _on_the_wire(body, caps.wire)
     if caps.wire is not Wire.FLOAT32 and body:
-        caps_report |= {"wire_error": relative_error(body, arrived), "wire": str(caps.wire)}
+        own = {name: total for name, total in body.items() if not name.endswith(INPUTS)}
+        caps_report |= {"wire_error": relative_error(own, arrived), "wire": str(caps.wire)}
     return FisherAnswer(
         **who,
         tensors=coded,

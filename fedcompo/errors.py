@@ -14,7 +14,7 @@
     │   └── RegistryDamaged  its files do not say what they should
     ├── TooFewClients        fewer usable clients than the run needs
     ├── LaunchError          a simulation that could not start or did not finish
-    └── ServiceError         a registry's service that refuses, or cannot be reached
+    └── ServiceError         a registry's service, or a hub, that refuses or cannot be reached
 
 A message says what is wrong, what was expected, what was found and how to fix it. It may hold
 paths, names of files and what is in them, so it stays on the machine where it was raised. What a

@@ -114,14 +114,13 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
             + ", not as this run's backbone says."
         )
     uncapped = replace(registry.settings, class_cap=UNLIMITED, client_cap=UNLIMITED)
-    if registry.clients and uncapped != CompositionSettings.of(config):
+    if uncapped != CompositionSettings.of(config):
         books.note("The registry composes with its own settings, not with this run's.")
-    fixed, aside = registry.settings.scale, config.train.aside
-    if fixed is not None and aside > 0:
+    if (given := registry.settings.factor_given) and config.train.aside > 0:
         books.note(
-            f"The registry composes at the fixed scale {fixed:g}, so nobody votes: the share "
-            f"`aside` = {aside:g} of the images, which clients keep aside to vote on, trains "
-            f"nobody. Set `scale = {fixed:g}` to train on all images."
+            f"The registry composes {given}, so nobody votes: the share `aside` = "
+            f"{config.train.aside:g} of the images, which clients keep aside to vote on, trains "
+            "nobody. Set `aside = 0` to train on all images."
         )
     exchange.gather(config.server.num_clients)
     chosen = strategy_of(config)(exchange, config, backbone, registry, working)
@@ -187,14 +186,8 @@ def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Regis
     path = registry_path(config) if config.registry.registry else output / REGISTRY
     if not (path / ABOUT).exists():
         return Registry.create(path, backbone, CompositionSettings.of(config))
-    registry, statistics = Registry(path), config.head.statistics
-    kept = registry.settings.statistics
-    if kept is not statistics:  # also of an empty one: its settings never change
-        raise ConfigError(
-            f"`statistics` is {statistics}, but the members of the registry {path} are described "
-            f"by {kept}, and no head can be made of both. Set `statistics = {kept}`, or train all "
-            "clients anew into a new registry."
-        )
+    registry = Registry(path)
+    registry.settings.check_run(config)
     if registry.state.base != backbone.fingerprint:
         raise BackboneMismatch(
             f"The registry {path} is one of the backbone {registry.state.base}, this run's is "

@@ -198,12 +198,7 @@ class Averaging:
     ) -> None:
         """Let every client measure a model on its own test images.
 
-        Args:
-            phase: Name of the phase.
-            theta: Weights by name; empty: of the frozen backbone.
-            joint: The head.
-            prefix: Before the names of the figures.
-            decisive: Fail if too few clients are left then.
+        Without weights it is the frozen backbone. The prefix stands before the figures' names.
         """
         request = EvaluateRequest(theta=theta, joint=joint, linearised=False).to_body()
 

@@ -168,8 +168,8 @@ class IelStrategy(Strategy):
         number, last = self.config.method.num_server_rounds, LastSent(self.working.output / ROUNDS)
         self.rounds = Rounds(self.fitting, number, last, working=self.working)
         self.rounds.run()
-        self.trained = self.rounds.trained
-        return self.rounds.keep()
+        self.trained = self.rounds.sum.trained
+        return self.rounds.sum.keep()
 
     def compose(self, folders: list[Path]) -> None:
         """Add the clients' last task vectors to the registry."""

@@ -21,7 +21,7 @@ from typing import Any
 from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.choices import Kind
+from fedcompo.config.choices import Kind, Method
 from fedcompo.config.run import RunConfig
 from fedcompo.config.server import RegistryConfig
 from fedcompo.errors import ContributionError, FedcompoError
@@ -72,6 +72,8 @@ class Unlearning:
     def __post_init__(self) -> None:
         """Raise, before any client is asked, if the client is not in the registry."""
         require_known([self.request.client], self.registry.clients, "registry")
+        if self.request.repair_rounds:
+            self.registry.settings.check_method(Method.IEL)
         others = partial(Company.of, self.registry, self.backbone)
         self.roster = Roster(self.exchange, self.backbone, others)
         self.choosing = Choosing(self.roster, self.registry, self.config)
@@ -176,7 +178,7 @@ class Unlearning:
         rounds = Rounds(fits, self.request.repair_rounds, last, continuing=True)
         try:
             rounds.run()
-            folders = rounds.keep()
+            folders = rounds.sum.keep()
             self.exchange.books.timed(
                 "compose", lambda: self.registry.add(*folders, replacing=True, empty=True)
             )

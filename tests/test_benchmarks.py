@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import run
 from safetensors.torch import load_file, save_file
 
 from fedcompo.config.choices import Wire
@@ -149,3 +150,37 @@ def test_removals_fill_a_table(monkeypatch, capsys, tmp_path):
     rows = table_of(monkeypatch, capsys, "removal", *options, "--folder", str(tmp_path))
     assert [row[:2] for row in rows] == [["2", "2"], ["2", "4"], ["3", "2"], ["3", "4"]]
     assert all(float(value) >= 0 for row in rows for value in row[2:])
+
+
+def test_a_rule_has_a_line_beside_the_mean(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rules = importlib.import_module("rules")
+    options = ["--scale", "tiny", "--members", "2", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["rules.py", *options, "--rules", "mean", "regmean"])
+    rules.main()
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["mean", "regmean"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_tools_merge_alike_and_fill_a_table(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("merging_tools")
+
+    def here(command: list[str]) -> tuple[float, float]:
+        if "--peft" in command:
+            script.merge_with_peft(*command[-2:])
+        else:
+            run(*command[command.index("compose") :])
+        return 1.0, 1.0
+
+    monkeypatch.setattr(script, "timed", here)
+    options = ["--backbone", "test_vit", "--rules", "mean", "--repeats", "1"]
+    rows = table_of(monkeypatch, capsys, "merging_tools", *options)
+    assert [row[:3] for row in rows] == [
+        ["checkpoints", "mean", "fedcompo"],
+        ["adapters", "mean", "fedcompo"],
+        ["adapters", "mean", "PEFT"],
+    ]
+    assert rows[2][6].startswith("0 of ")
+    assert float(rows[2][5]) < 1e-6

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.config.presets import IMPORTED
 from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, client_names, load_client_data
 from fedcompo.errors import DataError, FedcompoError
@@ -26,12 +27,18 @@ def run_config_of(registry: RegistryReader, data: str | None = None) -> RunConfi
     """Return the settings that the registry's clients were trained with, perhaps with other data.
 
     Raises:
-        DataError: If the registry has no members, and so no settings.
+        DataError: If the registry has no members, and so no settings; or no data is named and they
+            were imported.
         ConfigError: If the settings cannot be used.
     """
     if not registry.clients:
         raise DataError("Nobody is in the registry, so nothing can be evaluated.")
     settings = dict(registry.contribution(registry.clients[0]).settings)
+    if not data and f"{IMPORTED}from" in settings:
+        raise DataError(
+            f"{registry.clients[0]} was imported, and imports do not say where their images are. "
+            "Name them by `--data folder:<path>`: a folder a client, in it test/<class>/*."
+        )
     return RunConfig.stored({**settings, **({"data": data} if data else {})})
 
 

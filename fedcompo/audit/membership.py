@@ -163,12 +163,7 @@ def loss_attack(member_losses: Tensor, nonmember_losses: Tensor, *, seed: int = 
 
 
 def likelihood_ratio_attack(
-    target_phi: Tensor,
-    shadow_phi: Tensor,
-    trained_on: Tensor,
-    is_member: Tensor,
-    *,
-    seed: int = 0,
+    target_phi: Tensor, shadow_phi: Tensor, trained_on: Tensor, is_member: Tensor, *, seed: int = 0
 ) -> Attack:
     """Take examples for members that :func:`likelihood_ratios` scores high (LiRA).
 

@@ -51,11 +51,6 @@ class AuditedModel:
 def audited_images(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
     """Load a client's images and check that its contribution describes them.
 
-    Args:
-        contribution: What the client sent.
-        backbone: Says what images must look like.
-        config: Says which images.
-
     Returns:
         Its test images, and of its training images those that it did not keep aside.
 

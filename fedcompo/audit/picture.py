@@ -25,12 +25,7 @@ MODELS = {
 
 
 def picture(values: Values, facts: Sequence[str]) -> str:
-    """Return an SVG: AUC with intervals on the left, accuracies on the right.
-
-    Args:
-        values: What :func:`fedcompo.audit.measure.audit` returns.
-        facts: Short sentences to stand below.
-    """
+    """Return an SVG: AUC with intervals on the left, accuracies on the right, facts below."""
     names = list(values["models"])
     groups = [
         (attack.replace("-", " "), {name: by_model[name]["auc"] for name in names})
@@ -63,15 +58,7 @@ def _legend(names: Sequence[str]) -> list[str]:
 def interval_chart(
     groups: Groups, *, left: float, top: float, width: float, row: float
 ) -> list[str]:
-    """Draw estimates as points with whiskers over one axis, with the line of chance.
-
-    Args:
-        groups: What to draw, a group a row.
-        left: Where the axis begins; labels stand before it.
-        top: Where the first row begins.
-        width: Length of the axis.
-        row: Height of a row.
-    """
+    """Draw estimates as points with whiskers, a group a row, over one axis with chance marked."""
     estimates = [estimate for _, by_model in groups for estimate in by_model.values()]
     first = math.floor(10 * min(0.4, *(float(e["low"]) for e in estimates))) / 10
     last = math.ceil(10 * max(0.6, *(float(e["high"]) for e in estimates))) / 10

@@ -88,11 +88,6 @@ class ClientTraining:
     def of(cls, registry: RegistryReader, client: str, backbone: Backbone) -> ClientTraining:
         """Gather from a registry what a member was trained with.
 
-        Args:
-            registry: Has the client.
-            client: Name of the member.
-            backbone: The registry's own, where training shall run.
-
         Raises:
             ContributionError: If a Fisher that anchored the client was not kept.
             ConfigError: If the client's settings cannot be used.
@@ -122,12 +117,7 @@ class ClientTraining:
         )
 
     def fit(self, data: Split, *, generator: torch.Generator) -> TaskVector:
-        """Fit a task vector as the client did.
-
-        Args:
-            data: Images to train on; labels index the client's classes.
-            generator: Source of all draws, on the CPU.
-        """
+        """Fit a task vector as the client did; labels index its classes."""
         start, mean, train = self._start(data), self.anchor, self.config.train
         has_own = train.held and self.config.caps.fisher_form is not FisherForm.NONE
         if train.anchor is AnchorBy.OWN and has_own:
@@ -199,8 +189,8 @@ def train_shadows(
     """
     images, labels = all_images(data)
     trained_on = halves(labels, count=count, generator=generator_for(seed, "halves", data.name))
-    member = registry.contribution(training.client)
-    others = registry.pool().without(training.client)
+    everyone = registry.pool()  # with what the registry's rule needs of them
+    (member,), others = everyone.only(training.client), everyone.without(training.client)
     phi = []
     for index, chosen in enumerate(trained_on):
         on_step(f"shadow {index + 1} of {count}")

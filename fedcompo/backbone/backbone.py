@@ -24,8 +24,10 @@ from torch.func import functional_call
 
 import fedcompo.backbone.text  # noqa: F401  timm knows its models from here on
 from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
+from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
-from fedcompo.backbone.source import Source, source_of
+from fedcompo.backbone.source import LOCAL, Source, source_of
+from fedcompo.backbone.stored import StoredBackbone, stored_at
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
@@ -34,6 +36,8 @@ from fedcompo.storage import tensorfile
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+Built = tuple[nn.Module, str, dict[str, Any], dict[str, Any]]
+"""A model, its architecture, arguments that rebuild it, and timm's configuration of its weights."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Backbone:
     """timm's name of the classifier, ``head`` in all plain vision transformers."""
     model_args: dict[str, Any]
     """Arguments that rebuild the model with ``timm.create_model``."""
+    origin: Origin = Origin()
+    """Whence the weights came."""
 
     @property
     def num_features(self) -> int:
@@ -96,13 +102,18 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     Raises:
         BackboneError: If the name is unknown, the weights cannot be loaded, or no weight matches.
     """
-    name = config.backbone
+    name, origin = config.backbone, Origin()
     if name == EMBEDDED:
         model, architecture, model_args, cfg = _embedded(config)
+    elif config.checkpoint and (stored := stored_at(Path(config.checkpoint))):
+        name, origin = stored.name_as(name), stored.origin
+        model, architecture, model_args, cfg = _from_stored(stored, config)
     else:
         source = source_of(name, config.checkpoint)
         name = source.name
         model, architecture, model_args, cfg = _from_timm(source, config)
+        if not config.checkpoint:
+            origin = Origin.of(cfg, from_hub=not name.startswith(LOCAL))
     model = model.float().eval().requires_grad_(False)
     require_finite(model.state_dict())
     digest = tensorfile.tensor_digest(model.state_dict())
@@ -116,6 +127,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
         architecture,
         _classifier_name(model, architecture),
         model_args,
+        origin,
     )
 
 
@@ -153,7 +165,7 @@ def target_weights(model: nn.Module, patterns: str) -> Weights:
     return {name: parameters[name].detach() for name in sorted(chosen)}
 
 
-def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+def _embedded(config: BackboneConfig) -> Built:
     """Read the backbone that is part of the package (half precision on disk)."""
     if config.checkpoint:
         raise BackboneError(
@@ -168,29 +180,41 @@ def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any], d
     )
 
 
-def _from_timm(
-    source: Source, config: BackboneConfig
-) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+def _from_timm(source: Source, config: BackboneConfig) -> Built:
     if config.checkpoint:
         path = Path(config.checkpoint)
         args, cfg = read_config(path, source.architecture, source.cfg)
         args, cfg = source.model_args | args, source.cfg | cfg
         return _build(source.architecture, args, cfg, read_checkpoint(path), config)
     name, given = config.backbone, _input_args(config)
+    known = {"classifier": source.cfg.get("classifier") or "head"}  # which timm leaves out
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **given)
+        model = timm.create_model(
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay=known, **given
+        )
     except Exception as error:
         if given:
             _require_takes(source.architecture, config, {**source.model_args, **given}, {})
         raise BackboneError(
             f"The weights of {name!r} could not be had from the hub or its folder "
             f"({type(error).__name__}: {str(error)[:200]}). Without a network, set `checkpoint` to "
-            "a file with its weights, or use `backbone = embedded`."
+            "a file with its weights, such as a registry's `backbone.safetensors`, or use "
+            "`backbone = embedded`."
         ) from error
     _require_blocks(model, name)
     cfg = dict(model.pretrained_cfg)
     _require_whole_patches(model, cfg, config.image_size)
     return model, source.architecture, {**source.model_args, **given}, cfg
+
+
+def _from_stored(stored: StoredBackbone, config: BackboneConfig) -> Built:
+    """Make the model of a registry's file, which tells its arguments and its input."""
+    stored.tensors.check()
+    seen = stored.preprocessing
+    cfg = {"input_size": seen.shape, "crop_pct": seen.crop_fraction}
+    cfg["first_conv"] = "patch_embed.proj"  # which is averaged where the channels are others
+    cfg |= {key: getattr(seen, key) for key in ("mean", "std", "interpolation", "crop_mode")}
+    return _build(stored.architecture, stored.model_args, cfg, dict(stored.tensors), config)
 
 
 def _build(
@@ -199,7 +223,7 @@ def _build(
     cfg: dict[str, Any],
     state: dict[str, Tensor] | Path,
     config: BackboneConfig,
-) -> tuple[nn.Module, str, dict[str, Any], dict[str, Any]]:
+) -> Built:
     """Make a model and load weights from disk, resampled to the wanted input."""
     model_args = {**fixed_args, **_input_args(config)}
     model = _require_takes(architecture, config, model_args, cfg)
@@ -229,7 +253,7 @@ def _require_takes(
 
 
 def _classifier_name(model: nn.Module, architecture: str) -> str:
-    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    name = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     if not isinstance(name, str):
         raise BackboneError(
             f"{architecture!r} has the classifiers {', '.join(name)}; one joint head can be put "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from timm.models import load_pretrained
 from torch import Tensor, nn
 
 from fedcompo.backbone.file_kind import SUFFIXES, check_kind
-from fedcompo.backbone.prefixes import flatten, without_prefix
+from fedcompo.backbone.prefixes import converter, flatten, without_prefix
 from fedcompo.errors import BackboneError
 from fedcompo.storage.files import CONFIG
 
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 INPUT_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Entries of timm's configuration that say how a picture becomes the model's input."""
+SHAPES = re.compile(
+    r"size mismatch for (\S+): copying .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", re.DOTALL
+)
+"""The first weight of another shape in torch's report: its name, found, expected."""
 
 
 def fill(
@@ -49,13 +54,12 @@ def fill(
     with torch.no_grad():  # a parameter that is not loaded stays NaN, which is checked
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    module = sys.modules[type(model).__module__]
-    convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
+    convert = converter(model)
     source: dict[str, Any]
     if isinstance(state, Path):
         source = {"file": str(state), "custom_load": True}
     else:
-        state, prefix = without_prefix(state, model, convert)
+        state, prefix = without_prefix(state, model)
         floats = {name: tensor.float() for name, tensor in state.items()}
         require_finite(floats, prefix)
         source = {"state_dict": floats}
@@ -70,8 +74,10 @@ def fill(
             filter_fn=convert,
         )
     except Exception as error:
+        apart = SHAPES.search(str(error))
+        fault = "{!r} has shape {}, expected {}".format(*apart.groups()) if apart else str(error)
         raise BackboneError(
-            f"The weights do not fit {architecture!r}: {str(error)[:300]}. "
+            f"The weights do not fit {architecture!r}: {fault[:300]}. "
             "Name the architecture they were trained with in `backbone`."
         ) from error
     known = model.state_dict()
@@ -103,9 +109,8 @@ def require_finite(state: Mapping[str, Tensor], prefix: str = "") -> None:
     for name, tensor in state.items():
         if bad := int((~torch.isfinite(tensor)).sum()):
             raise BackboneError(
-                f"{prefix + name!r} of the pre-trained weights holds infinity or NaN at {bad} of "
-                f"its {tensor.numel()} places. Its training diverged or the file is damaged; "
-                "use another checkpoint."
+                f"{prefix + name!r} holds infinity or NaN at {bad} of its {tensor.numel()} places. "
+                "Its training diverged or the file is damaged; use another checkpoint."
             )
 
 
@@ -177,8 +182,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor] | Path:
                 raise TypeError(f"a {type(loaded).__name__} without tensors by name")
             return tensors
     except Exception as error:
+        coded = isinstance(error, pickle.UnpicklingError)  # torch's text tells how to run the code
+        fault = "it holds more than tensors" if coded else f"{type(error).__name__}: {error}"
         raise BackboneError(
-            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {str(error)[:200]}). "
+            f"{path} cannot be read as {path.suffix} ({fault[:200]}). "
             "Checkpoints are read as tensors alone, never as code; save the state dict."
         ) from error
     if path.suffix == ".npz":

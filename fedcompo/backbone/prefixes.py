@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,8 +14,6 @@ from fedcompo.errors import BackboneError
 
 logger = logging.getLogger(__name__)
 
-Convert = Callable[[dict[str, Any], nn.Module], dict[str, Any]]
-"""timm's function from the names in a checkpoint to those in the model."""
 LAST = frozenset({"student", "ema", "model_ema", "state_dict_ema"})
 """Parts of a prefix whose weights are read only if no others fit."""
 
@@ -33,15 +32,18 @@ def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def without_prefix(
-    state: dict[str, Tensor], model: nn.Module, convert: Convert
-) -> tuple[dict[str, Tensor], str]:
+def converter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
+    """What timm makes of the names in a checkpoint to those in this model."""
+    module = sys.modules[type(model).__module__]
+    return getattr(module, "checkpoint_filter_fn", lambda state, model: state)
+
+
+def without_prefix(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Take a prefix such as ``module.`` off, if all of the model's parameters are found then.
 
     Args:
         state: The checkpoint's tensors by name.
         model: A vision transformer without classifier.
-        convert: timm's conversion for this model.
 
     Returns:
         The tensors that are read, by name, and the prefix they had in ``state``.
@@ -50,12 +52,10 @@ def without_prefix(
     Raises:
         BackboneError: If several prefixes fit, or one that was found lacks parameters.
     """
-    lacking = _missing(state, model, convert)
+    lacking = _missing(state, model)
     if not lacking:
         return state, ""
-    missing = {
-        prefix: _missing(_cut(state, prefix), model, convert) for prefix in _likely(state, model)
-    }
+    missing = {prefix: _missing(_cut(state, prefix), model) for prefix in _likely(state, model)}
     fitting: list[str] = []
     for prefix in sorted((p for p in missing if not missing[p]), key=len):
         if not prefix.startswith(tuple(fitting)):  # timm itself knows what follows a shorter one
@@ -100,9 +100,9 @@ def _cut(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
 
 
-def _missing(state: dict[str, Tensor], model: nn.Module, convert: Convert) -> list[str]:
+def _missing(state: dict[str, Tensor], model: nn.Module) -> list[str]:
     try:
-        names = convert(dict(state), model)
+        names = converter(model)(dict(state), model)
     except Exception:  # timm's conversions raise anything; loading will say it
         names = {}
     return [name for name, _ in model.named_parameters() if name not in names]

@@ -2,13 +2,14 @@
 
 A folder that timm wrote (``local-dir:<path>``, ``hf-hub:<repository>``) brings arguments of its
 own. Together with the plain architecture they rebuild the model, so that what is written later does
-not need the folder.
+not need the folder. Sources of ``fedcompo import`` are found by such names too.
 """
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ FOLDERS = {
     "hf_hub": load_model_config_from_hf,
 }
 """Prefixes of folders that timm wrote, and what reads their configuration."""
+SAFE = ("*.json", "model.safetensors", "adapter_model.safetensors")
+OLDER = ("pytorch_model.bin", "adapter_model.bin")
+"""Fetched only where there is no safetensors file; read as tensors, never as code."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def _of_folder(kind: str, place: str) -> Source:
         cfg, architecture, args = FOLDERS[kind](place)
     except Exception as error:
         advice = (
-            "Name a folder that `timm.models.save_for_hf` wrote, or a `checkpoint` in one."
+            "Name a folder that `timm.models.save_for_hf` wrote; or as `checkpoint` a file in one, "
+            "or a registry's `backbone.safetensors`."
             if kind == LOCAL
             else "Without the hub, get its files and set `backbone = local-dir:<their folder>`."
         )
@@ -101,3 +106,33 @@ def _of_folder(kind: str, place: str) -> Source:
         args["img_size"] = size[0]
     architecture = architecture.partition(".")[0]
     return Source(f"{kind}:{architecture if kind == LOCAL else place}", architecture, args, cfg)
+
+
+def fetched(source: str | Path) -> Path:
+    """Return the file or folder of a source; of the hub, fetch what is not in its cache.
+
+    Args:
+        source: A path; ``local-dir:<path>``; ``hf-hub:<repository>``, perhaps with ``@<revision>``.
+
+    Raises:
+        BackboneError: If the hub does not give it.
+    """
+    kind, colon, place = str(source).partition(":")
+    if not colon or kind.lower() not in FOLDERS.keys() - {LOCAL}:
+        return Path(place if colon and kind.lower() == LOCAL else source).expanduser()
+    import huggingface_hub
+
+    name, _, revision = place.partition("@")
+    fetch = partial(huggingface_hub.snapshot_download, name, revision=revision or None)
+    try:
+        folder = Path(fetch(allow_patterns=[*SAFE]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(fetch(allow_patterns=[*OLDER]))
+    except Exception as error:  # of the network, the hub, its client or the name
+        first = next(iter(str(error).splitlines()), "")[:150]
+        raise BackboneError(
+            f"{source} could not be had from the hub ({type(error).__name__}: {first}). "
+            "Check the name and the network; without one, get its files elsewhere and name their "
+            "folder."
+        ) from error
+    return folder

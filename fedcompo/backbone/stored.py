@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedcompo.backbone.origin import Origin
 from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.storage.manifest import require_content
 from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
@@ -34,8 +35,17 @@ def save_backbone(path: Path, backbone: Backbone) -> None:
         **{key: getattr(backbone, key) for key in COPIED},
         "preprocessing": asdict(backbone.preprocessing),
         "target_weights": sorted(backbone.theta_0),
+        **({"origin": asdict(backbone.origin)} if backbone.origin != Origin() else {}),
     }
     save_streamed(path, backbone.model.state_dict(), manifest)
+
+
+def stored_at(path: Path) -> StoredBackbone | None:
+    """Open a file that :func:`save_backbone` wrote; None for any other."""
+    try:
+        return StoredBackbone(path) if path.suffix == ".safetensors" else None
+    except FileFormatError:
+        return None
 
 
 class StoredBackbone:
@@ -64,6 +74,7 @@ class StoredBackbone:
         self.classifier: str = manifest["classifier"]
         self.num_features: int = manifest["num_features"]
         self.target_weights: tuple[str, ...] = tuple(manifest["target_weights"])
+        self.origin = Origin.parse(manifest.get("origin"))
 
     @property
     def architecture(self) -> str:
@@ -85,6 +96,22 @@ class StoredBackbone:
 
         source = source_of(manifest["name"])
         return source.architecture, {**source.model_args, **manifest["model_args"]}
+
+    def name_as(self, name: str) -> str:
+        """Return the name of a backbone that a setting names and whose weights are these.
+
+        Raises:
+            BackboneError: If the setting names another architecture.
+        """
+        kind, colon, _ = name.partition(":")
+        if kind.lower() == "local-dir":  # which is known by its architecture
+            return f"local-dir:{self.architecture}"
+        if not colon and name.partition(".")[0] != self.architecture:
+            raise BackboneError(
+                f"{self.path} holds the weights of {self.architecture!r}, but `backbone` is "
+                f"{name!r}. Name that architecture."
+            )
+        return name
 
     @property
     def theta_shapes(self) -> Weights:
@@ -131,6 +158,7 @@ class StoredBackbone:
             architecture=self.architecture,
             classifier=self.classifier,
             model_args=self.model_args,
+            origin=self.origin,
         )
 
     @property

@@ -10,15 +10,17 @@ import typer
 from rich.table import Table
 
 import fedcompo
-from fedcompo.cli import models, registry, service
+from fedcompo.cli import common, models, registry, service
 from fedcompo.cli.audit import audit
-from fedcompo.cli.common import AssignmentsOption, errors_as_sentences
 from fedcompo.cli.deployment import init_deployment
+from fedcompo.cli.export import export
 from fedcompo.cli.fisher import fisher
 from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
+from fedcompo.cli.push import push
 from fedcompo.cli.tables import print_removal
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
@@ -64,7 +66,7 @@ def simulate(
     scenario: Annotated[
         Path | None, typer.Argument(help="TOML file of settings; none: the default digits run.")
     ] = None,
-    assignments: AssignmentsOption = None,
+    assignments: common.AssignmentsOption = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -87,9 +89,7 @@ def simulate(
     gpus_per_client: Annotated[
         float | None, typer.Option(min=0.0, help="GPUs a client; default: an even share.")
     ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
-    ] = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Simulate a federation on this machine, with Flower's real engine.
 
@@ -101,7 +101,7 @@ def simulate(
     """
     chosen = {"output": output, "seed": seed}
     options: dict[str, Scalar] = {key: v for key, v in chosen.items() if v is not None}
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         if resume is not None and (scenario or assignments or options):
             raise ConfigError(
                 "--resume takes all settings from the run that is there: give neither a scenario "
@@ -112,15 +112,15 @@ def simulate(
 
 @app.command()
 def settings(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: common.JsonOption = False,
     check: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check a file of settings instead.")
     ] = None,
 ) -> None:
     """List all settings of a run: name, default, meaning."""
     if check is not None:
-        with errors_as_sentences(verbose=False):
-            settings_of(check, (), {})
+        with common.errors_as_sentences(verbose=False):
+            CompositionSettings.of(RunConfig.parse(settings_of(check, (), {})))
         say(f"{check}: every setting is known, and in range.")
         return
     defaults = RunConfig().flat()
@@ -144,6 +144,7 @@ def settings(
 app.command()(fisher)
 app.command()(fit)
 app.command("init-deployment")(init_deployment)
+app.command()(registry.create)
 app.command("list")(registry.list_clients)
 app.command("import")(import_source)
 for command in (
@@ -155,8 +156,9 @@ for command in (
     models.specialise,
     models.evaluate,
     models.negate,
-    models.export,
+    export,
     predict,
+    push,
     service.serve,
     service.publish,
     service.fetch,

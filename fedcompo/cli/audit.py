@@ -8,14 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedcompo.cli.common import (
-    JsonOption,
-    RegistryOption,
-    VerboseOption,
-    errors_as_sentences,
-    open_registry,
-    progress,
-)
+from fedcompo.cli import common
 from fedcompo.report.console import print_json, say
 from fedcompo.report.units import duration
 
@@ -24,7 +17,7 @@ def audit(
     remove: Annotated[
         str, typer.Option(metavar="CLIENT", help="Client whose removal is measured; it stays.")
     ],
-    registry: RegistryOption = None,
+    registry: common.RegistryOption = None,
     data: Annotated[
         str,
         typer.Option(
@@ -51,8 +44,8 @@ def audit(
         Path | None,
         typer.Option("--output", "-o", help="Folder to write to, new; default: ./audit-CLIENT."),
     ] = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Measure whether the model forgets a client that is taken out of it; changes nothing.
 
@@ -63,9 +56,9 @@ def audit(
     Writes audit.json, audit.md and audit.svg. The shadow models take as long as that many
     trainings of the client.
     """
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         started = time.monotonic()
-        opened = open_registry(registry)
+        opened = common.open_registry(registry)
         opened.member(remove)  # refuses at once who is not there
         from fedcompo.audit.measure import audit as measure
         from fedcompo.audit.report import print_audit, write_audit
@@ -73,7 +66,7 @@ def audit(
         from fedcompo.registry.reader import RegistryReader
 
         folder = output or Path(f"audit-{remove}")
-        with new_folder(folder) as draft, progress(quiet=as_json) as tell:
+        with new_folder(folder) as draft, common.progress(quiet=as_json) as tell:
             values = measure(
                 opened,
                 remove,

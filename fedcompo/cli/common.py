@@ -37,6 +37,9 @@ RegistryOption = Annotated[
         "or its `registry`.",
     ),
 ]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
@@ -48,7 +51,19 @@ WeightsOption = Annotated[
     typer.Option(metavar="A=0.7,B=0.3", help="Coefficients; they must sum to 1. Default: equal."),
 ]
 ScaleOption = Annotated[
-    float | None, typer.Option(help="Factor on the sum; default: the registry's own.")
+    float | None,
+    typer.Option(
+        help="λ, a multiple of the rule's mean; default: the registry's own; by another rule, that "
+        "which keeps the length of the task vectors."
+    ),
+]
+RuleOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:OPTION=VALUE,…]",
+        help="mean, norm-preserving, task-arithmetic:lambda=0.3, ties:density=0.2, "
+        "dare:drop=0.9,seed=0, iso-c, tsv-m, fisher or regmean; default: the registry's own.",
+    ),
 ]
 AssignmentsOption = Annotated[
     list[str] | None,
@@ -150,7 +165,7 @@ def weights_of(text: str | None) -> dict[str, float] | None:
     if not abs(total - 1) <= 1e-6 or min(weights.values()) < 0:  # as pools demand it
         raise ConfigError(
             f"`--weights {text}` must be >= 0 and sum to 1, but sum to {total:.6g}. "
-            "`--scale` enlarges the sum."
+            "`--scale` enlarges the sum; in a recipe, `normalise = false` allows any."
         )
     return weights
 
@@ -170,12 +185,15 @@ class Choice:
         Raises:
             ConfigError: If one is not of its form.
         """
-        return {
-            "only": listed_names(self.only),
-            "without": listed_names(self.without),
-            "weights": weights_of(self.weights),
-            "scale": self.scale,
-        }
+        names = {"only": listed_names(self.only), "without": listed_names(self.without)}
+        return {**vars(self), **names, "weights": weights_of(self.weights)}
+
+
+@dataclass(frozen=True)
+class RuledChoice(Choice):
+    """And by which rule."""
+
+    rule: RuleOption = ""
 
 
 def with_options(

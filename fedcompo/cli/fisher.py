@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli.common import (
-    AssignmentsOption,
-    JsonOption,
-    VerboseOption,
-    errors_as_sentences,
-    progress,
-)
+from fedcompo.cli import common
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.units import duration, size
@@ -42,9 +36,9 @@ def fisher(
     scenario: Annotated[
         Path | None, typer.Argument(help="TOML file of settings; none: the defaults.")
     ] = None,
-    assignments: AssignmentsOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    assignments: common.AssignmentsOption = None,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Make a reference Fisher: an anchor that comes from no client.
 
@@ -56,7 +50,7 @@ def fisher(
 
     Then: fedcompo simulate --set anchor=reference --set reference=FILE
     """
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         from fedcompo.config.choices import Penalty
         from fedcompo.config.scenario import settings_of
 
@@ -86,7 +80,7 @@ def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
     from fedcompo.training.probing import load_public_data, reference_fisher, save_reference
 
     started = time.monotonic()
-    with progress(quiet=quiet) as tell:
+    with common.progress(quiet=quiet) as tell:
         tell("Loading the backbone")
         backbone = load_backbone(config.backbone, pick_device(config.device))
         tell("Reading the images")

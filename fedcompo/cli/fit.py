@@ -8,15 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedcompo.cli.common import (
-    AssignmentsOption,
-    JsonOption,
-    VerboseOption,
-    errors_as_sentences,
-    open_registry,
-    progress,
-)
-from fedcompo.cli.models import OutputOption
+from fedcompo.cli import common
 from fedcompo.config.scenario import settings_of
 from fedcompo.report.console import print_json, say
 from fedcompo.report.units import listed, percent
@@ -27,7 +19,7 @@ def fit(
         Path,
         typer.Option(help="Folder of images: train/<class>/* and perhaps test/<class>/*."),
     ],
-    output: OutputOption,
+    output: common.OutputOption,
     registry: Annotated[
         Path | None,
         typer.Option(
@@ -38,9 +30,9 @@ def fit(
         ),
     ] = None,
     client: Annotated[str, typer.Option(help="The client's name; default: the folder's.")] = "",
-    assignments: AssignmentsOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    assignments: common.AssignmentsOption = None,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Fit one client's contribution to a folder of images on this machine; no server, no engine.
 
@@ -48,9 +40,9 @@ def fit(
 
     Then: fedcompo add DIR --registry R, fedcompo publish DIR, or fedcompo compose DIR OTHERS
     """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
         settings = settings_of(None, assignments or [], {})
-        path = None if registry is None else open_registry(registry).path
+        path = None if registry is None else common.open_registry(registry).path
         from fedcompo.engine.alone import fit_alone
         from fedcompo.export.selection import new_folder
 

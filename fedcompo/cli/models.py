@@ -9,27 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli.common import (
-    Choice,
-    JsonOption,
-    RegistryOption,
-    ScaleOption,
-    VerboseOption,
-    WeightsOption,
-    errors_as_sentences,
-    open_registry,
-    progress,
-    with_options,
-)
+from fedcompo.cli import common
+from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 
 if TYPE_CHECKING:
-    from fedcompo.export.selection import Selection
+    from fedcompo.export.selected import Selection
 
-OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
-]
 DataOption = Annotated[
     str | None,
     typer.Option(
@@ -38,16 +25,20 @@ DataOption = Annotated[
 ]
 
 
-@with_options("choice", Choice)
+@common.with_options("choice", common.RuledChoice)
 def compose(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(help="Folders of contributions; none: compose a registry's members."),
     ] = None,
     *,
-    output: OutputOption,
-    registry: RegistryOption = None,
-    choice: Choice,
+    output: common.OutputOption,
+    registry: common.RegistryOption = None,
+    choice: common.RuledChoice,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Compose as this file says, in place of the options above."),
+    ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="With folders: file of the pre-trained weights they belong to.")
     ] = "",
@@ -55,8 +46,8 @@ def compose(
         float,
         typer.Option(help="With folders: refuse a task vector this many times the median length."),
     ] = 0.0,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Compose a model and write a folder that plain timm loads, with a model card.
 
@@ -67,26 +58,31 @@ def compose(
     With FOLDERS, one contribution each, it needs no registry and no server:
 
     fedcompo compose A/ B/ -o DIR
+
+    The folder holds recipe.toml, from which --recipe makes the same bits of the same members. One
+    written by hand may also give groups of weights, negative weights and the dtype.
     """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
         tell("reading")
-        with _selected(folders, registry, checkpoint, max_norm_ratio, choice.parsed()) as selection:
+        chosen = choice.parsed() if recipe is None else _recipe_alone(recipe, choice)
+        with _selected(folders, registry, checkpoint, max_norm_ratio, chosen) as selection:
             from fedcompo.export.folder import publish
 
             tell("composing")
             written = publish(output, selection)
-        _report(written, as_json)
+        report(written, as_json)
 
 
 def specialise(
     clients: Annotated[str, typer.Argument(metavar="A,B", help="Clients to compose.")],
     *,
-    output: OutputOption,
-    registry: RegistryOption = None,
-    weights: WeightsOption = None,
-    scale: ScaleOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    output: common.OutputOption,
+    registry: common.RegistryOption = None,
+    weights: common.WeightsOption = None,
+    scale: common.ScaleOption = None,
+    rule: common.RuleOption = "",
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Compose a specialist of some clients; the same as `compose --only`.
 
@@ -98,55 +94,62 @@ def specialise(
         only=clients,
         weights=weights,
         scale=scale,
+        rule=rule,
         as_json=as_json,
         verbose=verbose,
     )
 
 
-@with_options("choice", Choice)
+@common.with_options("choice", common.RuledChoice)
 def evaluate(
     *,
     data: DataOption = None,
-    registry: RegistryOption = None,
-    choice: Choice,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    registry: common.RegistryOption = None,
+    choice: common.RuledChoice,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Measure a registry's model, or one of some of its members, on the clients' test images."""
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         chosen = choice.parsed()
-        opened = open_registry(registry)
+        opened = common.open_registry(registry)
         from fedcompo.audit.evaluation import evaluate_clients, run_config_of
+        from fedcompo.data.client_data import client_names
         from fedcompo.export.selection import from_registry
 
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             selection = from_registry(opened, **chosen)
             backbone = opened.backbone.load()
+            config = run_config_of(opened, data)
             figures = evaluate_clients(
                 backbone,
                 dict(selection.stream()),
                 selection.head,
-                run_config_of(opened, data),
+                config,
                 linearised=selection.pool.linearised,
                 on_step=tell,
             )
+        unknown = [name for name in client_names(config.data) if name not in figures]
         if as_json:
-            print_json({"clients": list(selection.pool.clients), "accuracy": figures})
+            told = {"clients": list(selection.pool.clients), "accuracy": figures}
+            print_json({**told, "not_measured": unknown})
             return
         from fedcompo.cli.tables import print_accuracies
 
         print_accuracies("Accuracy, %", figures)
+        if unknown:
+            say(f"Not measured, as the model does not know their classes: {', '.join(unknown)}.")
         say(f"Of the composition of {', '.join(selection.pool.clients)}.")
 
 
 def negate(
     client: Annotated[str, typer.Argument(help="Client whose task vector is subtracted.")],
     *,
-    output: OutputOption,
-    registry: RegistryOption = None,
+    output: common.OutputOption,
+    registry: common.RegistryOption = None,
     strength: Annotated[float, typer.Option(help="How much of it is subtracted.")] = 1.0,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Write a copy of the model with a client's task vector subtracted: forget beyond absence.
 
@@ -154,65 +157,33 @@ def negate(
 
     The copy is labelled as what it is, and never enters the registry.
     """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        opened = open_registry(registry)
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+        opened = common.open_registry(registry)
         opened.member(client)  # refuses at once who is not there
-        from fedcompo.export.folder import negated, publish
+        from fedcompo.export.folder import publish
+        from fedcompo.export.recipe import Negation, Recipe
         from fedcompo.export.selection import from_registry
 
-        vector = opened.contribution(client).task_vector
-        selection = from_registry(opened, without=(client,))
+        recipe = Recipe(negated=Negation(client, strength=strength))
+        selection = from_registry(opened, recipe=recipe)
         tell("composing")
-        weights = negated(
-            selection.stream(),
-            vector,
-            opened.backbone.tensors,
-            scale=strength,
-            base=opened.backbone.fingerprint,
-        )
-        _report(publish(output, selection, weights, negated=client, strength=strength), as_json)
+        report(publish(output, selection), as_json)
 
 
-def export(
-    output: OutputOption,
-    registry: RegistryOption = None,
-    client: Annotated[
-        str | None,
-        typer.Option(help="One LoRA client, as an adapter that PEFT loads; default: everyone."),
-    ] = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Export the composed model for timm, or one client's LoRA for PEFT."""
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
-        opened = open_registry(registry)
-        if client is not None:
-            opened.member(client)  # refuses at once who is not there
-        from fedcompo.export.folder import publish
-        from fedcompo.export.selection import from_registry, new_folder
-
-        if client is None:
-            selection = from_registry(opened)
-            tell("writing")
-            _report(publish(output, selection), as_json)
-            return
-        from fedcompo.export.peft import export_peft
-
-        contribution = opened.contribution(client)
-        with new_folder(output) as folder:
-            export_peft(folder, opened.backbone.load(), contribution)
-        if as_json:
-            print_json({"output": str(output.absolute()), "client": client, "format": "peft"})
-        else:
-            say(f"Adapter of {client} for PEFT: {output}")
+def say_members(written: Mapping[str, Any]) -> None:
+    """Say whom it was composed of, and how."""
+    clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
+    say(f"Composed of {clients}; {len(written['classes'])} classes.")
+    rule = "" if written["rule"] == MEAN else f"By the rule {written['rule']}, "
+    say(f"{rule}λ = {written['scale']:.4g}.")
 
 
-def _report(written: Mapping[str, Any], as_json: bool) -> None:
+def report(written: Mapping[str, Any], as_json: bool) -> None:
+    """Say what was written, and how it is loaded."""
     if as_json:
         print_json(written)
         return
-    clients = ", ".join(f"{c} × {w:.4g}" for c, w in written["coefficients"].items())
-    say(f"Composed of {clients}; {len(written['classes'])} classes.")
+    say_members(written)
     if written["negated"]:
         say(f"A negated copy: {written['negated']} was subtracted. See its README.md.")
     folder = written["output"]
@@ -221,6 +192,18 @@ def _report(written: Mapping[str, Any], as_json: bool) -> None:
         say("Composed of tangents: it is linearised, which timm cannot do. See its README.md.")
         load = f'import fedcompo; fedcompo.load_tangent_model("{folder}")'
     say(f"Model: {folder}\n{load}")
+
+
+def _recipe_alone(path: Path, choice: common.RuledChoice) -> dict[str, Any]:
+    """Read a recipe; refuse options beside it that would say the same or something else."""
+    if given := [f"`--{name}`" for name, value in vars(choice).items() if value not in (None, "")]:
+        raise ConfigError(
+            f"`--recipe` says all that is composed: leave out {', '.join(given)}, or write it into "
+            f"{path}."
+        )
+    from fedcompo.export.recipe_file import read_recipe
+
+    return {"recipe": read_recipe(path)}
 
 
 @contextlib.contextmanager
@@ -237,14 +220,12 @@ def _selected(
         raise ConfigError("`--checkpoint` goes with folders; a registry holds its own weights.")
     if not ratio >= 0 or (ratio and not folders):
         raise ConfigError("`--max-norm-ratio` goes with folders, and is a number >= 0.")
-    if not folders:
-        open_registry(registry)  # refuses at once where there is none
-    from fedcompo.export import selection
+    opened = None if folders else common.open_registry(registry)  # refuses before torch is loaded
+    from fedcompo.export.selection import from_folders, from_registry
 
-    if folders:
-        with selection.from_folders(
-            folders, checkpoint=checkpoint, max_norm_ratio=ratio, **choice
-        ) as chosen:
-            yield chosen
-    else:
-        yield selection.from_registry(open_registry(registry), **choice)
+    if opened is not None:
+        yield from_registry(opened, **choice)
+        return
+    given = {"checkpoint": checkpoint, "max_norm_ratio": ratio, **choice}
+    with from_folders(folders or (), **given) as chosen:
+        yield chosen

@@ -8,14 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from fedcompo.cli.common import (
-    JsonOption,
-    RegistryOption,
-    VerboseOption,
-    errors_as_sentences,
-    open_registry,
-    progress,
-)
+from fedcompo.cli import common
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import (
     PlainConsole,
@@ -30,7 +23,7 @@ from fedcompo.storage.files import CONFIG, WEIGHTS
 
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Pictures, and folders of them.")],
-    registry: RegistryOption = None,
+    registry: common.RegistryOption = None,
     model: Annotated[
         Path | None,
         typer.Option(help="Folder that compose or export wrote, in place of a registry."),
@@ -39,8 +32,8 @@ def predict(
         int, typer.Option(min=1, help="Classes for each picture, the most probable first.")
     ] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, for programs.")] = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Predict the classes of pictures, by the pixels that timm computes.
 
@@ -49,14 +42,14 @@ def predict(
     Pictures that cannot be read are named; the others are predicted, and the exit code is 1. As in
     training, pictures are turned upright, as their EXIF tag says.
     """
-    with errors_as_sentences(verbose), progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
         if (registry is not None and model is not None) or (as_csv and as_json):
             raise ConfigError(
                 "Give one of `--registry` and `--model`, and of `--csv` and `--json`."
             )
         if model is not None and not all((model / file).is_file() for file in (CONFIG, WEIGHTS)):
             raise ConfigError(f"{model} is no model: it needs the files {CONFIG} and {WEIGHTS}.")
-        source = open_registry(registry) if model is None else model
+        source = common.open_registry(registry) if model is None else model
         from fedcompo.export import prediction
 
         tell("loading the model")

@@ -1,4 +1,4 @@
-"""The commands that look into a registry and change it: list, show, add, remove, verify."""
+"""The commands that make a registry, look into it and change it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompo.cli import tables
-from fedcompo.cli.common import (
-    JsonOption,
-    RegistryOption,
-    VerboseOption,
-    confirm,
-    errors_as_sentences,
-    open_registry,
-    progress,
-    registry_path,
-)
+from fedcompo.cli import common, tables
+from fedcompo.config.run import RunConfig
+from fedcompo.config.scenario import settings_of
 from fedcompo.errors import ConfigError
 from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
@@ -34,14 +26,45 @@ NO_DATA = "none"
 ClientArgument = Annotated[str, typer.Argument(help="Name of the client.")]
 
 
+def create(
+    folder: Annotated[Path, typer.Argument(help="Folder to make; must be new or empty.")],
+    assignments: common.AssignmentsOption = None,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
+) -> None:
+    """Make an empty registry, to `import`, `fit` and `add` to, or for runs to join.
+
+    Its backbone and its way to compose are settings, and stay:
+
+    fedcompo create R --set backbone=deit_tiny_patch16_224 --set checkpoint=deit.safetensors
+    """
+    with common.errors_as_sentences(verbose):
+        config = RunConfig.parse(settings_of(None, assignments or [], {}))
+        from fedcompo.backbone.backbone import load_backbone
+        from fedcompo.composition.settings import CompositionSettings
+        from fedcompo.registry.registry import Registry
+
+        with common.progress(quiet=as_json) as tell:
+            tell("loading the backbone")
+            backbone = load_backbone(config.backbone)
+            Registry.create(folder, backbone, CompositionSettings.of(config))
+        if as_json:
+            print_json({"registry": str(folder.absolute()), "backbone": backbone.fingerprint})
+            return
+        say(f"Made {folder}, of nobody yet, on {backbone.fingerprint}.")
+        say(f"Next: fedcompo import SOURCE --client NAME --registry {folder}")
+
+
 def list_clients(
-    registry: RegistryOption = None, as_json: JsonOption = False, verbose: VerboseOption = False
+    registry: common.RegistryOption = None,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """List the clients of a registry, and what it composes."""
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         from fedcompo.registry.inspection import summary
 
-        values = summary(open_registry(registry))
+        values = summary(common.open_registry(registry))
         if as_json:
             print_json(values)
         else:
@@ -50,18 +73,18 @@ def list_clients(
 
 def show(
     client: ClientArgument,
-    registry: RegistryOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    registry: common.RegistryOption = None,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Show all that is known of a client, also of one that was removed.
 
     CLIENT is its name; `fedcompo list` lists them.
     """
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         from fedcompo.registry.inspection import details
 
-        values = details(open_registry(registry), client)
+        values = details(common.open_registry(registry), client)
         if as_json:
             print_json(values)
             return
@@ -70,24 +93,24 @@ def show(
 
 def add(
     folders: Annotated[list[Path], typer.Argument(help="Folders that hold one contribution each.")],
-    registry: RegistryOption = None,
+    registry: common.RegistryOption = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of clients of the same name.")
     ] = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Add contributions that came by mail, from a bucket or on a disk; all of them or none.
 
     FOLDERS hold one contribution each. Every byte is checked before anything changes.
     """
-    with errors_as_sentences(verbose):
-        path = open_registry(registry).path  # refuses at once where there is none
+    with common.errors_as_sentences(verbose):
+        path = common.open_registry(registry).path  # refuses at once where there is none
         from fedcompo.registry.registry import Registry
 
         opened = Registry(path)
         before = opened.clients
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             opened.add(*folders, replacing=replace, on_step=tell)
         new = [member["client"] for member in opened.entries()[-1].details["clients"]]
         summary = {
@@ -110,7 +133,7 @@ def add(
 
 def remove(
     client: ClientArgument,
-    registry: RegistryOption = None,
+    registry: common.RegistryOption = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would go and what would stay; change nothing."),
@@ -130,8 +153,8 @@ def remove(
             "where they are at hand."
         ),
     ] = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Remove a client, exactly, and write a signed record of it.
 
@@ -141,12 +164,12 @@ def remove(
 
     The model is, bit for bit, the one that was never given it. Nobody is trained again.
     """
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         from fedcompo.registry.inspection import removal_plan
 
         _check_options(dry_run=dry_run, yes=yes, as_json=as_json, data=data)
         require_utf8(requested_by, reason)
-        opened = open_registry(registry)
+        opened = common.open_registry(registry)
         plan = removal_plan(opened, client, keep_versions=keep_versions)
         if not as_json:
             tables.print_plan(plan, realigned=opened.realigned)
@@ -154,11 +177,11 @@ def remove(
             _preview(opened, plan, data, as_json)
             return
         if not yes:
-            confirm(f"Remove {client} from {opened.path}?")
+            common.confirm(f"Remove {client} from {opened.path}?")
         from fedcompo.registry.registry import Registry
 
         changed, started = Registry(opened.path), time.monotonic()
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             record = changed.remove(
                 client,
                 requested_by=requested_by,
@@ -181,7 +204,7 @@ def _preview(
     if data != NO_DATA:
         from fedcompo.audit.evaluation import effect_of_removal
 
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             effect = effect_of_removal(registry, plan["client"], data, tell)
         plan = {**plan, "accuracy": effect}
         if not as_json:
@@ -201,7 +224,7 @@ def _check_options(*, dry_run: bool, yes: bool, as_json: bool, data: str | None)
 def _witness_of(record: Path) -> tuple[Path | None, Path | None]:
     """Find what a record is checked against by default: its registry, or else a key beside it."""
     key = record.with_suffix(".pem")
-    for home in (record.absolute().parent.parent, registry_path(None)):
+    for home in (record.absolute().parent.parent, common.registry_path(None)):
         if (home / "registry.json").is_file():
             return home, None
     return None, key if key.is_file() else None
@@ -211,13 +234,13 @@ def verify(
     record: Annotated[
         Path | None, typer.Argument(help="A removal record; none: check the whole registry.")
     ] = None,
-    registry: RegistryOption = None,
+    registry: common.RegistryOption = None,
     public_key: Annotated[
         Path | None,
         typer.Option(help="Check the record's signature with this key, without the registry."),
     ] = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Re-derive the claims of a removal record, or of a whole registry.
 
@@ -227,19 +250,19 @@ def verify(
 
     Exits with 0 if every claim that can be derived again holds, with 1 if one does not.
     """
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         if public_key is not None and record is None:
             raise ConfigError("`--public-key` checks a record; name one.")
         if record is not None and registry is None and public_key is None:
             registry, public_key = _witness_of(record)
         alone = public_key is not None and registry is None
-        opened = None if record is None or alone else open_registry(registry)
+        opened = None if record is None or alone else common.open_registry(registry)
         from fedcompo.registry.record_verification import verify_record
         from fedcompo.registry.verification import verify_registry
 
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             if record is None:
-                findings = verify_registry(registry_path(registry), on_step=tell)
+                findings = verify_registry(common.registry_path(registry), on_step=tell)
             else:
                 findings = verify_record(
                     record, registry=opened, public_key=public_key, on_step=tell

@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcompo.cli.common import (
-    Choice,
-    JsonOption,
-    VerboseOption,
-    confirm,
-    errors_as_sentences,
-    progress,
-    with_options,
-)
+from fedcompo.cli import common
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.log import log_to_stderr
@@ -64,7 +56,7 @@ class Connection:
         return Client(self.server, read_authority(self.ca), self.credential)
 
 
-@with_options("connection", Connection)
+@common.with_options("connection", Connection)
 def publish(
     folder: Annotated[Path, typer.Argument(help="Folder that holds your contribution.")],
     *,
@@ -72,15 +64,15 @@ def publish(
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of your earlier contribution.")
     ] = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Hand in your contribution, wherever it was trained; a broken transfer goes on.
 
     FOLDER bears the name that your certificate bears. Every byte is checked before it is taken in.
     """
-    with errors_as_sentences(verbose), connection.open() as client:
-        with progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), connection.open() as client:
+        with common.progress(quiet=as_json) as tell:
             published = client.publish(folder, replace=replace, on_step=tell)
         if as_json:
             fields = ("client", "already", "root")
@@ -94,33 +86,31 @@ def publish(
                 say(f"Note: {note}")
 
 
-@with_options("connection", Connection)
-@with_options("choice", Choice)
+@common.with_options("connection", Connection)
+@common.with_options("choice", common.Choice)
 def fetch(
     client: Annotated[
         str | None,
         typer.Argument(help="Whose contribution to fetch; none: a composed model."),
     ] = None,
     *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
-    ],
+    output: common.OutputOption,
     connection: Connection,
-    choice: Choice,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    choice: common.Choice,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Fetch a model composed for you, or a contribution; a broken transfer goes on.
 
     With CLIENT, its contribution, byte for byte: your own, or any if you are an operator.
     """
-    with errors_as_sentences(verbose), connection.open() as service:
-        if client is not None and choice != Choice():
+    with common.errors_as_sentences(verbose), connection.open() as service:
+        if client is not None and choice != common.Choice():
             raise ConfigError(
                 "A contribution is fetched as it is: name a client, or say what to "
                 "compose, not both."
             )
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             if client is not None:
                 content = service.fetch(output, client, on_step=tell)
             else:
@@ -134,7 +124,7 @@ def fetch(
         say(f"{what} {', '.join(content.clients)}: {output}")
 
 
-@with_options("connection", Connection)
+@common.with_options("connection", Connection)
 def request_removal(
     client: Annotated[
         str | None, typer.Argument(help="Who shall go; none: you. Others need an operator.")
@@ -147,8 +137,8 @@ def request_removal(
     ] = None,
     reason: Annotated[str, typer.Option(help="Why; stands in the receipt.")] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Leave a registry, at any hour, and keep the signed receipt.
 
@@ -156,7 +146,7 @@ def request_removal(
 
     Asked again, when an answer was lost, the service sends the same receipt.
     """
-    with errors_as_sentences(verbose), connection.open() as service:
+    with common.errors_as_sentences(verbose), connection.open() as service:
         from fedcompo.service.certificates import name_in
         from fedcompo.storage.files import write_atomically
 
@@ -171,8 +161,8 @@ def request_removal(
         if as_json and not yes:
             raise ConfigError("With --json nobody is asked: add --yes.")
         if not yes:
-            confirm(f"Remove {name} from the registry at {connection.server}?")
-        with progress(quiet=as_json) as tell:
+            common.confirm(f"Remove {name} from the registry at {connection.server}?")
+        with common.progress(quiet=as_json) as tell:
             tell(f"removing {name}")
             receipt = service.remove(name, reason=reason)
         write_atomically(path, receipt.record)
@@ -185,24 +175,24 @@ def request_removal(
         say(f"Check it by: fedcompo verify {path} --public-key {public}")
 
 
-@with_options("connection", Connection)
+@common.with_options("connection", Connection)
 def members(
     *,
     connection: Connection,
     verify: Annotated[
         bool, typer.Option("--verify", help="Let the server derive again what it claims.")
     ] = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """List who is in a registry that is served.
 
     With --verify it exits with 1 if a claim does not hold.
     """
-    with errors_as_sentences(verbose), connection.open() as service:
+    with common.errors_as_sentences(verbose), connection.open() as service:
         from fedcompo.cli import tables
 
-        with progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json) as tell:
             tell("asking")
             there = service.list()
             findings = service.verify() if verify else ()
@@ -251,7 +241,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Change a limit, such as rate=5; repeatable."),
     ] = None,
-    verbose: VerboseOption = False,
+    verbose: common.VerboseOption = False,
 ) -> None:
     """Serve a registry over gRPC, to whoever has a certificate of the authority.
 
@@ -264,7 +254,7 @@ def serve(
     (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, kept (for
     operators), heavy, models, connections, handshake, idle, seconds, grace.
     """
-    with errors_as_sentences(verbose):
+    with common.errors_as_sentences(verbose):
         log_to_stderr()
         from fedcompo.service.access import Audience
         from fedcompo.service.certificates import read_authority, read_credential

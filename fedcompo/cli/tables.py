@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from fedcompo.config.presets import IMPORTED
 from fedcompo.names import printable
 from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.newcomers import note_on_newcomers
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 CHOSEN_BY = {
     "fixed": "as set",
     "vote": "as the clients voted; the factor on the sum stays when members change",
+    "rule": "as the rule says",
     "norms": "which keeps the length of the task vectors",
 }
 """What is said of a scale, by where it comes from."""
@@ -40,7 +42,7 @@ def print_list(summary: Mapping[str, Any]) -> None:
             row["kind"],
             shortened(row["classes"]),
             row["added"].partition("T")[0],  # the day is enough, and fits a narrow terminal
-            str(row["num_examples"]),
+            "none" if row["stand_in"] else str(row["num_examples"]),
             size(row["bytes"]),
             str(len(row["shaped_by"])),
             str(len(row["shapes"])),
@@ -54,6 +56,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
         "shaped by: number of clients whose data shaped its training. shapes: number of members "
         "whose training its data shaped. `fedcompo show CLIENT` names them."
     )
+    if made := [row["client"] for row in summary["clients"] if row["stand_in"]]:
+        say(f"No images describe {listed(made)}: the rows of their classifiers stand for them.")
     aligned = "composed" if summary["joint_head"] == "realigned" else "pre-trained"
     say(f"Backbone {summary['backbone']}")
     if summary["old_pixels"]:
@@ -70,6 +74,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
             f"for at most {one} images of a class, {every} in all" if one else "for all its images"
         )
         say(f"A client counts {caps}")
+        if rule := summary["settings"].get("rule"):
+            say(f"Rule {rule}")
         say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
     say(f"Model: {summary['model'] or 'none, nobody is there'}")
     say(f"Root {summary['root']}")
@@ -104,7 +110,9 @@ def print_details(details: Mapping[str, Any]) -> None:
         lines = {
             "kind": details["kind"],
             "classes": listed(details["classes"]),
-            "images": str(details["num_examples"]),
+            "images": f"none; counts as {details['num_examples']}"
+            if details["stand_in"]
+            else str(details["num_examples"]),
             "folder": f"{details['folder']}, {size(details['bytes'])}",
             "method": lineage["method"],
             "anchored by": ", ".join(lineage["anchored_by"]) or "nobody",
@@ -112,6 +120,8 @@ def print_details(details: Mapping[str, Any]) -> None:
             "trained inside": ", ".join(lineage["ensemble"]) or "no ensemble",
             "its data shaped": ", ".join(details["shapes"]) or "nobody",
         }
+        imported = {k: str(v) for k, v in details["settings"].items() if k.startswith(IMPORTED)}
+        lines |= {key.replace("-", " "): value or "nothing" for key, value in imported.items()}
         lines |= {f"SHA-256 of {file}": digest for file, digest in details["files"].items()}
     else:
         lines = {"in the registry": "not any more"}

@@ -1,9 +1,9 @@
 """One model of many task vectors, exactly.
 
 The sum of the task vectors is kept in integers, so that adding and taking out are exact and the
-order of clients does not matter; so are their statistics. Here are these sums, the factor on them
-and the vote that chooses it, the joint head, versions of a model on disk, and folders that timm
-loads.
+order of clients does not matter; so are their statistics. Here are these sums, the rules that may
+take their place, the factor on them and the vote that chooses it, the joint head, versions of a
+model on disk, and folders that timm loads.
 """
 
 from typing import TYPE_CHECKING

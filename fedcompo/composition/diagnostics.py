@@ -52,13 +52,9 @@ class Diagnostics:
 def diagnose(
     pool: Pool, theta_0: Weights, fisher: Metric, coefficients: Mapping[str, float]
 ) -> Diagnostics:
-    """Compare the task vectors of a pool, one weight at a time.
+    """Compare the task vectors of a pool that is not empty, one weight (out, in) at a time.
 
-    Args:
-        pool: At least one contribution.
-        theta_0: Target weights by name, each (out, in).
-        fisher: *Mean* Fisher by weight name.
-        coefficients: By client.
+    The Fisher is a *mean*, by weight name; the coefficients are by client.
     """
     count = len(pool)
     w = torch.tensor([coefficients[client] for client in pool.clients], dtype=torch.float64)

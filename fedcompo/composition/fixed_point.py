@@ -172,9 +172,9 @@ def rounded(vector: TaskVector, name: str, weight: Tensor, *, owner: str) -> Ten
     for rows in _pieces(weight):
         own = {f"{name}/{key}": t if key == "A" else t[rows] for key, t in stored.items()}
         delta = reproducible_delta(replace(vector, tensors=own), name, weight[rows])
-        if not (largest := _largest(delta)) <= LARGEST:  # also if it is not a number
+        if not (peak := largest(delta)) <= LARGEST:  # also if it is not a number
             raise ContributionError(
-                f"The task vector of {owner} changes {name!r} by {largest:g}, expected at most "
+                f"The task vector of {owner} changes {name!r} by {peak:g}, expected at most "
                 f"{LARGEST:g}. Its training diverged: train it again with a lower `learning-rate`."
             )
         result[rows] = delta.mul_(2.0**BITS).round_()
@@ -188,7 +188,7 @@ def _pieces(weight: Tensor) -> Iterator[slice]:
         yield from (slice(start, start + step) for start in range(0, len(weight), step))
 
 
-def _largest(values: Tensor) -> float | int:
+def largest(values: Tensor) -> float | int:
     """Return the largest absolute value; NaN if a value is NaN."""
     if not values.numel():
         return 0
@@ -217,14 +217,14 @@ def add(total: Tensor, term: Tensor, times: int) -> Tensor:
     Raises:
         ContributionError: If a sum that is added to would leave the range of int64.
     """
-    peak = _largest(term)
+    peak = largest(term)
     if max(peak, 1) * abs(times) >= CEILING:
         raise ContributionError(
             f"A value of {peak * GRID:g} counted {abs(times)} times leaves the range of the "
             "running sum. Compose with `coefficients = uniform`."
         )
     result = torch.add(total, term, alpha=times)
-    if times > 0 and _largest(result) >= CEILING:
+    if times > 0 and largest(result) >= CEILING:
         raise ContributionError(
             "The running sum leaves the range of int64: there are too many clients with too large "
             "changes. Compose with `coefficients = uniform`, or split the registry."

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.backbone.tangent import TangentModel, change_from
 from fedcompo.composition import fixed_point
 from fedcompo.composition.head import head_of
+from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving, significant
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import timm_config
-from fedcompo.composition.version import terms_of
 from fedcompo.errors import FileFormatError
 from fedcompo.method.pool import Pool
 from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples
@@ -30,35 +29,52 @@ def stream_composition(
     coefficients: Mapping[str, float] | None,
     settings: CompositionSettings,
     factor: float | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    normalise: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     r"""Compose the target weights of a pool, one at a time, in the order of names.
 
-    With the registry's own coefficients the sum is in fixed point: to leave a client out gives the
-    same bits as to remove it. With other coefficients the sum is in float64.
+    What the rule makes of the members is in fixed point: to leave a client out gives the same bits
+    as to remove it. The mean with other coefficients is in float64.
 
     Args:
         pool: At least one contribution, all on this backbone.
         backbone: Pre-trained weights.
         coefficients: By client; None: the registry's own.
-        settings: The registry's scale and coefficients.
-        factor: :math:`\lambda'` on :math:`\sum_c m_c \tau_c`, or :math:`\lambda` on the mean with
-            these coefficients; None: see :func:`factor_of`.
+        settings: The registry's rule, scale and coefficients.
+        factor: :math:`\lambda'` on the rule's total, of the mean :math:`\sum_c m_c \tau_c`, or
+            :math:`\lambda` with these coefficients; None: see :func:`factor_of`.
+        names: Weights to compose; None: all target weights.
+        normalise: Whether coefficients must be those of a mean.
 
     Raises:
         BackboneMismatch: If the pool was trained on another backbone.
-        ContributionError: If the pool is empty or mixed, or the coefficients cannot be used.
+        ContributionError: If the pool is empty or mixed, or the coefficients cannot be used by the
+            rule.
     """
-    pool.check_composable(coefficients, base=backbone.fingerprint)
+    pool.check_composable(coefficients, base=backbone.fingerprint, normalise=normalise)
     if factor is None:
         factor = factor_of(pool, backbone, settings, coefficients).value
-    if coefficients is not None:
-        yield from pool.stream(backbone.tensors, coefficients, scale=factor)
+    rule, times = settings.made_by, times_of(pool, settings, coefficients)
+    rule.check(pool.contributions, times)
+    chosen = sorted(backbone.target_weights if names is None else names)
+    if coefficients is not None and rule.is_sum:
+        yield from pool.stream(
+            backbone.tensors, coefficients, scale=factor, names=chosen, normalise=normalise
+        )
         return
-    terms = terms_of(pool, settings)
-    for name in sorted(backbone.target_weights):
+    for name in chosen:
         weight = backbone.tensors[name]
-        total = fixed_point.sum_of(terms, name, weight)
+        total = rule.on_grid(Changes(name, weight, pool.contributions, times))
         yield name, fixed_point.compose(weight, total, factor=factor)
+
+
+def times_of(
+    pool: Pool, settings: CompositionSettings, coefficients: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Return how often each member counts: as the settings say, or by these coefficients."""
+    return dict(coefficients or {c.client: settings.times(c.num_examples) for c in pool})
 
 
 def factor_of(
@@ -67,30 +83,26 @@ def factor_of(
     settings: CompositionSettings,
     coefficients: Mapping[str, float] | None = None,
 ) -> Factor:
-    """Return the factor of a composition that nobody voted on.
+    """Return the factor of a composition that nobody voted on, of at least one contribution.
 
-    Args:
-        pool: At least one contribution, all on this backbone.
-        backbone: Pre-trained weights.
-        settings: Scale and coefficients.
-        coefficients: In place of the settings' own; they sum to one, so that the factor is the
-            scale.
+    Coefficients in place of the settings' own sum to one, so that the factor is the scale.
     """
-    shares = dict(coefficients or {c.client: settings.times(c.num_examples) for c in pool})
-    if settings.scale is not None:
-        together = sum(shares.values()) if coefficients is None else 1
-        return Factor(settings.scale / together, FactorBy.FIXED)
-    squared, squared_sum = dict.fromkeys(shares, 0.0), 0.0
+    times, rule = times_of(pool, settings, coefficients), settings.made_by
+    known = settings.known_factor(sum(times.values()) if coefficients is None else 1)
+    if known is not None:
+        return known
+    rule.check(pool.contributions, times)
+    squares: dict[tuple[str, str], float] = {}
+    squared_total = 0.0
     for name in sorted(backbone.target_weights):
         weight = backbone.tensors[name]
-        total = torch.zeros(weight.shape, dtype=torch.float64)
-        for member in pool:
-            term = fixed_point.rounded(member.task_vector, name, weight, owner=member.client)
-            squared[member.client] += fixed_point.squared_length(term)
-            total += shares[member.client] * term.double()
-        squared_sum += fixed_point.squared_length(total)
-    lengths = {c: (shares[c], significant(squared[c], fixed_point.NORM_DIGITS)) for c in shares}
-    return Factor(norm_preserving(lengths, squared_sum), FactorBy.NORMS)
+        changes = Changes(name, weight, pool.contributions, times, squares=squares)
+        squared_total += fixed_point.squared_length(rule.on_grid(changes))
+    lengths = dict.fromkeys(times, 0.0)
+    for (client, _), squared in squares.items():
+        lengths[client] += squared
+    rounded = {c: (times[c], significant(lengths[c], fixed_point.NORM_DIGITS)) for c in times}
+    return Factor(norm_preserving(rounded, squared_total), FactorBy.NORMS)
 
 
 def composed_model(
@@ -147,9 +159,8 @@ def model_of(
     Args:
         backbone: Gives the architecture.
         weights: All of its weights by name, with the classifier.
-        classes: Names of the classes, in the order of the logits.
-        linearised: Whether the weights are composed of tangents. The model is then a
-            :class:`~fedcompo.backbone.tangent.TangentModel`.
+        classes: In the order of the logits.
+        linearised: Of tangents: a :class:`~fedcompo.backbone.tangent.TangentModel`.
     """
     seen = tuples(timm_config(backbone, classes)["pretrained_cfg"])
     model = timm.create_model(

@@ -47,13 +47,7 @@ def save_realigned(path: Path, statistics: Mapping[str, AnyStatistics] | Feature
 
 
 def realigned_head(path: Path, settings: CompositionSettings, shrinkage: float | None) -> Head:
-    """Make the joint head of what :func:`save_realigned` wrote.
-
-    Args:
-        path: The file; every byte is checked.
-        settings: The registry's.
-        shrinkage: Of sums.
-    """
+    """Make the joint head of what :func:`save_realigned` wrote; every byte is checked."""
     tensors = StreamedTensors(path)
     tensors.check()
     if settings.statistics is Statistics.SUMS:

@@ -26,6 +26,8 @@ class FactorBy(StrEnum):
     """The registry's `scale`, divided by M."""
     VOTE = "vote"
     """The clients chose it on images that they did not train on; it stays when members change."""
+    RULE = "rule"
+    """The rule of composition says it; it stays when members change."""
     NORMS = "norms"
     """It keeps the length of the task vectors; see :func:`norm_preserving`."""
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.stored import StoredBackbone
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.storage.files import CONFIG, WEIGHTS, write_atomically
@@ -35,13 +36,8 @@ LINEARISED = (
 def export_timm(folder: Path, backbone: Backbone, theta: Weights, head: Head) -> None:
     """Write weights and configuration for ``timm.create_model("local-dir:...")``.
 
-    Not for a composition of tangents; see :func:`write_model`.
-
-    Args:
-        folder: Folder to write to; created if it does not exist.
-        backbone: Pre-trained weights, for all that ``theta`` does not name.
-        theta: Target weights by name.
-        head: Joint head; its classes become ``label_names``.
+    The folder is created. What ``theta`` does not name stays pre-trained. Not for a composition of
+    tangents; see :func:`write_model`.
     """
     state = {name: tensor.detach() for name, tensor in backbone.model.state_dict().items()}
     state |= {name: tensor.detach() for name, tensor in theta.items()}
@@ -56,10 +52,7 @@ def timm_config(
 ) -> dict[str, Any]:
     """Return the content of config.json: what timm needs to build the model and feed it.
 
-    Args:
-        backbone: Gives the architecture and its preprocessing.
-        classes: Names of the classes, in the order of the logits; become ``label_names``.
-        linearised: Whether the weights are composed of tangents; timm then refuses the folder.
+    Classes are in the order of the logits. Of weights composed of tangents, timm refuses it.
     """
     seen = backbone.preprocessing
     name = LINEARISED if linearised else "{architecture}"
@@ -94,6 +87,7 @@ def write_model(
     *,
     linearised: bool = False,
     about: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a folder that plain timm loads (of tangents: refuses), one weight at a time.
 
@@ -104,13 +98,22 @@ def write_model(
         head: Joint head.
         linearised: Whether the weights are composed of tangents.
         about: Further entries of the manifest.
+        dtype: Of all floating-point tensors, each rounded once; None: as they are.
 
     Raises:
-        ContributionError: If a value of the head or of a weight that is changed is not finite.
+        ConfigError: If tangents would be rounded to another dtype.
+        ContributionError: If a value is not finite, or leaves the range of the dtype.
     """
+    if linearised and dtype not in (None, torch.float32):
+        raise ConfigError(
+            f"A composition of tangents cannot be written as {dtype}: its change is found again by "
+            "subtracting θ₀, of which rounding would leave little. Use `dtype = float32`."
+        )
     classifier = head.as_classifier(backbone.classifier)
     layout = dict(backbone.tensors.layout)
     layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in classifier.items()}
+    if dtype is not None:
+        layout = {n: (dtype if t.is_floating_point else t, s) for n, (t, s) in layout.items()}
     upcoming = iter(changed)
     pending = next(upcoming, None)
     manifest = {"content": "model", "base": backbone.fingerprint, **(about or {})}
@@ -119,11 +122,13 @@ def write_model(
             own = classifier.get(name)
             if pending is not None and pending[0] == name:
                 own, pending = pending[1], next(upcoming, None)
-            if own is not None and not own.isfinite().all():
+            value = (backbone.tensors[name] if own is None else own).to(layout[name][0])
+            if not value.isfinite().all():
                 raise ContributionError(
-                    f"The composed {name!r} has values that are not finite. Use a smaller `scale`."
+                    f"The composed {name!r} has values that are not finite as {value.dtype}. Use a "
+                    "smaller `scale`, or a `dtype` with a larger range."
                 )
-            writer.write(name, backbone.tensors[name] if own is None else own)
+            writer.write(name, value)
     if pending is not None:
         raise ValueError(f"{pending[0]!r} is no weight of the backbone, or came out of order")
     _write_config(folder, timm_config(backbone, head.classes, linearised=linearised))

@@ -26,16 +26,10 @@ def total_after(
     going: Iterable[Contribution],
     settings: CompositionSettings,
 ) -> FeatureSums:
-    """Return the total of a version.
+    """Return the total of a version: that before, with who comes, without who is gone.
 
-    Args:
-        before: Total of the version before; None: nobody was there.
-        coming: Members that are new; at least one if nobody was there.
-        going: Members of the version before that are gone.
-        settings: The registry's cap on the images of a class.
-
-    Raises:
-        ContributionError: If a sum leaves the range of int64.
+    If there is none before, somebody comes. Raises ``ContributionError`` if a sum leaves the range
+    of int64.
     """
     terms = [_sums_of(member, settings) for member in coming]
     total = before or terms.pop()

@@ -2,8 +2,8 @@ r"""A composed version on disk: the running sum and the model computed from it.
 
 First the sum is written, one weight at a time. It continues the one before, or is taken over all
 members; both give the same bits (:mod:`fedcompo.composition.fixed_point`). Then the factor is
-known, and the model is computed from the sum. Plain timm loads the folder, unless it is composed of
-tangents.
+known, and the model is computed from the sum, or from what the rule of composition makes of the
+members in its place. Plain timm loads the folder, unless it is composed of tangents.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition import fixed_point
 from fedcompo.composition.fixed_point import Rounding, Term
+from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import write_model
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
-from fedcompo.storage.files import SUM
+from fedcompo.storage.files import RULED, SUM
 from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter
 
 
@@ -86,6 +88,43 @@ def write_sum(
     return WrittenSum(roundings, squared)
 
 
+def write_ruled(
+    folder: Path,
+    backbone: StoredBackbone,
+    settings: CompositionSettings,
+    members: Sequence[Contribution],
+    times: Mapping[str, float],
+    *,
+    same: StreamedTensors | None = None,
+) -> float:
+    r"""Write what the rule makes of the members, beside their sum; returns its squared length.
+
+    Args:
+        folder: Holds the sum.
+        backbone: Pre-trained weights.
+        settings: The rule.
+        members: Sorted by name; empty for a rule that needs their sum alone.
+        times: How often each member counts, by client.
+        same: The total of the same members, if it is there already.
+
+    Raises:
+        ContributionError: If the rule cannot compose them.
+    """
+    rule, running, squared = settings.made_by, StreamedTensors(folder / SUM), 0.0
+    rule.check(members, times)
+    about = {"content": "ruled", "bits": fixed_point.BITS, "base": backbone.fingerprint}
+    with TensorWriter(folder / RULED, running.layout, {**about, "rule": rule.text}) as file:
+        for name in sorted(backbone.target_weights):
+            if same is None:
+                weight = backbone.tensors[name]
+                total = rule.on_grid(Changes(name, weight, members, times, running[name]))
+            else:
+                total = same[name]
+            squared += fixed_point.squared_length(total)
+            file.write(name, total)
+    return squared
+
+
 def write_composed(
     folder: Path,
     backbone: StoredBackbone,
@@ -95,22 +134,17 @@ def write_composed(
     linearised: bool,
     about: Mapping[str, Any],
 ) -> None:
-    r"""Write the model that follows from the running sum in the same folder.
+    r"""Write the model that follows from the sum in the same folder, or from another rule's total.
 
-    Args:
-        folder: Holds the sum.
-        backbone: Pre-trained weights.
-        head: Joint head.
-        factor: :math:`\lambda'`.
-        linearised: Whether the members are tangents.
-        about: Further entries of the manifest.
+    The factor is :math:`\lambda'`; ``about`` holds further entries of the manifest.
     """
-    running = StreamedTensors(folder / SUM)
+    running, ruled = StreamedTensors(folder / SUM), folder / RULED
+    total = StreamedTensors(ruled) if ruled.exists() else running
 
     def composed() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(backbone.target_weights):
             weight = backbone.tensors[name]
-            yield name, fixed_point.compose(weight, running[name], factor=factor)
+            yield name, fixed_point.compose(weight, total[name], factor=factor)
 
     about = {**about, "base": backbone.fingerprint, "count": running.manifest["count"]}
     write_model(folder, backbone, composed(), head, linearised=linearised, about=about)

@@ -36,8 +36,8 @@ class CapsConfig:
     dp_noise: float = setting(
         0.0,
         "Noise on feature statistics and Fisher, for differential privacy: its standard deviation, "
-        "in sensitivities; 0: none. τ, head, losses and accuracies leave as they are: they are NOT "
-        "private by it.",
+        "in sensitivities; 0: none. Under it squares of layers' inputs (`rule = regmean`) are not "
+        "sent. τ, head, losses and accuracies leave as they are: they are NOT private by it.",
         NOT_NEGATIVE,
     )
     dp_clip_features: float = setting(
@@ -71,9 +71,7 @@ class CapsConfig:
     def strictest(self, own: CapsConfig) -> CapsConfig:
         """Combine a run's limits with a node's own: of each, take the stricter.
 
-        Args:
-            own: The node's limits. Its clips replace the run's, because the noise is in proportion
-                to them.
+        The node's clips replace the run's, because the noise is in proportion to them.
         """
         return replace(
             own,

@@ -15,6 +15,8 @@ from fedcompo.config.setting import Scalar
 
 IMPORTED = "imported-"
 """How names begin that say, beside the settings, where an imported model is from."""
+STAND_IN = "stand-in"
+"""Value of ``imported-statistics`` where a classifier's rows stand for images."""
 PAPER: dict[str, Scalar] = {
     "statistics": "mixtures",
     "curvature": "exact",
@@ -56,14 +58,7 @@ OBSOLETE = ("fisher", "fisher-tolerance", "head-alpha", "head-decay")
 
 
 def with_preset(explicit: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Put the values of the preset under settings that were given explicitly, which win.
-
-    Args:
-        explicit: Settings by run-config key, only those that were given.
-
-    Returns:
-        The same, if the preset is not ``paper``.
-    """
+    """Put the values of the preset under settings that were given explicitly, which win."""
     if explicit.get("preset") != Preset.PAPER:
         return dict(explicit)
     return {**PAPER, **explicit, "preset": str(Preset.DEFAULT)}

@@ -136,7 +136,7 @@ def _with_paths(values: Mapping[str, Scalar], changed: Callable[[str], str]) -> 
 
 def as_toml(values: Mapping[str, Scalar]) -> str:
     """Write settings as a scenario file."""
-    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+    return "".join(f"{key} = {toml_value(value)}\n" for key, value in values.items())
 
 
 def scenario_name(file: Path | None, values: Mapping[str, Scalar]) -> str:
@@ -152,10 +152,12 @@ def _absolute(path: str, where: Path) -> str:
     return os.path.normpath(where / Path(path).expanduser())
 
 
-def _toml_value(value: Scalar) -> str:
+def toml_value(value: Scalar) -> str:
+    """Write a value as TOML; what cannot be seen in a text stands as its number."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         # A JSON string is a TOML string, but for one character that TOML wants escaped.
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+        text = json.dumps(str(value), ensure_ascii=False)
+        return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text)
     return repr(value)

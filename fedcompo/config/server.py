@@ -12,13 +12,18 @@ from fedcompo.config.setting import NAMES, NOT_NEGATIVE, POSITIVE, setting
 class ComposeConfig:
     """How the task vectors are added up."""
 
+    rule: str = setting(
+        "mean",
+        "How task vectors become one: mean, norm-preserving, task-arithmetic, ties, dare, iso-c, "
+        "tsv-m, fisher or regmean, with options as in ties:density=0.2; a registry keeps its rule.",
+    )
     coefficients: Coefficients = setting(
         Coefficients.UNIFORM, "uniform, or in proportion to each client's examples."
     )
     scale: str = setting(
         "auto",
-        "λ, the factor on the weighted mean of the task vectors: a number, or auto: the clients "
-        "choose it, on images that they did not train on.",
+        "λ, the factor on the weighted mean of the task vectors, or on what the rule makes in its "
+        "place: a number, or auto: the clients choose it, on images that they did not train on.",
         SCALE,
         numeric=True,
     )

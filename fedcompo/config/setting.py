@@ -59,7 +59,7 @@ def check_all(
     checked, faults, faulty = {}, [], set()
     for key, value in values.items():
         try:
-            checked[key] = _checked(key, known, value)
+            checked[key] = check_one(key, known, value)
         except ValueError as error:
             faults.append(str(error))
             faulty.add(key)
@@ -81,7 +81,7 @@ def check_all(
     return {known[key].name: value for key, value in checked.items()}
 
 
-def _checked(key: str, known: Mapping[str, Field[Any]], value: Any) -> Any:
+def check_one(key: str, known: Mapping[str, Field[Any]], value: Any) -> Any:
     """Convert one value to its setting's type and check its range; raises ``ValueError``."""
     if key not in known:
         near = difflib.get_close_matches(key.replace("_", "-"), known, 1)

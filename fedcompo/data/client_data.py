@@ -37,7 +37,7 @@ from fedcompo.data.draws import (
 from fedcompo.data.folders import client_folders, folder_catalogue
 from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
-from fedcompo.data.text import TEXT_ENDINGS, text_catalogue
+from fedcompo.data.text import ENDING, text_catalogue
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import Facts
 
@@ -202,7 +202,7 @@ def _parse(data: str) -> tuple[str, str]:
         more = "" if near[0] in NAMED else f":{rest or '<path>'}"
         hint = f"Did you mean {near[0] + more!r}?"
     elif data and (path := Path(data).expanduser()).exists():
-        text = "text" if path.suffix in TEXT_ENDINGS else "npz"
+        text = "text" if path.suffix == ENDING else "npz"
         hint = f"Did you mean '{'folder' if path.is_dir() else text}:{data}'?"
     else:
         hint = ""

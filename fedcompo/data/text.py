@@ -1,4 +1,4 @@
-"""Texts in one file, one a line or row: JSON lines (``.jsonl``) or tab-separated (``.tsv``).
+"""Texts in one file of JSON lines (``.jsonl``), one a line.
 
 Its fields::
 
@@ -6,15 +6,13 @@ Its fields::
     label   name of its class
     split   train or test; all texts have it, or none has it and test texts are drawn
 
-As JSON: ``{"text": "A fine day.", "label": "weather", "split": "train"}``. The first row of a
-``.tsv`` file names the columns; a text with tabs or line breaks is put in double quotes.
+Such as ``{"text": "A fine day.", "label": "weather", "split": "train"}``.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,8 @@ from fedcompo.backbone.preprocessing import Modality
 from fedcompo.data.catalogue import Catalogue, class_name
 from fedcompo.errors import DataError
 
+ENDING = ".jsonl"
 SPLITS = ("train", "test")
-Row = tuple[str, dict[str, Any]]
-"""File and line of a text, for messages; its fields."""
 
 
 def text_catalogue(path: Path) -> Catalogue:
@@ -39,17 +36,16 @@ def text_catalogue(path: Path) -> Catalogue:
         DataError: If the file is missing, damaged or of another kind; if a field is missing, or has
             a wrong type or value.
     """
-    if path.suffix not in READERS:
+    if path.suffix != ENDING:
         raise DataError(
-            f"{path} must end in {' or '.join(READERS)}, which says how it is read, got "
-            f"{path.suffix or 'no ending'!r}."
+            f"{path} must end in {ENDING} and hold JSON lines, got {path.suffix or 'no ending'!r}."
         )
     texts: list[bytes] = []
     classes: list[str] = []
     splits: list[str | None] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for where, fields in READERS[path.suffix](file, path):
+            for where, fields in _rows(file, path):
                 texts.append(_text(fields, where))
                 classes.append(class_name(_field(fields, "label", where), source=where))
                 splits.append(_split(fields, where))
@@ -76,7 +72,8 @@ def text_catalogue(path: Path) -> Catalogue:
     )
 
 
-def _json_lines(file: Iterator[str], path: Path) -> Iterator[Row]:
+def _rows(file: Iterator[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield file and line of each text, for messages, and its fields."""
     for number, line in enumerate(file, start=1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -88,35 +85,6 @@ def _json_lines(file: Iterator[str], path: Path) -> Iterator[Row]:
         if not isinstance(fields, dict):
             raise DataError(f"{where}, is no JSON object, got {line.strip()[:40]!r}.")
         yield where, fields
-
-
-def _tab_separated(file: Iterator[str], path: Path) -> Iterator[Row]:
-    try:
-        yield from _rows(csv.DictReader(file, dialect="excel-tab", strict=True), path)
-    except csv.Error as error:
-        raise DataError(
-            f"{path} is no tab-separated table ({error}). Is a quotation mark left open?"
-        ) from error
-
-
-def _rows(rows: csv.DictReader[str], path: Path) -> Iterator[Row]:
-    if missing := {"text", "label"} - set(rows.fieldnames or ()):
-        raise DataError(
-            f"The first row of {path} names no column {min(missing)!r}; it names "
-            f"{', '.join(rows.fieldnames or ()) or 'none'}. Expected text, label and perhaps split."
-        )
-    for number, fields in enumerate(rows, start=1):
-        where = f"{path}, text {number}"
-        if None in fields:
-            raise DataError(f"{where}, has more cells than there are columns. Put it in quotes.")
-        yield where, fields
-
-
-READERS: dict[str, Callable[[Iterator[str], Path], Iterator[Row]]] = {
-    ".jsonl": _json_lines,
-    ".tsv": _tab_separated,
-}
-TEXT_ENDINGS = tuple(READERS)
 
 
 def _field(fields: dict[str, Any], name: str, where: str) -> str:

@@ -38,12 +38,7 @@ def operator_files(deployment: Deployment) -> dict[str, str]:
 
 
 def client_files(name: str, deployment: Deployment) -> dict[str, str]:
-    """A client's files by relative path.
-
-    Args:
-        name: Of the client.
-        deployment: The server's address and ports.
-    """
+    """A client's files by relative path."""
     folder = f"{HOME}/{name}"
     unit = _unit(
         f"client {name}",
@@ -99,14 +94,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
 
 
 def _registry_script(name: str, stem: str, certificates: str, deployment: Deployment) -> str:
-    """The script that calls the registry, as a client or as the operator.
-
-    Args:
-        name: Name of the caller.
-        stem: Name of certificate and key, without suffix.
-        certificates: Where they lie beside the script: a folder and a slash, or nothing.
-        deployment: The server's address and ports.
-    """
+    """The script that calls the registry; certificates lie in a folder ("name/") or beside it."""
     own = {"name": name, "stem": stem, "certificates": certificates}
     return filled("registry.sh", {**_values(deployment), **own})
 
@@ -121,16 +109,9 @@ def _unit(
     limits: str = "",
     port: int = FIRST_FREE_PORT,
 ) -> str:
-    """A systemd unit that starts a script again whenever it ends, with few rights.
+    """A systemd unit that starts a script again, ``delay`` seconds after it ends, with few rights.
 
-    Args:
-        what: Name of the program, for its description.
-        folder: Folder of the script.
-        script: Name of the script.
-        writable: Folders that it may write to.
-        delay: Seconds until it is restarted.
-        limits: Lines for the unit that limit what it takes.
-        port: On which it listens.
+    It may write to the ``writable`` folders; ``limits`` are further lines of the unit.
     """
     values = {
         "description": f"fedcompo {what}",

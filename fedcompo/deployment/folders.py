@@ -69,10 +69,6 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
 def add(folder: Path, name: str) -> Deployment:
     """Add a client to a deployment; the files of the others stay as they are.
 
-    Args:
-        folder: What :func:`create` wrote.
-        name: Of the client.
-
     Returns:
         The deployment with this client.
 

@@ -40,10 +40,6 @@ def copy_app(app: Path, folder: Path) -> None:
 def give(app: Path, folder: Path) -> None:
     """Write what every client gets: the unpacked app, and digests of it and of this library.
 
-    Args:
-        app: Folder of the app, as the server submits it.
-        folder: Folder to write to.
-
     Raises:
         LaunchError: If Flower cannot bundle it.
     """

@@ -20,12 +20,7 @@ EXECUTABLE = 0o755
 
 
 def fill(template: str, values: Mapping[str, object]) -> str:
-    """Put values in the places of a text; raises ``KeyError`` if one is missing.
-
-    Args:
-        template: The text; a place is written ``@NAME@``.
-        values: By name, in lower case.
-    """
+    """Put values, by lower-case name, in a text's places; raises ``KeyError`` if one is missing."""
     return PLACE.sub(lambda place: str(values[place[1].lower()]), template)
 
 
@@ -41,12 +36,7 @@ def filled_folder(name: str, values: Mapping[str, object]) -> dict[str, str]:
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write texts; those that begin with ``#!`` can be executed.
-
-    Args:
-        folder: Folder to write to.
-        files: Text by relative path; none may exist yet.
-    """
+    """Write texts by relative path, to new files; those that begin with ``#!`` can be executed."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 from fedcompo._lazy import face
 
 if TYPE_CHECKING:
+    from fedcompo.engine.launcher import Simulation as Simulation
     from fedcompo.engine.launcher import find_app as find_app
-    from fedcompo.engine.launcher import run_app as run_app
     from fedcompo.engine.live import Display as Display
     from fedcompo.engine.resources import Resources as Resources
     from fedcompo.engine.resources import fair_resources as fair_resources
-    from fedcompo.engine.simulation import Simulation as Simulation
     from fedcompo.engine.simulation import prepare as prepare
     from fedcompo.engine.simulation import simulate as simulate
 

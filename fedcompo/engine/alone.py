@@ -92,11 +92,7 @@ def _opened(
             raise ConfigError(
                 f"The registry {path} has a backbone; leave out --set {keys}, or --registry."
             )
-        if config.head.statistics is not registry.settings.statistics:
-            raise ConfigError(
-                f"`statistics` is {config.head.statistics}, the registry {path} is one of "
-                f"{registry.settings.statistics}. Leave it out."
-            )
+        registry.settings.check_run(config)
     if config.method.method is not Method.ITA:
         raise ConfigError(
             f"`method` is {config.method.method}, which trains in rounds with others. Alone, a "

@@ -15,10 +15,13 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from fedcompo.config.choices import Action
+from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import Scalar
 from fedcompo.engine.log import Event, EventTail, LineTail, last_error, note, read_from
 from fedcompo.engine.resources import Resources
@@ -37,50 +40,47 @@ UNANSWERED = 5
 """A run is given up after so many unanswered questions in a row."""
 
 
-def run_app(
-    settings: Mapping[str, Scalar],
-    *,
-    output: Path,
-    clients: int,
-    app: Path,
-    resources: Resources,
-    on_event: Callable[[Event], None] = lambda event: None,
-) -> dict[str, Any]:
-    """Run the app with these settings and return its results.
+@dataclass(frozen=True)
+class Simulation:
+    """A run that is ready to start."""
 
-    SIGTERM ends the run and raises ``SystemExit(143)``; Ctrl-C raises ``KeyboardInterrupt``. Either
-    way, and however else it ends, no process of the run is left.
+    settings: Mapping[str, Scalar]
+    """Those that differ from the app's defaults; paths absolute."""
+    output: Path
+    """Folder that is this run's alone; see :mod:`fedcompo.engine.run_folder`."""
+    clients: int
+    app: Path
+    """Folder of the Flower app; see :func:`find_app`."""
+    resources: Resources
 
-    Args:
-        settings: Run config that differs from the app's defaults; paths absolute. ``output`` and,
-            if it is not given, ``num-clients`` are added.
-        output: The run's own folder; see :mod:`fedcompo.engine.run_folder`.
-        clients: Number of simulated clients.
-        app: Folder of the Flower app; see :func:`find_app`.
-        resources: See :func:`fedcompo.engine.resources.fair_resources`.
-        on_event: Called with each event that the app reports.
+    @property
+    def removes(self) -> bool:
+        """Whether it removes a client instead of training."""
+        return RunConfig.parse(self.settings).registry.action is Action.REMOVE
 
-    Raises:
-        LaunchError: If the run could not start or failed; with the reason.
-    """
-    # 0 clients would mean num-tasks to the server, which is not the number of a folder's clients.
-    config = {**settings, "output": str(output)}
-    config["num-clients"] = config.get("num-clients") or clients
-    tail = EventTail(output / EVENTS)
-    with _sigterm_unwinds(), started(output / LOG) as engine:
-        run_id = engine.submit(app, config, resources.federation(clients))
-        on_event(note("Flower's engine has started; Ray takes another moment."))
-        with engine.logging(run_id):
-            status, details = _follow(engine, run_id, tail, on_event)
-    return _results(output, status, details, tail.failure)
+    def run(self, on_event: Callable[[Event], None] = lambda event: None) -> dict[str, Any]:
+        """Run the app with these settings, tell its events, and return its results.
+
+        SIGTERM ends the run and raises ``SystemExit(143)``; Ctrl-C raises ``KeyboardInterrupt``.
+        Either way, and however else it ends, no process of the run is left.
+
+        Raises:
+            LaunchError: If the run could not start or failed; with the reason.
+        """
+        # 0 clients would mean num-tasks to the server, which is not the number of a folder's.
+        config = {**self.settings, "output": str(self.output)}
+        config["num-clients"] = config.get("num-clients") or self.clients
+        tail = EventTail(self.output / EVENTS)
+        with _sigterm_unwinds(), started(self.output / LOG) as engine:
+            run_id = engine.submit(self.app, config, self.resources.federation(self.clients))
+            on_event(note("Flower's engine has started; Ray takes another moment."))
+            with engine.logging(run_id):
+                status, details = _follow(engine, run_id, tail, on_event)
+        return _results(self.output, status, details, tail.failure)
 
 
 def find_app(package: Path | None = None) -> Path:
-    """Find the folder of the Flower app: in the installed package, else in its checkout.
-
-    Args:
-        package: Folder of this package (default: where it was imported from).
-    """
+    """Find the folder of the Flower app: in the installed package, else in its checkout."""
     package = package or PACKAGE
     for folder in (package / "_app", package.parent):
         with contextlib.suppress(OSError, tomllib.TOMLDecodeError, KeyError, TypeError):

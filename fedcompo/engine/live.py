@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from types import TracebackType
 from typing import Self
 
 from rich.console import Group, RenderableType
@@ -125,11 +124,7 @@ class Progress:
         return replace(self, cells={**self.cells, **cells}, phases=phases)
 
     def table(self, now: float) -> Table:
-        """Clients by phases.
-
-        Args:
-            now: Seconds since 1970.
-        """
+        """Clients by phases; ``now`` is in seconds since 1970."""
         traffic = f"sent {size(self.bytes_sent)}, received {size(self.bytes_received)}"
         table = Table(caption=traffic if self.bytes_sent or self.bytes_received else None)
         for title in ("client", *self.phases):
@@ -142,11 +137,7 @@ class Progress:
 
 
 class Display:
-    """Shows events as they come; used as a context, so that a terminal is left tidy.
-
-    Args:
-        console: The console to show them on.
-    """
+    """Shows events as they come; used as a context, so that a terminal is left tidy."""
 
     def __init__(self, console: PlainConsole) -> None:
         self._console = console
@@ -164,12 +155,7 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.stop()
 
@@ -189,12 +175,7 @@ class Display:
 
 
 def line(event: Event, began: float) -> str:
-    """One event as a line of text.
-
-    Args:
-        event: The event.
-        began: Start of the run, in seconds since 1970.
-    """
+    """One event as a line of text; the run ``began`` at this time, in seconds since 1970."""
     stamp = f"[{max(0.0, float(event.get('time', began)) - began):6.1f} s]"
     return f"{stamp} {_described(event)}"
 

@@ -50,11 +50,7 @@ def _bytes_from(file: Path, position: int) -> bytes:
 
 
 class LineTail:
-    """Reads what was added to a file since the last time, in whole lines.
-
-    Args:
-        file: May not exist yet.
-    """
+    """Reads what was added to a file since the last time, in whole lines; it may not exist yet."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -89,11 +85,7 @@ Event = Mapping[str, Any]
 
 
 class EventTail:
-    """Reads the events that were added to a file since the last time.
-
-    Args:
-        file: May not exist yet.
-    """
+    """Reads the events that were added to a file since the last time; it may not exist yet."""
 
     def __init__(self, file: Path) -> None:
         self._lines = LineTail(file)

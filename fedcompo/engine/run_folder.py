@@ -46,10 +46,7 @@ def reserve_output(wanted: Path) -> Path:
 
 
 def begun_settings(output: Path) -> dict[str, Scalar]:
-    """Read the settings that an interrupted run was begun with, to resume it.
-
-    Args:
-        output: The run's folder; absolute.
+    """Read the settings that the interrupted run in a folder was begun with, to resume it.
 
     Raises:
         LaunchError: If it holds no such run.

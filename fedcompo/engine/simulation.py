@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Action
 from fedcompo.config.presets import with_preset
 from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import scenario_name, with_absolute_paths
 from fedcompo.config.setting import Scalar
 from fedcompo.engine import launcher
+from fedcompo.engine.launcher import Simulation
 from fedcompo.engine.log import Event
-from fedcompo.engine.resources import Resources, fair_resources
+from fedcompo.engine.resources import fair_resources
 from fedcompo.engine.run_folder import reopen_output, reserve_output
 from fedcompo.errors import ConfigError
 from fedcompo.names import check_client_names
@@ -65,36 +66,6 @@ def simulate(
         cpus_per_client=cpus_per_client,
         gpus_per_client=gpus_per_client,
     ).run(on_event)
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """A run that is ready to start."""
-
-    settings: Mapping[str, Scalar]
-    """Those that differ from the defaults; paths absolute."""
-    output: Path
-    """Folder that is this run's alone."""
-    clients: int
-    app: Path
-    """Folder of the Flower app."""
-    resources: Resources
-
-    @property
-    def removes(self) -> bool:
-        """Whether it removes a client instead of training."""
-        return RunConfig.parse(self.settings).registry.action is Action.REMOVE
-
-    def run(self, on_event: Callable[[Event], None] = lambda event: None) -> dict[str, Any]:
-        """Run it and return its results; see :func:`fedcompo.engine.launcher.run_app`."""
-        return launcher.run_app(
-            self.settings,
-            output=self.output,
-            clients=self.clients,
-            app=self.app,
-            resources=self.resources,
-            on_event=on_event,
-        )
 
 
 def count_clients(config: RunConfig) -> int:
@@ -148,6 +119,7 @@ def prepare(
         LaunchError: If there is no app, or no folder can be made.
     """
     config = RunConfig.parse(settings)
+    CompositionSettings.of(config)  # refuses a rule that cannot be used
     clients = count_clients(config)
     resources = fair_resources(
         clients, config.device, cpus_per_client=cpus_per_client, gpus_per_client=gpus_per_client

@@ -154,10 +154,7 @@ class Engine:
 
 @contextlib.contextmanager
 def started(log: Path) -> Iterator[Engine]:
-    """Start an engine; when the context ends, so does every process that it started.
-
-    Args:
-        log: File that everything it prints is appended to.
+    """Start an engine that logs to a file; every process that it starts ends with the context.
 
     Raises:
         LaunchError: If it does not come up; with the end of its log.

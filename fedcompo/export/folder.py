@@ -1,54 +1,28 @@
-r"""Writes a selection as a folder for others: the model, its configuration for timm, its card.
-
-The weights are the selection's composition, or a *negated* copy of a model: one from which a
-client's task vector was subtracted,
-
-.. math:: \theta - s\,\tau
-
-Leaving a client out (:meth:`fedcompo.method.pool.Pool.without`) gives the model that never had it.
-A negated copy is worse at the client's task than that. It is an experiment in forgetting: its card
-says so, and it never goes into a registry.
-Source: Ilharco et al., *Editing Models with Task Arithmetic*, ICLR 2023 (arXiv 2212.04089),
-section 3, "forgetting via negation".
-"""
+"""Writes a selection as a folder for others: model, configuration, recipe, card."""
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from fedcompo.composition.timm_folder import write_model
-from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.export.model_card import ExportedModel, Member, model_card
-from fedcompo.export.selection import Selection, new_folder
-from fedcompo.method.task_vector import TaskVector
-from fedcompo.runtime import version
-from fedcompo.storage.files import BACKBONE, MODEL_CARD, WEIGHTS, write_atomically
+from fedcompo.export.model_card import model_card
+from fedcompo.export.recipe_file import recipe_text
+from fedcompo.export.selected import Selection
+from fedcompo.export.selection import new_folder
+from fedcompo.storage.files import BACKBONE, MODEL_CARD, RECIPE, WEIGHTS, write_atomically
 from fedcompo.storage.tensorstream import file_sha256
 
 
-def publish(
-    output: Path,
-    selection: Selection,
-    weights: Iterable[tuple[str, Tensor]] | None = None,
-    *,
-    negated: str = "",
-    strength: float = 1.0,
-) -> dict[str, Any]:
+def publish(output: Path, selection: Selection) -> dict[str, Any]:
     """Write a folder that plain timm loads; of tangents, one that fedcompo loads.
 
     Args:
         output: A new or empty folder; appears when everything is in it.
         selection: Contributions to compose.
-        weights: Target weights to write in place of the selection's own composition, in the order
-            of names.
-        negated: Client whose task vector was subtracted from them.
-        strength: Factor on it.
 
     Returns:
         What was written, as JSON values.
@@ -56,102 +30,48 @@ def publish(
     Raises:
         ConfigError: If something is at ``output`` already.
     """
-    backbone, shares = selection.backbone, selection.shares
-    linearised = selection.pool.linearised
-    changed = selection.stream() if weights is None else weights
+    backbone, negated = selection.backbone, selection.recipe.negated
+    linearised, text = selection.pool.linearised, recipe_text(selection.written)
     with new_folder(output) as folder:
-        write_model(folder, backbone, changed, selection.head, linearised=linearised)
+        write_model(
+            folder,
+            backbone,
+            selection.stream(),
+            selection.head,
+            linearised=linearised,
+            dtype=getattr(torch, selection.recipe.dtype),
+        )
         if linearised:  # load_tangent_model needs the pre-trained weights too
             shutil.copyfile(backbone.path, folder / BACKBONE)
-        sha256 = file_sha256(folder / WEIGHTS)
-        card = ExportedModel(
-            members=tuple(Member.of(c, shares[c.client]) for c in selection.pool),
-            classes=selection.head.classes,
-            backbone=backbone.fingerprint.rpartition("@")[0],
-            architecture=backbone.architecture,
-            fingerprint=backbone.fingerprint,
-            preprocessing=backbone.preprocessing,
-            sha256=sha256,
-            fedcompo_version=version("fedcompo"),
-            scale=selection.scale,
-            only=selection.only,
-            without=selection.without,
-            negated=negated,
-            negation_scale=strength,
-            linearised=linearised,
-        )
-        write_atomically(folder / MODEL_CARD, model_card(card).encode())
+        write_atomically(folder / RECIPE, text.encode())
+        told = write_card(selection, folder / WEIGHTS, recipe=text)
     return {
         "output": str(output.absolute()),
-        "clients": list(selection.pool.clients),
-        "coefficients": shares,
-        "scale": selection.scale,
-        "classes": list(selection.head.classes),
-        "negated": negated or None,
+        **told,
+        "negated": None if negated is None else negated.client,
         "linearised": linearised,
-        "sha256": sha256,
     }
 
 
-def negated(
-    theta: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    task_vector: TaskVector,
-    theta_0: Mapping[str, Tensor],
-    *,
-    scale: float = 1.0,
-    base: str = "",
-) -> Iterator[tuple[str, Tensor]]:
-    r"""Subtract a task vector, one weight at a time.
-
-    The difference is taken in float64 and rounded once, of the :math:`\tau` that composing adds.
+def write_card(selection: Selection, file: Path, **more: str) -> dict[str, Any]:
+    """Write the card of a selection beside the file of its weights.
 
     Args:
-        theta: Weights to subtract from, by name, (out, in): the composition without the client, or
-            ``theta_0`` itself. May come weight by weight; weights that the task vector does not
-            change pass through.
-        task_vector: The task vector to subtract.
-        theta_0: The pre-trained weights that it belongs to: (IA)³ scales them.
-        scale: :math:`s`, > 0.
-        base: Fingerprint of ``theta_0``; if given, it must be the task vector's own.
+        selection: What it is composed of.
+        file: File of the weights.
+        more: For :func:`~fedcompo.export.model_card.model_card`.
 
-    Yields:
-        Name and value of each weight of ``theta``, in its order, with its shape and dtype.
-
-    Raises:
-        BackboneMismatch: If the task vector was trained on another backbone.
-        ConfigError: If the scale is not a positive number.
-        ContributionError: If a weight that the task vector changes never came. Raised at the end.
+    Returns:
+        What was written, as JSON values.
     """
-    if base and base != task_vector.base:
-        raise BackboneMismatch(
-            f"The task vector was trained on the backbone {task_vector.base}, but is to be "
-            f"subtracted on {base}. Load the backbone that it was trained on."
-        )
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ConfigError(
-            f"The strength of a negation must be a positive number, got {scale}. "
-            "To add a task vector, compose it."
-        )
-    pairs = theta.items() if isinstance(theta, Mapping) else theta
-    return _subtracted(pairs, task_vector, theta_0, scale)
-
-
-def _subtracted(
-    pairs: Iterable[tuple[str, Tensor]],
-    task_vector: TaskVector,
-    theta_0: Mapping[str, Tensor],
-    scale: float,
-) -> Iterator[tuple[str, Tensor]]:
-    missing = set(task_vector.names)
-    for name, weight in pairs:
-        if name in missing:
-            missing.remove(name)
-            tau = task_vector.delta(name, theta_0[name]).to(weight.device)
-            yield name, (weight.double() - scale * tau.double()).to(weight.dtype)
-        else:
-            yield name, weight
-    if missing:
-        raise ContributionError(
-            f"The task vector changes {min(missing)!r}, which was not given (missing in all: "
-            f"{len(missing)}). Start from all target weights."
-        )
+    sha256 = file_sha256(file)
+    card = model_card(selection, file.name, sha256, **more)
+    write_atomically(file.with_name(MODEL_CARD), card.encode())
+    return {
+        "clients": list(selection.pool.clients),
+        "coefficients": selection.shares,
+        "scale": selection.scale,
+        "rule": selection.settings.rule,
+        "classes": list(selection.head.classes),
+        "sha256": sha256,
+    }

@@ -1,33 +1,49 @@
 """Writes the README of an exported model: what it is made of, and what it is not made for.
 
 Names of clients and classes come from outside and are shown literally, whatever they hold. The
-front matter, which machines read, consists of fixed words.
+front matter, which machines read, has fixed words and names of the hub. It says only what is known:
+a base model if the hub itself brought its weights, and nothing of data sets and measures, of which
+a contribution knows no more than its client does. Its keys:
+https://huggingface.co/docs/hub/model-cards#model-card-metadata
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.choices import Kind
+from huggingface_hub import ModelCardData
+
+from fedcompo.backbone.backbone import EMBEDDED
+from fedcompo.backbone.preprocessing import Modality
+from fedcompo.composition.settings import MEAN
+from fedcompo.config.presets import IMPORTED
+from fedcompo.export.example import CONFIGURED, example
+from fedcompo.export.recipe import Negation
+from fedcompo.export.selected import Selection
 from fedcompo.method.contribution import Contribution
-from fedcompo.method.lineage import Lineage
+from fedcompo.method.pool import Pool
 from fedcompo.names import printable
 from fedcompo.registry.removal import influence
+from fedcompo.runtime import version
 
+OWN_LICENSE = "apache-2.0"
+"""fedcompo's, under which the embedded weights come."""
+HUB_LICENSES = {
+    *("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0"),
+    *("fair-noncommercial-research-license", "gemma", "mit"),
+}
+"""Those of timm's that the hub knows by their identifier; it takes others as names."""
 MOST_CLASSES = 200
+MOST_LINES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
 ORIGIN = "client", "method", "anchored by", "head aligned with", "trained in an ensemble with"
-USE = """\
-import timm
-
-model = timm.create_model("local-dir:path/to/this/folder", pretrained=True).eval()"""
+USE = """
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # or hf-hub:OWNER/NAME"""
 USE_LINEARISED = """\
 from fedcompo import load_tangent_model
 
-model = load_tangent_model("path/to/this/folder")"""
+model = load_tangent_model(".")"""
 SPECIAL = re.compile(
     r"""[\\`*{}\[\]()<>#+!|~&:@$=^"'/]"""  # means something somewhere in Markdown or HTML
     r"|(?<![a-zA-Z0-9])_"  # starts emphasis, but not after a letter or digit
@@ -35,116 +51,104 @@ SPECIAL = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Member:
-    """A client whose task vector is in the model."""
+def model_card(
+    selection: Selection, file: str, sha256: str, *, adapter: str = "", recipe: str = ""
+) -> str:
+    """Return the Markdown text of a model card, with front matter as model hubs read it.
 
-    client: str
-    kind: Kind
-    coefficient: float
-    """w."""
-    num_examples: int
-    """Training images."""
-    num_classes: int
-    lineage: Lineage
-
-    @classmethod
-    def of(cls, contribution: Contribution, coefficient: float) -> Member:
-        """Take from a contribution what the card says of it."""
-        return cls(
-            contribution.client,
-            contribution.task_vector.kind,
-            coefficient,
-            contribution.num_examples,
-            len(contribution.head.classes),
-            contribution.lineage,
-        )
-
-
-@dataclass(frozen=True)
-class ExportedModel:
-    """All that the card says of a composed model in a timm folder."""
-
-    members: tuple[Member, ...]
-    classes: tuple[str, ...]
-    """In the order of the logits."""
-    backbone: str
-    """``embedded`` or timm's name."""
-    architecture: str
-    """timm's name of the architecture."""
-    fingerprint: str
-    """Of the pre-trained weights."""
-    preprocessing: Preprocessing
-    sha256: str
-    """Of the file ``model.safetensors``, hexadecimal."""
-    fedcompo_version: str
-    scale: float = 1.0
-    """λ."""
-    only: tuple[str, ...] = ()
-    """Clients that were chosen by name; empty: all."""
-    without: tuple[str, ...] = ()
-    """Clients that were left out by name."""
-    negated: str = ""
-    """Client whose task vector was subtracted afterwards; empty: none."""
-    negation_scale: float = 1.0
-    """How often it was subtracted."""
-    linearised: bool = False
-    """Whether the members are tangents."""
-
-
-def model_card(model: ExportedModel) -> str:
-    """Return the Markdown text of a model card, with front matter as model hubs read it."""
-    times = f"{model.negation_scale:g}"
-    library = "fedcompo" if model.linearised else "timm"
-    tags = ["fedcompo", "image-classification", "task-arithmetic"]
-    tags += [] if model.linearised else ["timm"]
+    Args:
+        selection: What the model is composed of.
+        file: Name of the file that holds its weights.
+        sha256: Its SHA-256, hexadecimal.
+        adapter: Section on the use of an adapter; empty: it is a model in a folder.
+        recipe: What `recipe.toml` holds; empty: there is none.
+    """
+    pool, backbone, negation = selection.pool, selection.backbone, selection.recipe.negated
+    name = backbone.fingerprint.rpartition("@")[0]
+    license = OWN_LICENSE if name == EMBEDDED else backbone.origin.license
+    noun = "A LoRA adapter" if adapter else "Negated copy of a model" if negation else "A model"
+    loading = USE_LINEARISED if pool.linearised else USE
     files = (
-        ("backbone", model.backbone),
-        ("architecture", model.architecture),
-        ("fingerprint of θ₀", model.fingerprint),
-        ("SHA-256 of model.safetensors", model.sha256),
+        ("backbone", name),
+        ("architecture", backbone.architecture),
+        ("fingerprint of θ₀", backbone.fingerprint),
+        (f"SHA-256 of {file}", sha256),
     )
     return f"""\
-{front_matter(library, tags)}
+{_front_matter(selection, license, adapter=bool(adapter))}
 
-# {"Negated copy of a model" if model.negated else "A model"} composed of \
-{len(model.members)} client{"s" * (len(model.members) != 1)}
-{_warning(model.negated, times) if model.negated else ""}
+# {noun} composed of {len(pool)} client{"s" * (len(pool) != 1)}
+{_warning(negation) if negation else ""}
 Each client fine-tuned the same pre-trained vision transformer θ₀ on its own images and gave the
-change, its task vector τ. {_formula(model)}
+change, its task vector τ. {_formula(selection, bool(adapter))}
 The card says what is in it, not how accurate it is.
 
 ## Use
 
-```python
-{USE_LINEARISED if model.linearised else USE}
-logits = model(images)
-```
+{adapter or example(loading, backbone.preprocessing, CONFIGURED)}
 
-{preprocessing_text(model.preprocessing)}
-
-{class_table(model.classes)}
+{class_table(selection.head.classes)}
 
 ## Composition
 
-{_composition(model)} λ = {model.scale:g}.
+{_composition(selection)}
 
-{table(SHARE, map(_share, model.members))}
+{table(SHARE, (_share(own, selection.shares[own.client]) for own in pool))}
 
+{_imports(pool)}\
+{_recipe(recipe) if recipe else ""}
 ## Lineage
 
 By the data of how many other clients the training of each member was shaped:
 
-{table(ORIGIN, map(_origin, model.members))}
+{table(ORIGIN, map(_origin, pool))}
 
-{_influences(model)}
+{_influences(selection)}
 
 ## Identity
 
 {table(("what", "value"), ((what, escaped(value)) for what, value in files))}
 
-Composed with fedcompo {escaped(model.fedcompo_version)}.
+{_license_text(license)}
+
+Composed with fedcompo {escaped(version("fedcompo"))}.
 """
+
+
+def _front_matter(selection: Selection, license: str, *, adapter: bool) -> str:
+    hub, linearised = selection.backbone.origin.hub, selection.pool.linearised
+    texts = selection.backbone.preprocessing.modality == Modality.TEXTS
+    task = "text-classification" if texts else "image-classification"
+    library = "fedcompo" if linearised else "peft" if adapter else "timm"
+    several = len(selection.pool) + bool(selection.recipe.negated) > 1
+    relation = "adapter" if adapter else "merge" if several else "finetune"
+    tags = {"fedcompo", "task-arithmetic", library, task}
+    tags |= {"merge"} if several else set()
+    tags |= {"lora", "timm"} if adapter else set()
+    named = license in ("", *HUB_LICENSES)
+    data = ModelCardData(
+        license=(license or None) if named else "other",
+        license_name=None if named else license,
+        base_model=hub or None,
+        base_model_relation=relation if hub else None,
+        library_name=library,
+        pipeline_tag=task,
+        tags=sorted(tags),
+    )
+    return f"---\n{data.to_yaml(line_break=chr(10))}\n---"
+
+
+def _license_text(license: str) -> str:
+    """Return what a card says to people of licenses."""
+    if license:
+        return (
+            f"The backbone's license is {license}, and stated above. What the clients ask for the "
+            "use of\ntheir part is not known here: whoever publishes this must know it."
+        )
+    return (
+        "No license is stated above: the backbone's is not known here, nor what the clients ask "
+        "for the\nuse of their part."
+    )
 
 
 def escaped(text: str) -> str:
@@ -158,12 +162,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def front_matter(library: str, tags: Iterable[str]) -> str:
-    """Return what model hubs read, as YAML; for fixed words only."""
-    lines = [f"library_name: {library}", "pipeline_tag: image-classification", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
-
-
 def class_table(classes: Sequence[str]) -> str:
     """Return a table of logits and classes, cut where it gets too long to read."""
     rows = [(i, escaped(name)) for i, name in enumerate(classes[:MOST_CLASSES])]
@@ -171,36 +169,26 @@ def class_table(classes: Sequence[str]) -> str:
     return table(("logit", "class"), rows) + (f"\n\n… and {more} more." if more else "")
 
 
-def preprocessing_text(seen: Preprocessing) -> str:
-    """Return what a model's images must be like."""
-    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (seen.mean, seen.std))
-    height, width = seen.shape[1:]
-    return (
-        f"`images` are {'grey' if seen.channels == 1 else 'RGB'}, "
-        f"(batch, {seen.channels}, {height}, {width}), resized and cropped\nas timm's "
-        f"`create_transform` does ({seen.interpolation}, crop_mode {seen.crop_mode}, crop_pct "
-        f"{seen.crop_fraction:.4g}); values are in [0, 1], less {mean}, divided by {std}."
-        + ("\nThe clients' pictures had slightly other roundings." if seen.rule == 1 else "")
-    )
-
-
-def _warning(client: str, times: str) -> str:
+def _warning(negation: Negation) -> str:
+    client, times = escaped(negation.client), f"{negation.strength:g}"
     return f"""
 > [!WARNING]
 > **A negated copy: do not deploy it.** From the composition below, {times} times the task vector τ₋
-> of {escaped(client)} was subtracted. The model is now worse at what this client taught it
+> of {client} was subtracted. The model is now worse at what this client taught it
 > than if the client had never taken part, and other classes may suffer. It is an experiment in
 > forgetting ([Ilharco et al., ICLR 2023](https://arxiv.org/abs/2212.04089)). It proves no removal,
 > and must never go into a registry.
 """
 
 
-def _formula(model: ExportedModel) -> str:
+def _formula(selection: Selection, adapter: bool) -> str:
     """Return the model's formula, and its source."""
-    change = "λ Σ w τ" + (f" − {model.negation_scale:g} τ₋" if model.negated else "")
-    if not model.linearised:
+    rule, negation = selection.settings.rule, selection.recipe.negated
+    total = "Σ w τ" if rule == MEAN else f"`{rule}`(w, τ)"
+    change = f"λ {total}" + (f" − {negation.strength:g} τ₋" if negation else "")
+    if not selection.pool.linearised:
         return f"""\
-This model is θ₀ + {change}
+{"With this adapter the" if adapter else "This"} model is θ₀ + {change}
 ([Porrello et al., ICLR 2025](https://arxiv.org/abs/2405.16350))."""
     return f"""\
 This model is linearised at θ₀: with J the
@@ -211,26 +199,65 @@ Jacobian of its logits there, they are f(x; θ₀) + J ({change})
 `model.safetensors` it would compute f(x; θ₀ + {change}), a model that nobody trained."""
 
 
-def _composition(model: ExportedModel) -> str:
-    chosen = f"Only {_list(model.only)}." if model.only else ""
-    left_out = f"Without {_list(model.without)}." if model.without else ""
-    return " ".join(filter(None, (chosen, left_out))) or "All clients."
+def _composition(selection: Selection) -> str:
+    rule, groups = selection.settings.rule, selection.recipe.groups
+    said = (
+        f"Only {_list(selection.only)}." if selection.only else "",
+        f"Without {_list(selection.without)}." if selection.without else "",
+        "" if selection.only or selection.without else "All clients.",
+        "" if rule == MEAN else f"By the rule `{rule}`.",
+        f"λ = {selection.scale:g}.",
+        "The recipe's groups have w or λ of their own." if groups else "",
+    )
+    return " ".join(filter(None, said))
 
 
-def _share(m: Member) -> tuple[object, ...]:
-    return escaped(m.client), m.kind, f"{m.coefficient:.6g}", m.num_examples, m.num_classes
+def _recipe(text: str) -> str:
+    """Show a recipe, cut where it gets too long to read; its texts are quoted, each on one line."""
+    lines = text.splitlines()
+    cut = ["", f"# … and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else []
+    shown = "\n".join(lines[:MOST_LINES] + cut)
+    return f"""\
+## Recipe
+
+Of the same contributions, this version of fedcompo makes the same bits again:
+`fedcompo compose --recipe recipe.toml`.
+
+```toml
+{shown}
+```
+"""
 
 
-def _origin(m: Member) -> tuple[object, ...]:
-    shaped_by = m.lineage.anchored_by, m.lineage.aligned_with, m.lineage.ensemble
-    return escaped(m.client), escaped(m.lineage.method), *map(len, shaped_by)
+def _share(own: Contribution, coefficient: float) -> tuple[object, ...]:
+    images = "none" if own.without_images else own.num_examples
+    kind, classes = own.task_vector.kind, len(own.head.classes)
+    return escaped(own.client), kind, f"{coefficient:.6g}", images, classes
 
 
-def _influences(model: ExportedModel) -> str:
+def _imports(pool: Pool) -> str:
+    """Say what members that were not trained here lack."""
+    said = []
+    for own in pool:
+        name, dropped = escaped(own.client), own.settings.get(f"{IMPORTED}dropped")
+        if dropped:
+            said.append(f"Of {name}, changes of other weights were left out: {escaped(dropped)}.")
+        if own.without_images:
+            said.append(f"No images describe {name}: rows of its classifier stand for them.")
+    return "".join(f"{sentence}\n\n" for sentence in said)
+
+
+def _origin(own: Contribution) -> tuple[object, ...]:
+    lineage = own.lineage
+    shaped_by = lineage.anchored_by, lineage.aligned_with, lineage.ensemble
+    return escaped(own.client), escaped(lineage.method), *map(len, shaped_by)
+
+
+def _influences(selection: Selection) -> str:
     """List the members that were trained with data of clients that were left out."""
-    lineages = {member.client: member.lineage for member in model.members}
+    lineages = {member.client: member.lineage for member in selection.pool}
     paragraphs = []
-    for gone in model.without:
+    for gone in selection.without:
         touched = influence(gone, lineages, lineages).to_retrain
         paragraphs.append(
             f"Though {escaped(gone)} is not in the sum, its data shaped the training of "

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import Tensor
+from typing import Unpack
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.composition.head import head_of
-from fedcompo.composition.models import factor_of, stream_composition
-from fedcompo.composition.settings import CompositionSettings
+from fedcompo.composition.models import factor_of
+from fedcompo.composition.rules.parsing import parse_rule
+from fedcompo.composition.settings import MEAN, CompositionSettings
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
+from fedcompo.export.recipe import FROM_FILE, MEMBERS
+from fedcompo.export.selected import Asked, Options, Selection
 from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
@@ -25,86 +26,39 @@ from fedcompo.registry.admission import admit, outliers
 from fedcompo.registry.company import Company
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import ABOUT
-from fedcompo.storage.files import BACKBONE
-
-LARGEST_SCALE = 10
-"""For each client; 1 gives the plain sum."""
+from fedcompo.storage.files import BACKBONE, REALIGNED
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Contributions to compose, and with what."""
-
-    pool: Pool
-    backbone: StoredBackbone
-    settings: CompositionSettings
-    head: Head
-    factor: float
-    r""":math:`\lambda'` on the sum of the task vectors with the registry's own coefficients, or
-    :math:`\lambda` on the mean with others."""
-    coefficients: Mapping[str, float] | None = None
-    """By client; None: the registry's own."""
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Coefficients w by client; they sum to one."""
-        if self.coefficients is not None:
-            return dict(self.coefficients)
-        times = {c.client: self.settings.times(c.num_examples) for c in self.pool}
-        return {client: count / sum(times.values()) for client, count in times.items()}
-
-    @property
-    def scale(self) -> float:
-        r""":math:`\lambda`, as a multiple of the weighted mean."""
-        if self.settings.scale is not None:
-            return self.settings.scale
-        if self.coefficients is not None:
-            return self.factor
-        return self.factor * sum(self.settings.times(c.num_examples) for c in self.pool)
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Compose the target weights, one at a time, in the order of names."""
-        return stream_composition(
-            self.pool, self.backbone, self.coefficients, self.settings, self.factor
-        )
-
-
-def from_registry(
-    registry: RegistryReader,
-    *,
-    only: Sequence[str] = (),
-    without: Sequence[str] = (),
-    weights: Mapping[str, float] | None = None,
-    scale: float | None = None,
-) -> Selection:
+def from_registry(registry: RegistryReader, **choice: Unpack[Options]) -> Selection:
     """Select members of a registry.
 
     Args:
         registry: Registry of the members.
-        only: Clients to take; empty: all, or all that have a weight.
-        without: Clients to leave out.
-        weights: Coefficients by client; None: the registry's own.
-        scale: λ; None: as the registry composes it, after a removal of those who are left out.
+        choice: See :class:`~fedcompo.export.selected.Options`. A scale that is open is that of the
+            registry after a removal of those who are left out; by another rule, that which keeps
+            the length of the task vectors.
 
     Raises:
-        ContributionError: If there is no such client, none is left, or weights do not fit.
-        ConfigError: If λ is not positive, or far beyond the plain sum.
+        ContributionError: If there is no such client, none is left, or weights do not fit; if the
+            recipe names other contributions, or statistics that the registry has not.
+        BackboneMismatch: If the recipe is for other pre-trained weights.
+        ConfigError: If λ is not positive, or far beyond the plain sum; if there is no such rule; if
+            a pattern of the recipe fits no weight.
     """
-    pool = _chosen(registry.pool(), only, without, weights)
-    settings = _scaled(registry.settings, scale, len(pool))
-    everyone = pool.clients == registry.clients and weights is None
-    head = registry.joint_head() if everyone else head_of(pool, settings)
+    members = registry.pool(with_fisher=_needs_fisher(choice, registry.settings.rule))
+    asked = Asked.of(members, **choice)
+    settings = asked.settled(registry.settings)
+    asked.recipe.check_sources(registry.backbone.fingerprint, asked.everyone)
+    asked.recipe.grouped(registry.backbone.target_weights)
+    head, made_of = _head(registry, asked, settings)
+    factor = asked.recipe.factor or _factor(registry, asked, settings)
     return Selection(
-        pool,
-        registry.backbone,
-        settings,
-        head,
-        _factor(registry, pool, settings, weights, everyone=everyone),
-        weights,
-        tuple(only),
-        tuple(without),
+        **vars(asked),
+        backbone=registry.backbone,
+        settings=settings,
+        head=head,
+        made_of=made_of,
+        factor=factor,
     )
 
 
@@ -112,39 +66,36 @@ def from_registry(
 def from_folders(
     folders: Sequence[Path],
     *,
-    only: Sequence[str] = (),
-    without: Sequence[str] = (),
-    weights: Mapping[str, float] | None = None,
-    scale: float | None = None,
     checkpoint: str = "",
     max_norm_ratio: float = 0.0,
+    **choice: Unpack[Options],
 ) -> Iterator[Selection]:
     """Select contributions that lie in folders of their own; no registry, no server.
 
     Args:
         folders: One contribution each; every byte is checked.
-        only: Clients to take; empty: all, or all that have a weight.
-        without: Clients to leave out.
-        weights: Coefficients by client; None: those of the run of the first by name.
-        scale: λ; None: that keeps the length of the task vectors, or 1 with mixtures.
         checkpoint: File of the pre-trained weights; empty: as in this run.
         max_norm_ratio: Refuse a task vector this many times longer than the median; 0: none.
+        choice: As of :func:`from_registry`; without weights, coefficients are those of the run of
+            the first by name; a scale that is open keeps the length of the task vectors, or is 1
+            with mixtures.
 
     Raises:
         FileFormatError: If a folder holds no intact contribution.
         BackboneMismatch: If the pre-trained weights are not those of the contributions.
-        ContributionError: If the contributions do not go together.
-        ConfigError: If λ is not positive or far beyond the plain sum, or settings of the run cannot
-            be used.
+        ContributionError: If the contributions do not go together, or the recipe names others.
+        ConfigError: If λ is not positive or far beyond the plain sum, there is no such rule, or the
+            recipe or settings of the run cannot be used.
     """
-    members = [Contribution.open(folder, with_fisher=False, check=True) for folder in folders]
+    with_fisher = _needs_fisher(choice, MEAN)
+    members = [Contribution.open(f, with_fisher=with_fisher, check=True) for f in folders]
     if not members:
         raise ContributionError("There is nothing to compose; name at least one folder.")
-    pool = _chosen(Pool(tuple(members)), only, without, weights)
-    first = pool.contributions[0]
+    asked = Asked.of(Pool(tuple(members)), **choice)
+    pool, first = asked.pool, asked.pool.contributions[0]
     named = {"checkpoint": checkpoint} if checkpoint else {}
     config = RunConfig.stored({**first.settings, **named})
-    settings = _scaled(CompositionSettings.of(config), scale, len(pool))
+    settings = asked.settled(CompositionSettings.of(config))
     backbone = load_backbone(config.backbone)
     base = first.task_vector.base
     if backbone.fingerprint != base:
@@ -152,8 +103,10 @@ def from_folders(
             f"The contributions were trained on the backbone {base}, found is "
             f"{backbone.fingerprint}. Name the file of its weights with `--checkpoint`."
         )
+    asked.recipe.check_sources(base, asked.everyone)
+    asked.recipe.grouped(backbone.theta_0)
     company = Company.on(backbone, settings).held_to(max_norm_ratio)
-    for member in pool:
+    for member in asked.everyone:
         company = company.joined({member.client: admit(member, company)})
     for reason in outliers(pool.clients, company).values():
         raise ContributionError(reason)
@@ -162,15 +115,15 @@ def from_folders(
         path = Path(temporary) / BACKBONE
         save_backbone(path, backbone)
         stored = StoredBackbone(path)
+        head = _head_of_members(asked, settings)
+        factor = asked.recipe.factor or factor_of(pool, stored, settings, asked.coefficients).value
         yield Selection(
-            pool,
-            stored,
-            settings,
-            head_of(pool, settings),
-            factor_of(pool, stored, settings, weights).value,
-            weights,
-            tuple(only),
-            tuple(without),
+            **vars(asked),
+            backbone=stored,
+            settings=settings,
+            head=head,
+            made_of=MEMBERS,
+            factor=factor,
         )
 
 
@@ -199,42 +152,43 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _chosen(
-    pool: Pool, only: Sequence[str], without: Sequence[str], weights: Mapping[str, float] | None
-) -> Pool:
-    if only or (weights and not without):
-        pool = pool.only(*(only or weights or ()))
-    pool = pool.without(*without)
-    pool.check_composable(weights)
-    return pool
+def _needs_fisher(choice: Options, own: str) -> bool:
+    recipe = choice.get("recipe")
+    rule = choice.get("rule") if recipe is None else recipe.rule
+    return bool(parse_rule(rule or own).needs)
 
 
-def _factor(
-    registry: RegistryReader,
-    pool: Pool,
-    settings: CompositionSettings,
-    weights: Mapping[str, float] | None,
-    *,
-    everyone: bool,
-) -> float:
-    """Return the factor of some members, as after a removal of the others."""
-    if settings.scale is None and everyone:
-        return registry.factor
-    if settings.scale is None and registry.kept_factor is not None:
-        together = sum(settings.times(c.num_examples) for c in pool)
-        return registry.kept_factor * (1 if weights is None else together)
-    return factor_of(pool, registry.backbone, settings, weights).value
+def _head(
+    registry: RegistryReader, asked: Asked, settings: CompositionSettings
+) -> tuple[Head, str]:
+    """Return the joint head and what it is made of: of everyone, that of the registry."""
+    realigned = registry.state.files.get(REALIGNED)
+    own = MEMBERS if realigned is None else f"{FROM_FILE}{realigned}"
+    asked_for = asked.recipe.head == own != MEMBERS
+    as_it_is = asked_for or not (asked.recipe.head or asked.recipe.settings)
+    if as_it_is and asked.pool.clients == registry.clients and asked.coefficients is None:
+        return registry.joint_head(), own
+    return _head_of_members(asked, settings), MEMBERS
 
 
-def _scaled(
-    settings: CompositionSettings, scale: float | None, members: int
-) -> CompositionSettings:
-    if scale is None:
-        return settings
-    most = LARGEST_SCALE * members
-    if not 0 < scale <= most:
-        raise ConfigError(
-            f"`scale` must be a positive number, got {scale:g}; for {members} clients {most} is "
-            "the largest. To subtract a client's task vector, see `fedcompo negate`."
+def _head_of_members(asked: Asked, settings: CompositionSettings) -> Head:
+    if asked.recipe.head not in ("", MEMBERS):
+        raise ContributionError(
+            "The recipe's joint head was made again, of features of the composed model (SHA-256 "
+            f"{asked.recipe.head.removeprefix(FROM_FILE)}): they lie in a registry, and not here. "
+            'Name the registry as it was then, or write `head = "members"` into the recipe for '
+            "a head of the members' own statistics, which is another one."
         )
-    return replace(settings, scale=scale)
+    return head_of(asked.pool, settings)
+
+
+def _factor(registry: RegistryReader, asked: Asked, settings: CompositionSettings) -> float:
+    """Return the factor of some members, as after a removal of the others."""
+    open_still = settings.scale is None and not asked.recipe.settings
+    open_still = open_still and settings.rule == registry.settings.rule
+    if open_still and asked.pool.clients == registry.clients and asked.coefficients is None:
+        return registry.factor
+    if open_still and registry.kept_factor is not None:
+        together = sum(settings.times(c.num_examples) for c in asked.pool)
+        return registry.kept_factor * (1 if asked.coefficients is None else together)
+    return factor_of(asked.pool, registry.backbone, settings, asked.coefficients).value

@@ -8,8 +8,7 @@ r"""Writes tensors in fewer bits for the wire, reads them back, and measures the
 
 Two sorts of numbers are transformed first, so that rounding does least harm. A Fisher is
 heavy-tailed and never negative: int8 codes its square root, in 255 steps; Kronecker factors are
-roots already. (IA)³'s l starts at one:
-l - 1 is coded, from which τ is made.
+roots already. (IA)³'s l starts at one: l - 1 is coded, from which τ is made.
 
 The sender decodes what it has sent: both sides continue with the same bits.
 """
@@ -48,13 +47,15 @@ def encode(tensors: Mapping[str, Tensor], wire: Wire) -> dict[str, Tensor]:
     """
     coded = dict(tensors)
     for name in _coded(tensors) if wire is not Wire.FLOAT32 else ():
+        values = tensors[name].float()
+        if _starts_at_one(name):
+            values = values - 1
         if wire is Wire.BFLOAT16:
-            coded[name] = _from_one(name, tensors[name].float()).bfloat16()
-            continue
-        values, dtype = _from_one(name, tensors[name].float()), torch.int8
-        if _is_diagonal(name):
-            values, dtype = values.sqrt(), torch.uint8
-        coded[name], coded[f"{SCALES}{name}"] = _quantised(values, dtype)
+            coded[name] = values.bfloat16()
+        elif _is_diagonal(name):
+            coded[name], coded[f"{SCALES}{name}"] = _quantised(values.sqrt(), torch.uint8)
+        else:
+            coded[name], coded[f"{SCALES}{name}"] = _quantised(values, torch.int8)
     return coded
 
 
@@ -104,20 +105,12 @@ def _coded(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name in tensors if name.startswith(CODED)]
 
 
-def _is_fisher(name: str) -> bool:
-    return name.startswith(f"{FISHER}/")
-
-
 def _is_diagonal(name: str) -> bool:
-    return _is_fisher(name) and not name.endswith((LEFT, RIGHT))
+    return name.startswith(f"{FISHER}/") and not name.endswith((LEFT, RIGHT))
 
 
 def _starts_at_one(name: str) -> bool:
-    return not _is_fisher(name) and name.endswith("/l")
-
-
-def _from_one(name: str, values: Tensor) -> Tensor:
-    return values - 1 if _starts_at_one(name) else values
+    return name.startswith(f"{TASK_VECTOR}/") and name.endswith("/l")
 
 
 def _quantised(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

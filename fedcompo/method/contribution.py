@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
+from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.errors import FileFormatError
 from fedcompo.method.features import FeatureMixture, Mixtures
 from fedcompo.method.fisher import FisherDiagonal
@@ -44,6 +45,13 @@ class Contribution:
     """Fisher *sum* at θ₀; None if it is not kept."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the run that it was trained with."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the tensors in each file that it was read from, by its name."""
+
+    @property
+    def without_images(self) -> bool:
+        """Whether the statistics are made of a classifier alone, and no images were counted."""
+        return self.settings.get(f"{IMPORTED}statistics") == STAND_IN
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write tensors, Fisher and card into a folder of the contribution's own.
@@ -123,6 +131,7 @@ class Contribution:
                 lineage=Lineage.parse(manifest["lineage"]),
                 fisher=fisher,
                 settings=manifest["settings"],
+                digests=stated,
             )
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise FileFormatError(

@@ -102,16 +102,9 @@ def rank_of(name: str, rank: int) -> int:
 def new_deltas(
     kind: Kind, theta_0: Weights, *, rank: int, generator: torch.Generator
 ) -> dict[str, Delta]:
-    """Make one untrained delta for each weight.
+    """Make one untrained delta for each target weight, (out, in), by name; each returns zeros.
 
-    Args:
-        kind: How they are parametrised.
-        theta_0: The target weights at their pre-trained values, each (out, in).
-        rank: Rank of a LoRA; 3·rank for a fused qkv.
-        generator: Source of LoRA's A, drawn in the order of names.
-
-    Returns:
-        Delta modules by weight name; each returns zeros.
+    A LoRA's A is drawn in the order of names; see :func:`rank_of` for its rank.
     """
     return {
         name: KINDS[kind](theta_0[name], rank_of(name, rank), generator) for name in sorted(theta_0)
@@ -119,12 +112,9 @@ def new_deltas(
 
 
 def restore_delta(kind: Kind, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Compute the change from stored parameters, with the formula of training.
+    """Compute the change of a pre-trained weight, (out, in), with the formula of training.
 
-    Args:
-        kind: How it is parametrised.
-        weight: The pre-trained weight, (out, in).
-        parameters: The delta's parameters by name; ``A`` and ``B`` for a LoRA.
+    Its stored parameters are by name, such as ``A`` and ``B`` of a LoRA.
 
     Returns:
         (out, in), in the dtype and on the device of ``weight``.

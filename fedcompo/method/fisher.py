@@ -17,6 +17,11 @@ Of all non-negative matrices of rank one, this is the one nearest to F in the ge
 Kullback-Leibler divergence :math:`\sum F \log(F/\hat F) - F + \hat F`. It has F's row sums, column
 sums and total. (Under noise the two totals differ; their geometric mean stands for either.)
 
+Beside it may stand, of the same examples, what the layers are given: the *sum* of squares of each
+input of a weight's layer, over examples x and tokens t, which is the diagonal of the Gram matrix:
+
+.. math:: \mathrm{diag}(G)_j = \sum_x \sum_t a_{xtj}^2
+
 Sources: Porrello et al., ICLR 2025 (arXiv 2405.16350); Shazeer & Stern, *Adafactor*, ICML 2018
 (arXiv 1804.04235), section 3; Lee & Seung, *Algorithms for Non-negative Matrix Factorization*,
 NIPS 2000.
@@ -24,8 +29,10 @@ NIPS 2000.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,9 +52,14 @@ from fedcompo.method.kronecker import (
     whole,
 )
 from fedcompo.method.ranges import FISHER, check_range
+from fedcompo.storage.tensorstream import Section
 
 ROWS, COLUMNS = "/rows", "/columns"
 """Ends of the names of a factored weight's row and column sums."""
+ENDS = {FisherForm.FACTORED: (ROWS, COLUMNS), FisherForm.KRONECKER: (LEFT, RIGHT)}
+"""Ends of the names of a weight's two tensors, of its rows and of its columns, by form."""
+INPUTS = "/inputs"
+"""End of the names of the sums of squares of what weights' layers are given."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +73,33 @@ class FisherDiagonal:
     are added up."""
     num_examples: int
     """Number of examples in the sum."""
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """``<weight>/inputs``, each (in,): a *sum* of squares over the same examples and their tokens;
+    for each weight, or empty: they are not known. A sum of several Fishers has none."""
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], num_examples: int) -> FisherDiagonal:
+        """Read :attr:`tensors`; none is looked at before it is used."""
+        inputs = [name for name in tensors if name.endswith(INPUTS)]
+        others = tensors.keys() - set(inputs)
+        sums, own = (Section(tensors, without=without) for without in (inputs, others))
+        return cls(sums, num_examples, own)
 
     @property
-    def factored(self) -> bool:
-        """Whether it is kept as row and column sums."""
-        return self.form is FisherForm.FACTORED
+    def tensors(self) -> Weights:
+        """All sums, as they are stored and sent."""
+        return {**self.sums, **self.inputs}
 
     @property
     def form(self) -> FisherForm:
         """Its form; an empty one counts as dense."""
-        if any(name.endswith((ROWS, COLUMNS)) for name in self.sums):
-            return FisherForm.FACTORED
-        kronecker = any(name.endswith((LEFT, RIGHT)) for name in self.sums)
-        return FisherForm.KRONECKER if kronecker else FisherForm.DENSE
+        for form, ends in ENDS.items():
+            if any(name.endswith(ends) for name in self.sums):
+                return form
+        return FisherForm.DENSE
 
     def check(self, theta_0: Mapping[str, Tensor], *, owner: str) -> None:
-        """Refuse sums that do not fit the backbone.
-
-        Args:
-            theta_0: The target weights, by name; only their shapes are used.
-            owner: Whose sums these are, for the error message.
+        """Refuse sums of an owner that do not fit the shapes of the target weights.
 
         Raises:
             ContributionError: If names or shapes are not those of the target weights, a value is
@@ -88,16 +107,18 @@ class FisherDiagonal:
         """
         expected: dict[str, tuple[int, ...]]
         expected = {name: tuple(weight.shape) for name, weight in theta_0.items()}
-        thin = self.form is FisherForm.KRONECKER
-        if self.factored or thin:
-            ends = ((LEFT, 0), (RIGHT, 1)) if thin else ((ROWS, 0), (COLUMNS, 1))
+        thin, ends = self.form is FisherForm.KRONECKER, ENDS.get(self.form)
+        if ends is not None:
             expected = {
-                f"{name}{end}": thin_shape(shape[axis]) if thin else (shape[axis],)
+                f"{name}{end}": thin_shape(size) if thin else (size,)
                 for name, shape in expected.items()
-                for end, axis in ends
+                for end, size in zip(ends, shape, strict=True)
             }
-        for name in sorted(expected.keys() | self.sums.keys()):
-            total = self.sums.get(name)
+        if self.inputs:
+            expected |= {f"{name}{INPUTS}": tuple(w.shape[1:]) for name, w in theta_0.items()}
+        for name in sorted(expected.keys() | self.sums.keys() | self.inputs.keys()):
+            apart = name.endswith(INPUTS)
+            total = (self.inputs if apart else self.sums).get(name)
             shape = None if total is None else tuple(total.shape)
             if total is None or shape != expected.get(name):
                 raise ContributionError(
@@ -105,33 +126,32 @@ class FisherDiagonal:
                     f"{expected.get(name)}. Use the same `target-weights` and fedcompo version "
                     "everywhere."
                 )
-            largest, least = (FISHER**0.5, None) if thin else (FISHER, 0.0)
+            largest, least = (FISHER**0.5, None) if thin and not apart else (FISHER, 0.0)
             check_range(total, largest, f"The Fisher of {owner} at {name!r}", least=least)
         if self.num_examples < 1:
             raise ContributionError(f"The Fisher of {owner} sums over no example.")
 
     def reduced(self) -> FisherDiagonal:
         """Return the factored form, in the same dtype; a factored one is returned as it is."""
-        if self.factored:
+        if self.form is FisherForm.FACTORED:
             return self
         if self.form is FisherForm.KRONECKER:
             renamed = {
                 name.replace(LEFT, ROWS).replace(RIGHT, COLUMNS): diagonal(total)
                 for name, total in self.sums.items()
             }
-            return FisherDiagonal(renamed, self.num_examples)
+            return replace(self, sums=renamed)
         parts: Weights = {}
         for name, total in self.sums.items():
             for axis, end in ((1, ROWS), (0, COLUMNS)):
                 parts[f"{name}{end}"] = total.double().sum(axis).to(total.dtype)
-        return FisherDiagonal(parts, self.num_examples)
+        return replace(self, sums=parts)
 
     def thinned(self) -> FisherDiagonal:
         """Return Kronecker factors as they are sent and stored, float64; else the sums as is."""
         if self.form is not FisherForm.KRONECKER:
             return self
-        sums = {name: thinned(total) for name, total in self.sums.items()}
-        return FisherDiagonal(sums, self.num_examples)
+        return replace(self, sums={name: thinned(total) for name, total in self.sums.items()})
 
     def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
         """Add two sums over different examples, in float64; factored if the forms differ."""
@@ -169,6 +189,25 @@ class FisherDiagonal:
         sums = self.thinned().sums
         return {name: (total.double() / count).float() for name, total in sums.items()}
 
+    def diagonal_of(self, name: str) -> Tensor:
+        """Return the *mean* Fisher of each entry of one weight, float64, (out, in).
+
+        Dense: as it was summed. Factored: the matrix of rank one above. Kronecker: the same, of the
+        diagonals of its thin factors. Every machine computes the same bits.
+        """
+        count = max(1, self.num_examples)
+        if (form := self.form) is FisherForm.DENSE:
+            return self.sums[name].double() / count
+        r, c = (self.sums[name + end].double() for end in ENDS[form])
+        if form is FisherForm.KRONECKER:
+            r, c = (functools.reduce(torch.add, t.square().unbind(1)) for t in (r, c))
+        root = math.sqrt(math.fsum(r.tolist()) * math.fsum(c.tolist()))
+        return torch.outer(r / (root * count or 1.0), c)
+
+    def inputs_of(self, name: str) -> Tensor:
+        """Return the *mean* over examples of the squares of a layer's inputs, float64, (in,)."""
+        return self.inputs[name + INPUTS].double() / max(1, self.num_examples)
+
     def mean_trace(self) -> float:
         """Return the trace of the mean."""
         sums = self.sums if self.form is FisherForm.DENSE else self.reduced().sums
@@ -182,12 +221,8 @@ class FisherDiagonal:
             mine, theirs = self.reduced().sums, other.reduced().sums
         elif self.form is FisherForm.KRONECKER:
             mine, theirs = ({n: whole(t) for n, t in sums.items()} for sums in (mine, theirs))
-        differing = {
-            name
-            for name in mine.keys() | theirs.keys()
-            if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
-        }
-        if differing:
+        own, others = ({(n, tuple(t.shape)) for n, t in sums.items()} for sums in (mine, theirs))
+        if differing := {name for name, _ in own ^ others}:
             raise ContributionError(
                 f"Two Fisher diagonals differ in {len(differing)} weights, among them "
                 f"{min(differing)!r}; they must have the same names and shapes."
@@ -213,11 +248,9 @@ def outer(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def expanded(parts: Mapping[str, Tensor], theta_0: Mapping[str, Tensor]) -> Metric:
-    """Make a Fisher of any form one that can be applied to a change.
+    """Make a Fisher of any form one that can be applied to a change of these weights.
 
-    Args:
-        parts: A sum or a mean; see :attr:`FisherDiagonal.sums`. Kronecker factors are thin.
-        theta_0: The target weights; only the names are used.
+    Its parts are a sum or a mean; see :attr:`FisherDiagonal.sums`. Kronecker factors are thin.
 
     Returns:
         By weight name: a diagonal, (out, in), float32, or a Kronecker product.

@@ -17,19 +17,11 @@ OLD_HEAD = ("head.weight", "head.bias")
 
 
 def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str, **about: str) -> str:
-    """Write a Fisher sum (float32) to one file.
+    """Write a client's Fisher sum (float32) to one file; returns the SHA-256 of its tensors.
 
-    Args:
-        path: The file.
-        fisher: The sum.
-        client: Whose examples it sums over.
-        base: Fingerprint of the pre-trained weights it was estimated at.
-        about: Further entries of the manifest.
-
-    Returns:
-        SHA-256 of its tensors.
+    The base is the fingerprint of the pre-trained weights that it was estimated at.
     """
-    sums = {name: total.float() for name, total in fisher.sums.items()}
+    sums = {name: total.float() for name, total in fisher.tensors.items()}
     manifest = {
         "content": "fisher",
         "client": client,
@@ -50,7 +42,7 @@ def load_fisher(
     Args:
         path: The file.
         client: Whose it must be.
-        base: Fingerprint of the pre-trained weights it must belong to.
+        base: Of which pre-trained weights it must be.
         guard: None: all tensors are read now and compared with their digest. Otherwise each tensor
             is read when it is used, after a call of ``guard``, which raises if the file is not to
             be trusted.
@@ -79,4 +71,4 @@ def load_fisher(
     if guard is None:
         sums.check()
     weights = Section(sums, without=OLD_HEAD)
-    return FisherDiagonal(dict(weights) if guard is None else weights, count)
+    return FisherDiagonal.read(dict(weights) if guard is None else weights, count)

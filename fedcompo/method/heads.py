@@ -92,9 +92,6 @@ def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
     No seed, no draw, no iteration; every class counts alike, whatever its number of images. Source:
     Fisher 1936; Friedman, *Regularized Discriminant Analysis*, JASA 1989.
 
-    Noise, or a client's false sums, can leave :math:`\hat S` with negative eigenvalues. They are
-    raised to zero, if they are beyond half of what shrinkage adds.
-
     Args:
         total: Sums over the images of all clients.
         shrinkage: :math:`\gamma` in [0, 1].
@@ -103,6 +100,18 @@ def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
         The head of all its classes, float32.
     """
     means = off_grid(total.sums) / total.counts.double().unsqueeze(1)
+    shared = covariance(total, shrinkage=shrinkage)
+    weight = torch.linalg.solve(shared, means.T).T
+    bias = -0.5 * (weight * means).sum(1)
+    return Head(total.classes, weight.float(), bias.float())
+
+
+def covariance(total: FeatureSums, *, shrinkage: float) -> Tensor:
+    """Estimate the covariance in classes, S of :func:`discriminant`, (features, features).
+
+    Noise, or a client's false sums, can leave its estimate with negative eigenvalues. They are
+    raised to zero, if they are beyond half of what shrinkage adds.
+    """
     moment, size = unpacked(off_grid(total.second)), total.num_features
     within = total.scatter / max(1, total.num_examples - len(total.classes))
     level = float(within.trace()) / size
@@ -116,9 +125,7 @@ def discriminant(total: FeatureSums, *, shrinkage: float) -> Head:
         level = float(within.trace()) / size
     shared = (1 - shrinkage) * within
     shared.diagonal().add_(added * level)
-    weight = torch.linalg.solve(shared, means.T).T
-    bias = -0.5 * (weight * means).sum(1)
-    return Head(total.classes, weight.float(), bias.float())
+    return shared
 
 
 def fit_head(features: Tensor, labels: Tensor, start: Head, *, ridge: float) -> Head:
@@ -167,13 +174,10 @@ def align(
     Args:
         mixtures: By class name, one mixture for each client that has the class, in the order of
             clients' names.
-        classes: Names of all classes, in the order of the joint head.
+        classes: All classes, in the order of the joint head.
         samples: Features drawn for each class.
         ridge: λ of :func:`fit_head`.
-        seed: Seed of the draws.
-
-    Returns:
-        The joint head.
+        seed: Of the draws.
     """
     classes = tuple(classes)
     generator = torch.Generator().manual_seed(seed)

@@ -30,9 +30,7 @@ class Lineage:
     def joined(self, later: Lineage, *, ensemble: Iterable[str] = ()) -> Lineage:
         """This lineage and that of a later round of the same training; the method stays.
 
-        Args:
-            later: Lineage of the later round.
-            ensemble: Clients whose task vectors were in its model, besides those of ``later``.
+        The ensemble names further clients whose task vectors were in the later round's model.
         """
         return replace(
             self,

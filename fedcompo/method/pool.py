@@ -12,7 +12,7 @@ Source: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,14 +118,21 @@ class Pool:
         coefficients: Mapping[str, float] | None = None,
         *,
         scale: float = 1.0,
+        names: Iterable[str] | None = None,
+        normalise: bool = True,
     ) -> Iterator[tuple[str, Tensor]]:
         """Compose one weight after the other, in the order of names; see :meth:`compose`.
 
-        Yields:
-            Name and composed value, (out, in), of each weight that changes.
+        Args:
+            theta_0: Target weights by name, each (out, in).
+            coefficients: By client; None: equal ones.
+            scale: λ.
+            names: Weights to compose; None: all that change.
+            normalise: Whether coefficients must be a mean's.
         """
-        coefficients = self.check_composable(coefficients)
-        for name in sorted({name for c in self for name in c.task_vector.names}):
+        coefficients = self.check_composable(coefficients, normalise=normalise)
+        changing = {name for c in self for name in c.task_vector.names}
+        for name in sorted(changing if names is None else names):
             weight = theta_0[name]
             total = torch.zeros_like(weight, dtype=torch.float64)
             for contribution in self:
@@ -135,11 +142,16 @@ class Pool:
             yield name, (weight.double() + scale * total).to(weight.dtype)
 
     def check_composable(
-        self, coefficients: Mapping[str, float] | None, *, base: str = ""
+        self,
+        coefficients: Mapping[str, float] | None,
+        *,
+        base: str = "",
+        normalise: bool = True,
     ) -> dict[str, float]:
         """Return the coefficients that :meth:`compose` uses; raises as it does.
 
-        And ``BackboneMismatch``, if it was trained on another base than this fingerprint.
+        And ``BackboneMismatch``, if it was trained on another base than this fingerprint. Without
+        ``normalise`` coefficients may be negative and have any sum.
         """
         if not self.contributions:
             raise ContributionError("An empty pool cannot be composed; add a contribution.")
@@ -157,11 +169,13 @@ class Pool:
                 f"Coefficients are given for {', '.join(sorted(coefficients)) or 'nobody'}, "
                 f"expected exactly {', '.join(self.clients)}."
             )
-        total = math.fsum(coefficients.values())
-        if not abs(total - 1) <= 1e-6 or min(coefficients.values()) < 0:
+        total = sum(coefficients.values())  # fsum raises where it overflows, or infinities meet
+        mean = abs(total - 1) <= 1e-6 and min(coefficients.values()) >= 0
+        if not (mean if normalise else math.isfinite(total)):
             raise ContributionError(
                 f"Coefficients must be >= 0 and sum to 1, got {dict(coefficients)} with the sum "
-                f"{total:.6g}. Use `scale` to enlarge the sum."
+                f"{total:.6g}. Use `scale` to enlarge the sum, or a recipe with "
+                "`normalise = false`, which takes any numbers."
             )
         return dict(coefficients)
 

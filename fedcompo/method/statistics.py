@@ -133,14 +133,7 @@ class FeatureSums:
     ) -> None:
         """Refuse sums of other classes or another width, or that no images can have.
 
-        Args:
-            classes: Expected, sorted.
-            num_features: Expected width.
-            owner: Whose they are, for the error message.
-            clients: Number of clients that they are summed over.
-
-        Raises:
-            ContributionError: Says whose they are, what was expected, and what they are.
+        They are an owner's, summed over so many clients; raises ``ContributionError``.
         """
         shapes = [tuple(t.shape) for t in (self.counts, self.sums, self.second)]
         size = num_features * (num_features + 1) // 2
@@ -161,9 +154,6 @@ class FeatureSums:
         """Refuse sums that no images can have: their features would have a negative variance.
 
         Sums under noise have none; see :func:`fedcompo.privacy.statistics.private_sums`.
-
-        Args:
-            owner: Whose they are, for the error message.
 
         Raises:
             ContributionError: If the scatter within classes has a negative eigenvalue, beyond what

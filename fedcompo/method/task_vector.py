@@ -62,12 +62,7 @@ class TaskVector:
         return {name: self.delta(name, theta_0[name]) for name in self.names}
 
     def check(self, theta_0: Weights, *, base: str, owner: str) -> None:
-        """Refuse a task vector that cannot be added to these weights.
-
-        Args:
-            theta_0: The target weights, by name.
-            base: Their fingerprint.
-            owner: Whose task vector this is, for the error message.
+        """Refuse an owner's task vector that cannot be added to these weights of a base.
 
         Raises:
             BackboneMismatch: If it was trained on other pre-trained weights.

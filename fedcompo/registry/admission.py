@@ -50,10 +50,6 @@ def admit(contribution: Contribution, company: Company, *, empty: bool = False) 
 def check_parts(contribution: Contribution, company: Company) -> None:
     """Refuse what shows before the task vector is rounded.
 
-    Args:
-        contribution: With its tensors in memory, or streamed.
-        company: Those who are there.
-
     Raises:
         BackboneMismatch: If it was trained on other pre-trained weights.
         ContributionError: If its name, classes, task vector, head, statistics, counts, lineage,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.composition.claims import capped
+from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError, ContributionError, blaming
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.pool import require_unmixed
@@ -144,20 +145,12 @@ def _record(
         influence=foreseen_influence(draft.entries, client, tuple(after.members)),
         fedcompo_version=version("fedcompo"),
         caps=after.settings.caps,
-        **_factors(before, after),
+        rule=after.settings.rule if after.settings.rule != MEAN else "",
     )
+    if before.chosen:  # else the format fixes the factor
+        now, by = after.factor, str(after.factor_by)
+        record = replace(record, factor_before=before.factor, factor_after=now, factor_by=by)
     return record.signed(registry.path / PRIVATE)
-
-
-def _factors(before: State, after: State) -> dict[str, Any]:
-    """Return what a record says of the factor; nothing where it is fixed by the format."""
-    if not before.chosen:
-        return {}
-    return {
-        "factor_before": before.factor,
-        "factor_after": after.factor,
-        "factor_by": str(after.factor_by),
-    }
 
 
 def realign(
@@ -202,10 +195,10 @@ def _check_described(
 
 def _check_factor(state: State, factor: float) -> None:
     """Refuse a factor that the registry cannot compose with."""
-    if state.settings.scale is not None:
+    if given := state.settings.factor_given:
         raise ConfigError(
-            f"The registry composes at the fixed scale {state.settings.scale:g}, so no factor can "
-            "be chosen. Make a new registry with `scale = auto`."
+            f"The registry composes {given}, so no factor can be chosen. Make a new registry with "
+            "`scale = auto`, and a rule that leaves λ open."
         )
     if not 0 <= factor < math.inf:
         raise ConfigError(f"A factor must be a number >= 0, got {factor}.")

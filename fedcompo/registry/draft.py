@@ -10,20 +10,16 @@ from typing import Any
 
 import torch
 
+from fedcompo.composition import version
 from fedcompo.composition.fixed_point import Rounding, Term
 from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
 from fedcompo.composition.realigned import realigned_head, save_realigned
+from fedcompo.composition.rules.rule import Removal
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
 from fedcompo.composition.totals import check_alike, save_total, total_after
-from fedcompo.composition.version import RoundedDifferently, write_composed, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError, blaming
-from fedcompo.method.contribution import (
-    AnyStatistics,
-    Contribution,
-    counts_of,
-    statistics_tensors,
-)
+from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of, statistics_tensors
 from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
@@ -152,12 +148,14 @@ class Draft:
         folder.mkdir(parents=True)
         self.on_step("composing")
         after, squared_norm = self._add_up(folder, after, coming, going)
+        if not after.settings.made_by.is_sum:
+            squared_norm = self._ruled(folder, after, changed=bool(coming or going))
         factor = self._factor(after, squared_norm, realigned)
         self.on_step("aligning the joint head")
         shrinkage = SHRINKAGE if self._of_sums else None
         after = replace(after, factor=factor.value, factor_by=factor.by, shrinkage=shrinkage)
         head = self._head(folder, after, coming, going, realigned)
-        write_composed(
+        version.write_composed(
             folder,
             self.registry.backbone,
             head,
@@ -174,21 +172,20 @@ class Draft:
     ) -> tuple[State, float]:
         """Write the running sum; return the members with what is known of them, and its length."""
         path, backbone = folder / SUM, self.registry.backbone
-        known = list(coming)
-        times = after.settings.times
+        known, times = list(coming), after.settings.times
         terms = [replace(self._term(m, times(m.num_examples)), is_new=True) for m in coming]
         terms += [self._term(m, -times(m.num_examples)) for m in going]
         before = self.registry.running_sum() if self.before.version else None
         try:
-            written = write_sum(path, backbone, terms, count=after.count, before=before)
-        except RoundedDifferently as error:
+            written = version.write_sum(path, backbone, terms, count=after.count, before=before)
+        except version.RoundedDifferently as error:
             self.on_step(f"composing from all members: {error} rounds otherwise on this machine")
             self.recomposed = True
             path.unlink()
             known = list(after.members.values())
             terms = [self._term(member, times(member.num_examples)) for member in known]
             terms = [replace(term, rounded_sha256="") for term in terms]
-            written = write_sum(path, backbone, terms, count=after.count)
+            written = version.write_sum(path, backbone, terms, count=after.count)
         members = dict(after.members)
         for member, rounding in zip(known, written.roundings, strict=False):  # who goes comes last
             self.roundings[member.client], norm = rounding, member.squared_norm
@@ -199,15 +196,22 @@ class Draft:
             )
         return replace(after, members=members), written.squared_norm
 
+    def _ruled(self, folder: Path, after: State, *, changed: bool) -> float:
+        """Write the rule's total, of all members if it takes them; returns its squared length."""
+        rule, everyone = after.settings.made_by, after.members.values()
+        self.on_step(f"composing by {rule.text}, {rule.removal} in the number of members")
+        needed = everyone if changed and rule.removal is Removal.MEMBERS else ()
+        members = [self._opened(member, with_fisher=bool(rule.needs)) for member in needed]
+        times = {m.client: after.settings.times(m.num_examples) for m in everyone}
+        backbone, same = self.registry.backbone, None if changed else self.registry.total()
+        return version.write_ruled(folder, backbone, after.settings, members, times, same=same)
+
     def _factor(self, after: State, squared_norm: float, realigned: Realignment | None) -> Factor:
-        """Return the factor: fixed, voted now or before, or computed from lengths."""
-        if after.settings.scale is not None:
-            return Factor(after.settings.scale / after.count, FactorBy.FIXED)
-        if realigned is not None and realigned.factor is not None:
-            return Factor(realigned.factor, FactorBy.VOTE)
-        if self.before.factor_by == FactorBy.VOTE:
-            return Factor(self.before.factor, FactorBy.VOTE)
-        return Factor(norm_preserving(after.lengths, squared_norm), FactorBy.NORMS)
+        """Return the factor: of the rule, fixed, voted now or before, or computed from lengths."""
+        chosen = realigned.factor if realigned is not None else None
+        voted = self.registry.kept_factor if chosen is None else chosen
+        known = after.settings.known_factor(after.count, voted)
+        return known or Factor(norm_preserving(after.lengths, squared_norm), FactorBy.NORMS)
 
     def _head(
         self,
@@ -240,11 +244,11 @@ class Draft:
         """Whether members describe their features by sums."""
         return self.before.settings.statistics is Statistics.SUMS
 
-    def _opened(self, member: Member) -> Contribution:
+    def _opened(self, member: Member, *, with_fisher: bool = False) -> Contribution:
         """Open a member's contribution; a new one is read from the staged files."""
         if (staged := self.new / member.folder).exists():
-            return Contribution.open(staged, with_fisher=False)
-        return self.registry.contribution(member.client)
+            return Contribution.open(staged, with_fisher=with_fisher)
+        return self.registry.contribution(member.client, with_fisher=with_fisher)
 
     def _term(self, member: Member, times: int) -> Term:
         """Return a member's term of the sum."""

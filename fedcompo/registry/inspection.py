@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import foreseen_influence
 from fedcompo.registry.state import Member
 from fedcompo.registry.transaction import MODEL
 from fedcompo.report.twins import twins
+from fedcompo.storage.files import CARD
 
 Values = dict[str, Any]
 DAMAGED = "damaged"
@@ -120,6 +123,7 @@ def _listed(registry: RegistryReader, member: Member, entries: Sequence[Entry]) 
     except (OSError, LookupError, TypeError, ValueError) as error:
         nothing: Values = {
             "num_examples": 0,
+            "stand_in": False,
             "bytes": 0,
             "added": "",
             "line": member.added,
@@ -139,12 +143,19 @@ def _row(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> 
         "kind": member.kind,
         "classes": list(member.classes),
         "num_examples": member.num_examples,
+        "stand_in": _described_by(registry, member) == STAND_IN,
         "bytes": _bytes(registry, member),
         "added": entries[member.added - 1].time,
         "line": member.added,
         "shaped_by": sorted(member.lineage.shaped_by),
         "shapes": list(influence.to_retrain),
     }
+
+
+def _described_by(registry: RegistryReader, member: Member) -> str:
+    """What an imported member's statistics are of; empty: it was trained here, so of images."""
+    card = json.loads((registry.path / member.folder / CARD).read_text(encoding="utf-8"))
+    return str(card["settings"].get(f"{IMPORTED}statistics", ""))
 
 
 def _bytes(registry: RegistryReader, member: Member) -> int:

@@ -27,6 +27,7 @@ from fedcompo.storage.files import (
     CONTENT,
     OLD_TOTALS,
     REALIGNED,
+    RULED,
     SUM,
     TOTALS,
     WEIGHTS,
@@ -154,9 +155,10 @@ class RegistryReader:
         return foreseen_influence(self.entries(), client, others)
 
     def pool(self, *, with_fisher: bool = False) -> Pool:
-        """Open the members as a pool, to be composed with any coefficients."""
+        """Open the members as a pool, with what the registry's rule needs of them."""
         from fedcompo.method.pool import Pool
 
+        with_fisher = with_fisher or bool(self.settings.made_by.needs)
         return Pool(tuple(self.contribution(c, with_fisher=with_fisher) for c in self.clients))
 
     def joint_head(self) -> Head:
@@ -183,6 +185,10 @@ class RegistryReader:
     def running_sum(self) -> StreamedTensors:
         """The integer sum behind the current composition, by weight name; int64."""
         return self._version_file(SUM)
+
+    def total(self) -> StreamedTensors:
+        """What the rule made of the members, on the grid of the running sum; int64."""
+        return self._version_file(RULED if RULED in self.state.files else SUM)
 
     def total_statistics(self) -> FeatureSums:
         """Read the sum of the members' statistics.

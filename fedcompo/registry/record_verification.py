@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedcompo.composition.head import SHRINKAGE, joint_head
+from fedcompo.composition.models import times_of
+from fedcompo.composition.settings import MEAN
 from fedcompo.composition.totals import save_total, total_after
-from fedcompo.composition.version import terms_of, write_composed, write_sum
+from fedcompo.composition.version import terms_of, write_composed, write_ruled, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry.history import line_of, members_after, root_of
@@ -20,10 +22,16 @@ from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import all_but_folders, signature_finding
 from fedcompo.report.units import OnStep
-from fedcompo.storage.files import OLD_TOTALS, SUM, TOTALS, WEIGHTS
+from fedcompo.storage.files import OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
 FACTOR = "factor"
+VECTORS = "the rule's singular vectors are this machine's"
+BY_MACHINE = {
+    RULED: VECTORS,
+    FACTOR: VECTORS,
+    WEIGHTS: "the joint head is fitted with this machine's arithmetic",
+}
 
 
 def verify_record(
@@ -102,6 +110,7 @@ def _against_journal(
     derived = foreseen_influence(earlier, record.client, tuple(members))
     yield compared("the lineage statement follows from the lineages", record.influence, derived)
     yield compared("the caps are the registry's", record.caps, registry.settings.caps)
+    yield compared("the rule is the registry's", record.rule or MEAN, registry.settings.rule)
     claim = "whether the sum was taken anew is as the journal says"
     yield compared(claim, record.recomposed, "rounded" in entry.details)
 
@@ -157,13 +166,14 @@ def _composed_again(
 ) -> Iterator[Finding]:
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
     old = OLD_TOTALS in record.composition_after
-    names = [SUM, WEIGHTS] if old or record.format_version == 1 else [SUM, TOTALS, WEIGHTS]
+    rule = registry.settings.made_by
+    names = [SUM] if old or record.format_version == 1 else [SUM, TOTALS]
+    names += [WEIGHTS] if rule.is_sum else [RULED, WEIGHTS]
+    names += [] if record.format_version == 1 else [FACTOR]
     claims = {name: f"the survivors alone give the record's {name}" for name in names}
     if old:
         claim = f"the survivors alone give the record's {OLD_TOTALS}"
         yield Finding(claim, None, "it holds sums of Fisher diagonals, which are no longer made")
-    if record.format_version > 1:
-        claims = {FACTOR: "the survivors alone give the record's factor", **claims}
     then = members_after(entries[: record.sequence])
     now = {client: member.files for client, member in registry.state.members.items()}
     gone = [c for c in record.survivors if c not in now or now[c] != then.get(c, {}).get("files")]
@@ -178,18 +188,20 @@ def _composed_again(
         line = entries[record.sequence - 1 : record.sequence]  # empty if a lie names a later one
         shrinkage = line[0].details.get("shrinkage") if line else SHRINKAGE
         factor = _compose_survivors(Path(folder), record, registry, shrinkage)
-        here = {name: file_sha256(Path(folder) / name) for name in names}
-    if FACTOR in claims:
-        yield compared(claims[FACTOR], record.factor_after, factor)
-    alike = {name: here[name] == record.composition_after.get(name) for name in names}
-    for name in names[:-1]:
-        yield Finding.of(claims[name], alike[name], f"here it is {here[name]}")
-    detail = f"here it is {here[WEIGHTS]}"
-    known = all(alike[name] for name in names[:-1])
-    if known and not alike[WEIGHTS]:  # the weights follow from the sum: it is the head that differs
-        detail += ": the joint head is fitted with this machine's arithmetic"
-    holds = alike[WEIGHTS] or (None if known else False)
-    yield Finding(claims[WEIGHTS], holds, "" if alike[WEIGHTS] else detail)
+        files = [name for name in names if name != FACTOR]
+        here = {FACTOR: factor, **{name: file_sha256(Path(folder) / name) for name in files}}
+    stated = {FACTOR: record.factor_after, **record.composition_after}
+    by_machine = {WEIGHTS} if rule.portable else {RULED, WEIGHTS}
+    for name in names:  # sums are exact; what differs after them may be this machine's rounding
+        detail = f"here it is {here[name]}"
+        if here[name] == stated.get(name):
+            yield Finding(claims[name], True)
+        elif name in by_machine:
+            by_machine |= {FACTOR} if name == RULED else set()  # it follows from this one's length
+            yield Finding(claims[name], None, f"{detail}: {BY_MACHINE[name]}")
+        else:
+            by_machine.clear()
+            yield Finding(claims[name], False, detail)
 
 
 def _compose_survivors(
@@ -207,7 +219,10 @@ def _compose_survivors(
     )
     terms = terms_of(pool, settings)
     written = write_sum(folder / SUM, backbone, terms, count=state.count)
-    state = replace(state, factor=expected_factor(state, written.squared_norm))
+    squared, members, times = written.squared_norm, pool.contributions, times_of(pool, settings)
+    if not settings.made_by.is_sum:
+        squared = write_ruled(folder, backbone, settings, members, times)
+    state = replace(state, factor=expected_factor(state, squared))
     if settings.statistics is Statistics.SUMS:
         save_total(folder / TOTALS, total_after(None, pool, (), settings))
     write_composed(

@@ -6,11 +6,14 @@ import json
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedcompo.composition import fixed_point
 from fedcompo.composition.fixed_point import Rounding
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.models import times_of
 from fedcompo.composition.realigned import realigned_head
+from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.scale import FactorBy, norm_preserving
 from fedcompo.composition.totals import exact_tensors, total_after
 from fedcompo.composition.version import terms_of
@@ -20,7 +23,9 @@ from fedcompo.registry.state import State
 from fedcompo.storage.files import REALIGNED, canonical
 
 CLOSE = 1e-4
-"""Largest difference of a joint head that another machine's rounding can explain."""
+"""Largest difference of a joint head, or of a total relative to its largest value, that another
+machine's rounding can explain."""
+OTHERWISE = "up to {:.1e}: this machine's arithmetic rounds otherwise"
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,24 @@ def recomposed(registry: RegistryReader) -> Finding:
     stated = {name: model.manifest.get(name) for name in state.about}
     if stated != as_json(state.about):
         return Finding(claim, False, f"the model says {stated}, expected {state.about}")
-    terms = terms_of(registry.pool(), state.settings)
-    roundings, squared_norm = [Rounding() for _ in terms], 0.0
+    rule = state.settings.made_by
+    pool, ruled = registry.pool(), registry.total()
+    terms, times = terms_of(pool, state.settings), times_of(pool, state.settings)
+    roundings, squared_norm, apart = [Rounding() for _ in terms], 0.0, 0.0
     for name in sorted(backbone.tensors):
         weight = backbone.tensors[name]
         if name in backbone.target_weights:
             total = fixed_point.sum_of(terms, name, weight, roundings=roundings)
-            squared_norm += fixed_point.squared_length(total)
             if not torch.equal(total, running[name]):
                 return Finding(claim, False, f"the running sum differs at {name!r}")
+            if not rule.is_sum:
+                again = rule.on_grid(Changes(name, weight, pool.contributions, times, total))
+                total = ruled[name]
+                here = distance(total, again)
+                if here > (0 if rule.portable else CLOSE):
+                    return Finding(claim, False, f"what {rule.text} makes differs at {name!r}")
+                apart = max(apart, here)
+            squared_norm += fixed_point.squared_length(total)
             weight = fixed_point.compose(weight, total, factor=state.factor)
         if not torch.equal(weight, model[name]):
             return Finding(claim, False, f"the model differs at {name!r}")
@@ -72,21 +86,22 @@ def recomposed(registry: RegistryReader) -> Finding:
         if member.squared_norm not in (None, rounding.squared_norm):
             return Finding(claim, False, f"{member.client} has another length")
     factor = expected_factor(state, squared_norm)
-    return Finding.of(claim, state.factor == factor, f"the factor is not {factor}")
+    if state.factor != factor:
+        return Finding(claim, False, f"the factor is not {factor}")
+    return Finding(claim, None if apart else True, OTHERWISE.format(apart) if apart else "")
+
+
+def distance(stated: Tensor, derived: Tensor) -> float:
+    """Largest difference of two totals on the grid, as a share of the largest value."""
+    apart = fixed_point.largest(stated - derived)
+    return apart / max(1, fixed_point.largest(derived)) if apart else 0.0
 
 
 def expected_factor(state: State, squared_norm: float) -> float:
-    r"""Derive the factor again; one that was voted is taken as it is.
-
-    Args:
-        state: Its members, and where its factor comes from.
-        squared_norm: :math:`\lVert\sum_c m_c \tau_c\rVert^2`.
-    """
-    if state.settings.scale is not None:
-        return state.settings.scale / state.count
-    if state.factor_by == FactorBy.VOTE:
-        return state.factor
-    return norm_preserving(state.lengths, squared_norm)
+    """Derive the factor again, of the total's squared length; a voted one is taken as it is."""
+    voted = state.factor if state.factor_by == FactorBy.VOTE else None
+    known = state.settings.known_factor(state.count, voted)
+    return known.value if known else norm_preserving(state.lengths, squared_norm)
 
 
 def totals_again(registry: RegistryReader) -> Finding:
@@ -128,8 +143,7 @@ def head_finding(stored: Head, derived: Head) -> Finding:
     )
     scale = max(1.0, float(derived.weight.abs().max()))
     if apart <= CLOSE * scale:
-        detail = f"up to {apart:.1e}: this machine's arithmetic rounds otherwise"
-        return Finding(claim, None, detail)
+        return Finding(claim, None, OTHERWISE.format(apart))
     return Finding(claim, False, f"it differs by up to {apart:.3g}")
 
 

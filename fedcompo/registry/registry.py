@@ -146,10 +146,7 @@ class Registry(RegistryReader):
         )
 
     def realign(
-        self,
-        statistics: Mapping[str, AnyStatistics] | FeatureSums,
-        *,
-        factor: float | None = None,
+        self, statistics: Mapping[str, AnyStatistics] | FeatureSums, *, factor: float | None = None
     ) -> None:
         r"""Make the joint head again, of statistics of the composed model's features.
 

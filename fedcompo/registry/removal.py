@@ -142,12 +142,14 @@ class RemovalRecord:
     the scale, and the record's is 1. Otherwise it is 2."""
     factor_after: float | None = None
     factor_by: str = ""
-    """Where the factor after comes from: ``vote`` (the one that the clients chose stays),
+    """Where the factor after comes from: ``vote`` (the one that the clients chose stays), ``rule``,
     ``norms`` (computed from the survivors' lengths) or ``fixed``; empty: nobody is left."""
 
     caps: tuple[int, int] | None = None
     """Images of one class, and in all, that a member weighs by at most. The registry's first
     members chose them by their counts, perhaps the removed one among them; None: no caps."""
+    rule: str = ""
+    """Rule that composes the survivors; one of class O(T) read all of them. Empty: the mean."""
 
     @property
     def format_version(self) -> int:
@@ -213,6 +215,8 @@ class RemovalRecord:
             del values["factor_before"], values["factor_after"], values["factor_by"]
         if self.caps is None:
             del values["caps"]
+        if not self.rule:
+            del values["rule"]
         statement = {
             **asdict(self.influence),
             "composition_exact": True,

@@ -104,12 +104,7 @@ def stage(root: Path) -> Path:
 
 
 def commit(root: Path, change: Change, state: str) -> None:
-    """Commit a staged change and apply it.
-
-    Args:
-        root: The folder; the lock is held.
-        change: Its steps.
-        state: The new ``state.json``.
+    """Commit a staged change with its new ``state.json``, and apply it; the lock is held.
 
     Raises:
         RegistryDamaged: If something lies where a staged folder should go.

@@ -34,11 +34,7 @@ from fedcompo.storage.tensorstream import file_sha256
 
 
 def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[Finding]:
-    """Check a registry as a whole.
-
-    Args:
-        path: Its folder.
-        on_step: Called with what is being done.
+    """Check the registry in a folder as a whole.
 
     Returns:
         One finding for each claim; the registry is intact if all hold.

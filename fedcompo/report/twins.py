@@ -19,10 +19,7 @@ Spellings = dict[str, list[str]]
 
 
 def twins(owned: Mapping[str, Iterable[str]]) -> list[Spellings]:
-    """Find classes that may be one, spelt differently.
-
-    Args:
-        owned: Names of classes, by client.
+    """Find classes that may be one, spelt differently; they are given by client.
 
     Returns:
         Groups of two spellings or more that have the same :func:`key`; all in order.
@@ -45,8 +42,7 @@ def note_on(groups: list[Spellings]) -> str:
     if not groups:
         return ""
     listed = few(
-        [few([f"{visible(s)} ({few(who)})" for s, who in group.items()]) for group in groups],
-        "; ",
+        [few([f"{visible(s)} ({few(who)})" for s, who in group.items()]) for group in groups], "; "
     )
     return (
         "Classes whose names differ only in case, blanks, invisible characters or Unicode form "

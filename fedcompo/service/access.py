@@ -224,8 +224,7 @@ def _read_certificate(pem: bytes) -> tuple[Peer, datetime.datetime, datetime.dat
         name = check_client_name(names[0])
     except (ValueError, x509.InvalidVersion) as error:  # ContributionError is a ValueError
         raise Refused(
-            Code.UNAUTHENTICATED,
-            f"The certificate names nobody who could be a client. {error}",
+            Code.UNAUTHENTICATED, f"The certificate names nobody who could be a client. {error}"
         ) from error
     fingerprint = hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
     peer = Peer(name, units == [OPERATOR], fingerprint)

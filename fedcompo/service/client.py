@@ -24,14 +24,8 @@ from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
-from fedcompo.service.transfer import (
-    CONTRIBUTION,
-    FileEntry,
-    outgoing,
-    received,
-    without_paths,
-)
-from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, WEIGHTS
+from fedcompo.service.transfer import CONTRIBUTION, FileEntry, outgoing, received, without_paths
+from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
@@ -40,7 +34,7 @@ if TYPE_CHECKING:
 
 MODEL = (
     frozenset({WEIGHTS, CONFIG, MODEL_CARD}),
-    frozenset({WEIGHTS, CONFIG, MODEL_CARD, BACKBONE}),
+    frozenset({WEIGHTS, CONFIG, MODEL_CARD, RECIPE, BACKBONE}),
 )
 """Files of a model: those that must be there, and those that may."""
 LOOPBACK = "localhost", "127.0.0.1", "[::1]"

@@ -79,10 +79,7 @@ class Limits:
 
 
 def limits_of(texts: Sequence[str]) -> Limits:
-    """The limits with some of them changed.
-
-    Args:
-        texts: ``name=value``; sizes in bytes, times in seconds.
+    """The limits with some of them changed, by ``name=value``; in bytes and seconds.
 
     Raises:
         ConfigError: If a name is no limit, or its value is not valid.

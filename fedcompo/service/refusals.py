@@ -62,12 +62,7 @@ class Refused(ServiceError):
 
 
 def answer_to(error: Exception, hidden: Mapping[Path, str]) -> tuple[grpc.StatusCode, str]:
-    """Status and sentence for an error.
-
-    Args:
-        error: What was raised.
-        hidden: Folders that no answer may name, and what to call them instead.
-    """
+    """Status and sentence for an error; hidden folders are called by the names given."""
     if isinstance(error, Refused):
         return error.code, redacted(str(error), hidden)
     system: BaseException | None = error  # or its cause: what cannot be read is not yet damaged

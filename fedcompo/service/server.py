@@ -146,11 +146,7 @@ class Server:
 
 
 def serve(settings: Settings, *, on_ready: Callable[[Server], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then stop in good order.
-
-    Args:
-        settings: What to serve.
-        on_ready: Called once calls are answered.
+    """Serve until SIGTERM or SIGINT, then stop in good order; ``on_ready`` is called in between.
 
     Raises:
         RegistryError: If there is no registry.

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +21,12 @@ CONTENT, FISHER, CARD = "contribution.safetensors", "fisher.safetensors", "card.
 """Files of a contribution."""
 WEIGHTS, CONFIG, MODEL_CARD = "model.safetensors", "config.json", "README.md"
 """Files of a composed model."""
+RECIPE = "recipe.toml"
+"""File beside them in an exported folder: how the model is composed."""
 SUM, REALIGNED = "sum.safetensors", "realigned.safetensors"
 """Files beside it in a registry: the integer sum; statistics that its head was made of again."""
+RULED = "ruled.safetensors"
+"""And what a rule of composition makes of its members, where it is another total than the sum."""
 TOTALS, OLD_TOTALS = "totals.safetensors", "statistics.safetensors"
 """And the members' statistics, summed; in old versions together with their Fisher diagonals."""
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -36,19 +41,24 @@ UNREADABLE = (OSError, ValueError, TypeError, UnsupportedAlgorithm, InternalErro
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary file beside ``path``, sync it, rename it, sync the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
+    with replaced(path) as temporary:
         write_synced(temporary, data, mode="xb")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield the name of a new file beside ``path``, which takes its place unless an error occurs.
+
+    Whoever writes it syncs it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield temporary
         put_in_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def temporary_beside(path: Path) -> Path:
-    """Name of a file that does not exist, in the same folder."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -91,9 +101,7 @@ def write_private(path: Path, data: bytes) -> None:
 def private_pem(key: PrivateKeyTypes) -> bytes:
     """A private key as PEM, without a password."""
     return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 

@@ -14,11 +14,10 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from fedcompo.errors import FileFormatError
-from fedcompo.storage.files import canonical, put_in_place, sync, temporary_beside
+from fedcompo.storage.files import canonical, replaced, sync
 from fedcompo.storage.manifest import check_digest, complete_manifest, manifest_of
 
 if TYPE_CHECKING:
@@ -204,12 +203,7 @@ class TensorWriter:
         self._digest.add(name, tensor)
         self._file.write(raw_bytes(tensor))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         """Write the digest and sync; after an error leave the file as it is."""
         with self._file as file:
             if kind is not None:
@@ -267,17 +261,10 @@ def save_streamed(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[s
     Returns:
         SHA-256 of the tensors.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    try:
-        with TensorWriter(temporary, layout, manifest) as writer:
-            for name in sorted(tensors):
-                writer.write(name, tensors[name])
-        put_in_place(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replaced(path) as temporary, TensorWriter(temporary, layout, manifest) as writer:
+        for name in sorted(tensors):
+            writer.write(name, tensors[name])
     return writer.digest
 
 

@@ -20,6 +20,7 @@ directions.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from fedcompo.config.choices import Curvature, FisherForm
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import FisherDiagonal
+from fedcompo.method.fisher import INPUTS, FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.kronecker import LEFT, RIGHT
 from fedcompo.training.per_example import (
@@ -79,7 +80,8 @@ def estimate_fisher(
         form: Kronecker, or any other: it is dense then.
 
     Returns:
-        The *sum* over examples, float64, Kronecker factors as matrices, and a report.
+        The *sum* over examples, float64, Kronecker factors as matrices, with the squares of the
+        layers' inputs; and a report.
 
     Raises:
         BackboneError: If examples cannot be told apart at a layer.
@@ -89,10 +91,12 @@ def estimate_fisher(
     parameters = dict(model.named_parameters())
     sums: Weights = {}
     device = next(iter(parameters.values())).device
+    zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+    inputs = {name + INPUTS: zeros(parameters[name].shape[1]) for name in names}
     ends = ((LEFT, 0, 0), (RIGHT, 1, 1)) if form is FisherForm.KRONECKER else (("", 0, 1),)
     for name, (end, *axes) in itertools.product(names, ends):
         shape = [parameters[name].shape[axis] for axis in axes]
-        sums[name + end] = torch.zeros(shape, dtype=torch.float64, device=device)
+        sums[name + end] = zeros(shape)
     count = passes = done = 0
     with evaluation_mode(model), recorded(model, names) as record:
         for images in batches:
@@ -100,6 +104,9 @@ def estimate_fisher(
                 require_own_rows(model, images, names, record)
             features = model(images)
             require_recorded(record, names)
+            for name, (given, _) in record.items():
+                squares = given.square().reshape(len(images), -1, given.shape[-1])
+                inputs[name + INPUTS].add_(squares.sum(1).sum(0, dtype=torch.float64))
             if curvature is Curvature.FEATURES:
                 cotangents = [directions(features, generator)]
             else:
@@ -114,7 +121,7 @@ def estimate_fisher(
                     sums[name].add_(squares.sum(0))
             passes, done, count = passes + len(cotangents), done + 1, count + len(images)
             record.clear()
-    fisher = FisherDiagonal(sums, count)
+    fisher = FisherDiagonal(sums, count, inputs)
     return fisher, FisherReport(passes, done, fisher.mean_trace() * count)
 
 

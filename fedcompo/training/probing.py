@@ -100,8 +100,8 @@ def fisher_of_images(
         generator=generator_for(seed, "fisher", owner),
         form=form,
     )
-    sums = {name: total.float().cpu() for name, total in fisher.sums.items()}
-    return FisherDiagonal(sums, fisher.num_examples), report
+    sums = {name: total.float().cpu() for name, total in fisher.tensors.items()}
+    return FisherDiagonal.read(sums, fisher.num_examples), report
 
 
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:

@@ -42,7 +42,7 @@ def checked_fisher(client: str, answer: FisherAnswer, backbone: Backbone) -> Fis
         ContributionError: If it is not in the form that it names, or cannot anchor a client; see
             :meth:`FisherDiagonal.check`.
     """
-    fisher = FisherDiagonal(answer.parts, answer.num_examples)
+    fisher = FisherDiagonal.read(answer.parts, answer.num_examples)
     if answer.form is FisherForm.NONE and not answer.parts:
         return None
     if fisher.form is not answer.form:
@@ -62,14 +62,9 @@ def checked_votes(client: str, answer: VoteAnswer, count: int) -> Votes:
             one of so many images.
     """
     hits, losses, images = answer.hits, answer.losses, answer.num_examples
-    if (
-        len(hits) != count
-        or len(losses) != count
-        or not all(own <= images for own in hits)
-        or not all(
-            0 <= loss <= WORST * images + 1e-6 for loss in losses
-        )  # also if it is not a number
-    ):
+    complete = len(hits) == len(losses) == count and all(own <= images for own in hits)
+    most = WORST * images + 1e-6
+    if not (complete and all(0 <= loss <= most for loss in losses)):  # also if it is no number
         raise ContributionError(
             f"Client {client!r} sent {len(hits)} hits and {len(losses)} losses of {images} images; "
             f"expected {count} of each, no more hits than images, losses of 0 to {WORST:g} an "

@@ -112,11 +112,9 @@ class Exchange:
             self.require_clients(phase)
 
     def require_clients(self, phase: str, usable: Collection[str] | None = None) -> None:
-        """Raise ``TooFewClients``, with all who could not be used, if too few clients remain.
+        """Raise ``TooFewClients``, with all who could not be used, if too few remain after a phase.
 
-        Args:
-            phase: The phase that is over.
-            usable: The clients that remain; None: all that are still in the run.
+        Usable are, unless they are named, all that are still in the run.
         """
         count = len(self.clients if usable is None else usable)
         if count >= self.min_clients:

@@ -127,8 +127,8 @@ class Choosing:
 
     def _reason(self) -> str:
         """Why there is no vote; empty if there is one."""
-        if self.registry.settings.scale is not None:
-            return "it is fixed"
+        if given := self.registry.settings.factor_given:
+            return f"the registry composes {given}"
         if noised := sorted(self.roster.participants.noised & {*self.registry.clients}):
             return f"the statistics of {', '.join(noised)} are under noise"
         if not self.config.train.aside > 0:
@@ -223,6 +223,6 @@ class Choosing:
         return together if together and together.num_examples else None
 
     def _total(self) -> Weights:
-        """The sum of the members' task vectors, each as often as it counts; float32."""
-        total = self.registry.running_sum()
+        """What the rule makes of the members' task vectors, in the size of a sum; float32."""
+        total = self.registry.total()
         return {name: total[name].double().mul_(GRID).float() for name in total}

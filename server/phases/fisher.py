@@ -55,12 +55,9 @@ class Fishers:
         self._too_large: set[str] = set()
 
     def gather(self, clients: Collection[str], head: Head, *, decisive: bool = True) -> None:
-        """Ask for Fisher diagonals of the class probabilities; keep each on disk.
+        """Ask for Fisher diagonals of the class probabilities under a head; keep each on disk.
 
-        Args:
-            clients: Whom to ask.
-            head: The joint head, which gives the probabilities.
-            decisive: Fail if nobody sends one, or too few clients are left then.
+        If it is decisive, it fails if nobody sends one, or too few clients are left then.
         """
         request = FisherRequest(joint=head).to_body()
 
@@ -82,6 +79,7 @@ class Fishers:
     def keep(self, client: str, answer: FisherAnswer) -> None:
         """Check a client's Fisher, and write it to its file; none if it sent none."""
         fisher, file = checked_fisher(client, answer, self.backbone), self._file(client)
+        self.registry.settings.made_by.require({client: fisher})
         self._traces.pop(client, None)
         if fisher is None:
             file.unlink(missing_ok=True)
@@ -90,11 +88,7 @@ class Fishers:
         self.figures.setdefault(client, {})["fisher"] = answer.report
 
     def sum_up(self, *, notes: bool = False) -> None:
-        """Sum the known Fisher diagonals of all that take part.
-
-        Args:
-            notes: Note what those who read the results should know of them.
-        """
+        """Sum the known Fisher diagonals of all that take part; note what readers should know."""
         known = self._known_members()
         parties = [c for c in self.roster.parties if self._file(c).exists()]
         everyone, by = self._without_too_large([*known, *parties]), self.config.train.anchor
@@ -162,15 +156,8 @@ class Fishers:
         r"""Say how far a client went: :math:`\tau^\top\bar F\tau / \mathrm{tr}\,\mathrm{Cov}(f)`.
 
         To first order it is how much the task vector changes the features of the others' images,
-        in units of their variance.
-
-        Args:
-            client: Its name.
-            vector: Its task vector.
-            variance: Of the features, over the images of all clients.
-
-        Returns:
-            None where there is no Fisher of the features of others.
+        in units of their variance over the images of all clients. None where there is no Fisher of
+        the features of others.
         """
         of_features = self.config.fisher.curvature is Curvature.FEATURES
         mean = self.sums.beside(client) if self.sums and of_features and variance > 0 else None

@@ -174,11 +174,9 @@ class Roster:
     def identify(
         self, nodes: Iterable[str] | None = None, accept: Accept = lambda name, answer: None
     ) -> None:
-        """Ask clients who they are, and nothing else.
+        """Ask clients who they are, and nothing else; ``accept`` has the last word on each.
 
-        Args:
-            nodes: Provisional names of nodes that came when the run was under way; None: ask all.
-            accept: Has the last word on each.
+        Named are the nodes that came when the run was under way; None: ask all.
         """
         self._late = nodes is not None
 

@@ -18,13 +18,7 @@ from server.phases.roster import Roster
 def leave_out_strange(
     roster: Roster, coming: Collection[str], registry: Registry | None = None
 ) -> None:
-    """Compare the features of the clients that come with all that are described, and with members.
-
-    Args:
-        roster: Knows their statistics.
-        coming: Who may be left out.
-        registry: Which they are to join; None: none.
-    """
+    """Compare the features of those coming with all that are described, and with members."""
     described = roster.participants.described
     sums = {c: described[c].statistics for c in roster.parties}
     squares = {c: own.mean_square for c, own in sums.items() if isinstance(own, FeatureSums)}

@@ -41,14 +41,7 @@ class Attendance:
         self.excluded = names_of(server.exclude)
 
     def welcome(self, number: int) -> tuple[str, ...]:
-        """Note which clients came or went since the round before; let new ones join.
-
-        Args:
-            number: The round that begins.
-
-        Returns:
-            The clients that join.
-        """
+        """Note who came or went since the round before; returns the clients that join this one."""
         if number > 1:
             self.roster.look_again()
         self._turn_away(number)

@@ -53,12 +53,7 @@ class CurrentSum:
         return tuple(sorted(self._trained))
 
     def begin(self, members: Collection[str], going_on: Collection[str]) -> None:
-        """Put members of the registry into the sum.
-
-        Args:
-            members: Those that stay as they are.
-            going_on: Those that train on.
-        """
+        """Put members of the registry into the sum: those that stay as they are, or train on."""
         for client in (*members, *going_on):
             contribution = self.registry.contribution(client)
             times = self.fitting.settings.times(contribution.num_examples)

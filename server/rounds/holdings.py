@@ -80,15 +80,9 @@ class LastSent:
     folder: Path
 
     def arrive(self, client: str, vector: TaskVector, own: Mapping[str, Tensor]) -> str:
-        """Write a client's new task vector and head beside the last ones.
+        """Write a client's new task vector and head beside the last ones; returns their SHA-256.
 
-        Args:
-            client: Its name.
-            vector: Its task vector.
-            own: Its task vector and head, under the names of the message.
-
-        Returns:
-            SHA-256 of the tensors.
+        ``own`` are both, under the names of the message.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"content": "round", "kind": str(vector.kind), "base": vector.base}
@@ -109,15 +103,7 @@ class LastSent:
     def read(
         self, client: str, kind: Kind, base: str, classes: tuple[str, ...], *, arriving: bool
     ) -> tuple[TaskVector, Head]:
-        """Open a client's task vector and head; the task vector is read weight by weight.
-
-        Args:
-            client: Its name.
-            kind: Of its task vector.
-            base: Fingerprint of the pre-trained weights.
-            classes: Rows of its head.
-            arriving: Read the new ones, not the last ones.
-        """
+        """Open a client's task vector, read weight by weight, and head: the last or new ones."""
         path = self._arriving(client) if arriving else self._settled(client)
         tensors = StreamedTensors(path)
         vector = TaskVector(kind, Section(tensors, TASK_VECTOR), base)

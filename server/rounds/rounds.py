@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -86,12 +85,7 @@ class Rounds:
         self.attendance.close()
 
     def part_with(self, clients: Collection[str], number: int) -> None:
-        """Take clients out of the sum, the Fisher, the joint head, and the rest of the run.
-
-        Args:
-            clients: Who leaves.
-            number: The round that is over.
-        """
+        """After a round, take clients out of the sum, the Fisher, the joint head, and the run."""
         for client in clients:
             self.sum.drop(client)
             if client in self.exchange.clients:
@@ -105,7 +99,7 @@ class Rounds:
 
     def drop_outliers(self) -> None:
         """Take out whose last task vector stands out among those that are there in the end."""
-        while long := outliers(self.trained, self.fitting.company()):
+        while long := outliers(self.sum.trained, self.fitting.company()):
             for client in long:
                 self.sum.drop(client)
             self.fitting.leave_out("train", long)
@@ -117,7 +111,7 @@ class Rounds:
             self.fitting.forget(silent)
         for client in set(silent) & set(self.exchange.clients):
             self.exchange.leave_out("train", client, "sent no task vector in any round")
-        self.exchange.require_clients("train", self.trained)
+        self.exchange.require_clients("train", self.sum.trained)
 
     # -- one round --------------------------------------------------------------------------------
 
@@ -252,14 +246,3 @@ class Rounds:
         self.fitting.admitted.pop(client, None)
         self.fitting.admitted |= {c: known for c, known in self._before.items() if c == client}
         self.exchange.books.miss("train", client, reason)
-
-    # -- what comes of it -------------------------------------------------------------------------
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Clients that trained in this run and are in the sum, sorted."""
-        return self.sum.trained
-
-    def keep(self) -> list[Path]:
-        """Write the contributions of all that trained; returns their folders."""
-        return self.sum.keep()

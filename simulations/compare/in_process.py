@@ -114,11 +114,9 @@ class InProcessGrid(Grid):
 
 
 def run_in_process(settings: Mapping[str, Scalar], output: Path) -> dict:
-    """Run the apps; returns what ``results.json`` holds, raises what the run raises.
+    """Run the apps with settings whose paths are absolute, in a folder reserved for the run.
 
-    Args:
-        settings: Flat settings; paths absolute.
-        output: A folder reserved for this run.
+    Returns what ``results.json`` holds, raises what the run raises.
     """
     sys.path.insert(0, str(find_app()))
     from clients.app import app as client_app

@@ -34,12 +34,6 @@ def train_joint(
     Every image is seen as often as in the clients' own training, on average. The head starts at
     zero, and nothing holds the model to where it starts.
 
-    Args:
-        backbone: Pre-trained weights.
-        datas: Everyone's images.
-        config: How a client would train, and the seed.
-        kind: How the change of the weights is parametrised.
-
     Returns:
         Target weights by name, each (out, in), and the head of all classes.
     """

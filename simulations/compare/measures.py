@@ -7,15 +7,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from average_factors import average_factors
 from bench import Accuracies, Bench
 from joint import train_joint
-from merging import MERGES
 from methods import METHODS
-from runs import first_central_last
 
 from fedcompo.config.choices import kinds_of
+from fedcompo.export.selection import from_registry
 from fedcompo.method.deltas import Weights
 
+RULES = {"ties": "ties", "fisher_weighted": "fisher"}
+"""Methods that are rules of composition, at λ = 1."""
 CHANGED = ("ita", "no-penalty", "iel", "iel-no-penalty", "tmc")
 """Methods whose models are also specialised, and from which clients are removed."""
 
@@ -61,7 +63,7 @@ def specialised_and_removed(bench: Bench) -> dict[str, dict[str, float]]:
     theta_p = bench.registry.theta_p()
     kept = bench.head(theta_p, clients)
     found: dict[str, list[dict[str, float]]] = {"specialised": [], "removal": []}
-    for target in first_central_last(clients):
+    for target in dict.fromkeys([clients[0], clients[len(clients) // 2], clients[-1]]):
         others = tuple(client for client in clients if client != target)
         alone, without = bench.composed(target), bench.composed(*others)
         special = bench.accuracies(alone, bench.head(alone, clients), clients)
@@ -94,16 +96,17 @@ def derive(bench: Bench, method: str) -> dict[str, Any]:
     """Figures of a method that is derived from the task vectors, or the data, of a run."""
     clients, theta_0 = bench.registry.clients, bench.backbone.theta_0
     if method == "joint":
-        datas, kind = (
-            [client.data for client in bench.clients.values()],
-            kinds_of(bench.config.train.kind)[0],
-        )
+        datas = [client.data for client in bench.clients.values()]
+        kind = kinds_of(bench.config.train.kind)[0]
         theta, head = train_joint(bench.backbone, datas, bench.config, kind)
         return {**_means(bench.accuracies(theta, head, clients)), **UNKNOWN, **NO_COST}
     if method == "frozen":
         found = bench.accuracies({}, bench.frozen_head(clients), clients)
         return {**_means(found), **UNKNOWN, **_statistics_alone(bench)}
-    theta = MERGES[method](bench.pool, theta_0)
+    if method in RULES:
+        theta = dict(from_registry(bench.registry, rule=RULES[method], scale=1.0).stream())
+    else:
+        theta = average_factors(bench.pool, theta_0)
     return {**_means(bench.accuracies(theta, bench.head(theta, clients), clients)), **UNKNOWN}
 
 

@@ -54,8 +54,3 @@ def run(
         return {}
     print(f"{folder.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return json.loads((folder / RESULTS).read_text())
-
-
-def first_central_last(clients: Sequence[str]) -> tuple[str, ...]:
-    """Clients whose removal is looked at; of two there is no central one, of one only itself."""
-    return tuple(dict.fromkeys([clients[0], clients[len(clients) // 2], clients[-1]]))

@@ -93,14 +93,10 @@ def split_of(file_examples: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def corpus(classes: list[str], counts: dict[str, int]) -> list[dict[str, str]]:
-    """Collect the examples of all classes, each text once.
+    """Collect the examples of modules and packages, each text once.
 
-    Args:
-        classes: Modules and packages.
-        counts: Examples a class to keep, by split; where there are more, evenly spaced ones.
-
-    Returns:
-        What :mod:`fedcompo.data.text` reads, one dictionary an example.
+    Of each, so many are kept by split; where there are more, evenly spaced ones. Returned is what
+    :mod:`fedcompo.data.text` reads, one dictionary an example.
     """
     seen: set[str] = set()
     rows = []

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
+from fedcompo.audit.membership import confidence
+from fedcompo.audit.models import logits_of
 from fedcompo.audit.shadows import ClientTraining, check_count, halves, train_shadows
 from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
@@ -210,6 +212,17 @@ def test_phi_is_the_log_odds_under_the_composition_with_the_shadow_in_the_client
         assert torch.equal(split.images, pictures[shadows.trained_on[index]])
         assert torch.equal(split.labels, labels[shadows.trained_on[index]])
     assert len({draw for _, draw in recorder.seen}) == 4
+
+
+def test_shadows_are_composed_by_the_registrys_rule_and_what_it_needs(data, tmp_path):
+    registry = federate(tmp_path / "registry", config_of(data, local_epochs=1, rule="fisher"))
+    backbone, images, head = registry.backbone.load(), images_of(registry), registry.joint_head()
+    own = registry.contribution(CLIENT).task_vector
+    recorder = Recorder(CLIENT, backbone, [own] * 4, [])
+    shadows = train_shadows(registry, recorder, images, head, count=4, seed=0)
+    theta = registry.theta_p()  # the same task vector in the client's place: the same model
+    expected = confidence(*logits_of(backbone, theta, head, images, linearised=False))
+    assert all(torch.equal(phi, expected) for phi in shadows.phi)
 
 
 def test_equal_seeds_give_equal_shadows_and_others_do_not(data, tmp_path):

@@ -251,14 +251,15 @@ def test_a_prefix_is_taken_off_the_names_of_a_safetensors_file(state, loaded, tm
     assert "2 tensors of the checkpoint do not begin with 'backbone.'" in caplog.text
 
 
-def test_names_that_timm_converts_are_found_in_a_nested_dictionary(state):
+def test_names_that_timm_converts_are_found_in_a_nested_dictionary(state, monkeypatch):
     theirs = {f"layer{i}": tensor for i, tensor in enumerate(state.values())}
 
     def convert(given, model):
         return dict(zip(state, given.values(), strict=True)) if "layer0" in given else given
 
     model = timm.create_model(TINY, img_size=32, num_classes=0)
-    read, prefix = without_prefix(behind("model.", theirs), model, convert)
+    monkeypatch.setattr(timm.models.vision_transformer, "checkpoint_filter_fn", convert)
+    read, prefix = without_prefix(behind("model.", theirs), model)
     assert (prefix, read) == ("model.", theirs)
 
 
@@ -330,13 +331,13 @@ class Code:
 )
 def test_a_pickle_with_code_is_refused_and_not_run(write, tmp_path):
     write({"model": Code(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with pytest.raises(BackboneError, match="never as code"):
+    with pytest.raises(BackboneError, match=r"\(it holds more than tensors\)\. .* never as code"):
         load(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 
 def test_weights_of_another_architecture_are_refused(checkpoint):
-    with pytest.raises(BackboneError, match=r"(?s)do not fit 'vit_small_patch32_224'.*`backbone`"):
+    with pytest.raises(BackboneError, match=r"do not fit 'vit_small.*has shape \[.*`backbone`"):
         load(checkpoint, backbone="vit_small_patch32_224")
 
 
@@ -352,7 +353,7 @@ def test_a_weight_that_is_not_a_number_is_refused(state, tmp_path):
     name = "blocks.3.norm1.weight"
     broken = {**state, name: state[name] * float("nan")}
     safetensors.torch.save_file(broken, tmp_path / "nan.safetensors")
-    with pytest.raises(BackboneError, match=f"'{name}' of .* at 192 of its 192 places"):
+    with pytest.raises(BackboneError, match=f"'{name}' .* at 192 of its 192 places"):
         load(tmp_path / "nan.safetensors")
 
 
@@ -361,7 +362,7 @@ def test_what_is_infinite_in_float32_is_refused_with_the_name_in_the_file(state,
     huge = state[name].double()
     huge[1, 2] = 1e300
     torch.save(behind("module.", {**state, name: huge}), tmp_path / "huge.pth")
-    with pytest.raises(BackboneError, match=f"'module.{name}' of .* at 1 of its 36864 places"):
+    with pytest.raises(BackboneError, match=f"'module.{name}' .* at 1 of its 36864 places"):
         load(tmp_path / "huge.pth")
 
 
@@ -369,7 +370,7 @@ def test_an_infinite_buffer_is_refused(tmp_path):
     state = timm.create_model("eva02_tiny_patch14_224", img_size=28).state_dict()
     for name in ("rope.bands", "blocks.0.attn.mask"):  # one the model has, one it does not
         torch.save({**state, name: torch.tensor([1.0, float("inf")])}, tmp_path / "buffer.pth")
-        with pytest.raises(BackboneError, match=f"'{name}' of .* at 1 of its 2 places"):
+        with pytest.raises(BackboneError, match=f"'{name}' .* at 1 of its 2 places"):
             load(tmp_path / "buffer.pth", backbone="eva02_tiny_patch14_224", image_size=28)
 
 
@@ -377,7 +378,7 @@ def test_infinity_in_an_npz_file_is_refused(state, tmp_path):
     name = "blocks.3.norm1.bias"
     broken = {**state, name: state[name].clone().index_fill_(0, torch.tensor(5), -torch.inf)}
     np.savez(tmp_path / "tiny.npz", **in_jax_layout(broken, depth=12, heads=3))
-    with pytest.raises(BackboneError, match=f"'{name}' of .* at 1 of its 192 places"):
+    with pytest.raises(BackboneError, match=f"'{name}' .* at 1 of its 192 places"):
         load(tmp_path / "tiny.npz")
 
 

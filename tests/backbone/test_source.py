@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from builders import contribution, pixels, random_head, random_statistics
+from builders import altered, contribution, pixels, random_head, random_statistics
 from cli_runs import told
 from timm_folders import TINY, offline, write_folder
 from torch.func import functional_call
@@ -20,7 +21,7 @@ from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Statistics
 from fedcompo.config.run import BackboneConfig
-from fedcompo.errors import BackboneError
+from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import MODEL_CARD
@@ -98,6 +99,9 @@ def test_the_input_can_be_changed_and_the_weights_can_come_from_a_checkpoint(fol
     expected = timm.create_model(name, pretrained=True, num_classes=0, img_size=16, in_chans=3)
     rebuilt = timm.create_model(backbone.architecture, num_classes=0, **backbone.model_args)
     rebuilt.load_state_dict(expected.state_dict())
+    save_backbone(folder.parent / "backbone.safetensors", loaded(name))
+    stored = str(folder.parent / "backbone.safetensors")
+    assert loaded("local-dir:gone", **wanted, checkpoint=stored).fingerprint == backbone.fingerprint
     (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
     same = loaded(name, **wanted, checkpoint=str(folder.parent / WEIGHTS))
     assert same.fingerprint == backbone.fingerprint
@@ -105,6 +109,22 @@ def test_the_input_can_be_changed_and_the_weights_can_come_from_a_checkpoint(fol
     folder.rmdir()
     same = loaded(name, **wanted, checkpoint=str(folder.parent / WEIGHTS))
     assert same.fingerprint == backbone.fingerprint
+
+
+def test_a_registrys_file_is_a_checkpoint_of_its_architecture_alone(tmp_path):
+    made = write_folder(tmp_path / "rgb", in_chans=3)
+    backbone, path = loaded(f"local-dir:{made}"), tmp_path / "backbone.safetensors"
+    save_backbone(path, backbone)
+    same = loaded("local-dir:gone", checkpoint=str(path))
+    assert (same.fingerprint, same.preprocessing) == (backbone.fingerprint, backbone.preprocessing)
+    assert loaded(TINY, checkpoint=str(path)).name == TINY
+    grey = loaded("local-dir:gone", checkpoint=str(path), channels=1)
+    assert grey.fingerprint == loaded(f"local-dir:{made}", channels=1).fingerprint
+    with pytest.raises(BackboneError, match=f"holds the weights of '{TINY}', but .*'vit_base"):
+        loaded("vit_base_patch16_224", checkpoint=str(path))
+    altered(path, -1)
+    with pytest.raises(FileFormatError, match="altered"):
+        loaded("local-dir:gone", checkpoint=str(path))
 
 
 def test_a_registry_needs_the_folder_no_more(folder, tmp_path):
@@ -162,3 +182,10 @@ def test_a_repository_out_of_reach_is_refused_and_the_way_out_is_named(tmp_path,
     offline(tmp_path, monkeypatch)
     with pytest.raises(BackboneError, match=r"hf-hub:org/other.*`backbone = local-dir:<their fol"):
         loaded("hf-hub:org/other")
+
+
+def test_a_folder_that_names_no_classifier_has_timms_usual_one(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config["pretrained_cfg"]["classifier"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert loaded(f"local-dir:{folder}").classifier == "head"

@@ -29,6 +29,7 @@ from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import rank_of, stored_shapes
+from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums
@@ -212,7 +213,7 @@ def _backbone(scale: str) -> Backbone:
 
 
 def _contribution(job: Job, backbone: Backbone, index: int) -> Contribution:
-    """A task vector that changes weights by the order of 1e-3; no Fisher."""
+    """A task vector that changes weights by the order of 1e-3, and a factored Fisher."""
     kind, width = Kind(job.kind), backbone.num_features
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(index))
     size = 1e-3 if kind is Kind.FULL else 1e-2
@@ -232,4 +233,16 @@ def _contribution(job: Job, backbone: Backbone, index: int) -> Contribution:
         statistics=FeatureSums.of(images, labels, classes),
         num_examples=len(images),
         lineage=Lineage(),
+        fisher=_fisher(backbone, len(images)),
     )
+
+
+def _fisher(backbone: Backbone, num_examples: int) -> FisherDiagonal:
+    """All entries alike, and all inputs."""
+    sums, inputs = {}, {}
+    for weight, value in backbone.theta_0.items():
+        rows, columns = value.shape
+        sums[f"{weight}/rows"] = torch.full((rows,), float(columns))
+        sums[f"{weight}/columns"] = torch.full((columns,), float(rows))
+        inputs[f"{weight}/inputs"] = torch.ones(columns)
+    return FisherDiagonal(sums, num_examples, inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -31,15 +30,15 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
     """Stand in `tmp_path`, and note what would be started instead of starting it."""
     calls: Started = []
 
-    def run_app(settings: dict[str, Any], **rest: Any) -> dict[str, Any]:
-        calls.append({"settings": settings, **rest})
-        rest["on_event"]({"event": "note", "text": "a note", "time": 0.0})
+    def run(self: launcher.Simulation, on_event: Callable[..., Any]) -> dict[str, Any]:
+        calls.append(vars(self))
+        on_event({"event": "note", "text": "a note", "time": 0.0})
         return {"accuracy": 0.5}
 
     report = ModuleType("fedcompo.report.results")
     report.print_results = lambda results, console: console.print(results)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fedcompo.report.results", report)
-    monkeypatch.setattr(launcher, "run_app", run_app)
+    monkeypatch.setattr(launcher.Simulation, "run", run)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -127,7 +126,7 @@ def test_a_scenario_that_is_not_there_is_a_sentence(started: Started) -> None:
 def test_errors_become_sentences_and_exit_codes(
     started: Started, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    monkeypatch.setattr(launcher, "run_app", failing(error))
+    monkeypatch.setattr(launcher.Simulation, "run", failing(error))
     result = runner.invoke(cli.app, ["simulate"])
     assert result.exit_code == code
     assert "Traceback" not in result.output
@@ -138,7 +137,7 @@ def test_errors_become_sentences_and_exit_codes(
 def test_verbose_shows_the_traceback_and_keeps_the_exit_code(
     started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "run_app", failing(LaunchError("no engine")))
+    monkeypatch.setattr(launcher.Simulation, "run", failing(LaunchError("no engine")))
     result = runner.invoke(cli.app, ["simulate", "--verbose"])
     assert result.exit_code == 1
     assert "Traceback (most recent call last)" in result.stderr
@@ -164,6 +163,9 @@ def test_a_file_of_settings_is_checked(tmp_path: Path) -> None:
     result = runner.invoke(cli.app, ["settings", "--check", str(file)])
     assert result.exit_code == 2
     assert all(fault in result.stderr for fault in ("`sead`", "`rank` must be of type int"))
+    file.write_text('rule = "ties:density=2"\n')
+    result = runner.invoke(cli.app, ["settings", "--check", str(file)])
+    assert (result.exit_code, "`density` must be in (0, 1], got 2" in result.stderr) == (2, True)
 
 
 def test_version_is_that_of_the_project() -> None:
@@ -193,9 +195,3 @@ def test_shells_can_complete_the_commands() -> None:
         },
     )
     assert completed.stdout.split() == ["specialise"]
-
-
-def test_the_command_can_be_run_as_a_module() -> None:
-    command = [sys.executable, "-m", "fedcompo.cli", "--version"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == fedcompo.__version__

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-from argparse import Namespace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -200,47 +198,3 @@ def test_whom_to_remove_must_be_said(folder):
     result = runner.invoke(cli.app, ["audit", "-r", f"{folder}/registry"])
     assert result.exit_code == 2
     assert "--remove" in result.output
-
-
-# --- The script that audits three clients for three ways of training ---
-
-
-@pytest.fixture
-def script(monkeypatch):
-    folder = Path(__file__).resolve().parents[2] / "simulations" / "compare"
-    monkeypatch.syspath_prepend(folder)
-    spec = importlib.util.spec_from_file_location("simulated_audit", folder / "audit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_scripts_table_holds_every_audit(script, found):
-    audits = {(way, client): found for way in script.ways("") for client in ("a", "b")}
-    lines = script.tables(audits).splitlines()
-    for way, client in audits:
-        accuracy, attacks = (line for line in lines if line.startswith(f"| {way} | {client} |"))
-        removed = found["accuracy"]["removed"]
-        shown = " / ".join(f"{100 * f['class_il_accuracy']:.1f}" for f in removed.values())
-        assert f"| {shown} |" in accuracy
-        for attack in found["membership"].values():
-            for figures in attack.values():
-                assert f"{figures['auc']['value']:.2f} [" in attacks
-
-
-def test_the_script_takes_the_first_the_central_and_the_last(script):
-    assert script.first_central_last(["a", "b", "c", "d", "e"]) == ("a", "c", "e")
-    assert script.first_central_last(["a", "b"]) == ("a", "b")
-
-
-def test_the_script_audits_once(script, found, folder, tmp_path):
-    for link, target in (("everyone", "registry"), ("without-client-1", "gold")):
-        (tmp_path / link).mkdir()
-        (tmp_path / link / "registry").symlink_to(folder / target)
-    arguments = Namespace(shadows=4, audit_seed=0)
-    values = script.audit(tmp_path, "client-1", arguments)
-    assert values == found
-    script.measure = None
-    assert script.audit(tmp_path, "client-1", arguments) == values
-    with pytest.raises(SystemExit, match=r"made with \(4, 0\) shadows and seed, not \(6, 0\)"):
-        script.audit(tmp_path, "client-1", Namespace(shadows=6, audit_seed=0))

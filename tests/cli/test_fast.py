@@ -27,6 +27,8 @@ for words in json.load(sys.stdin):
 ANSWERS = [
     "--version",
     "--help",
+    "remove --help",
+    "compose --help",
     "settings",
     "list -r R",
     "list -r R --json",

@@ -25,7 +25,8 @@ from fedcompo.composition.head import head_of
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.data.client_data import load_client_data
-from fedcompo.export.folder import negated
+from fedcompo.export.negation import negated
+from fedcompo.export.prediction import model_from
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
@@ -129,7 +130,7 @@ def test_specialise_is_compose_only(home: Path) -> None:
     run("specialise", "client-0,client-2", "-o", "a")
     run("compose", "--only", "client-0,client-2", "-o", "b")
     assert contents(home / "a") == contents(home / "b")
-    weights = ["--weights", "client-0=0.7,client-2=0.3", "--scale", "2"]
+    weights = ["--weights", "client-0=0.7,client-2=0.3", "--scale", "2", "--rule", "ties"]
     run("specialise", "client-0,client-2", *weights, "-o", "c")
     run("compose", "--only", "client-0,client-2", *weights, "-o", "d")
     assert contents(home / "c") == contents(home / "d")
@@ -152,6 +153,10 @@ def test_without_a_client_is_what_its_removal_gives_bit_for_bit(home: Path) -> N
         ("--only client-0,,client-1", 2, "no list of clients"),
         ("--without= ", 2, "no list of clients"),
         ("--scale 0", 2, "positive number"),
+        ("--rule tis", 2, "no rule 'tis' in fedcompo "),
+        ("--rule dare:drop=1", 2, "`drop` must be in [0, 1)"),
+        ("--rule task-arithmetic --scale 1", 2, "says λ itself"),
+        ("--rule tsv-m --weights client-0=0.7,client-1=0.3", 1, "no weights in its equation"),
         ("--checkpoint x", 2, "goes with folders"),
         ("folder --registry registry", 2, "not both"),
         ("--weights client-9=1", 1, "no client 'client-9'"),
@@ -236,7 +241,8 @@ def test_folders_compose_without_registry_or_server(
 
 
 @pytest.mark.parametrize(
-    "options", ["", "--without client-1", "--weights client-0=0.7,client-2=0.3 --scale 2"]
+    "options",
+    ["", "--without client-1", "--weights client-0=0.7,client-2=0.3 --scale 2", "--rule ties"],
 )
 def test_accuracies_are_the_librarys(home: Path, options: str) -> None:
     found = told("evaluate", *options.split())
@@ -259,6 +265,10 @@ def test_accuracies_are_the_librarys(home: Path, options: str) -> None:
     assert found["accuracy"] == expected
     assert len(expected) == len(found["clients"]) >= 2
     out = run("evaluate", *options.split()).stdout
+    others = [f"client-{i}" for i in range(RunConfig().data.num_tasks)]
+    others = [name for name in others if name not in expected]
+    assert found["not_measured"] == others
+    assert f"does not know their classes: {', '.join(others)}." in " ".join(out.split())
     for name, figures in expected.items():
         (line,) = (line for line in out.splitlines() if f"│ {name} " in line)
         cells = [cell.strip() for cell in line.split("│")]
@@ -315,12 +325,17 @@ def test_a_negation_needs_a_positive_strength(home: Path) -> None:
 
 def test_a_lora_client_becomes_an_adapter(home: Path) -> None:
     out = run("export", "--client", "client-1", "-o", "peft").stdout
-    assert out == "Adapter of client-1 for PEFT: peft\n"
+    assert out == (
+        "Composed of client-1 × 1; 2 classes.\nλ = 1.\n"
+        f"LoRA adapter for PEFT, of rank 2 to 6: {home / 'peft'}\n"
+        "It is the composed change, to float32's rounding.\n"
+    )
     assert sorted(p.name for p in (home / "peft").iterdir()) == sorted(
         [ADAPTER, ADAPTER_CONFIG, MODEL_CARD]
     )
     found = told("export", "--client", "client-1", "-o", "again")
-    assert found == {"output": str(home / "again"), "client": "client-1", "format": "peft"}
+    expected = {"output": str(home / "again"), "client": "client-1", "format": "peft"}
+    assert found == found | expected | {"clients": ["client-1"], "scale": 1.0, "error": 0.0}
     assert contents(home / "again") == contents(home / "peft")
 
 
@@ -329,3 +344,43 @@ def test_other_kinds_have_no_adapter(home: Path, client: str, kind: str) -> None
     error = run("export", "--client", client, "-o", "peft", code=1).stderr
     assert f"'{client}' is of kind {kind}" in error
     assert [path.name for path in home.iterdir()] == ["registry"]
+
+
+# -- by a recipe ----------------------------------------------------------------------------------
+
+
+def test_a_recipe_composes_what_options_did_and_what_options_cannot(home: Path) -> None:
+    options = ["--weights", "client-0=0.7,client-2=0.3", "--scale", "2", "--rule", "ties"]
+    run("compose", *options, "-o", "a")
+    found = told("compose", "--recipe", "a/recipe.toml", "-r", "registry", "-o", "b")
+    assert (found["scale"], found["coefficients"]) == (2.0, WEIGHTS)
+    parts = [{**contents(home / name), MODEL_CARD: b""} for name in "ab"]
+    assert parts[0] == parts[1]
+    assert "Only client-0, client-2." in (home / "b" / MODEL_CARD).read_text()
+    Path("own.toml").write_text('dtype = "bfloat16"\nnormalise = false\n[weights]\nclient-0 = -1\n')
+    run("compose", "--recipe", "own.toml", "-o", "c")
+    model = model_from(home / "c")
+    assert tensors(home / "c")["head.weight"].dtype == torch.bfloat16
+    assert torch.equal(model.head.weight, tensors(home / "c")["head.weight"].float())
+    run("negate", "client-1", "--strength", "0.5", "-o", "d")
+    run("compose", "--recipe", "d/recipe.toml", "-o", "e")
+    assert same_bits(tensors(home / "d"), tensors(home / "e"))
+    assert "do not deploy" in (home / "e" / MODEL_CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--scale 1 --rule ties", "leave out `--scale`, `--rule`, or write it into own.toml"),
+        ("--only client-0", "leave out `--only`"),
+        ("", "`membres` is no setting. Did you mean `members`?"),
+    ],
+)
+def test_options_beside_a_recipe_and_misspelt_keys_are_refused(
+    home: Path, options: str, reason: str
+) -> None:
+    Path("own.toml").write_text("membres = ['client-0']")
+    before = contents(home)
+    given = ["compose", "--recipe", "own.toml", *options.split(), "-o", "out"]
+    assert reason in run(*given, code=2).stderr
+    assert contents(home) == before

@@ -438,19 +438,6 @@ def test_every_option_is_explained(
             assert option.make_metavar(click.Context(command)).strip("[]. ") in out
 
 
-def test_help_is_quick(home: Path) -> None:
-    """The commands import what computes only when they compute."""
-    code = (
-        "import sys\nfrom fedcompo.cli.app import app\n"
-        "for words in (['--help'], ['remove', '--help'], ['compose', '--help']):\n"
-        "    try: app(words)\n"
-        "    except SystemExit as end: assert end.code == 0\n"
-        "print({'torch', 'timm', 'numpy', 'flwr', 'ray', 'sklearn'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
-
-
 def test_a_real_process_keeps_its_output_clean(home: Path) -> None:
     command = [sys.executable, "-m", "fedcompo.cli", "remove", "client-1", "--yes", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)
@@ -511,3 +498,13 @@ def test_weights_are_parsed() -> None:
 def test_weights_that_mean_nothing_are_refused(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         weights_of(text)
+
+
+def test_a_new_registry_is_empty_and_composes_as_its_settings_say(tmp_path: Path) -> None:
+    made = told("create", tmp_path / "new", "--set", "rule=ties:density=0.5", "--set", "scale=2")
+    opened = Registry(made["registry"])
+    assert (opened.clients, opened.backbone.fingerprint) == ((), made["backbone"])
+    assert (opened.settings.rule, opened.settings.scale) == ("ties:density=0.5", 2)
+    assert told("list", "-r", opened.path)["clients"] == []
+    said = run("create", opened.path, code=1).output
+    assert "holds something already" in " ".join(said.split())

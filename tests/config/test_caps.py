@@ -319,6 +319,18 @@ def test_kronecker_factors_travel_anchor_and_are_kept_with_their_member(tmp_path
         assert all(finding.holds for finding in verify_registry(registry.path))
 
 
+def test_who_lacks_what_the_rule_needs_is_left_out_before_anyone_trains(tmp_path):
+    nodes, few = {"node_configs": {0: {"dp-noise": 1.0}}}, {"images_per_class": 8, "local_steps": 5}
+    results = run(nodes, tmp_path / "out", rule="regmean", **few)
+    (left,) = results["left_out"]
+    assert (left["client"], left["phase"]) == (CLIENTS[0], "describe")
+    assert "needs of every member the squares of layers' inputs" in left["reason"]
+    assert all(finding.holds for finding in verify_registry(tmp_path / "out" / "registry"))
+    for settings in ({"keep_fisher": False}, {"fisher_form": "none"}, {"dp_noise": 1.0}):
+        with pytest.raises(ConfigError, match="The rule regmean composes by what clients send"):
+            run({}, tmp_path / "not", rule="regmean", **settings)
+
+
 def test_kronecker_factors_anchor_an_ensemble_too(images, tmp_path):
     results = federate(images, tmp_path / "out", fisher_form="kronecker", beta=1.0)
     assert [r["trained"] for r in results["rounds"]] == [["ann", "ben", "eve"]] * 2

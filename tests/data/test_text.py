@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,7 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
 
 def write(path: Path, content: list[dict[str, Any]]) -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".tsv":
-            table = csv.DictWriter(file, list(content[0]), dialect="excel-tab")
-            table.writeheader()
-            table.writerows(content)
-        else:
-            file.writelines(json.dumps(row) + "\n" for row in content)
+        file.writelines(json.dumps(row) + "\n" for row in content)
     return path
 
 
@@ -61,9 +55,8 @@ def decoded(data: ClientData, part: str) -> list[tuple[str, str]]:
     return [(text, data.classes[label]) for text, label in zip(texts, split.labels, strict=True)]
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".tsv"])
-def test_all_clients_together_hold_each_text_once_under_its_class(tmp_path: Path, ending: str):
-    path = write(tmp_path / f"data{ending}", rows())
+def test_all_clients_together_hold_each_text_once_under_its_class(tmp_path: Path):
+    path = write(tmp_path / "data.jsonl", rows())
     clients = [load(path, partition=partition) for partition in range(3)]
     for part in ("train", "test"):
         found = [pair for client in clients for pair in decoded(client, part)]
@@ -72,10 +65,9 @@ def test_all_clients_together_hold_each_text_once_under_its_class(tmp_path: Path
     assert clients[0].train.images.shape == (8, 1, 1, LENGTH)
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".tsv"])
 @pytest.mark.parametrize("text", ["two\nlines", "a\ttab", 'a "quote"', "naïve ☃", "  indented"])
-def test_a_text_is_read_to_the_letter(tmp_path: Path, ending: str, text: str):
-    path = write(tmp_path / f"data{ending}", rows(text=text))
+def test_a_text_is_read_to_the_letter(tmp_path: Path, text: str):
+    path = write(tmp_path / "data.jsonl", rows(text=text))
     assert {found for found, _ in decoded(load(path), "train")} == {text}
 
 
@@ -132,13 +124,7 @@ def test_a_fault_is_refused_by_line(tmp_path: Path, change: dict[str, Any], mess
         ("data.jsonl", b"a line\n", "line 1, is no JSON .*one object a line"),
         ("data.jsonl", b"[1, 2]\n", r"line 1, is no JSON object, got '\[1, 2\]'"),
         ("data.jsonl", b"\xff\xfe\n", "cannot be read as UTF-8"),
-        ("data.tsv", b"", "names no column 'label'; it names none"),
-        ("data.tsv", b"text\tclass\na\tb\n", "names no column 'label'; it names text, class"),
-        ("data.tsv", b"text\tlabel\na\tb\tc\n", "text 1, has more cells than there are columns"),
-        ("data.tsv", b"text\tlabel\na\n", "text 1, must have `label`, a text; got None"),
-        ("data.tsv", b'text\tlabel\n"a\tb\n', "is no tab-separated table"),
-        ("data.tsv", b"text\tlabel\n", "holds no texts"),
-        ("data.csv", b"", r"must end in \.jsonl or \.tsv.*got '\.csv'"),
+        ("data.csv", b"", r"must end in \.jsonl .*got '\.csv'"),
         ("data", b"", "got 'no ending'"),
     ],
 )
@@ -163,11 +149,8 @@ def test_texts_are_refused_where_the_backbone_reads_pictures_and_the_other_way_r
         load_client_data(DataConfig(), TEXTS, partition=0, seed=0)
 
 
-@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.tsv"])
-def test_the_path_of_a_text_file_alone_is_refused_and_the_source_is_suggested(
-    tmp_path: Path, name: str
-):
-    path = write(tmp_path / name, rows())
+def test_the_path_of_a_text_file_alone_is_refused_and_the_source_is_suggested(tmp_path: Path):
+    path = write(tmp_path / "corpus.jsonl", rows())
     with pytest.raises(DataError, match=f"Did you mean 'text:{path}'"):
         load_client_data(DataConfig(data=str(path)), TEXTS, partition=0, seed=0)
     with pytest.raises(DataError, match="text needs a path: text:<path>"):

@@ -162,6 +162,7 @@ def test_a_run_that_raises_is_a_failure_and_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.simulation
+@pytest.mark.slow  # each part is shown without the engine above, or by the runs before
 def test_a_run_without_results_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,11 +179,11 @@ def test_python_users_simulate_as_the_command_does(
 ) -> None:
     started = []
 
-    def run_app(settings: dict[str, object], **rest: object) -> dict[str, object]:
-        started.append({"settings": settings, **rest})
+    def run(self: launcher.Simulation, on_event: object) -> dict[str, object]:
+        started.append(vars(self))
         return {"accuracy": 1.0}
 
-    monkeypatch.setattr(launcher, "run_app", run_app)
+    monkeypatch.setattr(launcher.Simulation, "run", run)
     monkeypatch.chdir(tmp_path)
     assert simulate({"num-tasks": 3, "checkpoint": "weights.pt"}) == {"accuracy": 1.0}
     assert simulate(RunConfig(), output="mine") == {"accuracy": 1.0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,11 @@ from torch import Tensor
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ConfigError
 from fedcompo.export.folder import publish
+from fedcompo.export.recipe import Negation, Recipe
+from fedcompo.export.selected import Selection
 from fedcompo.export.selection import from_registry
 from fedcompo.registry.registry import Registry
-from fedcompo.storage.files import MODEL_CARD
+from fedcompo.storage.files import MODEL_CARD, RECIPE
 from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
 
 
@@ -40,12 +42,14 @@ def test_the_folder_holds_model_configuration_and_card_and_what_is_told_is_in_it
         MODEL_CARD,
         "config.json",
         "model.safetensors",
+        RECIPE,
     ]
     assert told == {
         "output": str(tmp_path / "out"),
         "clients": ["ada", "ben"],
         "coefficients": {"ada": 0.5, "ben": 0.5},
         "scale": 2.0,
+        "rule": "mean",
         "classes": ["cat", "dog", "owl", "yak"],
         "negated": None,
         "linearised": False,
@@ -77,14 +81,17 @@ def test_every_weight_is_the_selections_or_the_backbones(
 
 
 def test_a_negated_copy_is_labelled(registry: Registry, tmp_path: Path) -> None:
-    selection = from_registry(registry, without=("cho",))
-    weights = [(name, weight + 1) for name, weight in selection.stream()]
-    told = publish(tmp_path / "out", selection, weights, negated="cho", strength=0.5)
-    assert told["negated"] == "cho"
+    selection = from_registry(registry, recipe=Recipe(negated=Negation("cho", strength=0.5)))
+    assert selection.pool.clients == ("ada", "ben") and selection.without == ("cho",)
+    assert publish(tmp_path / "out", selection)["negated"] == "cho"
     card = (tmp_path / "out" / MODEL_CARD).read_text()
     assert "do not deploy" in card and "0.5 times the task vector" in card
     found = StreamedTensors(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(found[name], weight) for name, weight in weights)
+    vector = registry.contribution("cho").task_vector
+    for name, weight in from_registry(registry, without=("cho",)).stream():
+        tau = vector.delta(name, backbone().theta_0[name])
+        expected = (weight.double() - 0.5 * tau.double()).float()
+        assert torch.equal(found[name], expected)
 
 
 def test_what_is_there_is_never_written_over(registry: Registry, tmp_path: Path) -> None:
@@ -95,22 +102,33 @@ def test_what_is_there_is_never_written_over(registry: Registry, tmp_path: Path)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_nothing_appears_if_composing_fails_half_way(registry: Registry, tmp_path: Path) -> None:
+def composing(values: Iterable[tuple[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let selections compose these values."""
+    monkeypatch.setattr(Selection, "stream", lambda self: iter(values))
+
+
+def test_nothing_appears_if_composing_fails_half_way(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     selection = from_registry(registry)
 
-    def failing() -> Iterator[tuple[str, Tensor]]:
-        yield next(selection.stream())
+    def failing(composed: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        yield next(composed)
         raise KeyboardInterrupt
 
+    composing(failing(selection.stream()), monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        publish(tmp_path / "out", selection, failing())
+        publish(tmp_path / "out", selection)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_out_of_order_are_no_model(registry: Registry, tmp_path: Path) -> None:
+def test_weights_out_of_order_are_no_model(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     selection = from_registry(registry)
+    composing(reversed(list(selection.stream())), monkeypatch)
     with pytest.raises(ValueError, match="out of order"):
-        publish(tmp_path / "out", selection, reversed(list(selection.stream())))
+        publish(tmp_path / "out", selection)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from builders import KINDS, dense_by_hand, pico_weights, random_like, task_vecto
 
 from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
-from fedcompo.export.folder import negated
+from fedcompo.export.negation import negated
 
 THETA_0 = pico_weights(dtype=torch.float32)
 THETA = random_like(THETA_0, seed=40)
@@ -76,11 +76,11 @@ def test_a_weight_that_never_comes_is_missed():
 def test_another_backbone_is_refused_before_anything_is_computed():
     vector = task_vector(Kind.LORA, THETA_0, seed=1, base="pico@1")
     with pytest.raises(BackboneMismatch, match=r"pico@1.*pico@2"):
-        negated(THETA, vector, THETA_0, base="pico@2")
+        next(negated(THETA, vector, THETA_0, base="pico@2"))
     assert dict(negated(THETA, vector, THETA_0, base="pico@1")).keys() == THETA.keys()
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
 def test_only_a_positive_scale_negates(scale):
     with pytest.raises(ConfigError, match=f"positive number, got {scale}"):
-        negated(THETA, task_vector(Kind.FULL, THETA_0, seed=1), THETA_0, scale=scale)
+        next(negated(THETA, task_vector(Kind.FULL, THETA_0, seed=1), THETA_0, scale=scale))

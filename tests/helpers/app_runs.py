@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid
 from sklearn.datasets import load_digits
@@ -32,10 +34,38 @@ def few_digits(folder: Path) -> Path:
     return path
 
 
+def two_blocks(folder: Path) -> Path:
+    """Write the first two of the embedded backbone's six blocks as timm would: a third of the time.
+
+    They are pre-trained weights like any; `embedded` itself runs in the engine's tests.
+    """
+    assets = resources.files("fedcompo") / "assets"
+    recipe = json.loads((assets / "glyph_vit.json").read_text())
+    recipe["model_args"]["depth"] = 2
+    recipe["pretrained_cfg"] |= {
+        "num_classes": 0,
+        "classifier": "head",
+        "first_conv": "patch_embed.proj",
+    }
+    keys = ("architecture", "model_args", "pretrained_cfg")
+    (folder / "config.json").write_text(json.dumps({key: recipe[key] for key in keys}))
+    weights = safetensors.torch.load((assets / "glyph_vit.safetensors").read_bytes())
+    kept = {
+        n: w
+        for n, w in weights.items()
+        if not n.startswith(tuple(f"blocks.{i}." for i in range(2, 6)))
+    }
+    safetensors.torch.save_file(kept, folder / "model.safetensors")
+    return folder
+
+
 FEW_WEIGHTS = "blocks.0.mlp.fc1.weight,blocks.1.attn.proj.weight"
 """Of the attention and of the perceptron one each: a Fisher of all 24 weights takes seconds."""
 ALL_WEIGHTS = BackboneConfig().target_weights
 _FOLDER = tempfile.TemporaryDirectory(prefix="fedcompo-tests-")
+BACKBONE = BackboneConfig(
+    backbone=f"local-dir:{two_blocks(Path(_FOLDER.name))}", target_weights=FEW_WEIGHTS
+)
 QUICK = {
     "data": f"npz:{few_digits(Path(_FOLDER.name))}",
     "num-tasks": 3,
@@ -45,6 +75,7 @@ QUICK = {
     "batch-size": 8,  # the first step from a head of zeros moves no weight of the backbone
     "local-steps": 0,
     "rank": 2,
+    "backbone": BACKBONE.backbone,
     "target-weights": FEW_WEIGHTS,
     "fisher-examples": 8,
     "mixture-components": 1,

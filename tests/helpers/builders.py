@@ -244,7 +244,7 @@ def in_memory(folder: Path) -> Contribution:
     return replace(
         opened,
         task_vector=replace(vector, tensors=dict(vector.tensors)),
-        fisher=replace(fisher, sums=dict(fisher.sums)) if fisher else None,
+        fisher=FisherDiagonal.read(fisher.tensors, fisher.num_examples) if fisher else None,
     )
 
 

@@ -39,7 +39,7 @@ SMALL = {
     "scale": 1.0,
     "realign": False,
     "wire": "float32",  # what arrives is, bit for bit, what was trained
-    "timeout": 1.0,  # an answer is there as soon as its request was sent, or never
+    "timeout": 0.3,  # an answer is there as soon as its request was sent, or never
 }
 
 

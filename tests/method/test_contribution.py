@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import KINDS, altered, contribution
 
-from fedcompo.config.choices import Kind, Statistics
+from fedcompo.config.choices import FisherForm, Kind, Statistics
 from fedcompo.errors import BackboneMismatch, FileFormatError
 from fedcompo.method.contribution import (
     CARD,
@@ -94,6 +94,17 @@ def test_a_fisher_sum_in_double_is_stored_in_single_precision(tmp_path):
     replace(given, fisher=FisherDiagonal(double, 20)).save(tmp_path)
     loaded = Contribution.open(tmp_path).fisher
     assert all(torch.equal(loaded.sums[name], t.float()) for name, t in double.items())
+
+
+def test_squares_of_inputs_are_stored_with_the_fisher_and_opened(tmp_path):
+    given = contribution("hospital-b")
+    inputs = {f"{name}/inputs": torch.arange(3.0) for name in given.fisher.sums}
+    replace(given, fisher=replace(given.fisher, inputs=inputs)).save(tmp_path)
+    loaded = Contribution.open(tmp_path, check=True).fisher
+    assert loaded.sums.keys() == given.fisher.sums.keys()
+    assert {name: t.tolist() for name, t in loaded.inputs.items()} == {
+        name: [0, 1, 2] for name in inputs
+    }
 
 
 def test_the_digests_returned_are_those_on_the_card_and_of_the_tensors(tmp_path):
@@ -253,7 +264,7 @@ def test_a_factored_fisher_is_kept_as_such(tmp_path):
     given = contribution("hospital-b").fisher.reduced()
     save_fisher(tmp_path / FISHER, given, client="hospital-b", base="pico@0")
     loaded = load_fisher(tmp_path / FISHER, client="hospital-b", base="pico@0")
-    assert loaded.factored
+    assert loaded.form is FisherForm.FACTORED
     assert all(torch.equal(loaded.sums[name], given.sums[name]) for name in given.sums)
 
 

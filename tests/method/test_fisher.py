@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedcompo.config.choices import FisherForm
 from fedcompo.errors import ContributionError
 from fedcompo.method.fisher import FisherDiagonal, expanded, outer
 
@@ -38,7 +39,7 @@ def test_what_was_added_can_be_taken_away_again(factored):
     assert both.num_examples == 12
     left = both - g
     assert left.num_examples == 7
-    assert left.factored == factored
+    assert (left.form is FisherForm.FACTORED) == factored
     for name, expected in f.sums.items():
         torch.testing.assert_close(left.sums[name], expected, rtol=1e-12, atol=1e-12 * 100)
 
@@ -93,7 +94,7 @@ def test_fisher_diagonals_of_other_weights_are_refused(other, factored):
 def test_of_a_dense_one_and_a_factored_one_the_margins_are_summed():
     f, g = diagonal(1, 7), diagonal(2, 5)
     for both in (f + g.reduced(), f.reduced() + g):
-        assert both.factored
+        assert both.form is FisherForm.FACTORED
         for name, expected in (f + g).reduced().sums.items():
             torch.testing.assert_close(both.sums[name], expected)
     left = (f + g) - f.reduced()
@@ -166,6 +167,57 @@ def test_margins_that_sum_to_zero_expand_to_zeros(zero):
     assert outer(rows, columns).tolist() == [[0.0, 0.0]] * 3
 
 
+# -- squares of the layers' inputs --------------------------------------------------------------
+
+INPUTS = {
+    f"{name}/inputs": normal(weight.shape[1], seed=3, dtype=torch.float32).square()
+    for name, weight in THETA_0.items()
+}
+
+
+def with_inputs(**changed: Tensor | None) -> FisherDiagonal:
+    sums = random_like(THETA_0, seed=1, positive=True)
+    inputs = {n: t for n, t in {**INPUTS, **changed}.items() if t is not None}
+    return FisherDiagonal.read({**sums, **inputs}, 4)
+
+
+def test_squares_of_inputs_are_kept_apart_and_means_of_them_are_over_examples():
+    fisher = with_inputs()
+    fisher.check(THETA_0, owner="client 'a'")
+    assert fisher.sums.keys() == THETA_0.keys()
+    assert fisher.tensors.keys() == THETA_0.keys() | INPUTS.keys()
+    for name in THETA_0:
+        torch.testing.assert_close(fisher.inputs_of(name), INPUTS[f"{name}/inputs"].double() / 4)
+    assert not (fisher + fisher).inputs
+    assert not fisher.capped(2).inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: None, "shape None"),
+        (lambda t: t[1:], "has shape"),
+        (lambda t: t.unsqueeze(0), "has shape"),
+        (lambda t: -t, "not finite or out of range in float32, expected 0 to"),
+        (lambda t: t * torch.nan, "not finite"),
+        (lambda t: t * 1e30, "out of range"),
+        (lambda t: t.long(), "expected floating point"),
+    ],
+)
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_squares_of_inputs_that_cannot_be_are_refused(form, change, complaint):
+    name = f"{NAME}/inputs"
+    fisher = with_inputs(**{name: change(INPUTS[name])})
+    fisher = fisher.reduced() if form == "factored" else fisher
+    with pytest.raises(ContributionError, match=f"client 'a'.*{name}.*{complaint}|{complaint}.*"):
+        fisher.check(THETA_0, owner="client 'a'")
+
+
+def test_squares_of_inputs_of_no_target_weight_are_refused():
+    with pytest.raises(ContributionError, match="'other/inputs', expected None"):
+        with_inputs(**{"other/inputs": torch.ones(3)}).check(THETA_0, owner="client 'a'")
+
+
 # -- what leaves and what comes of it -----------------------------------------------------------
 
 DENSE = FisherDiagonal(random_like(THETA_0, seed=1, positive=True), 4)
@@ -182,8 +234,8 @@ def test_either_form_fits_its_backbone_and_can_anchor(fisher):
 
 
 def test_the_factored_form_has_a_number_for_each_row_and_column_in_the_same_dtype():
-    assert FACTORED.factored
-    assert not DENSE.factored
+    assert FACTORED.form is FisherForm.FACTORED
+    assert DENSE.form is FisherForm.DENSE
     assert FACTORED.reduced() is FACTORED
     assert {name: (tuple(t.shape), t.dtype) for name, t in FACTORED.sums.items()} == {
         f"{name}{end}": ((size,), torch.float32)

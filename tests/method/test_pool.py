@@ -166,6 +166,7 @@ def test_an_empty_pool_cannot_be_composed():
         ({"client-0": 1.5, "client-1": -0.5, "client-2": 0.0}, ">= 0"),
         ({**UNEQUAL, "client-0": float("nan")}, "sum to 1"),
         ({**UNEQUAL, "client-0": float("inf")}, "sum to 1"),
+        ({**UNEQUAL, "client-0": float("inf"), "client-1": -float("inf")}, "sum to 1"),
     ],
 )
 def test_coefficients_that_are_no_weighted_mean_of_the_clients_are_refused(coefficients, message):

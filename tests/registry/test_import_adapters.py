@@ -12,15 +12,15 @@ import pytest
 import timm
 import torch
 from builders import PICO_ARGS, normal
+from cli_runs import run
 from image_folders import write_images
 from registry_builders import backbone, member, registry_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter
-from fedcompo.errors import BackboneError, ContributionError
-from fedcompo.export.peft import export_peft
-from fedcompo.registry.imports import import_model
+from fedcompo.errors import BackboneError, BackboneMismatch, ContributionError
+from fedcompo.registry.imports import Wanted, import_model
 
 peft = pytest.importorskip("peft", reason="`pip install .[dev]` brings PEFT")
 
@@ -34,10 +34,10 @@ def written(folder: Path, **given: Any) -> tuple[Path, dict[str, Tensor]]:
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, peft.LoraConfig(**chosen))
         with torch.no_grad():
-            for seed, parameter in enumerate(adapted.parameters()):
+            for seed, (name, parameter) in enumerate(adapted.named_parameters()):
                 if parameter.requires_grad:
                     drawn = normal(*parameter.shape, seed=seed, scale=0.2, dtype=torch.float32)
-                    parameter.copy_(drawn)
+                    parameter.copy_(parameter + 0.1 * drawn if "norm" in name else drawn)
         adapted.save_pretrained(folder)
         merged = adapted.merge_and_unload().state_dict()
     return folder, {name: tensor.detach() for name, tensor in merged.items()}
@@ -72,7 +72,7 @@ def test_an_adapter_becomes_a_client_with_its_own_head(tmp_path: Path) -> None:
     registry = registry_of(tmp_path / "registry", member("ben"))
     images = write_images(tmp_path / "images")
     folder, merged = written(tmp_path / "adapter", modules_to_save=["head"])
-    made = import_model(folder, registry, client="ada", data=images, classes=("dog", "cat"))
+    made = import_model(folder, registry, client="ada", data=images, wanted=Wanted(("dog", "cat")))
     assert made.head.classes == ("cat", "dog")
     assert torch.equal(made.head.weight, merged["head.weight"].flip(0))
     registry.add(made)
@@ -86,8 +86,10 @@ def test_an_adapter_becomes_a_client_with_its_own_head(tmp_path: Path) -> None:
 
 def test_what_export_writes_import_reads(tmp_path: Path) -> None:
     sent = member("ada")
-    export_peft(tmp_path, backbone(), sent)
-    found = read_adapter(tmp_path, backbone())
+    registry_of(tmp_path / "registry", sent)
+    folder = tmp_path / "adapter"
+    run("export", "--client", "ada", "-r", tmp_path / "registry", "-o", folder)
+    found = read_adapter(folder, backbone())
     theta_0 = backbone().theta_0
     expected = sent.task_vector.dense(theta_0)
     torch.testing.assert_close(found.task_vector.dense(theta_0), expected, rtol=0, atol=0)
@@ -121,8 +123,29 @@ def test_what_lies_beside_the_target_weights_is_refused_by_name(
     folder, _ = written(tmp_path / "adapter", **given)
     with pytest.raises(ContributionError, match=r"patch_embed.proj.lora_A.weight|norm.bias"):
         import_model(folder, registry, client="ada", data=images)
-    made = import_model(folder, registry, client="ada", data=images, drop_rest=True)
+    made = import_model(folder, registry, client="ada", data=images, wanted=Wanted(drop_rest=True))
     assert "(1)" in str(made.settings["imported-dropped"])
+
+
+def test_a_larger_models_names_and_what_it_left_as_it_was_are_no_change(tmp_path: Path) -> None:
+    folder, merged = written(tmp_path, target_modules=["qkv"])
+    state = {n.replace("blocks", "vit.blocks"): t for n, t in load_file(folder / ADAPTER).items()}
+    norm = {f"base_model.model.{n}": backbone().model.state_dict()[n] for n in ("norm.weight",)}
+    save_file(state | norm, folder / ADAPTER)
+    found = read_adapter(folder, backbone())
+    assert not found.rest
+    tau = found.task_vector.dense(backbone().theta_0)["blocks.0.attn.qkv.weight"]
+    expected = merged["blocks.0.attn.qkv.weight"] - backbone().theta_0["blocks.0.attn.qkv.weight"]
+    torch.testing.assert_close(tau, expected, rtol=0, atol=1e-6)
+    apart = {
+        f"base_model.model.norm.{part}": normal(8, seed=5).float() for part in ("weight", "bias")
+    }
+    save_file(state | apart, folder / ADAPTER)
+    with pytest.raises(BackboneMismatch, match="trained on other weights"):
+        read_adapter(folder, backbone())
+    (folder / ADAPTER).unlink()
+    with pytest.raises(BackboneError, match="the weights are missing"):
+        read_adapter(folder, backbone())
 
 
 def alien(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,10 +165,13 @@ def diverged(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tens
     return {name: t / 0 for name, t in state.items()}
 
 
-def of_ia3(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    config["peft_type"] = "IA3"
-    del config["r"]
+def of_another_kind(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    config["peft_type"] = "VERA"
     return state
+
+
+def of_two_models(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state | {n.replace("blocks", "teacher.blocks"): t + 0 for n, t in state.items()}
 
 
 def from_the_future(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +186,8 @@ def from_the_future(config: dict[str, Any], state: dict[str, Tensor]) -> dict[st
         (other_rank, "have shapes"),
         (half_gone, "have shapes"),
         (diverged, "infinity or NaN"),
-        (of_ia3, "peft_type = 'IA3'"),
+        (of_another_kind, "peft_type = 'VERA'"),
+        (of_two_models, "which are both 'blocks.0.attn.qkv.weight'"),
         (from_the_future, "use_more = True"),
     ],
 )

@@ -17,15 +17,18 @@ from registry_builders import backbone, member, registry_of
 from torch import Tensor
 
 from fedcompo.audit.shadows import ClientTraining
+from fedcompo.backbone.finetuned import read_finetuned
 from fedcompo.config.choices import Kind
-from fedcompo.config.run import RunConfig
+from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import load_folder
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
+from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums
-from fedcompo.registry.imports import import_model
+from fedcompo.registry.imports import Wanted, import_model
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
+from fedcompo.training.probing import fisher_of_images
 
 ROWS = ("yak", "dog", "cat")
 """Rows of the classifiers below, in no order."""
@@ -76,8 +79,8 @@ def test_a_checkpoint_becomes_a_client(
     state = tuned()
     source = saved(tmp_path, form, state)
     classes = () if form == "folder" else ROWS
-    given: dict[str, Any] = {"client": "ada", "data": images, "classes": classes}
-    made = import_model(source, registry, drop_rest=form == "folder", **given)
+    given: dict[str, Any] = {"client": "ada", "data": images, "wanted": Wanted(classes)}
+    made = import_model(source, registry, **given)
     theta_0 = backbone().theta_0
     expected = {name: state[name].double() - theta_0[name].double() for name in theta_0}
     actual = {name: tau.double() for name, tau in made.task_vector.dense(theta_0).items()}
@@ -120,7 +123,7 @@ def test_what_else_changed_is_named_and_refused_or_recorded(
     with pytest.raises(ContributionError) as refused:
         import_model(source, registry, client="ada", data=images)
     assert rest in str(refused.value)
-    made = import_model(source, registry, client="ada", data=images, drop_rest=True)
+    made = import_model(source, registry, client="ada", data=images, wanted=Wanted(drop_rest=True))
     assert made.settings["imported-dropped"] == rest
 
 
@@ -129,6 +132,7 @@ def test_what_else_changed_is_named_and_refused_or_recorded(
     [
         ("model_args", "num_heads", 4, "model_args"),
         ("model_args", "class_token", False, "model_args"),
+        ("", "global_pool", "avg", "global_pool"),
         ("pretrained_cfg", "mean", [0.1], "mean"),
         ("pretrained_cfg", "interpolation", "bilinear", "interpolation"),
     ],
@@ -149,7 +153,7 @@ def test_a_model_that_computes_something_else_is_named(
     given: dict[str, Any] = {"client": "ada", "data": images}
     made = import_model(source, registry, **given)
     assert (made.settings["imported-head"], made.settings["imported-dropped"]) == ("source", "")
-    config[section][argument] = value
+    (config[section] if section else config)[argument] = value
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ContributionError, match=f"config.json: {said}"):
         import_model(source, registry, **given)
@@ -158,10 +162,27 @@ def test_a_model_that_computes_something_else_is_named(
 def test_rounding_to_half_precision_is_no_change(
     registry: Registry, images: Path, tmp_path: Path
 ) -> None:
-    halves = {name: tensor.half() for name, tensor in tuned().items()}
-    source = saved(tmp_path, "safetensors", halves)
-    made = import_model(source, registry, client="ada", data=images)
-    assert made.settings["imported-dropped"] == ""
+    state = tuned() | {"blocks.0.attn.qkv.weight": backbone().theta_0["blocks.0.attn.qkv.weight"]}
+    halves = {name: tensor.half() for name, tensor in state.items()}
+    mixed = {name: t.bfloat16() if t.ndim > 1 else t for name, t in state.items()}
+    for written in (halves, mixed):
+        source = saved(tmp_path, "safetensors", written)
+        made = import_model(source, registry, client="ada", data=images)
+        assert made.settings["imported-dropped"] == ""
+        assert not made.task_vector.dense(backbone().theta_0)["blocks.0.attn.qkv.weight"].any()
+
+
+def test_what_is_not_trained_is_refused(registry: Registry, images: Path, tmp_path: Path) -> None:
+    start = {name: t.bfloat16() for name, t in backbone().model.state_dict().items()}
+    with pytest.raises(ContributionError, match="changes no target weight"):
+        import_model(saved(tmp_path, "safetensors", start), registry, client="ada", data=images)
+
+
+def test_a_classifier_beside_the_prefix_is_the_models(registry: Registry, tmp_path: Path) -> None:
+    state = {n if n.startswith("head") else f"backbone.{n}": t for n, t in tuned().items()}
+    found = read_finetuned(saved(tmp_path, "safetensors", state), backbone())
+    assert found.classifier is not None
+    assert torch.equal(found.classifier[0], state["head.weight"])
 
 
 def wrong(kind: str, folder: Path) -> Path:
@@ -171,10 +192,26 @@ def wrong(kind: str, folder: Path) -> Path:
     if kind == "pickle":
         torch.save({"state_dict": state, "args": Path("code")}, folder / "tuned.pth")
         return folder / "tuned.pth"
+    if kind == "empty":
+        (folder / "empty").mkdir()
+        return folder / "empty"
+    if kind == "huge":
+        with (folder / "huge.safetensors").open("wb") as file:
+            file.truncate(3 << 30)  # sparse
+        return folder / "huge.safetensors"
+    if kind == "cut":
+        path = saved(folder, "safetensors", state)
+        path.write_bytes(path.read_bytes()[:-100])
+        return path
     if kind == "nan":
         state["blocks.0.attn.qkv.weight"][0, 0] = torch.nan
     if kind == "shape":
         state["blocks.0.attn.qkv.weight"] = torch.ones(3, 3)
+    if kind == "transposed":
+        state["blocks.1.attn.proj.weight"] = state["blocks.1.attn.proj.weight"].T.contiguous()
+    if kind == "exchanged":
+        query, key, value = state["blocks.1.attn.qkv.weight"].chunk(3)
+        state["blocks.1.attn.qkv.weight"] = torch.cat([key, query, value])
     if kind == "lacking":
         del state["blocks.1.mlp.fc2.weight"]
     if kind == "unrelated":
@@ -190,11 +227,16 @@ def wrong(kind: str, folder: Path) -> Path:
     ("kind", "said"),
     [
         ("nothing", "There are no weights at"),
+        ("empty", "There are no weights at"),
+        ("huge", r"has 3.2 GB, and the weights of 'pico'"),
+        ("cut", "is cut off"),
         ("pickle", "never as code"),
         ("nan", "infinity or NaN"),
         ("shape", "no fine-tuned 'pico'"),
         ("lacking", "blocks.1.mlp.fc2.weight"),
         ("unrelated", "was not fine-tuned from its weights"),
+        ("transposed", "'blocks.1.attn.proj.weight': cosine"),
+        ("exchanged", "'blocks.1.attn.qkv.weight': cosine"),
         ("deeper", "blocks.2.attn.qkv.weight"),
     ],
 )
@@ -205,13 +247,28 @@ def test_a_wrong_source_is_refused_in_a_sentence(
         import_model(wrong(kind, tmp_path), registry, client="ada", data=images)
 
 
-@pytest.mark.parametrize("classes", [("cat", "dog"), ("cat", "yak", "owl")])
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("cat", "yak", "owl"), ("cat", "dog", "dog")])
 def test_names_that_do_not_fit_the_rows_are_refused(
     classes: tuple[str, ...], registry: Registry, images: Path, tmp_path: Path
 ) -> None:
     source = saved(tmp_path, "safetensors", tuned())
     with pytest.raises(ContributionError, match="3 rows"):
-        import_model(source, registry, client="ada", data=images, classes=classes)
+        import_model(source, registry, client="ada", data=images, wanted=Wanted(classes))
+
+
+def test_where_no_fisher_can_be_had_it_is_imported_without_and_says_why(
+    registry: Registry, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BackboneError("The layer is not called.")
+
+    monkeypatch.setattr("fedcompo.training.probing.fisher_of_images", refuse)
+    source = saved(tmp_path, "safetensors", tuned())
+    common = ("import", source, "--data", images, "-r", registry.path, "--classes", "yak,dog,cat")
+    assert "it has no Fisher. The layer is not called." in run(*common, "--client", "cho").output
+    member = Registry(registry.path).contribution("cho", with_fisher=True)
+    assert member.fisher is None
+    assert member.settings["imported-no-fisher"] == "The layer is not called."
 
 
 def test_the_command_adds_it_or_writes_its_folder(
@@ -220,6 +277,11 @@ def test_the_command_adds_it_or_writes_its_folder(
     source = saved(tmp_path, "safetensors", tuned())
     command = ("import", source, "--data", images, "-r", registry.path, "--classes", "yak,dog,cat")
     assert told(*command, "--client", "cho", "-o", tmp_path / "cho")["imported-head"] == "source"
+    fisher = Contribution.open(tmp_path / "cho").fisher
+    seen = load_folder(images, backbone().preprocessing, seed=0).train.images
+    expected, _ = fisher_of_images(backbone(), seen, FisherConfig(), seed=0, owner="cho")
+    assert fisher.tensors.keys() == expected.reduced().tensors.keys()
+    assert all(torch.equal(fisher.tensors[n], t) for n, t in expected.reduced().tensors.items())
     assert Registry(registry.path).clients == ("ben",)
     run("add", tmp_path / "cho", "-r", registry.path)
     assert "byte for byte" in run(*command, "--client", "dan", code=1).output

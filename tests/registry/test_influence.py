@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from app_runs import FEW_WEIGHTS, altered, run
+from app_runs import BACKBONE, altered, run
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.config.choices import Curvature
-from fedcompo.config.run import BackboneConfig, RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import (
     BackboneMismatch,
     ConfigError,
@@ -38,7 +39,7 @@ STAY = ("client-1", "client-2")
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
     """A reference Fisher, as `fedcompo fisher` makes it, of ten images."""
-    config = RunConfig.parse({"images-per-class": 1, "target-weights": FEW_WEIGHTS})
+    config = replace(RunConfig.parse({"images-per-class": 1}), backbone=BACKBONE)
     backbone = load_backbone(config.backbone)
     data = load_public_data(config, backbone.preprocessing)
     fisher, _ = reference_fisher(backbone, data, config)
@@ -188,13 +189,13 @@ def _of_a_client(fisher: FisherDiagonal, path: Path) -> None:
 
 
 def base() -> str:
-    return load_backbone(BackboneConfig()).fingerprint
+    return load_backbone(BACKBONE).fingerprint
 
 
 @pytest.mark.parametrize(
     ("write", "error", "reason"),
     [
-        (_at_other_weights, BackboneMismatch, "backbone embedded@00, expected embedded@"),
+        (_at_other_weights, BackboneMismatch, "backbone embedded@00, expected local-dir:vit"),
         (_of_fewer_weights, ContributionError, "proj.*Use the same `target-weights`"),
         (_negative, ContributionError, "out of range"),
         (_of_a_client, FileFormatError, "belongs to client 'client-0', expected '\\(reference\\)'"),

@@ -31,7 +31,7 @@ TOLD = "line 3 of the journal tells of this record"
 GONE = "no file of ben is in the registry"
 KEPT = "of compositions that contain ben, only those named are kept"
 COMPOSED = [
-    f"the survivors alone give the record's {name}" for name in ("factor", SUM, TOTALS, WEIGHTS)
+    f"the survivors alone give the record's {name}" for name in (SUM, TOTALS, WEIGHTS, "factor")
 ]
 SETTINGS = CompositionSettings(keep_versions=True)
 
@@ -113,8 +113,8 @@ LIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["the survivors are those of the journal"],
     ),
     "factor before": ({"factor_before": 0.5}, ["the factor before is the journal's"]),
-    "factor after": ({"factor_after": 0.5}, ["the factor after is the journal's", COMPOSED[0]]),
-    "factor by": ({"factor_by": "vote"}, [COMPOSED[0]]),
+    "factor after": ({"factor_after": 0.5}, ["the factor after is the journal's", COMPOSED[-1]]),
+    "factor by": ({"factor_by": "vote"}, [COMPOSED[-1]]),
     "classes after": ({"classes_after": ("cat",)}, ["the classes are the survivors'"]),
     "kept": ({"kept_versions": ()}, [KEPT]),
     "recomposed": ({"recomposed": True}, ["whether the sum was taken anew is as the journal says"]),
@@ -146,9 +146,9 @@ def test_a_lie_about_a_composition_is_found(root: Path, moment: str, name: str) 
     files = {**getattr(parsed(record_of(root)), field), name: OTHER}
     rewrite_record(root, record_of(root), **{field: files})
     derived = {
-        ("after", SUM): {COMPOSED[1]: False},
-        ("after", TOTALS): {COMPOSED[2]: False},
-        ("after", WEIGHTS): {COMPOSED[3]: None},
+        ("after", SUM): {COMPOSED[0]: False},
+        ("after", TOTALS): {COMPOSED[1]: False},
+        ("after", WEIGHTS): {COMPOSED[2]: None},
     }
     expected = {COVERED.format(moment): False, **derived.get((moment, name), {})}
     assert {claim: h for claim, h in findings(root).items() if h is not True} == expected

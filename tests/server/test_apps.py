@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from app_runs import FEW_WEIGHTS, QUICK, altered, run
+from app_runs import BACKBONE, QUICK, altered, run
 from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid, lost
 from PIL import Image
@@ -22,7 +22,7 @@ from clients.app import app as client_app
 from clients.local import LocalClient
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.run import BackboneConfig, RunConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import DataConfig, load_client_data
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.method.contribution import Contribution
@@ -96,7 +96,7 @@ def test_the_composed_model_is_the_pool_of_the_saved_contributions(tmp_path):
     results = run({}, output, scale=2.0)
     folders = (output / "registry" / "clients").iterdir()
     pool = Pool(tuple(Contribution.open(folder) for folder in folders))
-    backbone = load_backbone(BackboneConfig(target_weights=FEW_WEIGHTS))
+    backbone = load_backbone(BACKBONE)
     theta_p = pool.compose(backbone.theta_0, scale=2.0)
     saved = safetensors.torch.load_file(output / "registry" / "model" / "model.safetensors")
     for name, weight in theta_p.items():  # the registry rounds each τ once, to its grid of 2⁻⁴⁰
@@ -122,7 +122,7 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
     model = timm.create_model(f"local-dir:{output / 'registry' / 'model'}", pretrained=True).eval()
     config = json.loads((output / "registry" / "model" / "config.json").read_text())
     assert config["label_names"] == results["classes"]
-    preprocessing = load_backbone(BackboneConfig()).preprocessing
+    preprocessing = load_backbone(BACKBONE).preprocessing
     source = DataConfig(data=QUICK["data"], num_tasks=3, num_classes=6, images_per_class=12)
     for partition in range(3):
         data = load_client_data(source, preprocessing, partition=partition, seed=0)
@@ -136,7 +136,7 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
 
 
 def test_clients_prepare_pictures_as_when_the_registry_was_made(tmp_path, monkeypatch):
-    loaded = load_backbone(BackboneConfig(target_weights=FEW_WEIGHTS))
+    loaded = load_backbone(BACKBONE)
     old = replace(loaded, preprocessing=replace(loaded.preprocessing, rule=1))
     settings = CompositionSettings.of(RunConfig.parse(QUICK))
     Registry.create(tmp_path / "registry", old, settings)
@@ -369,10 +369,10 @@ def test_a_flipped_byte_on_the_way_is_refused(tmp_path):
 
 
 def test_a_client_that_never_answers_is_left_out_after_the_timeout(tmp_path):
-    one_by_one = {"timeout": 1.0, "in_flight": 1}  # so nobody waits while others train
+    one_by_one = {"timeout": 0.3, "in_flight": 1}  # so nobody waits while others train
     results = run({"tamper": {(1, "train"): lost}}, tmp_path / "out", realign=False, **one_by_one)
     (left_out,) = results["left_out"]
-    assert "no answer within 1 s" in left_out["reason"]
+    assert "no answer within 0.3 s" in left_out["reason"]
     assert list(results["per_client"]) == ["client-0", "client-2"]
 
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import safetensors.torch
 import torch
-from app_runs import FEW_WEIGHTS, QUICK, altered, run
+from app_runs import BACKBONE, QUICK, altered, run
 from builders import dense_by_hand
 from round_runs import draw_images
 from torch import Tensor
@@ -22,7 +22,7 @@ from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
-from fedcompo.config.run import BackboneConfig, DataConfig, RunConfig
+from fedcompo.config.run import DataConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data
 from fedcompo.engine.live import Progress
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients
@@ -47,7 +47,7 @@ Parameters = Mapping[str, Tensor]
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return load_backbone(BackboneConfig(target_weights=FEW_WEIGHTS))
+    return load_backbone(BACKBONE)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from app_runs import FEW_WEIGHTS, QUICK, altered, run
+from app_runs import BACKBONE, QUICK, altered, run
 from in_process_grid import lost
 from round_runs import draw_images
 
@@ -19,6 +19,7 @@ from fedcompo.composition.voting import Votes, elected, scales
 from fedcompo.config.choices import Statistics
 from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError
+from fedcompo.export.selection import from_registry
 from fedcompo.method.features import extract_features
 from fedcompo.method.statistics import FeatureSums, total_of
 from fedcompo.registry.registry import Registry
@@ -97,10 +98,10 @@ def test_a_fixed_scale_is_not_voted_on_and_no_image_is_kept_aside(tmp_path):
 def test_who_joins_a_registry_of_fixed_scale_is_told_that_images_are_kept_aside_in_vain(
     scale, tmp_path
 ):
-    backbone = load_backbone(RunConfig.parse({"target-weights": FEW_WEIGHTS}).backbone)
+    backbone = load_backbone(BACKBONE)
     Registry.create(tmp_path / "fixed", backbone, CompositionSettings(scale=2.0))
     results = run({}, tmp_path / "out", registry=str(tmp_path / "fixed"), scale=scale, **SOME)
-    told = [note for note in results["notes"] if "trains nobody. Set `scale = 2`" in note]
+    told = [note for note in results["notes"] if "trains nobody. Set `aside = 0`" in note]
     assert len(told) == (scale == "auto")
     assert results["scale"]["by"] == "fixed"
 
@@ -146,7 +147,7 @@ def test_one_node_under_noise_describes_one_model(tmp_path):
 
 
 def test_without_everyones_features_the_head_stays_as_the_registry_aligned_it(tmp_path):
-    one_by_one = {"timeout": 1.0, "in_flight": 1}
+    one_by_one = {"timeout": 0.3, "in_flight": 1}
     results = run({"tamper": {(0, "query.realign"): lost}}, tmp_path / "out", **one_by_one)
     assert any("not aligned again" in note for note in results["notes"])
     assert results["scale"]["by"] == "norms"
@@ -244,3 +245,27 @@ def test_the_distance_is_in_the_metric_of_the_others_whoever_s_anchors(chosen, t
     own = run({}, tmp_path / "out", **SOME, anchor="own", realign=False)
     for client, expected in results["per_client"].items():
         assert own["per_client"][client]["distance"] == pytest.approx(expected["distance"])
+
+
+def test_by_another_rule_they_vote_on_its_total(tmp_path):
+    """The rule is the registry's. λ = 0 is the frozen backbone; the others multiply the total."""
+    fast = {**SOME, "local_epochs": 1, "local_steps": 5}
+    settings = CompositionSettings.of(RunConfig.parse({"rule": "ties:density=0.3"}))
+    path = Registry.create(tmp_path / "empty", load_backbone(BACKBONE), settings).path
+    results = run({}, tmp_path / "out", **fast, registry=str(path))
+    assert any("composes with its own settings" in note for note in results["notes"])
+    registry = Registry(path)
+    chosen, candidates = results["scale"], results["scale"]["candidates"]
+    assert (chosen["by"], [c["scale"] for c in candidates]) == ("vote", list(scales(3)))
+    losses = []
+    clients = clients_of(**fast)
+    for scale in scales(3):
+        theta = dict(from_registry(registry, scale=scale).stream()) if scale else {}
+        own = [(features(c, theta, 0), c.split[0].labels, c.data.classes) for c in clients]
+        head = head_from_total(total_of([FeatureSums.of(*described) for described in own]))
+        votes = Votes.none(1)
+        for client in clients:
+            labels = head.indices(client.data.classes)[client.split[1].labels]
+            votes += Votes.of([head(features(client, theta, 1))], labels)
+        losses.append(votes.losses[0] / votes.num_examples)
+    assert [c["loss"] for c in candidates] == pytest.approx(losses, abs=1e-4)

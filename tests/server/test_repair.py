@@ -16,7 +16,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
-from server.rounds.rounds import Rounds
+from server.rounds.current_sum import CurrentSum
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +170,10 @@ def test_if_nobody_can_be_repaired_the_removal_stands_and_a_note_says_why(images
 
 
 def test_a_disk_that_fails_during_repair_leaves_the_removal_standing(images, registry, monkeypatch):
-    def full(self: Rounds) -> None:
+    def full(self: CurrentSum) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Rounds, "keep", full)
+    monkeypatch.setattr(CurrentSum, "keep", full)
     results = remove(images, registry)
     assert results["survivors"] == list(members(registry)) == ["ben", "eve"]
     assert any("the removal stands: " in n and "No space" in n for n in results["notes"])

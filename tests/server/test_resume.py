@@ -164,7 +164,7 @@ def test_a_client_that_missed_a_round_before_the_interruption_still_has_missed_i
             reply = super()._see(partition, kind, reply)
             return None if kind == "train" and partition == 1 else reply
 
-    settings = {"method": "iel", "num_server_rounds": 2, "timeout": 1.0}
+    settings = {"method": "iel", "num_server_rounds": 2, "timeout": 0.3}
     output: Path = tmp_path / "run"
     first = Missing(11)
     with pytest.raises(Killed):

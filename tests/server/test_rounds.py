@@ -284,7 +284,7 @@ def lacking(tensors: dict, manifest: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lost, "no answer within 1 s"),
+        (lost, "no answer within 0.3 s"),
         (altered(nan), "not finite"),
         (altered(other_kind), "of the kind tangent, it was asked for full"),
         (altered(no_losses), "reports the losses []"),

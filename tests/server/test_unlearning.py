@@ -79,7 +79,7 @@ def test_the_removed_client_is_gone_from_the_registry_a_run_left(registry, tmp_p
 
 def test_a_removal_waits_for_nobody(registry, tmp_path):
     options = {"clients": 1, "tamper": {(0, "evaluate"): lost}}
-    results = remove(registry, tmp_path / "out", options, num_clients=1, timeout=1.0)
+    results = remove(registry, tmp_path / "out", options, num_clients=1, timeout=0.3)
     assert Registry(registry).clients == ("client-0", "client-2")
     assert results["accuracy_before"] == results["accuracy_after"] == {}
     assert any("client-2" in note and "does not wait" in note for note in results["notes"])

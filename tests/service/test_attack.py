@@ -17,7 +17,7 @@ def script(monkeypatch):
 
 
 def test_a_short_attack_stops_nobody(script, tmp_path):
-    figures = script.attack(tmp_path, seconds=1.0, quiet=0.0, hostile=4, backbone="tiny")
+    figures = script.attack(tmp_path, seconds=0.5, quiet=0.0, hostile=2, backbone="tiny")
     assert set(figures["attack"]) == {*CALLS, "leave"}
     assert "operator composes" in script.report(figures)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -11,12 +12,10 @@ from app_runs import ALL_WEIGHTS, run
 
 from fedcompo.audit.evaluation import clients_data, run_config_of
 from fedcompo.composition.head import head_of
-from fedcompo.errors import ContributionError
-from fedcompo.method.pool import Pool
 from fedcompo.training.accuracy import accuracy_of
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "compare"))
-bench, measures, merging = map(import_module, ("bench", "measures", "merging"))
+bench, compare_rules, measures = map(import_module, ("bench", "compare_rules", "measures"))
 
 SETTINGS = {
     "target_weights": ALL_WEIGHTS,
@@ -30,6 +29,7 @@ SETTINGS = {
     "seed": 3,
 }
 """Trained far enough for merges to differ; composed as their mean."""
+DERIVED = [name for name, method in measures.METHODS.items() if method.of]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_the_head_is_made_of_the_images_that_clients_realign_on(finished):
 
 def test_derived_methods_are_measured_and_differ(finished):
     _, beside = finished
-    figures = {name: measures.derive(beside, name) for name in ("frozen", "joint", *merging.MERGES)}
+    figures = {name: measures.derive(beside, name) for name in DERIVED}
     for found in figures.values():
         assert 0 <= found["class_il"] <= found["task_il"] <= 1
     assert len({found["class_il"] for found in figures.values()}) > 3
@@ -95,11 +95,19 @@ def test_derived_methods_are_measured_and_differ(finished):
     assert figures["joint"]["up"] is None
 
 
-def test_what_cannot_be_merged_so_says_why(finished):
-    _, beside = finished
-    without_fishers: Pool = beside.registry.pool()
-    with pytest.raises(ContributionError, match="There is no Fisher of client-0"):
-        merging.fisher_weighted(without_fishers, beside.backbone.theta_0)
+def test_rules_are_compared_and_the_mean_has_the_figures_of_the_run(finished, monkeypatch, capsys):
+    results, beside = finished
+    file = beside.path.with_name("rules.json")
+    words = [beside.path.parent, "--rule", "mean", "--rule", "ties", "--json", file]
+    monkeypatch.setattr(sys, "argv", ["compare_rules.py", *map(str, words)])
+    compare_rules.main()
+    (found,) = json.loads(file.read_text()).values()
+    tried = found["mean"]["tried"]
+    assert tried["1"]["class_il"] == pytest.approx(results["class_il_accuracy"], abs=0.02)
+    assert found["mean"]["best"] == max(one["class_il"] for one in tried.values())
+    assert found["ties"]["removal"] == "O(T)"
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows] == ["rule", "mean", "ties"]
 
 
 def test_a_client_that_leaves_takes_its_task_and_little_else(finished):

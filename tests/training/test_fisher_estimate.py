@@ -115,6 +115,27 @@ def test_the_size_of_memory_chunks_does_not_change_the_result(monkeypatch, curva
     assert_same(estimate(curvature=curvature)[0].sums, expected.sums)
 
 
+@pytest.mark.parametrize("form", [FisherForm.DENSE, FisherForm.KRONECKER])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_squares_of_inputs_are_those_of_each_layer_token_by_token(form, batch):
+    model, expected = pico_model(), {}
+
+    def add(name: str, given: Tensor) -> None:
+        total = expected.setdefault(f"{name}/inputs", torch.zeros(given.shape[-1]).double())
+        for token in given.flatten(0, -2):
+            total += token * token
+
+    for name in NAMES:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer.register_forward_pre_hook(lambda _, given, name=name: add(name, given[0].detach()))
+    for image in IMAGES:
+        model(image.unsqueeze(0))
+    found, _ = estimate(curvature=Curvature.FEATURES, batch=batch, form=form)
+    assert_same(dict(found.inputs), expected)
+    for kept in (found.reduced(), found.thinned()):
+        assert_same(dict(kept.inputs), expected)
+
+
 # -- of the features ----------------------------------------------------------------------------
 
 

@@ -1,0 +1,82 @@
+"""The command that hands models on: `fedcompo export`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from fedcompo.cli import common
+from fedcompo.cli.models import report, say_members
+from fedcompo.composition.settings import MEAN
+from fedcompo.errors import ConfigError
+from fedcompo.report.console import print_json, say
+
+
+@common.with_options("choice", common.RuledChoice)
+def export(
+    *,
+    output: common.OutputOption,
+    registry: common.RegistryOption = None,
+    client: Annotated[
+        str | None,
+        typer.Option(help="One client, with its own head, as an adapter that PEFT loads."),
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write one LoRA adapter that PEFT loads.")
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Largest rank of the adapter; default: whatever is exact."),
+    ] = None,
+    choice: common.RuledChoice,
+    as_json: common.JsonOption = False,
+    verbose: common.VerboseOption = False,
+) -> None:
+    """Export the composed model for timm, or as one LoRA adapter for PEFT.
+
+    An adapter joins the factors of the members: it makes the composed model, to rounding. --rank
+    cuts it, and tells the error; members without factors (full, ia3) need it. It is three times as
+    large for a fused qkv, as in training.
+    """
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+        chosen = choice.parsed()
+        if client is not None and choice != common.RuledChoice():
+            raise ConfigError("`--client` takes one client as it is; to compose, use `--only`.")
+        if rank is not None and not adapter and client is None:
+            raise ConfigError("`--rank` goes with `--adapter` or `--client`.")
+        opened = common.open_registry(registry)
+        if client is not None:
+            opened.member(client)  # refuses at once who is not there
+            chosen |= {"only": (client,), "weights": {client: 1.0}, "scale": 1.0, "rule": MEAN}
+        from fedcompo.export.folder import publish
+        from fedcompo.export.selection import from_registry
+
+        selection = from_registry(opened, **chosen)
+        if client is not None:
+            selection = replace(selection, head=opened.contribution(client).head)
+        tell("writing")
+        if client is None and not adapter:
+            report(publish(output, selection), as_json)
+            return
+        from fedcompo.export.peft import export_peft
+
+        _report_adapter({**export_peft(output, selection, rank=rank), "client": client}, as_json)
+
+
+def _report_adapter(written: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(written)
+        return
+    say_members(written)
+    ranks, worst = sorted({*written["ranks"].values()}), written["worst"]
+    spread = " to ".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
+    say(f"LoRA adapter for PEFT, of rank {spread}: {written['output']}")
+    say(
+        f"Error, relative to the composed change: {written['error']:.3g} in all; "
+        f"{worst['error']:.3g} at most, in {worst['weight']}."
+        if worst["error"]
+        else "It is the composed change, to float32's rounding."
+    )
