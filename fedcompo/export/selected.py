@@ -129,7 +129,7 @@ class Asked:
             )
         scale = recipe.scale
         if recipe.factor:
-            scale = recipe.factor * sum(settings.times(c.num_examples) for c in self.pool)
+            scale = recipe.factor * sum(times_of(self.pool, settings).values())
         elif not scale and rule.votes and not recipe.normalise and recipe.weights is not None:
             scale = 1.0  # the weights need not be a mean's
         return replace(settings, scale=scale) if scale else settings
@@ -153,7 +153,7 @@ class Selection(Asked):
         """Coefficients w by client; they sum to one, unless the recipe says otherwise."""
         if self.coefficients is not None:
             return dict(self.coefficients)
-        times = {c.client: self.settings.times(c.num_examples) for c in self.pool}
+        times = times_of(self.pool, self.settings)
         return {client: count / sum(times.values()) for client, count in times.items()}
 
     @property
@@ -163,7 +163,7 @@ class Selection(Asked):
             return self.settings.scale
         if self.coefficients is not None:
             return self.factor
-        return self.factor * sum(self.settings.times(c.num_examples) for c in self.pool)
+        return self.factor * sum(times_of(self.pool, self.settings).values())
 
     @property
     def multipliers(self) -> dict[str, float] | None:
@@ -231,7 +231,7 @@ class Selection(Asked):
         groups = self.recipe.grouped(self.backbone.target_weights)
         rest = set(self.backbone.target_weights).difference(*(names for _, names in groups))
         parts = [(rest, self.coefficients, self.factor)]
-        together = sum(self.settings.times(c.num_examples) for c in self.pool)
+        together = sum(times_of(self.pool, self.settings).values())
         for group, names in groups:
             weights = self.coefficients if group.weights is None else group.weights
             factor = self._scale_of(group) / (together if weights is None else 1)

@@ -12,7 +12,7 @@ from typing import Unpack
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.composition.head import head_of
-from fedcompo.composition.models import factor_of
+from fedcompo.composition.models import factor_of, times_of
 from fedcompo.composition.rules.parsing import parse_rule
 from fedcompo.composition.settings import MEAN, CompositionSettings
 from fedcompo.config.run import RunConfig
@@ -189,6 +189,6 @@ def _factor(registry: RegistryReader, asked: Asked, settings: CompositionSetting
     if open_still and asked.pool.clients == registry.clients and asked.coefficients is None:
         return registry.factor
     if open_still and registry.kept_factor is not None:
-        together = sum(settings.times(c.num_examples) for c in asked.pool)
+        together = sum(times_of(asked.pool, settings).values())
         return registry.kept_factor * (1 if asked.coefficients is None else together)
     return factor_of(asked.pool, registry.backbone, settings, asked.coefficients).value

@@ -12,6 +12,7 @@ import torch
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.diagnostics import Diagnostics, diagnose
+from fedcompo.composition.models import times_of
 from fedcompo.config.run import RunConfig
 from fedcompo.messages.answers import EvaluateAnswer
 from fedcompo.messages.body import Body
@@ -54,7 +55,7 @@ class Composing:
         metric: Metric = {name: torch.ones_like(weight) for name, weight in theta_0.items()}
         if sums:
             metric = expanded(sums.total.mean(), theta_0)
-        times = {c.client: self.registry.settings.times(c.num_examples) for c in pool}
+        times = times_of(pool, self.registry.settings)
         self.coefficients = {c: count / sum(times.values()) for c, count in times.items()}
         self.diagnostics: Diagnostics = diagnose(pool, theta_0, metric, self.coefficients)
         for client in self.diagnostics.outliers:
