@@ -10,7 +10,8 @@ from typing import Any
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig, RunConfig
+from fedcompo.config.data import DataConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, client_names, load_client_data, load_folder
 from fedcompo.errors import DataError, FedcompoError
 

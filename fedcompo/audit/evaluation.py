@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.presets import IMPORTED
-from fedcompo.config.run import DataConfig, RunConfig
+from fedcompo.config.data import DataConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, client_names, load_client_data
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.export.selection import from_registry

@@ -30,21 +30,10 @@ from fedcompo.config.choices import (
     Schedule,
     Statistics,
 )
+from fedcompo.config.data import DataConfig
 from fedcompo.config.presets import from_older, without_preset
 from fedcompo.config.server import ComposeConfig, RegistryConfig, ServerConfig
 from fedcompo.config.setting import FRACTION, NOT_NEGATIVE, POSITIVE, Scalar, check_all, setting
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they are dealt to the clients."""
-
-    data: str = setting("digits", "digits, folder:<path>, npz:<path>, text:<path> or cifar100.")
-    num_tasks: int = setting(5, "Class groups a named data set or npz is cut into.", POSITIVE)
-    num_classes: int = setting(0, "Keep this many classes, drawn by seed; 0: all.", NOT_NEGATIVE)
-    images_per_class: int = setting(
-        0, "Keep at most this many training images a class; 0: all.", NOT_NEGATIVE
-    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig
+from fedcompo.config.data import DataConfig
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (

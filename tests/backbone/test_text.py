@@ -22,7 +22,8 @@ from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.backbone.preprocessing import Modality
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.backbone.text import ByteTransformer
-from fedcompo.config.run import BackboneConfig, DataConfig
+from fedcompo.config.data import DataConfig
+from fedcompo.config.run import BackboneConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import BackboneError, TooFewClients
 from fedcompo.method.pool import Pool

@@ -20,7 +20,8 @@ import torch
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.choices import FisherForm, Kind, Wire
-from fedcompo.config.run import BackboneConfig, DataConfig, FisherConfig, TrainConfig
+from fedcompo.config.data import DataConfig
+from fedcompo.config.run import BackboneConfig, FisherConfig, TrainConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.deltas import Weights

@@ -13,7 +13,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig, RunConfig
+from fedcompo.config.data import DataConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import (
     ClientData,
     Split,

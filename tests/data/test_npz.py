@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import DataConfig
+from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import DataError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
-from fedcompo.config.run import DataConfig
+from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.errors import DataError
 

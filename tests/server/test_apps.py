@@ -23,7 +23,8 @@ from clients.local import LocalClient
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig
-from fedcompo.data.client_data import DataConfig, load_client_data
+from fedcompo.config.data import DataConfig
+from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool

@@ -22,7 +22,8 @@ from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.composition.head import joint_head
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind
-from fedcompo.config.run import DataConfig, RunConfig
+from fedcompo.config.data import DataConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data
 from fedcompo.engine.live import Progress
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients

@@ -14,7 +14,8 @@ import torch
 
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.run import BackboneConfig, DataConfig
+from fedcompo.config.data import DataConfig
+from fedcompo.config.run import BackboneConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.method.features import extract_features
 

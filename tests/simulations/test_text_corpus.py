@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedcompo.config.run import DataConfig
+from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.data.text import text_catalogue
 
