@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.config.presets import IMPORTED
 from fedcompo.config.data import DataConfig
+from fedcompo.config.presets import IMPORTED
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, client_names, load_client_data
 from fedcompo.errors import DataError, FedcompoError

@@ -22,8 +22,8 @@ from clients.app import app as client_app
 from clients.local import LocalClient
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.run import RunConfig
 from fedcompo.config.data import DataConfig
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import load_client_data
 from fedcompo.errors import ConfigError, TooFewClients
 from fedcompo.method.contribution import Contribution
