@@ -6,11 +6,14 @@ keeps.
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,8 @@ class Catalogue:
     """Pictures or texts."""
     which: Callable[[int], object] = "image {}".format
     """Name one image, for messages."""
+    version: str = ""
+    """Changes whenever the content of an image may have changed; empty: not known, keep nothing."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -56,6 +61,20 @@ class Catalogue:
         """Count images by class, for those who may know no more of them than that."""
         counts = Counter(str(self.classes[index]) for index in indices)
         return few([f"{n} image(s) of class {c!r}" for c, n in counts.most_common()])
+
+
+def version_of(files: Iterable[Path]) -> str:
+    """Digest path, size, times and inode of files: it differs if the content of one may (SHA-256).
+
+    A file that is missing has no size; who opens it says so.
+    """
+    digest = sha256()
+    for file in files:
+        digest.update(repr(os.fsencode(file.absolute())).encode())
+        with suppress(OSError):
+            s = file.stat()
+            digest.update(repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)).encode())
+    return digest.hexdigest()
 
 
 Reader = Callable[[Path], Catalogue]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcompo.data.catalogue import Catalogue, class_name
+from fedcompo.data.catalogue import Catalogue, class_name, version_of
 from fedcompo.errors import DataError
 
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
@@ -96,6 +96,7 @@ def folder_catalogue(path: Path, *, client: str) -> Catalogue:
         is_test=np.array(is_test) if test else None,
         open=lambda index: files[index].read_bytes(),
         which=files.__getitem__,
+        version=version_of(files),
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedcompo.data.catalogue import Catalogue, class_name
+from fedcompo.data.catalogue import Catalogue, class_name, version_of
 from fedcompo.errors import DataError
 
 Array = NDArray[Any]
@@ -41,6 +41,7 @@ def npz_catalogue(path: Path) -> Catalogue:
         DataError: If the file is missing, damaged or no npz; if members are missing, have a wrong
             type or contradict each other.
     """
+    version = version_of([path])
     members = _read(path)
     if "images" in members:
         open_picture, count = _raw_pictures(members["images"], path)
@@ -64,6 +65,7 @@ def npz_catalogue(path: Path) -> Catalogue:
         classes=classes,
         is_test=None if split is None else split == 1,
         open=open_picture,
+        version=version,
     )
 
 

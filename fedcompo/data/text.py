@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedcompo.backbone.preprocessing import Modality
-from fedcompo.data.catalogue import Catalogue, class_name
+from fedcompo.data.catalogue import Catalogue, class_name, version_of
 from fedcompo.errors import DataError
 
 ENDING = ".jsonl"
@@ -40,6 +40,7 @@ def text_catalogue(path: Path) -> Catalogue:
         raise DataError(
             f"{path} must end in {ENDING} and hold JSON lines, got {path.suffix or 'no ending'!r}."
         )
+    version = version_of([path])
     texts: list[bytes] = []
     classes: list[str] = []
     splits: list[str | None] = []
@@ -69,6 +70,7 @@ def text_catalogue(path: Path) -> Catalogue:
         open=lambda index: texts[index],
         modality=Modality.TEXTS,
         which=lambda index: f"text {index + 1}",
+        version=version,
     )
 
 
