@@ -3,7 +3,7 @@
 A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``text:<path>``, ``cifar100``)
 yields a number of clients. Each client owns one class or more and loads only its own images::
 
-    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
+    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> images
 
 Classes of a source are dealt to the clients, each class to one client; only the folders of
 ``folder:`` may share classes. An error names the damaged image or ill-formed source. Texts are
@@ -39,6 +39,7 @@ from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
 from fedcompo.data.text import ENDING, text_catalogue
 from fedcompo.errors import DataError
+from fedcompo.method.images import Images, part_of
 from fedcompo.report.pictures import Facts
 
 SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
@@ -61,10 +62,14 @@ logger = logging.getLogger(__name__)
 class Split:
     """Images and labels of one client for training, or for testing."""
 
-    images: Tensor
-    """(count, channels, size, size), of texts (count, 1, 1, length); uint8."""
+    images: Images
+    """(count, channels, size, size), of texts (count, 1, 1, length); uint8, read when asked for."""
     labels: Tensor
     """(count,), int64, index into the client's classes."""
+
+    def part(self, which: Tensor) -> Split:
+        """Choose examples by indices or bools; nothing is read yet."""
+        return Split(part_of(self.images, which), self.labels[which])
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,12 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
 
 
 def load_client_data(
-    config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int
+    config: DataConfig,
+    preprocessing: Preprocessing,
+    *,
+    partition: int,
+    seed: int,
+    cache: Path | None = None,
 ) -> ClientData:
     """Load the images of one client of a source.
 
@@ -106,6 +116,7 @@ def load_client_data(
         partition: Number of the client, from 0.
         seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
             source does not mark them. Test images of ``digits`` are the same for all seeds.
+        cache: Folder in which many decoded images are kept for other processes; None: they are not.
 
     Raises:
         DataError: If the source or one of its images cannot be used, or the client does not exist.
@@ -132,7 +143,13 @@ def load_client_data(
             source=catalogue.source,
         )[partition]
     return _load_classes(
-        catalogue, classes, preprocessing, client=name, seed=seed, cap=config.images_per_class
+        catalogue,
+        classes,
+        preprocessing,
+        client=name,
+        seed=seed,
+        cap=config.images_per_class,
+        cache=cache,
     )
 
 
@@ -142,6 +159,7 @@ def load_folder(
     *,
     seed: int,
     images_per_class: int = 0,
+    cache: Path | None = None,
 ) -> ClientData:
     """Load the folder of one client, which has its name; in a deployment each node has its own.
 
@@ -150,6 +168,7 @@ def load_folder(
         preprocessing: Input that the backbone expects.
         seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
         images_per_class: Keep at most this many training images a class; 0: all.
+        cache: Folder in which many decoded images are kept for other processes; None: they are not.
 
     Raises:
         DataError: If the folder or one of its images cannot be used.
@@ -157,7 +176,13 @@ def load_folder(
     path = Path(path).expanduser().absolute()
     catalogue = folder_catalogue(path, client=path.name)
     return _load_classes(
-        catalogue, catalogue.names, preprocessing, client=path.name, seed=seed, cap=images_per_class
+        catalogue,
+        catalogue.names,
+        preprocessing,
+        client=path.name,
+        seed=seed,
+        cap=images_per_class,
+        cache=cache,
     )
 
 
@@ -175,9 +200,7 @@ def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Sp
         The images to train on, and those kept aside (perhaps none), both in the order of ``split``.
     """
     aside = drawn_aside(split.labels, share=share, seed=seed, client=client)
-    return Split(split.images[~aside], split.labels[~aside]), Split(
-        split.images[aside], split.labels[aside]
-    )
+    return split.part(~aside), split.part(aside)
 
 
 def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tensor:
@@ -217,6 +240,7 @@ def _load_classes(
     client: str,
     seed: int,
     cap: int,
+    cache: Path | None,
 ) -> ClientData:
     """Read the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
@@ -239,7 +263,7 @@ def _load_classes(
             "it is trained as a class. Take them out if so.",
             *(client, count, catalogue.source, own),
         )
-    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client)
+    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client, cache=cache)
     return ClientData(
         name=client,
         classes=classes,
