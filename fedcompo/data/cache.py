@@ -8,11 +8,11 @@ renamed, so a crash leaves nothing that is used. Layout::
     rows      count × row bytes
     digests   count × 32 bytes      SHA-256 of each row
     report    JSON                  what decoding found, and the shape of a row
-    footer    48 bytes              MARK, length of the report, SHA-256 of digests and report
+    footer    40 bytes              MARK, SHA-256 of digests and report
 
 A damaged file is deleted and made again; a row is compared with its digest when a process first
-reads it, and a damaged one decoded again. Two processes that want the same file: one decodes, the
-other waits for it.
+reads it, and a damaged one is decoded again, and written. Of two processes that want the same file,
+one decodes and the other waits for it.
 
 All files together take at most :data:`SHARE` of what is free on their disk without them: the one
 that was not used for longest goes first, and every one that was not used for :data:`DAYS` days.
@@ -45,8 +45,9 @@ from fedcompo.report.pictures import Facts
 from fedcompo.storage.files import OWNER_ONLY, canonical
 
 MARK = b"fcimage1"
-FOOTER = len(MARK) + 8 + 32
 DIGEST = 32
+FOOTER = len(MARK) + DIGEST
+LONGEST_REPORT = 2**20
 SHARE = 0.9
 DAYS = 30
 DONE, PART = ".rows", ".part"
@@ -104,7 +105,7 @@ class Stored:
         for end in map(int, ends):  # neighbours are read together
             read = os.preadv(handle, [content[first:end].data], int(places[first]) * size)
             if read < (end - first) * size:  # it was cut short while it was in use
-                self._seen[places[first:end]] = False
+                content[first:end], self._seen[places[first:end]] = 0, False
             first = end
         for at in np.flatnonzero(~self._seen[places]):
             rows[at] = self._checked(rows[at], int(places[at]))
@@ -124,6 +125,8 @@ class Stored:
             raise DataError.public(
                 "A decoded image is damaged on disk, and its source has changed since. Run again."
             )
+        with suppress(OSError):
+            os.pwrite(self._file.fileno(), row.numpy().data, place * row.numel())
         return row
 
 
@@ -226,42 +229,35 @@ def _written(handle: int, shape: torch.Size, make: Make, again: Again, path: Pat
             raise OSError("no space left")
 
     report, digests = make(put)
-    facts = canonical({"shape": list(shape), **asdict(report)}).encode()
-    tail = digests + facts
-    footer = MARK + len(facts).to_bytes(8) + sha256(tail).digest()
-    os.pwrite(handle, tail + footer, shape.numel())
+    tail = digests + canonical({"shape": list(shape), **asdict(report)}).encode()
+    os.pwrite(handle, tail + MARK + sha256(tail).digest(), shape.numel())
     return Stored(file, shape, report, digests, again, path)
 
 
 def _read(path: Path, shape: torch.Size, again: Again) -> Stored | None:
     """Open a file and check all but its rows; delete a damaged one. None: there is none."""
     try:
-        file = path.open("rb", buffering=0)
+        file = path.open("r+b", buffering=0)
     except FileNotFoundError:
         return None
     try:
-        total = os.fstat(file.fileno()).st_size
-        footer = os.pread(file.fileno(), FOOTER, max(0, total - FOOTER))
-        facts = int.from_bytes(footer[len(MARK) : -DIGEST])
-        tail = os.pread(file.fileno(), DIGEST * shape[0] + facts, shape.numel())
-        if (
-            not footer.startswith(MARK)
-            or total != shape.numel() + len(tail) + FOOTER
-            or sha256(tail).digest() != footer[-DIGEST:]
-        ):
+        digests = DIGEST * shape[0]
+        content = os.pread(file.fileno(), digests + LONGEST_REPORT, shape.numel())
+        tail, footer = content[:-FOOTER], content[-FOOTER:]
+        if footer != MARK + sha256(tail).digest():
             raise ValueError("it is cut short or damaged")
-        stated = json.loads(tail[DIGEST * shape[0] :])
+        stated = json.loads(tail[digests:])
         if stated.pop("shape") != list(shape):
             raise ValueError("it holds other images")
         report = Report(**{**stated, "notes": tuple(stated["notes"])})
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         file.close()
         logger.warning("%s is not used (%s); the images are decoded again.", path, error)
         path.unlink(missing_ok=True)
         return None
     with suppress(OSError):
         os.utime(path)  # when it was used
-    return Stored(file, shape, report, tail[: DIGEST * shape[0]], again, path)
+    return Stored(file, shape, report, tail[:digests], again, path)
 
 
 @contextmanager
