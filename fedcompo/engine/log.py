@@ -9,6 +9,8 @@ Of the log, the last error is kept without the noise around it. Events are JSON 
 ``phase-started``   ``phase``, ``clients``
 ``client``          ``phase``, ``client``, ``status`` (``ok``, ``left-out``, ``missed``),
                     ``reason``, ``bytes_sent``, ``bytes_received``, ``seconds``
+``progress``        ``phase`` (what was asked for), ``client``, ``what``, ``done``, ``total``,
+                    ``unit``, ``rate`` (a second), ``seconds``; of work of two seconds and more
 ``phase-finished``  ``phase``, ``seconds``
 ``note``            ``text``
 ``finished``        ``results`` (name of the file)
