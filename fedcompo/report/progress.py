@@ -115,12 +115,22 @@ def track(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
     yield _Count(total, unit, what, listener) if listener else lambda units: None
 
 
-def each(items: Iterable[T], unit: str, what: str, *, total: int) -> Iterator[T]:
-    """Pass items on, and count each as done when the next one is asked for; see :func:`track`."""
+def each(
+    items: Iterable[T], unit: str, what: str, *, total: int, units: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """Pass items on, and count each when the next one is asked for; see :func:`track`.
+
+    Args:
+        items: Pieces of the work, such as batches.
+        unit: What is counted.
+        what: What is being done.
+        total: Units in all.
+        units: How many of them an item is; of batches: ``len``.
+    """
     with track(total, unit, what) as count:
         for item in items:
             yield item
-            count(1)
+            count(units(item))
 
 
 class _Count:
