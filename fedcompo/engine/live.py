@@ -15,14 +15,11 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fedcompo.engine.log import Event
+from fedcompo.engine.log import SERVER, Event
 from fedcompo.names import printable
 from fedcompo.report.console import PlainConsole
 from fedcompo.report.progress import LINE, Progress
 from fedcompo.report.units import duration, shortened, size
-
-SERVER = "server"
-"""Row of the phases in which no client takes part."""
 
 
 class Standing(Enum):

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedcompo.engine.live import SERVER, Display, Standing, State, line
-from fedcompo.engine.log import Event, EventTail, note
+from fedcompo.engine.live import Display, Standing, State, line
+from fedcompo.engine.log import SERVER, Event, EventTail, note
 from fedcompo.report.console import PlainConsole
 from fedcompo.report.units import duration, size
 
