@@ -24,6 +24,7 @@ from fedcompo.config.caps import FEWEST_IMAGES, NODE_KEYS
 from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split, set_aside
+from fedcompo.data.enough import check_enough
 from fedcompo.messages.answers import (
     DescribeAnswer,
     FisherAnswer,
@@ -116,7 +117,9 @@ class LocalClient:
             int(node_config.get("partition-id", -1)),
         )
         name = registered_name or str(node_config.get("client", "")) or data.name
-        outgoing.check_enough(data, check_client_name(name), config)
+        labels, tests = data.train.labels, len(data.test.labels)
+        check_client_name(name)
+        check_enough(data.classes, labels, tests, client=name, config=config)
         return cls(
             name,
             config,

@@ -153,7 +153,7 @@ class _Reader:
         example = self._catalogue.open(index)
         if self._catalogue.modality is Modality.TEXTS:
             return example
-        opened = _opened(example) if isinstance(example, bytes) else example
+        opened = open_content(example) if isinstance(example, bytes) else example
         self._about = f"{opened.format or 'pixels'}, mode {opened.mode}, size {opened.size}: "
         kind = _kind(opened)
         wide = kind in WIDE.values()
@@ -184,13 +184,13 @@ def picture_of(content: bytes) -> Image.Image:
     Raises:
         ValueError: If its pixels have more than 8 bits: one picture does not tell their range.
     """
-    opened = _opened(content)
+    opened = open_content(content)
     if (kind := _kind(opened)) in WIDE.values():
         raise ValueError(f"it has {kind}, whose range is not known; save it as PNG with 8 bits")
     return ImageOps.exif_transpose(opened)
 
 
-def _opened(content: bytes) -> Image.Image:
+def open_content(content: bytes) -> Image.Image:
     """Open a picture's file; most formats read the header alone."""
     try:
         return Image.open(io.BytesIO(content))
