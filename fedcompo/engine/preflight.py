@@ -33,8 +33,14 @@ SECONDS = 1.0
 LONGEST = 5.0
 """Seconds after which a simulation starts, however many clients have not been looked at."""
 FULL = math.inf
-FILES = {"checkpoint": "backbone", "reference": "train", "owners": "registry"}
-"""Settings that name a file or folder, and their section."""
+FILES = {"reference": "train", "owners": "registry"}
+"""Settings that name a file which is read later, and their section."""
+ADVICE = (
+    "Mend this, or leave clients out with `exclude`. `--no-check` starts anyway, and leaves out in "
+    "the run who cannot take part."
+)
+WHOSE = "Client "
+"""How a fault of a client's own begins."""
 
 
 @dataclass
@@ -59,7 +65,9 @@ class Preflight:
     def require(self) -> Preflight:
         """Return this; raise ``DataError`` with all faults if there is one."""
         if self.faults:
-            raise DataError("\n".join([*self.faults, "Nothing was started."]))
+            own = any(fault.startswith(WHOSE) for fault in self.faults)
+            advice = ["Nothing was started.", *([ADVICE] if own else [])]
+            raise DataError("\n".join([*self.faults, " ".join(advice)]))
         return self
 
 
@@ -183,27 +191,28 @@ def _client(
     """Look at one client; returns what it owns, or None if that cannot be told."""
     try:
         share = listed()
-        tests = sum(map(len, share.test))
-        check_enough(share.classes, share.labels, tests, client=name, config=config)
         if backbone and share.catalogue.modality != backbone.preprocessing.modality:
             raise DataError(
                 f"{share.catalogue.source} holds {share.catalogue.modality}, but the backbone "
                 f"reads {backbone.preprocessing.modality}. Change `data`, or `backbone`."
             )
     except FedcompoError as error:
-        text = str(error)
-        fault = text if name in text else f"Client {name!r}: {text}"
-        if fault not in found.faults:
-            found.faults.append(fault)
+        if str(error) not in found.faults:
+            found.faults.append(str(error))
         return None
+    tests = sum(map(len, share.test))
+    try:
+        check_enough(share.classes, share.labels, tests, client=name, config=config)
+    except FedcompoError as error:
+        found.faults.append(f"{WHOSE}{name!r}: {error}")
     seen = backbone.preprocessing if backbone else None
     checked = check_examples(share, seen, seconds=seconds)
     if fault := fault_of(checked, share):
         found.faults.append(fault)
     if checked.repeated:
         found.notes.append(
-            f"{name}: {checked.repeated} test files are training files too: accuracies will be too "
-            "high. Take them out of one of the two."
+            f"{name}: at least {checked.repeated} test files are training files too: accuracies will be "
+            "too high. Take them out of one of the two."
         )
     counts = zip(share.classes, share.train, share.test, strict=True)
     classes = {own: [len(train), len(test)] for own, train, test in counts}
