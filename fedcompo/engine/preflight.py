@@ -211,8 +211,8 @@ def _client(
         found.faults.append(fault)
     if checked.repeated:
         found.notes.append(
-            f"{name}: at least {checked.repeated} test files are training files too: accuracies will be "
-            "too high. Take them out of one of the two."
+            f"{name}: at least {checked.repeated} test files are training files too: accuracies "
+            "will be too high. Take them out of one of the two."
         )
     counts = zip(share.classes, share.train, share.test, strict=True)
     classes = {own: [len(train), len(test)] for own, train, test in counts}
