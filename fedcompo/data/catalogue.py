@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,11 +48,32 @@ class Catalogue:
     """Name one image, for messages."""
     version: str = ""
     """Changes whenever the content of an image may have changed; empty: not known, keep nothing."""
+    marks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """By fact that a note tells (:mod:`fedcompo.report.pictures`), which images it befalls."""
+    columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    """What else a table says of each image, by its column's name; each (count,)."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
+
+    def part(self, rows: NDArray[np.int64]) -> Catalogue:
+        """Return the catalogue of some images, given their indices."""
+
+        def chosen(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            return {name: column[rows] for name, column in values.items()}
+
+        return replace(
+            self,
+            classes=self.classes[rows],
+            is_test=None if self.is_test is None else self.is_test[rows],
+            open=lambda index: self.open(int(rows[index])),
+            which=lambda index: self.which(int(rows[index])),
+            version=self.version and sha256(self.version.encode() + rows.tobytes()).hexdigest(),
+            marks=chosen(self.marks),
+            columns=chosen(self.columns),
+        )
 
     def describe(self, index: int) -> str:
         """Name one image and its class, for messages."""
@@ -77,11 +99,11 @@ def version_of(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-Reader = Callable[[Path], Catalogue]
-"""Lists the examples of a file; raises ``DataError`` if it cannot."""
+Reader = Callable[..., Catalogue]
+"""Lists the examples of a file, given its path and perhaps more; may raise ``DataError``."""
 
 
-def read_once(read: Reader, path: Path) -> Catalogue:
+def read_once(read: Reader, path: Path, *options: Hashable) -> Catalogue:
     """Read a file, or return what was read last if it is the same file, unchanged.
 
     One process of a simulation serves hundreds of clients from one file, phase after phase. A file
@@ -89,20 +111,23 @@ def read_once(read: Reader, path: Path) -> Catalogue:
 
     Args:
         read: Reads the file.
-        path: The file. It counts as changed if its size, inode or modification time differs.
+        path: The file, or a folder of files. It counts as changed if the size, inode or times of
+            one differ.
+        options: What else ``read`` is given.
     """
     try:
-        status = path.stat()
+        size = path.stat().st_size
     except OSError:
-        return read(path)  # its error says what is wrong
-    if status.st_size > KEPT_BYTES:
-        return read(path)
-    return _kept(read, path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        size = KEPT_BYTES + 1  # its error says what is wrong
+    if size > KEPT_BYTES:
+        return read(path, *options)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return _kept(read, path, options, version_of(files))
 
 
 @lru_cache(maxsize=1)
-def _kept(read: Reader, path: Path, version: tuple[int, ...]) -> Catalogue:
-    return read(path)
+def _kept(read: Reader, path: Path, options: tuple[Hashable, ...], version: str) -> Catalogue:
+    return read(path, *options)
 
 
 def class_name(raw: str, *, source: str) -> str:

@@ -1,20 +1,18 @@
 """The images of one client, ready for its backbone.
 
-A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``text:<path>``, ``cifar100``)
-yields a number of clients. Each client owns one class or more and loads only its own images::
+A source of data (:mod:`fedcompo.data.sources`) yields a number of clients. Each client owns one
+class or more and loads only its own images::
 
     source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
 
-Classes of a source are dealt to the clients, each class to one client; only the folders of
-``folder:`` may share classes. An error names the damaged image or ill-formed source. Texts are
-dealt and split like images; the rest of fedcompo treats them as images with a single row of bytes.
+Where a source does not say who its clients are, its classes are dealt to them, each class to one
+client. An error names the damaged image or ill-formed source. Texts are dealt and split like
+images; the rest of fedcompo treats them as images with a single row of bytes.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
-from fedcompo.data.catalogue import Catalogue, read_once
+from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
     Indices,
@@ -34,24 +32,14 @@ from fedcompo.data.draws import (
     frozen_generator,
     split_members,
 )
-from fedcompo.data.folders import client_folders, folder_catalogue
-from fedcompo.data.named import cifar100_catalogue, digits_catalogue
-from fedcompo.data.npz import npz_catalogue
-from fedcompo.data.text import ENDING, text_catalogue
+from fedcompo.data.folders import folder_catalogue
+from fedcompo.data.labels import NO_LABEL
+from fedcompo.data.sources import catalogue_of, own_clients
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import Facts
 
-SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
-NAMED: dict[str, Callable[[], Catalogue]] = {
-    "digits": digits_catalogue,
-    "cifar100": cifar100_catalogue,
-}
-FILES = {"npz": npz_catalogue, "text": text_catalogue}
-PATHS = ("folder", *FILES)
 SMALLEST_SET_ASIDE = 5
 """Images of a class below which :func:`set_aside` takes none of it."""
-NO_LABEL = ("-1", "nan")
-"""Names of classes that programs write for images without a label."""
 TEST_SHARE = 0.2
 """Share of each class that becomes test images where the source does not mark them."""
 logger = logging.getLogger(__name__)
@@ -72,7 +60,7 @@ class ClientData:
     """All that one client owns."""
 
     name: str
-    """``client-<partition>``; for ``folder:`` the name of the client's folder."""
+    """``client-<partition>``, or as the source itself calls the client."""
     classes: tuple[str, ...]
     """Sorted names of the classes that the client owns, at least one."""
     train: Split
@@ -84,15 +72,13 @@ class ClientData:
 
 
 def client_names(source: DataConfig) -> tuple[str, ...]:
-    """Name the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
+    """Name the clients that a source yields: those it has of itself, else ``num_tasks``.
 
     Raises:
-        DataError: If the source is unknown, or a ``folder:`` that cannot be read.
+        DataError: If the source is unknown, or cannot be read.
     """
-    kind, rest = _parse(source.data)
-    if kind == "folder":
-        return tuple(client_folders(Path(rest).expanduser()))
-    return tuple(f"client-{partition}" for partition in range(source.num_tasks))
+    dealt = (f"client-{partition}" for partition in range(source.num_tasks))
+    return own_clients(source.data) or tuple(dealt)
 
 
 def load_client_data(
@@ -110,20 +96,18 @@ def load_client_data(
     Raises:
         DataError: If the source or one of its images cannot be used, or the client does not exist.
     """
-    kind, rest = _parse(config.data)
-    names = client_names(config)
+    own = own_clients(config.data)
+    names = own or client_names(config)
     if not 0 <= partition < len(names):
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "
             f"0 to {len(names) - 1}. Start as many clients as the data has, or change `num-tasks`."
         )
-    path, name = Path(rest).expanduser(), names[partition]
-    if kind == "folder":
-        folder = client_folders(path)[name]
-        catalogue = folder_catalogue(folder, client=name)
+    name = names[partition]
+    catalogue = catalogue_of(config.data, name if own else "")
+    if own:
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
     else:
-        catalogue = read_once(FILES[kind], path) if kind in FILES else NAMED[kind]()
         classes = deal_classes(
             catalogue.names,
             config.num_tasks,
@@ -146,7 +130,7 @@ def load_folder(
     """Load the folder of one client, which has its name; in a deployment each node has its own.
 
     Args:
-        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
+        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``.
         preprocessing: Input that the backbone expects.
         seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
         images_per_class: Keep at most this many training images a class; 0: all.
@@ -191,24 +175,6 @@ def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tens
     return aside
 
 
-def _parse(data: str) -> tuple[str, str]:
-    """Split ``data`` into its kind and, for those that have one, its path."""
-    kind, _, rest = data.partition(":")
-    if (data in NAMED) or (kind in PATHS and rest):
-        return kind, rest
-    if kind in PATHS:
-        hint = f"{kind} needs a path: {kind}:<path>."
-    elif near := difflib.get_close_matches(kind, (*PATHS, *NAMED), 1):
-        more = "" if near[0] in NAMED else f":{rest or '<path>'}"
-        hint = f"Did you mean {near[0] + more!r}?"
-    elif data and (path := Path(data).expanduser()).exists():
-        text = "text" if path.suffix == ENDING else "npz"
-        hint = f"Did you mean '{'folder' if path.is_dir() else text}:{data}'?"
-    else:
-        hint = ""
-    raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
-
-
 def _load_classes(
     catalogue: Catalogue,
     classes: tuple[str, ...],
@@ -240,6 +206,14 @@ def _load_classes(
             *(client, count, catalogue.source, own),
         )
     kept, held, facts = decode(catalogue, train, test, preprocessing, client=client)
+    chosen = np.concatenate([*train, *test])
+    for what, befallen in catalogue.marks.items():
+        if count := int(befallen[chosen].sum()):
+            facts[what] = count
+            logger.warning(
+                "Client %r: %d of %d images in %s %s.",
+                *(client, count, len(chosen), catalogue.source, what),
+            )
     return ClientData(
         name=client,
         classes=classes,

@@ -1,0 +1,91 @@
+"""The sources of data by name, and the catalogue of each.
+
+Some sources say themselves who the clients are: a folder of clients' folders, a manifest with a
+column of clients. Of all others, the classes are dealt to clients.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from fedcompo.data.catalogue import Catalogue, read_once
+from fedcompo.data.columns import with_choices
+from fedcompo.data.folders import client_folders, data_set, folder_catalogue
+from fedcompo.data.hugging_face import hub_catalogue, is_folder, saved_catalogue
+from fedcompo.data.named import digits_catalogue
+from fedcompo.data.npz import npz_catalogue
+from fedcompo.data.text import text_catalogue
+from fedcompo.errors import DataError
+
+ALIASES = {"cifar100": "hf:uoft-cs/cifar100#image=img,label=fine_label"}
+NAMED = {"digits": digits_catalogue}
+FILES: dict[str, Callable[..., Catalogue]] = {"npz": npz_catalogue, "text": text_catalogue}
+PATHS = ("folder", *FILES)
+KINDS = (*PATHS, "hf")
+SOURCES = ("digits", *(f"{kind}:<path>" for kind in PATHS), "hf:<name or folder>", *ALIASES)
+ENDINGS = {".npz": "npz", ".jsonl": "text"}
+
+
+def own_clients(data: str) -> tuple[str, ...]:
+    """Name the clients that a source has of itself, sorted; none: its classes are to be dealt.
+
+    Raises:
+        DataError: If the source is unknown, or cannot be read.
+    """
+    kind, rest = parse(data)
+    if kind == "folder":
+        return tuple(client_folders(Path(rest).expanduser()))
+    return ()
+
+
+def catalogue_of(data: str, client: str = "") -> Catalogue:
+    """List the images of a source.
+
+    Args:
+        data: The source.
+        client: One of :func:`own_clients`, whose images alone are listed; empty: all.
+
+    Raises:
+        DataError: If the source cannot be used.
+    """
+    kind, rest = parse(data)
+    if kind in NAMED:
+        return NAMED[kind]()
+    if kind == "hf":
+        place, choices = with_choices(rest)
+        if not is_folder(place):
+            return hub_catalogue(place, choices)
+        return read_once(saved_catalogue, Path(place).expanduser(), choices)
+    path = Path(rest).expanduser()
+    if kind == "folder":
+        return (
+            folder_catalogue(client_folders(path)[client], client=client)
+            if client
+            else data_set(path)
+        )
+    return read_once(FILES[kind], path)
+
+
+def parse(data: str) -> tuple[str, str]:
+    """Split a source into its kind and, for those that have one, its path."""
+    data = ALIASES.get(data, data)
+    kind, _, rest = data.partition(":")
+    if (data in NAMED) or (kind in KINDS and rest):
+        return kind, rest
+    if kind in KINDS:
+        hint = f"{kind} needs a path: {kind}:<path>."
+    elif near := difflib.get_close_matches(kind, (*KINDS, *NAMED, *ALIASES), 1):
+        more = f":{rest or '<path>'}" if near[0] in KINDS else ""
+        hint = f"Did you mean {near[0] + more!r}?"
+    elif data and Path(data).expanduser().exists():
+        hint = f"Did you mean {kind_of(Path(data).expanduser()) + ':' + data!r}?"
+    else:
+        hint = ""
+    raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
+
+
+def kind_of(path: Path) -> str:
+    """Return the kind of source that lies at a path: by its ending, and else a folder."""
+    return ENDINGS.get(path.suffix.lower(), "folder")
