@@ -50,6 +50,8 @@ class Catalogue:
     """Changes whenever the content of an image may have changed; empty: not known, keep nothing."""
     marks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     """By fact that a note tells (:mod:`fedcompo.report.pictures`), which images it befalls."""
+    clients: NDArray[np.str_] | None = None
+    """(count,) who owns each image; None: the source does not say."""
     columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
     """What else a table says of each image, by its column's name; each (count,)."""
 
@@ -72,6 +74,7 @@ class Catalogue:
             which=lambda index: self.which(int(rows[index])),
             version=self.version and sha256(self.version.encode() + rows.tobytes()).hexdigest(),
             marks=chosen(self.marks),
+            clients=None if self.clients is None else self.clients[rows],
             columns=chosen(self.columns),
         )
 

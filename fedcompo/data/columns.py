@@ -17,7 +17,7 @@ SPELLINGS = {
     "path": "file filename file_name file_path filepath image image_file image_name image_path "
     "img img_path picture",
     "label": "class class_name classname category target diagnosis y",
-    "split": "set subset partition part fold",
+    "split": "set subset partition part",
     "client": "client_id site hospital centre center institution node",
 }
 """Other names of columns, in upper or lower case; blanks and hyphens count as underscores."""

@@ -10,22 +10,32 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.columns import with_choices
 from fedcompo.data.folders import client_folders, data_set, folder_catalogue
 from fedcompo.data.hugging_face import hub_catalogue, is_folder, saved_catalogue
+from fedcompo.data.manifest import manifest_catalogue
 from fedcompo.data.named import digits_catalogue
 from fedcompo.data.npz import npz_catalogue
+from fedcompo.data.tables import CSV, PARQUET
 from fedcompo.data.text import text_catalogue
 from fedcompo.errors import DataError
 
 ALIASES = {"cifar100": "hf:uoft-cs/cifar100#image=img,label=fine_label"}
 NAMED = {"digits": digits_catalogue}
-FILES: dict[str, Callable[..., Catalogue]] = {"npz": npz_catalogue, "text": text_catalogue}
-PATHS = ("folder", *FILES)
-KINDS = (*PATHS, "hf")
-SOURCES = ("digits", *(f"{kind}:<path>" for kind in PATHS), "hf:<name or folder>", *ALIASES)
-ENDINGS = {".npz": "npz", ".jsonl": "text"}
+FILES: dict[str, Callable[..., Catalogue]] = {
+    "manifest": manifest_catalogue,
+    "npz": npz_catalogue,
+    "text": text_catalogue,
+    "hf": saved_catalogue,
+}
+WITH_CHOICES = ("manifest", "hf")
+"""Kinds of sources with columns to choose."""
+KINDS = ("folder", *FILES)
+SOURCES = ("digits", *(f"{kind}:<path>" for kind in KINDS), "hf:<name>", *ALIASES)
+ENDINGS = {".npz": "npz", ".jsonl": "text"} | dict.fromkeys((*CSV, *PARQUET), "manifest")
 
 
 def own_clients(data: str) -> tuple[str, ...]:
@@ -37,7 +47,10 @@ def own_clients(data: str) -> tuple[str, ...]:
     kind, rest = parse(data)
     if kind == "folder":
         return tuple(client_folders(Path(rest).expanduser()))
-    return ()
+    if kind != "manifest":
+        return ()
+    clients = catalogue_of(data).clients
+    return () if clients is None else tuple(map(str, np.unique(clients)))
 
 
 def catalogue_of(data: str, client: str = "") -> Catalogue:
@@ -53,19 +66,17 @@ def catalogue_of(data: str, client: str = "") -> Catalogue:
     kind, rest = parse(data)
     if kind in NAMED:
         return NAMED[kind]()
-    if kind == "hf":
-        place, choices = with_choices(rest)
-        if not is_folder(place):
-            return hub_catalogue(place, choices)
-        return read_once(saved_catalogue, Path(place).expanduser(), choices)
-    path = Path(rest).expanduser()
+    if kind == "folder" and client:
+        return folder_catalogue(client_folders(Path(rest).expanduser())[client], client=client)
     if kind == "folder":
-        return (
-            folder_catalogue(client_folders(path)[client], client=client)
-            if client
-            else data_set(path)
-        )
-    return read_once(FILES[kind], path)
+        return data_set(Path(rest).expanduser())
+    if kind not in WITH_CHOICES:
+        return read_once(FILES[kind], Path(rest).expanduser())
+    place, choices = with_choices(rest)
+    if kind == "hf" and not is_folder(place):
+        return hub_catalogue(place, choices)
+    whole = read_once(FILES[kind], Path(place).expanduser(), choices)
+    return whole.part(np.flatnonzero(whole.clients == client)) if client else whole
 
 
 def parse(data: str) -> tuple[str, str]:
