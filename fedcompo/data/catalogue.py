@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fedcompo.names import check_class_names
 from fedcompo.report.twins import few
 
 KEPT_BYTES = 256 * 2**20
-"""Size of the largest file whose content :func:`read_once` keeps."""
+"""Most content of images in memory that :func:`read_once` keeps."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Catalogue:
     """Changes whenever the content of an image may have changed; empty: not known, keep nothing."""
     marks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     """By fact that a note tells (:mod:`fedcompo.report.pictures`), which images it befalls."""
+    in_memory: int = 0
+    """Bytes of images' content that ``open`` reads from memory."""
     clients: NDArray[np.str_] | None = None
     """(count,) who owns each image; None: the source does not say."""
     columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
@@ -109,8 +111,8 @@ Reader = Callable[..., Catalogue]
 def read_once(read: Reader, path: Path, *options: Hashable) -> Catalogue:
     """Read a file, or return what was read last if it is the same file, unchanged.
 
-    One process of a simulation serves hundreds of clients from one file, phase after phase. A file
-    of more than :data:`KEPT_BYTES` is read each time, so that its content does not stay in memory.
+    One process of a simulation serves hundreds of clients from one file, phase after phase. What
+    holds more than :data:`KEPT_BYTES` of content is read each time, and so does not stay in memory.
 
     Args:
         read: Reads the file.
@@ -118,19 +120,19 @@ def read_once(read: Reader, path: Path, *options: Hashable) -> Catalogue:
             one differ.
         options: What else ``read`` is given.
     """
-    try:
-        size = path.stat().st_size
-    except OSError:
-        size = KEPT_BYTES + 1  # its error says what is wrong
-    if size > KEPT_BYTES:
-        return read(path, *options)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return _kept(read, path, options, version_of(files))
+    key = (read, path, options, version_of(files))
+    if catalogue := _kept.get(key):
+        return catalogue
+    _kept.clear()
+    catalogue = read(path, *options)
+    if catalogue.in_memory <= KEPT_BYTES:
+        _kept[key] = catalogue
+    return catalogue
 
 
-@lru_cache(maxsize=1)
-def _kept(read: Reader, path: Path, options: tuple[Hashable, ...], version: str) -> Catalogue:
-    return read(path, *options)
+_kept: dict[Hashable, Catalogue] = {}
+"""What :func:`read_once` read last."""
 
 
 def class_name(raw: str, *, source: str) -> str:

@@ -131,7 +131,7 @@ def _loaded(place: str | Path, config: str | None, source: str) -> Mapping[str, 
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
-    """Find Parquet files by part, as the hub calls them: ``train-00000-of-00001`` or ``train/0``."""
+    """Find Parquet files by part, as the hub calls them: ``train-0-of-1``, ``train/0``."""
     parts: dict[str, list[str]] = {}
     for file in sorted(folder.rglob("*.parquet")):
         start = re.split(r"\W", file.stem)[0]
