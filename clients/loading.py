@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import load_backbone
@@ -21,17 +20,22 @@ load_shared_backbone = lru_cache(maxsize=1)(load_backbone)
 
 @lru_cache(maxsize=2)
 def load_images(
-    config: DataConfig, preprocessing: Preprocessing, seed: int, path: str, partition: int
+    config: DataConfig,
+    preprocessing: Preprocessing,
+    seed: int,
+    own: str,
+    partition: int,
+    client: str = "",
 ) -> ClientData:
     """Load the images of one client once for all phases; raises ``DataError``.
 
-    The path is the folder of the node's own images. Without one, it owns this part of the source;
-    a negative part is none.
+    ``own`` is the folder or file of the node's own images; of a manifest of several clients it
+    owns the rows of the client. Without one, it owns this part of the source; a negative part is
+    none.
     """
-    if path:
-        return load_folder(
-            Path(path), preprocessing, seed=seed, images_per_class=config.images_per_class
-        )
+    if own:
+        cap = config.images_per_class
+        return load_folder(own, preprocessing, seed=seed, images_per_class=cap, client=client)
     if partition < 0:
         raise DataError.public(
             "This node says neither where its images are nor which part of `data` it owns. "

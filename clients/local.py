@@ -81,8 +81,8 @@ class LocalClient:
         Args:
             run_config: Flat settings of the run.
             node_config: In a simulation ``partition-id``; in a deployment ``client`` (its name),
-                ``data`` (path of its images), and optionally ``kind``, ``device``, ``state``
-                (folder of what it keeps between rounds) and caps of what leaves it; see
+                ``data`` (folder or file of its images), and optionally ``kind``, ``device``,
+                ``state`` (folder of what it keeps between rounds) and caps of what leaves it; see
                 :mod:`fedcompo.config.caps`.
             registered_name: Name under which the server knows the node; wins over ``client``.
             preprocessing: How the server wants images prepared; None: as the backbone says.
@@ -108,14 +108,16 @@ class LocalClient:
         if preprocessing is not None:
             preprocessing = preprocessing.instead_of(backbone.preprocessing)
             backbone = replace(backbone, preprocessing=preprocessing)
+        name = registered_name or str(node_config.get("client", ""))
         data = load_images(
             config.data,
             backbone.preprocessing,
             config.seed,
             str(node_config.get("data", "")),
             int(node_config.get("partition-id", -1)),
+            name,
         )
-        name = registered_name or str(node_config.get("client", "")) or data.name
+        name = name or data.name
         outgoing.check_enough(data, check_client_name(name), config)
         return cls(
             name,

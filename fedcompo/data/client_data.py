@@ -32,9 +32,8 @@ from fedcompo.data.draws import (
     frozen_generator,
     split_members,
 )
-from fedcompo.data.folders import folder_catalogue
 from fedcompo.data.labels import NO_LABEL
-from fedcompo.data.sources import catalogue_of, own_clients
+from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import Facts
 
@@ -121,27 +120,30 @@ def load_client_data(
 
 
 def load_folder(
-    path: Path,
+    data: str | Path,
     preprocessing: Preprocessing,
     *,
     seed: int,
     images_per_class: int = 0,
+    client: str | None = "",
 ) -> ClientData:
-    """Load the folder of one client, which has its name; in a deployment each node has its own.
+    """Load what one client owns; in a deployment each node has its own folder or file.
 
     Args:
-        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``.
+        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``; or
+            a file that lists images or holds them; or a source of another kind.
         preprocessing: Input that the backbone expects.
-        seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
+        seed: Seed of the run. It draws subsets, and test images if the source marks none.
         images_per_class: Keep at most this many training images a class; 0: all.
+        client: The client's name; empty: that of the folder or file; None: the same, and all that
+            a manifest lists, whoever owns it.
 
     Raises:
-        DataError: If the folder or one of its images cannot be used.
+        DataError: If the source or one of its images cannot be used.
     """
-    path = Path(path).expanduser().absolute()
-    catalogue = folder_catalogue(path, client=path.name)
+    name, catalogue = own_catalogue(str(data), client)
     return _load_classes(
-        catalogue, catalogue.names, preprocessing, client=path.name, seed=seed, cap=images_per_class
+        catalogue, catalogue.names, preprocessing, client=name, seed=seed, cap=images_per_class
     )
 
 

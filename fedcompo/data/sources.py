@@ -15,13 +15,14 @@ import numpy as np
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.columns import with_choices
 from fedcompo.data.folders import client_folders, data_set, folder_catalogue
-from fedcompo.data.hugging_face import hub_catalogue, is_folder, saved_catalogue
+from fedcompo.data.hugging_face import SAVED, hub_catalogue, is_folder, saved_catalogue
 from fedcompo.data.manifest import manifest_catalogue
 from fedcompo.data.named import digits_catalogue
 from fedcompo.data.npz import npz_catalogue
 from fedcompo.data.tables import CSV, PARQUET
 from fedcompo.data.text import text_catalogue
 from fedcompo.errors import DataError
+from fedcompo.report.twins import few
 
 ALIASES = {"cifar100": "hf:uoft-cs/cifar100#image=img,label=fine_label"}
 NAMED = {"digits": digits_catalogue}
@@ -79,6 +80,47 @@ def catalogue_of(data: str, client: str = "") -> Catalogue:
     return whole.part(np.flatnonzero(whole.clients == client)) if client else whole
 
 
+def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
+    """List the images of one client, which are its own: a folder or a file.
+
+    Args:
+        data: A source, or the path of one: its ending tells what it is.
+        client: The client's name, which chooses its rows of a manifest; empty: not known; None:
+            all rows are one client's.
+
+    Returns:
+        The client's name, or else that of the folder or file; and its images.
+
+    Raises:
+        DataError: If the source cannot be used, or has the images of several clients.
+    """
+    kind, rest = parse(data if data in NAMED else _with_kind(data))
+    if kind == "folder":
+        path = Path(rest).expanduser().absolute()
+        return client or path.name, folder_catalogue(path, client=client or path.name)
+    whole = catalogue_of(f"{kind}:{rest}" if rest else kind)
+    name = Path(with_choices(rest)[0]).stem or kind
+    if whole.clients is None or client is None:
+        return client or name, whole
+    names = [str(owner) for owner in np.unique(whole.clients)]
+    if client in names:
+        return client, whole.part(np.flatnonzero(whole.clients == client))
+    if len(names) == 1:
+        return client or names[0], whole
+    raise DataError(
+        f"{whole.source} lists images of {len(names)} clients, {few(names)}, and "
+        f"{repr(client) if client else 'no name'} is the client's. Give it one of these names.",
+        told="its manifest lists images of several clients, and not its own",
+    )
+
+
+def _with_kind(data: str) -> str:
+    """Write a path as a source."""
+    if data.partition(":")[0] in KINDS:
+        return data
+    return f"{kind_of(Path(with_choices(data)[0]).expanduser())}:{data}"
+
+
 def parse(data: str) -> tuple[str, str]:
     """Split a source into its kind and, for those that have one, its path."""
     data = ALIASES.get(data, data)
@@ -98,5 +140,7 @@ def parse(data: str) -> tuple[str, str]:
 
 
 def kind_of(path: Path) -> str:
-    """Return the kind of source that lies at a path: by its ending, and else a folder."""
+    """Return the kind of source that lies at a path: by its ending, and else a folder's."""
+    if path.is_dir():
+        return "hf" if any((path / name).is_file() for name in SAVED) else "folder"
     return ENDINGS.get(path.suffix.lower(), "folder")

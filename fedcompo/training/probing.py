@@ -105,16 +105,15 @@ def fisher_of_images(
 
 
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:
-    """Load all classes of a source as one party's; a ``folder:`` source holds ``train/<class>/*``.
+    """Load all classes of a source as one party's; a ``folder:`` source holds class folders.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
     """
     source, seed = config.data, config.seed
-    kind, _, path = source.data.partition(":")
-    if kind == "folder" and path:
-        cap = source.images_per_class
-        return load_folder(Path(path), preprocessing, seed=seed, images_per_class=cap)
+    if source.data.startswith(("folder:", "manifest:")):
+        cap, own = source.images_per_class, source.data
+        return load_folder(own, preprocessing, seed=seed, images_per_class=cap, client=None)
     whole = replace(source, num_tasks=1)
     return load_client_data(whole, preprocessing, partition=0, seed=seed)
 
