@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from fedcompo.backbone.backbone import load_backbone
@@ -25,23 +26,30 @@ def load_images(
     seed: int,
     own: str,
     partition: int,
+    cache: Path,
     client: str = "",
 ) -> ClientData:
     """Load the images of one client once for all phases; raises ``DataError``.
 
     ``own`` is the folder or file of the node's own images; of a manifest of several clients it
     owns the rows of the client. Without one, it owns this part of the source; a negative part is
-    none.
+    none. Many images are kept in the folder ``cache``, for the later phases.
     """
     if own:
-        cap = config.images_per_class
-        return load_folder(own, preprocessing, seed=seed, images_per_class=cap, client=client)
+        return load_folder(
+            own,
+            preprocessing,
+            seed=seed,
+            images_per_class=config.images_per_class,
+            client=client,
+            cache=cache,
+        )
     if partition < 0:
         raise DataError.public(
             "This node says neither where its images are nor which part of `data` it owns. "
             'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
         )
-    return load_client_data(config, preprocessing, partition=partition, seed=seed)
+    return load_client_data(config, preprocessing, partition=partition, seed=seed, cache=cache)
 
 
 def known_name(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> str:

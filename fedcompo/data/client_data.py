@@ -3,7 +3,7 @@
 A source of data (:mod:`fedcompo.data.sources`) yields a number of clients. Each client owns one
 class or more and loads only its own images::
 
-    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
+    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> images
 
 Where a source does not say who its clients are, its classes are dealt to them, each class to one
 client. An error names the damaged image or ill-formed source. Texts are dealt and split like
@@ -35,6 +35,7 @@ from fedcompo.data.draws import (
 from fedcompo.data.labels import NO_LABEL
 from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
 from fedcompo.errors import DataError
+from fedcompo.method.images import Images, part_of
 from fedcompo.report.pictures import Facts
 
 SMALLEST_SET_ASIDE = 5
@@ -48,10 +49,14 @@ logger = logging.getLogger(__name__)
 class Split:
     """Images and labels of one client for training, or for testing."""
 
-    images: Tensor
-    """(count, channels, size, size), of texts (count, 1, 1, length); uint8."""
+    images: Images
+    """(count, channels, size, size), of texts (count, 1, 1, length); uint8, read when asked for."""
     labels: Tensor
     """(count,), int64, index into the client's classes."""
+
+    def part(self, which: Tensor) -> Split:
+        """Choose examples by indices or bools; nothing is read yet."""
+        return Split(part_of(self.images, which), self.labels[which])
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,12 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
 
 
 def load_client_data(
-    config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int
+    config: DataConfig,
+    preprocessing: Preprocessing,
+    *,
+    partition: int,
+    seed: int,
+    cache: Path | None = None,
 ) -> ClientData:
     """Load the images of one client of a source.
 
@@ -91,6 +101,7 @@ def load_client_data(
         partition: Number of the client, from 0.
         seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
             source does not mark them. Test images of ``digits`` are the same for all seeds.
+        cache: Folder in which many decoded images are kept for other processes; None: they are not.
 
     Raises:
         DataError: If the source or one of its images cannot be used, or the client does not exist.
@@ -115,7 +126,13 @@ def load_client_data(
             source=catalogue.source,
         )[partition]
     return _load_classes(
-        catalogue, classes, preprocessing, client=name, seed=seed, cap=config.images_per_class
+        catalogue,
+        classes,
+        preprocessing,
+        client=name,
+        seed=seed,
+        cap=config.images_per_class,
+        cache=cache,
     )
 
 
@@ -126,6 +143,7 @@ def load_folder(
     seed: int,
     images_per_class: int = 0,
     client: str | None = "",
+    cache: Path | None = None,
 ) -> ClientData:
     """Load what one client owns; in a deployment each node has its own folder or file.
 
@@ -137,13 +155,20 @@ def load_folder(
         images_per_class: Keep at most this many training images a class; 0: all.
         client: The client's name; empty: that of the folder or file; None: the same, and all that
             a manifest lists, whoever owns it.
+        cache: Folder in which many decoded images are kept for other processes; None: they are not.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
     """
     name, catalogue = own_catalogue(str(data), client)
     return _load_classes(
-        catalogue, catalogue.names, preprocessing, client=name, seed=seed, cap=images_per_class
+        catalogue,
+        catalogue.names,
+        preprocessing,
+        client=name,
+        seed=seed,
+        cap=images_per_class,
+        cache=cache,
     )
 
 
@@ -161,9 +186,7 @@ def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Sp
         The images to train on, and those kept aside (perhaps none), both in the order of ``split``.
     """
     aside = drawn_aside(split.labels, share=share, seed=seed, client=client)
-    return Split(split.images[~aside], split.labels[~aside]), Split(
-        split.images[aside], split.labels[aside]
-    )
+    return split.part(~aside), split.part(aside)
 
 
 def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tensor:
@@ -185,6 +208,7 @@ def _load_classes(
     client: str,
     seed: int,
     cap: int,
+    cache: Path | None,
 ) -> ClientData:
     """Read the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
@@ -207,11 +231,11 @@ def _load_classes(
             "it is trained as a class. Take them out if so.",
             *(client, count, catalogue.source, own),
         )
-    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client)
-    chosen = np.concatenate([*train, *test])
+    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client, cache=cache)
+    found, chosen = dict(facts), np.concatenate([*train, *test])
     for what, befallen in catalogue.marks.items():
         if count := int(befallen[chosen].sum()):
-            facts[what] = count
+            found[what] = count
             logger.warning(
                 "Client %r: %d of %d images in %s %s.",
                 *(client, count, len(chosen), catalogue.source, what),
@@ -221,7 +245,7 @@ def _load_classes(
         classes=classes,
         train=Split(kept, _labels(train)),
         test=Split(held, _labels(test)),
-        facts=facts,
+        facts=found,
     )
 
 
