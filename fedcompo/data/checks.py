@@ -19,8 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import Share
-from fedcompo.data.decoding import open_content
 from fedcompo.data.draws import Indices, frozen_generator
+from fedcompo.data.pictures import opened_picture
 from fedcompo.report.twins import few
 
 HEAD = 4096
@@ -122,7 +122,7 @@ def _fault_in_header(catalogue: Catalogue, index: int) -> str:
     except UnidentifiedImageError:
         with path.open("rb") as file:
             start = file.read(HEAD)
-        return _reason_of(lambda: open_content(start))
+        return _reason_of(lambda: opened_picture(start))
     except Exception as error:  # Pillow's plugins raise errors of every kind
         return str(error) or type(error).__name__
 
@@ -131,7 +131,7 @@ def _fault(catalogue: Catalogue, index: int, preprocessing: Preprocessing | None
     def read() -> None:
         example = catalogue.open(index)
         if catalogue.modality is Modality.PICTURES:
-            example = open_content(example) if isinstance(example, bytes) else example
+            example = opened_picture(example) if isinstance(example, bytes) else example
             example.load()
         if preprocessing and preprocessing.modality == catalogue.modality:
             preprocessing.prepare(example)
