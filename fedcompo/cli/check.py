@@ -23,9 +23,12 @@ def check(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder of one client's own images, as its node has it; or a source of several "
-            "clients, such as folder:<path> or digits. Default: that of the scenario."
+            help="Folder or file of one client's own images, as its node has it; or a source of "
+            "several clients, such as folder:<path> or digits. Default: that of the scenario."
         ),
+    ] = "",
+    client: Annotated[
+        str, typer.Option(help="The client's name; then DATA is its own, whatever it is.")
     ] = "",
     scenario: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TOML file of settings of the run.")
@@ -45,7 +48,7 @@ def check(
     with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
         if not data and scenario is None:
             raise ConfigError("Name the data by --data, or a --scenario that does.")
-        alone = bool(data) and ":" not in data and Path(data).expanduser().is_dir()
+        alone = bool(client) or (Path(data.partition("#")[0]).expanduser().exists() and bool(data))
         options = {"data": data} if data and not alone else {}
         config = RunConfig.parse(settings_of(scenario, assignments or [], options))
         CompositionSettings.of(config)
@@ -53,12 +56,12 @@ def check(
         from fedcompo.engine.resources import fair_resources
         from fedcompo.report.preflight import print_preflight
 
-        folder = Path(data) if alone else None
         resources = fair_resources(1 if alone else 10**6, config.device)
         at_once = resources.cpus // resources.cpus_per_client
         found = look(
             config,
-            folder=folder,
+            own=data if alone else "",
+            client=client,
             clients=config.server.num_clients,
             at_once=at_once,
             threads=0 if alone else resources.cpus_per_client,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,9 +21,6 @@ from fedcompo.data.client_data import Share
 from fedcompo.data.draws import Indices, frozen_generator
 from fedcompo.data.pictures import opened_picture
 from fedcompo.report.twins import few
-
-HEAD = 4096
-"""Bytes that tell what a file is that Pillow does not know."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +54,11 @@ def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds
     order = frozen_generator(0, "check", share.name).permutation(np.concatenate([train, test]))
     faults: dict[int, str] = {}
     lengths: dict[int, int] = {}
-    for index in map(int, order):
-        if path := _file(catalogue, index):
-            try:
-                lengths[index] = path.stat().st_size
-            except OSError as error:
-                faults[index] = error.strerror or str(error)
+    for index in map(int, order if catalogue.file else ()):
+        try:
+            lengths[index] = catalogue.file(index).stat().st_size
+        except OSError as error:
+            faults[index] = error.strerror or str(error)
     headers = 0
     for index in _in_time(order, seconds if lengths else 0.0):
         headers += 1
@@ -106,23 +101,14 @@ def _in_time(indices: Sequence[int], seconds: float) -> Iterator[int]:
             return
 
 
-def _file(catalogue: Catalogue, index: int) -> Path | None:
-    """The file of an example, where it has one of its own."""
-    named = catalogue.which(index)
-    return named if isinstance(named, Path) else None
-
-
 def _fault_in_header(catalogue: Catalogue, index: int) -> str:
-    path = _file(catalogue, index)
-    if path is None or catalogue.modality is Modality.TEXTS:
+    if catalogue.file is None or catalogue.modality is Modality.TEXTS:
         return ""
     try:
-        with Image.open(path):
+        with Image.open(catalogue.file(index)):
             return ""
     except UnidentifiedImageError:
-        with path.open("rb") as file:
-            start = file.read(HEAD)
-        return _reason_of(lambda: opened_picture(start))
+        return _fault(catalogue, index, None)  # it is no picture, or one that Pillow does not know
     except Exception as error:  # Pillow's plugins raise errors of every kind
         return str(error) or type(error).__name__
 
@@ -132,6 +118,8 @@ def _fault(catalogue: Catalogue, index: int, preprocessing: Preprocessing | None
         example = catalogue.open(index)
         if catalogue.modality is Modality.PICTURES:
             example = opened_picture(example) if isinstance(example, bytes) else example
+            if preprocessing:
+                preprocessing.reduce(example)
             example.load()
         if preprocessing and preprocessing.modality == catalogue.modality:
             preprocessing.prepare(example)

@@ -18,6 +18,7 @@ from fedcompo.composition.voting import scales
 from fedcompo.config.choices import Curvature, FisherForm, Method, Statistics, Wire, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import Split
+from fedcompo.data.decoding import IN_MEMORY
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import zero_head
@@ -76,7 +77,7 @@ class Estimate:
     received: int
     """Bytes that a client receives, on average."""
     disk: int
-    """Bytes of the run's folder."""
+    """Bytes of the run's folder, and of decoded images that are kept for its phases."""
 
 
 def measure(backbone: Backbone, config: RunConfig, *, threads: int = 0) -> Pace:
@@ -162,13 +163,14 @@ def estimate(
     sent, received = (sum(part) // len(amounts) for part in zip(*traffic, strict=True))
     pixels = math.prod(backbone.preprocessing.shape)
     whole = 4 * sum(weight.numel() for weight in backbone.model.parameters())
-    held = max(own.train + own.test for own in amounts) * pixels
+    decoded = [(own.train + own.test) * pixels for own in amounts]
+    stored = sum(held for held in decoded if held > IN_MEMORY)
     return Estimate(
         seconds=STARTS * starts + longest,
-        memory=measured.resident + ENGINE_BYTES + held,
+        memory=measured.resident + ENGINE_BYTES + min(max(decoded), IN_MEMORY),
         sent=sent,
         received=received,
-        disk=3 * whole + 2 * sum(s for s, _ in traffic),
+        disk=3 * whole + 2 * sum(s for s, _ in traffic) + stored,
     )
 
 

@@ -74,7 +74,8 @@ class Preflight:
 def look(
     config: RunConfig,
     *,
-    folder: Path | None = None,
+    own: str = "",
+    client: str = "",
     clients: int = 0,
     at_once: int = 1,
     threads: int = 0,
@@ -88,7 +89,8 @@ def look(
 
     Args:
         config: Settings of the run.
-        folder: Folder of one client's own images; None: all clients of the settings' ``data``.
+        own: Folder or file of one client's own images; empty: all clients of the settings' `data`.
+        client: The client's name; empty: that of its folder or file.
         clients: Number of clients of the source, from the first; 0: all.
         at_once: Clients that work at a time.
         threads: CPUs that each has; 0: as this process.
@@ -104,8 +106,8 @@ def look(
     if not (brief and config.backbone == BackboneConfig() and ":" not in config.data.data):
         on_step("loading the backbone")
         backbone = _backbone(config, found)
-    shares = _shares(config, folder, clients, found)
-    if folder is not None and not config.caps.min_images:
+    shares = _own(config, own, client, found) if own else _shares(config, clients, found)
+    if own and not config.caps.min_images:
         config = replace(config, caps=replace(config.caps, min_images=FEWEST_IMAGES))
     amounts = []
     for count, (name, listed) in enumerate(shares, start=1):
@@ -125,7 +127,7 @@ def look(
         amounts *= max(1, len(shares) // len(amounts))
         measured = measure(backbone, config, threads=threads)
         found.estimate = estimate(
-            backbone, config, measured, amounts, at_once=at_once, starts=folder is None
+            backbone, config, measured, amounts, at_once=at_once, starts=not own
         )
         _compare(found, at_once, output or Path.cwd())
     return found
@@ -154,30 +156,37 @@ def _backbone(config: RunConfig, found: Preflight) -> Backbone | None:
     return backbone
 
 
-def _shares(
-    config: RunConfig, folder: Path | None, clients: int, found: Preflight
-) -> list[tuple[str, Callable[[], Share]]]:
-    """Name each client, and what lists its examples."""
-    data, seed = config.data, config.seed
-    if folder is not None:
-        cap, name = data.images_per_class, folder.expanduser().absolute().name
-        named = [(name, lambda: folder_share(folder, seed=seed, images_per_class=cap))]
-    else:
-        try:
-            names = client_names(data)
-        except FedcompoError as error:
-            found.faults.append(str(error))
-            return []
-        named = [
-            (name, lambda at=at: client_share(data, partition=at, seed=seed))  # type: ignore[misc]
-            for at, name in enumerate(names[: clients or None])
-        ]
+Listed = tuple[str, Callable[[], Share]]
+"""A client's name, and what lists its examples."""
+
+
+def _own(config: RunConfig, own: str, client: str, found: Preflight) -> list[Listed]:
+    """What is one client's own."""
     try:
-        check_client_names(name for name, _ in named)
+        cap = config.data.images_per_class
+        share = folder_share(own, seed=config.seed, images_per_class=cap, client=client)
+        check_client_names([share.name])
     except FedcompoError as error:
         found.faults.append(str(error))
+        return []
+    return [(share.name, lambda: share)]
+
+
+def _shares(config: RunConfig, clients: int, found: Preflight) -> list[Listed]:
+    """All clients of a source but those that are left out."""
+    data, seed = config.data, config.seed
+    try:
+        names = client_names(data)[: clients or None]
+        check_client_names(names)
+    except FedcompoError as error:
+        found.faults.append(str(error))
+        return []
     excluded = names_of(config.server.exclude)
-    return [(name, listed) for name, listed in named if name not in excluded]
+    return [
+        (name, lambda at=at: client_share(data, partition=at, seed=seed))  # type: ignore[misc]
+        for at, name in enumerate(names)
+        if name not in excluded
+    ]
 
 
 def _client(

@@ -142,7 +142,7 @@ def test_a_deployed_client_needs_eight_images_of_a_class_and_a_simulated_one_doe
 ) -> None:
     for file in sorted((images / "ada" / "train" / "cat").iterdir())[6:]:
         file.unlink()
-    alone = look(RunConfig.parse({}), folder=images / "ada")
+    alone = look(RunConfig.parse({}), own=str(images / "ada"))
     assert "'cat' 5; `min-images` is 8" in alone.faults[0]
     assert not look(RunConfig.parse({"data": f"folder:{images}"})).faults
     scenario = images.parent / "own.toml"
