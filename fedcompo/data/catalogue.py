@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class Catalogue:
     """Pictures or texts."""
     which: Callable[[int], object] = "image {}".format
     """Name one image, for messages."""
+    columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    """(count,) what else the source says of each image, by the column's name."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:

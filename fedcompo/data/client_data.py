@@ -5,9 +5,10 @@ yields a number of clients. Each client owns one class or more and loads only it
 
     source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
 
-Classes of a source are dealt to the clients, each class to one client; only the folders of
-``folder:`` may share classes. An error names the damaged image or ill-formed source. Texts are
-dealt and split like images; the rest of fedcompo treats them as images with a single row of bytes.
+Classes of a source are dealt to the clients, each class to one client. The folders of ``folder:``
+may share classes, and so do clients under another ``partition``. An error names the damaged image
+or ill-formed source. Texts are dealt and split like images; the rest of fedcompo treats them as
+images with a single row of bytes.
 """
 
 from __future__ import annotations
@@ -23,20 +24,23 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.data import DataConfig
+from fedcompo.config.data import CLASSES, COLUMN, DataConfig
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
+    SMALLEST_SET_ASIDE,
     Indices,
     cap_members,
     deal_classes,
     draw_classes,
     frozen_generator,
+    split_class,
     split_members,
 )
 from fedcompo.data.folders import client_folders, folder_catalogue
 from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
+from fedcompo.data.partition import check_part, member_names, part_of, values_of
 from fedcompo.data.text import ENDING, text_catalogue
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import Facts
@@ -48,12 +52,8 @@ NAMED: dict[str, Callable[[], Catalogue]] = {
 }
 FILES = {"npz": npz_catalogue, "text": text_catalogue}
 PATHS = ("folder", *FILES)
-SMALLEST_SET_ASIDE = 5
-"""Images of a class below which :func:`set_aside` takes none of it."""
 NO_LABEL = ("-1", "nan")
 """Names of classes that programs write for images without a label."""
-TEST_SHARE = 0.2
-"""Share of each class that becomes test images where the source does not mark them."""
 logger = logging.getLogger(__name__)
 
 
@@ -84,15 +84,33 @@ class ClientData:
 
 
 def client_names(source: DataConfig) -> tuple[str, ...]:
-    """Name the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
+    """Name the clients that a source yields: sub-folders of ``folder:``, else its parts.
 
     Raises:
-        DataError: If the source is unknown, or a ``folder:`` that cannot be read.
+        DataError: If the source is unknown or cannot be read, or has no such parts.
     """
     kind, rest = _parse(source.data)
     if kind == "folder":
+        if source.rule != CLASSES:
+            raise DataError(
+                f"`partition` is {source.partition!r}, but {source.data} has its clients already, "
+                "a folder each. Leave `partition` out."
+            )
         return tuple(client_folders(Path(rest).expanduser()))
-    return tuple(f"client-{partition}" for partition in range(source.num_tasks))
+    return (
+        values_of(_catalogue(kind, rest), source) if source.rule == COLUMN else member_names(source)
+    )
+
+
+def check_parts(source: DataConfig, *, seed: int, least: int, aside: float) -> None:
+    """Refuse, before a run starts, parts that a client could not take part with.
+
+    See :func:`~fedcompo.data.partition.check_part`. Parts of whole classes are checked by the
+    clients.
+    """
+    for name in client_names(source) if source.rule != CLASSES else ():
+        part = part_of(_catalogue(*_parse(source.data)), source, name, seed=seed)
+        check_part(part, name, seed=seed, least=max(1, least), aside=aside)
 
 
 def load_client_data(
@@ -122,8 +140,11 @@ def load_client_data(
         folder = client_folders(path)[name]
         catalogue = folder_catalogue(folder, client=name)
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
+    elif config.rule != CLASSES:
+        catalogue = part_of(_catalogue(kind, rest), config, name, seed=seed)
+        classes = catalogue.names
     else:
-        catalogue = read_once(FILES[kind], path) if kind in FILES else NAMED[kind]()
+        catalogue = _catalogue(kind, rest)
         classes = deal_classes(
             catalogue.names,
             config.num_tasks,
@@ -191,6 +212,11 @@ def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tens
     return aside
 
 
+def _catalogue(kind: str, rest: str) -> Catalogue:
+    """List the examples of a source that is dealt to clients."""
+    return read_once(FILES[kind], Path(rest).expanduser()) if kind in FILES else NAMED[kind]()
+
+
 def _parse(data: str) -> tuple[str, str]:
     """Split ``data`` into its kind and, for those that have one, its path."""
     kind, _, rest = data.partition(":")
@@ -220,7 +246,7 @@ def _load_classes(
 ) -> ClientData:
     """Read the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
-    parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
+    parts = [split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
         cap_members(members, cap, draw=frozen_generator(seed, "subset", own))
         for own, (members, _) in zip(classes, parts, strict=True)
@@ -247,28 +273,6 @@ def _load_classes(
         test=Split(held, _labels(test)),
         facts=facts,
     )
-
-
-def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> list[Indices]:
-    """Return indices of the training and of the test images of one class."""
-    members = np.flatnonzero(catalogue.classes == own)
-    if catalogue.is_test is None:
-        if len(members) < 2:
-            raise DataError(
-                f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
-                f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
-                "are needed: add images, take the class out, or say which images are for testing.",
-                told=f"class {own!r} has 1 image, and needs at least 2",
-            )
-        return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
-    tests = catalogue.is_test[members]
-    if tests.all():
-        raise DataError(
-            f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
-            "training images. Add training images, or take its test images out.",
-            told=f"class {own!r} has test images but no training images",
-        )
-    return [members[~tests], members[tests]]
 
 
 def _labels(members: list[Indices]) -> Tensor:
