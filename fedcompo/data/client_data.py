@@ -28,7 +28,6 @@ from fedcompo.config.data import CLASSES, COLUMN, DataConfig
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
-    SMALLEST_SET_ASIDE,
     Indices,
     cap_members,
     deal_classes,
@@ -40,7 +39,7 @@ from fedcompo.data.draws import (
 from fedcompo.data.folders import client_folders, folder_catalogue
 from fedcompo.data.named import cifar100_catalogue, digits_catalogue
 from fedcompo.data.npz import npz_catalogue
-from fedcompo.data.partition import check_part, member_names, part_of, values_of
+from fedcompo.data.partition import member_names, part_of, values_of
 from fedcompo.data.text import ENDING, text_catalogue
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import Facts
@@ -52,6 +51,8 @@ NAMED: dict[str, Callable[[], Catalogue]] = {
 }
 FILES = {"npz": npz_catalogue, "text": text_catalogue}
 PATHS = ("folder", *FILES)
+SMALLEST_SET_ASIDE = 5
+"""Images of a class below which :func:`set_aside` takes none of it."""
 NO_LABEL = ("-1", "nan")
 """Names of classes that programs write for images without a label."""
 logger = logging.getLogger(__name__)
@@ -100,17 +101,6 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
     return (
         values_of(_catalogue(kind, rest), source) if source.rule == COLUMN else member_names(source)
     )
-
-
-def check_parts(source: DataConfig, *, seed: int, least: int, aside: float) -> None:
-    """Refuse, before a run starts, parts that a client could not take part with.
-
-    See :func:`~fedcompo.data.partition.check_part`. Parts of whole classes are checked by the
-    clients.
-    """
-    for name in client_names(source) if source.rule != CLASSES else ():
-        part = part_of(_catalogue(*_parse(source.data)), source, name, seed=seed)
-        check_part(part, name, seed=seed, least=max(1, least), aside=aside)
 
 
 def load_client_data(

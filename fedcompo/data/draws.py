@@ -20,8 +20,6 @@ from fedcompo.seeds import derive_seed
 Indices = NDArray[np.int64]
 TEST_SHARE = 0.2
 """Share of each class that becomes test images where the source does not mark them."""
-SMALLEST_SET_ASIDE = 5
-"""Images of a class below which none of it is kept aside from training."""
 
 
 def frozen_generator(seed: int, *purpose: str) -> np.random.RandomState:
@@ -94,13 +92,6 @@ def split_members(members: Indices, *, share: float, draw: np.random.RandomState
     order = draw.permutation(members)
     taken = min(max(1, round(share * len(members))), len(members) - 1)
     return [np.sort(order[taken:]), np.sort(order[:taken])]
-
-
-def count_aside(count: int, share: float) -> int:
-    """Return how many of a class's training images are kept aside; none of a small class."""
-    if not share or count < SMALLEST_SET_ASIDE:
-        return 0
-    return min(max(1, round(share * count)), count - 1)
 
 
 def split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> list[Indices]:

@@ -26,7 +26,6 @@ from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.draws import (
     Indices,
     cap_members,
-    count_aside,
     deal_classes,
     draw_classes,
     frozen_generator,
@@ -42,7 +41,7 @@ FEWEST = 10
 """Training images below which the draw of a client's share is repeated, ten times at most."""
 ADVICE = (
     "Set a larger alpha in `partition = dirichlet:<alpha>`, fewer clients (`num-tasks`, "
-    "`clients-per-task`) or a lower `min-images`, or keep more images."
+    "`clients-per-task`), or keep more images."
 )
 
 
@@ -104,30 +103,6 @@ def part_of(catalogue: Catalogue, config: DataConfig, member: str, *, seed: int)
     )
 
 
-def check_part(part: Catalogue, member: str, *, seed: int, least: int, aside: float) -> None:
-    """Refuse a member's share that it cannot take part with.
-
-    Args:
-        part: What :func:`part_of` returned.
-        member: The member's name.
-        seed: Seed of the run.
-        least: The setting ``min-images``, at least 1.
-        aside: Share of each class that is kept aside from training.
-
-    Raises:
-        DataError: If there are fewer images than ``least`` to train on of a class, or to test on.
-    """
-    split = {name: split_class(part, name, client=member, seed=seed) for name in part.names}
-    kept = {name: len(own) - count_aside(len(own), aside) for name, (own, _) in split.items()}
-    few = ", ".join(f"{name!r} {count}" for name, count in kept.items() if count < least)
-    tests = sum(len(own) for _, own in split.values())
-    if few or tests < least:
-        fault = f"too few training images of {few}" if few else f"{tests} test images"
-        raise DataError(
-            f"Client {member!r}: {fault}; at least {least} are needed (`min-images`). {ADVICE}"
-        )
-
-
 def _column(catalogue: Catalogue, config: DataConfig) -> NDArray[np.str_]:
     """Values of the column that ``partition`` names, (count,)."""
     if config.option not in catalogue.columns:
@@ -155,6 +130,7 @@ def _dealt(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Par
 
 
 def _deal(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Part]:
+    """Deal all images; raises ``DataError`` if a client would have none to train or to test on."""
     tasks = deal_classes(
         catalogue.names,
         config.num_tasks if config.clients_per_task else 1,
@@ -168,7 +144,15 @@ def _deal(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Part
         for number, classes in enumerate(tasks)
         for part in _deal_task(catalogue, classes, clients, config, seed, f"task {number}")
     ]
-    return dict(zip(member_names(config), parts, strict=True))
+    dealt = dict(zip(member_names(config), parts, strict=True))
+    if empty := [member for member, part in dealt.items() if not all(map(len, part))]:
+        member, (train, test) = empty[0], dealt[empty[0]]
+        raise DataError(
+            f"Client {member!r} gets {len(train)} training and {len(test)} test images of "
+            f"{catalogue.source} by `partition = {config.partition}`, {len(empty)} of {len(dealt)} "
+            f"clients none of one of them. {ADVICE}"
+        )
+    return dealt
 
 
 def _deal_task(
@@ -232,12 +216,13 @@ def _dirichlet(
             "`partition = dirichlet` needs flwr-datasets, which is not installed. Install it: "
             'pip install "fedcompo[datasets]", or use `partition = iid`.'
         ) from error
+    least = min(FEWEST, len(images) // clients)
     _, labels = np.unique(classes, return_inverse=True)
     partitioner = DirichletPartitioner(
         num_partitions=clients,
         partition_by="label",
         alpha=alpha,
-        min_partition_size=min(FEWEST, len(images) // clients),
+        min_partition_size=least,
         shuffle=False,
         seed=seed,
     )
@@ -250,5 +235,5 @@ def _dirichlet(
     except ValueError as error:
         raise DataError(
             f"`partition = dirichlet:{alpha:g}` leaves one of {clients} clients with fewer than "
-            f"{FEWEST} of {len(images)} training images, in eleven draws. {ADVICE}"
+            f"{least} of {len(images)} training images, in eleven draws. {ADVICE}"
         ) from error

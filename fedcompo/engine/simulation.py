@@ -76,7 +76,7 @@ def count_clients(config: RunConfig) -> int:
         DataError: If the data cannot be used.
         ContributionError: If a folder's name cannot be a client's.
     """
-    from fedcompo.data.client_data import check_parts, client_names  # imports torch
+    from fedcompo.data.client_data import client_names  # imports torch
 
     names = client_names(config.data)
     available = len(names)
@@ -92,8 +92,6 @@ def count_clients(config: RunConfig) -> int:
             f"but would get {clients} from {config.data.data}."
         )
     check_client_names(names[:clients])
-    least, aside = config.caps.min_images, config.train.aside
-    check_parts(config.data, seed=config.seed, least=least, aside=aside)
     return clients
 
 
