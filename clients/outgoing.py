@@ -24,6 +24,7 @@ from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.features import fit_mixtures
 from fedcompo.method.fisher import COLUMNS, INPUTS, ROWS, FisherDiagonal, outer
 from fedcompo.method.heads import Head
+from fedcompo.method.images import Images, batches
 from fedcompo.method.kronecker import whole
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.privacy.fisher import images_at_a_time, private_fisher
@@ -118,7 +119,7 @@ def statistics_of(
 def fisher_of(
     backbone: Backbone,
     head: Head | None,
-    images: Tensor,
+    images: Images,
     config: RunConfig,
     *,
     who: Mapping[str, Any],
@@ -184,7 +185,7 @@ def _in_form(fisher: FisherDiagonal, form: FisherForm) -> tuple[FisherDiagonal, 
 
 
 def _private(
-    backbone: Backbone, head: Head | None, images: Tensor, config: RunConfig
+    backbone: Backbone, head: Head | None, images: Images, config: RunConfig
 ) -> FisherDiagonal:
     caps, normalise = config.caps, backbone.preprocessing.normalise
     factored = caps.fisher_form is FisherForm.FACTORED
@@ -192,7 +193,7 @@ def _private(
     size = images_at_a_time(backbone.theta_0, factored=factored, most=most)
     return private_fisher(
         backbone.model,
-        (normalise(part.to(backbone.device)) for part in torch.split(images, size)),
+        (normalise(part.to(backbone.device)) for part in batches(images, size)),
         backbone.theta_0,
         head=head,
         factored=factored,

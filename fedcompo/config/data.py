@@ -33,10 +33,15 @@ PARTITION: Check = (
 class DataConfig:
     """Which images, and how they are dealt to the clients."""
 
-    data: str = setting("digits", "digits, folder:<path>, npz:<path>, text:<path> or cifar100.")
+    data: str = setting(
+        "digits",
+        "digits, folder:<path> (of clients' folders, or of class folders), manifest:<path> (CSV or "
+        "Parquet), npz:<path>, text:<path>, hf:<name or folder> (Hugging Face) or cifar100.",
+    )
     num_tasks: int = setting(
         5,
-        "Parts a named data set or npz is cut into: a client each; with `clients-per-task`, tasks.",
+        "Parts that data without clients is cut into: a client each; with `clients-per-task`, a "
+        "task each.",
         POSITIVE,
     )
     partition: str = setting(

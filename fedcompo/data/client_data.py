@@ -1,21 +1,19 @@
 """The images of one client, ready for its backbone.
 
-A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``text:<path>``, ``cifar100``)
-yields a number of clients. Each client owns one class or more and loads only its own images::
+A source of data (:mod:`fedcompo.data.sources`) yields a number of clients. Each client owns one
+class or more and loads only its own images::
 
-    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
+    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> images
 
-Classes of a source are dealt to the clients, each class to one client. The folders of ``folder:``
-may share classes, and so do clients under another ``partition``. An error names the damaged image
-or ill-formed source. Texts are dealt and split like images; the rest of fedcompo treats them as
-images with a single row of bytes.
+Where a source does not say who its clients are, its classes are dealt to them, each class to one
+client, or its images (:mod:`fedcompo.data.partition`). An error names the damaged image or
+ill-formed source. Texts are dealt and split like images; the rest of fedcompo treats them as images
+with a single row of bytes.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import CLASSES, COLUMN, DataConfig
-from fedcompo.data.catalogue import Catalogue, read_once
+from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
     Indices,
@@ -36,25 +34,15 @@ from fedcompo.data.draws import (
     split_class,
     split_members,
 )
-from fedcompo.data.folders import client_folders, folder_catalogue
-from fedcompo.data.named import cifar100_catalogue, digits_catalogue
-from fedcompo.data.npz import npz_catalogue
-from fedcompo.data.partition import member_names, part_of, values_of
-from fedcompo.data.text import ENDING, text_catalogue
+from fedcompo.data.labels import NO_LABEL
+from fedcompo.data.partition import member_names, part_for, values_of
+from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
 from fedcompo.errors import DataError
+from fedcompo.method.images import Images, part_of
 from fedcompo.report.pictures import Facts
 
-SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
-NAMED: dict[str, Callable[[], Catalogue]] = {
-    "digits": digits_catalogue,
-    "cifar100": cifar100_catalogue,
-}
-FILES = {"npz": npz_catalogue, "text": text_catalogue}
-PATHS = ("folder", *FILES)
 SMALLEST_SET_ASIDE = 5
 """Images of a class below which :func:`set_aside` takes none of it."""
-NO_LABEL = ("-1", "nan")
-"""Names of classes that programs write for images without a label."""
 logger = logging.getLogger(__name__)
 
 
@@ -62,10 +50,14 @@ logger = logging.getLogger(__name__)
 class Split:
     """Images and labels of one client for training, or for testing."""
 
-    images: Tensor
-    """(count, channels, size, size), of texts (count, 1, 1, length); uint8."""
+    images: Images
+    """(count, channels, size, size), of texts (count, 1, 1, length); uint8, read when asked for."""
     labels: Tensor
     """(count,), int64, index into the client's classes."""
+
+    def part(self, which: Tensor) -> Split:
+        """Choose examples by indices or bools; nothing is read yet."""
+        return Split(part_of(self.images, which), self.labels[which])
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ class ClientData:
     """All that one client owns."""
 
     name: str
-    """``client-<partition>``; for ``folder:`` the name of the client's folder."""
+    """``client-<partition>``, or as the source itself calls the client."""
     classes: tuple[str, ...]
     """Sorted names of the classes that the client owns, at least one."""
     train: Split
@@ -85,26 +77,30 @@ class ClientData:
 
 
 def client_names(source: DataConfig) -> tuple[str, ...]:
-    """Name the clients that a source yields: sub-folders of ``folder:``, else its parts.
+    """Name the clients that a source yields: those it has of itself, else its parts.
 
     Raises:
-        DataError: If the source is unknown or cannot be read, or has no such parts.
+        DataError: If the source is unknown or cannot be read, or cannot be cut this way.
     """
-    kind, rest = _parse(source.data)
-    if kind == "folder":
+    if own := own_clients(source.data):
         if source.rule != CLASSES:
             raise DataError(
-                f"`partition` is {source.partition!r}, but {source.data} has its clients already, "
-                "a folder each. Leave `partition` out."
+                f"`partition` is {source.partition!r}, but {source.data} says itself who its "
+                "clients are. Leave `partition` out."
             )
-        return tuple(client_folders(Path(rest).expanduser()))
-    return (
-        values_of(_catalogue(kind, rest), source) if source.rule == COLUMN else member_names(source)
-    )
+        return own
+    if source.rule == COLUMN:
+        return values_of(catalogue_of(source.data), source)
+    return member_names(source)
 
 
 def load_client_data(
-    config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int
+    config: DataConfig,
+    preprocessing: Preprocessing,
+    *,
+    partition: int,
+    seed: int,
+    cache: Path | None = None,
 ) -> ClientData:
     """Load the images of one client of a source.
 
@@ -114,27 +110,25 @@ def load_client_data(
         partition: Number of the client, from 0.
         seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
             source does not mark them. Test images of ``digits`` are the same for all seeds.
+        cache: Folder in which many decoded images are kept for other processes; None: they are not.
 
     Raises:
         DataError: If the source or one of its images cannot be used, or the client does not exist.
     """
-    kind, rest = _parse(config.data)
-    names = client_names(config)
+    own, names = own_clients(config.data), client_names(config)
     if not 0 <= partition < len(names):
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "
             f"0 to {len(names) - 1}. Start as many clients as the data has, or change `num-tasks`."
         )
-    path, name = Path(rest).expanduser(), names[partition]
-    if kind == "folder":
-        folder = client_folders(path)[name]
-        catalogue = folder_catalogue(folder, client=name)
+    name = names[partition]
+    catalogue = catalogue_of(config.data, name if own else "")
+    if own:
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
     elif config.rule != CLASSES:
-        catalogue = part_of(_catalogue(kind, rest), config, name, seed=seed)
+        catalogue = part_for(name, catalogue, config, seed=seed)
         classes = catalogue.names
     else:
-        catalogue = _catalogue(kind, rest)
         classes = deal_classes(
             catalogue.names,
             config.num_tasks,
@@ -143,32 +137,49 @@ def load_client_data(
             source=catalogue.source,
         )[partition]
     return _load_classes(
-        catalogue, classes, preprocessing, client=name, seed=seed, cap=config.images_per_class
+        catalogue,
+        classes,
+        preprocessing,
+        client=name,
+        seed=seed,
+        cap=config.images_per_class,
+        cache=cache,
     )
 
 
 def load_folder(
-    path: Path,
+    data: str | Path,
     preprocessing: Preprocessing,
     *,
     seed: int,
     images_per_class: int = 0,
+    client: str | None = "",
+    cache: Path | None = None,
 ) -> ClientData:
-    """Load the folder of one client, which has its name; in a deployment each node has its own.
+    """Load what one client owns; in a deployment each node has its own folder or file.
 
     Args:
-        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
+        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``; or
+            a file that lists images or holds them; or a source of another kind.
         preprocessing: Input that the backbone expects.
-        seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
+        seed: Seed of the run. It draws subsets, and test images if the source marks none.
         images_per_class: Keep at most this many training images a class; 0: all.
+        client: The client's name; empty: that of the folder or file; None: the same, and all that
+            a manifest lists, whoever owns it.
+        cache: Folder in which many decoded images are kept for other processes; None: they are not.
 
     Raises:
-        DataError: If the folder or one of its images cannot be used.
+        DataError: If the source or one of its images cannot be used.
     """
-    path = Path(path).expanduser().absolute()
-    catalogue = folder_catalogue(path, client=path.name)
+    name, catalogue = own_catalogue(str(data), client)
     return _load_classes(
-        catalogue, catalogue.names, preprocessing, client=path.name, seed=seed, cap=images_per_class
+        catalogue,
+        catalogue.names,
+        preprocessing,
+        client=name,
+        seed=seed,
+        cap=images_per_class,
+        cache=cache,
     )
 
 
@@ -186,9 +197,7 @@ def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Sp
         The images to train on, and those kept aside (perhaps none), both in the order of ``split``.
     """
     aside = drawn_aside(split.labels, share=share, seed=seed, client=client)
-    return Split(split.images[~aside], split.labels[~aside]), Split(
-        split.images[aside], split.labels[aside]
-    )
+    return split.part(~aside), split.part(aside)
 
 
 def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tensor:
@@ -202,29 +211,6 @@ def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tens
     return aside
 
 
-def _catalogue(kind: str, rest: str) -> Catalogue:
-    """List the examples of a source that is dealt to clients."""
-    return read_once(FILES[kind], Path(rest).expanduser()) if kind in FILES else NAMED[kind]()
-
-
-def _parse(data: str) -> tuple[str, str]:
-    """Split ``data`` into its kind and, for those that have one, its path."""
-    kind, _, rest = data.partition(":")
-    if (data in NAMED) or (kind in PATHS and rest):
-        return kind, rest
-    if kind in PATHS:
-        hint = f"{kind} needs a path: {kind}:<path>."
-    elif near := difflib.get_close_matches(kind, (*PATHS, *NAMED), 1):
-        more = "" if near[0] in NAMED else f":{rest or '<path>'}"
-        hint = f"Did you mean {near[0] + more!r}?"
-    elif data and (path := Path(data).expanduser()).exists():
-        text = "text" if path.suffix == ENDING else "npz"
-        hint = f"Did you mean '{'folder' if path.is_dir() else text}:{data}'?"
-    else:
-        hint = ""
-    raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
-
-
 def _load_classes(
     catalogue: Catalogue,
     classes: tuple[str, ...],
@@ -233,6 +219,7 @@ def _load_classes(
     client: str,
     seed: int,
     cap: int,
+    cache: Path | None,
 ) -> ClientData:
     """Read the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
@@ -255,13 +242,21 @@ def _load_classes(
             "it is trained as a class. Take them out if so.",
             *(client, count, catalogue.source, own),
         )
-    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client)
+    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client, cache=cache)
+    found, chosen = dict(facts), np.concatenate([*train, *test])
+    for what, befallen in catalogue.marks.items():
+        if count := int(befallen[chosen].sum()):
+            found[what] = count
+            logger.warning(
+                "Client %r: %d of %d images in %s %s.",
+                *(client, count, len(chosen), catalogue.source, what),
+            )
     return ClientData(
         name=client,
         classes=classes,
         train=Split(kept, _labels(train)),
         test=Split(held, _labels(test)),
-        facts=facts,
+        facts=found,
     )
 
 

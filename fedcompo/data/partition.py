@@ -71,13 +71,13 @@ def values_of(catalogue: Catalogue, config: DataConfig) -> tuple[str, ...]:
     return values
 
 
-def part_of(catalogue: Catalogue, config: DataConfig, member: str, *, seed: int) -> Catalogue:
+def part_for(member: str, catalogue: Catalogue, config: DataConfig, *, seed: int) -> Catalogue:
     """Return the catalogue of a member's images alone.
 
     Args:
+        member: One of the members' names.
         catalogue: The whole source.
         config: How it is dealt; not by ``classes``.
-        member: One of the members' names.
         seed: Seed of the run. The same seed gives the same parts in every process.
 
     Raises:
@@ -86,21 +86,12 @@ def part_of(catalogue: Catalogue, config: DataConfig, member: str, *, seed: int)
     if config.rule == COLUMN:
         kept = draw_classes(catalogue.names, config.num_classes, seed=seed)
         own = (_column(catalogue, config) == member) & np.isin(catalogue.classes, kept)
-        indices, is_test = np.flatnonzero(own), catalogue.is_test
-        if not len(indices):
+        if not own.any():
             raise DataError(f"Client {member!r}: no image of the classes kept (`num-classes`).")
-        is_test = None if is_test is None else is_test[indices]
-    else:
-        train, test = _dealt(catalogue, config, seed)[member]
-        indices = np.concatenate([train, test])
-        is_test = np.arange(len(indices)) >= len(train)
-    return replace(
-        catalogue,
-        classes=catalogue.classes[indices],
-        is_test=is_test,
-        open=lambda index: catalogue.open(int(indices[index])),
-        which=lambda index: catalogue.which(int(indices[index])),
-    )
+        return catalogue.part(np.flatnonzero(own))
+    train, test = _dealt(catalogue, config, seed)[member]
+    part = catalogue.part(np.concatenate([train, test]))
+    return replace(part, is_test=np.arange(len(train) + len(test)) >= len(train))
 
 
 def _column(catalogue: Catalogue, config: DataConfig) -> NDArray[np.str_]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, DataError
+from fedcompo.method.images import Images, batches
 from fedcompo.method.ranges import FEATURE, MOST_IMAGES, check_range
 
 EXAMPLES_PER_COMPONENT = 8
@@ -135,7 +136,7 @@ def _fit(
 @torch.no_grad()
 def extract_features(
     forward: Callable[[Tensor], Tensor],
-    images: Tensor,
+    images: Images,
     *,
     batch_size: int = 128,
 ) -> Tensor:
@@ -149,7 +150,7 @@ def extract_features(
     Returns:
         (count, features), float32, on the CPU.
     """
-    return torch.cat([forward(part).float().cpu() for part in torch.split(images, batch_size)])
+    return torch.cat([forward(part).float().cpu() for part in batches(images, batch_size)])
 
 
 def draw(

@@ -27,6 +27,7 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import OLD_HEAD, load_fisher, save_fisher
 from fedcompo.method.heads import Head, fit_head, zero_head
+from fedcompo.method.images import Images, batches, part_of
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
@@ -56,7 +57,7 @@ def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridg
 
 def fisher_of_images(
     backbone: Backbone,
-    images: Tensor,
+    images: Images,
     config: FisherConfig,
     *,
     seed: int,
@@ -82,18 +83,19 @@ def fisher_of_images(
     """
     if 0 < config.fisher_examples < len(images):
         generator = generator_for(seed, "fisher-examples", owner)
-        images = images[torch.randperm(len(images), generator=generator)[: config.fisher_examples]]
+        drawn = torch.randperm(len(images), generator=generator)[: config.fisher_examples]
+        images = part_of(images, drawn)
 
-    def batches() -> Iterator[Tensor]:
+    def normalised() -> Iterator[Tensor]:
         taken = 0
-        for part in torch.split(images, config.fisher_batch):
+        for part in batches(images, config.fisher_batch):
             yield backbone.preprocessing.normalise(part.to(backbone.device))
             taken += len(part)
             on_images(taken, len(images))
 
     fisher, report = estimate_fisher(
         backbone.model,
-        batches(),
+        normalised(),
         backbone.theta_0,
         head=head,
         curvature=config.curvature,
@@ -106,16 +108,15 @@ def fisher_of_images(
 
 
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:
-    """Load all classes of a source as one party's; a ``folder:`` source holds ``train/<class>/*``.
+    """Load all classes of a source as one party's; a ``folder:`` source holds class folders.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
     """
     source, seed = config.data, config.seed
-    kind, _, path = source.data.partition(":")
-    if kind == "folder" and path:
-        cap = source.images_per_class
-        return load_folder(Path(path), preprocessing, seed=seed, images_per_class=cap)
+    if source.data.startswith(("folder:", "manifest:")):
+        cap, own = source.images_per_class, source.data
+        return load_folder(own, preprocessing, seed=seed, images_per_class=cap, client=None)
     whole = replace(source, num_tasks=1, partition=CLASSES, clients_per_task=0)
     return load_client_data(whole, preprocessing, partition=0, seed=seed)
 

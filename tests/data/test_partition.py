@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.config.run import RunConfig
-from fedcompo.data import partition
+from fedcompo.data import partition, sources
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import client_names, load_client_data
 from fedcompo.data.draws import split_class
-from fedcompo.data.partition import in_proportion, member_names, part_of, values_of
+from fedcompo.data.partition import in_proportion, member_names, part_for, values_of
 from fedcompo.data.tasks import arrivals_of, client_of, member_name, members_of, task_of
 from fedcompo.errors import ConfigError, DataError
 
@@ -41,7 +41,7 @@ def dealt(catalogue: Catalogue, config: DataConfig, *, seed: int = 0) -> dict[st
     """The parts of all members, dealt anew."""
     partition._KEPT.clear()
     names = member_names(config) if config.rule != "column" else values_of(catalogue, config)
-    return {name: part_of(catalogue, config, name, seed=seed) for name in names}
+    return {name: part_for(name, catalogue, config, seed=seed) for name in names}
 
 
 def numbers(part: Catalogue) -> list[int]:
@@ -134,7 +134,7 @@ def test_digits_are_shared_as_images_of_their_clients():
 
 def test_a_column_names_the_clients(monkeypatch):
     catalogue = catalogue_of({"a": (30, 9), "b": (30, 9)})
-    monkeypatch.setitem(sys.modules["fedcompo.data.client_data"].NAMED, "digits", lambda: catalogue)
+    monkeypatch.setitem(sources.NAMED, "digits", lambda: catalogue)
     assert client_names(DataConfig(partition="column:ward")) == ("ward 0", "ward 1", "ward 2")
     with pytest.raises(DataError, match=r"column 'room'.*its columns: ward"):
         client_names(DataConfig(partition="column:room"))
@@ -163,7 +163,8 @@ def test_tasks_need_a_rule_by_which_clients_share_them(rule):
 
 
 def test_folders_have_their_clients_already(tmp_path):
-    with pytest.raises(DataError, match="has its clients already"):
+    (tmp_path / "ann" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="says itself who its clients are"):
         client_names(DataConfig(data=f"folder:{tmp_path}", partition="iid"))
 
 
