@@ -76,6 +76,45 @@ class ClientData:
     """What whoever reads the results should know of the images."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which examples of a source are one client's: listed and split, not read yet."""
+
+    name: str
+    catalogue: Catalogue
+    classes: tuple[str, ...]
+    """Sorted."""
+    train: list[Indices]
+    """Indices of the training images of each class, at least one."""
+    test: list[Indices]
+    """Indices of the test images of each class; of all together, at least one."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Label of each training image, (count,), grouped by class."""
+        return _labels(self.train)
+
+    def read(self, preprocessing: Preprocessing, *, cache: Path | None = None) -> ClientData:
+        """Read the images; raises ``DataError`` if one cannot be used.
+
+        Many are kept in the folder ``cache``, for other processes; None: they are not.
+        """
+        catalogue, chosen = self.catalogue, np.concatenate([*self.train, *self.test])
+        kept, held, facts = decode(
+            catalogue, self.train, self.test, preprocessing, client=self.name, cache=cache
+        )
+        found = dict(facts)
+        for what, befallen in catalogue.marks.items():
+            if count := int(befallen[chosen].sum()):
+                found[what] = count
+                logger.warning(
+                    "Client %r: %d of %d images in %s %s.",
+                    *(self.name, count, len(chosen), catalogue.source, what),
+                )
+        splits = Split(kept, self.labels), Split(held, _labels(self.test))
+        return ClientData(self.name, self.classes, *splits, found)
+
+
 def client_names(source: DataConfig) -> tuple[str, ...]:
     """Name the clients that a source yields: those it has of itself, else its parts.
 
@@ -102,18 +141,26 @@ def load_client_data(
     seed: int,
     cache: Path | None = None,
 ) -> ClientData:
-    """Load the images of one client of a source.
-
-    Args:
-        config: The source, and how it is dealt.
-        preprocessing: Input that the backbone expects.
-        partition: Number of the client, from 0.
-        seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
-            source does not mark them. Test images of ``digits`` are the same for all seeds.
-        cache: Folder in which many decoded images are kept for other processes; None: they are not.
+    """Load the images of one client of a source: :func:`client_share`, read.
 
     Raises:
         DataError: If the source or one of its images cannot be used, or the client does not exist.
+    """
+    share = client_share(config, partition=partition, seed=seed)
+    return share.read(preprocessing, cache=cache)
+
+
+def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
+    """List the images of one client of a source.
+
+    Args:
+        config: The source, and how it is dealt.
+        partition: Number of the client, from 0.
+        seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
+            source does not mark them. Test images of ``digits`` are the same for all seeds.
+
+    Raises:
+        DataError: If the source cannot be used, or the client does not exist.
     """
     own, names = own_clients(config.data), client_names(config)
     if not 0 <= partition < len(names):
@@ -136,15 +183,7 @@ def load_client_data(
             seed=seed,
             source=catalogue.source,
         )[partition]
-    return _load_classes(
-        catalogue,
-        classes,
-        preprocessing,
-        client=name,
-        seed=seed,
-        cap=config.images_per_class,
-        cache=cache,
-    )
+    return _share(catalogue, classes, client=name, seed=seed, cap=config.images_per_class)
 
 
 def load_folder(
@@ -156,31 +195,33 @@ def load_folder(
     client: str | None = "",
     cache: Path | None = None,
 ) -> ClientData:
-    """Load what one client owns; in a deployment each node has its own folder or file.
-
-    Args:
-        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``; or
-            a file that lists images or holds them; or a source of another kind.
-        preprocessing: Input that the backbone expects.
-        seed: Seed of the run. It draws subsets, and test images if the source marks none.
-        images_per_class: Keep at most this many training images a class; 0: all.
-        client: The client's name; empty: that of the folder or file; None: the same, and all that
-            a manifest lists, whoever owns it.
-        cache: Folder in which many decoded images are kept for other processes; None: they are not.
+    """Load what one client owns: :func:`folder_share`, read.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
     """
+    share = folder_share(data, seed=seed, images_per_class=images_per_class, client=client)
+    return share.read(preprocessing, cache=cache)
+
+
+def folder_share(
+    data: str | Path, *, seed: int, images_per_class: int = 0, client: str | None = ""
+) -> Share:
+    """List what one client owns; in a deployment each node has its own folder or file.
+
+    Args:
+        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``; or
+            a file that lists images or holds them; or a source of another kind.
+        seed: Seed of the run. It draws subsets, and test images if the source marks none.
+        images_per_class: Keep at most this many training images a class; 0: all.
+        client: The client's name; empty: that of the folder or file; None: the same, and all that
+            a manifest lists, whoever owns it.
+
+    Raises:
+        DataError: If the source cannot be used.
+    """
     name, catalogue = own_catalogue(str(data), client)
-    return _load_classes(
-        catalogue,
-        catalogue.names,
-        preprocessing,
-        client=name,
-        seed=seed,
-        cap=images_per_class,
-        cache=cache,
-    )
+    return _share(catalogue, catalogue.names, client=name, seed=seed, cap=images_per_class)
 
 
 def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Split, Split]:
@@ -211,17 +252,10 @@ def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tens
     return aside
 
 
-def _load_classes(
-    catalogue: Catalogue,
-    classes: tuple[str, ...],
-    preprocessing: Preprocessing,
-    *,
-    client: str,
-    seed: int,
-    cap: int,
-    cache: Path | None,
-) -> ClientData:
-    """Read the images of some classes of a catalogue."""
+def _share(
+    catalogue: Catalogue, classes: tuple[str, ...], *, client: str, seed: int, cap: int
+) -> Share:
+    """Split the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
     parts = [split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
@@ -242,22 +276,7 @@ def _load_classes(
             "it is trained as a class. Take them out if so.",
             *(client, count, catalogue.source, own),
         )
-    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client, cache=cache)
-    found, chosen = dict(facts), np.concatenate([*train, *test])
-    for what, befallen in catalogue.marks.items():
-        if count := int(befallen[chosen].sum()):
-            found[what] = count
-            logger.warning(
-                "Client %r: %d of %d images in %s %s.",
-                *(client, count, len(chosen), catalogue.source, what),
-            )
-    return ClientData(
-        name=client,
-        classes=classes,
-        train=Split(kept, _labels(train)),
-        test=Split(held, _labels(test)),
-        facts=found,
-    )
+    return Share(client, catalogue, classes, train, test)
 
 
 def _labels(members: list[Indices]) -> Tensor:
