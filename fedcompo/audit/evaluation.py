@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -111,9 +111,9 @@ def evaluate_clients(
 
 
 def effect_of_removal(
-    registry: RegistryReader, client: str, data: str | None, on_step: OnStep
+    registry: RegistryReader, clients: Sequence[str], data: str | None, on_step: OnStep
 ) -> dict[str, Any]:
-    """Measure what a removal would do to accuracy; changes nothing.
+    """Measure what removing some clients would do to accuracy; changes nothing.
 
     Returns:
         Figures ``before`` and ``after`` by client; or the ``reason`` why there are none.
@@ -125,10 +125,10 @@ def effect_of_removal(
         how: Any = {"linearised": registry.linearised, "on_step": on_step}
         theta, head = registry.theta_p(), registry.joint_head()
         before = evaluate_clients(backbone, theta, head, config, **how)
-        if registry.clients == (client,):
+        if {*registry.clients} == {*clients}:
             return {"before": before, "after": {}}
-        on_step("composing without the client")
-        others = from_registry(registry, without=(client,))
+        on_step("composing without them")
+        others = from_registry(registry, without=tuple(clients))
         after = evaluate_clients(backbone, dict(others.stream()), others.head, config, **how)
     except FedcompoError as error:
         return {"reason": str(error)}

@@ -6,8 +6,9 @@ class or more and loads only its own images::
     source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> images
 
 Where a source does not say who its clients are, its classes are dealt to them, each class to one
-client. An error names the damaged image or ill-formed source. Texts are dealt and split like
-images; the rest of fedcompo treats them as images with a single row of bytes.
+client, or its images (:mod:`fedcompo.data.partition`). An error names the damaged image or
+ill-formed source. Texts are dealt and split like images; the rest of fedcompo treats them as images
+with a single row of bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.data import DataConfig
+from fedcompo.config.data import CLASSES, COLUMN, DataConfig
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
@@ -30,9 +31,11 @@ from fedcompo.data.draws import (
     deal_classes,
     draw_classes,
     frozen_generator,
+    split_class,
     split_members,
 )
 from fedcompo.data.labels import NO_LABEL
+from fedcompo.data.partition import member_names, part_for, values_of
 from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
 from fedcompo.errors import DataError
 from fedcompo.method.images import Images, part_of
@@ -40,8 +43,6 @@ from fedcompo.report.pictures import Facts
 
 SMALLEST_SET_ASIDE = 5
 """Images of a class below which :func:`set_aside` takes none of it."""
-TEST_SHARE = 0.2
-"""Share of each class that becomes test images where the source does not mark them."""
 logger = logging.getLogger(__name__)
 
 
@@ -115,13 +116,21 @@ class Share:
 
 
 def client_names(source: DataConfig) -> tuple[str, ...]:
-    """Name the clients that a source yields: those it has of itself, else ``num_tasks``.
+    """Name the clients that a source yields: those it has of itself, else its parts.
 
     Raises:
-        DataError: If the source is unknown, or cannot be read.
+        DataError: If the source is unknown or cannot be read, or cannot be cut this way.
     """
-    dealt = (f"client-{partition}" for partition in range(source.num_tasks))
-    return own_clients(source.data) or tuple(dealt)
+    if own := own_clients(source.data):
+        if source.rule != CLASSES:
+            raise DataError(
+                f"`partition` is {source.partition!r}, but {source.data} says itself who its "
+                "clients are. Leave `partition` out."
+            )
+        return own
+    if source.rule == COLUMN:
+        return values_of(catalogue_of(source.data), source)
+    return member_names(source)
 
 
 def load_client_data(
@@ -153,8 +162,7 @@ def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
     Raises:
         DataError: If the source cannot be used, or the client does not exist.
     """
-    own = own_clients(config.data)
-    names = own or client_names(config)
+    own, names = own_clients(config.data), client_names(config)
     if not 0 <= partition < len(names):
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "
@@ -164,6 +172,9 @@ def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
     catalogue = catalogue_of(config.data, name if own else "")
     if own:
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
+    elif config.rule != CLASSES:
+        catalogue = part_for(name, catalogue, config, seed=seed)
+        classes = catalogue.names
     else:
         classes = deal_classes(
             catalogue.names,
@@ -246,7 +257,7 @@ def _share(
 ) -> Share:
     """Split the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
-    parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
+    parts = [split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
         cap_members(members, cap, draw=frozen_generator(seed, "subset", own))
         for own, (members, _) in zip(classes, parts, strict=True)
@@ -266,28 +277,6 @@ def _share(
             *(client, count, catalogue.source, own),
         )
     return Share(client, catalogue, classes, train, test)
-
-
-def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> list[Indices]:
-    """Return indices of the training and of the test images of one class."""
-    members = np.flatnonzero(catalogue.classes == own)
-    if catalogue.is_test is None:
-        if len(members) < 2:
-            raise DataError(
-                f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
-                f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
-                "are needed: add images, take the class out, or say which images are for testing.",
-                told=f"class {own!r} has 1 image, and needs at least 2",
-            )
-        return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
-    tests = catalogue.is_test[members]
-    if tests.all():
-        raise DataError(
-            f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
-            "training images. Add training images, or take its test images out.",
-            told=f"class {own!r} has test images but no training images",
-        )
-    return [members[~tests], members[tests]]
 
 
 def _labels(members: list[Indices]) -> Tensor:
