@@ -24,21 +24,24 @@ def load_images(
     config: DataConfig,
     preprocessing: Preprocessing,
     seed: int,
-    path: str,
+    own: str,
     partition: int,
     cache: Path,
+    client: str = "",
 ) -> ClientData:
     """Load the images of one client once for all phases; raises ``DataError``.
 
-    The path is the folder of the node's own images. Without one, it owns this part of the source;
-    a negative part is none. Many images are kept in the folder ``cache``, for the later phases.
+    ``own`` is the folder or file of the node's own images; of a manifest of several clients it
+    owns the rows of the client. Without one, it owns this part of the source; a negative part is
+    none. Many images are kept in the folder ``cache``, for the later phases.
     """
-    if path:
+    if own:
         return load_folder(
-            Path(path),
+            own,
             preprocessing,
             seed=seed,
             images_per_class=config.images_per_class,
+            client=client,
             cache=cache,
         )
     if partition < 0:

@@ -32,8 +32,8 @@ def import_source(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Its images: train/<class>/*, to describe it by. Default: none, and the rows of "
-            "its classifier stand for them."
+            help="Its images, as in `fedcompo fit`, to describe it by. Default: none, and the rows "
+            "of its classifier stand for them."
         ),
     ] = None,
     registry: common.RegistryOption = None,

@@ -28,7 +28,6 @@ from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.draws import Indices
 from fedcompo.data.pictures import (
     COLOURS,
-    SEE_THROUGH,
     kind_of,
     oddities,
     opened_picture,
@@ -38,7 +37,7 @@ from fedcompo.data.pictures import (
 )
 from fedcompo.errors import DataError
 from fedcompo.method.images import Images, part_of
-from fedcompo.report.pictures import REPEATED, WIDE, Facts
+from fedcompo.report.pictures import ODD, REPEATED, SEE_THROUGH, WIDE, Facts
 from fedcompo.report.progress import track
 from fedcompo.report.twins import few
 from fedcompo.runtime import version
@@ -182,6 +181,7 @@ class _Reader:
             told = f"have {what}: 0..{top} becomes 0..255" if top else what
             notes.append(f"{count} of {self._of} {told}.")
         facts = {kind: top for kind, top in tops.items() if kind != COLOURS}
+        facts |= {what: count for what, count in odd.items() if what in ODD}
         marks = self._digests.view(np.uint64)[:, 0]  # eight bytes tell images apart
         if repeated := int(np.isin(marks[self._kept :], marks[: self._kept]).sum()):
             facts[REPEATED] = repeated

@@ -15,17 +15,14 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.data.dicom import ODDITY, dicom_picture
 from fedcompo.errors import DataError
-from fedcompo.report.pictures import WIDE
+from fedcompo.report.pictures import NEGATIVE, PAGES, TURNED, WIDE
 
 BITS = (8, 10, 12, 14, 16)
 """Ranges that cameras and scanners use."""
 COLOURS = "16-bit colours"
 """Of them Pillow reads the upper 8 bits."""
-PAGES = "hold several pages or frames: the first is used"
-TURNED = "are turned upright, as their EXIF tag says; most other programs do not turn them"
-SEE_THROUGH = "are partly transparent: transparency is ignored, the colours under it are used"
-NEGATIVE = "say that 0 is white, with more than 8 bits; they are read as if 0 were black"
 FOREIGN = (
     (0, b"version https://git-lfs", "it is a git-lfs pointer; run `git lfs pull`"),
     (0, b"II*\0", "its pixels are of a kind that Pillow cannot read"),  # as all TIFF files start
@@ -35,7 +32,6 @@ FOREIGN = (
     (0, b"%PDF", "it is a PDF; export its pages"),
     (0, b"<", "it is a web page or a drawing (HTML, XML, SVG); fetch or save the picture itself"),
     (4, b"ftyp", "it is a HEIF picture or a video"),
-    (128, b"DICM", "it is a DICOM file"),
     (0, b"", "Pillow knows no such picture"),
 )
 """What a file is that Pillow does not know: where some bytes of it stand, and the bytes."""
@@ -59,6 +55,8 @@ def opened_picture(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
+        if content.startswith(b"DICM", 128):
+            return dicom_picture(content)
         what = next(what for at, start, what in FOREIGN if content.startswith(start, at))
         raise ValueError(what if content else "it is empty (0 bytes)") from None
 
@@ -78,6 +76,7 @@ def oddities(opened: Image.Image, kind: str) -> list[str]:
         TURNED: opened.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9),
         NEGATIVE: kind in WIDE.values() and white,
         kind: bool(kind),
+        opened.info.get(ODDITY, ""): ODDITY in opened.info,
     }
     return [what for what, is_so in odd.items() if is_so]
 

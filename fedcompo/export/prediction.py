@@ -120,4 +120,4 @@ def _files(paths: Iterable[Path], above: tuple[Path, ...] = ()) -> Iterator[Path
         if inside == [path]:
             yield path
         elif (place := path.resolve()) not in above:  # no link leads round and round
-            yield from _files((p for p in inside if not left_behind(p)), (*above, place))
+            yield from _files((p for p in inside if not left_behind(p.name)), (*above, place))

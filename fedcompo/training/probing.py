@@ -17,6 +17,7 @@ import torch
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Curvature, FisherForm
+from fedcompo.config.data import CLASSES
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data, load_folder
 from fedcompo.errors import ConfigError
@@ -96,17 +97,16 @@ def fisher_of_images(
 
 
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:
-    """Load all classes of a source as one party's; a ``folder:`` source holds ``train/<class>/*``.
+    """Load all classes of a source as one party's; a ``folder:`` source holds class folders.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
     """
     source, seed = config.data, config.seed
-    kind, _, path = source.data.partition(":")
-    if kind == "folder" and path:
-        cap = source.images_per_class
-        return load_folder(Path(path), preprocessing, seed=seed, images_per_class=cap)
-    whole = replace(source, num_tasks=1)
+    if source.data.startswith(("folder:", "manifest:")):
+        cap, own = source.images_per_class, source.data
+        return load_folder(own, preprocessing, seed=seed, images_per_class=cap, client=None)
+    whole = replace(source, num_tasks=1, partition=CLASSES, clients_per_task=0)
     return load_client_data(whole, preprocessing, partition=0, seed=seed)
 
 

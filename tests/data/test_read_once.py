@@ -26,7 +26,13 @@ class Reader:
             name = path.read_text()
         except OSError as error:
             raise DataError(f"{path} cannot be read") from error
-        return Catalogue(str(path), np.array([name]), None, lambda index: Image.new("L", (1, 1)))
+        return Catalogue(
+            str(path),
+            np.array([name]),
+            None,
+            lambda index: Image.new("L", (1, 1)),
+            in_memory=len(name),
+        )
 
 
 @pytest.fixture
@@ -82,7 +88,7 @@ def test_only_the_last_file_is_kept(file: Path):
     assert reader.reads == 3
 
 
-def test_a_large_file_is_not_kept(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_content_that_fills_the_memory_is_not_kept(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(catalogue, "KEPT_BYTES", 2)
     reader = Reader()
     for _ in range(3):
