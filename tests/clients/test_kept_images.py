@@ -42,7 +42,7 @@ def test_images_on_disk_are_decoded_once_and_deleted_with_the_run_unless_kept(
     for keep, left in ((False, 0), (True, 2), (True, 2)):
         output = tmp_path / f"disk-{len(decoded)}"
         on_disk = run(options, output, **settings, **{"keep-cache": keep})
-        assert on_disk["per_client"] == in_memory["per_client"]
+        assert on_disk["class_il_accuracy"] == in_memory["class_il_accuracy"]
         assert same_contributions(tmp_path / "memory", output)
         assert [*(tmp_path / "state/images").iterdir()] == []
         assert len([*tmp_path.glob("xdg/fedcompo/images/*.rows")]) == left
