@@ -126,7 +126,7 @@ def bare(content: bytes) -> None:
 
 def table_of_folders(counts: list[int], threads: list[int], side: int, work: Path) -> None:
     """Print a line for each number of images and of threads."""
-    distinct = [picture(seed, side, side) for seed in range(200)]
+    distinct = [picture(seed, side, side) for seed in range(min([200, *counts]))]
     limits = {n: rate(bare, distinct * 10, n) for n in threads}
     print(
         f"JPEGs of {side} pixels to {SIZE}; Pillow alone decodes, images a second: "
