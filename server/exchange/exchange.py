@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from logging import INFO
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
@@ -223,7 +224,7 @@ class Exchange:
         figures = {
             k: v for k, v in stated if k.endswith("_accuracy") or (k == "losses" and of_training)
         }
-        known = {"peaks": _peaks(body), "caps": caps, "figures": figures}
+        known: dict[str, Any] = {"peaks": _peaks(body), "caps": caps, "figures": figures}
         self.books.answered(asking.phase, name, cost, **known, reason=reason)
 
     def _fail(
