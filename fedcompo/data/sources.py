@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedcompo.config.scenario import on_hub
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.columns import with_choices
 from fedcompo.data.folders import client_folders, data_set, folder_catalogue
-from fedcompo.data.hugging_face import SAVED, hub_catalogue, is_folder, saved_catalogue
+from fedcompo.data.hugging_face import SAVED, hub_catalogue, saved_catalogue
 from fedcompo.data.manifest import manifest_catalogue
 from fedcompo.data.named import digits_catalogue
 from fedcompo.data.npz import npz_catalogue
@@ -74,7 +75,7 @@ def catalogue_of(data: str, client: str = "") -> Catalogue:
     if kind not in WITH_CHOICES:
         return read_once(FILES[kind], Path(rest).expanduser())
     place, choices = with_choices(rest)
-    if kind == "hf" and not is_folder(place):
+    if kind == "hf" and on_hub(place):
         return hub_catalogue(place, choices)
     whole = read_once(FILES[kind], Path(place).expanduser(), choices)
     return whole.part(np.flatnonzero(whole.clients == client)) if client else whole
@@ -129,7 +130,7 @@ def parse(data: str) -> tuple[str, str]:
         return kind, rest
     if kind in KINDS:
         hint = f"{kind} needs a path: {kind}:<path>."
-    elif near := difflib.get_close_matches(kind, (*KINDS, *NAMED, *ALIASES), 1):
+    elif near := difflib.get_close_matches(kind, (*KINDS, *NAMED, *ALIASES), 1, 0.7):
         more = f":{rest or '<path>'}" if near[0] in KINDS else ""
         hint = f"Did you mean {near[0] + more!r}?"
     elif data and Path(data).expanduser().exists():
