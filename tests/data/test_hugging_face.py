@@ -112,7 +112,7 @@ def test_parts_are_known_by_name_or_chosen(tmp_path: Path, caplog: pytest.LogCap
     chosen = catalogue_of(f"{place}#train=validation,test=extra")
     assert chosen.is_test is not None
     assert chosen.is_test.tolist() == [False] * 4 + [True]
-    with pytest.raises(DataError, match="has the parts .*expected 'train', 'tests'"):
+    with pytest.raises(DataError, match=r"has the parts .*expected 'train', 'tests'"):
         catalogue_of(f"{place}#test=tests")
 
 
@@ -127,9 +127,9 @@ def test_columns_are_found_by_type_and_what_is_ambiguous_is_asked_for(tmp_path: 
         catalogue_of(place)
     assert catalogue_of(f"{place}#label=coarse").names == ("tame", "wild")
     assert catalogue_of(f"{place}#label=site").names == ("n", "s")
-    with pytest.raises(DataError, match="no column 'coarce'.*Did you mean #label=coarse"):
+    with pytest.raises(DataError, match=r"no column 'coarce'.*Did you mean #label=coarse"):
         catalogue_of(f"{place}#label=coarce")
-    with pytest.raises(DataError, match="#labl=site.*Did you mean #label=site"):
+    with pytest.raises(DataError, match=r"#labl=site.*Did you mean #label=site"):
         catalogue_of(f"{place}#labl=site")
     with pytest.raises(DataError, match="'site' is no column of images"):
         catalogue_of(f"{place}#image=site,label=label")
@@ -137,11 +137,11 @@ def test_columns_are_found_by_type_and_what_is_ambiguous_is_asked_for(tmp_path: 
 
 def test_rows_without_a_label_or_with_several_are_refused(tmp_path: Path):
     rows([0, -1, None, 2], mark=1).save_to_disk(tmp_path / "none")
-    with pytest.raises(DataError, match="2 of 4 images .*no label: row 1 of 'train', row 2"):
+    with pytest.raises(DataError, match=r"2 of 4 images .*no label: row 1 of 'train', row 2"):
         catalogue_of(f"hf:{tmp_path / 'none'}")
     several = datasets.List(datasets.ClassLabel(names=NAMES))
     rows([[0], [1, 2]], mark=1, label=several).save_to_disk(tmp_path / "several")
-    with pytest.raises(DataError, match="lists labels. Several labels an image are not supported"):
+    with pytest.raises(DataError, match=r"lists labels. Several labels an image are not supported"):
         catalogue_of(f"hf:{tmp_path / 'several'}#label=label")
 
 

@@ -12,7 +12,9 @@ import pytest
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import ClientData, load_client_data
+from fedcompo.data.text import text_catalogue
 from fedcompo.errors import DataError
+from fedcompo.report.pictures import STAND_IN
 
 LENGTH = 12
 TEXTS = Preprocessing(LENGTH, 1, mean=(0.0,), std=(1 / 255,), modality=Modality.TEXTS)
@@ -92,6 +94,24 @@ def test_names_are_brought_into_composed_unicode(tmp_path: Path):
     content = [{**row, "label": row["label"] + "e\u0301"} for row in rows()]
     client = load(write(tmp_path / "data.jsonl", content), tasks=1)
     assert client.classes == tuple(f"{name}\u00e9" for name in NAMES)
+
+
+def test_texts_stay_on_disk_until_they_are_asked_for(tmp_path: Path):
+    path = write(tmp_path / "data.jsonl", rows(text="naïve ☃"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n"))
+    catalogue = text_catalogue(path)
+    assert catalogue.in_memory == 0
+    assert {catalogue.open(index) for index in range(30)} == {"naïve ☃".encode()}
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        catalogue.open(0)
+
+
+def test_validation_texts_are_test_texts_where_there_are_no_others(tmp_path: Path):
+    content = [{**row, "split": "val" if row["split"] == "test" else "train"} for row in rows()]
+    client = load(write(tmp_path / "data.jsonl", content), tasks=1)
+    assert (len(client.train.labels), len(client.test.labels)) == (24, 6)
+    assert client.facts[STAND_IN] == 6
 
 
 @pytest.mark.parametrize(
