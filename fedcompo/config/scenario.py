@@ -152,7 +152,10 @@ def scenario_name(file: Path | None, values: Mapping[str, Scalar]) -> str:
     if file:
         return file.stem
     data = str(values.get("data", all_settings()["data"].default))
-    return Path(data.partition(":")[2]).stem or data.partition(":")[0] or "run"
+    kind, _, place = data.partition(":")
+    if kind in ("manifest", "hf"):
+        place = place.partition("#")[0]  # without its choices
+    return Path(place).stem or kind or "run"
 
 
 def _absolute(path: str, where: Path) -> str:

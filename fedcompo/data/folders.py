@@ -181,8 +181,9 @@ def _check_depth(
     """Refuse folders of which some hold images and others hold folders."""
     if deep and flat:
         raise DataError(
-            f"{whose}{path} must hold {expected}, but there are files in {few([*map(repr, flat)])} and "
-            f"folders in {few([*map(repr, deep)])}. Let all class folders lie equally deep.",
+            f"{whose}{path} must hold {expected}, but there are files in "
+            f"{few([*map(repr, flat)])} and folders in {few([*map(repr, deep)])}. Let all class "
+            "folders lie equally deep.",
             told="some folders hold images, others hold folders",
         )
 
