@@ -95,7 +95,7 @@ def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
     Raises:
         DataError: If the source cannot be used, or has the images of several clients.
     """
-    kind, rest = parse(data if data in NAMED else _with_kind(data))
+    kind, rest = parse(_with_kind(data))
     if kind == "folder":
         path = Path(rest).expanduser().absolute()
         return client or path.name, folder_catalogue(path, client=client or path.name)
@@ -109,17 +109,19 @@ def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
     if len(names) == 1:
         return client or names[0], whole
     raise DataError(
-        f"{whole.source} lists images of {len(names)} clients, {few(names)}, and "
-        f"{repr(client) if client else 'no name'} is the client's. Give it one of these names.",
+        f"{whole.source} lists images of {len(names)} clients, {few(names)}, and whose are to be "
+        f"read is {f'not known by {client!r}' if client else 'not said'}. Call the client by one "
+        "of these names.",
         told="its manifest lists images of several clients, and not its own",
     )
 
 
 def _with_kind(data: str) -> str:
-    """Write a path as a source."""
-    if data.partition(":")[0] in KINDS:
+    """Write a path as a source; what exists is a path, whatever it is called."""
+    path = Path(with_choices(data)[0]).expanduser()
+    if not path.exists() and (data in (*NAMED, *ALIASES) or data.partition(":")[0] in KINDS):
         return data
-    return f"{kind_of(Path(with_choices(data)[0]).expanduser())}:{data}"
+    return f"{kind_of(path)}:{data}"
 
 
 def parse(data: str) -> tuple[str, str]:
