@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from fedcompo.names import printable
-
-OnStep = Callable[[str], None]
-"""Called with each step of something that takes long, in words."""
 
 
 def duration(seconds: float) -> str:
