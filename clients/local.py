@@ -24,6 +24,7 @@ from fedcompo.config.caps import FEWEST_IMAGES, NODE_KEYS
 from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split, set_aside
+from fedcompo.data.enough import check_enough
 from fedcompo.messages.answers import (
     DescribeAnswer,
     FisherAnswer,
@@ -118,8 +119,8 @@ class LocalClient:
             images_home(str(node_config.get("state", "")), keep=config.keep_cache),
             name,
         )
-        name = name or data.name
-        outgoing.check_enough(data, check_client_name(name), config)
+        name, labels = check_client_name(name or data.name), data.train.labels
+        check_enough(data.classes, labels, len(data.test.labels), client=name, config=config)
         return cls(
             name,
             config,

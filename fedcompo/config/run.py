@@ -31,7 +31,7 @@ from fedcompo.config.choices import (
     Statistics,
 )
 from fedcompo.config.data import DataConfig
-from fedcompo.config.presets import from_older, without_preset
+from fedcompo.config.presets import LATER, from_older, without_preset
 from fedcompo.config.server import ComposeConfig, RegistryConfig, ServerConfig
 from fedcompo.config.setting import FRACTION, NOT_NEGATIVE, POSITIVE, Scalar, check_all, setting
 
@@ -267,7 +267,11 @@ class RunConfig:
         """Return the settings that are stored with a contribution: those that can change it."""
         for_server = fields(ComposeConfig) + fields(ServerConfig) + fields(RegistryConfig)
         apart = {"output", "preset", "keep-cache", *map(_key, for_server)}
-        return {key: value for key, value in self.flat().items() if key not in apart}
+        return {
+            key: value
+            for key, value in self.flat().items()
+            if key not in apart and value != LATER.get(key)
+        }
 
 
 SECTIONS: dict[str, Any] = {

@@ -46,6 +46,8 @@ class Catalogue:
     """Pictures or texts."""
     which: Callable[[int], object] = "image {}".format
     """Name one image, for messages."""
+    file: Callable[[int], Path] | None = None
+    """The file of one image; None: they have none of their own."""
     version: str = ""
     """Changes whenever the content of an image may have changed; empty: not known, keep nothing."""
     marks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class Catalogue:
             is_test=None if self.is_test is None else self.is_test[rows],
             open=lambda index: self.open(int(rows[index])),
             which=lambda index: self.which(int(rows[index])),
+            file=self.file and (lambda index, of=self.file: of(int(rows[index]))),
             version=self.version and sha256(self.version.encode() + rows.tobytes()).hexdigest(),
             marks=chosen(self.marks),
             clients=None if self.clients is None else self.clients[rows],

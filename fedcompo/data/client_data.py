@@ -6,8 +6,9 @@ class or more and loads only its own images::
     source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> images
 
 Where a source does not say who its clients are, its classes are dealt to them, each class to one
-client. An error names the damaged image or ill-formed source. Texts are dealt and split like
-images; the rest of fedcompo treats them as images with a single row of bytes.
+client, or its images (:mod:`fedcompo.data.partition`). An error names the damaged image or
+ill-formed source. Texts are dealt and split like images; the rest of fedcompo treats them as images
+with a single row of bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.data import DataConfig
+from fedcompo.config.data import CLASSES, COLUMN, DataConfig
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
@@ -30,9 +31,11 @@ from fedcompo.data.draws import (
     deal_classes,
     draw_classes,
     frozen_generator,
+    split_class,
     split_members,
 )
 from fedcompo.data.labels import NO_LABEL
+from fedcompo.data.partition import member_names, part_for, values_of
 from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
 from fedcompo.errors import DataError
 from fedcompo.method.images import Images, part_of
@@ -40,8 +43,6 @@ from fedcompo.report.pictures import UNLABELLED, Facts
 
 SMALLEST_SET_ASIDE = 5
 """Images of a class below which :func:`set_aside` takes none of it."""
-TEST_SHARE = 0.2
-"""Share of each class that becomes test images where the source does not mark them."""
 logger = logging.getLogger(__name__)
 
 
@@ -75,14 +76,62 @@ class ClientData:
     """What whoever reads the results should know of the images."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which examples of a source are one client's: listed and split, not read yet."""
+
+    name: str
+    catalogue: Catalogue
+    classes: tuple[str, ...]
+    """Sorted."""
+    train: list[Indices]
+    """Indices of the training images of each class, at least one."""
+    test: list[Indices]
+    """Indices of the test images of each class; of all together, at least one."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Label of each training image, (count,), grouped by class."""
+        return _labels(self.train)
+
+    def read(self, preprocessing: Preprocessing, *, cache: Path | None = None) -> ClientData:
+        """Read the images; raises ``DataError`` if one cannot be used.
+
+        Many are kept in the folder ``cache``, for other processes; None: they are not.
+        """
+        catalogue, chosen = self.catalogue, np.concatenate([*self.train, *self.test])
+        kept, held, facts = decode(
+            catalogue, self.train, self.test, preprocessing, client=self.name, cache=cache
+        )
+        found = dict(facts)
+        unlabelled = {UNLABELLED: np.isin(catalogue.classes, NO_LABEL)}
+        for what, befallen in {**catalogue.marks, **unlabelled}.items():
+            if count := int(befallen[chosen].sum()):
+                found[what] = count
+                logger.warning(
+                    "Client %r: %d of %d images in %s %s.",
+                    *(self.name, count, len(chosen), catalogue.source, what),
+                )
+        splits = Split(kept, self.labels), Split(held, _labels(self.test))
+        return ClientData(self.name, self.classes, *splits, found)
+
+
 def client_names(source: DataConfig) -> tuple[str, ...]:
-    """Name the clients that a source yields: those it has of itself, else ``num_tasks``.
+    """Name the clients that a source yields: those it has of itself, else its parts.
 
     Raises:
-        DataError: If the source is unknown, or cannot be read.
+        DataError: If the source is unknown or cannot be read, or cannot be cut this way.
     """
-    dealt = (f"client-{partition}" for partition in range(source.num_tasks))
-    return own_clients(source.data) or tuple(dealt)
+    if own := own_clients(source.data):
+        if source.rule != CLASSES:
+            raise DataError(
+                f"`partition` is {source.partition!r}, but {source.data} says itself who its "
+                "clients are. Leave `partition` out."
+            )
+        return own
+    if source.rule == COLUMN:
+        return values_of(catalogue_of(source.data), source)
+    return member_names(source)
 
 
 def load_client_data(
@@ -93,21 +142,28 @@ def load_client_data(
     seed: int,
     cache: Path | None = None,
 ) -> ClientData:
-    """Load the images of one client of a source.
-
-    Args:
-        config: The source, and how it is dealt.
-        preprocessing: Input that the backbone expects.
-        partition: Number of the client, from 0.
-        seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
-            source does not mark them. Test images of ``digits`` are the same for all seeds.
-        cache: Folder in which many decoded images are kept for other processes; None: they are not.
+    """Load the images of one client of a source: :func:`client_share`, read.
 
     Raises:
         DataError: If the source or one of its images cannot be used, or the client does not exist.
     """
-    own = own_clients(config.data)
-    names = own or client_names(config)
+    share = client_share(config, partition=partition, seed=seed)
+    return share.read(preprocessing, cache=cache)
+
+
+def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
+    """List the images of one client of a source.
+
+    Args:
+        config: The source, and how it is dealt.
+        partition: Number of the client, from 0.
+        seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
+            source does not mark them. Test images of ``digits`` are the same for all seeds.
+
+    Raises:
+        DataError: If the source cannot be used, or the client does not exist.
+    """
+    own, names = own_clients(config.data), client_names(config)
     if not 0 <= partition < len(names):
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "
@@ -117,6 +173,9 @@ def load_client_data(
     catalogue = catalogue_of(config.data, name if own else "")
     if own:
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
+    elif config.rule != CLASSES:
+        catalogue = part_for(name, catalogue, config, seed=seed)
+        classes = catalogue.names
     else:
         classes = deal_classes(
             catalogue.names,
@@ -125,15 +184,7 @@ def load_client_data(
             seed=seed,
             source=catalogue.source,
         )[partition]
-    return _load_classes(
-        catalogue,
-        classes,
-        preprocessing,
-        client=name,
-        seed=seed,
-        cap=config.images_per_class,
-        cache=cache,
-    )
+    return _share(catalogue, classes, client=name, seed=seed, cap=config.images_per_class)
 
 
 def load_folder(
@@ -145,31 +196,33 @@ def load_folder(
     client: str | None = "",
     cache: Path | None = None,
 ) -> ClientData:
-    """Load what one client owns; in a deployment each node has its own folder or file.
-
-    Args:
-        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``; or
-            a file that lists images or holds them; or a source of another kind.
-        preprocessing: Input that the backbone expects.
-        seed: Seed of the run. It draws subsets, and test images if the source marks none.
-        images_per_class: Keep at most this many training images a class; 0: all.
-        client: The client's name; empty: that of the folder or file; None: the same, and all that
-            a manifest lists, whoever owns it.
-        cache: Folder in which many decoded images are kept for other processes; None: they are not.
+    """Load what one client owns: :func:`folder_share`, read.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
     """
+    share = folder_share(data, seed=seed, images_per_class=images_per_class, client=client)
+    return share.read(preprocessing, cache=cache)
+
+
+def folder_share(
+    data: str | Path, *, seed: int, images_per_class: int = 0, client: str | None = ""
+) -> Share:
+    """List what one client owns; in a deployment each node has its own folder or file.
+
+    Args:
+        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``; or
+            a file that lists images or holds them; or a source of another kind.
+        seed: Seed of the run. It draws subsets, and test images if the source marks none.
+        images_per_class: Keep at most this many training images a class; 0: all.
+        client: The client's name; empty: that of the folder or file; None: the same, and all that
+            a manifest lists, whoever owns it.
+
+    Raises:
+        DataError: If the source cannot be used.
+    """
     name, catalogue = own_catalogue(str(data), client)
-    return _load_classes(
-        catalogue,
-        catalogue.names,
-        preprocessing,
-        client=name,
-        seed=seed,
-        cap=images_per_class,
-        cache=cache,
-    )
+    return _share(catalogue, catalogue.names, client=name, seed=seed, cap=images_per_class)
 
 
 def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Split, Split]:
@@ -200,19 +253,12 @@ def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tens
     return aside
 
 
-def _load_classes(
-    catalogue: Catalogue,
-    classes: tuple[str, ...],
-    preprocessing: Preprocessing,
-    *,
-    client: str,
-    seed: int,
-    cap: int,
-    cache: Path | None,
-) -> ClientData:
-    """Read the images of some classes of a catalogue."""
+def _share(
+    catalogue: Catalogue, classes: tuple[str, ...], *, client: str, seed: int, cap: int
+) -> Share:
+    """Split the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
-    parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
+    parts = [split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
         cap_members(members, cap, draw=frozen_generator(seed, "subset", own))
         for own, (members, _) in zip(classes, parts, strict=True)
@@ -224,45 +270,7 @@ def _load_classes(
             f"({', '.join(classes)}). Add test images, or leave out which images are test images: "
             "then they are drawn."
         )
-    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client, cache=cache)
-    found, chosen = dict(facts), np.concatenate([*train, *test])
-    unlabelled = {UNLABELLED: np.isin(catalogue.classes, NO_LABEL)}
-    for what, befallen in {**catalogue.marks, **unlabelled}.items():
-        if count := int(befallen[chosen].sum()):
-            found[what] = count
-            logger.warning(
-                "Client %r: %d of %d images in %s %s.",
-                *(client, count, len(chosen), catalogue.source, what),
-            )
-    return ClientData(
-        name=client,
-        classes=classes,
-        train=Split(kept, _labels(train)),
-        test=Split(held, _labels(test)),
-        facts=found,
-    )
-
-
-def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> list[Indices]:
-    """Return indices of the training and of the test images of one class."""
-    members = np.flatnonzero(catalogue.classes == own)
-    if catalogue.is_test is None:
-        if len(members) < 2:
-            raise DataError(
-                f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
-                f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
-                "are needed: add images, take the class out, or say which images are for testing.",
-                told=f"class {own!r} has 1 image, and needs at least 2",
-            )
-        return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
-    tests = catalogue.is_test[members]
-    if tests.all():
-        raise DataError(
-            f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
-            "training images. Add training images, or take its test images out.",
-            told=f"class {own!r} has test images but no training images",
-        )
-    return [members[~tests], members[tests]]
+    return Share(client, catalogue, classes, train, test)
 
 
 def _labels(members: list[Indices]) -> Tensor:

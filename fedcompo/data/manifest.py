@@ -56,6 +56,7 @@ def manifest_catalogue(path: Path, choices: Choices = ()) -> Catalogue:
         is_test=is_test,
         open=lambda index: files[index].read_bytes(),
         which=lambda index: f"{where(index)}, {files[index]}",
+        file=files.__getitem__,
         version=version_of([path, *files]),
         marks=marks,
         clients=clients,

@@ -17,6 +17,7 @@ import torch
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Curvature, FisherForm
+from fedcompo.config.data import CLASSES
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data, load_folder
 from fedcompo.errors import ConfigError
@@ -105,7 +106,7 @@ def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientD
     if source.data.startswith(("folder:", "manifest:")):
         cap, own = source.images_per_class, source.data
         return load_folder(own, preprocessing, seed=seed, images_per_class=cap, client=None)
-    whole = replace(source, num_tasks=1)
+    whole = replace(source, num_tasks=1, partition=CLASSES, clients_per_task=0)
     return load_client_data(whole, preprocessing, partition=0, seed=seed)
 
 
