@@ -66,7 +66,6 @@ class Catalogue:
 
     def part(self, rows: NDArray[np.int64]) -> Catalogue:
         """Return the catalogue of some images, given their indices."""
-
         own_file = self.file
 
         def chosen(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
