@@ -64,6 +64,11 @@ class Catalogue:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
 
+    @cached_property
+    def owners(self) -> tuple[str, ...]:
+        """Sorted names of the clients; none: the source does not say."""
+        return () if self.clients is None else tuple(map(str, np.unique(self.clients)))
+
     def part(self, rows: NDArray[np.int64]) -> Catalogue:
         """Return the catalogue of some images, given their indices."""
         own_file = self.file
