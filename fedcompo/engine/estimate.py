@@ -138,6 +138,7 @@ def estimate(
     measured: Pace,
     amounts: Sequence[Amount],
     *,
+    classes: int,
     at_once: int,
     starts: bool = True,
 ) -> Estimate:
@@ -148,6 +149,7 @@ def estimate(
         config: Settings of the run.
         measured: What :func:`measure` measured.
         amounts: What each client owns.
+        classes: Number of classes of all clients together.
         at_once: Clients that work at a time.
         starts: Whether Flower's engine starts first.
     """
@@ -156,10 +158,7 @@ def estimate(
     seconds = [_seconds(config, measured, own, rounds=rounds, tried=tried) for own in amounts]
     messages = (4 + rounds) * MESSAGE * len(amounts)
     longest = max(max(seconds), (sum(seconds) + messages) / at_once)
-    traffic = [
-        _traffic(backbone, config, own, sum(a.classes for a in amounts), rounds, tried)
-        for own in amounts
-    ]
+    traffic = [_traffic(backbone, config, own, classes, rounds, tried) for own in amounts]
     sent, received = (sum(part) // len(amounts) for part in zip(*traffic, strict=True))
     pixels = math.prod(backbone.preprocessing.shape)
     whole = 4 * sum(weight.numel() for weight in backbone.model.parameters())

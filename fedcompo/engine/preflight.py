@@ -107,6 +107,8 @@ def look(
         on_step("loading the backbone")
         backbone = _backbone(config, found)
     shares = _own(config, own, client, found) if own else _shares(config, clients, found)
+    if backbone and own and config.backbone == BackboneConfig():
+        backbone = _unless_of_another_kind(backbone, shares, found)
     if own and not config.caps.min_images:
         config = replace(config, caps=replace(config.caps, min_images=FEWEST_IMAGES))
     amounts = []
@@ -119,15 +121,19 @@ def look(
                 f"{count} of {len(shares)} clients were looked at; `fedcompo check` takes its time."
             )
             break
-    spelt = {name: own["classes"] for name, own in found.clients.items()}
-    if note := note_on(twins(spelt)):
+    if note := note_on(twins({name: own["classes"] for name, own in found.clients.items()})):
         found.notes.append(note)
     if backbone and amounts and not found.faults:
         on_step("measuring a step of training")
         amounts *= max(1, len(shares) // len(amounts))
-        measured = measure(backbone, config, threads=threads)
         found.estimate = estimate(
-            backbone, config, measured, amounts, at_once=at_once, starts=not own
+            backbone,
+            config,
+            measure(backbone, config, threads=threads),
+            amounts,
+            classes=len({name for seen in found.clients.values() for name in seen["classes"]}),
+            at_once=at_once,
+            starts=not own,
         )
         _compare(found, at_once, output or Path.cwd())
     return found
@@ -170,6 +176,18 @@ def _own(config: RunConfig, own: str, client: str, found: Preflight) -> list[Lis
         found.faults.append(str(error))
         return []
     return [(share.name, lambda: share)]
+
+
+def _unless_of_another_kind(
+    backbone: Backbone, shares: list[Listed], found: Preflight
+) -> Backbone | None:
+    """Leave out the default backbone, which nobody named, where it does not read a client's own."""
+    reads = backbone.preprocessing.modality
+    if all(listed().catalogue.modality == reads for _, listed in shares):
+        return backbone
+    found.backbone = {}
+    found.notes.append(f"The default backbone reads {reads}; name the run's by --scenario.")
+    return None
 
 
 def _shares(config: RunConfig, clients: int, found: Preflight) -> list[Listed]:

@@ -207,7 +207,7 @@ def test_bytes_and_seconds_are_those_of_a_run_that_was_measured() -> None:
     backbone, config = load_backbone(RunConfig().backbone), RunConfig()
     measured = Pace(forward=0.0008, fisher=0.006, step=0.0023, resident=10**9)
     amounts = [Amount(train=270, aside=27, test=90, classes=2, rate=9000.0)] * 5
-    made = estimate(backbone, config, measured, amounts, at_once=2)
+    made = estimate(backbone, config, measured, amounts, classes=10, at_once=2)
     assert made.sent == pytest.approx(554_168, rel=0.1)
     assert made.received == pytest.approx(14_262_976, rel=0.01)
     assert made.disk == pytest.approx(22_859_083, rel=0.2)
@@ -220,7 +220,13 @@ def test_a_task_vector_is_sent_in_the_numbers_of_its_kind(kind: str) -> None:
     some = {"kind": kind, "realign": False, "fisher-form": "none", "scale": 1.0, "wire": "float32"}
     amounts = [Amount(10, 0, 5, 2, 100.0)]
     made = estimate(
-        backbone, RunConfig.parse(some), Pace(0, 0, 0, 0), amounts, at_once=1, starts=False
+        backbone,
+        RunConfig.parse(some),
+        Pace(0, 0, 0, 0),
+        amounts,
+        classes=2,
+        at_once=1,
+        starts=False,
     )
     draw, theta_0 = torch.Generator(), backbone.theta_0
     deltas = new_deltas(kind, theta_0, rank=8, generator=draw)  # type: ignore[arg-type]
@@ -229,3 +235,30 @@ def test_a_task_vector_is_sent_in_the_numbers_of_its_kind(kind: str) -> None:
     sums, head = 4 * (2 * width + width * (width + 1) // 2), 4 * 2 * (width + 1)
     assert made.sent == vector + sums + head
     assert isinstance(made, Estimate)
+
+
+def test_texts_are_checked_without_the_backbone_that_nobody_named(images: Path) -> None:
+    texts(images)
+    result = runner.invoke(app, ["check", "--data", "t.jsonl", "--json", "--set", "min-images=1"])
+    said = json.loads(result.stdout)
+    assert (result.exit_code, said["faults"], said["estimate"]) == (0, [], None)
+    assert "name the run's by --scenario" in said["notes"][0]
+    named = ["--set", "backbone=embedded", "--set", "image-size=56"]
+    assert runner.invoke(app, ["check", "--data", "t.jsonl", *named]).exit_code == 1
+
+
+def test_a_source_of_several_clients_is_one_s_own_where_its_name_is_given(images: Path) -> None:
+    rows = ["path,label,client"]
+    rows += [
+        f"images/{f.relative_to(images)},{f.parent.name},{f.relative_to(images).parts[0]}"
+        for f in sorted(images.rglob("*.jpg"))
+    ]
+    (images.parent / "list.csv").write_text("\n".join(rows))
+    own = runner.invoke(app, ["check", "--data", "list.csv", "--client", "ada", "--json"])
+    all_of_them = runner.invoke(app, ["check", "--data", "manifest:list.csv", "--json"])
+    assert [*json.loads(own.stdout)["clients"]] == ["ada"]
+    assert [*json.loads(all_of_them.stdout)["clients"]] == ["ada", "bob"]
+    (images / "bob" / "train" / "fox" / "07.jpg").write_bytes(b"no picture")
+    again = runner.invoke(app, ["check", "--data", "manifest:list.csv"])
+    assert again.exit_code == 1
+    assert "07.jpg" in again.output
