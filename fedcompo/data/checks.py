@@ -41,6 +41,19 @@ class Checked:
     """Number of test files that are training files too, of those that were compared."""
 
 
+@dataclass(frozen=True)
+class Amount:
+    """What one client owns: its images and classes."""
+
+    train: int
+    aside: int
+    """Of the training images, those kept aside."""
+    test: int
+    classes: int
+    rate: float
+    """Images read a second; infinite: no time."""
+
+
 def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds: float) -> Checked:
     """Check the examples of one client.
 

@@ -17,6 +17,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.voting import scales
 from fedcompo.config.choices import Curvature, FisherForm, Method, Statistics, Wire, kinds_of
 from fedcompo.config.run import RunConfig
+from fedcompo.data.checks import Amount
 from fedcompo.data.client_data import Split
 from fedcompo.data.decoding import IN_MEMORY
 from fedcompo.method.deltas import new_deltas
@@ -37,19 +38,6 @@ ENGINE_BYTES = 150_000_000
 """Memory of a client's process besides this one's own: Flower and Ray."""
 WIRE = {Wire.FLOAT32: 4, Wire.BFLOAT16: 2, Wire.INT8: 1}
 """Bytes of a number."""
-
-
-@dataclass(frozen=True)
-class Amount:
-    """What one client owns: its images and classes."""
-
-    train: int
-    aside: int
-    """Of the training images, those kept aside."""
-    test: int
-    classes: int
-    rate: float
-    """Images read a second; infinite: no time."""
 
 
 @dataclass(frozen=True)

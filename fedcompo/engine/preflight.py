@@ -12,21 +12,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.config.setting import names_of
-from fedcompo.data.checks import Checked, check_examples, fault_of
+from fedcompo.data.checks import Amount, Checked, check_examples, fault_of
 from fedcompo.data.client_data import Share, client_names, client_share, drawn_aside, folder_share
 from fedcompo.data.enough import check_enough
-from fedcompo.engine.estimate import Amount, Estimate, estimate, measure
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.names import check_client_names
 from fedcompo.report.twins import note_on, twins
 from fedcompo.report.units import OnStep, size
 from fedcompo.runtime import available_bytes, pick_device
+
+if TYPE_CHECKING:  # which load timm
+    from fedcompo.backbone.backbone import Backbone
+    from fedcompo.engine.estimate import Estimate
 
 SECONDS = 1.0
 """Time for each step of the checks of all clients together, before a simulation."""
@@ -125,6 +127,8 @@ def look(
         found.notes.append(note)
     if backbone and amounts and not found.faults:
         on_step("measuring a step of training")
+        from fedcompo.engine.estimate import estimate, measure
+
         amounts *= max(1, len(shares) // len(amounts))
         found.estimate = estimate(
             backbone,
@@ -147,6 +151,8 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
 
 
 def _backbone(config: RunConfig, found: Preflight) -> Backbone | None:
+    from fedcompo.backbone.backbone import load_backbone
+
     try:
         backbone = load_backbone(config.backbone, pick_device(config.device))
     except FedcompoError as error:

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli.app import app
 from fedcompo.config.run import RunConfig
-from fedcompo.data.checks import check_examples
+from fedcompo.data.checks import Amount, check_examples
 from fedcompo.data.client_data import folder_share
 from fedcompo.engine import launcher, simulation
-from fedcompo.engine.estimate import Amount, Estimate, Pace, estimate
+from fedcompo.engine.estimate import Estimate, Pace, estimate
 from fedcompo.engine.preflight import FULL, look
 from fedcompo.method.deltas import new_deltas
 from fedcompo.report.preflight import lines_on
