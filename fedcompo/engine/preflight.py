@@ -22,8 +22,9 @@ from fedcompo.data.client_data import Share, client_names, client_share, drawn_a
 from fedcompo.data.enough import check_enough
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.names import check_client_names
+from fedcompo.report.progress import step
 from fedcompo.report.twins import note_on, twins
-from fedcompo.report.units import OnStep, size
+from fedcompo.report.units import size
 from fedcompo.runtime import available_bytes, pick_device
 
 if TYPE_CHECKING:  # which load timm
@@ -85,7 +86,6 @@ def look(
     seconds: float = SECONDS,
     longest: float = FULL,
     brief: bool = False,
-    on_step: OnStep = lambda step: None,
 ) -> Preflight:
     """Check what a run is going to use; raises nothing that is wrong with it.
 
@@ -100,13 +100,12 @@ def look(
         seconds: Time for each step of the checks of all clients together; infinite: check all.
         longest: Seconds after which no further client is looked at.
         brief: Leave out the backbone and the estimate where neither can be wrong.
-        on_step: Called with each step.
     """
     began, found = time.monotonic(), Preflight()
     found.faults += _missing_files(config)
     backbone = None
     if not (brief and config.backbone == BackboneConfig() and ":" not in config.data.data):
-        on_step("loading the backbone")
+        step("loading the backbone")
         backbone = _backbone(config, found)
     shares = _own(config, own, client, found) if own else _shares(config, clients, found)
     if backbone and own and config.backbone == BackboneConfig():
@@ -115,7 +114,7 @@ def look(
         config = replace(config, caps=replace(config.caps, min_images=FEWEST_IMAGES))
     amounts = []
     for count, (name, listed) in enumerate(shares, start=1):
-        on_step(f"looking at {name}")
+        step(f"looking at {name}")
         if amount := _client(name, listed, config, backbone, seconds / len(shares), found):
             amounts.append(amount)
         if time.monotonic() - began > longest and count < len(shares):
@@ -126,7 +125,7 @@ def look(
     if note := note_on(twins({name: own["classes"] for name, own in found.clients.items()})):
         found.notes.append(note)
     if backbone and amounts and not found.faults:
-        on_step("measuring a step of training")
+        step("measuring a step of training")
         from fedcompo.engine.estimate import estimate, measure
 
         amounts *= max(1, len(shares) // len(amounts))
