@@ -93,17 +93,17 @@ class Catalogue:
         return few([f"{n} image(s) of class {c!r}" for c, n in counts.most_common()])
 
 
-def version_of(files: Iterable[Path]) -> str:
+def version_of(files: Iterable[str | Path]) -> str:
     """Digest path, size, times and inode of files: it differs if the content of one may (SHA-256).
 
     A file that is missing has no size; who opens it says so.
     """
     digest = sha256()
-    for file in files:
-        digest.update(repr(os.fsencode(file.absolute())).encode())
+    for file in map(Path, files):
+        digest.update(os.fsencode(file.absolute()) + b"\0")
         with suppress(OSError):
             s = file.stat()
-            digest.update(repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)).encode())
+            digest.update(b"%d %d %d %d\0" % (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
     return digest.hexdigest()
 
 

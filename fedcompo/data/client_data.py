@@ -39,7 +39,7 @@ from fedcompo.data.partition import member_names, part_for, values_of
 from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
 from fedcompo.errors import DataError
 from fedcompo.method.images import Images, part_of
-from fedcompo.report.pictures import Facts
+from fedcompo.report.pictures import UNLABELLED, Facts
 
 SMALLEST_SET_ASIDE = 5
 """Images of a class below which :func:`set_aside` takes none of it."""
@@ -104,7 +104,8 @@ class Share:
             catalogue, self.train, self.test, preprocessing, client=self.name, cache=cache
         )
         found = dict(facts)
-        for what, befallen in catalogue.marks.items():
+        unlabelled = {UNLABELLED: np.isin(catalogue.classes, NO_LABEL)}
+        for what, befallen in {**catalogue.marks, **unlabelled}.items():
             if count := int(befallen[chosen].sum()):
                 found[what] = count
                 logger.warning(
@@ -268,13 +269,6 @@ def _share(
             f"Client {client!r}: no test image in {catalogue.source} for any of its classes "
             f"({', '.join(classes)}). Add test images, or leave out which images are test images: "
             "then they are drawn."
-        )
-    for own in set(classes) & set(NO_LABEL):
-        count = int((catalogue.classes == own).sum())
-        logger.warning(
-            "Client %r: %d images in %s have the class %r, which often means that they have none; "
-            "it is trained as a class. Take them out if so.",
-            *(client, count, catalogue.source, own),
         )
     return Share(client, catalogue, classes, train, test)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,28 +96,29 @@ def _measured(backbone: Backbone, config: RunConfig) -> Pace:
     classes = ("0", "1")
     head = zero_head(classes, backbone.num_features)
     own = None if config.fisher.curvature is Curvature.FEATURES else head
-    form = config.caps.fisher_form
-    ends = [time.perf_counter()]
+    form, labels = config.caps.fisher_form, torch.arange(count) % 2
 
-    def lap(*_: object) -> float:
-        ends.append(time.perf_counter())
-        return (ends[-1] - ends[-2]) / count
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
 
-    extract_features(backbone.forward({}), images)
-    forward = lap()
-    fisher_of_images(backbone, images, config.fisher, seed=0, owner="", head=own, form=form)
-    fisher = lap()
-    fit_task_vector(
-        backbone,
-        kinds_of(config.train.kind)[0],
-        Split(images, torch.arange(count) % 2),
-        head,
-        replace(config.train, local_epochs=3, local_steps=0, batch_size=count),
-        generator=drawn,
-        on_epoch=lap,
+    def fit(epochs: int) -> object:
+        kind = kinds_of(config.train.kind)[0]
+        own_pace = replace(config.train, local_epochs=epochs, local_steps=0, batch_size=count)
+        return fit_task_vector(
+            backbone, kind, Split(images, labels), head, own_pace, generator=drawn
+        )
+
+    forward = seconds(lambda: extract_features(backbone.forward({}), images))
+    fisher = seconds(
+        lambda: fisher_of_images(backbone, images, config.fisher, seed=0, owner="", head=own, form=form)
     )
-    step = min(b - a for a, b in zip(ends[-3:], ends[-2:], strict=False)) / count
-    return Pace(forward, fisher, step, peak_bytes().get("resident", 0))
+    fit(1)  # the first time takes longer
+    one, three = (seconds(lambda epochs=epochs: fit(epochs)) for epochs in (1, 3))
+    step = max((three - one) / 2, three / 6)
+    resident = peak_bytes().get("resident", 0)
+    return Pace(forward / count, fisher / count, step / count, resident)
 
 
 def estimate(

@@ -289,7 +289,8 @@ def test_folders_whose_names_no_client_can_have_are_refused_all_at_once(tmp_path
 def test_an_unknown_source_is_refused_with_the_list_and_the_nearest(data: str, hint: str):
     with pytest.raises(DataError) as caught:
         client_names(DataConfig(data=data))
-    assert "digits, folder:<path>, npz:<path>, text:<path>, cifar100" in str(caught.value)
+    listed = "digits, folder:<path>, manifest:<path>, npz:<path>, text:<path>, hf:<path>, hf:<name>"
+    assert listed in str(caught.value)
     assert str(caught.value).endswith(hint)
 
 
