@@ -46,7 +46,7 @@ class Catalogue:
     """Pictures or texts."""
     which: Callable[[int], object] = "image {}".format
     """Name one image, for messages."""
-    file: Callable[[int], Path] | None = None
+    file: Callable[[int], str | Path] | None = None
     """The file of one image; None: they have none of their own."""
     version: str = ""
     """Changes whenever the content of an image may have changed; empty: not known, keep nothing."""

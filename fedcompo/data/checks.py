@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -69,7 +70,7 @@ def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds
     lengths: dict[int, int] = {}
     for index in map(int, order if catalogue.file else ()):
         try:
-            lengths[index] = catalogue.file(index).stat().st_size
+            lengths[index] = Path(catalogue.file(index)).stat().st_size
         except OSError as error:
             faults[index] = error.strerror or str(error)
     headers = 0

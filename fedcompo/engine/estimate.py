@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -111,9 +112,8 @@ def _measured(backbone: Backbone, config: RunConfig) -> Pace:
         )
 
     forward = seconds(lambda: extract_features(backbone.forward({}), images))
-    fisher = seconds(
-        lambda: fisher_of_images(backbone, images, config.fisher, seed=0, owner="", head=own, form=form)
-    )
+    given: dict[str, Any] = {"seed": 0, "owner": "", "head": own, "form": form}
+    fisher = seconds(lambda: fisher_of_images(backbone, images, config.fisher, **given))
     fit(1)  # the first time takes longer
     one, three = (seconds(lambda epochs=epochs: fit(epochs)) for epochs in (1, 3))
     step = max((three - one) / 2, three / 6)
