@@ -15,11 +15,8 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
-from logging import INFO
 from pathlib import Path
 from typing import Any
-
-from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method
@@ -138,7 +135,6 @@ class Unlearning:
                 requested_by=self.request.requested_by,
                 reason=self.request.reason,
                 keep_versions=self.request.keep_versions,
-                on_step=lambda step: log(INFO, "remove: %s", step),
             )
             for member in self.going
         ]

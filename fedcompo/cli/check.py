@@ -45,7 +45,7 @@ def check(
     The exit code is 0 if a run can use them, and 1 if not; each fault says what to do. Nothing is
     written, and nothing leaves this machine.
     """
-    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         if not data and scenario is None:
             raise ConfigError("Name the data by --data, or a --scenario that does.")
         alone = bool(client) or (Path(data.partition("#")[0]).expanduser().exists() and bool(data))
@@ -67,7 +67,6 @@ def check(
             threads=0 if alone else resources.cpus_per_client,
             output=Path(config.output or "."),
             seconds=math.inf if full else SECONDS,
-            on_step=tell,
         )
     if as_json:
         print_json(found.values())

@@ -24,8 +24,9 @@ from fedcompo.data.enough import check_enough
 from fedcompo.engine.estimate import Amount, Estimate, estimate, measure
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.names import check_client_names
+from fedcompo.report.progress import step
 from fedcompo.report.twins import note_on, twins
-from fedcompo.report.units import OnStep, size
+from fedcompo.report.units import size
 from fedcompo.runtime import available_bytes, pick_device
 
 SECONDS = 1.0
@@ -83,7 +84,6 @@ def look(
     seconds: float = SECONDS,
     longest: float = FULL,
     brief: bool = False,
-    on_step: OnStep = lambda step: None,
 ) -> Preflight:
     """Check what a run is going to use; raises nothing that is wrong with it.
 
@@ -98,20 +98,19 @@ def look(
         seconds: Time for each step of the checks of all clients together; infinite: check all.
         longest: Seconds after which no further client is looked at.
         brief: Leave out the backbone and the estimate where neither can be wrong.
-        on_step: Called with each step.
     """
     began, found = time.monotonic(), Preflight()
     found.faults += _missing_files(config)
     backbone = None
     if not (brief and config.backbone == BackboneConfig() and ":" not in config.data.data):
-        on_step("loading the backbone")
+        step("loading the backbone")
         backbone = _backbone(config, found)
     shares = _own(config, own, client, found) if own else _shares(config, clients, found)
     if own and not config.caps.min_images:
         config = replace(config, caps=replace(config.caps, min_images=FEWEST_IMAGES))
     amounts = []
     for count, (name, listed) in enumerate(shares, start=1):
-        on_step(f"looking at {name}")
+        step(f"looking at {name}")
         if amount := _client(name, listed, config, backbone, seconds / len(shares), found):
             amounts.append(amount)
         if time.monotonic() - began > longest and count < len(shares):
@@ -123,7 +122,7 @@ def look(
     if note := note_on(twins(spelt)):
         found.notes.append(note)
     if backbone and amounts and not found.faults:
-        on_step("measuring a step of training")
+        step("measuring a step of training")
         amounts *= max(1, len(shares) // len(amounts))
         measured = measure(backbone, config, threads=threads)
         found.estimate = estimate(

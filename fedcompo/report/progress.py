@@ -14,15 +14,18 @@ second, and when it ends.
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from fedcompo.report.units import duration
+from fedcompo.report.units import duration, size
 
 T = TypeVar("T")
 QUIET = 2.0
@@ -31,6 +34,8 @@ PAUSE = 1.0
 """Seconds between two reports, at least."""
 RECENT = 15.0
 """Seconds over which the rate is measured."""
+BYTES = "bytes"
+"""Unit that is written as sizes are."""
 LINE = 10.0
 """Seconds between two lines of a log, or in a pipe."""
 
@@ -55,24 +60,24 @@ class Progress:
         """Whether all that was counted is done."""
         return 0 < self.total <= self.done
 
-    def event(self) -> dict[str, Any]:
-        """The entries of an event; see :mod:`fedcompo.engine.log`."""
-        return asdict(self)
-
     @classmethod
-    def of(cls, event: Any) -> Self:
-        """Read the entries of an event."""
+    def of(cls, event: Mapping[str, Any]) -> Self:
+        """Read the entries of an event; see :mod:`fedcompo.engine.log`."""
         return cls(**{name: event[name] for name in cls.__dataclass_fields__ if name in event})
 
     def __str__(self) -> str:
         if not self.total:
             return self.what
-        counted = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}"
+        if self.unit == BYTES:
+            counted = f"{self.what}: {size(self.done)} of {size(self.total)}"
+            rate = f"{size(round(self.rate))}/s"
+        else:
+            counted = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}"
+            rate = f"{self.rate:,.0f}/s" if self.rate >= 10 else f"{self.rate:.2g}/s"
         if self.ended:
             return f"{counted} in {duration(self.seconds)}"
         if not self.rate:
             return counted
-        rate = f"{self.rate:,.0f}/s" if self.rate >= 10 else f"{self.rate:.2g}/s"
         left = (self.total - self.done) / self.rate
         return f"{counted}, {rate}, {duration(left) if left >= 60 else f'{left:.0f} s'} left"
 
@@ -110,12 +115,22 @@ def track(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
     yield _Count(total, unit, what, listener) if listener else lambda units: None
 
 
-def each(items: Iterable[T], unit: str, what: str, *, total: int) -> Iterator[T]:
-    """Pass items on, and count each as done when the next one is asked for; see :func:`track`."""
+def each(
+    items: Iterable[T], unit: str, what: str, *, total: int, units: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """Pass items on, and count each when the next one is asked for; see :func:`track`.
+
+    Args:
+        items: Pieces of the work, such as batches.
+        unit: What is counted.
+        what: What is being done.
+        total: Units in all.
+        units: How many of them an item is; of batches: ``len``.
+    """
     with track(total, unit, what) as count:
         for item in items:
             yield item
-            count(1)
+            count(units(item))
 
 
 class _Count:
@@ -143,15 +158,74 @@ class _Count:
         self._listener(Progress(*figures))
 
 
-def every(seconds: float, write: Callable[[str], None]) -> Listener:
-    """Make a listener that writes a line at most so often; and one when counted work ends."""
+def every(seconds: float, write: Callable[[str], None], *, terse: bool = False) -> Listener:
+    """Make a listener that writes a line at most so often.
+
+    Unless it is terse, it also writes one for each step without a number, and when work ends.
+    """
     last = time.monotonic()
 
     def listener(progress: Progress) -> None:
         nonlocal last
         now = time.monotonic()
-        if progress.ended or now - last >= seconds:
+        apart = progress.ended or not progress.total
+        if now - last >= seconds or (apart and not terse):
             last = now
             write(str(progress))
 
     return listener
+
+
+@contextmanager
+def telling(write: Callable[[str], None], file: Path | None = None, **about: str) -> Iterator[None]:
+    """Write a line of all work inside every ten seconds, and what is new to a file meanwhile.
+
+    Args:
+        write: Takes a line.
+        file: Place of a file that holds the latest event for another process (:class:`Files`), and
+            is gone in the end. None: there is no such process.
+        about: What else the event says: ``client``, ``phase``.
+    """
+    lines = every(LINE, write)
+    file = file and Path(f"{file}.json")
+    aside = file and file.with_name(f".{file.name}")
+
+    def listener(progress: Progress) -> None:
+        lines(progress)
+        if file and aside:
+            entries = {**about, **asdict(progress), "time": time.time()}
+            with suppress(OSError):  # a full disk must not end the work
+                file.parent.mkdir(parents=True, exist_ok=True)
+                aside.write_text(json.dumps(entries), encoding="utf-8")
+                aside.replace(file)
+
+    try:
+        with listening(listener):
+            yield
+    finally:
+        if file:
+            with suppress(OSError):  # others write to the folder
+                file.unlink(missing_ok=True)
+                file.parent.rmdir()
+
+
+class Files:
+    """Reads what other processes have written by :func:`telling` to the files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: dict[str, str] = {}
+
+    def read(self) -> list[Mapping[str, Any]]:
+        """Read the events since the last call."""
+        now = {}
+        for file in sorted(self._folder.glob("[!.]*.json")):
+            with suppress(OSError):  # its work has just ended
+                now[file.name] = file.read_text(encoding="utf-8")
+        new = [text for name, text in now.items() if text != self._seen.get(name)]
+        self._seen = now
+        return [{"event": "progress", **json.loads(text)} for text in new]
+
+    def clear(self) -> None:
+        """Delete what processes have left that were killed."""
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -9,12 +9,10 @@ the reference replaces the Fisher of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
@@ -28,15 +26,13 @@ from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import OLD_HEAD, load_fisher, save_fisher
 from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.method.images import Images, batches, part_of
+from fedcompo.report.progress import each
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
 
 OWNER = "(reference)"
 """Stands in the file of a reference Fisher in place of a client's name; no client can have it."""
-
-ImagesCallback = Callable[[int, int], None]
-"""Called after each batch with the number of images done, and of all images."""
 
 
 def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridge: float) -> Head:
@@ -64,7 +60,6 @@ def fisher_of_images(
     owner: str,
     head: Head | None = None,
     form: FisherForm = FisherForm.DENSE,
-    on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
     """Estimate the Fisher of the target weights on one party's images.
 
@@ -76,7 +71,6 @@ def fisher_of_images(
         owner: Whose images they are; draws are derived from ``seed`` and this name.
         head: Turns features into logits; needed for the Fisher of class probabilities.
         form: See :func:`estimate_fisher`.
-        on_images: Called after each batch.
 
     Returns:
         The *sum* over the images used, float32 on the CPU, and a report.
@@ -86,16 +80,11 @@ def fisher_of_images(
         drawn = torch.randperm(len(images), generator=generator)[: config.fisher_examples]
         images = part_of(images, drawn)
 
-    def normalised() -> Iterator[Tensor]:
-        taken = 0
-        for part in batches(images, config.fisher_batch):
-            yield backbone.preprocessing.normalise(part.to(backbone.device))
-            taken += len(part)
-            on_images(taken, len(images))
-
+    parts = batches(images, config.fisher_batch)
+    counted = each(parts, "images", "Fisher", total=len(images), units=len)
     fisher, report = estimate_fisher(
         backbone.model,
-        normalised(),
+        (backbone.preprocessing.normalise(part.to(backbone.device)) for part in counted),
         backbone.theta_0,
         head=head,
         curvature=config.curvature,
@@ -125,8 +114,6 @@ def reference_fisher(
     backbone: Backbone,
     data: ClientData,
     config: RunConfig,
-    *,
-    on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
     """Estimate the Fisher diagonal of public images.
 
@@ -136,7 +123,6 @@ def reference_fisher(
         backbone: Pre-trained weights.
         data: The images; those for training are used.
         config: Settings of the probe and of the estimator.
-        on_images: Called after each batch.
 
     Returns:
         The *sum* over images, and a report.
@@ -151,7 +137,6 @@ def reference_fisher(
         seed=config.seed,
         owner=OWNER,
         head=probe,
-        on_images=on_images,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedcompo.report import progress
-from fedcompo.report.progress import Progress, each, every, listening, step, track
+from fedcompo.report.progress import Files, Progress, each, every, listening, step, telling, track
 
 
 @pytest.fixture
@@ -79,6 +79,30 @@ def test_a_log_has_a_line_every_ten_seconds_and_one_at_the_end(clock):
     ]
 
 
-def test_an_event_holds_all_there_is():
-    whole = Progress("decoding", 12, 100, "images", 3.5, 4.0)
-    assert Progress.of({"event": "progress", **whole.event(), "time": 1.0}) == whole
+def test_another_process_reads_the_latest_from_a_file_which_is_gone_in_the_end(clock, tmp_path):
+    files, lines = Files(tmp_path / "told"), []
+    assert files.read() == []
+    with (
+        telling(lines.append, tmp_path / "told" / "anna", client="anna", phase="train"),
+        track(9, "images", "training") as count,
+    ):
+        clock[0] += 3
+        count(1)
+        clock[0] += 2
+        count(2)
+        (event,) = files.read()
+        assert files.read() == []
+    assert (event["event"], event["client"], event["phase"]) == ("progress", "anna", "train")
+    assert Progress.of(event) == Progress("training", 3, 9, "images", 0.6, 5.0)
+    assert not (tmp_path / "told").exists()
+
+
+def test_a_file_that_cannot_be_written_does_not_end_the_work(tmp_path):
+    (tmp_path / "told").write_text("no folder")
+    with telling(print, tmp_path / "told" / "anna"):
+        step("training")
+
+
+def test_bytes_are_written_as_sizes():
+    progress = Progress("sending", 4_700_000, 10_000_000, "bytes", 1e6)
+    assert str(progress) == "sending: 4.7 MB of 10.0 MB, 1.0 MB/s, 5 s left"
