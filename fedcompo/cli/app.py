@@ -219,8 +219,7 @@ def _simulate(
     if found := simulation.preflight:
         from fedcompo.report.preflight import lines_on
 
-        resources = simulation.resources
-        for line in lines_on(found, at_once=resources.cpus // resources.cpus_per_client):
+        for line in lines_on(found, at_once=simulation.resources.at_once):
             say(line)
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:

@@ -23,6 +23,11 @@ class Resources:
     cpus: int
     """CPUs given to Ray in all: it starts a process for each client that fits in."""
 
+    @property
+    def at_once(self) -> int:
+        """Clients that work at a time."""
+        return self.cpus // self.cpus_per_client
+
     def federation(self, clients: int) -> dict[str, float]:
         """Return them as Flower's simulation settings."""
         return {

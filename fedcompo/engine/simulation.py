@@ -149,14 +149,8 @@ def prepare(
 
 
 def _checked(config: RunConfig, clients: int, resources: Resources) -> Preflight:
-    from fedcompo.engine.preflight import LONGEST, look  # imports torch
+    from fedcompo.engine.preflight import LONGEST, Machine, look  # imports torch
 
-    return look(
-        config,
-        clients=clients,
-        at_once=resources.cpus // resources.cpus_per_client,
-        threads=resources.cpus_per_client,
-        output=Path(config.output or "."),
-        longest=LONGEST,
-        brief=True,
-    ).require()
+    machine = Machine(resources.at_once, resources.cpus_per_client, Path(config.output))
+    found = look(config, clients=clients, machine=machine, longest=LONGEST, brief=True)
+    return found.require()

@@ -262,3 +262,11 @@ def test_a_source_of_several_clients_is_one_s_own_where_its_name_is_given(images
     again = runner.invoke(app, ["check", "--data", "manifest:list.csv"])
     assert again.exit_code == 1
     assert "07.jpg" in again.output
+
+
+def test_what_a_source_logs_is_noted_once(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (images / "ada" / "spare").mkdir()
+    found = look(RunConfig.parse({"data": f"folder:{images}"}))
+    assert "not read: 'spare'" in found.notes[0] or "not read: spare" in found.notes[0]
+    assert len(found.notes) == 1
+    assert not caplog.records
