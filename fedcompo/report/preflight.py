@@ -23,8 +23,10 @@ def lines_on(values: Values, *, at_once: int = 1) -> Iterator[str]:
         return
     names = {name for own in counts for name in own}
     train, test = (sum(part[at] for own in counts for part in own.values()) for at in (0, 1))
+    all_seen = len(counts) == values["total"]
+    who = "" if all_seen else f" of {values['total']} were looked at"
     yield (
-        f"{len(counts)} client(s), {len(names)} classes, {train:,} images to train on and "
+        f"{len(counts)} client(s){who}: {len(names)} classes, {train:,} images to train on and "
         f"{test:,} to test on"
     )
     if about := values["estimate"]:

@@ -170,7 +170,7 @@ def test_twins_and_pictures_that_come_twice_are_noted_and_stop_nothing(images: P
     assert "'Cat '" in spelt
     assert "'cat' (ada)" in spelt
     lines = [*lines_on(found.values())]
-    assert lines[0] == "2 client(s), 4 classes, 48 images to train on and 25 to test on"
+    assert lines[0] == "2 client(s): 4 classes, 48 images to train on and 25 to test on"
     assert "(estimates)" in lines[1]
 
 
@@ -191,7 +191,8 @@ def test_without_time_nothing_is_read_but_every_file_is_looked_up(images: Path) 
 def test_of_too_many_clients_it_is_said_how_many_were_looked_at(images: Path) -> None:
     found = look(RunConfig.parse({"data": f"folder:{images}"}), longest=0.0)
     assert [*found.clients] == ["ada"]
-    assert "1 of 2 clients were looked at" in found.notes[0]
+    assert next(lines_on(found.values())).startswith("1 client(s) of 2 were looked at: 2 classes")
+    assert "looks at all clients" in found.notes[0]
     assert found.estimate
 
 
