@@ -20,7 +20,8 @@ from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import Share
 from fedcompo.data.draws import Indices, frozen_generator
-from fedcompo.data.pictures import opened_picture
+from fedcompo.data.pictures import kind_of, opened_picture
+from fedcompo.report.pictures import WIDE
 from fedcompo.report.twins import few
 
 
@@ -68,9 +69,11 @@ def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds
     order = frozen_generator(0, "check", share.name).permutation(np.concatenate([train, test]))
     faults: dict[int, str] = {}
     lengths: dict[int, int] = {}
-    for index in map(int, order if catalogue.file else ()):
+    file = catalogue.file
+    for index in map(int, order):
         try:
-            lengths[index] = Path(catalogue.file(index)).stat().st_size
+            if file:
+                lengths[index] = Path(file(index)).stat().st_size
         except OSError as error:
             faults[index] = error.strerror or str(error)
     headers = 0
@@ -128,15 +131,22 @@ def _fault_in_header(catalogue: Catalogue, index: int) -> str:
 
 
 def _fault(catalogue: Catalogue, index: int, preprocessing: Preprocessing | None) -> str:
+    """Read an example whole, and resize it; returns why that cannot be done."""
+    fits = preprocessing is not None and preprocessing.modality == catalogue.modality
+    seen = preprocessing if fits else None
+
     def read() -> None:
         example = catalogue.open(index)
         if catalogue.modality is Modality.PICTURES:
-            example = opened_picture(example) if isinstance(example, bytes) else example
-            if preprocessing:
-                preprocessing.reduce(example)
-            example.load()
-        if preprocessing and preprocessing.modality == catalogue.modality:
-            preprocessing.prepare(example)
+            picture = opened_picture(example) if isinstance(example, bytes) else example
+            if seen:
+                seen.reduce(picture)
+            picture.load()
+            if kind_of(picture) in WIDE.values():  # which a run scales first, by all pictures
+                return
+            example = picture
+        if seen:
+            seen.prepare(example)
 
     return _reason_of(read)
 

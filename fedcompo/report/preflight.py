@@ -19,16 +19,15 @@ Values = Mapping[str, Any]
 def lines_on(values: Values, *, at_once: int = 1) -> Iterator[str]:
     """A few lines: counts, what a run takes, notes."""
     counts = [own["classes"] for own in values["clients"].values()]
-    if not counts:
-        return
     names = {name for own in counts for name in own}
     train, test = (sum(part[at] for own in counts for part in own.values()) for at in (0, 1))
     all_seen = len(counts) == values["total"]
     who = "" if all_seen else f" of {values['total']} were looked at"
-    yield (
-        f"{len(counts)} client(s){who}: {len(names)} classes, {train:,} images to train on and "
-        f"{test:,} to test on"
-    )
+    if counts:
+        yield (
+            f"{len(counts)} client(s){who}: {len(names)} classes, {train:,} images to train on and "
+            f"{test:,} to test on"
+        )
     if about := values["estimate"]:
         yield (
             f"About {duration(about['seconds'])}; memory {size(about['memory'])} for each of "

@@ -180,6 +180,17 @@ def test_a_client_that_is_left_out_is_not_looked_at(images: Path) -> None:
     assert [*look(RunConfig.parse(values)).clients] == ["ada"]
 
 
+def test_pixels_of_many_bits_are_no_fault(images: Path) -> None:
+    wide = np.arange(1200, dtype=np.uint16).reshape(40, 30) * 50
+    home = images / "ada" / "train" / "cat"
+    Image.fromarray(wide).save(home / "wide.png")
+    Image.frombytes("I;16B", (30, 40), wide.astype(">u2").tobytes()).save(home / "big.tif")
+    Image.fromarray(wide.astype(np.float32)).save(home / "float.tif")
+    found = look(RunConfig.parse({}), own=str(images / "ada"), seconds=FULL)
+    assert not found.faults
+    assert found.clients["ada"]["read"] == 39
+
+
 def test_without_time_nothing_is_read_but_every_file_is_looked_up(images: Path) -> None:
     (images / "ada" / "train" / "cat" / "06.jpg").unlink()
     (images / "ada" / "train" / "cat" / "06.jpg").symlink_to(images / "gone.jpg")
