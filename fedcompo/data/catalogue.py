@@ -66,6 +66,7 @@ class Catalogue:
 
     def part(self, rows: NDArray[np.int64]) -> Catalogue:
         """Return the catalogue of some images, given their indices."""
+        file = self.file
 
         def chosen(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
             return {name: column[rows] for name, column in values.items()}
@@ -76,7 +77,7 @@ class Catalogue:
             is_test=None if self.is_test is None else self.is_test[rows],
             open=lambda index: self.open(int(rows[index])),
             which=lambda index: self.which(int(rows[index])),
-            file=self.file and (lambda index, of=self.file: of(int(rows[index]))),
+            file=file and (lambda index: file(int(rows[index]))),
             version=self.version and sha256(self.version.encode() + rows.tobytes()).hexdigest(),
             marks=chosen(self.marks),
             clients=None if self.clients is None else self.clients[rows],

@@ -66,11 +66,12 @@ def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds
     """
     catalogue = share.catalogue
     train, test = np.concatenate(share.train), np.concatenate(share.test)
-    order = frozen_generator(0, "check", share.name).permutation(np.concatenate([train, test]))
+    draw = frozen_generator(0, "check", share.name)
+    order = draw.permutation(np.concatenate([train, test])).tolist()
     faults: dict[int, str] = {}
     lengths: dict[int, int] = {}
     file = catalogue.file
-    for index in map(int, order):
+    for index in order:
         try:
             if file:
                 lengths[index] = Path(file(index)).stat().st_size
@@ -82,7 +83,7 @@ def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds
         if index not in faults and (fault := _fault_in_header(catalogue, index)):
             faults[index] = fault
     read, spent = 0, 0.0
-    for index in _in_time([i for i in order if int(i) not in faults], seconds):
+    for index in _in_time([i for i in order if i not in faults], seconds):
         began = time.perf_counter()
         if fault := _fault(catalogue, index, preprocessing):
             faults[index] = fault
@@ -113,7 +114,7 @@ def _in_time(indices: Sequence[int], seconds: float) -> Iterator[int]:
     """Yield the indices, as long as there is time; the first in any case, unless there is none."""
     until = time.perf_counter() + seconds
     for index in indices if seconds > 0 else ():
-        yield int(index)
+        yield index
         if time.perf_counter() > until:
             return
 

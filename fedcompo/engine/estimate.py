@@ -116,8 +116,8 @@ def _measured(backbone: Backbone, config: RunConfig) -> Pace:
     given: dict[str, Any] = {"seed": 0, "owner": "", "head": own, "form": form}
     fisher = seconds(lambda: fisher_of_images(backbone, images, config.fisher, **given))
     fit(1)  # the first time takes longer
-    one, three = (seconds(lambda epochs=epochs: fit(epochs)) for epochs in (1, 3))
-    step = max((three - one) / 2, three / 6)
+    short, long = seconds(lambda: fit(1)), seconds(lambda: fit(3))
+    step = max((long - short) / 2, long / 6)
     resident = peak_bytes().get("resident", 0)
     return Pace(forward / count, fisher / count, step / count, resident)
 
