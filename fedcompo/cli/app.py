@@ -21,6 +21,7 @@ from fedcompo.cli.prediction import predict
 from fedcompo.cli.push import push
 from fedcompo.cli.tables import print_removal
 from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.choices import EngineKind
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
@@ -83,15 +84,20 @@ def simulate(
             "with. Who has trained is not trained again.",
         ),
     ] = None,
-    cpus_per_client: Annotated[
-        int | None, typer.Option(min=1, help="CPUs a client; default 1.")
-    ] = None,
+    engine: Annotated[
+        EngineKind,
+        typer.Option(
+            help="Flower's own, which runs clients side by side; or this very process, which "
+            "starts at once and which a debugger can stop. The results are the same."
+        ),
+    ] = EngineKind.FLOWER,
     gpus_per_client: Annotated[
-        float | None, typer.Option(min=0.0, help="GPUs a client; default: an even share.")
+        float | None,
+        typer.Option(min=0.0, help="GPUs a client of Flower's engine; default: an even share."),
     ] = None,
     verbose: common.VerboseOption = False,
 ) -> None:
-    """Simulate a federation on this machine, with Flower's real engine.
+    """Simulate a federation on this machine.
 
     SCENARIO is a TOML file of settings; without one, the default digits run.
 
@@ -107,7 +113,7 @@ def simulate(
                 "--resume takes all settings from the run that is there: give neither a scenario "
                 "nor --set, --output or --seed with it."
             )
-        _simulate(scenario, assignments or [], options, cpus_per_client, gpus_per_client, resume)
+        _simulate(scenario, assignments or [], options, engine, gpus_per_client, resume)
 
 
 @app.command()
@@ -173,7 +179,7 @@ def _simulate(
     file: Path | None,
     assignments: list[str],
     options: dict[str, Scalar],
-    cpus_per_client: int | None,
+    engine: EngineKind,
     gpus_per_client: float | None,
     resume: Path | None,
 ) -> None:
@@ -190,7 +196,7 @@ def _simulate(
         values,
         name=scenario_name(file, values),
         resuming=resume is not None,
-        cpus_per_client=cpus_per_client,
+        engine=engine,
         gpus_per_client=gpus_per_client,
     )
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
