@@ -35,7 +35,7 @@ FIRST_NODE = 1000
 """Id of the node of partition 0; the others follow."""
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(Grid):  # type: ignore[misc]  # Flower comes without types
     """Passes each message to the ClientApp at once and keeps the reply until it is pulled."""
 
     in_flight = 1
