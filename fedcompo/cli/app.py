@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,6 +12,7 @@ from rich.table import Table
 import fedcompo
 from fedcompo.cli import common, models, registry, service
 from fedcompo.cli.audit import audit
+from fedcompo.cli.check import check
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.export import export
 from fedcompo.cli.fisher import fisher
@@ -27,6 +28,9 @@ from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import PlainConsole, say
+
+if TYPE_CHECKING:
+    from fedcompo.engine.launcher import Simulation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,6 +99,17 @@ def simulate(
         float | None,
         typer.Option(min=0.0, help="GPUs a client of Flower's engine; default: an even share."),
     ] = None,
+    check_first: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Check the data first; without, who cannot use theirs is left out in the run.",
+        ),
+    ] = True,
+    details: Annotated[
+        bool,
+        typer.Option("--details", help="Print more: the vote on λ, the task vectors' overlaps, Ω."),
+    ] = False,
     verbose: common.VerboseOption = False,
 ) -> None:
     """Simulate a federation on this machine.
@@ -113,7 +128,16 @@ def simulate(
                 "--resume takes all settings from the run that is there: give neither a scenario "
                 "nor --set, --output or --seed with it."
             )
-        _simulate(scenario, assignments or [], options, engine, gpus_per_client, resume)
+        results = _simulate(
+            scenario,
+            assignments or [],
+            options,
+            resume,
+            engine=engine,
+            gpus_per_client=gpus_per_client,
+            check=check_first,
+        )
+        _print_results(*results, details=details)
 
 
 @app.command()
@@ -147,6 +171,7 @@ def settings(
     console.print(table)
 
 
+app.command()(check)
 app.command()(fisher)
 app.command()(fit)
 app.command("init-deployment")(init_deployment)
@@ -179,10 +204,9 @@ def _simulate(
     file: Path | None,
     assignments: list[str],
     options: dict[str, Scalar],
-    engine: EngineKind,
-    gpus_per_client: float | None,
     resume: Path | None,
-) -> None:
+    **how: Any,
+) -> tuple[Simulation, dict[str, Any]]:
     from fedcompo.engine.live import Display
     from fedcompo.engine.run_folder import begun_settings
     from fedcompo.engine.simulation import prepare
@@ -196,16 +220,24 @@ def _simulate(
         values,
         name=scenario_name(file, values),
         resuming=resume is not None,
-        engine=engine,
-        gpus_per_client=gpus_per_client,
+        **how,
     )
+    if found := simulation.preflight:
+        from fedcompo.report.preflight import lines_on
+
+        resources = simulation.resources
+        for line in lines_on(found, at_once=resources.cpus):
+            say(line)
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:
-        results = simulation.run(display.show)
+        return simulation, simulation.run(display.show)
+
+
+def _print_results(simulation: Simulation, results: dict[str, Any], *, details: bool) -> None:
     if simulation.removes:
         print_removal(results)
     else:
         from fedcompo.report.results import print_results
 
-        print_results(results, console)
+        print_results(results, PlainConsole(), details=details)
     say(f"Results: {simulation.output}")

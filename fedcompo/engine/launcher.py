@@ -18,7 +18,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -28,9 +28,10 @@ from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import Scalar
 from fedcompo.engine.log import Event, EventTail, LineTail, last_error, note, read_from
 from fedcompo.engine.resources import Resources
-from fedcompo.engine.run_folder import CLIENTS, EVENTS, LOG, RESULTS
+from fedcompo.engine.run_folder import CLIENTS, EVENTS, LOG, PROGRESS, RESULTS
 from fedcompo.engine.superlink import Engine, started
 from fedcompo.errors import LaunchError
+from fedcompo.report.progress import Files
 from fedcompo.storage.files import PACKAGE
 
 TICK = 0.2
@@ -58,6 +59,8 @@ class Simulation:
     """Folder of the Flower app; see :func:`find_app`."""
     resources: Resources
     engine: EngineKind = EngineKind.FLOWER
+    preflight: Mapping[str, Any] = field(default_factory=dict)
+    """What is known before it starts; see :mod:`fedcompo.engine.preflight`."""
 
     @property
     def removes(self) -> bool:
@@ -77,29 +80,38 @@ class Simulation:
         config = {**self.settings, "output": str(self.output)}
         config["num-clients"] = config.get("num-clients") or self.clients
         tail = EventTail(self.output / EVENTS)
-        run = self._in_process if self.engine is EngineKind.IN_PROCESS else self._on_flower
+        files = Files(self.output / CLIENTS / PROGRESS)
+
+        def look() -> None:
+            for event in (*tail.read(), *files.read()):
+                on_event(event)
+
         with _sigterm_unwinds():
-            status, details = run(config, tail, on_event)
+            if self.engine is EngineKind.IN_PROCESS:
+                status, details = self._in_process(config, look)
+            else:
+                status, details = self._on_flower(config, look, on_event)
+        files.clear()
         return _results(self.output, status, details, tail.failure)
 
     def _on_flower(
-        self, config: Mapping[str, Scalar], tail: EventTail, on_event: OnEvent
+        self, config: Mapping[str, Scalar], look: Callable[[], None], on_event: OnEvent
     ) -> tuple[str, str]:
         """Run on Flower's engine; returns the run's status and what Flower says about it."""
         with started(self.output / LOG) as engine:
             run_id = engine.submit(self.app, config, self.resources.federation(self.clients))
             on_event(note("Flower's engine has started; Ray takes another moment."))
             with engine.logging(run_id):
-                return _follow(engine, run_id, tail, on_event)
+                return _follow(engine, run_id, look)
 
     def _in_process(
-        self, config: Mapping[str, Scalar], tail: EventTail, on_event: OnEvent
+        self, config: Mapping[str, Scalar], look: Callable[[], None]
     ) -> tuple[str, str]:
-        """Run in this thread, while another one tells the events; returns as Flower would."""
+        """Run in this thread, while another one looks for events; returns as Flower would."""
         add_to_path(self.app)
         from fedcompo.engine.in_process import run_apps  # imports torch and Flower
 
-        with _telling(tail, on_event):
+        with _looking(look):
             try:
                 run_apps(config, self.clients, self.output)
             except Exception as error:
@@ -129,35 +141,33 @@ def add_to_path(app: Path) -> None:
 
 
 @contextlib.contextmanager
-def _telling(tail: EventTail, on_event: OnEvent) -> Iterator[None]:
-    """Pass events on, from a thread of its own, until the context ends; raises what that raises."""
+def _looking(look: Callable[[], None]) -> Iterator[None]:
+    """Look for events, in a thread of its own, until the context ends; raises what that raises."""
     ended = threading.Event()
 
-    def tell() -> None:
+    def again() -> None:
         last = False
         while not last:
             last = ended.wait(TICK)
-            for event in tail.read():
-                on_event(event)
+            look()
 
     with ThreadPoolExecutor(1) as pool:
-        telling = pool.submit(tell)
+        looking = pool.submit(again)
         try:
             yield
         finally:
             ended.set()
-        telling.result()
+        looking.result()
 
 
-def _follow(engine: Engine, run_id: str, tail: EventTail, on_event: OnEvent) -> tuple[str, str]:
-    """Pass events on until the run has ended; returns its status and what Flower says about it."""
+def _follow(engine: Engine, run_id: str, look: Callable[[], None]) -> tuple[str, str]:
+    """Look for events until the run has ended; returns its status and what Flower says about it."""
     interval, unanswered, ending = FIRST_POLL, 0, False
     due = time.monotonic() + interval
     log = LineTail(engine.log)
     while True:
         time.sleep(TICK)
-        for event in tail.read():
-            on_event(event)
+        look()
         if any(END_OF_TASK in line for line in log.read()):
             ending, due = True, 0.0
         if not engine.alive:
@@ -172,8 +182,7 @@ def _follow(engine: Engine, run_id: str, tail: EventTail, on_event: OnEvent) -> 
                 return "finished:failed", str(error)
             status, details = "unknown", ""
         if status.startswith("finished"):
-            for event in tail.read():
-                on_event(event)
+            look()
             return status, details
         interval = LAST_POLL if ending else min(1.5 * interval, LONGEST_POLL)
         due = time.monotonic() + interval

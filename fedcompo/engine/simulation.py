@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Action, EngineKind
 from fedcompo.config.presets import with_preset
 from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import scenario_name, with_absolute_paths
-from fedcompo.config.setting import Scalar
+from fedcompo.config.setting import Scalar, names_of
 from fedcompo.engine import launcher
 from fedcompo.engine.launcher import OnEvent, Simulation
-from fedcompo.engine.resources import fair_resources
+from fedcompo.engine.resources import Resources, fair_resources
 from fedcompo.engine.run_folder import reopen_output, reserve_output
 from fedcompo.errors import ConfigError
 from fedcompo.names import check_client_names
+from fedcompo.report.tracking import require
+
+if TYPE_CHECKING:
+    from fedcompo.engine.preflight import Preflight
 
 
 def simulate(
@@ -26,6 +30,7 @@ def simulate(
     output: Path | str | None = None,
     engine: EngineKind | str = EngineKind.FLOWER,
     gpus_per_client: float | None = None,
+    check: bool = True,
     on_event: OnEvent = lambda event: None,
 ) -> dict[str, Any]:
     """Simulate a federation on this machine.
@@ -45,6 +50,8 @@ def simulate(
             ``<folder>-2``, ``<folder>-3``, ... is taken.
         engine: ``flower``, or ``in-process``.
         gpus_per_client: GPUs a client of Flower's engine; default: an even share.
+        check: Refuse data that cannot be used before anything starts; without, clients whose data
+            cannot be used are left out.
         on_event: Called with each event of the run; see :mod:`fedcompo.engine.log`.
 
     Returns:
@@ -66,6 +73,7 @@ def simulate(
         name=scenario_name(None, values),
         engine=_engine(engine),
         gpus_per_client=gpus_per_client,
+        check=check,
     ).run(on_event)
 
 
@@ -109,8 +117,9 @@ def prepare(
     engine: EngineKind = EngineKind.FLOWER,
     resuming: bool = False,
     gpus_per_client: float | None = None,
+    check: bool = True,
 ) -> Simulation:
-    """Count the clients, share the machine among them, and take a folder for the results.
+    """Count the clients, check their data, and take a folder for the results.
 
     Args:
         settings: Those that differ from the defaults; paths absolute.
@@ -118,6 +127,7 @@ def prepare(
         engine: What runs the apps.
         resuming: Go on in the folder of an interrupted run instead of taking a new one.
         gpus_per_client: As for :func:`simulate`.
+        check: As for :func:`simulate`.
 
     Raises:
         ConfigError: If the settings, or the shares of the machine, cannot be used.
@@ -127,13 +137,32 @@ def prepare(
     """
     config = RunConfig.parse(settings)
     CompositionSettings.of(config)  # refuses a rule that cannot be used
+    require(names_of(config.server.track))
     clients = count_clients(config)
-    resources = fair_resources(clients, config.device, gpus_per_client=gpus_per_client)
+    at_most = 1 if engine is EngineKind.IN_PROCESS else clients  # at a time
+    resources = fair_resources(at_most, config.device, gpus_per_client=gpus_per_client)
     app = launcher.find_app()
+    found = {}
+    if check and config.registry.action is Action.TRAIN:
+        found = _checked(config, clients, resources).values()
     if resuming:
         output = reopen_output(Path(config.output))
     else:
         if config.registry.action is Action.REMOVE:
             name = f"remove-{config.registry.client}"
         output = reserve_output(Path(config.output or Path.cwd() / "runs" / name))
-    return Simulation(settings, output, clients, app, resources, engine)
+    return Simulation(settings, output, clients, app, resources, engine, found)
+
+
+def _checked(config: RunConfig, clients: int, resources: Resources) -> Preflight:
+    from fedcompo.engine.preflight import LONGEST, look  # imports torch
+
+    return look(
+        config,
+        clients=clients,
+        at_once=resources.cpus,
+        threads=1,
+        output=Path(config.output or "."),
+        longest=LONGEST,
+        brief=True,
+    ).require()

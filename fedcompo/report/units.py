@@ -1,13 +1,16 @@
-"""Steps, times, sizes, names and percentages, written for people."""
+"""Steps, times, sizes, names and accuracies, written for people."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from fedcompo.names import printable
 
-OnStep = Callable[[str], None]
-"""Called with each step of something that takes long, in words."""
+ALL_CLASSES, OWN_CLASSES = "all classes", "own classes"
+"""Titles of the two accuracies of the one model of all; the paper's class-IL and task-IL."""
+EXPLAINED = """all classes: the composed model, right among all its classes (paper: class-IL)
+own classes: the composed model, right among the client's own (paper: task-IL)"""
+"""A line on each of them, below a table."""
 
 
 def duration(seconds: float) -> str:
@@ -31,8 +34,8 @@ def size(count: int) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Join names by commas, on one line whatever they hold."""
-    return ", ".join(map(printable, names))
+    """Join names by commas, on one line whatever they hold; one with a comma stands in quotes."""
+    return ", ".join(f'"{name}"' if "," in name else name for name in map(printable, names))
 
 
 def shortened(names: Sequence[str], limit: int = 24) -> str:
