@@ -251,7 +251,7 @@ def _summary(state: State, event: Event) -> Event:
     """All that goes on, as one event that is a message."""
     told = [f"{name} {cell.progress}" for name, cell in state.running.items() if cell.progress]
     rest = len(state.running) - len(told[:3])
-    text = "; ".join([*told[:3], *([f"{rest} more at work"] if rest else [])])
+    text = "; ".join([*told[:3], *([f"{rest} more to answer"] if rest else [])])
     return {**event, "event": "note", "text": text}
 
 
