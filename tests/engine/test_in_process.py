@@ -40,8 +40,8 @@ def test_a_run_leaves_its_folder_and_nothing_in_this_process(tmp_path, capfd):
     ]
     log = (tmp_path / "run" / "flower.log").read_text()
     assert "train: client-1 answered" in log
-    assert "epoch 1 of 1" not in log
-    assert "epoch 1 of 1" in (tmp_path / "run" / "clients" / "client-1.log").read_text()
+    assert "Epoch 1 of 1" not in log
+    assert "Epoch 1 of 1" in (tmp_path / "run" / "clients" / "client-1.log").read_text()
 
 
 def test_what_a_client_raises_stands_in_its_log_and_why_a_run_failed_is_said(tmp_path, monkeypatch):
