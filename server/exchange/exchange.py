@@ -224,7 +224,7 @@ class Exchange:
         figures = {
             k: v for k, v in stated if k.endswith("_accuracy") or (k == "losses" and of_training)
         }
-        known = {"peaks": _peaks(body), "caps": caps, "figures": figures}
+        known: dict[str, Any] = {"peaks": _peaks(body), "caps": caps, "figures": figures}
         self.books.answered(asking.phase, name, cost, **known, reason=reason)
 
     def _fail(
