@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from logging import INFO
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
