@@ -98,6 +98,8 @@ class Simulation:
         self, config: Mapping[str, Scalar], look: Callable[[], None], on_event: OnEvent
     ) -> tuple[str, str]:
         """Run on Flower's engine; returns the run's status and what Flower says about it."""
+        if not config.get("in-flight") and (few := self.resources.in_flight(self.clients)):
+            config = {**config, "in-flight": few}
         with started(self.output / LOG) as engine:
             run_id = engine.submit(self.app, config, self.resources.federation(self.clients))
             on_event(note("Flower's engine has started; Ray takes another moment."))

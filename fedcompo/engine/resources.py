@@ -13,6 +13,9 @@ from fedcompo.errors import ConfigError
 CLIENTS_PER_GPU = 8
 """Clients that share a GPU by default, at most: each has a model and a CUDA context of its own."""
 
+WAITING = 8
+"""Requests under way for each CPU, at most: whatever waits for a CPU has its time running."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -30,6 +33,11 @@ class Resources:
             "client-resources-num-gpus": self.gpus_per_client,
             "init-args-num-cpus": self.cpus,
         }
+
+    def in_flight(self, clients: int) -> int:
+        """Requests to have under way at a time; 0: all, where that is few enough."""
+        most = WAITING * self.cpus
+        return most if clients > most else 0
 
 
 def fair_resources(

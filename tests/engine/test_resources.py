@@ -36,6 +36,11 @@ def test_ray_gets_no_more_cpus_than_the_clients_can_use() -> None:
     assert resources.fair_resources(100, "cpu").cpus == 16
 
 
+def test_of_very_many_clients_few_are_asked_at_a_time() -> None:
+    assert resources.fair_resources(128, "cpu").in_flight(128) == 0
+    assert resources.fair_resources(1000, "cpu").in_flight(1000) == 128
+
+
 def test_a_run_on_the_cpu_takes_no_gpu() -> None:
     assert resources.fair_resources(3, "cpu", gpus=2).gpus_per_client == 0
 
