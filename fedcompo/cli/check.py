@@ -56,9 +56,8 @@ def check(
         from fedcompo.engine.resources import fair_resources
         from fedcompo.report.preflight import print_preflight
 
-        resources = fair_resources(1 if alone else 10**6, config.device)
-        threads = 0 if alone else resources.cpus_per_client
-        machine = Machine(resources.at_once, threads, Path(config.output))
+        cpus = fair_resources(1 if alone else 10**6, config.device).cpus
+        machine = Machine(cpus, 0 if alone else 1, Path(config.output), starts=not alone)
         found = look(
             config,
             own=data if alone else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -200,11 +201,19 @@ class Display:
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
+            sys.breakpointhook = self._at_breakpoint
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.stop()
+            sys.breakpointhook = sys.__breakpointhook__
+
+    def _at_breakpoint(self, *arguments: object, **options: object) -> object:
+        """Leave the terminal to the debugger."""
+        if self._live:
+            self._live.stop()
+        return sys.__breakpointhook__(*arguments, **options)
 
     def show(self, event: Event) -> None:
         """Show one event."""
@@ -242,7 +251,7 @@ def _summary(state: State, event: Event) -> Event:
     """All that goes on, as one event that is a message."""
     told = [f"{name} {cell.progress}" for name, cell in state.running.items() if cell.progress]
     rest = len(state.running) - len(told[:3])
-    text = "; ".join([*told[:3], *([f"{rest} more at work"] if rest else [])])
+    text = "; ".join([*told[:3], *([f"{rest} more to answer"] if rest else [])])
     return {**event, "event": "note", "text": text}
 
 

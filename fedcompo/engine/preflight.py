@@ -93,6 +93,8 @@ class Machine:
     """CPUs that each has; 0: as this process."""
     output: Path = Path()
     """Folder of the results."""
+    starts: bool = False
+    """Whether Flower's engine starts first, and a process for each CPU."""
 
 
 def look(
@@ -135,7 +137,7 @@ def look(
         found.notes.append(note)
     if backbone and amounts and not found.faults:
         machine = machine or Machine()
-        _estimate(backbone, config, amounts, machine, found, starts=not own)
+        _estimate(backbone, config, amounts, machine, found)
         _compare(found, machine)
     return found
 
@@ -181,8 +183,6 @@ def _estimate(
     amounts: list[Amount],
     machine: Machine,
     found: Preflight,
-    *,
-    starts: bool,
 ) -> None:
     from fedcompo.engine.estimate import estimate, measure
 
@@ -194,7 +194,7 @@ def _estimate(
         amounts,
         classes=len({name for own in found.clients.values() for name in own["classes"]}),
         at_once=machine.at_once,
-        starts=starts,
+        starts=machine.starts,
     )
 
 
@@ -326,6 +326,6 @@ def _compare(found: Preflight, machine: Machine) -> None:
     if 0 < found.free["memory"] < needed:
         found.notes.append(
             f"{machine.at_once} clients at a time take about {size(needed)} of memory, but "
-            f"{size(found.free['memory'])} are free. Give each more CPUs (`--cpus-per-client`): "
-            "then fewer work at a time."
+            f"{size(found.free['memory'])} are free. With `--engine in-process` one works after "
+            "the other."
         )

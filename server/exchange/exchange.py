@@ -138,9 +138,10 @@ class Exchange:
         content = to_record(*addressed(request, name, self.preprocessing))
         node = self.nodes.ids[client]
         message = Message(content, node, asking.message_type, ttl=self.timeout)
-        ids, sent = list(self.nodes.grid.push_messages([message])), size_of(content)
+        departed, sent = time.monotonic(), size_of(content)
+        ids = list(self.nodes.grid.push_messages([message]))
         if ids and ids[0]:
-            asking.waiting[ids[0]] = _Waiting(client, asked, sent, time.monotonic())
+            asking.waiting[ids[0]] = _Waiting(client, asked, sent, departed)
         else:
             self._fail(asking, client, "its node is gone", Traffic(sent, 0, 0.0))
 
@@ -220,7 +221,10 @@ class Exchange:
         if name != client:
             self.nodes.rename(client, name)
         caps, stated = checked_caps(name, body), body[1].items()
-        figures = {k: v for k, v in stated if k == "losses" or k.endswith("_accuracy")}
+        of_training = asking.expected == "train"  # votes have losses, too
+        figures = {
+            k: v for k, v in stated if k.endswith("_accuracy") or (k == "losses" and of_training)
+        }
         known: dict[str, Any] = {"peaks": _peaks(body), "caps": caps, "figures": figures}
         self.books.answered(asking.phase, name, cost, **known, reason=reason)
 

@@ -247,7 +247,7 @@ def test_a_pipe_gets_a_line_every_ten_seconds_whoever_is_at_work(monkeypatch) ->
     lines = out.getvalue().splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("[  10.0 s] a decoding: 90 of 5,000 images, 310/s, 16 s left")
-    assert lines[2].endswith("; 3 more at work")
+    assert lines[2].endswith("; 3 more to answer")
 
 
 def test_numbers_for_people() -> None:
