@@ -46,7 +46,7 @@ class Catalogue:
     """Pictures or texts."""
     which: Callable[[int], object] = "image {}".format
     """Name one image, for messages."""
-    file: Callable[[int], str | Path] | None = None
+    file: Callable[[int], Path] | None = None
     """The file of one image; None: they have none of their own."""
     version: str = ""
     """Changes whenever the content of an image may have changed; empty: not known, keep nothing."""
@@ -64,9 +64,14 @@ class Catalogue:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
 
+    @cached_property
+    def owners(self) -> tuple[str, ...]:
+        """Sorted names of the clients; none: the source does not say."""
+        return () if self.clients is None else tuple(map(str, np.unique(self.clients)))
+
     def part(self, rows: NDArray[np.int64]) -> Catalogue:
         """Return the catalogue of some images, given their indices."""
-        file = self.file
+        own_file = self.file
 
         def chosen(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
             return {name: column[rows] for name, column in values.items()}
@@ -77,7 +82,7 @@ class Catalogue:
             is_test=None if self.is_test is None else self.is_test[rows],
             open=lambda index: self.open(int(rows[index])),
             which=lambda index: self.which(int(rows[index])),
-            file=file and (lambda index: file(int(rows[index]))),
+            file=None if own_file is None else lambda index: own_file(int(rows[index])),
             version=self.version and sha256(self.version.encode() + rows.tobytes()).hexdigest(),
             marks=chosen(self.marks),
             clients=None if self.clients is None else self.clients[rows],

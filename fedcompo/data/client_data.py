@@ -122,16 +122,19 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
     Raises:
         DataError: If the source is unknown or cannot be read, or cannot be cut this way.
     """
-    if own := own_clients(source.data):
-        if source.rule != CLASSES:
-            raise DataError(
-                f"`partition` is {source.partition!r}, but {source.data} says itself who its "
-                "clients are. Leave `partition` out."
-            )
-        return own
+    return _names(source, own_clients(source.data))
+
+
+def _names(source: DataConfig, own: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the clients, given those that the source has of itself."""
+    if own and source.rule != CLASSES:
+        raise DataError(
+            f"`partition` is {source.partition!r}, but {source.data} says itself who its "
+            "clients are. Leave `partition` out."
+        )
     if source.rule == COLUMN:
         return values_of(catalogue_of(source.data), source)
-    return member_names(source)
+    return own or member_names(source)
 
 
 def load_client_data(
@@ -163,7 +166,8 @@ def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
     Raises:
         DataError: If the source cannot be used, or the client does not exist.
     """
-    own, names = own_clients(config.data), client_names(config)
+    own = own_clients(config.data)
+    names = _names(config, own)
     if not 0 <= partition < len(names):
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "

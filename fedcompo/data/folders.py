@@ -107,7 +107,7 @@ def folder_catalogue(path: Path, *, client: str = "") -> Catalogue:
         is_test=is_test,
         open=lambda index: Path(files[index]).read_bytes(),
         which=files.__getitem__,
-        file=files.__getitem__,
+        file=lambda index: Path(files[index]),
         version=version_of(files),
         marks=marks,
     )

@@ -51,8 +51,7 @@ def own_clients(data: str) -> tuple[str, ...]:
         return tuple(client_folders(Path(rest).expanduser()))
     if kind != "manifest":
         return ()
-    clients = catalogue_of(data).clients
-    return () if clients is None else tuple(map(str, np.unique(clients)))
+    return catalogue_of(data).owners
 
 
 def catalogue_of(data: str, client: str = "") -> Catalogue:
@@ -69,7 +68,11 @@ def catalogue_of(data: str, client: str = "") -> Catalogue:
     if kind in NAMED:
         return NAMED[kind]()
     if kind == "folder" and client:
-        return folder_catalogue(client_folders(Path(rest).expanduser())[client], client=client)
+        path = Path(rest).expanduser()
+        own = path / client  # all are looked through only if a folder's name was brought into NFC
+        return folder_catalogue(
+            own if own.is_dir() else client_folders(path)[client], client=client
+        )
     if kind == "folder":
         return data_set(Path(rest).expanduser())
     if kind not in WITH_CHOICES:
@@ -103,7 +106,7 @@ def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
     name = Path(with_choices(rest)[0]).stem or kind
     if whole.clients is None or client is None:
         return client or name, whole
-    names = [str(owner) for owner in np.unique(whole.clients)]
+    names = [*whole.owners]
     if client in names:
         return client, whole.part(np.flatnonzero(whole.clients == client))
     if len(names) == 1:

@@ -19,7 +19,7 @@ TURNED = "are turned upright, as their EXIF tag says; most other programs do not
 SEE_THROUGH = "are partly transparent: transparency is ignored, the colours under it are used"
 NEGATIVE = "say that 0 is white, with more than 8 bits; they are read as if 0 were black"
 WINDOWED = "are DICOM files: their window, or table of values, becomes 0..255"
-UNWINDOWED = "are DICOM files without a window: the range of their stored bits becomes 0..255"
+UNWINDOWED = "are DICOM files without a window: the range that all of a client use becomes 0..255"
 ODD = (
     JOINED,
     STAND_IN,

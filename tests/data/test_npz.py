@@ -14,6 +14,7 @@ from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
+from fedcompo.data import npz
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.data.npz import npz_catalogue
 from fedcompo.errors import DataError
@@ -159,12 +160,16 @@ def test_a_pair_of_members_for_each_part_is_read(
         )
 
 
-def test_pixels_of_an_uncompressed_file_stay_on_disk(tmp_path: Path):
+def test_pixels_of_an_uncompressed_file_stay_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(npz, "KEPT_BYTES", 100)
     for save, in_memory in ((np.savez, 0), (np.savez_compressed, IMAGES.nbytes)):
         save(tmp_path / "data.npz", **whole(images=np.asfortranarray(IMAGES.T).T))
         catalogue = npz_catalogue(tmp_path / "data.npz")
         assert catalogue.in_memory == in_memory
         np.testing.assert_array_equal(np.asarray(catalogue.open(7)), IMAGES[7])
+        assert ("is compressed: 0 MB of pixels are held" in caplog.text) == bool(in_memory)
     np.savez(tmp_path / "data.npz", **whole(images=np.asfortranarray(IMAGES)))
     assert np.asarray(npz_catalogue(tmp_path / "data.npz").open(7)).tolist() == IMAGES[7].tolist()
 
