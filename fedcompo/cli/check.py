@@ -46,7 +46,7 @@ def check(
     written, and nothing leaves this machine.
     """
     with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
-        if not data and scenario is None:
+        if not data and (client or scenario is None):
             raise ConfigError("Name the data by --data, or a --scenario that does.")
         alone = bool(client) or (Path(data.partition("#")[0]).expanduser().exists() and bool(data))
         options = {"data": data} if data and not alone else {}

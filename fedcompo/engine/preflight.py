@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from fedcompo.config.setting import names_of
 from fedcompo.data.checks import Amount, Checked, check_examples, fault_of
 from fedcompo.data.client_data import Share, client_names, client_share, drawn_aside, folder_share
 from fedcompo.data.enough import check_enough
+from fedcompo.engine.findings import WHOSE, Preflight
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.names import check_client_names
 from fedcompo.report.progress import step
@@ -32,7 +33,6 @@ from fedcompo.runtime import available_bytes, pick_device
 
 if TYPE_CHECKING:  # which load timm
     from fedcompo.backbone.backbone import Backbone
-    from fedcompo.engine.estimate import Estimate
 
 SECONDS = 1.0
 """Time for each step of the checks of all clients together, before a simulation."""
@@ -41,43 +41,6 @@ LONGEST = 5.0
 FULL = math.inf
 FILES = {"reference": "train", "owners": "registry"}
 """Settings that name a file which is read later, and their section."""
-ADVICE = (
-    "Mend this, or leave clients out with `exclude`. `--no-check` starts anyway, and leaves out in "
-    "the run who cannot take part."
-)
-WHOSE = "Client "
-"""How a fault of a client's own begins."""
-
-
-@dataclass
-class Preflight:
-    """What is known of a run before it starts."""
-
-    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name: ``classes`` with the number of training and of test images, and what was checked."""
-    total: int = 0
-    """Number of clients; ``clients`` are fewer if time was short, or some have faults."""
-    faults: list[str] = field(default_factory=list)
-    """Why it cannot be used, each with what to do; empty: it can."""
-    notes: list[str] = field(default_factory=list)
-    backbone: dict[str, Any] = field(default_factory=dict)
-    """Name, number of parameters and input of the backbone; empty: not loaded."""
-    estimate: Estimate | None = None
-    free: dict[str, int] = field(default_factory=dict)
-    """Bytes free, of ``disk`` and ``memory``."""
-
-    def values(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {"usable": not self.faults, **asdict(self)}
-
-    def require(self) -> Preflight:
-        """Return this; raise ``DataError`` with all faults if there is one."""
-        if self.faults:
-            own = any(fault.startswith(WHOSE) for fault in self.faults)
-            advice = ["Nothing was started.", *([ADVICE] if own else [])]
-            raise DataError("\n".join([*self.faults, " ".join(advice)]))
-        return self
-
 
 Listed = tuple[str, Callable[[], Share]]
 """A client's name, and what lists its examples."""

@@ -21,7 +21,7 @@ from fedcompo.names import check_client_names
 from fedcompo.report.tracking import require
 
 if TYPE_CHECKING:
-    from fedcompo.engine.preflight import Preflight
+    from fedcompo.engine.findings import Preflight
 
 
 def simulate(
