@@ -6,7 +6,7 @@ Reading an answer raises if an entry is missing. The server checks whether the v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from fedcompo.method.contribution import (
     statistics_tensors,
 )
 from fedcompo.method.heads import Head, head_from
+from fedcompo.report.confusion import Tally
 from fedcompo.report.pictures import Facts
 from fedcompo.storage.tensorfile import prefixed, section
 
@@ -240,6 +241,21 @@ class EvaluateAnswer(NoticeAnswer):
     task_il_accuracy: float = entry()
     own_heads_accuracy: float | None = entry(default=None)
     """Over all classes under the clients' own heads side by side, if they were sent."""
+    num_examples: int | None = entry(_count, default=None)
+    """Test images; None: an earlier version, which does not say."""
+    tally: Tally | None = None
+    """Their counts by class and confidence; None: the client keeps them to itself."""
+
+    def _write(self) -> Body:
+        return {}, asdict(self.tally) if self.tally else {}
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        if "confusion" not in manifest:
+            return {}
+        confusion = {str(name): _counts(row) for name, row in manifest["confusion"].items()}
+        bins = ((_count(n), float(sure), _count(hits)) for n, sure, hits in manifest["bins"])
+        return {"tally": Tally(confusion, tuple(bins))}
 
 
 @dataclass(frozen=True, kw_only=True)
