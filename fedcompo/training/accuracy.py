@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,13 +81,14 @@ def _under(head: Head, features: Tensor, labels: Tensor, classes: tuple[str, ...
         labels: (count,), index into ``classes``.
         classes: The client's.
     """
-    own, pairs, right_of_own = head.indices(classes), Counter[tuple[int, int]](), 0
+    own, pairs, own_hits = head.indices(classes), Counter[tuple[int, int]](), 0
     bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, their confidence, right ones
-    for part, given in zip(features.split(AT_A_TIME), labels.split(AT_A_TIME), strict=True):
+    parts = (torch.split(tensor, AT_A_TIME) for tensor in (features, labels))
+    for part, given in zip(*parts, strict=True):
         logits, true = head(part).cpu(), own[given]  # (part, classes of the head), (part,)
         taken = logits.argmax(1)
         pairs.update(zip(true.tolist(), taken.tolist(), strict=True))
-        right_of_own += int((logits[:, own].argmax(1) == given).sum())
+        own_hits += int((logits[:, own].argmax(1) == given).sum())
         confidence = logits.double().softmax(1).amax(1)
         number = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
         counted = torch.ones_like(confidence), confidence, (taken == true).double()
@@ -97,5 +99,5 @@ def _under(head: Head, features: Tensor, labels: Tensor, classes: tuple[str, ...
         row_of[head.classes[taken_row]] = count
     tally = Tally(confusion, tuple((int(n), float(c), int(r)) for n, c, r in bins.T.tolist()))
     count = len(labels)
-    shares = (hits / count if count else float("nan") for hits in (tally.correct, right_of_own))
-    return Accuracy(*shares, count, tally)
+    right, right_of_own = (n / count if count else math.nan for n in (tally.correct, own_hits))
+    return Accuracy(right, right_of_own, count, tally)
