@@ -83,6 +83,33 @@ class ClientData:
     """What whoever reads the results should know of the images."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which examples of a source are one client's: listed and split, not read yet."""
+
+    name: str
+    catalogue: Catalogue
+    classes: tuple[str, ...]
+    """Sorted."""
+    train: list[Indices]
+    """Indices of the training images of each class, at least one."""
+    test: list[Indices]
+    """Indices of the test images of each class; of all together, at least one."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Label of each training image, (count,), grouped by class."""
+        return _labels(self.train)
+
+    def read(self, preprocessing: Preprocessing) -> ClientData:
+        """Read the images; raises ``DataError`` if one cannot be used."""
+        kept, held, facts = decode(
+            self.catalogue, self.train, self.test, preprocessing, client=self.name
+        )
+        splits = Split(kept, self.labels), Split(held, _labels(self.test))
+        return ClientData(self.name, self.classes, *splits, facts)
+
+
 def client_names(source: DataConfig) -> tuple[str, ...]:
     """Name the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
 
@@ -98,17 +125,25 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
 def load_client_data(
     config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int
 ) -> ClientData:
-    """Load the images of one client of a source.
+    """Load the images of one client of a source: :func:`client_share`, read.
+
+    Raises:
+        DataError: If the source or one of its images cannot be used, or the client does not exist.
+    """
+    return client_share(config, partition=partition, seed=seed).read(preprocessing)
+
+
+def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
+    """List the images of one client of a source.
 
     Args:
         config: The source, and how it is dealt.
-        preprocessing: Input that the backbone expects.
         partition: Number of the client, from 0.
         seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
             source does not mark them. Test images of ``digits`` are the same for all seeds.
 
     Raises:
-        DataError: If the source or one of its images cannot be used, or the client does not exist.
+        DataError: If the source cannot be used, or the client does not exist.
     """
     kind, rest = _parse(config.data)
     names = client_names(config)
@@ -131,9 +166,7 @@ def load_client_data(
             seed=seed,
             source=catalogue.source,
         )[partition]
-    return _load_classes(
-        catalogue, classes, preprocessing, client=name, seed=seed, cap=config.images_per_class
-    )
+    return _share(catalogue, classes, client=name, seed=seed, cap=config.images_per_class)
 
 
 def load_folder(
@@ -143,22 +176,28 @@ def load_folder(
     seed: int,
     images_per_class: int = 0,
 ) -> ClientData:
-    """Load the folder of one client, which has its name; in a deployment each node has its own.
-
-    Args:
-        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
-        preprocessing: Input that the backbone expects.
-        seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
-        images_per_class: Keep at most this many training images a class; 0: all.
+    """Load the folder of one client, which has its name: :func:`folder_share`, read.
 
     Raises:
         DataError: If the folder or one of its images cannot be used.
     """
+    return folder_share(path, seed=seed, images_per_class=images_per_class).read(preprocessing)
+
+
+def folder_share(path: Path, *, seed: int, images_per_class: int = 0) -> Share:
+    """List the folder of one client, which has its name; in a deployment each node has its own.
+
+    Args:
+        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
+        seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
+        images_per_class: Keep at most this many training images a class; 0: all.
+
+    Raises:
+        DataError: If the folder cannot be used.
+    """
     path = Path(path).expanduser().absolute()
     catalogue = folder_catalogue(path, client=path.name)
-    return _load_classes(
-        catalogue, catalogue.names, preprocessing, client=path.name, seed=seed, cap=images_per_class
-    )
+    return _share(catalogue, catalogue.names, client=path.name, seed=seed, cap=images_per_class)
 
 
 def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Split, Split]:
@@ -209,16 +248,10 @@ def _parse(data: str) -> tuple[str, str]:
     raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
 
 
-def _load_classes(
-    catalogue: Catalogue,
-    classes: tuple[str, ...],
-    preprocessing: Preprocessing,
-    *,
-    client: str,
-    seed: int,
-    cap: int,
-) -> ClientData:
-    """Read the images of some classes of a catalogue."""
+def _share(
+    catalogue: Catalogue, classes: tuple[str, ...], *, client: str, seed: int, cap: int
+) -> Share:
+    """Split the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
     parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
@@ -239,14 +272,7 @@ def _load_classes(
             "it is trained as a class. Take them out if so.",
             *(client, count, catalogue.source, own),
         )
-    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client)
-    return ClientData(
-        name=client,
-        classes=classes,
-        train=Split(kept, _labels(train)),
-        test=Split(held, _labels(test)),
-        facts=facts,
-    )
+    return Share(client, catalogue, classes, train, test)
 
 
 def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> list[Indices]:
