@@ -8,7 +8,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fedcompo.names import printable
+from fedcompo.report.twins import visible
 
 LEVEL = 0.95
 """Of the intervals."""
@@ -177,6 +177,6 @@ def worst_line(results: Figures) -> str:
     listed = []
     for name in results.get("worst_classes", ()):
         own = results["by_class"][name]
-        taken = ", ".join(f"{count} as {printable(other)}" for other, count in own["mistaken_for"])
-        listed.append(f"{printable(name)}, {own['correct']} of {own['images']} right ({taken})")
+        taken = ", ".join(f"{count} as {visible(other)}" for other, count in own["mistaken_for"])
+        listed.append(f"{visible(name)} {own['correct']} of {own['images']} right ({taken})")
     return f"Worst classes: {'; '.join(listed)}." if listed else ""
