@@ -37,8 +37,8 @@ class CapsConfig:
         0.0,
         "Noise on feature statistics and Fisher, for differential privacy: its standard deviation, "
         "in sensitivities; 0: none. Under it squares of layers' inputs (`rule = regmean`) are not "
-        "sent, nor counts of test images by class. τ, head, losses and accuracies leave as they are: "
-        "they are NOT private by it.",
+        "sent, nor counts of test images by class. τ, head, losses and accuracies leave as they "
+        "are: they are NOT private by it.",
         NOT_NEGATIVE,
     )
     dp_clip_features: float = setting(
