@@ -203,6 +203,7 @@ class Averaging:
         Without weights it is the frozen backbone. The prefix stands before the figures' names.
         """
         request = EvaluateRequest(theta=theta, joint=joint, linearised=False).to_body()
+        self.answers = {}
 
         def fold(client: str, body: Body) -> str:
             answer = EvaluateAnswer.from_body(body)

@@ -13,7 +13,7 @@ own classes: the composed model, right among the client's own (paper: task-IL)""
 """A line on each of them, below a table."""
 SMALL = 1000
 """Test images from which an accuracy stands alone: its interval is within about three points."""
-BRACKETS = "[low, high]: what so few test images leave open (95 % interval)"
+BRACKETS = "[low–high]: what so few test images leave open (95 % interval)"
 """A line on intervals, below a table."""
 OnStep = Callable[[str], None]
 """Called with each step of something that takes long, in words."""
@@ -55,7 +55,7 @@ def percent_between(value: float | None, interval: Sequence[float] | None, image
     if interval is None or images >= SMALL:
         return percent(value)
     low, high = (f"{100 * end:.0f}" for end in interval)
-    return f"{percent(value)} [{low}, {high}]"
+    return f"{percent(value)} [{low}–{high}]"  # no blank: it stays on a line
 
 
 def percent(value: float | None) -> str:

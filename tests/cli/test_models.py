@@ -275,7 +275,7 @@ def test_accuracies_are_the_librarys(home: Path, options: str) -> None:
     assert found["not_measured"] == others
     assert f"does not know their classes: {', '.join(others)}." in " ".join(out.split())
     for name, figures in expected.items():
-        (line,) = (line for line in out.splitlines() if f"│ {name} " in line)
+        (line,) = (line for line in out.splitlines() if line.startswith(f"│ {name} "))
         cells = [cell.strip() for cell in line.split("│")]
         assert cells[2:5] == [
             str(figures["num_examples"]),
