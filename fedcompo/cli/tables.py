@@ -221,7 +221,9 @@ def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def print_worst_classes(results: Mapping[str, Any]) -> None:
-    """Print the classes that are recognised worst, among all, and what they are mistaken for."""
+    """Print calibration, and the classes recognised worst with what they are mistaken for."""
+    error = percent(results["calibration"]["error"])
+    say(f"Calibration error {error} %: how far confidence and accuracy are apart, all classes.")
     if not results["worst_classes"]:
         say("No image is mistaken for one of another class.")
         return
