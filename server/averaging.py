@@ -202,8 +202,9 @@ class Averaging:
 
         Without weights it is the frozen backbone. The prefix stands before the figures' names.
         """
-        request = EvaluateRequest(theta=theta, joint=joint, linearised=False).to_body()
         self.answers = {}
+        last = phase == "evaluate" or None
+        request = EvaluateRequest(theta=theta, joint=joint, linearised=False, last=last).to_body()
 
         def fold(client: str, body: Body) -> str:
             answer = EvaluateAnswer.from_body(body)

@@ -14,11 +14,8 @@ import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from logging import INFO
 from pathlib import Path
 from typing import Any
-
-from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method, kinds_of
@@ -113,16 +110,15 @@ class Strategy(ABC):
                     *coming.values(),
                     replacing=self.config.registry.replace,
                     empty=True,
-                    on_step=lambda step: log(INFO, "registry: %s", step),
                 )
                 break
             except ContributionError as error:
                 if error.client not in coming:
                     raise
                 del coming[error.client]
-                self.trained = tuple(coming)
+                self.trained = tuple(c for c in self.trained if c != error.client)
                 self.fitting.leave_out("compose", {error.client: str(error)})
-                self.exchange.require_clients("compose", coming)
+                self.exchange.require_clients("compose", self.trained)
         shutil.rmtree(self.fitting.contributions)
         self.composing.compare(self.fitting.fishers.sums)
         self.fitting.remark(coming)

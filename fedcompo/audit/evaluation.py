@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.confusion import interval
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.training.accuracy import Accuracy, accuracy_of
 
 Figures = dict[str, dict[str, Any]]
@@ -72,12 +72,9 @@ def evaluate_clients(
     *,
     linearised: bool = False,
     wanted: tuple[str, ...] = (),
-    on_step: OnStep = lambda step: None,
 ) -> Figures:
     """Measure a composition on every client's test images; see :func:`measured`."""
-    found = measured(
-        backbone, theta, head, config, linearised=linearised, wanted=wanted, on_step=on_step
-    )
+    found = measured(backbone, theta, head, config, linearised=linearised, wanted=wanted)
     return {client: figures_of(accuracy) for client, accuracy in found.items()}
 
 
@@ -99,7 +96,6 @@ def measured(
     *,
     linearised: bool = False,
     wanted: tuple[str, ...] = (),
-    on_step: OnStep = lambda step: None,
 ) -> dict[str, Accuracy]:
     """Measure a composition on every client's test images, by client.
 
@@ -112,7 +108,6 @@ def measured(
         config: Says which images.
         linearised: Whether the weights are composed of tangents.
         wanted: Names of the clients; empty: all.
-        on_step: Called with whose images are measured.
 
     Raises:
         DataError: If the images cannot be had, or belong to none of the head's classes.
@@ -121,7 +116,7 @@ def measured(
     weights: Weights = dict(theta)
     for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
         if set(data.classes) <= set(head.classes):
-            on_step(f"evaluating on {data.name}")
+            step(f"evaluating on {data.name}")
             found[data.name] = accuracy_of(
                 backbone, weights, head, data.classes, data.test, linearised=linearised
             )
@@ -134,9 +129,9 @@ def measured(
 
 
 def effect_of_removal(
-    registry: RegistryReader, client: str, data: str | None, on_step: OnStep
+    registry: RegistryReader, clients: Sequence[str], data: str | None
 ) -> dict[str, Any]:
-    """Measure what a removal would do to accuracy; changes nothing.
+    """Measure what removing some clients would do to accuracy; changes nothing.
 
     Returns:
         Figures ``before`` and ``after`` by client; or the ``reason`` why there are none.
@@ -144,15 +139,16 @@ def effect_of_removal(
     try:
         config = run_config_of(registry, data)
         backbone = registry.backbone.load()
-        on_step("evaluating the composition as it is")
-        how: Any = {"linearised": registry.linearised, "on_step": on_step}
+        step("evaluating the composition as it is")
         theta, head = registry.theta_p(), registry.joint_head()
-        before = evaluate_clients(backbone, theta, head, config, **how)
-        if registry.clients == (client,):
+        linearised = registry.linearised
+        before = evaluate_clients(backbone, theta, head, config, linearised=linearised)
+        if {*registry.clients} == {*clients}:
             return {"before": before, "after": {}}
-        on_step("composing without the client")
-        others = from_registry(registry, without=(client,))
-        after = evaluate_clients(backbone, dict(others.stream()), others.head, config, **how)
+        step("composing without them")
+        others = from_registry(registry, without=tuple(clients))
+        theta, head = dict(others.stream()), others.head
+        after = evaluate_clients(backbone, theta, head, config, linearised=linearised)
     except FedcompoError as error:
         return {"reason": str(error)}
     return {"before": before, "after": after}

@@ -17,7 +17,10 @@ from fedcompo.report.units import listed, percent
 def fit(
     data: Annotated[
         Path,
-        typer.Option(help="Folder of images: train/<class>/* and perhaps test/<class>/*."),
+        typer.Option(
+            help="Folder of images: train/<class>/* and perhaps test/<class>/*, or <class>/*. Or "
+            "a manifest (.csv, .parquet), .npz or .jsonl."
+        ),
     ],
     output: common.OutputOption,
     registry: Annotated[
@@ -29,7 +32,7 @@ def fit(
             "none, and the backbone of the settings.",
         ),
     ] = None,
-    client: Annotated[str, typer.Option(help="The client's name; default: the folder's.")] = "",
+    client: Annotated[str, typer.Option(help="The client's name; default: that of --data.")] = "",
     assignments: common.AssignmentsOption = None,
     as_json: common.JsonOption = False,
     verbose: common.VerboseOption = False,
@@ -40,7 +43,7 @@ def fit(
 
     Then: fedcompo add DIR --registry R, fedcompo publish DIR, or fedcompo compose DIR OTHERS
     """
-    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         settings = settings_of(None, assignments or [], {})
         path = None if registry is None else common.open_registry(registry).path
         from fedcompo.engine.alone import fit_alone
@@ -49,7 +52,7 @@ def fit(
         if not verbose:
             logging.getLogger("flwr").setLevel(logging.ERROR)  # the notes come below
         with new_folder(output) as folder:
-            made = fit_alone(data, folder, settings, registry=path, client=client, on_step=tell)
+            made = fit_alone(data, folder, settings, registry=path, client=client)
     if as_json:
         print_json({"output": str(output.absolute()), **made})
         return

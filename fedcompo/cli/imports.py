@@ -14,13 +14,12 @@ from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.presets import STAND_IN
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.report.console import print_json, say
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fedcompo.backbone.backbone import Backbone
     from fedcompo.method.fisher import FisherDiagonal
+    from fedcompo.method.images import Images
 
 FISHER_IMAGES = 256
 """Images, drawn at random, that the Fisher is estimated on at most: it takes longest."""
@@ -33,8 +32,8 @@ def import_source(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Its images: train/<class>/*, to describe it by. Default: none, and the rows of "
-            "its classifier stand for them."
+            help="Its images, as in `fedcompo fit`, to describe it by. Default: none, and the rows "
+            "of its classifier stand for them."
         ),
     ] = None,
     registry: common.RegistryOption = None,
@@ -92,7 +91,7 @@ def import_source(
         from fedcompo.registry.imports import Wanted, import_model
         from fedcompo.registry.registry import Registry
 
-        with common.progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json):
             made = import_model(
                 source,
                 opened,
@@ -105,11 +104,10 @@ def import_source(
                     min_images=min_images or FEWEST_IMAGES,
                     counts_as=counts_as or 0,
                 ),
-                fisher_of=partial(_fisher_of, client=client, tell=tell),
-                on_step=tell,
+                fisher_of=partial(_fisher_of, client=client),
             )
             if output is None:
-                Registry(opened.path).add(made, replacing=replace, on_step=tell)
+                Registry(opened.path).add(made, replacing=replace)
             else:
                 with new_folder(output) as folder:
                     made.save(folder)
@@ -121,13 +119,13 @@ def import_source(
 
 
 def _fisher_of(
-    backbone: Backbone, images: Tensor, *, client: str, tell: OnStep
+    backbone: Backbone, images: Images, *, client: str
 ) -> tuple[FisherDiagonal | None, str]:
     """Estimate the Fisher of the features as a run's clients do, of fewer images."""
     from fedcompo.config.run import FisherConfig
     from fedcompo.training.probing import fisher_of_images
 
-    tell("estimating the Fisher")
+    step("estimating the Fisher")
     config = FisherConfig(fisher_examples=FISHER_IMAGES)
     try:
         return fisher_of_images(backbone, images, config, seed=0, owner=client)[0].reduced(), ""

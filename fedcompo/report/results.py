@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from fedcompo.report.arrivals import arrivals_table
 from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import PlainConsole, numbers, table_console
 from fedcompo.report.picture import SHOWN, Results, overlap, shown
@@ -45,6 +46,8 @@ def print_results(results: Results, console: PlainConsole, *, details: bool = Fa
     """
     console = table_console(console)
     console.print(_accuracy_table(results))
+    if "arrivals" in results:
+        console.print(arrivals_table(results))
     if worst := worst_line(results):
         console.print(worst)
     console.print(_traffic_table(results))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from fedcompo.names import printable
 
@@ -15,8 +15,6 @@ SMALL = 1000
 """Test images from which an accuracy stands alone: its interval is within about three points."""
 BRACKETS = "[low–high]: what so few test images leave open (95 % interval)"
 """A line on intervals, below a table."""
-OnStep = Callable[[str], None]
-"""Called with each step of something that takes long, in words."""
 
 
 def duration(seconds: float) -> str:
@@ -40,8 +38,8 @@ def size(count: int) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Join names by commas, on one line whatever they hold."""
-    return ", ".join(map(printable, names))
+    """Join names by commas, on one line whatever they hold; one with a comma stands in quotes."""
+    return ", ".join(f'"{name}"' if "," in name else name for name in map(printable, names))
 
 
 def shortened(names: Sequence[str], limit: int = 24) -> str:

@@ -9,16 +9,15 @@ the reference replaces the Fisher of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Curvature, FisherForm
+from fedcompo.config.data import CLASSES
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data, load_folder
 from fedcompo.errors import ConfigError
@@ -26,15 +25,14 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import OLD_HEAD, load_fisher, save_fisher
 from fedcompo.method.heads import Head, fit_head, zero_head
+from fedcompo.method.images import Images, batches, part_of
+from fedcompo.report.progress import each
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
 
 OWNER = "(reference)"
 """Stands in the file of a reference Fisher in place of a client's name; no client can have it."""
-
-ImagesCallback = Callable[[int, int], None]
-"""Called after each batch with the number of images done, and of all images."""
 
 
 def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridge: float) -> Head:
@@ -55,14 +53,13 @@ def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridg
 
 def fisher_of_images(
     backbone: Backbone,
-    images: Tensor,
+    images: Images,
     config: FisherConfig,
     *,
     seed: int,
     owner: str,
     head: Head | None = None,
     form: FisherForm = FisherForm.DENSE,
-    on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
     """Estimate the Fisher of the target weights on one party's images.
 
@@ -74,25 +71,20 @@ def fisher_of_images(
         owner: Whose images they are; draws are derived from ``seed`` and this name.
         head: Turns features into logits; needed for the Fisher of class probabilities.
         form: See :func:`estimate_fisher`.
-        on_images: Called after each batch.
 
     Returns:
         The *sum* over the images used, float32 on the CPU, and a report.
     """
     if 0 < config.fisher_examples < len(images):
         generator = generator_for(seed, "fisher-examples", owner)
-        images = images[torch.randperm(len(images), generator=generator)[: config.fisher_examples]]
+        drawn = torch.randperm(len(images), generator=generator)[: config.fisher_examples]
+        images = part_of(images, drawn)
 
-    def batches() -> Iterator[Tensor]:
-        taken = 0
-        for part in torch.split(images, config.fisher_batch):
-            yield backbone.preprocessing.normalise(part.to(backbone.device))
-            taken += len(part)
-            on_images(taken, len(images))
-
+    parts = batches(images, config.fisher_batch)
+    counted = each(parts, "images", "Fisher", total=len(images), units=len)
     fisher, report = estimate_fisher(
         backbone.model,
-        batches(),
+        (backbone.preprocessing.normalise(part.to(backbone.device)) for part in counted),
         backbone.theta_0,
         head=head,
         curvature=config.curvature,
@@ -105,17 +97,16 @@ def fisher_of_images(
 
 
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:
-    """Load all classes of a source as one party's; a ``folder:`` source holds ``train/<class>/*``.
+    """Load all classes of a source as one party's; a ``folder:`` source holds class folders.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
     """
     source, seed = config.data, config.seed
-    kind, _, path = source.data.partition(":")
-    if kind == "folder" and path:
-        cap = source.images_per_class
-        return load_folder(Path(path), preprocessing, seed=seed, images_per_class=cap)
-    whole = replace(source, num_tasks=1)
+    if source.data.startswith(("folder:", "manifest:")):
+        cap, own = source.images_per_class, source.data
+        return load_folder(own, preprocessing, seed=seed, images_per_class=cap, client=None)
+    whole = replace(source, num_tasks=1, partition=CLASSES, clients_per_task=0)
     return load_client_data(whole, preprocessing, partition=0, seed=seed)
 
 
@@ -123,8 +114,6 @@ def reference_fisher(
     backbone: Backbone,
     data: ClientData,
     config: RunConfig,
-    *,
-    on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
     """Estimate the Fisher diagonal of public images.
 
@@ -134,7 +123,6 @@ def reference_fisher(
         backbone: Pre-trained weights.
         data: The images; those for training are used.
         config: Settings of the probe and of the estimator.
-        on_images: Called after each batch.
 
     Returns:
         The *sum* over images, and a report.
@@ -149,7 +137,6 @@ def reference_fisher(
         seed=config.seed,
         owner=OWNER,
         head=probe,
-        on_images=on_images,
     )
 
 
