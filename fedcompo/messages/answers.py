@@ -31,7 +31,7 @@ from fedcompo.storage.tensorfile import prefixed, section
 
 
 def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> AnyStatistics:
-    """Rebuild statistics; raises ``FileFormatError`` on stated or numbers that cannot be true."""
+    """Rebuild statistics; raises ``FileFormatError`` on counts or numbers that cannot be true."""
     kind = SUMS if SUMS in manifest else MIXTURES
     stated = counts(manifest[kind])
     statistics = statistics_from(tensors, {kind: stated})
