@@ -203,9 +203,9 @@ def new_exchange(
     answers: KeptAnswers | None = None,
 ) -> Exchange:
     """Begin the conversation with the clients of a run, which fails with fewer than the least."""
-    server = config.server
-    nodes, timeout = Nodes(grid), server.timeout
-    return Exchange(books, nodes, timeout, least, server.in_flight, answers, preprocessing)
+    nodes, timeout = Nodes(grid), config.server.timeout
+    in_flight = config.server.in_flight or getattr(grid, "in_flight", 0)
+    return Exchange(books, nodes, timeout, least, in_flight, answers, preprocessing)
 
 
 def open_or_create(config: RunConfig, backbone: Backbone, output: Path) -> Registry:

@@ -22,6 +22,7 @@ from fedcompo.cli.prediction import predict
 from fedcompo.cli.push import push
 from fedcompo.cli.tables import print_removal
 from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.choices import EngineKind
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
@@ -87,11 +88,16 @@ def simulate(
             "with. Who has trained is not trained again.",
         ),
     ] = None,
-    cpus_per_client: Annotated[
-        int | None, typer.Option(min=1, help="CPUs a client; default 1.")
-    ] = None,
+    engine: Annotated[
+        EngineKind,
+        typer.Option(
+            help="Flower's own, which runs clients side by side; or this very process, which "
+            "starts at once and which a debugger can stop. The results are the same."
+        ),
+    ] = EngineKind.FLOWER,
     gpus_per_client: Annotated[
-        float | None, typer.Option(min=0.0, help="GPUs a client; default: an even share.")
+        float | None,
+        typer.Option(min=0.0, help="GPUs a client of Flower's engine; default: an even share."),
     ] = None,
     check_first: Annotated[
         bool,
@@ -106,7 +112,7 @@ def simulate(
     ] = False,
     verbose: common.VerboseOption = False,
 ) -> None:
-    """Simulate a federation on this machine, with Flower's real engine.
+    """Simulate a federation on this machine.
 
     SCENARIO is a TOML file of settings; without one, the default digits run.
 
@@ -127,7 +133,7 @@ def simulate(
             assignments or [],
             options,
             resume,
-            cpus_per_client=cpus_per_client,
+            engine=engine,
             gpus_per_client=gpus_per_client,
             check=check_first,
         )
@@ -219,8 +225,7 @@ def _simulate(
     if found := simulation.preflight:
         from fedcompo.report.preflight import lines_on
 
-        resources = simulation.resources
-        for line in lines_on(found, at_once=resources.cpus // resources.cpus_per_client):
+        for line in lines_on(found, at_once=simulation.resources.cpus):
             say(line)
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:

@@ -88,6 +88,15 @@ class Action(StrEnum):
     REMOVE = "remove"
 
 
+class EngineKind(StrEnum):
+    """What runs the apps of a simulation."""
+
+    FLOWER = "flower"
+    """Flower's own engine; see :mod:`fedcompo.engine.superlink`."""
+    IN_PROCESS = "in-process"
+    """This very process; see :mod:`fedcompo.engine.in_process`."""
+
+
 class HeadStart(StrEnum):
     """Head from which a client's training starts.
 

@@ -53,7 +53,9 @@ class ServerConfig:
         1800.0, "Seconds until clients have connected, and from a request to its answer.", POSITIVE
     )
     in_flight: int = setting(
-        0, "Clients that work at a time; 0: all. Bounds what waits to be folded in.", NOT_NEGATIVE
+        0,
+        "Clients asked at a time; 0: all, or 8 for each CPU of a simulation. Bounds what waits.",
+        NOT_NEGATIVE,
     )
     max_norm_ratio: float = setting(
         0.0, "Refuse a task vector this many times longer than the median; 0: none.", NOT_NEGATIVE

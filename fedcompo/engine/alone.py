@@ -7,7 +7,6 @@ the contribution has the bits that a run leaves of a lone newcomer.
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from importlib import import_module
@@ -19,7 +18,7 @@ from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Method
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.config.setting import Scalar
-from fedcompo.engine.launcher import find_app
+from fedcompo.engine.launcher import add_to_path, find_app
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
@@ -51,8 +50,7 @@ def fit_alone(
         FedcompoError: If a setting, the registry, the name or the images cannot be used.
     """
     name = check_client_name(client or (data.stem if data.is_file() else data.absolute().name))
-    if (app := str(find_app())) not in sys.path:
-        sys.path.insert(0, app)
+    add_to_path(find_app())
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         step("loading the backbone")

@@ -2,8 +2,9 @@
 
 ``flwr run`` works too. But it needs the network for each run, may run old code in a daemon that is
 still there, takes relative paths from that daemon's folder, and exits with 0 when a run has failed.
-Here an engine (:mod:`fedcompo.engine.superlink`) serves one run and ends with it. A run is done
-when Flower says so *and* its results are on disk.
+Here an engine (:mod:`fedcompo.engine.superlink`) serves one run and ends with it; or there is none,
+and this process runs the apps (:mod:`fedcompo.engine.in_process`). A run is done when its engine
+says so *and* its results are on disk.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from fedcompo.config.choices import Action
+from fedcompo.config.choices import Action, EngineKind
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import Scalar
 from fedcompo.engine.log import Event, EventTail, LineTail, last_error, note, read_from
@@ -35,10 +38,12 @@ TICK = 0.2
 FIRST_POLL, LONGEST_POLL, LAST_POLL = 5.0, 20.0, 1.0
 """Seconds between two questions to Flower, which cost a second of CPU each: at first, in the middle
 of a run, and once the log says that it has ended."""
+COMPLETED = "finished:completed"
 END_OF_TASK = "Finished task"
 INTRODUCTION = "Simulation failed with exception: "
 UNANSWERED = 5
 """A run is given up after so many unanswered questions in a row."""
+OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Simulation:
     app: Path
     """Folder of the Flower app; see :func:`find_app`."""
     resources: Resources
+    engine: EngineKind = EngineKind.FLOWER
     preflight: Mapping[str, Any] = field(default_factory=dict)
     """What is known before it starts; see :mod:`fedcompo.engine.preflight`."""
 
@@ -61,7 +67,7 @@ class Simulation:
         """Whether it removes a client instead of training."""
         return RunConfig.parse(self.settings).registry.action is Action.REMOVE
 
-    def run(self, on_event: Callable[[Event], None] = lambda event: None) -> dict[str, Any]:
+    def run(self, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
         """Run the app with these settings, tell its events, and return its results.
 
         SIGTERM ends the run and raises ``SystemExit(143)``; Ctrl-C raises ``KeyboardInterrupt``.
@@ -80,13 +86,39 @@ class Simulation:
             for event in (*tail.read(), *files.read()):
                 on_event(event)
 
-        with _sigterm_unwinds(), started(self.output / LOG) as engine:
+        with _sigterm_unwinds():
+            if self.engine is EngineKind.IN_PROCESS:
+                status, details = self._in_process(config, look)
+            else:
+                status, details = self._on_flower(config, look, on_event)
+        files.clear()
+        return _results(self.output, status, details, tail.failure)
+
+    def _on_flower(
+        self, config: Mapping[str, Scalar], look: Callable[[], None], on_event: OnEvent
+    ) -> tuple[str, str]:
+        """Run on Flower's engine; returns the run's status and what Flower says about it."""
+        if not config.get("in-flight") and (few := self.resources.in_flight(self.clients)):
+            config = {**config, "in-flight": few}
+        with started(self.output / LOG) as engine:
             run_id = engine.submit(self.app, config, self.resources.federation(self.clients))
             on_event(note("Flower's engine has started; Ray takes another moment."))
             with engine.logging(run_id):
-                status, details = _follow(engine, run_id, look)
-        files.clear()
-        return _results(self.output, status, details, tail.failure)
+                return _follow(engine, run_id, look)
+
+    def _in_process(
+        self, config: Mapping[str, Scalar], look: Callable[[], None]
+    ) -> tuple[str, str]:
+        """Run in this thread, while another one looks for events; returns as Flower would."""
+        add_to_path(self.app)
+        from fedcompo.engine.in_process import run_apps  # imports torch and Flower
+
+        with _looking(look):
+            try:
+                run_apps(config, self.clients, self.output)
+            except Exception as error:
+                return "finished:failed", str(error)
+        return COMPLETED, ""
 
 
 def find_app(package: Path | None = None) -> Path:
@@ -102,6 +134,32 @@ def find_app(package: Path | None = None) -> Path:
         "pyproject.toml with [tool.flwr.app.components]. Install fedcompo again, or run it from a "
         "complete checkout."
     )
+
+
+def add_to_path(app: Path) -> None:
+    """Let the folder of an app be where its modules are imported from."""
+    if str(app) not in sys.path:
+        sys.path.insert(0, str(app))
+
+
+@contextlib.contextmanager
+def _looking(look: Callable[[], None]) -> Iterator[None]:
+    """Look for events, in a thread of its own, until the context ends; raises what that raises."""
+    ended = threading.Event()
+
+    def again() -> None:
+        last = False
+        while not last:
+            last = ended.wait(TICK)
+            look()
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(again)
+        try:
+            yield
+        finally:
+            ended.set()
+        looking.result()
 
 
 def _follow(engine: Engine, run_id: str, look: Callable[[], None]) -> tuple[str, str]:
@@ -135,7 +193,7 @@ def _follow(engine: Engine, run_id: str, look: Callable[[], None]) -> tuple[str,
 def _results(output: Path, status: str, details: str, reported: str) -> dict[str, Any]:
     """Read the results of a run that has ended; raises LaunchError if there are none."""
     log = output / LOG
-    if status == "finished:completed":
+    if status == COMPLETED:
         try:
             results = json.loads((output / RESULTS).read_text(encoding="utf-8"))
             if isinstance(results, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -202,11 +203,19 @@ class Display:
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
+            sys.breakpointhook = self._at_breakpoint
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.stop()
+            sys.breakpointhook = sys.__breakpointhook__
+
+    def _at_breakpoint(self, *arguments: object, **options: object) -> object:
+        """Leave the terminal to the debugger."""
+        if self._live:
+            self._live.stop()
+        return sys.__breakpointhook__(*arguments, **options)
 
     def show(self, event: Event) -> None:
         """Show one event."""

@@ -13,42 +13,48 @@ from fedcompo.errors import ConfigError
 CLIENTS_PER_GPU = 8
 """Clients that share a GPU by default, at most: each has a model and a CUDA context of its own."""
 
+WAITING = 8
+"""Requests under way for each CPU, at most: whatever waits for a CPU has its time running."""
+
 
 @dataclass(frozen=True)
 class Resources:
     """CPUs and GPUs of a simulation's clients."""
 
-    cpus_per_client: int
     gpus_per_client: float
     cpus: int
-    """CPUs given to Ray in all: it starts a process for each client that fits in."""
+    """CPUs given to Ray, which starts a process for each of them."""
 
     def federation(self, clients: int) -> dict[str, float]:
         """Return them as Flower's simulation settings."""
         return {
             "num-supernodes": clients,
-            "client-resources-num-cpus": self.cpus_per_client,
+            "client-resources-num-cpus": 1,
             "client-resources-num-gpus": self.gpus_per_client,
             "init-args-num-cpus": self.cpus,
         }
+
+    def in_flight(self, clients: int) -> int:
+        """Requests to have under way at a time; 0: all, where that is few enough."""
+        most = WAITING * self.cpus
+        return most if clients > most else 0
 
 
 def fair_resources(
     clients: int,
     device: str,
     *,
-    cpus_per_client: int | None = None,
     gpus_per_client: float | None = None,
     gpus: int | None = None,
 ) -> Resources:
-    """Share this machine among the clients, as far as the caller has not decided.
+    """Share this machine among the clients.
 
-    By default a client gets one CPU, and the clients that run at a time share the GPUs evenly.
+    A client gets one CPU: with more, its bits would be others. The clients that run at a time share
+    the GPUs evenly.
 
     Args:
         clients: Number of clients.
         device: The run's ``device``.
-        cpus_per_client: CPUs a client; None: 1.
         gpus_per_client: Share of a GPU, or whole GPUs, a client; None: a fair share.
         gpus: GPUs of this machine; None: ask torch.
 
@@ -61,10 +67,7 @@ def fair_resources(
             f'Use `device = "cuda"` and, in the environment, '
             f"CUDA_VISIBLE_DEVICES={device.partition(':')[2]}."
         )
-    available, cpus = _cpus(), cpus_per_client or 1
-    if cpus > available:
-        raise ConfigError(f"A client cannot get {cpus} CPUs: this machine has {available}.")
-    at_once = min(clients, available // cpus)
+    at_once = min(clients, _cpus())
     if device not in ("auto", "cuda"):
         gpus = 0
     elif gpus is None:
@@ -78,7 +81,7 @@ def fair_resources(
         sharing = min(CLIENTS_PER_GPU, math.ceil(at_once / gpus)) if gpus else 0
         # Rounded down, so that they fit; Ray knows four decimals.
         gpus_per_client = math.floor(10_000 / sharing) / 10_000 if sharing else 0.0
-    return Resources(cpus, gpus_per_client, at_once * cpus)
+    return Resources(gpus_per_client, at_once)
 
 
 def _cpus() -> int:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcompo.composition.settings import CompositionSettings
-from fedcompo.config.choices import Action
+from fedcompo.config.choices import Action, EngineKind
 from fedcompo.config.presets import with_preset
 from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import scenario_name, with_absolute_paths
 from fedcompo.config.setting import Scalar, names_of
 from fedcompo.engine import launcher
-from fedcompo.engine.launcher import Simulation
-from fedcompo.engine.log import Event
+from fedcompo.engine.launcher import OnEvent, Simulation
 from fedcompo.engine.resources import Resources, fair_resources
 from fedcompo.engine.run_folder import reopen_output, reserve_output
 from fedcompo.errors import ConfigError
@@ -22,21 +21,23 @@ from fedcompo.names import check_client_names
 from fedcompo.report.tracking import require
 
 if TYPE_CHECKING:
-    from fedcompo.engine.preflight import Preflight
+    from fedcompo.engine.findings import Preflight
 
 
 def simulate(
     settings: RunConfig | Mapping[str, Scalar] | None = None,
     *,
     output: Path | str | None = None,
-    cpus_per_client: int | None = None,
+    engine: EngineKind | str = EngineKind.FLOWER,
     gpus_per_client: float | None = None,
     check: bool = True,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: OnEvent = lambda event: None,
 ) -> dict[str, Any]:
-    """Simulate a federation on this machine, with Flower's real engine.
+    """Simulate a federation on this machine.
 
-    It takes minutes, and ends every process that it started, however it ends. Example::
+    With Flower's engine it takes minutes, and ends every process that it started, however it ends.
+    In this process it starts at once, clients take turns, and a debugger can stop in them. The
+    results are the same, bit for bit. Example::
 
         results = simulate({"kind": "lora", "num-tasks": 3}, output="runs/lora")
         results["class_il_accuracy"], results["settings"]["output"]
@@ -47,8 +48,8 @@ def simulate(
             working directory.
         output: Folder of the results; default ``runs/<data>``. If it holds something,
             ``<folder>-2``, ``<folder>-3``, ... is taken.
-        cpus_per_client: CPUs a client; default 1.
-        gpus_per_client: GPUs a client; default: an even share.
+        engine: ``flower``, or ``in-process``.
+        gpus_per_client: GPUs a client of Flower's engine; default: an even share.
         check: Refuse data that cannot be used before anything starts; without, clients whose data
             cannot be used are left out.
         on_event: Called with each event of the run; see :mod:`fedcompo.engine.log`.
@@ -70,10 +71,16 @@ def simulate(
     return prepare(
         values,
         name=scenario_name(None, values),
-        cpus_per_client=cpus_per_client,
+        engine=_engine(engine),
         gpus_per_client=gpus_per_client,
         check=check,
     ).run(on_event)
+
+
+def _engine(name: str) -> EngineKind:
+    if name not in list(EngineKind):
+        raise ConfigError(f"`engine` is {name!r}, expected one of {', '.join(EngineKind)}.")
+    return EngineKind(name)
 
 
 def count_clients(config: RunConfig) -> int:
@@ -107,8 +114,8 @@ def prepare(
     settings: Mapping[str, Scalar],
     *,
     name: str,
+    engine: EngineKind = EngineKind.FLOWER,
     resuming: bool = False,
-    cpus_per_client: int | None = None,
     gpus_per_client: float | None = None,
     check: bool = True,
 ) -> Simulation:
@@ -117,8 +124,8 @@ def prepare(
     Args:
         settings: Those that differ from the defaults; paths absolute.
         name: Of the folder below ``runs/``, where the settings name no output.
+        engine: What runs the apps.
         resuming: Go on in the folder of an interrupted run instead of taking a new one.
-        cpus_per_client: As for :func:`simulate`.
         gpus_per_client: As for :func:`simulate`.
         check: As for :func:`simulate`.
 
@@ -132,31 +139,25 @@ def prepare(
     CompositionSettings.of(config)  # refuses a rule that cannot be used
     require(names_of(config.server.track))
     clients = count_clients(config)
-    resources = fair_resources(
-        clients, config.device, cpus_per_client=cpus_per_client, gpus_per_client=gpus_per_client
-    )
+    at_most = 1 if engine is EngineKind.IN_PROCESS else clients  # at a time
+    resources = fair_resources(at_most, config.device, gpus_per_client=gpus_per_client)
     app = launcher.find_app()
     found = {}
     if check and config.registry.action is Action.TRAIN:
-        found = _checked(config, clients, resources).values()
+        starts = engine is EngineKind.FLOWER
+        found = _checked(config, clients, resources, starts).values()
     if resuming:
         output = reopen_output(Path(config.output))
     else:
         if config.registry.action is Action.REMOVE:
             name = f"remove-{config.registry.client}"
         output = reserve_output(Path(config.output or Path.cwd() / "runs" / name))
-    return Simulation(settings, output, clients, app, resources, found)
+    return Simulation(settings, output, clients, app, resources, engine, found)
 
 
-def _checked(config: RunConfig, clients: int, resources: Resources) -> Preflight:
-    from fedcompo.engine.preflight import LONGEST, look  # imports torch
+def _checked(config: RunConfig, clients: int, resources: Resources, starts: bool) -> Preflight:
+    from fedcompo.engine.preflight import LONGEST, Machine, look  # imports torch
 
-    return look(
-        config,
-        clients=clients,
-        at_once=resources.cpus // resources.cpus_per_client,
-        threads=resources.cpus_per_client,
-        output=Path(config.output or "."),
-        longest=LONGEST,
-        brief=True,
-    ).require()
+    machine = Machine(resources.cpus, 1, Path(config.output), starts=starts)
+    found = look(config, clients=clients, machine=machine, longest=LONGEST, brief=True)
+    return found.require()

@@ -138,9 +138,10 @@ class Exchange:
         content = to_record(*addressed(request, name, self.preprocessing))
         node = self.nodes.ids[client]
         message = Message(content, node, asking.message_type, ttl=self.timeout)
-        ids, sent = list(self.nodes.grid.push_messages([message])), size_of(content)
+        departed, sent = time.monotonic(), size_of(content)
+        ids = list(self.nodes.grid.push_messages([message]))
         if ids and ids[0]:
-            asking.waiting[ids[0]] = _Waiting(client, asked, sent, time.monotonic())
+            asking.waiting[ids[0]] = _Waiting(client, asked, sent, departed)
         else:
             self._fail(asking, client, "its node is gone", Traffic(sent, 0, 0.0))
 

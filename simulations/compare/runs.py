@@ -12,15 +12,13 @@ from pathlib import Path
 
 from fedcompo.engine.run_folder import RESULTS
 
-IN_PROCESS = Path(__file__).with_name("in_process.py")
-
 
 def run(
     folder: Path, scenario: str, settings: Mapping[str, str], assignments: Sequence[str]
 ) -> dict:
     """Run once, or return the results of a finished run; start an interrupted run again.
 
-    Without Flower's engine; see :mod:`in_process`.
+    In a process of its own, without Flower's engine.
 
     Args:
         folder: The run's own; beside it ``<folder>.json`` says with what it was made.
@@ -47,7 +45,8 @@ def run(
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked.write_text(wanted)
     began = time.monotonic()
-    command = [sys.executable, IN_PROCESS, *scenarios, "--output", folder, *options]
+    command = [sys.executable, "-m", "fedcompo.cli", "simulate", "--engine", "in-process"]
+    command += [*scenarios, "--output", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{folder.name} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)

@@ -212,12 +212,13 @@ def grid_of(clients: int, answer: Callable[[str, int], Path], *, packed: bool):
     """A Grid whose replies are read from files when they are pulled."""
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-    sys.path.append(str(project() / "simulations" / "compare"))
-    from in_process import FIRST_NODE, InProcessGrid
+    from fedcompo.engine.in_process import FIRST_NODE, InProcessGrid
 
     key = "payload" if packed else "w"
 
     class FileGrid(InProcessGrid):
+        in_flight = 0
+
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
             ids = []
             for message in messages:

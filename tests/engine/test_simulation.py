@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_runs import BIN, LIMIT, QUICK
+from engine_runs import BIN, LIMIT, QUICK, SHARED
 from golden import figures_of, nearly
 from PIL import Image
 
+from fedcompo import simulate
 from fedcompo.config.scenario import as_toml
 from fedcompo.method.contribution import Contribution
+from fedcompo.registry.registry import Registry
 
 pytestmark = pytest.mark.simulation
 
@@ -41,10 +43,22 @@ def test_simulate_leaves_results_where_the_last_line_says(simulated):
         assert Contribution.open(output / "registry" / "clients" / client).client == client
 
 
+def test_the_engine_in_this_process_gives_the_same_bits(simulated, hospitals, tmp_path):
+    settings = {**SHARED, "data": f"folder:{hospitals}"}
+    results = simulate(settings, output=tmp_path / "run", engine="in-process")
+    others = json.loads((simulated.output / "results.json").read_text())
+    assert figures_of(results) == figures_of(others)
+    roots = {
+        Registry(path / "registry").state.root for path in (tmp_path / "run", simulated.output)
+    }
+    assert len(roots) == 1
+
+
 @pytest.mark.slow
-def test_the_default_run_gives_the_figures_it_always_gave(tmp_path):
+@pytest.mark.parametrize("engine", ["flower", "in-process"])
+def test_the_default_run_gives_the_figures_it_always_gave(tmp_path, engine):
     done = subprocess.run(
-        [BIN / "fedcompo", "simulate", "--output", tmp_path / "digits"],
+        [BIN / "fedcompo", "simulate", "--engine", engine, "--output", tmp_path / "digits"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -53,29 +67,6 @@ def test_the_default_run_gives_the_figures_it_always_gave(tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     results = json.loads((tmp_path / "digits" / "results.json").read_text())
     assert figures_of(results) == nearly(json.loads(DIGITS.read_text()))
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_exits_non_zero_and_says_why(tmp_path):
-    folders = tmp_path / "images"
-    for client in ("a", "b"):
-        for name in ("x", "y"):
-            folder = folders / client / "train" / name
-            folder.mkdir(parents=True)
-            (folder / "broken.png").write_bytes(b"this is no picture")
-    done = subprocess.run(
-        [BIN / "fedcompo", "simulate", "--no-check", "--set", "data=folder:images"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert done.returncode == 1
-    assert "broken.png" not in done.stderr
-    assert "class 'x' has 1 image, and needs at least 2" in done.stderr
-    assert f"The clients' own logs: {tmp_path / 'runs' / 'images' / 'clients'}" in done.stderr
-    assert "min-clients" in done.stderr
-    assert not list(tmp_path.glob("runs/*/results.json"))
 
 
 def test_what_a_client_s_files_are_called_stands_in_its_own_log_alone(hospitals, tmp_path):

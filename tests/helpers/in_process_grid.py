@@ -1,21 +1,16 @@
-"""The Grid of :mod:`in_process`, in which nodes can be renamed, restart, and lose their replies."""
+"""The grid of one process, in which nodes can be renamed, restart, and lose their replies."""
 
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "compare"))
-in_process: Any = import_module("in_process")
+from fedcompo.engine import in_process
 
 Tamper = Callable[[Message], Message | None]
 """Changes a client's reply; None: it never arrives."""
@@ -34,6 +29,8 @@ class InProcessGrid(in_process.InProcessGrid):
         present: Whether a partition's node is connected; asked at each look.
         node_of: Id of a partition's node; a node that restarts has another one.
     """
+
+    in_flight = 0
 
     def __init__(
         self,

@@ -1,51 +1,53 @@
-"""Run a scenario in this very process: the real apps, one client after the other, no engine.
-
-    python simulations/compare/in_process.py --output runs/quick --set kind=full
-    python simulations/compare/in_process.py simulations/digits.toml --output runs/quick
+"""The engine of this very process: the real apps, one client after the other.
 
 Messages go from app to app directly, without Flower's SuperLink and Ray. So a run starts at once,
-loads the backbone once, needs one process for hundreds of clients, and works under a debugger. The
-results are the same. Comparisons of many runs use it; a real federation does not.
+loads the clients' backbone once, needs one process for hundreds of clients, and stops where a
+debugger is told to. The results are those of Flower's engine, bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
+import logging
 import os
-import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.logger import FLOWER_LOGGER
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedcompo.config.run import RunConfig
-from fedcompo.config.scenario import settings_of
+from fedcompo.composition.head import one_thread
 from fedcompo.config.setting import Scalar
-from fedcompo.data.client_data import client_names
-from fedcompo.engine.launcher import find_app
-from fedcompo.engine.run_folder import RESULTS, reserve_output
-from fedcompo.errors import FedcompoError
+from fedcompo.engine.run_folder import CLIENTS, LOG
+from fedcompo.report.log import LogFormatter
 
 FIRST_NODE = 1000
 """Id of the node of partition 0; the others follow."""
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(Grid):  # type: ignore[misc]  # Flower comes without types
     """Passes each message to the ClientApp at once and keeps the reply until it is pulled."""
+
+    in_flight = 1
+    """Requests that a server should have under way: more would only lie in memory."""
 
     def __init__(self, app: ClientApp, run_config: Mapping[str, Scalar], clients: int) -> None:
         """Connect all nodes; node i gets ``partition-id`` i."""
         # A Message outside a Flower process needs an identity to be made at all.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self.app = app
+        self.answering = False
+        """Whether a client is at work, and not the server."""
         self.replies: dict[str, Message] = {}
         self.contexts = [
             Context(
@@ -63,7 +65,7 @@ class InProcessGrid(Grid):
 
     @property
     def run(self) -> None:
-        """None: there is no engine."""
+        """None: there is no SuperLink that knows of it."""
 
     def create_message(self, *args: object, **kwargs: object) -> Message:
         """Refuse: the app makes its messages itself."""
@@ -107,47 +109,61 @@ class InProcessGrid(Grid):
         """Return one client's reply; None if it never arrives."""
         request = copy.copy(message)
         request.metadata.__dict__["_src_node_id"] = 1
+        self.answering = True
         try:
-            return self.app(request, self.contexts[partition])
+            with one_thread():  # as Ray gives a client: the bits depend on it
+                return self.app(request, self.contexts[partition])
         except Exception as error:  # as Flower does: whatever is raised becomes an error reply
             return Message(Error(code=2, reason=repr(error)), reply_to=request)
+        finally:
+            self.answering = False
 
 
-def run_in_process(settings: Mapping[str, Scalar], output: Path) -> dict:
-    """Run the apps with settings whose paths are absolute, in a folder reserved for the run.
+def run_apps(config: Mapping[str, Scalar], clients: int, output: Path) -> None:
+    """Run the ServerApp and the ClientApp, which can be imported, until the run has ended.
 
-    Returns what ``results.json`` holds, raises what the run raises.
+    Args:
+        config: Settings that differ from the defaults; paths absolute.
+        clients: Number of simulated clients.
+        output: The run's own folder, for Flower's log and the clients' own.
+
+    Raises:
+        Exception: Whatever ends the ServerApp; the log has its traceback.
     """
-    sys.path.insert(0, str(find_app()))
-    from clients.app import app as client_app
-    from server.app import app as server_app
+    client_app, server_app = (import_module(f"{side}.app").app for side in ("clients", "server"))
+    loading = import_module("clients.loading")
+    for kept in (loading.load_images, loading.load_shared_backbone):  # of an earlier run
+        kept.cache_clear()
+    grid = InProcessGrid(client_app, config, clients)
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
+    )
+    chosen = torch.get_deterministic_debug_mode()
+    with _logging(grid, output / LOG), tempfile.TemporaryDirectory(prefix="fedcompo-") as state:
+        variables = {"FEDCOMPO_STATE": state, "FEDCOMPO_CLIENT_LOGS": str(output / CLIENTS)}
+        try:
+            with patch.dict(os.environ, variables):
+                server_app(grid, context)
+        except Exception:
+            logging.getLogger(__name__).exception("The ServerApp failed.")
+            raise
+        finally:
+            torch.set_deterministic_debug_mode(chosen)  # clients use no others
 
-    clients = len(client_names(RunConfig.parse(settings).data))
-    config = {**settings, "output": str(output)}
-    config["num-clients"] = config.get("num-clients") or clients
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
-    server_app(InProcessGrid(client_app, config, clients), context)
-    return json.loads((output / RESULTS).read_text(encoding="utf-8"))
 
-
-def main() -> None:
-    """Parse the command line, run, print where the results are."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("scenario", nargs="?", type=Path, help="TOML file; default: the digits")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    arguments = parser.parse_args()
+@contextmanager
+def _logging(grid: InProcessGrid, file: Path) -> Iterator[None]:
+    """Append what the server logs to a file; what its clients log is theirs alone."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(LogFormatter())
+    handler.setLevel(logging.INFO)
+    handler.addFilter(lambda record: not grid.answering)
+    root, printing = logging.getLogger(), FLOWER_LOGGER.handlers[:]
+    root.addHandler(handler)
+    FLOWER_LOGGER.handlers.clear()  # they print; the root's handler has all that they have
     try:
-        settings = settings_of(arguments.scenario, arguments.set, {})
-        output = reserve_output(arguments.output.absolute())
-        results = run_in_process(settings, output)
-    except FedcompoError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    accuracy = results.get("class_il_accuracy")
-    print(f"class-IL {accuracy:.4f}. " if accuracy is not None else "", f"Results: {output}")
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as state:  # what simulated clients keep
-        os.environ["FEDCOMPO_STATE"] = state
-        main()
+        yield
+    finally:
+        FLOWER_LOGGER.handlers[:] = printing
+        root.removeHandler(handler)
+        handler.close()
