@@ -8,13 +8,17 @@ from typing import Any
 from rich.table import Column, Table
 
 from fedcompo.report.arrivals import arrivals_table
+from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import PlainConsole, numbers, table_console
 from fedcompo.report.picture import SHOWN, Results, overlap, shown
 from fedcompo.report.units import (
     ALL_CLASSES,
+    BRACKETS,
     EXPLAINED,
     OWN_CLASSES,
+    SMALL,
     percent,
+    percent_between,
     shortened,
     size,
 )
@@ -44,6 +48,8 @@ def print_results(results: Results, console: PlainConsole, *, details: bool = Fa
     console.print(_accuracy_table(results))
     if "arrivals" in results:
         console.print(arrivals_table(results))
+    if worst := worst_line(results):
+        console.print(worst)
     console.print(_traffic_table(results))
     if "scale" in results:
         _print_scale(results["scale"], console, details=details)
@@ -95,6 +101,11 @@ def _accuracy_table(results: Results) -> Table:
     kinds = {figures["kind"] for figures in results["per_client"].values()}
     kind = ["kind"] if len(kinds) > 1 else []
     lines = [f"{title}: {LINES[title]}" for title, _ in columns if title in LINES]
+    tests = [
+        figures["num_test_examples"] if figures.get("interval") else SMALL
+        for figures in results["per_client"].values()
+    ]
+    lines += [BRACKETS] if min(tests, default=SMALL) < SMALL else []
     caption = "\n".join([CAPTION, *lines, EXPLAINED])
     style: Any = {"title": "Accuracy, %", "caption": caption, "caption_justify": "left"}
     table = Table(Column("client", no_wrap=True), "classes", *kind, *counted, **style)
@@ -105,7 +116,7 @@ def _accuracy_table(results: Results) -> Table:
             shortened(figures["classes"]),
             *(figures[name] for name in kind),
             f"{figures['num_examples']} + {figures['num_test_examples'] or '–'}",
-            *(percent(figures[key]) for _, key in columns),
+            *_accuracies(figures, columns, figures["num_test_examples"] or SMALL),
         )
     if (hidden := len(results["per_client"]) - SHOWN) > 0:
         table.add_row(f"... and {hidden} more")
@@ -115,10 +126,16 @@ def _accuracy_table(results: Results) -> Table:
         "",
         *("" for _ in kind),
         "",
-        *(percent(results[key]) for _, key in columns),
+        *_accuracies(results, columns, sum(tests)),
         style="bold",
     )
     return table
+
+
+def _accuracies(figures: Results, columns: list[tuple[str, str]], images: int) -> list[str]:
+    """Cells of a row; the accuracy over all classes with its interval, if test images are few."""
+    between = percent_between(figures["class_il_accuracy"], figures.get("interval"), images)
+    return [between if title == ALL_CLASSES else percent(figures[key]) for title, key in columns]
 
 
 def _traffic_table(results: Results) -> Table:

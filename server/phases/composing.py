@@ -22,7 +22,7 @@ from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.kronecker import Metric
 from fedcompo.registry.registry import Registry
 from fedcompo.training.anchors import FisherSums
-from server.exchange.checks import checked_fractions
+from server.exchange.checks import checked_fractions, checked_tally
 from server.exchange.exchange import Exchange
 from server.phases import choosing
 
@@ -41,6 +41,8 @@ class Composing:
     registry: Registry
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     """What clients reported, by client."""
+    answers: dict[str, EvaluateAnswer] = field(default_factory=dict)
+    """Whole, of the last measurement, by client."""
 
     # -- compose ----------------------------------------------------------------------------------
 
@@ -107,5 +109,9 @@ class Composing:
         return Head(classes, total.weight / counts.unsqueeze(1), total.bias / counts)
 
     def _fold(self, client: str, body: Body) -> str:
-        self.figures[client] = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
+        answer = EvaluateAnswer.from_body(body)
+        figures = checked_fractions(client, answer.figures)
+        own, known = self.registry.member(client).classes, self.registry.classes
+        checked_tally(client, answer, own, known)
+        self.figures[client], self.answers[client] = figures, answer
         return client

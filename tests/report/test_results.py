@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fedcompo.report.confusion import BINS, Tally, by_class
 from fedcompo.report.console import PlainConsole
 from fedcompo.report.picture import cosines_of, write_report
 from fedcompo.report.results import print_results
@@ -81,6 +82,21 @@ def test_each_column_is_explained_and_the_field_s_symbols_are_among_the_details(
     assert not any(symbol in text for symbol in ("Ω", "τ", "Fisher"))
     assert "Outliers: client-0" in text
     assert all(symbol in printed(value, details=True) for symbol in ("Ω", "τᵀF̄τ", "Fisher"))
+
+
+def test_few_test_images_get_an_interval_and_the_worst_classes_a_line():
+    value = results(3) | {"interval": [0.8, 0.925]}
+    assert "[" not in printed(value).partition("Bytes")[0]
+    for own, images in zip(value["per_client"].values(), (5, 999, 1000), strict=True):
+        own.update(interval=[0.6, 0.96], num_test_examples=images)
+    tally = Tally({"a <b>": {"a <b>": 4, "c [d]": 1}}, ((0, 0.0, 0),) * BINS)
+    value |= by_class({"client-0": tally}, ("a <b>", "c [d]"))
+    text = printed(value)
+    assert text.count("[60–96]") == 2
+    assert "[80–92]" not in text  # of 2004 images together
+    assert "[low–high]: what so few test images leave open (95 % interval)" in text
+    assert "Worst classes: 'a <b>' 4 of 5 right (1 as 'c [d]')." in text
+    assert max(len(line) for line in text.splitlines()) <= 80
 
 
 def test_a_figure_that_nobody_reported_is_a_dash():

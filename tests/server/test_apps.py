@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,7 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
     assert config["label_names"] == results["classes"]
     preprocessing = load_backbone(BACKBONE).preprocessing
     source = DataConfig(data=QUICK["data"], num_tasks=3, num_classes=6, images_per_class=12)
+    pairs: Counter[tuple[str, str]] = Counter()
     for partition in range(3):
         data = load_client_data(source, preprocessing, partition=partition, seed=0)
         with torch.no_grad():
@@ -151,6 +153,14 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
         accuracy = sum(a == b for a, b in zip(said, true, strict=True)) / len(true)
         reported = results["per_client"][data.name]["class_il_accuracy"]
         assert accuracy == pytest.approx(reported, abs=1e-9)
+        pairs.update(zip(true, said, strict=True))
+    names = results["confusion"]["classes"]
+    counts = {(names[i], names[j]): n for i, j, n in results["confusion"]["counts"]}
+    assert counts == pairs
+    figures = results["by_class"]
+    assert [own["correct"] for own in figures.values()] == [pairs[n, n] for n in results["classes"]]
+    assert {*results["worst_classes"]} <= {n for n, own in figures.items() if own["accuracy"] < 1}
+    assert sum(own["images"] for own in results["calibration"]["bins"]) == pairs.total()
 
 
 def test_clients_prepare_pictures_as_when_the_registry_was_made(tmp_path, monkeypatch):

@@ -178,6 +178,9 @@ def test_reported_accuracies_are_those_of_the_saved_model_and_of_the_frozen_one(
         assert figures["task_il_accuracy"] == now.task_il
         assert figures["frozen_class_il_accuracy"] == frozen.class_il
         assert figures["frozen_task_il_accuracy"] == frozen.task_il
+    assert sum(own["images"] for own in results["by_class"].values()) == sum(
+        len(data.test.labels) for data in datas
+    )
     assert tuple(results["classes"]) == CLASSES
     described = json.loads((output / "model" / "config.json").read_text())
     assert tuple(described["label_names"]) == CLASSES
