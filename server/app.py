@@ -81,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
     books.tell("finished", results=RESULTS)
     if results.get("class_il_accuracy") is not None:
         class_il, task_il = (100 * results[f"{name}_il_accuracy"] for name in ("class", "task"))
-        log(INFO, "Accuracy: class-IL %.1f %%, task-IL %.1f %%", class_il, task_il)
+        log(INFO, "Accuracy, %%: all classes %.1f, own classes %.1f", class_il, task_il)
     log(INFO, "Results: %s", output)
 
 

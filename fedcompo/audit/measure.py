@@ -273,9 +273,10 @@ def _notes(values: Values, audited: _Audited) -> list[str]:
     notes = []
     if gone:
         notes.append(
-            f"After the removal the joint head has no rows of {', '.join(gone)}, so class-IL on "
-            f"images of {audited.client} is 0 there by construction. Its task-IL is measured on "
-            "every backbone with the rows of the model before, as an attacker may have kept them."
+            f"After the removal the joint head has no rows of {', '.join(gone)}, so among "
+            f"all classes no image of {audited.client} is right there, by construction. Among its "
+            "own classes it is measured on every backbone with the rows of the model before, as an "
+            "attacker may have kept them."
         )
     if len({model.realigned for model in models.values()}) > 1:
         realigned = ", ".join(name for name, model in models.items() if model.realigned)

@@ -9,13 +9,13 @@ from typing import Any
 from fedcompo.audit.measure import CLASS_IL, FIGURES, TASK_IL
 from fedcompo.audit.models import AFTER, BEFORE, GOLD
 from fedcompo.report.picture import document, text
-from fedcompo.report.units import percent
+from fedcompo.report.units import ALL_CLASSES, OWN_CLASSES, percent
 
 Values = Mapping[str, Any]
 Groups = Sequence[tuple[str, Mapping[str, Values]]]
 """Label, and an estimate (``value``, ``low``, ``high``) by model."""
 
-TITLES = {CLASS_IL: "class-IL", TASK_IL: "task-IL"}
+TITLES = {CLASS_IL: ALL_CLASSES, TASK_IL: OWN_CLASSES}
 MODELS = {
     BEFORE: ("everyone", "#9aa5b1"),
     AFTER: ("the client removed", "#2f6f8f"),
@@ -103,8 +103,8 @@ def _bars(values: Values, *, left: float, top: float) -> list[str]:
     parts = []
     client, mean = _named(values), "mean of the remaining"
     shown = [
-        (f"{client}, class-IL", "removed", CLASS_IL),
-        (f"{client}, task-IL with the rows of before", "removed", TASK_IL),
+        (f"{client}, {ALL_CLASSES}", "removed", CLASS_IL),
+        (f"{client}, {OWN_CLASSES} with the rows of before", "removed", TASK_IL),
     ]
     if values["accuracy"]["remaining"]:
         shown += [(f"{mean}, {TITLES[key]}", "remaining", key) for key in FIGURES]

@@ -14,7 +14,7 @@ from fedcompo.audit.measure import FIGURES
 from fedcompo.audit.models import AFTER, BEFORE
 from fedcompo.audit.picture import MODELS, TITLES, picture
 from fedcompo.report.console import say, table_console
-from fedcompo.report.units import percent
+from fedcompo.report.units import EXPLAINED, percent
 from fedcompo.storage.files import write_atomically
 
 JSON, MARKDOWN, PICTURE = "audit.json", "audit.md", "audit.svg"
@@ -124,7 +124,7 @@ def _sentences(values: Values) -> list[str]:
             f"Trained with something of {values['client']}, and not trained again by a removal: "
             f"{', '.join(sorted(set(retrain)))}."
         )
-    return [*sentences, *values["notes"]]
+    return [*sentences, *(f"{line}." for line in EXPLAINED.splitlines()), *values["notes"]]
 
 
 def _counts(values: Values) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -26,6 +26,9 @@ from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import PlainConsole, say
+
+if TYPE_CHECKING:
+    from fedcompo.engine.launcher import Simulation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,6 +92,10 @@ def simulate(
     gpus_per_client: Annotated[
         float | None, typer.Option(min=0.0, help="GPUs a client; default: an even share.")
     ] = None,
+    details: Annotated[
+        bool,
+        typer.Option("--details", help="Print more: the vote on λ, the task vectors' overlaps, Ω."),
+    ] = False,
     verbose: common.VerboseOption = False,
 ) -> None:
     """Simulate a federation on this machine, with Flower's real engine.
@@ -107,7 +114,10 @@ def simulate(
                 "--resume takes all settings from the run that is there: give neither a scenario "
                 "nor --set, --output or --seed with it."
             )
-        _simulate(scenario, assignments or [], options, cpus_per_client, gpus_per_client, resume)
+        results = _simulate(
+            scenario, assignments or [], options, cpus_per_client, gpus_per_client, resume
+        )
+        _print_results(*results, details=details)
 
 
 @app.command()
@@ -176,7 +186,7 @@ def _simulate(
     cpus_per_client: int | None,
     gpus_per_client: float | None,
     resume: Path | None,
-) -> None:
+) -> tuple[Simulation, dict[str, Any]]:
     from fedcompo.engine.live import Display
     from fedcompo.engine.run_folder import begun_settings
     from fedcompo.engine.simulation import prepare
@@ -195,11 +205,14 @@ def _simulate(
     )
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:
-        results = simulation.run(display.show)
+        return simulation, simulation.run(display.show)
+
+
+def _print_results(simulation: Simulation, results: dict[str, Any], *, details: bool) -> None:
     if simulation.removes:
         print_removal(results)
     else:
         from fedcompo.report.results import print_results
 
-        print_results(results, console)
+        print_results(results, PlainConsole(), details=details)
     say(f"Results: {simulation.output}")

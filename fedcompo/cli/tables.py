@@ -13,7 +13,15 @@ from fedcompo.names import printable
 from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.twins import note_on, twins
-from fedcompo.report.units import listed, percent, shortened, size
+from fedcompo.report.units import (
+    ALL_CLASSES,
+    EXPLAINED,
+    OWN_CLASSES,
+    listed,
+    percent,
+    shortened,
+    size,
+)
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
@@ -195,7 +203,8 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Print accuracy by client, %."""
-    table = Table("client", *numbers("images", "class-IL", "task-IL"), title=title)
+    columns = numbers("images", ALL_CLASSES, OWN_CLASSES)
+    table = Table("client", *columns, title=title, caption=EXPLAINED, caption_justify="left")
     for client, own in figures.items():
         table.add_row(
             client,
@@ -225,8 +234,10 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
     if "reason" in accuracy:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
-    columns = numbers("images", "class-IL", "→", "task-IL", "→")
-    table = Table("client", *columns, title="Accuracy, %, before the removal → after it")
+    columns = numbers("images", ALL_CLASSES, "→", OWN_CLASSES, "→")
+    title = "Accuracy, %, before the removal → after it"
+    caption = f"The model knows fewer classes afterwards.\n{EXPLAINED}"
+    table = Table("client", *columns, title=title, caption=caption, caption_justify="left")
     for client, before in accuracy["before"].items():
         after = accuracy["after"].get(client, {})
         table.add_row(
@@ -238,7 +249,3 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
             percent(after.get("task_il_accuracy")),
         )
     table_console().print(table)
-    say(
-        "class-IL: right among all classes of the model, which are fewer afterwards. "
-        "task-IL: right among the client's own."
-    )

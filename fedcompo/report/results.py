@@ -5,34 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedcompo.report.console import PlainConsole, numbers, table_console
 from fedcompo.report.picture import SHOWN, Results, overlap, shown
-from fedcompo.report.units import percent, shortened, size
+from fedcompo.report.units import (
+    ALL_CLASSES,
+    EXPLAINED,
+    OWN_CLASSES,
+    percent,
+    shortened,
+    size,
+)
 
 COLUMNS = (
     ("frozen", "frozen_class_il_accuracy"),
-    ("own", "own_task_accuracy"),
+    ("alone", "own_task_accuracy"),
     ("own heads", "own_heads_accuracy"),
-    ("class-IL", "class_il_accuracy"),
-    ("task-IL", "task_il_accuracy"),
+    (ALL_CLASSES, "class_il_accuracy"),
+    (OWN_CLASSES, "task_il_accuracy"),
 )
-CAPTION = """frozen: pre-trained backbone, joint head, all classes
-own: each client's own task vector on its own classes
-own heads: the one model of all, the clients' own heads side by side, all classes
-class-IL, task-IL: the one model of all, all classes; the client's classes"""
+LINES = {
+    "frozen": "before any training: right among all classes",
+    "alone": "the client's model by itself: right among its own classes",
+    "own heads": "composed, but with the clients' own heads: right among all classes",
+}
+"""A line on each column, by its title."""
+CAPTION = "images: to train on + to test on"
 
 
-def print_results(results: Results, console: PlainConsole) -> None:
-    """Print accuracies, traffic and diagnostics of a run: what ``results.json`` holds."""
+def print_results(results: Results, console: PlainConsole, *, details: bool = False) -> None:
+    """Print the accuracies and the traffic of a run: what ``results.json`` holds.
+
+    With details, also the candidates of a vote on λ, and the task vectors: lengths, overlaps, Ω.
+    """
     console = table_console(console)
     console.print(_accuracy_table(results))
     console.print(_traffic_table(results))
     if "scale" in results:
-        _print_scale(results["scale"], console)
+        _print_scale(results["scale"], console, details=details)
     if "diagnostics" in results:
-        _print_diagnostics(results, console)
+        _print_diagnostics(results, console, details=details)
     for client in results["left_out"]:
         line = f"Left out: {client['client']} ({client['phase']}): {client['reason']}"
         console.print(line, style="bold red")
@@ -43,10 +56,14 @@ def print_results(results: Results, console: PlainConsole) -> None:
         console.print(f"Note: {note}", style="yellow")
 
 
-def _print_scale(chosen: Mapping[str, Any], console: PlainConsole) -> None:
-    """Print λ, and the candidates where the clients voted."""
+def _print_scale(chosen: Mapping[str, Any], console: PlainConsole, *, details: bool) -> None:
+    """Print λ, and with details the candidates where the clients voted."""
+    scale = f"λ = {chosen['scale']:.3g}, how much of the task vectors' mean the model takes"
     if not chosen["candidates"]:
-        console.print(f"λ = {chosen['scale']:.3g} (by {chosen['by']})")
+        console.print(f"{scale} (by {chosen['by']})")
+        return
+    console.print(f"{scale}: voted on, by the least loss on {chosen['votes']} images kept aside")
+    if not details:
         return
     table = Table(*numbers("λ", "loss", "accuracy in %"), title="Vote on λ")
     best = min(candidate["loss"] for candidate in chosen["candidates"])
@@ -54,37 +71,50 @@ def _print_scale(chosen: Mapping[str, Any], console: PlainConsole) -> None:
         cells = (f"{tried['scale']:.3g}", f"{tried['loss']:.3g}", percent(tried["accuracy"]))
         table.add_row(*cells, style="bold" if tried["loss"] == best else "")
     console.print(table)
-    votes, scale = chosen["votes"], chosen["scale"]
-    console.print(f"λ = {scale:.3g}, by the least loss on {votes} images kept aside")
 
 
-def _print_diagnostics(results: Results, console: PlainConsole) -> None:
-    console.print(_diagnostics_table(results))
-    gap = results["diagnostics"]["composition_gap"]
-    console.print(f"Gap Ω of Theorem 1 (mean Fisher, composition's coefficients): {gap:.3g}")
-    outliers = results["diagnostics"]["outliers"]
-    if outliers:
-        console.print(f"Outliers: {', '.join(outliers)}", style="bold yellow")
+def _print_diagnostics(results: Results, console: PlainConsole, *, details: bool) -> None:
+    if details:
+        console.print(_diagnostics_table(results))
+        gap = results["diagnostics"]["composition_gap"]
+        console.print(f"Gap Ω of Theorem 1 (mean Fisher, composition's coefficients): {gap:.3g}")
+    if outliers := results["diagnostics"]["outliers"]:
+        console.print(
+            f"Outliers: {', '.join(outliers)}: task vectors far longer or shorter than most, or "
+            "against the others'. Look at these clients' data; `--details` shows the figures.",
+            style="bold yellow",
+        )
 
 
 def _accuracy_table(results: Results) -> Table:
     columns = [column for column in COLUMNS if results.get(column[1]) is not None]
     counted = numbers("images", *(title for title, _ in columns))
-    style: Any = {"title": "Accuracy, %", "caption": CAPTION, "caption_justify": "left"}
-    table = Table("client", "classes", "kind", *counted, **style)
+    kinds = {figures["kind"] for figures in results["per_client"].values()}
+    kind = ["kind"] if len(kinds) > 1 else []
+    lines = [f"{title}: {LINES[title]}" for title, _ in columns if title in LINES]
+    caption = "\n".join([CAPTION, *lines, EXPLAINED])
+    style: Any = {"title": "Accuracy, %", "caption": caption, "caption_justify": "left"}
+    table = Table(Column("client", no_wrap=True), "classes", *kind, *counted, **style)
     for client in shown(results):
         figures = results["per_client"][client]
         table.add_row(
             client,
             shortened(figures["classes"]),
-            figures["kind"],
+            *(figures[name] for name in kind),
             f"{figures['num_examples']} + {figures['num_test_examples'] or '–'}",
             *(percent(figures[key]) for _, key in columns),
         )
     if (hidden := len(results["per_client"]) - SHOWN) > 0:
         table.add_row(f"... and {hidden} more")
     table.add_section()
-    table.add_row("mean", "", "", "", *(percent(results[key]) for _, key in columns), style="bold")
+    table.add_row(
+        "mean",
+        "",
+        *("" for _ in kind),
+        "",
+        *(percent(results[key]) for _, key in columns),
+        style="bold",
+    )
     return table
 
 

@@ -1,4 +1,4 @@
-"""Steps, times, sizes, names and percentages, written for people."""
+"""Steps, times, sizes, names and accuracies, written for people."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from fedcompo.names import printable
 
+ALL_CLASSES, OWN_CLASSES = "all classes", "own classes"
+"""Titles of the two accuracies of the one model of all; the paper's class-IL and task-IL."""
+EXPLAINED = """all classes: the composed model, right among all its classes (paper: class-IL)
+own classes: the composed model, right among the client's own (paper: task-IL)"""
+"""A line on each of them, below a table."""
 OnStep = Callable[[str], None]
 """Called with each step of something that takes long, in words."""
 

@@ -36,7 +36,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
         return {"accuracy": 0.5}
 
     report = ModuleType("fedcompo.report.results")
-    report.print_results = lambda results, console: console.print(results)  # type: ignore[attr-defined]
+    report.print_results = lambda results, console, **_: console.print(results)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fedcompo.report.results", report)
     monkeypatch.setattr(launcher.Simulation, "run", run)
     monkeypatch.chdir(tmp_path)

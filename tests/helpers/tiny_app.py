@@ -93,7 +93,7 @@ from fedcompo.engine import launcher
 
 launcher.find_app = lambda: Path({app!r})
 report = types.ModuleType("fedcompo.report.results")
-report.print_results = lambda results, console: console.print("replies:", results["replies"])
+report.print_results = lambda results, console, **_: console.print("replies:", results["replies"])
 sys.modules["fedcompo.report.results"] = report
 cli.main()
 """

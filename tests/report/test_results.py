@@ -53,22 +53,34 @@ def results(clients: int = 3) -> dict:
     }
 
 
-def printed(value: dict, width: int = 80) -> str:
+def printed(value: dict, width: int = 80, *, details: bool = False) -> str:
     stream = io.StringIO()
-    print_results(
-        value, PlainConsole(file=stream, width=width, force_terminal=True, color_system=None)
-    )
+    console = PlainConsole(file=stream, width=width, force_terminal=True, color_system=None)
+    print_results(value, console, details=details)
     return stream.getvalue()
 
 
 def test_every_figure_is_printed_and_fits_a_terminal():
-    text = printed(results(5))
+    text = printed(results(5), details=True)
     for figure in ("87.5", "100.0", "50.0", "93.8", "616 B", "7.0 MB", "+0.25", "4 │", "0.125"):
         assert figure in text
     assert "late [one] (train): no answer" in text
     assert "something [odd]" in text
     assert "Outliers: client-0" in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_each_column_is_explained_and_the_field_s_symbols_are_among_the_details():
+    value = {**results(5), "own_heads_accuracy": 0.6}
+    for own in value["per_client"].values():
+        own["own_heads_accuracy"] = 0.6
+    text = printed(value)
+    titles = "images", "frozen", "alone", "own heads", "all classes", "own classes"
+    assert all(f" {title}: " in f" {text}" or f"\n{title}: " in text for title in titles)
+    assert (text.count("class-IL"), text.count("task-IL")) == (1, 1)
+    assert not any(symbol in text for symbol in ("Ω", "τ", "Fisher"))
+    assert "Outliers: client-0" in text
+    assert all(symbol in printed(value, details=True) for symbol in ("Ω", "τᵀF̄τ", "Fisher"))
 
 
 def test_a_figure_that_nobody_reported_is_a_dash():
