@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from logging import ERROR, INFO
@@ -24,9 +24,11 @@ from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.names import printable
 from fedcompo.registry.owners import OWNERS, read_owners
+from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
-from fedcompo.report.picture import write_report
+from fedcompo.registry.story import story
+from fedcompo.report.pages import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.averaging import Averaging
@@ -71,6 +73,7 @@ def main(grid: Grid, context: Context) -> None:
         text = json.dumps(results, indent=2, allow_nan=False) + "\n"
         write_atomically(output / RESULTS, text.encode())
         clear(output)
+        _report(output, results)
     except BaseException as error:
         log(ERROR, "The run failed: %s", printable(str(error), keep="\n"))
         if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():
@@ -83,6 +86,17 @@ def main(grid: Grid, context: Context) -> None:
         class_il, task_il = (100 * results[f"{name}_il_accuracy"] for name in ("class", "task"))
         log(INFO, "Accuracy, %%: all classes %.1f, own classes %.1f", class_il, task_il)
     log(INFO, "Results: %s", output)
+
+
+def _report(output: Path, results: Mapping[str, Any]) -> None:
+    """Write the report; a run whose results are safe does not fail by it."""
+    try:
+        record, about = results.get("record"), results.get("registry")
+        path = about["path"] if about else record and Path(record).parent.parent
+        write_report(output, results, story(RegistryReader(path)) if path else None)
+    except Exception as error:
+        log(ERROR, "No report (%s: %s)", type(error).__name__, printable(str(error)))
+        log(ERROR, "Write it by: fedcompo report %s", output)
 
 
 def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:
@@ -125,9 +139,7 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
     exchange.gather(config.server.num_clients)
     chosen = strategy_of(config)(exchange, config, backbone, registry, working)
     chosen.run()
-    results = collect(chosen)
-    write_report(output, results)
-    return results
+    return collect(chosen)
 
 
 def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
@@ -138,9 +150,7 @@ def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[
     averaged = Averaging(exchange, config, backbone, output)
     exchange.gather(config.server.num_clients)
     averaged.run()
-    results = collect_averaging(averaged)
-    write_report(output, results)
-    return results
+    return collect_averaging(averaged)
 
 
 def strategy_of(config: RunConfig) -> type[Strategy]:

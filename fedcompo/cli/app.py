@@ -19,6 +19,7 @@ from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
 from fedcompo.cli.push import push
+from fedcompo.cli.report import report
 from fedcompo.cli.tables import print_removal
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.run import RunConfig, all_settings
@@ -166,6 +167,7 @@ for command in (
     models.specialise,
     models.evaluate,
     models.negate,
+    report,
     export,
     predict,
     push,
