@@ -14,6 +14,7 @@ from fedcompo.report.units import between, listed, percent
 Values = Mapping[str, Any]
 DRAWN = 200
 """Most classes of a confusion matrix that is drawn."""
+NOTE = "; lines are 95 % intervals."
 MISTAKES = 200
 """Most mistakes in the table."""
 
@@ -53,8 +54,8 @@ def _accuracies(by_class: Values, worst: Sequence[str]) -> Section:
             Picture(
                 "Accuracy by class, lowest first",
                 drawing.points("Accuracy by class", names, series),
-                "Per cent of the class's test images at all clients, among all classes; lines are "
-                "95 % intervals.",
+                "Per cent of the class's test images at all clients, among all classes"
+                + (NOTE if len(names) <= drawing.NAMED else "."),
             ),
             *tables,
         ],
@@ -78,7 +79,7 @@ def _confusions(classes: Sequence[str], counts: Sequence[tuple[int, int, int]]) 
             "Rows are the true classes, columns what their test images were taken for. The "
             "stronger the colour, the larger the share of the class: blue right, orange wrong."
         )
-        parts.append(Picture(title, drawn, description))
+        parts.append(Picture(title, drawn, description, large=len(classes) > drawing.WRITTEN))
     mistakes = sorted((c for c in counts if c[0] != c[1]), key=lambda c: (-c[2], c[0], c[1]))
     rows = [
         [classes[true], classes[taken], count, percent(count / of[true])]

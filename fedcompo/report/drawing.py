@@ -36,7 +36,7 @@ STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a name may hold dollar signs
     "font.family": [FONT],
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -91,7 +91,7 @@ def points(title: str, labels: Sequence[str], series: Sequence[Series]) -> Marku
         axes.grid(alpha=0.25, color=GREY)
 
     height = 0.5 + len(labels) * (0.16 + 0.09 * len(series)) if named else 3.2
-    return _drawn(title, (6.2, height), rows if named else curves, legend=len(series) > 1)
+    return _drawn(title, (5.2, height), rows if named else curves, legend=len(series) > 1)
 
 
 def matrix(
@@ -122,7 +122,7 @@ def matrix(
     strength = STRENGTH * np.sqrt(np.clip(np.abs(values), 0, 1))[..., None]
     pixels = np.rint(255 * np.concatenate([colours, strength], axis=2)).astype(np.uint8)
     cell = max(0.11, min(0.5, 6 / count))
-    size = min(9.0, 60 * cell)
+    size = min(10.0, 60 * cell)
 
     def paint(axes: Axes) -> None:
         axes.imshow(pixels, interpolation="none", aspect="equal")
@@ -135,7 +135,7 @@ def matrix(
         axes.spines[:].set_visible(True)
         if count <= WRITTEN:
             for (row, column), text in texts.items():
-                axes.text(column, row, text, ha="center", va="center", fontsize=min(8, size))
+                axes.text(column, row, text, ha="center", va="center", fontsize=min(9, size))
 
     return _drawn(title, (count * cell, count * cell), paint)
 
@@ -162,7 +162,7 @@ def bars(
         for axes in boxes[1:]:
             axes.set_yticklabels([])
 
-    return _drawn(title, (7.6, 0.6 + 0.3 * len(labels)), paint, panels=len(panels))
+    return _drawn(title, (6.0, 0.6 + 0.3 * len(labels)), paint, panels=len(panels))
 
 
 def reliability(title: str, bins: Sequence[Mapping[str, Any]]) -> Markup:

@@ -5,12 +5,13 @@ Names of clients and classes come from outside. Every text becomes printable and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from fedcompo.names import printable
 
@@ -60,6 +61,8 @@ class Picture:
     title: str
     svg: Markup
     description: str
+    large: bool = False
+    """Whether it keeps its size, larger than a screen, and is scrolled."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,15 @@ class Page:
             lstrip_blocks=True,
             finalize=_shown,
         )
+        environment.filters["code"] = _code
         text = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
         used = [s for s in self.sections if s.parts or s.sentences]
         return environment.from_string(text).render(page=self, sections=used) + "\n"
+
+
+def _code(text: str) -> Markup:
+    """Mark what stands in backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(_shown(text)))))
 
 
 def _shown(value: Any) -> Any:

@@ -94,7 +94,8 @@ def registry_page(registry: Values, results: Results | None = None) -> Page:
 def _tiles(results: Results) -> list[Tile]:
     tiles = []
     if results.get("class_il_accuracy") is not None:
-        found = between(results.get("interval"))
+        interval = results.get("interval")
+        found = f"95 % interval {between(interval)}" if interval else ""
         tiles = [
             Tile(ALL_CLASSES, f"{percent(results['class_il_accuracy'])} %", found),
             Tile(OWN_CLASSES, f"{percent(results['task_il_accuracy'])} %"),

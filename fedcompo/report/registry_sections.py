@@ -99,7 +99,10 @@ def _identity(registry: Values) -> Section:
     pair = [Column("what"), Column("value")]
     facts = [[key, registry[key]] for key in ("registry", "identity", "backbone", "root")]
     facts += [["journal's last SHA-256", registry["journal"][-1]["sha256"]]]
-    facts += [[f"setting {key}", str(value)] for key, value in registry["settings"].items()]
+    facts += [
+        [f"setting {key}", "–" if value is None else str(value)]
+        for key, value in registry["settings"].items()
+    ]
     lines = [
         [str(one["line"]), one["time"], one["event"], listed(one["clients"]), one["sha256"]]
         for one in registry["journal"]

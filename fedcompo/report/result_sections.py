@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedcompo.report import drawing
 from fedcompo.report.class_sections import class_sections
-from fedcompo.report.drawing import Series
+from fedcompo.report.drawing import NAMED, Series
 from fedcompo.report.page import Column, Picture, Section, Table, named, numbers
 from fedcompo.report.results import COLUMNS, LINES, Results
 from fedcompo.report.units import ALL_CLASSES, EXPLAINED, OWN_CLASSES, between, listed, percent
@@ -90,14 +90,16 @@ def _accuracy(results: Results) -> Section:
         for key, colour in COLOURS.items()
         if results.get(key) is not None
     ]
-    counted = named("classes", "kind", words=2) + numbers("train images", "test images")
-    titles = [*counted, *numbers(*(title for title, _ in columns), "95 % interval")]
+    kinds = {f["kind"] for f in own.values()}
+    kind = ["kind"] if len(kinds) > 1 else []
+    titles = named(*kind, words=len(kind)) + numbers("train images", "test images")
+    titles += [*numbers(*(title for title, _ in columns), "95 % interval"), Column("classes")]
 
     def row(client: str) -> list[str]:
         f = own[client]
-        start = [client, listed(f["classes"]), f["kind"], f["num_examples"]]
-        figures = [percent(f[key]) for _, key in columns]
-        return [*start, f["num_test_examples"] or "–", *figures, between(f.get("interval"))]
+        counts = [f["num_examples"], f["num_test_examples"] or "–"]
+        figures = [*(percent(f[key]) for _, key in columns), between(f.get("interval"))]
+        return [client, *(f[name] for name in kind), *counts, *figures, listed(f["classes"])]
 
     tables = [Table("Accuracy by client, %", titles, [row(client) for client in own])]
     if tables[0].closed:
@@ -113,7 +115,8 @@ def _accuracy(results: Results) -> Section:
             Picture(
                 "Accuracy by client",
                 drawing.points("Accuracy by client", list(own), series),
-                f"Per cent of the client's test images; lines are 95 % intervals of {ALL_CLASSES}.",
+                "Per cent of the client's test images"
+                + (f"; lines are 95 % intervals of {ALL_CLASSES}." if len(own) <= NAMED else "."),
             ),
             Table("Mean over clients, %", named(*(t for t, _ in columns), "95 % interval"), mean),
             *tables,

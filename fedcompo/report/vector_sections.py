@@ -39,6 +39,7 @@ def vector_section(results: Results) -> Section:
                 drawing.matrix("Overlap of the task vectors", clients, cosines, texts),
                 "Cosine in the metric of the mean Fisher: blue, the vectors agree; orange, they "
                 "oppose each other; pale, they have little to do with each other.",
+                large=len(clients) > drawing.WRITTEN,
             )
         )
         rows = [[c, *(f"{v:+.3f}" for v in own)] for c, own in zip(clients, cosines, strict=True)]
