@@ -91,7 +91,7 @@ def points(title: str, labels: Sequence[str], series: Sequence[Series]) -> Marku
         axes.grid(alpha=0.25, color=GREY)
 
     height = 0.5 + len(labels) * (0.16 + 0.09 * len(series)) if named else 3.2
-    return _drawn(title, (5.2, height), rows if named else curves, legend=len(series) > 1)
+    return drawn(title, (5.2, height), rows if named else curves, legend=len(series) > 1)
 
 
 def matrix(
@@ -137,7 +137,7 @@ def matrix(
             for (row, column), text in texts.items():
                 axes.text(column, row, text, ha="center", va="center", fontsize=min(9, size))
 
-    return _drawn(title, (count * cell, count * cell), paint)
+    return drawn(title, (count * cell, count * cell), paint)
 
 
 def bars(
@@ -162,7 +162,7 @@ def bars(
         for axes in boxes[1:]:
             axes.set_yticklabels([])
 
-    return _drawn(title, (6.0, 0.6 + 0.3 * len(labels)), paint, panels=len(panels))
+    return drawn(title, (6.0, 0.6 + 0.3 * len(labels)), paint, panels=len(panels))
 
 
 def reliability(title: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
@@ -183,7 +183,7 @@ def reliability(title: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
         axes.set_ylabel("accuracy, %")
         axes.grid(alpha=0.25, color=GREY)
 
-    return _drawn(title, (3.6, 3.6), paint)
+    return drawn(title, (3.6, 3.6), paint)
 
 
 def lines(title: str, x_name: str, y_name: str, curves: Mapping[str, Any]) -> Markup:
@@ -196,10 +196,10 @@ def lines(title: str, x_name: str, y_name: str, curves: Mapping[str, Any]) -> Ma
         axes.set_ylabel(y_name)
         axes.grid(alpha=0.25, color=GREY)
 
-    return _drawn(title, (5.2, 2.6), paint, legend=len(curves) > 1)
+    return drawn(title, (5.2, 2.6), paint, legend=len(curves) > 1)
 
 
-def _drawn(
+def drawn(
     title: str,
     size: tuple[float, float],
     paint: Callable[..., None],

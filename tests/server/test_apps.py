@@ -115,7 +115,7 @@ def test_a_run_leaves_a_registry_that_verifies_and_nothing_elsewhere(finished):
     assert results["registry"]["root"] == Registry(output / "registry").state.root
     assert results["realigned_with"] == list(results["per_client"])
     names = {path.name for path in output.iterdir()}
-    assert names == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
+    assert names == {"registry", "results.json", "report.html", "events.jsonl", "flower.log"}
 
 
 def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
