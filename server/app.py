@@ -24,10 +24,9 @@ from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.names import printable
 from fedcompo.registry.owners import OWNERS, read_owners
-from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
-from fedcompo.registry.story import story
+from fedcompo.registry.story import story_of_run
 from fedcompo.report.pages import write_report
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
@@ -91,9 +90,7 @@ def main(grid: Grid, context: Context) -> None:
 def _report(output: Path, results: Mapping[str, Any]) -> None:
     """Write the report; a run whose results are safe does not fail by it."""
     try:
-        record, about = results.get("record"), results.get("registry")
-        path = about["path"] if about else record and Path(record).parent.parent
-        write_report(output, results, story(RegistryReader(path)) if path else None)
+        write_report(output, results, story_of_run(output, results))
     except Exception as error:
         log(ERROR, "No report (%s: %s)", type(error).__name__, printable(str(error)))
         log(ERROR, "Write it by: fedcompo report %s", output)

@@ -36,14 +36,14 @@ def report(
             raise ConfigError("Name one: a folder, or a registry by --registry.")
         if output.suffix != ".html":
             raise ConfigError(f"`--output` is {str(output)!r}, expected a name that ends in .html.")
+        from fedcompo.registry.story import story, story_of_run
         from fedcompo.report.pages import registry_page, run_page
         from fedcompo.storage.files import write_atomically
 
         if folder and (folder / RESULTS).is_file() and not (folder / REGISTRY).is_file():
-            page = run_page(_results(folder / RESULTS))
+            results = _results(folder / RESULTS)
+            page = run_page(results, story_of_run(folder, results))
         else:
-            from fedcompo.registry.story import story
-
             opened = common.open_registry(folder or registry)
             beside = opened.path.absolute().parent / RESULTS
             results = _results(beside) if beside.is_file() else None

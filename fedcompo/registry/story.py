@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedcompo.errors import FileFormatError
@@ -9,7 +11,7 @@ from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.signing import is_signed
-from fedcompo.registry.state import PUBLIC
+from fedcompo.registry.state import ABOUT, PUBLIC
 from fedcompo.storage.tensorstream import file_sha256
 
 Values = dict[str, Any]
@@ -58,6 +60,22 @@ def story(registry: RegistryReader) -> Values:
             for entry in entries
         ],
     }
+
+
+def story_of_run(folder: Path, results: Mapping[str, Any]) -> Values | None:
+    """Tell the story of a run's registry as it is now; None if there is none where one looks.
+
+    Args:
+        folder: Of the run, which may have been moved.
+        results: What ``results.json`` holds.
+    """
+    places = [folder / "registry"]
+    if about := results.get("registry"):
+        places.append(Path(about["path"]))
+    if record := results.get("record"):
+        places.append(Path(record).parent.parent)
+    path = next((place for place in places if (place / ABOUT).is_file()), None)
+    return story(RegistryReader(path)) if path else None
 
 
 def _receipt(registry: RegistryReader, entry: Entry) -> Values:

@@ -7,6 +7,7 @@ imported when something is drawn.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,9 @@ def points(title: str, labels: Sequence[str], series: Sequence[Series]) -> Marku
     Of more than :data:`NAMED` labels, draw each series as a curve of its sorted values.
     """
     named = len(labels) <= NAMED
+    ends = [low for one in series for low, _ in filter(None, one.intervals or ())]
+    values = [value for one in series for value in one.values if value is not None]
+    first = 10 * math.floor(10 * min(0.8, *ends, *values))  # an axis of few per cent exaggerates
 
     def rows(axes: Axes) -> None:
         for place, one in enumerate(series):
@@ -71,20 +75,25 @@ def points(title: str, labels: Sequence[str], series: Sequence[Series]) -> Marku
             shown = [(r + shift, v) for r, v in enumerate(one.values) if v is not None]
             for row, between in enumerate(one.intervals or ()):
                 if between:
-                    ends = [100 * end for end in between]
-                    axes.plot(ends, [row + shift] * 2, color=one.colour, lw=1.5, alpha=0.6)
-            at, values = [r for r, _ in shown], [100 * v for _, v in shown]
-            axes.plot(values, at, "o", ms=5, color=one.colour, label=one.name)
+                    axes.plot(
+                        [100 * end for end in between],
+                        [row + shift] * 2,
+                        color=one.colour,
+                        lw=1.5,
+                        alpha=0.6,
+                    )
+            at, marks = [r for r, _ in shown], [100 * v for _, v in shown]
+            axes.plot(marks, at, "o", ms=5, color=one.colour, label=one.name)
         axes.set_yticks(range(len(labels)), [_label(label) for label in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlim(-2, 102)
+        axes.set_xlim(first - 0.02 * (100 - first), 100 + 0.02 * (100 - first))
         axes.set_xlabel("%")
         axes.grid(axis="x", alpha=0.25, color=GREY)
 
     def curves(axes: Axes) -> None:
         for one in series:
-            values = sorted(100 * value for value in one.values if value is not None)
-            axes.plot(range(1, len(values) + 1), values, color=one.colour, label=one.name)
+            curve = sorted(100 * value for value in one.values if value is not None)
+            axes.plot(range(1, len(curve) + 1), curve, color=one.colour, label=one.name)
         axes.set_ylim(-2, 102)
         axes.set_ylabel("%")
         axes.set_xlabel("from the lowest to the highest, each curve by itself")

@@ -47,7 +47,9 @@ def write_report(folder: Path, results: Results, registry: Values | None = None)
 def run_page(results: Results, registry: Values | None = None) -> Page:
     """Make the report of a run, a removal or a baseline; arguments as of :func:`write_report`."""
     what = f"removal of {results['removed']}" if "removed" in results else results["method"]
-    alerts = [*_alerts(results), *(registry_alerts(registry) if registry else ())]
+    alerts = _alerts(results)
+    if registry:
+        alerts = [*_changed(results, registry), *alerts, *registry_alerts(registry)]
     return Page(
         title=f"fedcompo: {what} on {results['settings'].get('data', '')}",
         subtitle=f"Started {results['created']}, took {duration(results['seconds'])}. "
@@ -70,11 +72,7 @@ def registry_page(registry: Values, results: Results | None = None) -> Page:
         registry: As :func:`fedcompo.registry.story.story` describes it.
         results: Of the run that made it, for the accuracies; None: there are none.
     """
-    alerts = registry_alerts(registry)
-    if results and results["registry"]["root"] != registry["root"]:
-        measured = f"The accuracies are those of the run of {results['created']}"
-        text = f"{measured}; the registry has changed since. `fedcompo evaluate` measures it anew."
-        alerts.insert(0, Alert(text, grave=True))
+    changed = _changed(results, registry) if results else []
     clients = registry["clients"]
     images = sum(one["num_examples"] for one in clients)
     return Page(
@@ -86,13 +84,28 @@ def registry_page(registry: Values, results: Results | None = None) -> Page:
             Tile("removed", str(len(registry["removed"]))),
             Tile("λ", f"{registry['scale']:.4g}", f"by {registry['factor_by'] or 'nobody'}"),
         ],
-        alerts=alerts,
+        alerts=[*changed, *registry_alerts(registry)],
         sections=[*registry_sections(registry), *(result_sections(results) if results else ())],
     )
 
 
+def _changed(results: Results, registry: Values) -> list[Alert]:
+    """Say that the registry is not any more what the run left."""
+    left = results["root"] if "removed" in results else results["registry"]["root"]
+    if left == registry["root"]:
+        return []
+    text = f"The accuracies are those of the run of {results['created']}; the registry has changed "
+    return [Alert(f"{text}since. `fedcompo evaluate` measures it anew.", grave=True)]
+
+
 def _tiles(results: Results) -> list[Tile]:
     tiles = []
+    if "removed" in results:
+        tiles = [
+            Tile("removed", results["removed"]),
+            Tile("stay", str(len(results["survivors"]))),
+            Tile("to train again", str(len(results["to_retrain"])), "trained with something of it"),
+        ]
     if results.get("class_il_accuracy") is not None:
         interval = results.get("interval")
         found = f"95 % interval {between(interval)}" if interval else ""

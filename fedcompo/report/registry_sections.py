@@ -99,9 +99,8 @@ def _identity(registry: Values) -> Section:
     pair = [Column("what"), Column("value")]
     facts = [[key, registry[key]] for key in ("registry", "identity", "backbone", "root")]
     facts += [["journal's last SHA-256", registry["journal"][-1]["sha256"]]]
-    facts += [
-        [f"setting {key}", "–" if value is None else str(value)]
-        for key, value in registry["settings"].items()
+    settings = [
+        [key, "–" if value is None else str(value)] for key, value in registry["settings"].items()
     ]
     lines = [
         [str(one["line"]), one["time"], one["event"], listed(one["clients"]), one["sha256"]]
@@ -109,4 +108,11 @@ def _identity(registry: Values) -> Section:
     ]
     columns = [*map(Column, ("line", "time", "event", "clients", "SHA-256"))]
     journal = Table("Journal", columns, lines, folded=True)
-    return Section("Registry", [Table("Identity", pair, facts), journal])
+    return Section(
+        "Registry",
+        [
+            Table("Identity", pair, facts),
+            Table("How it composes", pair, settings, folded=True),
+            journal,
+        ],
+    )

@@ -30,6 +30,7 @@ def result_sections(results: Results) -> list[Section]:
         _accuracy(results),
         *class_sections(results),
         _history(results),
+        _arrivals(results),
         vector_section(results),
     ]
 
@@ -90,15 +91,19 @@ def _accuracy(results: Results) -> Section:
         for key, colour in COLOURS.items()
         if results.get(key) is not None
     ]
+    intervals = ["95 % interval"] if any(f.get("interval") for f in own.values()) else []
     kinds = {f["kind"] for f in own.values()}
     kind = ["kind"] if len(kinds) > 1 else []
     titles = named(*kind, words=len(kind)) + numbers("train images", "test images")
-    titles += [*numbers(*(title for title, _ in columns), "95 % interval"), Column("classes")]
+    titles += [*numbers(*(title for title, _ in columns), *intervals), Column("classes")]
 
     def row(client: str) -> list[str]:
         f = own[client]
         counts = [f["num_examples"], f["num_test_examples"] or "–"]
-        figures = [*(percent(f[key]) for _, key in columns), between(f.get("interval"))]
+        figures = [
+            *(percent(f[key]) for _, key in columns),
+            *(between(f["interval"]) for _ in intervals),
+        ]
         return [client, *(f[name] for name in kind), *counts, *figures, listed(f["classes"])]
 
     tables = [Table("Accuracy by client, %", titles, [row(client) for client in own])]
@@ -106,8 +111,9 @@ def _accuracy(results: Results) -> Section:
         measured = sorted(results["clients_evaluated"], key=lambda c: own[c]["class_il_accuracy"])
         lowest = [row(client) for client in measured[:LOWEST]]
         tables.insert(0, Table(f"The {len(lowest)} lowest, %", titles, lowest))
-    mean = [["mean", *(percent(results[key]) for _, key in columns)]]
-    mean[0].append(between(results.get("interval")))
+    mean = ["mean", *(percent(results[key]) for _, key in columns)]
+    mean += [between(results.get("interval")) for _ in intervals]
+    whiskers = intervals and len(own) <= NAMED
     lines = [f"{title}: {LINES[title]}." for title, _ in columns if title in LINES]
     return Section(
         "Accuracy",
@@ -116,9 +122,9 @@ def _accuracy(results: Results) -> Section:
                 "Accuracy by client",
                 drawing.points("Accuracy by client", list(own), series),
                 "Per cent of the client's test images"
-                + (f"; lines are 95 % intervals of {ALL_CLASSES}." if len(own) <= NAMED else "."),
+                + (f"; lines are 95 % intervals of {ALL_CLASSES}." if whiskers else "."),
             ),
-            Table("Mean over clients, %", named(*(t for t, _ in columns), "95 % interval"), mean),
+            Table("Mean over clients, %", named(*(t for t, _ in columns), *intervals), [mean]),
             *tables,
         ],
         [*lines, *(f"{line}." for line in EXPLAINED.splitlines())],
@@ -126,9 +132,9 @@ def _accuracy(results: Results) -> Section:
 
 
 def _history(results: Results) -> Section:
-    """List the rounds of a run that has some, and what each arrival changed."""
+    """List the rounds of a run that has some."""
     rows = [
-        [str(one["round"]), len(one["trained"]), f"{one['mean_loss']:.4g}"]
+        [one["round"], len(one["trained"]), f"{one['mean_loss']:.4g}"]
         for one in results.get("rounds", [])
         if one.get("mean_loss") is not None
     ]
@@ -146,3 +152,19 @@ def _history(results: Results) -> Section:
             Table("Rounds", named("clients", "mean loss", first="round"), rows, folded=True),
         ],
     )
+
+
+def _arrivals(results: Results) -> Section:
+    """List the accuracies after each arrival, where clients came one after the other."""
+    parts, sentences = [], []
+    for key, found in results.get("arrivals", {}).items():
+        title, names = TITLES[key], found["arrivals"]
+        rows = [
+            [name, *map(percent, row)] for name, row in zip(names, found["matrix"], strict=True)
+        ]
+        parts.append(Table(f"After each arrival: {title}, %", named(*names, first="after"), rows))
+        figures = (
+            f"{name} {percent(found[name])} %" for name in ("average", "final", "forgetting")
+        )
+        sentences.append(f"{title}: {', '.join(figures)}.")
+    return Section("Arrivals", parts, sentences)

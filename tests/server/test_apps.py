@@ -17,6 +17,7 @@ from in_process_grid import InProcessGrid, lost
 from PIL import Image
 from round_runs import draw_images
 
+import server.app
 from clients import local
 from clients.app import app as client_app
 from clients.local import LocalClient
@@ -51,6 +52,12 @@ def again(finished) -> tuple[bytes, Path]:
     )
     server_app(grid, context)
     return before, output.with_name("out-2")
+
+
+def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, caplog):
+    server.app._report(tmp_path, {"created": "no more than this"})
+    assert list(tmp_path.iterdir()) == []
+    assert f"fedcompo report {tmp_path}" in caplog.text
 
 
 def test_a_run_reports_every_phase_and_client(finished):
