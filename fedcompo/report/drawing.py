@@ -33,7 +33,7 @@ WRITTEN = 20
 LABEL = 22
 """Characters of a label."""
 FONT = "DejaVu Sans"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a name may hold dollar signs
     "font.family": [FONT],
