@@ -68,7 +68,8 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
         return work(client, body)
 
     name = known_name(run_config, node_config)
-    return Message(gate.answer_of(lambda: answered(answer), name), reply_to=message)
+    phase = message.metadata.message_type.rpartition(".")[2]
+    return Message(gate.answer_of(lambda: answered(answer), name, phase), reply_to=message)
 
 
 def answered(answer: Callable[[], Answer]) -> RecordDict:

@@ -35,7 +35,6 @@ def train(client: LocalClient, request: AveragingRequest) -> AveragingAnswer:
         client.config.train,
         generator=generator_for(client.config.seed, "train", client.name, str(number)),
         course=course,
-        on_epoch=client.log_epoch,
     )
     tensors, _, caps = outgoing.trained(fitted, client.backbone, client.config.caps)
     return AveragingAnswer(base=base, tensors=tensors, kind=kind, losses=fitted.losses, caps=caps)

@@ -5,7 +5,7 @@ is told the kind of an error, and what :attr:`FedcompoError.told` allows. The wh
 the client's own log: in a deployment the standard error of its process, which stays on its machine.
 In a simulation Flower collects what processes print, so each client logs into a file of its own, in
 the folder that ``FEDCOMPO_CLIENT_LOGS`` names: `fedcompo simulate` sets it. Without it, as under a
-plain `flwr run`, the text stands in Flower's log.
+plain `flwr run`, the text stands in Flower's log. Long work has a line there every ten seconds.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
+from fedcompo.engine.run_folder import LOGS, PROGRESS
 from fedcompo.errors import FedcompoError
 from fedcompo.messages.records import refusal
-from fedcompo.report.log import LogFormatter
+from fedcompo.report.log import LogFormatter, log_to_stderr
+from fedcompo.report.progress import telling
 
-LOGS = "FEDCOMPO_CLIENT_LOGS"
 SEE = "see the client's own log"
 KNOWN = ("fedcompo", "builtins", "torch")
 """Packages whose errors are called by their names; others by that of their base."""
 logger = logging.getLogger(__name__)
 
 
-def answer_of(work: Callable[[], RecordDict], name: str) -> RecordDict:
+def answer_of(work: Callable[[], RecordDict], name: str, phase: str) -> RecordDict:
     """Return what may leave: the answer, or a refusal that says what the server may read.
 
     Args:
         work: Makes the answer; may raise anything.
         name: Of the client, as far as it is known; goes with a refusal, and names the log.
+        phase: What is asked for, for whoever follows a simulation.
     """
     try:
-        with own_log(name):
+        with own_log(name, phase):
             try:
                 return work()
             except Exception as error:
@@ -60,25 +62,28 @@ def told(error: Exception) -> str:
 
 
 @contextmanager
-def own_log(name: str) -> Iterator[None]:
-    """Write all messages and warnings into the client's own file meanwhile, if there is a folder.
+def own_log(name: str, phase: str) -> Iterator[None]:
+    """Write all messages, warnings and progress into the client's own file, if there is a folder.
 
     Raises:
         OSError: If the file cannot be opened.
     """
-    folder = os.environ.get(LOGS)
-    if not folder:
-        yield
+    if not os.environ.get(LOGS):
+        log_to_stderr()
+        with telling(logger.info):
+            yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder, own = Path(os.environ[LOGS]), name or "client"
+    folder.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    level, file = root.level, _File(Path(folder) / f"{name or 'client'}.log", encoding="utf-8")
+    level, file = root.level, _File(folder / f"{own}.log", encoding="utf-8")
     file.setFormatter(LogFormatter())
     root.addHandler(file)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
-        yield
+        with telling(logger.info, folder / PROGRESS / own, client=own, phase=phase):
+            yield
     finally:
         logging.captureWarnings(False)
         root.setLevel(level)

@@ -186,7 +186,6 @@ class LocalClient:
             self.config.train,
             generator=generator_for(self.config.seed, *purpose),
             course=course,
-            on_epoch=self.log_epoch,
         )
         fitted = replace(fitted, head=fitted.head.rows(classes))
         tensors, fitted, caps = outgoing.trained(fitted, self.backbone, self.config.caps)
@@ -272,7 +271,3 @@ class LocalClient:
         """What else a client states of itself; see :class:`IdentifyAnswer`."""
         noised, tests = self.config.caps.dp_noise > 0, len(self.data.test.labels)
         return {**self.who(), "num_test_examples": tests, "noised": noised}
-
-    def log_epoch(self, epoch: int, epochs: int, loss: float) -> None:
-        """Log a finished epoch and its mean loss."""
-        logger.info("%s: epoch %d of %d, loss %.4f", self.name, epoch, epochs, loss)

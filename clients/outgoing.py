@@ -28,6 +28,7 @@ from fedcompo.method.kronecker import whole
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.privacy.fisher import images_at_a_time, private_fisher
 from fedcompo.privacy.statistics import private_sums
+from fedcompo.report.progress import each
 from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.fit import Fitted
 from fedcompo.training.probing import fisher_of_images
@@ -190,9 +191,10 @@ def _private(
     factored = caps.fisher_form is FisherForm.FACTORED
     most = config.fisher.fisher_batch
     size = images_at_a_time(backbone.theta_0, factored=factored, most=most)
+    parts = each(torch.split(images, size), "images", "Fisher", total=len(images), units=len)
     return private_fisher(
         backbone.model,
-        (normalise(part.to(backbone.device)) for part in torch.split(images, size)),
+        (normalise(part.to(backbone.device)) for part in parts),
         backbone.theta_0,
         head=head,
         factored=factored,

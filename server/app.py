@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from logging import ERROR, INFO
 from pathlib import Path
@@ -20,7 +21,18 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.choices import Action, Method, Schedule
 from fedcompo.config.run import RunConfig
-from fedcompo.engine.run_folder import EVENTS, LOG, RESULTS, RUN, reserve_output
+from fedcompo.config.scenario import without_paths
+from fedcompo.config.setting import names_of
+from fedcompo.engine.log import SERVER
+from fedcompo.engine.run_folder import (
+    EVENTS,
+    LOG,
+    LOGS,
+    PROGRESS,
+    RESULTS,
+    RUN,
+    reserve_output,
+)
 from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.names import printable
 from fedcompo.registry.owners import OWNERS, read_owners
@@ -28,6 +40,8 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
 from fedcompo.registry.story import story_of_run
 from fedcompo.report.pages import write_report
+from fedcompo.report.progress import telling
+from fedcompo.report.tracking import Tracking, tracked
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.averaging import Averaging
@@ -68,11 +82,13 @@ def main(grid: Grid, context: Context) -> None:
     work, phases = work_of(config)
     books.tell("run", clients=[], phases=phases)
     try:
-        results = work(grid, books, config, output)
-        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-        write_atomically(output / RESULTS, text.encode())
-        clear(output)
-        _report(output, results)
+        with _followed(books, config, output) as tracking:
+            results = work(grid, books, config, output)
+            text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+            write_atomically(output / RESULTS, text.encode())
+            clear(output)
+            _report(output, results)
+            tracking.finish(results, [output / RESULTS, *sorted(output.glob("report.*"))])
     except BaseException as error:
         log(ERROR, "The run failed: %s", printable(str(error), keep="\n"))
         if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():
@@ -94,6 +110,20 @@ def _report(output: Path, results: Mapping[str, Any]) -> None:
     except Exception as error:
         log(ERROR, "No report (%s: %s)", type(error).__name__, printable(str(error)))
         log(ERROR, "Write it by: fedcompo report %s", output)
+
+
+@contextmanager
+def _followed(books: Books, config: RunConfig, output: Path) -> Iterator[Tracking]:
+    """Let the trackers of the settings, the log and a simulation's display follow the run."""
+    folder, names = os.environ.get(LOGS), names_of(config.server.track)
+    file = Path(folder) / PROGRESS / "-server" if folder else None  # no client's name begins so
+    settings = without_paths(config.flat())
+    with (
+        tracked(names, output, settings, books.note) as tracking,
+        telling(lambda line: log(INFO, "%s", printable(line)), file, client=SERVER),
+    ):
+        books.follow = tracking.hear
+        yield tracking
 
 
 def work_of(config: RunConfig) -> tuple[Work, tuple[str, ...]]:

@@ -14,11 +14,8 @@ import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from logging import INFO
 from pathlib import Path
 from typing import Any
-
-from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method, kinds_of
@@ -113,7 +110,6 @@ class Strategy(ABC):
                     *coming.values(),
                     replacing=self.config.registry.replace,
                     empty=True,
-                    on_step=lambda step: log(INFO, "registry: %s", step),
                 )
                 break
             except ContributionError as error:

@@ -14,11 +14,8 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
-from logging import INFO
 from pathlib import Path
 from typing import Any
-
-from flwr.common.logger import log
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method
@@ -134,7 +131,6 @@ class Unlearning:
             requested_by=self.request.requested_by,
             reason=self.request.reason,
             keep_versions=self.request.keep_versions,
-            on_step=lambda step: log(INFO, "remove: %s", step),
         )
 
     def notify(self) -> None:

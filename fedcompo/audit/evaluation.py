@@ -17,7 +17,7 @@ from fedcompo.export.selection import from_registry
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.training.accuracy import accuracy_of
 
 Figures = dict[str, dict[str, Any]]
@@ -71,7 +71,6 @@ def evaluate_clients(
     *,
     linearised: bool = False,
     wanted: tuple[str, ...] = (),
-    on_step: OnStep = lambda step: None,
 ) -> Figures:
     """Measure a composition on every client's test images.
 
@@ -84,7 +83,6 @@ def evaluate_clients(
         config: Says which images.
         linearised: Whether the weights are composed of tangents.
         wanted: Names of the clients; empty: all.
-        on_step: Called with whose images are measured.
 
     Raises:
         DataError: If the images cannot be had, or belong to none of the head's classes.
@@ -93,7 +91,7 @@ def evaluate_clients(
     weights: Weights = dict(theta)
     for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
         if set(data.classes) <= set(head.classes):
-            on_step(f"evaluating on {data.name}")
+            step(f"evaluating on {data.name}")
             accuracy = accuracy_of(
                 backbone, weights, head, data.classes, data.test, linearised=linearised
             )
@@ -110,9 +108,7 @@ def evaluate_clients(
     return figures
 
 
-def effect_of_removal(
-    registry: RegistryReader, client: str, data: str | None, on_step: OnStep
-) -> dict[str, Any]:
+def effect_of_removal(registry: RegistryReader, client: str, data: str | None) -> dict[str, Any]:
     """Measure what a removal would do to accuracy; changes nothing.
 
     Returns:
@@ -121,15 +117,16 @@ def effect_of_removal(
     try:
         config = run_config_of(registry, data)
         backbone = registry.backbone.load()
-        on_step("evaluating the composition as it is")
-        how: Any = {"linearised": registry.linearised, "on_step": on_step}
+        step("evaluating the composition as it is")
         theta, head = registry.theta_p(), registry.joint_head()
-        before = evaluate_clients(backbone, theta, head, config, **how)
+        linearised = registry.linearised
+        before = evaluate_clients(backbone, theta, head, config, linearised=linearised)
         if registry.clients == (client,):
             return {"before": before, "after": {}}
-        on_step("composing without the client")
+        step("composing without the client")
         others = from_registry(registry, without=(client,))
-        after = evaluate_clients(backbone, dict(others.stream()), others.head, config, **how)
+        theta, head = dict(others.stream()), others.head
+        after = evaluate_clients(backbone, theta, head, config, linearised=linearised)
     except FedcompoError as error:
         return {"reason": str(error)}
     return {"before": before, "after": after}

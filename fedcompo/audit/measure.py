@@ -61,7 +61,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.runtime import pick_device, version
 
 FORMAT_VERSION = 1
@@ -82,7 +82,6 @@ def audit(
     gold: RegistryReader | None = None,
     shadows: int = SHADOWS,
     seed: int = 0,
-    on_step: OnStep = lambda step: None,
 ) -> Values:
     """Measure what a removal would make a registry's model forget; changes nothing in it.
 
@@ -93,7 +92,6 @@ def audit(
         gold: Registry of the same run without the client.
         shadows: Number of shadow models, even, at least 4.
         seed: Seed of shadows and bootstrap.
-        on_step: Called with what is being done.
 
     Returns:
         JSON values; accuracies are fractions in [0, 1]. ``accuracy`` by whose images (``removed``,
@@ -109,7 +107,7 @@ def audit(
     check_count(shadows)
     if gold is not None:
         check_gold(registry, gold, client)
-    on_step("reading backbone and images, composing")
+    step("reading backbone and images, composing")
     audited = _Audited.of(registry, client, data, gold)
     values: Values = {
         "format_version": FORMAT_VERSION,
@@ -119,8 +117,8 @@ def audit(
         "seed": seed,
         "shadows": shadows,
         **audited.about(),
-        "accuracy": audited.accuracy(on_step),
-        "membership": audited.membership(shadows, seed, on_step),
+        "accuracy": audited.accuracy(),
+        "membership": audited.membership(shadows, seed),
     }
     return {**values, "notes": _notes(values, audited)}
 
@@ -183,13 +181,13 @@ class _Audited:
             "settings": dict(self.contribution.settings),
         }
 
-    def accuracy(self, on_step: OnStep) -> Values:
+    def accuracy(self) -> Values:
         """Measure accuracy, by whose images and by model."""
         per_client = {self.client: self._accuracies(self.images)}
         for other in clients_data(
             self.config.data, self.backbone, seed=self.config.seed, wanted=self.remaining
         ):
-            on_step(f"accuracy on the images of {other.name}")
+            step(f"accuracy on the images of {other.name}")
             per_client[other.name] = self._accuracies(other)
         return {
             "removed": per_client[self.client],
@@ -212,14 +210,12 @@ class _Audited:
             }
         return figures
 
-    def membership(self, shadows: int, seed: int, on_step: OnStep) -> Values:
+    def membership(self, shadows: int, seed: int) -> Values:
         """Run both attacks on each model's backbone, under the head that the attacker kept."""
         training = ClientTraining.of(self.registry, self.client, self.backbone)
         images, kept = self.images, self.kept
-        shadow = train_shadows(
-            self.registry, training, images, kept, count=shadows, seed=seed, on_step=on_step
-        )
-        on_step("attacking")
+        shadow = train_shadows(self.registry, training, images, kept, count=shadows, seed=seed)
+        step("attacking")
         attacks: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
         for name, model in self.models.items():
             logits, labels = logits_of(

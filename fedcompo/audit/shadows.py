@@ -50,7 +50,7 @@ from fedcompo.method.fisher import FisherDiagonal, expanded
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorfile import prefixed, section
 from fedcompo.training.anchors import FisherSums
@@ -174,7 +174,6 @@ def train_shadows(
     *,
     count: int,
     seed: int,
-    on_step: OnStep = lambda step: None,
 ) -> ShadowModels:
     """Train shadows and compute the confidence of each on all of the client's images.
 
@@ -185,7 +184,6 @@ def train_shadows(
         head: Joint head that the attacker puts on every backbone; has the client's classes.
         count: Number of shadows; see :func:`check_count`.
         seed: Seed of the halves and of training.
-        on_step: Called with which shadow is trained.
     """
     images, labels = all_images(data)
     trained_on = halves(labels, count=count, generator=generator_for(seed, "halves", data.name))
@@ -193,7 +191,7 @@ def train_shadows(
     (member,), others = everyone.only(training.client), everyone.without(training.client)
     phi = []
     for index, chosen in enumerate(trained_on):
-        on_step(f"shadow {index + 1} of {count}")
+        step(f"shadow {index + 1} of {count}")
         vector = training.fit(
             Split(images[chosen], labels[chosen]),
             generator=generator_for(seed, "shadow", training.client, str(index)),

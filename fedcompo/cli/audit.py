@@ -66,7 +66,7 @@ def audit(
         from fedcompo.registry.reader import RegistryReader
 
         folder = output or Path(f"audit-{remove}")
-        with new_folder(folder) as draft, common.progress(quiet=as_json) as tell:
+        with new_folder(folder) as draft, common.progress(quiet=as_json):
             values = measure(
                 opened,
                 remove,
@@ -74,7 +74,6 @@ def audit(
                 gold=RegistryReader(gold) if gold else None,
                 shadows=shadows,
                 seed=seed,
-                on_step=tell,
             )
             write_audit(draft, values)
         if as_json:

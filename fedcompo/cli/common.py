@@ -21,6 +21,7 @@ from fedcompo.errors import ConfigError, FedcompoError
 from fedcompo.names import printable
 from fedcompo.report.console import PlainConsole, say
 from fedcompo.report.log import log_to_stderr
+from fedcompo.report.progress import LINE, Progress, every, listening
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -98,14 +99,28 @@ def errors_as_sentences(verbose: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(*, quiet: bool) -> Iterator[Any]:
-    """Show the current step on standard error; yields a function that takes its name."""
+def progress(*, quiet: bool) -> Iterator[None]:
+    """Show on standard error what is being done: in a terminal at once, else every ten seconds."""
     console = PlainConsole(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda step: None
+    if quiet:
+        yield
         return
+    if not console.is_terminal:
+        with listening(every(LINE, lambda line: say(line, console), terse=True)):
+            yield
+        return
+    last = ""
     with console.status("…") as status:
-        yield lambda step: status.update(Text(printable(f"{step} …")))
+
+        def show(progress: Progress) -> None:
+            nonlocal last
+            if not progress.total:
+                last = progress.what
+            told = (last, str(progress)) if progress.total and last else (str(progress),)
+            status.update(Text(printable(f"{', '.join(told)} …")))
+
+        with listening(show):
+            yield
 
 
 def confirm(question: str) -> None:

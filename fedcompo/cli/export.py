@@ -13,6 +13,7 @@ from fedcompo.cli.models import report, say_members
 from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
+from fedcompo.report.progress import step
 
 
 @common.with_options("choice", common.RuledChoice)
@@ -41,7 +42,7 @@ def export(
     cuts it, and tells the error; members without factors (full, ia3) need it. It is three times as
     large for a fused qkv, as in training.
     """
-    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         chosen = choice.parsed()
         if client is not None and choice != common.RuledChoice():
             raise ConfigError("`--client` takes one client as it is; to compose, use `--only`.")
@@ -57,7 +58,7 @@ def export(
         selection = from_registry(opened, **chosen)
         if client is not None:
             selection = replace(selection, head=opened.contribution(client).head)
-        tell("writing")
+        step("writing")
         if client is None and not adapter:
             report(publish(output, selection), as_json)
             return

@@ -12,6 +12,7 @@ import typer
 from fedcompo.cli import common
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
+from fedcompo.report.progress import step
 from fedcompo.report.units import duration, size
 
 if TYPE_CHECKING:
@@ -80,18 +81,13 @@ def _make(config: RunConfig, output: Path, *, quiet: bool) -> dict[str, Any]:
     from fedcompo.training.probing import load_public_data, reference_fisher, save_reference
 
     started = time.monotonic()
-    with common.progress(quiet=quiet) as tell:
-        tell("Loading the backbone")
+    with common.progress(quiet=quiet):
+        step("loading the backbone")
         backbone = load_backbone(config.backbone, pick_device(config.device))
-        tell("Reading the images")
+        step("reading the images")
         public = load_public_data(config, backbone.preprocessing)
-        tell(f"Estimating the Fisher of {len(public.classes)} classes")
-        fisher, report = reference_fisher(
-            backbone,
-            public,
-            config,
-            on_images=lambda taken, total: tell(f"Fisher of image {taken} of {total}"),
-        )
+        step(f"{len(public.classes)} classes")
+        fisher, report = reference_fisher(backbone, public, config)
         curvature = config.fisher.curvature
         digest = save_reference(output, fisher, base=backbone.fingerprint, curvature=curvature)
     return {

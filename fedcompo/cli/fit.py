@@ -40,7 +40,7 @@ def fit(
 
     Then: fedcompo add DIR --registry R, fedcompo publish DIR, or fedcompo compose DIR OTHERS
     """
-    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         settings = settings_of(None, assignments or [], {})
         path = None if registry is None else common.open_registry(registry).path
         from fedcompo.engine.alone import fit_alone
@@ -49,7 +49,7 @@ def fit(
         if not verbose:
             logging.getLogger("flwr").setLevel(logging.ERROR)  # the notes come below
         with new_folder(output) as folder:
-            made = fit_alone(data, folder, settings, registry=path, client=client, on_step=tell)
+            made = fit_alone(data, folder, settings, registry=path, client=client)
     if as_json:
         print_json({"output": str(output.absolute()), **made})
         return

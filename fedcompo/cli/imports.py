@@ -14,7 +14,7 @@ from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.presets import STAND_IN
 from fedcompo.errors import BackboneError, ConfigError, ContributionError
 from fedcompo.report.console import print_json, say
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +92,7 @@ def import_source(
         from fedcompo.registry.imports import Wanted, import_model
         from fedcompo.registry.registry import Registry
 
-        with common.progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json):
             made = import_model(
                 source,
                 opened,
@@ -105,11 +105,10 @@ def import_source(
                     min_images=min_images or FEWEST_IMAGES,
                     counts_as=counts_as or 0,
                 ),
-                fisher_of=partial(_fisher_of, client=client, tell=tell),
-                on_step=tell,
+                fisher_of=partial(_fisher_of, client=client),
             )
             if output is None:
-                Registry(opened.path).add(made, replacing=replace, on_step=tell)
+                Registry(opened.path).add(made, replacing=replace)
             else:
                 with new_folder(output) as folder:
                     made.save(folder)
@@ -121,13 +120,13 @@ def import_source(
 
 
 def _fisher_of(
-    backbone: Backbone, images: Tensor, *, client: str, tell: OnStep
+    backbone: Backbone, images: Tensor, *, client: str
 ) -> tuple[FisherDiagonal | None, str]:
     """Estimate the Fisher of the features as a run's clients do, of fewer images."""
     from fedcompo.config.run import FisherConfig
     from fedcompo.training.probing import fisher_of_images
 
-    tell("estimating the Fisher")
+    step("estimating the Fisher")
     config = FisherConfig(fisher_examples=FISHER_IMAGES)
     try:
         return fisher_of_images(backbone, images, config, seed=0, owner=client)[0].reduced(), ""

@@ -13,6 +13,7 @@ from fedcompo.cli import common
 from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
+from fedcompo.report.progress import step
 
 if TYPE_CHECKING:
     from fedcompo.export.selected import Selection
@@ -62,13 +63,13 @@ def compose(
     The folder holds recipe.toml, from which --recipe makes the same bits of the same members. One
     written by hand may also give groups of weights, negative weights and the dtype.
     """
-    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
-        tell("reading")
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
+        step("reading")
         chosen = choice.parsed() if recipe is None else _recipe_alone(recipe, choice)
         with _selected(folders, registry, checkpoint, max_norm_ratio, chosen) as selection:
             from fedcompo.export.folder import publish
 
-            tell("composing")
+            step("composing")
             written = publish(output, selection)
         report(written, as_json)
 
@@ -117,7 +118,7 @@ def evaluate(
         from fedcompo.data.client_data import client_names
         from fedcompo.export.selection import from_registry
 
-        with common.progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json):
             selection = from_registry(opened, **chosen)
             backbone = opened.backbone.load()
             config = run_config_of(opened, data)
@@ -127,7 +128,6 @@ def evaluate(
                 selection.head,
                 config,
                 linearised=selection.pool.linearised,
-                on_step=tell,
             )
         unknown = [name for name in client_names(config.data) if name not in figures]
         if as_json:
@@ -157,7 +157,7 @@ def negate(
 
     The copy is labelled as what it is, and never enters the registry.
     """
-    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         opened = common.open_registry(registry)
         opened.member(client)  # refuses at once who is not there
         from fedcompo.export.folder import publish
@@ -166,7 +166,7 @@ def negate(
 
         recipe = Recipe(negated=Negation(client, strength=strength))
         selection = from_registry(opened, recipe=recipe)
-        tell("composing")
+        step("composing")
         report(publish(output, selection), as_json)
 
 

@@ -18,6 +18,7 @@ from fedcompo.report.console import (
     say,
     table_console,
 )
+from fedcompo.report.progress import step
 from fedcompo.storage.files import CONFIG, WEIGHTS
 
 
@@ -42,7 +43,7 @@ def predict(
     Pictures that cannot be read are named; the others are predicted, and the exit code is 1. As in
     training, pictures are turned upright, as their EXIF tag says.
     """
-    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         if (registry is not None and model is not None) or (as_csv and as_json):
             raise ConfigError(
                 "Give one of `--registry` and `--model`, and of `--csv` and `--json`."
@@ -52,9 +53,9 @@ def predict(
         source = common.open_registry(registry) if model is None else model
         from fedcompo.export import prediction
 
-        tell("loading the model")
+        step("loading the model")
         net = prediction.model_from(source)
-        rows, unreadable = prediction.predict(net, images, top=top, on_step=tell)
+        rows, unreadable = prediction.predict(net, images, top=top)
     if as_json:
         print_json({"predictions": rows, "unreadable": unreadable})
     elif as_csv:

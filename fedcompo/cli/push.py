@@ -9,6 +9,7 @@ import typer
 
 from fedcompo.cli import common
 from fedcompo.report.console import print_json, say
+from fedcompo.report.progress import step
 
 
 def push(
@@ -32,16 +33,16 @@ def push(
 
     The token is that of `hf auth login`, or $HF_TOKEN. $HF_ENDPOINT names another hub.
     """
-    with common.errors_as_sentences(verbose), common.progress(quiet=as_json) as tell:
+    with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         from fedcompo.export.hub import Pushable, check_name
 
         disable_progress_bars()
         check_name(repo)
-        tell("checking")
+        step("checking")
         sent = Pushable.of(folder)
-        told = {} if dry_run else sent.push(repo, private=private, on_step=tell)
+        told = {} if dry_run else sent.push(repo, private=private)
     if as_json:
         license = sent.license or None
         print_json(

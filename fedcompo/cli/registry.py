@@ -17,6 +17,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
 from fedcompo.report.newcomers import note_on_newcomers
+from fedcompo.report.progress import step
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -44,8 +45,8 @@ def create(
         from fedcompo.composition.settings import CompositionSettings
         from fedcompo.registry.registry import Registry
 
-        with common.progress(quiet=as_json) as tell:
-            tell("loading the backbone")
+        with common.progress(quiet=as_json):
+            step("loading the backbone")
             backbone = load_backbone(config.backbone)
             Registry.create(folder, backbone, CompositionSettings.of(config))
         if as_json:
@@ -110,8 +111,8 @@ def add(
 
         opened = Registry(path)
         before = opened.clients
-        with common.progress(quiet=as_json) as tell:
-            opened.add(*folders, replacing=replace, on_step=tell)
+        with common.progress(quiet=as_json):
+            opened.add(*folders, replacing=replace)
         new = [member["client"] for member in opened.entries()[-1].details["clients"]]
         summary = {
             "added": [client for client in new if client not in before],
@@ -181,13 +182,12 @@ def remove(
         from fedcompo.registry.registry import Registry
 
         changed, started = Registry(opened.path), time.monotonic()
-        with common.progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json):
             record = changed.remove(
                 client,
                 requested_by=requested_by,
                 reason=reason,
                 keep_versions=keep_versions,
-                on_step=tell,
             )
         path = changed.path / record.place
         if as_json:
@@ -204,8 +204,8 @@ def _preview(
     if data != NO_DATA:
         from fedcompo.audit.evaluation import effect_of_removal
 
-        with common.progress(quiet=as_json) as tell:
-            effect = effect_of_removal(registry, plan["client"], data, tell)
+        with common.progress(quiet=as_json):
+            effect = effect_of_removal(registry, plan["client"], data)
         plan = {**plan, "accuracy": effect}
         if not as_json:
             tables.print_effect(effect)
@@ -260,13 +260,11 @@ def verify(
         from fedcompo.registry.record_verification import verify_record
         from fedcompo.registry.verification import verify_registry
 
-        with common.progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json):
             if record is None:
-                findings = verify_registry(common.registry_path(registry), on_step=tell)
+                findings = verify_registry(common.registry_path(registry))
             else:
-                findings = verify_record(
-                    record, registry=opened, public_key=public_key, on_step=tell
-                )
+                findings = verify_record(record, registry=opened, public_key=public_key)
         if as_json:
             print_json([asdict(finding) for finding in findings])
         else:

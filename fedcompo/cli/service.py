@@ -16,6 +16,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.log import log_to_stderr
 from fedcompo.report.newcomers import note_on_newcomers
+from fedcompo.report.progress import step
 
 if TYPE_CHECKING:
     from fedcompo.service.certificates import Credential
@@ -72,8 +73,8 @@ def publish(
     FOLDER bears the name that your certificate bears. Every byte is checked before it is taken in.
     """
     with common.errors_as_sentences(verbose), connection.open() as client:
-        with common.progress(quiet=as_json) as tell:
-            published = client.publish(folder, replace=replace, on_step=tell)
+        with common.progress(quiet=as_json):
+            published = client.publish(folder, replace=replace)
         if as_json:
             fields = ("client", "already", "root")
             print_json({field: getattr(published, field) for field in fields})
@@ -110,11 +111,11 @@ def fetch(
                 "A contribution is fetched as it is: name a client, or say what to "
                 "compose, not both."
             )
-        with common.progress(quiet=as_json) as tell:
+        with common.progress(quiet=as_json):
             if client is not None:
-                content = service.fetch(output, client, on_step=tell)
+                content = service.fetch(output, client)
             else:
-                content = service.compose(output, **choice.parsed(), on_step=tell)
+                content = service.compose(output, **choice.parsed())
         files = {file.name: file.sha256 for file in content.files}
         reply = {"output": str(output.absolute()), "clients": list(content.clients)}
         if as_json:
@@ -162,8 +163,8 @@ def request_removal(
             raise ConfigError("With --json nobody is asked: add --yes.")
         if not yes:
             common.confirm(f"Remove {name} from the registry at {connection.server}?")
-        with common.progress(quiet=as_json) as tell:
-            tell(f"removing {name}")
+        with common.progress(quiet=as_json):
+            step(f"removing {name}")
             receipt = service.remove(name, reason=reason)
         write_atomically(path, receipt.record)
         write_atomically(public, receipt.public_key)
@@ -192,8 +193,8 @@ def members(
     with common.errors_as_sentences(verbose), connection.open() as service:
         from fedcompo.cli import tables
 
-        with common.progress(quiet=as_json) as tell:
-            tell("asking")
+        with common.progress(quiet=as_json):
+            step("asking")
             there = service.list()
             findings = service.verify() if verify else ()
         rows = [

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedcompo.method.deltas import Weights
 from fedcompo.method.kronecker import Block, Kronecker, Metric, applied
 from fedcompo.method.pool import Pool
+from fedcompo.report.progress import each
 
 OUTLIER_RATIO = 3.0
 """A task vector is an outlier if it is this many times longer or shorter than its kind's median."""
@@ -61,7 +62,8 @@ def diagnose(
     squared = torch.zeros(count, dtype=torch.float64)
     gram = torch.zeros(count, count, dtype=torch.float64) if count <= COMPARED else None
     gap = 0.0
-    for name, weight in theta_0.items():
+    weights = each(theta_0.items(), "weights", "comparing", total=len(theta_0))
+    for name, weight in weights:
         block = fisher[name].to(weight.device)
         if gram is None:
             lengths, part = _streamed(pool, name, weight, block, w)

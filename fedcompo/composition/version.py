@@ -25,6 +25,7 @@ from fedcompo.composition.timm_folder import write_model
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
+from fedcompo.report.progress import each
 from fedcompo.storage.files import RULED, SUM
 from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter
 
@@ -77,7 +78,7 @@ def write_sum(
     }
     about = {"base": backbone.fingerprint, "count": count}
     with TensorWriter(path, layout, {"content": "sum", "bits": fixed_point.BITS, **about}) as file:
-        for name in sorted(backbone.target_weights):
+        for name in _weights(backbone, "adding up"):
             weight, start = backbone.tensors[name], before[name] if before is not None else None
             total = fixed_point.sum_of(terms, name, weight, start=start, roundings=roundings)
             squared += fixed_point.squared_length(total)
@@ -114,7 +115,7 @@ def write_ruled(
     rule.check(members, times)
     about = {"content": "ruled", "bits": fixed_point.BITS, "base": backbone.fingerprint}
     with TensorWriter(folder / RULED, running.layout, {**about, "rule": rule.text}) as file:
-        for name in sorted(backbone.target_weights):
+        for name in _weights(backbone, f"composing by {rule.text}"):
             if same is None:
                 weight = backbone.tensors[name]
                 total = rule.on_grid(Changes(name, weight, members, times, running[name]))
@@ -142,9 +143,15 @@ def write_composed(
     total = StreamedTensors(ruled) if ruled.exists() else running
 
     def composed() -> Iterator[tuple[str, Tensor]]:
-        for name in sorted(backbone.target_weights):
+        for name in _weights(backbone, "composing"):
             weight = backbone.tensors[name]
             yield name, fixed_point.compose(weight, total[name], factor=factor)
 
     about = {**about, "base": backbone.fingerprint, "count": running.manifest["count"]}
     write_model(folder, backbone, composed(), head, linearised=linearised, about=about)
+
+
+def _weights(backbone: StoredBackbone, what: str) -> Iterator[str]:
+    """Names of the target weights, sorted, while whoever listens is told how many are done."""
+    names = sorted(backbone.target_weights)
+    return each(names, "weights", what, total=len(names))

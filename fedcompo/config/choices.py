@@ -192,6 +192,10 @@ def _is_scale(value: str) -> bool:
 
 AUTO = "auto"
 SCALE: Check = (_is_scale, "must be auto or a number > 0")
+TRACKERS: Check = (
+    lambda value: {*names_of(value)} <= {"tensorboard", "mlflow", "wandb"},
+    "must be tensorboard, mlflow or wandb, joined by commas",
+)
 DEVICE: Check = (
     lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
     "must be auto, cpu, cuda or cuda:<n>",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedcompo.config.choices import AUTO, ROUNDS, SCALE, Action, Coefficients
+from fedcompo.config.choices import AUTO, ROUNDS, SCALE, TRACKERS, Action, Coefficients
 from fedcompo.config.setting import NAMES, NOT_NEGATIVE, POSITIVE, setting
 
 
@@ -66,6 +66,12 @@ class ServerConfig:
     )
     resume: bool = setting(
         False, "Go on with the interrupted run in `output`, which was begun with these settings."
+    )
+    track: str = setting(
+        "",
+        "Trackers that get the run's figures: tensorboard, mlflow, wandb, joined by commas; each "
+        "needs the extra of its name.",
+        TRACKERS,
     )
     keep_fisher: bool = setting(True, "Store each client's Fisher with its contribution.")
     exclude: str = setting("", "Clients to leave out, by name, joined by commas.", NAMES)

@@ -23,7 +23,7 @@ from fedcompo.engine.launcher import find_app
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.names import check_client_name
 from fedcompo.registry.registry import Registry
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.runtime import pick_device
 
 
@@ -34,7 +34,6 @@ def fit_alone(
     *,
     registry: Path | None = None,
     client: str = "",
-    on_step: OnStep = lambda step: None,
 ) -> dict[str, Any]:
     """Fit the contribution of one folder of images, as a newcomer to a registry or as the first.
 
@@ -44,7 +43,6 @@ def fit_alone(
         settings: Those that differ from the registry's, or from the defaults; paths absolute.
         registry: Folder of the registry that it is made for, which is only read; None: of none.
         client: The client's name; empty: that of the folder.
-        on_step: Called with each step.
 
     Returns:
         JSON values: what was fitted, how accurate it is on the test images, and notes.
@@ -57,19 +55,19 @@ def fit_alone(
         sys.path.insert(0, app)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        on_step("loading the backbone")
+        step("loading the backbone")
         joined, config = _opened(registry, settings, scratch)
         if name in joined.clients and not config.registry.replace:
             raise ContributionError(
                 f"Client {name!r} is in the registry {joined.path} already. Give another name "
                 "(`--client`), or fit it anew with `--set replace=true`."
             )
-        on_step("reading the images")
+        step("reading the images")
         local, apps, server = map(import_module, ("clients.local", "clients.app", "server.alone"))
         node = {"data": str(data), "client": name}
         backbone = joined.backbone.load(pick_device(config.device))
         own = local.LocalClient.from_node(config.flat(), node, backbone=backbone)
-        on_step(f"training on {len(own.data.train.labels)} images")
+        step(f"training on {len(own.data.train.labels)} images")
         made, told = server.contribute(joined, config, name, apps.answering(own), scratch)
         shutil.copytree(made, output, dirs_exist_ok=True)
         return dict(told)

@@ -25,9 +25,10 @@ from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import Scalar
 from fedcompo.engine.log import Event, EventTail, LineTail, last_error, note, read_from
 from fedcompo.engine.resources import Resources
-from fedcompo.engine.run_folder import CLIENTS, EVENTS, LOG, RESULTS
+from fedcompo.engine.run_folder import CLIENTS, EVENTS, LOG, PROGRESS, RESULTS
 from fedcompo.engine.superlink import Engine, started
 from fedcompo.errors import LaunchError
+from fedcompo.report.progress import Files
 from fedcompo.storage.files import PACKAGE
 
 TICK = 0.2
@@ -71,11 +72,18 @@ class Simulation:
         config = {**self.settings, "output": str(self.output)}
         config["num-clients"] = config.get("num-clients") or self.clients
         tail = EventTail(self.output / EVENTS)
+        files = Files(self.output / CLIENTS / PROGRESS)
+
+        def look() -> None:
+            for event in (*tail.read(), *files.read()):
+                on_event(event)
+
         with _sigterm_unwinds(), started(self.output / LOG) as engine:
             run_id = engine.submit(self.app, config, self.resources.federation(self.clients))
             on_event(note("Flower's engine has started; Ray takes another moment."))
             with engine.logging(run_id):
-                status, details = _follow(engine, run_id, tail, on_event)
+                status, details = _follow(engine, run_id, look)
+        files.clear()
         return _results(self.output, status, details, tail.failure)
 
 
@@ -94,17 +102,14 @@ def find_app(package: Path | None = None) -> Path:
     )
 
 
-def _follow(
-    engine: Engine, run_id: str, tail: EventTail, on_event: Callable[[Event], None]
-) -> tuple[str, str]:
-    """Pass events on until the run has ended; returns its status and what Flower says about it."""
+def _follow(engine: Engine, run_id: str, look: Callable[[], None]) -> tuple[str, str]:
+    """Look for events until the run has ended; returns its status and what Flower says about it."""
     interval, unanswered, ending = FIRST_POLL, 0, False
     due = time.monotonic() + interval
     log = LineTail(engine.log)
     while True:
         time.sleep(TICK)
-        for event in tail.read():
-            on_event(event)
+        look()
         if any(END_OF_TASK in line for line in log.read()):
             ending, due = True, 0.0
         if not engine.alive:
@@ -119,8 +124,7 @@ def _follow(
                 return "finished:failed", str(error)
             status, details = "unknown", ""
         if status.startswith("finished"):
-            for event in tail.read():
-                on_event(event)
+            look()
             return status, details
         interval = LAST_POLL if ending else min(1.5 * interval, LONGEST_POLL)
         due = time.monotonic() + interval

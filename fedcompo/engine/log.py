@@ -8,7 +8,11 @@ Of the log, the last error is kept without the noise around it. Events are JSON 
 ``run``             ``clients`` (names, may be empty), ``phases``
 ``phase-started``   ``phase``, ``clients``
 ``client``          ``phase``, ``client``, ``status`` (``ok``, ``left-out``, ``missed``),
-                    ``reason``, ``bytes_sent``, ``bytes_received``, ``seconds``
+                    ``reason``, ``bytes_sent``, ``bytes_received``, ``seconds``; ``figures``:
+                    losses and accuracies that it reports, if any
+``progress``        ``phase`` (what was asked for), ``client``, ``what``, ``done``, ``total``,
+                    ``unit``, ``rate`` (a second), ``seconds``; of work of two seconds and
+                    more; the server's has no ``phase``
 ``phase-finished``  ``phase``, ``seconds``
 ``note``            ``text``
 ``finished``        ``results`` (name of the file)
@@ -28,6 +32,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+SERVER = "server"
+"""Stands in place of a client's name where the server works."""
 TRACEBACK = "Traceback (most recent call last)"
 NOISE = re.compile(
     r"\[uvicorn\.access\]|\.(ListRuns|StreamLogs|StartRun)$|Exit Code: \d+$"

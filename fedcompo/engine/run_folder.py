@@ -11,6 +11,10 @@ from fedcompo.errors import LaunchError
 LOG, EVENTS, RESULTS = "flower.log", "events.jsonl", "results.json"
 CLIENTS = "clients"
 """Folder of the simulated clients' own logs, one file each; nothing else names their files."""
+LOGS = "FEDCOMPO_CLIENT_LOGS"
+"""Variable with that folder, for the processes of a simulation."""
+PROGRESS = ".progress"
+"""Folder in that of the clients' logs: what the processes at work are doing, for the display."""
 RUN = "run.json"
 """Progress of a run, to resume it; see :mod:`server.resume`."""
 

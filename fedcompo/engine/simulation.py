@@ -11,7 +11,7 @@ from fedcompo.config.choices import Action
 from fedcompo.config.presets import with_preset
 from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import scenario_name, with_absolute_paths
-from fedcompo.config.setting import Scalar
+from fedcompo.config.setting import Scalar, names_of
 from fedcompo.engine import launcher
 from fedcompo.engine.launcher import Simulation
 from fedcompo.engine.log import Event
@@ -19,6 +19,7 @@ from fedcompo.engine.resources import fair_resources
 from fedcompo.engine.run_folder import reopen_output, reserve_output
 from fedcompo.errors import ConfigError
 from fedcompo.names import check_client_names
+from fedcompo.report.tracking import require
 
 
 def simulate(
@@ -120,6 +121,7 @@ def prepare(
     """
     config = RunConfig.parse(settings)
     CompositionSettings.of(config)  # refuses a rule that cannot be used
+    require(names_of(config.server.track))
     clients = count_clients(config)
     resources = fair_resources(
         clients, config.device, cpus_per_client=cpus_per_client, gpus_per_client=gpus_per_client

@@ -28,7 +28,7 @@ from fedcompo.config.setting import Scalar
 from fedcompo.engine import guard
 from fedcompo.engine.log import last_error, plain, read_from
 from fedcompo.engine.proxies import past_loopback
-from fedcompo.engine.run_folder import CLIENTS
+from fedcompo.engine.run_folder import CLIENTS, LOGS
 from fedcompo.errors import LaunchError
 from fedcompo.storage.files import PACKAGE
 
@@ -189,7 +189,7 @@ def _superlink(log: Path) -> Iterator[Engine]:
     folder = Path(tempfile.mkdtemp(prefix="fedcompo-", dir=_temporary()))
     try:
         environment = _environment(folder, os.environ)
-        environment["FEDCOMPO_CLIENT_LOGS"] = str(log.absolute().parent / CLIENTS)
+        environment[LOGS] = str(log.absolute().parent / CLIENTS)
         superlink = program("flower-superlink", environment)
         port = _free_port()
         _write_files(folder, port)

@@ -19,7 +19,7 @@ from fedcompo.backbone.adapter import ADAPTER, ADAPTER_CONFIG
 from fedcompo.errors import ConfigError, FileFormatError, ServiceError
 from fedcompo.export.recipe_file import read_recipe
 from fedcompo.names import printable
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.runtime import version
 from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS
 from fedcompo.storage.manifest import require_content
@@ -83,15 +83,12 @@ class Pushable:
             license,
         )
 
-    def push(
-        self, repo: str, *, private: bool = False, on_step: OnStep = lambda step: None
-    ) -> dict[str, Any]:
+    def push(self, repo: str, *, private: bool = False) -> dict[str, Any]:
         """Upload the files; create the repository if there is none.
 
         Args:
             repo: ``OWNER/NAME``.
             private: Create it private; one that exists must be private.
-            on_step: Called with the name of each step.
 
         Returns:
             ``address`` of the repository and of the ``commit``.
@@ -109,14 +106,14 @@ class Pushable:
             )
         api = huggingface_hub.HfApi(library_name="fedcompo", library_version=version("fedcompo"))
         try:
-            on_step("creating the repository")
+            step("creating the repository")
             address = str(api.create_repo(repo, private=private or None, exist_ok=True))
             if private and not api.model_info(repo).private:
                 raise ConfigError(
                     f"{repo} exists and is public, against `--private`. Nothing was sent. Make it "
                     "private on the hub, or choose another name."
                 )
-            on_step(f"sending {len(self.files)} files")
+            step(f"sending {len(self.files)} files")
             commit = api.create_commit(
                 repo,
                 [

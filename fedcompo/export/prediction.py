@@ -21,7 +21,7 @@ from fedcompo.data.decoding import picture_of
 from fedcompo.data.folders import left_behind
 from fedcompo.errors import BackboneError, DataError
 from fedcompo.registry.reader import RegistryReader
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import each
 from fedcompo.storage.files import BACKBONE
 
 BATCH = 64
@@ -61,7 +61,6 @@ def predict(
     paths: Iterable[Path],
     *,
     top: int = 1,
-    on_step: OnStep = lambda step: None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Classify pictures.
 
@@ -69,7 +68,6 @@ def predict(
         model: See :func:`model_from`.
         paths: Pictures, and folders of them; each file is read once.
         top: Number of classes for each picture, the most probable first.
-        on_step: Called with how many pictures are done.
 
     Returns:
         ``file``, ``class`` and ``probability``, ``top`` rows a picture; and by file the reasons
@@ -88,10 +86,10 @@ def predict(
     if not files:
         raise DataError("The folders hold no file. Name pictures, or folders of pictures.")
     rows, unreadable = list[dict[str, Any]](), dict[str, str]()
-    for start in range(0, len(files), BATCH):
-        on_step(f"predicting, {start} of {len(files)} pictures done")
+    batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+    for batch in each(batches, "pictures", "predicting", total=len(files), units=len):
         pixels = {}
-        for file in files[start : start + BATCH]:
+        for file in batch:
             try:
                 pixels[str(file)] = seen.resize(picture_of(file.read_bytes()))
             except Exception as error:  # Pillow's decoders raise errors of every kind

@@ -24,6 +24,7 @@ from fedcompo.export.recipe import MEMBERS, Group, Recipe
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
+from fedcompo.report.progress import each
 from fedcompo.runtime import version
 from fedcompo.storage.files import CONTENT, FISHER
 
@@ -248,7 +249,8 @@ class Selection(Asked):
             )
             for names, weights, factor in parts
         )
-        composed = heapq.merge(*streams, key=itemgetter(0))
+        merged, total = heapq.merge(*streams, key=itemgetter(0)), len(self.backbone.target_weights)
+        composed = each(merged, "weights", "composing", total=total)
         if self.negated is None or self.recipe.negated is None:
             return composed
         return negated(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedcompo.errors import ContributionError, DataError
 from fedcompo.method.ranges import FEATURE, MOST_IMAGES, check_range
+from fedcompo.report.progress import each
 
 EXAMPLES_PER_COMPONENT = 8
 """Fewest images for each Gaussian."""
@@ -149,7 +150,9 @@ def extract_features(
     Returns:
         (count, features), float32, on the CPU.
     """
-    return torch.cat([forward(part).float().cpu() for part in torch.split(images, batch_size)])
+    parts = torch.split(images, batch_size)
+    counted = each(parts, "images", "features", total=len(images), units=len)
+    return torch.cat([forward(part).float().cpu() for part in counted])
 
 
 def draw(

@@ -26,7 +26,6 @@ from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PRIVATE, Member, State
-from fedcompo.report.units import OnStep
 from fedcompo.runtime import version
 from fedcompo.storage.files import canonical, write_synced
 from fedcompo.storage.tensorstream import file_sha256
@@ -42,12 +41,11 @@ def add(
     replacing: bool,
     empty: bool = False,
     requested_by: str = "",
-    on_step: OnStep,
 ) -> None:
     """Add contributions, all or none; see :meth:`fedcompo.registry.registry.Registry.add`."""
     if not sources:
         raise ContributionError("There is nothing to add; name at least one contribution.")
-    with drafted(registry, f"adding {len(sources)} contribution(s)", on_step) as draft:
+    with drafted(registry, f"adding {len(sources)} contribution(s)") as draft:
         state, company = draft.before, Company.of(registry)
         coming: dict[str, Member] = {}
         for source in sources:
@@ -90,10 +88,9 @@ def remove(
     requested_by: str,
     reason: str,
     keep_versions: bool,
-    on_step: OnStep,
 ) -> RemovalRecord:
     """Remove a client; see :meth:`fedcompo.registry.registry.Registry.remove`."""
-    with drafted(registry, f"removing {client}", on_step) as draft:
+    with drafted(registry, f"removing {client}") as draft:
         state, member = draft.before, registry.member(client)
         staying = {name: m for name, m in state.members.items() if name != client}
         after = _with_members(state, staying, keep=keep_versions)
@@ -159,7 +156,7 @@ def realign(
     factor: float | None,
 ) -> None:
     """Make the joint head again; see :meth:`fedcompo.registry.registry.Registry.realign`."""
-    with drafted(registry, "aligning the joint head again", lambda step: None) as draft:
+    with drafted(registry, "aligning the joint head again") as draft:
         state, num_features = draft.before, registry.backbone.num_features
         if isinstance(statistics, FeatureSums):
             check_kind(statistics, state.settings.statistics, "the sum of all members")

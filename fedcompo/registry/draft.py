@@ -28,7 +28,7 @@ from fedcompo.registry.admission import check_parts, stage_contribution
 from fedcompo.registry.company import Company
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import Member, State
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.storage.files import REALIGNED, SUM, TOTALS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
@@ -37,17 +37,13 @@ CLIENTS, VERSIONS = "clients", "versions"
 
 
 @contextmanager
-def drafted(registry: RegistryReader, purpose: str, on_step: OnStep) -> Iterator[Draft]:
+def drafted(registry: RegistryReader, purpose: str) -> Iterator[Draft]:
     """Hold the lock, read the current state, and delete what was staged if an error occurs."""
-
-    def waiting(holder: str) -> None:
-        on_step(f"waiting for another writer ({holder})")
-
     try:
-        with transaction.locked(registry.path, purpose, on_wait=waiting):
+        with transaction.locked(registry.path, purpose):
             try:
                 registry.refresh()
-                yield Draft(registry, transaction.stage(registry.path), on_step)
+                yield Draft(registry, transaction.stage(registry.path))
             except BaseException:
                 with suppress(OSError):  # what was committed is completed now, or at next opening
                     transaction.recover(registry.path)
@@ -78,7 +74,6 @@ class Draft:
     registry: RegistryReader
     new: Path
     """Folder that mirrors the registry and holds what is new."""
-    on_step: OnStep
     before: State = field(init=False)
     entries: list[journal.Entry] = field(init=False)
     moves: list[str] = field(default_factory=list)
@@ -102,7 +97,7 @@ class Draft:
         """Copy a contribution, check all but the length of its change, and describe a member."""
         opened = source if isinstance(source, Contribution) else Contribution.open(source)
         name = check_client_name(str(opened.client))
-        self.on_step(f"checking {name}")
+        step(f"checking {name}")
         place = f"{CLIENTS}/{name}"
         if name in self.before.members:  # readers still need the old one
             place += f"~{self.next_sequence}"
@@ -146,12 +141,12 @@ class Draft:
         place = f"{VERSIONS}/{self.next_sequence:06d}"
         folder = self.new / place
         folder.mkdir(parents=True)
-        self.on_step("composing")
+        step("composing")
         after, squared_norm = self._add_up(folder, after, coming, going)
         if not after.settings.made_by.is_sum:
             squared_norm = self._ruled(folder, after, changed=bool(coming or going))
         factor = self._factor(after, squared_norm, realigned)
-        self.on_step("aligning the joint head")
+        step("aligning the joint head")
         shrinkage = SHRINKAGE if self._of_sums else None
         after = replace(after, factor=factor.value, factor_by=factor.by, shrinkage=shrinkage)
         head = self._head(folder, after, coming, going, realigned)
@@ -179,7 +174,7 @@ class Draft:
         try:
             written = version.write_sum(path, backbone, terms, count=after.count, before=before)
         except version.RoundedDifferently as error:
-            self.on_step(f"composing from all members: {error} rounds otherwise on this machine")
+            step(f"composing from all members: {error} rounds otherwise on this machine")
             self.recomposed = True
             path.unlink()
             known = list(after.members.values())
@@ -199,7 +194,7 @@ class Draft:
     def _ruled(self, folder: Path, after: State, *, changed: bool) -> float:
         """Write the rule's total, of all members if it takes them; returns its squared length."""
         rule, everyone = after.settings.made_by, after.members.values()
-        self.on_step(f"composing by {rule.text}, {rule.removal} in the number of members")
+        step(f"composing by {rule.text}, {rule.removal} in the number of members")
         needed = everyone if changed and rule.removal is Removal.MEMBERS else ()
         members = [self._opened(member, with_fisher=bool(rule.needs)) for member in needed]
         times = {m.client: after.settings.times(m.num_examples) for m in everyone}
@@ -283,7 +278,7 @@ class Draft:
             deletions=tuple(path for path in self.deletions if path not in after.kept),
             model=after.version,
         )
-        self.on_step("writing")
+        step("writing")
         transaction.commit(self.registry.path, change, after.text)
         self.registry.state = after  # what is read again is the same
 

@@ -42,6 +42,7 @@ from fedcompo.names import check_client_name
 from fedcompo.registry.admission import admit
 from fedcompo.registry.company import Company
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.report.progress import step
 
 LONELY = 100
 """Images that a class counts as that no images describe, where nobody is there."""
@@ -75,7 +76,6 @@ def import_model(
     data: Path | None = None,
     wanted: Wanted = Wanted(),
     fisher_of: FisherOf = lambda backbone, images: (None, ""),
-    on_step: Callable[[str], None] = lambda step: None,
 ) -> Contribution:
     """Make a contribution to a registry of a fine-tuned model; the registry stays as it is.
 
@@ -87,7 +87,6 @@ def import_model(
         data: Folder with ``train/<class>/*``; None: the source's classifier stands for it.
         wanted: How it is to be read.
         fisher_of: Estimates the Fisher of images.
-        on_step: Called with what is being done.
 
     Returns:
         A contribution that the registry would take, whose settings say where it is from.
@@ -100,11 +99,11 @@ def import_model(
     """
     check_client_name(client)
     _check_registry(registry, reads_images=data is not None)
-    on_step("reading")
+    step("reading")
     path = fetched(source)
     backbone = registry.backbone.load()
     found = _read(path, backbone, wanted)
-    on_step("describing")
+    step("describing")
     if data is None:
         head, statistics = _of_rows(path, found, wanted, _others(registry, client), backbone)
         said, fisher = {"head": "source", "statistics": STAND_IN}, None

@@ -21,7 +21,7 @@ from fedcompo.registry.rederivation import Finding, as_json, compared, expected_
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import all_but_folders, signature_finding
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.storage.files import OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
@@ -39,7 +39,6 @@ def verify_record(
     *,
     registry: RegistryReader | None = None,
     public_key: Path | None = None,
-    on_step: OnStep = lambda step: None,
 ) -> list[Finding]:
     """Check a removal record.
 
@@ -47,7 +46,6 @@ def verify_record(
         path: The record.
         registry: The registry that wrote it; without it only the signature can be checked.
         public_key: Key to check the signature with; None: the registry's.
-        on_step: Called with what is being done.
 
     Returns:
         One finding for each claim.
@@ -63,12 +61,12 @@ def verify_record(
         return findings
     record = RemovalRecord.parse(path.read_bytes(), source=str(path))
     try:
-        on_step("journal")
+        step("journal")
         entries = registry.entries()
         findings += _against_journal(record, file_sha256(path), registry, entries)
-        on_step("files")
+        step("files")
         findings += [_is_gone(record, registry), _kept(record, registry)]
-        on_step("composing again from the survivors")
+        step("composing again from the survivors")
         findings += _composed_again(record, registry, entries)
     except FedcompoError as error:
         findings.append(Finding("the registry can be read", False, str(error)))

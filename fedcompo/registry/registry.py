@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -85,7 +85,6 @@ class Registry(RegistryReader):
         replacing: bool = False,
         empty: bool = False,
         requested_by: str = "",
-        on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
         """Add contributions, all or none.
 
@@ -94,7 +93,6 @@ class Registry(RegistryReader):
             replacing: Take the place of members of the same name; a removal and an addition.
             empty: Take task vectors of zeros too, as a client that learnt nothing has one.
             requested_by: Person or client who asks for it; for the journal.
-            on_step: Called with what is being done.
 
         Raises:
             ContributionError: If one cannot be used, its client is there and not replaced, or
@@ -108,7 +106,6 @@ class Registry(RegistryReader):
             replacing=replacing,
             empty=empty,
             requested_by=requested_by,
-            on_step=on_step,
         )
 
     def remove(
@@ -118,7 +115,6 @@ class Registry(RegistryReader):
         requested_by: str = "",
         reason: str = "",
         keep_versions: bool = False,
-        on_step: Callable[[str], None] = lambda step: None,
     ) -> RemovalRecord:
         """Remove a client: its files, its term of the sum, its rows of the head.
 
@@ -127,7 +123,6 @@ class Registry(RegistryReader):
             requested_by: Person or client who asks for it; for the record.
             reason: Why; for the record.
             keep_versions: Keep the composition until now, and earlier ones that contain the client.
-            on_step: Called with what is being done.
 
         Returns:
             The signed record, which also lies in ``removals/``.
@@ -142,7 +137,6 @@ class Registry(RegistryReader):
             requested_by=requested_by,
             reason=reason,
             keep_versions=keep_versions,
-            on_step=on_step,
         )
 
     def realign(

@@ -23,12 +23,13 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedcompo.errors import RegistryDamaged, RegistryLocked
 from fedcompo.registry.journal import utc_now
+from fedcompo.report.progress import step
 from fedcompo.storage.files import sync, sync_folder, tuples, write_synced
 
 LOCK, PENDING, COMMIT = "lock", "pending", "commit.json"
@@ -59,7 +60,6 @@ def locked(
     purpose: str,
     *,
     patience: float = 60.0,
-    on_wait: Callable[[str], None] = lambda holder: None,
 ) -> Iterator[None]:
     """Hold the writer's lock; first complete or undo what a dead writer left.
 
@@ -67,13 +67,12 @@ def locked(
         root: The folder.
         purpose: Reason for the lock; other writers see it while they wait.
         patience: Seconds to wait for another writer.
-        on_wait: Called once with who holds the lock, if another writer does.
 
     Raises:
         RegistryLocked: If another writer holds it for longer; says who, and since when.
     """
     with (root / LOCK).open("a+", encoding="utf-8") as file:
-        _acquire(file.fileno(), root, patience, on_wait)
+        _acquire(file.fileno(), root, patience)
         file.truncate(0)
         file.write(
             f"{purpose}, by {_user()} in process {os.getpid()} on {socket.gethostname()} "
@@ -213,7 +212,7 @@ def _point_model(root: Path, folder: str) -> None:
     fresh.replace(link)
 
 
-def _acquire(handle: int, root: Path, patience: float, on_wait: Callable[[str], None]) -> None:
+def _acquire(handle: int, root: Path, patience: float) -> None:
     deadline, is_first = time.monotonic() + patience, True
     while True:
         try:
@@ -227,7 +226,7 @@ def _acquire(handle: int, root: Path, patience: float, on_wait: Callable[[str], 
                 "Wait for it to end, then try again."
             )
         if is_first:
-            on_wait(holder)
+            step(f"waiting for another writer ({holder})")
             is_first = False
         time.sleep(TICK)
 

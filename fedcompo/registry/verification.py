@@ -29,31 +29,31 @@ from fedcompo.registry.rederivation import (
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.state import PRIVATE, PUBLIC, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
-from fedcompo.report.units import OnStep
+from fedcompo.report.progress import step
 from fedcompo.storage.tensorstream import file_sha256
 
 
-def verify_registry(path: Path, *, on_step: OnStep = lambda step: None) -> list[Finding]:
+def verify_registry(path: Path) -> list[Finding]:
     """Check the registry in a folder as a whole.
 
     Returns:
         One finding for each claim; the registry is intact if all hold.
     """
     try:
-        on_step("state and journal")
+        step("state and journal")
         registry = RegistryReader(path)
         entries = _whole_journal(registry)
     except FedcompoError as error:
         return [Finding("state and journal can be read and belong together", False, str(error))]
     findings = [Finding("state and journal can be read and belong together", True)]
-    on_step("files")
+    step("files")
     findings += _check_history(registry.state, entries)
     findings += _check_keys(registry)
     findings += _check_files(registry)
     findings += _check_records(registry, entries)
     findings += _check_strangers(registry, entries)
     if all(finding.holds for finding in findings) and registry.clients:
-        on_step("composing again from all members")
+        step("composing again from all members")
         findings += _guarded("the composition is that of the members", recomposed, registry)
         findings += _guarded("the joint head is that of the members", aligned_again, registry)
         if registry.settings.statistics is Statistics.SUMS:

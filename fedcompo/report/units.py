@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from fedcompo.names import printable
 
@@ -11,8 +11,6 @@ ALL_CLASSES, OWN_CLASSES = "all classes", "own classes"
 EXPLAINED = """all classes: the composed model, right among all its classes (paper: class-IL)
 own classes: the composed model, right among the client's own (paper: task-IL)"""
 """A line on each of them, below a table."""
-OnStep = Callable[[str], None]
-"""Called with each step of something that takes long, in words."""
 
 
 def duration(seconds: float) -> str:

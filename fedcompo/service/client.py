@@ -19,7 +19,7 @@ import grpc
 
 from fedcompo.errors import ConfigError, FileFormatError, ServiceError
 from fedcompo.names import require_utf8
-from fedcompo.report.units import OnStep, size
+from fedcompo.report.progress import BYTES, step, track
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
@@ -123,15 +123,12 @@ class Client:
         """Close the connection."""
         self._channel.close()
 
-    def publish(
-        self, folder: Path, *, replace: bool = False, on_step: OnStep = lambda step: None
-    ) -> Any:
+    def publish(self, folder: Path, *, replace: bool = False) -> Any:
         """Hand in the contribution that lies in a folder.
 
         Args:
             folder: As ``Contribution.save`` writes it. Paths among its settings are not sent.
             replace: Take the place of the caller's earlier one.
-            on_step: Called with how much was sent.
 
         Returns:
             The message ``Published``.
@@ -141,10 +138,10 @@ class Client:
             ServiceError: If the server refuses, or cannot be reached.
         """
         with without_paths(folder) as clean:
-            return self._publish(clean, replace, on_step)
+            return self._publish(clean, replace)
 
-    def _publish(self, folder: Path, replace: bool, on_step: OnStep) -> Any:
-        on_step("hashing")
+    def _publish(self, folder: Path, replace: bool) -> Any:
+        step("hashing")
         names = [n for n in sorted(CONTRIBUTION[1]) if (folder / n).is_file()]
         if not CONTRIBUTION[0].issubset(names):
             raise FileFormatError(
@@ -161,15 +158,14 @@ class Client:
             with _opened(folder, names) as files:
                 yield from outgoing(files, entries, offsets)
 
-        return self._attempts.make(lambda: self._published(offer, chunks, on_step))
+        return self._attempts.make(lambda: self._published(offer, chunks))
 
-    def fetch(self, output: Path, client: str = "", *, on_step: OnStep = lambda step: None) -> Any:
+    def fetch(self, output: Path, client: str = "") -> Any:
         """Get a contribution back; returns the message ``Content``.
 
         Args:
             output: A new folder.
             client: Client whose contribution it is; empty: the caller.
-            on_step: Called with how much was received.
 
         Raises:
             ConfigError: If something is at ``output`` already.
@@ -182,7 +178,7 @@ class Client:
                 wire.FetchRequest(client=client, resume=resume), timeout=self._seconds
             )
 
-        return self._download(output, call, CONTRIBUTION, on_step)
+        return self._download(output, call, CONTRIBUTION)
 
     def compose(
         self,
@@ -192,7 +188,6 @@ class Client:
         without: Sequence[str] = (),
         weights: Mapping[str, float] | None = None,
         scale: float | None = None,
-        on_step: OnStep = lambda step: None,
     ) -> Any:
         """Get a model composed; returns the message ``Content``.
 
@@ -202,7 +197,6 @@ class Client:
             without: Clients to leave out.
             weights: Coefficients by client; None: the registry's own.
             scale: Factor on the sum; None: the registry's own.
-            on_step: Called with how much was received.
 
         Raises:
             ConfigError: If something is at ``output`` already.
@@ -216,7 +210,7 @@ class Client:
             )
             return self._stub.Compose(request, timeout=self._seconds)
 
-        return self._download(output, call, MODEL, on_step)
+        return self._download(output, call, MODEL)
 
     def remove(self, client: str = "", *, reason: str = "") -> Receipt:
         """Leave, or take a client out; raises ``ServiceError`` if the server refuses."""
@@ -247,7 +241,6 @@ class Client:
         self,
         offer: Any,
         chunks: Callable[[Mapping[str, int]], Iterator[wire.Chunk]],
-        on_step: OnStep,
     ) -> Any:
         """Make one attempt to publish: offer, learn what the server has, send the rest."""
         total = sum(file.size for file in offer.offer.files)
@@ -255,21 +248,24 @@ class Client:
 
         def requests() -> Iterator[Any]:
             yield offer
-            offsets = positions.get()
-            for chunk in chunks(offsets) if offsets is not None else ():
+            if (offsets := positions.get()) is None:
+                return
+            count(sum(offsets.values()))
+            for chunk in chunks(offsets):
                 yield wire.PublishRequest(chunk=chunk)
-                on_step(f"sending, {size(total)} in all: {chunk.file} at {size(chunk.offset)}")
+                count(len(chunk.data))
 
-        call = self._stub.Publish(requests(), timeout=self._seconds)
         published = None
-        try:
-            for reply in call:
-                if reply.WhichOneof("part") == "have":
-                    positions.put({p.file: p.bytes for p in reply.have.positions})
-                else:
-                    published = reply.published
-        finally:
-            positions.put(None)  # or the generator of requests would wait for ever
+        with track(total, BYTES, "sending") as count:
+            call = self._stub.Publish(requests(), timeout=self._seconds)
+            try:
+                for reply in call:
+                    if reply.WhichOneof("part") == "have":
+                        positions.put({p.file: p.bytes for p in reply.have.positions})
+                    else:
+                        published = reply.published
+            finally:
+                positions.put(None)  # or the generator of requests would wait for ever
         return published
 
     def _download(
@@ -277,11 +273,10 @@ class Client:
         output: Path,
         call: Callable[[Any], Any],
         names: tuple[frozenset[str], frozenset[str]],
-        on_step: OnStep,
     ) -> Any:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ConfigError(f"{output} holds something already; name a new folder.")
-        return self._attempts.make(lambda: received(output, call, names, on_step))
+        return self._attempts.make(lambda: received(output, call, names))
 
 
 @contextmanager

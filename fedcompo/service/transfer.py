@@ -19,7 +19,7 @@ from typing import Any
 
 from fedcompo.config import scenario
 from fedcompo.errors import FileFormatError
-from fedcompo.report.units import size
+from fedcompo.report.progress import BYTES, track
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical, write_atomically
 
@@ -186,7 +186,6 @@ def received(
     output: Path,
     call: Callable[[Any], Iterable[Any]],
     names: tuple[frozenset[str], frozenset[str]],
-    on_step: Callable[[str], None],
 ) -> Any:
     """Make one call, receive its files, and move them to their place once they are complete.
 
@@ -194,7 +193,6 @@ def received(
         output: A folder that is new, or empty.
         call: Makes the call, given the message ``Resume``; yields messages ``Download``.
         names: Files that must come, and files that may.
-        on_step: Called with how much was received.
 
     Returns:
         The message ``Content``.
@@ -220,10 +218,10 @@ def received(
         files.mkdir()
         write_atomically(draft / ID, content.id.encode())
     incoming = Incoming(files, entries)
-    total = sum(entry.size for entry in entries)
-    for reply in replies:
-        incoming.write(reply.chunk)
-        on_step(f"receiving, {size(total - incoming.missing)} of {size(total)}")
+    with track(incoming.missing, BYTES, "receiving") as count:
+        for reply in replies:
+            incoming.write(reply.chunk)
+            count(len(reply.chunk.data))
     incoming.check()
     files.replace(output)
     shutil.rmtree(draft)

@@ -7,8 +7,9 @@ procedure: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 4.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -26,13 +27,13 @@ from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.report.progress import track
 from fedcompo.training.augmentation import augment
 from fedcompo.training.head import HeadTraining, feature_scale
 from fedcompo.training.pace import LEARNING_RATES, by_step_size, pace
 from fedcompo.training.penalty import Anchor, Ensemble, TrainingPenalty
 
-EpochCallback = Callable[[int, int, float], None]
-"""Called after each epoch with the epoch (from 1), the number of epochs, the mean loss."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ def fit_task_vector(
     *,
     generator: torch.Generator,
     course: Course | None = None,
-    on_epoch: EpochCallback = lambda epoch, epochs, loss: None,
 ) -> Fitted:
     """Fine-tune the backbone's target weights and a head on one client's images.
 
@@ -94,7 +94,6 @@ def fit_task_vector(
         config: How to train.
         generator: Source of LoRA's A, of the order of images and of augmentation; on the CPU.
         course: Another start, a penalty, part of a longer training; None: none of these.
-        on_epoch: Called after each epoch.
 
     Returns:
         Task vector; head, of a fixed one the rows of the labels alone; losses.
@@ -110,24 +109,25 @@ def fit_task_vector(
     )
     batch, steps = pace(len(data.labels), config, course.share)
     training = training_of(backbone, kind, head, config, course, generator, steps, variance)
-    epochs = math.ceil(steps / math.ceil(len(data.labels) / batch))
-    losses: list[float] = []
-    step = 0
-    for epoch in range(1, epochs + 1):
-        total, seen = 0.0, 0
-        for images, labels in islice(_batches(data, batch, generator), steps - step):
-            passed = course.passed + course.share * step / steps
-            schedule = 0.5 * (1 + math.cos(math.pi * passed))
-            step += 1
-            total += len(labels) * training.step(images, labels, schedule, last=step == steps)
-            seen += len(labels)
-        losses.append(total / seen)
-        if not math.isfinite(losses[-1]):
-            raise ContributionError.public(
-                f"The training loss is {losses[-1]} after epoch {epoch}: training diverged. "
-                "Lower `learning-rate`, or use `penalty = implicit`."
-            )
-        on_epoch(epoch, epochs, losses[-1])
+    whole, rest = divmod(steps, math.ceil(len(data.labels) / batch))
+    epochs, losses, step = whole + (rest > 0), list[float](), 0
+    with track(whole * len(data.labels) + rest * batch, "images", "training") as count:
+        for epoch in range(1, epochs + 1):
+            total, seen = 0.0, 0
+            for images, labels in islice(_batches(data, batch, generator), steps - step):
+                passed = course.passed + course.share * step / steps
+                schedule = 0.5 * (1 + math.cos(math.pi * passed))
+                step += 1
+                total += len(labels) * training.step(images, labels, schedule, last=step == steps)
+                seen += len(labels)
+                count(len(labels))
+            losses.append(total / seen)
+            if not math.isfinite(losses[-1]):
+                raise ContributionError.public(
+                    f"The training loss is {losses[-1]} after epoch {epoch}: training diverged. "
+                    "Lower `learning-rate`, or use `penalty = implicit`."
+                )
+            logger.info("Epoch %d of %d, loss %.4f", epoch, epochs, losses[-1])
     vector = TaskVector.of(kind, training.deltas, base=backbone.fingerprint)
     trained = head.result()
     if course.fixed:

@@ -9,7 +9,6 @@ the reference replaces the Fisher of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,15 +25,13 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import OLD_HEAD, load_fisher, save_fisher
 from fedcompo.method.heads import Head, fit_head, zero_head
+from fedcompo.report.progress import each
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
 
 OWNER = "(reference)"
 """Stands in the file of a reference Fisher in place of a client's name; no client can have it."""
-
-ImagesCallback = Callable[[int, int], None]
-"""Called after each batch with the number of images done, and of all images."""
 
 
 def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridge: float) -> Head:
@@ -62,7 +59,6 @@ def fisher_of_images(
     owner: str,
     head: Head | None = None,
     form: FisherForm = FisherForm.DENSE,
-    on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
     """Estimate the Fisher of the target weights on one party's images.
 
@@ -74,7 +70,6 @@ def fisher_of_images(
         owner: Whose images they are; draws are derived from ``seed`` and this name.
         head: Turns features into logits; needed for the Fisher of class probabilities.
         form: See :func:`estimate_fisher`.
-        on_images: Called after each batch.
 
     Returns:
         The *sum* over the images used, float32 on the CPU, and a report.
@@ -83,16 +78,11 @@ def fisher_of_images(
         generator = generator_for(seed, "fisher-examples", owner)
         images = images[torch.randperm(len(images), generator=generator)[: config.fisher_examples]]
 
-    def batches() -> Iterator[Tensor]:
-        taken = 0
-        for part in torch.split(images, config.fisher_batch):
-            yield backbone.preprocessing.normalise(part.to(backbone.device))
-            taken += len(part)
-            on_images(taken, len(images))
-
+    parts = torch.split(images, config.fisher_batch)
+    counted = each(parts, "images", "Fisher", total=len(images), units=len)
     fisher, report = estimate_fisher(
         backbone.model,
-        batches(),
+        (backbone.preprocessing.normalise(part.to(backbone.device)) for part in counted),
         backbone.theta_0,
         head=head,
         curvature=config.curvature,
@@ -123,8 +113,6 @@ def reference_fisher(
     backbone: Backbone,
     data: ClientData,
     config: RunConfig,
-    *,
-    on_images: ImagesCallback = lambda taken, total: None,
 ) -> tuple[FisherDiagonal, FisherReport]:
     """Estimate the Fisher diagonal of public images.
 
@@ -134,7 +122,6 @@ def reference_fisher(
         backbone: Pre-trained weights.
         data: The images; those for training are used.
         config: Settings of the probe and of the estimator.
-        on_images: Called after each batch.
 
     Returns:
         The *sum* over images, and a report.
@@ -149,7 +136,6 @@ def reference_fisher(
         seed=config.seed,
         owner=OWNER,
         head=probe,
-        on_images=on_images,
     )
 
 

@@ -75,6 +75,8 @@ class Books:
     """Peak bytes by phase: ``server`` and ``client`` (the largest), resident; ``client_gpu``."""
     notes: list[str] = field(default_factory=list)
     """For whoever reads the results."""
+    follow: Callable[[Mapping[str, Any]], None] = lambda event: None
+    """Is told each event, once it is written."""
     part: str = ""
     """Where phases repeat, which part of the run this is, such as ``round 3``; else empty."""
 
@@ -126,18 +128,20 @@ class Books:
         *,
         peaks: Mapping[str, int],
         caps: Iterable[Mapping[str, Any]],
+        figures: Mapping[str, Any] | None = None,
         reason: str = "",
     ) -> None:
         """Book an answer that was used; the costs of two answers in one phase add up.
 
-        The client reports its caps, and its peak memory in bytes; a reason is for people.
+        The client reports its caps, its peak memory in bytes, and perhaps losses and accuracies; a
+        reason is for people.
         """
         label = self.label(phase)
         self._remember_peak(label, peaks)
         self.traffic[label][client] = self.traffic[label].get(client, NOTHING) + cost
         for own in caps:
             self.caps.setdefault(client, []).append({**own, "phase": label})
-        self._tell_of(phase, client, "ok", reason, cost)
+        self._tell_of(phase, client, "ok", reason, cost, figures or {})
         size, seconds = cost.bytes_received, cost.seconds
         log(INFO, "%s: %s answered with %d bytes in %.1f s", label, client, size, seconds)
 
@@ -165,13 +169,22 @@ class Books:
     def tell(self, event: str, **entries: Any) -> None:
         """Append an event to the file of events."""
         part = {"part": self.part} if self.part and "phase" in entries else {}
-        line = json.dumps({"event": event, **entries, **part, "time": time.time()}, default=list)
+        told = {"event": event, **entries, **part, "time": time.time()}
         with self.events.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(told, default=list) + "\n")
+        self.follow(told)
 
-    def _tell_of(self, phase: str, client: str, status: str, reason: str, cost: Traffic) -> None:
+    def _tell_of(
+        self,
+        phase: str,
+        client: str,
+        status: str,
+        reason: str,
+        cost: Traffic,
+        figures: Mapping[str, Any] | None = None,
+    ) -> None:
         about = {"phase": phase, "client": client, "status": status, "reason": reason}
-        self.tell("client", **about, **asdict(cost))
+        self.tell("client", **about, **asdict(cost), **({"figures": figures} if figures else {}))
 
     def _warn(self, phase: str, client: str, status: str, reason: str, cost: Traffic) -> None:
         self._tell_of(phase, client, status, reason, cost)

@@ -218,8 +218,10 @@ class Exchange:
         """Enter an answer that was folded in."""
         if name != client:
             self.nodes.rename(client, name)
-        caps = checked_caps(name, body)
-        self.books.answered(asking.phase, name, cost, peaks=_peaks(body), caps=caps, reason=reason)
+        caps, stated = checked_caps(name, body), body[1].items()
+        figures = {k: v for k, v in stated if k == "losses" or k.endswith("_accuracy")}
+        known = {"peaks": _peaks(body), "caps": caps, "figures": figures}
+        self.books.answered(asking.phase, name, cost, **known, reason=reason)
 
     def _fail(
         self, asking: _Asking, client: str, reason: str, cost: Traffic, claimed: str = ""

@@ -23,6 +23,7 @@ from fedcompo.errors import ConfigError, DataError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
+from fedcompo.report.progress import listening
 from fedcompo.training.accuracy import accuracy_of
 
 CONFIG = RunConfig()
@@ -53,7 +54,8 @@ def by_hand(theta: Weights, head: Head, *partitions: int) -> Figures:
 
 def test_figures_are_those_of_the_library(registry: Registry) -> None:
     theta, head, steps = registry.theta_p(), registry.joint_head(), []
-    found = evaluate_clients(backbone(), theta, head, CONFIG, on_step=steps.append)
+    with listening(lambda progress: steps.append(str(progress))):
+        found = evaluate_clients(backbone(), theta, head, CONFIG)
     assert found == by_hand(theta, head, 0, 1, 2)
     assert steps == [f"evaluating on client-{partition}" for partition in range(3)]
     assert len({figures["class_il_accuracy"] for figures in found.values()}) > 1
@@ -108,7 +110,7 @@ def test_settings_that_this_version_does_not_know_are_refused(tmp_path: Path) ->
 def test_the_effect_foreseen_is_the_effect_had(registry: Registry, tmp_path: Path) -> None:
     copy = Registry(shutil.copytree(registry.path, tmp_path / "r", symlinks=True))
     before = contents(copy.path)
-    foreseen = effect_of_removal(copy, "client-1", None, lambda step: None)
+    foreseen = effect_of_removal(copy, "client-1", None)
     assert contents(copy.path) == before
     assert foreseen["before"] == by_hand(copy.theta_p(), copy.joint_head(), 0, 1, 2)
     copy.remove("client-1")
@@ -118,13 +120,13 @@ def test_the_effect_foreseen_is_the_effect_had(registry: Registry, tmp_path: Pat
 
 def test_after_the_last_client_nothing_is_left_to_measure(tmp_path: Path) -> None:
     registry = registry_of(tmp_path / "r", member("client-0", classes=CLASSES["client-0"]))
-    effect = effect_of_removal(registry, "client-0", None, lambda step: None)
+    effect = effect_of_removal(registry, "client-0", None)
     assert effect["before"] == by_hand(registry.theta_p(), registry.joint_head(), 0)
     assert effect["after"] == {}
 
 
 @pytest.mark.parametrize("data", ["folder:/nowhere", "digist"])
 def test_an_effect_that_cannot_be_measured_says_why(registry: Registry, data: str) -> None:
-    effect = effect_of_removal(registry, "client-1", data, lambda step: None)
+    effect = effect_of_removal(registry, "client-1", data)
     assert set(effect) == {"reason"}
     assert data.removeprefix("folder:") in effect["reason"]

@@ -171,7 +171,7 @@ def test_in_a_simulation_each_client_has_a_log_of_its_own(images, tmp_path, monk
     with pytest.raises(TooFewClients):
         run({}, tmp_path / "out", data=f"folder:{images}", num_classes=0, min_clients=3)
     assert f"{SECRET}_2.png" in (tmp_path / "logs" / "site-c.log").read_text()
-    assert "epoch" not in (tmp_path / "logs" / "site-c.log").read_text()
+    assert "Epoch" not in (tmp_path / "logs" / "site-c.log").read_text()
     assert SECRET not in "".join(capfd.readouterr())
 
 

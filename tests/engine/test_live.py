@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedcompo.engine.live import SERVER, Display, Progress, Standing, line
-from fedcompo.engine.log import Event, EventTail, note
+from fedcompo.engine.live import Display, Standing, State, line
+from fedcompo.engine.log import SERVER, Event, EventTail, note
 from fedcompo.report.console import PlainConsole
 from fedcompo.report.units import duration, size
 
@@ -34,14 +34,14 @@ RUN: list[dict[str, Any]] = [
 ]
 
 
-def after(events: list[Event]) -> Progress:
-    progress = Progress()
+def after(events: list[Event]) -> State:
+    progress = State()
     for event in events:
         progress = progress.after(event)
     return progress
 
 
-def shown(progress: Progress, now: float) -> str:
+def shown(progress: State, now: float) -> str:
     console = PlainConsole(file=io.StringIO(), width=120, record=True)
     console.print(progress.table(now))
     return console.export_text()
@@ -195,8 +195,59 @@ def test_a_terminal_gets_the_table_and_the_notes() -> None:
 
 def test_an_unknown_event_is_shown_by_its_name() -> None:
     assert line({"event": "coffee", "time": 1.0}, 0.0) == "[   1.0 s] coffee"
-    assert after([{"event": "coffee"}]) == Progress()
+    assert after([{"event": "coffee"}]) == State()
     assert note("x")["text"] == "x"
+
+
+def counting(client: str, done: int, **about: Any) -> dict[str, Any]:
+    counts = {"what": "decoding", "done": done, "total": 5000, "unit": "images", "rate": 310.0}
+    return {"event": "progress", "client": client, **counts, "seconds": 9.0, **about}
+
+
+def test_a_client_at_work_says_how_far_it_is_in_the_phase_that_runs() -> None:
+    state = after([*RUN[:3], counting("cleo", 1200), counting("anna", 10)])
+    assert "decoding: 1,200 of 5,000 images, 310/s, 12 s left" in shown(state, 112.0)
+    assert state.cells["anna", "train"].standing is Standing.OK  # it has answered
+    named = after([{**RUN[1], "clients": []}, counting("cleo", 1200)])
+    assert set(named.cells) == {("cleo", "train")}
+    assert after([counting("cleo", 1200)]) == State()
+
+
+def crowd(count: int) -> list[dict[str, Any]]:
+    names = [f"client-{i}" for i in range(count)]
+    answers = [{**RUN[2], "client": name} for name in names[1:-30]]
+    return [{**RUN[1], "clients": names}, {**RUN[3], "client": names[0]}, *answers]
+
+
+def test_of_a_thousand_clients_the_table_shows_those_at_work_and_counts_the_rest() -> None:
+    out = io.StringIO()
+    console = PlainConsole(file=out, width=100, height=40, force_terminal=True)
+    with Display(console) as display:
+        for event in (*crowd(1000), counting("client-980", 1200)):
+            display.show(event)
+    last = out.getvalue().rpartition("┏")[2]
+    assert len(last.splitlines()) <= 40
+    assert "310/s, 12 s left" in last
+    assert " more " in last
+    table = after(crowd(1000)).table(112.0, rows=33)
+    named = ["client-0", "client-1", *(f"client-{i}" for i in range(970, 1000))]
+    assert [str(cell) for cell in table.columns[0].cells] == [*named, "968 more"]
+
+
+def test_a_pipe_gets_a_line_every_ten_seconds_whoever_is_at_work(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("fedcompo.engine.live.time.time", lambda: now[0])
+    out = io.StringIO()
+    with Display(PlainConsole(file=out, width=20)) as display:
+        display.show({**RUN[1], "clients": [*"abcdef"], "time": 100.0})
+        for second in range(25):
+            now[0] += 1
+            for client in "abcd":
+                display.show(counting(client, 10 * second, phase="train", time=now[0]))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("[  10.0 s] a decoding: 90 of 5,000 images, 310/s, 16 s left")
+    assert lines[2].endswith("; 3 more at work")
 
 
 def test_numbers_for_people() -> None:

@@ -31,6 +31,7 @@ from fedcompo.method.heads import Head, discriminant
 from fedcompo.method.pool import Pool
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
+from fedcompo.report.progress import listening
 from fedcompo.storage.files import WEIGHTS
 
 ADA, BEN, CHO = one_of_each_kind()
@@ -206,8 +207,9 @@ def test_the_number_of_threads_changes_no_bit(registry, tmp_path, monkeypatch):
 
 def test_changes_are_told_step_by_step(registry):
     steps: list[str] = []
-    registry.add(member("dee"), on_step=steps.append)
-    registry.remove("dee", on_step=steps.append)
+    with listening(lambda progress: steps.append(str(progress))):
+        registry.add(member("dee"))
+        registry.remove("dee")
     assert steps[0] == "checking dee"
     assert steps.count("aligning the joint head") == steps.count("composing") == 2
     assert steps[-1] == "writing"

@@ -30,6 +30,7 @@ from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.signing import is_signed
+from fedcompo.report.progress import listening
 from fedcompo.storage.tensorstream import file_sha256
 
 ADA, BEN, CHO = one_of_each_kind()
@@ -210,7 +211,8 @@ def test_what_was_rounded_elsewhere_is_composed_anew_when_it_goes(elsewhere, tmp
     never = registry_of(tmp_path / "never", CHO, ADA, lora)
     steps: list[str] = []
     rounded = registry.member("ben").rounded_sha256
-    record = registry.remove("ben", on_step=steps.append)
+    with listening(lambda progress: steps.append(str(progress))):
+        record = registry.remove("ben")
     assert record.recomposed
     assert any("ben rounds" in step for step in steps)
     assert record.removed_rounded_sha256 == rounded  # as it stood in the sum

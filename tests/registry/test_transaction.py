@@ -24,6 +24,7 @@ from fedcompo.registry.transaction import (
     recover_if_idle,
     stage,
 )
+from fedcompo.report.progress import Progress, listening
 from fedcompo.storage.tensorfile import tensor_digest
 
 
@@ -159,11 +160,11 @@ def test_the_patient_wait_and_are_told_once(holder, folder):
     process, line = holder
     told: list[str] = []
 
-    def waiting(who: str) -> None:
-        told.append(who)
+    def waiting(progress: Progress) -> None:
+        told.append(progress.what)
         threading.Timer(0.3, line.send, ["enough"]).start()
 
-    with locked(folder, "removing ada", on_wait=waiting):
+    with listening(waiting), locked(folder, "removing ada"):
         process.join(PATIENCE)
         assert process.exitcode == 0
     assert len(told) == 1 and f"process {process.pid}" in told[0]

@@ -169,7 +169,6 @@ def test_a_server_that_sends_other_files_is_not_believed(tmp_path, name, why):
             tmp_path / "own",
             lambda resume: [wire.Download(content=content)],
             client_module.CONTRIBUTION,
-            lambda step: None,
         )
     assert not (tmp_path / "evil").exists()
 
@@ -236,5 +235,4 @@ def test_an_id_that_is_not_that_of_the_files_is_not_believed(tmp_path):
             tmp_path / "own",
             lambda resume: [wire.Download(content=content)],
             client_module.CONTRIBUTION,
-            lambda step: None,
         )

@@ -29,10 +29,11 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.report import progress
 from fedcompo.training import penalty as acting
 from fedcompo.training.accuracy import accuracy_of
 from fedcompo.training.fisher_estimate import estimate_fisher
-from fedcompo.training.fit import Course, EpochCallback, Fitted, fit_task_vector
+from fedcompo.training.fit import Course, Fitted, fit_task_vector
 from fedcompo.training.head import feature_scale
 from fedcompo.training.penalty import Anchor
 
@@ -67,7 +68,6 @@ def fit(
     start: Head | None = None,
     anchor: Anchor | None = None,
     data: Split = DATA,
-    on_epoch: EpochCallback = lambda *told: None,
     **settings: object,
 ) -> Fitted:
     return fit_task_vector(
@@ -78,7 +78,6 @@ def fit(
         replace(CONFIG, **settings),
         generator=rng(seed),
         course=Course(anchor=anchor),
-        on_epoch=on_epoch,
     )
 
 
@@ -288,7 +287,7 @@ def test_small_clients_train_for_a_floor_of_steps_in_more_epochs(
     backbone, monkeypatch, epochs, size, floor, share, batches
 ):
     """24 images; smaller batches come before more passes, and a part has a share of the floor."""
-    schedules, told = [], []
+    schedules = []
 
     def step(self, images, labels, schedule, *, last) -> float:
         schedules.append((schedule, last))
@@ -303,12 +302,10 @@ def test_small_clients_train_for_a_floor_of_steps_in_more_epochs(
         replace(CONFIG, local_epochs=epochs, local_steps=floor, batch_size=size),
         generator=rng(0),
         course=Course(passed=0.25, share=share),
-        on_epoch=lambda *report: told.append(report),
     )
     steps = sum(batches)
     assert len(schedules) == steps
     assert fitted.losses == (2.0,) * len(batches)  # of a part of an epoch, too
-    assert told == [(i + 1, len(batches), 2.0) for i in range(len(batches))]
     cosine = [0.5 * (1 + math.cos(math.pi * (0.25 + share * i / steps))) for i in range(steps)]
     assert [schedule for schedule, _ in schedules] == pytest.approx(cosine)
     assert [last for _, last in schedules] == [False] * (steps - 1) + [True]
@@ -382,10 +379,18 @@ def test_a_loss_that_is_no_number_is_refused_with_advice(backbone):
         fit(backbone, Kind.FULL, data=data, learning_rate=1e25)
 
 
-def test_progress_is_told_after_each_epoch(backbone):
-    told = []
-    fitted = fit(backbone, Kind.IA3, local_epochs=3, on_epoch=lambda *report: told.append(report))
-    assert told == [(i + 1, 3, loss) for i, loss in enumerate(fitted.losses)]
+@pytest.mark.parametrize("floor", [0, 7])
+def test_images_are_counted_over_all_passes_and_epochs_logged(backbone, floor, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "QUIET", 0)
+    monkeypatch.setattr(progress, "PAUSE", 0)
+    told: list[progress.Progress] = []
+    caplog.set_level("INFO")
+    with progress.listening(told.append):
+        fitted = fit(backbone, Kind.IA3, local_epochs=3, local_steps=floor)
+    counts = [p for p in told if p.what == "training"]
+    assert [p.ended for p in counts] == [False] * (len(counts) - 1) + [True]
+    assert counts[-1].done == counts[-1].total
+    assert f"Epoch 3 of {len(fitted.losses)}, loss {fitted.losses[2]:.4f}" in caplog.text
 
 
 def test_clients_of_all_kinds_compose_to_a_model_that_still_solves_the_problem(backbone):

@@ -26,6 +26,7 @@ from fedcompo.errors import (
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import OLD_HEAD, save_fisher
 from fedcompo.names import check_client_name
+from fedcompo.report import progress
 from fedcompo.training.probing import (
     OWNER,
     fisher_of_images,
@@ -81,14 +82,15 @@ def test_of_features_it_takes_no_probe(monkeypatch):
     fisher.check(pico_backbone().theta_0, owner="the reference")
 
 
-def test_no_more_images_are_used_than_asked_for_and_progress_is_told():
-    told: list[tuple[int, int]] = []
+def test_no_more_images_are_used_than_asked_for_and_progress_is_told(monkeypatch):
+    monkeypatch.setattr(progress, "QUIET", 0)
+    monkeypatch.setattr(progress, "PAUSE", 0)
+    told: list[progress.Progress] = []
     config = RunConfig.parse({"fisher-examples": 7, "fisher-batch": 3})
-    fisher, _ = reference_fisher(
-        pico_backbone(), public(), config, on_images=lambda *counts: told.append(counts)
-    )
+    with progress.listening(told.append):
+        fisher, _ = reference_fisher(pico_backbone(), public(), config)
     assert fisher.num_examples == 7
-    assert told == [(3, 7), (6, 7), (7, 7)]
+    assert [(p.what, p.done, p.total) for p in told] == [("Fisher", n, 7) for n in (3, 6, 7)]
 
 
 def test_images_and_directions_depend_on_their_owner_and_the_seed():
