@@ -10,6 +10,7 @@ from torch import Tensor
 from clients.local import LocalClient
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.composition.voting import Votes
+from fedcompo.data.cache import forget
 from fedcompo.data.client_data import Split
 from fedcompo.errors import ConfigError
 from fedcompo.messages.answers import EvaluateAnswer, RealignAnswer, VoteAnswer
@@ -71,6 +72,8 @@ def evaluate(client: LocalClient, request: EvaluateRequest) -> EvaluateAnswer:
         client.data.test,
         linearised=request.linearised,
     )
+    if request.last and not client.config.keep_cache:
+        forget(client.data.train.images, client.data.test.images)
     return EvaluateAnswer(
         **client.who(),
         class_il_accuracy=accuracy.class_il,

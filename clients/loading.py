@@ -21,23 +21,35 @@ load_shared_backbone = lru_cache(maxsize=1)(load_backbone)
 
 @lru_cache(maxsize=2)
 def load_images(
-    config: DataConfig, preprocessing: Preprocessing, seed: int, path: str, partition: int
+    config: DataConfig,
+    preprocessing: Preprocessing,
+    seed: int,
+    own: str,
+    partition: int,
+    cache: Path,
+    client: str = "",
 ) -> ClientData:
     """Load the images of one client once for all phases; raises ``DataError``.
 
-    The path is the folder of the node's own images. Without one, it owns this part of the source;
-    a negative part is none.
+    ``own`` is the folder or file of the node's own images; of a manifest of several clients it
+    owns the rows of the client. Without one, it owns this part of the source; a negative part is
+    none. Many images are kept in the folder ``cache``, for the later phases.
     """
-    if path:
+    if own:
         return load_folder(
-            Path(path), preprocessing, seed=seed, images_per_class=config.images_per_class
+            own,
+            preprocessing,
+            seed=seed,
+            images_per_class=config.images_per_class,
+            client=client,
+            cache=cache,
         )
     if partition < 0:
         raise DataError.public(
             "This node says neither where its images are nor which part of `data` it owns. "
             'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
         )
-    return load_client_data(config, preprocessing, partition=partition, seed=seed)
+    return load_client_data(config, preprocessing, partition=partition, seed=seed, cache=cache)
 
 
 def known_name(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> str:

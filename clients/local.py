@@ -16,7 +16,7 @@ from typing import Any
 from clients import outgoing
 from clients.course import course_of
 from clients.loading import load_images, load_shared_backbone
-from clients.store import Store, completed, store_home
+from clients.store import Store, completed, images_home, store_home
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import feature_map
@@ -24,6 +24,7 @@ from fedcompo.config.caps import FEWEST_IMAGES, NODE_KEYS
 from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split, set_aside
+from fedcompo.data.enough import check_enough
 from fedcompo.messages.answers import (
     DescribeAnswer,
     FisherAnswer,
@@ -81,9 +82,9 @@ class LocalClient:
         Args:
             run_config: Flat settings of the run.
             node_config: In a simulation ``partition-id``; in a deployment ``client`` (its name),
-                ``data`` (path of its images), and optionally ``kind``, ``device``, ``state``
-                (folder of what it keeps between rounds) and caps of what leaves it; see
-                :mod:`fedcompo.config.caps`.
+                ``data`` (folder or file of its images), and optionally ``kind``, ``device``,
+                ``state`` (folder of what it keeps between rounds), ``keep-cache``, and caps of what
+                leaves it; see :mod:`fedcompo.config.caps`.
             registered_name: Name under which the server knows the node; wins over ``client``.
             preprocessing: How the server wants images prepared; None: as the backbone says.
             backbone: The shared one, where it is in memory; None: that of the settings.
@@ -91,7 +92,7 @@ class LocalClient:
         Raises:
             FedcompoError: If settings, backbone or data cannot be used.
         """
-        keys = ("device", "kind", *NODE_KEYS)
+        keys = ("device", "kind", "keep-cache", *NODE_KEYS)
         own = {key: node_config[key] for key in keys if key in node_config}
         least = FEWEST_IMAGES if node_config.get("data") else 1
         own["min-images"] = own.get("min-images") or least  # a run may ask for more, never for less
@@ -108,15 +109,18 @@ class LocalClient:
         if preprocessing is not None:
             preprocessing = preprocessing.instead_of(backbone.preprocessing)
             backbone = replace(backbone, preprocessing=preprocessing)
+        name = registered_name or str(node_config.get("client", ""))
         data = load_images(
             config.data,
             backbone.preprocessing,
             config.seed,
             str(node_config.get("data", "")),
             int(node_config.get("partition-id", -1)),
+            images_home(str(node_config.get("state", "")), keep=config.keep_cache),
+            name,
         )
-        name = registered_name or str(node_config.get("client", "")) or data.name
-        outgoing.check_enough(data, check_client_name(name), config)
+        name, labels = check_client_name(name or data.name), data.train.labels
+        check_enough(data.classes, labels, len(data.test.labels), client=name, config=config)
         return cls(
             name,
             config,

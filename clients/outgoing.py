@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import FisherForm, Statistics, Wire
 from fedcompo.config.run import RunConfig
-from fedcompo.data.client_data import ClientData, drawn_aside
-from fedcompo.errors import ConfigError, DataError
+from fedcompo.errors import ConfigError
 from fedcompo.messages.answers import FisherAnswer
 from fedcompo.messages.body import FISHER, TASK_VECTOR
 from fedcompo.messages.requests import own_tensors
@@ -24,6 +22,7 @@ from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.features import fit_mixtures
 from fedcompo.method.fisher import COLUMNS, INPUTS, ROWS, FisherDiagonal, outer
 from fedcompo.method.heads import Head
+from fedcompo.method.images import Images, batches
 from fedcompo.method.kronecker import whole
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.privacy.fisher import images_at_a_time, private_fisher
@@ -34,45 +33,6 @@ from fedcompo.training.fit import Fitted
 from fedcompo.training.probing import fisher_of_images
 
 ITSELF = "this client"
-
-
-def check_enough(data: ClientData, client: str, config: RunConfig) -> None:
-    """Refuse work of which something would be sent that is of fewer than ``min-images`` images.
-
-    Args:
-        data: The client's images, as the run's settings draw them.
-        client: Its name.
-        config: Settings, capped.
-
-    Raises:
-        DataError: If a class has fewer training images, or all classes have fewer test images.
-        ConfigError: If the run asks for a Fisher of fewer.
-    """
-    least, wanted = config.caps.min_images, config.fisher.fisher_examples
-    labels, share = data.train.labels, config.train.aside
-    kept = labels[~drawn_aside(labels, share=share, seed=config.seed, client=client)]
-    counts = torch.bincount(kept, minlength=len(data.classes)).tolist()
-    few = {name: count for name, count in zip(data.classes, counts, strict=True) if count < least}
-    advice = (
-        "Add images, or set `min-images` lower on this node: what is made of few images tells much "
-        "of each."
-    )
-    if few:
-        listed = ", ".join(f"{name!r} {count}" for name, count in few.items())
-        raise DataError(
-            f"Too few training images of {len(few)} classes, without those drawn for tests, kept "
-            f"aside, or above `images-per-class`: {listed}; `min-images` is {least}. {advice}",
-            told=f"{len(few)} classes have fewer training images than `min-images`, {least}",
-        )
-    if len(data.test.labels) < least:
-        raise DataError.public(
-            f"There are {len(data.test.labels)} test images; `min-images` is {least}. {advice}"
-        )
-    if 0 < wanted < least:
-        raise ConfigError.public(
-            f"`fisher-examples` is {wanted}, and this node's `min-images` is {least}. Set the "
-            "first to 0 or at least to the second."
-        )
 
 
 def statistics_of(
@@ -119,7 +79,7 @@ def statistics_of(
 def fisher_of(
     backbone: Backbone,
     head: Head | None,
-    images: Tensor,
+    images: Images,
     config: RunConfig,
     *,
     who: Mapping[str, Any],
@@ -185,13 +145,13 @@ def _in_form(fisher: FisherDiagonal, form: FisherForm) -> tuple[FisherDiagonal, 
 
 
 def _private(
-    backbone: Backbone, head: Head | None, images: Tensor, config: RunConfig
+    backbone: Backbone, head: Head | None, images: Images, config: RunConfig
 ) -> FisherDiagonal:
     caps, normalise = config.caps, backbone.preprocessing.normalise
     factored = caps.fisher_form is FisherForm.FACTORED
     most = config.fisher.fisher_batch
     size = images_at_a_time(backbone.theta_0, factored=factored, most=most)
-    parts = each(torch.split(images, size), "images", "Fisher", total=len(images), units=len)
+    parts = each(batches(images, size), "images", "Fisher", total=len(images), units=len)
     return private_fisher(
         backbone.model,
         (normalise(part.to(backbone.device)) for part in parts),

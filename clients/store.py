@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedcompo.data.cache import cache_home
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.requests import TrainRequest
 from fedcompo.storage import tensorfile
@@ -32,6 +33,11 @@ def store_home(stated: str = "") -> Path:
     """Folder of all stores: the node's setting, else ``FEDCOMPO_STATE``, else the user's own."""
     default = Path.home() / ".local" / "state" / "fedcompo"
     return Path(stated or os.environ.get(HOME, "") or default).expanduser()
+
+
+def images_home(stated: str, *, keep: bool) -> Path:
+    """Folder of decoded images: beside the stores, or where they outlast the run (`keep-cache`)."""
+    return cache_home() if keep and not stated else store_home(stated) / "images"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ STEERING = {"Cc", "Cs", "Co", "Zl", "Zp"}
 """Unicode's categories that no class's name has: controls, breaks, halves of pairs, private use."""
 DIRECTIONS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 """Characters that turn the direction of writing."""
-PUNCTUATION = " -_."
+PUNCTUATION = " -_.,#+&()[]{}"
+OPENING = "_([{"
+"""Of these, the marks that a name may start with. A shell reads a hyphen as an option, a list or a
+table a ``#`` as a comment and a ``+`` as a formula."""
 RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}
 WRITTEN_TOGETHER = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}
 
@@ -36,9 +39,10 @@ def check_client_name(name: str) -> str:
 
     Raises:
         ContributionError: If it is empty, longer than 64 characters or 200 bytes, or reserved on
-            some system; starts with a dot or a hyphen, or ends with a dot; mixes scripts (Han,
-            Hiragana and Katakana go together); or holds anything but letters, the digits 0 to 9,
-            spaces within, and ``-_.``. Combining marks that NFKC leaves are no letters.
+            some system; starts with anything but a letter, a digit, an underscore or an opening
+            bracket, or ends with a dot, a space or a comma; mixes scripts (Han, Hiragana and
+            Katakana go together); or holds anything but letters, the digits 0 to 9, spaces and
+            ``-_.,#+&()[]{}``. Combining marks that NFKC leaves are no letters.
     """
     faults = []
     if not 0 < len(name) <= LONGEST:
@@ -53,14 +57,17 @@ def check_client_name(name: str) -> str:
     if len(scripts := {_script(c): c for c in reversed(name) if c.isalpha()}) > 1:
         examples = (f"{script} ({scripts[script]!a})" for script in sorted(scripts))
         faults.append(f"it mixes letters of {' and '.join(examples)}")
-    if name[:1] in (".", " ", "-") or name[-1:] in (".", " "):
-        faults.append("it starts with a dot, a space or a hyphen, or ends with a dot or a space")
+    starts = name[:1].isalnum() or name[:1] in OPENING
+    if name and not starts and name[0] in PUNCTUATION:
+        faults.append(f"it starts with {name[0]!a}")
+    if name[-1:] in (".", " ", ","):
+        faults.append(f"it ends with {name[-1]!a}")
     if plain.partition(".")[0].rstrip(" ").casefold() in RESERVED:
         faults.append("some systems reserve it")
     if faults:
         raise ContributionError(
             f"{name[:80]!r} cannot be a client's name: {'; '.join(faults)}. "
-            "Use letters of one script, digits, spaces within, hyphens, underscores and dots.",
+            f"Use letters of one script, digits, and within the name spaces and {PUNCTUATION[1:]}",
             told="its name, or its folder's, cannot be a client's name",
         )
     return name

@@ -21,6 +21,8 @@ PACKAGES = ("fedcompo", "torch", "timm")
 """Packages on which a client's results depend."""
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 """Linux: figures of this process, and where writing 5 resets the largest (man proc)."""
+_MEMORY, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+"""Linux: memory of the machine, and of the container (cgroup v2)."""
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -66,6 +68,17 @@ def peak_bytes() -> dict[str, int]:
     if torch.cuda.is_available():
         peaks["gpu"] = torch.cuda.max_memory_allocated()
     return peaks
+
+
+def available_bytes() -> int:
+    """Return the memory that is free, on Linux; in a container, within its limit; 0: not known."""
+    free = 0
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        lines = dict(line.split(":") for line in _MEMORY.read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+        limit, used = (int((_GROUP / f"memory.{part}").read_text()) for part in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 @functools.cache

@@ -200,7 +200,8 @@ class Averaging:
 
         Without weights it is the frozen backbone. The prefix stands before the figures' names.
         """
-        request = EvaluateRequest(theta=theta, joint=joint, linearised=False).to_body()
+        last = phase == "evaluate" or None
+        request = EvaluateRequest(theta=theta, joint=joint, linearised=False, last=last).to_body()
 
         def fold(client: str, body: Body) -> str:
             figures = checked_fractions(client, EvaluateAnswer.from_body(body).figures)

@@ -1,8 +1,14 @@
 r"""Clients arrive one after the other; those who are there stay as they are.
 
 This is the class-incremental protocol (Porrello et al., ICLR 2025, arXiv 2405.16350). Client t is
-anchored by those before it (ITA), or trains inside their sum (IEL). After each arrival t, all
-clients i that are there measure the composed model: :math:`a_{t,i}`. From this matrix follow
+anchored by those before it (ITA), or trains inside their sum (IEL). Where clients share tasks
+(:mod:`fedcompo.data.tasks`), all members of a task arrive together: the federated class-incremental
+protocol (Salami et al., ICLR 2025, arXiv 2410.17961). They train at the same time, each anchored by
+the others and by those before; inside the sum there are only those before.
+
+After each arrival t, all that are there measure the composed model: :math:`a_{t,i}` is the share of
+the test images of arrival i that it classifies correctly, among all classes so far. From this
+matrix follow
 
 .. math:: A_t = \frac1t \sum_{i \le t} a_{t,i}, \qquad
    \bar A = \frac1T \sum_t A_t, \qquad
@@ -15,12 +21,13 @@ al., ECCV 2018, arXiv 1801.10112). :math:`A_T` is the *final accuracy*.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fedcompo.data.tasks import arrivals_of
 from fedcompo.errors import ConfigError, ContributionError
 from server.phases.composing import Composing
 from server.strategy import Strategy
@@ -33,13 +40,13 @@ class AccuracyMatrix:
     """Accuracies, one row for each arrival; :meth:`after` adds a row and returns a new matrix."""
 
     arrivals: tuple[str, ...] = ()
-    """Clients in the order in which they came."""
+    """Clients, or tasks, in the order in which they came."""
     rows: tuple[Mapping[str, float], ...] = ()
-    """Accuracy by client, in [0, 1], after each arrival; missing: it was not measured."""
+    """Accuracy by client or task, in [0, 1], after each arrival; missing: it was not measured."""
 
-    def after(self, client: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
+    def after(self, arrival: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
         """Return the matrix with one row more, of all that measured the model at an arrival."""
-        return AccuracyMatrix((*self.arrivals, client), (*self.rows, dict(accuracies)))
+        return AccuracyMatrix((*self.arrivals, arrival), (*self.rows, dict(accuracies)))
 
     @property
     def course(self) -> list[float | None]:
@@ -59,12 +66,12 @@ class AccuracyMatrix:
 
     @property
     def forgetting(self) -> float | None:
-        """Mean loss of accuracy from a client's best; None until two clients were measured."""
+        """Mean loss of accuracy from an arrival's best; None until two were measured."""
         lost = [
-            max(earlier) - self.rows[-1][client]
-            for client in self.arrivals[:-1]
-            if (earlier := [row[client] for row in self.rows[:-1] if client in row])
-            and client in self.rows[-1]
+            max(earlier) - self.rows[-1][arrival]
+            for arrival in self.arrivals[:-1]
+            if (earlier := [row[arrival] for row in self.rows[:-1] if arrival in row])
+            and arrival in self.rows[-1]
         ]
         return fmean(lost) if lost else None
 
@@ -72,7 +79,7 @@ class AccuracyMatrix:
         """The matrix and the measures that follow from it, as JSON values."""
         return {
             "arrivals": list(self.arrivals),
-            "matrix": [[row.get(client) for client in self.arrivals] for row in self.rows],
+            "matrix": [[row.get(arrival) for arrival in self.arrivals] for row in self.rows],
             "course": self.course,
             "average": self.average,
             "final": self.final,
@@ -81,20 +88,20 @@ class AccuracyMatrix:
 
 
 class Arrivals(Strategy):
-    """Fits, composes and measures for one client after the other, in the order of names."""
+    """Fits, composes and measures for one arrival after the other."""
 
     def run(self) -> None:
-        """Let every client arrive; ``fitting`` and ``composing`` are then those of the last one."""
+        """Let everyone arrive; ``fitting`` and ``composing`` are then those of the last arrival."""
         self.matrices = {measure: AccuracyMatrix() for measure in MEASURES}
         self.identify()
-        coming = self.roster.newcomers
-        arrived = self._recall(coming)
-        for client in coming:
-            if client in arrived:
+        self.coming = arrivals_of(self.roster.newcomers)
+        arrived = self._recall()
+        for arrival, members in self.coming.items():
+            if arrival in arrived:
                 continue
-            with self.exchange.books.during(client):
-                if folders := self._fit(client):
-                    self.arrive(client, folders)
+            with self.exchange.books.during(arrival):
+                if folders := self._fit(members):
+                    self.arrive(arrival, folders)
         # What a client that failed last left behind.
         shutil.rmtree(self.fitting.contributions, ignore_errors=True)
         self.exchange.require_clients("train", self.trained)
@@ -103,61 +110,75 @@ class Arrivals(Strategy):
         """Not used: :meth:`run` fits the clients in turn."""
         raise NotImplementedError
 
-    def _recall(self, coming: Iterable[str]) -> tuple[str, ...]:
+    def _recall(self) -> tuple[str, ...]:
         """Restore the arrivals that were over when the run was interrupted, all but the last.
 
         The last one is repeated, from the answers that were kept.
 
         Returns:
-            Who need not arrive again.
+            Which need not be repeated.
         """
-        if self.working.resumed and self.config.registry.replace:
+        if not self.working.resumed:
+            return ()
+        if self.config.registry.replace:
             raise ConfigError(
                 "`schedule = sequential` with `replace` cannot be resumed; start it anew."
             )
-        there = [c for c in coming if self.working.resumed and c in self.registry.clients]
-        steps = {step["client"]: step for step in self.working.steps}
-        arrived = tuple(there[:-1])
-        for client in arrived:
-            with self.exchange.books.during(client):
-                self.roster.gather((client,))
-            self.figures[client] = steps[client]["figures"]
+        there = [a for a, members in self.coming.items() if {*members} & {*self.registry.clients}]
+        steps = {step["arrival"]: step for step in self.working.steps}
+        for arrival in there[:-1]:
+            members = tuple(c for c in self.coming[arrival] if c in self.registry.clients)
+            with self.exchange.books.during(arrival):
+                self.roster.gather(members)
+            self.figures |= steps[arrival]["figures"]
             for measure, matrix in self.matrices.items():
-                self.matrices[measure] = matrix.after(client, steps[client]["rows"][measure])
-        self.trained = arrived
-        return arrived
+                self.matrices[measure] = matrix.after(arrival, steps[arrival]["rows"][measure])
+            self.trained = (*self.trained, *members)
+        return tuple(there[:-1])
 
-    def _fit(self, client: str) -> list[Path]:
-        """Let one client train; returns its contribution's folder, or none if the client failed."""
-        if client not in self.exchange.clients:  # it failed when it measured as a member
+    def _fit(self, members: tuple[str, ...]) -> list[Path]:
+        """Let the members of an arrival train; returns the contributions' folders."""
+        members = tuple(c for c in members if c in self.exchange.clients)
+        if not members:  # they failed when they measured, as members
             return []
-        self.roster.take_turn(client, {*self.working.members, *self.trained})
+        self.roster.take_turn(members, {*self.working.members, *self.trained})
         self.fitting = self.new_fitting()
         try:
             self.fitting.run()
         except ContributionError:
-            if client in self.exchange.clients:
+            if {*members} & {*self.exchange.clients}:
                 raise
-        if client not in self.exchange.clients:
-            return []
-        self.trained = (*self.trained, client)
-        return [self.fitting.folder(client)]
+        came = tuple(c for c in members if c in self.exchange.clients)
+        self.trained = (*self.trained, *came)
+        return [self.fitting.folder(client) for client in came]
 
-    def arrive(self, client: str, folders: list[Path]) -> None:
-        """Add a client's contribution to the registry, and measure the composed model."""
+    def arrive(self, arrival: str, folders: list[Path]) -> None:
+        """Add contributions to the registry, and measure the composed model."""
         self.composing = Composing(self.exchange, self.backbone, self.registry)
         self.exchange.books.timed("compose", lambda: self.compose(folders))
         self.look(decisive=False)
-        rows = {
-            measure: {c: figures[measure] for c, figures in self.composing.figures.items()}
-            for measure in MEASURES
-        }
+        rows = {measure: self._row(measure) for measure in MEASURES}
         for measure, matrix in self.matrices.items():
-            self.matrices[measure] = matrix.after(client, rows[measure])
-        if client not in [step["client"] for step in self.working.steps]:
-            figures = self.figures.get(client, {})
-            self.working.step({"client": client, "rows": rows, "figures": figures})
+            self.matrices[measure] = matrix.after(arrival, rows[measure])
+        if arrival not in [step["arrival"] for step in self.working.steps]:
+            figures = {f.name: self.figures[f.name] for f in folders if f.name in self.figures}
+            self.working.step({"arrival": arrival, "rows": rows, "figures": figures})
+
+    def _row(self, measure: str) -> dict[str, float]:
+        """Accuracy on the test images of each arrival, of all its members that measured."""
+        figures, tests = self.composing.figures, self.roster.participants.tests
+        row: dict[str, float] = {}
+        for arrival, members in arrivals_of(figures).items():
+            hits = sum(figures[c][measure] * tests[c] for c in members)
+            row[arrival] = (
+                hits / sum(tests[c] for c in members)
+                if len(members) > 1
+                else figures[members[0]][measure]
+            )
+        return row
 
     def report(self) -> dict[str, Any]:
-        """Accuracy after each arrival."""
-        return {"arrivals": {measure: m.as_json() for measure, m in self.matrices.items()}}
+        """Accuracy after each arrival, and who the members of each are where they share tasks."""
+        matrices = {measure: m.as_json() for measure, m in self.matrices.items()}
+        shared = {a: list(m) for a, m in arrivals_of(self.registry.clients).items() if m != (a,)}
+        return {"arrivals": matrices, **({"tasks": shared} if shared else {})}

@@ -116,9 +116,9 @@ class Strategy(ABC):
                 if error.client not in coming:
                     raise
                 del coming[error.client]
-                self.trained = tuple(coming)
+                self.trained = tuple(c for c in self.trained if c != error.client)
                 self.fitting.leave_out("compose", {error.client: str(error)})
-                self.exchange.require_clients("compose", coming)
+                self.exchange.require_clients("compose", self.trained)
         shutil.rmtree(self.fitting.contributions)
         self.composing.compare(self.fitting.fishers.sums)
         self.fitting.remark(coming)

@@ -2,7 +2,8 @@
 
 identify → evaluate → remove → notify → realign → vote → evaluate. The registry does the removal,
 and needs no client for it. The other phases use the clients that are connected; the removal waits
-for none of them, because a client has the right to leave.
+for none of them, because a client has the right to leave. Of a client with several tasks
+(:mod:`fedcompo.data.tasks`) all members are removed, each with a record of its own.
 
 With ``repair-rounds`` those who stay then train on inside their sum (:mod:`server.rounds.rounds`),
 without the client. They continue from their task vectors: what these learnt from the client is not
@@ -21,6 +22,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.choices import Kind, Method
 from fedcompo.config.run import RunConfig
 from fedcompo.config.server import RegistryConfig
+from fedcompo.data.tasks import members_of
 from fedcompo.errors import ContributionError, FedcompoError
 from fedcompo.messages.answers import IdentifyAnswer
 from fedcompo.messages.body import Body
@@ -68,7 +70,8 @@ class Unlearning:
 
     def __post_init__(self) -> None:
         """Raise, before any client is asked, if the client is not in the registry."""
-        require_known([self.request.client], self.registry.clients, "registry")
+        self.going = members_of(self.request.client, self.registry.clients)
+        require_known(self.going or [self.request.client], self.registry.clients, "registry")
         if self.request.repair_rounds:
             self.registry.settings.check_method(Method.IEL)
         others = partial(Company.of, self.registry, self.backbone)
@@ -95,7 +98,7 @@ class Unlearning:
     def identify(self) -> None:
         """Learn who is connected; only members that stay take part in the other phases."""
         self.roster.identify(accept=self._accept)
-        missing = sorted(set(self.registry.clients) - {*self.exchange.clients, self.request.client})
+        missing = sorted(set(self.registry.clients) - {*self.exchange.clients, *self.going})
         if missing:
             self.exchange.books.note(
                 f"Not connected, so neither asked nor told: {', '.join(missing)}. "
@@ -103,7 +106,7 @@ class Unlearning:
             )
 
     def _accept(self, name: str, answer: IdentifyAnswer) -> None:
-        if name == self.request.client:
+        if name in self.going:
             raise ContributionError("This is the client to be removed; it is not asked again.")
         known = self.registry.member(name).classes
         if answer.classes != known:
@@ -125,25 +128,32 @@ class Unlearning:
         }
 
     def remove(self) -> None:
-        """Remove the client from the registry."""
-        self.record: RemovalRecord = self.registry.remove(
-            self.request.client,
-            requested_by=self.request.requested_by,
-            reason=self.request.reason,
-            keep_versions=self.request.keep_versions,
-        )
+        """Remove the client, or all its members, from the registry."""
+        self.records: list[RemovalRecord] = [
+            self.registry.remove(
+                member,
+                requested_by=self.request.requested_by,
+                reason=self.request.reason,
+                keep_versions=self.request.keep_versions,
+            )
+            for member in self.going
+        ]
+
+    @property
+    def retrain(self) -> list[str]:
+        """Those who stay and learnt from the client."""
+        learnt = {name for record in self.records for name in record.influence.to_retrain}
+        return sorted(learnt - {*self.going})
 
     def notify(self) -> None:
         """Tell those who stay of the removal, and which of them learnt from the client."""
-        retrain = self.record.influence.to_retrain
+        left, records = ", ".join(self.going), "".join(record.text for record in self.records)
 
         def request(client: str) -> Body:
-            text = (
-                f"{self.record.client} left; the model holds nothing of its task vector any more."
-            )
-            if client in retrain:
+            text = f"{left} left; the model holds nothing of its task vector any more."
+            if client in self.retrain:
                 text += " This client was trained with something of it; train again to undo that."
-            return NoticeRequest(text=text, record=self.record.text).to_body()
+            return NoticeRequest(text=text, record=records).to_body()
 
         if self.exchange.clients:
             self.exchange.ask(
@@ -185,16 +195,18 @@ class Unlearning:
 
     def results(self) -> dict[str, Any]:
         """What happened, as JSON values."""
-        path = self.registry.entries()[self.record.sequence - 1].details["record"]
+        first, last = self.records[0], self.records[-1]
+        places = [str(self.registry.path / record.place) for record in self.records]
         return {
-            "removed": self.record.client,
-            "record": str(self.registry.path / path),
-            "root_before": self.record.root_before,
-            "root_after": self.record.root_after,
+            "removed": self.request.client,
+            "record": places[-1],
+            "records": places,
+            "root_before": first.root_before,
+            "root_after": last.root_after,
             "root": self.registry.state.root,
-            "survivors": list(self.record.survivors),
-            "influence_exact": self.record.influence.exact,
-            "to_retrain": list(self.record.influence.to_retrain),
+            "survivors": list(last.survivors),
+            "influence_exact": not self.retrain,
+            "to_retrain": self.retrain,
             "rounds": self.rounds,
             "joint_head": "realigned" if self.registry.realigned else "aligned",
             "scale": self.choosing.report() if self.registry.clients else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -108,8 +108,10 @@ def evaluate_clients(
     return figures
 
 
-def effect_of_removal(registry: RegistryReader, client: str, data: str | None) -> dict[str, Any]:
-    """Measure what a removal would do to accuracy; changes nothing.
+def effect_of_removal(
+    registry: RegistryReader, clients: Sequence[str], data: str | None
+) -> dict[str, Any]:
+    """Measure what removing some clients would do to accuracy; changes nothing.
 
     Returns:
         Figures ``before`` and ``after`` by client; or the ``reason`` why there are none.
@@ -121,10 +123,10 @@ def effect_of_removal(registry: RegistryReader, client: str, data: str | None) -
         theta, head = registry.theta_p(), registry.joint_head()
         linearised = registry.linearised
         before = evaluate_clients(backbone, theta, head, config, linearised=linearised)
-        if registry.clients == (client,):
+        if {*registry.clients} == {*clients}:
             return {"before": before, "after": {}}
-        step("composing without the client")
-        others = from_registry(registry, without=(client,))
+        step("composing without them")
+        others = from_registry(registry, without=tuple(clients))
         theta, head = dict(others.stream()), others.head
         after = evaluate_clients(backbone, theta, head, config, linearised=linearised)
     except FedcompoError as error:

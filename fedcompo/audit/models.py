@@ -21,6 +21,7 @@ from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
+from fedcompo.method.images import Images, joined
 from fedcompo.registry.reader import RegistryReader
 
 BEFORE, AFTER, GOLD = "before", "after", "gold"
@@ -42,7 +43,7 @@ class AuditedModel:
     linearised: bool
     """Whether it is composed of tangents."""
 
-    def features(self, backbone: Backbone, images: Tensor) -> Tensor:
+    def features(self, backbone: Backbone, images: Images) -> Tensor:
         """Features of uint8 images (count, ...), (count, features), float32, on the CPU."""
         forward = feature_map(backbone, self.theta, tangent=self.linearised)
         return extract_features(forward, images)
@@ -94,10 +95,10 @@ def audited_models(
     return models | ({GOLD: _composition_of(gold)} if gold is not None else {})
 
 
-def all_images(data: ClientData) -> tuple[Tensor, Tensor]:
+def all_images(data: ClientData) -> tuple[Images, Tensor]:
     """A client's images, training images first, (examples, ...), and labels, (examples,)."""
     parts = data.train, data.test
-    return torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
+    return joined(*(p.images for p in parts)), torch.cat([p.labels for p in parts])
 
 
 def logits_of(

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fedcompo.audit.measure import CLASS_IL, FIGURES, TASK_IL
 from fedcompo.audit.models import AFTER, BEFORE, GOLD
+from fedcompo.export.model_card import escaped
 from fedcompo.report.console import say, table_console
 from fedcompo.report.units import ALL_CLASSES, EXPLAINED, OWN_CLASSES, percent
 from fedcompo.storage.files import write_atomically
@@ -63,10 +64,12 @@ def print_audit(values: Values) -> None:
 
 def markdown(values: Values) -> str:
     """Return the audit as a Markdown document."""
-    parts = [f"# Does the model forget {values['client']}?", *_sentences(values)[:1]]
-    for title, rows in _tables(values):
-        parts += [f"## {title}", markdown_table(rows)]
-    return "\n\n".join([*parts, *_sentences(values)[1:]]) + "\n"
+    first, *more = map(escaped, _sentences(values))
+    parts = [f"# Does the model forget {escaped(values['client'])}?", first]
+    for title, (header, *rows) in _tables(values):
+        rows = [[escaped(name), *figures] for name, *figures in rows]
+        parts += [f"## {escaped(title)}", markdown_table([header, *rows])]
+    return "\n\n".join([*parts, *more]) + "\n"
 
 
 def markdown_table(rows: Rows) -> str:

@@ -185,15 +185,17 @@ def train_shadows(
         count: Number of shadows; see :func:`check_count`.
         seed: Seed of the halves and of training.
     """
-    images, labels = all_images(data)
-    trained_on = halves(labels, count=count, generator=generator_for(seed, "halves", data.name))
+    whole = Split(*all_images(data))
+    trained_on = halves(
+        whole.labels, count=count, generator=generator_for(seed, "halves", data.name)
+    )
     everyone = registry.pool()  # with what the registry's rule needs of them
     (member,), others = everyone.only(training.client), everyone.without(training.client)
     phi = []
     for index, chosen in enumerate(trained_on):
         step(f"shadow {index + 1} of {count}")
         vector = training.fit(
-            Split(images[chosen], labels[chosen]),
+            whole.part(chosen),
             generator=generator_for(seed, "shadow", training.client, str(index)),
         )
         pool = others.add(replace(member, task_vector=vector))

@@ -1,7 +1,8 @@
 """Turn a picture, or a text, into the tensor that a backbone expects.
 
 Pictures are resized and cropped once, on loading, by timm's own transform, and kept as uint8; each
-batch is normalised when it is used. The bits are those of timm's evaluation transform.
+batch is normalised when it is used. The bits are those of timm's evaluation transform, but of large
+JPEGs, see :mod:`fedcompo.backbone.reduction`.
 The bytes of a text become one row of a single channel, cut or filled to a fixed length.
 """
 
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fedcompo.backbone.reduction import reduce
 from fedcompo.backbone.thin import Thin
 from fedcompo.errors import BackboneError
 from fedcompo.storage.files import tuples
@@ -138,6 +140,11 @@ class Preprocessing:
             return self.channels, *self.image_size
         height = 1 if self.modality == Modality.TEXTS else self.image_size
         return self.channels, height, self.image_size
+
+    def reduce(self, picture: Image.Image) -> None:
+        """Let a large JPEG that is not read yet be decoded at a smaller scale."""
+        if self.rule != 1:  # whose pixels stay as they were
+            reduce(picture, max(self.shape[1:]) / self.crop_fraction)
 
     def prepare(self, example: Image.Image | bytes) -> Tensor:
         """Convert an example to its shape, uint8: resize a picture, cut or fill a text."""

@@ -12,6 +12,7 @@ from rich.table import Table
 import fedcompo
 from fedcompo.cli import common, models, registry, service
 from fedcompo.cli.audit import audit
+from fedcompo.cli.check import check
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.export import export
 from fedcompo.cli.fisher import fisher
@@ -93,6 +94,13 @@ def simulate(
     gpus_per_client: Annotated[
         float | None, typer.Option(min=0.0, help="GPUs a client; default: an even share.")
     ] = None,
+    check_first: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Check the data first; without, who cannot use theirs is left out in the run.",
+        ),
+    ] = True,
     details: Annotated[
         bool,
         typer.Option("--details", help="Print more: the vote on λ, the task vectors' overlaps, Ω."),
@@ -116,7 +124,13 @@ def simulate(
                 "nor --set, --output or --seed with it."
             )
         results = _simulate(
-            scenario, assignments or [], options, cpus_per_client, gpus_per_client, resume
+            scenario,
+            assignments or [],
+            options,
+            resume,
+            cpus_per_client=cpus_per_client,
+            gpus_per_client=gpus_per_client,
+            check=check_first,
         )
         _print_results(*results, details=details)
 
@@ -152,6 +166,7 @@ def settings(
     console.print(table)
 
 
+app.command()(check)
 app.command()(fisher)
 app.command()(fit)
 app.command("init-deployment")(init_deployment)
@@ -185,9 +200,8 @@ def _simulate(
     file: Path | None,
     assignments: list[str],
     options: dict[str, Scalar],
-    cpus_per_client: int | None,
-    gpus_per_client: float | None,
     resume: Path | None,
+    **how: Any,
 ) -> tuple[Simulation, dict[str, Any]]:
     from fedcompo.engine.live import Display
     from fedcompo.engine.run_folder import begun_settings
@@ -202,9 +216,14 @@ def _simulate(
         values,
         name=scenario_name(file, values),
         resuming=resume is not None,
-        cpus_per_client=cpus_per_client,
-        gpus_per_client=gpus_per_client,
+        **how,
     )
+    if found := simulation.preflight:
+        from fedcompo.report.preflight import lines_on
+
+        resources = simulation.resources
+        for line in lines_on(found, at_once=resources.cpus // resources.cpus_per_client):
+            say(line)
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:
         return simulation, simulation.run(display.show)

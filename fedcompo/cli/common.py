@@ -155,7 +155,10 @@ def listed_names(text: str | None) -> tuple[str, ...]:
         return ()
     names = names_of(text)
     if not names or not all(names):
-        raise ConfigError(f"{text!r} is no list of clients; write names joined by commas: a,b,c.")
+        raise ConfigError(
+            f"{text!r} is no list of clients; write names joined by commas, one with a comma in "
+            'double quotes: a,b,"c, d".'
+        )
     return names
 
 

@@ -27,8 +27,8 @@ def fisher(
         str,
         typer.Option(
             metavar="SOURCE",
-            help="Images of no client: digits, npz:<path>, cifar100, or folder:<path> with "
-            "train/<class>/* in it.",
+            help="Images of no client: a source as in `data`, such as npz:<path> or folder:<path> "
+            "with class folders in it.",
         ),
     ],
     output: Annotated[

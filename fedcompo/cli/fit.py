@@ -17,7 +17,10 @@ from fedcompo.report.units import listed, percent
 def fit(
     data: Annotated[
         Path,
-        typer.Option(help="Folder of images: train/<class>/* and perhaps test/<class>/*."),
+        typer.Option(
+            help="Folder of images: train/<class>/* and perhaps test/<class>/*, or <class>/*. Or "
+            "a manifest (.csv, .parquet), .npz or .jsonl."
+        ),
     ],
     output: common.OutputOption,
     registry: Annotated[
@@ -29,7 +32,7 @@ def fit(
             "none, and the backbone of the settings.",
         ),
     ] = None,
-    client: Annotated[str, typer.Option(help="The client's name; default: the folder's.")] = "",
+    client: Annotated[str, typer.Option(help="The client's name; default: that of --data.")] = "",
     assignments: common.AssignmentsOption = None,
     as_json: common.JsonOption = False,
     verbose: common.VerboseOption = False,

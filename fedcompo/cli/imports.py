@@ -17,10 +17,9 @@ from fedcompo.report.console import print_json, say
 from fedcompo.report.progress import step
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fedcompo.backbone.backbone import Backbone
     from fedcompo.method.fisher import FisherDiagonal
+    from fedcompo.method.images import Images
 
 FISHER_IMAGES = 256
 """Images, drawn at random, that the Fisher is estimated on at most: it takes longest."""
@@ -33,8 +32,8 @@ def import_source(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Its images: train/<class>/*, to describe it by. Default: none, and the rows of "
-            "its classifier stand for them."
+            help="Its images, as in `fedcompo fit`, to describe it by. Default: none, and the rows "
+            "of its classifier stand for them."
         ),
     ] = None,
     registry: common.RegistryOption = None,
@@ -120,7 +119,7 @@ def import_source(
 
 
 def _fisher_of(
-    backbone: Backbone, images: Tensor, *, client: str
+    backbone: Backbone, images: Images, *, client: str
 ) -> tuple[FisherDiagonal | None, str]:
     """Estimate the Fisher of the features as a run's clients do, of fewer images."""
     from fedcompo.config.run import FisherConfig

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -159,58 +160,68 @@ def remove(
 ) -> None:
     """Remove a client, exactly, and write a signed record of it.
 
-    CLIENT is its name; `fedcompo list` lists them.
+    CLIENT is its name; `fedcompo list` lists them. Of a client with several tasks, members
+    CLIENT.task-0 and so on, all are removed, each with a record of its own.
 
     Its files, its term of the sum and its rows of the joint head go.
 
     The model is, bit for bit, the one that was never given it. Nobody is trained again.
     """
     with common.errors_as_sentences(verbose):
+        from fedcompo.data.tasks import members_of
         from fedcompo.registry.inspection import removal_plan
 
         _check_options(dry_run=dry_run, yes=yes, as_json=as_json, data=data)
         require_utf8(requested_by, reason)
         opened = common.open_registry(registry)
-        plan = removal_plan(opened, client, keep_versions=keep_versions)
+        members = members_of(client, opened.clients) or (client,)
+        plans = [removal_plan(opened, member, keep_versions=keep_versions) for member in members]
         if not as_json:
-            tables.print_plan(plan, realigned=opened.realigned)
+            for plan in plans:
+                tables.print_plan(plan, realigned=opened.realigned)
         if dry_run:
-            _preview(opened, plan, data, as_json)
+            _preview(opened, plans, data, as_json)
             return
         if not yes:
-            common.confirm(f"Remove {client} from {opened.path}?")
+            common.confirm(f"Remove {', '.join(members)} from {opened.path}?")
         from fedcompo.registry.registry import Registry
 
         changed, started = Registry(opened.path), time.monotonic()
-        with common.progress(quiet=as_json):
-            record = changed.remove(
-                client,
-                requested_by=requested_by,
-                reason=reason,
-                keep_versions=keep_versions,
-            )
-        path = changed.path / record.place
-        if as_json:
-            typer.echo(record.text, nl=False)  # byte for byte: it can be kept and verified
-            return
-        say(f"Removed {client} in {time.monotonic() - started:.1f} s. Record: {path}")
-        say(f"Check it by: fedcompo verify {path} --registry {changed.path}")
+        records = []
+        for member in members:
+            with common.progress(quiet=as_json):
+                record = changed.remove(
+                    member,
+                    requested_by=requested_by,
+                    reason=reason,
+                    keep_versions=keep_versions,
+                )
+            records.append(record)
+            if not as_json:
+                path = changed.path / record.place
+                say(f"Removed {member} in {time.monotonic() - started:.1f} s. Record: {path}")
+                say(f"Check it by: fedcompo verify {path} --registry {changed.path}")
+        if as_json and len(records) == 1:
+            typer.echo(records[0].text, nl=False)  # byte for byte: it can be kept and verified
+        elif as_json:
+            print_json([json.loads(record.text) for record in records])
 
 
 def _preview(
-    registry: RegistryReader, plan: Mapping[str, Any], data: str | None, as_json: bool
+    registry: RegistryReader, plans: Sequence[Mapping[str, Any]], data: str | None, as_json: bool
 ) -> None:
     """End a dry run: measure the effect on accuracy, unless that is not wanted."""
+    members, told = [plan["client"] for plan in plans], [dict(plan) for plan in plans]
     if data != NO_DATA:
         from fedcompo.audit.evaluation import effect_of_removal
 
         with common.progress(quiet=as_json):
-            effect = effect_of_removal(registry, plan["client"], data)
-        plan = {**plan, "accuracy": effect}
+            effect = effect_of_removal(registry, members, data)
+        told = [{**plan, "accuracy": effect} for plan in told]
         if not as_json:
             tables.print_effect(effect)
     if as_json:
-        print_json(plan)
+        print_json(told if len(told) > 1 else told[0])
 
 
 def _check_options(*, dry_run: bool, yes: bool, as_json: bool, data: str | None) -> None:

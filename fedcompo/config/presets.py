@@ -55,6 +55,8 @@ OLDER: dict[str, Scalar] = {
 """How a contribution was made that was stored before it said ``statistics``."""
 OBSOLETE = ("fisher", "fisher-tolerance", "head-alpha", "head-decay")
 """Settings that such a contribution may name, and that are no more."""
+LATER: dict[str, Scalar] = {"partition": "classes", "clients-per-task": 0}
+"""Settings that came later, with values at which they change nothing: then they are not stored."""
 
 
 def with_preset(explicit: Mapping[str, Scalar]) -> dict[str, Scalar]:

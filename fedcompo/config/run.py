@@ -31,7 +31,7 @@ from fedcompo.config.choices import (
     Statistics,
 )
 from fedcompo.config.data import DataConfig
-from fedcompo.config.presets import from_older, without_preset
+from fedcompo.config.presets import LATER, from_older, without_preset
 from fedcompo.config.server import ComposeConfig, RegistryConfig, ServerConfig
 from fedcompo.config.setting import FRACTION, NOT_NEGATIVE, POSITIVE, Scalar, check_all, setting
 
@@ -206,6 +206,10 @@ class RunConfig:
         "values); once checked, every setting has its value and this is default.",
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:<n>.", DEVICE)
+    keep_cache: bool = setting(
+        False,
+        "Keep decoded images on the client's disk for later runs; else the run deletes them.",
+    )
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     method: MethodConfig = MethodConfig()
@@ -262,8 +266,12 @@ class RunConfig:
     def of_client(self) -> dict[str, Scalar]:
         """Return the settings that are stored with a contribution: those that can change it."""
         for_server = fields(ComposeConfig) + fields(ServerConfig) + fields(RegistryConfig)
-        apart = {"output", "preset", *map(_key, for_server)}
-        return {key: value for key, value in self.flat().items() if key not in apart}
+        apart = {"output", "preset", "keep-cache", *map(_key, for_server)}
+        return {
+            key: value
+            for key, value in self.flat().items()
+            if key not in apart and value != LATER.get(key)
+        }
 
 
 SECTIONS: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, field
@@ -19,7 +20,10 @@ Companion = tuple[str, str, StrEnum]
 POSITIVE: Check = (lambda value: value > 0, "must be > 0")
 NOT_NEGATIVE: Check = (lambda value: value >= 0, "must be >= 0")
 FRACTION: Check = (lambda value: 0 <= value < 1, "must be in [0, 1)")
-NAMES: Check = (lambda value: all(names_of(value)), "must be names joined by commas")
+NAMES: Check = (
+    lambda value: all(names_of(value)),
+    'must be names joined by commas, a name with a comma in double quotes: a,"b, c"',
+)
 
 
 def setting(default: Scalar, description: str, *checks: Check, numeric: bool = False) -> Any:
@@ -36,8 +40,17 @@ def setting(default: Scalar, description: str, *checks: Check, numeric: bool = F
 
 
 def names_of(value: str) -> tuple[str, ...]:
-    """Split a list of names at its commas."""
-    return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
+    """Split a list of names at its commas; those within double quotes are a name's own.
+
+    A list that is none, such as one with a single quote mark, is one empty name.
+    """
+    if not value.strip():
+        return ()
+    try:
+        parts = next(csv.reader([value], skipinitialspace=True))
+    except csv.Error:
+        return ("",)
+    return ("",) if value.count('"') % 2 else tuple(part.strip() for part in parts)
 
 
 def check_all(

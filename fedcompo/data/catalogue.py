@@ -6,12 +6,16 @@ keeps.
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +27,7 @@ from fedcompo.names import check_class_names
 from fedcompo.report.twins import few
 
 KEPT_BYTES = 256 * 2**20
-"""Size of the largest file whose content :func:`read_once` keeps."""
+"""Most content of images in memory that :func:`read_once` keeps."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,42 @@ class Catalogue:
     """Pictures or texts."""
     which: Callable[[int], object] = "image {}".format
     """Name one image, for messages."""
+    file: Callable[[int], Path] | None = None
+    """The file of one image; None: they have none of their own."""
+    version: str = ""
+    """Changes whenever the content of an image may have changed; empty: not known, keep nothing."""
+    marks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """By fact that a note tells (:mod:`fedcompo.report.pictures`), which images it befalls."""
+    in_memory: int = 0
+    """Bytes of images' content that ``open`` reads from memory."""
+    clients: NDArray[np.str_] | None = None
+    """(count,) who owns each image; None: the source does not say."""
+    columns: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    """What else a table says of each image, by its column's name; each (count,)."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
+
+    def part(self, rows: NDArray[np.int64]) -> Catalogue:
+        """Return the catalogue of some images, given their indices."""
+
+        def chosen(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            return {name: column[rows] for name, column in values.items()}
+
+        return replace(
+            self,
+            classes=self.classes[rows],
+            is_test=None if self.is_test is None else self.is_test[rows],
+            open=lambda index: self.open(int(rows[index])),
+            which=lambda index: self.which(int(rows[index])),
+            file=self.file and (lambda index, of=self.file: of(int(rows[index]))),
+            version=self.version and sha256(self.version.encode() + rows.tobytes()).hexdigest(),
+            marks=chosen(self.marks),
+            clients=None if self.clients is None else self.clients[rows],
+            columns=chosen(self.columns),
+        )
 
     def describe(self, index: int) -> str:
         """Name one image and its class, for messages."""
@@ -58,32 +93,49 @@ class Catalogue:
         return few([f"{n} image(s) of class {c!r}" for c, n in counts.most_common()])
 
 
-Reader = Callable[[Path], Catalogue]
-"""Lists the examples of a file; raises ``DataError`` if it cannot."""
+def version_of(files: Iterable[Path]) -> str:
+    """Digest path, size, times and inode of files: it differs if the content of one may (SHA-256).
+
+    A file that is missing has no size; who opens it says so.
+    """
+    digest = sha256()
+    for file in files:
+        digest.update(repr(os.fsencode(file.absolute())).encode())
+        with suppress(OSError):
+            s = file.stat()
+            digest.update(repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)).encode())
+    return digest.hexdigest()
 
 
-def read_once(read: Reader, path: Path) -> Catalogue:
+Reader = Callable[..., Catalogue]
+"""Lists the examples of a file, given its path and perhaps more; may raise ``DataError``."""
+
+
+def read_once(read: Reader, path: Path, *options: Hashable) -> Catalogue:
     """Read a file, or return what was read last if it is the same file, unchanged.
 
-    One process of a simulation serves hundreds of clients from one file, phase after phase. A file
-    of more than :data:`KEPT_BYTES` is read each time, so that its content does not stay in memory.
+    One process of a simulation serves hundreds of clients from one file, phase after phase. What
+    holds more than :data:`KEPT_BYTES` of content is read each time, and so does not stay in memory.
 
     Args:
         read: Reads the file.
-        path: The file. It counts as changed if its size, inode or modification time differs.
+        path: The file, or a folder of files. It counts as changed if the size, inode or times of
+            one differ.
+        options: What else ``read`` is given.
     """
-    try:
-        status = path.stat()
-    except OSError:
-        return read(path)  # its error says what is wrong
-    if status.st_size > KEPT_BYTES:
-        return read(path)
-    return _kept(read, path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    key = (read, path, options, version_of(files))
+    if catalogue := _kept.get(key):
+        return catalogue
+    _kept.clear()
+    catalogue = read(path, *options)
+    if catalogue.in_memory <= KEPT_BYTES:
+        _kept[key] = catalogue
+    return catalogue
 
 
-@lru_cache(maxsize=1)
-def _kept(read: Reader, path: Path, version: tuple[int, ...]) -> Catalogue:
-    return read(path)
+_kept: dict[Hashable, Catalogue] = {}
+"""What :func:`read_once` read last."""
 
 
 def class_name(raw: str, *, source: str) -> str:

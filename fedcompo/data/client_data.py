@@ -1,20 +1,19 @@
 """The images of one client, ready for its backbone.
 
-A source of data (``digits``, ``folder:<path>``, ``npz:<path>``, ``text:<path>``, ``cifar100``)
-yields a number of clients. Each client owns one class or more and loads only its own images::
+A source of data (:mod:`fedcompo.data.sources`) yields a number of clients. Each client owns one
+class or more and loads only its own images::
 
-    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> tensors
+    source -> catalogue (classes, no pixels) -> this client's classes -> train / test -> images
 
-Classes of a source are dealt to the clients, each class to one client; only the folders of
-``folder:`` may share classes. An error names the damaged image or ill-formed source. Texts are
-dealt and split like images; the rest of fedcompo treats them as images with a single row of bytes.
+Where a source does not say who its clients are, its classes are dealt to them, each class to one
+client, or its images (:mod:`fedcompo.data.partition`). An error names the damaged image or
+ill-formed source. Texts are dealt and split like images; the rest of fedcompo treats them as images
+with a single row of bytes.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.data import DataConfig
-from fedcompo.data.catalogue import Catalogue, read_once
+from fedcompo.config.data import CLASSES, COLUMN, DataConfig
+from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
     Indices,
@@ -32,28 +31,18 @@ from fedcompo.data.draws import (
     deal_classes,
     draw_classes,
     frozen_generator,
+    split_class,
     split_members,
 )
-from fedcompo.data.folders import client_folders, folder_catalogue
-from fedcompo.data.named import cifar100_catalogue, digits_catalogue
-from fedcompo.data.npz import npz_catalogue
-from fedcompo.data.text import ENDING, text_catalogue
+from fedcompo.data.labels import NO_LABEL
+from fedcompo.data.partition import member_names, part_for, values_of
+from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
 from fedcompo.errors import DataError
+from fedcompo.method.images import Images, part_of
 from fedcompo.report.pictures import Facts
 
-SOURCES = ("digits", "folder:<path>", "npz:<path>", "text:<path>", "cifar100")
-NAMED: dict[str, Callable[[], Catalogue]] = {
-    "digits": digits_catalogue,
-    "cifar100": cifar100_catalogue,
-}
-FILES = {"npz": npz_catalogue, "text": text_catalogue}
-PATHS = ("folder", *FILES)
 SMALLEST_SET_ASIDE = 5
 """Images of a class below which :func:`set_aside` takes none of it."""
-NO_LABEL = ("-1", "nan")
-"""Names of classes that programs write for images without a label."""
-TEST_SHARE = 0.2
-"""Share of each class that becomes test images where the source does not mark them."""
 logger = logging.getLogger(__name__)
 
 
@@ -61,10 +50,14 @@ logger = logging.getLogger(__name__)
 class Split:
     """Images and labels of one client for training, or for testing."""
 
-    images: Tensor
-    """(count, channels, size, size), of texts (count, 1, 1, length); uint8."""
+    images: Images
+    """(count, channels, size, size), of texts (count, 1, 1, length); uint8, read when asked for."""
     labels: Tensor
     """(count,), int64, index into the client's classes."""
+
+    def part(self, which: Tensor) -> Split:
+        """Choose examples by indices or bools; nothing is read yet."""
+        return Split(part_of(self.images, which), self.labels[which])
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class ClientData:
     """All that one client owns."""
 
     name: str
-    """``client-<partition>``; for ``folder:`` the name of the client's folder."""
+    """``client-<partition>``, or as the source itself calls the client."""
     classes: tuple[str, ...]
     """Sorted names of the classes that the client owns, at least one."""
     train: Split
@@ -83,47 +76,106 @@ class ClientData:
     """What whoever reads the results should know of the images."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which examples of a source are one client's: listed and split, not read yet."""
+
+    name: str
+    catalogue: Catalogue
+    classes: tuple[str, ...]
+    """Sorted."""
+    train: list[Indices]
+    """Indices of the training images of each class, at least one."""
+    test: list[Indices]
+    """Indices of the test images of each class; of all together, at least one."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Label of each training image, (count,), grouped by class."""
+        return _labels(self.train)
+
+    def read(self, preprocessing: Preprocessing, *, cache: Path | None = None) -> ClientData:
+        """Read the images; raises ``DataError`` if one cannot be used.
+
+        Many are kept in the folder ``cache``, for other processes; None: they are not.
+        """
+        catalogue, chosen = self.catalogue, np.concatenate([*self.train, *self.test])
+        kept, held, facts = decode(
+            catalogue, self.train, self.test, preprocessing, client=self.name, cache=cache
+        )
+        found = dict(facts)
+        for what, befallen in catalogue.marks.items():
+            if count := int(befallen[chosen].sum()):
+                found[what] = count
+                logger.warning(
+                    "Client %r: %d of %d images in %s %s.",
+                    *(self.name, count, len(chosen), catalogue.source, what),
+                )
+        splits = Split(kept, self.labels), Split(held, _labels(self.test))
+        return ClientData(self.name, self.classes, *splits, found)
+
+
 def client_names(source: DataConfig) -> tuple[str, ...]:
-    """Name the clients that a source yields: sub-folders of ``folder:``, else ``num_tasks``.
+    """Name the clients that a source yields: those it has of itself, else its parts.
 
     Raises:
-        DataError: If the source is unknown, or a ``folder:`` that cannot be read.
+        DataError: If the source is unknown or cannot be read, or cannot be cut this way.
     """
-    kind, rest = _parse(source.data)
-    if kind == "folder":
-        return tuple(client_folders(Path(rest).expanduser()))
-    return tuple(f"client-{partition}" for partition in range(source.num_tasks))
+    if own := own_clients(source.data):
+        if source.rule != CLASSES:
+            raise DataError(
+                f"`partition` is {source.partition!r}, but {source.data} says itself who its "
+                "clients are. Leave `partition` out."
+            )
+        return own
+    if source.rule == COLUMN:
+        return values_of(catalogue_of(source.data), source)
+    return member_names(source)
 
 
 def load_client_data(
-    config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int
+    config: DataConfig,
+    preprocessing: Preprocessing,
+    *,
+    partition: int,
+    seed: int,
+    cache: Path | None = None,
 ) -> ClientData:
-    """Load the images of one client of a source.
+    """Load the images of one client of a source: :func:`client_share`, read.
+
+    Raises:
+        DataError: If the source or one of its images cannot be used, or the client does not exist.
+    """
+    share = client_share(config, partition=partition, seed=seed)
+    return share.read(preprocessing, cache=cache)
+
+
+def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
+    """List the images of one client of a source.
 
     Args:
         config: The source, and how it is dealt.
-        preprocessing: Input that the backbone expects.
         partition: Number of the client, from 0.
         seed: Seed of the run. It deals classes, draws subsets, and draws test images where the
             source does not mark them. Test images of ``digits`` are the same for all seeds.
 
     Raises:
-        DataError: If the source or one of its images cannot be used, or the client does not exist.
+        DataError: If the source cannot be used, or the client does not exist.
     """
-    kind, rest = _parse(config.data)
-    names = client_names(config)
+    own, names = own_clients(config.data), client_names(config)
     if not 0 <= partition < len(names):
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "
             f"0 to {len(names) - 1}. Start as many clients as the data has, or change `num-tasks`."
         )
-    path, name = Path(rest).expanduser(), names[partition]
-    if kind == "folder":
-        folder = client_folders(path)[name]
-        catalogue = folder_catalogue(folder, client=name)
+    name = names[partition]
+    catalogue = catalogue_of(config.data, name if own else "")
+    if own:
         classes = draw_classes(catalogue.names, config.num_classes, seed=seed)
+    elif config.rule != CLASSES:
+        catalogue = part_for(name, catalogue, config, seed=seed)
+        classes = catalogue.names
     else:
-        catalogue = read_once(FILES[kind], path) if kind in FILES else NAMED[kind]()
         classes = deal_classes(
             catalogue.names,
             config.num_tasks,
@@ -131,34 +183,45 @@ def load_client_data(
             seed=seed,
             source=catalogue.source,
         )[partition]
-    return _load_classes(
-        catalogue, classes, preprocessing, client=name, seed=seed, cap=config.images_per_class
-    )
+    return _share(catalogue, classes, client=name, seed=seed, cap=config.images_per_class)
 
 
 def load_folder(
-    path: Path,
+    data: str | Path,
     preprocessing: Preprocessing,
     *,
     seed: int,
     images_per_class: int = 0,
+    client: str | None = "",
+    cache: Path | None = None,
 ) -> ClientData:
-    """Load the folder of one client, which has its name; in a deployment each node has its own.
-
-    Args:
-        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
-        preprocessing: Input that the backbone expects.
-        seed: Seed of the run. It draws subsets, and test images if there is no ``test``.
-        images_per_class: Keep at most this many training images a class; 0: all.
+    """Load what one client owns: :func:`folder_share`, read.
 
     Raises:
-        DataError: If the folder or one of its images cannot be used.
+        DataError: If the source or one of its images cannot be used.
     """
-    path = Path(path).expanduser().absolute()
-    catalogue = folder_catalogue(path, client=path.name)
-    return _load_classes(
-        catalogue, catalogue.names, preprocessing, client=path.name, seed=seed, cap=images_per_class
-    )
+    share = folder_share(data, seed=seed, images_per_class=images_per_class, client=client)
+    return share.read(preprocessing, cache=cache)
+
+
+def folder_share(
+    data: str | Path, *, seed: int, images_per_class: int = 0, client: str | None = ""
+) -> Share:
+    """List what one client owns; in a deployment each node has its own folder or file.
+
+    Args:
+        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``; or
+            a file that lists images or holds them; or a source of another kind.
+        seed: Seed of the run. It draws subsets, and test images if the source marks none.
+        images_per_class: Keep at most this many training images a class; 0: all.
+        client: The client's name; empty: that of the folder or file; None: the same, and all that
+            a manifest lists, whoever owns it.
+
+    Raises:
+        DataError: If the source cannot be used.
+    """
+    name, catalogue = own_catalogue(str(data), client)
+    return _share(catalogue, catalogue.names, client=name, seed=seed, cap=images_per_class)
 
 
 def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Split, Split]:
@@ -175,9 +238,7 @@ def set_aside(split: Split, *, share: float, seed: int, client: str) -> tuple[Sp
         The images to train on, and those kept aside (perhaps none), both in the order of ``split``.
     """
     aside = drawn_aside(split.labels, share=share, seed=seed, client=client)
-    return Split(split.images[~aside], split.labels[~aside]), Split(
-        split.images[aside], split.labels[aside]
-    )
+    return split.part(~aside), split.part(aside)
 
 
 def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tensor:
@@ -191,36 +252,12 @@ def drawn_aside(labels: Tensor, *, share: float, seed: int, client: str) -> Tens
     return aside
 
 
-def _parse(data: str) -> tuple[str, str]:
-    """Split ``data`` into its kind and, for those that have one, its path."""
-    kind, _, rest = data.partition(":")
-    if (data in NAMED) or (kind in PATHS and rest):
-        return kind, rest
-    if kind in PATHS:
-        hint = f"{kind} needs a path: {kind}:<path>."
-    elif near := difflib.get_close_matches(kind, (*PATHS, *NAMED), 1):
-        more = "" if near[0] in NAMED else f":{rest or '<path>'}"
-        hint = f"Did you mean {near[0] + more!r}?"
-    elif data and (path := Path(data).expanduser()).exists():
-        text = "text" if path.suffix == ENDING else "npz"
-        hint = f"Did you mean '{'folder' if path.is_dir() else text}:{data}'?"
-    else:
-        hint = ""
-    raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
-
-
-def _load_classes(
-    catalogue: Catalogue,
-    classes: tuple[str, ...],
-    preprocessing: Preprocessing,
-    *,
-    client: str,
-    seed: int,
-    cap: int,
-) -> ClientData:
-    """Read the images of some classes of a catalogue."""
+def _share(
+    catalogue: Catalogue, classes: tuple[str, ...], *, client: str, seed: int, cap: int
+) -> Share:
+    """Split the images of some classes of a catalogue."""
     classes = tuple(sorted(classes))
-    parts = [_split_class(catalogue, own, client=client, seed=seed) for own in classes]
+    parts = [split_class(catalogue, own, client=client, seed=seed) for own in classes]
     train = [
         cap_members(members, cap, draw=frozen_generator(seed, "subset", own))
         for own, (members, _) in zip(classes, parts, strict=True)
@@ -239,36 +276,7 @@ def _load_classes(
             "it is trained as a class. Take them out if so.",
             *(client, count, catalogue.source, own),
         )
-    kept, held, facts = decode(catalogue, train, test, preprocessing, client=client)
-    return ClientData(
-        name=client,
-        classes=classes,
-        train=Split(kept, _labels(train)),
-        test=Split(held, _labels(test)),
-        facts=facts,
-    )
-
-
-def _split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> list[Indices]:
-    """Return indices of the training and of the test images of one class."""
-    members = np.flatnonzero(catalogue.classes == own)
-    if catalogue.is_test is None:
-        if len(members) < 2:
-            raise DataError(
-                f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
-                f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
-                "are needed: add images, take the class out, or say which images are for testing.",
-                told=f"class {own!r} has 1 image, and needs at least 2",
-            )
-        return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
-    tests = catalogue.is_test[members]
-    if tests.all():
-        raise DataError(
-            f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
-            "training images. Add training images, or take its test images out.",
-            told=f"class {own!r} has test images but no training images",
-        )
-    return [members[~tests], members[tests]]
+    return Share(client, catalogue, classes, train, test)
 
 
 def _labels(members: list[Indices]) -> Tensor:

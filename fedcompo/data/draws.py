@@ -13,10 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcompo.data.catalogue import Catalogue
 from fedcompo.errors import DataError
 from fedcompo.seeds import derive_seed
 
 Indices = NDArray[np.int64]
+TEST_SHARE = 0.2
+"""Share of each class that becomes test images where the source does not mark them."""
 
 
 def frozen_generator(seed: int, *purpose: str) -> np.random.RandomState:
@@ -89,6 +92,38 @@ def split_members(members: Indices, *, share: float, draw: np.random.RandomState
     order = draw.permutation(members)
     taken = min(max(1, round(share * len(members))), len(members) - 1)
     return [np.sort(order[taken:]), np.sort(order[:taken])]
+
+
+def split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> list[Indices]:
+    """Return indices of the training and of the test images of one class.
+
+    Args:
+        catalogue: The source; where it does not mark test images, :data:`TEST_SHARE` are drawn.
+        own: Name of the class.
+        client: Whose images they are, for messages.
+        seed: Seed of the run.
+
+    Raises:
+        DataError: If there are no training images, or too few to draw test images.
+    """
+    members = np.flatnonzero(catalogue.classes == own)
+    if catalogue.is_test is None:
+        if len(members) < 2:
+            raise DataError(
+                f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
+                f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
+                "are needed: add images, take the class out, or say which images are for testing.",
+                told=f"class {own!r} has 1 image, and needs at least 2",
+            )
+        return split_members(members, share=TEST_SHARE, draw=frozen_generator(seed, "split", own))
+    tests = catalogue.is_test[members]
+    if tests.all():
+        raise DataError(
+            f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
+            "training images. Add training images, or take its test images out.",
+            told=f"class {own!r} has test images but no training images",
+        )
+    return [members[~tests], members[tests]]
 
 
 def cap_members(members: Indices, limit: int, *, draw: np.random.RandomState) -> Indices:

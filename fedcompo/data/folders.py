@@ -1,7 +1,15 @@
-"""Folders of images: ``<clients>/<client>/train/<class>/*`` and optionally ``.../test/...``.
+"""Folders of images, told apart by where the images lie.
 
-Without ``test``, a folder ``val``, ``valid`` or ``validation`` holds the test images. What is not
-read is named in the log of the client, which stays there.
+::
+
+    <clients>/<client>/train/<class>/*     a folder a client, and perhaps .../test/<class>/*
+    <clients>/<client>/<class>/*           the same, test images are drawn
+    <data set>/train/<class>/*             a single data set, and perhaps .../test/<class>/*
+    <data set>/<class>/*                   the same, test images are drawn
+
+Beside ``train``, a folder ``val``, ``valid`` or ``validation`` holds the test images if there is no
+``test``, and else more training images. Other folders beside ``train`` are not read, which the log
+of the client says.
 
 Files that operating systems create (``.DS_Store``, ``Thumbs.db``) are ignored. Everything else in a
 class folder must be an image.
@@ -11,17 +19,20 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from fedcompo.data.catalogue import Catalogue, class_name
+from fedcompo.data.catalogue import Catalogue, class_name, version_of
+from fedcompo.data.splits import TEST, TRAIN, VALIDATION, divided, part_called
 from fedcompo.errors import DataError
+from fedcompo.report.pictures import DEALT
+from fedcompo.report.twins import few
 
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
-VALIDATION = ("val", "valid", "validation")
-"""Folders that stand in for a missing ``test``, in upper or lower case."""
 logger = logging.getLogger(__name__)
 
 
@@ -29,122 +40,182 @@ def client_folders(path: Path) -> dict[str, Path]:
     """Find the clients' folders.
 
     Args:
-        path: Folder with one sub-folder a client; files beside them are ignored.
+        path: Folder with one sub-folder a client, or a data set; files beside them are ignored.
 
     Returns:
-        Folder of each client by its name, sorted by name.
+        Folder of each client by its name, sorted by name; empty: the path is a single data set.
 
     Raises:
-        DataError: If the path cannot be read or holds no sub-folder.
+        DataError: If the path cannot be read, holds no sub-folder, or could be read as both.
     """
-    folders = {name: entry for name, entry in _entries(path).items() if entry.is_dir()}
+    folders = _folders(path)
     if not folders:
         raise DataError(
-            f"Folder {path} holds no clients. Expected one sub-folder a client, each with "
-            "train/<class>/* and perhaps test/<class>/*."
+            f"Folder {path} holds no folders. Expected one a client, each with train/<class>/* or "
+            "<class>/*; or the class folders of one data set."
         )
-    if "train" in folders:
-        raise DataError(
-            f"Folder {path} holds 'train': it looks like the folder of one client. Expected one "
-            f"sub-folder a client; give the folder above it: folder:{path.absolute().parent}"
-        )
-    return folders
+    deep, flat = _by_content(folders)
+    if TRAIN in deep:
+        if strange := [name for name in folders if not part_called(name)]:
+            raise DataError(
+                f"Folder {path} holds 'train' like a data set, and {few([*map(repr, strange)])} "
+                "like clients. Move out what does not belong there, or rename the client 'train'."
+            )
+        return {}
+    _check_depth(path, deep, flat, expected="folders of clients, or class folders", whose="")
+    return {} if flat else folders
 
 
-def folder_catalogue(path: Path, *, client: str) -> Catalogue:
-    """List the images of one client.
+def data_set(path: Path) -> Catalogue:
+    """List the images of a single data set, whose classes are dealt to clients."""
+    catalogue = folder_catalogue(path)
+    marks = {**catalogue.marks, DEALT: np.ones(len(catalogue.classes), dtype=np.bool_)}
+    return replace(catalogue, marks=marks)
+
+
+def folder_catalogue(path: Path, *, client: str = "") -> Catalogue:
+    """List the images of one client, or of a data set.
 
     Args:
-        path: The client's own folder, with ``train/<class>/*`` and perhaps ``test/<class>/*``.
+        path: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``, or ``<class>/*``.
         client: The client's name, for messages.
 
     Returns:
-        Training images, then test images, each sorted by class and file name. Without a ``test``
-        or validation folder, no image is marked as a test image.
+        Training images, then the others, each sorted by class and file name.
 
     Raises:
         DataError: If folders are missing, empty, misspelt or in the wrong place.
     """
-    folders = {name: entry for name, entry in _entries(path, client).items() if entry.is_dir()}
-    for name in folders:
-        near = difflib.get_close_matches(name.lower(), ("train", "test"), 1, 0.7)
-        if near and name != near[0] and near[0] not in folders:
-            raise DataError(
-                f"Client {client!r}: {path} holds a folder {name!r}. Rename it {near[0]!r} if that "
-                "is what it is, or take it out; only 'train' and 'test' are read.",
-                told=f"a folder should be called {near[0]!r}",
-            )
-    if "train" not in folders:
-        present = ", ".join(map(repr, folders)) or "none"
-        raise DataError(
-            f"Client {client!r}: {path} has no folder 'train'; folders found: {present}. Expected "
-            "train/<class>/* and perhaps test/<class>/*.",
-            told="there is no folder 'train'",
-        )
-    test = _test_folder(folders, path, client)
+    whose = f"Client {client!r}: " if client else ""
     files: list[Path] = []
     classes: list[str] = []
-    is_test: list[bool] = []
-    for part in ("train", test):
-        for name, members in _classes(folders[part], client).items() if part else ():
+    parts: list[str] = []
+    for part, folder in _parts(path, whose).items():
+        for name, members in _classes(folder, whose).items():
             files += members
             classes += [name] * len(members)
-            is_test += [part == test] * len(members)
+            parts += [part] * len(members)
+    is_test, marks = divided(parts)
     return Catalogue(
         source=str(path),
         classes=np.array(classes),
-        is_test=np.array(is_test) if test else None,
+        is_test=is_test,
         open=lambda index: files[index].read_bytes(),
         which=files.__getitem__,
+        file=files.__getitem__,
+        version=version_of(files),
+        marks=marks,
     )
 
 
-def _test_folder(folders: Iterable[str], path: Path, client: str) -> str:
-    """Choose the folder of test images, or none (empty); log which folders are not read."""
-    stand_ins = [name for name in folders if name.lower() in VALIDATION]
-    if "test" not in folders and len(stand_ins) > 1:
-        found = " and ".join(map(repr, stand_ins))
+def _parts(path: Path, whose: str) -> dict[str, Path]:
+    """Return the folder of class folders by part; log which folders are not read."""
+    folders = _folders(path, whose)
+    deep, flat = _by_content(folders)
+    if flat and not {*folders} & {TRAIN}:
+        _check_depth(path, deep, flat, expected="class folders", whose=whose)
+        if word := next(filter(part_called, flat), ""):
+            raise DataError(
+                f"{whose}{path} holds class folders and {word!r}, which holds images itself: is it "
+                "a class, or a part? Put the class folders into a folder 'train', or rename it.",
+                told="a class folder is called as a part of a data set is",
+            )
+        return {TRAIN: path}
+    if TRAIN in flat:
         raise DataError(
-            f"Client {client!r}: {path} has no folder 'test', but {found}. Rename the one that "
-            "holds the test images 'test'."
+            f"{whose}{folders[TRAIN]} holds images, but no class folders. Expected train/<class>/*;"
+            " if 'train' is a class itself, put all class folders into a folder 'train'.",
+            told="the folder 'train' holds images, but no class folders",
         )
-    test = "test" if "test" in folders else next(iter(stand_ins), "")
-    if test != "test" and test:
-        logger.warning("Client %r: %s has no 'test'; %r holds its test images.", client, path, test)
-    if unread := [name for name in folders if name not in ("train", test)]:
-        listed = ", ".join(map(repr, unread))
-        logger.warning("Client %r: folders in %s that are not read: %s.", client, path, listed)
-    return test
+    for name in folders:
+        near = difflib.get_close_matches(name.lower(), (TRAIN, TEST), 1, 0.7)
+        if near and name != near[0] and near[0] not in folders:
+            raise DataError(
+                f"{whose}{path} holds a folder {name!r}. Rename it {near[0]!r} if that is what it "
+                "is, or take it out; only 'train' and 'test' are read.",
+                told=f"a folder should be called {near[0]!r}",
+            )
+    if TRAIN not in folders:
+        present = ", ".join(map(repr, folders)) or "none"
+        raise DataError(
+            f"{whose}{path} has no folder 'train'; folders found: {present}. Expected "
+            "train/<class>/* and perhaps test/<class>/*, or class folders that hold the images.",
+            told="there is no folder 'train'",
+        )
+    validation = [name for name in folders if part_called(name) == VALIDATION]
+    if len(validation) > 1:
+        raise DataError(
+            f"{whose}{path} holds {' and '.join(map(repr, validation))}. Rename the one that holds "
+            "the test images 'test', or take one out."
+        )
+    parts = {TRAIN: folders[TRAIN]}
+    if validation:
+        parts[VALIDATION] = folders[validation[0]]
+    if TEST in folders:
+        parts[TEST] = folders[TEST]
+    if unread := [name for name, folder in folders.items() if folder not in parts.values()]:
+        logger.warning("%sfolders in %s that are not read: %s.", whose, path, few(unread))
+    return parts
 
 
-def _classes(folder: Path, client: str) -> dict[str, list[Path]]:
+def _folders(path: Path, whose: str = "") -> dict[str, Path]:
+    return {name: entry for name, entry in _entries(path, whose).items() if entry.is_dir()}
+
+
+def _by_content(folders: Mapping[str, Path]) -> tuple[list[str], list[str]]:
+    """Return the names of the folders that hold folders, and of those that hold only files."""
+    deep, flat = list[str](), list[str]()
+    for name, folder in folders.items():
+        try:
+            with os.scandir(folder) as entries:
+                kinds = [entry.is_dir() for entry in entries if not left_behind(entry.name)]
+        except OSError:
+            continue  # who reads it says what is wrong
+        if kinds:
+            (deep if any(kinds) else flat).append(name)
+    return deep, flat
+
+
+def _check_depth(
+    path: Path, deep: list[str], flat: list[str], *, expected: str, whose: str
+) -> None:
+    """Refuse folders of which some hold images and others hold folders."""
+    if deep and flat:
+        raise DataError(
+            f"{whose}{path} must hold {expected}, but {few([*map(repr, flat)])} hold files and "
+            f"{few([*map(repr, deep)])} hold folders. Let all class folders lie equally deep.",
+            told="some folders hold images, others hold folders",
+        )
+
+
+def _classes(folder: Path, whose: str) -> dict[str, list[Path]]:
     """List the files of each class in ``train`` or ``test``, by class name."""
     classes: dict[str, list[Path]] = {}
-    for name, entry in _entries(folder, client).items():
+    for name, entry in _entries(folder, whose).items():
         if not entry.is_dir():
             raise DataError(
-                f"Client {client!r}: {entry} lies beside the class folders. Move it into the "
+                f"{whose}{entry} lies beside the class folders. Move it into the "
                 "folder of its class, or take it out.",
                 told="there are files beside the class folders",
             )
-        files = list(_entries(entry, client).values())
+        files = list(_entries(entry, whose).values())
         nested = next((file for file in files if file.is_dir()), None)
         if nested:
             raise DataError(
-                f"Client {client!r}: class {name!r} holds the folder {nested}. Expected image "
+                f"{whose}class {name!r} holds the folder {nested}. Expected image "
                 "files only; move them up into the class folder.",
                 told="a class folder holds a folder",
             )
         if not files:
             raise DataError(
-                f"Client {client!r}: class {name!r} is empty; {entry} holds no image. Add images "
+                f"{whose}class {name!r} is empty; {entry} holds no image. Add images "
                 "or take the folder out.",
                 told="a class folder is empty",
             )
         classes[name] = files
     if not classes:
         raise DataError(
-            f"Client {client!r}: {folder} holds no images. Expected {folder.name}/<class>/*"
+            f"{whose}{folder} holds no images. Expected {folder.name}/<class>/*"
             + (
                 f"; without a folder {folder.name!r}, test images are drawn."
                 if folder.name != "train"
@@ -154,31 +225,31 @@ def _classes(folder: Path, client: str) -> dict[str, list[Path]]:
     return classes
 
 
-def left_behind(entry: Path) -> bool:
+def left_behind(name: str) -> bool:
     """Tell whether a file is hidden, or one that operating systems create."""
-    return entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND
+    return name.startswith(".") or name.lower() in LEFT_BEHIND
 
 
-def _entries(folder: Path, client: str = "") -> dict[str, Path]:
+def _entries(folder: Path, whose: str = "") -> dict[str, Path]:
     """List a folder by name in NFC, sorted, without the files that operating systems create."""
-    whose = f"Client {client!r}: folder" if client else "Folder"
     try:
         entries = list(folder.iterdir())
     except OSError as error:
         raise DataError(
-            f"{whose} {folder.absolute()} cannot be read ({error.strerror}). Check the path, and "
-            "that you may read it.",
+            f"{whose}Folder {folder.absolute()} cannot be read ({error.strerror}). "
+            "Check the path, and that you may read it.",
             told="a folder cannot be read",
         ) from error
     named: dict[str, Path] = {}
     for entry in sorted(entries):
-        if left_behind(entry):
+        if left_behind(entry.name):
             continue
         name = class_name(entry.name, source=str(folder))
         if name in named:
             raise DataError(
-                f"{whose} {folder} holds two entries named {name!r}, spelt with different Unicode "
-                f"characters ({named[name].name!a}, {entry.name!a}). Merge or rename them."
+                f"{whose}Folder {folder} holds two entries named {name!r}, spelt with "
+                f"different Unicode characters ({named[name].name!a}, {entry.name!a}). "
+                "Merge or rename them."
             )
         named[name] = entry
     return dict(sorted(named.items()))

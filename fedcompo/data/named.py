@@ -1,4 +1,4 @@
-"""Data sets known by name: scikit-learn's digits, and CIFAR-100 from the network."""
+"""A data set that needs no file and no network: scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import functools
 import numpy as np
 from PIL import Image
 
-from fedcompo.data.catalogue import Catalogue, class_name
+from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.draws import frozen_generator, split_members
-from fedcompo.errors import DataError
 
 DIGITS_SEED = 0
 """Seed of the split of digits; fixed, so that all runs are tested on the same images."""
 DIGITS_TEST_SHARE = 0.25
-CIFAR_ADVICE = (
-    "CIFAR-100 is fetched from the network once. Where there is none, save it as an npz file and "
-    "set `data` to npz:<path>."
-)
 
 
 @functools.cache  # the file takes longer to read than a small model to train on it
@@ -41,45 +36,4 @@ def digits_catalogue() -> Catalogue:
         classes=classes,
         is_test=is_test,
         open=lambda index: Image.fromarray(pixels[index]),
-    )
-
-
-def cifar100_catalogue() -> Catalogue:
-    """List CIFAR-100, which Flower Datasets fetches from the Hugging Face hub.
-
-    Raises:
-        DataError: If flwr-datasets is not installed, or if the images cannot be fetched.
-    """
-    try:
-        from flwr_datasets import FederatedDataset
-    except ImportError as error:
-        raise DataError(
-            "`data` is cifar100, but flwr-datasets is not installed. Install it: "
-            f'pip install "fedcompo[cifar]". {CIFAR_ADVICE}'
-        ) from error
-    try:
-        federated = FederatedDataset(
-            dataset="uoft-cs/cifar100", partitioners={"train": 1}, shuffle=False
-        )
-        train, test = (federated.load_split(part) for part in ("train", "test"))
-        names = train.features["fine_label"].names
-        labels = [*train["fine_label"], *test["fine_label"]]
-    except Exception as error:  # network, disk and hub errors of three libraries
-        raise DataError(
-            f"CIFAR-100 could not be loaded by flwr-datasets ({type(error).__name__}: {error}). "
-            f"Check the network and try again. {CIFAR_ADVICE}"
-        ) from error
-    first_test = len(train["fine_label"])
-    classes = np.array([class_name(name, source="cifar100") for name in names])[labels]
-
-    def open_picture(index: int) -> Image.Image:
-        part, row = (train, index) if index < first_test else (test, index - first_test)
-        picture: Image.Image = part[row]["img"]
-        return picture
-
-    return Catalogue(
-        source="cifar100",
-        classes=classes,
-        is_test=np.arange(len(classes)) >= first_test,
-        open=open_picture,
     )

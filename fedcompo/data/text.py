@@ -1,10 +1,10 @@
-"""Texts in one file of JSON lines (``.jsonl``), one a line.
+"""Texts in one file of JSON lines (``.jsonl``), one a line; a text is read when it is asked for.
 
 Its fields::
 
     text    the text to classify; UTF-8
     label   name of its class
-    split   train or test; all texts have it, or none has it and test texts are drawn
+    split   train, test or validation; all have it, or none has it and test texts are drawn
 
 Such as ``{"text": "A fine day.", "label": "weather", "split": "train"}``.
 """
@@ -12,18 +12,19 @@ Such as ``{"text": "A fine day.", "label": "weather", "split": "train"}``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedcompo.backbone.preprocessing import Modality
-from fedcompo.data.catalogue import Catalogue, class_name
+from fedcompo.data.catalogue import Catalogue, class_name, version_of
+from fedcompo.data.splits import divided, part_called
 from fedcompo.errors import DataError
 
 ENDING = ".jsonl"
-SPLITS = ("train", "test")
 
 
 def text_catalogue(path: Path) -> Catalogue:
@@ -40,42 +41,57 @@ def text_catalogue(path: Path) -> Catalogue:
         raise DataError(
             f"{path} must end in {ENDING} and hold JSON lines, got {path.suffix or 'no ending'!r}."
         )
-    texts: list[bytes] = []
+    version = version_of([path])
+    starts = array("q")  # where each text's line begins
+    names: dict[str, str] = {}  # each name once
     classes: list[str] = []
-    splits: list[str | None] = []
+    parts: list[str] = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for where, fields in _rows(file, path):
-                texts.append(_text(fields, where))
-                classes.append(class_name(_field(fields, "label", where), source=where))
-                splits.append(_split(fields, where))
+        with path.open("rb") as file:
+            for start, where, fields in _rows(file, path):
+                starts.append(start)
+                _text(fields, where)
+                name = class_name(_field(fields, "label", where), source=where)
+                classes.append(names.setdefault(name, name))
+                parts.append(_part(fields, where))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path.absolute()} cannot be read as UTF-8 text ({error}). Check the path in `data`, "
             "or save the file again."
         ) from error
-    if not texts:
+    if not starts:
         raise DataError(f"{path} holds no texts.")
-    unsaid = [split is None for split in splits]
-    if any(unsaid) and not all(unsaid):
+    if "" in parts and any(parts):
         raise DataError(
-            f"Text {unsaid.index(True) + 1} of {path} has no `split`, others have. Say of every "
+            f"Text {parts.index('') + 1} of {path} has no `split`, others have. Say of every "
             "text whether it is for train or test, or of none."
         )
+    is_test, marks = divided(parts)
+
+    def read(index: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(starts[index])
+            fields: dict[str, str] = json.loads(file.readline().decode("utf-8-sig"))
+        return fields["text"].encode()
+
     return Catalogue(
         source=str(path),
         classes=np.array(classes),
-        is_test=None if unsaid[0] else np.array([split == "test" for split in splits]),
-        open=lambda index: texts[index],
+        is_test=is_test,
+        open=read,
         modality=Modality.TEXTS,
         which=lambda index: f"text {index + 1}",
+        version=version,
+        marks=marks,
     )
 
 
-def _rows(file: Iterator[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield file and line of each text, for messages, and its fields."""
-    for number, line in enumerate(file, start=1):
-        where = f"{path}, line {number}"
+def _rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield where each text's line begins, its file and line for messages, and its fields."""
+    end = 0
+    for number, content in enumerate(file, start=1):
+        start, end = end, end + len(content)
+        where, line = f"{path}, line {number}", content.decode("utf-8-sig")
         if not line.strip():
             continue
         try:
@@ -84,7 +100,7 @@ def _rows(file: Iterator[str], path: Path) -> Iterator[tuple[str, dict[str, Any]
             raise DataError(f"{where}, is no JSON ({error}). Expected one object a line.") from None
         if not isinstance(fields, dict):
             raise DataError(f"{where}, is no JSON object, got {line.strip()[:40]!r}.")
-        yield where, fields
+        yield start, where, fields
 
 
 def _field(fields: dict[str, Any], name: str, where: str) -> str:
@@ -95,21 +111,23 @@ def _field(fields: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _text(fields: dict[str, Any], where: str) -> bytes:
+def _text(fields: dict[str, Any], where: str) -> None:
+    """Refuse what is no text."""
     text = _field(fields, "text", where)
     if not text.strip():
         raise DataError(f"{where}, is empty. Take it out, or write its text.")
     if "\0" in text:
         raise DataError(f"{where}, holds a NUL character, which fills texts up. Take it out.")
     try:
-        return text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}, is no valid Unicode ({error.reason}).") from None
 
 
-def _split(fields: dict[str, Any], where: str) -> str | None:
+def _part(fields: dict[str, Any], where: str) -> str:
+    """Return the part that a text is for; empty: it does not say."""
     if (value := fields.get("split")) is None:
-        return None
-    if value not in SPLITS:
-        raise DataError(f"`split` in {where}, must be train or test, got {value!r}.")
-    return str(value)
+        return ""
+    if not (part := part_called(str(value))):
+        raise DataError(f"`split` in {where}, must be train, test or validation, got {value!r}.")
+    return part

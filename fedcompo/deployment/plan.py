@@ -62,7 +62,8 @@ class Deployment:
             if not PLAIN.fullmatch(name):
                 raise ConfigError(
                     f"{name!r} cannot name a service: use the letters a to z, digits, hyphens, "
-                    "underscores and dots, without spaces."
+                    "underscores and dots, without spaces. What it names its folder of images is "
+                    "its own affair."
                 )
             if name in self.clients[:position]:
                 raise ConfigError(f"The client {name!r} is named twice. Name each client once.")

@@ -38,11 +38,11 @@ def fit_alone(
     """Fit the contribution of one folder of images, as a newcomer to a registry or as the first.
 
     Args:
-        data: Folder with ``train/<class>/*`` and perhaps ``test/<class>/*``.
+        data: Folder or file of the images; see :func:`fedcompo.data.client_data.load_folder`.
         output: An empty folder for the contribution.
         settings: Those that differ from the registry's, or from the defaults; paths absolute.
         registry: Folder of the registry that it is made for, which is only read; None: of none.
-        client: The client's name; empty: that of the folder.
+        client: The client's name; empty: that of the folder or file.
 
     Returns:
         JSON values: what was fitted, how accurate it is on the test images, and notes.
@@ -50,7 +50,7 @@ def fit_alone(
     Raises:
         FedcompoError: If a setting, the registry, the name or the images cannot be used.
     """
-    name = check_client_name(client or data.absolute().name)
+    name = check_client_name(client or (data.stem if data.is_file() else data.absolute().name))
     if (app := str(find_app())) not in sys.path:
         sys.path.insert(0, app)
     with tempfile.TemporaryDirectory() as folder:

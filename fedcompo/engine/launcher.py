@@ -15,7 +15,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -53,6 +53,8 @@ class Simulation:
     app: Path
     """Folder of the Flower app; see :func:`find_app`."""
     resources: Resources
+    preflight: Mapping[str, Any] = field(default_factory=dict)
+    """What is known before it starts; see :mod:`fedcompo.engine.preflight`."""
 
     @property
     def removes(self) -> bool:

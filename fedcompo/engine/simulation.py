@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Action
@@ -15,11 +15,14 @@ from fedcompo.config.setting import Scalar, names_of
 from fedcompo.engine import launcher
 from fedcompo.engine.launcher import Simulation
 from fedcompo.engine.log import Event
-from fedcompo.engine.resources import fair_resources
+from fedcompo.engine.resources import Resources, fair_resources
 from fedcompo.engine.run_folder import reopen_output, reserve_output
 from fedcompo.errors import ConfigError
 from fedcompo.names import check_client_names
 from fedcompo.report.tracking import require
+
+if TYPE_CHECKING:
+    from fedcompo.engine.preflight import Preflight
 
 
 def simulate(
@@ -28,6 +31,7 @@ def simulate(
     output: Path | str | None = None,
     cpus_per_client: int | None = None,
     gpus_per_client: float | None = None,
+    check: bool = True,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> dict[str, Any]:
     """Simulate a federation on this machine, with Flower's real engine.
@@ -45,6 +49,8 @@ def simulate(
             ``<folder>-2``, ``<folder>-3``, ... is taken.
         cpus_per_client: CPUs a client; default 1.
         gpus_per_client: GPUs a client; default: an even share.
+        check: Refuse data that cannot be used before anything starts; without, clients whose data
+            cannot be used are left out.
         on_event: Called with each event of the run; see :mod:`fedcompo.engine.log`.
 
     Returns:
@@ -66,6 +72,7 @@ def simulate(
         name=scenario_name(None, values),
         cpus_per_client=cpus_per_client,
         gpus_per_client=gpus_per_client,
+        check=check,
     ).run(on_event)
 
 
@@ -103,8 +110,9 @@ def prepare(
     resuming: bool = False,
     cpus_per_client: int | None = None,
     gpus_per_client: float | None = None,
+    check: bool = True,
 ) -> Simulation:
-    """Count the clients, share the machine among them, and take a folder for the results.
+    """Count the clients, check their data, and take a folder for the results.
 
     Args:
         settings: Those that differ from the defaults; paths absolute.
@@ -112,6 +120,7 @@ def prepare(
         resuming: Go on in the folder of an interrupted run instead of taking a new one.
         cpus_per_client: As for :func:`simulate`.
         gpus_per_client: As for :func:`simulate`.
+        check: As for :func:`simulate`.
 
     Raises:
         ConfigError: If the settings, or the shares of the machine, cannot be used.
@@ -127,10 +136,27 @@ def prepare(
         clients, config.device, cpus_per_client=cpus_per_client, gpus_per_client=gpus_per_client
     )
     app = launcher.find_app()
+    found = {}
+    if check and config.registry.action is Action.TRAIN:
+        found = _checked(config, clients, resources).values()
     if resuming:
         output = reopen_output(Path(config.output))
     else:
         if config.registry.action is Action.REMOVE:
             name = f"remove-{config.registry.client}"
         output = reserve_output(Path(config.output or Path.cwd() / "runs" / name))
-    return Simulation(settings, output, clients, app, resources)
+    return Simulation(settings, output, clients, app, resources, found)
+
+
+def _checked(config: RunConfig, clients: int, resources: Resources) -> Preflight:
+    from fedcompo.engine.preflight import LONGEST, look  # imports torch
+
+    return look(
+        config,
+        clients=clients,
+        at_once=resources.cpus // resources.cpus_per_client,
+        threads=resources.cpus_per_client,
+        output=Path(config.output or "."),
+        longest=LONGEST,
+        brief=True,
+    ).require()

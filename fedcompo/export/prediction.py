@@ -17,8 +17,8 @@ from torch import nn
 from fedcompo.backbone.checkpoint import require_finite
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.composition.models import load_tangent_model, model_of
-from fedcompo.data.decoding import picture_of
 from fedcompo.data.folders import left_behind
+from fedcompo.data.pictures import picture_of
 from fedcompo.errors import BackboneError, DataError
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.progress import each
@@ -91,7 +91,7 @@ def predict(
         pixels = {}
         for file in batch:
             try:
-                pixels[str(file)] = seen.resize(picture_of(file.read_bytes()))
+                pixels[str(file)] = picture_of(file.read_bytes(), seen)
             except Exception as error:  # Pillow's decoders raise errors of every kind
                 reason = getattr(error, "strerror", None) or str(error)
                 unreadable[str(file)] = reason or type(error).__name__
@@ -120,4 +120,4 @@ def _files(paths: Iterable[Path], above: tuple[Path, ...] = ()) -> Iterator[Path
         if inside == [path]:
             yield path
         elif (place := path.resolve()) not in above:  # no link leads round and round
-            yield from _files((p for p in inside if not left_behind(p)), (*above, place))
+            yield from _files((p for p in inside if not left_behind(p.name)), (*above, place))

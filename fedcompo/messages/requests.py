@@ -160,6 +160,8 @@ class EvaluateRequest(_WithHead):
     """Composed weights by name, each (out, in)."""
     linearised: bool = entry(bool)
     """Whether they change the model to first order alone."""
+    last: bool | None = entry(bool, default=None)
+    """True: the client's images are needed no more in this run; None: they may be."""
     own_heads: Head | None = None
     """The clients' own heads side by side, to measure beside the joint head; same classes."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.errors import ContributionError, DataError
+from fedcompo.method.images import Images, batches
 from fedcompo.method.ranges import FEATURE, MOST_IMAGES, check_range
 from fedcompo.report.progress import each
 
@@ -136,7 +137,7 @@ def _fit(
 @torch.no_grad()
 def extract_features(
     forward: Callable[[Tensor], Tensor],
-    images: Tensor,
+    images: Images,
     *,
     batch_size: int = 128,
 ) -> Tensor:
@@ -150,7 +151,7 @@ def extract_features(
     Returns:
         (count, features), float32, on the CPU.
     """
-    parts = torch.split(images, batch_size)
+    parts = batches(images, batch_size)
     counted = each(parts, "images", "features", total=len(images), units=len)
     return torch.cat([forward(part).float().cpu() for part in counted])
 

@@ -15,7 +15,6 @@ from statistics import median_low
 
 import timm
 import torch
-from torch import Tensor
 
 from fedcompo.backbone.adapter import ADAPTER_CONFIG, read_adapter
 from fedcompo.backbone.backbone import Backbone
@@ -35,6 +34,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.heads import Head, fit_head, zero_head
+from fedcompo.method.images import Images
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.stand_in import Assumed, stand_in
 from fedcompo.method.statistics import FeatureSums
@@ -48,7 +48,7 @@ LONELY = 100
 """Images that a class counts as that no images describe, where nobody is there."""
 SEED = 0
 """Draws test images where the folder has no ``test``."""
-FisherOf = Callable[[Backbone, Tensor], tuple[FisherDiagonal | None, str]]
+FisherOf = Callable[[Backbone, Images], tuple[FisherDiagonal | None, str]]
 """Returns the Fisher *sum* over images, (count, channels, size, size); or none, and why."""
 
 

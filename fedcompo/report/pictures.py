@@ -10,8 +10,19 @@ WIDE = {"I;16": "16-bit integers", "I": "32-bit integers", "F": "floating-point 
 """Kinds of pixels with more than 8 bits, by Pillow's mode."""
 REPEATED = "repeated"
 """Fact: number of test images that are training images too."""
+JOINED = "are marked for validation: they are training images here, as there are test images"
+STAND_IN = "are marked for validation: they are the test images, as there are no others"
+DEALT = "lie in class folders without folders of clients: their classes are dealt to the clients"
+PAGES = "hold several pages or frames: the first is used"
+TURNED = "are turned upright, as their EXIF tag says; most other programs do not turn them"
+SEE_THROUGH = "are partly transparent: transparency is ignored, the colours under it are used"
+NEGATIVE = "say that 0 is white, with more than 8 bits; they are read as if 0 were black"
+WINDOWED = "are DICOM files: their window, or table of values, becomes 0..255"
+UNWINDOWED = "are DICOM files without a window: the range of their stored bits becomes 0..255"
+ODD = (JOINED, STAND_IN, DEALT, PAGES, TURNED, SEE_THROUGH, NEGATIVE, WINDOWED, UNWINDOWED)
+"""Facts: numbers of images of which it is true, training and test."""
 Facts = Mapping[str, int]
-"""What a client states of its pictures: :data:`REPEATED`, and by kind the value that became 255."""
+"""What a client states of its pictures: counts, and by kind the value that became 255."""
 
 
 def notes_on(facts: Mapping[str, Facts]) -> Iterator[str]:
@@ -22,11 +33,16 @@ def notes_on(facts: Mapping[str, Facts]) -> Iterator[str]:
             f"Test images that are training images too, at {few(repeated)}: the accuracies "
             "of these clients are too high. Take the images out of one of the two."
         )
+    for what in ODD:
+        if who := [f"{client} ({own[what]})" for client, own in facts.items() if own.get(what)]:
+            yield f"Images that {what}; at {few(who)}."
     for kind in WIDE.values():
         tops = {who: own[kind] for who, own in facts.items() if kind in own}
+        listed = few([f"{who} 0..{top}" for who, top in tops.items()])
         if len(set(tops.values())) > 1:
-            listed = few([f"{who} 0..{top}" for who, top in tops.items()])
             yield (
                 f"Pixels of {kind} become 8 bits by the range that a client's pictures use, and "
                 f"the ranges differ: {listed}. If the pictures are alike, save them with 8 bits."
             )
+        elif tops:
+            yield f"Pixels of {kind} become 8 bits by the range that the pictures use: {listed}."

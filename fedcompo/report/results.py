@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from fedcompo.report.arrivals import arrivals_table
 from fedcompo.report.console import PlainConsole, numbers, table_console
 from fedcompo.report.units import (
     ALL_CLASSES,
@@ -46,6 +47,8 @@ def print_results(results: Results, console: PlainConsole, *, details: bool = Fa
     """
     console = table_console(console)
     console.print(_accuracy_table(results))
+    if "arrivals" in results:
+        console.print(arrivals_table(results))
     console.print(_traffic_table(results))
     if "scale" in results:
         _print_scale(results["scale"], console, details=details)

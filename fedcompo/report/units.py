@@ -34,8 +34,8 @@ def size(count: int) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Join names by commas, on one line whatever they hold."""
-    return ", ".join(map(printable, names))
+    """Join names by commas, on one line whatever they hold; one with a comma stands in quotes."""
+    return ", ".join(f'"{name}"' if "," in name else name for name in map(printable, names))
 
 
 def shortened(names: Sequence[str], limit: int = 24) -> str:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.method.features import extract_features
 from fedcompo.method.heads import Head
+from fedcompo.method.images import Images, part_of
 
 IMAGES = 256
 """Most images whose features the scale is taken of."""
 
 
-def feature_scale(backbone: Backbone, images: Tensor) -> tuple[float, float]:
+def feature_scale(backbone: Backbone, images: Images) -> tuple[float, float]:
     """Return the root mean square of the pre-trained features, and their variance in all.
 
     Args:
@@ -29,7 +30,7 @@ def feature_scale(backbone: Backbone, images: Tensor) -> tuple[float, float]:
     Returns:
         Both positive: one where the features are all zero, or all the same.
     """
-    some = images[:: max(1, -(-len(images) // IMAGES))]
+    some = part_of(images, slice(None, None, max(1, -(-len(images) // IMAGES))))
     features = extract_features(backbone.forward({}), some).double()
     variance = float(features.var(0, correction=0).sum())
     return float(features.square().mean().sqrt()) or 1.0, variance or 1.0

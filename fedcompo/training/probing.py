@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.choices import Curvature, FisherForm
+from fedcompo.config.data import CLASSES
 from fedcompo.config.run import FisherConfig, RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data, load_folder
 from fedcompo.errors import ConfigError
@@ -25,6 +25,7 @@ from fedcompo.method.features import extract_features
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import OLD_HEAD, load_fisher, save_fisher
 from fedcompo.method.heads import Head, fit_head, zero_head
+from fedcompo.method.images import Images, batches, part_of
 from fedcompo.report.progress import each
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorstream import StreamedTensors
@@ -52,7 +53,7 @@ def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridg
 
 def fisher_of_images(
     backbone: Backbone,
-    images: Tensor,
+    images: Images,
     config: FisherConfig,
     *,
     seed: int,
@@ -76,9 +77,10 @@ def fisher_of_images(
     """
     if 0 < config.fisher_examples < len(images):
         generator = generator_for(seed, "fisher-examples", owner)
-        images = images[torch.randperm(len(images), generator=generator)[: config.fisher_examples]]
+        drawn = torch.randperm(len(images), generator=generator)[: config.fisher_examples]
+        images = part_of(images, drawn)
 
-    parts = torch.split(images, config.fisher_batch)
+    parts = batches(images, config.fisher_batch)
     counted = each(parts, "images", "Fisher", total=len(images), units=len)
     fisher, report = estimate_fisher(
         backbone.model,
@@ -95,17 +97,16 @@ def fisher_of_images(
 
 
 def load_public_data(config: RunConfig, preprocessing: Preprocessing) -> ClientData:
-    """Load all classes of a source as one party's; a ``folder:`` source holds ``train/<class>/*``.
+    """Load all classes of a source as one party's; a ``folder:`` source holds class folders.
 
     Raises:
         DataError: If the source or one of its images cannot be used.
     """
     source, seed = config.data, config.seed
-    kind, _, path = source.data.partition(":")
-    if kind == "folder" and path:
-        cap = source.images_per_class
-        return load_folder(Path(path), preprocessing, seed=seed, images_per_class=cap)
-    whole = replace(source, num_tasks=1)
+    if source.data.startswith(("folder:", "manifest:")):
+        cap, own = source.images_per_class, source.data
+        return load_folder(own, preprocessing, seed=seed, images_per_class=cap, client=None)
+    whole = replace(source, num_tasks=1, partition=CLASSES, clients_per_task=0)
     return load_client_data(whole, preprocessing, partition=0, seed=seed)
 
 

@@ -77,6 +77,7 @@ class Composing:
             joint=self.registry.joint_head(),
             own_heads=self._own_heads(),
             linearised=self.registry.linearised,
+            last=phase == "evaluate" or None,
         ).to_body()
         asked = [client for client in self.exchange.clients if client in self.registry.clients]
         self.exchange.ask(

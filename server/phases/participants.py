@@ -19,6 +19,8 @@ class Participants:
     """Whose turn it is; None: everyone who is connected."""
     names: frozenset[str] = frozenset()
     """All clients that said who they are, described or not."""
+    tests: Mapping[str, int] = field(default_factory=dict)
+    """Their test images."""
     noised: frozenset[str] = frozenset()
     """Those of them whose statistics are under noise."""
     ambiguous: frozenset[str] = frozenset()

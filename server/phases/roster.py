@@ -151,10 +151,10 @@ class Roster:
                     "Train it anew with `replace = true`, or give it another name.",
                 )
 
-    def take_turn(self, client: str, members: Iterable[str]) -> None:
-        """Let one client be the only newcomer, and note who is a member by then."""
+    def take_turn(self, clients: tuple[str, ...], members: Iterable[str]) -> None:
+        """Let these clients be the only newcomers, and note who is a member by then."""
         self.participants = replace(
-            self.participants, asked=(client,), members=tuple(sorted(members))
+            self.participants, asked=clients, members=tuple(sorted(members))
         )
 
     def look_again(self) -> None:
@@ -250,7 +250,8 @@ class Roster:
     def _take_in(self, name: str, answer: IdentifyAnswer) -> None:
         who = self.participants
         noised = who.noised | {name} if answer.noised else who.noised
-        self.participants = replace(who, names=who.names | {name}, noised=noised)
+        tests = {**who.tests, name: answer.num_test_examples}
+        self.participants = replace(who, names=who.names | {name}, noised=noised, tests=tests)
 
     def _checked_name(self, client: str, answer: IdentifyAnswer, body: Body) -> str:
         """Return a client's name; refuse it if name or backbone are not what they must be."""

@@ -18,6 +18,7 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, zero_head
+from fedcompo.method.images import joined
 from fedcompo.seeds import generator_for
 from fedcompo.training.fit import fit_task_vector
 from fedcompo.training.pace import pace
@@ -39,7 +40,7 @@ def train_joint(
     """
     start = zero_head(sorted({c for data in datas for c in data.classes}), backbone.num_features)
     labels = [start.indices(data.classes)[data.train.labels] for data in datas]
-    together = Split(torch.cat([data.train.images for data in datas]), torch.cat(labels))
+    together = Split(joined(*(data.train.images for data in datas)), torch.cat(labels))
     fitted = fit_task_vector(
         backbone,
         kind,

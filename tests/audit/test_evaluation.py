@@ -110,7 +110,7 @@ def test_settings_that_this_version_does_not_know_are_refused(tmp_path: Path) ->
 def test_the_effect_foreseen_is_the_effect_had(registry: Registry, tmp_path: Path) -> None:
     copy = Registry(shutil.copytree(registry.path, tmp_path / "r", symlinks=True))
     before = contents(copy.path)
-    foreseen = effect_of_removal(copy, "client-1", None)
+    foreseen = effect_of_removal(copy, ["client-1"], None)
     assert contents(copy.path) == before
     assert foreseen["before"] == by_hand(copy.theta_p(), copy.joint_head(), 0, 1, 2)
     copy.remove("client-1")
@@ -120,13 +120,13 @@ def test_the_effect_foreseen_is_the_effect_had(registry: Registry, tmp_path: Pat
 
 def test_after_the_last_client_nothing_is_left_to_measure(tmp_path: Path) -> None:
     registry = registry_of(tmp_path / "r", member("client-0", classes=CLASSES["client-0"]))
-    effect = effect_of_removal(registry, "client-0", None)
+    effect = effect_of_removal(registry, ["client-0"], None)
     assert effect["before"] == by_hand(registry.theta_p(), registry.joint_head(), 0)
     assert effect["after"] == {}
 
 
 @pytest.mark.parametrize("data", ["folder:/nowhere", "digist"])
 def test_an_effect_that_cannot_be_measured_says_why(registry: Registry, data: str) -> None:
-    effect = effect_of_removal(registry, "client-1", data)
+    effect = effect_of_removal(registry, ["client-1"], data)
     assert set(effect) == {"reason"}
     assert data.removeprefix("folder:") in effect["reason"]

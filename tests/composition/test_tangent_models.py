@@ -240,7 +240,7 @@ def shares(members: Sequence[Contribution], head: Head, client: str) -> tuple[fl
 
 def test_a_removals_effect_on_accuracy_is_that_of_linearised_models(digits):
     members, head = list(digits.pool()), digits.joint_head()
-    effect = effect_of_removal(digits, "client-1", None)
+    effect = effect_of_removal(digits, ["client-1"], None)
     for client in CLASSES:
         found = effect["before"][client]
         expected = shares(members, head, client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fedcompo.data import catalogue
-from fedcompo.data.catalogue import Catalogue, read_once
+from fedcompo.data.catalogue import Catalogue, read_once, version_of
 from fedcompo.errors import DataError
 
 
@@ -25,7 +26,13 @@ class Reader:
             name = path.read_text()
         except OSError as error:
             raise DataError(f"{path} cannot be read") from error
-        return Catalogue(str(path), np.array([name]), None, lambda index: Image.new("L", (1, 1)))
+        return Catalogue(
+            str(path),
+            np.array([name]),
+            None,
+            lambda index: Image.new("L", (1, 1)),
+            in_memory=len(name),
+        )
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def test_only_the_last_file_is_kept(file: Path):
     assert reader.reads == 3
 
 
-def test_a_large_file_is_not_kept(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_content_that_fills_the_memory_is_not_kept(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(catalogue, "KEPT_BYTES", 2)
     reader = Reader()
     for _ in range(3):
@@ -96,3 +103,12 @@ def test_a_file_that_cannot_be_read_is_refused_each_time_until_it_can(tmp_path: 
             read_once(reader, path)
     path.write_text("cat")
     assert read_once(reader, path).names == ("cat",)
+
+
+def test_a_version_tells_whether_a_file_may_have_changed(file: Path):
+    first = version_of([file])
+    assert version_of([file]) == first != version_of([file, file.with_name("missing")])
+    status = file.stat()
+    file.write_text("dog")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # same size, same time
+    assert version_of([file]) != first

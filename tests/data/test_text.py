@@ -105,7 +105,7 @@ def test_names_are_brought_into_composed_unicode(tmp_path: Path):
         ({"text": " \n"}, "line 2, is empty"),
         ({"text": "a\0b"}, "line 2, holds a NUL character"),
         ({"text": "\ud800"}, "line 2, is no valid Unicode"),
-        ({"split": "dev"}, "`split` in .*line 2, must be train or test, got 'dev'"),
+        ({"split": "later"}, "`split` in .*line 2, must be train, test or validation, got 'later'"),
         ({"split": None}, r"Text 2 of .* has no `split`, others have"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_run_that_fails_exits_non_zero_and_says_why(tmp_path):
             folder.mkdir(parents=True)
             (folder / "broken.png").write_bytes(b"this is no picture")
     done = subprocess.run(
-        [BIN / "fedcompo", "simulate", "--set", "data=folder:images"],
+        [BIN / "fedcompo", "simulate", "--no-check", "--set", "data=folder:images"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -93,7 +93,7 @@ def test_what_a_client_s_files_are_called_stands_in_its_own_log_alone(hospitals,
     settings = {**QUICK, "data": f"folder:{images}", "num-classes": 0, "realign": False}
     (tmp_path / "scenario.toml").write_text(as_toml(settings))
     done = subprocess.run(
-        [BIN / "fedcompo", "simulate", "scenario.toml", "--output", output],
+        [BIN / "fedcompo", "simulate", "--no-check", "scenario.toml", "--output", output],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,0 +1,146 @@
+"""The sources of data by name, and the catalogue of each.
+
+Some sources say themselves who the clients are: a folder of clients' folders, a manifest with a
+column of clients. Of all others, the classes are dealt to clients.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fedcompo.data.catalogue import Catalogue, read_once
+from fedcompo.data.columns import with_choices
+from fedcompo.data.folders import client_folders, data_set, folder_catalogue
+from fedcompo.data.hugging_face import SAVED, hub_catalogue, is_folder, saved_catalogue
+from fedcompo.data.manifest import manifest_catalogue
+from fedcompo.data.named import digits_catalogue
+from fedcompo.data.npz import npz_catalogue
+from fedcompo.data.tables import CSV, PARQUET
+from fedcompo.data.text import text_catalogue
+from fedcompo.errors import DataError
+from fedcompo.report.twins import few
+
+ALIASES = {"cifar100": "hf:uoft-cs/cifar100#image=img,label=fine_label"}
+NAMED = {"digits": digits_catalogue}
+FILES: dict[str, Callable[..., Catalogue]] = {
+    "manifest": manifest_catalogue,
+    "npz": npz_catalogue,
+    "text": text_catalogue,
+    "hf": saved_catalogue,
+}
+WITH_CHOICES = ("manifest", "hf")
+"""Kinds of sources with columns to choose."""
+KINDS = ("folder", *FILES)
+SOURCES = ("digits", *(f"{kind}:<path>" for kind in KINDS), "hf:<name>", *ALIASES)
+ENDINGS = {".npz": "npz", ".jsonl": "text"} | dict.fromkeys((*CSV, *PARQUET), "manifest")
+
+
+def own_clients(data: str) -> tuple[str, ...]:
+    """Name the clients that a source has of itself, sorted; none: its classes are to be dealt.
+
+    Raises:
+        DataError: If the source is unknown, or cannot be read.
+    """
+    kind, rest = parse(data)
+    if kind == "folder":
+        return tuple(client_folders(Path(rest).expanduser()))
+    if kind != "manifest":
+        return ()
+    clients = catalogue_of(data).clients
+    return () if clients is None else tuple(map(str, np.unique(clients)))
+
+
+def catalogue_of(data: str, client: str = "") -> Catalogue:
+    """List the images of a source.
+
+    Args:
+        data: The source.
+        client: One of :func:`own_clients`, whose images alone are listed; empty: all.
+
+    Raises:
+        DataError: If the source cannot be used.
+    """
+    kind, rest = parse(data)
+    if kind in NAMED:
+        return NAMED[kind]()
+    if kind == "folder" and client:
+        return folder_catalogue(client_folders(Path(rest).expanduser())[client], client=client)
+    if kind == "folder":
+        return data_set(Path(rest).expanduser())
+    if kind not in WITH_CHOICES:
+        return read_once(FILES[kind], Path(rest).expanduser())
+    place, choices = with_choices(rest)
+    if kind == "hf" and not is_folder(place):
+        return hub_catalogue(place, choices)
+    whole = read_once(FILES[kind], Path(place).expanduser(), choices)
+    return whole.part(np.flatnonzero(whole.clients == client)) if client else whole
+
+
+def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
+    """List the images of one client, which are its own: a folder or a file.
+
+    Args:
+        data: A source, or the path of one: its ending tells what it is.
+        client: The client's name, which chooses its rows of a manifest; empty: not known; None:
+            all rows are one client's.
+
+    Returns:
+        The client's name, or else that of the folder or file; and its images.
+
+    Raises:
+        DataError: If the source cannot be used, or has the images of several clients.
+    """
+    kind, rest = parse(data if data in NAMED else _with_kind(data))
+    if kind == "folder":
+        path = Path(rest).expanduser().absolute()
+        return client or path.name, folder_catalogue(path, client=client or path.name)
+    whole = catalogue_of(f"{kind}:{rest}" if rest else kind)
+    name = Path(with_choices(rest)[0]).stem or kind
+    if whole.clients is None or client is None:
+        return client or name, whole
+    names = [str(owner) for owner in np.unique(whole.clients)]
+    if client in names:
+        return client, whole.part(np.flatnonzero(whole.clients == client))
+    if len(names) == 1:
+        return client or names[0], whole
+    raise DataError(
+        f"{whole.source} lists images of {len(names)} clients, {few(names)}, and "
+        f"{repr(client) if client else 'no name'} is the client's. Give it one of these names.",
+        told="its manifest lists images of several clients, and not its own",
+    )
+
+
+def _with_kind(data: str) -> str:
+    """Write a path as a source."""
+    if data.partition(":")[0] in KINDS:
+        return data
+    return f"{kind_of(Path(with_choices(data)[0]).expanduser())}:{data}"
+
+
+def parse(data: str) -> tuple[str, str]:
+    """Split a source into its kind and, for those that have one, its path."""
+    data = ALIASES.get(data, data)
+    kind, _, rest = data.partition(":")
+    if (data in NAMED) or (kind in KINDS and rest):
+        return kind, rest
+    if kind in KINDS:
+        hint = f"{kind} needs a path: {kind}:<path>."
+    elif near := difflib.get_close_matches(kind, (*KINDS, *NAMED, *ALIASES), 1):
+        more = f":{rest or '<path>'}" if near[0] in KINDS else ""
+        hint = f"Did you mean {near[0] + more!r}?"
+    elif data and Path(data).expanduser().exists():
+        hint = f"Did you mean {kind_of(Path(data).expanduser()) + ':' + data!r}?"
+    else:
+        hint = ""
+    raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
+
+
+def kind_of(path: Path) -> str:
+    """Return the kind of source that lies at a path: by its ending, and else a folder's."""
+    if path.is_dir():
+        return "hf" if any((path / name).is_file() for name in SAVED) else "folder"
+    return ENDINGS.get(path.suffix.lower(), "folder")
