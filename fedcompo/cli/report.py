@@ -46,9 +46,8 @@ def report(
         else:
             opened = common.open_registry(folder or registry)
             beside = opened.path.absolute().parent / RESULTS
-            results = _results(beside) if beside.is_file() else None
-            own = results and (results.get("registry") or {}).get("root") is not None
-            page = registry_page(story(opened), results if own else None)
+            found = _results(beside) if beside.is_file() else {}
+            page = registry_page(story(opened), found if "registry" in found else None)
         write_atomically(output, page.html().encode())
         say(f"Report: {output}")
 

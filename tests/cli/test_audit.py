@@ -58,7 +58,7 @@ def test_people_get_tables_and_the_place_of_the_files(folder, tmp_path, monkeypa
         "mean of the remaining",
         f"{auc['value']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}]",
         "Before: everyone (client-0, client-1); after: the client removed (client-0).",
-        "is 0 there by construction",
+        "is right there, by construction",
         "kept the joint head",
         "4 shadow models, seed 0",
     ):
