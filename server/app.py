@@ -88,7 +88,9 @@ def main(grid: Grid, context: Context) -> None:
             write_atomically(output / RESULTS, text.encode())
             clear(output)
             _report(output, results)
-            tracking.finish(results, [output / RESULTS, *sorted(output.glob("report.*"))])
+            tracking.finish(
+                results, [output / RESULTS, *sorted(output.glob("report.*"))], failed=False
+            )
     except BaseException as error:
         log(ERROR, "The run failed: %s", printable(str(error), keep="\n"))
         if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():

@@ -1,4 +1,4 @@
-"""The accuracy of the model after each arrival, as a table; see ``arrivals`` in ``results.json``."""
+"""The accuracy of the model after each arrival, as a table of what ``results.json`` holds."""
 
 from __future__ import annotations
 

@@ -174,9 +174,7 @@ class Tracking:
             self._sent.clear()
             self._flush()
 
-    def finish(
-        self, results: Mapping[str, Any], files: Iterable[Path], *, failed: bool = False
-    ) -> None:
+    def finish(self, results: Mapping[str, Any], files: Iterable[Path], *, failed: bool) -> None:
         """Pass the figures of the whole run on, and close all trackers."""
         whole = {k: v for k, v in results.items() if k.endswith("_accuracy") or k == "seconds"}
         whole["lambda"] = (results.get("scale") or {}).get("scale")
