@@ -90,6 +90,8 @@ def _confusions(classes: Sequence[str], counts: Sequence[tuple[int, int, int]]) 
     title = "Mistakes" if few else f"The {MISTAKES} most frequent of {len(mistakes)} mistakes"
     right = sum(count for true, taken, count in counts if true == taken)
     sentence = f"{right} of {sum(of.values())} test images are right among all classes."
+    if not parts:
+        sentence += f" A matrix is drawn of up to {DRAWN} classes, not of {len(classes)}."
     return Section(
         "Confusions", [*parts, *([Table(title, columns, rows)] if rows else [])], [sentence]
     )

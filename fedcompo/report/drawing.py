@@ -195,17 +195,16 @@ def reliability(title: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
     return drawn(title, (3.6, 3.6), paint)
 
 
-def lines(title: str, x_name: str, y_name: str, curves: Mapping[str, Any]) -> Markup:
-    """Draw a curve for each name: a list of points (x, y)."""
+def line(title: str, x_name: str, y_name: str, points: Sequence[tuple[float, float]]) -> Markup:
+    """Draw a curve through points (x, y)."""
 
     def paint(axes: Axes) -> None:
-        for (name, curve), colour in zip(curves.items(), (BLUE, ORANGE, GREEN, GREY), strict=False):
-            axes.plot(*zip(*curve, strict=True), "o-", ms=4, color=colour, label=name)
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, color=BLUE)
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         axes.grid(alpha=0.25, color=GREY)
 
-    return drawn(title, (5.2, 2.6), paint, legend=len(curves) > 1)
+    return drawn(title, (5.2, 2.6), paint)
 
 
 def drawn(

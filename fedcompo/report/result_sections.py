@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
 from fedcompo.report import drawing
 from fedcompo.report.class_sections import class_sections
 from fedcompo.report.drawing import NAMED, Series
@@ -77,58 +81,59 @@ def _removal(results: Results) -> Section:
 
 def _accuracy(results: Results) -> Section:
     """Draw and list the accuracies by client."""
-    own = results.get("per_client", {})
     if results.get("class_il_accuracy") is None:
         return Section("Accuracy", [])
-    columns = [(title, key) for title, key in COLUMNS if results.get(key) is not None]
+    own = results["per_client"].values()
     series = [
-        Series(
-            TITLES[key],
-            colour,
-            [f[key] for f in own.values()],
-            [f.get("interval") for f in own.values()] if key == "class_il_accuracy" else None,
-        )
+        Series(TITLES[key], colour, [f[key] for f in own])
         for key, colour in COLOURS.items()
         if results.get(key) is not None
     ]
-    intervals = ["95 % interval"] if any(f.get("interval") for f in own.values()) else []
-    kinds = {f["kind"] for f in own.values()}
-    kind = ["kind"] if len(kinds) > 1 else []
-    titles = named(*kind, words=len(kind)) + numbers("train images", "test images")
-    titles += [*numbers(*(title for title, _ in columns), *intervals), Column("classes")]
+    series[-1] = replace(series[-1], intervals=[f.get("interval") for f in own])
+    whiskers = len(own) <= NAMED and any(series[-1].intervals or ())
+    picture = Picture(
+        "Accuracy by client",
+        drawing.points("Accuracy by client", list(results["per_client"]), series),
+        "Per cent of the client's test images"
+        + (f"; lines are 95 % intervals of {ALL_CLASSES}." if whiskers else "."),
+    )
+    lines = [
+        f"{title}: {LINES[title]}"
+        for title, key in COLUMNS
+        if title in LINES and results.get(key) is not None
+    ]
+    sentences = [f"{line}." for line in (*lines, *EXPLAINED.splitlines())]
+    return Section("Accuracy", [picture, *_accuracy_tables(results)], sentences)
 
-    def row(client: str) -> list[str]:
-        f = own[client]
-        counts = [f["num_examples"], f["num_test_examples"] or "–"]
-        figures = [
+
+def _accuracy_tables(results: Results) -> Iterable[Table]:
+    """List the mean, the lowest if there are many, and all."""
+    own = results["per_client"]
+    columns = [(title, key) for title, key in COLUMNS if results.get(key) is not None]
+    intervals = ["95 % interval"] if any(f.get("interval") for f in own.values()) else []
+    kind = ["kind"] if len({f["kind"] for f in own.values()}) > 1 else []
+    figures = [*(title for title, _ in columns), *intervals]
+    titles = [*named(*kind, words=len(kind)), *numbers("train images", "test images", *figures)]
+    titles.append(Column("classes"))
+
+    def figures_of(f: Results) -> list[str]:
+        return [
             *(percent(f[key]) for _, key in columns),
             *(between(f["interval"]) for _ in intervals),
         ]
-        return [client, *(f[name] for name in kind), *counts, *figures, listed(f["classes"])]
 
-    tables = [Table("Accuracy by client, %", titles, [row(client) for client in own])]
-    if tables[0].closed:
+    def row(client: str) -> list[Any]:
+        f = own[client]
+        counts = f["num_examples"], f["num_test_examples"] or "–"
+        return [client, *(f[k] for k in kind), *counts, *figures_of(f), listed(f["classes"])]
+
+    yield Table("Mean over clients, %", named(*figures), [["mean", *figures_of(results)]])
+    whole = Table("Accuracy by client, %", titles, [row(client) for client in own])
+    if whole.closed:
         measured = sorted(results["clients_evaluated"], key=lambda c: own[c]["class_il_accuracy"])
         lowest = [row(client) for client in measured[:LOWEST]]
-        tables.insert(0, Table(f"The {len(lowest)} lowest, %", titles, lowest))
-    mean = ["mean", *(percent(results[key]) for _, key in columns)]
-    mean += [between(results.get("interval")) for _ in intervals]
-    whiskers = intervals and len(own) <= NAMED
-    lines = [f"{title}: {LINES[title]}." for title, _ in columns if title in LINES]
-    return Section(
-        "Accuracy",
-        [
-            Picture(
-                "Accuracy by client",
-                drawing.points("Accuracy by client", list(own), series),
-                "Per cent of the client's test images"
-                + (f"; lines are 95 % intervals of {ALL_CLASSES}." if whiskers else "."),
-            ),
-            Table("Mean over clients, %", named(*(t for t, _ in columns), *intervals), [mean]),
-            *tables,
-        ],
-        [*lines, *(f"{line}." for line in EXPLAINED.splitlines())],
-    )
+        yield Table(f"The {len(lowest)} lowest, %", titles, lowest)
+    yield whole
 
 
 def _history(results: Results) -> Section:
@@ -146,7 +151,7 @@ def _history(results: Results) -> Section:
         [
             Picture(
                 "Loss by round",
-                drawing.lines("Loss by round", "round", "loss", {"loss": curve}),
+                drawing.line("Loss by round", "round", "loss", curve),
                 "Mean training loss of the clients that trained in a round.",
             ),
             Table("Rounds", named("clients", "mean loss", first="round"), rows, folded=True),

@@ -54,17 +54,14 @@ def vector_section(results: Results) -> Section:
 
 def _vote(scale: Values) -> Iterable[Table | Picture]:
     tried = scale["candidates"]
-    shrinkages = sorted({one.get("shrinkage") or 0 for one in tried})
-    curves = {
-        f"shrinkage {own:g}": sorted(
-            (one["scale"], one["loss"]) for one in tried if (one.get("shrinkage") or 0) == own
-        )
-        for own in shrinkages[:4]
-    }
+    least: dict[float, float] = {}
+    for one in tried:
+        least[one["scale"]] = min(one["loss"], least.get(one["scale"], one["loss"]))
     yield Picture(
         "Vote on λ",
-        drawing.lines("Vote on λ", "λ", "loss", curves),
-        f"Loss on {scale['votes']} images that the clients kept aside; the least one is chosen.",
+        drawing.line("Vote on λ", "λ", "loss", sorted(least.items())),
+        f"Loss on {scale['votes']} images that the clients kept aside, at the best shrinkage of "
+        "the head; the least is chosen.",
     )
     rows = [
         [

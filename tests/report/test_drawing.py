@@ -76,9 +76,7 @@ def test_a_cell_is_as_strong_as_its_value_and_names_are_all_there(count):
 
 
 def test_a_figure_reads_on_any_ground_and_no_two_share_an_id():
-    figures = [
-        drawing.lines(title, "x", "y", {"one": [(0, 1), (1, 2)]}) for title in ("first", "second")
-    ]
+    figures = [drawing.line(title, "x", "y", [(0, 1), (1, 2)]) for title in ("first", "second")]
     for svg in figures:
         assert "currentColor" in svg
         assert drawing.INK not in svg
