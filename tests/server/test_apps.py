@@ -16,6 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid, lost
 from PIL import Image
 from round_runs import draw_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import server.app
 from clients import local
@@ -37,7 +38,7 @@ from server.app import app as server_app
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("run") / "out"
-    return output, run({}, output)
+    return output, run({}, output, track="tensorboard")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,22 @@ def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, caplog):
     server.app._report(tmp_path, {"created": "no more than this"})
     assert list(tmp_path.iterdir()) == []
     assert f"fedcompo report {tmp_path}" in caplog.text
+
+
+def test_a_tracker_hears_of_losses_accuracies_and_the_cost_of_every_phase(finished):
+    output, results = finished
+    reader = EventAccumulator(str(output / "tensorboard"))
+    reader.Reload()
+    told = {name: [e.value for e in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+    for client, figures in results["per_client"].items():
+        assert told[f"loss/{client}"] == pytest.approx(figures["losses"])
+        for name in ("class_il_accuracy", "own_task_accuracy"):
+            assert told[f"{name}/{client}"] == [pytest.approx(figures[name])]
+    for phase, cost in results["phases"].items():
+        assert told[f"seconds/{phase}"] == [pytest.approx(cost["seconds"], abs=1e-3)]
+        assert told.get(f"bytes_sent/{phase}", [0]) == [cost["bytes_sent"]]
+    assert told["run/lambda"] == [pytest.approx(results["scale"]["scale"])]
+    assert told["run/class_il_accuracy"] == [pytest.approx(results["class_il_accuracy"])]
 
 
 def test_a_run_reports_every_phase_and_client(finished):
@@ -121,7 +138,7 @@ def test_a_run_leaves_a_registry_that_verifies_and_nothing_elsewhere(finished):
     assert all(finding.holds for finding in verify_registry(output / "registry"))
     assert results["registry"]["root"] == Registry(output / "registry").state.root
     assert results["realigned_with"] == list(results["per_client"])
-    names = {path.name for path in output.iterdir()}
+    names = {path.name for path in output.iterdir()} - {"tensorboard"}
     assert names == {"registry", "results.json", "report.html", "events.jsonl", "flower.log"}
 
 
