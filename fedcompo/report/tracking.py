@@ -46,7 +46,7 @@ class TensorBoard:
     def __init__(self, folder: Path, settings: Settings) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
         self._writer.add_text("settings", "\n".join(f"    {k} = {v}" for k, v in settings.items()))
 
     def figures(self, rows: Sequence[Row]) -> None:
