@@ -164,12 +164,14 @@ def _logging(grid: InProcessGrid, file: Path) -> Iterator[None]:
     handler.setFormatter(LogFormatter())
     handler.setLevel(logging.INFO)
     handler.addFilter(lambda record: not grid.answering)
-    root, printing = logging.getLogger(), FLOWER_LOGGER.handlers[:]
+    root, printing, level = logging.getLogger(), FLOWER_LOGGER.handlers[:], FLOWER_LOGGER.level
     root.addHandler(handler)
     FLOWER_LOGGER.handlers.clear()  # they print; the root's handler has all that they have
+    FLOWER_LOGGER.setLevel(logging.INFO)
     try:
         yield
     finally:
         FLOWER_LOGGER.handlers[:] = printing
+        FLOWER_LOGGER.setLevel(level)
         root.removeHandler(handler)
         handler.close()
