@@ -86,8 +86,9 @@ def main(grid: Grid, context: Context) -> None:
             text = json.dumps(results, indent=2, allow_nan=False) + "\n"
             write_atomically(output / RESULTS, text.encode())
             clear(output)
-            files = [output / RESULTS, *sorted(output.glob("report.*"))]
-            tracking.finish(results, files, failed=False)
+            tracking.finish(
+                results, [output / RESULTS, *sorted(output.glob("report.*"))], failed=False
+            )
     except BaseException as error:
         log(ERROR, "The run failed: %s", printable(str(error), keep="\n"))
         if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():

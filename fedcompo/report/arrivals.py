@@ -1,4 +1,4 @@
-"""The accuracy of the model after each arrival, as a table of ``arrivals`` in the results."""
+"""The accuracy of the model after each arrival, as a table of what ``results.json`` holds."""
 
 from __future__ import annotations
 

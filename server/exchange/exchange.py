@@ -220,7 +220,7 @@ class Exchange:
             self.nodes.rename(client, name)
         caps, stated = checked_caps(name, body), body[1].items()
         figures = {k: v for k, v in stated if k == "losses" or k.endswith("_accuracy")}
-        known = {"peaks": _peaks(body), "caps": caps, "figures": figures}
+        known: dict[str, Any] = {"peaks": _peaks(body), "caps": caps, "figures": figures}
         self.books.answered(asking.phase, name, cost, **known, reason=reason)
 
     def _fail(

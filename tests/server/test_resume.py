@@ -44,7 +44,7 @@ class Watched:
                 (i, kind): lambda reply, i=i, kind=kind: self._see(i, kind, reply)
                 for i in range(clients)
                 for kind in TYPES
-            }
+            },
         }
 
     def _see(self, partition: int, kind: str, reply):
