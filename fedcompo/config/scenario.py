@@ -23,7 +23,10 @@ from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 
 PATH_SETTINGS = ("output", "checkpoint", "reference", "registry", "owners")
-PATH_SOURCES = {"data": ("folder:", "npz:", "text:"), "backbone": ("local-dir:",)}
+PATH_SOURCES = {
+    "data": ("folder:", "manifest:", "npz:", "text:", "hf:"),
+    "backbone": ("local-dir:",),
+}
 ELSEWHERE = "not-told"
 
 
@@ -121,6 +124,11 @@ def without_paths(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
     return _with_paths(values, lambda path: ELSEWHERE)
 
 
+def on_hub(place: str) -> bool:
+    """Tell whether ``hf:<place>`` names a data set on the hub; else it is the path of a folder."""
+    return not (place.startswith(("/", ".", "~")) or Path(place.partition("#")[0]).is_dir())
+
+
 def _with_paths(values: Mapping[str, Scalar], changed: Callable[[str], str]) -> dict[str, Scalar]:
     resolved = dict(values)
     for key in PATH_SETTINGS:
@@ -129,7 +137,7 @@ def _with_paths(values: Mapping[str, Scalar], changed: Callable[[str], str]) -> 
     for key, prefixes in PATH_SOURCES.items():
         value = str(resolved.get(key, ""))
         source = next((prefix for prefix in prefixes if value.startswith(prefix)), None)
-        if source and value != source:
+        if source and value != source and not (source == "hf:" and on_hub(value[3:])):
             resolved[key] = source + changed(value.removeprefix(source))
     return resolved
 
@@ -144,7 +152,10 @@ def scenario_name(file: Path | None, values: Mapping[str, Scalar]) -> str:
     if file:
         return file.stem
     data = str(values.get("data", all_settings()["data"].default))
-    return Path(data.partition(":")[2]).stem or data.partition(":")[0] or "run"
+    kind, _, place = data.partition(":")
+    if kind in ("manifest", "hf"):
+        place = place.partition("#")[0]  # without its choices
+    return Path(place).stem or kind or "run"
 
 
 def _absolute(path: str, where: Path) -> str:

@@ -64,8 +64,14 @@ class Catalogue:
         """Sorted names of the classes that have at least one image."""
         return tuple(str(name) for name in np.unique(self.classes))
 
+    @cached_property
+    def owners(self) -> tuple[str, ...]:
+        """Sorted names of the clients; none: the source does not say."""
+        return () if self.clients is None else tuple(map(str, np.unique(self.clients)))
+
     def part(self, rows: NDArray[np.int64]) -> Catalogue:
         """Return the catalogue of some images, given their indices."""
+        own_file = self.file
 
         def chosen(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
             return {name: column[rows] for name, column in values.items()}
@@ -76,7 +82,7 @@ class Catalogue:
             is_test=None if self.is_test is None else self.is_test[rows],
             open=lambda index: self.open(int(rows[index])),
             which=lambda index: self.which(int(rows[index])),
-            file=self.file and (lambda index, of=self.file: of(int(rows[index]))),
+            file=None if own_file is None else lambda index: own_file(int(rows[index])),
             version=self.version and sha256(self.version.encode() + rows.tobytes()).hexdigest(),
             marks=chosen(self.marks),
             clients=None if self.clients is None else self.clients[rows],
@@ -93,17 +99,17 @@ class Catalogue:
         return few([f"{n} image(s) of class {c!r}" for c, n in counts.most_common()])
 
 
-def version_of(files: Iterable[Path]) -> str:
+def version_of(files: Iterable[str | Path]) -> str:
     """Digest path, size, times and inode of files: it differs if the content of one may (SHA-256).
 
     A file that is missing has no size; who opens it says so.
     """
     digest = sha256()
-    for file in files:
-        digest.update(repr(os.fsencode(file.absolute())).encode())
+    for file in map(Path, files):
+        digest.update(os.fsencode(file.absolute()) + b"\0")
         with suppress(OSError):
             s = file.stat()
-            digest.update(repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)).encode())
+            digest.update(b"%d %d %d %d\0" % (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
     return digest.hexdigest()
 
 

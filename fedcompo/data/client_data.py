@@ -39,7 +39,7 @@ from fedcompo.data.partition import member_names, part_for, values_of
 from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
 from fedcompo.errors import DataError
 from fedcompo.method.images import Images, part_of
-from fedcompo.report.pictures import Facts
+from fedcompo.report.pictures import UNLABELLED, Facts
 
 SMALLEST_SET_ASIDE = 5
 """Images of a class below which :func:`set_aside` takes none of it."""
@@ -104,7 +104,8 @@ class Share:
             catalogue, self.train, self.test, preprocessing, client=self.name, cache=cache
         )
         found = dict(facts)
-        for what, befallen in catalogue.marks.items():
+        unlabelled = {UNLABELLED: np.isin(catalogue.classes, NO_LABEL)}
+        for what, befallen in {**catalogue.marks, **unlabelled}.items():
             if count := int(befallen[chosen].sum()):
                 found[what] = count
                 logger.warning(
@@ -121,16 +122,19 @@ def client_names(source: DataConfig) -> tuple[str, ...]:
     Raises:
         DataError: If the source is unknown or cannot be read, or cannot be cut this way.
     """
-    if own := own_clients(source.data):
-        if source.rule != CLASSES:
-            raise DataError(
-                f"`partition` is {source.partition!r}, but {source.data} says itself who its "
-                "clients are. Leave `partition` out."
-            )
-        return own
+    return _names(source, own_clients(source.data))
+
+
+def _names(source: DataConfig, own: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the clients, given those that the source has of itself."""
+    if own and source.rule != CLASSES:
+        raise DataError(
+            f"`partition` is {source.partition!r}, but {source.data} says itself who its "
+            "clients are. Leave `partition` out."
+        )
     if source.rule == COLUMN:
         return values_of(catalogue_of(source.data), source)
-    return member_names(source)
+    return own or member_names(source)
 
 
 def load_client_data(
@@ -162,7 +166,8 @@ def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
     Raises:
         DataError: If the source cannot be used, or the client does not exist.
     """
-    own, names = own_clients(config.data), client_names(config)
+    own = own_clients(config.data)
+    names = _names(config, own)
     if not 0 <= partition < len(names):
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "
@@ -268,13 +273,6 @@ def _share(
             f"Client {client!r}: no test image in {catalogue.source} for any of its classes "
             f"({', '.join(classes)}). Add test images, or leave out which images are test images: "
             "then they are drawn."
-        )
-    for own in set(classes) & set(NO_LABEL):
-        count = int((catalogue.classes == own).sum())
-        logger.warning(
-            "Client %r: %d images in %s have the class %r, which often means that they have none; "
-            "it is trained as a class. Take them out if so.",
-            *(client, count, catalogue.source, own),
         )
     return Share(client, catalogue, classes, train, test)
 

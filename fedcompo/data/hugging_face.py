@@ -30,11 +30,6 @@ logger = logging.getLogger(__name__)
 ADVICE = "Where there is no network, save it with save_to_disk and set `data` to hf:<folder>."
 
 
-def is_folder(place: str) -> bool:
-    """Tell whether ``hf:<place>`` is a path; else it is a name on the hub."""
-    return place.startswith(("/", ".", "~")) or Path(place).is_dir()
-
-
 @functools.lru_cache(maxsize=1)
 def hub_catalogue(name: str, choices: Choices) -> Catalogue:
     """List the images of a data set on the hub; see :func:`_catalogue`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,8 @@ def class_names(
             "them or take them out; images are never skipped.",
             told=f"{missing.sum()} images have no label",
         )
-    several = np.array([_is_list(label, kinds) for label in kinds])[inverse]
+    known = {*kinds}
+    several = np.array([_is_list(label, known) for label in kinds])[inverse]
     if several.any():
         first = int(several.argmax())
         raise DataError(
@@ -55,7 +56,7 @@ def class_names(
     return np.array([class_name(label, source=source) for label in kinds])[inverse]
 
 
-def _is_list(label: str, known: Sequence[str]) -> bool:
+def _is_list(label: str, known: Set[str]) -> bool:
     """Tell whether a label lists labels: ``a|b``, ``[a, b]``, or others of the data with commas."""
     if "|" in label or (label.startswith("[") and label.endswith("]")):
         return True

@@ -17,6 +17,7 @@ one stay in memory.
 
 from __future__ import annotations
 
+import logging
 import struct
 import zipfile
 import zlib
@@ -31,11 +32,12 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedcompo.data.catalogue import Catalogue, class_name, version_of
+from fedcompo.data.catalogue import KEPT_BYTES, Catalogue, class_name, version_of
 from fedcompo.data.labels import MULTI_LABEL
 from fedcompo.data.splits import TEST, TRAIN, WORDS, divided
 from fedcompo.errors import DataError
 
+logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 Opener = Callable[[int], Image.Image | bytes]
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -86,6 +88,12 @@ def npz_catalogue(path: Path) -> Catalogue:
         openers.append(opener)
         counts.append(count)
         labels.append(_labels(members[own], own, count, path))
+    if (in_memory := sum(member.in_memory for member in pixels.values())) > KEPT_BYTES:
+        logger.warning(
+            "%s is compressed: %d MB of pixels are held in memory, and read again for each client. "
+            "Saved by numpy.savez, they stay on disk.",
+            *(path, in_memory // 10**6),
+        )
     starts = np.cumsum([0, *counts])
 
     def open_picture(index: int) -> Image.Image | bytes:
@@ -106,7 +114,7 @@ def npz_catalogue(path: Path) -> Catalogue:
         open=open_picture,
         version=version,
         marks=marks,
-        in_memory=sum(member.in_memory for member in pixels.values()),
+        in_memory=in_memory,
     )
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedcompo.config.scenario import on_hub
 from fedcompo.data.catalogue import Catalogue, read_once
 from fedcompo.data.columns import with_choices
 from fedcompo.data.folders import client_folders, data_set, folder_catalogue
-from fedcompo.data.hugging_face import SAVED, hub_catalogue, is_folder, saved_catalogue
+from fedcompo.data.hugging_face import SAVED, hub_catalogue, saved_catalogue
 from fedcompo.data.manifest import manifest_catalogue
 from fedcompo.data.named import digits_catalogue
 from fedcompo.data.npz import npz_catalogue
@@ -50,8 +51,7 @@ def own_clients(data: str) -> tuple[str, ...]:
         return tuple(client_folders(Path(rest).expanduser()))
     if kind != "manifest":
         return ()
-    clients = catalogue_of(data).clients
-    return () if clients is None else tuple(map(str, np.unique(clients)))
+    return catalogue_of(data).owners
 
 
 def catalogue_of(data: str, client: str = "") -> Catalogue:
@@ -68,13 +68,17 @@ def catalogue_of(data: str, client: str = "") -> Catalogue:
     if kind in NAMED:
         return NAMED[kind]()
     if kind == "folder" and client:
-        return folder_catalogue(client_folders(Path(rest).expanduser())[client], client=client)
+        path = Path(rest).expanduser()
+        own = path / client  # all are looked through only if a folder's name was brought into NFC
+        return folder_catalogue(
+            own if own.is_dir() else client_folders(path)[client], client=client
+        )
     if kind == "folder":
         return data_set(Path(rest).expanduser())
     if kind not in WITH_CHOICES:
         return read_once(FILES[kind], Path(rest).expanduser())
     place, choices = with_choices(rest)
-    if kind == "hf" and not is_folder(place):
+    if kind == "hf" and on_hub(place):
         return hub_catalogue(place, choices)
     whole = read_once(FILES[kind], Path(place).expanduser(), choices)
     return whole.part(np.flatnonzero(whole.clients == client)) if client else whole
@@ -94,7 +98,7 @@ def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
     Raises:
         DataError: If the source cannot be used, or has the images of several clients.
     """
-    kind, rest = parse(data if data in NAMED else _with_kind(data))
+    kind, rest = parse(_with_kind(data))
     if kind == "folder":
         path = Path(rest).expanduser().absolute()
         return client or path.name, folder_catalogue(path, client=client or path.name)
@@ -102,23 +106,25 @@ def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
     name = Path(with_choices(rest)[0]).stem or kind
     if whole.clients is None or client is None:
         return client or name, whole
-    names = [str(owner) for owner in np.unique(whole.clients)]
+    names = [*whole.owners]
     if client in names:
         return client, whole.part(np.flatnonzero(whole.clients == client))
     if len(names) == 1:
         return client or names[0], whole
     raise DataError(
-        f"{whole.source} lists images of {len(names)} clients, {few(names)}, and "
-        f"{repr(client) if client else 'no name'} is the client's. Give it one of these names.",
+        f"{whole.source} lists images of {len(names)} clients, {few(names)}, and whose are to be "
+        f"read is {f'not known by {client!r}' if client else 'not said'}. Call the client by one "
+        "of these names.",
         told="its manifest lists images of several clients, and not its own",
     )
 
 
 def _with_kind(data: str) -> str:
-    """Write a path as a source."""
-    if data.partition(":")[0] in KINDS:
+    """Write a path as a source; what exists is a path, whatever it is called."""
+    path = Path(with_choices(data)[0]).expanduser()
+    if not path.exists() and (data in (*NAMED, *ALIASES) or data.partition(":")[0] in KINDS):
         return data
-    return f"{kind_of(Path(with_choices(data)[0]).expanduser())}:{data}"
+    return f"{kind_of(path)}:{data}"
 
 
 def parse(data: str) -> tuple[str, str]:
@@ -129,7 +135,7 @@ def parse(data: str) -> tuple[str, str]:
         return kind, rest
     if kind in KINDS:
         hint = f"{kind} needs a path: {kind}:<path>."
-    elif near := difflib.get_close_matches(kind, (*KINDS, *NAMED, *ALIASES), 1):
+    elif near := difflib.get_close_matches(kind, (*KINDS, *NAMED, *ALIASES), 1, 0.7):
         more = f":{rest or '<path>'}" if near[0] in KINDS else ""
         hint = f"Did you mean {near[0] + more!r}?"
     elif data and Path(data).expanduser().exists():

@@ -21,6 +21,7 @@ import numpy as np
 
 from fedcompo.backbone.preprocessing import Modality
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
+from fedcompo.data.labels import MULTI_LABEL
 from fedcompo.data.splits import divided, part_called
 from fedcompo.errors import DataError
 
@@ -106,6 +107,8 @@ def _rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, str, dict[st
 def _field(fields: dict[str, Any], name: str, where: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str):
+        if isinstance(value, list) and name == "label":
+            raise DataError(f"{where}, lists labels, {value!r}. {MULTI_LABEL}")
         actual = f"got {value!r}" if name in fields else f"its fields are {', '.join(fields)}"
         raise DataError(f"{where}, must have `{name}`, a text; {actual}.")
     return value

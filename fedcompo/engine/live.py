@@ -54,8 +54,7 @@ class Cell:
         """Text of the cell in the table."""
         part = f" ({self.part})" if self.part else ""
         if self.standing is Standing.RUNNING:
-            how_far = self.progress or f"running {duration(now - self.since)}"
-            return Text(f"{how_far}{part}", style="yellow")
+            return Text(f"running {duration(now - self.since)}{part}", style="yellow")
         if self.standing is Standing.OK:
             return Text(f"ok {duration(self.seconds)}{part}", style="green")
         style = "bold red" if self.standing is Standing.LEFT_OUT else "red"
@@ -140,10 +139,12 @@ class State:
         phases = (*self.phases, *dict.fromkeys(new))
         return replace(self, cells={**self.cells, **cells}, phases=phases)
 
-    @property
-    def running(self) -> dict[str, Cell]:
-        """Whose work goes on at the moment, by name."""
-        return {n: cell for (n, _), cell in self.cells.items() if cell.standing is Standing.RUNNING}
+    def at_work(self, most: int) -> list[str]:
+        """How far those are whose work takes long; the last line counts those beyond the most."""
+        running = [(n, c) for (n, _), c in self.cells.items() if c.standing is Standing.RUNNING]
+        told = [f"{name} {cell.progress}" for name, cell in running if cell.progress][:most]
+        rest = len(running) - len(told)
+        return [*told, f"{rest} more to answer"] if told and rest else told
 
     def table(self, now: float, rows: int | None = None) -> Table:
         """Clients by phases.
@@ -155,7 +156,8 @@ class State:
         """
         traffic = f"sent {size(self.bytes_sent)}, received {size(self.bytes_received)}"
         table = Table(caption=traffic if self.bytes_sent or self.bytes_received else None)
-        for title in ("client", *self.phases):
+        table.add_column("client", overflow="fold")
+        for title in self.phases:
             table.add_column(title)
         shown, others = sorted(self.clients, key=lambda name: name == SERVER), list[str]()
         if rows is not None and rows < len(shown):
@@ -224,12 +226,15 @@ class Display:
         if not self._state.clients:
             return self._spinner
         room = self._console.size.height - 2  # for the spinner, and an empty line
+        at_work = self._state.at_work(room // 3)
+        lines = [Text(printable(line), no_wrap=True, overflow="ellipsis") for line in at_work]
+        room -= len(lines)
         rows, over = room, 1
         while over > 0 and rows > 1:  # cells may be broken into several lines
             table = self._state.table(now, rows)
             over = len(self._console.render_lines(table)) - room
             rows -= max(1, over // 4)
-        return Group(table, self._spinner)
+        return Group(table, *lines, self._spinner)
 
 
 def line(event: Event, began: float) -> str:
@@ -240,10 +245,7 @@ def line(event: Event, began: float) -> str:
 
 def _summary(state: State, event: Event) -> Event:
     """All that goes on, as one event that is a message."""
-    told = [f"{name} {cell.progress}" for name, cell in state.running.items() if cell.progress]
-    rest = len(state.running) - len(told[:3])
-    text = "; ".join([*told[:3], *([f"{rest} more at work"] if rest else [])])
-    return {**event, "event": "note", "text": text}
+    return {**event, "event": "note", "text": "; ".join(state.at_work(3))}
 
 
 def _described(event: Event) -> str:

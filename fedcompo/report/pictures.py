@@ -12,14 +12,26 @@ REPEATED = "repeated"
 """Fact: number of test images that are training images too."""
 JOINED = "are marked for validation: they are training images here, as there are test images"
 STAND_IN = "are marked for validation: they are the test images, as there are no others"
-DEALT = "lie in class folders without folders of clients: their classes are dealt to the clients"
+DEALT = "lie in class folders without folders of clients: one data set, dealt to the clients"
+UNLABELLED = "have a class that programs write for no label, such as -1; it is trained as a class"
 PAGES = "hold several pages or frames: the first is used"
 TURNED = "are turned upright, as their EXIF tag says; most other programs do not turn them"
 SEE_THROUGH = "are partly transparent: transparency is ignored, the colours under it are used"
 NEGATIVE = "say that 0 is white, with more than 8 bits; they are read as if 0 were black"
 WINDOWED = "are DICOM files: their window, or table of values, becomes 0..255"
-UNWINDOWED = "are DICOM files without a window: the range of their stored bits becomes 0..255"
-ODD = (JOINED, STAND_IN, DEALT, PAGES, TURNED, SEE_THROUGH, NEGATIVE, WINDOWED, UNWINDOWED)
+UNWINDOWED = "are DICOM files without a window: the range that all of a client use becomes 0..255"
+ODD = (
+    JOINED,
+    STAND_IN,
+    DEALT,
+    UNLABELLED,
+    PAGES,
+    TURNED,
+    SEE_THROUGH,
+    NEGATIVE,
+    WINDOWED,
+    UNWINDOWED,
+)
 """Facts: numbers of images of which it is true, training and test."""
 Facts = Mapping[str, int]
 """What a client states of its pictures: counts, and by kind the value that became 255."""

@@ -46,7 +46,7 @@ class TensorBoard:
     def __init__(self, folder: Path, settings: Settings) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
         self._writer.add_text("settings", "\n".join(f"    {k} = {v}" for k, v in settings.items()))
 
     def figures(self, rows: Sequence[Row]) -> None:
@@ -174,7 +174,9 @@ class Tracking:
             self._sent.clear()
             self._flush()
 
-    def finish(self, results: Mapping[str, Any], files: Iterable[Path], *, failed: bool) -> None:
+    def finish(
+        self, results: Mapping[str, Any], files: Iterable[Path], *, failed: bool = False
+    ) -> None:
         """Pass the figures of the whole run on, and close all trackers."""
         whole = {k: v for k, v in results.items() if k.endswith("_accuracy") or k == "seconds"}
         whole["lambda"] = (results.get("scale") or {}).get("scale")

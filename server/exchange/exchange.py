@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from logging import INFO
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
@@ -219,7 +220,10 @@ class Exchange:
         if name != client:
             self.nodes.rename(client, name)
         caps, stated = checked_caps(name, body), body[1].items()
-        figures = {k: v for k, v in stated if k == "losses" or k.endswith("_accuracy")}
+        of_training = asking.expected == "train"  # votes have losses, too
+        figures = {
+            k: v for k, v in stated if k.endswith("_accuracy") or (k == "losses" and of_training)
+        }
         known: dict[str, Any] = {"peaks": _peaks(body), "caps": caps, "figures": figures}
         self.books.answered(asking.phase, name, cost, **known, reason=reason)
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from app_runs import run
+from flwr.app import RecordDict
 from PIL import Image
 from round_runs import draw_images
 
 from clients import gate
 from clients.local import LocalClient
+from fedcompo.engine.run_folder import PROGRESS
 from fedcompo.errors import BackboneError, ConfigError, TooFewClients
+from fedcompo.report import progress
 
 SECRET = "DOE_Jane_1900-01-01"
 OWNED = {"site-a": {"ant": 6, "bee": 6}, "site-b": {"cat": 6, "dog": 6}, "site-c": {"eel": 6}}
@@ -173,6 +176,32 @@ def test_in_a_simulation_each_client_has_a_log_of_its_own(images, tmp_path, monk
     assert f"{SECRET}_2.png" in (tmp_path / "logs" / "site-c.log").read_text()
     assert "Epoch" not in (tmp_path / "logs" / "site-c.log").read_text()
     assert SECRET not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_long_work_is_told_of_in_the_client_s_log_and_in_a_simulation_to_its_display(
+    tmp_path, monkeypatch, caplog, simulated
+):
+    for pause in ("QUIET", "PAUSE", "LINE"):
+        monkeypatch.setattr(progress, pause, 0)
+    monkeypatch.delenv(gate.LOGS, raising=False)
+    if simulated:
+        monkeypatch.setenv(gate.LOGS, str(tmp_path))
+    caplog.set_level("INFO")
+    files, events = progress.Files(tmp_path / PROGRESS), []
+
+    def work() -> RecordDict:
+        with progress.track(9, "images", "training") as count:
+            count(3)
+            events.extend(files.read())
+            return RecordDict()
+
+    gate.answer_of(work, "anna", "train")
+    assert "training: 3 of 9 images" in caplog.text
+    assert [(e["client"], e["phase"], e["done"]) for e in events] == [("anna", "train", 3)][
+        :simulated
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["anna.log"][:simulated]
 
 
 def test_a_log_that_cannot_be_written_ends_the_request(images, tmp_path, monkeypatch):

@@ -113,7 +113,20 @@ def test_paths_become_absolute_where_the_user_stands(
     }
 
 
-@pytest.mark.parametrize("source", ["folder", "npz", "text"])
+def test_a_data_set_on_the_hub_is_no_path_and_a_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {"data": "hf:ann/birds#label=fine_label"}
+    assert scenario.with_absolute_paths(values, tmp_path) == values
+    assert scenario.without_paths(values) == values
+    (tmp_path / "ann/birds").mkdir(parents=True)
+    absolute = {"data": f"hf:{tmp_path}/ann/birds#label=fine_label"}
+    assert scenario.with_absolute_paths(values, tmp_path) == absolute
+    assert scenario.without_paths(absolute) == {"data": f"hf:{scenario.ELSEWHERE}"}
+
+
+@pytest.mark.parametrize("source", ["folder", "manifest", "npz", "text"])
 def test_the_path_of_every_source_that_has_one_becomes_absolute(source: str) -> None:
     values = scenario.with_absolute_paths({"data": f"{source}:a/../b.x"}, Path("/here"))
     assert values == {"data": f"{source}:/here/b.x"}
@@ -133,6 +146,7 @@ def test_what_is_no_relative_path_stays(values: dict[str, str]) -> None:
         (None, "digits", "digits"),
         (None, "npz:/x/birds.npz", "birds"),
         (None, "folder:/x/hospitals", "hospitals"),
+        (None, "hf:uoft-cs/cifar100#label=fine_label", "cifar100"),
     ],
 )
 def test_a_run_is_named_after_its_scenario_or_data(file: Path | None, data: str, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from fedcompo.backbone.preprocessing import Preprocessing
@@ -289,7 +290,8 @@ def test_folders_whose_names_no_client_can_have_are_refused_all_at_once(tmp_path
 def test_an_unknown_source_is_refused_with_the_list_and_the_nearest(data: str, hint: str):
     with pytest.raises(DataError) as caught:
         client_names(DataConfig(data=data))
-    assert "digits, folder:<path>, npz:<path>, text:<path>, cifar100" in str(caught.value)
+    listed = "digits, folder:<path>, manifest:<path>, npz:<path>, text:<path>, hf:<path>, hf:<name>"
+    assert listed in str(caught.value)
     assert str(caught.value).endswith(hint)
 
 
@@ -316,6 +318,24 @@ def test_real_npz_files_load(shared_data: Path, data: str, tests: tuple[int, int
     assert counts.min() >= tests[0]
     assert counts.max() <= tests[1]
     assert client.train.images.float().std() > 10
+
+
+def test_what_a_node_owns_is_a_path_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    whole = load_folder("digits", GREY_8, seed=0)
+    assert (whole.name, len(whole.classes)) == ("digits", 10)
+    for number in range(4):
+        file = tmp_path / "digits/cat" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(file)
+    assert load_folder("digits", GREY_8, seed=0).classes == ("cat",)
+    assert load_folder("digits", GREY_8, seed=0, client="ward").name == "ward"
+    np.savez("scans.npz", images=np.zeros((4, 8, 8), np.uint8), labels=[0, 0, 1, 1])
+    for own in ("scans.npz", "npz:scans.npz", tmp_path / "scans.npz"):
+        client = load_folder(own, GREY_8, seed=0)
+        assert (client.name, client.classes) == ("scans", ("0", "1"))
 
 
 def test_load_folder_needs_no_config(tmp_path: Path):

@@ -16,7 +16,7 @@ from PIL import Image
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.data.client_data import ClientData, load_folder
 from fedcompo.errors import DataError
-from fedcompo.report.pictures import REPEATED
+from fedcompo.report.pictures import REPEATED, UNLABELLED
 
 GREY = Preprocessing(image_size=4, channels=1, mean=(0.5,), std=(0.5,), interpolation="nearest")
 RGB = Preprocessing(
@@ -259,5 +259,6 @@ def test_a_class_that_stands_for_no_label_is_said(ward: Path, caplog: pytest.Log
     Image.new("L", (4, 4), 99).save(ward / "train/-1/0.png")
     client = load_folder(ward, GREY, seed=0)
     assert client.classes == ("-1", "dog")
-    assert f"1 images in {ward} have the class '-1'" in caplog.text
+    assert client.facts == {UNLABELLED: 1}
+    assert f"1 of 4 images in {ward} {UNLABELLED}" in caplog.text
     assert torch.bincount(client.train.labels).tolist() == [1, 2]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.data.client_data import load_folder
@@ -35,6 +36,8 @@ def dicom(stored: np.ndarray = STORED, *, signed: bool = False, **elements: Any)
     file.PixelData = stored.astype("<i2" if signed else "<u2").tobytes()
     for name, value in elements.items():
         setattr(file, name, value)
+    if file.PixelData is None:
+        del file.PixelData
     written = io.BytesIO()
     pydicom.dcmwrite(written, file, enforce_file_format=True)
     return written.getvalue()
@@ -72,14 +75,20 @@ def test_a_window_on_values_of_the_modality_becomes_0_to_255(slope: float, signe
     assert dicom_picture(content).info[ODDITY] == WINDOWED
 
 
-def test_without_a_window_the_range_of_the_stored_bits_becomes_0_to_255():
-    expected = [[round(int(value) / 4095 * 255) for value in row] for row in STORED]
-    np.testing.assert_array_equal(pixels(dicom()), expected)
-    scaled = dicom(RescaleSlope=3, RescaleIntercept=-1000)
-    np.testing.assert_array_equal(pixels(scaled), expected)
-    turned = dicom(RescaleSlope=-1, RescaleIntercept=0)  # high values of the modality are bright
-    np.testing.assert_allclose(pixels(turned), 255 - np.array(expected), atol=1)
+def test_without_a_window_the_values_are_kept_for_one_range_of_all_pictures():
+    np.testing.assert_array_equal(pixels(dicom()), STORED)
+    scaled = dicom(RescaleSlope=0.5, RescaleIntercept=3)
+    np.testing.assert_array_equal(pixels(scaled), STORED / 2 + 3)
+    assert [dicom_picture(content).mode for content in (dicom(), scaled)] == ["I", "F"]
     assert dicom_picture(dicom()).info[ODDITY] == UNWINDOWED
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_values_of_ct_begin_at_air(inverted: bool):
+    kind = {"PhotometricInterpretation": "MONOCHROME1"} if inverted else {}
+    ct = dicom(Modality="CT", RescaleSlope=1, RescaleIntercept=-1524, **kind)
+    expected = (STORED - 500).clip(0)  # -1024 HU and less become 0
+    np.testing.assert_array_equal(pixels(ct), 4095 - 500 - expected if inverted else expected)
 
 
 def test_a_table_of_values_wins_over_the_window():
@@ -113,11 +122,16 @@ def test_a_folder_of_them_is_read_and_noted(ward: Path):
     assert (client.facts[WINDOWED], client.facts[UNWINDOWED]) == (6, 2)
     notes = list(notes_on({"ward": client.facts}))
     assert f"Images that {UNWINDOWED}; at ward (2)." in notes
+    bare = dicom_picture((ward / "cat/0.dcm").read_bytes())
+    images = torch.cat([client.train.images[:], client.test.images[:]])[:, 0].numpy()
+    shown = np.rint(np.asarray(bare) / 4095 * 255)
+    assert sum((image == shown).all() for image in images) == 2
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
+        (dicom(PixelData=None), "without a picture"),
         (dicom(np.stack([STORED, STORED]), NumberOfFrames=2), "2 frames; export those you want"),
         (dicom(PhotometricInterpretation="PALETTE COLOR"), "pixels are PALETTE COLOR; export it"),
     ],

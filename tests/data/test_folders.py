@@ -16,6 +16,7 @@ from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import client_names, load_client_data, load_folder
 from fedcompo.errors import DataError
+from fedcompo.report.pictures import DEALT, JOINED, STAND_IN, notes_on
 
 GREY = Preprocessing(image_size=4, channels=1, mean=(0.5,), std=(0.5,), interpolation="nearest")
 RGB = Preprocessing(
@@ -220,24 +221,28 @@ def test_a_validation_folder_is_the_test_set_where_there_is_no_other(
         [0, 1, 2, 3, 4, 5],
         [100, 101, 102],
     )
-    assert f"has no 'test'; '{name}' holds its test images" in caplog.text
+    assert client.facts == {STAND_IN: 3}
+    assert f"3 of 9 images in {ward} {STAND_IN}." in caplog.text
 
 
-def test_folders_beside_train_that_are_not_read_are_named_in_the_log(
+def test_beside_a_test_folder_a_validation_folder_is_trained_on_and_others_are_not_read(
     ward: Path, caplog: pytest.LogCaptureFixture
 ):
     load_folder(ward, GREY, seed=0)
     assert not caplog.records
     for name in ("val", "masks"):
         write(ward / name, {"cat": 1}, start=200)
-    assert values(load_folder(ward, GREY, seed=0).test.images) == [100, 101, 102]
-    assert "that are not read: 'masks', 'val'." in caplog.text
+    client = load_folder(ward, GREY, seed=0)
+    assert values(client.train.images) == [0, 1, 2, 200, 3, 4, 5]
+    assert values(client.test.images) == [100, 101, 102]
+    assert client.facts == {JOINED: 1}
+    assert "that are not read: masks." in caplog.text
 
 
 def test_of_two_validation_folders_none_is_guessed(ward: Path):
     (ward / "test").rename(ward / "val")
     write(ward / "valid", {"cat": 1})
-    assert "has no folder 'test', but 'val' and 'valid'. Rename the one" in refused(ward)
+    assert "holds 'val' and 'valid'. Rename the one" in refused(ward)
 
 
 def test_a_missing_or_empty_path_is_refused_by_name(tmp_path: Path):
@@ -249,9 +254,49 @@ def test_a_missing_or_empty_path_is_refused_by_name(tmp_path: Path):
         client_names(DataConfig(data=f"folder:{tmp_path / 'file'}"))
 
 
-def test_the_folder_of_one_client_is_no_folder_of_clients(ward: Path):
-    with pytest.raises(DataError, match=f"give the folder above it: folder:{ward.parent}"):
-        client_names(DataConfig(data=f"folder:{ward}"))
+def test_class_folders_without_train_are_a_client_whose_test_images_are_drawn(ward: Path):
+    bare = load_folder(ward / "train", GREY, seed=0)
+    shutil.rmtree(ward / "test")
+    split = load_folder(ward, GREY, seed=0)
+    assert (bare.name, bare.classes, bare.facts) == ("train", split.classes, {})
+    assert values(bare.test.images) == values(split.test.images)
+    assert values(bare.train.images) == values(split.train.images)
+
+
+def test_class_folders_of_several_clients_are_clients(tmp_path: Path):
+    for number, client in enumerate(("lab", "ward")):
+        write(tmp_path / client, {"cat": 2, "dog": 2}, start=10 * number)
+    config = DataConfig(data=f"folder:{tmp_path}")
+    assert client_names(config) == ("lab", "ward")
+    client = load_client_data(config, GREY, partition=1, seed=0)
+    assert (client.name, client.classes) == ("ward", ("cat", "dog"))
+
+
+@pytest.mark.parametrize("part", ["", "train"])
+def test_one_data_set_is_dealt_by_class_and_the_run_notes_it(tmp_path: Path, part: str):
+    write(tmp_path / part, {"ant": 2, "bee": 2, "cat": 2, "dog": 2})
+    config = DataConfig(data=f"folder:{tmp_path}", num_tasks=2)
+    assert client_names(config) == ("client-0", "client-1")
+    clients = [load_client_data(config, GREY, partition=n, seed=0) for n in range(2)]
+    assert sorted(name for client in clients for name in client.classes) == [
+        *("ant", "bee", "cat", "dog")
+    ]
+    (note,) = notes_on({client.name: client.facts for client in clients})
+    assert note == f"Images that {DEALT}; at client-0 (4), client-1 (4)."
+
+
+def test_what_could_be_a_client_or_a_class_is_refused(ward: Path, tmp_path: Path):
+    def clients_refused() -> str:
+        with pytest.raises(DataError) as caught:
+            client_names(DataConfig(data=f"folder:{tmp_path}"))
+        return str(caught.value)
+
+    write(tmp_path, {"emu": 2})
+    assert "files in 'emu' and folders in 'ward'" in clients_refused()
+    shutil.rmtree(tmp_path / "emu")
+    ward.rename(tmp_path / "train")
+    write(tmp_path / "lab", {"cat": 2})
+    assert "holds 'train' like a data set, and 'lab' like clients" in clients_refused()
 
 
 def test_a_partition_beyond_the_folders_is_refused(ward: Path):
@@ -303,4 +348,21 @@ def test_faults_of_a_layout_are_refused_by_client_and_class(ward: Path, tmp_path
 
     folder = variant("loose")
     picture().save(folder / "train/loose.png")
+    assert "loose.png lies beside the class folders" in refused(folder)
+
+    folder = variant("train-is-a-class")
+    shutil.rmtree(folder / "train")
+    write(folder, {"train": 2})
+    assert "holds images, but no class folders" in refused(folder)
+
+    folder = variant("mixed")
+    write(folder, {"cat": 2})
+    shutil.rmtree(folder / "train")
+    assert "files in 'cat' and folders in 'test'" in refused(folder)
+
+    folder = write(tmp_path / "test-is-a-class", {"cat": 2, "test": 2})
+    assert "'test', which holds images itself: is it a class, or a part?" in refused(folder)
+
+    folder = write(tmp_path / "loose-beside", {"cat": 2, "dog": 2})
+    picture().save(folder / "loose.png")
     assert "loose.png lies beside the class folders" in refused(folder)

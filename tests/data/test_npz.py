@@ -14,8 +14,11 @@ from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
+from fedcompo.data import npz
 from fedcompo.data.client_data import ClientData, load_client_data
+from fedcompo.data.npz import npz_catalogue
 from fedcompo.errors import DataError
+from fedcompo.report.pictures import JOINED, STAND_IN
 
 GREY = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
 RGB = Preprocessing(image_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -109,19 +112,85 @@ def test_each_member_is_read_once_and_only_own_images_are_resized(
         Preprocessing, "resize", lambda self, image: resized.append(1) or resize(self, image)
     )
     load(tmp_path, packed())
-    assert sorted(read) == ["jpeg", "labels", "names", "offsets", "split"]
+    assert sorted(read) == ["labels", "names", "offsets", "split"]  # the pixels stay on disk
     assert len(resized) == 10
+
+
+SHAPES = {"medmnist": ("{}_images", "{}_labels"), "keras": ("x_{}", "y_{}")}
+
+
+def in_parts(layout: str, **parts: tuple[Any, Any]) -> dict[str, Any]:
+    """Images and labels by part, as a library calls them."""
+    return {
+        name.format(part): member
+        for part, pair in parts.items()
+        for name, member in zip(SHAPES[layout], pair, strict=True)
+    }
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("layout", SHAPES)
+@pytest.mark.parametrize("shape", ["(n,)", "(n, 1)", "one-hot"])
+def test_a_pair_of_members_for_each_part_is_read(
+    tmp_path: Path, save: Any, layout: str, shape: str
+):
+    shaped = {"(n,)": LABELS, "(n, 1)": LABELS[:, None], "one-hot": np.eye(6)[LABELS]}[shape]
+    parts = {
+        part: (IMAGES[rows, :, :, None], shaped[rows])
+        for part, rows in (("train", slice(12)), ("val", slice(12, 24)), ("test", slice(24, 30)))
+    }
+    for without, train, test in (
+        ("", [*range(24)], [*range(24, 30)]),
+        ("val", [*range(12)], [*range(24, 30)]),
+        ("test", [*range(12)], [*range(12, 24)]),
+    ):
+        kept = {part: pair for part, pair in parts.items() if part != without}
+        save(tmp_path / "data.npz", **in_parts(layout, **kept))
+        config = DataConfig(data=f"npz:{tmp_path / 'data.npz'}", num_tasks=1)
+        client = load_client_data(config, GREY, partition=0, seed=0)
+        assert sorted(values(client.train.images)) == train
+        assert sorted(values(client.test.images)) == test
+        assert (
+            client.facts
+            == {
+                "": {JOINED: 12},
+                "val": {},
+                "test": {STAND_IN: 12},
+            }[without]
+        )
+
+
+def test_pixels_of_an_uncompressed_file_stay_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(npz, "KEPT_BYTES", 100)
+    for save, in_memory in ((np.savez, 0), (np.savez_compressed, IMAGES.nbytes)):
+        save(tmp_path / "data.npz", **whole(images=np.asfortranarray(IMAGES.T).T))
+        catalogue = npz_catalogue(tmp_path / "data.npz")
+        assert catalogue.in_memory == in_memory
+        np.testing.assert_array_equal(np.asarray(catalogue.open(7)), IMAGES[7])
+        assert ("is compressed: 0 MB of pixels are held" in caplog.text) == bool(in_memory)
+    np.savez(tmp_path / "data.npz", **whole(images=np.asfortranarray(IMAGES)))
+    assert np.asarray(npz_catalogue(tmp_path / "data.npz").open(7)).tolist() == IMAGES[7].tolist()
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (whole(labels=None), "must hold `labels`.*found: images, split, names"),
+        (
+            in_parts("medmnist", train=(IMAGES, np.ones((30, 6), int))),
+            "`train_labels` .*Several la",
+        ),
+        (whole(labels=np.eye(6)[LABELS] * 2), "`labels` .*Several labels an image are not"),
+        (in_parts("keras", train=(np.zeros((3, 9, 9, 9), np.uint8), LABELS[:3])), "no volumes"),
+        ({"x_train": IMAGES}, "must hold `x_train` and `y_train`; members found: x_train"),
+        (whole() | {"x_train": IMAGES, "y_train": LABELS}, "must hold `labels` and either"),
+        (whole(labels=None), "must hold `labels`.*found: images, names, split"),
         (whole(images=None), "must hold .*either `images` or `jpeg`"),
         (packed(offsets=None) | {"images": IMAGES, "offsets": np.arange(3)}, "either"),
         (whole(images=IMAGES / 255), "`images` .*must be uint8 .*got float64"),
         (whole(images=IMAGES[:, 0]), r"`images` .*of shape \(30, 8\)"),
-        (whole(images=np.zeros((30, 3, 8, 8), np.uint8)), r"of shape \(30, 3, 8, 8\)"),
+        (whole(images=np.zeros((30, 3, 8, 8), np.uint8)), r"channels last, .* \(30, 3, 8, 8\)"),
         (whole(images=IMAGES[:0], labels=LABELS[:0], split=None), "holds no images"),
         (whole(labels=LABELS[:7]), r"`labels` .*\(30,\), .*of shape \(7,\)"),
         (whole(split=SPLIT[:7]), r"`split` .*\(30,\), .*of shape \(7,\)"),
@@ -135,7 +204,6 @@ def test_each_member_is_read_once_and_only_own_images_are_resized(
         (whole(names=np.array([*NAMES[:5], "ant"])), "holds 'ant' twice"),
         (whole(names=np.array([*NAMES[:5], ""])), "is empty"),
         (whole(split=np.ones(30, np.uint8)), "'client-0': class .*no training images"),
-        (whole(split=np.zeros(30, np.uint8)), "'client-0': no test image"),
         (packed(jpeg=np.zeros((2, 2), np.uint8)), "`jpeg` .*must be uint8 of shape"),
         (packed(offsets=np.zeros(31)), "`offsets` .*must be integers"),
         (packed(offsets=np.zeros(1, int)), "holds no images"),

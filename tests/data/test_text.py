@@ -12,7 +12,9 @@ import pytest
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import ClientData, load_client_data
+from fedcompo.data.text import text_catalogue
 from fedcompo.errors import DataError
+from fedcompo.report.pictures import STAND_IN
 
 LENGTH = 12
 TEXTS = Preprocessing(LENGTH, 1, mean=(0.0,), std=(1 / 255,), modality=Modality.TEXTS)
@@ -94,13 +96,32 @@ def test_names_are_brought_into_composed_unicode(tmp_path: Path):
     assert client.classes == tuple(f"{name}\u00e9" for name in NAMES)
 
 
+def test_texts_stay_on_disk_until_they_are_asked_for(tmp_path: Path):
+    path = write(tmp_path / "data.jsonl", rows(text="naïve ☃"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n"))
+    catalogue = text_catalogue(path)
+    assert catalogue.in_memory == 0
+    assert {catalogue.open(index) for index in range(30)} == {"naïve ☃".encode()}
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        catalogue.open(0)
+
+
+def test_validation_texts_are_test_texts_where_there_are_no_others(tmp_path: Path):
+    content = [{**row, "split": "val" if row["split"] == "test" else "train"} for row in rows()]
+    client = load(write(tmp_path / "data.jsonl", content), tasks=1)
+    assert (len(client.train.labels), len(client.test.labels)) == (24, 6)
+    assert client.facts[STAND_IN] == 6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"text": None}, r"line 2, must have `text`, a text; its fields are label, split"),
         ({"label": None}, r"line 2, must have `label`, a text; its fields are text, split"),
         ({"text": 7}, "must have `text`, a text; got 7"),
-        ({"label": ["a"]}, r"must have `label`, a text; got \['a'\]"),
+        ({"label": ["a"]}, r"line 2, lists labels, \['a'\].*Several labels .* are not supported"),
+        ({"label": 7}, "must have `label`, a text; got 7"),
         ({"label": " "}, "line 2 is empty"),
         ({"text": " \n"}, "line 2, is empty"),
         ({"text": "a\0b"}, "line 2, holds a NUL character"),

@@ -183,7 +183,7 @@ def test_a_setting_that_is_missing_is_named(client: Path, programs: Path, key: s
 def test_without_images_the_setting_is_named(client: Path, programs: Path) -> None:
     shutil.rmtree(client.parent / "my images")
     said = start(client, programs, code=MISCONFIGURED).stderr
-    assert "DATA in client.conf is no folder" in said
+    assert "DATA in client.conf does not exist" in said
     assert "my images" in said
 
 

@@ -206,7 +206,8 @@ def counting(client: str, done: int, **about: Any) -> dict[str, Any]:
 
 def test_a_client_at_work_says_how_far_it_is_in_the_phase_that_runs() -> None:
     state = after([*RUN[:3], counting("cleo", 1200), counting("anna", 10)])
-    assert "decoding: 1,200 of 5,000 images, 310/s, 12 s left" in shown(state, 112.0)
+    far = "cleo decoding: 1,200 of 5,000 images, 310/s, 12 s left"
+    assert state.at_work(3) == [far, "1 more to answer"]
     assert state.cells["anna", "train"].standing is Standing.OK  # it has answered
     named = after([{**RUN[1], "clients": []}, counting("cleo", 1200)])
     assert set(named.cells) == {("cleo", "train")}
@@ -247,7 +248,7 @@ def test_a_pipe_gets_a_line_every_ten_seconds_whoever_is_at_work(monkeypatch) ->
     lines = out.getvalue().splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("[  10.0 s] a decoding: 90 of 5,000 images, 310/s, 16 s left")
-    assert lines[2].endswith("; 3 more at work")
+    assert lines[2].endswith("; 3 more to answer")
 
 
 def test_numbers_for_people() -> None:

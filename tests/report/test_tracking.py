@@ -54,7 +54,7 @@ def follow(name: str, folder: Path, *, events: int = len(RUN)) -> None:
             told.hear(event)
         if events == len(RUN):
             (folder / "results.json").write_text("{}")
-            told.finish(RESULTS, [folder / "results.json"], failed=False)
+            told.finish(RESULTS, [folder / "results.json"])
 
 
 @pytest.mark.parametrize("events", [len(RUN), 5])
@@ -156,7 +156,7 @@ def test_one_that_fails_is_noted_once_and_the_run_goes_on(monkeypatch, caplog):
     told = Tracking(["mlflow"], folder, {}, notes.append)
     for event in RUN:
         told.hear(event)
-    told.finish(RESULTS, (), failed=False)
+    told.finish(RESULTS, ())
     assert folder.calls == ["figures"]
     (note,) = notes
     assert note.startswith("`track`: mlflow failed (ConnectionError)")

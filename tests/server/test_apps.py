@@ -16,6 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid, lost
 from PIL import Image
 from round_runs import draw_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clients import local
 from clients.app import app as client_app
@@ -36,7 +37,7 @@ from server.app import app as server_app
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("run") / "out"
-    return output, run({}, output)
+    return output, run({}, output, track="tensorboard")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,22 @@ def again(finished) -> tuple[bytes, Path]:
     )
     server_app(grid, context)
     return before, output.with_name("out-2")
+
+
+def test_a_tracker_hears_of_losses_accuracies_and_the_cost_of_every_phase(finished):
+    output, results = finished
+    reader = EventAccumulator(str(output / "tensorboard"))
+    reader.Reload()
+    told = {name: [e.value for e in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+    for client, figures in results["per_client"].items():
+        assert told[f"loss/{client}"] == pytest.approx(figures["losses"])
+        for name in ("class_il_accuracy", "own_task_accuracy"):
+            assert told[f"{name}/{client}"] == [pytest.approx(figures[name])]
+    for phase, cost in results["phases"].items():
+        assert told[f"seconds/{phase}"] == [pytest.approx(cost["seconds"], abs=1e-3)]
+        assert told.get(f"bytes_sent/{phase}", [0]) == [cost["bytes_sent"]]
+    assert told["run/lambda"] == [pytest.approx(results["scale"]["scale"])]
+    assert told["run/class_il_accuracy"] == [pytest.approx(results["class_il_accuracy"])]
 
 
 def test_a_run_reports_every_phase_and_client(finished):
@@ -114,7 +131,7 @@ def test_a_run_leaves_a_registry_that_verifies_and_nothing_elsewhere(finished):
     assert all(finding.holds for finding in verify_registry(output / "registry"))
     assert results["registry"]["root"] == Registry(output / "registry").state.root
     assert results["realigned_with"] == list(results["per_client"])
-    names = {path.name for path in output.iterdir()}
+    names = {path.name for path in output.iterdir()} - {"tensorboard"}
     assert names == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
 
 

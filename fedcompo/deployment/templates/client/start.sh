@@ -25,7 +25,7 @@ supernode=$(command -v flower-supernode) ||
 case $DATA$DEVICE$KIND in
     *[\"\\]*) refuse "client.conf sets a value with a double quote or a backslash; rename it." ;;
 esac
-[ -d "$DATA" ] || refuse "DATA in client.conf is no folder: $DATA. Write where the images are."
+[ -e "$DATA" ] || refuse "DATA in client.conf does not exist: $DATA. Write where the images are."
 
 sha256sum --check --quiet --strict app.sha256 ||
     refuse "the app in flower/apps is not the one that this client was given."
