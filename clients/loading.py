@@ -17,6 +17,8 @@ from fedcompo.errors import DataError, FedcompoError
 
 load_shared_backbone = lru_cache(maxsize=1)(load_backbone)
 """Loads the backbone once for all phases and clients of this process."""
+simulated_names = lru_cache(maxsize=1)(client_names)
+"""Names the clients of a source once: with a thousand folders, each look takes a while."""
 
 
 @lru_cache(maxsize=2)
@@ -61,5 +63,5 @@ def known_name(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) ->
     partition = int(node_config.get("partition-id", -1))
     if not own and partition >= 0:
         with suppress(FedcompoError, IndexError):
-            return client_names(RunConfig.parse(run_config).data)[partition]
+            return simulated_names(RunConfig.parse(run_config).data)[partition]
     return own

@@ -58,10 +58,9 @@ def clients_data(
     Raises:
         DataError: If the source cannot be used.
     """
-    for partition in range(len(client_names(source))):
-        data = load_client_data(source, backbone.preprocessing, partition=partition, seed=seed)
-        if not wanted or data.name in wanted:
-            yield data
+    for partition, name in enumerate(client_names(source)):
+        if not wanted or name in wanted:
+            yield load_client_data(source, backbone.preprocessing, partition=partition, seed=seed)
 
 
 def evaluate_clients(

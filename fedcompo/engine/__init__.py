@@ -1,4 +1,4 @@
-"""A simulation on Flower's real engine, started and ended by us; no torch on import."""
+"""Simulations, on Flower's real engine or in this process; no torch on import."""
 
 from typing import TYPE_CHECKING
 

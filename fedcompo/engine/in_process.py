@@ -26,10 +26,10 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedcompo.composition.head import one_thread
 from fedcompo.config.setting import Scalar
 from fedcompo.engine.run_folder import CLIENTS, LOG
 from fedcompo.report.log import LogFormatter
+from fedcompo.runtime import one_thread
 
 FIRST_NODE = 1000
 """Id of the node of partition 0; the others follow."""
@@ -131,9 +131,7 @@ def run_apps(config: Mapping[str, Scalar], clients: int, output: Path) -> None:
         Exception: Whatever ends the ServerApp; the log has its traceback.
     """
     client_app, server_app = (import_module(f"{side}.app").app for side in ("clients", "server"))
-    loading = import_module("clients.loading")
-    for kept in (loading.load_images, loading.load_shared_backbone):  # of an earlier run
-        kept.cache_clear()
+    _forget()  # what was there in an earlier run may have changed
     grid = InProcessGrid(client_app, config, clients)
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
@@ -149,6 +147,14 @@ def run_apps(config: Mapping[str, Scalar], clients: int, output: Path) -> None:
             raise
         finally:
             torch.set_deterministic_debug_mode(chosen)  # clients use no others
+            _forget()
+
+
+def _forget() -> None:
+    """Let go of what clients load once for all phases of a run."""
+    loading = import_module("clients.loading")
+    for kept in (loading.load_images, loading.load_shared_backbone, loading.simulated_names):
+        kept.cache_clear()
 
 
 @contextmanager
@@ -158,12 +164,14 @@ def _logging(grid: InProcessGrid, file: Path) -> Iterator[None]:
     handler.setFormatter(LogFormatter())
     handler.setLevel(logging.INFO)
     handler.addFilter(lambda record: not grid.answering)
-    root, printing = logging.getLogger(), FLOWER_LOGGER.handlers[:]
+    root, printing, level = logging.getLogger(), FLOWER_LOGGER.handlers[:], FLOWER_LOGGER.level
     root.addHandler(handler)
     FLOWER_LOGGER.handlers.clear()  # they print; the root's handler has all that they have
+    FLOWER_LOGGER.setLevel(logging.INFO)
     try:
         yield
     finally:
         FLOWER_LOGGER.handlers[:] = printing
+        FLOWER_LOGGER.setLevel(level)
         root.removeHandler(handler)
         handler.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pdb
 import sys
 import time
 from collections import Counter
@@ -203,19 +204,19 @@ class Display:
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
-            sys.breakpointhook = self._at_breakpoint
+            self._breakpointhook, sys.breakpointhook = sys.breakpointhook, self._at_breakpoint
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.stop()
-            sys.breakpointhook = sys.__breakpointhook__
+            sys.breakpointhook = self._breakpointhook
 
-    def _at_breakpoint(self, *arguments: object, **options: object) -> object:
-        """Leave the terminal to the debugger."""
+    def _at_breakpoint(self) -> None:
+        """Leave the terminal to the debugger, which stops where `breakpoint()` stands."""
         if self._live:
             self._live.stop()
-        return sys.__breakpointhook__(*arguments, **options)
+        pdb.Pdb().set_trace(sys._getframe(1))
 
     def show(self, event: Event) -> None:
         """Show one event."""

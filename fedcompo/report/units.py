@@ -59,3 +59,8 @@ def percent_between(value: float | None, interval: Sequence[float] | None, image
 def percent(value: float | None) -> str:
     """Write a fraction as a percentage, or a dash where there is none."""
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def between(interval: Sequence[float] | None) -> str:
+    """Write an interval of a fraction in per cent, or a dash where there is none."""
+    return "–" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"

@@ -68,8 +68,15 @@ class Composing:
 
     # -- evaluate ---------------------------------------------------------------------------------
 
-    def evaluate(self, phase: str = "evaluate", *, decisive: bool = True) -> None:
+    def evaluate(
+        self, phase: str = "evaluate", *, decisive: bool = True, last: bool = True
+    ) -> None:
         """Let each client measure the composed model on its own test images.
+
+        Args:
+            phase: Its name.
+            decisive: Whether it must succeed.
+            last: Whether the clients' images are needed no more afterwards.
 
         Raises:
             TooFewClients: If no client does, where that is decisive.
@@ -79,7 +86,7 @@ class Composing:
             joint=self.registry.joint_head(),
             own_heads=self._own_heads(),
             linearised=self.registry.linearised,
-            last=phase == "evaluate" or None,
+            last=last or None,
         ).to_body()
         asked = [client for client in self.exchange.clients if client in self.registry.clients]
         self.exchange.ask(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
+import pdb
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +259,13 @@ def test_numbers_for_people() -> None:
     assert durations == ["0.0 s", "4.2 s", "59.9 s", "3 min 5 s", "2 h 10 min"]
     sizes = [size(count) for count in (0, 999, 1_000, 2_345_678, 5 * 10**12)]
     assert sizes == ["0 B", "999 B", "1.0 kB", "2.3 MB", "5.0 TB"]
+
+
+def test_a_breakpoint_gets_the_terminal_and_stops_where_it_stands(monkeypatch):
+    stopped, before = [], sys.breakpointhook
+    monkeypatch.setattr(pdb.Pdb, "set_trace", lambda self, frame: stopped.append(frame.f_code))
+    with Display(PlainConsole(file=io.StringIO(), force_terminal=True)) as display:
+        breakpoint()
+        assert not display._live.is_started
+    assert [code.co_name for code in stopped] == [inspect.currentframe().f_code.co_name]
+    assert sys.breakpointhook == before

@@ -19,6 +19,7 @@ from PIL import Image
 from round_runs import draw_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import server.app
 from clients import local
 from clients.app import app as client_app
 from clients.local import LocalClient
@@ -53,6 +54,12 @@ def again(finished) -> tuple[bytes, Path]:
     )
     server_app(grid, context)
     return before, output.with_name("out-2")
+
+
+def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, caplog):
+    server.app._report(tmp_path, {"created": "no more than this"})
+    assert list(tmp_path.iterdir()) == []
+    assert f"fedcompo report {tmp_path}" in caplog.text
 
 
 def test_a_tracker_hears_of_losses_accuracies_and_the_cost_of_every_phase(finished):
@@ -133,7 +140,7 @@ def test_a_run_leaves_a_registry_that_verifies_and_nothing_elsewhere(finished):
     assert results["registry"]["root"] == Registry(output / "registry").state.root
     assert results["realigned_with"] == list(results["per_client"])
     names = {path.name for path in output.iterdir()} - {"tensorboard"}
-    assert names == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
+    assert names == {"registry", "results.json", "report.html", "events.jsonl", "flower.log"}
 
 
 def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
