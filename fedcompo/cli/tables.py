@@ -227,8 +227,8 @@ def print_worst_classes(results: Mapping[str, Any]) -> None:
     if not results["worst_classes"]:
         say("No image is mistaken for one of another class.")
         return
-    columns = "class", "clients", *numbers("images", "right", "%")
-    table = Table(*columns, "mistaken for", title="Worst classes, among all classes")
+    counted, title = numbers("images", "right", "%"), "Worst classes, among all classes"
+    table = Table("class", "clients", *counted, "mistaken for", title=title)
     for name in results["worst_classes"]:
         own = results["by_class"][name]
         table.add_row(
