@@ -62,8 +62,12 @@ def vote(client: LocalClient, request: VoteRequest) -> VoteAnswer:
 
 
 def evaluate(client: LocalClient, request: EvaluateRequest) -> EvaluateAnswer:
-    """Measure the composed model on the client's test images."""
+    """Measure the composed model on the client's test images.
+
+    Counts by class and confidence are sent of at least ``min-images`` images, and not under noise.
+    """
     heads = [head for head in (request.joint, request.own_heads) if head]
+    caps = client.config.caps
     accuracy, *beside = accuracies_of(
         client.backbone,
         request.theta,
@@ -79,6 +83,8 @@ def evaluate(client: LocalClient, request: EvaluateRequest) -> EvaluateAnswer:
         class_il_accuracy=accuracy.class_il,
         task_il_accuracy=accuracy.task_il,
         own_heads_accuracy=beside[0].class_il if beside else None,
+        num_examples=accuracy.num_examples,
+        tally=None if caps.dp_noise > 0 else accuracy.tally.withholding(caps.min_images),
     )
 
 

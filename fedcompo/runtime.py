@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,19 @@ def pick_device(wanted: str) -> torch.device:
             f"`device` is {wanted!r}, but this machine shows no GPU. Use auto or cpu."
         )
     return torch.device(wanted)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread; the bits of a matrix product depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def reset_peak() -> None:

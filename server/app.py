@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from logging import ERROR, INFO
@@ -38,7 +38,8 @@ from fedcompo.names import printable
 from fedcompo.registry.owners import OWNERS, read_owners
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT
-from fedcompo.report.picture import write_report
+from fedcompo.registry.story import story_of_run
+from fedcompo.report.pages import write_report
 from fedcompo.report.progress import telling
 from fedcompo.report.tracking import Tracking, tracked
 from fedcompo.storage.files import write_atomically
@@ -86,6 +87,7 @@ def main(grid: Grid, context: Context) -> None:
             text = json.dumps(results, indent=2, allow_nan=False) + "\n"
             write_atomically(output / RESULTS, text.encode())
             clear(output)
+            _report(output, results)
             tracking.finish(
                 results, [output / RESULTS, *sorted(output.glob("report.*"))], failed=False
             )
@@ -101,6 +103,15 @@ def main(grid: Grid, context: Context) -> None:
         class_il, task_il = (100 * results[f"{name}_il_accuracy"] for name in ("class", "task"))
         log(INFO, "Accuracy, %%: all classes %.1f, own classes %.1f", class_il, task_il)
     log(INFO, "Results: %s", output)
+
+
+def _report(output: Path, results: Mapping[str, Any]) -> None:
+    """Write the report; a run whose results are safe does not fail by it."""
+    try:
+        write_report(output, results, story_of_run(output, results))
+    except Exception as error:
+        log(ERROR, "No report (%s: %s)", type(error).__name__, printable(str(error)))
+        log(ERROR, "Write it by: fedcompo report %s", output)
 
 
 @contextmanager
@@ -157,9 +168,7 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
     exchange.gather(config.server.num_clients)
     chosen = strategy_of(config)(exchange, config, backbone, registry, working)
     chosen.run()
-    results = collect(chosen)
-    write_report(output, results)
-    return results
+    return collect(chosen)
 
 
 def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
@@ -170,9 +179,7 @@ def _average(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[
     averaged = Averaging(exchange, config, backbone, output)
     exchange.gather(config.server.num_clients)
     averaged.run()
-    results = collect_averaging(averaged)
-    write_report(output, results)
-    return results
+    return collect_averaging(averaged)
 
 
 def strategy_of(config: RunConfig) -> type[Strategy]:

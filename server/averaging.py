@@ -39,7 +39,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.admission import rounding_of
 from fedcompo.registry.company import Company
 from fedcompo.seeds import generator_for
-from server.exchange.checks import checked_fractions, checked_losses
+from server.exchange.checks import checked_fractions, checked_losses, checked_tally
 from server.exchange.exchange import Exchange
 from server.exchange.exchange_grid import ExchangeGrid
 from server.phases import roster
@@ -63,6 +63,8 @@ class Averaging:
     output: Path
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What clients reported, by client."""
+    answers: dict[str, EvaluateAnswer] = field(default_factory=dict)
+    """Whole, of the last measurement, by client."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """By round: who trained, and the mean loss over all their examples."""
 
@@ -200,11 +202,16 @@ class Averaging:
 
         Without weights it is the frozen backbone. The prefix stands before the figures' names.
         """
+        self.answers = {}
         last = phase == "evaluate" or None
         request = EvaluateRequest(theta=theta, joint=joint, linearised=False, last=last).to_body()
 
         def fold(client: str, body: Body) -> str:
-            figures = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
+            answer = EvaluateAnswer.from_body(body)
+            figures = checked_fractions(client, answer.figures)
+            own = self.roster.participants.described[client].classes
+            checked_tally(client, answer, own, joint.classes)
+            self.answers[client] = answer
             known = self.figures.setdefault(client, {})
             known |= {f"{prefix}{name}": value for name, value in figures.items()}
             return client

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
+from fedcompo.messages.answers import EvaluateAnswer
+from fedcompo.report.confusion import by_class, interval, interval_of_mean
 from fedcompo.runtime import version
 from server import accounting
 from server.averaging import Averaging
@@ -42,7 +44,7 @@ def collect(strategy: Strategy) -> dict[str, Any]:
         **_common(strategy, method=str(strategy.config.method.method)),
         "schedule": str(strategy.config.method.schedule),
         **strategy.report(),
-        **_over_clients(per_client),
+        **_over_clients(per_client, strategy.composing.answers, registry.classes),
         "scale": strategy.choosing.report(),
         "realigned_with": list(registry.clients) if registry.realigned else [],
         "registry": {
@@ -65,7 +67,7 @@ def collect_averaging(averaging: Averaging) -> dict[str, Any]:
     return {
         **_common(averaging, method=str(averaging.config.method.method)),
         "rounds": averaging.history,
-        **_over_clients(per_client),
+        **_over_clients(per_client, averaging.answers, averaging.head.classes),
         "model": {"path": str(averaging.folder), "parameters_sent": averaging.num_parameters},
         "classes": list(averaging.head.classes),
     }
@@ -115,6 +117,9 @@ def _common(run: Strategy | Averaging | Unlearning, *, method: str) -> dict[str,
 def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
     fitting, composing = strategy.fitting, strategy.composing
     described = strategy.roster.participants.described.get(client)
+    answer = composing.answers.get(client)
+    tested = answer.num_examples if answer and answer.num_examples else None
+    tested = tested or (described.num_test_examples if described else None)
     reported = fitting.figures.get(client, {}) | composing.figures.get(client, {})
     contribution = strategy.registry.contribution(client)
     index = composing.diagnostics.clients.index(client)
@@ -122,9 +127,9 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
         "classes": list(contribution.head.classes),
         "kind": str(contribution.task_vector.kind),
         "num_examples": contribution.num_examples,
-        "num_test_examples": described.num_test_examples if described else None,
+        "num_test_examples": tested,
         "coefficient": composing.coefficients[client],
-        **_reported(strategy, client, reported),
+        **_reported(strategy, client, reported, tested),
         "distance": reported.get("distance"),
         "held": reported.get("held"),
         "fisher": reported.get("fisher", {}),
@@ -136,23 +141,27 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
 
 def _of_averaged(averaging: Averaging, client: str) -> dict[str, Any]:
     described = averaging.roster.participants.described
+    tested = described[client].num_test_examples
     together = sum(averaging.weights[name] for name in averaging.trained)
     return {
         "classes": list(described[client].classes),
         "kind": str(averaging.kind),
         "num_examples": described[client].num_examples,
-        "num_test_examples": described[client].num_test_examples,
+        "num_test_examples": tested,
         "coefficient": averaging.weights[client] / together,
-        **_reported(averaging, client, averaging.figures[client]),
+        **_reported(averaging, client, averaging.figures[client], tested),
     }
 
 
-def _reported(run: Strategy | Averaging, client: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+def _reported(
+    run: Strategy | Averaging, client: str, figures: Mapping[str, Any], tested: int | None
+) -> dict[str, Any]:
     """A client's figures, caps, ε of its noise, and the cost of each phase for it."""
     books, delta = run.exchange.books, run.config.caps.dp_delta
     caps = books.caps.get(client, [])
     return {
         **{name: figures.get(name) for name in ACCURACIES},
+        "interval": interval(figures.get("class_il_accuracy"), tested),
         "losses": figures.get("losses", []),
         "caps": caps,
         "privacy": accounting.spent(caps, delta=delta),
@@ -164,18 +173,25 @@ def _reported(run: Strategy | Averaging, client: str, figures: Mapping[str, Any]
     }
 
 
-def _over_clients(per_client: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The clients' figures, their means over those that reported them, and who measured."""
+def _over_clients(
+    per_client: Mapping[str, Mapping[str, Any]],
+    answers: Mapping[str, EvaluateAnswer],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """The clients' figures, their means over those that reported them, and figures by class."""
     reported = {
         name: [figures[name] for figures in per_client.values() if figures[name] is not None]
         for name in ACCURACIES
     }
+    measured = {c: f for c, f in per_client.items() if f["class_il_accuracy"] is not None}
+    pairs = [(f["class_il_accuracy"], f["interval"]) for f in measured.values()]
+    tallies = {c: a.tally for c, a in answers.items() if a.tally and c in per_client}
     return {
         **{name: fmean(values) if values else None for name, values in reported.items()},
-        "clients_evaluated": [
-            c for c, figures in per_client.items() if figures["class_il_accuracy"] is not None
-        ],
+        "interval": interval_of_mean(pairs) if all(own for _, own in pairs) else None,
+        "clients_evaluated": list(measured),
         "per_client": per_client,
+        **by_class(tallies, classes),
     }
 
 

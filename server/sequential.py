@@ -156,7 +156,7 @@ class Arrivals(Strategy):
         """Add contributions to the registry, and measure the composed model."""
         self.composing = Composing(self.exchange, self.backbone, self.registry)
         self.exchange.books.timed("compose", lambda: self.compose(folders))
-        self.look(decisive=False)
+        self.look(decisive=False, last=arrival == [*self.coming][-1])
         rows = {measure: self._row(measure) for measure in MEASURES}
         for measure, matrix in self.matrices.items():
             self.matrices[measure] = matrix.after(arrival, rows[measure])

@@ -123,14 +123,14 @@ class Strategy(ABC):
         self.composing.compare(self.fitting.fishers.sums)
         self.fitting.remark(coming)
 
-    def look(self, *, decisive: bool = True) -> None:
+    def look(self, *, decisive: bool = True, last: bool = True) -> None:
         """Choose λ, align the joint head again, and measure; decisive: fail if nobody does."""
         self.choosing = Choosing(self.roster, self.registry, self.config)
         if self.config.compose.realign:
             self.choosing.run()
         else:
             self.choosing.note_no_vote("`realign` is false")
-        self.composing.evaluate(decisive=decisive)
+        self.composing.evaluate(decisive=decisive, last=last)
 
     def report(self) -> dict[str, Any]:
         """Results of this strategy alone, as JSON values."""

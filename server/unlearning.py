@@ -121,7 +121,7 @@ class Unlearning:
         if not self.exchange.clients or not self.registry.clients:
             return {}
         composing = Composing(self.exchange, self.backbone, self.registry)
-        composing.evaluate(phase, decisive=False)
+        composing.evaluate(phase, decisive=False, last=phase == "evaluate")
         return {
             client: {**figures, "num_examples": self.images[client]}
             for client, figures in composing.figures.items()

@@ -184,3 +184,18 @@ def test_tools_merge_alike_and_fill_a_table(monkeypatch, capsys):
     ]
     assert rows[2][6].startswith("0 of ")
     assert float(rows[2][5]) < 1e-6
+
+
+def test_images_fill_their_tables_and_leave_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("images")
+    monkeypatch.setattr(script, "child", lambda client, cache, _: script.read_all(client, cache))
+    options = ["--counts", "10", "20", "--side", "64", "--photographs", "0"]
+    monkeypatch.setattr(sys, "argv", ["images.py", *options, "--folder", str(tmp_path)])
+    script.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [[cell.strip() for cell in row[:2]] for row in rows[2:]] == [
+        [count, threads] for count in ("10", "20") for threads in "12"
+    ]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert not any(tmp_path.iterdir())

@@ -17,11 +17,12 @@ from fedcompo.export.selection import from_registry
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.report.confusion import interval
 from fedcompo.report.progress import step
-from fedcompo.training.accuracy import accuracy_of
+from fedcompo.training.accuracy import Accuracy, accuracy_of
 
 Figures = dict[str, dict[str, Any]]
-"""By client: ``class_il_accuracy``, ``task_il_accuracy``, ``num_examples``."""
+"""By client: ``class_il_accuracy`` and its ``interval``, ``task_il_accuracy``, ``num_examples``."""
 
 
 def run_config_of(registry: RegistryReader, data: str | None = None) -> RunConfig:
@@ -57,10 +58,9 @@ def clients_data(
     Raises:
         DataError: If the source cannot be used.
     """
-    for partition in range(len(client_names(source))):
-        data = load_client_data(source, backbone.preprocessing, partition=partition, seed=seed)
-        if not wanted or data.name in wanted:
-            yield data
+    for partition, name in enumerate(client_names(source)):
+        if not wanted or name in wanted:
+            yield load_client_data(source, backbone.preprocessing, partition=partition, seed=seed)
 
 
 def evaluate_clients(
@@ -72,7 +72,31 @@ def evaluate_clients(
     linearised: bool = False,
     wanted: tuple[str, ...] = (),
 ) -> Figures:
-    """Measure a composition on every client's test images.
+    """Measure a composition on every client's test images; see :func:`measured`."""
+    found = measured(backbone, theta, head, config, linearised=linearised, wanted=wanted)
+    return {client: figures_of(accuracy) for client, accuracy in found.items()}
+
+
+def figures_of(accuracy: Accuracy) -> dict[str, Any]:
+    """An accuracy as JSON values."""
+    return {
+        "class_il_accuracy": accuracy.class_il,
+        "interval": interval(accuracy.class_il, accuracy.num_examples),
+        "task_il_accuracy": accuracy.task_il,
+        "num_examples": accuracy.num_examples,
+    }
+
+
+def measured(
+    backbone: Backbone,
+    theta: Mapping[str, Tensor],
+    head: Head,
+    config: RunConfig,
+    *,
+    linearised: bool = False,
+    wanted: tuple[str, ...] = (),
+) -> dict[str, Accuracy]:
+    """Measure a composition on every client's test images, by client.
 
     A client whose classes the head does not have is left out.
 
@@ -87,25 +111,20 @@ def evaluate_clients(
     Raises:
         DataError: If the images cannot be had, or belong to none of the head's classes.
     """
-    figures: Figures = {}
+    found: dict[str, Accuracy] = {}
     weights: Weights = dict(theta)
     for data in clients_data(config.data, backbone, seed=config.seed, wanted=wanted):
         if set(data.classes) <= set(head.classes):
             step(f"evaluating on {data.name}")
-            accuracy = accuracy_of(
+            found[data.name] = accuracy_of(
                 backbone, weights, head, data.classes, data.test, linearised=linearised
             )
-            figures[data.name] = {
-                "class_il_accuracy": accuracy.class_il,
-                "task_il_accuracy": accuracy.task_il,
-                "num_examples": accuracy.num_examples,
-            }
-    if not figures:
+    if not found:
         raise DataError(
             f"`data` {config.data.data!r} has no client whose classes the model knows: it knows "
             f"{', '.join(head.classes)}. Name the data that the clients were trained on."
         )
-    return figures
+    return found
 
 
 def effect_of_removal(

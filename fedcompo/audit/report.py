@@ -1,4 +1,4 @@
-"""Writes an audit for people: tables for the terminal and in Markdown, and a picture."""
+"""Writes an audit for people: tables for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedcompo.audit.measure import FIGURES
-from fedcompo.audit.models import AFTER, BEFORE
-from fedcompo.audit.picture import MODELS, TITLES, picture
+from fedcompo.audit.measure import CLASS_IL, FIGURES, TASK_IL
+from fedcompo.audit.models import AFTER, BEFORE, GOLD
 from fedcompo.export.model_card import escaped
 from fedcompo.report.console import say, table_console
-from fedcompo.report.units import EXPLAINED, percent
+from fedcompo.report.units import ALL_CLASSES, EXPLAINED, OWN_CLASSES, percent
 from fedcompo.storage.files import write_atomically
 
-JSON, MARKDOWN, PICTURE = "audit.json", "audit.md", "audit.svg"
+JSON, MARKDOWN = "audit.json", "audit.md"
+TITLES = {CLASS_IL: ALL_CLASSES, TASK_IL: OWN_CLASSES}
+MODELS = {
+    BEFORE: "everyone",
+    AFTER: "the client removed",
+    GOLD: "the client never took part",
+}
+"""What each model is composed of."""
 
 Values = Mapping[str, Any]
 Rows = list[list[str]]
@@ -32,11 +38,10 @@ ATTACK = (
 
 
 def write_audit(folder: Path, values: Values) -> None:
-    """Write ``audit.json``, ``audit.md`` and ``audit.svg`` into a folder."""
+    """Write ``audit.json`` and ``audit.md`` into a folder."""
     files = {
         JSON: json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         MARKDOWN: markdown(values),
-        PICTURE: picture(values, [*_counts(values), *_closeness(values)]),
     }
     for name, text in files.items():
         write_atomically(folder / name, text.encode())
@@ -64,7 +69,7 @@ def markdown(values: Values) -> str:
     for title, (header, *rows) in _tables(values):
         rows = [[escaped(name), *figures] for name, *figures in rows]
         parts += [f"## {escaped(title)}", markdown_table([header, *rows])]
-    return "\n\n".join([*parts, *more, f"![The same as a picture]({PICTURE})\n"])
+    return "\n\n".join([*parts, *more]) + "\n"
 
 
 def markdown_table(rows: Rows) -> str:
@@ -116,7 +121,7 @@ def _attack_rows(values: Values) -> Rows:
 def _sentences(values: Values) -> list[str]:
     """Return sentences: the compared models, then how to read the figures."""
     first = "; ".join(
-        f"{name}: {MODELS[name][0]} ({', '.join(model['clients'])})"
+        f"{name}: {MODELS[name]} ({', '.join(model['clients'])})"
         for name, model in values["models"].items()
     )
     attack = " ".join([*_counts(values), ATTACK])

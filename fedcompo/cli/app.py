@@ -20,6 +20,7 @@ from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
 from fedcompo.cli.push import push
+from fedcompo.cli.report import report
 from fedcompo.cli.tables import print_removal
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import EngineKind
@@ -187,6 +188,7 @@ for command in (
     models.specialise,
     models.evaluate,
     models.negate,
+    report,
     export,
     predict,
     push,
@@ -225,8 +227,7 @@ def _simulate(
     if found := simulation.preflight:
         from fedcompo.report.preflight import lines_on
 
-        resources = simulation.resources
-        for line in lines_on(found, at_once=resources.cpus):
+        for line in lines_on(found, at_once=simulation.resources.cpus):
             say(line)
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:

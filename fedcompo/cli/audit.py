@@ -53,8 +53,8 @@ def audit(
     took part in: accuracy on everyone's test images, and how well two attacks tell the client's
     training images from its test images.
 
-    Writes audit.json, audit.md and audit.svg. The shadow models take as long as that many
-    trainings of the client.
+    Writes audit.json and audit.md. The shadow models take as long as that many trainings of the
+    client.
     """
     with common.errors_as_sentences(verbose):
         started = time.monotonic()

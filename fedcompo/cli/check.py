@@ -46,30 +46,29 @@ def check(
     written, and nothing leaves this machine.
     """
     with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
-        if not data and scenario is None:
+        if not data and (client or scenario is None):
             raise ConfigError("Name the data by --data, or a --scenario that does.")
         alone = bool(client) or (Path(data.partition("#")[0]).expanduser().exists() and bool(data))
         options = {"data": data} if data and not alone else {}
         config = RunConfig.parse(settings_of(scenario, assignments or [], options))
         CompositionSettings.of(config)
-        from fedcompo.engine.preflight import look
+        from fedcompo.engine.preflight import Machine, look
         from fedcompo.engine.resources import fair_resources
         from fedcompo.report.preflight import print_preflight
 
-        at_once = fair_resources(1 if alone else 10**6, config.device).cpus
+        cpus = fair_resources(1 if alone else 10**6, config.device).cpus
+        machine = Machine(cpus, 0 if alone else 1, Path(config.output), starts=not alone)
         found = look(
             config,
             own=data if alone else "",
             client=client,
             clients=config.server.num_clients,
-            at_once=at_once,
-            threads=0 if alone else 1,
-            output=Path(config.output or "."),
+            machine=machine,
             seconds=math.inf if full else SECONDS,
         )
     if as_json:
         print_json(found.values())
     else:
-        print_preflight(found.values(), at_once=at_once)
+        print_preflight(found.values(), at_once=machine.at_once)
     if found.faults:
         raise typer.Exit(1)

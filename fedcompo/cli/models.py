@@ -114,29 +114,34 @@ def evaluate(
     with common.errors_as_sentences(verbose):
         chosen = choice.parsed()
         opened = common.open_registry(registry)
-        from fedcompo.audit.evaluation import evaluate_clients, run_config_of
+        from fedcompo.audit.evaluation import figures_of, measured, run_config_of
         from fedcompo.data.client_data import client_names
         from fedcompo.export.selection import from_registry
+        from fedcompo.report.confusion import by_class
 
         with common.progress(quiet=as_json):
             selection = from_registry(opened, **chosen)
             backbone = opened.backbone.load()
             config = run_config_of(opened, data)
-            figures = evaluate_clients(
+            found = measured(
                 backbone,
                 dict(selection.stream()),
                 selection.head,
                 config,
                 linearised=selection.pool.linearised,
             )
-        unknown = [name for name in client_names(config.data) if name not in figures]
+        figures = {client: figures_of(accuracy) for client, accuracy in found.items()}
+        tallies = {client: accuracy.tally for client, accuracy in found.items()}
+        counted = by_class(tallies, selection.head.classes)
+        unknown = [name for name in client_names(config.data) if name not in found]
         if as_json:
             told = {"clients": list(selection.pool.clients), "accuracy": figures}
-            print_json({**told, "not_measured": unknown})
+            print_json({**told, "not_measured": unknown, **counted})
             return
-        from fedcompo.cli.tables import print_accuracies
+        from fedcompo.cli.tables import print_accuracies, print_worst_classes
 
         print_accuracies("Accuracy, %", figures)
+        print_worst_classes(counted)
         if unknown:
             say(f"Not measured, as the model does not know their classes: {', '.join(unknown)}.")
         say(f"Of the composition of {', '.join(selection.pool.clients)}.")

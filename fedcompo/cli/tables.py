@@ -12,13 +12,16 @@ from fedcompo.config.presets import IMPORTED
 from fedcompo.names import printable
 from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.newcomers import note_on_newcomers
-from fedcompo.report.twins import note_on, twins
+from fedcompo.report.twins import note_on, twins, visible
 from fedcompo.report.units import (
     ALL_CLASSES,
+    BRACKETS,
     EXPLAINED,
     OWN_CLASSES,
+    SMALL,
     listed,
     percent,
+    percent_between,
     shortened,
     size,
 )
@@ -204,13 +207,37 @@ def print_findings(findings: Sequence[Finding]) -> None:
 def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Print accuracy by client, %."""
     columns = numbers("images", ALL_CLASSES, OWN_CLASSES)
-    table = Table("client", *columns, title=title, caption=EXPLAINED, caption_justify="left")
+    few = any(own["num_examples"] < SMALL for own in figures.values())
+    caption = f"{BRACKETS}\n{EXPLAINED}" if few else EXPLAINED
+    table = Table("client", *columns, title=title, caption=caption, caption_justify="left")
     for client, own in figures.items():
         table.add_row(
             client,
             str(own["num_examples"]),
-            percent(own["class_il_accuracy"]),
+            percent_between(own["class_il_accuracy"], own["interval"], own["num_examples"]),
             percent(own["task_il_accuracy"]),
+        )
+    table_console().print(table)
+
+
+def print_worst_classes(results: Mapping[str, Any]) -> None:
+    """Print calibration, and the classes recognised worst with what they are mistaken for."""
+    error = percent(results["calibration"]["error"])
+    say(f"Calibration error {error} %: how far confidence and accuracy are apart, all classes.")
+    if not results["worst_classes"]:
+        say("No image is mistaken for one of another class.")
+        return
+    columns = "class", "clients", *numbers("images", "right", "%")
+    table = Table(*columns, "mistaken for", title="Worst classes, among all classes")
+    for name in results["worst_classes"]:
+        own = results["by_class"][name]
+        table.add_row(
+            visible(name),
+            shortened(own["clients"]),
+            str(own["images"]),
+            str(own["correct"]),
+            percent_between(own["accuracy"], own["interval"], own["images"]),
+            ", ".join(f"{visible(other)} ({count})" for other, count in own["mistaken_for"]),
         )
     table_console().print(table)
 

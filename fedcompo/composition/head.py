@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-
-import torch
+from collections.abc import Mapping
 
 from fedcompo.composition.claims import capped
 from fedcompo.composition.settings import CompositionSettings
@@ -15,6 +12,7 @@ from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head, align, discriminant
 from fedcompo.method.pool import Pool
 from fedcompo.method.statistics import FeatureSums, total_of
+from fedcompo.runtime import one_thread
 from fedcompo.seeds import derive_seed
 
 SHRINKAGE = 0.3
@@ -79,14 +77,3 @@ def head_from_total(total: FeatureSums, shrinkage: float | None = None) -> Head:
 def head_of(pool: Pool, settings: CompositionSettings) -> Head:
     """Make the joint head of some clients of their statistics of θ₀'s features."""
     return joint_head({member.client: member.statistics for member in pool}, settings)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread: the bits of a matrix product depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

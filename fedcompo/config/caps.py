@@ -37,7 +37,8 @@ class CapsConfig:
         0.0,
         "Noise on feature statistics and Fisher, for differential privacy: its standard deviation, "
         "in sensitivities; 0: none. Under it squares of layers' inputs (`rule = regmean`) are not "
-        "sent. τ, head, losses and accuracies leave as they are: they are NOT private by it.",
+        "sent, nor counts of test images by class. τ, head, losses and accuracies leave as they "
+        "are: they are NOT private by it.",
         NOT_NEGATIVE,
     )
     dp_clip_features: float = setting(
@@ -58,7 +59,8 @@ class CapsConfig:
     min_images: int = setting(
         0,
         "Fewest images that a client makes anything of that it sends: training images of each "
-        "class, test images, images kept aside; 0: 8 in a deployment, 1 in a simulation.",
+        "class, test images (in all, and of a class that is counted), images kept aside; 0: 8 in a "
+        "deployment, 1 in a simulation.",
         NOT_NEGATIVE,
     )
     min_others: int = setting(

@@ -41,7 +41,10 @@ class Catalogue:
     is_test: NDArray[np.bool_] | None
     """(count,) whether each is a test image; None: the source does not say."""
     open: Callable[[int], Image.Image | bytes]
-    """Read one image as pixels or as its file's content, or one text. May raise any exception."""
+    """Read one image as pixels or as its file's content, or one text. May raise any exception.
+
+    Several threads call it at the same time.
+    """
     modality: Modality = Modality.PICTURES
     """Pictures or texts."""
     which: Callable[[int], object] = "image {}".format

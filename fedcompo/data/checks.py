@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,7 +20,8 @@ from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import Share
 from fedcompo.data.draws import Indices, frozen_generator
-from fedcompo.data.pictures import opened_picture
+from fedcompo.data.pictures import kind_of, opened_picture
+from fedcompo.report.pictures import WIDE
 from fedcompo.report.twins import few
 
 
@@ -41,6 +43,19 @@ class Checked:
     """Number of test files that are training files too, of those that were compared."""
 
 
+@dataclass(frozen=True)
+class Amount:
+    """What one client owns: its images and classes."""
+
+    train: int
+    aside: int
+    """Of the training images, those kept aside."""
+    test: int
+    classes: int
+    rate: float
+    """Images read a second; infinite: no time."""
+
+
 def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds: float) -> Checked:
     """Check the examples of one client.
 
@@ -51,12 +66,15 @@ def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds
     """
     catalogue = share.catalogue
     train, test = np.concatenate(share.train), np.concatenate(share.test)
-    order = frozen_generator(0, "check", share.name).permutation(np.concatenate([train, test]))
+    draw = frozen_generator(0, "check", share.name)
+    order = draw.permutation(np.concatenate([train, test])).tolist()
     faults: dict[int, str] = {}
     lengths: dict[int, int] = {}
-    for index in map(int, order if catalogue.file else ()):
+    file = catalogue.file
+    for index in order:
         try:
-            lengths[index] = catalogue.file(index).stat().st_size
+            if file:
+                lengths[index] = Path(file(index)).stat().st_size
         except OSError as error:
             faults[index] = error.strerror or str(error)
     headers = 0
@@ -65,7 +83,7 @@ def check_examples(share: Share, preprocessing: Preprocessing | None, *, seconds
         if index not in faults and (fault := _fault_in_header(catalogue, index)):
             faults[index] = fault
     read, spent = 0, 0.0
-    for index in _in_time([i for i in order if int(i) not in faults], seconds):
+    for index in _in_time([i for i in order if i not in faults], seconds):
         began = time.perf_counter()
         if fault := _fault(catalogue, index, preprocessing):
             faults[index] = fault
@@ -96,7 +114,7 @@ def _in_time(indices: Sequence[int], seconds: float) -> Iterator[int]:
     """Yield the indices, as long as there is time; the first in any case, unless there is none."""
     until = time.perf_counter() + seconds
     for index in indices if seconds > 0 else ():
-        yield int(index)
+        yield index
         if time.perf_counter() > until:
             return
 
@@ -114,15 +132,22 @@ def _fault_in_header(catalogue: Catalogue, index: int) -> str:
 
 
 def _fault(catalogue: Catalogue, index: int, preprocessing: Preprocessing | None) -> str:
+    """Read an example whole, and resize it; returns why that cannot be done."""
+    fits = preprocessing is not None and preprocessing.modality == catalogue.modality
+    seen = preprocessing if fits else None
+
     def read() -> None:
         example = catalogue.open(index)
         if catalogue.modality is Modality.PICTURES:
-            example = opened_picture(example) if isinstance(example, bytes) else example
-            if preprocessing:
-                preprocessing.reduce(example)
-            example.load()
-        if preprocessing and preprocessing.modality == catalogue.modality:
-            preprocessing.prepare(example)
+            picture = opened_picture(example) if isinstance(example, bytes) else example
+            if seen:
+                seen.reduce(picture)
+            picture.load()
+            if kind_of(picture) in WIDE.values():  # which a run scales first, by all pictures
+                return
+            example = picture
+        if seen:
+            seen.prepare(example)
 
     return _reason_of(read)
 

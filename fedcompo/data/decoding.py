@@ -40,7 +40,7 @@ from fedcompo.method.images import Images, part_of
 from fedcompo.report.pictures import ODD, REPEATED, SEE_THROUGH, WIDE, Facts
 from fedcompo.report.progress import track
 from fedcompo.report.twins import few
-from fedcompo.runtime import version
+from fedcompo.runtime import one_thread, version
 from fedcompo.storage.files import canonical
 
 IN_MEMORY = 64 * 2**20
@@ -90,12 +90,13 @@ def decode(
     reader = _Reader(catalogue, np.concatenate([*train, *test]), whose, preprocessing, kept)
     shape = torch.Size((len(reader.chosen), *preprocessing.shape))
     images: Images
-    if shape.numel() <= IN_MEMORY:
-        images = memory = torch.empty(shape, dtype=torch.uint8)
-        report, _ = reader.make(memory.__setitem__)
-    else:
-        images = stored(cache, reader.name, shape, reader.make, reader.again)
-        report = images.report
+    with one_thread():  # torch's own threads would get in the way of those that decode
+        if shape.numel() <= IN_MEMORY:
+            images = memory = torch.empty(shape, dtype=torch.uint8)
+            report, _ = reader.make(memory.__setitem__)
+        else:
+            images = stored(cache, reader.name, shape, reader.make, reader.again)
+            report = images.report
     for note in report.notes:
         logger.warning("%s: %s", whose, note)
     return part_of(images, slice(kept)), part_of(images, slice(kept, None)), report.facts

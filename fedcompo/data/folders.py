@@ -28,11 +28,16 @@ import numpy as np
 
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
 from fedcompo.data.splits import TEST, TRAIN, VALIDATION, divided, part_called
+from fedcompo.data.tasks import task_of
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import DEALT
 from fedcompo.report.twins import few
 
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+TASKS_APART = (
+    " Each task of a client is a member of its own: give it a folder, or a node, that is called "
+    "'<client>.task-0', '<client>.task-1' and so on."
+)
 logger = logging.getLogger(__name__)
 
 
@@ -137,9 +142,11 @@ def _parts(path: Path, whose: str) -> dict[str, Path]:
             )
     if TRAIN not in folders:
         present = ", ".join(map(repr, folders)) or "none"
+        tasks = any(task_of(name) is not None for name in folders)
         raise DataError(
             f"{whose}{path} has no folder 'train'; folders found: {present}. Expected "
-            "train/<class>/* and perhaps test/<class>/*, or class folders that hold the images.",
+            "train/<class>/* and perhaps test/<class>/*, or class folders that hold the images."
+            + (TASKS_APART if tasks else ""),
             told="there is no folder 'train'",
         )
     validation = [name for name in folders if part_called(name) == VALIDATION]

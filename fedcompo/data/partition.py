@@ -155,7 +155,8 @@ def _deal_task(
     task: str,
 ) -> list[Part]:
     """Deal the images of some classes to so many clients."""
-    train, test = {}, {}
+    train: dict[str, Indices] = {}
+    test: dict[str, Indices] = {}
     for name in classes:
         own, test[name] = split_class(catalogue, name, client="all together", seed=seed)
         draw = frozen_generator(seed, "subset", name)
@@ -171,13 +172,12 @@ def _deal_task(
     for name in classes:
         counts = [int(np.isin(share, train[name]).sum()) for share in shares]
         draw = frozen_generator(seed, "partition-test", name)
-        for own, dealt in zip(
-            tests, in_proportion(draw.permutation(test[name]), counts), strict=True
-        ):
-            own.append(dealt)
+        dealt = in_proportion(draw.permutation(test[name]), counts)
+        for tested, part in zip(tests, dealt, strict=True):
+            tested.append(part)
     return [
-        (np.sort(share), np.sort(np.concatenate(own)))
-        for share, own in zip(shares, tests, strict=True)
+        (np.sort(share), np.sort(np.concatenate(tested)))
+        for share, tested in zip(shares, tests, strict=True)
     ]
 
 

@@ -26,10 +26,10 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedcompo.composition.head import one_thread
 from fedcompo.config.setting import Scalar
 from fedcompo.engine.run_folder import CLIENTS, LOG
 from fedcompo.report.log import LogFormatter
+from fedcompo.runtime import one_thread
 
 FIRST_NODE = 1000
 """Id of the node of partition 0; the others follow."""

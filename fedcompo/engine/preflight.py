@@ -6,28 +6,33 @@ simulation, which does not start where one of them fails.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedcompo.backbone.backbone import Backbone, load_backbone
+from fedcompo import data
 from fedcompo.config.caps import FEWEST_IMAGES
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.config.setting import names_of
-from fedcompo.data.checks import Checked, check_examples, fault_of
+from fedcompo.data.checks import Amount, Checked, check_examples, fault_of
 from fedcompo.data.client_data import Share, client_names, client_share, drawn_aside, folder_share
 from fedcompo.data.enough import check_enough
-from fedcompo.engine.estimate import Amount, Estimate, estimate, measure
+from fedcompo.engine.findings import WHOSE, Preflight
 from fedcompo.errors import DataError, FedcompoError
 from fedcompo.names import check_client_names
 from fedcompo.report.progress import step
 from fedcompo.report.twins import note_on, twins
 from fedcompo.report.units import size
 from fedcompo.runtime import available_bytes, pick_device
+
+if TYPE_CHECKING:  # which load timm
+    from fedcompo.backbone.backbone import Backbone
 
 SECONDS = 1.0
 """Time for each step of the checks of all clients together, before a simulation."""
@@ -36,40 +41,23 @@ LONGEST = 5.0
 FULL = math.inf
 FILES = {"reference": "train", "owners": "registry"}
 """Settings that name a file which is read later, and their section."""
-ADVICE = (
-    "Mend this, or leave clients out with `exclude`. `--no-check` starts anyway, and leaves out in "
-    "the run who cannot take part."
-)
-WHOSE = "Client "
-"""How a fault of a client's own begins."""
+
+Listed = tuple[str, Callable[[], Share]]
+"""A client's name, and what lists its examples."""
 
 
-@dataclass
-class Preflight:
-    """What is known of a run before it starts."""
+@dataclass(frozen=True)
+class Machine:
+    """Where clients work."""
 
-    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name: ``classes`` with the number of training and of test images, and what was checked."""
-    faults: list[str] = field(default_factory=list)
-    """Why it cannot be used, each with what to do; empty: it can."""
-    notes: list[str] = field(default_factory=list)
-    backbone: dict[str, Any] = field(default_factory=dict)
-    """Name, number of parameters and input of the backbone; empty: not loaded."""
-    estimate: Estimate | None = None
-    free: dict[str, int] = field(default_factory=dict)
-    """Bytes free, of ``disk`` and ``memory``."""
-
-    def values(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {"usable": not self.faults, **asdict(self)}
-
-    def require(self) -> Preflight:
-        """Return this; raise ``DataError`` with all faults if there is one."""
-        if self.faults:
-            own = any(fault.startswith(WHOSE) for fault in self.faults)
-            advice = ["Nothing was started.", *([ADVICE] if own else [])]
-            raise DataError("\n".join([*self.faults, " ".join(advice)]))
-        return self
+    at_once: int = 1
+    """Clients that work at a time."""
+    threads: int = 0
+    """CPUs that each has; 0: as this process."""
+    output: Path = Path()
+    """Folder of the results."""
+    starts: bool = False
+    """Whether Flower's engine starts first, and a process for each CPU."""
 
 
 def look(
@@ -78,9 +66,7 @@ def look(
     own: str = "",
     client: str = "",
     clients: int = 0,
-    at_once: int = 1,
-    threads: int = 0,
-    output: Path | None = None,
+    machine: Machine | None = None,
     seconds: float = SECONDS,
     longest: float = FULL,
     brief: bool = False,
@@ -92,44 +78,87 @@ def look(
         own: Folder or file of one client's own images; empty: all clients of the settings' `data`.
         client: The client's name; empty: that of its folder or file.
         clients: Number of clients of the source, from the first; 0: all.
-        at_once: Clients that work at a time.
-        threads: CPUs that each has; 0: as this process.
-        output: Folder of the results; None: the working directory.
+        machine: Where they work; None: one after the other, here.
         seconds: Time for each step of the checks of all clients together; infinite: check all.
         longest: Seconds after which no further client is looked at.
         brief: Leave out the backbone and the estimate where neither can be wrong.
     """
-    began, found = time.monotonic(), Preflight()
+    found = Preflight()
     found.faults += _missing_files(config)
     backbone = None
     if not (brief and config.backbone == BackboneConfig() and ":" not in config.data.data):
         step("loading the backbone")
         backbone = _backbone(config, found)
-    shares = _own(config, own, client, found) if own else _shares(config, clients, found)
-    if own and not config.caps.min_images:
-        config = replace(config, caps=replace(config.caps, min_images=FEWEST_IMAGES))
-    amounts = []
+    with _noting(found):
+        shares = _own(config, own, client, found) if own else _shares(config, clients, found)
+        if backbone and own and config.backbone == BackboneConfig():
+            backbone = _unless_of_another_kind(backbone, shares, found)
+        if own and not config.caps.min_images:
+            config = replace(config, caps=replace(config.caps, min_images=FEWEST_IMAGES))
+        amounts = _clients(shares, config, backbone, seconds, longest, found)
+    if note := note_on(twins({name: own["classes"] for name, own in found.clients.items()})):
+        found.notes.append(note)
+    if backbone and amounts and not found.faults:
+        machine = machine or Machine()
+        _estimate(backbone, config, amounts, machine, found)
+        _compare(found, machine)
+    return found
+
+
+@contextmanager
+def _noting(found: Preflight) -> Iterator[None]:
+    """Note what is logged of the data, instead of logging it: a run logs it again."""
+    log, notes = logging.getLogger(data.__name__), logging.Handler(logging.WARNING)
+    notes.emit = lambda record: found.notes.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(notes)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.propagate = True
+        log.removeHandler(notes)
+
+
+def _clients(
+    shares: list[Listed],
+    config: RunConfig,
+    backbone: Backbone | None,
+    seconds: float,
+    longest: float,
+    found: Preflight,
+) -> list[Amount]:
+    """Look at the clients one after the other, while there is time; the rest counts as they do."""
+    until, found.total = time.monotonic() + longest, len(shares)
+    amounts: list[Amount] = []
     for count, (name, listed) in enumerate(shares, start=1):
         step(f"looking at {name}")
         if amount := _client(name, listed, config, backbone, seconds / len(shares), found):
             amounts.append(amount)
-        if time.monotonic() - began > longest and count < len(shares):
-            found.notes.append(
-                f"{count} of {len(shares)} clients were looked at; `fedcompo check` takes its time."
-            )
+        if time.monotonic() > until and count < len(shares):
+            found.notes.append("`fedcompo check` takes its time, and looks at all clients.")
             break
-    spelt = {name: own["classes"] for name, own in found.clients.items()}
-    if note := note_on(twins(spelt)):
-        found.notes.append(note)
-    if backbone and amounts and not found.faults:
-        step("measuring a step of training")
-        amounts *= max(1, len(shares) // len(amounts))
-        measured = measure(backbone, config, threads=threads)
-        found.estimate = estimate(
-            backbone, config, measured, amounts, at_once=at_once, starts=not own
-        )
-        _compare(found, at_once, output or Path.cwd())
-    return found
+    return amounts * max(1, len(shares) // max(1, len(amounts)))
+
+
+def _estimate(
+    backbone: Backbone,
+    config: RunConfig,
+    amounts: list[Amount],
+    machine: Machine,
+    found: Preflight,
+) -> None:
+    from fedcompo.engine.estimate import estimate, measure
+
+    step("measuring a step of training")
+    found.estimate = estimate(
+        backbone,
+        config,
+        measure(backbone, config, threads=machine.threads),
+        amounts,
+        classes=len({name for own in found.clients.values() for name in own["classes"]}),
+        at_once=machine.at_once,
+        starts=machine.starts,
+    )
 
 
 def _missing_files(config: RunConfig) -> Iterator[str]:
@@ -140,6 +169,8 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
 
 
 def _backbone(config: RunConfig, found: Preflight) -> Backbone | None:
+    from fedcompo.backbone.backbone import load_backbone
+
     try:
         backbone = load_backbone(config.backbone, pick_device(config.device))
     except FedcompoError as error:
@@ -155,10 +186,6 @@ def _backbone(config: RunConfig, found: Preflight) -> Backbone | None:
     return backbone
 
 
-Listed = tuple[str, Callable[[], Share]]
-"""A client's name, and what lists its examples."""
-
-
 def _own(config: RunConfig, own: str, client: str, found: Preflight) -> list[Listed]:
     """What is one client's own."""
     try:
@@ -171,18 +198,30 @@ def _own(config: RunConfig, own: str, client: str, found: Preflight) -> list[Lis
     return [(share.name, lambda: share)]
 
 
+def _unless_of_another_kind(
+    backbone: Backbone, shares: list[Listed], found: Preflight
+) -> Backbone | None:
+    """Leave out the default backbone, which nobody named, where it does not read a client's own."""
+    reads = backbone.preprocessing.modality
+    if all(listed().catalogue.modality == reads for _, listed in shares):
+        return backbone
+    found.backbone = {}
+    found.notes.append(f"The default backbone reads {reads}; name the run's by --scenario.")
+    return None
+
+
 def _shares(config: RunConfig, clients: int, found: Preflight) -> list[Listed]:
     """All clients of a source but those that are left out."""
-    data, seed = config.data, config.seed
+    source, seed = config.data, config.seed
     try:
-        names = client_names(data)[: clients or None]
+        names = client_names(source)[: clients or None]
         check_client_names(names)
     except FedcompoError as error:
         found.faults.append(str(error))
         return []
     excluded = names_of(config.server.exclude)
     return [
-        (name, lambda at=at: client_share(data, partition=at, seed=seed))  # type: ignore[misc]
+        (name, lambda at=at: client_share(source, partition=at, seed=seed))  # type: ignore[misc]
         for at, name in enumerate(names)
         if name not in excluded
     ]
@@ -235,20 +274,21 @@ def _facts(checked: Checked) -> dict[str, Any]:
     return {**asdict(checked), "rate": rate}
 
 
-def _compare(found: Preflight, at_once: int, output: Path) -> None:
+def _compare(found: Preflight, machine: Machine) -> None:
     """Compare what a run takes with what this machine has free."""
     assert found.estimate
-    near = next(place for place in (output, *output.absolute().parents) if place.exists())
+    output = machine.output.absolute()
+    near = next(place for place in (output, *output.parents) if place.exists())
     found.free = {"disk": shutil.disk_usage(near).free, "memory": available_bytes()}
     if found.estimate.disk > found.free["disk"]:
         found.faults.append(
             f"The run's folder takes about {size(found.estimate.disk)}, but on the disk of {near} "
             f"{size(found.free['disk'])} are free. Choose another with --output."
         )
-    needed = at_once * found.estimate.memory
+    needed = machine.at_once * found.estimate.memory
     if 0 < found.free["memory"] < needed:
         found.notes.append(
-            f"{at_once} clients at a time take about {size(needed)} of memory, but "
-            f"{size(found.free['memory'])} are free. Give each more CPUs (`--cpus-per-client`): "
-            "then fewer work at a time."
+            f"{machine.at_once} clients at a time take about {size(needed)} of memory, but "
+            f"{size(found.free['memory'])} are free. With `--engine in-process` one works after "
+            "the other."
         )

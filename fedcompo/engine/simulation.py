@@ -21,7 +21,7 @@ from fedcompo.names import check_client_names
 from fedcompo.report.tracking import require
 
 if TYPE_CHECKING:
-    from fedcompo.engine.preflight import Preflight
+    from fedcompo.engine.findings import Preflight
 
 
 def simulate(
@@ -144,7 +144,8 @@ def prepare(
     app = launcher.find_app()
     found = {}
     if check and config.registry.action is Action.TRAIN:
-        found = _checked(config, clients, resources).values()
+        starts = engine is EngineKind.FLOWER
+        found = _checked(config, clients, resources, starts).values()
     if resuming:
         output = reopen_output(Path(config.output))
     else:
@@ -154,15 +155,9 @@ def prepare(
     return Simulation(settings, output, clients, app, resources, engine, found)
 
 
-def _checked(config: RunConfig, clients: int, resources: Resources) -> Preflight:
-    from fedcompo.engine.preflight import LONGEST, look  # imports torch
+def _checked(config: RunConfig, clients: int, resources: Resources, starts: bool) -> Preflight:
+    from fedcompo.engine.preflight import LONGEST, Machine, look  # imports torch
 
-    return look(
-        config,
-        clients=clients,
-        at_once=resources.cpus,
-        threads=1,
-        output=Path(config.output or "."),
-        longest=LONGEST,
-        brief=True,
-    ).require()
+    machine = Machine(resources.cpus, 1, Path(config.output), starts=starts)
+    found = look(config, clients=clients, machine=machine, longest=LONGEST, brief=True)
+    return found.require()

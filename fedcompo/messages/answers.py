@@ -6,14 +6,14 @@ Reading an answer raises if an entry is missing. The server checks whether the v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fedcompo.config.choices import FisherForm, Kind
 from fedcompo.errors import FileFormatError
-from fedcompo.messages.body import FISHER, TASK_VECTOR, Body, Content, entry, floats
+from fedcompo.messages.body import FISHER, TASK_VECTOR, Body, Content, count, counts, entry, floats
 from fedcompo.messages.requests import own_tensors
 from fedcompo.method.contribution import (
     MIXTURES,
@@ -25,32 +25,19 @@ from fedcompo.method.contribution import (
     statistics_tensors,
 )
 from fedcompo.method.heads import Head, head_from
+from fedcompo.report.confusion import Tally
 from fedcompo.report.pictures import Facts
 from fedcompo.storage.tensorfile import prefixed, section
-
-MOST = 2**53
-"""Largest count of bytes or examples: up to here a float holds every whole number."""
-
-
-def _count(value: Any) -> int:
-    """A count of bytes or examples; JSON can hold any value."""
-    if type(value) is not int or not 0 <= value <= MOST:
-        raise FileFormatError(f"It counts {value!r:.80}, expected a whole number from 0 to {MOST}.")
-    return value
-
-
-def _counts(values: Mapping[str, Any]) -> dict[str, int]:
-    return {str(name): _count(value) for name, value in values.items()}
 
 
 def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> AnyStatistics:
     """Rebuild statistics; raises ``FileFormatError`` on counts or numbers that cannot be true."""
     kind = SUMS if SUMS in manifest else MIXTURES
-    counts = _counts(manifest[kind])
-    statistics = statistics_from(tensors, {kind: counts})
-    if counts_of(statistics) != dict(sorted(counts.items())):
+    stated = counts(manifest[kind])
+    statistics = statistics_from(tensors, {kind: stated})
+    if counts_of(statistics) != dict(sorted(stated.items())):
         raise FileFormatError(
-            f"The statistics count {counts_of(statistics)}, their manifest says {counts}."
+            f"The statistics count {counts_of(statistics)}, their manifest says {stated}."
         )
     return statistics
 
@@ -59,7 +46,7 @@ def _statistics_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any])
 class Process(Content):
     """Memory and packages of the client's process; part of every answer."""
 
-    peak_memory: Mapping[str, int] = entry(_counts)
+    peak_memory: Mapping[str, int] = entry(counts)
     """Bytes; see :func:`fedcompo.runtime.peak_bytes`."""
     versions: Mapping[str, str] = entry()
     """By package."""
@@ -115,7 +102,7 @@ class IdentifyAnswer(NoticeAnswer):
 
     CONTENT: ClassVar[str] = "identify"
 
-    num_test_examples: int = entry(_count)
+    num_test_examples: int = entry(count)
     noised: bool = entry(bool, default=False)
     """Whether its statistics are under noise; each further one then costs privacy."""
 
@@ -141,7 +128,7 @@ class FisherAnswer(_WithTensors, NoticeAnswer):
 
     CONTENT: ClassVar[str] = "fisher"
 
-    num_examples: int = entry(_count)
+    num_examples: int = entry(count)
     form: FisherForm = entry(FisherForm, default=FisherForm.DENSE)
     report: Mapping[str, Any] = entry(dict)
     """Report of the estimator, such as its cost."""
@@ -161,7 +148,7 @@ class DescribeAnswer(IdentifyAnswer):
     statistics: AnyStatistics
     kind: Kind | None = None
     """Kind of task vector that the client insists on."""
-    pictures: Facts | None = entry(_counts, default=None)
+    pictures: Facts | None = entry(counts, default=None)
     """Facts on its pictures; none under noise, as they are exact."""
     fisher: FisherAnswer | None = None
     """None: not asked for."""
@@ -225,9 +212,9 @@ class VoteAnswer(NoticeAnswer):
 
     CONTENT: ClassVar[str] = "vote"
 
-    hits: tuple[int, ...] = entry(lambda hits: tuple(map(_count, hits)))
+    hits: tuple[int, ...] = entry(lambda hits: tuple(map(count, hits)))
     losses: tuple[float, ...] = entry(floats)
-    num_examples: int = entry(_count)
+    num_examples: int = entry(count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +227,21 @@ class EvaluateAnswer(NoticeAnswer):
     task_il_accuracy: float = entry()
     own_heads_accuracy: float | None = entry(default=None)
     """Over all classes under the clients' own heads side by side, if they were sent."""
+    num_examples: int | None = entry(count, default=None)
+    """Test images; None: an earlier version, which does not say."""
+    tally: Tally | None = None
+    """Their counts by class and confidence; None: the client keeps them to itself."""
+
+    def _write(self) -> Body:
+        return {}, asdict(self.tally) if self.tally else {}
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Any]:
+        if "confusion" not in manifest:
+            return {}
+        confusion = {str(name): counts(row) for name, row in manifest["confusion"].items()}
+        bins = ((count(n), float(sure), count(hits)) for n, sure, hits in manifest["bins"])
+        return {"tally": Tally(confusion, tuple(bins))}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,14 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from fedcompo.errors import FileFormatError
+
 Body = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and a manifest that describes them (JSON values)."""
 TASK_VECTOR, FISHER = "task_vector", "fisher"
 """Prefixes of the tensors that :mod:`fedcompo.messages.wire` writes in fewer bits."""
+MOST = 2**53
+"""Largest count of bytes or examples: up to here a float holds every whole number."""
 
 
 def entry(
@@ -34,6 +38,18 @@ def entry(
 def floats(values: Any) -> tuple[float, ...]:
     """Read a list of numbers."""
     return tuple(map(float, values))
+
+
+def count(value: Any) -> int:
+    """Read a count of bytes or examples; JSON can hold any value."""
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise FileFormatError(f"It counts {value!r:.80}, expected a whole number from 0 to {MOST}.")
+    return value
+
+
+def counts(values: Mapping[str, Any]) -> dict[str, int]:
+    """Read counts by name."""
+    return {str(name): count(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,9 @@ def arrivals_table(results: Mapping[str, Any]) -> Table:
     measured = results["arrivals"]["class_il_accuracy"], results["arrivals"]["task_il_accuracy"]
     members, lost = results.get("tasks", {}), percent(measured[0]["forgetting"])
     table = Table(
-        *("arrival", "clients", *numbers(ALL_CLASSES, OWN_CLASSES)),
+        "arrival",
+        "clients",
+        *numbers(ALL_CLASSES, OWN_CLASSES),
         title="Accuracy after each arrival, %",
         caption=f"all classes: of all that had arrived; forgotten of them since their best: {lost}",
         caption_justify="left",

@@ -19,14 +19,15 @@ Values = Mapping[str, Any]
 def lines_on(values: Values, *, at_once: int = 1) -> Iterator[str]:
     """A few lines: counts, what a run takes, notes."""
     counts = [own["classes"] for own in values["clients"].values()]
-    if not counts:
-        return
     names = {name for own in counts for name in own}
     train, test = (sum(part[at] for own in counts for part in own.values()) for at in (0, 1))
-    yield (
-        f"{len(counts)} client(s), {len(names)} classes, {train:,} images to train on and "
-        f"{test:,} to test on"
-    )
+    all_seen = len(counts) == values["total"]
+    who = "" if all_seen else f" of {values['total']} were looked at"
+    if counts:
+        yield (
+            f"{len(counts)} client(s){who}: {len(names)} classes, {train:,} images to train on and "
+            f"{test:,} to test on"
+        )
     if about := values["estimate"]:
         yield (
             f"About {duration(about['seconds'])}; memory {size(about['memory'])} for each of "
@@ -38,14 +39,17 @@ def lines_on(values: Values, *, at_once: int = 1) -> Iterator[str]:
 
 def print_preflight(values: Values, *, at_once: int) -> None:
     """Print everything, and whether it can be used."""
-    clients = values["clients"]
+    clients, rows = values["clients"], list[tuple[str, ...]]()
     if len(clients) == 1:
         ((name, own),) = clients.items()
         table = Table("class", *numbers("train", "test"), title=f"Client {name}")
-        rows = [(each, f"{a:,}", f"{b:,}") for each, (a, b) in own["classes"].items()]
+        rows = [(each, *_counts({each: counts})) for each, counts in own["classes"].items()]
     else:
         table = Table("client", "classes", *numbers("train", "test"), title="Clients")
-        rows = [_row(name, own["classes"]) for name, own in clients.items()]
+        rows = [
+            (name, shortened([*own["classes"]]), *_counts(own["classes"]))
+            for name, own in clients.items()
+        ]
     for row in rows[:SHOWN]:
         table.add_row(*row)
     if len(rows) > SHOWN:
@@ -69,9 +73,9 @@ def print_preflight(values: Values, *, at_once: int) -> None:
     say(f"Cannot be used: {faults} fault(s)." if faults else "Nothing speaks against a run.")
 
 
-def _row(name: str, classes: Mapping[str, list[int]]) -> tuple[str, ...]:
-    train, test = (sum(part[at] for part in classes.values()) for at in (0, 1))
-    return name, shortened([*classes]), f"{train:,}", f"{test:,}"
+def _counts(classes: Mapping[str, list[int]]) -> tuple[str, ...]:
+    """Number of training images, and of test images, of some classes."""
+    return tuple(f"{sum(part[at] for part in classes.values()):,}" for at in (0, 1))
 
 
 def _looked_at(clients: Any) -> str:

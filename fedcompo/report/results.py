@@ -1,24 +1,33 @@
-"""The results of a run as tables in the terminal; as a picture: :mod:`fedcompo.report.picture`."""
+"""The results of a run as tables in the terminal; as a page: :mod:`fedcompo.report.run_page`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.table import Column, Table
 
 from fedcompo.report.arrivals import arrivals_table
+from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import PlainConsole, numbers, table_console
-from fedcompo.report.picture import SHOWN, Results, overlap, shown
 from fedcompo.report.units import (
     ALL_CLASSES,
+    BRACKETS,
     EXPLAINED,
     OWN_CLASSES,
+    SMALL,
     percent,
+    percent_between,
     shortened,
     size,
 )
 
+Results = Mapping[str, Any]
+"""What ``results.json`` holds."""
+SHOWN = 40
+"""Clients shown by name; of more, the first so many."""
 COLUMNS = (
     ("frozen", "frozen_class_il_accuracy"),
     ("alone", "own_task_accuracy"),
@@ -44,6 +53,8 @@ def print_results(results: Results, console: PlainConsole, *, details: bool = Fa
     console.print(_accuracy_table(results))
     if "arrivals" in results:
         console.print(arrivals_table(results))
+    if worst := worst_line(results):
+        console.print(worst)
     console.print(_traffic_table(results))
     if "scale" in results:
         _print_scale(results["scale"], console, details=details)
@@ -95,6 +106,11 @@ def _accuracy_table(results: Results) -> Table:
     kinds = {figures["kind"] for figures in results["per_client"].values()}
     kind = ["kind"] if len(kinds) > 1 else []
     lines = [f"{title}: {LINES[title]}" for title, _ in columns if title in LINES]
+    tests = [
+        figures["num_test_examples"] if figures.get("interval") else SMALL
+        for figures in results["per_client"].values()
+    ]
+    lines += [BRACKETS] if min(tests, default=SMALL) < SMALL else []
     caption = "\n".join([CAPTION, *lines, EXPLAINED])
     style: Any = {"title": "Accuracy, %", "caption": caption, "caption_justify": "left"}
     table = Table(Column("client", no_wrap=True), "classes", *kind, *counted, **style)
@@ -105,7 +121,7 @@ def _accuracy_table(results: Results) -> Table:
             shortened(figures["classes"]),
             *(figures[name] for name in kind),
             f"{figures['num_examples']} + {figures['num_test_examples'] or '–'}",
-            *(percent(figures[key]) for _, key in columns),
+            *_accuracies(figures, columns, figures["num_test_examples"] or SMALL),
         )
     if (hidden := len(results["per_client"]) - SHOWN) > 0:
         table.add_row(f"... and {hidden} more")
@@ -115,16 +131,22 @@ def _accuracy_table(results: Results) -> Table:
         "",
         *("" for _ in kind),
         "",
-        *(percent(results[key]) for _, key in columns),
+        *_accuracies(results, columns, sum(tests)),
         style="bold",
     )
     return table
 
 
+def _accuracies(figures: Results, columns: list[tuple[str, str]], images: int) -> list[str]:
+    """Cells of a row; the accuracy over all classes with its interval, if test images are few."""
+    between = percent_between(figures["class_il_accuracy"], figures.get("interval"), images)
+    return [between if title == ALL_CLASSES else percent(figures[key]) for title, key in columns]
+
+
 def _traffic_table(results: Results) -> Table:
-    by_name = _phases(results)
-    alone = [name for name, parts in by_name.items() if not _total(parts, "bytes_sent")]
-    seconds = ", ".join(f"{name} {_total(by_name[name], 'seconds'):.1f} s" for name in alone)
+    by_name = phases_of(results)
+    alone = [name for name, parts in by_name.items() if not total(parts, "bytes_sent")]
+    seconds = ", ".join(f"{name} {total(by_name[name], 'seconds'):.1f} s" for name in alone)
     table = Table(
         title="Bytes sent, time, memory",
         caption=f"On the server alone: {seconds}. Peak memory: of one client",
@@ -142,9 +164,9 @@ def _traffic_table(results: Results) -> Table:
         ]
         table.add_row(client, *(size(count) if count else "" for count in sent))
     table.add_section()
-    sent = [_total(parts, "bytes_sent") for parts in phases.values()]
+    sent = [total(parts, "bytes_sent") for parts in phases.values()]
     table.add_row("server", *(size(count) if count else "" for count in sent))
-    spent = [_total(parts, "seconds") for parts in phases.values()]
+    spent = [total(parts, "seconds") for parts in phases.values()]
     table.add_row("seconds", *(f"{one:.1f}" for one in spent))
     peaks = [
         max(phase["peak_memory_bytes"].get("client", 0) for phase in parts.values())
@@ -154,7 +176,24 @@ def _traffic_table(results: Results) -> Table:
     return table
 
 
-def _phases(results: Results) -> dict[str, dict[str, Mapping[str, Any]]]:
+def shown(results: Results) -> list[str]:
+    """Names of the clients that are shown."""
+    return list(islice(results["per_client"], SHOWN))
+
+
+def cosines_of(gram: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Cosines from a Gram matrix; 0 for a vector of no length."""
+    lengths = [math.sqrt(max(0.0, row[index])) for index, row in enumerate(gram)]
+    return [
+        [
+            value / (lengths[i] * lengths[j]) if lengths[i] * lengths[j] > 0 else 0.0
+            for j, value in enumerate(row)
+        ]
+        for i, row in enumerate(gram)
+    ]
+
+
+def phases_of(results: Results) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Group phases by name: all rounds, for example, under one."""
     by_name: dict[str, dict[str, Mapping[str, Any]]] = {}
     for label, phase in results["phases"].items():
@@ -162,13 +201,15 @@ def _phases(results: Results) -> dict[str, dict[str, Mapping[str, Any]]]:
     return by_name
 
 
-def _total(parts: Mapping[str, Mapping[str, Any]], name: str) -> Any:
+def total(parts: Mapping[str, Mapping[str, Any]], name: str) -> Any:
+    """Sum up a figure of phases."""
     return sum(part[name] for part in parts.values())
 
 
 def _diagnostics_table(results: Results) -> Table:
     diagnostics = results["diagnostics"]
-    cosines = overlap(results)
+    gram = diagnostics["fisher_gram"]
+    cosines = cosines_of(gram) if gram and len(gram) <= SHOWN else []
     title = "Task vectors: length" + (", and cosine in the Fisher metric" if cosines else "")
     more = numbers("τᵀF̄τ", *diagnostics["clients"]) if cosines else []
     columns = [*numbers("‖τ‖"), *more]

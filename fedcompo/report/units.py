@@ -11,6 +11,10 @@ ALL_CLASSES, OWN_CLASSES = "all classes", "own classes"
 EXPLAINED = """all classes: the composed model, right among all its classes (paper: class-IL)
 own classes: the composed model, right among the client's own (paper: task-IL)"""
 """A line on each of them, below a table."""
+SMALL = 1000
+"""Test images from which an accuracy stands alone: its interval is within about three points."""
+BRACKETS = "[low–high]: what so few test images leave open (95 % interval)"
+"""A line on intervals, below a table."""
 
 
 def duration(seconds: float) -> str:
@@ -44,6 +48,19 @@ def shortened(names: Sequence[str], limit: int = 24) -> str:
     return text if len(text) <= limit else f"{len(names)}: {text[: limit - 5]}…"
 
 
+def percent_between(value: float | None, interval: Sequence[float] | None, images: int) -> str:
+    """Write an accuracy as a percentage; of few test images, with its interval."""
+    if interval is None or images >= SMALL:
+        return percent(value)
+    low, high = (f"{100 * end:.0f}" for end in interval)
+    return f"{percent(value)} [{low}–{high}]"  # no blank: it stays on a line
+
+
 def percent(value: float | None) -> str:
     """Write a fraction as a percentage, or a dash where there is none."""
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def between(interval: Sequence[float] | None) -> str:
+    """Write an interval of a fraction in per cent, or a dash where there is none."""
+    return "–" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"

@@ -6,7 +6,7 @@ in :mod:`fedcompo.registry.admission`, wherever they come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,17 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.voting import WORST, Votes
 from fedcompo.config.choices import FisherForm, Wire
 from fedcompo.errors import BackboneMismatch, ContributionError
-from fedcompo.messages.answers import AveragingAnswer, FisherAnswer, VoteAnswer, caps_of
+from fedcompo.messages.answers import (
+    AveragingAnswer,
+    EvaluateAnswer,
+    FisherAnswer,
+    VoteAnswer,
+    caps_of,
+)
 from fedcompo.messages.body import Body
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.ranges import STRANGE, beyond
+from fedcompo.report.confusion import BINS, Bin, Tally
 
 CAP_WORDS: Mapping[str, list[Any]] = {"wire": list(Wire), "form": list(FisherForm)}
 """Caps that a client reports in words, and the words there are."""
@@ -81,6 +88,51 @@ def checked_fractions(client: str, figures: Mapping[str, Any]) -> dict[str, floa
                 f"Client {client!r} reports {name} = {value!r}, expected [0, 1]."
             )
     return {name: float(value) for name, value in figures.items()}
+
+
+def checked_tally(
+    client: str, answer: EvaluateAnswer, own: Iterable[str], known: Iterable[str]
+) -> Tally | None:
+    """Return the counts of a client's test images; None if it keeps them to itself.
+
+    Args:
+        client: Its name.
+        answer: Its accuracies are checked already.
+        own: The client's classes.
+        known: All classes that the model can choose.
+
+    Raises:
+        ContributionError: If there are other classes, or counts that cannot be those of its images.
+    """
+    tally, images, own = answer.tally, answer.num_examples, {*own}
+    if tally is None:
+        return None
+    chosen = {name for row in tally.confusion.values() for name in row}
+    if strange := sorted({*tally.confusion} - own | chosen - {*known}):
+        raise ContributionError(
+            f"Client {client!r} counts images of {strange[0]!r}, which is none of the classes that "
+            "they have or can be taken for. Use the same fedcompo version everywhere."
+        )
+    hidden = (images or 0) - tally.images
+    hits = answer.class_il_accuracy * (images or 0)
+    adds_up = hidden == 0 if own == {*tally.confusion} else hidden >= 0
+    adds_up &= tally.correct - 1e-6 <= hits <= tally.correct + hidden + 1e-6
+    adds_up &= len(tally.bins) == BINS and sum(one[0] for one in tally.bins) <= (images or 0)
+    if not (adds_up and all(_is_bin(number, one) for number, one in enumerate(tally.bins))):
+        raise ContributionError(
+            f"Client {client!r} counts {tally.images} of its {images} test images by class, "
+            f"{tally.correct} of them right, and reports the accuracy {answer.class_il_accuracy}; "
+            f"its {len(tally.bins)} bins of confidence hold {sum(b[0] for b in tally.bins)}. This "
+            "does not add up. Use the same fedcompo version everywhere."
+        )
+    return tally
+
+
+def _is_bin(number: int, counted: Bin) -> bool:
+    """Whether a bin's images can have this confidence together; see :class:`Tally`."""
+    images, confidence, right = counted
+    low, high = number * images / BINS - 1e-6, (number + 1) * images / BINS + 1e-6
+    return right <= images and low <= confidence <= high  # also if it is no number
 
 
 def checked_losses(client: str, answer: AveragingAnswer) -> list[float]:

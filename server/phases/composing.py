@@ -22,7 +22,7 @@ from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.kronecker import Metric
 from fedcompo.registry.registry import Registry
 from fedcompo.training.anchors import FisherSums
-from server.exchange.checks import checked_fractions
+from server.exchange.checks import checked_fractions, checked_tally
 from server.exchange.exchange import Exchange
 from server.phases import choosing
 
@@ -41,6 +41,8 @@ class Composing:
     registry: Registry
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     """What clients reported, by client."""
+    answers: dict[str, EvaluateAnswer] = field(default_factory=dict)
+    """Whole, of the last measurement, by client."""
 
     # -- compose ----------------------------------------------------------------------------------
 
@@ -66,8 +68,15 @@ class Composing:
 
     # -- evaluate ---------------------------------------------------------------------------------
 
-    def evaluate(self, phase: str = "evaluate", *, decisive: bool = True) -> None:
+    def evaluate(
+        self, phase: str = "evaluate", *, decisive: bool = True, last: bool = True
+    ) -> None:
         """Let each client measure the composed model on its own test images.
+
+        Args:
+            phase: Its name.
+            decisive: Whether it must succeed.
+            last: Whether the clients' images are needed no more afterwards.
 
         Raises:
             TooFewClients: If no client does, where that is decisive.
@@ -77,7 +86,7 @@ class Composing:
             joint=self.registry.joint_head(),
             own_heads=self._own_heads(),
             linearised=self.registry.linearised,
-            last=phase == "evaluate" or None,
+            last=last or None,
         ).to_body()
         asked = [client for client in self.exchange.clients if client in self.registry.clients]
         self.exchange.ask(
@@ -100,5 +109,9 @@ class Composing:
         return Head(classes, total.weight / counts.unsqueeze(1), total.bias / counts)
 
     def _fold(self, client: str, body: Body) -> str:
-        self.figures[client] = checked_fractions(client, EvaluateAnswer.from_body(body).figures)
+        answer = EvaluateAnswer.from_body(body)
+        figures = checked_fractions(client, answer.figures)
+        own, known = self.registry.member(client).classes, self.registry.classes
+        checked_tally(client, answer, own, known)
+        self.figures[client], self.answers[client] = figures, answer
         return client

@@ -23,6 +23,7 @@ from fedcompo.errors import ConfigError, DataError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.registry.registry import Registry
+from fedcompo.report.confusion import interval
 from fedcompo.report.progress import listening
 from fedcompo.training.accuracy import accuracy_of
 
@@ -46,6 +47,7 @@ def by_hand(theta: Weights, head: Head, *partitions: int) -> Figures:
         found = accuracy_of(backbone(), theta, head, data.classes, data.test)
         figures[data.name] = {
             "class_il_accuracy": found.class_il,
+            "interval": interval(found.class_il, len(data.test.labels)),
             "task_il_accuracy": found.task_il,
             "num_examples": len(data.test.labels),
         }

@@ -209,7 +209,7 @@ def test_phi_is_the_log_odds_under_the_composition_with_the_shadow_in_the_client
         expected = p.log() - (1 - p).log()
         torch.testing.assert_close(shadows.phi[index], expected, rtol=0, atol=1e-4)
         split, _ = recorder.seen[index]
-        assert torch.equal(split.images, pictures[shadows.trained_on[index]])
+        assert torch.equal(split.images[:], pictures[shadows.trained_on[index]])
         assert torch.equal(split.labels, labels[shadows.trained_on[index]])
     assert len({draw for _, draw in recorder.seen}) == 4
 

@@ -54,7 +54,12 @@ def main() -> None:
             image_size=arguments.image_size,
         )
     )
-    source = DataConfig(arguments.data, CLIENTS, arguments.classes, arguments.images)
+    source = DataConfig(
+        arguments.data,
+        num_tasks=CLIENTS,
+        num_classes=arguments.classes,
+        images_per_class=arguments.images,
+    )
     clients = [
         load_client_data(source, backbone.preprocessing, partition=i, seed=0)
         for i in range(CLIENTS)

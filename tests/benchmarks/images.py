@@ -126,7 +126,7 @@ def bare(content: bytes) -> None:
 
 def table_of_folders(counts: list[int], threads: list[int], side: int, work: Path) -> None:
     """Print a line for each number of images and of threads."""
-    distinct = [picture(seed, side, side) for seed in range(200)]
+    distinct = [picture(seed, side, side) for seed in range(min([200, *counts]))]
     limits = {n: rate(bare, distinct * 10, n) for n in threads}
     print(
         f"JPEGs of {side} pixels to {SIZE}; Pillow alone decodes, images a second: "
@@ -153,14 +153,16 @@ def table_of_photographs(threads: list[int], count: int) -> None:
     """Print how fast pictures of 12 megapixels become an input, decoded whole and reduced."""
     from fedcompo.backbone.preprocessing import Preprocessing
     from fedcompo.data.pictures import picture_of
+    from fedcompo.runtime import one_thread
 
     seen = Preprocessing(SIZE, 3, (0.5,) * 3, (0.5,) * 3, crop_fraction=0.9)
     contents = [picture(seed, 4032, 3024) for seed in range(2)] * max(1, count // 2)
     print("\n4032 x 3024, images a second:\n\n| threads | Pillow alone | whole | reduced |")
     print("|---|---|---|---|")
-    for n in threads:
-        ways = bare, lambda c: seen.resize(Image.open(io.BytesIO(c))), lambda c: picture_of(c, seen)
-        print(f"| {n} | " + " | ".join(f"{rate(way, contents, n):.1f}" for way in ways) + " |")
+    ways = bare, lambda c: seen.resize(Image.open(io.BytesIO(c))), lambda c: picture_of(c, seen)
+    with one_thread():
+        for n in threads:
+            print(f"| {n} | " + " | ".join(f"{rate(way, contents, n):.1f}" for way in ways) + " |")
 
 
 def main() -> None:

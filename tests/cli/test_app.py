@@ -72,7 +72,7 @@ def test_a_simulation_passes_settings_on_and_ends_with_the_place_of_its_results(
     assert call["clients"] == 5
     assert call["output"] == tmp_path / "runs" / "my"
     lines = result.stdout.splitlines()
-    assert lines[0] == "5 client(s), 10 classes, 1,347 images to train on and 450 to test on"
+    assert lines[0] == "5 client(s): 10 classes, 1,347 images to train on and 450 to test on"
     assert lines[1] == f"Simulating 5 clients. Results go to {tmp_path}/runs/my"
     assert lines[-1] == f"Results: {tmp_path}/runs/my"
     assert "{'accuracy': 0.5}" in lines

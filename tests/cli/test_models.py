@@ -32,7 +32,8 @@ from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.registry.registry import Registry
-from fedcompo.report.units import percent
+from fedcompo.report.confusion import by_class, interval
+from fedcompo.report.units import percent, percent_between
 from fedcompo.storage.files import MODEL_CARD
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.accuracy import accuracy_of
@@ -251,18 +252,22 @@ def test_accuracies_are_the_librarys(home: Path, options: str) -> None:
     theta = {name: written[name] for name in backbone().theta_0}
     classes = tuple(json.loads((home / "out" / "config.json").read_text())["label_names"])
     head = Head(classes, written["head.weight"], written["head.bias"])
-    expected = {}
+    expected, tallies = {}, {}
     for partition, name in enumerate(CLASSES):
         if name in found["clients"]:
             seen = backbone().preprocessing
             own = load_client_data(RunConfig().data, seen, partition=partition, seed=0)
             accuracy = accuracy_of(backbone(), theta, head, own.classes, own.test)
+            tallies[name] = accuracy.tally
             expected[name] = {
                 "class_il_accuracy": accuracy.class_il,
+                "interval": interval(accuracy.class_il, len(own.test.labels)),
                 "task_il_accuracy": accuracy.task_il,
                 "num_examples": len(own.test.labels),
             }
     assert found["accuracy"] == expected
+    counted = by_class(tallies, classes)
+    assert {key: found[key] for key in counted} == json.loads(json.dumps(counted))
     assert len(expected) == len(found["clients"]) >= 2
     out = run("evaluate", *options.split()).stdout
     others = [f"client-{i}" for i in range(RunConfig().data.num_tasks)]
@@ -270,13 +275,20 @@ def test_accuracies_are_the_librarys(home: Path, options: str) -> None:
     assert found["not_measured"] == others
     assert f"does not know their classes: {', '.join(others)}." in " ".join(out.split())
     for name, figures in expected.items():
-        (line,) = (line for line in out.splitlines() if f"│ {name} " in line)
+        (line,) = (line for line in out.splitlines() if line.startswith(f"│ {name} "))
         cells = [cell.strip() for cell in line.split("│")]
         assert cells[2:5] == [
             str(figures["num_examples"]),
-            percent(figures["class_il_accuracy"]),
+            percent_between(figures["class_il_accuracy"], figures["interval"], 1),
             percent(figures["task_il_accuracy"]),
         ]
+    for name in found["worst_classes"]:
+        own = found["by_class"][name]
+        (line,) = (line for line in out.splitlines() if line.startswith(f"│ '{name}' "))
+        assert f" {own['images']} │ " in line
+        assert f" {own['correct']} │ " in line
+        assert all(f"'{other}' ({count})" in line for other, count in own["mistaken_for"])
+    assert found["worst_classes"] or "No image is mistaken" in out
 
 
 def test_data_of_somebody_else_are_no_basis(home: Path) -> None:

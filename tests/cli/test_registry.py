@@ -28,6 +28,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import verify_registry
+from fedcompo.report.confusion import interval
 from fedcompo.report.units import percent
 from fedcompo.storage.files import CONTENT
 from fedcompo.training.accuracy import accuracy_of
@@ -287,6 +288,7 @@ def test_a_dry_run_measures_the_effect_on_the_clients_own_digits(home: Path) -> 
             found = accuracy_of(backbone(), theta, head, own.classes, own.test)
             assert accuracy[moment][name] == {
                 "class_il_accuracy": found.class_il,
+                "interval": interval(found.class_il, len(own.test.labels)),
                 "task_il_accuracy": found.task_il,
                 "num_examples": len(own.test.labels),
             }

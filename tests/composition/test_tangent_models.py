@@ -308,7 +308,7 @@ def test_shadows_are_asked_as_linearised_models(tmp_path):
         logits = logits_by_hand(
             averaged([other, replace(own, task_vector=vector)]),
             head,
-            backbone().preprocessing.normalise(images),
+            backbone().preprocessing.normalise(images[:]),
         )
         expected = confidence(logits, head.indices(data.classes)[labels])
         torch.testing.assert_close(shadows.phi[index], expected, rtol=1e-3, atol=1e-3)

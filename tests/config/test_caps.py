@@ -21,13 +21,13 @@ from round_runs import (
     Wire as Heard,
 )
 
-from clients.composed import vote
+from clients.composed import evaluate, vote
 from clients.local import LocalClient
 from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import Curvature, FisherForm, Wire
 from fedcompo.errors import ConfigError, DataError, TooFewClients
 from fedcompo.messages.records import from_record
-from fedcompo.messages.requests import VoteRequest
+from fedcompo.messages.requests import EvaluateRequest, VoteRequest
 from fedcompo.messages.wire import decode, encode
 from fedcompo.method.heads import zero_head
 from fedcompo.privacy.noise import composed_epsilon
@@ -172,6 +172,23 @@ def test_a_client_with_few_images_aside_abstains_from_the_vote(tmp_path):
         )
         assert len(client.split[1].labels) == 6
         assert vote(client, request).num_examples == voted
+
+
+def test_few_images_and_noise_keep_counts_by_class_and_confidence_at_home(tmp_path):
+    draw_images(tmp_path, {"ann": {"cat": 30}}, test=12)
+    draw_images(tmp_path, {"ann": {"dog": 30}}, test=6)
+    own = {"client": "ann", "data": str(tmp_path / "ann")}
+    head = zero_head(("cat", "dog", "eel"), 128)  # it takes all for cats, and is not sure
+    request = EvaluateRequest(theta={}, joint=head, linearised=False)
+    for node, told in (
+        ({"min-images": 6}, {"cat": {"cat": 12}, "dog": {"cat": 6}}),
+        ({"min-images": 7}, {}),  # of cats alone, it would follow what became of the dogs
+        ({"min-images": 1, "dp-noise": 1.0}, None),
+    ):
+        answer = evaluate(LocalClient.from_node({}, {**own, **node}), request)
+        assert (answer.num_examples, answer.class_il_accuracy) == (18, 12 / 18)
+        assert (answer.tally and answer.tally.confusion) == told
+        assert ("confusion" in answer.to_body()[1]) == (told is not None)
 
 
 # -- fewer bits ---------------------------------------------------------------------------------

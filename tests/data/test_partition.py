@@ -17,6 +17,7 @@ from fedcompo.data import partition, sources
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import client_names, load_client_data
 from fedcompo.data.draws import split_class
+from fedcompo.data.folders import folder_catalogue
 from fedcompo.data.partition import in_proportion, member_names, part_for, values_of
 from fedcompo.data.tasks import arrivals_of, client_of, member_name, members_of, task_of
 from fedcompo.errors import ConfigError, DataError
@@ -180,6 +181,12 @@ def test_without_flwr_datasets_the_way_to_install_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr_datasets.partitioner", None)
     with pytest.raises(DataError, match=r"fedcompo\[datasets\].*partition = iid"):
         dealt(catalogue_of({"a": (60, 20)}), DataConfig(partition="dirichlet:1", num_tasks=2))
+
+
+def test_a_folder_of_tasks_is_told_apart_from_a_clients(tmp_path):
+    (tmp_path / "task-0" / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="Each task of a client is a member of its own"):
+        folder_catalogue(tmp_path, client="ann")
 
 
 # -- names of members -------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from fedcompo.backbone.backbone import load_backbone
 from fedcompo.cli.app import app
 from fedcompo.config.run import RunConfig
-from fedcompo.data.checks import check_examples
+from fedcompo.data.checks import Amount, check_examples
 from fedcompo.data.client_data import folder_share
 from fedcompo.engine import launcher, simulation
-from fedcompo.engine.estimate import Amount, Estimate, Pace, estimate
+from fedcompo.engine.estimate import Estimate, Pace, estimate
 from fedcompo.engine.preflight import FULL, look
 from fedcompo.method.deltas import new_deltas
 from fedcompo.report.preflight import lines_on
@@ -170,7 +170,7 @@ def test_twins_and_pictures_that_come_twice_are_noted_and_stop_nothing(images: P
     assert "'Cat '" in spelt
     assert "'cat' (ada)" in spelt
     lines = [*lines_on(found.values())]
-    assert lines[0] == "2 client(s), 4 classes, 48 images to train on and 25 to test on"
+    assert lines[0] == "2 client(s): 4 classes, 48 images to train on and 25 to test on"
     assert "(estimates)" in lines[1]
 
 
@@ -178,6 +178,17 @@ def test_a_client_that_is_left_out_is_not_looked_at(images: Path) -> None:
     empty_class(images)
     values = {"data": f"folder:{images}", "exclude": "bob"}
     assert [*look(RunConfig.parse(values)).clients] == ["ada"]
+
+
+def test_pixels_of_many_bits_are_no_fault(images: Path) -> None:
+    wide = np.arange(1200, dtype=np.uint16).reshape(40, 30) * 50
+    home = images / "ada" / "train" / "cat"
+    Image.fromarray(wide).save(home / "wide.png")
+    Image.frombytes("I;16B", (30, 40), wide.astype(">u2").tobytes()).save(home / "big.tif")
+    Image.fromarray(wide.astype(np.float32)).save(home / "float.tif")
+    found = look(RunConfig.parse({}), own=str(images / "ada"), seconds=FULL)
+    assert not found.faults
+    assert found.clients["ada"]["read"] == 39
 
 
 def test_without_time_nothing_is_read_but_every_file_is_looked_up(images: Path) -> None:
@@ -191,7 +202,8 @@ def test_without_time_nothing_is_read_but_every_file_is_looked_up(images: Path) 
 def test_of_too_many_clients_it_is_said_how_many_were_looked_at(images: Path) -> None:
     found = look(RunConfig.parse({"data": f"folder:{images}"}), longest=0.0)
     assert [*found.clients] == ["ada"]
-    assert "1 of 2 clients were looked at" in found.notes[0]
+    assert next(lines_on(found.values())).startswith("1 client(s) of 2 were looked at: 2 classes")
+    assert "looks at all clients" in found.notes[0]
     assert found.estimate
 
 
@@ -207,7 +219,7 @@ def test_bytes_and_seconds_are_those_of_a_run_that_was_measured() -> None:
     backbone, config = load_backbone(RunConfig().backbone), RunConfig()
     measured = Pace(forward=0.0008, fisher=0.006, step=0.0023, resident=10**9)
     amounts = [Amount(train=270, aside=27, test=90, classes=2, rate=9000.0)] * 5
-    made = estimate(backbone, config, measured, amounts, at_once=2)
+    made = estimate(backbone, config, measured, amounts, classes=10, at_once=2)
     assert made.sent == pytest.approx(554_168, rel=0.1)
     assert made.received == pytest.approx(14_262_976, rel=0.01)
     assert made.disk == pytest.approx(22_859_083, rel=0.2)
@@ -220,7 +232,13 @@ def test_a_task_vector_is_sent_in_the_numbers_of_its_kind(kind: str) -> None:
     some = {"kind": kind, "realign": False, "fisher-form": "none", "scale": 1.0, "wire": "float32"}
     amounts = [Amount(10, 0, 5, 2, 100.0)]
     made = estimate(
-        backbone, RunConfig.parse(some), Pace(0, 0, 0, 0), amounts, at_once=1, starts=False
+        backbone,
+        RunConfig.parse(some),
+        Pace(0, 0, 0, 0),
+        amounts,
+        classes=2,
+        at_once=1,
+        starts=False,
     )
     draw, theta_0 = torch.Generator(), backbone.theta_0
     deltas = new_deltas(kind, theta_0, rank=8, generator=draw)  # type: ignore[arg-type]
@@ -229,3 +247,38 @@ def test_a_task_vector_is_sent_in_the_numbers_of_its_kind(kind: str) -> None:
     sums, head = 4 * (2 * width + width * (width + 1) // 2), 4 * 2 * (width + 1)
     assert made.sent == vector + sums + head
     assert isinstance(made, Estimate)
+
+
+def test_texts_are_checked_without_the_backbone_that_nobody_named(images: Path) -> None:
+    texts(images)
+    result = runner.invoke(app, ["check", "--data", "t.jsonl", "--json", "--set", "min-images=1"])
+    said = json.loads(result.stdout)
+    assert (result.exit_code, said["faults"], said["estimate"]) == (0, [], None)
+    assert "name the run's by --scenario" in said["notes"][0]
+    named = ["--set", "backbone=embedded", "--set", "image-size=56"]
+    assert runner.invoke(app, ["check", "--data", "t.jsonl", *named]).exit_code == 1
+
+
+def test_a_source_of_several_clients_is_one_s_own_where_its_name_is_given(images: Path) -> None:
+    rows = ["path,label,client"]
+    rows += [
+        f"images/{f.relative_to(images)},{f.parent.name},{f.relative_to(images).parts[0]}"
+        for f in sorted(images.rglob("*.jpg"))
+    ]
+    (images.parent / "list.csv").write_text("\n".join(rows))
+    own = runner.invoke(app, ["check", "--data", "list.csv", "--client", "ada", "--json"])
+    all_of_them = runner.invoke(app, ["check", "--data", "manifest:list.csv", "--json"])
+    assert [*json.loads(own.stdout)["clients"]] == ["ada"]
+    assert [*json.loads(all_of_them.stdout)["clients"]] == ["ada", "bob"]
+    (images / "bob" / "train" / "fox" / "07.jpg").write_bytes(b"no picture")
+    again = runner.invoke(app, ["check", "--data", "manifest:list.csv"])
+    assert again.exit_code == 1
+    assert "07.jpg" in again.output
+
+
+def test_what_a_source_logs_is_noted_once(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (images / "ada" / "spare").mkdir()
+    found = look(RunConfig.parse({"data": f"folder:{images}"}))
+    assert "not read: 'spare'" in found.notes[0] or "not read: spare" in found.notes[0]
+    assert len(found.notes) == 1
+    assert not caplog.records

@@ -38,7 +38,7 @@ def test_simulate_leaves_results_where_the_last_line_says(simulated):
     assert [f["kind"] for f in results["per_client"].values()] == ["lora", "full"]
     assert f"{100 * results['class_il_accuracy']:.1f}" in done.stdout
     assert (output / "registry" / "model" / "config.json").exists()
-    assert (output / "report.svg").exists()
+    assert (output / "report.html").exists()
     for client in results["per_client"]:
         assert Contribution.open(output / "registry" / "clients" / client).client == client
 

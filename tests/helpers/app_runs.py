@@ -6,16 +6,19 @@ import json
 import tempfile
 from importlib import resources
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import safetensors.torch
 from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid
+from markupsafe import Markup
 from sklearn.datasets import load_digits
 
 from clients.app import app as client_app
 from fedcompo.config.run import BackboneConfig
 from fedcompo.messages.records import from_record, to_record
+from fedcompo.report import drawing
 from server.app import app as server_app
 
 TRAINING, TEST = 40, 15
@@ -100,7 +103,8 @@ def run(grid_options: dict, output: Path, **settings) -> dict:
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config)
     )
-    server_app(grid, context)
+    with mock.patch.object(drawing, "drawn", return_value=Markup()):  # takes half a second a run
+        server_app(grid, context)
     return json.loads((output / "results.json").read_text())
 
 

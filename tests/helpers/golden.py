@@ -98,8 +98,10 @@ def _parameter(parameter: Any) -> dict[str, Any]:
 
 TAKEN_ELSEWHERE = {
     "created", "seconds", "phases", "traffic", "versions", "platform", "output", "path", "root",
+    "by_class", "worst_classes", "confusion", "calibration", "interval",
 }  # fmt: skip
-"""What ``results.json`` says of the time, the machine, the folder, and the bits of the floats."""
+"""What ``results.json`` says of the time, the machine, the folder, the bits of the floats, and of
+single images, of which another processor may classify one differently."""
 
 
 def figures_of(results: Any) -> Any:

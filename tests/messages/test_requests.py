@@ -29,6 +29,7 @@ from fedcompo.messages.requests import (
 from fedcompo.method.features import FeatureMixture
 from fedcompo.method.fisher import expanded
 from fedcompo.method.statistics import FeatureSums
+from fedcompo.report.confusion import Tally
 from fedcompo.storage.files import canonical
 from fedcompo.training.fit import Course
 
@@ -328,6 +329,25 @@ CASES = {
         {},
         {"content": "evaluate", **WHO, "class_il_accuracy": 0.5, "task_il_accuracy": 0.75},
     ),
+    "answer to evaluate, with counts": (
+        answers.EvaluateAnswer(
+            **ANN,
+            class_il_accuracy=0.5,
+            task_il_accuracy=0.75,
+            num_examples=4,
+            tally=Tally({"cat": {"cat": 2, "dog": 1}}, ((0, 0.0, 0), (3, 0.25, 2))),
+        ),
+        {},
+        {
+            "content": "evaluate",
+            **WHO,
+            "class_il_accuracy": 0.5,
+            "task_il_accuracy": 0.75,
+            "num_examples": 4,
+            "confusion": {"cat": {"cat": 2, "dog": 1}},
+            "bins": [[0, 0.0, 0], [3, 0.25, 2]],
+        },
+    ),
 }
 
 
@@ -421,6 +441,28 @@ def test_sums_that_cannot_be_true_are_refused(change, reason):
         answers.DescribeAnswer.from_body((tensors, manifest))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"confusion": {"cat": {"cat": -2}}},
+        {"confusion": {"cat": {"cat": 2.5}}},
+        {"confusion": {"cat": {"cat": True}}},
+        {"confusion": {"cat": 3}},
+        {"confusion": ["cat"]},
+        {"bins": [[-1, 0.5, 0]]},
+        {"bins": [[1, "sure", 0]]},
+        {"bins": [[1, 0.5]]},
+        {"bins": None},
+        {"num_examples": "many"},
+    ],
+    ids=str,
+)
+def test_counts_of_another_form_are_refused(change):
+    _, _, manifest = CASES["answer to evaluate, with counts"]
+    with pytest.raises((FileFormatError, TypeError, ValueError, AttributeError)):
+        answers.EvaluateAnswer.from_body(({}, manifest | change))
+
+
 @pytest.mark.parametrize("name", ["../own", "/etc/own", "theta"])
 def test_a_server_cannot_have_a_client_keep_what_it_likes(name):
     manifest = {**ALONE, "needs": {name: "00"}}
@@ -436,6 +478,8 @@ def test_an_entry_that_is_missing_is_named(case):
     optional |= {"mixtures"}  # without them it says sums
     optional |= {key for key in manifest if key.endswith("accuracy")}
     optional |= {"ensemble", "round", "proximal-mu", "pictures"}
+    if case.startswith("answer to evaluate"):
+        optional |= {"num_examples", "confusion"}
     for key in manifest.keys() - optional:
         rest = {k: v for k, v in manifest.items() if k != key}
         with pytest.raises(KeyError, match=key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from round_runs import draw_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import server.app
 from clients import local
 from clients.app import app as client_app
 from clients.local import LocalClient
@@ -52,6 +54,12 @@ def again(finished) -> tuple[bytes, Path]:
     )
     server_app(grid, context)
     return before, output.with_name("out-2")
+
+
+def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, caplog):
+    server.app._report(tmp_path, {"created": "no more than this"})
+    assert list(tmp_path.iterdir()) == []
+    assert f"fedcompo report {tmp_path}" in caplog.text
 
 
 def test_a_tracker_hears_of_losses_accuracies_and_the_cost_of_every_phase(finished):
@@ -132,7 +140,7 @@ def test_a_run_leaves_a_registry_that_verifies_and_nothing_elsewhere(finished):
     assert results["registry"]["root"] == Registry(output / "registry").state.root
     assert results["realigned_with"] == list(results["per_client"])
     names = {path.name for path in output.iterdir()} - {"tensorboard"}
-    assert names == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
+    assert names == {"registry", "results.json", "report.html", "events.jsonl", "flower.log"}
 
 
 def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
@@ -142,6 +150,7 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
     assert config["label_names"] == results["classes"]
     preprocessing = load_backbone(BACKBONE).preprocessing
     source = DataConfig(data=QUICK["data"], num_tasks=3, num_classes=6, images_per_class=12)
+    pairs: Counter[tuple[str, str]] = Counter()
     for partition in range(3):
         data = load_client_data(source, preprocessing, partition=partition, seed=0)
         with torch.no_grad():
@@ -151,6 +160,14 @@ def test_plain_timm_loads_the_model_and_repeats_the_reported_accuracy(finished):
         accuracy = sum(a == b for a, b in zip(said, true, strict=True)) / len(true)
         reported = results["per_client"][data.name]["class_il_accuracy"]
         assert accuracy == pytest.approx(reported, abs=1e-9)
+        pairs.update(zip(true, said, strict=True))
+    names = results["confusion"]["classes"]
+    counts = {(names[i], names[j]): n for i, j, n in results["confusion"]["counts"]}
+    assert counts == pairs
+    figures = results["by_class"]
+    assert [own["correct"] for own in figures.values()] == [pairs[n, n] for n in results["classes"]]
+    assert {*results["worst_classes"]} <= {n for n, own in figures.items() if own["accuracy"] < 1}
+    assert sum(own["images"] for own in results["calibration"]["bins"]) == pairs.total()
 
 
 def test_clients_prepare_pictures_as_when_the_registry_was_made(tmp_path, monkeypatch):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from app_runs import altered, run
 
 from fedcompo.errors import ContributionError, TooFewClients
+from fedcompo.messages.answers import EvaluateAnswer
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.owners import OWNERS
 from fedcompo.registry.registry import Registry
+from fedcompo.report.confusion import BINS, Tally, interval
 from fedcompo.runtime import check_versions, installed_versions
 from fedcompo.storage.files import FISHER
-from server.exchange.checks import too_large
+from server.exchange.checks import checked_tally, too_large
 
 
 def test_a_fisher_is_too_large_far_beyond_the_median():
@@ -44,6 +48,85 @@ def test_another_release_of_fedcompo_is_refused(stated):
 def test_builds_of_one_torch_for_different_devices_are_the_same():
     torch_version = installed_versions()["torch"].partition("+")[0]
     assert check_versions("a", {**installed_versions(), "torch": f"{torch_version}+other"}) == ""
+
+
+EMPTY = ((0, 0.0, 0),) * (BINS - 1)
+
+
+def answer_of(confusion=None, bins=None, images=10, accuracy=0.6) -> EvaluateAnswer:
+    """Ten test images: of cat 3 in 5 are right, of dog 3 in 5."""
+    confusion = confusion or {"cat": {"cat": 3, "eel": 2}, "dog": {"dog": 3, "cat": 2}}
+    tally = Tally(confusion, bins or (*EMPTY, (10, 9.7, 6)))
+    return EvaluateAnswer(
+        base="pico@0", client="ann", classes=("cat", "dog"), tally=tally, num_examples=images,
+        class_il_accuracy=accuracy, task_il_accuracy=1.0,
+    )  # fmt: skip
+
+
+def checked(answer: EvaluateAnswer) -> Tally | None:
+    return checked_tally("ann", answer, ("cat", "dog"), ("cat", "dog", "eel"))
+
+
+@pytest.mark.parametrize(
+    "honest",
+    [
+        answer_of(),
+        answer_of({"cat": {"cat": 3, "eel": 2}}, (*EMPTY, (0, 0.0, 0))),  # the rest is withheld
+        answer_of({"cat": {"cat": 3, "eel": 2}}, accuracy=0.8),
+        answer_of({"dog": {"dog": 5}}, accuracy=1.0),
+    ],
+)
+def test_counts_that_can_be_true_are_taken(honest):
+    assert checked(honest) == honest.tally
+    assert checked(replace(honest, tally=None, num_examples=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (answer_of({"fox": {"cat": 1}}), "counts images of 'fox'"),
+        (answer_of({"eel": {"cat": 1}}), "counts images of 'eel'"),  # somebody else's
+        (answer_of({"cat": {"fox": 1}}), "counts images of 'fox'"),
+        (answer_of(images=9), "does not add up"),
+        (answer_of(images=11, accuracy=6 / 11), "does not add up"),  # all classes, but one image
+        (answer_of(images=None), "does not add up"),
+        (answer_of(accuracy=0.7), "does not add up"),
+        (answer_of({"cat": {"cat": 3, "eel": 2}}, accuracy=0.9), "does not add up"),
+        (answer_of({"cat": {"cat": 3, "eel": 2}}, accuracy=0.2), "does not add up"),
+        (answer_of(bins=EMPTY), "does not add up"),
+        (answer_of(bins=(*EMPTY, (11, 10.7, 6))), "does not add up"),
+        (answer_of(bins=(*EMPTY, (10, 9.7, 11))), "does not add up"),
+        (answer_of(bins=(*EMPTY, (10, 9.0, 6))), "does not add up"),  # that is another bin's
+        (answer_of(bins=(*EMPTY, (10, float("nan"), 6))), "does not add up"),
+        (answer_of(bins=(*EMPTY, (10, float("inf"), 6))), "does not add up"),
+    ],
+)
+def test_counts_that_cannot_be_true_are_refused(lie, reason):
+    with pytest.raises(ContributionError, match=f"Client 'ann' .*{reason}"):
+        checked(lie)
+
+
+def test_who_lies_of_its_counts_is_named_and_who_sends_none_takes_part(tmp_path):
+    def older(tensors, manifest):
+        for entry in ("confusion", "bins", "num_examples"):
+            del manifest[entry]
+
+    def lying(tensors, manifest):
+        manifest["num_examples"] += 1
+
+    tampered = {"tamper": {(0, "evaluate"): altered(older), (2, "evaluate"): altered(lying)}}
+    results = run(tampered, tmp_path / "run")
+    (left_out,) = results["left_out"]
+    assert (left_out["client"], left_out["phase"]) == ("client-2", "evaluate")
+    assert "does not add up" in left_out["reason"]
+    assert results["clients_evaluated"] == ["client-0", "client-1"]
+    first, second, _ = results["per_client"].values()
+    assert list(results["by_class"]) == second["classes"]
+    assert {own["images"] for own in results["by_class"].values()} == {15}
+    for own in first, second:
+        assert own["interval"] == interval(own["class_il_accuracy"], own["num_test_examples"])
+    low, high = results["interval"]
+    assert low < results["class_il_accuracy"] < high
 
 
 def longer(tensors, manifest):

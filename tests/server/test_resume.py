@@ -17,7 +17,13 @@ from server.exchange.kept_answers import KeptAnswers
 
 TYPES = ("query.describe", "query.identify", "train", "query.realign", "query.vote", "evaluate")
 ROUNDS = {"method": "iel", "num_server_rounds": 2}
-ONE_BY_ONE = {"schedule": "sequential"}
+TASKS = {
+    "schedule": "sequential",
+    "partition": "iid",
+    "clients_per_task": 2,
+    "num_tasks": 2,
+    "num_clients": 4,
+}
 
 
 class Killed(BaseException):
@@ -33,11 +39,12 @@ class Watched:
 
     def options(self, clients: int = 3) -> dict:
         return {
+            "clients": clients,
             "tamper": {
                 (i, kind): lambda reply, i=i, kind=kind: self._see(i, kind, reply)
                 for i in range(clients)
                 for kind in TYPES
-            }
+            },
         }
 
     def _see(self, partition: int, kind: str, reply):
@@ -59,25 +66,26 @@ def figures(results: dict) -> dict:
     return {name: results.get(name) for name in kept}
 
 
-@pytest.fixture(scope="module", params=[{}, ROUNDS, ONE_BY_ONE], ids=["ita", "iel", "sequential"])
+@pytest.fixture(scope="module", params=[{}, ROUNDS, TASKS], ids=["ita", "iel", "tasks"])
 def uninterrupted(request, tmp_path_factory):
     watched, output = Watched(), tmp_path_factory.mktemp("whole") / "run"
     settings = {**request.param, "in_flight": 1}  # else answers on their way are lost
-    return settings, run(watched.options(), output, **settings), watched
+    clients = settings.setdefault("num_clients", 3)
+    return settings, run(watched.options(clients), output, **settings), watched
 
 
 @pytest.mark.parametrize("share", [0.45, 0.65, 1.0])
 def test_a_run_killed_anywhere_goes_on_and_trains_nobody_twice(uninterrupted, tmp_path, share):
     settings, expected, whole = uninterrupted
     first, again, last = Watched(int(share * whole.count)), Watched(2), Watched()
-    output = tmp_path / "run"
+    output, clients = tmp_path / "run", settings["num_clients"]
 
     with pytest.raises(Killed):
-        run(first.options(), output, **settings)
+        run(first.options(clients), output, **settings)
     assert list((output / "answers").rglob("*.safetensors"))
     with pytest.raises(Killed):
-        run(again.options(), output, **settings, resume=True)
-    results = run(last.options(), output, **settings, resume=True)
+        run(again.options(clients), output, **settings, resume=True)
+    results = run(last.options(clients), output, **settings, resume=True)
 
     assert figures(results) == figures(expected)
     assert results["registry"]["root"] == expected["registry"]["root"]

@@ -193,7 +193,7 @@ def test_a_run_tells_of_its_rounds_and_leaves_nothing_but_the_registry(plain):
     assert results["missed"] == results["left_out"] == notes_of(results) == []
     assert all(0 <= f["frozen_class_il_accuracy"] <= 1 for f in results["per_client"].values())
     left = {path.name for path in output.iterdir()}
-    assert left == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
+    assert left == {"registry", "results.json", "report.html", "events.jsonl", "flower.log"}
     assert list(state.rglob("*")) == []
 
 

@@ -105,7 +105,7 @@ def test_a_run_leaves_one_line_in_the_journal_an_arrival_and_no_other_files(fini
     ]
     assert all(finding.holds for finding in verify_registry(output / "registry"))
     left = {path.name for path in output.iterdir()}
-    assert left == {"registry", "results.json", "report.svg", "events.jsonl", "flower.log"}
+    assert left == {"registry", "results.json", "report.html", "events.jsonl", "flower.log"}
 
 
 # -- inside the sum of those before -----------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Accuracy of a model on one client's images, counted by hand."""
+"""Accuracy of a model on one client's images, and the counts behind it, by hand."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -13,23 +14,31 @@ from hypothesis import strategies as st
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.data.client_data import Split
 from fedcompo.method.heads import Head
+from fedcompo.report.confusion import BINS
+from fedcompo.training import accuracy
 from fedcompo.training.accuracy import accuracy_of
 
 CLASSES = ("left", "right")
 
 
 def by_hand(backbone: Backbone, head: Head, classes: tuple[str, ...], data: Split):
-    """Oracle: one image at a time, classes by name."""
+    """Oracle: one image at a time, classes by name; in float64 how sure it is."""
     class_il = task_il = 0
+    pairs, bins = Counter(), [[0, 0.0, 0] for _ in range(BINS)]
     for image, label in zip(data.images, data.labels, strict=True):
         feature = backbone.forward({})(image.unsqueeze(0))[0]
         logits = {
             name: float(head.weight[i] @ feature + head.bias[i])
             for i, name in enumerate(head.classes)
         }
-        class_il += max(logits, key=logits.get) == classes[label]
+        taken = max(logits, key=logits.get)
+        class_il += taken == classes[label]
+        pairs[classes[label], taken] += 1
+        sure = math.exp(logits[taken]) / sum(math.exp(logit) for logit in logits.values())
+        own = next(own for n, own in enumerate(bins) if n / BINS < sure <= (n + 1) / BINS)
+        own[:] = own[0] + 1, own[1] + sure, own[2] + (taken == classes[label])
         task_il += max(classes, key=logits.get) == classes[label]
-    return class_il / len(data.labels), task_il / len(data.labels)
+    return class_il / len(data.labels), task_il / len(data.labels), pairs, bins
 
 
 @given(
@@ -48,8 +57,15 @@ def test_accuracies_are_those_counted_by_hand_and_fewer_classes_are_never_harder
     head = random_head(names, 8, seed=seed)
     labels = torch.randint(0, len(classes), (count,), generator=rng(seed))
     data = Split(pixels(count, 1, 8, seed=seed), labels)
-    found = accuracy_of(backbone, {}, head, classes, data)
-    assert (found.class_il, found.task_il) == pytest.approx(by_hand(backbone, head, classes, data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "AT_A_TIME", 5)
+        found = accuracy_of(backbone, {}, head, classes, data)
+    class_il, task_il, pairs, bins = by_hand(backbone, head, classes, data)
+    assert (found.class_il, found.task_il) == pytest.approx((class_il, task_il))
+    rows = found.tally.confusion.items()
+    assert {(name, other): n for name, row in rows for other, n in row.items()} == pairs
+    for own, expected in zip(found.tally.bins, bins, strict=True):
+        assert own == pytest.approx(expected, abs=1e-4)
     assert 0 <= found.class_il <= found.task_il <= 1
     assert found.num_examples == count
 
@@ -71,4 +87,4 @@ def test_no_images_have_no_accuracy():
     found = accuracy_of(pico_backbone(), {}, head, CLASSES, empty)
     assert math.isnan(found.class_il)
     assert math.isnan(found.task_il)
-    assert found.num_examples == 0
+    assert found.num_examples == found.tally.images == 0

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedcompo.composition.head import one_thread
 from fedcompo.composition.rules.rule import Changes, Removal, Rule
 from fedcompo.composition.rules.singular import numerical_svd
+from fedcompo.runtime import one_thread
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedcompo.composition.head import one_thread
 from fedcompo.composition.rules.rule import Changes, Rule
 from fedcompo.composition.rules.singular import nearest_isometry, numerical_svd
+from fedcompo.runtime import one_thread
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""The command that writes a report of a registry, or of a run that is over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedcompo.cli import common
+from fedcompo.engine.run_folder import RESULTS
+from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.report.console import say
+
+REGISTRY = "registry.json"
+
+
+def report(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A registry, or the folder of a run that is over.")
+    ] = None,
+    registry: common.RegistryOption = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write, .html; replaces an earlier one.")
+    ] = Path("report.html"),
+    verbose: common.VerboseOption = False,
+) -> None:
+    """Write a report as one HTML file, which needs no network: read it in a browser, print it.
+
+    Of a registry: who is in it, who was removed, and the receipts; accuracies too if the run that
+    made it lies beside it. Of a run's folder: the run's report, written anew.
+    """
+    with common.errors_as_sentences(verbose):
+        if folder is not None and registry is not None:
+            raise ConfigError("Name one: a folder, or a registry by --registry.")
+        if output.suffix != ".html":
+            raise ConfigError(f"`--output` is {str(output)!r}, expected a name that ends in .html.")
+        from fedcompo.registry.story import story, story_of_run
+        from fedcompo.report.pages import registry_page, run_page
+        from fedcompo.storage.files import write_atomically
+
+        if folder and (folder / RESULTS).is_file() and not (folder / REGISTRY).is_file():
+            results = _results(folder / RESULTS)
+            page = run_page(results, story_of_run(folder, results))
+        else:
+            opened = common.open_registry(folder or registry)
+            beside = opened.path.absolute().parent / RESULTS
+            found = _results(beside) if beside.is_file() else {}
+            page = registry_page(story(opened), found if "registry" in found else None)
+        write_atomically(output, page.html().encode())
+        say(f"Report: {output}")
+
+
+def _results(path: Path) -> dict[str, Any]:
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        results["created"], results["settings"], results["phases"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(
+            f"{path} holds no results of a run ({type(error).__name__}: {error})."
+        ) from error
+    return results

@@ -1,0 +1,109 @@
+"""Tells a registry's story for its report: who is in it, who left, the receipts; JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedcompo.errors import FileFormatError
+from fedcompo.registry.journal import Entry
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.signing import is_signed
+from fedcompo.registry.state import ABOUT, PUBLIC
+from fedcompo.storage.tensorstream import file_sha256
+
+Values = dict[str, Any]
+
+
+def story(registry: RegistryReader) -> Values:
+    """Describe who is in a registry, who was removed, and its journal; reads no tensor.
+
+    Each removal has a ``fault``: why its record does not hold, or an empty text.
+    """
+    state, entries = registry.state, registry.entries()
+    removals = [e for e in entries if e.event == "removed" and "record" in e.details]
+    return {
+        "registry": str(registry.path.absolute()),
+        "identity": registry.identity,
+        "created": registry.created,
+        "changed": entries[-1].time,
+        "backbone": state.base,
+        "root": state.root,
+        "settings": registry.settings.values,
+        "scale": registry.scale,
+        "factor_by": str(registry.factor_by),
+        "classes": list(registry.classes),
+        "clients": [
+            {
+                "client": member.client,
+                "kind": member.kind,
+                "classes": list(member.classes),
+                "num_examples": member.num_examples,
+                "norm": member.norm,
+                "added": entries[member.added - 1].time,
+                "line": member.added,
+                "shaped_by": sorted(member.lineage.shaped_by),
+            }
+            for member in state.members.values()
+        ],
+        "removed": [_receipt(registry, entry) for entry in removals],
+        "journal": [
+            {
+                "line": entry.sequence,
+                "time": entry.time,
+                "event": entry.event + (" to be replaced" if "within" in entry.details else ""),
+                "clients": _clients_of(entry),
+                "sha256": entry.sha256,
+            }
+            for entry in entries
+        ],
+    }
+
+
+def story_of_run(folder: Path, results: Mapping[str, Any]) -> Values | None:
+    """Tell the story of a run's registry as it is now; None if there is none where one looks.
+
+    Args:
+        folder: Of the run, which may have been moved.
+        results: What ``results.json`` holds.
+    """
+    places = [folder / "registry"]
+    if about := results.get("registry"):
+        places.append(Path(about["path"]))
+    if record := results.get("record"):
+        places.append(Path(record).parent.parent)
+    path = next((place for place in places if (place / ABOUT).is_file()), None)
+    return story(RegistryReader(path)) if path else None
+
+
+def _receipt(registry: RegistryReader, entry: Entry) -> Values:
+    """Describe a removal by its line of the journal and its record, and check the record."""
+    said, path = entry.details, registry.path / entry.details["record"]
+    values: Values = {"requested_by": said.get("requested_by", ""), "reason": "", "to_retrain": []}
+    fault = ""
+    try:
+        record = RemovalRecord.parse(path.read_bytes(), source=str(path))
+        if not is_signed(record.signed_bytes, record.signature, registry.path / PUBLIC):
+            fault = "it is not signed by the registry's key"
+        elif file_sha256(path) != said["record_sha256"]:
+            fault = "it is not the one that the journal tells of"
+        else:
+            values = {
+                "requested_by": record.requested_by,
+                "reason": record.reason,
+                "to_retrain": list(record.influence.to_retrain),
+            }
+    except (FileFormatError, OSError) as error:
+        fault = str(error)
+    keys = ("client", "classes", "num_examples", "record", "record_sha256")
+    roots = {key: said[key] for key in ("root_before", "root_after")}
+    known = {key: said[key] for key in keys}
+    return {"time": entry.time, "line": entry.sequence, **known, **roots, **values, "fault": fault}
+
+
+def _clients_of(entry: Entry) -> list[str]:
+    """Clients that a line of the journal is about."""
+    several = [m["client"] if isinstance(m, dict) else m for m in entry.details.get("clients", ())]
+    return [*several, *([entry.details["client"]] if "client" in entry.details else [])]
