@@ -135,7 +135,7 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
         "fisher": reported.get("fisher", {}),
         "tau_norm": float(composing.diagnostics.norms[index]),
         "tau_parameters": _count(contribution.task_vector.tensors),
-        "lineage": asdict(contribution.lineage),
+        "lineage": dict(vars(contribution.lineage)),
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Contribution:
             "classes": list(self.head.classes),
             "num_examples": self.num_examples,
             **statistics_entry(self.statistics),
-            "lineage": asdict(self.lineage),
+            "lineage": dict(vars(self.lineage)),
             "settings": dict(sorted(self.settings.items())),
         }
         files = {CONTENT: save_streamed(folder / CONTENT, tensors, card)}

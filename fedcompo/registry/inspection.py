@@ -61,7 +61,7 @@ def details(registry: RegistryReader, client: str) -> Values:
         **_row(registry, member, entries),
         "folder": str(registry.path.absolute() / member.folder),
         "files": dict(member.files),
-        "lineage": asdict(member.lineage),
+        "lineage": dict(vars(member.lineage)),
         "settings": registry.card(client)["settings"],
     }
 

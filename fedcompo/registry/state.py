@@ -14,7 +14,7 @@ import json
 import math
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ class Member:
     def values(self) -> dict[str, Any]:
         """JSON values; a length that is not known is left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # asdict copies each class
-        values |= {"files": dict(self.files), "lineage": asdict(self.lineage)}
+        values |= {"files": dict(self.files), "lineage": dict(vars(self.lineage))}
         if self.squared_norm is None:
             del values["squared_norm"]
         return values
