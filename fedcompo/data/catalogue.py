@@ -72,6 +72,10 @@ class Catalogue:
         """Sorted names of the clients; none: the source does not say."""
         return () if self.clients is None else tuple(map(str, np.unique(self.clients)))
 
+    def of_client(self, client: str) -> Catalogue:
+        """Return the catalogue of one client's images."""
+        return self.part(np.flatnonzero(self.clients == client))
+
     def part(self, rows: NDArray[np.int64]) -> Catalogue:
         """Return the catalogue of some images, given their indices."""
         own_file = self.file

@@ -30,29 +30,18 @@ logger = logging.getLogger(__name__)
 ADVICE = "Where there is no network, save it with save_to_disk and set `data` to hf:<folder>."
 
 
-@functools.lru_cache(maxsize=1)
-def hub_catalogue(name: str, choices: Choices) -> Catalogue:
-    """List the images of a data set on the hub; see :func:`_catalogue`."""
-    return _catalogue(name, choices, f"hf:{name}")
-
-
-def saved_catalogue(folder: Path, choices: Choices) -> Catalogue:
-    """List the images of a data set in a folder; see :func:`_catalogue`."""
-    return _catalogue(folder, choices, str(folder))
-
-
-def _catalogue(place: str | Path, choices: Choices, source: str) -> Catalogue:
+def saved_catalogue(place: str | Path, choices: Choices) -> Catalogue:
     """List the images of a data set.
 
     Args:
-        place: A name on the hub, or a folder.
+        place: A folder, or a name on the hub.
         choices: Its columns and parts, by role.
-        source: What to call it in messages.
 
     Raises:
         DataError: If the library is not installed, the data set cannot be loaded, or a column is
             missing, ambiguous or of the wrong kind.
     """
+    source = str(place) if isinstance(place, Path) else f"hf:{place}"
     chosen = check_roles(choices, ROLES, source=source)
     loaded = _loaded(place, chosen.get("config"), source)
     roles = _parts(loaded, chosen, source)
@@ -94,6 +83,10 @@ def _catalogue(place: str | Path, choices: Choices, source: str) -> Catalogue:
         marks=marks,
         columns={name: np.array(texts(name)) for name in others},
     )
+
+
+hub_catalogue = functools.lru_cache(maxsize=1)(saved_catalogue)
+"""The same of a name on the hub, which a process asks for again and again."""
 
 
 def _loaded(place: str | Path, config: str | None, source: str) -> Mapping[str, Any]:

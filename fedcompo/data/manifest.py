@@ -121,7 +121,7 @@ def _split(
 
 def _check_files(files: Sequence[Path], cells: Sequence[str], where: Where, source: str) -> None:
     """Refuse paths that are no files."""
-    faulty = [row for row, file in enumerate(files) if not (cells[row].strip() and file.is_file())]
+    faulty = [row for row, file in enumerate(files) if not (cells[row].strip() and _is_file(file))]
     if faulty:
         shown = few([f"{where(row)} ({cells[row]!r})" for row in faulty])
         raise DataError(
@@ -130,6 +130,13 @@ def _check_files(files: Sequence[Path], cells: Sequence[str], where: Where, sour
             "skipped.",
             told=f"{len(faulty)} images are missing",
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long: a text in place of a path
+        return False
 
 
 def _check_once(

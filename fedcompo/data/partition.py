@@ -114,10 +114,10 @@ def _dealt(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Par
     about = repr((config, seed, catalogue.source)).encode()
     marks = b"" if catalogue.is_test is None else catalogue.is_test.tobytes()
     key = hashlib.sha256(about + marks + catalogue.classes.tobytes()).hexdigest()
-    if key not in _KEPT:
+    if (dealt := _KEPT.get(key)) is None:
         _KEPT.clear()
-        _KEPT[key] = _deal(catalogue, config, seed)
-    return _KEPT[key]
+        dealt = _KEPT[key] = _deal(catalogue, config, seed)
+    return dealt
 
 
 def _deal(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Part]:
@@ -140,8 +140,8 @@ def _deal(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Part
         member, (train, test) = empty[0], dealt[empty[0]]
         raise DataError(
             f"Client {member!r} gets {len(train)} training and {len(test)} test images of "
-            f"{catalogue.source} by `partition = {config.partition}`, {len(empty)} of {len(dealt)} "
-            f"clients none of one of them. {ADVICE}"
+            f"{catalogue.source} by `partition = {config.partition}`; {len(empty)} of {len(dealt)} "
+            f"clients lack the one or the other. {ADVICE}"
         )
     return dealt
 
@@ -158,7 +158,7 @@ def _deal_task(
     train: dict[str, Indices] = {}
     test: dict[str, Indices] = {}
     for name in classes:
-        own, test[name] = split_class(catalogue, name, client="all together", seed=seed)
+        own, test[name] = split_class(catalogue, name, client="", seed=seed)
         draw = frozen_generator(seed, "subset", name)
         train[name] = cap_members(own, config.images_per_class, draw=draw)
     together = np.concatenate([train[name] for name in classes])
