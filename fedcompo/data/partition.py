@@ -168,16 +168,16 @@ def _deal_task(
     else:
         alpha, own_seed = float(config.option), derive_seed(seed, "data", "dirichlet", task)
         shares = _dirichlet(order, catalogue.classes[order], clients, alpha=alpha, seed=own_seed)
-    tests: list[list[Indices]] = [[] for _ in shares]
-    for name in classes:
-        counts = [int(np.isin(share, train[name]).sum()) for share in shares]
-        draw = frozen_generator(seed, "partition-test", name)
-        dealt = in_proportion(draw.permutation(test[name]), counts)
-        for tested, part in zip(tests, dealt, strict=True):
-            tested.append(part)
+    tests = [
+        in_proportion(
+            frozen_generator(seed, "partition-test", name).permutation(test[name]),
+            [int(np.isin(share, train[name]).sum()) for share in shares],
+        )
+        for name in classes
+    ]
     return [
         (np.sort(share), np.sort(np.concatenate(tested)))
-        for share, tested in zip(shares, tests, strict=True)
+        for share, tested in zip(shares, zip(*tests, strict=True), strict=True)
     ]
 
 
