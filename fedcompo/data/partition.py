@@ -40,8 +40,8 @@ Part = tuple[Indices, Indices]
 FEWEST = 10
 """Training images below which the draw of a client's share is repeated, ten times at most."""
 ADVICE = (
-    "Set a larger alpha in `partition = dirichlet:<alpha>`, fewer clients (`num-tasks`, "
-    "`clients-per-task`), or keep more images."
+    "Set fewer clients (`num-tasks`, `clients-per-task`), keep more images, or set a larger alpha "
+    "in `partition = dirichlet:<alpha>`."
 )
 
 

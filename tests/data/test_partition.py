@@ -171,9 +171,9 @@ def test_folders_have_their_clients_already(tmp_path):
 
 def test_too_few_images_for_the_clients_are_refused_with_what_to_do():
     one, few = catalogue_of({"a": (24, 8)}), catalogue_of({"a": (12, 4), "b": (12, 4)})
-    with pytest.raises(DataError, match=r"one of 2 clients with fewer than 10.*Set a larger alpha"):
+    with pytest.raises(DataError, match=r"one of 2 clients with fewer than 10.*set a larger alpha"):
         dealt(one, DataConfig(partition="dirichlet:0.01", num_tasks=2))
-    with pytest.raises(DataError, match=r"0 test images .* Set a larger alpha.*fewer clients"):
+    with pytest.raises(DataError, match=r"0 test images .* Set fewer clients.*a larger alpha"):
         dealt(few, DataConfig(partition="iid", num_tasks=12))
 
 
