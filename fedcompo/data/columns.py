@@ -38,12 +38,12 @@ def with_choices(text: str) -> tuple[str, Choices]:
 
 def check_roles(choices: Choices, roles: Sequence[str], *, source: str) -> dict[str, str]:
     """Return the choices by role; refuse unknown roles."""
-    for role, value in choices:
-        if role not in roles:
-            raise DataError(
-                f"`data` chooses #{role}={value} of {source}, expected one of {', '.join(roles)}."
-                + did_you_mean(role, roles, lambda near, value=value: f"#{near}={value}")
-            )
+    if unknown := [(role, value) for role, value in choices if role not in roles]:
+        role, value = unknown[0]
+        raise DataError(
+            f"`data` chooses #{role}={value} of {source}, expected one of {', '.join(roles)}."
+            + did_you_mean(role, roles, lambda near: f"#{near}={value}")
+        )
     return dict(choices)
 
 

@@ -49,18 +49,18 @@ def saved_catalogue(place: str | Path, choices: Choices) -> Catalogue:
     first = next(iter(parts.values()))
     image, label = _columns(first.features, chosen, source)
     counts = [len(rows) for rows in parts.values()]
-    place = places(counts)
-    import datasets
+    at = places(counts)
+    import datasets  # it is there
 
     as_files = datasets.Image(decode=False)
     encoded = [rows.select_columns([image]).cast_column(image, as_files) for rows in parts.values()]
 
     def which(index: int) -> str:
-        part, row = place(index)
+        part, row = at(index)
         return f"row {row} of {[*parts][part]!r}"
 
     def read(index: int) -> bytes:
-        part, row = place(index)
+        part, row = at(index)
         content: Mapping[str, Any] = encoded[part][row][image]
         if content is None:
             raise ValueError("it has no image")
