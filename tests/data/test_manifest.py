@@ -15,8 +15,8 @@ from PIL import Image
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import client_names, load_client_data, load_folder
-from fedcompo.data.labels import MULTI_LABEL
-from fedcompo.data.sources import catalogue_of
+from fedcompo.data.sources.kinds import catalogue_of
+from fedcompo.data.sources.labels import MULTI_LABEL
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import JOINED
 

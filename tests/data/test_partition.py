@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.config.run import RunConfig
-from fedcompo.data import partition, sources
+from fedcompo.data import partition
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import client_names, load_client_data
 from fedcompo.data.draws import split_class
-from fedcompo.data.folders import folder_catalogue
 from fedcompo.data.partition import in_proportion, member_names, part_for, values_of
+from fedcompo.data.sources import kinds
+from fedcompo.data.sources.folders import folder_catalogue
 from fedcompo.data.tasks import arrivals_of, client_of, member_name, members_of, task_of
 from fedcompo.errors import ConfigError, DataError
 
@@ -135,7 +136,7 @@ def test_digits_are_shared_as_images_of_their_clients():
 
 def test_a_column_names_the_clients(monkeypatch):
     catalogue = catalogue_of({"a": (30, 9), "b": (30, 9)})
-    monkeypatch.setitem(sources.NAMED, "digits", lambda: catalogue)
+    monkeypatch.setitem(kinds.NAMED, "digits", lambda: catalogue)
     assert client_names(DataConfig(partition="column:ward")) == ("ward 0", "ward 1", "ward 2")
     with pytest.raises(DataError, match=r"column 'room'.*its columns: ward"):
         client_names(DataConfig(partition="column:room"))

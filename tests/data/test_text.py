@@ -12,7 +12,7 @@ import pytest
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import ClientData, load_client_data
-from fedcompo.data.text import text_catalogue
+from fedcompo.data.sources.text import text_catalogue
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import STAND_IN
 

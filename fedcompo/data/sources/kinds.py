@@ -12,14 +12,14 @@ from pathlib import Path
 
 from fedcompo.config.scenario import on_hub
 from fedcompo.data.catalogue import Catalogue, read_once
-from fedcompo.data.columns import with_choices
-from fedcompo.data.folders import client_folders, data_set, folder_catalogue
-from fedcompo.data.hugging_face import SAVED, hub_catalogue, saved_catalogue
-from fedcompo.data.manifest import manifest_catalogue
-from fedcompo.data.named import digits_catalogue
-from fedcompo.data.npz import npz_catalogue
-from fedcompo.data.tables import CSV, PARQUET
-from fedcompo.data.text import text_catalogue
+from fedcompo.data.sources.columns import with_choices
+from fedcompo.data.sources.folders import client_folders, data_set, folder_catalogue
+from fedcompo.data.sources.hugging_face import SAVED, hub_catalogue, saved_catalogue
+from fedcompo.data.sources.manifest import manifest_catalogue
+from fedcompo.data.sources.named import digits_catalogue
+from fedcompo.data.sources.npz import npz_catalogue
+from fedcompo.data.sources.tables import CSV, PARQUET
+from fedcompo.data.sources.text import text_catalogue
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 

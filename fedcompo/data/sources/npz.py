@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedcompo.data.catalogue import KEPT_BYTES, Catalogue, class_name, places, version_of
-from fedcompo.data.labels import MULTI_LABEL
-from fedcompo.data.splits import TEST, TRAIN, WORDS, divided
+from fedcompo.data.sources.labels import MULTI_LABEL
+from fedcompo.data.sources.splits import TEST, TRAIN, WORDS, divided
 from fedcompo.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import numpy as np
 
 from fedcompo.backbone.preprocessing import Modality
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
-from fedcompo.data.labels import MULTI_LABEL
-from fedcompo.data.splits import split_of
+from fedcompo.data.sources.labels import MULTI_LABEL
+from fedcompo.data.sources.splits import split_of
 from fedcompo.errors import DataError
 
 ENDING = ".jsonl"

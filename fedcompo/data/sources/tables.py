@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
-from fedcompo.data.labels import MULTI_LABEL
+from fedcompo.data.sources.labels import MULTI_LABEL
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from fedcompo.data.catalogue import Catalogue, places, version_of
-from fedcompo.data.columns import Choices, called, check_roles, pick
-from fedcompo.data.labels import MULTI_LABEL, class_names
-from fedcompo.data.splits import TEST, TRAIN, divided, part_called
+from fedcompo.data.sources.columns import Choices, called, check_roles, pick
+from fedcompo.data.sources.labels import MULTI_LABEL, class_names
+from fedcompo.data.sources.splits import TEST, TRAIN, divided, part_called
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 

@@ -1,6 +1,6 @@
 """Images that a table lists: CSV or Parquet, one row an image.
 
-Its columns, by name or as :mod:`fedcompo.data.columns` finds them::
+Its columns, by name or as :mod:`fedcompo.data.sources.columns` finds them::
 
     path     file of the image, seen from the table's folder
     label    name of its class
@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
-from fedcompo.data.columns import Choices, called, check_roles, pick
-from fedcompo.data.labels import MULTI_LABEL, class_names
-from fedcompo.data.splits import split_of
-from fedcompo.data.tables import Table, Where, read_table
+from fedcompo.data.sources.columns import Choices, called, check_roles, pick
+from fedcompo.data.sources.labels import MULTI_LABEL, class_names
+from fedcompo.data.sources.splits import split_of
+from fedcompo.data.sources.tables import Table, Where, read_table
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
-from fedcompo.data.splits import TEST, TRAIN, VALIDATION, divided, part_called
+from fedcompo.data.sources.splits import TEST, TRAIN, VALIDATION, divided, part_called
 from fedcompo.data.tasks import task_of
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import DEALT
