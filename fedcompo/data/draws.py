@@ -71,8 +71,8 @@ def deal_classes(
     if len(drawn) < num_tasks:
         kept = f" (`num-classes`), of {len(names)} in {source}" if num_classes else f" in {source}"
         raise DataError(
-            f"{len(drawn)} classes{kept} are too few for {num_tasks} parts: each needs one of "
-            f"its own. Set `num-tasks` to at most {len(drawn)}, or use more classes."
+            f"{len(drawn)} classes{kept} are too few for {num_tasks} clients or tasks: each needs "
+            f"one of its own. Set `num-tasks` to at most {len(drawn)}, or use more classes."
         )
     groups = np.array_split(np.arange(len(drawn)), num_tasks)
     return [tuple(sorted(drawn[place] for place in group)) for group in groups]
