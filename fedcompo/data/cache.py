@@ -103,18 +103,19 @@ def stored(folder: Path | None, name: str, shape: torch.Size, make: Make) -> Sto
         if named and (found := _read(path, shape)):
             return found
         make_room(folder, shape.numel())
-        handle, part = tempfile.mkstemp(PART, dir=folder)
+        handle, name = tempfile.mkstemp(PART, dir=folder)
+        part = Path(name)
         file = os.fdopen(handle, "r+b", buffering=0)
         try:
             report = _write(handle, shape, make)
             if named:
                 os.fsync(handle)
-                os.replace(part, path)
+                part.replace(path)
         except BaseException:
             file.close()
             raise
         finally:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         return Stored(file, shape, report, path)
     except OSError as error:
         raise DataError(
