@@ -154,7 +154,7 @@ def make_room(folder: Path, needed: int) -> None:
     total = sum(held.st_size for path, held in files.items() if path.suffix == DONE)
     limit = SHARE * (shutil.disk_usage(folder).free + total)
     if needed > limit:
-        raise OSError(f"there is room for {size(limit)}")
+        raise OSError(f"there is room for {size(int(limit))}")
     for path, held in sorted(files.items(), key=lambda item: item[1].st_mtime):
         age = time.time() - held.st_mtime
         if path.suffix == PART and age > STALE:

@@ -116,7 +116,8 @@ def measure(backbone: Backbone, config: RunConfig) -> Pace:
     fit(1)
     short, long = seconds(lambda: fit(1)), seconds(lambda: fit(3))
     step = max((long - short) / 2, long / 6)
-    return Pace(*(each / len(images) for each in (*taken, step)), peak_bytes().get("resident", 0))
+    each = [spent / len(images) for spent in (*taken, step)]
+    return Pace(each[0], each[1], each[2], peak_bytes().get("resident", 0))
 
 
 def estimate(

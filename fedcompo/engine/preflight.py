@@ -169,8 +169,7 @@ def _shares(config: RunConfig, own: str, client: str) -> list[Callable[[], Share
     """What is one client's own, or all clients of a simulation but those left out; to be listed."""
     if own:
         cap = config.data.images_per_class
-        how = {"seed": config.seed, "images_per_class": cap, "client": client}
-        return [partial(folder_share, own, **how)]
+        return [partial(folder_share, own, seed=config.seed, images_per_class=cap, client=client)]
     names = client_names(config.data)[: count_clients(config)]
     return [
         partial(client_share, config.data, partition=at, seed=config.seed)

@@ -141,15 +141,15 @@ def prepare(
     at_most = 1 if engine is EngineKind.IN_PROCESS else clients  # at a time
     resources = fair_resources(at_most, config.device, gpus_per_client=gpus_per_client)
     app = launcher.find_app()
-    found = {}
+    found: dict[str, Any] = {}
     own = config.data, config.backbone, config.caps
     usual = DataConfig(), BackboneConfig(), CapsConfig()  # which are known to work
     if check and config.registry.action is Action.TRAIN and own != usual:
         from fedcompo.engine.preflight import LONGEST, look  # imports torch
 
         starts = engine is EngineKind.FLOWER
-        found = look(config, at_once=resources.cpus, starts=starts, longest=LONGEST)
-        found = found.require().values()
+        checked = look(config, at_once=resources.cpus, starts=starts, longest=LONGEST)
+        found = checked.require().values()
     if resuming:
         output = reopen_output(Path(config.output))
     else:
