@@ -69,7 +69,9 @@ Make = Callable[[Put], Report]
 class Stored:
     """Images in a file; its rows are read from disk, and stay in the system's own cache."""
 
-    def __init__(self, file: IO[bytes], shape: torch.Size, report: Report, path: Path) -> None:
+    def __init__(
+        self, file: IO[bytes], shape: torch.Size, report: Report, path: Path | None
+    ) -> None:
         """Read rows of a shape (count, channels, height, width) from an open file."""
         self._file, self.shape, self.report, self.path = file, shape, report, path
 
@@ -116,7 +118,7 @@ def stored(folder: Path | None, name: str, shape: torch.Size, make: Make) -> Sto
             raise
         finally:
             part.unlink(missing_ok=True)
-        return Stored(file, shape, report, path)
+        return Stored(file, shape, report, path if named else None)
     except OSError as error:
         raise DataError(
             f"The decoded images, {size(shape.numel())}, cannot be kept in {folder} "
@@ -137,7 +139,7 @@ def forget(*images: Images) -> None:
     """Delete the files of images; who has them open can still read them."""
     for some in images:
         for part in some.parts if isinstance(some, Rows) else (some,):
-            if isinstance(part, Stored):
+            if isinstance(part, Stored) and part.path:
                 part.path.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -45,8 +45,8 @@ from fedcompo.storage.files import canonical
 
 IN_MEMORY = 64 * 2**20
 """Bytes of decoded images that are held in memory; more are kept in a file."""
-AHEAD = 4
-"""Images that a thread may be ahead of the one that is stored next."""
+AHEAD = 16
+"""Images a thread that are decoded before they are stored."""
 FORMAT = 1
 """Changes with what this file makes of the same picture."""
 logger = logging.getLogger(__name__)
@@ -281,12 +281,5 @@ def _in_threads(work: Callable[[int], Example], rows: Sequence[int]) -> Iterator
         return
     Image.init()  # two threads that load Pillow's formats at once may each miss some
     with ThreadPoolExecutor(count, "decode") as pool:
-        ahead = deque(pool.submit(work, row) for row in rows[: AHEAD * count])
-        try:
-            for row in rows[AHEAD * count :]:
-                yield ahead.popleft().result()
-                ahead.append(pool.submit(work, row))
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for first in range(0, len(rows), AHEAD * count):
+            yield from pool.map(work, rows[first : first + AHEAD * count])

@@ -207,6 +207,7 @@ def test_whoever_wants_to_start_anyway_can(images: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(simulation, "reserve_output", lambda wanted: wanted)
     settings = {"data": f"folder:{images}"}
     assert simulation.prepare(settings, name="x", check=False).preflight == {}
+    assert simulation.prepare({}, name="x").preflight == {}  # what comes with fedcompo works
 
 
 def test_bytes_and_seconds_are_those_of_a_run_that_was_measured() -> None:
