@@ -48,7 +48,7 @@ def report(
             beside = opened.path.absolute().parent / RESULTS
             found = _results(beside) if beside.is_file() else {}
             page = registry_page(story(opened), found if "registry" in found else None)
-        write_atomically(output, page.html().encode())
+        write_atomically(output, page.encode())
         say(f"Report: {output}")
 
 

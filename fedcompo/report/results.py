@@ -100,8 +100,13 @@ def _print_diagnostics(results: Results, console: PlainConsole, *, details: bool
         )
 
 
+def columns_of(results: Results) -> list[tuple[str, str]]:
+    """Titles and keys of the accuracies that the results have."""
+    return [column for column in COLUMNS if results.get(column[1]) is not None]
+
+
 def _accuracy_table(results: Results) -> Table:
-    columns = [column for column in COLUMNS if results.get(column[1]) is not None]
+    columns = columns_of(results)
     counted = numbers("images", *(title for title, _ in columns))
     kinds = {figures["kind"] for figures in results["per_client"].values()}
     kind = ["kind"] if len(kinds) > 1 else []
