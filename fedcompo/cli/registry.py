@@ -186,9 +186,9 @@ def remove(
             common.confirm(f"Remove {', '.join(members)} from {opened.path}?")
         from fedcompo.registry.registry import Registry
 
-        changed, started = Registry(opened.path), time.monotonic()
-        records = []
+        changed, records = Registry(opened.path), []
         for member in members:
+            started = time.monotonic()
             with common.progress(quiet=as_json):
                 record = changed.remove(
                     member,

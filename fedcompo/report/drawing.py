@@ -185,7 +185,7 @@ def drawn(
     with mpl.rc_context({**STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that its font lacks; the browser has others
         figure = Figure(figsize=size)
-        figure.subplots_adjust(0, 0, 1, 1, wspace=0.06)
+        figure.subplots_adjust(0, 0, 1, 1, wspace=0.2)
         paint(*figure.subplots(1, panels, squeeze=False)[0])
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         tight: Any = {"bbox_inches": "tight", "pad_inches": 0.05, "transparent": True}

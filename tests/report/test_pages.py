@@ -330,6 +330,8 @@ def test_the_command_finds_registries_and_runs_and_the_run_beside_a_registry(
 ):
     shutil.copytree(GOLDEN / "mixed", tmp_path / "run" / "registry")
     (tmp_path / "run" / "results.json").write_text(json.dumps(results()))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"created": 1, "settings": {}}')
     monkeypatch.chdir(tmp_path)
     for arguments, said in (
         (["run/registry"], "the registry has changed since"),
@@ -344,6 +346,7 @@ def test_the_command_finds_registries_and_runs_and_the_run_beside_a_registry(
         (["run", "-o", "run/results.json"], "ends in .html"),
         (["run", "-r", "run/registry"], "Name one"),
         (["nowhere"], "There is no registry at nowhere"),
+        (["other"], "holds no results of a run: it lacks backbone"),
     ):
         done = CliRunner().invoke(app, ["report", *arguments])
         assert done.exit_code in (1, 2)
