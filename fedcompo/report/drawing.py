@@ -73,15 +73,16 @@ def points(title: str, labels: Sequence[str], series: Sequence[Series]) -> Marku
     def paint(axes: Axes) -> None:
         for place, one in enumerate(series):
             shift = (place - (len(series) - 1) / 2) * 0.6 / len(series) if named else 0
-            shown = [(100 * v, row + shift) for row, v in enumerate(one.values) if v is not None]
+            rows = [row + shift for row, value in enumerate(one.values) if value is not None]
+            shares = [100 * value for value in one.values if value is not None]
             if not named:
-                shown = [(v, row) for row, v in enumerate(sorted(v for v, _ in shown))]
+                rows, shares = list(range(len(shares))), sorted(shares)
             for row, between in enumerate(one.intervals if named else ()):
                 if between:
                     line = [100 * end for end in between], [row + shift] * 2
                     axes.plot(*line, color=one.colour, lw=1.5, alpha=0.6)
             style: Any = {"color": one.colour, "label": one.name}
-            axes.plot(*zip(*shown, strict=True), "o" if named else "-", ms=5, **style)
+            axes.plot(shares, rows, "o" if named else "-", ms=5, **style)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(first - 0.02 * (100 - first), 100 + 0.02 * (100 - first))
         axes.set_xlabel("%")

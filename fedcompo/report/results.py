@@ -1,4 +1,4 @@
-"""The results of a run as tables in the terminal; as a page: :mod:`fedcompo.report.run_page`."""
+"""The results of a run as tables in the terminal; as a page: :mod:`fedcompo.report.pages`."""
 
 from __future__ import annotations
 
