@@ -86,12 +86,14 @@ class Simulation:
             for event in (*tail.read(), *files.read()):
                 on_event(event)
 
-        with _sigterm_unwinds():
-            if self.engine is EngineKind.IN_PROCESS:
-                status, details = self._in_process(config, look)
-            else:
-                status, details = self._on_flower(config, look, on_event)
-        files.clear()
+        try:
+            with _sigterm_unwinds():
+                if self.engine is EngineKind.IN_PROCESS:
+                    status, details = self._in_process(config, look)
+                else:
+                    status, details = self._on_flower(config, look, on_event)
+        finally:
+            files.clear()
         return _results(self.output, status, details, tail.failure)
 
     def _on_flower(

@@ -225,7 +225,8 @@ class Display:
             if self._live or time.time() - self._written < LINE:
                 return
             self._written = time.time()
-            event = _summary(self._state, event)
+            told = self._state.at_work(3) or [f"{event['client']} {Progress.of(event)}"]
+            event = {**event, "event": "note", "text": "; ".join(told)}
         if not self._live or event["event"] == "note":
             self._console.print(line(event, self._began), soft_wrap=True)
 
@@ -251,11 +252,6 @@ def line(event: Event, began: float) -> str:
     """One event as a line of text; the run ``began`` at this time, in seconds since 1970."""
     stamp = f"[{max(0.0, float(event.get('time', began)) - began):6.1f} s]"
     return f"{stamp} {_described(event)}"
-
-
-def _summary(state: State, event: Event) -> Event:
-    """All that goes on, as one event that is a message."""
-    return {**event, "event": "note", "text": "; ".join(state.at_work(3))}
 
 
 def _described(event: Event) -> str:

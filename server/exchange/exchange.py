@@ -25,7 +25,7 @@ from fedcompo.messages.records import from_record, size_of, to_record
 from fedcompo.messages.requests import addressed
 from fedcompo.names import LONGEST
 from server.exchange.books import NOTHING, Books, Traffic
-from server.exchange.checks import checked_caps
+from server.exchange.checks import checked_caps, figures_of
 from server.exchange.kept_answers import KeptAnswers, question
 from server.exchange.nodes import Nodes
 
@@ -220,12 +220,8 @@ class Exchange:
         """Enter an answer that was folded in."""
         if name != client:
             self.nodes.rename(client, name)
-        caps, stated = checked_caps(name, body), body[1].items()
-        of_training = asking.expected == "train"  # votes have losses, too
-        figures = {
-            k: v for k, v in stated if k.endswith("_accuracy") or (k == "losses" and of_training)
-        }
-        known: dict[str, Any] = {"peaks": _peaks(body), "caps": caps, "figures": figures}
+        known: dict[str, Any] = {"peaks": _peaks(body), "caps": checked_caps(name, body)}
+        known["figures"] = figures_of(body) if asking.expected in ("train", "evaluate") else {}
         self.books.answered(asking.phase, name, cost, **known, reason=reason)
 
     def _fail(

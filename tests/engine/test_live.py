@@ -254,6 +254,14 @@ def test_a_pipe_gets_a_line_every_ten_seconds_whoever_is_at_work(monkeypatch) ->
     assert lines[2].endswith("; 3 more to answer")
 
 
+def test_of_work_before_the_first_phase_a_pipe_is_told_too(monkeypatch) -> None:
+    out = io.StringIO()
+    with Display(PlainConsole(file=out, width=200)) as display:
+        monkeypatch.setattr("fedcompo.engine.live.time.time", lambda: display._began + 11)
+        display.show({"event": "progress", "client": SERVER, "what": "loading", "time": 0.0})
+    assert out.getvalue().endswith("] server loading\n")
+
+
 def test_numbers_for_people() -> None:
     durations = [duration(seconds) for seconds in (-1, 4.21, 59.94, 185, 7800)]
     assert durations == ["0.0 s", "4.2 s", "59.9 s", "3 min 5 s", "2 h 10 min"]
