@@ -13,11 +13,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from fedcompo.errors import ConfigError
 
@@ -127,7 +126,7 @@ TRACKERS: dict[str, Callable[[Path, Settings], Tracker]] = {
 
 
 class Tracking:
-    """All trackers of a run."""
+    """All trackers of a run; as a context, it closes them when the run fails."""
 
     def __init__(
         self, names: Iterable[str], folder: Path, settings: Settings, note: Callable[[str], None]
@@ -156,6 +155,12 @@ class Tracking:
                     f"`track`: {name} cannot start ({type(error).__name__}: {error}). See to it, "
                     "or leave it out."
                 ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finish({}, (), failed=True)  # does nothing once the run has finished
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Keep the figures of an event of the run; pass them on when its phase ends."""
@@ -208,18 +213,6 @@ class Tracking:
                     f"`track`: {name} failed ({type(error).__name__}) and heard no more of the "
                     "run; the server's log says why."
                 )
-
-
-@contextmanager
-def tracked(
-    names: Iterable[str], folder: Path, settings: Settings, note: Callable[[str], None]
-) -> Iterator[Tracking]:
-    """Start trackers, as :class:`Tracking` does, and close them when a run fails."""
-    tracking = Tracking(names, folder, settings, note)
-    try:
-        yield tracking
-    finally:
-        tracking.finish({}, (), failed=True)  # does nothing once the run has finished
 
 
 def require(names: Iterable[str]) -> None:

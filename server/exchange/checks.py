@@ -93,6 +93,16 @@ def checked_fractions(client: str, figures: Mapping[str, Any]) -> dict[str, floa
     return {name: float(value) for name, value in figures.items()}
 
 
+def measured_in(
+    client: str, body: Body, own: Iterable[str], known: Iterable[str]
+) -> tuple[EvaluateAnswer, dict[str, float]]:
+    """Read what a client measured, and its accuracies by name; see :func:`checked_tally`."""
+    answer = EvaluateAnswer.from_body(body)
+    figures = checked_fractions(client, answer.figures)
+    checked_tally(client, answer, own, known)
+    return answer, figures
+
+
 def checked_tally(
     client: str, answer: EvaluateAnswer, own: Iterable[str], known: Iterable[str]
 ) -> Tally | None:
