@@ -218,7 +218,7 @@ def _simulate(
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:
         results = simulation.run(display.show)
-    if simulation.removes:
+    if "removed" in results:
         print_removal(results)
     else:
         from fedcompo.report.results import print_results

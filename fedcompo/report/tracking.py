@@ -12,15 +12,14 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 from fedcompo.errors import ConfigError
 
-T = TypeVar("T")
 Row = tuple[str, float, int]
 """Name of a figure, its value, and how many of that name there are by now."""
 Settings = Mapping[str, Any]
@@ -77,15 +76,15 @@ class MLflow:
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         self._run = self._client.create_run(experiment, run_name=folder.name).info.run_id
         params = [Param(key, str(value)) for key, value in settings.items() if value != ""]
-        for some in _parts(params, 100):
-            self._client.log_batch(self._run, params=some)
+        for at in range(0, len(params), 100):
+            self._client.log_batch(self._run, params=params[at : at + 100])
 
     def figures(self, rows: Sequence[Row]) -> None:
         """Send them, as many at a time as MLflow takes."""
         now = int(1000 * time.time())
-        for some in _parts(rows, 1000):
-            metrics = [self._metric(_known_to_mlflow(n), v, now, step) for n, v, step in some]
-            self._client.log_batch(self._run, metrics=metrics)
+        metrics = [self._metric(_known_to_mlflow(n), v, now, step) for n, v, step in rows]
+        for at in range(0, len(metrics), 1000):
+            self._client.log_batch(self._run, metrics=metrics[at : at + 1000])
 
     def finish(self, files: Iterable[Path], *, failed: bool) -> None:
         """Log the files as artifacts, and say how the run ended."""
@@ -223,10 +222,6 @@ def require(names: Iterable[str]) -> None:
             f"`track` asks for {' and '.join(missing)}, which this Python does not have. Install: "
             f"pip install 'fedcompo[{extras}]'"
         )
-
-
-def _parts(values: Sequence[T], most: int) -> Iterator[Sequence[T]]:
-    return (values[start : start + most] for start in range(0, len(values), most))
 
 
 def _known_to_mlflow(name: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from logging import INFO
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.common.logger import log
 
 from fedcompo.backbone.preprocessing import Preprocessing
@@ -191,7 +191,8 @@ class Exchange:
     def _take(self, asking: _Asking, awaited: _Waiting, reply: Message) -> None:
         """Fold one reply in, or go on without its client."""
         client, seconds = awaited.client, time.monotonic() - awaited.departed
-        cost = Traffic(awaited.sent, _received(reply), seconds)
+        received = size_of(reply.content) if reply.has_content() else 0
+        cost = Traffic(awaited.sent, received, seconds)
         if reply.has_error():
             reason = f"code {reply.error.code}: {reply.error.reason or 'no reason given'}"
             self._fail(asking, client, reason, cost)
@@ -282,8 +283,3 @@ def _peaks(body: Body) -> dict[str, int]:
     """Peak memory that a client reports, in bytes, by process and GPU."""
     peak = Process.from_body(body).peak_memory
     return {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
-
-
-def _received(reply: Message) -> int:
-    content = reply.content if reply.has_content() else RecordDict()
-    return size_of(content)
