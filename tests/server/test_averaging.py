@@ -229,11 +229,11 @@ def test_those_who_follow_the_run_see_its_rounds(images, tmp_path):
     given = settings(images, kind="ia3", method="fedavg", num_server_rounds=2)
     run({}, tmp_path / "out", **given)
     lines = (tmp_path / "out" / "events.jsonl").read_text().splitlines()
-    events, state = [json.loads(line) for line in lines], State()
+    events, progress = [json.loads(line) for line in lines], State()
     for event in events:
-        state = state.after(event)
-    assert state.phases == ("describe", "evaluate frozen", "train", "evaluate")
-    assert {state.cells[client, "train"].part for client in OWNED} == {"round 2"}
+        progress = progress.after(event)
+    assert progress.phases == ("describe", "evaluate frozen", "train", "evaluate")
+    assert {progress.cells[client, "train"].part for client in OWNED} == {"round 2"}
     started = [e.get("part") for e in events if e["event"] == "phase-started"]
     assert started == [None, None, "round 1", "round 2", None]
 
