@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import ipaddress
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +38,7 @@ LOOKALIKES = CYRILLIC | GREEK | LATIN
 capital decides."""
 
 
+@functools.lru_cache(maxsize=4096)  # lineages name all clients again and again
 def check_client_name(name: str) -> str:
     """Return the name if it can safely name a folder, on any system.
 
@@ -88,6 +90,7 @@ def check_client_names(names: Iterable[str]) -> None:
         raise ContributionError("\n".join([*faults, "Rename the folders, then start again."]))
 
 
+@functools.lru_cache(maxsize=4096)
 def resembles(name: str) -> str:
     """Return a skeleton that is the same for names that could be taken for one another.
 

@@ -43,9 +43,8 @@ class AtHand(Exchange):
         request: Callable[[str], Body],
         fold: Fold,
         *,
-        decisive: bool = True,
-        may_miss: bool = False,
         clients: Iterable[str] | None = None,
+        **how: bool,
     ) -> None:
         """Let the client answer at once, and fold its answer in; see :meth:`Exchange.ask`."""
         self.books.traffic.setdefault(self.books.label(phase), {})

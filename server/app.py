@@ -31,6 +31,7 @@ from fedcompo.engine.run_folder import (
     PROGRESS,
     RESULTS,
     RUN,
+    begun_settings,
     reserve_output,
 )
 from fedcompo.errors import BackboneMismatch, ConfigError
@@ -41,7 +42,7 @@ from fedcompo.registry.state import ABOUT
 from fedcompo.registry.story import story_of_run
 from fedcompo.report.pages import write_report
 from fedcompo.report.progress import telling
-from fedcompo.report.tracking import Tracking, tracked
+from fedcompo.report.tracking import Tracking
 from fedcompo.storage.files import write_atomically
 from server import averaging, unlearning
 from server.averaging import Averaging
@@ -50,7 +51,7 @@ from server.exchange.exchange import Exchange
 from server.exchange.kept_answers import KeptAnswers
 from server.exchange.nodes import Nodes
 from server.results import collect, collect_averaging, collect_removal
-from server.resume import Working, check_interrupted, clear
+from server.resume import Working, clear
 from server.sequential import Arrivals
 from server.strategy import IelStrategy, ItaStrategy, Strategy
 from server.unlearning import Unlearning
@@ -121,7 +122,7 @@ def _followed(books: Books, config: RunConfig, output: Path) -> Iterator[Trackin
     file = Path(folder) / PROGRESS / "-server" if folder else None  # no client's name begins so
     settings = without_paths(config.flat())
     with (
-        tracked(names, output, settings, books.note) as tracking,
+        Tracking(names, output, settings, books.note) as tracking,
         telling(lambda line: log(INFO, "%s", printable(line)), file, client=SERVER),
     ):
         books.follow = tracking.hear
@@ -255,8 +256,8 @@ def claim_output(config: RunConfig) -> Path:
     means ``~/fedcompo-runs/<data>``.
 
     Raises:
-        ConfigError: If the path is relative, or `resume` is set and there is no run to resume.
-        LaunchError: If the folder cannot be made.
+        ConfigError: If the path is relative, or `resume` is set for what cannot be resumed.
+        LaunchError: If the folder cannot be made, or holds no interrupted run.
     """
     if config.server.resume and (config.registry.action, config.method.method) not in RESUMABLE:
         raise ConfigError(
@@ -274,7 +275,9 @@ def claim_output(config: RunConfig) -> Path:
             "stand. Give an absolute path, or start it by `fedcompo simulate`."
         )
     if config.server.resume:
-        check_interrupted(output)
+        if (output / RESULTS).exists():
+            clear(output)  # it was killed between the one and the other
+        begun_settings(output)
         return output
     if output.is_dir() and [path.name for path in output.iterdir()] == [LOG]:
         return output

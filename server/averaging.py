@@ -39,7 +39,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.admission import rounding_of
 from fedcompo.registry.company import Company
 from fedcompo.seeds import generator_for
-from server.exchange.checks import checked_fractions, checked_losses, checked_tally
+from server.exchange.checks import checked_losses, measured_in
 from server.exchange.exchange import Exchange
 from server.exchange.exchange_grid import ExchangeGrid
 from server.phases import roster
@@ -207,11 +207,8 @@ class Averaging:
         request = EvaluateRequest(theta=theta, joint=joint, linearised=False, last=last).to_body()
 
         def fold(client: str, body: Body) -> str:
-            answer = EvaluateAnswer.from_body(body)
-            figures = checked_fractions(client, answer.figures)
             own = self.roster.participants.described[client].classes
-            checked_tally(client, answer, own, joint.classes)
-            self.answers[client] = answer
+            self.answers[client], figures = measured_in(client, body, own, joint.classes)
             known = self.figures.setdefault(client, {})
             known |= {f"{prefix}{name}": value for name, value in figures.items()}
             return client

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedcompo.config.choices import Kind
 from fedcompo.config.run import RunConfig
-from fedcompo.engine.run_folder import RESULTS, RUN
+from fedcompo.engine.run_folder import RUN
 from fedcompo.errors import ConfigError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import write_atomically
@@ -116,22 +116,6 @@ def clear(output: Path) -> None:
     """Delete the working files of a run that is finished, if it has any."""
     KeptAnswers(output / ANSWERS).clear()
     (output / RUN).unlink(missing_ok=True)
-
-
-def check_interrupted(output: Path) -> None:
-    """Refuse a folder that holds no interrupted run.
-
-    Raises:
-        ConfigError: If there is none, or it is finished.
-    """
-    if (output / RESULTS).exists():
-        clear(output)  # it was killed between the one and the other
-        raise ConfigError(f"The run in {output} is finished: there is a {RESULTS}.")
-    if not (output / RUN).exists():
-        raise ConfigError(
-            f"`resume` is set, but {output} holds no run that was begun. Check `output`, or start "
-            "the run without `resume`."
-        )
 
 
 def _same(known: Mapping[str, str], folder: Path) -> bool:

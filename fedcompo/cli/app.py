@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -29,9 +29,6 @@ from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import PlainConsole, say
-
-if TYPE_CHECKING:
-    from fedcompo.engine.launcher import Simulation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -129,16 +126,8 @@ def simulate(
                 "--resume takes all settings from the run that is there: give neither a scenario "
                 "nor --set, --output or --seed with it."
             )
-        results = _simulate(
-            scenario,
-            assignments or [],
-            options,
-            resume,
-            engine=engine,
-            gpus_per_client=gpus_per_client,
-            check=check_first,
-        )
-        _print_results(*results, details=details)
+        how = {"engine": engine, "gpus_per_client": gpus_per_client, "check": check_first}
+        _simulate(scenario, assignments or [], options, resume, details=details, **how)
 
 
 @app.command()
@@ -207,23 +196,20 @@ def _simulate(
     assignments: list[str],
     options: dict[str, Scalar],
     resume: Path | None,
+    *,
+    details: bool,
     **how: Any,
-) -> tuple[Simulation, dict[str, Any]]:
+) -> None:
     from fedcompo.engine.live import Display
     from fedcompo.engine.run_folder import begun_settings
     from fedcompo.engine.simulation import prepare
 
-    console = PlainConsole()
+    console, again = PlainConsole(), resume is not None
     if resume is None:
         values = settings_of(file, assignments, options)
     else:
         values = begun_settings(resume.expanduser().absolute())
-    simulation = prepare(
-        values,
-        name=scenario_name(file, values),
-        resuming=resume is not None,
-        **how,
-    )
+    simulation = prepare(values, name=scenario_name(file, values), resuming=again, **how)
     if found := simulation.preflight:
         from fedcompo.report.preflight import lines_on
 
@@ -231,14 +217,11 @@ def _simulate(
             say(line)
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
     with Display(console) as display:
-        return simulation, simulation.run(display.show)
-
-
-def _print_results(simulation: Simulation, results: dict[str, Any], *, details: bool) -> None:
-    if simulation.removes:
+        results = simulation.run(display.show)
+    if "removed" in results:
         print_removal(results)
     else:
         from fedcompo.report.results import print_results
 
-        print_results(results, PlainConsole(), details=details)
+        print_results(results, console, details=details)
     say(f"Results: {simulation.output}")

@@ -21,7 +21,7 @@ from fedcompo.errors import ConfigError, FedcompoError
 from fedcompo.names import printable
 from fedcompo.report.console import PlainConsole, say
 from fedcompo.report.log import log_to_stderr
-from fedcompo.report.progress import LINE, Progress, every, listening
+from fedcompo.report.progress import Progress, listening, to_lines
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -106,7 +106,7 @@ def progress(*, quiet: bool) -> Iterator[None]:
         yield
         return
     if not console.is_terminal:
-        with listening(every(LINE, lambda line: say(line, console), terse=True)):
+        with listening(to_lines(lambda line: say(line, console), terse=True)):
             yield
         return
     last = ""

@@ -46,12 +46,14 @@ def fit(
     with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         settings = settings_of(None, assignments or [], {})
         path = None if registry is None else common.open_registry(registry).path
+        from unittest.mock import patch
+
         from fedcompo.engine.alone import fit_alone
         from fedcompo.export.selection import new_folder
 
-        if not verbose:
-            logging.getLogger("flwr").setLevel(logging.ERROR)  # the notes come below
-        with new_folder(output) as folder:
+        flower = logging.getLogger("flwr")
+        quiet = patch.object(flower, "disabled", not verbose)  # the notes come below
+        with quiet, new_folder(output) as folder:
             made = fit_alone(data, folder, settings, registry=path, client=client)
     if as_json:
         print_json({"output": str(output.absolute()), **made})

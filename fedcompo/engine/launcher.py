@@ -23,8 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from fedcompo.config.choices import Action, EngineKind
-from fedcompo.config.run import RunConfig
+from fedcompo.config.choices import EngineKind
 from fedcompo.config.setting import Scalar
 from fedcompo.engine.log import Event, EventTail, LineTail, last_error, note, read_from
 from fedcompo.engine.resources import Resources
@@ -62,11 +61,6 @@ class Simulation:
     preflight: Mapping[str, Any] = field(default_factory=dict)
     """What is known before it starts; see :mod:`fedcompo.engine.preflight`."""
 
-    @property
-    def removes(self) -> bool:
-        """Whether it removes a client instead of training."""
-        return RunConfig.parse(self.settings).registry.action is Action.REMOVE
-
     def run(self, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
         """Run the app with these settings, tell its events, and return its results.
 
@@ -86,12 +80,14 @@ class Simulation:
             for event in (*tail.read(), *files.read()):
                 on_event(event)
 
-        with _sigterm_unwinds():
-            if self.engine is EngineKind.IN_PROCESS:
-                status, details = self._in_process(config, look)
-            else:
-                status, details = self._on_flower(config, look, on_event)
-        files.clear()
+        try:
+            with _sigterm_unwinds():
+                if self.engine is EngineKind.IN_PROCESS:
+                    status, details = self._in_process(config, look)
+                else:
+                    status, details = self._on_flower(config, look, on_event)
+        finally:
+            files.clear()
         return _results(self.output, status, details, tail.failure)
 
     def _on_flower(

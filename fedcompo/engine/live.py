@@ -6,9 +6,8 @@ import pdb
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Self
 
 from rich.console import Group, RenderableType
@@ -23,25 +22,15 @@ from fedcompo.report.console import PlainConsole
 from fedcompo.report.progress import LINE, Progress
 from fedcompo.report.units import duration, shortened, size
 
-
-class Standing(Enum):
-    """State of a client in a phase."""
-
-    RUNNING = "running"
-    OK = "ok"
-    LEFT_OUT = "left out"
-    MISSED = "missed"
-
-
-STANDINGS = {"ok": Standing.OK, "left-out": Standing.LEFT_OUT, "missed": Standing.MISSED}
-"""By the ``status`` of an event."""
+RUNNING, OK, LEFT_OUT = "running", "ok", "left-out"
+"""States of a client in a phase; but for the first, they are the ``status`` of an event."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """A client in a phase."""
 
-    standing: Standing
+    standing: str
     since: float = 0.0
     """When it began, in seconds since 1970."""
     seconds: float = 0.0
@@ -55,13 +44,12 @@ class Cell:
     def text(self, now: float) -> Text:
         """Text of the cell in the table."""
         part = f" ({self.part})" if self.part else ""
-        if self.standing is Standing.RUNNING:
+        if self.standing == RUNNING:
             return Text(f"running {duration(now - self.since)}{part}", style="yellow")
-        if self.standing is Standing.OK:
+        if self.standing == OK:
             return Text(f"ok {duration(self.seconds)}{part}", style="green")
-        style = "bold red" if self.standing is Standing.LEFT_OUT else "red"
-        said = f"{self.standing.value.upper()}{part} {self.reason}".rstrip()
-        return Text(printable(said), style=style)
+        said = f"{_loud(self.standing)}{part} {self.reason}".rstrip()
+        return Text(printable(said), style="bold red" if self.standing == LEFT_OUT else "red")
 
 
 @dataclass(frozen=True)
@@ -78,72 +66,53 @@ class State:
     def after(self, event: Event) -> State:
         """The state once this event has happened."""
         kind, phase = event["event"], str(event.get("phase", ""))
+        seconds, part = float(event.get("seconds", 0.0)), str(event.get("part", ""))
         if kind == "run":
-            known = replace(self, phases=tuple(event.get("phases", ())))
-            return known._with_clients(event.get("clients", ()))
+            return replace(self, phases=tuple(event["phases"]))._with({}, event["clients"])
         if kind == "phase-started":
-            names = tuple(event.get("clients", ())) or (SERVER,)
-            since, part = float(event.get("time", 0.0)), str(event.get("part", ""))
-            running = Cell(Standing.RUNNING, since=since, part=part)
-            return self._with_clients(names)._with({(name, phase): running for name in names})
+            running = Cell(RUNNING, since=float(event.get("time", 0.0)), part=part)
+            names = event.get("clients") or (SERVER,)
+            return self._with({(name, phase): running for name in names})
         if kind == "client":
-            return self._after_client(event, phase)
+            sent, received = (int(event.get(f"bytes_{way}", 0)) for way in ("sent", "received"))
+            cell = Cell(event["status"], 0.0, seconds, str(event.get("reason", "")), part)
+            counted = replace(
+                self._of_clients(phase),
+                bytes_sent=self.bytes_sent + sent,
+                bytes_received=self.bytes_received + received,
+            )
+            return counted._with({(str(event["client"]), phase): cell})
         if kind == "progress":
             return self._after_progress(str(event["client"]), Progress.of(event))
         if kind == "phase-finished":
-            seconds, part = float(event.get("seconds", 0.0)), str(event.get("part", ""))
-            return self._after_phase(phase, seconds, part)
+            own, silent = Cell(OK, 0.0, seconds, "", part), Cell(LEFT_OUT, reason="no reply")
+            left = [at for at, c in self.cells.items() if at[1] == phase and c.standing == RUNNING]
+            return self._with({at: own if at[0] == SERVER else silent for at in left})
         return self
-
-    def _after_client(self, event: Event, phase: str) -> State:
-        name, seconds = str(event["client"]), float(event.get("seconds", 0.0))
-        standing = STANDINGS.get(str(event.get("status")), Standing.LEFT_OUT)
-        reason = "" if standing is Standing.OK else str(event.get("reason", ""))
-        cell = Cell(standing, seconds=seconds, reason=reason, part=str(event.get("part", "")))
-        counted = replace(
-            self,
-            cells=self._cells_of_clients(phase),
-            bytes_sent=self.bytes_sent + int(event.get("bytes_sent", 0)),
-            bytes_received=self.bytes_received + int(event.get("bytes_received", 0)),
-        )
-        return counted._with_clients([name])._with({(name, phase): cell})
 
     def _after_progress(self, name: str, progress: Progress) -> State:
         """A client is in one phase at a time: that which runs, whatever it calls it."""
         for who in (name, SERVER):
             for (at, phase), cell in self.cells.items():
-                if at == who and cell.standing is Standing.RUNNING:
-                    cells = {(name, phase): replace(cell, progress=progress)}
-                    kept = self.cells if who == name else self._cells_of_clients(phase)
-                    return replace(self, cells=kept)._with_clients([name])._with(cells)
+                if at == who and cell.standing == RUNNING:
+                    before = self if who == name else self._of_clients(phase)
+                    return before._with({(name, phase): replace(cell, progress=progress)})
         return self
 
-    def _cells_of_clients(self, phase: str) -> dict[tuple[str, str], Cell]:
+    def _of_clients(self, phase: str) -> State:
         """A phase begun without names turns out to have clients: it is not the server's."""
-        return {at: cell for at, cell in self.cells.items() if at != (SERVER, phase)}
+        cells = {at: cell for at, cell in self.cells.items() if at != (SERVER, phase)}
+        return replace(self, cells=cells)
 
-    def _after_phase(self, phase: str, seconds: float, part: str) -> State:
-        running = [
-            name
-            for (name, at), cell in self.cells.items()
-            if at == phase and cell.standing is Standing.RUNNING
-        ]
-        own = Cell(Standing.OK, seconds=seconds, part=part)
-        silent = Cell(Standing.LEFT_OUT, reason="no reply")
-        return self._with({(name, phase): own if name == SERVER else silent for name in running})
-
-    def _with_clients(self, names: tuple[str, ...] | list[str]) -> State:
-        new = [name for name in names if name not in self.clients]
-        return replace(self, clients=(*self.clients, *new))
-
-    def _with(self, cells: Mapping[tuple[str, str], Cell]) -> State:
-        new = [phase for _, phase in cells if phase not in self.phases]
-        phases = (*self.phases, *dict.fromkeys(new))
-        return replace(self, cells={**self.cells, **cells}, phases=phases)
+    def _with(self, cells: Mapping[tuple[str, str], Cell], clients: Iterable[str] = ()) -> State:
+        names = dict.fromkeys([*self.clients, *clients, *(name for name, _ in cells)])
+        phases = dict.fromkeys([*self.phases, *(phase for _, phase in cells)])
+        cells = {**self.cells, **cells}
+        return replace(self, cells=cells, clients=tuple(names), phases=tuple(phases))
 
     def at_work(self, most: int) -> list[str]:
         """How far those are whose work takes long; the last line counts those beyond the most."""
-        running = [(n, c) for (n, _), c in self.cells.items() if c.standing is Standing.RUNNING]
+        running = [(n, c) for (n, _), c in self.cells.items() if c.standing == RUNNING]
         told = [f"{name} {cell.progress}" for name, cell in running if cell.progress][:most]
         rest = len(running) - len(told)
         return [*told, f"{rest} more to answer"] if told and rest else told
@@ -178,13 +147,13 @@ class State:
     def _urgency(self, name: str) -> int:
         cells = (self.cells.get((name, phase)) for phase in self.phases)
         standings = {cell.standing for cell in cells if cell}
-        return 0 if Standing.RUNNING in standings else 2 - bool(standings - {Standing.OK})
+        return 0 if RUNNING in standings else 2 - bool(standings - {OK})
 
     def _counts(self, names: Sequence[str], phase: str) -> str:
         """How many of these clients are in which state in a phase."""
         cells = (self.cells.get((name, phase)) for name in names)
-        counts = Counter(cell.standing.value if cell else "waiting" for cell in cells)
-        return ", ".join(f"{count} {standing}" for standing, count in counts.most_common())
+        counts = Counter(cell.standing if cell else "waiting" for cell in cells)
+        return ", ".join(f"{count} {_loud(s).lower()}" for s, count in counts.most_common())
 
 
 class Display:
@@ -225,7 +194,8 @@ class Display:
             if self._live or time.time() - self._written < LINE:
                 return
             self._written = time.time()
-            event = _summary(self._state, event)
+            told = self._state.at_work(3) or [f"{event['client']} {Progress.of(event)}"]
+            event = {**event, "event": "note", "text": "; ".join(told)}
         if not self._live or event["event"] == "note":
             self._console.print(line(event, self._began), soft_wrap=True)
 
@@ -253,9 +223,8 @@ def line(event: Event, began: float) -> str:
     return f"{stamp} {_described(event)}"
 
 
-def _summary(state: State, event: Event) -> Event:
-    """All that goes on, as one event that is a message."""
-    return {**event, "event": "note", "text": "; ".join(state.at_work(3))}
+def _loud(status: str) -> str:
+    return status.upper().replace("-", " ")
 
 
 def _described(event: Event) -> str:
@@ -272,8 +241,7 @@ def _described(event: Event) -> str:
         sent, received = (size(event.get(f"bytes_{way}", 0)) for way in ("sent", "received"))
         return f"{phase}: {event['client']} ok, {took}, sent {sent}, received {received}"
     if kind == "client":
-        standing = STANDINGS.get(event.get("status", ""), Standing.LEFT_OUT).value.upper()
-        return f"{phase}: {event['client']} {standing}: {event.get('reason', '')}"
+        return f"{phase}: {event['client']} {_loud(event['status'])}: {event.get('reason', '')}"
     if kind == "phase-finished":
         return f"{phase}: finished, {took}"
     if kind == "failed":

@@ -45,7 +45,6 @@ def fair_resources(
     device: str,
     *,
     gpus_per_client: float | None = None,
-    gpus: int | None = None,
 ) -> Resources:
     """Share this machine among the clients.
 
@@ -56,7 +55,6 @@ def fair_resources(
         clients: Number of clients.
         device: The run's ``device``.
         gpus_per_client: Share of a GPU, or whole GPUs, a client; None: a fair share.
-        gpus: GPUs of this machine; None: ask torch.
 
     Raises:
         ConfigError: If a client would get more than there is, or a device it will not see.
@@ -68,10 +66,7 @@ def fair_resources(
             f"CUDA_VISIBLE_DEVICES={device.partition(':')[2]}."
         )
     at_once = min(clients, _cpus())
-    if device not in ("auto", "cuda"):
-        gpus = 0
-    elif gpus is None:
-        gpus = _gpus()
+    gpus = _gpus() if device in ("auto", "cuda") else 0
     if (gpus_per_client or 0) > gpus:
         raise ConfigError(
             f"A client cannot get {gpus_per_client} GPUs: "

@@ -61,6 +61,8 @@ def simulate(
         DataError: If the data cannot be used.
         LaunchError: If the run could not start or failed; with the reason.
     """
+    if engine not in list(EngineKind):
+        raise ConfigError(f"`engine` is {engine!r}, expected one of {', '.join(EngineKind)}.")
     values = settings.flat() if isinstance(settings, RunConfig) else dict(settings or {})
     if output is not None:
         values["output"] = str(output)
@@ -70,16 +72,10 @@ def simulate(
     return prepare(
         values,
         name=scenario_name(None, values),
-        engine=_engine(engine),
+        engine=EngineKind(engine),
         gpus_per_client=gpus_per_client,
         check=check,
     ).run(on_event)
-
-
-def _engine(name: str) -> EngineKind:
-    if name not in list(EngineKind):
-        raise ConfigError(f"`engine` is {name!r}, expected one of {', '.join(EngineKind)}.")
-    return EngineKind(name)
 
 
 def count_clients(config: RunConfig) -> int:

@@ -158,8 +158,8 @@ class _Count:
         self._listener(Progress(*figures))
 
 
-def every(seconds: float, write: Callable[[str], None], *, terse: bool = False) -> Listener:
-    """Make a listener that writes a line at most so often.
+def to_lines(write: Callable[[str], None], *, terse: bool = False) -> Listener:
+    """Make a listener that writes a line every ten seconds at most.
 
     Unless it is terse, it also writes one for each step without a number, and when work ends.
     """
@@ -169,7 +169,7 @@ def every(seconds: float, write: Callable[[str], None], *, terse: bool = False) 
         nonlocal last
         now = time.monotonic()
         apart = progress.ended or not progress.total
-        if now - last >= seconds or (apart and not terse):
+        if now - last >= LINE or (apart and not terse):
             last = now
             write(str(progress))
 
@@ -186,7 +186,7 @@ def telling(write: Callable[[str], None], file: Path | None = None, **about: str
             is gone in the end. None: there is no such process.
         about: What else the event says: ``client``, ``phase``.
     """
-    lines = every(LINE, write)
+    lines = to_lines(write)
     file = file and Path(f"{file}.json")
     aside = file and file.with_name(f".{file.name}")
 

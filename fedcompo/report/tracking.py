@@ -12,16 +12,14 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self
 
 from fedcompo.errors import ConfigError
 
-T = TypeVar("T")
 Row = tuple[str, float, int]
 """Name of a figure, its value, and how many of that name there are by now."""
 Settings = Mapping[str, Any]
@@ -78,15 +76,15 @@ class MLflow:
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         self._run = self._client.create_run(experiment, run_name=folder.name).info.run_id
         params = [Param(key, str(value)) for key, value in settings.items() if value != ""]
-        for some in _parts(params, 100):
-            self._client.log_batch(self._run, params=some)
+        for at in range(0, len(params), 100):
+            self._client.log_batch(self._run, params=params[at : at + 100])
 
     def figures(self, rows: Sequence[Row]) -> None:
         """Send them, as many at a time as MLflow takes."""
         now = int(1000 * time.time())
-        for some in _parts(rows, 1000):
-            metrics = [self._metric(_known_to_mlflow(n), v, now, step) for n, v, step in some]
-            self._client.log_batch(self._run, metrics=metrics)
+        metrics = [self._metric(_known_to_mlflow(n), v, now, step) for n, v, step in rows]
+        for at in range(0, len(metrics), 1000):
+            self._client.log_batch(self._run, metrics=metrics[at : at + 1000])
 
     def finish(self, files: Iterable[Path], *, failed: bool) -> None:
         """Log the files as artifacts, and say how the run ended."""
@@ -127,7 +125,7 @@ TRACKERS: dict[str, Callable[[Path, Settings], Tracker]] = {
 
 
 class Tracking:
-    """All trackers of a run."""
+    """All trackers of a run; as a context, it closes them when the run fails."""
 
     def __init__(
         self, names: Iterable[str], folder: Path, settings: Settings, note: Callable[[str], None]
@@ -156,6 +154,12 @@ class Tracking:
                     f"`track`: {name} cannot start ({type(error).__name__}: {error}). See to it, "
                     "or leave it out."
                 ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finish({}, (), failed=True)  # does nothing once the run has finished
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Keep the figures of an event of the run; pass them on when its phase ends."""
@@ -210,18 +214,6 @@ class Tracking:
                 )
 
 
-@contextmanager
-def tracked(
-    names: Iterable[str], folder: Path, settings: Settings, note: Callable[[str], None]
-) -> Iterator[Tracking]:
-    """Start trackers, as :class:`Tracking` does, and close them when a run fails."""
-    tracking = Tracking(names, folder, settings, note)
-    try:
-        yield tracking
-    finally:
-        tracking.finish({}, (), failed=True)  # does nothing once the run has finished
-
-
 def require(names: Iterable[str]) -> None:
     """Raise ``ConfigError`` unless the packages of all these trackers are installed."""
     if missing := [name for name in names if find_spec(name) is None]:
@@ -230,10 +222,6 @@ def require(names: Iterable[str]) -> None:
             f"`track` asks for {' and '.join(missing)}, which this Python does not have. Install: "
             f"pip install 'fedcompo[{extras}]'"
         )
-
-
-def _parts(values: Sequence[T], most: int) -> Iterator[Sequence[T]]:
-    return (values[start : start + most] for start in range(0, len(values), most))
 
 
 def _known_to_mlflow(name: str) -> str:

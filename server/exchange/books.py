@@ -128,7 +128,7 @@ class Books:
         *,
         peaks: Mapping[str, int],
         caps: Iterable[Mapping[str, Any]],
-        figures: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Any],
         reason: str = "",
     ) -> None:
         """Book an answer that was used; the costs of two answers in one phase add up.
@@ -141,21 +141,18 @@ class Books:
         self.traffic[label][client] = self.traffic[label].get(client, NOTHING) + cost
         for own in caps:
             self.caps.setdefault(client, []).append({**own, "phase": label})
-        self._tell_of(phase, client, "ok", reason, cost, figures or {})
+        about = {"phase": phase, "client": client, "status": "ok", "reason": reason}
+        self.tell("client", **about, **asdict(cost), **({"figures": figures} if figures else {}))
         size, seconds = cost.bytes_received, cost.seconds
         log(INFO, "%s: %s answered with %d bytes in %.1f s", label, client, size, seconds)
 
     def miss(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
         """Book that a client misses this phase alone, and why."""
-        reason = _said(reason)
-        self.missed.append(LeftOut(client, self.label(phase), reason))
-        self._warn(phase, client, "missed", reason, cost)
+        self._go_without(self.missed, "missed", phase, client, reason, cost)
 
     def leave_out(self, phase: str, client: str, reason: str, cost: Traffic = NOTHING) -> None:
         """Book that a client is out of all that follows, and why."""
-        reason = _said(reason)
-        self.left_out.append(LeftOut(client, self.label(phase), reason))
-        self._warn(phase, client, "left-out", reason, cost)
+        self._go_without(self.left_out, "left-out", phase, client, reason, cost)
 
     # -- for whoever follows the run --------------------------------------------------------------
 
@@ -174,21 +171,20 @@ class Books:
             file.write(json.dumps(told, default=list) + "\n")
         self.follow(told)
 
-    def _tell_of(
+    def _go_without(
         self,
+        listed: list[LeftOut],
+        status: str,
         phase: str,
         client: str,
-        status: str,
         reason: str,
         cost: Traffic,
-        figures: Mapping[str, Any] | None = None,
     ) -> None:
+        reason, label = _said(reason), self.label(phase)
+        listed.append(LeftOut(client, label, reason))
         about = {"phase": phase, "client": client, "status": status, "reason": reason}
-        self.tell("client", **about, **asdict(cost), **({"figures": figures} if figures else {}))
-
-    def _warn(self, phase: str, client: str, status: str, reason: str, cost: Traffic) -> None:
-        self._tell_of(phase, client, status, reason, cost)
-        log(WARNING, "%s: %s is %s: %s", self.label(phase), client, status, reason)
+        self.tell("client", **about, **asdict(cost))
+        log(WARNING, "%s: %s is %s: %s", label, client, status, reason)
 
     def _remember_peak(self, label: str, peaks: Mapping[str, int]) -> None:
         known = self.memory[label]

@@ -29,6 +29,9 @@ from fedcompo.report.confusion import BINS, Bin, Tally
 
 CAP_WORDS: Mapping[str, list[Any]] = {"wire": list(Wire), "form": list(FisherForm)}
 """Caps that a client reports in words, and the words there are."""
+WHOSE = ("own_task", "frozen_class_il", "frozen_task_il", "class_il", "task_il", "own_heads")
+FIGURES = ("losses", *(f"{name}_accuracy" for name in WHOSE))
+"""Entries of answers that people and trackers are told as the run goes."""
 LARGEST = torch.finfo(torch.float32).max
 """Largest figure that a client can report: sums of these are finite in float64."""
 
@@ -88,6 +91,16 @@ def checked_fractions(client: str, figures: Mapping[str, Any]) -> dict[str, floa
                 f"Client {client!r} reports {name} = {value!r}, expected [0, 1]."
             )
     return {name: float(value) for name, value in figures.items()}
+
+
+def measured_in(
+    client: str, body: Body, own: Iterable[str], known: Iterable[str]
+) -> tuple[EvaluateAnswer, dict[str, float]]:
+    """Read what a client measured, and its accuracies by name; see :func:`checked_tally`."""
+    answer = EvaluateAnswer.from_body(body)
+    figures = checked_fractions(client, answer.figures)
+    checked_tally(client, answer, own, known)
+    return answer, figures
 
 
 def checked_tally(
@@ -159,11 +172,20 @@ def checked_caps(client: str, body: Body) -> list[dict[str, float | str]]:
     return [dict(caps) for caps in stated]
 
 
+def figures_of(body: Body) -> dict[str, Any]:
+    """Return the losses and accuracies that an answer states; whatever else it states is none."""
+    stated = {name: body[1][name] for name in FIGURES if name in body[1]}
+    return {n: v for n, v in stated.items() if all(map(_is_figure, v if type(v) is list else [v]))}
+
+
 def _can_be_true(name: str, value: Any) -> bool:
     if name in CAP_WORDS:
         return value in CAP_WORDS[name]
-    figure = isinstance(value, int | float) and not isinstance(value, bool)
-    return figure and 0 <= value <= LARGEST
+    return _is_figure(value) and value >= 0
+
+
+def _is_figure(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= LARGEST  # which NaN is not
 
 
 def too_large(what: str, traces: Mapping[str, float]) -> dict[str, str]:

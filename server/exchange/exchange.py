@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from logging import INFO
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.common.logger import log
 
 from fedcompo.backbone.preprocessing import Preprocessing
@@ -25,7 +25,7 @@ from fedcompo.messages.records import from_record, size_of, to_record
 from fedcompo.messages.requests import addressed
 from fedcompo.names import LONGEST
 from server.exchange.books import NOTHING, Books, Traffic
-from server.exchange.checks import checked_caps
+from server.exchange.checks import checked_caps, figures_of
 from server.exchange.kept_answers import KeptAnswers, question
 from server.exchange.nodes import Nodes
 
@@ -191,7 +191,8 @@ class Exchange:
     def _take(self, asking: _Asking, awaited: _Waiting, reply: Message) -> None:
         """Fold one reply in, or go on without its client."""
         client, seconds = awaited.client, time.monotonic() - awaited.departed
-        cost = Traffic(awaited.sent, _received(reply), seconds)
+        received = size_of(reply.content) if reply.has_content() else 0
+        cost = Traffic(awaited.sent, received, seconds)
         if reply.has_error():
             reason = f"code {reply.error.code}: {reply.error.reason or 'no reason given'}"
             self._fail(asking, client, reason, cost)
@@ -220,12 +221,8 @@ class Exchange:
         """Enter an answer that was folded in."""
         if name != client:
             self.nodes.rename(client, name)
-        caps, stated = checked_caps(name, body), body[1].items()
-        of_training = asking.expected == "train"  # votes have losses, too
-        figures = {
-            k: v for k, v in stated if k.endswith("_accuracy") or (k == "losses" and of_training)
-        }
-        known: dict[str, Any] = {"peaks": _peaks(body), "caps": caps, "figures": figures}
+        known: dict[str, Any] = {"peaks": _peaks(body), "caps": checked_caps(name, body)}
+        known["figures"] = figures_of(body) if asking.expected in ("train", "evaluate") else {}
         self.books.answered(asking.phase, name, cost, **known, reason=reason)
 
     def _fail(
@@ -286,8 +283,3 @@ def _peaks(body: Body) -> dict[str, int]:
     """Peak memory that a client reports, in bytes, by process and GPU."""
     peak = Process.from_body(body).peak_memory
     return {"client": peak.get("resident", 0), "client_gpu": peak.get("gpu", 0)}
-
-
-def _received(reply: Message) -> int:
-    content = reply.content if reply.has_content() else RecordDict()
-    return size_of(content)

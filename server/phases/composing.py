@@ -22,7 +22,7 @@ from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.kronecker import Metric
 from fedcompo.registry.registry import Registry
 from fedcompo.training.anchors import FisherSums
-from server.exchange.checks import checked_fractions, checked_tally
+from server.exchange.checks import measured_in
 from server.exchange.exchange import Exchange
 from server.phases import choosing
 
@@ -109,9 +109,6 @@ class Composing:
         return Head(classes, total.weight / counts.unsqueeze(1), total.bias / counts)
 
     def _fold(self, client: str, body: Body) -> str:
-        answer = EvaluateAnswer.from_body(body)
-        figures = checked_fractions(client, answer.figures)
         own, known = self.registry.member(client).classes, self.registry.classes
-        checked_tally(client, answer, own, known)
-        self.figures[client], self.answers[client] = figures, answer
+        self.answers[client], self.figures[client] = measured_in(client, body, own, known)
         return client

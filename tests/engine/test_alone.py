@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def test_without_a_registry_a_command_fits_the_first_of_one(images: Path, tmp_pa
     words = ["fit", "--data", str(images), "--client", "ada", "-o", str(tmp_path / "ada"), *few]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
+    assert not logging.getLogger("flwr").disabled
     said = " ".join(result.stdout.split())
     assert "Fitted ada (lora) to 32 images of 2 classes: 3, 8." in said
     assert "% of 18 test images" in said

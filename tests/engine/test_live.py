@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedcompo.engine.live import Display, Standing, State, line
+from fedcompo.engine.live import LEFT_OUT, OK, RUNNING, Display, State, line
 from fedcompo.engine.log import SERVER, Event, EventTail, note
 from fedcompo.report.console import PlainConsole
 from fedcompo.report.units import duration, size
@@ -83,14 +83,14 @@ def test_the_reason_of_a_failure_is_kept(tmp_path: Path) -> None:
 def test_progress_follows_the_events() -> None:
     progress = after(RUN[:2])
     assert progress.clients == ("anna", "ben", "cleo")
-    assert {cell.standing for cell in progress.cells.values()} == {Standing.RUNNING}
+    assert {cell.standing for cell in progress.cells.values()} == {RUNNING}
     progress = after(RUN)
     standings = {at: cell.standing for at, cell in progress.cells.items()}
     assert standings == {
-        ("anna", "train"): Standing.OK,
-        ("ben", "train"): Standing.LEFT_OUT,
-        ("cleo", "train"): Standing.LEFT_OUT,  # the phase ended without a word from cleo
-        (SERVER, "compose"): Standing.OK,
+        ("anna", "train"): OK,
+        ("ben", "train"): LEFT_OUT,
+        ("cleo", "train"): LEFT_OUT,  # the phase ended without a word from cleo
+        (SERVER, "compose"): OK,
     }
     assert (progress.bytes_sent, progress.bytes_received) == (1_500_000, 2_000)
 
@@ -150,10 +150,10 @@ def test_of_like_phases_there_is_one_column_that_says_which_it_is() -> None:
 
 def test_who_missed_a_round_is_not_left_out() -> None:
     progress = after([*in_round(1), in_round(2)[0]])
-    assert progress.cells["ben", "train"].standing is Standing.RUNNING
+    assert progress.cells["ben", "train"].standing == RUNNING
     progress = after(in_round(2))
     cell = progress.cells["ben", "train"]
-    assert (cell.standing, cell.part, cell.reason) == (Standing.MISSED, "round 2", "no answer")
+    assert (cell.standing, cell.part, cell.reason) == ("missed", "round 2", "no answer")
 
 
 def test_a_line_says_which_round_it_is() -> None:
@@ -211,7 +211,7 @@ def test_a_client_at_work_says_how_far_it_is_in_the_phase_that_runs() -> None:
     state = after([*RUN[:3], counting("cleo", 1200), counting("anna", 10)])
     far = "cleo decoding: 1,200 of 5,000 images, 310/s, 12 s left"
     assert state.at_work(3) == [far, "1 more to answer"]
-    assert state.cells["anna", "train"].standing is Standing.OK  # it has answered
+    assert state.cells["anna", "train"].standing == OK  # it has answered
     named = after([{**RUN[1], "clients": []}, counting("cleo", 1200)])
     assert set(named.cells) == {("cleo", "train")}
     assert after([counting("cleo", 1200)]) == State()
@@ -252,6 +252,14 @@ def test_a_pipe_gets_a_line_every_ten_seconds_whoever_is_at_work(monkeypatch) ->
     assert len(lines) == 3
     assert lines[1].startswith("[  10.0 s] a decoding: 90 of 5,000 images, 310/s, 16 s left")
     assert lines[2].endswith("; 3 more to answer")
+
+
+def test_of_work_before_the_first_phase_a_pipe_is_told_too(monkeypatch) -> None:
+    out = io.StringIO()
+    with Display(PlainConsole(file=out, width=200)) as display:
+        monkeypatch.setattr("fedcompo.engine.live.time.time", lambda: display._began + 11)
+        display.show({"event": "progress", "client": SERVER, "what": "loading", "time": 0.0})
+    assert out.getvalue().endswith("] server loading\n")
 
 
 def test_numbers_for_people() -> None:

@@ -11,6 +11,13 @@ from fedcompo.errors import ConfigError
 @pytest.fixture(autouse=True)
 def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_cpus", lambda: 16)
+    monkeypatch.setattr(resources, "_gpus", lambda: 0)
+
+
+def with_gpus(gpus: int, clients: int, device: str, **share: float) -> resources.Resources:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resources, "_gpus", lambda: gpus)
+        return resources.fair_resources(clients, device, **share)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +25,7 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     [(5, 0, 0.0), (5, 1, 0.2), (3, 1, 0.3333), (3, 2, 0.5), (1, 4, 1.0), (100, 1, 0.125)],
 )
 def test_clients_share_the_gpus_evenly(clients: int, gpus: int, share: float) -> None:
-    found = resources.fair_resources(clients, "auto", gpus=gpus)
+    found = with_gpus(gpus, clients, "auto")
     assert found.gpus_per_client == share
     assert found.federation(clients)["client-resources-num-cpus"] == 1
 
@@ -26,7 +33,7 @@ def test_clients_share_the_gpus_evenly(clients: int, gpus: int, share: float) ->
 def test_as_many_clients_run_at_a_time_as_fit_on_the_gpus() -> None:
     for clients in range(1, 40):
         for gpus in range(1, 9):
-            share = resources.fair_resources(clients, "cuda", gpus=gpus).gpus_per_client
+            share = with_gpus(gpus, clients, "cuda").gpus_per_client
             at_once = gpus * int(1 / share)
             assert at_once >= min(clients, 16, gpus * resources.CLIENTS_PER_GPU)
 
@@ -42,14 +49,14 @@ def test_of_very_many_clients_few_are_asked_at_a_time() -> None:
 
 
 def test_a_run_on_the_cpu_takes_no_gpu() -> None:
-    assert resources.fair_resources(3, "cpu", gpus=2).gpus_per_client == 0
+    assert with_gpus(2, 3, "cpu").gpus_per_client == 0
 
 
 def test_what_the_machine_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="GPUs"):
-        resources.fair_resources(3, "auto", gpus_per_client=0.5, gpus=0)
+        with_gpus(0, 3, "auto", gpus_per_client=0.5)
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
-        resources.fair_resources(3, "cuda:1", gpus=2)
+        with_gpus(2, 3, "cuda:1")
 
 
 def test_the_federation_is_what_flower_calls_it() -> None:

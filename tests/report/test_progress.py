@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from fedcompo.report import progress
-from fedcompo.report.progress import Files, Progress, each, every, listening, step, telling, track
+from fedcompo.report.progress import (
+    Files,
+    Progress,
+    each,
+    listening,
+    step,
+    telling,
+    to_lines,
+    track,
+)
 
 
 @pytest.fixture
@@ -67,7 +76,7 @@ def test_steps_without_a_number_are_told_at_once_and_only_to_listeners():
 
 def test_a_log_has_a_line_every_ten_seconds_and_one_at_the_end(clock):
     lines: list[str] = []
-    listener = every(10, lines.append)
+    listener = to_lines(lines.append)
     with listening(listener), track(25, "images", "training") as count:
         for _ in range(25):
             clock[0] += 1

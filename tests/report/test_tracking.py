@@ -11,7 +11,7 @@ import pytest
 
 from fedcompo.errors import ConfigError
 from fedcompo.report import tracking
-from fedcompo.report.tracking import TRACKERS, Tracking, require, tracked
+from fedcompo.report.tracking import TRACKERS, Tracking, require
 
 COST = {"bytes_sent": 10, "bytes_received": 5, "seconds": 2.0}
 
@@ -49,7 +49,7 @@ FIGURES = {
 
 def follow(name: str, folder: Path, *, events: int = len(RUN)) -> None:
     """Let a tracker hear of a run, which fails unless it gets to its end."""
-    with tracked([name], folder, {"kind": "lora", "data": ""}, pytest.fail) as told:
+    with Tracking([name], folder, {"kind": "lora", "data": ""}, pytest.fail) as told:
         for event in RUN[:events]:
             told.hear(event)
         if events == len(RUN):

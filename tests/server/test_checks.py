@@ -15,7 +15,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.report.confusion import BINS, Tally, interval
 from fedcompo.runtime import check_versions, installed_versions
 from fedcompo.storage.files import FISHER
-from server.exchange.checks import checked_tally, too_large
+from server.exchange.checks import checked_tally, figures_of, too_large
 
 
 def test_a_fisher_is_too_large_far_beyond_the_median():
@@ -28,6 +28,12 @@ def test_a_fisher_is_too_large_far_beyond_the_median():
 @pytest.mark.parametrize("traces", [{}, {"a": 1.0, "b": 1e9}, {"a": 0.0, "b": 0.0, "c": 1.0}])
 def test_without_a_usual_fisher_none_is_too_large(traces):
     assert too_large("Fisher", traces) == {}
+
+
+def test_nobody_is_told_what_a_client_states_beside_its_figures():
+    honest = {"losses": [2.5, 1.5], "class_il_accuracy": 0.5}
+    lies = {"own_task_accuracy": 10**400, "task_il_accuracy": ["x"], "\x1b_accuracy": 0.5}
+    assert figures_of(({}, {**honest, **lies})) == honest
 
 
 def test_the_same_versions_leave_nothing_to_say():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from app_runs import run
 
-from fedcompo.errors import ConfigError
+from fedcompo.errors import ConfigError, LaunchError
 from fedcompo.messages.records import from_record
 from fedcompo.registry.registry import Registry
 from fedcompo.storage import tensorfile
@@ -150,13 +150,13 @@ def test_going_on_with_other_settings_is_refused_and_changes_nothing(tmp_path):
 
 def test_a_finished_run_cannot_be_resumed(tmp_path):
     run(Watched().options(), tmp_path / "run")
-    with pytest.raises(ConfigError, match="finished"):
+    with pytest.raises(LaunchError, match="finished"):
         run(Watched().options(), tmp_path / "run", resume=True)
 
 
 def test_where_nothing_was_begun_nothing_can_be_resumed(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ConfigError, match="no run that was begun"):
+    with pytest.raises(LaunchError, match="holds no run to go on with"):
         run(Watched().options(), tmp_path / "run", resume=True)
 
 
