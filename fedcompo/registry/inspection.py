@@ -68,19 +68,16 @@ def details(registry: RegistryReader, client: str) -> Values:
 
 def history_of(entries: Sequence[Entry], client: str) -> list[Values]:
     """List the lines of a journal that are about a client."""
-    history = []
-    for entry in entries:
-        added = [m["client"] for m in entry.details.get("clients", ()) if isinstance(m, dict)]
-        if client in (*added, entry.details.get("client")):
-            history.append(
-                {
-                    "sequence": entry.sequence,
-                    "time": entry.time,
-                    "event": entry.event,
-                    **{k: v for k, v in entry.details.items() if k in ("record", "within")},
-                }
-            )
-    return history
+    return [
+        {
+            "sequence": entry.sequence,
+            "time": entry.time,
+            "event": entry.event,
+            **{k: v for k, v in entry.details.items() if k in ("record", "within")},
+        }
+        for entry in entries
+        if entry.event != "realigned" and client in entry.clients
+    ]
 
 
 def removal_plan(registry: RegistryReader, client: str, *, keep_versions: bool) -> Values:

@@ -54,7 +54,7 @@ def story(registry: RegistryReader) -> Values:
                 "line": entry.sequence,
                 "time": entry.time,
                 "event": entry.event + (" to be replaced" if "within" in entry.details else ""),
-                "clients": _clients_of(entry),
+                "clients": entry.clients,
                 "sha256": entry.sha256,
             }
             for entry in entries
@@ -101,9 +101,3 @@ def _receipt(registry: RegistryReader, entry: Entry) -> Values:
     roots = {key: said[key] for key in ("root_before", "root_after")}
     known = {key: said[key] for key in keys}
     return {"time": entry.time, "line": entry.sequence, **known, **roots, **values, "fault": fault}
-
-
-def _clients_of(entry: Entry) -> list[str]:
-    """Clients that a line of the journal is about."""
-    several = [m["client"] if isinstance(m, dict) else m for m in entry.details.get("clients", ())]
-    return [*several, *([entry.details["client"]] if "client" in entry.details else [])]
