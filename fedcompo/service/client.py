@@ -25,7 +25,7 @@ from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
 from fedcompo.service.transfer import CONTRIBUTION, FileEntry, outgoing, received, without_paths
-from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS, is_free
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
@@ -274,7 +274,7 @@ class Client:
         call: Callable[[Any], Any],
         names: tuple[frozenset[str], frozenset[str]],
     ) -> Any:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not is_free(output):
             raise ConfigError(f"{output} holds something already; name a new folder.")
         return self._attempts.make(lambda: received(output, call, names))
 
