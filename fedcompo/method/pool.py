@@ -71,10 +71,6 @@ class Pool:
         """Number of clients."""
         return len(self.contributions)
 
-    def add(self, contribution: Contribution) -> Pool:
-        """Return a pool with one more client; raises ``ContributionError`` if it is in already."""
-        return Pool((*self.contributions, contribution))
-
     def only(self, *clients: str) -> Pool:
         """Return the pool of these clients alone, for a specialised model."""
         require_known(clients, self.clients, "pool")
