@@ -27,14 +27,10 @@ FIRST_FREE_PORT = 1024
 """A process needs a right to listen on a port below."""
 
 
-def top_files(deployment: Deployment) -> dict[str, str]:
-    """The files beside the folders, by name."""
-    return {"README.md": filled("README.md", _values(deployment))}
-
-
-def operator_files(deployment: Deployment) -> dict[str, str]:
-    """The operator's files by name."""
-    return {"registry": _registry_script(OPERATOR, OPERATOR, "", deployment)}
+def other_files(deployment: Deployment) -> dict[str, str]:
+    """The files beside the server's and the clients', by relative path."""
+    script = _registry_script(OPERATOR, OPERATOR, "", deployment)
+    return {"README.md": filled("README.md", _values(deployment)), f"{OPERATOR}/registry": script}
 
 
 def client_files(name: str, deployment: Deployment) -> dict[str, str]:

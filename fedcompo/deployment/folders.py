@@ -17,9 +17,8 @@ from fedcompo.deployment import given_app
 from fedcompo.deployment.contents import (
     OPERATOR,
     client_files,
-    operator_files,
+    other_files,
     server_files,
-    top_files,
 )
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.templates import write_files
@@ -56,12 +55,11 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         authority.save(draft / "authority")
         authority.issue_client(OPERATOR, operator=True).save(draft / OPERATOR, OPERATOR)
         _copy_authority(draft, draft / OPERATOR)
-        write_files(draft / OPERATOR, operator_files(deployment))
         _write_server(draft, deployment, authority, app)
         given_app.give(draft / "server" / "app", draft / "given")
         for name in deployment.clients:
             _write_client(draft, name, deployment, authority)
-        write_files(draft, top_files(deployment))
+        write_files(draft, other_files(deployment))
         deployment.save(draft)
 
 
