@@ -33,7 +33,7 @@ def story(registry: RegistryReader) -> Values:
         "root": state.root,
         "settings": registry.settings.values,
         "scale": registry.scale,
-        "factor_by": str(registry.factor_by),
+        "factor_by": str(registry.state.factor_by),
         "classes": list(registry.classes),
         "clients": [
             {
