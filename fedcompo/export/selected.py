@@ -63,11 +63,7 @@ class Asked:
     """Who is subtracted from what is composed of the pool."""
 
     @classmethod
-    def of(
-        cls,
-        everyone: Pool,
-        **choice: Unpack[Options],
-    ) -> Self:
+    def of(cls, everyone: Pool, **choice: Unpack[Options]) -> Self:
         """Choose clients; a recipe stands in place of the options.
 
         Raises:

@@ -138,11 +138,7 @@ class Pool:
             yield name, (weight.double() + scale * total).to(weight.dtype)
 
     def check_composable(
-        self,
-        coefficients: Mapping[str, float] | None,
-        *,
-        base: str = "",
-        normalise: bool = True,
+        self, coefficients: Mapping[str, float] | None, *, base: str = "", normalise: bool = True
     ) -> dict[str, float]:
         """Return the coefficients that :meth:`compose` uses; raises as it does.
 

@@ -93,21 +93,10 @@ class Registry(RegistryReader):
             BackboneMismatch: If one was trained on other pre-trained weights.
             RegistryLocked: If another process keeps changing the registry.
         """
-        changes.add(
-            self,
-            sources,
-            replacing=replacing,
-            empty=empty,
-            requested_by=requested_by,
-        )
+        changes.add(self, sources, replacing=replacing, empty=empty, requested_by=requested_by)
 
     def remove(
-        self,
-        client: str,
-        *,
-        requested_by: str = "",
-        reason: str = "",
-        keep_versions: bool = False,
+        self, client: str, *, requested_by: str = "", reason: str = "", keep_versions: bool = False
     ) -> RemovalRecord:
         """Remove a client: its files, its term of the sum, its rows of the head.
 
@@ -125,11 +114,7 @@ class Registry(RegistryReader):
             RegistryLocked: If another process keeps changing the registry.
         """
         return changes.remove(
-            self,
-            client,
-            requested_by=requested_by,
-            reason=reason,
-            keep_versions=keep_versions,
+            self, client, requested_by=requested_by, reason=reason, keep_versions=keep_versions
         )
 
     def realign(

@@ -238,9 +238,7 @@ class Client:
         ]
 
     def _published(
-        self,
-        offer: Any,
-        chunks: Callable[[Mapping[str, int]], Iterator[wire.Chunk]],
+        self, offer: Any, chunks: Callable[[Mapping[str, int]], Iterator[wire.Chunk]]
     ) -> Any:
         """Make one attempt to publish: offer, learn what the server has, send the rest."""
         total = sum(file.size for file in offer.offer.files)
@@ -269,10 +267,7 @@ class Client:
         return published
 
     def _download(
-        self,
-        output: Path,
-        call: Callable[[Any], Any],
-        names: tuple[frozenset[str], frozenset[str]],
+        self, output: Path, call: Callable[[Any], Any], names: tuple[frozenset[str], frozenset[str]]
     ) -> Any:
         if not is_free(output):
             raise ConfigError(f"{output} holds something already; name a new folder.")
