@@ -41,7 +41,7 @@ class Enough(Exception):
 
 def at_the_door(registry: Registry, folder: Path) -> None:
     """All that ``Registry.add`` does before it composes."""
-    with drafted(registry, "fuzz", lambda step: None) as draft:
+    with drafted(registry, "fuzz") as draft:
         draft.stage(folder, Company.of(registry))
         raise Enough
 

@@ -24,7 +24,7 @@ from fedcompo.config.choices import Kind
 from fedcompo.config.data import DataConfig
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split, load_client_data
-from fedcompo.engine.live import Progress
+from fedcompo.engine.live import State
 from fedcompo.errors import ConfigError, ContributionError, TooFewClients
 from fedcompo.method.deltas import new_deltas
 from fedcompo.method.features import extract_features
@@ -229,7 +229,7 @@ def test_those_who_follow_the_run_see_its_rounds(images, tmp_path):
     given = settings(images, kind="ia3", method="fedavg", num_server_rounds=2)
     run({}, tmp_path / "out", **given)
     lines = (tmp_path / "out" / "events.jsonl").read_text().splitlines()
-    events, progress = [json.loads(line) for line in lines], Progress()
+    events, progress = [json.loads(line) for line in lines], State()
     for event in events:
         progress = progress.after(event)
     assert progress.phases == ("describe", "evaluate frozen", "train", "evaluate")

@@ -122,7 +122,7 @@ def test_they_go_on_from_what_they_were(images, registry):
 def test_a_repair_leaves_no_files_of_its_own(images, registry, state):
     remove(images, registry)
     left = {path.name for path in (registry.parent / "out").iterdir()}
-    assert left == {"results.json", "events.jsonl", "flower.log"}
+    assert left == {"results.json", "events.jsonl", "flower.log", "report.html"}
     assert list(state.rglob("*")) == []
 
 
@@ -166,7 +166,7 @@ def test_if_nobody_can_be_repaired_the_removal_stands_and_a_note_says_why(images
     assert list(results["accuracy_after"]) == ["ben", "eve"]
     assert all(finding.holds for finding in verify_registry(registry))
     left = {path.name for path in (registry.parent / "out").iterdir()}
-    assert left == {"results.json", "events.jsonl", "flower.log"}
+    assert left == {"results.json", "events.jsonl", "flower.log", "report.html"}
 
 
 def test_a_disk_that_fails_during_repair_leaves_the_removal_standing(images, registry, monkeypatch):
