@@ -23,7 +23,10 @@ PUNCTUATION = " -_.,#+&()[]{}"
 OPENING = "_([{"
 """Of these, the marks that a name may start with. A shell reads a hyphen as an option, a list or a
 table a ``#`` as a comment and a ``+`` as a formula."""
-RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}
+REFERENCE = "(reference)"
+"""Stands in place of a client's name in the file of a reference Fisher."""
+DEVICES = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}
+RESERVED = {REFERENCE, *DEVICES}
 WRITTEN_TOGETHER = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}
 
 CYRILLIC = str.maketrans("авгекмнорстухѕіјһѵԁԛԝӏ", "abrekmhopctyxsljhvdqwl")
@@ -63,7 +66,7 @@ def check_client_name(name: str) -> str:
     if name[-1:] in (".", " ", ","):
         faults.append(f"it ends with {name[-1]!a}")
     if plain.partition(".")[0].rstrip(" ").casefold() in RESERVED:
-        faults.append("some systems reserve it")
+        faults.append("it is reserved, here or on some system")
     if faults:
         raise ContributionError(
             f"{name[:80]!r} cannot be a client's name: {'; '.join(faults)}. "

@@ -52,23 +52,22 @@ def check(
         options = {"data": data} if data and not alone else {}
         config = RunConfig.parse(settings_of(scenario, assignments or [], options))
         CompositionSettings.of(config)
-        from fedcompo.engine.preflight import Machine, look
+        from fedcompo.engine.preflight import look
         from fedcompo.engine.resources import fair_resources
         from fedcompo.report.preflight import print_preflight
 
-        cpus = fair_resources(1 if alone else 10**6, config.device).cpus
-        machine = Machine(cpus, 0 if alone else 1, Path(config.output), starts=not alone)
+        at_once = 1 if alone else fair_resources(10**6, config.device).cpus
         found = look(
             config,
             own=data if alone else "",
             client=client,
-            clients=config.server.num_clients,
-            machine=machine,
+            at_once=at_once,
+            starts=not alone,
             seconds=math.inf if full else SECONDS,
         )
     if as_json:
         print_json(found.values())
     else:
-        print_preflight(found.values(), at_once=machine.at_once)
+        print_preflight(found.values(), at_once=at_once)
     if found.faults:
         raise typer.Exit(1)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
-from fedcompo.data.cache import Put, Report, digest_of, stored
+from fedcompo.data.cache import Put, Report, stored
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.draws import Indices
 from fedcompo.data.pictures import (
@@ -45,8 +45,8 @@ from fedcompo.storage.files import canonical
 
 IN_MEMORY = 64 * 2**20
 """Bytes of decoded images that are held in memory; more are kept in a file."""
-AHEAD = 4
-"""Images that a thread may be ahead of the one that is stored next."""
+AHEAD = 16
+"""Images a thread that are decoded before they are stored."""
 FORMAT = 1
 """Changes with what this file makes of the same picture."""
 logger = logging.getLogger(__name__)
@@ -81,25 +81,41 @@ def decode(
             are. If the backbone reads texts and these are none, or the other way round. If there
             is no room on disk.
     """
-    if catalogue.modality != preprocessing.modality:
-        raise DataError(
-            f"{catalogue.source} holds {catalogue.modality}, but the backbone reads "
-            f"{preprocessing.modality}. Change `data`, or `backbone`."
-        )
+    check_modality(catalogue, preprocessing)
     whose, kept = f"Client {client!r}", sum(map(len, train))
-    reader = _Reader(catalogue, np.concatenate([*train, *test]), whose, preprocessing, kept)
+    reader = Reader(catalogue, np.concatenate([*train, *test]), whose, preprocessing, kept)
     shape = torch.Size((len(reader.chosen), *preprocessing.shape))
     images: Images
     with one_thread():  # torch's own threads would get in the way of those that decode
         if shape.numel() <= IN_MEMORY:
             images = memory = torch.empty(shape, dtype=torch.uint8)
-            report, _ = reader.make(memory.__setitem__)
+            report = reader.make(memory.__setitem__)
         else:
-            images = stored(cache, reader.name, shape, reader.make, reader.again)
+            images = stored(cache, reader.name, shape, reader.make)
             report = images.report
     for note in report.notes:
         logger.warning("%s: %s", whose, note)
     return part_of(images, slice(kept)), part_of(images, slice(kept, None)), report.facts
+
+
+def check_modality(catalogue: Catalogue, preprocessing: Preprocessing) -> None:
+    """Refuse texts for a backbone that reads pictures, and the other way round."""
+    if catalogue.modality != preprocessing.modality:
+        raise DataError(
+            f"{catalogue.source} holds {catalogue.modality}, but the backbone reads "
+            f"{preprocessing.modality}. Change `data`, or `backbone`."
+        )
+
+
+def refuse(faults: Mapping[int, str], whose: str, of: str, catalogue: Catalogue) -> None:
+    """Raise ``DataError`` on examples that cannot be read, by index, if there are any."""
+    if faults:
+        listed = few([*faults.values()], between="\n  - ")
+        raise DataError(
+            f"{whose}: {len(faults)} of {of} cannot be used:\n  - {listed}\nRepair them, save them "
+            "as PNG with 8 bits a channel, or take them out; images are never skipped.",
+            told=f"{catalogue.count(faults)} cannot be used",
+        )
 
 
 def workers() -> int:
@@ -114,12 +130,13 @@ def workers() -> int:
 
 
 @dataclass(frozen=True)
-class _Example:
+class Example:
     """What became of one example."""
 
     pixels: Tensor | None = None
     """(channels, height, width), uint8; None: the range of its pixels is not known yet."""
-    digest: bytes = b""
+    mark: int = 0
+    """Eight bytes of a digest of its pixels, which tell images apart."""
     odd: tuple[str, ...] = ()
     kind: str = ""
     """Of pixels with more than 8 bits; empty: they have 8 or fewer."""
@@ -129,7 +146,7 @@ class _Example:
     """Why it cannot be read."""
 
 
-class _Reader:
+class Reader:
     """Reads the examples of a client; counts what is odd, and how large pixels get."""
 
     def __init__(
@@ -142,12 +159,9 @@ class _Reader:
     ) -> None:
         self._catalogue, self.chosen, self._whose = catalogue, chosen, whose
         self._preprocessing, self._kept = preprocessing, kept
+        self._unit = "texts" if catalogue.modality is Modality.TEXTS else "images"
         self._of = f"{len(chosen)} {self._unit} in {catalogue.source}"
-        self._digests = np.zeros((len(chosen), 32), np.uint8)
-
-    @property
-    def _unit(self) -> str:
-        return "texts" if self._catalogue.modality is Modality.TEXTS else "images"
+        self._marks = np.zeros(len(chosen), np.uint64)
 
     @property
     def name(self) -> str:
@@ -164,7 +178,7 @@ class _Reader:
         }
         return sha256(canonical(decides).encode()).hexdigest()
 
-    def make(self, put: Put) -> tuple[Report, bytes]:
+    def make(self, put: Put) -> Report:
         """Store every image, and say what was found.
 
         Pictures with more than 8 bits are read twice: their range is known when all are seen.
@@ -175,7 +189,7 @@ class _Reader:
         for kind, peak in peaks.items():
             which = f"{self._whose}: {odd[kind]} of {self._of} have {kind}"
             tops[kind] = top_of(kind, peak, which)
-        self._fill(put, waiting, tops)
+        self._fill(put, waiting, tops, {}, Counter())
         notes = []
         for what, count in odd.items():
             top = tops.get(what)
@@ -183,34 +197,27 @@ class _Reader:
             notes.append(f"{count} of {self._of} {told}.")
         facts = {kind: top for kind, top in tops.items() if kind != COLOURS}
         facts |= {what: count for what, count in odd.items() if what in ODD}
-        marks = self._digests.view(np.uint64)[:, 0]  # eight bytes tell images apart
-        if repeated := int(np.isin(marks[self._kept :], marks[: self._kept]).sum()):
+        marks, kept = self._marks, self._kept
+        if repeated := int(np.isin(marks[kept:], marks[:kept]).sum()):
             facts[REPEATED] = repeated
             notes.append(
-                f"{repeated} of {len(marks) - self._kept} test {self._unit} in "
+                f"{repeated} of {len(marks) - kept} test {self._unit} in "
                 f"{self._catalogue.source} are training {self._unit} too, as the backbone sees "
                 "them; accuracies are too high. Take them out of one of the two."
             )
-        return Report(facts, tuple(notes), tops), self._digests.tobytes()
-
-    def again(self, row: int, report: Report) -> Tensor:
-        """Read one example again."""
-        example = self._example(row, report.tops)
-        if example.pixels is None:
-            raise DataError(f"{self._whose}: {example.fault}, although it could be read before.")
-        return example.pixels
+        return Report(facts, tuple(notes))
 
     def _fill(
         self,
         put: Put,
         rows: Sequence[int],
         tops: Mapping[str, int],
-        peaks: dict[str, float] | None = None,
-        odd: Counter[str] | None = None,
+        peaks: dict[str, float],
+        odd: Counter[str],
     ) -> list[int]:
         """Store some rows, in order; return those whose pictures must be read again."""
         waiting, faults = [], {}
-        examples = _in_threads(lambda row: self._example(row, tops), rows)
+        examples = _in_threads(lambda row: self.example(row, tops), rows)
         with track(len(rows), self._unit, "decoding") as count:
             for row, example in zip(rows, examples, strict=True):
                 if example.fault:
@@ -219,24 +226,21 @@ class _Reader:
                     waiting.append(row)
                 else:
                     put(row, example.pixels)
-                    self._digests[row] = np.frombuffer(example.digest, np.uint8)
-                if odd is not None:
-                    odd.update(example.odd)
-                if peaks is not None and example.kind:
+                    self._marks[row] = example.mark
+                odd.update(example.odd)
+                if example.kind:
                     peaks[example.kind] = max(example.peak, peaks.get(example.kind, 0))
                 count(1)
-        if faults:
-            listed = few([*faults.values()], between="\n  - ")
-            raise DataError(
-                f"{self._whose}: {len(faults)} of {self._of} cannot be used:\n  - {listed}\n"
-                "Repair them, save them as PNG with 8 bits a channel, or take them out; images are "
-                "never skipped.",
-                told=f"{self._catalogue.count(faults)} cannot be used",
-            )
+        refuse(faults, self._whose, self._of, self._catalogue)
         return waiting
 
-    def _example(self, row: int, tops: Mapping[str, int]) -> _Example:
-        """Read an example; several threads do so at the same time."""
+    def example(self, row: int, tops: Mapping[str, int]) -> Example:
+        """Read an example; several threads do so at the same time.
+
+        Args:
+            row: Its place among those that were chosen.
+            tops: What becomes 255, by kind of pixels with more than 8 bits, as far as it is known.
+        """
         index, about = int(self.chosen[row]), ""
         try:
             content = self._catalogue.open(index)
@@ -247,9 +251,9 @@ class _Reader:
             return self._picture(opened, tops)
         except Exception as error:  # Pillow's decoders raise errors of every kind
             reason = str(error) or type(error).__name__
-            return _Example(fault=f"{self._catalogue.describe(index)}: {about}{reason}")
+            return Example(fault=f"{self._catalogue.describe(index)}: {about}{reason}")
 
-    def _picture(self, opened: Image.Image, tops: Mapping[str, int]) -> _Example:
+    def _picture(self, opened: Image.Image, tops: Mapping[str, int]) -> Example:
         """Convert a picture to 8 bits, upright, and to the input's size."""
         kind = kind_of(opened)
         wide, odd = kind in WIDE.values(), oddities(opened, kind)
@@ -258,38 +262,24 @@ class _Reader:
         if not wide and see_through(upright):
             odd.append(SEE_THROUGH)
         peak = peak_of(upright, kind) if kind and kind not in tops else 0.0
-        if not wide:
-            return self._prepared(upright, tuple(odd), kind, peak)
-        if kind not in tops:
-            return _Example(odd=tuple(odd), kind=kind, peak=peak)
-        pixels = np.rint(np.asarray(upright) / (tops[kind] / 255))
-        eight = Image.fromarray(pixels.clip(max=255).astype(np.uint8))
-        return self._prepared(eight, tuple(odd), kind, peak)
+        if wide and kind not in tops:
+            return Example(odd=tuple(odd), kind=kind, peak=peak)
+        if wide:
+            pixels = np.rint(np.asarray(upright) / (tops[kind] / 255))
+            upright = Image.fromarray(pixels.clip(max=255).astype(np.uint8))
+        return replace(self._prepared(upright), odd=tuple(odd), kind=kind, peak=peak)
 
-    def _prepared(
-        self,
-        example: Image.Image | bytes,
-        odd: tuple[str, ...] = (),
-        kind: str = "",
-        peak: float = 0,
-    ) -> _Example:
+    def _prepared(self, example: Image.Image | bytes) -> Example:
         pixels = self._preprocessing.prepare(example)
-        return _Example(pixels, digest_of(pixels), odd, kind, peak)
+        return Example(pixels, int.from_bytes(sha256(pixels.numpy().data).digest()[:8]))
 
 
-def _in_threads(work: Callable[[int], _Example], rows: Sequence[int]) -> Iterator[_Example]:
+def _in_threads(work: Callable[[int], Example], rows: Sequence[int]) -> Iterator[Example]:
     """Do the work of each row in several threads; yields results in order, few of them ahead."""
     if (count := workers()) == 1 or len(rows) < 2:
         yield from map(work, rows)
         return
     Image.init()  # two threads that load Pillow's formats at once may each miss some
     with ThreadPoolExecutor(count, "decode") as pool:
-        ahead = deque(pool.submit(work, row) for row in rows[: AHEAD * count])
-        try:
-            for row in rows[AHEAD * count :]:
-                yield ahead.popleft().result()
-                ahead.append(pool.submit(work, row))
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for first in range(0, len(rows), AHEAD * count):
+            yield from pool.map(work, rows[first : first + AHEAD * count])

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -19,7 +18,6 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.voting import scales
 from fedcompo.config.choices import Curvature, FisherForm, Method, Statistics, Wire, kinds_of
 from fedcompo.config.run import RunConfig
-from fedcompo.data.checks import Amount
 from fedcompo.data.client_data import Split
 from fedcompo.data.decoding import IN_MEMORY
 from fedcompo.method.deltas import new_deltas
@@ -30,8 +28,8 @@ from fedcompo.training.fit import fit_task_vector
 from fedcompo.training.pace import pace
 from fedcompo.training.probing import fisher_of_images
 
-MEASURED = 0.3
-"""Seconds of forward passes that are measured; the other steps take a few times as long."""
+MEASURED = 0.1
+"""Seconds of the forward passes of a batch; the other steps take a few times as long."""
 STARTS = 28.0
 """Seconds until Flower's engine and the processes of its clients have started."""
 MESSAGE = 0.1
@@ -40,6 +38,19 @@ ENGINE_BYTES = 150_000_000
 """Memory of a client's process besides this one's own: Flower and Ray."""
 WIRE = {Wire.FLOAT32: 4, Wire.BFLOAT16: 2, Wire.INT8: 1}
 """Bytes of a number."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What one client owns: its images and classes."""
+
+    train: int
+    aside: int
+    """Of the training images, those kept aside."""
+    test: int
+    classes: int
+    rate: float
+    """Images read a second; infinite: no time."""
 
 
 @dataclass(frozen=True)
@@ -70,56 +81,43 @@ class Estimate:
     """Bytes of the run's folder, and of decoded images that are kept for its phases."""
 
 
-def measure(backbone: Backbone, config: RunConfig, *, threads: int = 0) -> Pace:
-    """Time a few passes of the client's own code on random pixels, and one step of training.
-
-    Args:
-        backbone: Pre-trained weights.
-        config: Settings of the run.
-        threads: CPUs of a client; 0: those of this process.
-    """
-    usual = torch.get_num_threads()
-    torch.set_num_threads(threads or usual)
-    try:
-        return _measured(backbone, config)
-    finally:
-        torch.set_num_threads(usual)
-
-
-def _measured(backbone: Backbone, config: RunConfig) -> Pace:
-    shape, drawn = backbone.preprocessing.shape, torch.Generator().manual_seed(0)
-    one = torch.randint(0, 256, (1, *shape), dtype=torch.uint8, generator=drawn)
-    extract_features(backbone.forward({}), one)  # the first time takes longer
-    began = time.perf_counter()
-    extract_features(backbone.forward({}), one)
-    single = time.perf_counter() - began
-    count = max(2, min(config.train.batch_size, math.ceil(MEASURED / 3 / single)))
-    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=drawn)
-    classes = ("0", "1")
-    head = zero_head(classes, backbone.num_features)
+def measure(backbone: Backbone, config: RunConfig) -> Pace:
+    """Time a few passes of the client's own code on random pixels, and steps of training."""
+    drawn, labels = torch.Generator().manual_seed(0), torch.arange(config.train.batch_size) % 2
+    shape = (config.train.batch_size, *backbone.preprocessing.shape)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=drawn)
+    head = zero_head(("0", "1"), backbone.num_features)
     own = None if config.fisher.curvature is Curvature.FEATURES else head
-    form, labels = config.caps.fisher_form, torch.arange(count) % 2
+    kind, form = kinds_of(config.train.kind)[0], config.caps.fisher_form
 
     def seconds(work: Callable[[], object]) -> float:
         began = time.perf_counter()
         work()
         return time.perf_counter() - began
 
-    def fit(epochs: int) -> object:
-        kind = kinds_of(config.train.kind)[0]
-        own_pace = replace(config.train, local_epochs=epochs, local_steps=0, batch_size=count)
-        return fit_task_vector(
-            backbone, kind, Split(images, labels), head, own_pace, generator=drawn
+    def forward() -> object:
+        return extract_features(backbone.forward({}), images)
+
+    def fisher() -> object:
+        return fisher_of_images(
+            backbone, images, config.fisher, seed=0, owner="", head=own, form=form
         )
 
-    forward = seconds(lambda: extract_features(backbone.forward({}), images))
-    given: dict[str, Any] = {"seed": 0, "owner": "", "head": own, "form": form}
-    fisher = seconds(lambda: fisher_of_images(backbone, images, config.fisher, **given))
-    fit(1)  # the first time takes longer
+    def fit(epochs: int) -> object:
+        fast = replace(config.train, local_epochs=epochs, local_steps=0, batch_size=len(images))
+        split = Split(images, labels[: len(images)])
+        return fit_task_vector(backbone, kind, split, head, fast, generator=drawn)
+
+    every, images = images, images[:1]
+    forward()  # the first time takes longer
+    count = max(2, math.ceil(MEASURED / seconds(forward)))
+    images = every[:count]
+    taken = seconds(forward), seconds(fisher)
+    fit(1)
     short, long = seconds(lambda: fit(1)), seconds(lambda: fit(3))
     step = max((long - short) / 2, long / 6)
-    resident = peak_bytes().get("resident", 0)
-    return Pace(forward / count, fisher / count, step / count, resident)
+    each = [spent / len(images) for spent in (*taken, step)]
+    return Pace(each[0], each[1], each[2], peak_bytes().get("resident", 0))
 
 
 def estimate(
@@ -144,40 +142,35 @@ def estimate(
         starts: Whether Flower's engine starts first.
     """
     rounds = 1 if config.method.method is Method.ITA else config.method.num_server_rounds
-    tried = _models_described(config, len(amounts))
-    seconds = [_seconds(config, measured, own, rounds=rounds, tried=tried) for own in amounts]
+    sums = config.head.statistics is Statistics.SUMS and not config.caps.dp_noise
+    votes = config.compose.realign and sums and config.train.aside > 0
+    tried = len(scales(len(amounts))) if votes else int(config.compose.realign)
+    seconds = [_seconds(config, measured, own, rounds, tried) for own in amounts]
     if starts:  # whoever trains a client may not be the process that described it, and read it
         seconds = [s + (a.train + a.test) / a.rate for s, a in zip(seconds, amounts, strict=True)]
     messages = (4 + rounds) * MESSAGE * len(amounts)
     longest = max(max(seconds), (sum(seconds) + messages) / at_once)
-    traffic = [_traffic(backbone, config, own, classes, rounds, tried) for own in amounts]
-    sent, received = (sum(part) // len(amounts) for part in zip(*traffic, strict=True))
-    pixels = math.prod(backbone.preprocessing.shape)
+    theta_0, head = backbone.theta_0, 4 * (backbone.num_features + 1)
+    sent = [_sent(backbone, config, own, rounds, tried) for own in amounts]
+    dense = 4 * sum(weight.numel() for weight in theta_0.values())
+    received = dense + 2 * head * classes + dense * (tried > 0)
+    received += votes * (dense + tried * head * classes)
+    received += (
+        _fisher(config, backbone, 4) if config.method.method is Method.ITA else rounds * dense
+    )
     whole = 4 * sum(weight.numel() for weight in backbone.model.parameters())
+    pixels = math.prod(backbone.preprocessing.shape)
     decoded = [(own.train + own.test) * pixels for own in amounts]
-    stored = sum(held for held in decoded if held > IN_MEMORY)
     return Estimate(
         seconds=STARTS * starts + longest,
         memory=measured.resident + ENGINE_BYTES + min(max(decoded), IN_MEMORY),
-        sent=sent,
+        sent=sum(sent) // len(amounts),
         received=received,
-        disk=3 * whole + 2 * sum(s for s, _ in traffic) + stored,
+        disk=3 * whole + 2 * sum(sent) + sum(held for held in decoded if held > IN_MEMORY),
     )
 
 
-def _models_described(config: RunConfig, clients: int) -> int:
-    """Number of composed models by whose features the clients describe their images again."""
-    if not config.compose.realign:
-        return 0
-    return len(scales(clients)) if _votes(config) else 1
-
-
-def _votes(config: RunConfig) -> bool:
-    sums = config.head.statistics is Statistics.SUMS
-    return config.compose.realign and sums and config.train.aside > 0 and not config.caps.dp_noise
-
-
-def _seconds(config: RunConfig, measured: Pace, own: Amount, *, rounds: int, tried: int) -> float:
+def _seconds(config: RunConfig, measured: Pace, own: Amount, rounds: int, tried: int) -> float:
     """Seconds of one client's work."""
     kept = own.train - own.aside
     batch, steps = pace(kept, config.train, 1.0)
@@ -191,27 +184,25 @@ def _seconds(config: RunConfig, measured: Pace, own: Amount, *, rounds: int, tri
     )
 
 
-def _traffic(
-    backbone: Backbone, config: RunConfig, own: Amount, classes: int, rounds: int, tried: int
-) -> tuple[int, int]:
-    """Bytes that one client sends and receives."""
-    theta_0, width = backbone.theta_0, backbone.num_features
-    dense = sum(weight.numel() for weight in theta_0.values())
-    margins = sum(sum(weight.shape) for weight in theta_0.values())
-    kind = kinds_of(config.train.kind)[0]
-    deltas = new_deltas(kind, theta_0, rank=config.train.rank, generator=torch.Generator())
-    own_numbers = sum(p.numel() for delta in deltas.values() for p in delta.parameters())
-    fisher = {
-        FisherForm.DENSE: dense,
-        FisherForm.KRONECKER: 9 * margins,
-        FisherForm.FACTORED: margins,
-        FisherForm.NONE: 0,
-    }[config.caps.fisher_form]
-    wire = WIRE[config.caps.wire]
-    sums = 4 * (own.classes * width + width * (width + 1) // 2)
-    head = 4 * (width + 1)
-    apart = config.method.method is Method.ITA
-    sent = (1 + tried) * sums + wire * fisher + rounds * (wire * own_numbers + head * own.classes)
-    received = 4 * fisher if apart else rounds * 4 * dense
-    described = 4 * dense * (tried > 0) + _votes(config) * (4 * dense + tried * head * classes)
-    return sent, received + described + 4 * dense + 2 * head * classes
+def _sent(backbone: Backbone, config: RunConfig, own: Amount, rounds: int, tried: int) -> int:
+    """Bytes that one client sends."""
+    width, kind = backbone.num_features, kinds_of(config.train.kind)[0]
+    deltas = new_deltas(kind, backbone.theta_0, rank=config.train.rank, generator=torch.Generator())
+    numbers = sum(p.numel() for delta in deltas.values() for p in delta.parameters())
+    wire, sums = WIRE[config.caps.wire], 4 * (own.classes * width + width * (width + 1) // 2)
+    rounded = rounds * (wire * numbers + 4 * (width + 1) * own.classes)
+    return (1 + tried) * sums + _fisher(config, backbone, wire) + rounded
+
+
+def _fisher(config: RunConfig, backbone: Backbone, number: int) -> int:
+    """Bytes of a Fisher of so many bytes a number, in the form that the caps allow."""
+    margins = sum(sum(weight.shape) for weight in backbone.theta_0.values())
+    return (
+        number
+        * {
+            FisherForm.DENSE: sum(weight.numel() for weight in backbone.theta_0.values()),
+            FisherForm.KRONECKER: 9 * margins,
+            FisherForm.FACTORED: margins,
+            FisherForm.NONE: 0,
+        }[config.caps.fisher_form]
+    )

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedcompo.composition.settings import CompositionSettings
+from fedcompo.config.caps import CapsConfig
 from fedcompo.config.choices import Action, EngineKind
+from fedcompo.config.data import DataConfig
 from fedcompo.config.presets import with_preset
-from fedcompo.config.run import RunConfig
+from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.config.scenario import scenario_name, with_absolute_paths
 from fedcompo.config.setting import Scalar, names_of
 from fedcompo.engine import launcher
 from fedcompo.engine.launcher import OnEvent, Simulation
-from fedcompo.engine.resources import Resources, fair_resources
+from fedcompo.engine.resources import fair_resources
 from fedcompo.engine.run_folder import reopen_output, reserve_output
 from fedcompo.errors import ConfigError
 from fedcompo.names import check_client_names
 from fedcompo.report.tracking import require
-
-if TYPE_CHECKING:
-    from fedcompo.engine.findings import Preflight
 
 
 def simulate(
@@ -142,10 +141,15 @@ def prepare(
     at_most = 1 if engine is EngineKind.IN_PROCESS else clients  # at a time
     resources = fair_resources(at_most, config.device, gpus_per_client=gpus_per_client)
     app = launcher.find_app()
-    found = {}
-    if check and config.registry.action is Action.TRAIN:
+    found: dict[str, Any] = {}
+    own = config.data, config.backbone, config.caps
+    usual = DataConfig(), BackboneConfig(), CapsConfig()  # which are known to work
+    if check and config.registry.action is Action.TRAIN and own != usual:
+        from fedcompo.engine.preflight import LONGEST, look  # imports torch
+
         starts = engine is EngineKind.FLOWER
-        found = _checked(config, clients, resources, starts).values()
+        checked = look(config, at_once=resources.cpus, starts=starts, longest=LONGEST)
+        found = checked.require().values()
     if resuming:
         output = reopen_output(Path(config.output))
     else:
@@ -153,11 +157,3 @@ def prepare(
             name = f"remove-{config.registry.client}"
         output = reserve_output(Path(config.output or Path.cwd() / "runs" / name))
     return Simulation(settings, output, clients, app, resources, engine, found)
-
-
-def _checked(config: RunConfig, clients: int, resources: Resources, starts: bool) -> Preflight:
-    from fedcompo.engine.preflight import LONGEST, Machine, look  # imports torch
-
-    machine = Machine(resources.cpus, 1, Path(config.output), starts=starts)
-    found = look(config, clients=clients, machine=machine, longest=LONGEST, brief=True)
-    return found.require()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -39,15 +39,15 @@ def lines_on(values: Values, *, at_once: int = 1) -> Iterator[str]:
 
 def print_preflight(values: Values, *, at_once: int) -> None:
     """Print everything, and whether it can be used."""
-    clients, rows = values["clients"], list[tuple[str, ...]]()
+    clients = values["clients"]
     if len(clients) == 1:
         ((name, own),) = clients.items()
         table = Table("class", *numbers("train", "test"), title=f"Client {name}")
-        rows = [(each, *_counts({each: counts})) for each, counts in own["classes"].items()]
+        rows = [(each, *_counts([counts])) for each, counts in own["classes"].items()]
     else:
         table = Table("client", "classes", *numbers("train", "test"), title="Clients")
         rows = [
-            (name, shortened([*own["classes"]]), *_counts(own["classes"]))
+            (name, shortened([*own["classes"]]), *_counts(own["classes"].values()))
             for name, own in clients.items()
         ]
     for row in rows[:SHOWN]:
@@ -65,26 +65,22 @@ def print_preflight(values: Values, *, at_once: int) -> None:
         )
     for line in lines_on(values, at_once=at_once):
         say(line)
-    if free := values["free"]:
-        say("Free: " + ", ".join(f"{size(n)} of {what}" for what, n in free.items() if n))
     for fault in values["faults"]:
         say(f"FAULT: {fault}")
     faults = len(values["faults"])
     say(f"Cannot be used: {faults} fault(s)." if faults else "Nothing speaks against a run.")
 
 
-def _counts(classes: Mapping[str, list[int]]) -> tuple[str, ...]:
+def _counts(classes: Iterable[list[int]]) -> list[str]:
     """Number of training images, and of test images, of some classes."""
-    return tuple(f"{sum(part[at] for part in classes.values()):,}" for at in (0, 1))
+    return [f"{sum(part):,}" for part in zip(*classes, strict=True)]
 
 
 def _looked_at(clients: Any) -> str:
     """How thorough the checks were, and how fast examples are read."""
-    headers, read, weight = (
-        sum(own[key] for own in clients) for key in ("headers", "read", "size")
-    )
+    keys = ("headers", "read", "size", "seconds")
+    headers, read, weight, spent = (sum(own[key] for own in clients) for key in keys)
     count = sum(sum(map(sum, own["classes"].values())) for own in clients)
-    spent = sum(own["read"] / own["rate"] for own in clients if own["rate"])
     rate = f", {read / spent:,.0f} a second" if spent else ""
     more = "" if read == count else " (`--full` reads all)"
     files = f" of {size(weight)}" if weight else ""

@@ -26,13 +26,11 @@ from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import OLD_HEAD, load_fisher, save_fisher
 from fedcompo.method.heads import Head, fit_head, zero_head
 from fedcompo.method.images import Images, batches, part_of
+from fedcompo.names import REFERENCE
 from fedcompo.report.progress import each
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
-
-OWNER = "(reference)"
-"""Stands in the file of a reference Fisher in place of a client's name; no client can have it."""
 
 
 def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridge: float) -> Head:
@@ -135,14 +133,14 @@ def reference_fisher(
         data.train.images,
         config.fisher,
         seed=config.seed,
-        owner=OWNER,
+        owner=REFERENCE,
         head=probe,
     )
 
 
 def save_reference(path: Path, fisher: FisherDiagonal, *, base: str, curvature: Curvature) -> str:
     """Write a reference Fisher, and of what it is, to one file; returns its tensors' SHA-256."""
-    return save_fisher(path, fisher, client=OWNER, base=base, curvature=str(curvature))
+    return save_fisher(path, fisher, client=REFERENCE, base=base, curvature=str(curvature))
 
 
 def load_reference(path: Path, *, base: str, curvature: Curvature) -> FisherDiagonal:
@@ -162,7 +160,7 @@ def load_reference(path: Path, *, base: str, curvature: Curvature) -> FisherDiag
         ConfigError: If one is of the features and the other of class probabilities, which have
             different units, or if the file does not say.
     """
-    fisher = load_fisher(path, client=OWNER, base=base)
+    fisher = load_fisher(path, client=REFERENCE, base=base)
     file = StreamedTensors(path)
     stated = file.manifest.get("curvature", Curvature.EXACT if OLD_HEAD[0] in file else None)
     if stated not in list(Curvature):

@@ -31,14 +31,14 @@ def test_images_on_disk_are_decoded_once_and_deleted_with_the_run_unless_kept(
     source = f"folder:{draw_images(tmp_path / 'images', OWNED)}"
     settings: dict[str, Any] = {"data": source, "num-clients": 2, "num-classes": 0}
     in_memory = run(options, tmp_path / "memory", **settings)
-    decoded, make = [], decoding._Reader.make
+    decoded, make = [], decoding.Reader.make
 
     def counted(reader: Any, put: Any) -> Any:
         decoded.append(reader)
         return make(reader, put)
 
     monkeypatch.setattr(decoding, "IN_MEMORY", 0)
-    monkeypatch.setattr(decoding._Reader, "make", counted)
+    monkeypatch.setattr(decoding.Reader, "make", counted)
     for keep, left in ((False, 0), (True, 2), (True, 2)):
         output = tmp_path / f"disk-{len(decoded)}"
         on_disk = run(options, output, **settings, **{"keep-cache": keep})

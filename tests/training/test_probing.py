@@ -25,10 +25,9 @@ from fedcompo.errors import (
 )
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.method.fisher_file import OLD_HEAD, save_fisher
-from fedcompo.names import check_client_name
+from fedcompo.names import REFERENCE, check_client_name
 from fedcompo.report import progress
 from fedcompo.training.probing import (
-    OWNER,
     fisher_of_images,
     fit_probe,
     load_public_data,
@@ -121,7 +120,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
 
 def test_no_clients_fisher_passes_for_a_reference(tmp_path):
     with pytest.raises(ContributionError):
-        check_client_name(OWNER)
+        check_client_name(REFERENCE)
     fisher, _ = reference_fisher(pico_backbone(), public(), EXACT)
     save_fisher(tmp_path / "r", fisher, client="reference", base="pico@0")
     with pytest.raises(FileFormatError, match="belongs to client 'reference'"):
@@ -144,7 +143,7 @@ def test_no_clients_fisher_passes_for_a_reference(tmp_path):
 def test_a_reference_of_another_unit_is_refused(stated, head, wanted, fault, tmp_path):
     sums = {"w": torch.ones(2, 3)} | ({OLD_HEAD[0]: torch.zeros(0, 3)} if head else {})
     about = {"curvature": str(stated)} if stated else {}  # what earlier versions did not write
-    save_fisher(tmp_path / "r", FisherDiagonal(sums, 2), client=OWNER, base="pico@0", **about)
+    save_fisher(tmp_path / "r", FisherDiagonal(sums, 2), client=REFERENCE, base="pico@0", **about)
     if fault is None:
         loaded = load_reference(tmp_path / "r", base="pico@0", curvature=wanted)
         assert set(loaded.sums) == {"w"}
