@@ -48,6 +48,7 @@ from fedcompo.messages.wire import decode, encode
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal, expanded
 from fedcompo.method.heads import Head, zero_head
+from fedcompo.method.pool import Pool
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.progress import step
@@ -198,7 +199,7 @@ def train_shadows(
             whole.part(chosen),
             generator=generator_for(seed, "shadow", training.client, str(index)),
         )
-        pool = others.add(replace(member, task_vector=vector))
+        pool = Pool((*others, replace(member, task_vector=vector)))
         theta = dict(
             stream_composition(
                 pool, registry.backbone, None, registry.settings, factor=registry.factor

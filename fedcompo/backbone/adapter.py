@@ -89,7 +89,8 @@ def read_adapter(folder: Path, backbone: Backbone) -> FineTuned:
             f"{folder} is an adapter for another model: of {backbone.name!r} it adapts no target "
             f"weight, only {', '.join(sorted(found)[:3])}. Import it into a registry of its model."
         )
-    beside, start = _renamed(found, backbone), backbone.model.state_dict()
+    known, start = {n: _known(n, backbone) for n in found}, backbone.model.state_dict()
+    beside = {n if known[n][1] is not None else known[n][0]: own for n, own in found.items()}
     classifier, rest = take_classifier(beside, backbone)
     _require_related(folder, beside, start, backbone)
     rest += [n for n, t in beside.items() if n not in start or not torch.equal(t, start[n].cpu())]
@@ -130,12 +131,6 @@ def _layers(found: dict[str, Tensor], backbone: Backbone) -> dict[str, list[Adap
 def _known(name: str, backbone: Backbone) -> tuple[str, int | None]:
     """Name that timm has for a parameter, else its own; and its part of a fused one."""
     return timm_name(name, backbone.classifier) or (within(name), None)
-
-
-def _renamed(found: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """What else the adapter holds, under timm's names where there are some."""
-    known = {name: _known(name, backbone) for name in found}
-    return {n if part is not None else known[n][0]: found[n] for n, (_, part) in known.items()}
 
 
 def _require_related(

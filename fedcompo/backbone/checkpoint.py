@@ -67,11 +67,7 @@ def fill(
     local = {**cfg, "url": "", "hf_hub_id": None, "source": "", "num_classes": -1, **source}
     try:
         load_pretrained(
-            model,
-            pretrained_cfg=local,
-            num_classes=0,
-            in_chans=channels,
-            filter_fn=convert,
+            model, pretrained_cfg=local, num_classes=0, in_chans=channels, filter_fn=convert
         )
     except Exception as error:
         apart = SHAPES.search(str(error))
@@ -97,14 +93,9 @@ def fill(
 
 
 def require_finite(state: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Refuse weights or buffers that hold infinity or NaN.
+    """Raise ``BackboneError`` for weights or buffers, by name, that hold infinity or NaN.
 
-    Args:
-        state: Tensors by name.
-        prefix: Put before the name in the message.
-
-    Raises:
-        BackboneError: With the name of the first such tensor.
+    The prefix stands before the name of the first such tensor in the message.
     """
     for name, tensor in state.items():
         if bad := int((~torch.isfinite(tensor)).sum()):

@@ -85,14 +85,16 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
     # Without `first_conv`, channels are never averaged: it must read as many as the backbone.
     cfg = {"input_size": (channels, height, width), "classifier": backbone.classifier}
     try:
-        state = _whole(state, backbone)
+        names = (f"{backbone.classifier}.{part}" for part in ("weight", "bias"))
+        beside = {name: state[name] for name in names if name in state}  # of the model itself
+        state = beside | without_prefix(state, backbone.model)[0]
         fill(model, backbone.architecture, cfg, state, channels=channels)
     except BackboneError as error:
         raise BackboneError(
             f"{path} is no fine-tuned {backbone.name!r}, which the registry's weights are. {error} "
             "If it holds a difference θ - θ₀ alone, add `--delta`."
         ) from error
-    names, differ = _configured(path, replace(backbone, model=model))
+    classes, differ = _configured(path, replace(backbone, model=model))
     found = dict(converter(model)(dict(state), model))
     classifier, unread = take_classifier(found, backbone)
     theta = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
@@ -108,7 +110,7 @@ def read_finetuned(source: Path, backbone: Backbone) -> FineTuned:
     return FineTuned(
         TaskVector(Kind.FULL, tensors, backbone.fingerprint),
         classifier,
-        names,
+        classes,
         tuple(sorted({*changed, *(found.keys() - theta.keys()), *differ, *unread})),
     )
 
@@ -211,13 +213,6 @@ def take_classifier(
     if weight is None or weight.ndim != 2 or weight.shape[1] != backbone.num_features:
         return None, held
     return (weight.float(), torch.zeros(len(weight)) if bias is None else bias.float()), []
-
-
-def _whole(state: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """Take a prefix off; a classifier beside what has it is the model's own."""
-    names = (f"{backbone.classifier}.{part}" for part in ("weight", "bias"))
-    beside = {name: state[name] for name in names if name in state}
-    return beside | without_prefix(state, backbone.model)[0]
 
 
 def _configured(path: Path, tuned: Backbone) -> tuple[tuple[str, ...], list[str]]:

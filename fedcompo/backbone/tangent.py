@@ -88,13 +88,7 @@ def change_from(theta_0: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> W
 def square_loss(logits: Tensor, labels: Tensor, target: float) -> Tensor:
     r"""Mean squared error of logits against :math:`\kappa` for the true class, 0 for the others.
 
-    Args:
-        logits: (batch, classes).
-        labels: (batch,), index into the classes.
-        target: :math:`\kappa`, > 0.
-
-    Returns:
-        A scalar, the mean over batch *and* classes.
+    The mean is over batch *and* classes. Logits are (batch, classes), labels (batch,).
     """
     wanted = target * F.one_hot(labels, logits.shape[1])
     return F.mse_loss(logits, wanted.to(logits))

@@ -10,14 +10,7 @@ from rich.table import Column, Table
 
 from fedcompo.cli import common
 from fedcompo.errors import ConfigError
-from fedcompo.report.console import (
-    PlainConsole,
-    numbers,
-    print_csv,
-    print_json,
-    say,
-    table_console,
-)
+from fedcompo.report.console import PlainConsole, numbers, print_csv, print_json, say, table_console
 from fedcompo.report.progress import step
 from fedcompo.storage.files import CONFIG, WEIGHTS
 

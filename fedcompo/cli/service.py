@@ -91,8 +91,7 @@ def publish(
 @common.with_options("choice", common.Choice)
 def fetch(
     client: Annotated[
-        str | None,
-        typer.Argument(help="Whose contribution to fetch; none: a composed model."),
+        str | None, typer.Argument(help="Whose contribution to fetch; none: a composed model.")
     ] = None,
     *,
     output: common.OutputOption,
@@ -227,8 +226,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 9443,
     compose: Annotated[
-        str,
-        typer.Option(metavar="WHO", help="Who may compose: operators, or members too."),
+        str, typer.Option(metavar="WHO", help="Who may compose: operators, or members too.")
     ] = "operators",
     least: Annotated[
         int,

@@ -106,10 +106,7 @@ def factor_of(
 
 
 def composed_model(
-    pool: Pool,
-    backbone: StoredBackbone,
-    settings: CompositionSettings,
-    factor: float | None = None,
+    pool: Pool, backbone: StoredBackbone, settings: CompositionSettings, factor: float | None = None
 ) -> nn.Module:
     """Return a ready timm model of a pool, composed with the registry's own coefficients."""
     weights = dict(backbone.tensors)

@@ -49,12 +49,7 @@ class RunningSum:
         return tuple(sorted(self.vectors))
 
     def put(self, client: str, vector: TaskVector, *, times: int) -> None:
-        """Add a client's task vector, and take out its last one if there is one.
-
-        Args:
-            client: Its name.
-            vector: Its new task vector; must stay readable until it is replaced.
-            times: How often it counts.
+        """Add a client's task vector, which must stay readable, and take out its last one.
 
         Raises:
             ContributionError: If a value cannot be summed; the sum is then unchanged.

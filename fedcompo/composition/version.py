@@ -9,7 +9,6 @@ members in its place. Plain timm loads the folder, unless it is composed of tang
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,6 @@ class RoundedDifferently(Exception):
     """A task vector's rounded form differs from the one that went into the sum."""
 
 
-@dataclass(frozen=True)
-class WrittenSum:
-    """What is known once a running sum is written."""
-
-    roundings: tuple[Rounding, ...]
-    """Of each term, in their order."""
-    squared_norm: float
-    r""":math:`\lVert\sum_c m_c \tau_c\rVert^2`."""
-
-
 def terms_of(pool: Pool, settings: CompositionSettings) -> list[Term]:
     """Return the members of a pool as terms of a sum."""
     return [Term(m.client, m.task_vector, settings.times(m.num_examples)) for m in pool]
@@ -56,8 +45,8 @@ def write_sum(
     *,
     count: int,
     before: StreamedTensors | None = None,
-) -> WrittenSum:
-    """Write a running sum.
+) -> tuple[list[Rounding], float]:
+    r"""Write a running sum.
 
     Args:
         path: A new file.
@@ -66,12 +55,15 @@ def write_sum(
         count: M, over all members.
         before: Sum to continue; None: start at zero.
 
+    Returns:
+        The rounding of each term, in their order, and :math:`\lVert\sum_c m_c \tau_c\rVert^2`.
+
     Raises:
         RoundedDifferently: If a term's rounded form has changed; then sum over all members.
         ContributionError: If a value leaves the range of the sum, or a newcomer's training
             diverged.
     """
-    roundings = tuple(Rounding(term.client if term.is_new else "") for term in terms)
+    roundings = [Rounding(term.client if term.is_new else "") for term in terms]
     squared = 0.0
     layout = {
         name: (torch.int64, backbone.tensors.layout[name][1]) for name in backbone.target_weights
@@ -86,7 +78,7 @@ def write_sum(
     for term, rounding in zip(terms, roundings, strict=True):
         if term.rounded_sha256 not in ("", rounding.sha256):
             raise RoundedDifferently(term.client)
-    return WrittenSum(roundings, squared)
+    return roundings, squared
 
 
 def write_ruled(

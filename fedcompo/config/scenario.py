@@ -98,7 +98,7 @@ def parse_assignment(assignment: str) -> tuple[str, Scalar]:
     """
     key, equals, text = (part.strip() for part in assignment.partition("="))
     if not key or not equals:
-        raise ConfigError(f"`--set {assignment}` is not of the form key=value.")
+        raise ConfigError(f"`{assignment}` is not of the form key=value.")
     known = all_settings().get(key)
     wants_text = known is not None and isinstance(known.default, str)
     try:

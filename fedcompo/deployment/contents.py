@@ -1,8 +1,6 @@
 """The texts in each folder of a deployment: scripts, settings, systemd units, a README.
 
-Flower's open-source SuperLink serves clients (``/v1/fleet/``) and the command line
-(``/v1/control/``) on one port, and asks the command line for no password. So it listens on
-loopback, and nginx passes on what is for clients alone. The SuperLink checks clients' keys only
+Why the SuperLink listens on loopback, behind nginx, is in README.md. It checks clients' keys only
 under TLS of its own: the way over loopback is encrypted once more.
 
 Start scripts end with status 78 (EX_CONFIG) where another start would fail again; the units do not
@@ -27,14 +25,10 @@ FIRST_FREE_PORT = 1024
 """A process needs a right to listen on a port below."""
 
 
-def top_files(deployment: Deployment) -> dict[str, str]:
-    """The files beside the folders, by name."""
-    return {"README.md": filled("README.md", _values(deployment))}
-
-
-def operator_files(deployment: Deployment) -> dict[str, str]:
-    """The operator's files by name."""
-    return {"registry": _registry_script(OPERATOR, OPERATOR, "", deployment)}
+def other_files(deployment: Deployment) -> dict[str, str]:
+    """The files beside the server's and the clients', by relative path."""
+    script = _registry_script(OPERATOR, OPERATOR, "", deployment)
+    return {"README.md": filled("README.md", _values(deployment)), f"{OPERATOR}/registry": script}
 
 
 def client_files(name: str, deployment: Deployment) -> dict[str, str]:

@@ -6,10 +6,8 @@ nothing that looks like a deployment.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -19,20 +17,20 @@ from fedcompo.deployment import given_app
 from fedcompo.deployment.contents import (
     OPERATOR,
     client_files,
-    operator_files,
+    other_files,
     server_files,
-    top_files,
 )
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.templates import write_files
 from fedcompo.errors import ConfigError
 from fedcompo.service.certificates import AUTHORITY_STEM, Authority
-from fedcompo.storage.files import write_atomically, write_private
+from fedcompo.storage.files import completed, is_free, write_atomically, write_private
 
 LOOPBACK = ("localhost", "127.0.0.1")
 """Where the SuperLink itself listens; its certificate must name that, too."""
 CERTIFICATES = "certificates"
 NODE_KEY = "supernode"
+OWNER_ALONE = 0o700
 
 
 def create(folder: Path, deployment: Deployment, app: Path) -> None:
@@ -47,22 +45,21 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         ConfigError: If the folder holds something, or the server's name is no host.
         LaunchError: If Flower cannot bundle the app.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise ConfigError(
             f"{folder} exists and holds something; nothing was changed. Name a new folder, or add "
             f"a client with `fedcompo init-deployment {folder} --add CLIENT`."
         )
     authority = Authority.create()
-    with _completed(folder) as draft:
+    with completed(folder, OWNER_ALONE) as draft:
         authority.save(draft / "authority")
         authority.issue_client(OPERATOR, operator=True).save(draft / OPERATOR, OPERATOR)
         _copy_authority(draft, draft / OPERATOR)
-        write_files(draft / OPERATOR, operator_files(deployment))
         _write_server(draft, deployment, authority, app)
         given_app.give(draft / "server" / "app", draft / "given")
         for name in deployment.clients:
             _write_client(draft, name, deployment, authority)
-        write_files(draft, top_files(deployment))
+        write_files(draft, other_files(deployment))
         deployment.save(draft)
 
 
@@ -156,7 +153,7 @@ def _write_server(folder: Path, deployment: Deployment, authority: Authority, ap
 def _write_client(folder: Path, name: str, deployment: Deployment, authority: Authority) -> None:
     """Write a client's own folder, and add it to those that the server registers."""
     public, private = _node_key(name)
-    with _completed(folder / "clients" / name) as client:
+    with completed(folder / "clients" / name, OWNER_ALONE) as client:
         shutil.copytree(folder / "given", client, dirs_exist_ok=True)
         certificates = client / CERTIFICATES
         authority.issue_client(name).save(certificates, "client")
@@ -172,19 +169,6 @@ def _copy_authority(folder: Path, target: Path) -> None:
     """Copy the authority's certificate, never its key."""
     certificate = f"{AUTHORITY_STEM}.crt"
     shutil.copyfile(folder / "authority" / certificate, target / certificate)
-
-
-@contextlib.contextmanager
-def _completed(folder: Path) -> Iterator[Path]:
-    """A new folder, for its owner alone; it moves to its place if the context succeeds."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield draft
-        draft.replace(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def _node_key(name: str) -> tuple[bytes, bytes]:

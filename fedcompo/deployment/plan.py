@@ -46,14 +46,10 @@ class Deployment:
         for port in ports:
             if not 0 < int(port) == port < 65536:
                 raise ConfigError(f"{port} is no port; expected 1 to 65535.")
-        if self.port == self.superlink_port:
-            raise ConfigError(
-                f"Clients and the SuperLink cannot share port {self.port}: clients reach a proxy, "
-                "which alone reaches the SuperLink. Choose two ports."
-            )
         if len(set(ports)) < len(ports):
             raise ConfigError(
-                f"The registry cannot share port {self.registry_port}. Choose another."
+                f"Of the ports {ports} of proxy, SuperLink and registry, two cannot share one. "
+                "Choose three."
             )
         if not self.clients:
             raise ConfigError("A deployment needs a client. Name one, such as --clients a,b,c.")

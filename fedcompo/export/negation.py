@@ -16,59 +16,43 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
+from fedcompo.errors import ConfigError
 from fedcompo.method.task_vector import TaskVector
 
 
 def negated(
-    theta: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    theta: Iterable[tuple[str, Tensor]],
     task_vector: TaskVector,
     theta_0: Mapping[str, Tensor],
     *,
-    scale: float = 1.0,
-    base: str = "",
+    scale: float,
 ) -> Iterator[tuple[str, Tensor]]:
     r"""Subtract a task vector, one weight at a time.
 
     The difference is taken in float64 and rounded once, of the :math:`\tau` that composing adds.
 
     Args:
-        theta: Weights to subtract from, by name, (out, in): the composition without the client, or
-            ``theta_0`` itself. May come weight by weight; weights that the task vector does not
-            change pass through.
+        theta: Names and values of weights to subtract from, (out, in): the composition without the
+            client. Those that the task vector does not change pass through.
         task_vector: The task vector to subtract.
         theta_0: The pre-trained weights that it belongs to: (IA)³ scales them.
         scale: :math:`s`, > 0.
-        base: Fingerprint of ``theta_0``; if given, it must be the task vector's own.
 
     Yields:
         Name and value of each weight of ``theta``, in its order, with its shape and dtype.
 
     Raises:
-        BackboneMismatch: If the task vector was trained on another backbone.
         ConfigError: If the scale is not a positive number.
-        ContributionError: If a weight that the task vector changes never came. Raised at the end.
     """
-    if base and base != task_vector.base:
-        raise BackboneMismatch(
-            f"The task vector was trained on the backbone {task_vector.base}, but is to be "
-            f"subtracted on {base}. Load the backbone that it was trained on."
-        )
     if not (scale > 0 and math.isfinite(scale)):
         raise ConfigError(
             f"The strength of a negation must be a positive number, got {scale}. "
             "To add a task vector, compose it."
         )
-    missing = set(task_vector.names)
-    for name, weight in theta.items() if isinstance(theta, Mapping) else theta:
-        if name in missing:
-            missing.remove(name)
-            tau = task_vector.delta(name, theta_0[name]).to(weight.device)
-            yield name, (weight.double() - scale * tau.double()).to(weight.dtype)
-        else:
+    changed = set(task_vector.names)
+    for name, weight in theta:
+        if name not in changed:
             yield name, weight
-    if missing:
-        raise ContributionError(
-            f"The task vector changes {min(missing)!r}, which was not given (missing in all: "
-            f"{len(missing)}). Start from all target weights."
-        )
+            continue
+        tau = task_vector.delta(name, theta_0[name]).to(weight.device)
+        yield name, (weight.double() - scale * tau.double()).to(weight.dtype)

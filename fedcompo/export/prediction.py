@@ -57,10 +57,7 @@ def model_from(source: RegistryReader | Path) -> nn.Module:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
-    paths: Iterable[Path],
-    *,
-    top: int = 1,
+    model: nn.Module, paths: Iterable[Path], *, top: int = 1
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Classify pictures.
 

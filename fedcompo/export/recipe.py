@@ -3,20 +3,8 @@ r"""A recipe: how a model is composed. The same recipe with the same members giv
 That holds for the same version of fedcompo. On another machine, the last bits may differ where
 members have weights or the rule takes singular vectors: matrix products of libraries differ.
 
-By hand it names only what differs from the defaults::
-
-    members = ["ada", "ben"]     # default: all
-    rule = "ties:density=0.2"    # default: the registry's own
-    scale = 1.5                  # λ, as a multiple of the weighted mean; default: it is chosen
-    dtype = "bfloat16"           # of the written weights; default: float32
-    normalise = false            # weights may be negative and have any sum; λ is then 1
-    [weights]                    # default: the registry's own
-    ada = 1.0
-    ben = -0.5
-    [[groups]]                   # weights of the model whose names fit a shell pattern
-    pattern = "blocks.1?.*"
-    weights = {ada = 0.5, ben = 0.5}
-    scale = 1.0                  # default: λ of the recipe
+By hand it names only what differs from the defaults; README.md of :mod:`fedcompo.composition` has
+an example. ``normalise = false`` takes weights that are negative or have any sum; λ is then 1.
 
 What fedcompo writes holds more: SHA-256 of each member's tensors, the fingerprint of the
 pre-trained weights, :math:`\lambda'` in all digits (``factor``), and what the head was made of.

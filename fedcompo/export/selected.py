@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -64,27 +64,17 @@ class Asked:
     """Who is subtracted from what is composed of the pool."""
 
     @classmethod
-    def of(
-        cls,
-        everyone: Pool,
-        *,
-        only: Sequence[str] = (),
-        without: Sequence[str] = (),
-        weights: Mapping[str, float] | None = None,
-        scale: float | None = None,
-        rule: str = "",
-        recipe: Recipe | None = None,
-    ) -> Self:
+    def of(cls, everyone: Pool, **choice: Unpack[Options]) -> Self:
         """Choose clients; a recipe stands in place of the options.
 
         Raises:
             ContributionError: If there is no such client, none is left, or weights do not fit.
             ConfigError: If λ is not positive, or far beyond the plain sum.
         """
-        negated = None
+        negated, recipe, weights = None, choice.get("recipe"), choice.get("weights")
         only, without = (
             tuple(m for name in names for m in members_of(name, everyone.clients) or (name,))
-            for names in (only, without)
+            for names in (choice.get("only", ()), choice.get("without", ()))
         )
         if recipe is not None:
             only, without, weights = tuple(recipe.members), (), recipe.weights
@@ -97,7 +87,8 @@ class Asked:
         for own in (weights, *(group.weights for group in (recipe.groups if recipe else ()))):
             pool.check_composable(own, normalise=not free)
         if recipe is None:
-            recipe = Recipe(weights=weights, scale=_checked(scale, len(pool)), rule=rule)
+            scale = _checked(choice.get("scale"), len(pool))
+            recipe = Recipe(weights=weights, scale=scale, rule=choice.get("rule", ""))
         if len(pool) + len(without) == len(everyone):
             some = ()
         return cls(pool=pool, recipe=recipe, only=some, without=tuple(without), negated=negated)
@@ -263,7 +254,6 @@ class Selection(Asked):
             self.negated.task_vector,
             self.backbone.tensors,
             scale=self.recipe.negated.strength,
-            base=self.backbone.fingerprint,
         )
 
 

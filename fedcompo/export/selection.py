@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from fedcompo.registry.admission import admit, outliers
 from fedcompo.registry.company import Company
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.state import ABOUT
-from fedcompo.storage.files import BACKBONE, REALIGNED
+from fedcompo.storage.files import BACKBONE, REALIGNED, completed, is_free
 
 
 def from_registry(registry: RegistryReader, **choice: Unpack[Options]) -> Selection:
@@ -135,21 +134,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         ConfigError: If something is there already, or it is no place to put a folder.
     """
     place = path.resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not is_free(path):
         raise ConfigError(f"{path} holds something already; name a new folder.")
     if place == Path.cwd():
         raise ConfigError(f"{path} is where you stand; name a new folder.")
     if home := next((p for p in place.parents if (p / ABOUT).is_file()), None):
         raise ConfigError(f"{path} lies in the registry {home}; name a folder outside.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with completed(path) as draft:
         yield draft
-        draft.chmod(0o755)
-        draft.rename(path)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def _needs_fisher(choice: Options, own: str) -> bool:

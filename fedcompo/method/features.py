@@ -24,6 +24,8 @@ EXAMPLES_PER_COMPONENT = 8
 VARIANCE_FLOOR = 1e-3
 """Smallest variance of a component, as a share of the client's mean variance."""
 
+BATCH = 128
+"""Images that run through a backbone at a time."""
 SLACK = 1e-3
 """How far the shares of a mixture may be from a sum of one."""
 TINY = float(torch.finfo(torch.float32).tiny)
@@ -135,23 +137,13 @@ def _fit(
 
 
 @torch.no_grad()
-def extract_features(
-    forward: Callable[[Tensor], Tensor],
-    images: Images,
-    *,
-    batch_size: int = 128,
-) -> Tensor:
-    """Run images through a backbone.
-
-    Args:
-        forward: Maps uint8 images (batch, channels, size, size) to features (batch, features).
-        images: (count, channels, size, size), uint8.
-        batch_size: Images at a time.
+def extract_features(forward: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+    """Run images, (count, channels, size, size), uint8, through a backbone in batches.
 
     Returns:
         (count, features), float32, on the CPU.
     """
-    parts = batches(images, batch_size)
+    parts = batches(images, BATCH)
     counted = each(parts, "images", "features", total=len(images), units=len)
     return torch.cat([forward(part).float().cpu() for part in counted])
 

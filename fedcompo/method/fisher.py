@@ -255,12 +255,12 @@ def expanded(parts: Mapping[str, Tensor], theta_0: Mapping[str, Tensor]) -> Metr
     Returns:
         By weight name: a diagonal, (out, in), float32, or a Kronecker product.
     """
-    return {name: _block(parts, name) for name in theta_0}
-
-
-def _block(parts: Mapping[str, Tensor], name: str) -> Block:
-    if name in parts:
-        return parts[name].float()
-    if f"{name}{LEFT}" in parts:
-        return Kronecker.of(parts[f"{name}{LEFT}"], parts[f"{name}{RIGHT}"])
-    return outer(parts[f"{name}{ROWS}"], parts[f"{name}{COLUMNS}"])
+    metric: dict[str, Block] = {}
+    for name in theta_0:
+        if name in parts:
+            metric[name] = parts[name].float()
+        elif f"{name}{LEFT}" in parts:
+            metric[name] = Kronecker.of(parts[f"{name}{LEFT}"], parts[f"{name}{RIGHT}"])
+        else:
+            metric[name] = outer(parts[f"{name}{ROWS}"], parts[f"{name}{COLUMNS}"])
+    return metric

@@ -171,13 +171,7 @@ def align(
 ) -> Head:
     """Fit the joint head, from zeros, to features drawn from the mixtures of all clients.
 
-    Args:
-        mixtures: By class name, one mixture for each client that has the class, in the order of
-            clients' names.
-        classes: All classes, in the order of the joint head.
-        samples: Features drawn for each class.
-        ridge: λ of :func:`fit_head`.
-        seed: Of the draws.
+    See :func:`~fedcompo.method.features.draw`, and for the ridge :func:`fit_head`.
     """
     classes = tuple(classes)
     generator = torch.Generator().manual_seed(seed)

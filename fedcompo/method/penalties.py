@@ -17,6 +17,11 @@ with a *pull* p, which is zero in ITA. A penalty acts in one of three ways:
 
 Beside it, a *trust region* bounds :math:`\tfrac12\,\tau^\top \bar F\,\tau`. It does nothing to a
 client that stays near, however long it trains, and brings back one that goes too far.
+
+Every step changes ``deltas``, trainable changes by weight name, in place, and returns how far it
+moved the task vector: a length, a scalar. ``fisher`` is the *mean* Fisher by weight name, each of
+an (out, in); ``strength`` is a, α in ITA; ``schedule`` c, in (0, 1]; ``pull`` p, by weight name,
+each (out, in), None: zero.
 """
 
 from __future__ import annotations
@@ -93,18 +98,7 @@ def explicit_step(
     schedule: float,
     pull: Weights | None = None,
 ) -> Tensor:
-    r"""Take a gradient step, in place: :math:`q \leftarrow q-c\,\mathrm{clip}(\nabla_q)`.
-
-    Args:
-        deltas: Trainable changes by weight name.
-        fisher: *Mean* Fisher by weight name, each of an (out, in).
-        strength: a; :math:`\alpha` in ITA.
-        schedule: c in (0, 1].
-        pull: p, by weight name, each (out, in); None: zero.
-
-    Returns:
-        How far it moved the task vector: a length, a scalar.
-    """
+    r"""Take a gradient step: :math:`q \leftarrow q-c\,\mathrm{clip}(\nabla_q)`."""
     parameters = [p for delta in deltas.values() for p in delta.parameters()]
     tau = {name: 1.0 * delta() for name, delta in deltas.items()}  # not the parameter itself
     penalty = ita_penalty(tau, fisher, strength)
@@ -132,22 +126,13 @@ def implicit_step(
     schedule: float,
     pull: Weights | None = None,
 ) -> Tensor:
-    r"""Take a proximal step, in place; without a pull it shrinks the change.
+    r"""Take a proximal step; without a pull it shrinks the change.
 
     .. math:: q \leftarrow \arg\min_{q'}\ \tfrac12\lVert q' - q\rVert^2 + c\left[
               \tfrac a2\,\tau(q')^\top \bar F\,\tau(q') - \langle\bar F\,\tau(q'), p\rangle\right]
 
     solved exactly for full and (IA)³; for a LoRA exactly in B with A fixed, then in A with B fixed.
-
-    Args:
-        deltas: Trainable changes by weight name.
-        fisher: *Mean* Fisher by weight name, each of an (out, in).
-        strength: a; :math:`\alpha` in ITA.
-        schedule: c in (0, 1], or the sum of several, for one step in place of as many.
-        pull: p, by weight name, each (out, in); None: zero.
-
-    Returns:
-        How far it moved the task vector: a length, a scalar.
+    The schedule may be the sum of several, for one step in place of as many.
     """
     if strength == 0 and pull is None:
         return torch.zeros(())
@@ -166,19 +151,11 @@ def implicit_step(
 
 @torch.no_grad()
 def bounding_step(deltas: Mapping[str, Delta], fisher: Metric, limit: float) -> Tensor:
-    r"""Shorten the change, in place, until :math:`\tfrac12\,\tau^\top \bar F\,\tau \le L`.
+    r"""Shorten the change until :math:`\tfrac12\,\tau^\top \bar F\,\tau \le L`.
 
     A trust region: inside it nothing happens. Outside, :math:`\tau` becomes
     :math:`\tau\sqrt{L / \tfrac12\tau^\top\bar F\tau}`, in the metric :math:`\bar F` the nearest
-    point of the region.
-
-    Args:
-        deltas: Trainable changes by weight name.
-        fisher: *Mean* Fisher by weight name, each of an (out, in).
-        limit: L, > 0.
-
-    Returns:
-        How far it moved the task vector: a length, a scalar.
+    point of the region. The limit L is above 0.
     """
     tau = {name: 1.0 * delta() for name, delta in deltas.items()}
     energy = float(ita_penalty(tau, fisher, 1.0))
@@ -200,9 +177,7 @@ def bounding_step(deltas: Mapping[str, Delta], fisher: Metric, limit: float) -> 
 def one_folding(fisher: Metric) -> float:
     """Return the strength at which one step shrinks a weight of mean curvature by a half.
 
-    Args:
-        fisher: *Mean* Fisher by weight name, each of an (out, in); 0 if it is zero everywhere, or
-            so small that the strength would leave float32.
+    0 for a Fisher that is zero everywhere, or so small that the strength would leave float32.
     """
     entries = sum(block.numel() for block in fisher.values())
     mean = sum(map(trace_of, fisher.values())) / entries
@@ -210,13 +185,7 @@ def one_folding(fisher: Metric) -> float:
 
 
 def _shrink(delta: Delta, fisher: Tensor, pull: Tensor | None) -> None:
-    """Take the proximal step of one weight, in place.
-
-    Args:
-        delta: Change of the weight.
-        fisher: F, a diagonal, (out, in), times strength and schedule.
-        pull: g, the Fisher times p and schedule, (out, in); None: zero.
-    """
+    """Take the proximal step of one weight; F is times strength and schedule, g is F p times it."""
     if isinstance(delta, Full):
         if pull is not None:
             delta.delta.add_(pull)

@@ -71,10 +71,6 @@ class Pool:
         """Number of clients."""
         return len(self.contributions)
 
-    def add(self, contribution: Contribution) -> Pool:
-        """Return a pool with one more client; raises ``ContributionError`` if it is in already."""
-        return Pool((*self.contributions, contribution))
-
     def only(self, *clients: str) -> Pool:
         """Return the pool of these clients alone, for a specialised model."""
         require_known(clients, self.clients, "pool")
@@ -142,11 +138,7 @@ class Pool:
             yield name, (weight.double() + scale * total).to(weight.dtype)
 
     def check_composable(
-        self,
-        coefficients: Mapping[str, float] | None,
-        *,
-        base: str = "",
-        normalise: bool = True,
+        self, coefficients: Mapping[str, float] | None, *, base: str = "", normalise: bool = True
     ) -> dict[str, float]:
         """Return the coefficients that :meth:`compose` uses; raises as it does.
 

@@ -84,8 +84,17 @@ class TaskVector:
                 f"{len(wanted)}; first difference: {differing[0]!r}. "
                 "Use the same `target-weights` everywhere."
             )
+        hint = "Its training diverged: lower `learning-rate`, or use `penalty = implicit`."
         for name, shape in wanted.items():
-            _check_tensor(self.tensors[name], shape, f"{name!r} of {owner}")
+            what, tensor = f"Tensor {name!r} of {owner}", self.tensors[name]
+            found = tuple(tensor.shape)
+            if len(found) != len(shape) or any(
+                size not in (None, own) for size, own in zip(shape, found, strict=True)
+            ):
+                raise ContributionError(
+                    f"{what} has shape {found}, expected {shape} (None: any rank)."
+                )
+            check_range(tensor, PARAMETER, what, hint=hint)
         for name in self.names if self.kind is Kind.LORA else ():
             rank_a, rank_b = self.tensors[f"{name}/A"].shape[0], self.tensors[f"{name}/B"].shape[1]
             if rank_a != rank_b:
@@ -99,16 +108,3 @@ class TaskVector:
                     f"The factors of {name!r} of {owner} have the rank {rank_a}, expected 1 to "
                     f"{most}. Train it with another `rank`."
                 )
-
-
-def _check_tensor(tensor: Tensor, shape: tuple[int | None, ...], what: str) -> None:
-    """Refuse a tensor of another shape, of an integer dtype, or with values out of range."""
-    fits = len(shape) == tensor.ndim and all(
-        expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        raise ContributionError(
-            f"Tensor {what} has shape {tuple(tensor.shape)}, expected {shape} (None: any rank)."
-        )
-    hint = "Its training diverged: lower `learning-rate`, or use `penalty = implicit`."
-    check_range(tensor, PARAMETER, f"Tensor {what}", hint=hint)

@@ -58,12 +58,7 @@ def normal(shape: torch.Size | tuple[int, ...], entropy: Entropy = os.urandom) -
 
 
 def clip_factors(norms: Tensor, limit: float) -> Tensor:
-    r"""Return each example's factor that keeps the limit: :math:`\min(1, C / \lVert x\rVert)`.
-
-    Args:
-        norms: (examples,).
-        limit: C.
-    """
+    r"""Return each example's factor that keeps the limit: :math:`\min(1, C / \lVert x\rVert)`."""
     return (limit / norms.clamp_min(1e-300)).clamp_max(1.0)
 
 

@@ -10,6 +10,7 @@ nobody trains in vain. What a contribution may cost follows from
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,10 +25,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.names import check_class_names, check_client_name, check_distinct
 from fedcompo.registry.company import LIMITS, Company, Known
 from fedcompo.registry.owners import check_owner
-from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical, sync
-
-PIECE = 1 << 22
-"""Bytes copied at a time."""
+from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical
 
 
 def admit(contribution: Contribution, company: Company, *, empty: bool = False) -> Known:
@@ -263,7 +261,9 @@ def stage_contribution(source: Contribution | Path, folder: Path) -> Contributio
         folder.mkdir(parents=True)
         for name in (CONTENT, FISHER, CARD):
             if (source / name).is_file():
-                _copy(source / name, folder / name)
+                shutil.copyfile(source / name, folder / name)
+                with (folder / name).open("rb") as copy:
+                    os.fsync(copy.fileno())
     try:
         staged = Contribution.open(folder, check=True)
     except FileFormatError as error:
@@ -273,9 +273,3 @@ def stage_contribution(source: Contribution | Path, folder: Path) -> Contributio
     if staged.fisher is None:  # the card names none, so that one is not its own
         (folder / FISHER).unlink(missing_ok=True)
     return staged
-
-
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as original, target.open("xb") as copy:
-        shutil.copyfileobj(original, copy, PIECE)
-        sync(copy)

@@ -63,7 +63,8 @@ def add(
         coming = {client: replace(member, added=line) for client, member in coming.items()}
         after = _with_members(state, {**state.members, **coming})
         require_unmixed({client: member.kind for client, member in after.members.items()})
-        after = draft.with_caps(after, list(coming.values()))
+        counts = (counts_of(draft.opened(member).statistics) for member in coming.values())
+        after = replace(after, settings=after.settings.with_caps(counts))  # the first choose caps
         after = draft.compose(after, coming=list(coming.values()), going=gone)
         for client, member in coming.items():
             rounding = draft.roundings[client]
@@ -82,12 +83,7 @@ def add(
 
 
 def remove(
-    registry: RegistryReader,
-    client: str,
-    *,
-    requested_by: str,
-    reason: str,
-    keep_versions: bool,
+    registry: RegistryReader, client: str, *, requested_by: str, reason: str, keep_versions: bool
 ) -> RemovalRecord:
     """Remove a client; see :meth:`fedcompo.registry.registry.Registry.remove`."""
     with drafted(registry, f"removing {client}") as draft:
@@ -166,8 +162,13 @@ def realign(
             _check_described(state, statistics, num_features)
             cap = state.settings.class_cap
             statistics = {client: capped(own, cap) for client, own in statistics.items()}
-        if factor is not None:
-            _check_factor(state, factor)
+        if factor is not None and (given := state.settings.factor_given):
+            raise ConfigError(
+                f"The registry composes {given}, so no factor can be chosen. Make a new registry "
+                "with `scale = auto`, and a rule that leaves λ open."
+            )
+        if factor is not None and not 0 <= factor < math.inf:
+            raise ConfigError(f"A factor must be a number >= 0, got {factor}.")
         new = Realignment(statistics, factor)
         after = draft.compose(_with_members(state, state.members), [], [], new)
         draft.finish(after, [("realigned", {"clients": sorted(state.members)})])
@@ -188,17 +189,6 @@ def _check_described(
     for client, own in statistics.items():
         kind, owner = state.settings.statistics, f"client {client!r}"
         check_features(own, members[client], num_features, kind, owner)
-
-
-def _check_factor(state: State, factor: float) -> None:
-    """Refuse a factor that the registry cannot compose with."""
-    if given := state.settings.factor_given:
-        raise ConfigError(
-            f"The registry composes {given}, so no factor can be chosen. Make a new registry with "
-            "`scale = auto`, and a rule that leaves λ open."
-        )
-    if not 0 <= factor < math.inf:
-        raise ConfigError(f"A factor must be a number >= 0, got {factor}.")
 
 
 def _with_members(state: State, members: Mapping[str, Member], *, keep: bool = False) -> State:

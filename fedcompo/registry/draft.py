@@ -121,11 +121,6 @@ class Draft:
             added=self.next_sequence,
         )
 
-    def with_caps(self, after: State, coming: Sequence[Member]) -> State:
-        """Let a registry's first members choose its caps; later they stay, whoever leaves."""
-        counts = (counts_of(self._opened(member).statistics) for member in coming)
-        return replace(after, settings=after.settings.with_caps(counts))
-
     def compose(
         self,
         after: State,
@@ -172,7 +167,9 @@ class Draft:
         terms += [self._term(m, -times(m.num_examples)) for m in going]
         before = self.registry.running_sum() if self.before.version else None
         try:
-            written = version.write_sum(path, backbone, terms, count=after.count, before=before)
+            roundings, squared_norm = version.write_sum(
+                path, backbone, terms, count=after.count, before=before
+            )
         except version.RoundedDifferently as error:
             step(f"composing from all members: {error} rounds otherwise on this machine")
             self.recomposed = True
@@ -180,23 +177,23 @@ class Draft:
             known = list(after.members.values())
             terms = [self._term(member, times(member.num_examples)) for member in known]
             terms = [replace(term, rounded_sha256="") for term in terms]
-            written = version.write_sum(path, backbone, terms, count=after.count)
+            roundings, squared_norm = version.write_sum(path, backbone, terms, count=after.count)
         members = dict(after.members)
-        for member, rounding in zip(known, written.roundings, strict=False):  # who goes comes last
+        for member, rounding in zip(known, roundings, strict=False):  # who goes comes last
             self.roundings[member.client], norm = rounding, member.squared_norm
             if norm is None and (self._of_sums or after.settings.max_norm_ratio):
                 norm = rounding.squared_norm
             members[member.client] = replace(
                 member, rounded_sha256=rounding.sha256, squared_norm=norm
             )
-        return replace(after, members=members), written.squared_norm
+        return replace(after, members=members), squared_norm
 
     def _ruled(self, folder: Path, after: State, *, changed: bool) -> float:
         """Write the rule's total, of all members if it takes them; returns its squared length."""
         rule, everyone = after.settings.made_by, after.members.values()
         step(f"composing by {rule.text}, {rule.removal} in the number of members")
         needed = everyone if changed and rule.removal is Removal.MEMBERS else ()
-        members = [self._opened(member, with_fisher=bool(rule.needs)) for member in needed]
+        members = [self.opened(member, with_fisher=bool(rule.needs)) for member in needed]
         times = {m.client: after.settings.times(m.num_examples) for m in everyone}
         backbone, same = self.registry.backbone, None if changed else self.registry.total()
         return version.write_ruled(folder, backbone, after.settings, members, times, same=same)
@@ -219,9 +216,9 @@ class Draft:
         """Write statistics; return the joint head."""
         if self._of_sums:
             before = self.registry.total_statistics() if self.before.version else None
-            newcomers, gone = ([self._opened(m) for m in some] for some in (coming, going))
+            newcomers, gone = ([self.opened(m) for m in some] for some in (coming, going))
             for new in newcomers:
-                members = map(self._opened, self.before.members.values())
+                members = map(self.opened, self.before.members.values())
                 with blaming(new.client):
                     check_alike(new.client, new.statistics, before, members)
             total = total_after(before, newcomers, gone, after.settings)
@@ -239,7 +236,7 @@ class Draft:
         """Whether members describe their features by sums."""
         return self.before.settings.statistics is Statistics.SUMS
 
-    def _opened(self, member: Member, *, with_fisher: bool = False) -> Contribution:
+    def opened(self, member: Member, *, with_fisher: bool = False) -> Contribution:
         """Open a member's contribution; a new one is read from the staged files."""
         if (staged := self.new / member.folder).exists():
             return Contribution.open(staged, with_fisher=with_fisher)
@@ -247,7 +244,7 @@ class Draft:
 
     def _term(self, member: Member, times: int) -> Term:
         """Return a member's term of the sum."""
-        vector = self._opened(member).task_vector
+        vector = self.opened(member).task_vector
         return Term(member.client, vector, times, member.rounded_sha256)
 
     def _statistics(self, member: Member) -> AnyStatistics:

@@ -33,8 +33,8 @@ def summary(registry: RegistryReader) -> Values:
         "settings": registry.settings.values,
         "scale": registry.scale,
         "factor": registry.factor,
-        "factor_by": str(registry.factor_by),
-        "shrinkage": registry.shrinkage,
+        "factor_by": str(registry.state.factor_by),
+        "shrinkage": registry.state.shrinkage,
         "model": str(registry.path.absolute() / MODEL) if members else None,
         "classes": list(registry.classes),
         "twins": twins({member.client: member.classes for member in state.members.values()}),
@@ -68,19 +68,16 @@ def details(registry: RegistryReader, client: str) -> Values:
 
 def history_of(entries: Sequence[Entry], client: str) -> list[Values]:
     """List the lines of a journal that are about a client."""
-    history = []
-    for entry in entries:
-        added = [m["client"] for m in entry.details.get("clients", ()) if isinstance(m, dict)]
-        if client in (*added, entry.details.get("client")):
-            history.append(
-                {
-                    "sequence": entry.sequence,
-                    "time": entry.time,
-                    "event": entry.event,
-                    **{k: v for k, v in entry.details.items() if k in ("record", "within")},
-                }
-            )
-    return history
+    return [
+        {
+            "sequence": entry.sequence,
+            "time": entry.time,
+            "event": entry.event,
+            **{k: v for k, v in entry.details.items() if k in ("record", "within")},
+        }
+        for entry in entries
+        if entry.event != "realigned" and client in entry.clients
+    ]
 
 
 def removal_plan(registry: RegistryReader, client: str, *, keep_versions: bool) -> Values:
@@ -138,24 +135,19 @@ def _row(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> 
     """Describe a member in a few values; the entries are the registry's journal."""
     others = [client for client in registry.clients if client != member.client]
     influence = foreseen_influence(entries, member.client, others)
+    card = json.loads((registry.path / member.folder / CARD).read_text(encoding="utf-8"))
     return {
         "client": member.client,
         "kind": member.kind,
         "classes": list(member.classes),
         "num_examples": member.num_examples,
-        "stand_in": _described_by(registry, member) == STAND_IN,
+        "stand_in": card["settings"].get(f"{IMPORTED}statistics") == STAND_IN,
         "bytes": _bytes(registry, member),
         "added": entries[member.added - 1].time,
         "line": member.added,
         "shaped_by": sorted(member.lineage.shaped_by),
         "shapes": list(influence.to_retrain),
     }
-
-
-def _described_by(registry: RegistryReader, member: Member) -> str:
-    """What an imported member's statistics are of; empty: it was trained here, so of images."""
-    card = json.loads((registry.path / member.folder / CARD).read_text(encoding="utf-8"))
-    return str(card["settings"].get(f"{IMPORTED}statistics", ""))
 
 
 def _bytes(registry: RegistryReader, member: Member) -> int:

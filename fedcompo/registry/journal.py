@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,14 @@ class Entry:
         """The entry as it stands in the file, without the line's end."""
         return canonical({**self._content(), "sha256": self.sha256})
 
+    @property
+    def clients(self) -> list[str]:
+        """Clients that it is about."""
+        named = [m["client"] if isinstance(m, dict) else m for m in self.details.get("clients", ())]
+        return [*named, *([self.details["client"]] if "client" in self.details else [])]
+
     def _content(self) -> dict[str, Any]:
-        return {
-            "sequence": self.sequence,
-            "time": self.time,
-            "event": self.event,
-            "details": dict(self.details),
-            "previous": self.previous,
-        }
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def follow(last: Entry | None, events: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Entry]:
@@ -96,13 +96,8 @@ def read(path: Path, *, upto: int | None = None) -> list[Entry]:
 def _parsed(path: Path, line: str, number: int, previous: str) -> Entry:
     try:
         values = json.loads(line)
-        entry = Entry(
-            values["sequence"],
-            values["time"],
-            values["event"],
-            values["details"],
-            values["previous"],
-        )
+        del values["sha256"]
+        entry = Entry(**values)
         intact = entry.line == line and entry.sequence == number and entry.previous == previous
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False

@@ -97,24 +97,14 @@ class RegistryReader:
         return self.state.factor
 
     @property
-    def factor_by(self) -> str:
-        """Where it comes from, see :class:`~fedcompo.composition.scale.FactorBy`."""
-        return self.state.factor_by
-
-    @property
     def kept_factor(self) -> float | None:
         """The factor that stays when members change; None: it is computed anew."""
-        return self.factor if self.factor_by == FactorBy.VOTE else None
+        return self.factor if self.state.factor_by == FactorBy.VOTE else None
 
     @property
     def scale(self) -> float:
         r""":math:`\lambda`, as a multiple of the weighted mean; 0 if nobody is there."""
         return self.state.scale
-
-    @property
-    def shrinkage(self) -> float | None:
-        """Shrinkage of the joint head; None: it was not made of sums."""
-        return self.state.shrinkage
 
     @property
     def linearised(self) -> bool:

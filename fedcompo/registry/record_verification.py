@@ -35,10 +35,7 @@ BY_MACHINE = {
 
 
 def verify_record(
-    path: Path,
-    *,
-    registry: RegistryReader | None = None,
-    public_key: Path | None = None,
+    path: Path, *, registry: RegistryReader | None = None, public_key: Path | None = None
 ) -> list[Finding]:
     """Check a removal record.
 
@@ -216,8 +213,8 @@ def _compose_survivors(
         shrinkage=shrinkage,
     )
     terms = terms_of(pool, settings)
-    written = write_sum(folder / SUM, backbone, terms, count=state.count)
-    squared, members, times = written.squared_norm, pool.contributions, times_of(pool, settings)
+    _, squared = write_sum(folder / SUM, backbone, terms, count=state.count)
+    members, times = pool.contributions, times_of(pool, settings)
     if not settings.made_by.is_sum:
         squared = write_ruled(folder, backbone, settings, members, times)
     state = replace(state, factor=expected_factor(state, squared))

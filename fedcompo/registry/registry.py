@@ -6,8 +6,6 @@ README.md shows what lies in the folder. Changes are transactions
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from fedcompo.registry import changes
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.state import write_new
-from fedcompo.storage.files import put_in_place
+from fedcompo.storage.files import completed, is_free
 
 
 class Registry(RegistryReader):
@@ -50,18 +48,13 @@ class Registry(RegistryReader):
         """
         path = Path(path)
         settings = settings or CompositionSettings()
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not is_free(path):
             raise RegistryError(f"{path} holds something already; name a new folder.")
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            draft.mkdir(parents=True)
-            write_new(draft, backbone, settings)
-            put_in_place(draft, path)
-        except BaseException as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise RegistryError(f"No registry could be made at {path}: {error}.") from error
-            raise
+            with completed(path) as draft:
+                write_new(draft, backbone, settings)
+        except OSError as error:
+            raise RegistryError(f"No registry could be made at {path}: {error}.") from error
         return cls(path)
 
     def model(self, *, only: Sequence[str] | None = None, without: Sequence[str] = ()) -> nn.Module:
@@ -100,21 +93,10 @@ class Registry(RegistryReader):
             BackboneMismatch: If one was trained on other pre-trained weights.
             RegistryLocked: If another process keeps changing the registry.
         """
-        changes.add(
-            self,
-            sources,
-            replacing=replacing,
-            empty=empty,
-            requested_by=requested_by,
-        )
+        changes.add(self, sources, replacing=replacing, empty=empty, requested_by=requested_by)
 
     def remove(
-        self,
-        client: str,
-        *,
-        requested_by: str = "",
-        reason: str = "",
-        keep_versions: bool = False,
+        self, client: str, *, requested_by: str = "", reason: str = "", keep_versions: bool = False
     ) -> RemovalRecord:
         """Remove a client: its files, its term of the sum, its rows of the head.
 
@@ -132,11 +114,7 @@ class Registry(RegistryReader):
             RegistryLocked: If another process keeps changing the registry.
         """
         return changes.remove(
-            self,
-            client,
-            requested_by=requested_by,
-            reason=reason,
-            keep_versions=keep_versions,
+            self, client, requested_by=requested_by, reason=reason, keep_versions=keep_versions
         )
 
     def realign(

@@ -42,7 +42,7 @@ def story(registry: RegistryReader) -> Values:
                 "line": entry.sequence,
                 "time": entry.time,
                 "event": entry.event + (" to be replaced" if "within" in entry.details else ""),
-                "clients": _clients_of(entry),
+                "clients": entry.clients,
                 "sha256": entry.sha256,
             }
             for entry in entries
@@ -86,9 +86,3 @@ def _receipt(registry: RegistryReader, entry: Entry) -> Values:
     except (FileFormatError, OSError) as error:
         told["fault"] = str(error)
     return {"time": entry.time, "line": entry.sequence, **{key: said[key] for key in SAID}, **told}
-
-
-def _clients_of(entry: Entry) -> list[str]:
-    """Clients that a line of the journal is about."""
-    several = [m["client"] if isinstance(m, dict) else m for m in entry.details.get("clients", ())]
-    return [*several, *([entry.details["client"]] if "client" in entry.details else [])]

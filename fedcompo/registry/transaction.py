@@ -55,12 +55,7 @@ class Change:
 
 
 @contextlib.contextmanager
-def locked(
-    root: Path,
-    purpose: str,
-    *,
-    patience: float = 60.0,
-) -> Iterator[None]:
+def locked(root: Path, purpose: str, *, patience: float = 60.0) -> Iterator[None]:
     """Hold the writer's lock; first complete or undo what a dead writer left.
 
     Args:

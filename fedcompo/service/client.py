@@ -25,7 +25,7 @@ from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
 from fedcompo.service.retries import ATTEMPTS, Attempts
 from fedcompo.service.transfer import CONTRIBUTION, FileEntry, outgoing, received, without_paths
-from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS, is_free
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
@@ -238,9 +238,7 @@ class Client:
         ]
 
     def _published(
-        self,
-        offer: Any,
-        chunks: Callable[[Mapping[str, int]], Iterator[wire.Chunk]],
+        self, offer: Any, chunks: Callable[[Mapping[str, int]], Iterator[wire.Chunk]]
     ) -> Any:
         """Make one attempt to publish: offer, learn what the server has, send the rest."""
         total = sum(file.size for file in offer.offer.files)
@@ -269,12 +267,9 @@ class Client:
         return published
 
     def _download(
-        self,
-        output: Path,
-        call: Callable[[Any], Any],
-        names: tuple[frozenset[str], frozenset[str]],
+        self, output: Path, call: Callable[[Any], Any], names: tuple[frozenset[str], frozenset[str]]
     ) -> Any:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not is_free(output):
             raise ConfigError(f"{output} holds something already; name a new folder.")
         return self._attempts.make(lambda: received(output, call, names))
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fedcompo.config.scenario import parse_assignment
+from fedcompo.config.setting import NOT_NEGATIVE, POSITIVE, Check, check_one, setting
 from fedcompo.errors import ConfigError
 from fedcompo.service.access import Peer
 from fedcompo.service.refusals import Code, Refused
@@ -24,58 +26,37 @@ CALLERS_KNOWN = 4096
 """Buckets kept; beyond, those that are full again are forgotten."""
 
 
+SHORT: Check = (lambda value: value <= 2_000_000, "must be at most 2000000")
+FEW: Check = (lambda value: value < 2**31, "must be at most 2147483647")
+"""gRPC counts bytes of a message, and milliseconds, in 32 bits."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """The limits; sizes in bytes, times in seconds."""
 
-    message: int = LARGEST_PIECE + (1 << 16)
-    """A single message: one chunk and its wrapping."""
-    contribution: int = 4 << 30
-    """All files of a contribution, and so of a client's upload."""
-    description: int = 4 << 20
-    """The parts of a contribution that are read as a whole: its card, the header of tensors."""
-    tensor: int = 256 << 20
-    """A single tensor; each is in memory as a whole while it is checked."""
-    spare: int = 256 << 20
-    """Space on the disk that no upload may take."""
-    stale: float = 86_400.0
-    """Abandoned uploads are deleted after so long."""
-    rate: float = 20.0
-    """Calls a second and caller, in the long run."""
-    burst: int = 60
-    """Calls at once, after a pause."""
-    calls_each: int = 8
-    """Calls of one caller under way; one, while half of all places are taken."""
-    calls: int = 128
-    """Calls of members under way."""
-    kept: int = 8
-    """More of them, for operators alone."""
-    heavy: int = 2
-    """Compositions and verifications of members under way; the others wait."""
-    models: int = 16
-    """Composed models of members on disk, most of them being sent; the others wait."""
-    connections: int = 4096
-    """Connections; half of the files that the process may open, if that is less."""
-    handshake: float = 10.0
-    """How long a connection may take to show its certificate."""
-    idle: float = 60.0
-    """How long a call waits for its caller, and a connection for a call."""
-    seconds: float = 3600.0
-    """The longest a call may take, waiting included."""
-    grace: float = 30.0
-    """How long calls under way may take to end when the service ends."""
-
-    def __post_init__(self) -> None:
-        """Raise ``ConfigError`` unless all are positive; only ``spare`` may be zero."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not (value > 0 or (value == 0 and field.name == "spare")):
-                raise ConfigError(f"The limit `{field.name}` must be positive, got {value}.")
-        # gRPC counts bytes of a message, and milliseconds, in 32 bits.
-        largest = dict.fromkeys(("handshake", "idle", "seconds", "grace"), 2_000_000.0)
-        for name, most in {**largest, "message": 2**31 - 1, "connections": 2**31 - 1}.items():
-            if getattr(self, name) > most:
-                raise ConfigError(f"The limit `{name}` may be {most:.0f} at most.")
+    message: int = setting(
+        LARGEST_PIECE + (1 << 16), "A single message: one chunk and its wrapping.", POSITIVE, FEW
+    )
+    contribution: int = setting(4 << 30, "All files of one, and so of a client's upload.", POSITIVE)
+    description: int = setting(4 << 20, "What is read whole: card, header of tensors.", POSITIVE)
+    tensor: int = setting(256 << 20, "A single one; each is whole in memory for a check.", POSITIVE)
+    spare: int = setting(256 << 20, "Space on the disk that no upload may take.", NOT_NEGATIVE)
+    stale: float = setting(86_400.0, "Abandoned uploads are deleted after so long.", POSITIVE)
+    rate: float = setting(20.0, "Calls a second and caller, in the long run.", POSITIVE)
+    burst: int = setting(60, "Calls at once, after a pause.", POSITIVE)
+    calls_each: int = setting(8, "Calls of one caller under way; one in a crowd.", POSITIVE)
+    calls: int = setting(128, "Calls of members under way.", POSITIVE)
+    kept: int = setting(8, "More of them, for operators alone.", POSITIVE)
+    heavy: int = setting(2, "Members' compositions and verifications under way.", POSITIVE)
+    models: int = setting(16, "Composed models of members on disk, most being sent.", POSITIVE)
+    connections: int = setting(4096, "But at most half of the files it may open.", POSITIVE, FEW)
+    handshake: float = setting(10.0, "Time to show a certificate.", POSITIVE, SHORT)
+    idle: float = setting(
+        60.0, "How long a call waits for its caller, and a connection for a call.", POSITIVE, SHORT
+    )
+    seconds: float = setting(3600.0, "The longest call, waiting included.", POSITIVE, SHORT)
+    grace: float = setting(30.0, "Time to end calls when the service ends.", POSITIVE, SHORT)
 
 
 def limits_of(texts: Sequence[str]) -> Limits:
@@ -84,21 +65,16 @@ def limits_of(texts: Sequence[str]) -> Limits:
     Raises:
         ConfigError: If a name is no limit, or its value is not valid.
     """
-    kinds: dict[str, type[int] | type[float]] = {
-        field.name: float if isinstance(field.default, float) else int for field in fields(Limits)
-    }
+    known = {field.name: field for field in fields(Limits)}
     changed: dict[str, Any] = {}
     for text in texts:
-        name, _, value = text.partition("=")
-        if name not in kinds:
-            raise ConfigError(
-                f"`{text}` sets no limit; expected one of {', '.join(kinds)}, as name=value."
-            )
+        name, value = parse_assignment(text)
+        if name not in known:
+            raise ConfigError(f"`{text}` sets no limit; expected one of {', '.join(known)}.")
         try:
-            changed[name] = kinds[name](value)
+            changed[name] = check_one(name, known, value)
         except ValueError as error:
-            what = "a whole number" if kinds[name] is int else "a number"
-            raise ConfigError(f"`{text}`: the limit `{name}` is {what}, got {value!r}.") from error
+            raise ConfigError(f"The limit {error}") from error
     return Limits(**changed)
 
 

@@ -183,9 +183,7 @@ class Incoming:
 
 
 def received(
-    output: Path,
-    call: Callable[[Any], Iterable[Any]],
-    names: tuple[frozenset[str], frozenset[str]],
+    output: Path, call: Callable[[Any], Iterable[Any]], names: tuple[frozenset[str], frozenset[str]]
 ) -> Any:
     """Make one call, receive its files, and move them to their place once they are complete.
 

@@ -33,15 +33,7 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
-    """Pack tensors and a manifest.
-
-    Args:
-        tensors: Any tensors by name; moved to the CPU.
-        manifest: JSON values; ``format_version``, ``fedcompo_version`` and ``sha256`` are added.
-
-    Returns:
-        A safetensors file.
-    """
+    """Pack tensors and a manifest of JSON values, sealed, as a safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     complete = complete_manifest(manifest, tensor_digest(tensors))
     metadata = {"manifest": canonical(complete)}
@@ -49,14 +41,7 @@ def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> byte
 
 
 def from_bytes(data: bytes, *, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Unpack and check bytes that :func:`to_bytes` packed.
-
-    Args:
-        data: A safetensors file with a manifest.
-        source: Where it came from, for error messages.
-
-    Returns:
-        Tensors by name and the manifest.
+    """Unpack and check bytes that :func:`to_bytes` packed and a source sent.
 
     Raises:
         FileFormatError: If it is truncated, altered, or not a file of this kind.

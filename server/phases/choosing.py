@@ -107,8 +107,8 @@ class Choosing:
         return {
             "scale": self.registry.scale,
             "factor": self.registry.factor,
-            "by": str(self.registry.factor_by),
-            "shrinkage": self.registry.shrinkage,
+            "by": str(self.registry.state.factor_by),
+            "shrinkage": self.registry.state.shrinkage,
             "votes": self.votes,
             "candidates": self.tried,
         }
@@ -118,7 +118,7 @@ class Choosing:
         if self.registry.settings.scale is None:
             self.exchange.books.note(
                 f"λ was not voted on: {reason}. It is {self.registry.scale:.3g} "
-                f"(by {self.registry.factor_by})."
+                f"(by {self.registry.state.factor_by})."
             )
 
     def _missing(self) -> list[str]:

@@ -86,7 +86,7 @@ class Bench:
                 purpose="realign",
                 linearised=self.registry.linearised,
             )
-        shrinkage = self.registry.shrinkage
+        shrinkage = self.registry.state.shrinkage
         return joint_head(statistics, self.registry.settings, shrinkage=shrinkage)
 
     def accuracies(self, theta: Weights, head: Head, clients: Iterable[str]) -> Accuracies:

@@ -137,15 +137,16 @@ def test_a_client_with_few_examples_of_a_shared_class_has_at_least_one_sample():
     assert (features.round() == 2).sum() == 1
 
 
-def test_features_are_extracted_batch_by_batch_in_single_precision_on_the_cpu():
+def test_features_are_extracted_batch_by_batch_in_single_precision_on_the_cpu(monkeypatch):
     sizes = []
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         sizes.append(len(images))
         return images.double().flatten(1)
 
+    monkeypatch.setattr("fedcompo.method.features.BATCH", 3)
     images = torch.arange(28).view(7, 1, 2, 2).to(torch.uint8)
-    features = extract_features(forward, images, batch_size=3)
+    features = extract_features(forward, images)
     assert sizes == [3, 3, 1]
     assert torch.equal(features, images.flatten(1).float())
 

@@ -91,9 +91,7 @@ def test_sums_run_in_double_precision():
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_in_which_clients_came_changes_no_bit(order):
-    pool = Pool()
-    for index in order:
-        pool = pool.add(MEMBERS[index])
+    pool = Pool(tuple(MEMBERS[index] for index in order))
     shuffled = dict(reversed(UNEQUAL.items()))
     assert pool.clients == POOL.clients
     assert_bits(pool.compose(THETA_0, shuffled), POOL.compose(THETA_0, UNEQUAL))
@@ -103,7 +101,7 @@ def test_the_order_in_which_clients_came_changes_no_bit(order):
 @pytest.mark.parametrize("name", ["a-first", "client-1b", "z-last"])
 def test_removing_a_client_equals_never_adding_it(kind, name):
     guest = contribution(name, kind, theta_0=ADAPTED, seed=90)
-    joined = POOL.add(guest)
+    joined = Pool((*POOL, guest))
     assert not torch.equal(
         joined.compose(THETA_0)["blocks.0.mlp.fc1.weight"],
         POOL.compose(THETA_0)["blocks.0.mlp.fc1.weight"],
@@ -130,7 +128,6 @@ def test_a_pool_of_one_gives_the_clients_own_model():
 def test_operations_leave_the_pool_they_start_from_as_it_is():
     POOL.without("client-0")
     POOL.only("client-0")
-    POOL.add(contribution("client-9"))
     assert POOL.clients == ("client-0", "client-1", "client-2")
     assert len(POOL) == 3
     assert [c.client for c in POOL] == list(POOL.clients)
@@ -146,7 +143,7 @@ def test_an_unknown_client_is_refused_and_the_nearest_is_suggested(operation):
 
 def test_a_client_cannot_contribute_twice():
     with pytest.raises(ContributionError, match="client-1 are in the pool already"):
-        POOL.add(contribution("client-1"))
+        Pool((*POOL, contribution("client-1")))
 
 
 def test_an_empty_pool_cannot_be_composed():

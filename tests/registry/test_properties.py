@@ -125,7 +125,7 @@ class Expected:
             del self.specs[client]
             assert record.survivors == tuple(sorted(self.specs))
             assert (record.root_after, record.recomposed) == (registry.state.root, False)
-            after = registry.factor, registry.factor_by
+            after = registry.factor, registry.state.factor_by
             assert (record.factor_before, record.factor_after, record.factor_by) == (before, *after)
             self.realigned = None
         elif action == "realign" and self.specs:
@@ -193,11 +193,11 @@ def assert_exact(registry: Registry, present: Mapping[str, Spec]) -> None:
         exact = Fraction(start[i][j]) + Fraction(registry.factor) * total[i][j] / 2**BITS
         half = abs(np.spacing(np.float32(exact))) / 2
         assert abs(Fraction(found[i][j]) - exact) <= Fraction(float(half)) * Fraction(1001, 1000)
-    if registry.factor_by == "norms":
+    if registry.state.factor_by == "norms":
         mean = Fraction(sum(times[c] * energy[c] for c in present), count)
         expected = min(math.sqrt(mean / squared), len(present) / count)
         assert registry.factor == pytest.approx(expected, rel=6e-4)
-    elif registry.factor_by == "fixed":
+    elif registry.state.factor_by == "fixed":
         assert registry.factor == registry.settings.scale / count
     assert_totals(registry, [spec.made() for spec in present.values()])
 

@@ -80,7 +80,7 @@ def test_the_model_is_the_rules_total_of_its_members(text, tmp_path):
 
 def test_a_rule_says_the_factor_or_keeps_the_length(tmp_path):
     fixed, record = removed(tmp_path / "fixed", "task-arithmetic:lambda=0.3")
-    assert (fixed.factor, fixed.factor_by, fixed.scale) == (0.3, "rule", 0.6)
+    assert (fixed.factor, fixed.state.factor_by, fixed.scale) == (0.3, "rule", 0.6)
     assert (record.factor_before, record.factor_after) == (0.3, 0.3)
     ties = registry_of(tmp_path / "ties", *one_of_each_kind(), settings=by("ties"))
     squares = [fixed_point.squared_length(ties.total()[name]) for name in ties.total()]
@@ -100,7 +100,7 @@ def test_the_voted_factor_stays_and_the_total_is_not_made_again(text, tmp_path, 
         registry.realign(own_statistics(registry), factor=0.7)
     assert same_bits(dict(registry.total()), before)
     record = registry.remove("ben")
-    assert (registry.factor, registry.factor_by) == (0.7, "vote")
+    assert (registry.factor, registry.state.factor_by) == (0.7, "vote")
     assert all(finding.holds for finding in verify_registry(registry.path))
     findings = verify_record(registry.path / record.place, registry=registry)
     assert all(finding.holds for finding in findings)

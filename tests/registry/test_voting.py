@@ -41,7 +41,11 @@ def registry(tmp_path):
 def test_a_vote_recomposes_with_its_factor_and_head(registry):
     given = own_statistics(registry, seed=4)
     registry.realign(given, factor=0.75)
-    assert (registry.factor, registry.factor_by, registry.shrinkage) == (0.75, "vote", SHRINKAGE)
+    assert (registry.factor, registry.state.factor_by, registry.state.shrinkage) == (
+        0.75,
+        "vote",
+        SHRINKAGE,
+    )
     assert registry.scale == pytest.approx(2.25)
     expected = registry.pool().compose(backbone().theta_0, scale=2.25)
     for name, weight in registry.theta_p().items():
@@ -72,17 +76,25 @@ def test_the_frozen_backbone_may_win(registry):
 def test_a_voted_factor_stays_until_the_next_vote_and_the_head_does_not(registry):
     registry.realign(own_statistics(registry), factor=0.75)
     registry.add(member("dee", seed=9))
-    assert (registry.factor, registry.factor_by, registry.shrinkage) == (0.75, "vote", SHRINKAGE)
+    assert (registry.factor, registry.state.factor_by, registry.state.shrinkage) == (
+        0.75,
+        "vote",
+        SHRINKAGE,
+    )
     assert not registry.realigned
     registry.realign(own_statistics(registry))
-    assert (registry.factor, registry.factor_by, registry.shrinkage) == (0.75, "vote", SHRINKAGE)
+    assert (registry.factor, registry.state.factor_by, registry.state.shrinkage) == (
+        0.75,
+        "vote",
+        SHRINKAGE,
+    )
     record = registry.remove("ada")
     assert (record.factor_before, record.factor_after, record.factor_by) == (0.75, 0.75, "vote")
     for client in registry.clients:
         record = registry.remove(client)
     assert (record.factor_before, record.factor_after, record.factor_by) == (0.75, 0.0, "")
     registry.add(member("eva"))
-    assert registry.factor_by == "norms"
+    assert registry.state.factor_by == "norms"
 
 
 def test_without_a_vote_the_factor_is_computed_over_who_is_there(registry, tmp_path):
@@ -100,7 +112,7 @@ def test_a_record_is_verified_with_the_shrinkage_of_its_time(registry, monkeypat
     monkeypatch.setattr(draft, "SHRINKAGE", 0.1)
     record = registry.remove("ada")
     monkeypatch.undo()
-    assert registry.shrinkage == 0.1 != SHRINKAGE
+    assert registry.state.shrinkage == 0.1 != SHRINKAGE
     findings = verify_record(registry.path / record.place, registry=registry)
     assert all(finding.holds for finding in findings)
 
@@ -108,7 +120,7 @@ def test_a_record_is_verified_with_the_shrinkage_of_its_time(registry, monkeypat
 def test_a_fixed_scale_is_divided_by_who_is_there(tmp_path):
     settings = replace(QUICK, scale=1.5)
     registry = registry_of(tmp_path / "r", *one_of_each_kind(), settings=settings)
-    assert (registry.factor, registry.factor_by, registry.scale) == (0.5, "fixed", 1.5)
+    assert (registry.factor, registry.state.factor_by, registry.scale) == (0.5, "fixed", 1.5)
     record = registry.remove("ada")
     assert (record.factor_before, record.factor_after, record.factor_by) == (0.5, 0.75, "fixed")
     with pytest.raises(ConfigError, match=r"fixed scale 1\.5"):
@@ -170,7 +182,7 @@ def test_a_registry_of_mixtures_is_written_as_it_always_was(older):
     assert '"format_version":1' in state
     assert not any(word in state for word in ("factor", "shrinkage", "squared_norm", 'statistics"'))
     assert TOTALS not in older.state.files
-    assert (older.scale, older.factor_by, older.shrinkage) == (1.0, "fixed", None)
+    assert (older.scale, older.state.factor_by, older.state.shrinkage) == (1.0, "fixed", None)
     assert older.factor == 1 / 3
     assert Registry(older.path).state == older.state
     record = older.remove("ada")

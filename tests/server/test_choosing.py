@@ -80,7 +80,7 @@ def test_the_registry_holds_what_was_chosen(chosen):
     registry, reported = Registry(output / "registry"), results["scale"]
     assert registry.scale == pytest.approx(reported["scale"])
     assert registry.factor == pytest.approx(reported["scale"] / 3)
-    assert registry.shrinkage == SHRINKAGE
+    assert registry.state.shrinkage == SHRINKAGE
     assert registry.realigned
     assert results["notes"] == [] or all("voted" not in note for note in results["notes"])
 

@@ -34,7 +34,7 @@ from fedcompo.service import downloads
 from fedcompo.service import publishing as uploads_module
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.access import Peer
-from fedcompo.service.limits import Limits, Places, Turns
+from fedcompo.service.limits import Limits, Places, Turns, limits_of
 from fedcompo.service.publishing import Uploads
 from fedcompo.service.refusals import Code, Refused
 from fedcompo.service.server import NAME
@@ -197,10 +197,10 @@ def test_who_calls_all_the_time_keeps_nobody_waiting_who_calls_once():
     assert order == ["ada", "mal", "mel", "new", "ada", "mal", "mel", "mel"]
 
 
-@pytest.mark.parametrize("wrong", [{"rate": 0.0}, {"calls": 0}, {"spare": -1}, {"seconds": -1.0}])
+@pytest.mark.parametrize("wrong", ["rate=0", "calls=0", "spare=-1", "seconds=-1"])
 def test_limits_are_positive(wrong):
-    with pytest.raises(ConfigError, match="must be positive"):
-        Limits(**wrong)
+    with pytest.raises(ConfigError, match="must be >"):
+        limits_of([wrong])
 
 
 # -- uploads --------------------------------------------------------------------------------------

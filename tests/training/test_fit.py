@@ -398,7 +398,8 @@ def test_clients_of_all_kinds_compose_to_a_model_that_still_solves_the_problem(b
     for kind in MIXABLE:
         fitted = fit(backbone, kind)
         member = contribution(f"client-{kind}", kind, theta_0=backbone.theta_0)
-        pool = pool.add(replace(member, task_vector=fitted.task_vector, head=fitted.head))
+        own = replace(member, task_vector=fitted.task_vector, head=fitted.head)
+        pool = Pool((*pool, own))
     theta_p = pool.compose(backbone.theta_0)
     accuracies = [accuracy_of(backbone, theta_p, c.head, CLASSES, DATA).task_il for c in pool]
     assert min(accuracies) >= 0.9
