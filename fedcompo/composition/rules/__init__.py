@@ -1,4 +1,4 @@
-r"""Rules of composition, a file for each kind: how the members' changes of a weight become one.
+r"""Rules of composition, a file for each idea: how the members' changes of a weight become one.
 
 A rule turns them into a *total* in the size of their sum, so that one factor fits all rules,
 

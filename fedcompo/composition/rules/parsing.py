@@ -7,11 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from fedcompo.composition.rules.dare import Dare
+from fedcompo.composition.rules.fisher import Fisher
+from fedcompo.composition.rules.iso_c import IsoC
 from fedcompo.composition.rules.mean import Mean, NormPreserving, TaskArithmetic
+from fedcompo.composition.rules.regmean import RegMean
 from fedcompo.composition.rules.rule import Rule
-from fedcompo.composition.rules.singular import IsoC, TsvM
 from fedcompo.composition.rules.ties import Ties
-from fedcompo.composition.rules.weighted import Fisher, RegMean
+from fedcompo.composition.rules.tsv_m import TsvM
 from fedcompo.config.setting import Scalar, check_one
 from fedcompo.errors import ConfigError
 from fedcompo.names import did_you_mean

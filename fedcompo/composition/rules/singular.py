@@ -1,79 +1,15 @@
-r"""Rules that change the singular vectors of changes, up to the rank told from rounding.
-
-*iso-c*: the sum with all its singular values made equal.
-
-.. math:: \sum_c m_c\,\tau_c = U\,\mathrm{diag}(\sigma)\,V^\top, \qquad
-   \mathrm{total} = \bar\sigma\,U V^\top
-
-with :math:`\bar\sigma` the mean over the numerical rank, so that a sum of LoRAs stays in the
-directions that its members trained. Source: Marczak et al., ICML 2025 (arXiv 2502.04959).
-
-*tsv-m*: the leading singular vectors of each member, made orthogonal to each other's.
-Of each :math:`\tau_c = U_c\,\mathrm{diag}(\sigma_c)\,V_c^\top` the leading
-:math:`k = \lfloor \min(\mathrm{out}, \mathrm{in}) / T \rfloor` stay, at least one, at most its
-numerical rank. Side by side, :math:`U = (U_1, …, U_T)` and :math:`V` are replaced by the nearest
-matrices with orthonormal columns:
-
-.. math:: \mathrm{total} = U (U^\top U)^{+1/2}\;\mathrm{diag}(\sigma_1, …, \sigma_T)\;
-   (V^\top V)^{+1/2}\,V^\top
-
-Members that are equal count as one. Its equation has no weights: members count alike. T·k vectors
-are in memory. Source: Gargiulo et al., CVPR 2025 (arXiv 2412.00081).
-"""
+"""Singular vectors of changes, up to the rank that can be told from rounding."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedcompo.composition.fixed_point import GRID
-from fedcompo.composition.rules.rule import Changes, Removal, Rule
-from fedcompo.runtime import one_thread
 
 WIDTH = 64
 """Directions that are tried first; twice as many next."""
 EPS = torch.finfo(torch.float64).eps
-
-
-@dataclass(frozen=True)
-class IsoC(Rule):
-    """An isotropic sum; one decomposition a weight."""
-
-    name: ClassVar[str] = "iso-c"
-    removal: ClassVar[Removal] = Removal.SUM
-    portable: ClassVar[bool] = False
-
-    def total(self, changes: Changes) -> Tensor:
-        """Return the isotropic sum."""
-        with one_thread():
-            u, values, vh = numerical_svd(changes.sum(), changes.weight, changes.together)
-            mean = values.mean() if len(values) else 0.0
-            return (u @ vh).mul_(mean)
-
-
-@dataclass(frozen=True)
-class TsvM(Rule):
-    """Task singular vectors, merged; a decomposition a member and two more."""
-
-    name: ClassVar[str] = "tsv-m"
-    weighted: ClassVar[bool] = False
-    portable: ClassVar[bool] = False
-
-    def total(self, changes: Changes) -> Tensor:
-        """Return the sum of the leading parts, made orthogonal."""
-        most = max(1, min(changes.weight.shape) // len(changes))
-        left, sizes, right = [], [], []
-        with one_thread():
-            for change in changes:
-                u, values, vh = numerical_svd(change.tau, changes.weight)
-                left.append(u[:, :most])
-                sizes.append(values[:most])
-                right.append(vh[:most].T)
-            u, v = (nearest_isometry(torch.cat(side, 1)) for side in (left, right))
-            return (u * torch.cat(sizes)) @ v.T * next(iter(changes.times.values()))
 
 
 def numerical_svd(
