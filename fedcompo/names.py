@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from fedcompo.errors import ConfigError, ContributionError
 
@@ -169,15 +169,19 @@ def number(c: str) -> str:
     return f"⟨U+{ord(c):04X}⟩"
 
 
+def did_you_mean(word: str, known: Iterable[str], form: Callable[[str], str] = repr) -> str:
+    """Ask whether the nearest known word was meant; empty: none is near."""
+    near = difflib.get_close_matches(word, [*known], 1)
+    return f" Did you mean {form(near[0])}?" if near else ""
+
+
 def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> None:
     """Raise ``ContributionError``, naming the nearest known name, unless all clients are known."""
     for client in clients:
         if client not in known:
-            near = difflib.get_close_matches(client, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ContributionError(
                 f"There is no client {client!r} in the {where}, which holds "
-                f"{', '.join(known) or 'nobody'}.{hint}"
+                f"{', '.join(known) or 'nobody'}.{did_you_mean(client, known)}"
             )
 
 

@@ -140,7 +140,7 @@ def evaluate(
             return
         from fedcompo.cli.tables import print_accuracies, print_worst_classes
 
-        print_accuracies("Accuracy, %", figures)
+        print_accuracies(figures)
         print_worst_classes(counted)
         if unknown:
             say(f"Not measured, as the model does not know their classes: {', '.join(unknown)}.")

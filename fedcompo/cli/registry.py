@@ -177,6 +177,11 @@ def remove(
         members = members_of(client, opened.clients) or (client,)
         plans = [removal_plan(opened, member, keep_versions=keep_versions) for member in members]
         if not as_json:
+            if len(members) > 1:
+                say(
+                    f"{client} has {len(members)} members; each is removed by itself, so what is "
+                    "said of one counts the others among those who stay and who train again."
+                )
             for plan in plans:
                 tables.print_plan(plan, realigned=opened.realigned)
         if dry_run:
@@ -186,9 +191,9 @@ def remove(
             common.confirm(f"Remove {', '.join(members)} from {opened.path}?")
         from fedcompo.registry.registry import Registry
 
-        changed, started = Registry(opened.path), time.monotonic()
-        records = []
+        changed, records = Registry(opened.path), []
         for member in members:
+            started = time.monotonic()
             with common.progress(quiet=as_json):
                 record = changed.remove(
                     member,

@@ -13,7 +13,11 @@ from fedcompo.engine.run_folder import RESULTS
 from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.report.console import say
 
-REGISTRY = "registry.json"
+NEEDED = {
+    *("method", "created", "seconds", "seed", "settings", "backbone"),
+    *("phases", "notes", "versions", "platform"),
+}
+"""Keys that results have, whatever ran."""
 
 
 def report(
@@ -36,11 +40,12 @@ def report(
             raise ConfigError("Name one: a folder, or a registry by --registry.")
         if output.suffix != ".html":
             raise ConfigError(f"`--output` is {str(output)!r}, expected a name that ends in .html.")
+        from fedcompo.registry.state import ABOUT
         from fedcompo.registry.story import story, story_of_run
         from fedcompo.report.pages import registry_page, run_page
         from fedcompo.storage.files import write_atomically
 
-        if folder and (folder / RESULTS).is_file() and not (folder / REGISTRY).is_file():
+        if folder and (folder / RESULTS).is_file() and not (folder / ABOUT).is_file():
             results = _results(folder / RESULTS)
             page = run_page(results, story_of_run(folder, results))
         else:
@@ -48,16 +53,15 @@ def report(
             beside = opened.path.absolute().parent / RESULTS
             found = _results(beside) if beside.is_file() else {}
             page = registry_page(story(opened), found if "registry" in found else None)
-        write_atomically(output, page.html().encode())
+        write_atomically(output, page.encode())
         say(f"Report: {output}")
 
 
 def _results(path: Path) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        results["created"], results["settings"], results["phases"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(
-            f"{path} holds no results of a run ({type(error).__name__}: {error})."
-        ) from error
+        if missing := NEEDED - results.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"{path} holds no results of a run: {error}.") from error
     return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
@@ -10,9 +10,10 @@ from rich.text import Text
 
 from fedcompo.config.presets import IMPORTED
 from fedcompo.names import printable
+from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.newcomers import note_on_newcomers
-from fedcompo.report.twins import note_on, twins, visible
+from fedcompo.report.twins import note_on, twins
 from fedcompo.report.units import (
     ALL_CLASSES,
     BRACKETS,
@@ -74,11 +75,7 @@ def print_list(summary: Mapping[str, Any]) -> None:
     if summary["old_pixels"]:
         say("Pictures are resized as by earlier versions, whose roundings are not quite timm's.")
     say(f"Joint head of {len(summary['classes'])} classes, aligned on {aligned} features")
-    if summary["twins"]:
-        say(f"Note: {note_on(summary['twins'])}")
-    rows = summary["clients"]
-    if note := note_on_newcomers((row["line"], row["client"], row["classes"]) for row in rows):
-        say(f"Note: {note}")
+    _say_notes((row["line"], row["client"], row["classes"]) for row in summary["clients"])
     if summary["clients"]:
         one, every = (summary["settings"].get(f"{cap}_cap") for cap in ("class", "client"))
         caps = (
@@ -104,11 +101,19 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
             str(member["num_examples"]),
         )
     table_console().print(table)
-    spelt = note_on(twins({member["client"]: member["classes"] for member in members}))
-    came = note_on_newcomers((m["added"], m["client"], m["classes"]) for m in members)
-    for note in filter(None, (spelt, came)):
-        say(f"Note: {note}")
+    _say_notes((m["added"], m["client"], m["classes"]) for m in members)
     say(f"Root {root}")
+
+
+def _say_notes(arrivals: Iterable[tuple[int, str, Sequence[str]]]) -> None:
+    """Say which classes may be one, and who came to another's."""
+    came = list(arrivals)
+    notes = (
+        note_on(twins({client: classes for _, client, classes in came})),
+        note_on_newcomers(came),
+    )
+    for note in filter(None, notes):
+        say(f"Note: {note}")
 
 
 def print_details(details: Mapping[str, Any]) -> None:
@@ -204,12 +209,11 @@ def print_findings(findings: Sequence[Finding]) -> None:
     say(f"{held}, {fails}, {opened} cannot be derived again from what is at hand.")
 
 
-def print_accuracies(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
+def print_accuracies(figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Print accuracy by client, %."""
-    columns = numbers("images", ALL_CLASSES, OWN_CLASSES)
     few = any(own["num_examples"] < SMALL for own in figures.values())
     caption = f"{BRACKETS}\n{EXPLAINED}" if few else EXPLAINED
-    table = Table("client", *columns, title=title, caption=caption, caption_justify="left")
+    table = _accuracies("Accuracy, %", caption, ALL_CLASSES, OWN_CLASSES)
     for client, own in figures.items():
         table.add_row(
             client,
@@ -224,22 +228,7 @@ def print_worst_classes(results: Mapping[str, Any]) -> None:
     """Print calibration, and the classes recognised worst with what they are mistaken for."""
     error = percent(results["calibration"]["error"])
     say(f"Calibration error {error} %: how far confidence and accuracy are apart, all classes.")
-    if not results["worst_classes"]:
-        say("No image is mistaken for one of another class.")
-        return
-    counted, title = numbers("images", "right", "%"), "Worst classes, among all classes"
-    table = Table("class", "clients", *counted, "mistaken for", title=title)
-    for name in results["worst_classes"]:
-        own = results["by_class"][name]
-        table.add_row(
-            visible(name),
-            shortened(own["clients"]),
-            str(own["images"]),
-            str(own["correct"]),
-            percent_between(own["accuracy"], own["interval"], own["images"]),
-            ", ".join(f"{visible(other)} ({count})" for other, count in own["mistaken_for"]),
-        )
-    table_console().print(table)
+    say(worst_line(results) or "No image is mistaken for one of another class.")
 
 
 def print_removal(results: Mapping[str, Any]) -> None:
@@ -261,18 +250,17 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
     if "reason" in accuracy:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
-    columns = numbers("images", ALL_CLASSES, "→", OWN_CLASSES, "→")
     title = "Accuracy, %, before the removal → after it"
     caption = f"The model knows fewer classes afterwards.\n{EXPLAINED}"
-    table = Table("client", *columns, title=title, caption=caption, caption_justify="left")
+    table = _accuracies(title, caption, ALL_CLASSES, "→", OWN_CLASSES, "→")
     for client, before in accuracy["before"].items():
-        after = accuracy["after"].get(client, {})
-        table.add_row(
-            client,
-            str(before["num_examples"]),
-            percent(before["class_il_accuracy"]),
-            percent(after.get("class_il_accuracy")),
-            percent(before["task_il_accuracy"]),
-            percent(after.get("task_il_accuracy")),
-        )
+        both = before, accuracy["after"].get(client, {})
+        keys = "class_il_accuracy", "task_il_accuracy"
+        figures = (percent(own.get(key)) for key in keys for own in both)
+        table.add_row(client, str(before["num_examples"]), *figures)
     table_console().print(table)
+
+
+def _accuracies(title: str, caption: str, *columns: str) -> Table:
+    counted = numbers("images", *columns)
+    return Table("client", *counted, title=title, caption=caption, caption_justify="left")

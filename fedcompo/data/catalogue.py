@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -72,6 +72,10 @@ class Catalogue:
         """Sorted names of the clients; none: the source does not say."""
         return () if self.clients is None else tuple(map(str, np.unique(self.clients)))
 
+    def of_client(self, client: str) -> Catalogue:
+        """Return the catalogue of one client's images."""
+        return self.part(np.flatnonzero(self.clients == client))
+
     def part(self, rows: NDArray[np.int64]) -> Catalogue:
         """Return the catalogue of some images, given their indices."""
         own_file = self.file
@@ -105,15 +109,28 @@ class Catalogue:
 def version_of(files: Iterable[str | Path]) -> str:
     """Digest path, size, times and inode of files: it differs if the content of one may (SHA-256).
 
-    A file that is missing has no size; who opens it says so.
+    A file that is missing has no size; who opens it says so. Without files, it is empty.
     """
+    if not (files := [*map(Path, files)]):
+        return ""
     digest = sha256()
-    for file in map(Path, files):
+    for file in files:
         digest.update(os.fsencode(file.absolute()) + b"\0")
         with suppress(OSError):
             s = file.stat()
             digest.update(b"%d %d %d %d\0" % (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
     return digest.hexdigest()
+
+
+def places(counts: Sequence[int]) -> Callable[[int], tuple[int, int]]:
+    """Return what finds the part in which an index lies, and its row there, given their lengths."""
+    ends = np.cumsum(counts)
+
+    def place(index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(ends, index, side="right"))
+        return part, index - int(ends[part] - counts[part])
+
+    return place
 
 
 Reader = Callable[..., Catalogue]

@@ -34,9 +34,9 @@ from fedcompo.data.draws import (
     split_class,
     split_members,
 )
-from fedcompo.data.labels import NO_LABEL
 from fedcompo.data.partition import member_names, part_for, values_of
-from fedcompo.data.sources import catalogue_of, own_catalogue, own_clients
+from fedcompo.data.sources.kinds import catalogue_of, own_catalogue, own_clients
+from fedcompo.data.sources.labels import NO_LABEL
 from fedcompo.errors import DataError
 from fedcompo.method.images import Images, part_of
 from fedcompo.report.pictures import UNLABELLED, Facts

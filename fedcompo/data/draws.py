@@ -71,8 +71,8 @@ def deal_classes(
     if len(drawn) < num_tasks:
         kept = f" (`num-classes`), of {len(names)} in {source}" if num_classes else f" in {source}"
         raise DataError(
-            f"{len(drawn)} classes{kept} are too few for {num_tasks} clients: each needs one of "
-            f"its own. Set `num-tasks` to at most {len(drawn)}, or use more classes."
+            f"{len(drawn)} classes{kept} are too few for {num_tasks} clients or tasks: each needs "
+            f"one of its own. Set `num-tasks` to at most {len(drawn)}, or use more classes."
         )
     groups = np.array_split(np.arange(len(drawn)), num_tasks)
     return [tuple(sorted(drawn[place] for place in group)) for group in groups]
@@ -100,17 +100,18 @@ def split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> li
     Args:
         catalogue: The source; where it does not mark test images, :data:`TEST_SHARE` are drawn.
         own: Name of the class.
-        client: Whose images they are, for messages.
+        client: Whose images they are, for messages; empty: of all.
         seed: Seed of the run.
 
     Raises:
         DataError: If there are no training images, or too few to draw test images.
     """
     members = np.flatnonzero(catalogue.classes == own)
+    whose = f"Client {client!r}: class {own!r}" if client else f"Class {own!r}"
     if catalogue.is_test is None:
         if len(members) < 2:
             raise DataError(
-                f"Client {client!r}: class {own!r} in {catalogue.source} has 1 image, "
+                f"{whose} in {catalogue.source} has 1 image, "
                 f"{catalogue.describe(int(members[0]))}. Test images must be drawn, so at least 2 "
                 "are needed: add images, take the class out, or say which images are for testing.",
                 told=f"class {own!r} has 1 image, and needs at least 2",
@@ -119,7 +120,7 @@ def split_class(catalogue: Catalogue, own: str, *, client: str, seed: int) -> li
     tests = catalogue.is_test[members]
     if tests.all():
         raise DataError(
-            f"Client {client!r}: class {own!r} in {catalogue.source} has test images but no "
+            f"{whose} in {catalogue.source} has test images but no "
             "training images. Add training images, or take its test images out.",
             told=f"class {own!r} has test images but no training images",
         )
@@ -138,10 +139,5 @@ def cap_members(members: Indices, limit: int, *, draw: np.random.RandomState) ->
 
     Returns:
         (min(count, limit),) indices in ascending order.
-
-    Raises:
-        DataError: If the limit is negative.
     """
-    if limit < 0:
-        raise DataError(f"`images-per-class` must be >= 0 (0: all), got {limit}.")
     return np.sort(draw.permutation(members)[:limit]) if limit else members

@@ -40,8 +40,8 @@ Part = tuple[Indices, Indices]
 FEWEST = 10
 """Training images below which the draw of a client's share is repeated, ten times at most."""
 ADVICE = (
-    "Set a larger alpha in `partition = dirichlet:<alpha>`, fewer clients (`num-tasks`, "
-    "`clients-per-task`), or keep more images."
+    "Set fewer clients (`num-tasks`, `clients-per-task`), keep more images, or set a larger alpha "
+    "in `partition = dirichlet:<alpha>`."
 )
 
 
@@ -114,10 +114,10 @@ def _dealt(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Par
     about = repr((config, seed, catalogue.source)).encode()
     marks = b"" if catalogue.is_test is None else catalogue.is_test.tobytes()
     key = hashlib.sha256(about + marks + catalogue.classes.tobytes()).hexdigest()
-    if key not in _KEPT:
+    if (dealt := _KEPT.get(key)) is None:
         _KEPT.clear()
-        _KEPT[key] = _deal(catalogue, config, seed)
-    return _KEPT[key]
+        dealt = _KEPT[key] = _deal(catalogue, config, seed)
+    return dealt
 
 
 def _deal(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Part]:
@@ -140,8 +140,8 @@ def _deal(catalogue: Catalogue, config: DataConfig, seed: int) -> dict[str, Part
         member, (train, test) = empty[0], dealt[empty[0]]
         raise DataError(
             f"Client {member!r} gets {len(train)} training and {len(test)} test images of "
-            f"{catalogue.source} by `partition = {config.partition}`, {len(empty)} of {len(dealt)} "
-            f"clients none of one of them. {ADVICE}"
+            f"{catalogue.source} by `partition = {config.partition}`; {len(empty)} of {len(dealt)} "
+            f"clients lack the one or the other. {ADVICE}"
         )
     return dealt
 
@@ -158,7 +158,7 @@ def _deal_task(
     train: dict[str, Indices] = {}
     test: dict[str, Indices] = {}
     for name in classes:
-        own, test[name] = split_class(catalogue, name, client="all together", seed=seed)
+        own, test[name] = split_class(catalogue, name, client="", seed=seed)
         draw = frozen_generator(seed, "subset", name)
         train[name] = cap_members(own, config.images_per_class, draw=draw)
     together = np.concatenate([train[name] for name in classes])
@@ -168,16 +168,16 @@ def _deal_task(
     else:
         alpha, own_seed = float(config.option), derive_seed(seed, "data", "dirichlet", task)
         shares = _dirichlet(order, catalogue.classes[order], clients, alpha=alpha, seed=own_seed)
-    tests: list[list[Indices]] = [[] for _ in shares]
-    for name in classes:
-        counts = [int(np.isin(share, train[name]).sum()) for share in shares]
-        draw = frozen_generator(seed, "partition-test", name)
-        dealt = in_proportion(draw.permutation(test[name]), counts)
-        for tested, part in zip(tests, dealt, strict=True):
-            tested.append(part)
+    tests = [
+        in_proportion(
+            frozen_generator(seed, "partition-test", name).permutation(test[name]),
+            [int(np.isin(share, train[name]).sum()) for share in shares],
+        )
+        for name in classes
+    ]
     return [
         (np.sort(share), np.sort(np.concatenate(tested)))
-        for share, tested in zip(shares, tests, strict=True)
+        for share, tested in zip(shares, zip(*tests, strict=True), strict=True)
     ]
 
 

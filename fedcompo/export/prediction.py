@@ -17,8 +17,8 @@ from torch import nn
 from fedcompo.backbone.checkpoint import require_finite
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.composition.models import load_tangent_model, model_of
-from fedcompo.data.folders import left_behind
 from fedcompo.data.pictures import picture_of
+from fedcompo.data.sources.folders import left_behind
 from fedcompo.errors import BackboneError, DataError
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.progress import each

@@ -18,6 +18,7 @@ from fedcompo.composition.models import stream_composition, times_of
 from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import UNLIMITED, CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind, Statistics
+from fedcompo.data.tasks import members_of
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.export.negation import negated
 from fedcompo.export.recipe import MEMBERS, Group, Recipe
@@ -36,9 +37,9 @@ class Options(TypedDict, total=False):
     """What may be asked for."""
 
     only: Sequence[str]
-    """Clients to take; empty: all, or all that have a weight."""
+    """Members to take, or clients with all their tasks; empty: all, or all that have a weight."""
     without: Sequence[str]
-    """Clients to leave out."""
+    """Members to leave out, or clients with all their tasks."""
     weights: Mapping[str, float] | None
     """Coefficients by client; None: the registry's own, or of the run."""
     scale: float | None
@@ -71,8 +72,11 @@ class Asked:
             ConfigError: If λ is not positive, or far beyond the plain sum.
         """
         negated, recipe = None, choice.get("recipe")
-        only, without = choice.get("only", ()), choice.get("without", ())
         weights = choice.get("weights")
+        only, without = (
+            tuple(m for name in names for m in members_of(name, everyone.clients) or (name,))
+            for names in (choice.get("only", ()), choice.get("without", ()))
+        )
         if recipe is not None:
             only, without, weights = tuple(recipe.members), (), recipe.weights
             if recipe.negated is not None:

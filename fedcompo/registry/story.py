@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.errors import FileFormatError
+from fedcompo.registry.inspection import summary
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
@@ -15,6 +16,11 @@ from fedcompo.registry.state import ABOUT, PUBLIC
 from fedcompo.storage.tensorstream import file_sha256
 
 Values = dict[str, Any]
+SAID = (
+    *("client", "classes", "num_examples"),
+    *("record", "record_sha256", "root_before", "root_after"),
+)
+"""What a removal's line of the journal says of it."""
 
 
 def story(registry: RegistryReader) -> Values:
@@ -22,32 +28,14 @@ def story(registry: RegistryReader) -> Values:
 
     Each removal has a ``fault``: why its record does not hold, or an empty text.
     """
-    state, entries = registry.state, registry.entries()
+    about, members, entries = summary(registry), registry.state.members, registry.entries()
     removals = [e for e in entries if e.event == "removed" and "record" in e.details]
     return {
-        "registry": str(registry.path.absolute()),
+        **about,
         "identity": registry.identity,
         "created": registry.created,
         "changed": entries[-1].time,
-        "backbone": state.base,
-        "root": state.root,
-        "settings": registry.settings.values,
-        "scale": registry.scale,
-        "factor_by": str(registry.state.factor_by),
-        "classes": list(registry.classes),
-        "clients": [
-            {
-                "client": member.client,
-                "kind": member.kind,
-                "classes": list(member.classes),
-                "num_examples": member.num_examples,
-                "norm": member.norm,
-                "added": entries[member.added - 1].time,
-                "line": member.added,
-                "shaped_by": sorted(member.lineage.shaped_by),
-            }
-            for member in state.members.values()
-        ],
+        "clients": [{**one, "norm": members[one["client"]].norm} for one in about["clients"]],
         "removed": [_receipt(registry, entry) for entry in removals],
         "journal": [
             {
@@ -81,23 +69,20 @@ def story_of_run(folder: Path, results: Mapping[str, Any]) -> Values | None:
 def _receipt(registry: RegistryReader, entry: Entry) -> Values:
     """Describe a removal by its line of the journal and its record, and check the record."""
     said, path = entry.details, registry.path / entry.details["record"]
-    values: Values = {"requested_by": said.get("requested_by", ""), "reason": "", "to_retrain": []}
-    fault = ""
+    told: Values = {"requested_by": said.get("requested_by", ""), "fault": ""}
+    told |= {"reason": "", "to_retrain": []}
     try:
         record = RemovalRecord.parse(path.read_bytes(), source=str(path))
         if not is_signed(record.signed_bytes, record.signature, registry.path / PUBLIC):
-            fault = "it is not signed by the registry's key"
+            told["fault"] = "it is not signed by the registry's key"
         elif file_sha256(path) != said["record_sha256"]:
-            fault = "it is not the one that the journal tells of"
+            told["fault"] = "it is not the one that the journal tells of"
         else:
-            values = {
+            told |= {
                 "requested_by": record.requested_by,
                 "reason": record.reason,
                 "to_retrain": list(record.influence.to_retrain),
             }
     except (FileFormatError, OSError) as error:
-        fault = str(error)
-    keys = ("client", "classes", "num_examples", "record", "record_sha256")
-    roots = {key: said[key] for key in ("root_before", "root_after")}
-    known = {key: said[key] for key in keys}
-    return {"time": entry.time, "line": entry.sequence, **known, **roots, **values, "fault": fault}
+        told["fault"] = str(error)
+    return {"time": entry.time, "line": entry.sequence, **{key: said[key] for key in SAID}, **told}

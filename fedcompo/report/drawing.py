@@ -40,12 +40,13 @@ STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "grid.alpha": 0.25,
+    "grid.color": GREY,
     "legend.frameon": False,
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
     ),
 }
-NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Series:
     name: str
     colour: str
     values: Sequence[float | None]
-    intervals: Sequence[Sequence[float] | None] | None = None
+    intervals: Sequence[Sequence[float] | None] = ()
     """Low and high of each value."""
 
 
@@ -65,76 +66,66 @@ def points(title: str, labels: Sequence[str], series: Sequence[Series]) -> Marku
     Of more than :data:`NAMED` labels, draw each series as a curve of its sorted values.
     """
     named = len(labels) <= NAMED
-    ends = [low for one in series for low, _ in filter(None, one.intervals or ())]
+    ends = [low for one in series for low, _ in filter(None, one.intervals)]
     values = [value for one in series for value in one.values if value is not None]
     first = 10 * math.floor(10 * min(0.8, *ends, *values))  # an axis of few per cent exaggerates
 
-    def rows(axes: Axes) -> None:
+    def paint(axes: Axes) -> None:
         for place, one in enumerate(series):
-            shift = (place - (len(series) - 1) / 2) * 0.6 / len(series)
-            shown = [(r + shift, v) for r, v in enumerate(one.values) if v is not None]
-            for row, between in enumerate(one.intervals or ()):
+            shift = (place - (len(series) - 1) / 2) * 0.6 / len(series) if named else 0
+            rows = [row + shift for row, value in enumerate(one.values) if value is not None]
+            shares = [100 * value for value in one.values if value is not None]
+            if not named:
+                rows, shares = list(range(len(shares))), sorted(shares)
+            for row, between in enumerate(one.intervals if named else ()):
                 if between:
-                    axes.plot(
-                        [100 * end for end in between],
-                        [row + shift] * 2,
-                        color=one.colour,
-                        lw=1.5,
-                        alpha=0.6,
-                    )
-            at, marks = [r for r, _ in shown], [100 * v for _, v in shown]
-            axes.plot(marks, at, "o", ms=5, color=one.colour, label=one.name)
-        axes.set_yticks(range(len(labels)), [_label(label) for label in labels])
+                    line = [100 * end for end in between], [row + shift] * 2
+                    axes.plot(*line, color=one.colour, lw=1.5, alpha=0.6)
+            style: Any = {"color": one.colour, "label": one.name}
+            axes.plot(shares, rows, "o" if named else "-", ms=5, **style)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(first - 0.02 * (100 - first), 100 + 0.02 * (100 - first))
         axes.set_xlabel("%")
-        axes.grid(axis="x", alpha=0.25, color=GREY)
-
-    def curves(axes: Axes) -> None:
-        for one in series:
-            curve = sorted(100 * value for value in one.values if value is not None)
-            axes.plot(range(1, len(curve) + 1), curve, color=one.colour, label=one.name)
-        axes.set_ylim(-2, 102)
-        axes.set_ylabel("%")
-        axes.set_xlabel("from the lowest to the highest, each curve by itself")
-        axes.grid(alpha=0.25, color=GREY)
+        axes.grid(axis="x")
+        if named:
+            axes.set_yticks(range(len(labels)), map(_label, labels))
+        else:
+            axes.set_ylabel("from the lowest, each curve by itself")
+        if len(series) > 1:  # above the axes, where it covers nothing
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
 
     height = 0.5 + len(labels) * (0.16 + 0.09 * len(series)) if named else 3.2
-    return drawn(title, (5.2, height), rows if named else curves, legend=len(series) > 1)
+    return drawn(title, (5.2, height), paint)
 
 
 def matrix(
     title: str,
     labels: Sequence[str],
-    shares: Sequence[Sequence[float]],
+    values: Sequence[Sequence[float]],
     texts: Mapping[tuple[int, int], str],
-    *,
     axes_names: tuple[str, str] = ("", ""),
-    right: bool = False,
 ) -> Markup:
-    """Draw a square matrix of values in [-1, 1] as colours: blue, or orange.
+    """Draw a square matrix of values in [-1, 1] as colours: blue, or orange below zero.
 
     Args:
         title: Of the figure.
         labels: Of rows and columns.
-        shares: Rows of values; their size is the colour's strength.
+        values: Rows; the larger a value, the stronger the colour.
         texts: What stands in cells, by row and column, if there is room.
         axes_names: Of the columns, and of the rows.
-        right: The diagonal is blue and all else orange; otherwise the sign decides.
     """
     import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
 
-    values = np.array(shares, dtype=float)
-    count = len(labels)
-    blue = np.eye(count, dtype=bool) if right else values >= 0
-    colours = np.where(blue[..., None], _rgb(BLUE), _rgb(ORANGE))
-    strength = STRENGTH * np.sqrt(np.clip(np.abs(values), 0, 1))[..., None]
-    pixels = np.rint(255 * np.concatenate([colours, strength], axis=2)).astype(np.uint8)
+    array, count = np.array(values, dtype=float), len(labels)
+    signed = np.sign(array) * np.sqrt(np.abs(array))
+    ends = [(0, (ORANGE, STRENGTH)), (0.5, (ORANGE, 0)), (0.5, (BLUE, 0)), (1, (BLUE, STRENGTH))]
+    colours = LinearSegmentedColormap.from_list("", ends, N=2001)
     cell = max(0.11, min(0.5, 6 / count))
     size = min(10.0, 60 * cell)
 
     def paint(axes: Axes) -> None:
-        axes.imshow(pixels, interpolation="none", aspect="equal")
+        axes.imshow(signed, colours, interpolation="none", aspect="equal", vmin=-1, vmax=1)
         names = [_label(label) for label in labels]
         axes.set_xticks(range(count), names, rotation=90, fontsize=size)
         axes.set_yticks(range(count), names, fontsize=size)
@@ -142,78 +133,50 @@ def matrix(
         axes.set_xlabel(axes_names[0])
         axes.set_ylabel(axes_names[1])
         axes.spines[:].set_visible(True)
-        if count <= WRITTEN:
-            for (row, column), text in texts.items():
-                axes.text(column, row, text, ha="center", va="center", fontsize=min(9, size))
+        for (row, column), text in texts.items() if count <= WRITTEN else ():
+            axes.text(column, row, text, ha="center", va="center", fontsize=min(9, size))
 
     return drawn(title, (count * cell, count * cell), paint)
 
 
-def bars(
-    title: str, labels: Sequence[str], panels: Sequence[tuple[str, Sequence[tuple[str, Any]]]]
-) -> Markup:
-    """Draw horizontal bars: panels side by side, each of a title and named rows of values."""
-    colours = (BLUE, ORANGE)
+def bars(title: str, labels: Sequence[str], panels: Mapping[str, Sequence[float]]) -> Markup:
+    """Draw horizontal bars, a row for each label; panels side by side, by title."""
 
     def paint(*boxes: Axes) -> None:
-        for axes, (name, parts) in zip(boxes, panels, strict=True):
-            for place, (part, values) in enumerate(parts):
-                thick = 0.7 / len(parts)
-                at = [r + (place - (len(parts) - 1) / 2) * thick for r in range(len(labels))]
-                colour = colours[place] if len(parts) > 1 else GREEN
-                axes.barh(at, values, thick, color=colour, label=part)
-            axes.set_yticks(range(len(labels)), [_label(label) for label in labels])
+        for axes, (name, values) in zip(boxes, panels.items(), strict=True):
+            axes.barh(range(len(labels)), values, 0.7, color=GREEN)
+            shown = map(_label, labels) if axes is boxes[0] else [""] * len(labels)
+            axes.set_yticks(range(len(labels)), shown)
             axes.set_ylim(len(labels) - 0.4, -0.6)
             axes.set_xlabel(name)
-            axes.locator_params(axis="x", nbins=5)
-            if len(parts) > 1:
-                _legend(axes)
-        for axes in boxes[1:]:
-            axes.set_yticklabels([])
+            axes.locator_params(axis="x", nbins=4)
 
     return drawn(title, (6.0, 0.6 + 0.3 * len(labels)), paint, panels=len(panels))
 
 
-def reliability(title: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
-    """Draw accuracy against confidence, both in per cent, a point for each bin that has images."""
-    shown = [one for one in bins if one["images"]]
-    most = max((one["images"] for one in shown), default=1)
+def line(
+    title: str,
+    axes_names: tuple[str, str],
+    xs: Sequence[float],
+    ys: Sequence[float],
+    *,
+    diagonal: bool = False,
+) -> Markup:
+    """Draw a curve through points; with a diagonal, of shares in [0, 1]."""
 
     def paint(axes: Axes) -> None:
-        axes.plot([0, 100], [0, 100], "--", color=GREY, lw=1)
-        confidence = [100 * one["confidence"] for one in shown]
-        accuracy = [100 * one["accuracy"] for one in shown]
-        axes.plot(confidence, accuracy, color=BLUE, lw=1, alpha=0.6)
-        areas = [20 + 130 * one["images"] / most for one in shown]
-        axes.scatter(confidence, accuracy, areas, color=BLUE)
-        axes.set_xlim(-3, 103)
-        axes.set_ylim(-3, 103)
-        axes.set_xlabel("confidence, %")
-        axes.set_ylabel("accuracy, %")
-        axes.grid(alpha=0.25, color=GREY)
+        if diagonal:
+            axes.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
+        axes.plot(xs, ys, "o-", ms=4, color=BLUE)
+        axes.set_xlabel(axes_names[0])
+        axes.set_ylabel(axes_names[1])
+        axes.grid()
 
-    return drawn(title, (3.6, 3.6), paint)
-
-
-def line(title: str, x_name: str, y_name: str, points: Sequence[tuple[float, float]]) -> Markup:
-    """Draw a curve through points (x, y)."""
-
-    def paint(axes: Axes) -> None:
-        axes.plot(*zip(*points, strict=True), "o-", ms=4, color=BLUE)
-        axes.set_xlabel(x_name)
-        axes.set_ylabel(y_name)
-        axes.grid(alpha=0.25, color=GREY)
-
-    return drawn(title, (5.2, 2.6), paint)
+    return drawn(title, (3.6, 3.6) if diagonal else (5.2, 2.6), paint)
 
 
 def drawn(
-    title: str,
-    size: tuple[float, float],
-    paint: Callable[..., None],
-    *,
-    panels: int = 1,
-    legend: bool = False,
+    title: str, size: tuple[float, float], paint: Callable[..., None], panels: int = 1
 ) -> Markup:
     """Paint axes of a size in inches; the title makes the figure's ids differ from another's."""
     import matplotlib as mpl
@@ -223,32 +186,15 @@ def drawn(
     with mpl.rc_context({**STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that its font lacks; the browser has others
         figure = Figure(figsize=size)
-        figure.subplots_adjust(0, 0, 1, 1, wspace=0.06)
-        boxes = figure.subplots(1, panels, squeeze=False)[0]
-        paint(*boxes)
-        if legend:
-            _legend(boxes[0])
-        figure.savefig(
-            text,
-            format="svg",
-            bbox_inches="tight",
-            pad_inches=0.05,
-            transparent=True,
-            metadata=NO_METADATA,
-        )
+        figure.subplots_adjust(0, 0, 1, 1, wspace=0.2)
+        paint(*figure.subplots(1, panels, squeeze=False)[0])
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        tight: Any = {"bbox_inches": "tight", "pad_inches": 0.05, "transparent": True}
+        figure.savefig(text, format="svg", metadata=metadata, **tight)
     svg = text.getvalue().replace(INK, "currentColor").replace(f"; font-family: '{FONT}'", "")
     return Markup(re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]))
-
-
-def _legend(axes: Axes) -> None:
-    """Put the legend above the axes, where it covers nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
 
 
 def _label(name: str) -> str:
     shown = printable(name)
     return shown if len(shown) <= LABEL else f"{shown[: LABEL - 1]}…"
-
-
-def _rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))

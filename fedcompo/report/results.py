@@ -1,9 +1,9 @@
-"""The results of a run as tables in the terminal; as a page: :mod:`fedcompo.report.run_page`."""
+"""The results of a run as tables in the terminal; as a page: :mod:`fedcompo.report.pages`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -60,12 +60,10 @@ def print_results(results: Results, console: PlainConsole, *, details: bool = Fa
         _print_scale(results["scale"], console, details=details)
     if "diagnostics" in results:
         _print_diagnostics(results, console, details=details)
-    for client in results["left_out"]:
-        line = f"Left out: {client['client']} ({client['phase']}): {client['reason']}"
-        console.print(line, style="bold red")
-    for missed in results.get("missed", []):
-        line = f"Missed: {missed['client']} ({missed['phase']}): {missed['reason']}"
-        console.print(line, style="red")
+    for key, what, style in (("left_out", "Left out", "bold red"), ("missed", "Missed", "red")):
+        for one in results.get(key, []):
+            line = f"{what}: {one['client']} ({one['phase']}): {one['reason']}"
+            console.print(line, style=style)
     for note in results["notes"]:
         console.print(f"Note: {note}", style="yellow")
 
@@ -100,8 +98,13 @@ def _print_diagnostics(results: Results, console: PlainConsole, *, details: bool
         )
 
 
+def columns_of(results: Results) -> list[tuple[str, str]]:
+    """Titles and keys of the accuracies that the results have."""
+    return [column for column in COLUMNS if results.get(column[1]) is not None]
+
+
 def _accuracy_table(results: Results) -> Table:
-    columns = [column for column in COLUMNS if results.get(column[1]) is not None]
+    columns = columns_of(results)
     counted = numbers("images", *(title for title, _ in columns))
     kinds = {figures["kind"] for figures in results["per_client"].values()}
     kind = ["kind"] if len(kinds) > 1 else []
@@ -126,14 +129,8 @@ def _accuracy_table(results: Results) -> Table:
     if (hidden := len(results["per_client"]) - SHOWN) > 0:
         table.add_row(f"... and {hidden} more")
     table.add_section()
-    table.add_row(
-        "mean",
-        "",
-        *("" for _ in kind),
-        "",
-        *_accuracies(results, columns, sum(tests)),
-        style="bold",
-    )
+    means = _accuracies(results, columns, sum(tests))
+    table.add_row("mean", *([""] * (2 + len(kind))), *means, style="bold")
     return table
 
 
@@ -153,26 +150,22 @@ def _traffic_table(results: Results) -> Table:
     )
     table.add_column("client", no_wrap=True)
     phases = {name: parts for name, parts in by_name.items() if name not in alone}
+
+    def add(title: str, counts: Iterable[int]) -> None:
+        table.add_row(title, *(size(count) if count else "" for count in counts))
+
     for name, parts in phases.items():
         title = f"{name} × {len(parts)}" if len(parts) > 1 else name
         table.add_column(title, justify="right", no_wrap=True)
     for client in shown(results):
         traffic = results["per_client"][client]["traffic"]
-        sent = [
-            sum(traffic[part]["bytes_received"] for part in parts if part in traffic)
-            for parts in phases.values()
-        ]
-        table.add_row(client, *(size(count) if count else "" for count in sent))
+        own = [[traffic[part] for part in parts if part in traffic] for parts in phases.values()]
+        add(client, (sum(cost["bytes_received"] for cost in costs) for costs in own))
     table.add_section()
-    sent = [total(parts, "bytes_sent") for parts in phases.values()]
-    table.add_row("server", *(size(count) if count else "" for count in sent))
-    spent = [total(parts, "seconds") for parts in phases.values()]
-    table.add_row("seconds", *(f"{one:.1f}" for one in spent))
-    peaks = [
-        max(phase["peak_memory_bytes"].get("client", 0) for phase in parts.values())
-        for parts in phases.values()
-    ]
-    table.add_row("peak memory", *(size(peak) if peak else "" for peak in peaks))
+    add("server", (total(parts, "bytes_sent") for parts in phases.values()))
+    table.add_row("seconds", *(f"{total(parts, 'seconds'):.1f}" for parts in phases.values()))
+    peaks = [[one["peak_memory_bytes"] for one in parts.values()] for parts in phases.values()]
+    add("peak memory", (max(peak.get("client", 0) for peak in own) for own in peaks))
     return table
 
 

@@ -117,7 +117,7 @@ def draw_classes(classes: int, counts: tuple[int, int], seed: int) -> dict[str, 
     """Draw every image of every class: so many for training and for testing of each.
 
     Returns:
-        ``images``, ``labels``, ``split`` and ``names``, see :mod:`fedcompo.data.npz`.
+        ``images``, ``labels``, ``split`` and ``names``, see :mod:`fedcompo.data.sources.npz`.
     """
     images, started = [], time.monotonic()
     names = [f"glyph-{number:04d}" for number in range(classes)]

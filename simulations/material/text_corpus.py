@@ -96,7 +96,7 @@ def corpus(classes: list[str], counts: dict[str, int]) -> list[dict[str, str]]:
     """Collect the examples of modules and packages, each text once.
 
     Of each, so many are kept by split; where there are more, evenly spaced ones. Returned is what
-    :mod:`fedcompo.data.text` reads, one dictionary an example.
+    :mod:`fedcompo.data.sources.text` reads, one dictionary an example.
     """
     seen: set[str] = set()
     rows = []

@@ -324,6 +324,15 @@ def test_a_removal_ends_with_its_record_and_how_to_check_it(home: Path) -> None:
     assert (record.requested_by, record.reason) == ("them", "why")
 
 
+def test_of_a_client_with_several_tasks_each_member_goes_by_itself(tmp_path: Path) -> None:
+    members = (member(f"ada.task-{n}", seed=n, classes=(f"{n}",)) for n in range(2))
+    registry = registry_of(tmp_path / "r", *members, member("ben", seed=2, classes=("2",))).path
+    out = run("remove", "ada", "--yes", "-r", registry).stdout
+    assert "ada has 2 members; each is removed by itself" in out
+    assert out.count("Record: ") == 2
+    assert Registry(registry).clients == ("ben",)
+
+
 def test_a_removal_for_programs_prints_the_record(home: Path) -> None:
     before = contents(home / "registry")
     assert "--yes" in run("remove", "client-1", "--json", code=2).stderr  # nobody can be asked

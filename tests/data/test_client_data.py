@@ -230,11 +230,6 @@ def test_a_smaller_cap_keeps_a_subset_of_a_larger_one():
     assert few < more
 
 
-def test_a_negative_cap_is_refused():
-    with pytest.raises(DataError, match=r"`images-per-class` must be >= 0.*got -1"):
-        load_client_data(DataConfig(images_per_class=-1), GREY_8, partition=0, seed=0)
-
-
 def test_too_few_classes_are_refused_with_the_numbers():
     with pytest.raises(DataError, match=r"10 classes in digits .* 11 clients.*most 10"):
         load_client_data(DataConfig(num_tasks=11), GREY_8, partition=0, seed=0)

@@ -239,12 +239,6 @@ def test_beside_a_test_folder_a_validation_folder_is_trained_on_and_others_are_n
     assert "that are not read: masks." in caplog.text
 
 
-def test_of_two_validation_folders_none_is_guessed(ward: Path):
-    (ward / "test").rename(ward / "val")
-    write(ward / "valid", {"cat": 1})
-    assert "holds 'val' and 'valid'. Rename the one" in refused(ward)
-
-
 def test_a_missing_or_empty_path_is_refused_by_name(tmp_path: Path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(DataError, match=str(path)):

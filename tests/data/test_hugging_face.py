@@ -14,9 +14,9 @@ from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
-from fedcompo.data import hugging_face
 from fedcompo.data.client_data import load_client_data, load_folder
-from fedcompo.data.sources import catalogue_of
+from fedcompo.data.sources import hugging_face
+from fedcompo.data.sources.kinds import catalogue_of
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import STAND_IN
 

@@ -15,8 +15,8 @@ from PIL import Image
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import client_names, load_client_data, load_folder
-from fedcompo.data.labels import MULTI_LABEL
-from fedcompo.data.sources import catalogue_of
+from fedcompo.data.sources.kinds import catalogue_of
+from fedcompo.data.sources.labels import MULTI_LABEL
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import JOINED
 
@@ -170,6 +170,7 @@ def test_columns_are_chosen_where_their_names_do_not_tell(images: Path):
             {"path": ["scans/x.png", "", *(f"scans/{i}.png" for i in range(2, COUNT))]},
             r"2 of 12 images .*no files: line 2 \('scans/x.png'\), line 3 \(''\)",
         ),
+        ({"path": ["a text " * 50] * COUNT}, "12 of 12 images .*no files: line 2"),
         ({"split": ["train", "later", "", *["test"] * 9]}, "2 of 12 rows .*'later' in line 3"),
         ({"client": ["", *SITES[1:]]}, "1 of 12 rows .*name no client: line 2"),
         ({"client": ["a\x1bb", *SITES[1:]]}, "steers a terminal"),

@@ -14,9 +14,9 @@ from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
-from fedcompo.data import npz
 from fedcompo.data.client_data import ClientData, load_client_data
-from fedcompo.data.npz import npz_catalogue
+from fedcompo.data.sources import npz
+from fedcompo.data.sources.npz import npz_catalogue
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import JOINED, STAND_IN
 

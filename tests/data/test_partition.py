@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.config.run import RunConfig
-from fedcompo.data import partition, sources
+from fedcompo.data import partition
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import client_names, load_client_data
 from fedcompo.data.draws import split_class
-from fedcompo.data.folders import folder_catalogue
 from fedcompo.data.partition import in_proportion, member_names, part_for, values_of
+from fedcompo.data.sources import kinds
+from fedcompo.data.sources.folders import folder_catalogue
 from fedcompo.data.tasks import arrivals_of, client_of, member_name, members_of, task_of
 from fedcompo.errors import ConfigError, DataError
 
@@ -135,7 +136,7 @@ def test_digits_are_shared_as_images_of_their_clients():
 
 def test_a_column_names_the_clients(monkeypatch):
     catalogue = catalogue_of({"a": (30, 9), "b": (30, 9)})
-    monkeypatch.setitem(sources.NAMED, "digits", lambda: catalogue)
+    monkeypatch.setitem(kinds.NAMED, "digits", lambda: catalogue)
     assert client_names(DataConfig(partition="column:ward")) == ("ward 0", "ward 1", "ward 2")
     with pytest.raises(DataError, match=r"column 'room'.*its columns: ward"):
         client_names(DataConfig(partition="column:room"))
@@ -171,9 +172,9 @@ def test_folders_have_their_clients_already(tmp_path):
 
 def test_too_few_images_for_the_clients_are_refused_with_what_to_do():
     one, few = catalogue_of({"a": (24, 8)}), catalogue_of({"a": (12, 4), "b": (12, 4)})
-    with pytest.raises(DataError, match=r"one of 2 clients with fewer than 10.*Set a larger alpha"):
+    with pytest.raises(DataError, match=r"one of 2 clients with fewer than 10.*set a larger alpha"):
         dealt(one, DataConfig(partition="dirichlet:0.01", num_tasks=2))
-    with pytest.raises(DataError, match=r"0 test images .* Set a larger alpha.*fewer clients"):
+    with pytest.raises(DataError, match=r"0 test images .* Set fewer clients.*a larger alpha"):
         dealt(few, DataConfig(partition="iid", num_tasks=12))
 
 

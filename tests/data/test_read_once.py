@@ -106,6 +106,7 @@ def test_a_file_that_cannot_be_read_is_refused_each_time_until_it_can(tmp_path: 
 
 
 def test_a_version_tells_whether_a_file_may_have_changed(file: Path):
+    assert version_of([]) == ""  # what is in memory has none
     first = version_of([file])
     assert version_of([file]) == first != version_of([file, file.with_name("missing")])
     status = file.stat()

@@ -12,7 +12,7 @@ import pytest
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import ClientData, load_client_data
-from fedcompo.data.text import text_catalogue
+from fedcompo.data.sources.text import text_catalogue
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import STAND_IN
 
@@ -126,8 +126,11 @@ def test_validation_texts_are_test_texts_where_there_are_no_others(tmp_path: Pat
         ({"text": " \n"}, "line 2, is empty"),
         ({"text": "a\0b"}, "line 2, holds a NUL character"),
         ({"text": "\ud800"}, "line 2, is no valid Unicode"),
-        ({"split": "later"}, "`split` in .*line 2, must be train, test or validation, got 'later'"),
-        ({"split": None}, r"Text 2 of .* has no `split`, others have"),
+        (
+            {"split": "later"},
+            "split of 1 of 30 rows in .*unknown, such as 'later' in text 2",
+        ),
+        ({"split": None}, "such as '' in text 2. Expected one of train, .*, in all rows or none"),
     ],
 )
 def test_a_fault_is_refused_by_line(tmp_path: Path, change: dict[str, Any], message: str):

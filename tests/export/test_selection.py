@@ -138,6 +138,14 @@ def test_leaving_out_is_removing_bit_for_bit(tmp_path: Path) -> None:
     assert_same_head(left_out.head, registry.joint_head())
 
 
+def test_a_client_stands_for_the_members_of_all_its_tasks(tmp_path: Path) -> None:
+    clients = [member(name, seed=n) for n, name in enumerate(("a.task-0", "a.task-1", "b.task-0"))]
+    registry = registry_of(tmp_path / "r", *clients)
+    assert from_registry(registry, only=("a",)).pool.clients == ("a.task-0", "a.task-1")
+    assert from_registry(registry, without=("a",)).pool.clients == ("b.task-0",)
+    assert from_registry(registry, only=("a.task-1",)).pool.clients == ("a.task-1",)
+
+
 def test_shares_follow_the_registrys_own_coefficients(tmp_path: Path) -> None:
     settings = replace(QUICK, coefficients=Coefficients.EXAMPLES)
     clients = [member("ada", num_examples=10), member("ben", num_examples=30, classes=("owl",))]

@@ -76,7 +76,7 @@ def test_a_cell_is_as_strong_as_its_value_and_names_are_all_there(count):
 
 
 def test_a_figure_reads_on_any_ground_and_no_two_share_an_id():
-    figures = [drawing.line(title, "x", "y", [(0, 1), (1, 2)]) for title in ("first", "second")]
+    figures = [drawing.line(title, ("x", "y"), [0, 1], [1, 2]) for title in ("first", "second")]
     for svg in figures:
         assert "currentColor" in svg
         assert drawing.INK not in svg
@@ -93,9 +93,7 @@ def test_dollar_signs_and_long_or_steering_names_are_text():
 
 
 def test_bars_are_as_long_as_their_values():
-    svg = drawing.bars(
-        "A", ["a", "b"], [("seconds", [("", [1.0, 4.0])]), ("MB", [("", [2.0, 3.0])])]
-    )
+    svg = drawing.bars("A", ["a", "b"], {"seconds": [1.0, 4.0], "MB": [2.0, 3.0]})
     filled = [
         p for p in parsed(svg).iter(f"{SVG}path") if f"fill: {drawing.GREEN}" in p.get("style", "")
     ]

@@ -11,7 +11,7 @@ import torch
 
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import load_client_data
-from fedcompo.data.text import text_catalogue
+from fedcompo.data.sources.text import text_catalogue
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "simulations" / "material"))
 LINES = [f"value_{place} = {place} * other_{place}" for place in range(200)]

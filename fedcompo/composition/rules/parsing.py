@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from fedcompo.composition.rules.dare import Dare
@@ -15,6 +14,7 @@ from fedcompo.composition.rules.ties import Ties
 from fedcompo.composition.rules.weighted import Fisher, RegMean
 from fedcompo.config.setting import Scalar, check_one
 from fedcompo.errors import ConfigError
+from fedcompo.names import did_you_mean
 from fedcompo.runtime import version
 
 KINDS = Mean, NormPreserving, TaskArithmetic, Ties, Dare, IsoC, TsvM, Fisher, RegMean
@@ -34,11 +34,9 @@ def parse_rule(text: str) -> Rule:
     """
     name, _, rest = (part.strip() for part in text.partition(":"))
     if name not in RULES:
-        near = get_close_matches(name, RULES, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"There is no rule {name!r} in fedcompo {version('fedcompo')}; it has "
-            f"{', '.join(RULES)}.{hint}"
+            f"{', '.join(RULES)}.{did_you_mean(name, RULES)}"
         )
     known = {f.name.rstrip("_"): f for f in fields(RULES[name])}
     values: dict[str, Any] = {}

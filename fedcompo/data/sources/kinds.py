@@ -10,18 +10,16 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from fedcompo.config.scenario import on_hub
 from fedcompo.data.catalogue import Catalogue, read_once
-from fedcompo.data.columns import with_choices
-from fedcompo.data.folders import client_folders, data_set, folder_catalogue
-from fedcompo.data.hugging_face import SAVED, hub_catalogue, saved_catalogue
-from fedcompo.data.manifest import manifest_catalogue
-from fedcompo.data.named import digits_catalogue
-from fedcompo.data.npz import npz_catalogue
-from fedcompo.data.tables import CSV, PARQUET
-from fedcompo.data.text import text_catalogue
+from fedcompo.data.sources.columns import with_choices
+from fedcompo.data.sources.folders import client_folders, data_set, folder_catalogue
+from fedcompo.data.sources.hugging_face import SAVED, hub_catalogue, saved_catalogue
+from fedcompo.data.sources.manifest import manifest_catalogue
+from fedcompo.data.sources.named import digits_catalogue
+from fedcompo.data.sources.npz import npz_catalogue
+from fedcompo.data.sources.tables import CSV, PARQUET
+from fedcompo.data.sources.text import text_catalogue
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 
@@ -49,9 +47,7 @@ def own_clients(data: str) -> tuple[str, ...]:
     kind, rest = parse(data)
     if kind == "folder":
         return tuple(client_folders(Path(rest).expanduser()))
-    if kind != "manifest":
-        return ()
-    return catalogue_of(data).owners
+    return catalogue_of(data).owners if kind == "manifest" else ()
 
 
 def catalogue_of(data: str, client: str = "") -> Catalogue:
@@ -67,21 +63,18 @@ def catalogue_of(data: str, client: str = "") -> Catalogue:
     kind, rest = parse(data)
     if kind in NAMED:
         return NAMED[kind]()
+    place, choices = with_choices(rest) if kind in WITH_CHOICES else (rest, ())
+    path = Path(place).expanduser()
     if kind == "folder" and client:
-        path = Path(rest).expanduser()
         own = path / client  # all are looked through only if a folder's name was brought into NFC
-        return folder_catalogue(
-            own if own.is_dir() else client_folders(path)[client], client=client
-        )
+        folder = own if own.is_dir() else client_folders(path)[client]
+        return folder_catalogue(folder, client=client)
     if kind == "folder":
-        return data_set(Path(rest).expanduser())
-    if kind not in WITH_CHOICES:
-        return read_once(FILES[kind], Path(rest).expanduser())
-    place, choices = with_choices(rest)
+        return data_set(path)
     if kind == "hf" and on_hub(place):
         return hub_catalogue(place, choices)
-    whole = read_once(FILES[kind], Path(place).expanduser(), choices)
-    return whole.part(np.flatnonzero(whole.clients == client)) if client else whole
+    whole = read_once(FILES[kind], path, *([choices] if kind in WITH_CHOICES else []))
+    return whole.of_client(client) if client else whole
 
 
 def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
@@ -106,15 +99,14 @@ def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
     name = Path(with_choices(rest)[0]).stem or kind
     if whole.clients is None or client is None:
         return client or name, whole
-    names = [*whole.owners]
-    if client in names:
-        return client, whole.part(np.flatnonzero(whole.clients == client))
-    if len(names) == 1:
-        return client or names[0], whole
+    if client in whole.owners:
+        return client, whole.of_client(client)
+    if len(whole.owners) == 1:
+        return client or whole.owners[0], whole
     raise DataError(
-        f"{whole.source} lists images of {len(names)} clients, {few(names)}, and whose are to be "
-        f"read is {f'not known by {client!r}' if client else 'not said'}. Call the client by one "
-        "of these names.",
+        f"{whole.source} lists images of {len(whole.owners)} clients, {few([*whole.owners])}, and "
+        f"whose are to be read is {f'not known by {client!r}' if client else 'not said'}. Call the "
+        "client by one of these names.",
         told="its manifest lists images of several clients, and not its own",
     )
 

@@ -17,50 +17,46 @@ one stay in memory.
 
 from __future__ import annotations
 
+import functools
 import logging
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedcompo.data.catalogue import KEPT_BYTES, Catalogue, class_name, version_of
-from fedcompo.data.labels import MULTI_LABEL
-from fedcompo.data.splits import TEST, TRAIN, WORDS, divided
+from fedcompo.data.catalogue import KEPT_BYTES, Catalogue, class_name, places, version_of
+from fedcompo.data.sources.labels import MULTI_LABEL
+from fedcompo.data.sources.splits import TEST, TRAIN, WORDS, divided
 from fedcompo.errors import DataError
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
+Member = Callable[[], Array]
+"""Opens a member with pixels: the array in memory, or one mapped to where it lies in the file.
+
+A mapping is opened for each image, so that pages once read do not stay, and a file that was cut
+short meanwhile is an error.
+"""
 Opener = Callable[[int], Image.Image | bytes]
-UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, RuntimeError, KeyError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 """Errors of NumPy on files that are no npz, are damaged, or hold pickled objects."""
 PAIRS = {
-    (f"{word}_images", f"{word}_labels"): part for part, words in WORDS.items() for word in words
-} | {(f"x_{word}", f"y_{word}"): part for part, words in WORDS.items() for word in words}
+    pair: part
+    for part, words in WORDS.items()
+    for word in words
+    for pair in ((f"{word}_images", f"{word}_labels"), (f"x_{word}", f"y_{word}"))
+}
 """Members of the images and labels of a part, as MedMNIST and as Keras call them."""
-ALONE = ("split", "names", "offsets")
-"""Members that are read where they are needed."""
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """A member of uint8, in memory or where it lies in the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    read: Callable[[int, int], Array]
-    """Return the bytes from start to stop, as if there were one dimension."""
-    in_memory: int = 0
-    """Bytes."""
 
 
 def npz_catalogue(path: Path) -> Catalogue:
@@ -75,38 +71,38 @@ def npz_catalogue(path: Path) -> Catalogue:
     """
     version = version_of([path])
     members, pixels = _read(path)
-    openers, counts, labels = [], [], []
-    parts = [
-        *(("", "images", "labels") for _ in [0] if "labels" in members),
-        *((part, images, own) for (images, own), part in PAIRS.items() if images in pixels),
-    ]
-    for _, images, own in parts:
-        if images in pixels:
-            opener, count = _raw_pictures(pixels[images], path)
+    pairs = {pair: part for pair, part in PAIRS.items() if pair[0] in pixels}
+    pairs = pairs or {("images" if "images" in pixels else "jpeg", "labels"): ""}
+    openers, labels = [], []
+    for images, name in pairs:
+        if images == "jpeg":
+            opener, count = _packed_pictures(pixels[images], members["offsets"], path)
         else:
-            opener, count = _packed_pictures(pixels["jpeg"], members["offsets"], path)
+            opener, count = _raw_pictures(images, pixels[images], path)
         openers.append(opener)
-        counts.append(count)
-        labels.append(_labels(members[own], own, count, path))
-    if (in_memory := sum(member.in_memory for member in pixels.values())) > KEPT_BYTES:
+        labels.append(_labels(members[name], name, count, path))
+    arrays = [member() for member in pixels.values()]
+    in_memory = sum(array.nbytes for array in arrays if not isinstance(array, np.memmap))
+    if in_memory > KEPT_BYTES:
         logger.warning(
             "%s is compressed: %d MB of pixels are held in memory, and read again for each client. "
             "Saved by numpy.savez, they stay on disk.",
             *(path, in_memory // 10**6),
         )
-    starts = np.cumsum([0, *counts])
+    counts = [*map(len, labels)]
+    place = places(counts)
 
     def open_picture(index: int) -> Image.Image | bytes:
-        part = int(np.searchsorted(starts, index, side="right")) - 1
-        return openers[part](index - int(starts[part]))
+        part, row = place(index)
+        return openers[part](row)
 
+    own_parts = np.repeat([*pairs.values()], counts)
     if "split" in members:
-        split = _flat(members["split"], "split", "iub", counts[0], path)
+        split = _flat(members["split"], "split", "iub", len(own_parts), path)
         if (alien := split[(split != 0) & (split != 1)]).size:
             raise DataError(f"`split` in {path} must be 0 (train) or 1 (test), got {alien[0]}.")
-        is_test, marks = divided(np.where(split == 1, TEST, TRAIN))
-    else:
-        is_test, marks = divided(np.repeat([part for part, *_ in parts], counts))
+        own_parts = np.where(split == 1, TEST, TRAIN)
+    is_test, marks = divided(own_parts)
     return Catalogue(
         source=str(path),
         classes=_class_names(members, np.concatenate(labels), path),
@@ -118,31 +114,32 @@ def npz_catalogue(path: Path) -> Catalogue:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Array], dict[str, Pixels]]:
+def _read(path: Path) -> tuple[dict[str, Array], dict[str, Member]]:
     """Read the members that are small, and find those that hold pixels."""
     try:
-        with path.open("rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError("it is no zip archive, or cut short")
-        with np.load(path, allow_pickle=False) as archive:
+        with zipfile.ZipFile(path) as file, np.load(path, allow_pickle=False) as archive:
             present = {*archive.files}
             pairs = [pair for pair in PAIRS if present.intersection(pair)]
             large = present & {"images", "jpeg", *(images for images, _ in pairs)}
-            small = present & {"labels", *ALONE, *(labels for _, labels in pairs)}
-            layout = _layout_fault(present, pairs)
-            members = {} if layout else {name: archive[name] for name in sorted(small)}
-            pixels = {} if layout else {name: _pixels(path, archive, name) for name in large}
-        alien = next((name for name, m in members.items() if not isinstance(m, np.ndarray)), None)
-        if alien:
-            raise ValueError(f"its member {alien!r} is no array")
+            small = present & {"labels", "split", "names", "offsets", *(own for _, own in pairs)}
+            if fault := _layout_fault(present, pairs):
+                found = ", ".join(sorted(present)) or "none"
+                raise DataError(f"{path} {fault}; members found: {found}.")
+            members = {name: archive[name] for name in sorted(small)}
+            if alien := [name for name, m in members.items() if not isinstance(m, np.ndarray)]:
+                raise ValueError(f"its member {alien[0]!r} is no array")
+            pixels: dict[str, Member] = {}
+            for name in sorted(large):
+                mapped = _mapped(path, file.getinfo(f"{name}.npy"))
+                pixels[name] = mapped or functools.partial(np.asarray, archive[name])
+            return members, pixels
+    except DataError:
+        raise
     except UNREADABLE as error:
         raise DataError(
             f"{path.absolute()} cannot be read as an npz file ({error}). Expected a file saved by "
             "numpy.savez, without Python objects. Check the path in `data`, or save it again."
         ) from error
-    if layout:
-        raise DataError(f"{path} {layout}; members found: {', '.join(sorted(present)) or 'none'}.")
-    return members, pixels
 
 
 def _layout_fault(present: set[str], pairs: Sequence[tuple[str, str]]) -> str:
@@ -159,57 +156,47 @@ def _layout_fault(present: set[str], pairs: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def _pixels(path: Path, archive: NpzFile, name: str) -> Pixels:
-    """Find where a member's pixels lie; read it if it is compressed, or of another order."""
-    entry = archive.zip.getinfo(f"{name}.npy") if archive.zip else None
-    if entry is not None and entry.compress_type == zipfile.ZIP_STORED:
-        with path.open("rb") as file:
-            file.seek(entry.header_offset)
-            lengths = struct.unpack("<26xHH", file.read(30))  # of the name and of what is extra
-            file.seek(sum(lengths), 1)
-            old = npy.read_magic(file) == (1, 0)
-            header = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
-            shape, in_columns, dtype = header(file)
-            begin = file.tell()
-        if not in_columns and not dtype.hasobject:
-
-            def read(start: int, stop: int) -> Array:
-                return np.fromfile(path, np.uint8, count=stop - start, offset=begin + start)
-
-            return Pixels(name, shape, dtype, read)
-    array = np.ascontiguousarray(archive[name])
-    content = array.reshape(-1)
-    return Pixels(name, array.shape, array.dtype, lambda a, b: content[a:b], array.nbytes)
+def _mapped(path: Path, entry: zipfile.ZipInfo) -> Member | None:
+    """Find where the array of a member lies in the file; None: it is compressed."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return None
+    with path.open("rb") as file:
+        file.seek(entry.header_offset)
+        lengths = struct.unpack("<26xHH", file.read(30))  # of the name and of what is extra
+        file.seek(sum(lengths), 1)
+        old = npy.read_magic(file) == (1, 0)
+        shape, in_columns, dtype = (
+            npy.read_array_header_1_0 if old else npy.read_array_header_2_0
+        )(file)
+        begin, order = file.tell(), "F" if in_columns else "C"
+    member = functools.partial(np.memmap, path, dtype, "r", begin, shape, order)
+    member()  # refuses objects, and what is cut short
+    return member
 
 
-def _raw_pictures(images: Pixels, path: Path) -> tuple[Opener, int]:
+def _raw_pictures(name: str, images: Member, path: Path) -> tuple[Opener, int]:
     """Return the function that opens image i, and the number of images."""
-    shape = images.shape
+    shape, dtype = images().shape, images().dtype
     fits = len(shape) in (3, 4) and shape[3:] in ((), (1,), (3,))
     expected = "uint8 of shape (count, height, width) or (count, height, width, 3)"
     if len(shape) == 4 and shape[1] in (1, 3):
         expected += ", channels last"
     elif len(shape) in (4, 5):
         expected += ", no volumes, of which you can save slices"
-    _require(images.dtype == np.uint8 and fits, images.name, images, expected, path)
+    _require(dtype == np.uint8 and fits, name, images(), expected, path)
     if 0 in shape:
-        raise DataError(f"{path} holds no images: `{images.name}` has shape {shape}.")
+        raise DataError(f"{path} holds no images: `{name}` has shape {shape}.")
     one = shape[1:3] if shape[3:] == (1,) else shape[1:]
-    size = int(np.prod(one))
-
-    def open_picture(index: int) -> Image.Image:
-        return Image.fromarray(images.read(index * size, (index + 1) * size).reshape(one))
-
-    return open_picture, shape[0]
+    return lambda i: Image.fromarray(np.array(images()[i]).reshape(one)), shape[0]
 
 
-def _packed_pictures(jpeg: Pixels, offsets: Array, path: Path) -> tuple[Opener, int]:
+def _packed_pictures(jpeg: Member, offsets: Array, path: Path) -> tuple[Opener, int]:
     """Return the function that opens image i of ``jpeg``, and the number of images."""
-    fits = jpeg.dtype == np.uint8 and len(jpeg.shape) == 1
-    _require(fits, "jpeg", jpeg, "uint8 of shape (bytes,)", path)
+    fits = jpeg().dtype == np.uint8 and jpeg().ndim == 1
+    _require(fits, "jpeg", jpeg(), "uint8 of shape (bytes,)", path)
     fits = offsets.dtype.kind in "iu" and offsets.ndim == 1
     _require(fits, "offsets", offsets, "integers of shape (count + 1,)", path)
-    bounds, total = offsets.astype(np.int64), jpeg.shape[0]
+    bounds, total = offsets.astype(np.int64), len(jpeg())
     if len(bounds) < 2:
         raise DataError(f"{path} holds no images: `offsets` has shape {offsets.shape}.")
     if bounds[0] < 0 or bounds[-1] > total or (np.diff(bounds) < 0).any():
@@ -217,7 +204,7 @@ def _packed_pictures(jpeg: Pixels, offsets: Array, path: Path) -> tuple[Opener, 
             f"`offsets` in {path} must ascend from 0 to at most {total}, the length of `jpeg`; "
             f"got {bounds.min()}..{bounds.max()}. The file is damaged or was packed wrongly."
         )
-    return lambda i: jpeg.read(int(bounds[i]), int(bounds[i + 1])).tobytes(), len(bounds) - 1
+    return lambda i: jpeg()[bounds[i] : bounds[i + 1]].tobytes(), len(bounds) - 1
 
 
 def _labels(values: Array, name: str, count: int, path: Path) -> Array:
@@ -251,7 +238,7 @@ def _flat(values: Array, name: str, kinds: str, count: int, path: Path) -> Array
     return values.astype(np.int64)
 
 
-def _require(fits: bool, name: str, values: Array | Pixels, expected: str, path: Path) -> None:
+def _require(fits: bool, name: str, values: Array, expected: str, path: Path) -> None:
     if not fits:
         raise DataError(
             f"`{name}` in {path} must be {expected}, got {values.dtype} of shape {values.shape}."

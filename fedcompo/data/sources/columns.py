@@ -5,12 +5,12 @@ Such as ``manifest:scans.csv#label=diagnosis`` or ``hf:uoft-cs/cifar100#label=fi
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Mapping, Sequence
 
 from fedcompo.errors import DataError
+from fedcompo.names import did_you_mean
 from fedcompo.report.twins import few
 
 SPELLINGS = {
@@ -38,14 +38,12 @@ def with_choices(text: str) -> tuple[str, Choices]:
 
 def check_roles(choices: Choices, roles: Sequence[str], *, source: str) -> dict[str, str]:
     """Return the choices by role; refuse unknown roles."""
-    for role, value in choices:
-        if role not in roles:
-            near = difflib.get_close_matches(role, roles, 1)
-            hint = f" Did you mean #{near[0]}={value}?" if near else ""
-            raise DataError(
-                f"`data` chooses #{role}={value} of {source}, expected one of {', '.join(roles)}."
-                f"{hint}"
-            )
+    if unknown := [(role, value) for role, value in choices if role not in roles]:
+        role, value = unknown[0]
+        raise DataError(
+            f"`data` chooses #{role}={value} of {source}, expected one of {', '.join(roles)}."
+            + did_you_mean(role, roles, lambda near: f"#{near}={value}")
+        )
     return dict(choices)
 
 
@@ -80,10 +78,9 @@ def pick(
     """
     if column := chosen.get(role):
         if column not in columns:
-            near = difflib.get_close_matches(column, columns, 1)
-            hint = f" Did you mean #{role}={near[0]}?" if near else ""
             raise DataError(
-                f"{source} has no column {column!r}; columns found: {few([*columns])}.{hint}"
+                f"{source} has no column {column!r}; columns found: {few([*columns])}."
+                + did_you_mean(column, columns, lambda near: f"#{role}={near}")
             )
         return column
     if len(candidates) == 1:

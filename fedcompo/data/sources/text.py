@@ -21,8 +21,8 @@ import numpy as np
 
 from fedcompo.backbone.preprocessing import Modality
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
-from fedcompo.data.labels import MULTI_LABEL
-from fedcompo.data.splits import divided, part_called
+from fedcompo.data.sources.labels import MULTI_LABEL
+from fedcompo.data.sources.splits import split_of
 from fedcompo.errors import DataError
 
 ENDING = ".jsonl"
@@ -44,9 +44,9 @@ def text_catalogue(path: Path) -> Catalogue:
         )
     version = version_of([path])
     starts = array("q")  # where each text's line begins
-    names: dict[str, str] = {}  # each name once
+    names: dict[str, str] = {}  # each once
     classes: list[str] = []
-    parts: list[str] = []
+    splits: list[str] = []
     try:
         with path.open("rb") as file:
             for start, where, fields in _rows(file, path):
@@ -54,7 +54,8 @@ def text_catalogue(path: Path) -> Catalogue:
                 _text(fields, where)
                 name = class_name(_field(fields, "label", where), source=where)
                 classes.append(names.setdefault(name, name))
-                parts.append(_part(fields, where))
+                split = "" if fields.get("split") is None else str(fields["split"])
+                splits.append(names.setdefault(split, split))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path.absolute()} cannot be read as UTF-8 text ({error}). Check the path in `data`, "
@@ -62,12 +63,11 @@ def text_catalogue(path: Path) -> Catalogue:
         ) from error
     if not starts:
         raise DataError(f"{path} holds no texts.")
-    if "" in parts and any(parts):
-        raise DataError(
-            f"Text {parts.index('') + 1} of {path} has no `split`, others have. Say of every "
-            "text whether it is for train or test, or of none."
-        )
-    is_test, marks = divided(parts)
+
+    def which(index: int) -> str:
+        return f"text {index + 1}"
+
+    is_test, marks = split_of(splits, source=str(path), which=which)
 
     def read(index: int) -> bytes:
         with path.open("rb") as file:
@@ -81,7 +81,7 @@ def text_catalogue(path: Path) -> Catalogue:
         is_test=is_test,
         open=read,
         modality=Modality.TEXTS,
-        which=lambda index: f"text {index + 1}",
+        which=which,
         version=version,
         marks=marks,
     )
@@ -125,12 +125,3 @@ def _text(fields: dict[str, Any], where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}, is no valid Unicode ({error.reason}).") from None
-
-
-def _part(fields: dict[str, Any], where: str) -> str:
-    """Return the part that a text is for; empty: it does not say."""
-    if (value := fields.get("split")) is None:
-        return ""
-    if not (part := part_called(str(value))):
-        raise DataError(f"`split` in {where}, must be train, test or validation, got {value!r}.")
-    return part

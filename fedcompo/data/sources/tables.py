@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from fedcompo.data.labels import MULTI_LABEL
+from fedcompo.data.sources.labels import MULTI_LABEL
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 
@@ -100,8 +99,7 @@ def _of_parquet(path: Path) -> Table:
         raise DataError(
             f"{path} lists values in a cell ({', '.join(sorted(nested))}). {MULTI_LABEL}"
         )
-    return {name: _as_text(read[name].to_pylist()) for name in read.column_names}
-
-
-def _as_text(values: Iterable[Any]) -> list[str]:
-    return ["" if value is None else str(value) for value in values]
+    return {
+        name: ["" if value is None else str(value) for value in read[name].to_pylist()]
+        for name in read.column_names
+    }

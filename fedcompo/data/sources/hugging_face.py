@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from fedcompo.data.catalogue import Catalogue, version_of
-from fedcompo.data.columns import Choices, called, check_roles, pick
-from fedcompo.data.labels import MULTI_LABEL, class_names
-from fedcompo.data.splits import TEST, TRAIN, divided, part_called
+from fedcompo.data.catalogue import Catalogue, places, version_of
+from fedcompo.data.sources.columns import Choices, called, check_roles, pick
+from fedcompo.data.sources.labels import MULTI_LABEL, class_names
+from fedcompo.data.sources.splits import TEST, TRAIN, divided, part_called
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 
@@ -30,29 +30,18 @@ logger = logging.getLogger(__name__)
 ADVICE = "Where there is no network, save it with save_to_disk and set `data` to hf:<folder>."
 
 
-@functools.lru_cache(maxsize=1)
-def hub_catalogue(name: str, choices: Choices) -> Catalogue:
-    """List the images of a data set on the hub; see :func:`_catalogue`."""
-    return _catalogue(name, choices, f"hf:{name}")
-
-
-def saved_catalogue(folder: Path, choices: Choices) -> Catalogue:
-    """List the images of a data set in a folder; see :func:`_catalogue`."""
-    return _catalogue(folder, choices, str(folder))
-
-
-def _catalogue(place: str | Path, choices: Choices, source: str) -> Catalogue:
+def saved_catalogue(place: str | Path, choices: Choices) -> Catalogue:
     """List the images of a data set.
 
     Args:
-        place: A name on the hub, or a folder.
+        place: A folder, or a name on the hub.
         choices: Its columns and parts, by role.
-        source: What to call it in messages.
 
     Raises:
         DataError: If the library is not installed, the data set cannot be loaded, or a column is
             missing, ambiguous or of the wrong kind.
     """
+    source = str(place) if isinstance(place, Path) else f"hf:{place}"
     chosen = check_roles(choices, ROLES, source=source)
     loaded = _loaded(place, chosen.get("config"), source)
     roles = _parts(loaded, chosen, source)
@@ -60,12 +49,11 @@ def _catalogue(place: str | Path, choices: Choices, source: str) -> Catalogue:
     first = next(iter(parts.values()))
     image, label = _columns(first.features, chosen, source)
     counts = [len(rows) for rows in parts.values()]
-    starts = np.cumsum([0, *counts])
-    encoded = [_encoded(rows, image) for rows in parts.values()]
+    at = places(counts)
+    import datasets  # it is there
 
-    def at(index: int) -> tuple[int, int]:
-        part = int(np.searchsorted(starts, index, side="right")) - 1
-        return part, int(index - starts[part])
+    as_files = datasets.Image(decode=False)
+    encoded = [rows.select_columns([image]).cast_column(image, as_files) for rows in parts.values()]
 
     def which(index: int) -> str:
         part, row = at(index)
@@ -78,12 +66,14 @@ def _catalogue(place: str | Path, choices: Choices, source: str) -> Catalogue:
             raise ValueError("it has no image")
         return content["bytes"] or Path(content["path"]).read_bytes()
 
-    labels = [text for rows in parts.values() for text in _texts(rows, label)]
+    def texts(column: str) -> list[str]:
+        return [text for rows in parts.values() for text in _texts(rows, column)]
+
     is_test, marks = divided(np.repeat([*roles.values()], counts))
     others = [c for c, f in first.features.items() if c not in (image, label) and _is_plain(f)]
     return Catalogue(
         source=source,
-        classes=class_names(labels, source=source, which=which),
+        classes=class_names(texts(label), source=source, which=which),
         is_test=is_test,
         open=read,
         which=which,
@@ -91,11 +81,12 @@ def _catalogue(place: str | Path, choices: Choices, source: str) -> Catalogue:
             [Path(f["filename"]) for rows in parts.values() for f in rows.cache_files]
         ),
         marks=marks,
-        columns={
-            c: np.array([text for rows in parts.values() for text in _texts(rows, c)])
-            for c in others
-        },
+        columns={name: np.array(texts(name)) for name in others},
     )
+
+
+hub_catalogue = functools.lru_cache(maxsize=1)(saved_catalogue)
+"""The same of a name on the hub, which a process asks for again and again."""
 
 
 def _loaded(place: str | Path, config: str | None, source: str) -> Mapping[str, Any]:
@@ -143,12 +134,10 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
 def _parts(loaded: Mapping[str, Any], chosen: Mapping[str, str], source: str) -> dict[str, str]:
     """Return the parts to read, and what each is for; log which are not read."""
     known = {name: part_called(name) for name, rows in loaded.items() if len(rows)}
-    trains = (
-        [chosen[TRAIN]] if TRAIN in chosen else [n for n, part in known.items() if part == TRAIN]
-    )
-    tests = [n for n, part in known.items() if part not in ("", TRAIN) and n not in trains]
-    parts = dict.fromkeys(trains, TRAIN)
-    parts |= {chosen[TEST]: TEST} if TEST in chosen else {name: known[name] for name in tests}
+    trains = [n for n, part in known.items() if part == TRAIN]
+    trains = [chosen[TRAIN]] if TRAIN in chosen else trains
+    tests = {n: part for n, part in known.items() if part not in ("", TRAIN) and n not in trains}
+    parts = dict.fromkeys(trains, TRAIN) | ({chosen[TEST]: TEST} if TEST in chosen else tests)
     if TRAIN not in parts.values() or not {*parts} <= {*known}:
         raise DataError(
             f"{source} has the parts {few([*map(repr, known)])}, expected "
@@ -199,10 +188,3 @@ def _texts(rows: Any, column: str) -> list[str]:
     if names is None:
         return ["" if value is None else str(value) for value in values]
     return ["" if value is None or value < 0 else names[value] for value in values]
-
-
-def _encoded(rows: Any, image: str) -> Any:
-    """Return the rows with the content of their images' files, not with their pixels."""
-    import datasets
-
-    return rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcompo.errors import DataError
 from fedcompo.report.pictures import JOINED, STAND_IN
 
 TRAIN, TEST, VALIDATION = "train", "test", "validation"
@@ -23,6 +24,32 @@ Marks = dict[str, NDArray[np.bool_]]
 def part_called(word: str) -> str:
     """Return the part that a word stands for, or an empty text."""
     return next((part for part, words in WORDS.items() if word.strip().casefold() in words), "")
+
+
+def split_of(
+    cells: Sequence[str] | None, *, source: str, which: Callable[[int], object]
+) -> tuple[NDArray[np.bool_] | None, Marks]:
+    """Decide which images are test images, given what a table says of each; see :func:`divided`.
+
+    Args:
+        cells: A word for each, or an empty text for all; None: the table does not say.
+        source: Where they stand, for messages.
+        which: Names an image by its index, for messages.
+
+    Raises:
+        DataError: If a word is unknown, or some have none.
+    """
+    if cells is None or not any(map(str.strip, cells)):
+        return None, {}
+    parts = [*map(part_called, cells)]
+    if "" in parts:
+        first = parts.index("")
+        known = ", ".join(word for words in WORDS.values() for word in words)
+        raise DataError(
+            f"The split of {parts.count('')} of {len(parts)} rows in {source} is unknown, such as "
+            f"{cells[first]!r} in {which(first)}. Expected one of {known}, in all rows or none."
+        )
+    return divided(parts)
 
 
 def divided(parts: Iterable[str]) -> tuple[NDArray[np.bool_] | None, Marks]:

@@ -1,6 +1,6 @@
 """Images that a table lists: CSV or Parquet, one row an image.
 
-Its columns, by name or as :mod:`fedcompo.data.columns` finds them::
+Its columns, by name or as :mod:`fedcompo.data.sources.columns` finds them::
 
     path     file of the image, seen from the table's folder
     label    name of its class
@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
-from fedcompo.data.columns import Choices, called, check_roles, pick
-from fedcompo.data.labels import MULTI_LABEL, class_names
-from fedcompo.data.splits import WORDS, Marks, divided, part_called
-from fedcompo.data.tables import Table, Where, read_table
+from fedcompo.data.sources.columns import Choices, called, check_roles, pick
+from fedcompo.data.sources.labels import MULTI_LABEL, class_names
+from fedcompo.data.sources.splits import split_of
+from fedcompo.data.sources.tables import Table, Where, read_table
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 
@@ -48,7 +48,7 @@ def manifest_catalogue(path: Path, choices: Choices = ()) -> Catalogue:
     clients = _clients(table.get(names["client"]), where, source)
     _check_files(files, cells, where, source)
     _check_once(files, labels, clients, where, source)
-    is_test, marks = _split(table.get(names["split"]), where, source)
+    is_test, marks = split_of(table.get(names["split"]), source=source, which=where)
     others = table.keys() - {names[role] for role in NEEDED}
     return Catalogue(
         source=source,
@@ -104,24 +104,9 @@ def _clients(cells: Sequence[str] | None, where: Where, source: str) -> NDArray[
     return np.array([known[cell] for cell in cells])
 
 
-def _split(
-    cells: Sequence[str] | None, where: Where, source: str
-) -> tuple[NDArray[np.bool_] | None, Marks]:
-    """Tell the test images; None: the table does not."""
-    if cells is None or not any(map(str.strip, cells)):
-        return None, {}
-    if alien := [row for row, cell in enumerate(cells) if not part_called(cell)]:
-        raise DataError(
-            f"The split of {len(alien)} of {len(cells)} rows in {source} is unknown, such as "
-            f"{cells[alien[0]]!r} in {where(alien[0])}. Expected one of "
-            f"{', '.join(word for words in WORDS.values() for word in words)}, in all rows or none."
-        )
-    return divided(map(part_called, cells))
-
-
 def _check_files(files: Sequence[Path], cells: Sequence[str], where: Where, source: str) -> None:
     """Refuse paths that are no files."""
-    faulty = [row for row, file in enumerate(files) if not (cells[row].strip() and file.is_file())]
+    faulty = [row for row, file in enumerate(files) if not (cells[row].strip() and _is_file(file))]
     if faulty:
         shown = few([f"{where(row)} ({cells[row]!r})" for row in faulty])
         raise DataError(
@@ -130,6 +115,13 @@ def _check_files(files: Sequence[Path], cells: Sequence[str], where: Where, sour
             "skipped.",
             told=f"{len(faulty)} images are missing",
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long: a text in place of a path
+        return False
 
 
 def _check_once(

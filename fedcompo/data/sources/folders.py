@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
-from fedcompo.data.splits import TEST, TRAIN, VALIDATION, divided, part_called
+from fedcompo.data.sources.splits import TEST, TRAIN, VALIDATION, divided, part_called
 from fedcompo.data.tasks import task_of
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import DEALT
@@ -67,7 +67,7 @@ def client_folders(path: Path) -> dict[str, Path]:
                 "like clients. Move out what does not belong there, or rename the client 'train'."
             )
         return {}
-    _check_depth(path, deep, flat, expected="folders of clients, or class folders", whose="")
+    _check_depth(path, deep, flat, expected="folders of clients, or class folders")
     return {} if flat else folders
 
 
@@ -91,16 +91,21 @@ def folder_catalogue(path: Path, *, client: str = "") -> Catalogue:
     Raises:
         DataError: If folders are missing, empty, misspelt or in the wrong place.
     """
-    whose = f"Client {client!r}: " if client else ""
+    try:
+        parts = _parts(path)
+        members = {folder: _classes(folder) for folder in parts}
+    except DataError as error:
+        whose = f"Client {client!r}: " if client else ""
+        raise DataError(f"{whose}{error}", told=error.told) from error.__cause__
     files: list[str] = []
     classes: list[str] = []
-    parts: list[str] = []
-    for part, folder in _parts(path, whose).items():
-        for name, members in _classes(folder, whose).items():
-            files += members
-            classes += [name] * len(members)
-            parts += [part] * len(members)
-    is_test, marks = divided(parts)
+    own_parts: list[str] = []
+    for folder, part in parts.items():
+        for name, own in members[folder].items():
+            files += own
+            classes += [name] * len(own)
+            own_parts += [part] * len(own)
+    is_test, marks = divided(own_parts)
     return Catalogue(
         source=str(path),
         classes=np.array(classes),
@@ -113,60 +118,56 @@ def folder_catalogue(path: Path, *, client: str = "") -> Catalogue:
     )
 
 
-def _parts(path: Path, whose: str) -> dict[str, Path]:
-    """Return the folder of class folders by part; log which folders are not read."""
-    folders = _folders(path, whose)
+def _parts(path: Path) -> dict[Path, str]:
+    """Return the folders of class folders, and what each is for; log which are not read."""
+    folders = _folders(path)
     deep, flat = _by_content(folders)
-    if flat and not {*folders} & {TRAIN}:
-        _check_depth(path, deep, flat, expected="class folders", whose=whose)
+    if flat and TRAIN not in folders:
+        _check_depth(path, deep, flat, expected="class folders")
         if word := next(filter(part_called, flat), ""):
             raise DataError(
-                f"{whose}{path} holds class folders and {word!r}, which holds images itself: is it "
-                "a class, or a part? Put the class folders into a folder 'train', or rename it.",
+                f"{path} holds class folders and {word!r}, which holds images itself: is it a "
+                "class, or a part? Put the class folders into a folder 'train', or rename it.",
                 told="a class folder is called as a part of a data set is",
             )
-        return {TRAIN: path}
+        return {path: TRAIN}
     if TRAIN in flat:
         raise DataError(
-            f"{whose}{folders[TRAIN]} holds images, but no class folders. Expected train/<class>/*;"
-            " if 'train' is a class itself, put all class folders into a folder 'train'.",
+            f"{folders[TRAIN]} holds images, but no class folders. Expected train/<class>/*; if "
+            "'train' is a class itself, put all class folders into a folder 'train'.",
             told="the folder 'train' holds images, but no class folders",
         )
     for name in folders:
         near = difflib.get_close_matches(name.lower(), (TRAIN, TEST), 1, 0.7)
         if near and name != near[0] and near[0] not in folders:
             raise DataError(
-                f"{whose}{path} holds a folder {name!r}. Rename it {near[0]!r} if that is what it "
-                "is, or take it out; only 'train' and 'test' are read.",
+                f"{path} holds a folder {name!r}. Rename it {near[0]!r} if that is what it is, or "
+                "take it out; only 'train' and 'test' are read.",
                 told=f"a folder should be called {near[0]!r}",
             )
     if TRAIN not in folders:
         present = ", ".join(map(repr, folders)) or "none"
         tasks = any(task_of(name) is not None for name in folders)
         raise DataError(
-            f"{whose}{path} has no folder 'train'; folders found: {present}. Expected "
-            "train/<class>/* and perhaps test/<class>/*, or class folders that hold the images."
+            f"{path} has no folder 'train'; folders found: {present}. Expected train/<class>/* and "
+            "perhaps test/<class>/*, or class folders that hold the images."
             + (TASKS_APART if tasks else ""),
             told="there is no folder 'train'",
         )
-    validation = [name for name in folders if part_called(name) == VALIDATION]
-    if len(validation) > 1:
-        raise DataError(
-            f"{whose}{path} holds {' and '.join(map(repr, validation))}. Rename the one that holds "
-            "the test images 'test', or take one out."
-        )
-    parts = {TRAIN: folders[TRAIN]}
-    if validation:
-        parts[VALIDATION] = folders[validation[0]]
-    if TEST in folders:
-        parts[TEST] = folders[TEST]
-    if unread := [name for name, folder in folders.items() if folder not in parts.values()]:
-        logger.warning("%sfolders in %s that are not read: %s.", whose, path, few(unread))
+    parts = {
+        folder: part
+        for part in (TRAIN, VALIDATION, TEST)
+        for name, folder in folders.items()
+        if name == part or part == VALIDATION == part_called(name)
+    }
+    if unread := [name for name, folder in folders.items() if folder not in parts]:
+        logger.warning("Folders in %s that are not read: %s.", path, few(unread))
     return parts
 
 
-def _folders(path: Path, whose: str = "") -> dict[str, Path]:
-    return {name: entry for name, entry in _entries(path, whose).items() if entry.is_dir()}
+def _folders(path: Path) -> dict[str, Path]:
+    """List the folders in a folder, by name."""
+    return {name: Path(one) for name, one in _entries(path).items() if one.is_dir()}
 
 
 def _by_content(folders: Mapping[str, Path]) -> tuple[list[str], list[str]]:
@@ -183,54 +184,43 @@ def _by_content(folders: Mapping[str, Path]) -> tuple[list[str], list[str]]:
     return deep, flat
 
 
-def _check_depth(
-    path: Path, deep: list[str], flat: list[str], *, expected: str, whose: str
-) -> None:
+def _check_depth(path: Path, deep: list[str], flat: list[str], *, expected: str) -> None:
     """Refuse folders of which some hold images and others hold folders."""
     if deep and flat:
         raise DataError(
-            f"{whose}{path} must hold {expected}, but there are files in "
-            f"{few([*map(repr, flat)])} and folders in {few([*map(repr, deep)])}. Let all class "
-            "folders lie equally deep.",
+            f"{path} must hold {expected}, but there are files in {few([*map(repr, flat)])} and "
+            f"folders in {few([*map(repr, deep)])}. Let all class folders lie equally deep.",
             told="some folders hold images, others hold folders",
         )
 
 
-def _classes(folder: Path, whose: str) -> dict[str, list[str]]:
-    """List the files of each class in ``train`` or ``test``, by class name."""
+def _classes(folder: Path) -> dict[str, list[str]]:
+    """List the files of each class, by class name."""
     classes: dict[str, list[str]] = {}
-    for name, entry in _entries(folder, whose).items():
+    for name, entry in _entries(folder).items():
         if not entry.is_dir():
             raise DataError(
-                f"{whose}{entry} lies beside the class folders. Move it into the "
-                "folder of its class, or take it out.",
+                f"{entry.path} lies beside the class folders. Move it into the folder of its "
+                "class, or take it out.",
                 told="there are files beside the class folders",
             )
-        found = _scanned(entry, whose)
-        files = [one.path for one in found.values()]
-        nested = next((one.path for one in found.values() if one.is_dir()), None)
-        if nested:
+        members = [*_entries(Path(entry.path)).values()]
+        if nested := next((one.path for one in members if one.is_dir()), None):
             raise DataError(
-                f"{whose}class {name!r} holds the folder {nested}. Expected image "
-                "files only; move them up into the class folder.",
+                f"class {name!r} holds the folder {nested}. Expected image files only; move them "
+                "up into the class folder.",
                 told="a class folder holds a folder",
             )
-        if not files:
+        if not members:
             raise DataError(
-                f"{whose}class {name!r} is empty; {entry} holds no image. Add images "
-                "or take the folder out.",
+                f"class {name!r} is empty; {entry.path} holds no image. Add images or take the "
+                "folder out.",
                 told="a class folder is empty",
             )
-        classes[name] = files
+        classes[name] = [one.path for one in members]
     if not classes:
-        raise DataError(
-            f"{whose}{folder} holds no images. Expected {folder.name}/<class>/*"
-            + (
-                f"; without a folder {folder.name!r}, test images are drawn."
-                if folder.name != "train"
-                else "."
-            )
-        )
+        drawn = "" if folder.name == TRAIN else "; without this folder, test images are drawn"
+        raise DataError(f"{folder} holds no images. Expected {folder.name}/<class>/*{drawn}.")
     return classes
 
 
@@ -239,36 +229,27 @@ def left_behind(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFT_BEHIND
 
 
-def _entries(folder: Path, whose: str = "") -> dict[str, Path]:
+def _entries(folder: Path) -> dict[str, os.DirEntry[str]]:
     """List a folder by name in NFC, sorted, without the files that operating systems create."""
-    return {
-        class_name(name, source=str(folder)): Path(entry)
-        for name, entry in _scanned(folder, whose).items()
-    }
-
-
-def _scanned(folder: Path, whose: str) -> dict[str, os.DirEntry[str]]:
-    """List a folder as :func:`_entries` does, quickly where it holds a hundred thousand files."""
     try:
         with os.scandir(folder) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(
-            f"{whose}Folder {folder.absolute()} cannot be read ({error.strerror}). "
-            "Check the path, and that you may read it.",
+            f"Folder {folder.absolute()} cannot be read ({error.strerror}). Check the path, and "
+            "that you may read it.",
             told="a folder cannot be read",
         ) from error
     named: dict[str, os.DirEntry[str]] = {}
     for entry in entries:
         if left_behind(entry.name):
             continue
-        plain = entry.name.isascii() and entry.name.isprintable()
+        plain = entry.name.isascii() and entry.name.isprintable()  # of very many, nearly all
         name = entry.name if plain else class_name(entry.name, source=str(folder))
         if name in named:
             raise DataError(
-                f"{whose}Folder {folder} holds two entries named {name!r}, spelt with "
-                f"different Unicode characters ({named[name].name!a}, {entry.name!a}). "
-                "Merge or rename them."
+                f"Folder {folder} holds two entries named {name!r}, spelt with different Unicode "
+                f"characters ({named[name].name!a}, {entry.name!a}). Merge or rename them."
             )
         named[name] = entry
     return dict(sorted(named.items()))
