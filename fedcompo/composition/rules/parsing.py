@@ -9,9 +9,11 @@ from typing import Any
 from fedcompo.composition.rules.dare import Dare
 from fedcompo.composition.rules.fisher import Fisher
 from fedcompo.composition.rules.iso_c import IsoC
-from fedcompo.composition.rules.mean import Mean, NormPreserving, TaskArithmetic
+from fedcompo.composition.rules.mean import Mean
+from fedcompo.composition.rules.norm_preserving import NormPreserving
 from fedcompo.composition.rules.regmean import RegMean
 from fedcompo.composition.rules.rule import Rule
+from fedcompo.composition.rules.task_arithmetic import TaskArithmetic
 from fedcompo.composition.rules.ties import Ties
 from fedcompo.composition.rules.tsv_m import TsvM
 from fedcompo.config.setting import Scalar, check_one
