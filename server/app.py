@@ -97,7 +97,8 @@ def main(grid: Grid, context: Context) -> None:
         if isinstance(error, OSError) and error.errno in DISK and (output / RUN).exists():
             log(ERROR, "See to the server's disk, then go on with `resume`: nothing is lost.")
         with suppress(OSError):  # a full disk must not hide what happened
-            books.tell("failed", reason=f"{type(error).__name__}: {error}")
+            stopped, told = isinstance(error, KeyboardInterrupt), f"{type(error).__name__}: {error}"
+            books.tell("failed", reason="interrupted" if stopped else told)
         raise
     books.tell("finished", results=RESULTS)
     if results.get("class_il_accuracy") is not None:

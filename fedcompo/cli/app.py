@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +84,7 @@ def simulate(
         typer.Option(
             metavar="FOLDER",
             help="Go on with the interrupted run in this folder, with the settings it was begun "
-            "with. Who has trained is not trained again.",
+            "with, and by `--engine`. Who has trained is not trained again.",
         ),
     ] = None,
     engine: Annotated[
@@ -201,7 +202,7 @@ def _simulate(
     **how: Any,
 ) -> None:
     from fedcompo.engine.live import Display
-    from fedcompo.engine.run_folder import begun_settings
+    from fedcompo.engine.run_folder import RUN, begun_settings
     from fedcompo.engine.simulation import prepare
 
     console, again = PlainConsole(), resume is not None
@@ -216,8 +217,14 @@ def _simulate(
         for line in lines_on(found, at_once=simulation.resources.cpus):
             say(line)
     say(f"Simulating {simulation.clients} clients. Results go to {simulation.output}")
-    with Display(console) as display:
-        results = simulation.run(display.show)
+    try:
+        with Display(console) as display:
+            results = simulation.run(display.show)
+    except KeyboardInterrupt:
+        if (simulation.output / RUN).exists():
+            resumed = ["fedcompo", "simulate", "--resume", str(simulation.output)]
+            say(f"Go on with it by: {shlex.join(resumed)}", PlainConsole(stderr=True))
+        raise
     if "removed" in results:
         print_removal(results)
     else:

@@ -48,7 +48,9 @@ def check(
     with common.errors_as_sentences(verbose), common.progress(quiet=as_json):
         if not data and (client or scenario is None):
             raise ConfigError("Name the data by --data, or a --scenario that does.")
-        alone = bool(client) or (Path(data.partition("#")[0]).expanduser().exists() and bool(data))
+        from fedcompo.data.sources.kinds import is_path
+
+        alone = bool(client) or is_path(data)
         options = {"data": data} if data and not alone else {}
         config = RunConfig.parse(settings_of(scenario, assignments or [], options))
         CompositionSettings.of(config)

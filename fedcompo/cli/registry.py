@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -204,8 +205,9 @@ def remove(
             records.append(record)
             if not as_json:
                 path = changed.path / record.place
+                check = ["fedcompo", "verify", str(path), "--registry", str(changed.path)]
                 say(f"Removed {member} in {time.monotonic() - started:.1f} s. Record: {path}")
-                say(f"Check it by: fedcompo verify {path} --registry {changed.path}")
+                say(f"Check it by: {shlex.join(check)}")
         if as_json and len(records) == 1:
             typer.echo(records[0].text, nl=False)  # byte for byte: it can be kept and verified
         elif as_json:
@@ -269,6 +271,8 @@ def verify(
     with common.errors_as_sentences(verbose):
         if public_key is not None and record is None:
             raise ConfigError("`--public-key` checks a record; name one.")
+        if record is not None and not record.exists():
+            raise ConfigError(f"There is no file {str(record)!r}. Check the path of the record.")
         if record is not None and registry is None and public_key is None:
             registry, public_key = _witness_of(record)
         alone = public_key is not None and registry is None

@@ -5,6 +5,7 @@ The server's is `serve`; a client's are `publish`, `fetch`, `members` and `reque
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -172,7 +173,8 @@ def request_removal(
             typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
             return
         say(f"Removed {name} on {record.time}. Receipt: {path}")
-        say(f"Check it by: fedcompo verify {path} --public-key {public}")
+        check = ["fedcompo", "verify", str(path), "--public-key", str(public)]
+        say(f"Check it by: {shlex.join(check)}")
 
 
 @common.with_options("connection", Connection)

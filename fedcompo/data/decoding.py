@@ -44,7 +44,7 @@ from fedcompo.runtime import one_thread, version
 from fedcompo.storage.files import canonical
 
 IN_MEMORY = 64 * 2**20
-"""Bytes of decoded images that are held in memory; more are kept in a file."""
+"""Bytes of decoded images that are held in memory at most, where no file of them can be kept."""
 AHEAD = 16
 """Images a thread that are decoded before they are stored."""
 FORMAT = 1
@@ -69,12 +69,12 @@ def decode(
         test: Indices of the test images of each class.
         preprocessing: Input that the backbone expects.
         client: Who owns the images, for messages.
-        cache: Folder where many images are kept for other processes; None: they are not.
+        cache: Folder where images are kept for other processes and phases; None: they are not.
 
     Returns:
         Training images, test images, each (count, channels, image_size, image_size), or of texts
-        (count, 1, 1, length), uint8; and facts on them that the results note. More than
-        :data:`IN_MEMORY` are on disk.
+        (count, 1, 1, length), uint8; and facts on them that the results note. Those that are kept,
+        and more than :data:`IN_MEMORY`, are on disk.
 
     Raises:
         DataError: If images cannot be read or converted; lists the first few and how many there
@@ -87,7 +87,7 @@ def decode(
     shape = torch.Size((len(reader.chosen), *preprocessing.shape))
     images: Images
     with one_thread():  # torch's own threads would get in the way of those that decode
-        if shape.numel() <= IN_MEMORY:
+        if shape.numel() <= IN_MEMORY and not (cache and reader.name):
             images = memory = torch.empty(shape, dtype=torch.uint8)
             report = reader.make(memory.__setitem__)
         else:

@@ -111,10 +111,15 @@ def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
     )
 
 
+def is_path(data: str) -> bool:
+    """Whether it is the path of something that exists, perhaps with choices of columns."""
+    return bool(data) and Path(with_choices(data)[0]).expanduser().exists()
+
+
 def _with_kind(data: str) -> str:
     """Write a path as a source; what exists is a path, whatever it is called."""
     path = Path(with_choices(data)[0]).expanduser()
-    if not path.exists() and (data in (*NAMED, *ALIASES) or data.partition(":")[0] in KINDS):
+    if not is_path(data) and (data in (*NAMED, *ALIASES) or data.partition(":")[0] in KINDS):
         return data
     return f"{kind_of(path)}:{data}"
 
