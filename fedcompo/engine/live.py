@@ -136,13 +136,17 @@ class State:
             first, others = {*urgent[: rows - 1]}, urgent[rows - 1 :]
             shown = [name for name in shown if name in first]
         for name in shown:
-            cells = [self.cells.get((name, phase)) for phase in self.phases]
-            waiting = Text("" if name == SERVER else "waiting", style="dim")
-            table.add_row(name, *(cell.text(now) if cell else waiting for cell in cells))
+            table.add_row(name, *(self._cell(name, phase, now) for phase in self.phases))
         if others:
             counts = [self._counts(others, phase) for phase in self.phases]
             table.add_row(f"{len(others)} more", *counts, style="dim")
         return table
+
+    def _cell(self, name: str, phase: str, now: float) -> Text:
+        if cell := self.cells.get((name, phase)):
+            return cell.text(now)
+        alone = name == SERVER or (SERVER, phase) in self.cells  # nobody waits for this phase
+        return Text("" if alone else "waiting", style="dim")
 
     def _urgency(self, name: str) -> int:
         cells = (self.cells.get((name, phase)) for phase in self.phases)
