@@ -14,7 +14,7 @@ from fedcompo.audit.measure import CLASS_IL, FIGURES, TASK_IL
 from fedcompo.audit.models import AFTER, BEFORE, GOLD
 from fedcompo.export.model_card import escaped
 from fedcompo.report.console import say, table_console
-from fedcompo.report.units import ALL_CLASSES, EXPLAINED, OWN_CLASSES, percent
+from fedcompo.report.units import ALL_CLASSES, EXPLAINED, OWN_CLASSES, listed, percent
 from fedcompo.storage.files import write_atomically
 
 JSON, MARKDOWN = "audit.json", "audit.md"
@@ -121,7 +121,7 @@ def _attack_rows(values: Values) -> Rows:
 def _sentences(values: Values) -> list[str]:
     """Return sentences: the compared models, then how to read the figures."""
     first = "; ".join(
-        f"{name}: {MODELS[name]} ({', '.join(model['clients'])})"
+        f"{name}: {MODELS[name]} ({listed(model['clients'])})"
         for name, model in values["models"].items()
     )
     attack = " ".join([*_counts(values), ATTACK])
@@ -130,7 +130,7 @@ def _sentences(values: Values) -> list[str]:
     if retrain:
         sentences.append(
             f"Trained with something of {values['client']}, and not trained again by a removal: "
-            f"{', '.join(sorted(set(retrain)))}."
+            f"{listed(sorted(set(retrain)))}."
         )
     return [*sentences, *(f"{line}." for line in EXPLAINED.splitlines()), *values["notes"]]
 

@@ -223,6 +223,9 @@ def _simulate(
     except KeyboardInterrupt:
         if (simulation.output / RUN).exists():
             resumed = ["fedcompo", "simulate", "--resume", str(simulation.output)]
+            if how["engine"] is not EngineKind.FLOWER:
+                resumed += ["--engine", how["engine"].value]
+            resumed += [] if how["check"] else ["--no-check"]
             say(f"Go on with it by: {shlex.join(resumed)}", PlainConsole(stderr=True))
         raise
     if "removed" in results:

@@ -67,6 +67,7 @@ def check(
             starts=not alone,
             seconds=math.inf if full else SECONDS,
         )
+    at_once = min(at_once, max(1, found.total))
     if as_json:
         print_json(found.values())
     else:

@@ -14,6 +14,7 @@ from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.progress import step
+from fedcompo.report.units import listed
 
 if TYPE_CHECKING:
     from fedcompo.export.selected import Selection
@@ -143,8 +144,8 @@ def evaluate(
         print_accuracies(figures)
         print_worst_classes(counted)
         if unknown:
-            say(f"Not measured, as the model does not know their classes: {', '.join(unknown)}.")
-        say(f"Of the composition of {', '.join(selection.pool.clients)}.")
+            say(f"Not measured, as the model does not know their classes: {listed(unknown)}.")
+        say(f"Of the composition of {listed(selection.pool.clients)}.")
 
 
 def negate(

@@ -20,6 +20,7 @@ from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
 from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.progress import step
+from fedcompo.report.units import listed
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -127,7 +128,7 @@ def add(
             return
         for what in ("added", "replaced"):
             if summary[what]:
-                say(f"{what.capitalize()} {', '.join(summary[what])}.")
+                say(f"{what.capitalize()} {listed(summary[what])}.")
         arrivals = ((m.added, m.client, m.classes) for m in opened.state.members.values())
         if note := note_on_newcomers(arrivals, new):
             say(f"Note: {note}")
@@ -189,7 +190,7 @@ def remove(
             _preview(opened, plans, data, as_json)
             return
         if not yes:
-            common.confirm(f"Remove {', '.join(members)} from {opened.path}?")
+            common.confirm(f"Remove {listed(members)} from {opened.path}?")
         from fedcompo.registry.registry import Registry
 
         changed, records = Registry(opened.path), []

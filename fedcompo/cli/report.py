@@ -50,9 +50,11 @@ def report(
             page = run_page(results, story_of_run(folder, results))
         else:
             opened = common.open_registry(folder or registry)
-            beside = opened.path.absolute().parent / RESULTS
+            path = opened.path.absolute()
+            beside = path.with_name(RESULTS)
             found = _results(beside) if beside.is_file() else {}
-            page = registry_page(story(opened), found if "registry" in found else None)
+            made = Path(found.get("registry", {}).get("path", ""))  # both may have been moved
+            page = registry_page(story(opened), found if made.name == path.name else None)
         write_atomically(output, page.encode())
         say(f"Report: {output}")
 

@@ -18,6 +18,7 @@ from fedcompo.report.console import print_json, say
 from fedcompo.report.log import log_to_stderr
 from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.progress import step
+from fedcompo.report.units import listed
 
 if TYPE_CHECKING:
     from fedcompo.service.certificates import Credential
@@ -122,7 +123,7 @@ def fetch(
             print_json({**reply, "root": content.root, "files": files})
             return
         what = "Contribution of" if client is not None else "Model composed of"
-        say(f"{what} {', '.join(content.clients)}: {output}")
+        say(f"{what} {listed(content.clients)}: {output}")
 
 
 @common.with_options("connection", Connection)

@@ -131,10 +131,10 @@ def print_details(details: Mapping[str, Any]) -> None:
             else str(details["num_examples"]),
             "folder": f"{details['folder']}, {size(details['bytes'])}",
             "method": lineage["method"],
-            "anchored by": ", ".join(lineage["anchored_by"]) or "nobody",
-            "head aligned with": ", ".join(lineage["aligned_with"]) or "nobody",
-            "trained inside": ", ".join(lineage["ensemble"]) or "no ensemble",
-            "its data shaped": ", ".join(details["shapes"]) or "nobody",
+            "anchored by": listed(lineage["anchored_by"]) or "nobody",
+            "head aligned with": listed(lineage["aligned_with"]) or "nobody",
+            "trained inside": listed(lineage["ensemble"]) or "no ensemble",
+            "its data shaped": listed(details["shapes"]) or "nobody",
         }
         imported = {k: str(v) for k, v in details["settings"].items() if k.startswith(IMPORTED)}
         lines |= {key.replace("-", " "): value or "nothing" for key, value in imported.items()}
@@ -162,7 +162,7 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
     say(f"       classes of the joint head: {classes}")
     if goes["versions"]:
         say(f"       compositions that contain it: {', '.join(goes['versions'])}")
-    say(f"Stays: {', '.join(stays['clients']) or 'nobody'}")
+    say(f"Stays: {listed(stays['clients']) or 'nobody'}")
     if stays["versions"]:
         say(f"       compositions that contain it, as asked: {', '.join(stays['versions'])}")
     say("The model will be, bit for bit, the one that was never given this client.")
@@ -182,8 +182,8 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
             ("indirectly, through others", "indirect"),
         ):
             if lineage[part]:
-                say(f"  {what}: {', '.join(lineage[part])}")
-        say(f"  To undo that too, train again: {', '.join(plan['to_retrain'])}")
+                say(f"  {what}: {listed(lineage[part])}")
+        say(f"  To undo that too, train again: {listed(plan['to_retrain'])}")
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -233,12 +233,12 @@ def print_worst_classes(results: Mapping[str, Any]) -> None:
 
 def print_removal(results: Mapping[str, Any]) -> None:
     """Print what a removal over Flower reports."""
-    say(f"Removed {results['removed']}; {', '.join(results['survivors']) or 'nobody'} stay.")
+    say(f"Removed {results['removed']}; {listed(results['survivors']) or 'nobody'} stay.")
     print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
     if results["to_retrain"]:
         say(
             "Composition-exact, not influence-exact: trained with something of "
-            f"{results['removed']} were {', '.join(results['to_retrain'])}."
+            f"{results['removed']} were {listed(results['to_retrain'])}."
         )
     for note in results["notes"]:
         say(f"Note: {note}")

@@ -60,7 +60,7 @@ def library_files(library: Path) -> list[Path]:
     """Sources, templates and weights of the library, without the app that an installed one has."""
     sources = library.rglob("*.py")
     own = [file for file in sources if "_app" not in file.relative_to(library).parts]
-    return [*own, *library.glob("deployment/templates/**/*"), *library.glob("assets/*")]
+    return [*own, *library.glob("*/templates/**/*"), *library.glob("assets/*")]
 
 
 def digests(folder: Path, files: Iterable[Path]) -> str:

@@ -133,6 +133,7 @@ def look(
     with found.noting():
         with found.faulting():
             shares = _shares(config, own, client)
+        at_once = min(at_once, max(1, len(shares)))
         found.total, until, amounts = len(shares), time.monotonic() + longest, list[Amount]()
         for count, listed in enumerate(shares, start=1):
             step(f"looking at client {count} of {len(shares)}")

@@ -18,6 +18,7 @@ from fedcompo.report.units import (
     EXPLAINED,
     OWN_CLASSES,
     SMALL,
+    listed,
     percent,
     percent_between,
     shortened,
@@ -92,7 +93,7 @@ def _print_diagnostics(results: Results, console: PlainConsole, *, details: bool
         console.print(f"Gap Ω of Theorem 1 (mean Fisher, composition's coefficients): {gap:.3g}")
     if outliers := results["diagnostics"]["outliers"]:
         console.print(
-            f"Outliers: {', '.join(outliers)}: task vectors far longer or shorter than most, or "
+            f"Outliers: {listed(outliers)}: task vectors far longer or shorter than most, or "
             "against the others'. Look at these clients' data; `--details` shows the figures.",
             style="bold yellow",
         )

@@ -225,8 +225,8 @@ def require(names: Iterable[str]) -> None:
 
 
 def _known_to_mlflow(name: str) -> str:
-    """Replace what MLflow takes in no name of a figure, as names of clients may have it."""
-    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
+    """Replace what MLflow takes in no name of a figure by its number, so that names stay apart."""
+    return "".join(c if c.isalnum() or c in "_-. /" else f"_{ord(c):X}_" for c in name)
 
 
 def _logged_in() -> bool:

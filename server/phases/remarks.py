@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from fedcompo.report.units import listed
+
 UNDONE = 0.9
 """Share of the way that the anchor took back, from which on it undid the training."""
 
@@ -32,7 +34,7 @@ def remarks(reported: Mapping[str, Mapping[str, Any]], *, strength: str) -> Iter
 
 
 def _named(reported: Mapping[str, Mapping[str, Any]], befell: Callable[[Any], bool]) -> str:
-    return ", ".join(client for client, own in reported.items() if befell(own))
+    return listed(client for client, own in reported.items() if befell(own))
 
 
 def _learnt_nothing(own: Mapping[str, Any]) -> bool:

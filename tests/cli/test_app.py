@@ -18,6 +18,7 @@ import fedcompo
 from fedcompo.cli import app as cli
 from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.engine import launcher
+from fedcompo.engine.run_folder import RUN
 from fedcompo.errors import ConfigError, FedcompoError, LaunchError
 
 runner = CliRunner()
@@ -76,6 +77,26 @@ def test_a_simulation_passes_settings_on_and_ends_with_the_place_of_its_results(
     assert lines[1] == f"Simulating 5 clients. Results go to {tmp_path}/runs/my"
     assert lines[-1] == f"Results: {tmp_path}/runs/my"
     assert "{'accuracy': 0.5}" in lines
+
+
+@pytest.mark.parametrize("more", [[], ["--no-check"]])
+@pytest.mark.parametrize("engine", [[], ["--engine", "in-process"]])
+def test_an_interrupted_run_goes_on_as_it_was_begun(
+    started: Started,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: list[str],
+    more: list[str],
+) -> None:
+    def interrupted(self: launcher.Simulation, on_event: Callable[..., Any]) -> None:
+        (self.output / RUN).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher.Simulation, "run", interrupted)
+    result = runner.invoke(cli.app, ["simulate", *engine, *more])
+    resume = ["--resume", str(tmp_path / "runs" / "digits")]
+    words = ["fedcompo", "simulate", *resume, *engine, *more]
+    assert f"Go on with it by: {' '.join(words)}" in result.stderr
 
 
 def test_a_second_simulation_does_not_touch_the_first(started: Started, tmp_path: Path) -> None:

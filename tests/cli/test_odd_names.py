@@ -47,6 +47,8 @@ def test_a_registry_lists_composes_and_removes_them(home: Path) -> None:
     run("compose", "-o", "weighed", "--weights", f'"{SMITH}"=0.25, {WARD}=0.75')
     assert "There is no client 'Smith'" in run("compose", "-o", "x", "--only", SMITH, code=1).output
     run("compose", "-o", "x", "--only", f'"{SMITH}', code=2)
+    said = run("remove", WARD, "--dry-run", "--data", "none").stdout
+    assert f'Stays: "{SMITH}", {LINK}' in said
     run("remove", SMITH, "--yes")
     (receipt,) = (home / "registry" / "removals").iterdir()
     assert SMITH in json.dumps(json.loads(receipt.read_text()))

@@ -143,7 +143,7 @@ def test_the_library_is_its_sources_its_templates_and_its_weights(tmp_path: Path
     library = tmp_path / "_app" / "fedcompo"
     for name in (
         "errors.py", "deployment/plan.py", "deployment/templates/client/start.sh",
-        "assets/weights.safetensors",
+        "report/templates/page.html", "assets/weights.safetensors",
         "_app/clients/app.py", "__pycache__/errors.pyc", "py.typed",
     ):  # fmt: skip
         (library / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def test_the_library_is_its_sources_its_templates_and_its_weights(tmp_path: Path
     files = [file for file in given_app.library_files(library) if file.is_file()]
     assert {file.relative_to(library).as_posix() for file in files} == {
         "errors.py", "deployment/plan.py", "deployment/templates/client/start.sh",
-        "assets/weights.safetensors",
+        "report/templates/page.html", "assets/weights.safetensors",
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from fedcompo.cli.app import app
 from fedcompo.config.run import RunConfig
 from fedcompo.data.checks import check_examples
 from fedcompo.data.client_data import folder_share
-from fedcompo.engine import launcher, simulation
+from fedcompo.engine import launcher, resources, simulation
 from fedcompo.engine.estimate import Amount, Estimate, Pace, estimate
 from fedcompo.engine.preflight import look
 from fedcompo.method.deltas import new_deltas
@@ -200,6 +200,14 @@ def test_of_too_many_clients_it_is_said_how_many_were_looked_at(images: Path) ->
     assert next(lines_on(found.values())).startswith("1 client(s) of 2 were looked at: 2 classes")
     assert "looks at all clients" in found.notes[0]
     assert found.estimate
+
+
+def test_no_more_clients_work_at_a_time_than_there_are(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "_cpus", lambda: 64)
+    said = runner.invoke(app, ["check", "--data", "folder:images"]).stdout
+    assert "for each of 2 at a time" in " ".join(said.split())
 
 
 def test_whoever_wants_to_start_anyway_can(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -330,6 +330,7 @@ def test_the_command_finds_registries_and_runs_and_the_run_beside_a_registry(
 ):
     shutil.copytree(GOLDEN / "mixed", tmp_path / "run" / "registry")
     (tmp_path / "run" / "results.json").write_text(json.dumps(results()))
+    shutil.copytree(GOLDEN / "mixed", tmp_path / "run" / "pets")  # the run did not make this one
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text('{"created": 1, "settings": {}}')
     monkeypatch.chdir(tmp_path)
@@ -342,6 +343,8 @@ def test_the_command_finds_registries_and_runs_and_the_run_beside_a_registry(
         assert done.exit_code == 0, done.output
         text = Document(Path(done.stdout.removeprefix("Report: ").strip()).read_text()).text
         assert said in text
+    CliRunner().invoke(app, ["report", "run/pets", "-o", "pets.html"])
+    assert "Accuracy by client, %" not in Document(Path("pets.html").read_text()).tables
     for arguments, said in (
         (["run", "-o", "run/results.json"], "ends in .html"),
         (["run", "-r", "run/registry"], "Name one"),

@@ -92,7 +92,7 @@ def test_mlflow_reads_what_was_written(tmp_path, events, monkeypatch):
         assert (run.info.status, run.data.metrics["seconds/train"]) == ("FAILED", 3.5)
         return
     assert run.info.status == "FINISHED"
-    plain = {name.replace("[2]", "_2_"): rows for name, rows in FIGURES.items()}
+    plain = {name.replace("[2]", "_5B_2_5D_"): rows for name, rows in FIGURES.items()}
     assert set(run.data.metrics) == set(plain)
     for name, rows in plain.items():
         history = client.get_metric_history(run.info.run_id, name)
