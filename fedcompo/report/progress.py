@@ -218,8 +218,10 @@ class Files:
 
     def read(self) -> list[Mapping[str, Any]]:
         """Read the events since the last call."""
-        now = {}
-        for file in sorted(self._folder.glob("[!.]*.json")):
+        now, files = {}, list[Path]()
+        with suppress(OSError):  # the folder goes with the last of them
+            files = sorted(self._folder.glob("[!.]*.json"))
+        for file in files:
             with suppress(OSError):  # its work has just ended
                 now[file.name] = file.read_text(encoding="utf-8")
         new = [text for name, text in now.items() if text != self._seen.get(name)]

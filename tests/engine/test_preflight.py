@@ -202,6 +202,11 @@ def test_of_too_many_clients_it_is_said_how_many_were_looked_at(images: Path) ->
     assert found.estimate
 
 
+def test_a_path_where_nothing_lies_is_called_that(images: Path) -> None:
+    said = runner.invoke(app, ["check", "--data", "imges"]).stdout
+    assert "There is no such file or folder" in " ".join(said.split())
+
+
 def test_no_more_clients_work_at_a_time_than_there_are(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fedcompo.report import progress
@@ -110,6 +112,14 @@ def test_a_file_that_cannot_be_written_does_not_end_the_work(tmp_path):
     (tmp_path / "told").write_text("no folder")
     with telling(print, tmp_path / "told" / "anna"):
         step("training")
+
+
+def test_a_folder_that_goes_while_it_is_read_holds_nothing(tmp_path, monkeypatch):
+    def gone(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "glob", gone)
+    assert Files(tmp_path).read() == []
 
 
 def test_bytes_are_written_as_sizes():

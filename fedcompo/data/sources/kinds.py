@@ -138,7 +138,7 @@ def parse(data: str) -> tuple[str, str]:
     elif data and Path(data).expanduser().exists():
         hint = f"Did you mean {kind_of(Path(data).expanduser()) + ':' + data!r}?"
     else:
-        hint = ""
+        hint = "There is no such file or folder, either." if ":" not in data else ""
     raise DataError(f"`data` must be one of {', '.join(SOURCES)}, got {data!r}. {hint}".strip())
 
 
