@@ -68,6 +68,10 @@ def check(
             seconds=math.inf if full else SECONDS,
         )
     at_once = min(at_once, max(1, found.total))
+    if found.faults and alone and not client and Path(data).expanduser().is_dir():
+        found.notes.append(
+            f"This was checked as one client's own; folders of several: `--data folder:{data}`."
+        )
     if as_json:
         print_json(found.values())
     else:

@@ -202,9 +202,12 @@ def test_of_too_many_clients_it_is_said_how_many_were_looked_at(images: Path) ->
     assert found.estimate
 
 
-def test_a_path_where_nothing_lies_is_called_that(images: Path) -> None:
-    said = runner.invoke(app, ["check", "--data", "imges"]).stdout
-    assert "There is no such file or folder" in " ".join(said.split())
+def test_a_wrong_path_and_a_folder_of_several_clients_are_called_that(images: Path) -> None:
+    for data, said in (
+        ("imges", "There is no such file or folder"),
+        ("images", "`--data folder:images`"),
+    ):
+        assert said in " ".join(runner.invoke(app, ["check", "--data", data]).stdout.split())
 
 
 def test_no_more_clients_work_at_a_time_than_there_are(
