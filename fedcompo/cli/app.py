@@ -210,7 +210,8 @@ def _simulate(
         values = settings_of(file, assignments, options)
     else:
         values = begun_settings(resume.expanduser().absolute())
-    simulation = prepare(values, name=scenario_name(file, values), resuming=again, **how)
+    with common.progress(quiet=False):  # of the check
+        simulation = prepare(values, name=scenario_name(file, values), resuming=again, **how)
     if found := simulation.preflight:
         from fedcompo.report.preflight import lines_on
 
