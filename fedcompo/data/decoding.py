@@ -1,7 +1,7 @@
 """Read the pictures that a client keeps, or its texts, as rows of uint8.
 
-They are decoded by several threads, few at a time. A small set stays in memory, a larger one is
-kept in a file (:mod:`fedcompo.data.cache`): memory does not grow with the number of images.
+They are decoded by several threads, few at a time, into a file (:mod:`fedcompo.data.cache`): memory
+does not grow with the number of images. A small set of which no file can be kept stays in memory.
 
 What is odd about pictures is logged, with how many it befell. The log stays with the client.
 """
