@@ -248,6 +248,11 @@ def test_a_missing_or_empty_path_is_refused_by_name(tmp_path: Path):
         client_names(DataConfig(data=f"folder:{tmp_path / 'file'}"))
 
 
+def test_a_file_of_another_kind_is_refused_by_its_ending(tmp_path: Path):
+    (tmp_path / "scans.xlsx").write_bytes(b"PK")
+    assert "scans.xlsx is a file, but of no kind that is read" in refused(tmp_path / "scans.xlsx")
+
+
 def test_class_folders_without_train_are_a_client_whose_test_images_are_drawn(ward: Path):
     bare = load_folder(ward / "train", GREY, seed=0)
     shutil.rmtree(ward / "test")
