@@ -35,7 +35,7 @@ def load_images(
 
     ``own`` is the folder or file of the node's own images; of a manifest of several clients it
     owns the rows of the client. Without one, it owns this part of the source; a negative part is
-    none. Many images are kept in the folder ``cache``, for the later phases.
+    none. Images of files are kept in the folder ``cache``, for the later phases.
     """
     if own:
         return load_folder(

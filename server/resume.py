@@ -25,7 +25,10 @@ from server.exchange.kept_answers import KeptAnswers
 
 FORMAT_VERSION = 1
 ANSWERS = "answers"
-MAY_DIFFER = ("output", "resume", "num-clients", "min-clients", "timeout", "in-flight")
+MAY_DIFFER = (
+    *("output", "resume", "num-clients", "min-clients", "timeout", "in-flight"),
+    *("track", "keep-cache"),
+)
 """Settings that may differ when a run is resumed: they do not change its results."""
 
 

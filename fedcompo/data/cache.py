@@ -9,8 +9,9 @@ renamed when it is on the disk, so a crash leaves nothing that is used. Layout::
     report    JSON                  what decoding found
     digest    32 bytes              SHA-256 of the report
 
-All files together take at most :data:`SHARE` of what is free on their disk without them: the one
-that was not used for longest goes first, and every one that was not used for :data:`DAYS` days.
+All files together take at most :data:`SHARE` of what is free on their disk without them. Before one
+is written, the one that was not used for longest goes first, and every one that was not used for
+:data:`DAYS` days.
 Where no folder is given the file has no name, and the system deletes it with the process.
 """
 

@@ -97,14 +97,15 @@ class Share:
     def read(self, preprocessing: Preprocessing, *, cache: Path | None = None) -> ClientData:
         """Read the images; raises ``DataError`` if one cannot be used.
 
-        Many are kept in the folder ``cache``, for other processes; None: they are not.
+        Those of files are kept in the folder ``cache``, for other processes; None: they are not.
         """
         catalogue, chosen = self.catalogue, np.concatenate([*self.train, *self.test])
         kept, held, facts = decode(
             catalogue, self.train, self.test, preprocessing, client=self.name, cache=cache
         )
         found = dict(facts)
-        unlabelled = {UNLABELLED: np.isin(catalogue.classes, NO_LABEL)}
+        of_none = [name for name in catalogue.names if name.casefold() in NO_LABEL]
+        unlabelled = {UNLABELLED: np.isin(catalogue.classes, of_none)}
         for what, befallen in {**catalogue.marks, **unlabelled}.items():
             if count := int(befallen[chosen].sum()):
                 found[what] = count

@@ -1,7 +1,7 @@
 """Read the pictures that a client keeps, or its texts, as rows of uint8.
 
-They are decoded by several threads, few at a time. A small set stays in memory, a larger one is
-kept in a file (:mod:`fedcompo.data.cache`): memory does not grow with the number of images.
+They are decoded by several threads, few at a time, into a file (:mod:`fedcompo.data.cache`): memory
+does not grow with the number of images. A small set of which no file can be kept stays in memory.
 
 What is odd about pictures is logged, with how many it befell. The log stays with the client.
 """
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
 from fedcompo.data.cache import Put, Report, stored
-from fedcompo.data.catalogue import Catalogue
+from fedcompo.data.catalogue import Catalogue, version_of
 from fedcompo.data.draws import Indices
 from fedcompo.data.pictures import (
     COLOURS,
@@ -163,14 +164,19 @@ class Reader:
         self._of = f"{len(chosen)} {self._unit} in {catalogue.source}"
         self._marks = np.zeros(len(chosen), np.uint64)
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """Digest of all that decides the pixels; empty: that is not known."""
+        """Digest of all that decides the pixels; empty: that is not known.
+
+        Files are looked up now: a catalogue may have been read when they were others.
+        """
         if not self._catalogue.version:
             return ""
+        file = self._catalogue.file
         decides = {
             "format": FORMAT,
             "source": self._catalogue.version,
+            "files": version_of(file(int(index)) for index in self.chosen) if file else "",
             "chosen": sha256(self.chosen.astype("<i8").tobytes()).hexdigest(),
             "training": self._kept,
             "preprocessing": asdict(self._preprocessing),

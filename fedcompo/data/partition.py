@@ -14,6 +14,7 @@ images. So no client is tested on a class that it does not own, and each image h
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,7 +64,7 @@ def values_of(catalogue: Catalogue, config: DataConfig) -> tuple[str, ...]:
         DataError: If there is no such column, or an image has no value in it.
     """
     values = tuple(str(value) for value in np.unique(_column(catalogue, config)))
-    if not all(value.strip() for value in values):
+    if not all(values):
         raise DataError(
             f"{catalogue.source} has images without a value in the column {config.option!r}, which "
             "names their client. Fill it in, or take these images out."
@@ -95,14 +96,15 @@ def part_for(member: str, catalogue: Catalogue, config: DataConfig, *, seed: int
 
 
 def _column(catalogue: Catalogue, config: DataConfig) -> NDArray[np.str_]:
-    """Values of the column that ``partition`` names, (count,)."""
+    """Values of the column that ``partition`` names, (count,), written as clients' names are."""
     if config.option not in catalogue.columns:
         there = ", ".join(sorted(catalogue.columns)) or "none"
         raise DataError(
             f"`partition` names the column {config.option!r}, which {catalogue.source} does not "
             f"have; its columns: {there}."
         )
-    return catalogue.columns[config.option]
+    values, inverse = np.unique(catalogue.columns[config.option], return_inverse=True)
+    return np.array([unicodedata.normalize("NFC", str(value).strip()) for value in values])[inverse]
 
 
 _KEPT: dict[str, dict[str, Part]] = {}

@@ -169,6 +169,19 @@ def test_a_damaged_file_is_made_again(
     assert file.read_bytes() == good
 
 
+def test_an_image_that_a_manifest_lists_may_change_while_the_process_lives(
+    ward: Path, on_disk: Path
+):
+    rows = [f"{file.relative_to(ward)},{file.parent.name}" for file in ward.glob("train/*/*.png")]
+    manifest = ward / "all.csv"
+    manifest.write_text("\n".join(["path,label", *rows]))
+    before = whole(load(manifest, on_disk))
+    Image.new("RGB", (12, 9), (1, 2, 3)).save(ward / "train/cat/00.png")
+    after = load(manifest, on_disk)
+    assert not torch.equal(whole(after), before)
+    assert torch.equal(whole(after), whole(load(manifest)))
+
+
 def test_a_file_that_is_cut_short_while_it_is_in_use_is_an_error(ward: Path, on_disk: Path):
     client = load(ward, on_disk)
     (file,) = on_disk.iterdir()

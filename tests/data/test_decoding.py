@@ -254,11 +254,14 @@ def test_test_images_that_are_training_images_too_are_counted(
     assert [len(part.labels) for part in (client.train, client.test)] == [4, 5]  # none is dropped
 
 
-def test_a_class_that_stands_for_no_label_is_said(ward: Path, caplog: pytest.LogCaptureFixture):
-    (ward / "train/cat").rename(ward / "train/-1")
-    Image.new("L", (4, 4), 99).save(ward / "train/-1/0.png")
+@pytest.mark.parametrize("name", ["-1", "NaN"])
+def test_a_class_that_stands_for_no_label_is_said(
+    ward: Path, name: str, caplog: pytest.LogCaptureFixture
+):
+    (ward / "train/cat").rename(ward / "train" / name)
+    Image.new("L", (4, 4), 99).save(ward / "train" / name / "0.png")
     client = load_folder(ward, GREY, seed=0)
-    assert client.classes == ("-1", "dog")
+    assert client.classes == (name, "dog")
     assert client.facts == {UNLABELLED: 1}
     assert f"1 of 4 images in {ward} {UNLABELLED}" in caplog.text
     assert torch.bincount(client.train.labels).tolist() == [1, 2]

@@ -102,7 +102,7 @@ def test_a_class_may_lack_test_images_if_another_has_them(ward: Path):
 def test_files_that_systems_leave_behind_do_not_count(ward: Path):
     expected = load_folder(ward, GREY, seed=0)
     for place in (ward.parent, ward, ward / "train", ward / "train/cat", ward / "test/dog"):
-        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png", "@eaDir"):
             (place / name).write_bytes(b"no image")
         (place / "__MACOSX").mkdir()
         (place / ".git").mkdir()
@@ -248,6 +248,11 @@ def test_a_missing_or_empty_path_is_refused_by_name(tmp_path: Path):
         client_names(DataConfig(data=f"folder:{tmp_path / 'file'}"))
 
 
+def test_a_file_of_another_kind_is_refused_by_its_ending(tmp_path: Path):
+    (tmp_path / "scans.xlsx").write_bytes(b"PK")
+    assert "scans.xlsx is a file, but of no kind that is read" in refused(tmp_path / "scans.xlsx")
+
+
 def test_class_folders_without_train_are_a_client_whose_test_images_are_drawn(ward: Path):
     bare = load_folder(ward / "train", GREY, seed=0)
     shutil.rmtree(ward / "test")
@@ -291,6 +296,22 @@ def test_what_could_be_a_client_or_a_class_is_refused(ward: Path, tmp_path: Path
     ward.rename(tmp_path / "train")
     write(tmp_path / "lab", {"cat": 2})
     assert "holds 'train' like a data set, and 'lab' like clients" in clients_refused()
+
+
+@pytest.mark.parametrize("parts", [("Training", "Testing"), ("Train", "val"), ("test", "val")])
+def test_parts_of_a_data_set_are_no_clients(tmp_path: Path, parts: tuple[str, ...]):
+    for part in parts:
+        write(tmp_path / "set" / part, {"cat": 3, "dog": 3})
+    with pytest.raises(DataError, match=f"holds .*{parts[1]}.*Rename the part to train on 'train'"):
+        client_names(DataConfig(data=f"folder:{tmp_path / 'set'}"))
+    (tmp_path / "set" / parts[0]).rename(tmp_path / "set/train")
+    assert len(client_names(DataConfig(data=f"folder:{tmp_path / 'set'}"))) == 5  # they are dealt
+
+
+def test_test_images_without_classes_are_refused_with_what_to_do(ward: Path):
+    shutil.rmtree(ward / "test")
+    write(ward, {"test": 2})
+    assert "take the folder out: then test images are drawn" in refused(ward)
 
 
 def test_a_partition_beyond_the_folders_is_refused(ward: Path):

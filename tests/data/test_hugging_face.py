@@ -145,6 +145,17 @@ def test_rows_without_a_label_or_with_several_are_refused(tmp_path: Path):
         catalogue_of(f"hf:{tmp_path / 'several'}#label=label")
 
 
+def test_parts_need_the_same_label_and_share_other_columns(tmp_path: Path):
+    whole = parts()
+    whole["test"] = whole["test"].remove_columns("site")
+    whole.save_to_disk(tmp_path / "saved")
+    assert not catalogue_of(f"hf:{tmp_path / 'saved'}").columns
+    whole["test"] = whole["test"].remove_columns("label")
+    whole.save_to_disk(tmp_path / "bare")
+    with pytest.raises(DataError, match=r"the part 'test' has no column 'label'.*#test=<part>"):
+        catalogue_of(f"hf:{tmp_path / 'bare'}")
+
+
 def test_what_is_no_data_set_is_refused(tmp_path: Path):
     for place, reason in ((tmp_path, "it holds neither"), (tmp_path / "no", "no such folder")):
         with pytest.raises(DataError, match=f"{reason}.*`save_to_disk`, or of Parquet"):

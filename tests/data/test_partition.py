@@ -147,6 +147,15 @@ def test_a_column_names_the_clients(monkeypatch):
         )
 
 
+def test_spellings_of_a_column_s_value_are_one_client():
+    catalogue = catalogue_of({"a": (6, 0)})
+    spelt = np.array(["e\u0301", "\u00e9", " \u00e9 ", "b", "b ", "b"])
+    catalogue = dataclasses.replace(catalogue, columns={"ward": spelt})
+    config = DataConfig(partition="column:ward")
+    assert values_of(catalogue, config) == ("b", "\u00e9")
+    assert len(part_for("\u00e9", catalogue, config, seed=0).classes) == 3
+
+
 # -- what cannot be dealt ---------------------------------------------------------------------
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from app_runs import run
 
+from fedcompo.config.run import RunConfig
 from fedcompo.errors import ConfigError, LaunchError
 from fedcompo.messages.records import from_record
 from fedcompo.registry.registry import Registry
 from fedcompo.storage import tensorfile
 from server.exchange.books import NOTHING
 from server.exchange.kept_answers import KeptAnswers
+from server.resume import check_same
 
 TYPES = ("query.describe", "query.identify", "train", "query.realign", "query.vote", "evaluate")
 ROUNDS = {"method": "iel", "num_server_rounds": 2}
@@ -146,6 +148,11 @@ def test_going_on_with_other_settings_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"alpha = 3.0, begun with 0.0"):
         run(Watched().options(), output, resume=True, alpha=3.0)
     assert {p: p.read_bytes() for p in output.rglob("*.safetensors")} == before
+
+
+def test_what_changes_no_result_may_differ(tmp_path):
+    begun = RunConfig.parse({"track": "wandb", "keep-cache": True}).flat()
+    check_same(tmp_path, begun, RunConfig().flat())
 
 
 def test_a_finished_run_cannot_be_resumed(tmp_path):

@@ -33,7 +33,10 @@ from fedcompo.errors import DataError
 from fedcompo.report.pictures import DEALT
 from fedcompo.report.twins import few
 
-LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+LEFT_BEHIND = (
+    *("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found"),
+    *("$recycle.bin", "system volume information"),
+)
 TASKS_APART = (
     " Each task of a client is a member of its own: give it a folder, or a node, that is called "
     "'<client>.task-0', '<client>.task-1' and so on."
@@ -67,6 +70,12 @@ def client_folders(path: Path) -> dict[str, Path]:
                 "like clients. Move out what does not belong there, or rename the client 'train'."
             )
         return {}
+    if deep and all(map(part_called, folders)):
+        raise DataError(
+            f"Folder {path} holds {few([*map(repr, folders)])}, which are called as the parts of "
+            "one data set, and none of them is 'train'. Rename the part to train on 'train', and "
+            "that to test on 'test'; if these are clients, rename them."
+        )
     _check_depth(path, deep, flat, expected="folders of clients, or class folders")
     return {} if flat else folders
 
@@ -142,7 +151,7 @@ def _parts(path: Path) -> dict[Path, str]:
         if near and name != near[0] and near[0] not in folders:
             raise DataError(
                 f"{path} holds a folder {name!r}. Rename it {near[0]!r} if that is what it is, or "
-                "take it out; only 'train' and 'test' are read.",
+                "take it out; it is not read under this name.",
                 told=f"a folder should be called {near[0]!r}",
             )
     if TRAIN not in folders:
@@ -197,7 +206,14 @@ def _check_depth(path: Path, deep: list[str], flat: list[str], *, expected: str)
 def _classes(folder: Path) -> dict[str, list[str]]:
     """List the files of each class, by class name."""
     classes: dict[str, list[str]] = {}
-    for name, entry in _entries(folder).items():
+    entries = _entries(folder)
+    if folder.name != TRAIN and entries and not any(one.is_dir() for one in entries.values()):
+        raise DataError(
+            f"{folder} holds files, but no class folders. Expected {folder.name}/<class>/*; if "
+            "these images have no labels, take the folder out: then test images are drawn.",
+            told=f"the folder {folder.name!r} holds files, but no class folders",
+        )
+    for name, entry in entries.items():
         if not entry.is_dir():
             raise DataError(
                 f"{entry.path} lies beside the class folders. Move it into the folder of its "

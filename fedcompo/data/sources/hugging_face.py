@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def saved_catalogue(place: str | Path, choices: Choices) -> Catalogue:
     parts = {name: loaded[name] for name in roles}
     first = next(iter(parts.values()))
     image, label = _columns(first.features, chosen, source)
+    _check_parts(parts, (image, label), source)
     counts = [len(rows) for rows in parts.values()]
     at = places(counts)
     import datasets  # it is there
@@ -70,7 +71,8 @@ def saved_catalogue(place: str | Path, choices: Choices) -> Catalogue:
         return [text for rows in parts.values() for text in _texts(rows, column)]
 
     is_test, marks = divided(np.repeat([*roles.values()], counts))
-    others = [c for c, f in first.features.items() if c not in (image, label) and _is_plain(f)]
+    shared = [c for c in first.features if all(c in rows.features for rows in parts.values())]
+    others = [c for c in shared if c not in (image, label) and _is_plain(first.features[c])]
     return Catalogue(
         source=source,
         classes=class_names(texts(label), source=source, which=which),
@@ -173,6 +175,18 @@ def _columns(features: Mapping[str, Any], chosen: Mapping[str, str], source: str
             "integers. Choose another by a # at the end of `data`: #label=<column>."
         )
     return [image, label]
+
+
+def _check_parts(parts: Mapping[str, Any], needed: Sequence[str], source: str) -> None:
+    """Refuse parts that lack a column of the first one, such as test images without labels."""
+    for name, rows in parts.items():
+        if missing := [column for column in needed if column not in rows.features]:
+            raise DataError(
+                f"{source}: the part {name!r} has no column {missing[0]!r}; columns found: "
+                f"{few([*map(repr, rows.features)])}. Add it, or choose another part by a # at the "
+                "end of `data`: #test=<part>; if there is no other, save the data set without it.",
+                told="a part of the data set lacks a column",
+            )
 
 
 def _is_plain(feature: Any) -> bool:

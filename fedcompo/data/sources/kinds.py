@@ -94,6 +94,12 @@ def own_catalogue(data: str, client: str | None = "") -> tuple[str, Catalogue]:
     kind, rest = parse(_with_kind(data))
     if kind == "folder":
         path = Path(rest).expanduser().absolute()
+        if path.is_file():
+            raise DataError(
+                f"{path} is a file, but of no kind that is read: expected a folder, or one of "
+                f"{', '.join(ENDINGS)}. Save a table of a spreadsheet as CSV.",
+                told="its data is a file of no kind that is read",
+            )
         return client or path.name, folder_catalogue(path, client=client or path.name)
     whole = catalogue_of(f"{kind}:{rest}" if rest else kind)
     name = Path(with_choices(rest)[0]).stem or kind
