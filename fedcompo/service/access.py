@@ -3,9 +3,25 @@
 The caller's name and role are those in the certificate that TLS has verified; nothing in a message
 changes them. A certificate that expires while its connection lasts is refused from then on.
 
-Who may do what, and why operators alone compose unless the service is opened, is in README.md.
-Nobody publishes in another's name, operators neither: what comes by mail they add at the registry
-itself.
+================  ==============================  ========
+call              a client                        operator
+================  ==============================  ========
+List, Verify      yes                             yes
+health            yes                             yes
+Publish           its own                         its own
+Fetch             its own                         any
+Compose           as the :class:`Audience` says   yes
+Remove            its own                         any
+================  ==============================  ========
+
+"Its own" is the contribution that bears the name in the certificate. Nobody publishes in another's
+name, operators neither: what comes by mail they add at the registry itself.
+
+A model of one client alone is θ₀ plus that client's task vector, with a head fitted to its
+statistics; and two models of many clients can be subtracted. So whoever composes freely can compute
+the task vectors, though a client's Fisher, statistics and own head are never sent. Therefore
+operators alone compose, unless the service is opened for members; a model for them then holds so
+many others at least, which hinders reading but not subtracting.
 
 A certificate can be revoked before it expires, because a key was lost or its holder must leave. The
 operator lists revoked certificates in a file. The service reads it again whenever it has changed,

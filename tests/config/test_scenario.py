@@ -51,7 +51,7 @@ def test_all_faults_of_all_sources_are_told_at_once(tmp_path: Path) -> None:
     file.write_text('alpah = 3\nkind = "lora"\n')
     with pytest.raises(ConfigError) as caught:
         scenario.settings_of(file, ["rank=-1", "oops"], {"seed": -2})
-    for fault in ("`alpah`", "`alpha`?", "`rank`", "--set oops", "`seed`"):
+    for fault in ("`alpah`", "`alpha`?", "`rank`", "`oops` is not of the form", "`seed`"):
         assert fault in str(caught.value)
 
 
