@@ -309,7 +309,9 @@ def test_a_negated_copy_subtracts_the_task_vector_and_says_so(
     absent, written = tensors(home / "without"), tensors(home / "out")
     scale = float(strength or 1)
     expected = absent | dict(
-        negated({n: absent[n] for n in vector.names}.items(), vector, backbone().theta_0, scale=scale)
+        negated(
+            {n: absent[n] for n in vector.names}.items(), vector, backbone().theta_0, scale=scale
+        )
     )
     assert same_bits(written, expected)
     assert not torch.equal(written[vector.names[0]], absent[vector.names[0]])
