@@ -22,6 +22,7 @@ from fedcompo.method.heads import Head
 from fedcompo.method.penalties import ita_penalty
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
+from fedcompo.runtime import one_thread
 from fedcompo.storage.files import FISHER
 from fedcompo.training.anchors import FisherSums
 from fedcompo.training.probing import load_reference
@@ -165,10 +166,11 @@ class Fishers:
             return None
         theta_0 = self.backbone.theta_0
         metric = expanded(mean, theta_0)
-        parts = (
-            float(ita_penalty({name: vector.delta(name, weight).cpu().double()}, metric, 2.0))
-            for name, weight in theta_0.items()
-        )
+        with one_thread():  # the last digits depend on their number
+            parts = [
+                float(ita_penalty({name: vector.delta(name, weight).cpu().double()}, metric, 2.0))
+                for name, weight in theta_0.items()
+            ]
         return sum(parts) / variance
 
     def anchored_by(self, client: str) -> tuple[str, ...]:
