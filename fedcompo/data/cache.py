@@ -130,6 +130,13 @@ def stored(folder: Path | None, name: str, shape: torch.Size, make: Make) -> Sto
         ) from error
 
 
+def read(folder: Path, name: str, shape: torch.Size) -> Stored | None:
+    """Read images from the file that holds them; None: there is none."""
+    with suppress(OSError):
+        return _read(folder / f"{name}{DONE}", shape)
+    return None
+
+
 def cache_home() -> Path:
     """Folder of files that outlast a run: ``XDG_CACHE_HOME``, else the user's own."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
-from fedcompo.data.cache import Put, Report, stored
+from fedcompo.data.cache import Put, Report, read, stored
 from fedcompo.data.catalogue import Catalogue, version_of
 from fedcompo.data.draws import Indices
 from fedcompo.data.pictures import (
@@ -45,7 +46,9 @@ from fedcompo.runtime import one_thread, version
 from fedcompo.storage.files import canonical
 
 IN_MEMORY = 64 * 2**20
-"""Bytes of decoded images that are held in memory at most, where no file of them can be kept."""
+"""Bytes of decoded images that are held in memory at most."""
+QUICK = 1.0
+"""Seconds of decoding up to which images that fit into memory are decoded again in later phases."""
 AHEAD = 16
 """Images a thread that are decoded before they are stored."""
 FORMAT = 1
@@ -74,8 +77,8 @@ def decode(
 
     Returns:
         Training images, test images, each (count, channels, image_size, image_size), or of texts
-        (count, 1, 1, length), uint8; and facts on them that the results note. Those that are kept,
-        and more than :data:`IN_MEMORY`, are on disk.
+        (count, 1, 1, length), uint8; and facts on them that the results note. More than
+        :data:`IN_MEMORY`, and what took longer than :data:`QUICK`, are on disk.
 
     Raises:
         DataError: If images cannot be read or converted; lists the first few and how many there
@@ -88,15 +91,33 @@ def decode(
     shape = torch.Size((len(reader.chosen), *preprocessing.shape))
     images: Images
     with one_thread():  # torch's own threads would get in the way of those that decode
-        if shape.numel() <= IN_MEMORY and not (cache and reader.name):
-            images = memory = torch.empty(shape, dtype=torch.uint8)
-            report = reader.make(memory.__setitem__)
-        else:
+        if shape.numel() > IN_MEMORY:
             images = stored(cache, reader.name, shape, reader.make)
             report = images.report
+        elif found := cache and reader.name and read(cache, reader.name, shape):
+            images, report = found, found.report
+        else:
+            memory, began = torch.empty(shape, dtype=torch.uint8), time.perf_counter()
+            images, report = memory, reader.make(memory.__setitem__)
+            if cache and reader.name and time.perf_counter() - began > QUICK:
+                images = _kept(memory, report, cache, reader.name)
     for note in report.notes:
         logger.warning("%s: %s", whose, note)
     return part_of(images, slice(kept)), part_of(images, slice(kept, None)), report.facts
+
+
+def _kept(images: Tensor, report: Report, cache: Path, name: str) -> Images:
+    """Keep images that are in memory for later phases; they stay there if there is no room."""
+
+    def copied(put: Put) -> Report:
+        for row, image in enumerate(images):
+            put(row, image)
+        return report
+
+    try:
+        return stored(cache, name, images.shape, copied)
+    except DataError:
+        return images
 
 
 def check_modality(catalogue: Catalogue, preprocessing: Preprocessing) -> None:

@@ -278,8 +278,8 @@ def test_folders_whose_names_no_client_can_have_are_refused_all_at_once(tmp_path
         ("digits:8", "Did you mean 'digits'?"),
         ("folder:", "folder needs a path: folder:<path>."),
         ("npz", "npz needs a path: npz:<path>."),
-        ("", "got ''."),
-        ("imagenet", "got 'imagenet'."),
+        ("", "got ''. There is no such file or folder, either."),
+        ("imagenet", "got 'imagenet'. There is no such file or folder, either."),
     ],
 )
 def test_an_unknown_source_is_refused_with_the_list_and_the_nearest(data: str, hint: str):

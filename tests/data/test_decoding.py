@@ -14,7 +14,10 @@ import torch
 from PIL import Image
 
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.data import decoding
+from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import ClientData, load_folder
+from fedcompo.data.decoding import decode
 from fedcompo.errors import DataError
 from fedcompo.report.pictures import REPEATED, UNLABELLED
 
@@ -265,3 +268,25 @@ def test_a_class_that_stands_for_no_label_is_said(
     assert client.facts == {UNLABELLED: 1}
     assert f"1 of 4 images in {ward} {UNLABELLED}" in caplog.text
     assert torch.bincount(client.train.labels).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("quick", "times"), [(0.0, 1), (60.0, 2)])
+def test_few_images_that_take_long_are_decoded_once(tmp_path, monkeypatch, quick, times):
+    monkeypatch.setattr(decoding, "QUICK", quick)
+    opened = []
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+    def open_picture(index: int) -> Image.Image:
+        opened.append(index)
+        return Image.fromarray(pixels + index)
+
+    catalogue = Catalogue("pictures", np.array(["a"] * 4), None, open_picture, version="1")
+    parts = [np.array([0, 1, 2])], [np.array([3])]
+    both = []
+    for _ in range(2):
+        both.append(decode(catalogue, *parts, GREY, client="c", cache=tmp_path / "images"))
+    assert len(opened) == 4 * times
+    assert len(list(tmp_path.rglob("*.rows"))) == 2 - times
+    (first, test, _), (again, held, _) = both
+    assert torch.equal(first[:], again[:])
+    assert torch.equal(test[:], held[:])
