@@ -9,11 +9,9 @@ What is odd about pictures is logged, with how many it befell. The log stays wit
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -37,6 +35,7 @@ from fedcompo.data.pictures import (
     see_through,
     top_of,
 )
+from fedcompo.data.threads import in_threads
 from fedcompo.errors import DataError
 from fedcompo.method.images import Images, part_of
 from fedcompo.report.pictures import ODD, REPEATED, SEE_THROUGH, WIDE, Facts
@@ -49,8 +48,6 @@ IN_MEMORY = 64 * 2**20
 """Bytes of decoded images that are held in memory at most."""
 QUICK = 1.0
 """Seconds of decoding up to which images that fit into memory are decoded again in later phases."""
-AHEAD = 16
-"""Images a thread that are decoded before they are stored."""
 FORMAT = 1
 """Changes with what this file makes of the same picture."""
 logger = logging.getLogger(__name__)
@@ -138,17 +135,6 @@ def refuse(faults: Mapping[int, str], whose: str, of: str, catalogue: Catalogue)
             "as PNG with 8 bits a channel, or take them out; images are never skipped.",
             told=f"{catalogue.count(faults)} cannot be used",
         )
-
-
-def workers() -> int:
-    """How many threads decode: a CPU each, or as many as ``OMP_NUM_THREADS`` allows.
-
-    Pillow lets other threads run while it decodes and resizes. Measured on two cores with JPEGs of
-    256 pixels: 1.7 times as fast as one thread; two processes, which send pixels, 1.1 times.
-    """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    allowed = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # Ray sets it for its actors
-    return max(1, min(usable or 1, int(allowed) if allowed.isdecimal() else usable or 1))
 
 
 @dataclass(frozen=True)
@@ -244,7 +230,7 @@ class Reader:
     ) -> list[int]:
         """Store some rows, in order; return those whose pictures must be read again."""
         waiting, faults = [], {}
-        examples = _in_threads(lambda row: self.example(row, tops), rows)
+        examples = in_threads(lambda row: self.example(row, tops), rows)
         with track(len(rows), self._unit, "decoding") as count:
             for row, example in zip(rows, examples, strict=True):
                 if example.fault:
@@ -299,14 +285,3 @@ class Reader:
     def _prepared(self, example: Image.Image | bytes) -> Example:
         pixels = self._preprocessing.prepare(example)
         return Example(pixels, int.from_bytes(sha256(pixels.numpy().data).digest()[:8]))
-
-
-def _in_threads(work: Callable[[int], Example], rows: Sequence[int]) -> Iterator[Example]:
-    """Do the work of each row in several threads; yields results in order, few of them ahead."""
-    if (count := workers()) == 1 or len(rows) < 2:
-        yield from map(work, rows)
-        return
-    Image.init()  # two threads that load Pillow's formats at once may each miss some
-    with ThreadPoolExecutor(count, "decode") as pool:
-        for first in range(0, len(rows), AHEAD * count):
-            yield from pool.map(work, rows[first : first + AHEAD * count])
