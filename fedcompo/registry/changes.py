@@ -25,7 +25,8 @@ from fedcompo.registry.company import Company, Known
 from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
-from fedcompo.registry.state import PRIVATE, Member, State
+from fedcompo.registry.signing import Signer, signer_for
+from fedcompo.registry.state import Member, State
 from fedcompo.runtime import version
 from fedcompo.storage.files import canonical, write_synced
 from fedcompo.storage.tensorstream import file_sha256
@@ -83,9 +84,16 @@ def add(
 
 
 def remove(
-    registry: RegistryReader, client: str, *, requested_by: str, reason: str, keep_versions: bool
+    registry: RegistryReader,
+    client: str,
+    *,
+    requested_by: str,
+    reason: str,
+    keep_versions: bool,
+    signer: Signer | None = None,
 ) -> RemovalRecord:
     """Remove a client; see :meth:`fedcompo.registry.registry.Registry.remove`."""
+    signer = signer or signer_for(registry.path)
     with drafted(registry, f"removing {client}") as draft:
         state, member = draft.before, registry.member(client)
         staying = {name: m for name, m in state.members.items() if name != client}
@@ -94,6 +102,7 @@ def remove(
         after = _drop_versions(draft, after, client, keep=keep_versions)
         draft.deletions.append(member.folder)
         record = _record(draft, member, after, requested_by=requested_by, reason=reason)
+        record = record.signed(signer)
         path = draft.new / record.place
         path.parent.mkdir()
         write_synced(path, record.text.encode())
@@ -111,7 +120,7 @@ def remove(
 def _record(
     draft: Draft, member: Member, after: State, *, requested_by: str, reason: str
 ) -> RemovalRecord:
-    """Describe a removal in a signed record."""
+    """Describe a removal in a record."""
     registry, before, client = draft.registry, draft.before, member.client
     record = RemovalRecord(
         registry=registry.identity,
@@ -143,7 +152,7 @@ def _record(
     if before.chosen:  # else the format fixes the factor
         now, by = after.factor, str(after.factor_by)
         record = replace(record, factor_before=before.factor, factor_after=now, factor_by=by)
-    return record.signed(registry.path / PRIVATE)
+    return record
 
 
 def realign(

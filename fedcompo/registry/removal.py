@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fedcompo.errors import FileFormatError
 from fedcompo.method.lineage import Lineage
-from fedcompo.registry import signing
 from fedcompo.registry.journal import Entry
+from fedcompo.registry.signing import Signer
 from fedcompo.storage.files import canonical, tuples
 
 CONTENT = "removal-record"
@@ -175,9 +174,9 @@ class RemovalRecord:
         del values["signature"]
         return canonical(values).encode()
 
-    def signed(self, private: Path) -> RemovalRecord:
+    def signed(self, signer: Signer) -> RemovalRecord:
         """Return the record with its signature."""
-        return replace(self, signature=signing.sign(self.signed_bytes, private))
+        return replace(self, signature=signer.sign(self.signed_bytes).hex())
 
     @classmethod
     def parse(cls, data: bytes, *, source: str) -> RemovalRecord:

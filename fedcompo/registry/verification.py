@@ -151,9 +151,9 @@ def signature_finding(path: Path, public: Path) -> Finding:
     claim = f"{path.name} is signed by the registry's key"
     try:
         record = RemovalRecord.parse(path.read_bytes(), source=str(path))
-        signed = signing.is_signed(record.signed_bytes, record.signature, public)
+        signed = signing.is_signed(record.signed_bytes, record.signature, public.read_bytes())
     except (FileFormatError, OSError) as error:
-        return Finding(claim, False, str(error))
+        return Finding(claim, False, f"with {public}: {error}")
     return Finding.of(claim, signed, f"the signature is not that of {public}")
 
 
