@@ -56,7 +56,8 @@ class Connection:
         from fedcompo.service.certificates import read_authority
         from fedcompo.service.client import Client
 
-        return Client(self.server, read_authority(self.ca), self.credential)
+        authority = read_authority(self.ca)
+        return Client(self.server, authority, self.credential, insisting=True)
 
 
 @common.with_options("connection", Connection)
@@ -76,6 +77,7 @@ def publish(
     """
     with common.errors_as_sentences(verbose), connection.open() as client:
         with common.progress(quiet=as_json):
+            client.list()  # is it the registry that this machine knows?
             published = client.publish(folder, replace=replace)
         if as_json:
             fields = ("client", "already", "root")
@@ -113,6 +115,7 @@ def fetch(
                 "compose, not both."
             )
         with common.progress(quiet=as_json):
+            service.list()  # is it the registry that this machine knows?
             if client is not None:
                 content = service.fetch(output, client)
             else:
@@ -166,6 +169,7 @@ def request_removal(
             common.confirm(f"Remove {name} from the registry at {connection.server}?")
         with common.progress(quiet=as_json):
             step(f"removing {name}")
+            service.list()  # is it the registry that this machine knows?
             receipt = service.remove(name, reason=reason)
         write_atomically(path, receipt.record)
         write_atomically(public, receipt.public_key)
@@ -239,6 +243,7 @@ def serve(
         Path | None,
         typer.Option(help="List of certificates that count no more: SHA-256, one a line."),
     ] = None,
+    signing_key: common.SigningKeyOption = None,
     limit: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Change a limit, such as rate=5; repeatable."),
@@ -276,6 +281,7 @@ def serve(
             least=least,
             limits=limits_of(limit or ()),
             revoked=revoked,
+            signing_key=signing_key,
         )
 
         def ready(server: Server) -> None:

@@ -26,7 +26,7 @@ from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.removed import Removed, content_of, numbers_of, statistics_digest
-from fedcompo.registry.signing import Signer, signer_for
+from fedcompo.registry.signing import require_own, signer_for
 from fedcompo.registry.state import Member, State
 from fedcompo.runtime import version
 from fedcompo.storage.files import canonical, write_synced
@@ -104,11 +104,12 @@ def remove(
     requested_by: str,
     reason: str,
     keep_versions: bool,
-    signer: Signer | None = None,
+    key: Path | None = None,
 ) -> RemovalRecord:
     """Remove a client; see :meth:`fedcompo.registry.registry.Registry.remove`."""
-    signer = signer or signer_for(registry.path)
+    signer = signer_for(registry.path, key)
     with drafted(registry, f"removing {client}") as draft:
+        require_own(signer, registry.path)  # it may have been changed while we waited
         state, member = draft.before, registry.member(client)
         staying = {name: m for name, m in state.members.items() if name != client}
         after = _with_members(state, staying, keep=keep_versions)
