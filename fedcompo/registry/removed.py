@@ -2,8 +2,8 @@
 
 It is known by digests that hold no name of a client or a class: of a task vector's values on the
 grid of the running sum, and of the numbers of statistics. A client may bring back its own, under
-its name or another of its members'. What digests cannot find stands in
-:data:`~fedcompo.registry.removal.LIMITS`.
+its name or another of its members'. :data:`~fedcompo.registry.removal.LIMITS` says what digests
+cannot find.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +13,7 @@ import click
 import pytest
 import typer
 from cli_runs import CLASSES, digits_registry, run, told
+from forgery import reworded
 from registry_builders import backbone, contents, member, registry_of, scale_by_hand
 
 from fedcompo.cli.app import app
@@ -25,7 +26,7 @@ from fedcompo.errors import ConfigError
 from fedcompo.names import printable
 from fedcompo.registry import admission
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.removal import LIMITS, REVEALS, RemovalRecord
 from fedcompo.registry.state import PUBLIC
 from fedcompo.registry.verification import verify_registry
 from fedcompo.report.confusion import interval
@@ -340,7 +341,7 @@ def test_a_removal_for_programs_prints_the_record(home: Path) -> None:
     reason = ":smile: [bold] é\u00a0\u202e"
     out = run("remove", "client-1", "--yes", "--json", "--reason", reason).stdout
     assert out == (home / "registry" / "removals" / RECORD).read_text()
-    assert json.loads(out)["reason"] == reason
+    assert RemovalRecord.parse(out.encode(), source="it").reason == reason
     (home / "kept.json").write_text(out)
     run("verify", "kept.json")
 
@@ -407,8 +408,14 @@ def test_verify_checks_a_record_with_the_registry_or_the_key_alone(home: Path) -
     path.with_suffix(".pem").unlink()
     out = run("verify", path, "--public-key", home / "elsewhere" / PUBLIC).stdout
     assert "1 of 1 claims hold" in out
-    assert "Without --registry nothing but the signature can be checked." in out
-    path.write_text(path.read_text().replace("client-1", "client-2"))
+    for line in (r"who: +client-1, a lora task vector of", r"stays: +client-0, client-2\n"):
+        assert re.search(line, out)
+    assert "It does not prove that it was done" in out and LIMITS in out and REVEALS in out
+    path.write_bytes(reworded(path.read_bytes(), "client-1", "client-9"))
+    assert (
+        "who:"
+        not in run("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1).stdout
+    )
     run("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1)
     assert "is no removal record" in run("verify", __file__, "-r", "elsewhere", code=1).stdout
 
