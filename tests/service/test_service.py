@@ -76,6 +76,18 @@ def test_publishing_again_changes_nothing_and_replacing_is_explicit(
     assert intact(registry)
 
 
+def test_who_left_cannot_be_published_as_another(registry: Registry, tmp_path: Path) -> None:
+    registry.remove("ben")
+    before = contents(registry.path)
+    with served(registry) as address, client_of(address, "eve") as client:
+        with pytest.raises(ServiceError, match="of 'ben', which the registry has removed"):
+            client.publish(saved(replace(BEN, client="eve"), tmp_path / "eve"))
+    assert contents(registry.path) == before
+    with served(registry) as address, client_of(address, "ben") as client:
+        client.publish(saved(BEN, tmp_path / "ben"))
+    assert intact(registry)
+
+
 def test_the_journal_says_who_asked(registry: Registry, tmp_path: Path) -> None:
     with served(registry) as address:
         with client_of(address, "dee") as client:
