@@ -52,6 +52,7 @@ def verify(
             raise ConfigError(f"There is no file {str(record)!r}. Check the path of the record.")
         from fedcompo.registry.key_verification import continues, given_fingerprint, whose_key
         from fedcompo.registry.record_verification import verify_record
+        from fedcompo.registry.removal import RemovalRecord
         from fedcompo.registry.state import PUBLIC
         from fedcompo.registry.verification import verify_registry
 
@@ -72,8 +73,12 @@ def verify(
             print_json([asdict(finding) for finding in findings])
         else:
             tables.print_findings(findings)
-            if opened is None:
-                say("Without --registry nothing but the signature can be checked.")
+            if record is not None and findings[0].holds:
+                told = RemovalRecord.parse(record.read_bytes(), source=str(record))
+                if opened is None:
+                    tables.print_record(told)
+                else:
+                    say(told.limits)
         if any(finding.holds is False for finding in findings):
             raise typer.Exit(1)
 

@@ -10,19 +10,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from typing import Any
 
 from fedcompo.errors import FileFormatError
-from fedcompo.storage.files import UNREADABLE, canonical
-
-if TYPE_CHECKING:
-    from fedcompo.registry.signing import Signer
+from fedcompo.registry.signing import Signer, is_signed
+from fedcompo.storage.files import canonical
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -55,6 +49,12 @@ class Envelope:
         values = {"payload": payload, "payloadType": PAYLOAD_TYPE, "signatures": signed}
         return f"{canonical(values)}\n".encode()
 
+    @property
+    def signed_bytes(self) -> bytes:
+        """DSSE's pre-authentication encoding, which signatures cover."""
+        kind = PAYLOAD_TYPE.encode()
+        return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(self.payload), self.payload)
+
     def is_signed_by(self, public_pem: bytes) -> bool:
         """Whether one of the signatures is that of a key.
 
@@ -64,13 +64,8 @@ class Envelope:
         Raises:
             FileFormatError: If it is no such key.
         """
-        try:
-            key = load_pem_public_key(public_pem)
-        except UNREADABLE as error:
-            raise FileFormatError(f"The public key cannot be read: {error}.") from error
-        if not isinstance(key, Ed25519PublicKey):
-            raise FileFormatError(f"The public key is {type(key).__name__}, expected Ed25519.")
-        return any(_holds(key, signature, self.payload) for _, signature in self.signatures)
+        message = self.signed_bytes
+        return any(is_signed(message, own.hex(), public_pem) for _, own in self.signatures)
 
 
 def statement_of(
@@ -92,9 +87,10 @@ def sealed(statement: Mapping[str, Any], signer: Signer) -> bytes:
     Raises:
         FileFormatError: If it is no statement.
     """
-    payload = canonical(statement).encode()
-    envelope = Envelope(payload, ((signer.fingerprint, signer.sign(_encoded(payload))),))
-    return opened(envelope.data, source="The statement").data
+    unsigned = Envelope(canonical(statement).encode(), ())
+    signature = signer.sign(unsigned.signed_bytes)
+    signed = replace(unsigned, signatures=((signer.fingerprint, signature),))
+    return opened(signed.data, source="The statement").data
 
 
 def opened(data: bytes, *, source: str) -> Envelope:
@@ -128,17 +124,3 @@ def opened(data: bytes, *, source: str) -> Envelope:
             "program wrote it."
         )
     return envelope
-
-
-def _encoded(payload: bytes) -> bytes:
-    """Return DSSE's pre-authentication encoding, the bytes that are signed."""
-    kind = PAYLOAD_TYPE.encode()
-    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
-
-
-def _holds(key: Ed25519PublicKey, signature: bytes, payload: bytes) -> bool:
-    try:
-        key.verify(signature, _encoded(payload))
-    except InvalidSignature:
-        return False
-    return True

@@ -4,54 +4,34 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass, field
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1
-from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as other_kind
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_public_key,
-)
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from securesystemslib.dsse import Envelope as TheirEnvelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 
 from fedcompo.errors import FileFormatError
 from fedcompo.registry.envelope import Envelope, opened, sealed, statement_of
+from fedcompo.registry.signing import Signer
 
 KIND = "https://fedcompo.org/removal/v1"
 STATEMENT = statement_of(KIND, {"model.safetensors": "ab" * 32}, {"client": "b", "λ": 0.25})
 
 
-@dataclass
-class Pen:
-    """A signer with a key of its own."""
-
-    fingerprint: str = "f" * 64
-    key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
-
-    @property
-    def public_pem(self):
-        return pem(self.key)
-
-    def sign(self, message):
-        return self.key.sign(message)
-
-
-def pem(key):
-    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
 @pytest.fixture
 def pen():
-    return Pen()
+    return another()
 
 
-def accepted_by_securesystemslib(data: bytes, signer) -> bool:
-    key = SSlibKey.from_crypto(load_pem_public_key(signer.public_pem), signer.fingerprint)
+def another() -> Signer:
+    return Signer(Ed25519PrivateKey.generate())
+
+
+def accepted_by_securesystemslib(data: bytes, signer, keyid: str = "") -> bool:
+    public = load_pem_public_key(signer.public_pem)
+    key = SSlibKey.from_crypto(public, keyid or signer.fingerprint)
     try:
         TheirEnvelope.from_dict(json.loads(data)).verify([key], 1)
     except VerificationError:
@@ -72,7 +52,9 @@ def test_securesystemslib_accepts_ours_and_refuses_an_altered_one(pen):
     data = sealed(STATEMENT, pen)
     assert accepted_by_securesystemslib(data, pen)
     assert altered(data) == data
-    assert not accepted_by_securesystemslib(data, Pen())  # another key of the same name
+    assert not accepted_by_securesystemslib(
+        data, another(), pen.fingerprint
+    )  # another key of the same name
     lie = altered(data, payload={"predicate": {"client": "c", "λ": 0.25}})
     assert not accepted_by_securesystemslib(lie, pen)
     assert not accepted_by_securesystemslib(altered(data, payloadType="text/plain"), pen)
@@ -84,16 +66,15 @@ def test_we_accept_what_is_signed_by_the_key_and_nothing_else(pen):
     assert envelope.statement == STATEMENT
     assert envelope.keyid == pen.fingerprint
     assert envelope.is_signed_by(pen.public_pem)
-    assert not envelope.is_signed_by(Pen().public_pem)
+    assert not envelope.is_signed_by(another().public_pem)
     lie = altered(data, payload={"predicate": {"client": "c", "λ": 0.25}})
     assert not opened(lie, source="it").is_signed_by(pen.public_pem)
     without = Envelope(envelope.payload, (("", b""),))
     assert not without.is_signed_by(pen.public_pem)
     both = Envelope(envelope.payload, (("x", b"\0" * 64), *envelope.signatures))
     assert opened(both.data, source="it").is_signed_by(pen.public_pem)
-    for key in (b"", b"no key", pem(other_kind(SECP256R1()))):
-        with pytest.raises(FileFormatError, match="public key"):
-            envelope.is_signed_by(key)
+    with pytest.raises(FileFormatError, match="public key"):
+        envelope.is_signed_by(b"no key")
 
 
 def test_every_changed_byte_is_refused(pen):
