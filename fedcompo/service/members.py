@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from fedcompo.data.tasks import whole_of
 from fedcompo.errors import ContributionError, RegistryError
 from fedcompo.registry.checkpoint import Checkpoint
 from fedcompo.registry.inspection import DAMAGED
@@ -93,7 +94,7 @@ class Members:
                     registry.remove(client, requested_by=by, reason=why, key=self.key)
                 except ContributionError:  # another process was faster
                     registry.refresh()
-        self.uploads.forget(client)
+        self.uploads.forget(whole_of(client))
         entry = _last_removal(registry, client)
         return wire.RemoveReply(
             record=(registry.path / str(entry.details["record"])).read_bytes(),
