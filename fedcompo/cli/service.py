@@ -184,6 +184,7 @@ def request_removal(
 
 def _leave(service: Client, name: str, path: Path, reason: str, *, as_json: bool) -> None:
     """Have one member removed, and keep the receipt."""
+    from fedcompo.registry.signing import fingerprint_of
     from fedcompo.storage.files import write_atomically
 
     public = path.with_suffix(".pem")
@@ -197,7 +198,7 @@ def _leave(service: Client, name: str, path: Path, reason: str, *, as_json: bool
         typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
         return
     say(f"Removed {name} on {record.time}. Receipt: {path}")
-    check = ["fedcompo", "verify", str(path), "--public-key", str(public)]
+    check = ["fedcompo", "verify", str(path), "--public-key", fingerprint_of(receipt.public_key)]
     say(f"Check it by: {shlex.join(check)}")
 
 

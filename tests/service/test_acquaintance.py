@@ -99,11 +99,15 @@ def test_another_key_without_a_rotation_is_refused_with_both_fingerprints(
     assert forger.fingerprint in str(caught.value) and pinned.fingerprint in str(caught.value)
 
 
-def test_the_stolen_old_key_does_not_lead_to_the_thiefs(registry: Registry, tmp_path: Path) -> None:
+def test_the_stolen_old_key_does_not_lead_to_the_thiefs(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     thiefs = Registry(shutil.copytree(registry.path, tmp_path / "thief", symlinks=True))
     rotate(registry)
     met(registry)
-    rotate(thiefs)  # from the same old key, which is no longer the registry's
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv(known.VARIABLE, str(tmp_path / "thief.json"))
+        rotate(thiefs)  # from the same old key, which is no longer the registry's
     with pytest.raises(ServiceError, match="signs with another key"):
         met(thiefs)
 
