@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from registry_builders import member, three_clients
+from registry_builders import member, registry_of, three_clients
 from service_runs import authority, credential, served
 
 from fedcompo.errors import ConfigError, ServiceError
@@ -155,7 +155,7 @@ def test_what_is_not_signed_or_of_another_registry_is_refused(
     with pytest.raises(ServiceError, match="of another registry"):
         before.greet(lying)
     with pytest.raises(ServiceError, match="had the registry"):
-        met(three_clients(tmp_path / "another"))
+        met(registry_of(tmp_path / "another"))
 
 
 def test_an_older_server_is_met_by_its_key_alone(registry: Registry) -> None:
