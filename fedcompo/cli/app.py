@@ -23,6 +23,7 @@ from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
 from fedcompo.cli.push import push
 from fedcompo.cli.report import report
+from fedcompo.cli.serve import serve
 from fedcompo.cli.tables import print_removal
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import EngineKind
@@ -189,7 +190,7 @@ for command in (
     export,
     predict,
     push,
-    service.serve,
+    serve,
     service.publish,
     service.fetch,
     service.members,

@@ -60,14 +60,16 @@ def verify(
         place, key = _witness_of(record, registry, public_key)
         if since and place is None:
             raise ConfigError("`--since` looks into a registry's journal: add --registry.")
-        opened = common.open_registry(place) if place else None
         with common.progress(quiet=as_json):
             if record is None:
                 findings = verify_registry(common.registry_path(registry))
-            else:
+                place = place if findings[0].holds else None
+            opened = common.open_registry(place) if place else None
+            if record is not None:
                 findings = verify_record(record, registry=opened, public_key=key)
-            file = key or (opened.path / PUBLIC if opened else Path())
-            findings.append(whose_key(opened, record, file, given))
+            if opened or record is not None:
+                file = key or (opened.path / PUBLIC if opened else Path())
+                findings.append(whose_key(opened, record, file, given))
             findings += continues(opened, since) if opened and since else ()
         if as_json:
             print_json([asdict(finding) for finding in findings])

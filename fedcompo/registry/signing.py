@@ -124,6 +124,8 @@ def read_signer(place: Path) -> Signer:
         data = place.read_bytes()
         password = _password(place) if _is_encrypted(data) else ""
         key = serialization.load_pem_private_key(data, password.encode() or None)
+    except ConfigError:
+        raise
     except UNREADABLE as error:
         raise FileFormatError(
             f"The private key {place} cannot be read: {error}. If it is encrypted, check the "

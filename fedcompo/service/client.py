@@ -9,30 +9,28 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from fedcompo.errors import ConfigError, FileFormatError, ServiceError
+from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.names import require_utf8
 from fedcompo.registry import known
 from fedcompo.registry.known import Known
-from fedcompo.registry.signing import fingerprint_of, is_signed
 from fedcompo.report.progress import BYTES, step, track
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.acquaintance import Acquaintance
 from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
+from fedcompo.service.receipt import Receipt
 from fedcompo.service.retries import ATTEMPTS, Attempts
 from fedcompo.service.transfer import CONTRIBUTION, FileEntry, outgoing, received, without_paths
 from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS, is_free
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
-    from fedcompo.registry.removal import RemovalRecord
 
 
 MODEL = (
@@ -43,38 +41,6 @@ MODEL = (
 LOOPBACK = "localhost", "127.0.0.1", "[::1]"
 LARGEST_MESSAGE = 16 << 20
 """Bytes; the list of a registry of thousands is the largest."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof of a removal, for the client that has left."""
-
-    record: bytes
-    """A removal record, signed."""
-    public_key: bytes
-    """The key that checks its signature, PEM."""
-    known: Known | None = None
-    """What this machine knows of the registry; None: the connection does not insist on it."""
-
-    def checked(self, client: str) -> RemovalRecord:
-        """Read the record; raises ``ServiceError`` unless it is this client's, and signed."""
-        from fedcompo.registry.removal import RemovalRecord
-
-        record = RemovalRecord.parse(self.record, source="The receipt")
-        signed = is_signed(record.signed_bytes, record.signature, self.public_key)
-        if record.client != client or not signed:
-            raise ServiceError(
-                f"The server's receipt is of {record.client!r} and {'' if signed else 'not '}"
-                f"signed by its key; expected a signed one of {client!r}. Keep it, and ask an "
-                "operator."
-            )
-        key = fingerprint_of(self.public_key)
-        if self.known and not self.known.signs(key, record.sequence):
-            raise ServiceError(
-                f"The receipt is signed by the key SHA-256 {key}, expected the one that is pinned, "
-                f"{self.known.fingerprint}. Keep it, and ask an operator."
-            )
-        return record
 
 
 class Client:

@@ -369,7 +369,6 @@ def test_options_that_would_be_passed_over_are_refused(home: Path) -> None:
     before = contents(home / "registry")
     assert "--dry-run" in run("remove", "client-1", "--data", "digits", "-y", code=2).stderr
     assert "UTF-8" in run("remove", "client-1", "-y", "--reason", "\udcff", code=2).stderr
-    assert "name one" in run("verify", "--public-key", "registry/public.pem", code=2).stderr
     assert contents(home / "registry") == before
 
 
@@ -418,6 +417,30 @@ def test_verify_checks_a_record_with_the_registry_or_the_key_alone(home: Path) -
     )
     run("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1)
     assert "is no removal record" in run("verify", __file__, "-r", "elsewhere", code=1).stdout
+
+
+def test_a_key_is_rotated_and_held_against_pins_and_checkpoints(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An auditor's machine has no pins: it needs the fingerprint."""
+    run("checkpoint", "-o", "before.json")
+    out = run("checkpoint").stdout
+    root = Registry("registry").state.root
+    keys = told("rotate-key")
+    assert "signed by the key in registry/public.pem" in run("verify").stdout.replace("\n", " ")
+    run("verify", "--since", "before.json")
+    run("verify", "--since", f"{root}@2")
+    assert "FAILS" in run("verify", "--since", f"{'0' * 64}@2", code=1).stdout
+    Path("later.json").write_text(run("checkpoint").stdout)
+    assert out.startswith('{"payload":')
+    monkeypatch.setenv("FEDCOMPO_KNOWN", str(tmp_path / "auditor.json"))
+    failed = [f for f in told("verify", code=1) if f["holds"] is False]
+    assert [f["claim"].endswith("which this machine knows") for f in failed] == [True]
+    assert f"--public-key {keys['now']}" in failed[0]["detail"]
+    for key in (keys["now"], keys["before"], "registry/public.pem"):
+        run("verify", "--public-key", key, "--since", "later.json")
+    run("verify", "--public-key", "0" * 64, code=1)
+    assert "neither a PEM file" in run("verify", "--public-key", "nothing", code=2).stderr
 
 
 def test_an_open_claim_is_no_failure(home: Path) -> None:

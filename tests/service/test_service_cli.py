@@ -29,6 +29,7 @@ def home(tmp_path, monkeypatch):
         credential(name).save(tmp_path, name)
     credential("olga", operator=True).save(tmp_path, "olga")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDCOMPO_KNOWN", str(tmp_path / "known.json"))  # each has its own copy
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")  # it refuses; loopback needs none
     for variable in ("SERVER", "CA", "CERTIFICATE", "KEY", "REGISTRY"):
