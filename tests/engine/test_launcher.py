@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -130,23 +129,6 @@ def test_a_failed_run_gives_the_reason_once_and_the_end_of_the_log(tmp_path: Pat
 
 
 # The real engine.
-
-
-@pytest.mark.simulation
-def test_a_run_that_completes_is_a_success(tmp_path: Path) -> None:
-    app = write_app(tmp_path / "an app", "complete")
-    awkward = """it's "quoted"  \\ ü = [1]"""
-    arguments = ["--set", f"checkpoint={awkward}", "--set", "num-tasks=2", "--output", "my out"]
-    arguments.append("--no-check")  # no such checkpoint goes with the embedded backbone
-    process = fedcompo(app, "simulate", *arguments, cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    lines = out.splitlines()
-    assert lines[-2:] == ["replies: 2", f"Results: {tmp_path}/my out"]
-    assert any(line.endswith("2 replies") for line in lines)
-    results = json.loads((tmp_path / "my out" / "results.json").read_text())
-    assert results == {"replies": 2, "checkpoint": f"{tmp_path}/{awkward}"}
-    assert "a client works" in (tmp_path / "my out" / "flower.log").read_text()
 
 
 @pytest.mark.simulation

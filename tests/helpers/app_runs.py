@@ -27,7 +27,7 @@ from fedcompo.messages.records import from_record, to_record
 from fedcompo.report import drawing
 from server.app import app as server_app
 
-TRAINING, TEST = 40, 15
+TRAINING, TEST = 40, 8
 """Images a class: most of a run's time goes into measuring."""
 
 
