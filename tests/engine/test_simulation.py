@@ -127,7 +127,7 @@ def test_plain_flwr_run_works_too(tmp_path):
         done = subprocess.run(
             [
                 *(BIN / "flwr", "run", CHECKOUT, "here", "--stream", "--run-config", config),
-                *("--federation-config", "num-supernodes=2 client-resources-num-cpus=1"),
+                *("--federation-config", "num-supernodes=2 client-resources-num-cpus=2"),
             ],
             cwd=tmp_path,
             env=environment,

@@ -39,6 +39,7 @@ SHARED: dict[str, Scalar] = {
     "rank": 2,
     "fisher-examples": 8,
     "realign": False,
+    "scale": 1.0,  # no vote: in a deployment each question costs a process that imports torch
     "kind": "lora,full",
     "device": "cpu",
     "wire": "float32",
