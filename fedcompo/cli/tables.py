@@ -10,22 +10,11 @@ from rich.text import Text
 
 from fedcompo.config.presets import IMPORTED
 from fedcompo.names import printable
+from fedcompo.report import units
 from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.twins import note_on, twins
-from fedcompo.report.units import (
-    ALL_CLASSES,
-    BRACKETS,
-    EXPLAINED,
-    OWN_CLASSES,
-    SMALL,
-    listed,
-    percent,
-    percent_between,
-    shortened,
-    size,
-)
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
@@ -52,10 +41,10 @@ def print_list(summary: Mapping[str, Any]) -> None:
         table.add_row(
             row["client"],
             row["kind"],
-            shortened(row["classes"]),
+            units.shortened(row["classes"]),
             row["added"].partition("T")[0],  # the day is enough, and fits a narrow terminal
             "none" if row["stand_in"] else str(row["num_examples"]),
-            size(row["bytes"]),
+            units.size(row["bytes"]),
             str(len(row["shaped_by"])),
             str(len(row["shapes"])),
         )
@@ -69,7 +58,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
         "whose training its data shaped. `fedcompo show CLIENT` names them."
     )
     if made := [row["client"] for row in summary["clients"] if row["stand_in"]]:
-        say(f"No images describe {listed(made)}: the rows of their classifiers stand for them.")
+        whose = units.listed(made)
+        say(f"No images describe {whose}: the rows of their classifiers stand for them.")
     aligned = "composed" if summary["joint_head"] == "realigned" else "pre-trained"
     say(f"Backbone {summary['backbone']}")
     if summary["old_pixels"]:
@@ -97,7 +87,7 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
         table.add_row(
             member["client"],
             printable(member["kind"]),
-            shortened(member["classes"]),
+            units.shortened(member["classes"]),
             str(member["num_examples"]),
         )
     table_console().print(table)
@@ -125,16 +115,16 @@ def print_details(details: Mapping[str, Any]) -> None:
         lineage = details["lineage"]
         lines = {
             "kind": details["kind"],
-            "classes": listed(details["classes"]),
+            "classes": units.listed(details["classes"]),
             "images": f"none; counts as {details['num_examples']}"
             if details["stand_in"]
             else str(details["num_examples"]),
-            "folder": f"{details['folder']}, {size(details['bytes'])}",
+            "folder": f"{details['folder']}, {units.size(details['bytes'])}",
             "method": lineage["method"],
-            "anchored by": listed(lineage["anchored_by"]) or "nobody",
-            "head aligned with": listed(lineage["aligned_with"]) or "nobody",
-            "trained inside": listed(lineage["ensemble"]) or "no ensemble",
-            "its data shaped": listed(details["shapes"]) or "nobody",
+            "anchored by": units.listed(lineage["anchored_by"]) or "nobody",
+            "head aligned with": units.listed(lineage["aligned_with"]) or "nobody",
+            "trained inside": units.listed(lineage["ensemble"]) or "no ensemble",
+            "its data shaped": units.listed(details["shapes"]) or "nobody",
         }
         imported = {k: str(v) for k, v in details["settings"].items() if k.startswith(IMPORTED)}
         lines |= {key.replace("-", " "): value or "nothing" for key, value in imported.items()}
@@ -157,12 +147,12 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
     """
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
     client = plan["client"]
-    say(f"Goes:  {goes['folder']} ({size(goes['bytes'])}), its term of the sum")
-    classes = listed(goes["classes"]) or "none, others own them too"
+    say(f"Goes:  {goes['folder']} ({units.size(goes['bytes'])}), its term of the sum")
+    classes = units.listed(goes["classes"]) or "none, others own them too"
     say(f"       classes of the joint head: {classes}")
     if goes["versions"]:
         say(f"       compositions that contain it: {', '.join(goes['versions'])}")
-    say(f"Stays: {listed(stays['clients']) or 'nobody'}")
+    say(f"Stays: {units.listed(stays['clients']) or 'nobody'}")
     if stays["versions"]:
         say(f"       compositions that contain it, as asked: {', '.join(stays['versions'])}")
     say("The model will be, bit for bit, the one that was never given this client.")
@@ -182,8 +172,8 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
             ("indirectly, through others", "indirect"),
         ):
             if lineage[part]:
-                say(f"  {what}: {listed(lineage[part])}")
-        say(f"  To undo that too, train again: {listed(plan['to_retrain'])}")
+                say(f"  {what}: {units.listed(lineage[part])}")
+        say(f"  To undo that too, train again: {units.listed(plan['to_retrain'])}")
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -211,34 +201,34 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 def print_accuracies(figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Print accuracy by client, %."""
-    few = any(own["num_examples"] < SMALL for own in figures.values())
-    caption = f"{BRACKETS}\n{EXPLAINED}" if few else EXPLAINED
-    table = _accuracies("Accuracy, %", caption, ALL_CLASSES, OWN_CLASSES)
+    few = any(own["num_examples"] < units.SMALL for own in figures.values())
+    caption = f"{units.BRACKETS}\n{units.EXPLAINED}" if few else units.EXPLAINED
+    table = _accuracies("Accuracy, %", caption, units.ALL_CLASSES, units.OWN_CLASSES)
     for client, own in figures.items():
         table.add_row(
             client,
             str(own["num_examples"]),
-            percent_between(own["class_il_accuracy"], own["interval"], own["num_examples"]),
-            percent(own["task_il_accuracy"]),
+            units.percent_between(own["class_il_accuracy"], own["interval"], own["num_examples"]),
+            units.percent(own["task_il_accuracy"]),
         )
     table_console().print(table)
 
 
 def print_worst_classes(results: Mapping[str, Any]) -> None:
     """Print calibration, and the classes recognised worst with what they are mistaken for."""
-    error = percent(results["calibration"]["error"])
+    error = units.percent(results["calibration"]["error"])
     say(f"Calibration error {error} %: how far confidence and accuracy are apart, all classes.")
     say(worst_line(results) or "No image is mistaken for one of another class.")
 
 
 def print_removal(results: Mapping[str, Any]) -> None:
     """Print what a removal over Flower reports."""
-    say(f"Removed {results['removed']}; {listed(results['survivors']) or 'nobody'} stay.")
+    say(f"Removed {results['removed']}; {units.listed(results['survivors']) or 'nobody'} stay.")
     print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
     if results["to_retrain"]:
         say(
             "Composition-exact, not influence-exact: trained with something of "
-            f"{results['removed']} were {listed(results['to_retrain'])}."
+            f"{results['removed']} were {units.listed(results['to_retrain'])}."
         )
     for note in results["notes"]:
         say(f"Note: {note}")
@@ -251,12 +241,12 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
     title = "Accuracy, %, before the removal → after it"
-    caption = f"The model knows fewer classes afterwards.\n{EXPLAINED}"
-    table = _accuracies(title, caption, ALL_CLASSES, "→", OWN_CLASSES, "→")
+    caption = f"The model knows fewer classes afterwards.\n{units.EXPLAINED}"
+    table = _accuracies(title, caption, units.ALL_CLASSES, "→", units.OWN_CLASSES, "→")
     for client, before in accuracy["before"].items():
         both = before, accuracy["after"].get(client, {})
         keys = "class_il_accuracy", "task_il_accuracy"
-        figures = (percent(own.get(key)) for key in keys for own in both)
+        figures = (units.percent(own.get(key)) for key in keys for own in both)
         table.add_row(client, str(before["num_examples"]), *figures)
     table_console().print(table)
 
