@@ -113,8 +113,8 @@ def _load_client_data(
 ) -> ClientData:
     """Decode images once for all messages and runs, which takes a third of a run."""
     folder = Path(config.data.partition(":")[2])
-    files = [path for path in (folder, *folder.rglob("*")) if path.is_file()]
-    seen = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(files))
+    paths = sorted((folder, *folder.rglob("*")) if folder.exists() else ())
+    seen = tuple((str(p), (about := p.stat()).st_mtime_ns, about.st_size) for p in paths)
     return _decoded(seen, config, preprocessing, partition, seed, cache)
 
 

@@ -39,8 +39,8 @@ SHARED: dict[str, Scalar] = {
     "rank": 2,
     "fisher-examples": 8,
     "realign": False,
-    "scale": 1.0,  # no vote: in a deployment each question costs a process that imports torch
-    "kind": "lora,full",
+    "kind": "full",
+    "scale": 1.0,  # no vote, and one kind: in a deployment each question costs seconds
     "device": "cpu",
     "wire": "float32",
 }
