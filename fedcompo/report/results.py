@@ -102,6 +102,7 @@ def _accuracy_table(results: Results) -> Table:
     tests = [
         figures["num_test_examples"] if figures.get("interval") else units.SMALL
         for figures in results["per_client"].values()
+        if figures["num_test_examples"]  # of a client's shards, one measures
     ]
     lines += [units.BRACKETS] if min(tests, default=units.SMALL) < units.SMALL else []
     caption = "\n".join([CAPTION, *lines, units.EXPLAINED])
