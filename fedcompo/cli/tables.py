@@ -106,7 +106,7 @@ def _say_shards(members: Iterable[str]) -> None:
         if (number := shard_of(member)) is not None:
             there.setdefault(whole_of(member), []).append(number)
     for client, own in there.items():
-        say(f"Shards of {client}: {listed(map(str, sorted(own)))}.")
+        say(f"Shards of {client}: {units.listed(map(str, sorted(own)))}.")
 
 
 def _say_notes(arrivals: Iterable[tuple[int, str, Sequence[str]]]) -> None:
