@@ -190,6 +190,7 @@ def _leave(service: Client, name: str, path: Path, reason: str, *, as_json: bool
     public = path.with_suffix(".pem")
     with common.progress(quiet=as_json):
         step(f"removing {name}")
+        service.list()  # is it the registry that this machine knows?
         receipt = service.remove(name, reason=reason)
     write_atomically(path, receipt.record)
     write_atomically(public, receipt.public_key)
