@@ -21,6 +21,7 @@ from fedcompo.report.console import print_json, say
 from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.progress import step
 from fedcompo.report.units import listed
+from fedcompo.storage.files import EGRESS
 
 if TYPE_CHECKING:
     from fedcompo.registry.reader import RegistryReader
@@ -251,7 +252,8 @@ def _witness_of(record: Path) -> tuple[Path | None, Path | None]:
 
 def verify(
     record: Annotated[
-        Path | None, typer.Argument(help="A removal record; none: check the whole registry.")
+        Path | None,
+        typer.Argument(help="A removal record, or egress.json; none: check the whole registry."),
     ] = None,
     registry: common.RegistryOption = None,
     public_key: Annotated[
@@ -274,6 +276,9 @@ def verify(
             raise ConfigError("`--public-key` checks a record; name one.")
         if record is not None and not record.exists():
             raise ConfigError(f"There is no file {str(record)!r}. Check the path of the record.")
+        if record is not None and record.name == EGRESS:
+            _verify_pack(record, as_json=as_json, alone=registry is None and public_key is None)
+            return
         if record is not None and registry is None and public_key is None:
             registry, public_key = _witness_of(record)
         alone = public_key is not None and registry is None
@@ -294,3 +299,20 @@ def verify(
                 say("Without --registry nothing but the signature can be checked.")
         if any(finding.holds is False for finding in findings):
             raise typer.Exit(1)
+
+
+def _verify_pack(path: Path, *, as_json: bool, alone: bool) -> None:
+    """Check what `fedcompo export --egress` wrote; its hash is for a person to compare."""
+    if not alone:
+        raise ConfigError("An egress pack is checked by itself: leave --registry and the key out.")
+    from fedcompo.export.pack import verify_pack
+    from fedcompo.storage.tensorstream import file_sha256
+
+    findings = verify_pack(path)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        tables.print_findings(findings)
+        say(f"{EGRESS} has SHA-256 {file_sha256(path)}: it must be the one that was signed.")
+    if any(finding.holds is False for finding in findings):
+        raise typer.Exit(1)

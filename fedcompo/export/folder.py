@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from fedcompo.storage.files import BACKBONE, MODEL_CARD, RECIPE, WEIGHTS, write_
 from fedcompo.storage.tensorstream import file_sha256
 
 
-def publish(output: Path, selection: Selection) -> dict[str, Any]:
+def publish(
+    output: Path, selection: Selection, *, more: Callable[[Path], None] = lambda folder: None
+) -> dict[str, Any]:
     """Write a folder that plain timm loads; of tangents, one that fedcompo loads.
 
     Args:
         output: A new or empty folder; appears when everything is in it.
         selection: Contributions to compose.
+        more: Writes what else belongs into the folder, beside the model.
 
     Returns:
         What was written, as JSON values.
@@ -45,6 +49,7 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
             shutil.copyfile(backbone.path, folder / BACKBONE)
         write_atomically(folder / RECIPE, text.encode())
         told = write_card(selection, folder / WEIGHTS, recipe=text)
+        more(folder)
     return {
         "output": str(output.absolute()),
         **told,

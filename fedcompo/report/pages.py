@@ -51,7 +51,17 @@ def registry_page(registry: Values, found: Values | None = None) -> str:
     return _page(results=found, registry=registry, of_run=False)
 
 
-def _page(**values: Any) -> str:
+def egress_page(pack: Values, sha256: str) -> str:
+    """Make the page that a data controller signs.
+
+    Args:
+        pack: What ``egress.json`` holds, as :mod:`fedcompo.export.egress` states it.
+        sha256: Of the file, hexadecimal.
+    """
+    return _page("egress.html", pack=pack, sha256=sha256)
+
+
+def _page(template: str = "page.html", **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -74,7 +84,7 @@ def _page(**values: Any) -> str:
         "zip": zip,
         "defaults": RunConfig().flat(),
     }
-    return environment.get_template("page.html").render(values) + "\n"
+    return environment.get_template(template).render(values) + "\n"
 
 
 def _code(text: str) -> Markup:
