@@ -102,7 +102,7 @@ def test_a_receipt_without_lineage_is_influence_exact_and_names_what_is_left(own
     record = registry.remove(LEFT)
     assert own[1]["scale"]["by"] == "vote"
     assert json.loads(record.text)["lineage"] == {
-        **dict.fromkeys(("fisher", "statistics", "ensemble", "indirect", "to_retrain"), []),
+        **{key: [] for key in ("fisher", "statistics", "ensemble", "indirect", "to_retrain")},
         "composition_exact": True,
         "influence_exact": True,
     }
