@@ -41,8 +41,7 @@ LIMITS = (
     "No decision about a person may rest on it alone.",
     "Noise on statistics, where there was any, bounds nothing of what the weights tell: whoever "
     "has them can try whether an image was trained on.",
-    "Whoever has two models that differ by one client can subtract them, and has that client's "
-    "task vector.",
+    "Whoever has two models that differ by one client can subtract them, and gets its task vector.",
     "A removal is exact in the sum. What others learnt with a client's Fisher or statistics before "
     "it left stays until they train again; the lineage names them.",
 )
