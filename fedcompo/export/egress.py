@@ -192,31 +192,41 @@ def _audits(
         fits = (
             OF_THIS if here else BEFORE_REMOVAL if measured in roots.get(client, ()) else OF_OTHER
         )
-        yield {"client": client, "fits": fits, "root": measured, **_figures(found)}
+        yield {"fits": fits, **found}
     for client in sorted({*members, *roots} - audited):
         yield {"client": client, "fits": MISSING, "root": None, "withheld": "", "figures": None}
 
 
 def _read_audit(path: Path) -> Values:
+    """Read whose audit it is, its root, and its figures as numbers.
+
+    None that was measured on fewer images than may be told of.
+    """
     try:
         found: Values = json.loads(path.read_text(encoding="utf-8"))
-        if missing := sorted({"client", "root", "images", "accuracy", "membership"} - found.keys()):
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        found["accuracy"] = found["accuracy"]["removed"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        accuracy = found["accuracy"]["removed"]
+        figures = _numbers({key: found[key] for key in FIGURES if key in found})
+        for own in (own for attack in figures["membership"].values() for own in attack.values()):
+            _require_numbers(own["auc"], "value", "low", "high")
+        for own in accuracy.values():
+            _require_numbers(own, "task_il_accuracy")
+        least = found["settings"].get("min-images") or FEWEST_IMAGES
+        about = {"client": str(found["client"]), "root": str(found["root"])}
+        few = min(figures["images"].values()) < least
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(
-            f"{path} holds no audit ({error}). Name what `fedcompo audit` wrote."
+            f"{path} holds no audit ({type(error).__name__}: {error}). Name what `fedcompo audit` "
+            "wrote."
         ) from error
-    return found
+    if few:
+        return {**about, "withheld": f"measured on fewer than {least} images", "figures": None}
+    return {**about, "withheld": "", "figures": {**figures, "accuracy": _numbers(accuracy)}}
 
 
-def _figures(found: Mapping[str, Any]) -> Values:
-    """Keep an audit's numbers; none that was measured on fewer images than may be told of."""
-    least = (found.get("settings") or {}).get("min-images") or FEWEST_IMAGES
-    if min(found["images"].values()) < least:
-        return {"withheld": f"measured on fewer than {least} images", "figures": None}
-    kept = {key: found[key] for key in (*FIGURES, "accuracy") if key in found}
-    return {"withheld": "", "figures": _numbers(kept)}
+def _require_numbers(values: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if isinstance(values[name], bool) or not isinstance(values[name], int | float):
+            raise ValueError(f"`{name}` is {values[name]!r}, expected a number")
 
 
 def _numbers(value: Any) -> Any:

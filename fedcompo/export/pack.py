@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from fedcompo.errors import FileFormatError
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import Finding, compared
@@ -78,7 +80,10 @@ def _page_finding(page: Path, data: bytes, writer: str) -> Finding:
     named = hashlib.sha256(data).hexdigest().encode() in shown
     if named and writer != version("fedcompo"):
         return Finding(claim, None, f"it names its SHA-256; its words are of fedcompo {writer}")
-    same = named and shown == _page(data).encode()
+    try:
+        same = named and shown == _page(data).encode()
+    except (TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return Finding(claim, False, f"{EGRESS} lacks what a page shows: {error}")
     return Finding.of(claim, same, f"{page} was altered, or is of another {EGRESS}")
 
 
@@ -98,7 +103,8 @@ def _parsed(data: bytes, path: Path) -> dict[str, Any]:
         if (values["content"], values["format_version"]) != ("egress-pack", 1):
             raise ValueError(f"format {values['content']} {values['format_version']}")
         dict.items(values["files"])
-    except (ValueError, LookupError, TypeError) as error:
+        _ = values["fedcompo_version"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise FileFormatError(
             f"{path} is no egress pack that this fedcompo reads ({error}). Use the version that "
             "wrote it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
@@ -115,6 +116,10 @@ def test_it_says_what_is_known_and_invents_nothing(stated):
     assert fits == [("ada", OF_THIS), ("ben", OF_OTHER), ("cho", "of the model before its removal")]
 
 
+def test_the_page_shows_names_as_they_are(pack):
+    assert "data CC BY &lt;4.0&gt;" in (pack / "egress.html").read_text()
+
+
 def test_no_path_no_host_no_name_of_a_file_and_no_count_of_few_leaves(pack, home):
     texts = [path.read_bytes() for path in pack.rglob("*") if path.is_file()]
     assert len(texts) == 8
@@ -144,6 +149,15 @@ def test_an_audit_is_of_this_model_only_where_nothing_else_was_chosen(home, tmp_
     assert [own["client"] for own in some["members"]] == ["ada"]
 
 
+def hollow(pack: Path) -> None:
+    """Take the members out of the statement, and put its new SHA-256 on the page."""
+    old, page = (pack / EGRESS).read_bytes(), (pack / "egress.html").read_text()
+    new = json.dumps({**json.loads(old), "members": None}).encode()
+    (pack / EGRESS).write_bytes(new)
+    names = [hashlib.sha256(data).hexdigest() for data in (old, new)]
+    (pack / "egress.html").write_text(page.replace(*names))
+
+
 def alter(pack: Path, name: str) -> None:
     path = pack / name
     path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
@@ -156,10 +170,11 @@ def alter(pack: Path, name: str) -> None:
         (lambda pack: alter(pack, "receipts/000003-cho.json"), "000003-cho.json is unaltered"),
         (lambda pack: alter(pack, "egress.html"), "egress.html shows what egress.json says"),
         (lambda pack: alter(pack, EGRESS), "egress.html shows what egress.json says"),
+        (hollow, "lacks what a page shows"),
         (lambda pack: (pack / "recipe.toml").unlink(), "it is missing"),
         (lambda pack: (pack / "more.txt").write_text("x"), "more.txt belongs to the pack"),
     ],
-    ids=["weights", "receipt", "page", "statement", "missing", "added"],
+    ids=["weights", "receipt", "page", "statement", "hollow", "missing", "added"],
 )
 def test_a_pack_that_was_altered_is_told_from_one_that_was_not(lie, caught, pack, tmp_path):
     copy = Path(shutil.copytree(pack, tmp_path / "pack"))
@@ -196,6 +211,9 @@ def test_what_cannot_be_stated_is_refused_before_anything_is_written(home, tmp_p
     assert "go with `--egress`" in run(
         "export", "-r", copy / "registry", "-o", output, "--licence", "x", code=2
     ).output  # fmt: skip
+    odd = audit_of("ada", "", membership={"loss": {"before": {"auc": {"value": "0.5"}}}})
+    (copy / "odd.json").write_text(json.dumps(odd))
+    assert "holds no audit" in export(copy, output, "--audit", copy / "odd.json", code=1)
     alter(copy / "registry", "removals/000003-cho.json")
     assert "receipt of the removal of 'cho' does not hold" in export(copy, output, code=1)
     assert not output.exists()
