@@ -33,7 +33,16 @@ AUDIT = "audit.json"
 RECEIPTS = "receipts"
 """Folder of the removal records in a pack."""
 CAPS = [declared.name.replace("_", "-") for declared in fields(CapsConfig)]
-FIGURES = "images", "shadows", "seed", "membership", "probe", "similarity", "resurfacing"
+FIGURES = (
+    "images",
+    "shadows",
+    "seed",
+    "membership",
+    "probe",
+    "similarity",
+    "resurfacing",
+    "beyond_gold",
+)
 """What of an audit is stated, beside the accuracy on the client's own test images."""
 OF_THIS, OF_OTHER, MISSING = "of this model", "of another model", "no audit"
 BEFORE_REMOVAL = "of the model before its removal"
@@ -156,7 +165,7 @@ def _removal(receipt: Mapping[str, Any]) -> Values:
             f"The receipt of the removal of {receipt['client']!r} does not hold: "
             f"{receipt['fault']}. Nothing is exported; see `fedcompo verify`."
         )
-    kept = "client", "time", "requested_by", "reason", "classes", "to_retrain"
+    kept = "client", "time", "line", "requested_by", "reason", "classes", "to_retrain", "record"
     return {
         **{key: receipt[key] for key in kept},
         "images": receipt["num_examples"],

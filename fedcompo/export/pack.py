@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from fedcompo.errors import FileFormatError
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import Finding, compared
-from fedcompo.registry.state import PUBLIC
+from fedcompo.registry.rotation import key_at
 from fedcompo.registry.verification import all_but_folders
 from fedcompo.report.pages import egress_page
 from fedcompo.runtime import version
@@ -37,14 +37,13 @@ def write_pack(folder: Path, registry: RegistryReader, values: dict[str, Any]) -
     Raises:
         FileFormatError: If a receipt changed meanwhile.
     """
-    receipts = {one["receipt"]: one["receipt_sha256"] for one in values["removals"]}
-    sources = {name: registry.path / "removals" / Path(name).name for name in receipts}
-    if sources:
-        sources[f"receipts/{PUBLIC}"] = registry.path / PUBLIC
-    for name, source in sources.items():
-        write_atomically(folder / name, source.read_bytes())
-        if file_sha256(folder / name) != receipts.get(name, file_sha256(source)):
-            raise FileFormatError(f"{source} was changed while it was being read. Try again.")
+    entries = registry.entries()
+    for receipt in values["removals"]:
+        path, place = registry.path / receipt["record"], folder / receipt["receipt"]
+        write_atomically(place, path.read_bytes())
+        if file_sha256(place) != receipt["receipt_sha256"]:
+            raise FileFormatError(f"{path} was changed while it was being read. Try again.")
+        write_atomically(place.with_suffix(".pem"), key_at(registry, entries, receipt["line"]))
     files = {name: file_sha256(folder / name) for name in _files(folder)}
     text = json.dumps({**values, "files": files}, indent=2, ensure_ascii=False, allow_nan=False)
     data = f"{text}\n".encode()

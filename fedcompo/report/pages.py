@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
@@ -18,6 +19,9 @@ from fedcompo.config.run import RunConfig
 from fedcompo.names import printable
 from fedcompo.report import drawing, figures, results, units
 from fedcompo.storage.files import write_atomically
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 REPORT = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
@@ -38,7 +42,7 @@ def write_report(folder: Path, found: Values, registry: Values | None = None) ->
 
 def run_page(found: Values, registry: Values | None = None) -> str:
     """Make the report of a run, a removal or a baseline; arguments as of :func:`write_report`."""
-    return _page(results=found, registry=registry, of_run=True)
+    return _template().render(results=found, registry=registry, of_run=True) + "\n"
 
 
 def registry_page(registry: Values, found: Values | None = None) -> str:
@@ -48,7 +52,7 @@ def registry_page(registry: Values, found: Values | None = None) -> str:
         registry: As :func:`fedcompo.registry.story.story` describes it.
         found: Results of the run that made it, for the accuracies; None: there are none.
     """
-    return _page(results=found, registry=registry, of_run=False)
+    return _template().render(results=found, registry=registry, of_run=False) + "\n"
 
 
 def egress_page(pack: Values, sha256: str) -> str:
@@ -58,10 +62,12 @@ def egress_page(pack: Values, sha256: str) -> str:
         pack: What ``egress.json`` holds, as :mod:`fedcompo.export.egress` states it.
         sha256: Of the file, hexadecimal.
     """
-    return _page("egress.html", pack=pack, sha256=sha256)
+    return _template("egress.html").render(pack=pack, sha256=sha256) + "\n"
 
 
-def _page(template: str = "page.html", **values: Any) -> str:
+@cache
+def _template(name: str = "page.html") -> Template:
+    """Read a template once: to compile it takes longer than to fill it in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -84,7 +90,7 @@ def _page(template: str = "page.html", **values: Any) -> str:
         "zip": zip,
         "defaults": RunConfig().flat(),
     }
-    return environment.get_template(template).render(values) + "\n"
+    return environment.get_template(name)
 
 
 def _code(text: str) -> Markup:

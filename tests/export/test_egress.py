@@ -186,7 +186,9 @@ def test_a_pack_that_was_altered_is_told_from_one_that_was_not(lie, caught, pack
 def test_its_receipts_are_those_of_the_registry_and_its_model_that_of_a_plain_export(
     pack, home, tmp_path
 ):
-    run("verify", pack / "receipts/000003-cho.json", "--public-key", pack / "receipts/public.pem")
+    key = pack / "receipts/000003-cho.pem"
+    assert key.read_bytes() == (home / "registry/public.pem").read_bytes()
+    run("verify", pack / "receipts/000003-cho.json")
     run("export", "-r", home / "registry", "-o", tmp_path / "plain")
     for path in (tmp_path / "plain").iterdir():
         assert (pack / path.name).read_bytes() == path.read_bytes()
