@@ -10,11 +10,23 @@ from rich.text import Text
 
 from fedcompo.config.presets import IMPORTED
 from fedcompo.names import printable
-from fedcompo.report import units
+from fedcompo.registry.removal import REVEALS, RemovalRecord
 from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.twins import note_on, twins
+from fedcompo.report.units import (
+    ALL_CLASSES,
+    BRACKETS,
+    EXPLAINED,
+    OWN_CLASSES,
+    SMALL,
+    listed,
+    percent,
+    percent_between,
+    shortened,
+    size,
+)
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
@@ -41,10 +53,10 @@ def print_list(summary: Mapping[str, Any]) -> None:
         table.add_row(
             row["client"],
             row["kind"],
-            units.shortened(row["classes"]),
+            shortened(row["classes"]),
             row["added"].partition("T")[0],  # the day is enough, and fits a narrow terminal
             "none" if row["stand_in"] else str(row["num_examples"]),
-            units.size(row["bytes"]),
+            size(row["bytes"]),
             str(len(row["shaped_by"])),
             str(len(row["shapes"])),
         )
@@ -59,8 +71,7 @@ def print_list(summary: Mapping[str, Any]) -> None:
         "whose training its data shaped. `fedcompo show CLIENT` names them."
     )
     if made := [row["client"] for row in summary["clients"] if row["stand_in"]]:
-        whose = units.listed(made)
-        say(f"No images describe {whose}: the rows of their classifiers stand for them.")
+        say(f"No images describe {listed(made)}: the rows of their classifiers stand for them.")
     aligned = "composed" if summary["joint_head"] == "realigned" else "pre-trained"
     say(f"Backbone {summary['backbone']}")
     if summary["old_pixels"]:
@@ -88,7 +99,7 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
         table.add_row(
             member["client"],
             printable(member["kind"]),
-            units.shortened(member["classes"]),
+            shortened(member["classes"]),
             str(member["num_examples"]),
         )
     table_console().print(table)
@@ -106,7 +117,7 @@ def _say_shards(members: Iterable[str]) -> None:
         if (number := shard_of(member)) is not None:
             there.setdefault(whole_of(member), []).append(number)
     for client, own in there.items():
-        say(f"Shards of {client}: {units.listed(map(str, sorted(own)))}.")
+        say(f"Shards of {client}: {listed(map(str, sorted(own)))}.")
 
 
 def _say_notes(arrivals: Iterable[tuple[int, str, Sequence[str]]]) -> None:
@@ -129,16 +140,16 @@ def print_details(details: Mapping[str, Any]) -> None:
         lineage = details["lineage"]
         lines = {
             "kind": details["kind"],
-            "classes": units.listed(details["classes"]),
+            "classes": listed(details["classes"]),
             "images": f"none; counts as {details['num_examples']}"
             if details["stand_in"]
             else str(details["num_examples"]),
-            "folder": f"{details['folder']}, {units.size(details['bytes'])}",
+            "folder": f"{details['folder']}, {size(details['bytes'])}",
             "method": lineage["method"],
-            "anchored by": units.listed(lineage["anchored_by"]) or "nobody",
-            "head aligned with": units.listed(lineage["aligned_with"]) or "nobody",
-            "trained inside": units.listed(lineage["ensemble"]) or "no ensemble",
-            "its data shaped": units.listed(details["shapes"]) or "nobody",
+            "anchored by": listed(lineage["anchored_by"]) or "nobody",
+            "head aligned with": listed(lineage["aligned_with"]) or "nobody",
+            "trained inside": listed(lineage["ensemble"]) or "no ensemble",
+            "its data shaped": listed(details["shapes"]) or "nobody",
         }
         imported = {k: str(v) for k, v in details["settings"].items() if k.startswith(IMPORTED)}
         lines |= {key.replace("-", " "): value or "nothing" for key, value in imported.items()}
@@ -161,12 +172,12 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
     """
     goes, stays, lineage = plan["goes"], plan["stays"], plan["lineage"]
     client = plan["client"]
-    say(f"Goes:  {goes['folder']} ({units.size(goes['bytes'])}), its term of the sum")
-    classes = units.listed(goes["classes"]) or "none, others own them too"
+    say(f"Goes:  {goes['folder']} ({size(goes['bytes'])}), its term of the sum")
+    classes = listed(goes["classes"]) or "none, others own them too"
     say(f"       classes of the joint head: {classes}")
     if goes["versions"]:
         say(f"       compositions that contain it: {', '.join(goes['versions'])}")
-    say(f"Stays: {units.listed(stays['clients']) or 'nobody'}")
+    say(f"Stays: {listed(stays['clients']) or 'nobody'}")
     if stays["versions"]:
         say(f"       compositions that contain it, as asked: {', '.join(stays['versions'])}")
     say("The model will be, bit for bit, the one that was never given this client.")
@@ -186,8 +197,10 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
             ("indirectly, through others", "indirect"),
         ):
             if lineage[part]:
-                say(f"  {what}: {units.listed(lineage[part])}")
-        say(f"  To undo that too, train again: {units.listed(plan['to_retrain'])}")
+                say(f"  {what}: {listed(lineage[part])}")
+        say(f"  To undo that too, train again: {listed(plan['to_retrain'])}")
+    if stays["clients"]:
+        say(REVEALS)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -213,36 +226,59 @@ def print_findings(findings: Sequence[Finding]) -> None:
     say(f"{held}, {fails}, {opened} cannot be derived again from what is at hand.")
 
 
+def print_record(record: RemovalRecord) -> None:
+    """Print what a signed record of a removal says, what that proves, and what it does not."""
+    reason = f": {record.reason}" if record.reason else ""
+    own = f"a {record.kind} task vector of {record.num_examples} images"
+    kept = f"; asked to be kept, models that contain it: {', '.join(record.kept_versions)}"
+    for what, told in (
+        ("who", f"{record.client}, {own}; classes {listed(record.classes)}"),
+        ("when", f"{record.time}, as line {record.sequence} of the journal"),
+        ("where", f"the registry {record.registry}"),
+        ("asked by", (record.requested_by or "not said") + reason),
+        ("deleted", listed(record.removed_files) + kept * bool(record.kept_versions)),
+        ("stays", listed(record.survivors) or "nobody"),
+        ("still influenced", listed(record.influence.to_retrain) or "nobody: influence-exact"),
+        ("root after", record.root_after),
+    ):
+        say(f"{what + ':':<18}{told}")
+    say(
+        "This proves that who holds the key has stated it, and that nobody has changed it since. "
+        "It does not prove that it was done: verify it with the registry, or ask who runs that to."
+    )
+    say(f"{record.limits} {record.reveals}")
+
+
 def print_accuracies(figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Print accuracy by client, %."""
-    few = any(own["num_examples"] < units.SMALL for own in figures.values())
-    caption = f"{units.BRACKETS}\n{units.EXPLAINED}" if few else units.EXPLAINED
-    table = _accuracies("Accuracy, %", caption, units.ALL_CLASSES, units.OWN_CLASSES)
+    few = any(own["num_examples"] < SMALL for own in figures.values())
+    caption = f"{BRACKETS}\n{EXPLAINED}" if few else EXPLAINED
+    table = _accuracies("Accuracy, %", caption, ALL_CLASSES, OWN_CLASSES)
     for client, own in figures.items():
         table.add_row(
             client,
             str(own["num_examples"]),
-            units.percent_between(own["class_il_accuracy"], own["interval"], own["num_examples"]),
-            units.percent(own["task_il_accuracy"]),
+            percent_between(own["class_il_accuracy"], own["interval"], own["num_examples"]),
+            percent(own["task_il_accuracy"]),
         )
     table_console().print(table)
 
 
 def print_worst_classes(results: Mapping[str, Any]) -> None:
     """Print calibration, and the classes recognised worst with what they are mistaken for."""
-    error = units.percent(results["calibration"]["error"])
+    error = percent(results["calibration"]["error"])
     say(f"Calibration error {error} %: how far confidence and accuracy are apart, all classes.")
     say(worst_line(results) or "No image is mistaken for one of another class.")
 
 
 def print_removal(results: Mapping[str, Any]) -> None:
     """Print what a removal over Flower reports."""
-    say(f"Removed {results['removed']}; {units.listed(results['survivors']) or 'nobody'} stay.")
+    say(f"Removed {results['removed']}; {listed(results['survivors']) or 'nobody'} stay.")
     print_effect({"before": results["accuracy_before"], "after": results["accuracy_after"]})
     if results["to_retrain"]:
         say(
             "Composition-exact, not influence-exact: trained with something of "
-            f"{results['removed']} were {units.listed(results['to_retrain'])}."
+            f"{results['removed']} were {listed(results['to_retrain'])}."
         )
     for note in results["notes"]:
         say(f"Note: {note}")
@@ -255,12 +291,12 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
     title = "Accuracy, %, before the removal → after it"
-    caption = f"The model knows fewer classes afterwards.\n{units.EXPLAINED}"
-    table = _accuracies(title, caption, units.ALL_CLASSES, "→", units.OWN_CLASSES, "→")
+    caption = f"The model knows fewer classes afterwards.\n{EXPLAINED}"
+    table = _accuracies(title, caption, ALL_CLASSES, "→", OWN_CLASSES, "→")
     for client, before in accuracy["before"].items():
         both = before, accuracy["after"].get(client, {})
         keys = "class_il_accuracy", "task_il_accuracy"
-        figures = (units.percent(own.get(key)) for key in keys for own in both)
+        figures = (percent(own.get(key)) for key in keys for own in both)
         table.add_row(client, str(before["num_examples"]), *figures)
     table_console().print(table)
 
