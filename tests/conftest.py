@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # Keys that tests pin are those of their own session.
-os.environ["FEDCOMPO_KNOWN"] = f"{tempfile.mkdtemp(prefix='fedcompo-known-')}/known.json"
+_known = tempfile.TemporaryDirectory(prefix="fedcompo-known-")  # deleted when Python ends
+os.environ["FEDCOMPO_KNOWN"] = f"{_known.name}/known.json"
 for name in ("FEDCOMPO_SIGNING_KEY", "FEDCOMPO_SIGNING_PASSWORD"):
     os.environ.pop(name, None)
 

@@ -31,7 +31,6 @@ from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
-from fedcompo.registry.signing import KEY
 from fedcompo.report.console import PlainConsole, say
 
 app = typer.Typer(
@@ -132,6 +131,8 @@ def simulate(
                 "nor --set, --output or --seed with it."
             )
         if signing_key is not None:  # the run's processes inherit it
+            from fedcompo.registry.signing import KEY
+
             os.environ[KEY] = str(signing_key.absolute())
         how = {"engine": engine, "gpus_per_client": gpus_per_client, "check": check_first}
         _simulate(scenario, assignments or [], options, resume, details=details, **how)

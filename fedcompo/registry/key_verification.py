@@ -40,10 +40,12 @@ def check_keys(registry: RegistryReader, entries: Sequence[Entry]) -> Iterator[F
         return
     claim = "the keys belong together"
     try:
-        signing.check_pair(private, registry.path / PUBLIC)
-        yield Finding(claim, True)
-    except ConfigError as error:
-        yield Finding(claim, None, str(error))
+        if signing.is_locked(private):
+            detail = f"{private} is encrypted; set {signing.PASSWORD} to check it"
+            yield Finding(claim, None, detail)
+        else:
+            signing.check_pair(private, registry.path / PUBLIC)
+            yield Finding(claim, True)
     except (FedcompoError, OSError) as error:
         yield Finding(claim, False, str(error))
     mode = private.stat().st_mode & 0o777

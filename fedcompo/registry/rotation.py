@@ -163,7 +163,9 @@ def rotate(
 
     home, old_place = registry.path / PRIVATE, place_of_key(registry.path, key)
     inside = old_place.exists() and home.exists() and old_place.samefile(home)
-    if new_key is None and not inside:
+    if new_key is not None and new_key.absolute() == home.absolute():
+        new_key = None
+    elif new_key is None and not inside:
         raise ConfigError(
             f"The private key {old_place} lies outside of the registry. Name the file of the new "
             "one by `--new-key FILE`."

@@ -140,7 +140,7 @@ def check_pair(private: Path, public: Path) -> None:
     """Refuse keys that do not belong together, or are not written as this fedcompo writes them.
 
     Raises:
-        ConfigError: If the private key is encrypted, and its password not known.
+        ConfigError: If the private key is encrypted, and there is neither password nor terminal.
         FileFormatError: Naming the file.
     """
     signer, known = read_signer(private), public.read_bytes()
@@ -184,6 +184,11 @@ def _public(pem: bytes) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise FileFormatError(f"There is a {type(key).__name__}, expected an Ed25519 key.")
     return key
+
+
+def is_locked(private: Path) -> bool:
+    """Whether a private key is encrypted, and the environment has no password."""
+    return not os.environ.get(PASSWORD) and _is_encrypted(private.read_bytes())
 
 
 def _is_encrypted(pem: bytes) -> bool:

@@ -172,7 +172,11 @@ def test_an_encrypted_key_outside_signs_with_its_password_alone(
     monkeypatch.setenv(signing.PASSWORD, "correct horse")
     monkeypatch.setenv(signing.KEY, str(key))
     registry.remove("ben")
-    assert not failing(registry.path)
+    rotate(Registry(registry.path), new_key=registry.path / PRIVATE)  # back into the registry
+    assert not key.exists() and not failing(registry.path)
+    monkeypatch.delenv(signing.PASSWORD)
+    open_ = [f.claim for f in verify_registry(registry.path) if f.holds is None]
+    assert open_ == ["the keys belong together"] and not failing(registry.path)
 
 
 # -- pins -----------------------------------------------------------------------------------------
