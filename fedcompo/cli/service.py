@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcompo.cli import common
+from fedcompo.cli.certificates import warn
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.log import log_to_stderr
@@ -52,11 +53,16 @@ class Connection:
         return read_credential(self.certificate, self.key)
 
     def open(self) -> Client:
-        """Read the certificates; the connection is made at the first call."""
+        """Read the certificates, and warn of those that end; calls connect when they are made."""
         from fedcompo.service.certificates import read_authority
         from fedcompo.service.client import Client
+        from fedcompo.service.lifetimes import endings, server_ending
 
-        return Client(self.server, read_authority(self.ca), self.credential)
+        authority, credential = read_authority(self.ca), self.credential
+        client = Client(self.server, authority, credential)
+        warn(endings(authority, credential))
+        warn(server_ending(self.server, self.ca, self.certificate, self.key))
+        return client
 
 
 @common.with_options("connection", Connection)

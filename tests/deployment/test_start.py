@@ -31,7 +31,7 @@ umask
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deployment") / "fed"
-    folders.create(folder, Deployment("fed.example.org", ("a",)), find_app())
+    folders.create(folder, Deployment("fed.example.org", ("a",)), find_app(), with_keys=True)
     return folder / "clients" / "a"
 
 
