@@ -170,13 +170,12 @@ def _say_issued(folder: Path, issued: Iterable[Issued]) -> None:
             what = "start ./start-superlink again" if each.old else "run ./register"
             say(f"  {folder / place}: copy it to the server's clients/, and {what} there")
         if each.old:
-            say(f"  The old one holds until {each.old.not_valid_after_utc:%Y-%m-%d}. To lock it")
+            say(f"  The old one holds until {each.old.not_valid_after_utc:%Y-%m-%d}.")
             if holder.role == "server":
-                say("    out before, make a new deployment: no list does.")
+                say("    No list locks it out before: that takes a new deployment.")
             else:
-                say(
-                    f"    out before, add its SHA-256 to the server's `revoked`: {each.old_fingerprint}"
-                )
+                say("    To lock it out before, add this line to the server's `revoked`:")
+                say(f"    {each.old_fingerprint}")
 
 
 def _update(folder: Path) -> None:
