@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import stat
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +22,12 @@ from registry_builders import three_clients
 
 from fedcompo.deployment import approval, folders, given_app
 from fedcompo.deployment.plan import Deployment, server_holder
-from fedcompo.errors import ServiceError
+from fedcompo.errors import ConfigError, ServiceError
 from fedcompo.service.authority import Authority
 from fedcompo.service.certificates import Credential, Holder, read_certificate, read_credential
 from fedcompo.service.client import Client
 from fedcompo.service.requests import NODE_KEY_EXTENSION, Request, prepare, save
-from fedcompo.service.server import Server, Settings
+from fedcompo.service.server import Server, Settings, serve
 
 HOST = "localhost"
 ROLES = {"ada": "client", "ben": "client", "server": "server"}
@@ -430,3 +433,48 @@ def test_what_does_not_hold_is_a_sentence(
     assert why in run("check-certificate", tmp_path, code=2).stderr
     (tmp_path / "client.crt").unlink()
     assert "no certificate yet" in run("check-certificate", tmp_path, code=2).stderr
+
+
+@contextmanager
+def serving(folder: Path, authority: Authority, days: int) -> Iterator[list[str]]:
+    """A service whose certificate holds so many days; yields a client's words to call it."""
+    registry = three_clients(folder / "registry")
+    credential = authority.issue_server([HOST], days=days)
+    laid(folder, authority, authority.issue_client("ben"), "client")
+    settings = Settings(registry.path, authority.credential.certificate, credential, port=0)
+    with Server(settings) as server:
+        files = {name: folder / name for name in ("ca.crt", "client.crt", "client.key")}
+        words = ["--ca", "--certificate", "--key"]
+        pairs = zip(words, map(str, files.values()), strict=True)
+        yield ["--server", f"{HOST}:{server.port}", *(word for pair in pairs for word in pair)]
+
+
+def test_a_client_hears_of_the_servers_end(tmp_path: Path, authority: Authority) -> None:
+    with serving(tmp_path / "soon", authority, days=30) as there:
+        done = run("members", *there, "--json")
+        assert "The server's certificate ends on 20" in done.stderr
+        assert "--renew server`" in done.stderr
+        assert done.stdout.startswith("{")
+    with serving(tmp_path / "ended", authority, days=-1) as there:
+        assert "has ended" in run("members", *there, code=2).stderr
+
+
+def test_a_service_warns_of_its_own_end_each_day_and_does_not_begin_after_it(
+    tmp_path: Path,
+    authority: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry = three_clients(tmp_path / "registry")
+    monkeypatch.setattr("fedcompo.service.server.DAY", 0.05)
+    trusted = authority.credential.certificate
+    soon, ended = (authority.issue_server([HOST], days=days) for days in (30, -1))
+    with pytest.raises(ConfigError, match="The server's certificate ended on 20"):
+        serve(Settings(registry.path, trusted, ended, port=0), on_ready=lambda server: None)
+
+    def end_later(server: Server) -> None:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    serve(Settings(registry.path, trusted, soon, port=0), on_ready=end_later)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("The server's certificate ends on 20" in line for line in said) > 2

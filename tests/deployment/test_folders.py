@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from cli_runs import run
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
 from fedcompo.deployment import folders, given_app
@@ -83,22 +82,6 @@ def test_the_settings_of_a_client_are_data_device_kind_and_limits(
         "THREADS": "4",
         "PORT": "9094",
     }
-
-
-def test_the_list_to_register_holds_the_public_key_of_each_client(
-    original: tuple[Path, str],
-) -> None:
-    folder = original[0]
-    listed = sorted((folder / "server" / "clients").iterdir())
-    assert [key.name for key in listed] == ["a.pub", "b.pub", "c.pub"]
-    for key in listed:
-        certificates = folder / "clients" / key.stem / "certificates"
-        private = serialization.load_ssh_private_key(
-            (certificates / "supernode").read_bytes(), password=None
-        )
-        public = serialization.load_ssh_public_key(key.read_bytes())
-        assert private.public_key() == public
-        assert public.curve.name == "secp384r1"
 
 
 def test_certificates_say_who_their_holders_are(original: tuple[Path, str]) -> None:
