@@ -6,6 +6,7 @@ TLS says of a certificate that has ended no more than that the handshake failed.
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 import socket
 import ssl
@@ -25,6 +26,8 @@ PROBE_SECONDS = 5.0
 """How long a look at a server's certificate may take."""
 EXPIRED = 10
 """OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED."""
+PROXIES = "grpc_proxy", "https_proxy", "http_proxy"
+"""Environment variables by which gRPC finds a proxy; nothing else may get through there."""
 RENEWED = "Who keeps the authority renews it: `fedcompo init-deployment DIR --renew"
 
 
@@ -81,6 +84,8 @@ def server_ending(address: str, authority: Path, certificate: Path, key: Path) -
     Raises:
         ConfigError: If the server's certificate has ended.
     """
+    if any(os.environ.get(variable) for variable in PROXIES):
+        return ()
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
