@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedcompo.data.tasks import check_whole
 from fedcompo.errors import ConfigError
 from fedcompo.names import check_client_name
 from fedcompo.storage.files import UNREADABLE, tuples, write_atomically, write_private
@@ -44,7 +45,7 @@ class Holder:
         hosts: DNS names and IP addresses under which a server is reached; nobody else has any.
 
     Raises:
-        ContributionError: If the name cannot be a client's.
+        ContributionError: If the name cannot be a client's, or is that of a shard.
         ConfigError: If it is longer than a certificate's common name may be; if a server has no
             host, or one is neither a DNS name nor an IP address.
     """
@@ -59,7 +60,7 @@ class Holder:
             raise ConfigError(f"{self.role!r} with the hosts {self.hosts} is no role of a holder.")
         if self.role == SERVER and not self.hosts:
             raise ConfigError("A server's certificate needs a host: a DNS name or an IP address.")
-        check_client_name(self.name)
+        check_whole(check_client_name(self.name))
         if (length := len(self.name.encode())) > LONGEST_COMMON_NAME:
             raise ConfigError(
                 f"{self.name!r} takes {length} bytes, but the common name of a certificate holds "
