@@ -169,7 +169,9 @@ def test_a_client_that_runs_already_is_not_started_again(client: Path, programs:
     with (client / "state" / "lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         said = start(client, programs, code=1).stderr
-    assert said.endswith("start: a runs in this folder already; end it before you start it again.\n")
+    assert said.splitlines()[-1] == (
+        "start: a runs in this folder already; end it before you start it again."
+    )
     start(client, programs)
 
 
