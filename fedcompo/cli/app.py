@@ -14,6 +14,7 @@ from rich.table import Table
 import fedcompo
 from fedcompo.cli import common, keys, models, registry, service
 from fedcompo.cli.audit import audit
+from fedcompo.cli.certificates import check_certificate, request_certificate
 from fedcompo.cli.check import check
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.export import export
@@ -173,6 +174,8 @@ app.command()(check)
 app.command()(fisher)
 app.command()(fit)
 app.command("init-deployment")(init_deployment)
+app.command("request-certificate")(request_certificate)
+app.command("check-certificate")(check_certificate)
 app.command()(registry.create)
 app.command("list")(registry.list_clients)
 app.command("import")(import_source)
