@@ -20,11 +20,13 @@ from fedcompo.export.selection import from_registry
 from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.images import Images, joined
 from fedcompo.registry.reader import RegistryReader
 
-BEFORE, AFTER, GOLD = "before", "after", "gold"
+BEFORE, AFTER, GOLD, REPAIRED = "before", "after", "gold", "repaired"
+FROZEN = "frozen"
+"""The pre-trained weights alone: what no client taught."""
 MAY_DIFFER = {"device"}
 """Settings that a gold run may have otherwise."""
 
@@ -78,21 +80,37 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
 
 
 def audited_models(
-    registry: RegistryReader, client: str, gold: RegistryReader | None = None
+    registry: RegistryReader,
+    client: str,
+    gold: RegistryReader | None = None,
+    repaired: RegistryReader | None = None,
 ) -> dict[str, AuditedModel]:
-    """Compose before, after and, if there is one, gold; by those names."""
-    without = from_registry(registry, without=(client,))
-    models = {
-        BEFORE: _composition_of(registry),
-        AFTER: AuditedModel(
+    """Compose before, after and, where there is one, gold and repaired; by those names.
+
+    After the last member, nothing but the pre-trained weights is left.
+    """
+    after = frozen(registry)
+    if registry.clients != (client,):
+        without = from_registry(registry, without=(client,))
+        after = AuditedModel(
             dict(without.stream()),
             without.head,
             without.pool.clients,
             realigned=False,
             linearised=without.pool.linearised,
-        ),
+        )
+    others = {GOLD: gold, REPAIRED: repaired}
+    return {
+        BEFORE: _composition_of(registry),
+        AFTER: after,
+        **{name: _composition_of(other) for name, other in others.items() if other is not None},
     }
-    return models | ({GOLD: _composition_of(gold)} if gold is not None else {})
+
+
+def frozen(registry: RegistryReader) -> AuditedModel:
+    """Return the pre-trained weights, under a head of no class."""
+    head = zero_head((), registry.backbone.num_features)
+    return AuditedModel({}, head, (), realigned=False, linearised=False)
 
 
 def all_images(data: ClientData) -> tuple[Images, Tensor]:
@@ -150,12 +168,17 @@ def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> N
             f"The gold registry {gold.path} is of the backbone {gold.state.base}, expected "
             f"{registry.state.base}. Make it by the same run with `exclude = {client}`."
         )
-    expected = tuple(name for name in registry.clients if name != client)
-    if gold.clients != expected:
+    expected = _others(registry, client)
+    if gold.clients != expected or not expected:
         raise ConfigError(
             f"The gold registry {gold.path} holds {', '.join(gold.clients) or 'nobody'}, expected "
-            f"exactly {', '.join(expected) or 'nobody'}. Make it by the same run with "
-            f"`exclude = {client}`."
+            f"exactly {', '.join(expected) or 'nobody'}. "
+            + (
+                f"Make it by the same run with `exclude = {client}`."
+                if expected
+                else f"{client} is the last member, so gold is the pre-trained weights, as after "
+                "is: leave `--gold` out."
+            )
         )
     ours, theirs = _comparable(registry, expected), _comparable(gold, expected)
     if differing := sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)):
@@ -166,6 +189,27 @@ def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> N
             + (f" (and {len(differing) - 1} more)" if differing[1:] else "")
             + ". Only with the same settings does it show what the client's absence does."
         )
+
+
+def check_repaired(registry: RegistryReader, repaired: RegistryReader, client: str) -> None:
+    """Refuse a registry that is not a copy of this one from which the client was removed.
+
+    Raises:
+        ConfigError: If it is of another origin, has other members, or its journal has no removal.
+    """
+    expected = _others(registry, client)
+    removed = any(e.event == "removed" and client in e.clients for e in repaired.entries())
+    if repaired.identity != registry.identity or repaired.clients != expected or not removed:
+        raise ConfigError(
+            f"The repaired registry {repaired.path} holds {', '.join(repaired.clients) or 'nobody'}"
+            f", expected a copy of {registry.path} from which {client} was removed, and whose "
+            f"others stay: {', '.join(expected) or 'nobody'}. Copy the registry, and remove the "
+            "client there by a run with `action = remove` and `repair-rounds`."
+        )
+
+
+def _others(registry: RegistryReader, client: str) -> tuple[str, ...]:
+    return tuple(name for name in registry.clients if name != client)
 
 
 def _comparable(registry: RegistryReader, clients: Iterable[str]) -> dict[str, Any]:

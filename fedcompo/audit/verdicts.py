@@ -1,0 +1,66 @@
+"""Says in sentences what an audit's figures show: one a measure, for an examiner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedcompo.report.units import percent
+
+Values = Mapping[str, Any]
+BEYOND = "After - gold (above 0: it is known better than to a model that never met it)"
+BACK = "Repaired - after (above 0: something comes back)"
+
+
+def verdicts(values: Values) -> list[str]:
+    """Return one sentence a measure: both attacks, probe, likeness, gold, and repair.
+
+    Intervals decide: an AUC is chance where its interval covers 0.5, and two models do not differ
+    where that of their difference covers 0.
+    """
+    sentences = [_attack(name, own) for name, own in values["membership"].items()]
+    if probe := values["probe"]:
+        sentences.append(_probe(probe))
+    if similar := values["similarity"]["removed"]:
+        pairs = ", ".join(f"{pair} {bounded(own)}" for pair, own in similar.items())
+        sentences.append(f"Its test images are represented this much alike (CKA): {pairs}.")
+    if beyond := values["beyond_gold"]:
+        sentences.append(_difference(BEYOND, beyond))
+    if repair := values["resurfacing"]:
+        sentences.append(_difference(BACK, repair))
+    return sentences
+
+
+def bounded(estimate: Values) -> str:
+    """Write a figure and its interval."""
+    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+
+
+def _attack(name: str, by_model: Values) -> str:
+    groups: dict[str, list[str]] = {}
+    for model, own in by_model.items():
+        auc = own["auc"]
+        outcome = "is chance" if own["is_chance"] else "finds members"
+        outcome = "takes others for members" if auc["high"] < 0.5 else outcome
+        groups.setdefault(outcome, []).append(f"{model} (AUC {bounded(auc)})")
+    parts = (f"{outcome} {', '.join(models)}" for outcome, models in groups.items())
+    return f"The {name.replace('-', ' ')} attack {'; it '.join(parts)}."
+
+
+def _probe(probe: Values) -> str:
+    shots = next(iter(next(iter(probe.values()))))
+    of = "all its images" if shots == "all" else f"{shots} of its images a class"
+    parts = ", ".join(f"{model} {percent(own[shots]['value'])} %" for model, own in probe.items())
+    return f"A linear probe fitted to {of} names of its test images: {parts}."
+
+
+def _difference(title: str, found: Values) -> str:
+    """Name the figures that differ between two models."""
+    figures = {f"{name.replace('-', ' ')} attack": e for name, e in found["auc"].items()}
+    figures |= {f"probe of {shots}": estimate for shots, estimate in found["probe"].items()}
+    seen = [f"{name} {_signed(e)}" for name, e in figures.items() if not e["low"] <= 0 <= e["high"]]
+    return f"{title}: {'; '.join(seen) or 'no difference is seen'}."
+
+
+def _signed(estimate: Values) -> str:
+    return f"{estimate['value']:+.2f} [{estimate['low']:+.2f}, {estimate['high']:+.2f}]"
