@@ -227,9 +227,10 @@ class _Audited:
         members = len(self.images.train.labels)
         tests = {name: features[members:] for name, features in own.items()}
         per_client, others = {self.client: self._accuracies(self.images, tests)}, list[Features]()
-        for other in clients_data(
+        staying = clients_data(
             self.config.data, self.backbone, seed=self.config.seed, wanted=self.remaining
-        ):
+        )
+        for other in staying if self.remaining else ():
             step(f"accuracy on the images of {other.name}")
             others.append(self.features(other.test.images))
             per_client[other.name] = self._accuracies(other, others[-1])

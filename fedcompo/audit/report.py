@@ -72,7 +72,7 @@ def print_audit(values: Values) -> None:
 def markdown(values: Values) -> str:
     """Return the audit as a Markdown document."""
     first, *more = map(escaped, _sentences(values))
-    found = "\n".join(f"- {escaped(verdict)}" for verdict in values["verdicts"])
+    found = "\n".join(f"- {verdict}" for verdict in values["verdicts"])
     parts = [f"# Does the model forget {escaped(values['client'])}?", first, found]
     for title, (header, *rows) in _tables(values):
         rows = [[escaped(name), *figures] for name, *figures in rows]
@@ -137,7 +137,7 @@ def _probe_rows(probe: Values) -> Rows:
 
 def _similarity_rows(similarity: Values) -> Rows:
     pairs = list(similarity["removed"] or similarity["remaining"])
-    rows = [["test images of", *pairs]]
+    rows = [["test images of", *(pair.replace("~", " ~ ") for pair in pairs)]]
     for whose, own in similarity.items():
         if own:
             rows.append([f"the {whose}", *(bounded(own[pair]) for pair in pairs)])

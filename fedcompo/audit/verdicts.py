@@ -22,7 +22,7 @@ def verdicts(values: Values) -> list[str]:
     if probe := values["probe"]:
         sentences.append(_probe(probe))
     if similar := values["similarity"]["removed"]:
-        pairs = ", ".join(f"{pair} {bounded(own)}" for pair, own in similar.items())
+        pairs = ", ".join(f"{pair.replace('~', ' ~ ')} {bounded(own)}" for pair, own in similar.items())
         sentences.append(f"Its test images are represented this much alike (CKA): {pairs}.")
     if beyond := values["beyond_gold"]:
         sentences.append(_difference(BEYOND, beyond))
