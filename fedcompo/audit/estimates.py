@@ -7,7 +7,7 @@ not about another run of training, and shrinks to a point where nothing varies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,3 +68,10 @@ def estimated(statistic: Callable[..., Any], *samples: Numbers, seed: int) -> Es
         rng=np.random.default_rng(seed),
     )
     return Estimate.of(statistic(*samples, axis=-1), result.bootstrap_distribution)
+
+
+def as_json(table: Any) -> Any:
+    """Return nested figures, each with a method ``json``, as JSON values."""
+    if isinstance(table, Mapping):
+        return {key: as_json(value) for key, value in table.items()}
+    return table.json()

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from fedcompo.audit.estimates import Estimate, Numbers, estimated
 from fedcompo.audit.models import AFTER, BEFORE, FROZEN, GOLD, REPAIRED
+from fedcompo.data.client_data import ClientData
+from fedcompo.report.progress import step
 from fedcompo.seeds import generator_for
 
 SHOTS = (1, 5)
@@ -38,6 +40,21 @@ ALL = "all"
 PAIRS = (BEFORE, AFTER), (BEFORE, GOLD), (AFTER, GOLD), (AFTER, REPAIRED), (FROZEN, AFTER)
 FEWEST, MOST = 4, 1000
 """Images whose features are compared."""
+
+
+def probes(
+    features: Mapping[str, Tensor], data: ClientData, *, seed: int
+) -> dict[str, dict[str, Estimate]]:
+    """Fit probes to each model's features of a client's images, training images first.
+
+    A single class leaves nothing to tell apart, and the table empty.
+    """
+    if len(data.classes) == 1:
+        return {}
+    step("fitting linear probes")
+    train, test = data.train.labels, data.test.labels
+    parts = {n: (f[: len(train)], f[len(train) :]) for n, f in features.items()}
+    return {n: probe_accuracy((a, train), (b, test), seed=seed) for n, (a, b) in parts.items()}
 
 
 def probe_accuracy(
@@ -54,7 +71,7 @@ def probe_accuracy(
         Accuracy by images a class: ``1``, ``5`` (where each class has more) and ``all``.
     """
     features, labels = train
-    least = int(labels.unique(return_counts=True)[1].min())
+    least = int(labels.bincount().min())
     found = {}
     for shots in SHOTS:
         if shots < least:
@@ -87,13 +104,14 @@ def similarity(features: Mapping[str, Tensor], *, seed: int) -> dict[str, Estima
 def linear_cka(first: Tensor, second: Tensor, *, seed: int) -> Estimate:
     """Compare two models' features of the same images, each (images, features); 4 at least."""
     grams = [(f - f.mean(0)) @ (f - f.mean(0)).T for f in (first.double(), second.double())]
-    k, l = (gram.fill_diagonal_(0).numpy() for gram in grams)  # (images, images)
-    images = len(k)
+    first_gram, other_gram = (gram.fill_diagonal_(0).numpy() for gram in grams)
+    images = len(first_gram)
 
     def cka(drawn: Numbers, axis: int) -> Numbers:
         rows = drawn.reshape(-1, images)
         times = np.stack([np.bincount(row, minlength=images) for row in rows]).astype(float)
-        shared, *own = (_dependence(a, b, times) for a, b in ((k, l), (k, k), (l, l)))
+        shared = _dependence(first_gram, other_gram, times)
+        own = [_dependence(gram, gram, times) for gram in (first_gram, other_gram)]
         scale = np.sqrt(np.maximum(own[0] * own[1], 0))
         alike = np.divide(shared, scale, out=np.zeros_like(scale), where=scale > 0)
         return np.asarray(alike.reshape(drawn.shape[:-1]))
@@ -101,28 +119,28 @@ def linear_cka(first: Tensor, second: Tensor, *, seed: int) -> Estimate:
     return estimated(cka, np.arange(images), seed=seed)
 
 
-def _dependence(k: Numbers, l: Numbers, times: Numbers) -> Numbers:
+def _dependence(first: Numbers, other: Numbers, times: Numbers) -> Numbers:
     r"""Return n(n - 3) times the unbiased H, where image i is counted :math:`t_i` times.
 
     .. math:: t^\top (K \circ L)\,t + \frac{t^\top K t \; t^\top L t}{(n - 1)(n - 2)}
               - \frac{2}{n - 2} \sum_i t_i (K t)_i (L t)_i
 
     Args:
-        k: Gram matrix of the first features, (images, images), its diagonal 0.
-        l: Of the second.
+        first: K, a Gram matrix (images, images) whose diagonal is 0.
+        other: L, another.
         times: t, (resamplings, images); each row sums to n.
     """
-    of_k, of_l, n = times @ k, times @ l, times.shape[1]
-    means = (of_k * times).sum(1) * (of_l * times).sum(1) / ((n - 1) * (n - 2))
-    together = ((times @ (k * l)) * times).sum(1)
-    return np.asarray(together + means - 2 / (n - 2) * (times * of_k * of_l).sum(1))
+    of_first, of_other, n = times @ first, times @ other, times.shape[1]
+    means = (of_first * times).sum(1) * (of_other * times).sum(1) / ((n - 1) * (n - 2))
+    together = ((times @ (first * other)) * times).sum(1)
+    return np.asarray(together + means - 2 / (n - 2) * (times * of_first * of_other).sum(1))
 
 
 def _few(labels: Tensor, shots: int, *, seed: int, drawing: int) -> Tensor:
     """Draw so many images of each class; indices."""
     generator = generator_for(seed, "probe", str(shots), str(drawing))
     order = torch.randperm(len(labels), generator=generator)
-    own = [order[labels[order] == label][:shots] for label in labels.unique()]
+    own = [order[labels[order] == label][:shots] for label in range(int(labels.max()) + 1)]
     return torch.cat(own)
 
 

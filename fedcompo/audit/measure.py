@@ -1,31 +1,27 @@
-r"""Measures whether a model forgets a client that is removed from it.
+"""Measures whether a model forgets a client that is removed from it.
 
-Up to five models are compared:
+Up to four models are compared, and for features the frozen, pre-trained weights:
 
 - *before*: the composition of everyone;
-- *after*: the composition without the client, bit for bit what a removal leaves; without the last
-  member, the pre-trained weights;
+- *after*: that without the client, bit for bit what a removal leaves; without the last member, the
+  pre-trained weights;
 - *gold*, where there is one: the composition of a run that the client never took part in;
-- *repaired*, where there is one: *after*, when those who stay have trained on;
-- *frozen*: the pre-trained weights, for the measures that need no head.
+- *repaired*, where there is one: *after*, when those who stay have trained on.
 
 A removal cannot take back what the client's Fisher or statistics did to the training of others;
-before, after and gold show how much of it can be seen. Measured are:
+before, after and gold show how much of it can be seen.
 
-**Accuracy**, on the removed client's test images and on those of everyone who stays. After the
-removal the joint head has no rows of the client's classes, unless others share them: its class-IL
-accuracy is then 0 by construction, and its task-IL accuracy is measured with the rows that an
-attacker kept.
+**Accuracy**, on everyone's test images. The joint head after has no rows of the client's classes,
+unless others share them: among all classes its accuracy is then 0 by construction, and among its
+own it is measured with the rows that an attacker kept.
 
 **Membership inference**: can one tell the client's training images from its test images? The
-attacker is a strong one, who kept the joint head of the model before (that of the model after has
-no rows to attack) and puts it on every backbone: only the backbone differs. That head is made of
-statistics of the client's training features, so it can carry a little membership by itself,
-whatever backbone it sits on. The loss attack sees that too; gold, a backbone that never met the
-client, shows how much it is. The likelihood-ratio attack compares with shadows under the same head
-(:mod:`fedcompo.audit.shadows`): what the head alone tells stands on both sides. All shadows hold a
-task vector of the client, so backbones after and gold lie beside them: there the attack is weaker
-than before, and best read next to gold.
+attacker kept the joint head of the model before and puts it on every backbone: only the backbone
+differs. That head is made of statistics of the client's training features, and can carry membership
+by itself. The loss attack sees that too; gold shows how much it is. The likelihood-ratio attack
+compares with shadows under the same head (:mod:`fedcompo.audit.shadows`): what the head tells
+stands on both sides. All shadows hold a task vector of the client, so after and gold lie beside
+them: there the attack is weaker than before, and best read next to gold.
 
 **Features** (:mod:`fedcompo.audit.forgetting`): how fast a linear probe learns the client's task
 again, and how alike the models represent the same images.
@@ -33,7 +29,7 @@ again, and how alike the models represent the same images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -41,9 +37,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo.audit.estimates import Estimate
+from fedcompo.audit.estimates import Estimate, as_json
 from fedcompo.audit.evaluation import clients_data
-from fedcompo.audit.forgetting import probe_accuracy, similarity
+from fedcompo.audit.forgetting import probes, similarity
 from fedcompo.audit.membership import (
     Attack,
     confidence,
@@ -67,7 +63,7 @@ from fedcompo.audit.models import (
     frozen,
 )
 from fedcompo.audit.shadows import ClientTraining, check_count, train_shadows
-from fedcompo.audit.verdicts import verdicts
+from fedcompo.audit.verdicts import notes, verdicts
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
@@ -84,7 +80,6 @@ LOSS, LIKELIHOOD_RATIO = "loss", "likelihood-ratio"
 CLASS_IL, TASK_IL = "class_il_accuracy", "task_il_accuracy"
 FIGURES = (CLASS_IL, TASK_IL)
 SHADOWS = 16
-"""Default number of shadow models."""
 
 Values = dict[str, Any]
 Features = dict[str, Tensor]
@@ -113,11 +108,10 @@ def audit(
         seed: Seed of shadows and bootstrap.
 
     Returns:
-        JSON values; accuracies are fractions in [0, 1]. ``accuracy`` by whose images (``removed``,
-        the mean of ``remaining``, and ``per_client``) and by model; ``membership`` by attack and by
-        model; ``probe`` by model and by images a class; ``similarity`` by whose images and by pair
-        of models; ``beyond_gold`` and ``resurfacing``, differences after − gold and repaired −
-        after; ``verdicts``, sentences.
+        JSON values; accuracies are fractions. ``accuracy`` by whose images and by model;
+        ``membership`` by attack and model; ``probe`` by model and images a class; ``similarity`` by
+        whose images and pair of models; ``beyond_gold`` and ``resurfacing``, the differences
+        after − gold and repaired − after; ``verdicts``, sentences.
 
     Raises:
         ContributionError: If there is no such client, or a Fisher is missing.
@@ -132,11 +126,11 @@ def audit(
         check_repaired(registry, repaired, client)
     step("reading backbone and images, composing")
     audited = _Audited.of(registry, client, data, audited_models(registry, client, gold, repaired))
-    own = audited.features(all_images(audited.images)[0])
-    attacks = audited.membership(own, shadows, seed)
-    accuracy, others = audited.accuracy(own)
-    probe, members = audited.probe(own, seed), len(audited.images.train.labels)
+    own, members = audited.features(all_images(audited.images)[0]), len(audited.images.train.labels)
     tests = {name: features[members:] for name, features in own.items()}
+    attacks = audited.membership(own, shadows, seed)
+    probe = probes(own, audited.images, seed=seed)
+    accuracy, others = audited.accuracy(tests)
     values: Values = {
         "format_version": FORMAT_VERSION,
         "fedcompo_version": version("fedcompo"),
@@ -147,16 +141,16 @@ def audit(
         "shadows": shadows,
         **audited.about(),
         "accuracy": accuracy,
-        "membership": _by(attacks, _figures),
-        "probe": _by(probe, Estimate.json),
-        "similarity": _by(
-            {"removed": similarity(tests, seed=seed), "remaining": similarity(others, seed=seed)},
-            Estimate.json,
-        ),
+        "membership": as_json(attacks),
+        "probe": as_json(probe),
+        "similarity": {
+            "removed": as_json(similarity(tests, seed=seed)),
+            "remaining": as_json(similarity(others, seed=seed)),
+        },
         "beyond_gold": _difference(attacks, probe, AFTER, GOLD),
         "resurfacing": _difference(attacks, probe, REPAIRED, AFTER),
     }
-    return {**values, "verdicts": verdicts(values), "notes": _notes(values, audited)}
+    return {**values, "verdicts": verdicts(values), "notes": notes(values)}
 
 
 @dataclass(frozen=True)
@@ -200,14 +194,23 @@ class _Audited:
 
     def about(self) -> Values:
         train, test = self.images.train.labels, self.images.test.labels
+        models = {
+            name: {
+                "clients": list(model.clients),
+                "joint_head": "realigned" if model.realigned else "aligned",
+                "rows_of_client": [n for n in self.images.classes if n in model.head.classes],
+            }
+            for name, model in self.models.items()
+        }
         return {
             "client": self.client,
             "remaining": list(self.remaining),
             "base": self.registry.state.base,
             "data": self.config.data.data,
+            "classes": list(self.images.classes),
             "images": {"members": len(train), "non_members": len(test)},
             "influence": asdict(self.registry.influence_of(self.client)),
-            "models": {n: _about(model, self.images.classes) for n, model in self.models.items()},
+            "models": models,
             "distance_to_gold": distances_to_gold(self.models),
             "settings": dict(self.contribution.settings),
         }
@@ -215,21 +218,14 @@ class _Audited:
     def features(self, images: Images) -> Features:
         """Features of images under every model, and of the frozen backbone."""
         step("features under every model")
-        models = {**self.models, FROZEN: frozen(self.registry)}
+        models = {FROZEN: frozen(self.registry), **self.models}
         return {name: model.features(self.backbone, images) for name, model in models.items()}
 
-    def accuracy(self, own: Features) -> tuple[Values, Features]:
-        """Measure accuracy, by whose images and by model; also the remaining's features.
-
-        Args:
-            own: Of all images of the removed client, training images first.
-        """
-        members = len(self.images.train.labels)
-        tests = {name: features[members:] for name, features in own.items()}
+    def accuracy(self, tests: Features) -> tuple[Values, Features]:
+        """Measure accuracy, by whose images and by model; also return the remaining's features."""
         per_client, others = {self.client: self._accuracies(self.images, tests)}, list[Features]()
-        staying = clients_data(
-            self.config.data, self.backbone, seed=self.config.seed, wanted=self.remaining
-        )
+        data, seed = self.config.data, self.config.seed
+        staying = clients_data(data, self.backbone, seed=seed, wanted=self.remaining)
         for other in staying if self.remaining else ():
             step(f"accuracy on the images of {other.name}")
             others.append(self.features(other.test.images))
@@ -239,10 +235,10 @@ class _Audited:
             "remaining": _means(per_client, without=self.client),
             "per_client": per_client,
         }
-        return values, {name: torch.cat([o[name] for o in others]) for name in own if others}
+        return values, {name: torch.cat([o[name] for o in others]) for name in tests if others}
 
     def _accuracies(self, data: ClientData, tests: Features) -> Values:
-        """Measure accuracy on a client's test images; task-IL of the removed one with kept rows."""
+        """Measure accuracy on test images; task-IL of the removed client with the kept rows."""
         labels, figures = data.test.labels, {}
         for name, model in self.models.items():
             own = (self.kept if data.name == self.client else model.head).rows(data.classes)
@@ -274,32 +270,6 @@ class _Audited:
             )
         return attacks
 
-    def probe(self, own: Features, seed: int) -> dict[str, dict[str, Estimate]]:
-        """Fit probes to each model's features of the client; none for a single class."""
-        if len(self.images.classes) == 1:
-            return {}
-        train, test, members = self.images.train, self.images.test, len(self.images.train.labels)
-        step("fitting linear probes")
-        return {
-            name: probe_accuracy(
-                (features[:members], train.labels), (features[members:], test.labels), seed=seed
-            )
-            for name, features in ((name, own[name]) for name in (FROZEN, *self.models))
-        }
-
-
-def _by(nested: Mapping[str, Mapping[str, Any]], as_json: Callable[[Any], Any]) -> Values:
-    """Turn the values of a table into JSON values."""
-    return {k: {n: as_json(v) for n, v in inner.items()} for k, inner in nested.items()}
-
-
-def _figures(attack: Attack) -> Values:
-    return {
-        "auc": attack.auc.json(),
-        "tpr": {f"{rate:g}": estimate.json() for rate, estimate in attack.tpr.items()},
-        "is_chance": attack.is_chance(),
-    }
-
 
 def _difference(
     attacks: Mapping[str, Mapping[str, Attack]],
@@ -310,11 +280,12 @@ def _difference(
     """How much better attacks and probe are on the first model; None if one is not there."""
     if not {first, second} <= attacks[LOSS].keys():
         return None
-    shots = probe[first] if probe else {}
-    return {
-        "auc": {name: (own[first].auc - own[second].auc).json() for name, own in attacks.items()},
-        "probe": {few: (probe[first][few] - probe[second][few]).json() for few in shots},
+    shots = probe.get(first, {})
+    differences = {
+        "auc": {name: own[first].auc - own[second].auc for name, own in attacks.items()},
+        "probe": {few: probe[first][few] - probe[second][few] for few in shots},
     }
+    return dict(as_json(differences))
 
 
 def _means(per_client: Mapping[str, Values], *, without: str) -> Values:
@@ -327,43 +298,5 @@ def _means(per_client: Mapping[str, Values], *, without: str) -> Values:
     }
 
 
-def _about(model: AuditedModel, classes: Iterable[str]) -> Values:
-    return {
-        "clients": list(model.clients),
-        "joint_head": "realigned" if model.realigned else "aligned",
-        "rows_of_client": [name for name in classes if name in model.head.classes],
-    }
-
-
 def _share(hits: Tensor) -> float:
     return float(hits.double().mean())
-
-
-def _notes(values: Values, audited: _Audited) -> list[str]:
-    """List what a reader must know to read these figures."""
-    models, left = audited.models, values["models"][AFTER]["rows_of_client"]
-    gone = [name for name in audited.images.classes if name not in left]
-    notes = []
-    if gone:
-        notes.append(
-            f"After the removal the joint head has no rows of {', '.join(gone)}, so among "
-            f"all classes no image of {audited.client} is right there, by construction. Among its "
-            "own classes it is measured on every backbone with the rows of the model before, as an "
-            "attacker may have kept them."
-        )
-    if len({model.realigned for model in models.values()}) > 1:
-        realigned = ", ".join(name for name, model in models.items() if model.realigned)
-        notes.append(
-            f"Joint heads differ in what they were made of: {realigned} of features of the "
-            "composed model, the rest of pre-trained features. Part of a difference in accuracy is "
-            "theirs."
-        )
-    missing = sorted(set(audited.remaining) - set(values["accuracy"]["per_client"]))
-    if missing:
-        notes.append(f"No images were at hand of {', '.join(missing)}.")
-    if not values["membership"][LOSS][BEFORE]["tpr"]:
-        notes.append(
-            f"{values['images']['non_members']} non-members are too few for a true-positive rate "
-            "at a low false-positive rate."
-        )
-    return notes

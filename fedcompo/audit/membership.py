@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +83,11 @@ class Attack:
     def is_chance(self) -> bool:
         """Whether the AUC's interval covers 0.5: the attack may be no better than guessing."""
         return self.auc.covers(0.5)
+
+    def json(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+        tpr = {f"{rate:g}": estimate.json() for rate, estimate in self.tpr.items()}
+        return {"auc": self.auc.json(), "tpr": tpr, "is_chance": self.is_chance()}
 
 
 def confidence(logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedcompo.audit.models import AFTER, BEFORE
 from fedcompo.report.units import percent
 
 Values = Mapping[str, Any]
+REALIGNED = "realigned"
 BEYOND = "After - gold (above 0: it is known better than to a model that never met it)"
 BACK = "Repaired - after (above 0: something comes back)"
 
@@ -22,13 +24,46 @@ def verdicts(values: Values) -> list[str]:
     if probe := values["probe"]:
         sentences.append(_probe(probe))
     if similar := values["similarity"]["removed"]:
-        pairs = ", ".join(f"{pair.replace('~', ' ~ ')} {bounded(own)}" for pair, own in similar.items())
+        pairs = ", ".join(
+            f"{pair.replace('~', ' ~ ')} {bounded(own)}" for pair, own in similar.items()
+        )
         sentences.append(f"Its test images are represented this much alike (CKA): {pairs}.")
     if beyond := values["beyond_gold"]:
         sentences.append(_difference(BEYOND, beyond))
     if repair := values["resurfacing"]:
         sentences.append(_difference(BACK, repair))
     return sentences
+
+
+def notes(values: Values) -> list[str]:
+    """List what a reader must know to read the figures."""
+    models, client = values["models"], values["client"]
+    gone = [name for name in values["classes"] if name not in models[AFTER]["rows_of_client"]]
+    found = []
+    if gone:
+        found.append(
+            f"After the removal the joint head has no rows of {', '.join(gone)}, so among all "
+            f"classes no image of {client} is right there, by construction. Among its own classes "
+            "it is measured on every backbone with the rows of the model before, as an attacker "
+            "may have kept them."
+        )
+    realigned = [name for name, model in models.items() if model["joint_head"] == REALIGNED]
+    if realigned and len(realigned) < len(models):
+        found.append(
+            f"Joint heads differ in what they were made of: {', '.join(realigned)} of features of "
+            "the composed model, the rest of pre-trained features. Part of a difference in "
+            "accuracy is theirs."
+        )
+    if missing := sorted({*values["remaining"]} - {*values["accuracy"]["per_client"]}):
+        found.append(f"No images were at hand of {', '.join(missing)}.")
+    if not values["probe"]:
+        found.append(f"{client} has a single class: a probe has nothing to tell apart.")
+    if not values["membership"]["loss"][BEFORE]["tpr"]:
+        found.append(
+            f"{values['images']['non_members']} non-members are too few for a true-positive rate "
+            "at a low false-positive rate."
+        )
+    return found
 
 
 def bounded(estimate: Values) -> str:

@@ -62,7 +62,7 @@ def test_equal_seeds_draw_the_same_images():
 # --- CKA ---
 
 
-def written_dependence(k: np.ndarray, l: np.ndarray) -> float:
+def written_dependence(k: np.ndarray, h: np.ndarray) -> float:
     """Oracle: HSIC as the mean over pairs, triples and quadruples of different images."""
     images = range(len(k))
 
@@ -70,18 +70,18 @@ def written_dependence(k: np.ndarray, l: np.ndarray) -> float:
         return float(np.mean([of(*chosen) for chosen in permutations(images, size)]))
 
     return (
-        mean(lambda i, j: k[i, j] * l[i, j], 2)
-        + mean(lambda i, j, q, r: k[i, j] * l[q, r], 4)
-        - 2 * mean(lambda i, j, q: k[i, j] * l[i, q], 3)
+        mean(lambda i, j: k[i, j] * h[i, j], 2)
+        + mean(lambda i, j, q, r: k[i, j] * h[q, r], 4)
+        - 2 * mean(lambda i, j, q: k[i, j] * h[i, q], 3)
     )
 
 
 def test_cka_is_the_unbiased_dependence_in_units_of_the_models_own():
     x, y = normal(7, 5, seed=0).double(), normal(7, 3, seed=1).double() + 4
     y[:, 0] += 2 * x[:, 0]
-    k, l = (x @ x.T).numpy(), (y @ y.T).numpy()
-    own = written_dependence(k, k) * written_dependence(l, l)
-    expected = written_dependence(k, l) / own**0.5
+    k, h = (x @ x.T).numpy(), (y @ y.T).numpy()
+    own = written_dependence(k, k) * written_dependence(h, h)
+    expected = written_dependence(k, h) / own**0.5
     assert linear_cka(x, y, seed=0).value == pytest.approx(expected, rel=1e-9)
 
 

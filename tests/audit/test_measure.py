@@ -322,7 +322,7 @@ def test_a_repaired_registry_that_is_no_copy_without_the_client_is_refused(
 ):
     apart = federate(tmp_path / "apart", config_of(data, **QUICK), without=[CLIENT])
     for other in (registry, apart):
-        with pytest.raises(ConfigError, match="expected a copy of .* client-1 was removed"):
+        with pytest.raises(ConfigError, match=r"expected a copy of .* client-1 was removed"):
             audit(registry, CLIENT, repaired=other)
 
 
@@ -366,7 +366,7 @@ def test_after_the_last_client_the_pre_trained_weights_are_left(data, tmp_path):
     assert loss[BEFORE]["auc"]["low"] > 0.5
     assert loss[BEFORE]["auc"]["value"] > loss[AFTER]["auc"]["value"]
     assert "after: the client removed (the pre-trained weights alone)" in unescape(markdown(found))
-    with pytest.raises(ConfigError, match="client-1 is the last member.*leave `--gold` out"):
+    with pytest.raises(ConfigError, match=r"client-1 is the last member.*leave `--gold` out"):
         audit(registry, CLIENT, gold=registry)
 
 

@@ -200,14 +200,14 @@ def test_the_interval_is_the_percentiles_of_figures_of_resampled_examples():
         sixth_highest = b.sort(descending=True).values[5]  # above it: at most 5 false positives
         tprs.append(float((a > sixth_highest).double().mean()))
     attacks = [Attack.of(members, nonmembers, seed=seed) for seed in range(20)]  # 1,000 each
-    for estimates, drawn in (
+    for found, drawn in (
         ([attack.auc for attack in attacks], sorted(aucs)),
         ([attack.tpr[0.05] for attack in attacks], sorted(tprs)),
     ):
         low, middle, high = drawn[250], drawn[5000], drawn[9750]
         # A level of 90 % would be 16 % narrower; the error of sampling is 1.5 % of the width.
-        assert mean(e.low for e in estimates) == pytest.approx(low, abs=0.06 * (middle - low))
-        assert mean(e.high for e in estimates) == pytest.approx(high, abs=0.06 * (high - middle))
+        assert mean(e.low for e in found) == pytest.approx(low, abs=0.06 * (middle - low))
+        assert mean(e.high for e in found) == pytest.approx(high, abs=0.06 * (high - middle))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.membership import confidence
-from fedcompo.audit.models import logits_of
+from fedcompo.audit.models import audited_images, logits_of
 from fedcompo.audit.shadows import ClientTraining, check_count, halves, train_shadows
 from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
@@ -115,25 +115,26 @@ def test_on_the_clients_own_images_a_shadow_becomes_the_client(settings, kind, d
 
 
 @pytest.mark.parametrize(
-    ("anchor", "wire"),
-    [("others", "float32"), ("own", "float32"), ("own", "bfloat16"), ("others", "int8")],
+    "settings",
+    [
+        {},  # today's defaults: zero head, trust region by the others' Fisher, images aside, a vote
+        {"anchor": "own"},
+        {"head_start": "probe", "wire": "float32", "kind": "lora,full"},
+        {"head_start": "probe", "anchor": "own", "wire": "float32", "aside": 0.0},
+        {"head_start": "probe", "wire": "int8", "kind": "lora,full", "scale": 2.0},
+    ],
+    ids=str,
 )
-def test_so_it_does_after_a_run_of_the_real_server(anchor, wire, tmp_path):
-    settings = {
-        "head_start": "probe",
-        "anchor": anchor,
-        "realign": False,
-        "aside": 0.0,
-        "wire": wire,
-    }
-    run({}, tmp_path / "out", **settings, kind="lora,full")
+def test_so_it_does_after_a_run_of_the_real_server(settings, tmp_path):
+    run({}, tmp_path / "out", realign=False, **settings)
     registry = Registry(tmp_path / "out" / "registry")
     training = ClientTraining.of(registry, CLIENT, registry.backbone.load())
-    config = training.config
-    (data,) = clients_data(config.data, training.backbone, seed=config.seed, wanted=(CLIENT,))
+    config, contribution = training.config, registry.contribution(CLIENT)
+    assert (training.anchor is not None) is (settings.get("anchor") != "own")
+    data = audited_images(contribution, training.backbone, config)
     generator = generator_for(config.seed, "train", CLIENT)
     actual = training.fit(data.train, generator=generator).tensors
-    expected = registry.contribution(CLIENT).task_vector.tensors
+    expected = contribution.task_vector.tensors
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
