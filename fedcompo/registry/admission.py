@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedcompo.composition.fixed_point import Rounding, rounded
 from fedcompo.config.choices import Method, Statistics
+from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.ranges import beyond
@@ -25,6 +26,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.names import check_class_names, check_client_name, check_distinct
 from fedcompo.registry.company import LIMITS, Company, Known
 from fedcompo.registry.owners import check_owner
+from fedcompo.registry.removed import statistics_digest
 from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical
 
 
@@ -65,7 +67,7 @@ def check_parts(contribution: Contribution, company: Company) -> None:
 
 
 def check_change(client: str, own: Known, company: Company, *, empty: bool) -> None:
-    """Refuse a task vector that is another client's.
+    """Refuse a task vector that is another client's, or was that of one that was removed.
 
     Refuse one of zeros too, unless ``empty``: in a run a client may learn nothing; but nobody
     becomes a member, with a member's rights, by handing in nothing. Raises ``ContributionError``.
@@ -81,6 +83,8 @@ def check_change(client: str, own: Known, company: Company, *, empty: bool) -> N
                 f"Client {client!r} sent, byte for byte, the task vector of {other!r}: a copy of "
                 "a contribution that is not its own."
             )
+    if own.norm:
+        company.removed.refuse(client, "task vector", own.rounded_sha256)
 
 
 def outliers(newcomers: Iterable[str], company: Company) -> dict[str, str]:
@@ -117,10 +121,12 @@ def check_described(
 
     Raises:
         ContributionError: If the name could be another's; if classes are none, too many, not
-            sorted, or badly named; or as :func:`check_features` does.
+            sorted, or badly named; if the statistics are those of another client that was removed;
+            or as :func:`check_features` does.
     """
     owner = f"client {client!r}"
     check_distinct(check_client_name(client), company.members)
+    _check_part(client, company.members)
     if not 0 < len(classes) <= LIMITS.classes or list(classes) != sorted(set(classes)):
         raise ContributionError(
             f"{owner} names {len(classes)} classes, {list(classes[:5])} …; expected 1 to "
@@ -144,6 +150,19 @@ def check_described(
             + (", with `statistics = sums`." if kind is Statistics.MIXTURES else ".")
         )
     check_features(statistics, classes, company.num_features, kind, owner)
+    company.removed.refuse(client, "statistics", statistics_digest(statistics))
+
+
+def _check_part(client: str, members: Iterable[str]) -> None:
+    """Refuse the shard of a client that is there whole, and the whole of one there in shards."""
+    own = whole_of(client)
+    check_distinct(own, map(whole_of, members))
+    for member in members:
+        if whole_of(member) == own and (shard_of(member) is None) != (shard_of(client) is None):
+            raise ContributionError(
+                f"{client!r} cannot be added beside {member!r}: images would count twice. Remove "
+                f"{member!r} first, or let the client take part as it did."
+            )
 
 
 def check_features(
