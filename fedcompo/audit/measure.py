@@ -67,6 +67,7 @@ from fedcompo.audit.verdicts import notes, verdicts
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
+from fedcompo.data.tasks import whole_of
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
@@ -176,7 +177,8 @@ class _Audited:
             )
         config = RunConfig.stored({**contribution.settings, **({"data": data} if data else {})})
         backbone = registry.backbone.load(pick_device(config.device))
-        images = audited_images(contribution, backbone, config)
+        maps = registry.path.parent / "clients"  # where a simulation keeps them
+        images = audited_images(contribution, backbone, config, maps=maps)
         return cls(registry, contribution, config, backbone, images, models)
 
     @property
@@ -225,8 +227,10 @@ class _Audited:
         """Measure accuracy, by whose images and by model; also return the remaining's features."""
         per_client, others = {self.client: self._accuracies(self.images, tests)}, list[Features]()
         data, seed = self.config.data, self.config.seed
-        staying = clients_data(data, self.backbone, seed=seed, wanted=self.remaining)
-        for other in staying if self.remaining else ():
+        # Shards have the test images of their client, and these are measured once.
+        wanted = tuple({*map(whole_of, self.remaining)} - {whole_of(self.client)})
+        staying = clients_data(data, self.backbone, seed=seed, wanted=wanted)
+        for other in staying if wanted else ():
             step(f"accuracy on the images of {other.name}")
             others.append(self.features(other.test.images))
             per_client[other.name] = self._accuracies(other, others[-1])

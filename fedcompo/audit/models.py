@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedcompo.audit.evaluation import clients_data
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.run import RunConfig
-from fedcompo.data.client_data import ClientData, set_aside
+from fedcompo.data.client_data import ClientData, Share, client_names, client_share, set_aside
+from fedcompo.data.shards import dealt
+from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
 from fedcompo.export.selection import from_registry
 from fedcompo.method.contribution import Contribution, counts_of
@@ -51,8 +55,17 @@ class AuditedModel:
         return extract_features(forward, images)
 
 
-def audited_images(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
-    """Load a client's images and check that its contribution describes them.
+def audited_images(
+    contribution: Contribution, backbone: Backbone, config: RunConfig, *, maps: Path | None = None
+) -> ClientData:
+    """Load a member's images and check that its contribution describes them.
+
+    Args:
+        contribution: The member's; it may be a shard of a client.
+        backbone: Says what images must look like.
+        config: Says which images.
+        maps: Folder of the map from sample to shard; without a map, images are dealt anew, which
+            the seed does as in a first run.
 
     Returns:
         Its test images, and of its training images those that it did not keep aside.
@@ -60,13 +73,18 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
     Raises:
         DataError: If the client is not among them, or had other numbers of training images.
     """
-    client, source = contribution.client, config.data.data
-    data = next(clients_data(config.data, backbone, seed=config.seed, wanted=(client,)), None)
-    if data is None:
+    client, source, seed = contribution.client, config.data.data, config.seed
+    names, whole = client_names(config.data), whole_of(client)
+    if whole not in names:
         raise DataError(
-            f"`data` {source!r} has no client {client!r}, whose images the audit needs. "
+            f"`data` {source!r} has no client {whole!r}, whose images the audit needs. "
             "Name the source of the run with `--data`."
         )
+    share, dealing = client_share(config.data, partition=names.index(whole), seed=seed), None
+    if (shard := shard_of(client)) is not None:
+        share, dealing = _dealt(share, config, maps)
+    data = replace(share.read(backbone.preprocessing), name=client, shards=dealing)
+    data = data if shard is None else data.shard(shard)
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     trained_on = counts_of(contribution.statistics)
     at_hand = dict(zip(data.classes, counts, strict=True))
@@ -75,8 +93,18 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
             f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
             f"trained on {trained_on}. Name the images it was trained on with `--data`."
         )
-    share, seed = config.train.aside, config.seed
-    return replace(data, train=set_aside(data.train, share=share, seed=seed, client=client)[0])
+    kept, _ = set_aside(data.train, share=config.train.aside, seed=seed, client=client)
+    return replace(data, train=kept)
+
+
+def _dealt(share: Share, config: RunConfig, maps: Path | None) -> tuple[Share, Tensor]:
+    """Deal a client's images to its shards, by a copy of its map: the map is not changed."""
+    count, cap = config.data.shards, config.data.images_per_class
+    with TemporaryDirectory(prefix="fedcompo-") as folder:
+        copy = Path(folder) / f"{share.name}.shards-{count}.csv"
+        if maps is not None and (maps / copy.name).is_file():
+            shutil.copyfile(maps / copy.name, copy)
+        return dealt(share, count, seed=config.seed, cap=cap, needed=1, file=copy)
 
 
 def audited_models(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedcompo.audit.models import AFTER, BEFORE
+from fedcompo.data.tasks import whole_of
 from fedcompo.report.units import percent
 
 Values = Mapping[str, Any]
@@ -54,7 +55,8 @@ def notes(values: Values) -> list[str]:
             "the composed model, the rest of pre-trained features. Part of a difference in "
             "accuracy is theirs."
         )
-    if missing := sorted({*values["remaining"]} - {*values["accuracy"]["per_client"]}):
+    measured = {*map(whole_of, values["accuracy"]["per_client"])}
+    if missing := sorted({*map(whole_of, values["remaining"])} - measured):
         found.append(f"No images were at hand of {', '.join(missing)}.")
     if not values["probe"]:
         found.append(f"{client} has a single class: a probe has nothing to tell apart.")
