@@ -77,11 +77,11 @@ def _attack(name: str, by_model: Values) -> str:
     groups: dict[str, list[str]] = {}
     for model, own in by_model.items():
         auc = own["auc"]
-        outcome = "chance" if own["is_chance"] else "finds members"
-        outcome = "worse than chance" if auc["high"] < 0.5 else outcome
+        outcome = "Chance" if own["is_chance"] else "Finds members"
+        outcome = "Worse than chance" if auc["high"] < 0.5 else outcome
         groups.setdefault(outcome, []).append(f"{model} (AUC {bounded(auc)})")
     parts = (f"{outcome}: {', '.join(models)}" for outcome, models in groups.items())
-    return f"The {name.replace('-', ' ')} attack {'; '.join(parts)}."
+    return f"{name.replace('-', ' ').capitalize()} attack. {'. '.join(parts)}."
 
 
 def _probe(probe: Values) -> str:

@@ -278,8 +278,8 @@ def test_what_the_features_knew_is_gone_and_gold_never_knew_it(values, registry)
     alike = values["similarity"]["removed"]["before~after"]["value"]
     assert alike == pytest.approx(linear_cka(*seen, seed=0).value)
     loss, ratio, *others = values["verdicts"]
-    assert loss.startswith("The loss attack finds members before (AUC ")
-    assert "; it is chance after (AUC" in ratio
+    assert loss.startswith("Loss attack. Finds members: before (AUC ")
+    assert ". Chance: after (AUC" in ratio
     assert [line.split()[0] for line in others] == ["A", "Its"]
 
 

@@ -99,10 +99,8 @@ def test_a_verdict_a_line_opens_the_report_and_tables_hold_what_features_know(fo
         cells = [f"{own[shots]['value']:.2f} " for own in found["probe"].values()]
         (line,) = [line for line in lines if line.startswith(f"| {label} |")]
         assert all(cell in line for cell in cells)
-    assert (
-        "| test images of | before ~ after | before ~ gold | after ~ gold | frozen ~ after |"
-        in (lines)
-    )
+    pairs = " | ".join(("before ~ after", "before ~ gold", "after ~ gold", "frozen ~ after"))
+    assert f"| test images of | {pairs} |" in lines
 
 
 def estimate(low: float, high: float) -> dict:
@@ -120,8 +118,8 @@ def test_verdicts_go_by_intervals_and_say_what_speaks_against_forgetting(found):
     }
     said = verdicts(changed)
     assert said[0] == (
-        "The loss attack finds members before (AUC 0.70 [0.60, 0.80]), after (AUC 0.60 [0.51, "
-        "0.70]); it takes others for members gold (AUC 0.39 [0.30, 0.48])."
+        "Loss attack. Finds members: before (AUC 0.70 [0.60, 0.80]), after (AUC 0.60 [0.51, "
+        "0.70]). Worse than chance: gold (AUC 0.39 [0.30, 0.48])."
     )
     beyond = "; ".join(("loss attack +0.11 [+0.01, +0.20]", "probe of 1 -0.20 [-0.30, -0.10]"))
     assert said[4].endswith(f"never met it): {beyond}.")
