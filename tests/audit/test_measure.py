@@ -284,11 +284,11 @@ def test_what_the_features_knew_is_gone_and_gold_never_knew_it(values, registry)
 
 
 def repaired(registry: Registry, path: Path, *, liar: bool) -> Registry:
-    """A copy without the client; a liar among those who stay brings its task vector back."""
+    """A copy without the client; a liar brings its task vector back, a little changed."""
     shutil.copytree(registry.path, path, symlinks=True)
     copy = Registry(path)
     removed = copy.contribution(CLIENT).task_vector
-    tensors = {name: t.clone() for name, t in removed.tensors.items()}
+    tensors = {name: 1.01 * t for name, t in removed.tensors.items()}  # no digest finds it
     copy.remove(CLIENT)
     if liar:
         stays = copy.contribution(OTHER)
@@ -301,7 +301,9 @@ def repaired(registry: Registry, path: Path, *, liar: bool) -> Registry:
 
 
 @pytest.mark.parametrize("liar", [True, False], ids=["liar", "honest"])
-def test_what_a_repair_brings_back_is_seen(liar, registry, tmp_path):
+def test_what_a_repair_brings_back_is_seen(liar, tmp_path):
+    data = noise(tmp_path / "noise.npz", train=24, test=24)
+    registry = federate(tmp_path / "registry", config_of(f"npz:{data}"))
     copy = repaired(registry, tmp_path / "copy", liar=liar)
     found = audit(registry, CLIENT, repaired=copy, shadows=4)
     assert found["repaired_root"] == copy.state.root
