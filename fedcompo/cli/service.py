@@ -156,7 +156,8 @@ def request_removal(
     It is checked, and the public key is written beside it. A client with shards leaves shard by
     shard, each with a receipt of its own; with --shard, the others stay.
 
-    Asked again, when an answer was lost, the service sends the same receipt.
+    Asked again, when an answer was lost, the service sends the same receipt; that of a shard, with
+    --shard.
     """
     with common.errors_as_sentences(verbose), connection.open() as service:
         from fedcompo.data.tasks import shard_name, whole_of
