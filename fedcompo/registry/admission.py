@@ -25,6 +25,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.names import check_class_names, check_client_name, check_distinct
 from fedcompo.registry.company import LIMITS, Company, Known
 from fedcompo.registry.owners import check_owner
+from fedcompo.registry.removed import statistics_digest
 from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical
 
 
@@ -65,7 +66,7 @@ def check_parts(contribution: Contribution, company: Company) -> None:
 
 
 def check_change(client: str, own: Known, company: Company, *, empty: bool) -> None:
-    """Refuse a task vector that is another client's.
+    """Refuse a task vector that is another client's, or was that of one that was removed.
 
     Refuse one of zeros too, unless ``empty``: in a run a client may learn nothing; but nobody
     becomes a member, with a member's rights, by handing in nothing. Raises ``ContributionError``.
@@ -81,6 +82,8 @@ def check_change(client: str, own: Known, company: Company, *, empty: bool) -> N
                 f"Client {client!r} sent, byte for byte, the task vector of {other!r}: a copy of "
                 "a contribution that is not its own."
             )
+    if own.norm:
+        company.removed.refuse(client, "task vector", own.rounded_sha256)
 
 
 def outliers(newcomers: Iterable[str], company: Company) -> dict[str, str]:
@@ -117,7 +120,8 @@ def check_described(
 
     Raises:
         ContributionError: If the name could be another's; if classes are none, too many, not
-            sorted, or badly named; or as :func:`check_features` does.
+            sorted, or badly named; if the statistics are those of another client that was removed;
+            or as :func:`check_features` does.
     """
     owner = f"client {client!r}"
     check_distinct(check_client_name(client), company.members)
@@ -144,6 +148,7 @@ def check_described(
             + (", with `statistics = sums`." if kind is Statistics.MIXTURES else ".")
         )
     check_features(statistics, classes, company.num_features, kind, owner)
+    company.removed.refuse(client, "statistics", statistics_digest(statistics))
 
 
 def check_features(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from fedcompo.registry.company import Company, Known
 from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
-from fedcompo.registry.state import PRIVATE, Member, State
+from fedcompo.registry.removed import Removed, content_of, numbers_of, statistics_digest
+from fedcompo.registry.signing import Signer, signer_for
+from fedcompo.registry.state import Member, State
 from fedcompo.runtime import version
 from fedcompo.storage.files import canonical, write_synced
 from fedcompo.storage.tensorstream import file_sha256
@@ -65,6 +67,9 @@ def add(
         require_unmixed({client: member.kind for client, member in after.members.items()})
         counts = (counts_of(draft.opened(member).statistics) for member in coming.values())
         after = replace(after, settings=after.settings.with_caps(counts))  # the first choose caps
+        left = tuple({**_left(draft, member), "within": "replacement"} for member in gone)
+        company = replace(company, removed=Removed(registry, left))
+        _check_removed(draft, coming.values(), company.removed)
         after = draft.compose(after, coming=list(coming.values()), going=gone)
         for client, member in coming.items():
             rounding = draft.roundings[client]
@@ -75,17 +80,34 @@ def add(
         for client, reason in outliers(coming, company).items():
             with blaming(client):
                 raise ContributionError(reason)
-        events = [("removed", {**_left(member), "within": "replacement"}) for member in gone]
+        events = [("removed", details) for details in left]
         newcomers = [_journalled(after.members[client]) for client in sorted(coming)]
         events.append(("added", {"clients": newcomers, **_requester(requested_by)}))
         draft.deletions += [member.folder for member in gone]
         draft.finish(after, events)
 
 
+def _check_removed(draft: Draft, coming: Iterable[Member], removed: Removed) -> None:
+    """Refuse statistics of others that were removed, also by this change or an earlier version."""
+    for member in coming:
+        own = draft.opened(member)
+        digests = [statistics_digest(own.statistics)]
+        digests += [] if own.without_images else [member.statistics_sha256]
+        with blaming(member.client):
+            removed.refuse(member.client, "statistics", *digests)
+
+
 def remove(
-    registry: RegistryReader, client: str, *, requested_by: str, reason: str, keep_versions: bool
+    registry: RegistryReader,
+    client: str,
+    *,
+    requested_by: str,
+    reason: str,
+    keep_versions: bool,
+    signer: Signer | None = None,
 ) -> RemovalRecord:
     """Remove a client; see :meth:`fedcompo.registry.registry.Registry.remove`."""
+    signer = signer or signer_for(registry.path)
     with drafted(registry, f"removing {client}") as draft:
         state, member = draft.before, registry.member(client)
         staying = {name: m for name, m in state.members.items() if name != client}
@@ -93,13 +115,15 @@ def remove(
         after = draft.compose(after, coming=[], going=[member])
         after = _drop_versions(draft, after, client, keep=keep_versions)
         draft.deletions.append(member.folder)
+        left = _left(draft, member)
         record = _record(draft, member, after, requested_by=requested_by, reason=reason)
+        record = replace(record, removed_content=content_of(left)).signed(signer)
         path = draft.new / record.place
         path.parent.mkdir()
         write_synced(path, record.text.encode())
         draft.moves.append(record.place)
         details = {
-            **_left(member),
+            **left,
             "record": record.place,
             "record_sha256": file_sha256(path),
             **_requester(requested_by),
@@ -111,7 +135,7 @@ def remove(
 def _record(
     draft: Draft, member: Member, after: State, *, requested_by: str, reason: str
 ) -> RemovalRecord:
-    """Describe a removal in a signed record."""
+    """Describe a removal in a record."""
     registry, before, client = draft.registry, draft.before, member.client
     record = RemovalRecord(
         registry=registry.identity,
@@ -143,7 +167,7 @@ def _record(
     if before.chosen:  # else the format fixes the factor
         now, by = after.factor, str(after.factor_by)
         record = replace(record, factor_before=before.factor, factor_after=now, factor_by=by)
-    return record.signed(registry.path / PRIVATE)
+    return record
 
 
 def realign(
@@ -221,10 +245,10 @@ def _journalled(member: Member) -> dict[str, Any]:
     return values
 
 
-def _left(member: Member) -> dict[str, Any]:
+def _left(draft: Draft, member: Member) -> dict[str, Any]:
     """Return the same of a member that leaves; its line of arrival lists its classes already."""
     values, names = _journalled(member), list(member.classes)
     if len(names) > FEW:
         digest = hashlib.sha256(canonical(names).encode()).hexdigest()
         values["classes"] = {"count": len(names), "sha256": digest}
-    return values
+    return {**values, "numbers_sha256": numbers_of(draft.opened(member))}

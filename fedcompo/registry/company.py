@@ -12,6 +12,7 @@ from fedcompo.composition.settings import CompositionSettings
 from fedcompo.method.deltas import Weights
 from fedcompo.method.ranges import MOST_IMAGES
 from fedcompo.registry.owners import Owners, owners_in
+from fedcompo.registry.removed import Removed
 
 if TYPE_CHECKING:
     from fedcompo.backbone.backbone import Backbone
@@ -71,6 +72,8 @@ class Company:
     """By client; one of the same name as the newcomer is what it replaces."""
     owners: Owners = field(default_factory=dict)
     """Clients that may have a class, by class; an open one is not named."""
+    removed: Removed = field(default_factory=Removed)
+    """What nobody may bring back under another name."""
 
     @classmethod
     def of(cls, registry: RegistryReader, backbone: Backbone | None = None) -> Company:
@@ -82,9 +85,11 @@ class Company:
         }
         owners = owners_in(registry.path)
         if backbone is not None:
-            return replace(cls.on(backbone, state.settings), members=members, owners=owners)
-        shapes, width = stored.theta_shapes, stored.num_features
-        return cls(state.settings, state.base, width, shapes, stored.tensors, members, owners)
+            company = cls.on(backbone, state.settings)
+        else:
+            shapes, width = stored.theta_shapes, stored.num_features
+            company = cls(state.settings, state.base, width, shapes, stored.tensors)
+        return replace(company, members=members, owners=owners, removed=Removed(registry))
 
     @classmethod
     def on(cls, backbone: Backbone, settings: CompositionSettings) -> Company:

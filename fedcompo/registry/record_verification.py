@@ -14,15 +14,17 @@ from fedcompo.composition.totals import save_total, total_after
 from fedcompo.composition.version import terms_of, write_composed, write_ruled, write_sum
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
+from fedcompo.registry.comebacks import Comebacks
 from fedcompo.registry.history import line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import Finding, as_json, compared, expected_factor
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
+from fedcompo.registry.removed import VECTOR, content_of
 from fedcompo.registry.state import PUBLIC
-from fedcompo.registry.verification import all_but_folders, signature_finding
+from fedcompo.registry.verification import all_but_folders, signature_finding, strangers
 from fedcompo.report.progress import step
-from fedcompo.storage.files import OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
+from fedcompo.storage.files import CONFIG, OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
 FACTOR = "factor"
@@ -62,7 +64,10 @@ def verify_record(
         entries = registry.entries()
         findings += _against_journal(record, file_sha256(path), registry, entries)
         step("files")
-        findings += [_is_gone(record, registry), _kept(record, registry)]
+        unknown = strangers(registry, entries)
+        findings += [_is_gone(record, registry), _kept(record, registry), _others(unknown)]
+        step("what was removed")
+        findings += _nobody_has_it(record, registry, entries, unknown)
         step("composing again from the survivors")
         findings += _composed_again(record, registry, entries)
     except FedcompoError as error:
@@ -130,17 +135,43 @@ def _roots(
 
 
 def _is_gone(record: RemovalRecord, registry: RegistryReader) -> Finding:
-    """Check that no file of the registry is one of those that were removed."""
+    """Check that no file is one of those removed, or of the composition that held the client."""
     claim = f"no file of {record.client} is in the registry"
-    digests = set(record.removed_files.values())
-    files = (path for path in all_but_folders(registry.path) if path.is_file())
+    composed = record.composition_before.items() - record.composition_after.items()
+    digests = {*record.removed_files.values(), *(d for n, d in composed if n != CONFIG)}
+    root, state = registry.path, registry.state
+    kept = [root / folder for folder in record.kept_versions]
+    files = [p for p in all_but_folders(root) if p.is_file() and not {*kept} & {*p.parents}]
     left = [path for path in files if file_sha256(path) in digests]
-    again = registry.state.members.get(record.client)
+    again = state.members.get(record.client)
     if again is not None and again.added > record.sequence:
-        home = registry.path / again.folder
-        if left and all(home in path.parents for path in left):
+        known = {root / place for place in state.places}
+        if left and known.issuperset(left):
             return Finding(claim, None, f"it came back, with line {again.added} of the journal")
     return Finding.of(claim, not left, f"still there: {', '.join(map(str, left))}")
+
+
+def _others(unknown: Sequence[Path]) -> Finding:
+    """Say of which files in the registry's folder nothing is known."""
+    detail = f"what they hold was not read: {', '.join(map(str, unknown))}"
+    claim = "no file lies there that the registry does not know"
+    return Finding(claim, None if unknown else True, detail if unknown else "")
+
+
+def _nobody_has_it(
+    record: RemovalRecord,
+    registry: RegistryReader,
+    entries: Sequence[Entry],
+    unknown: Sequence[Path],
+) -> Iterator[Finding]:
+    """Check that task vector and statistics are nobody's, now and at every line since."""
+    line = entries[record.sequence - 1 : record.sequence]
+    told = content_of(line[0].details) if line and "rounded_sha256" in line[0].details else {}
+    content = record.removed_content or {**told, VECTOR: record.removed_rounded_sha256}
+    yield compared("the digests of what was removed are the journal's", content, told)
+    since = record.sequence
+    comebacks = Comebacks(registry, entries, derived_since=since, strangers=unknown)
+    yield from comebacks.findings(record.client, since, content)
 
 
 def _kept(record: RemovalRecord, registry: RegistryReader) -> Finding:

@@ -20,6 +20,7 @@ from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import changes
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.signing import Signer
 from fedcompo.registry.state import write_new
 from fedcompo.storage.files import completed, is_free
 
@@ -37,11 +38,23 @@ class Registry(RegistryReader):
 
     @classmethod
     def create(
-        cls, path: Path | str, backbone: Backbone, settings: CompositionSettings | None = None
+        cls,
+        path: Path | str,
+        backbone: Backbone,
+        settings: CompositionSettings | None = None,
+        *,
+        key: Path | None = None,
     ) -> Registry:
         """Make a registry for contributions to one backbone.
 
         It is made beside ``path`` and renamed, so that a crash leaves none or a whole one.
+
+        Args:
+            path: A new folder.
+            backbone: The pre-trained weights.
+            settings: How it composes.
+            key: File of its private key, made if it is not there; None: ``FEDCOMPO_SIGNING_KEY``,
+                else ``key.pem`` in the registry.
 
         Raises:
             RegistryError: If something is at ``path`` already.
@@ -52,7 +65,7 @@ class Registry(RegistryReader):
             raise RegistryError(f"{path} holds something already; name a new folder.")
         try:
             with completed(path) as draft:
-                write_new(draft, backbone, settings)
+                write_new(draft, backbone, settings, key)
         except OSError as error:
             raise RegistryError(f"No registry could be made at {path}: {error}.") from error
         return cls(path)
@@ -96,7 +109,13 @@ class Registry(RegistryReader):
         changes.add(self, sources, replacing=replacing, empty=empty, requested_by=requested_by)
 
     def remove(
-        self, client: str, *, requested_by: str = "", reason: str = "", keep_versions: bool = False
+        self,
+        client: str,
+        *,
+        requested_by: str = "",
+        reason: str = "",
+        keep_versions: bool = False,
+        signer: Signer | None = None,
     ) -> RemovalRecord:
         """Remove a client: its files, its term of the sum, its rows of the head.
 
@@ -105,16 +124,24 @@ class Registry(RegistryReader):
             requested_by: Person or client who asks for it; for the record.
             reason: Why; for the record.
             keep_versions: Keep the composition until now, and earlier ones that contain the client.
+            signer: The registry's private key; None: where
+                :func:`~fedcompo.registry.signing.place_of_key` finds it.
 
         Returns:
             The signed record, which also lies in ``removals/``.
 
         Raises:
+            ConfigError: If the private key is not there, or is another's; nothing changes.
             ContributionError: If there is no such client.
             RegistryLocked: If another process keeps changing the registry.
         """
         return changes.remove(
-            self, client, requested_by=requested_by, reason=reason, keep_versions=keep_versions
+            self,
+            client,
+            requested_by=requested_by,
+            reason=reason,
+            keep_versions=keep_versions,
+            signer=signer,
         )
 
     def realign(

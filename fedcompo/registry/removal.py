@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedcompo.errors import FileFormatError
 from fedcompo.method.lineage import Lineage
-from fedcompo.registry import signing
+from fedcompo.registry.envelope import Envelope, opened, statement_of
 from fedcompo.registry.journal import Entry
+from fedcompo.registry.signing import Signer
 from fedcompo.storage.files import canonical, tuples
 
 CONTENT = "removal-record"
 REMOVALS = "removals"
+PREDICATE = "https://fedcompo.org/removal/v1"
+"""What kind of statement a record is."""
+REVEALS = (
+    "Whoever has the models of before and after this removal can subtract them, and gets the "
+    "removed task vector."
+)
+LIMITS = (
+    "The digests of removed_content find the same numbers only. They do not find a task vector "
+    "that was changed by a bit or scaled, merged into another's before it was sent, or stored as "
+    "another kind, which rounds otherwise; nor statistics that were changed; nor copies outside "
+    "the registry."
+)
 
 
 @dataclass(frozen=True)
@@ -135,8 +147,16 @@ class RemovalRecord:
     """Whether the sum was taken anew over the survivors, because this machine rounds otherwise."""
     influence: Influence
     fedcompo_version: str
+    removed_content: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the task vector and of the statistics, which hold no name of a client or a class;
+    empty: an earlier version wrote the record, in a format of its own."""
+    reveals: str = REVEALS
+    limits: str = LIMITS
+    """What the digests cannot find."""
     signature: str = ""
     """Ed25519 over everything else, hexadecimal."""
+    keyid: str = ""
+    """Fingerprint of the key, as the record claims it."""
     factor_before: float | None = None
     r""":math:`\lambda'`, the factor on the sum of task vectors; None: the registry's format fixes
     the scale, and the record's is 1. Otherwise it is 2."""
@@ -153,7 +173,7 @@ class RemovalRecord:
 
     @property
     def format_version(self) -> int:
-        """Version of the record's format."""
+        """Version of the registry's files, and of the records that were written then."""
         return 1 if self.factor_before is None else 2
 
     @property
@@ -163,40 +183,43 @@ class RemovalRecord:
 
     @property
     def text(self) -> str:
-        """The record as a file."""
-        values = self._values()
-        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        return f"{text}\n"
+        """The record as a file: an in-toto statement in a DSSE envelope."""
+        if not self.removed_content:
+            values, options = self._old_values(), {"indent": 2, "ensure_ascii": False}
+            return f"{json.dumps(values, sort_keys=True, allow_nan=False, **options)}\n"
+        signed = replace(self._envelope, signatures=((self.keyid, bytes.fromhex(self.signature)),))
+        return signed.data.decode()
 
     @property
     def signed_bytes(self) -> bytes:
         """Bytes that the signature covers."""
-        values = self._values()
-        del values["signature"]
-        return canonical(values).encode()
+        if not self.removed_content:
+            values = self._old_values()
+            del values["signature"]
+            return canonical(values).encode()
+        return self._envelope.signed_bytes
 
-    def signed(self, private: Path) -> RemovalRecord:
+    def signed(self, signer: Signer) -> RemovalRecord:
         """Return the record with its signature."""
-        return replace(self, signature=signing.sign(self.signed_bytes, private))
+        signature = signer.sign(self.signed_bytes).hex()
+        return replace(self, signature=signature, keyid=signer.fingerprint)
 
     @classmethod
     def parse(cls, data: bytes, *, source: str) -> RemovalRecord:
         """Rebuild a record from :attr:`text`.
 
         Raises:
-            FileFormatError: If it is not exactly what this fedcompo writes.
+            FileFormatError: If it is not exactly what this fedcompo, or an earlier one, writes.
         """
         try:
             values = json.loads(data.decode())
-            content, version = values.pop("content"), values.pop("format_version")
-            statement = values.pop("lineage")
+            given = _old_given(values) if "content" in values else _given(data, source)
+            statement = given.pop("lineage")
             names = {
                 k: tuple(statement[k]) for k in ("fisher", "statistics", "ensemble", "indirect")
             }
-            record = cls(**tuples(values), influence=Influence(**names))
-            intact = content == CONTENT and version == record.format_version
-            intact = intact and isinstance(record.signature, str)
-            intact = intact and record.text.encode() == data
+            record = cls(**tuples(given), influence=Influence(**names))
+            intact = isinstance(record.signature, str) and record.text.encode() == data
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileFormatError(
                 f"{source} is no removal record ({type(error).__name__}: {error}). "
@@ -208,24 +231,45 @@ class RemovalRecord:
             )
         return record
 
+    @property
+    def _envelope(self) -> Envelope:
+        """The statement, about the files that the removal left, without a signature."""
+        subject = self.composition_after or {"root": self.root_after}
+        statement = statement_of(PREDICATE, subject, self._values())
+        return Envelope(canonical(statement).encode(), ())
+
     def _values(self) -> dict[str, Any]:
         values = asdict(self)
-        del values["influence"]
+        del values["influence"], values["signature"], values["keyid"]
+        lineage = {
+            **asdict(self.influence),
+            "composition_exact": True,
+            "influence_exact": self.influence.exact,
+            "to_retrain": self.influence.to_retrain,
+        }
+        return {**values, "lineage": lineage}
+
+    def _old_values(self) -> dict[str, Any]:
+        """Values as earlier versions wrote them; nothing writes them any more."""
+        values = self._values()
+        del values["removed_content"], values["reveals"], values["limits"]
         if self.format_version == 1:
             del values["factor_before"], values["factor_after"], values["factor_by"]
         if self.caps is None:
             del values["caps"]
         if not self.rule:
             del values["rule"]
-        statement = {
-            **asdict(self.influence),
-            "composition_exact": True,
-            "influence_exact": self.influence.exact,
-            "to_retrain": self.influence.to_retrain,
-        }
-        return {
-            "content": CONTENT,
-            "format_version": self.format_version,
-            **values,
-            "lineage": statement,
-        }
+        about = {"content": CONTENT, "format_version": self.format_version}
+        return {**about, **values, "signature": self.signature}
+
+
+def _given(data: bytes, source: str) -> dict[str, Any]:
+    """Return what a record's file says."""
+    envelope = opened(data, source=source)
+    (keyid, signature), *_ = envelope.signatures
+    return {**envelope.statement["predicate"], "keyid": keyid, "signature": signature.hex()}
+
+
+def _old_given(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the same of one that an earlier version wrote."""
+    return {name: values[name] for name in values.keys() - {"content", "format_version"}}

@@ -1,44 +1,146 @@
-"""Ed25519 signatures of removal records; the cryptography is that of the ``cryptography`` package.
+"""Ed25519 signatures in a registry's name; the arithmetic is the ``cryptography`` package's.
 
-The registry keeps the private key, readable by its owner alone. Who holds only the public key can
-check a record, but not make one.
+The private key lies in the registry, or outside of it, perhaps encrypted. Who holds only the public
+key can check a signature, but not make one. A key is known by its *fingerprint*: the SHA-256 of the
+public key's DER form (SubjectPublicKeyInfo), as ``openssl pkey -pubin -outform DER`` writes it.
 """
 
 from __future__ import annotations
 
+import getpass
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedcompo.errors import FileFormatError
-from fedcompo.storage.files import UNREADABLE, private_pem, write_private, write_synced
+from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.storage.files import UNREADABLE, private_pem, write_private
+
+PRIVATE, PUBLIC = "key.pem", "public.pem"
+"""Files of a registry."""
+KEY, PASSWORD = "FEDCOMPO_SIGNING_KEY", "FEDCOMPO_SIGNING_PASSWORD"
+"""Variables of the environment: the file of the private key, and its password."""
 
 
-def create_key(private: Path, public: Path) -> None:
-    """Make a key pair and write both halves as PEM; the files must not exist yet."""
-    key = Ed25519PrivateKey.generate()
-    write_private(private, private_pem(key))
-    write_synced(public, _public_pem(key.public_key()), mode="xb")
+@dataclass(frozen=True)
+class Signer:
+    """A private key that signs in a registry's name."""
+
+    key: Ed25519PrivateKey
+
+    def sign(self, message: bytes) -> bytes:
+        """Sign a message; returns 64 bytes."""
+        return self.key.sign(message)
+
+    @cached_property
+    def public_pem(self) -> bytes:
+        """The public key, PEM."""
+        return self.key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """The key's fingerprint, 64 hexadecimal digits."""
+        return fingerprint_of(self.public_pem)
 
 
-def sign(message: bytes, private: Path) -> str:
-    """Sign a message; returns 64 bytes in hexadecimal.
+def place_of_key(registry: Path, key: Path | None = None) -> Path:
+    """Where a registry's private key lies: as named, as the environment says, or in the registry.
+
+    Args:
+        registry: Folder of the registry.
+        key: File of the key; None: ``FEDCOMPO_SIGNING_KEY``, else the registry's own.
+    """
+    return key or Path(os.environ.get(KEY) or registry / PRIVATE)
+
+
+def signer_for(registry: Path, key: Path | None = None) -> Signer:
+    """Open the private key of a registry; see :func:`place_of_key` for where it lies.
+
+    Raises:
+        ConfigError: If there is no key, it is another's, or its password is missing.
+        FileFormatError: If the key cannot be read, or the password is wrong.
+    """
+    place = place_of_key(registry, key)
+    if not place.exists():
+        raise ConfigError(
+            f"There is no signing key at {place}, and this change of {registry} must be signed. "
+            f"Name the registry's private key by `--signing-key FILE` or {KEY}."
+        )
+    signer, own = read_signer(place), fingerprint_of((registry / PUBLIC).read_bytes())
+    if signer.fingerprint != own:
+        raise ConfigError(
+            f"{place} is not the signing key of {registry}: it has the fingerprint "
+            f"{signer.fingerprint}, expected {own}. Name the key that belongs to {PUBLIC}."
+        )
+    return signer
+
+
+def new_signer(registry: Path, key: Path | None = None) -> Signer:
+    """Open the key that a new registry shall have, or make it, where :func:`place_of_key` says.
+
+    It is encrypted if ``FEDCOMPO_SIGNING_PASSWORD`` is set. One in the registry must not exist yet.
+    """
+    place = place_of_key(registry, key)
+    return read_signer(place) if place.exists() else create_key(place)
+
+
+def create_key(place: Path) -> Signer:
+    """Make a key and write it as PEM, for its owner alone; the file must not exist yet."""
+    signer = Signer(Ed25519PrivateKey.generate())
+    write_private(place, private_pem(signer.key, os.environ.get(PASSWORD, "")))
+    return signer
+
+
+def read_signer(place: Path) -> Signer:
+    """Read a private key; an encrypted one's password comes from the environment, or is asked for.
+
+    Raises:
+        ConfigError: If it is encrypted, and there is neither password nor terminal.
+        FileFormatError: If it cannot be read.
+    """
+    try:
+        data = place.read_bytes()
+        password = _password(place).encode() if _is_encrypted(data) else None
+        key = serialization.load_pem_private_key(data, password)
+    except UNREADABLE as error:
+        raise FileFormatError(
+            f"The private key {place} cannot be read: {error}. If it is encrypted, check the "
+            f"password ({PASSWORD})."
+        ) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise FileFormatError(f"{place} holds a {type(key).__name__}, expected an Ed25519 key.")
+    return Signer(key)
+
+
+def check_pair(private: Path, public: Path) -> None:
+    """Refuse keys that do not belong together, or are not written as this fedcompo writes them.
+
+    Raises:
+        ConfigError: If the private key is encrypted, and its password not known.
+        FileFormatError: Naming the file.
+    """
+    signer, known = read_signer(private), public.read_bytes()
+    if private.read_bytes() != private_pem(signer.key) and not _is_encrypted(private.read_bytes()):
+        raise FileFormatError(f"The private key {private} was altered.")
+    if signer.public_pem != known:
+        raise FileFormatError(f"The keys {private} and {public} do not belong together.")
+
+
+def is_signed(message: bytes, signature: str, public_pem: bytes) -> bool:
+    """Whether a signature, in hexadecimal, is that of the message under this public key.
 
     Raises:
         FileFormatError: If the key cannot be read.
     """
-    return _read_private(private).sign(message).hex()
-
-
-def is_signed(message: bytes, signature: str, public: Path) -> bool:
-    """Whether the signature is that of the message under this public key.
-
-    Raises:
-        FileFormatError: If the key cannot be read.
-    """
-    key = _read_public(public)
+    key = _public(public_pem)
     try:
         value = bytes.fromhex(signature)
         key.verify(value, message)
@@ -47,42 +149,34 @@ def is_signed(message: bytes, signature: str, public: Path) -> bool:
     return value.hex() == signature  # capitals and spaces are read as the same bytes
 
 
-def check_pair(private: Path, public: Path) -> None:
-    """Refuse keys that do not belong together, or are not written as :func:`create_key` does.
+def fingerprint_of(public_pem: bytes) -> str:
+    """Fingerprint of a public key, 64 hexadecimal digits.
 
     Raises:
-        FileFormatError: Naming the file.
+        FileFormatError: If it is no Ed25519 key.
     """
-    key, known = _read_private(private), _read_public(public)
-    if private.read_bytes() != private_pem(key):
-        raise FileFormatError(f"The private key {private} was altered.")
-    if public.read_bytes() != _public_pem(known):
-        raise FileFormatError(f"The public key {public} was altered.")
-    if _public_pem(key.public_key()) != _public_pem(known):
-        raise FileFormatError(f"The keys {private} and {public} do not belong together.")
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    der = _public(public_pem).public_bytes(serialization.Encoding.DER, form)
+    return hashlib.sha256(der).hexdigest()
 
 
-def _read_private(path: Path) -> Ed25519PrivateKey:
+def _public(pem: bytes) -> Ed25519PublicKey:
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        key = serialization.load_pem_public_key(pem)
     except UNREADABLE as error:
-        raise FileFormatError(f"The private key {path} cannot be read: {error}.") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise FileFormatError(f"{path} holds a {type(key).__name__}, expected an Ed25519 key.")
-    return key
-
-
-def _read_public(path: Path) -> Ed25519PublicKey:
-    try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-    except UNREADABLE as error:
-        raise FileFormatError(f"The public key {path} cannot be read: {error}.") from error
+        raise FileFormatError(f"The public key cannot be read: {error}.") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise FileFormatError(f"{path} holds a {type(key).__name__}, expected an Ed25519 key.")
+        raise FileFormatError(f"There is a {type(key).__name__}, expected an Ed25519 key.")
     return key
 
 
-def _public_pem(key: Ed25519PublicKey) -> bytes:
-    return key.public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+def _is_encrypted(pem: bytes) -> bool:
+    return b"ENCRYPTED" in pem
+
+
+def _password(place: Path) -> str:
+    if password := os.environ.get(PASSWORD):
+        return password
+    if not sys.stdin.isatty():
+        raise ConfigError(f"The private key {place} is encrypted. Set {PASSWORD}.")
+    return getpass.getpass(f"Password of {place}: ")

@@ -38,7 +38,7 @@ FORMATS = {Statistics.MIXTURES: 1, Statistics.SUMS: 2}
 """Version of the files, by what members describe their features by."""
 CHOSEN = "factor", "factor_by", "shrinkage"
 """Values of a state that follow from the settings where members are described by mixtures."""
-ABOUT, PRIVATE, PUBLIC = "registry.json", "key.pem", "public.pem"
+ABOUT, PRIVATE, PUBLIC = "registry.json", signing.PRIVATE, signing.PUBLIC
 
 
 @dataclass(frozen=True)
@@ -248,8 +248,17 @@ def member_from(values: Mapping[str, Any]) -> Member:
     return Member(**{**tuples(values), "lineage": Lineage.parse(values["lineage"])})
 
 
-def write_new(folder: Path, backbone: Backbone, settings: CompositionSettings) -> None:
-    """Write the files of a registry without members."""
+def write_new(
+    folder: Path, backbone: Backbone, settings: CompositionSettings, key: Path | None = None
+) -> None:
+    """Write the files of a registry without members.
+
+    Args:
+        folder: Where to.
+        backbone: The pre-trained weights.
+        settings: How it composes.
+        key: File of its private key, which is made if it is not there; None: the registry's own.
+    """
     save_backbone(folder / BACKBONE, backbone)
     about = {
         "content": "registry",
@@ -261,7 +270,7 @@ def write_new(folder: Path, backbone: Backbone, settings: CompositionSettings) -
         "settings": settings.values,
     }
     write_atomically(folder / ABOUT, f"{json.dumps(about, indent=2)}\n".encode())
-    signing.create_key(folder / PRIVATE, folder / PUBLIC)
+    write_atomically(folder / PUBLIC, signing.new_signer(folder, key).public_pem)
     fixed = {name: file_sha256(folder / name) for name in (ABOUT, BACKBONE, PUBLIC)}
     details = {"identity": about["identity"], "base": backbone.fingerprint, "fixed": fixed}
     (entry,) = journal.follow(None, [("created", details)])

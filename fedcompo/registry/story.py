@@ -73,7 +73,8 @@ def _receipt(registry: RegistryReader, entry: Entry) -> Values:
     told |= {"reason": "", "to_retrain": []}
     try:
         record = RemovalRecord.parse(path.read_bytes(), source=str(path))
-        if not is_signed(record.signed_bytes, record.signature, registry.path / PUBLIC):
+        public = (registry.path / PUBLIC).read_bytes()
+        if not is_signed(record.signed_bytes, record.signature, public):
             told["fault"] = "it is not signed by the registry's key"
         elif file_sha256(path) != said["record_sha256"]:
             told["fault"] = "it is not the one that the journal tells of"

@@ -7,13 +7,15 @@ followed, the running sum and the composed weights are computed anew from the co
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry import journal, signing
+from fedcompo.registry.comebacks import Comebacks
 from fedcompo.registry.history import end_of_change, line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.owners import OWNERS
@@ -27,10 +29,13 @@ from fedcompo.registry.rederivation import (
     totals_again,
 )
 from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.removed import content_of
 from fedcompo.registry.state import PRIVATE, PUBLIC, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
 from fedcompo.report.progress import step
 from fedcompo.storage.tensorstream import file_sha256
+
+NOTHING_BACK = "nothing that was removed came back under another name"
 
 
 def verify_registry(path: Path) -> list[Finding]:
@@ -52,6 +57,7 @@ def verify_registry(path: Path) -> list[Finding]:
     findings += _check_files(registry)
     findings += _check_records(registry, entries)
     findings += _check_strangers(registry, entries)
+    findings += _guarded(NOTHING_BACK, partial(_nothing_back, entries=entries), registry)
     if all(finding.holds for finding in findings) and registry.clients:
         step("composing again from all members")
         findings += _guarded("the composition is that of the members", recomposed, registry)
@@ -151,28 +157,43 @@ def signature_finding(path: Path, public: Path) -> Finding:
     claim = f"{path.name} is signed by the registry's key"
     try:
         record = RemovalRecord.parse(path.read_bytes(), source=str(path))
-        signed = signing.is_signed(record.signed_bytes, record.signature, public)
+        signed = signing.is_signed(record.signed_bytes, record.signature, public.read_bytes())
     except (FileFormatError, OSError) as error:
-        return Finding(claim, False, str(error))
+        return Finding(claim, False, f"with {public}: {error}")
     return Finding.of(claim, signed, f"the signature is not that of {public}")
 
 
 def _check_strangers(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:
     """Find files that the state does not name; check where the link ``model`` leads."""
+    claim, link = "there is no file that the registry does not know", registry.path / MODEL
+    unknown = [str(path.relative_to(registry.path)) for path in strangers(registry, entries)]
+    yield Finding(claim, not unknown, ", ".join(unknown))
+    target = str(link.readlink()) if link.is_symlink() else ""
+    yield compared("the link `model` leads to the composition", target, registry.state.version)
+
+
+def strangers(registry: RegistryReader, entries: Iterable[Entry]) -> list[Path]:
+    """List the files in a registry's folder that it does not know."""
     state, root = registry.state, registry.path
     known = {root / name for name in (STATE, JOURNAL, LOCK, PRIVATE, OWNERS, *state.places)}
     known |= {root / e.details["record"] for e in entries if "record" in e.details}
-    link = root / MODEL
-    known |= {link} if link.is_symlink() else set()
-    strangers = sorted(
-        str(path.relative_to(root))
+    known |= {root / MODEL} if (root / MODEL).is_symlink() else set()
+    return [
+        path
         for path in all_but_folders(root)
         if path not in known and PENDING not in path.relative_to(root).parts[:1]
-    )
-    claim = "there is no file that the registry does not know"
-    yield Finding(claim, not strangers, ", ".join(strangers))
-    target = str(link.readlink()) if link.is_symlink() else ""
-    yield compared("the link `model` leads to the composition", target, state.version)
+    ]
+
+
+def _nothing_back(registry: RegistryReader, entries: Sequence[Entry]) -> Finding:
+    """Check that no task vector and no statistics of a removal came back as another client's."""
+    comebacks, back = Comebacks(registry, entries), list[str]()
+    for entry in entries:
+        if entry.event == "removed":
+            client, content = entry.details["client"], content_of(entry.details)
+            found = comebacks.findings(client, entry.sequence, content)
+            back += [f"of {client}, {f.detail}" for f in found if f.holds is False]
+    return Finding.of(NOTHING_BACK, not back, "; ".join(back))
 
 
 def _file_finding(claim: str, path: Path, digest: str) -> Finding:

@@ -7,7 +7,6 @@ compared with its SHA-256 before it takes its place.
 from __future__ import annotations
 
 import queue
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -57,10 +56,7 @@ class Receipt:
         from fedcompo.registry.signing import is_signed
 
         record = RemovalRecord.parse(self.record, source="The receipt")
-        with tempfile.TemporaryDirectory(prefix="fedcompo-") as folder:
-            public = Path(folder) / "public.pem"
-            public.write_bytes(self.public_key)
-            signed = is_signed(record.signed_bytes, record.signature, public)
+        signed = is_signed(record.signed_bytes, record.signature, self.public_key)
         if record.client != client or not signed:
             raise ServiceError(
                 f"The server's receipt is of {record.client!r} and {'' if signed else 'not '}"

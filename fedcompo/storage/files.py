@@ -118,11 +118,12 @@ def write_private(path: Path, data: bytes) -> None:
         sync(file)
 
 
-def private_pem(key: PrivateKeyTypes) -> bytes:
-    """A private key as PEM, without a password."""
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def private_pem(key: PrivateKeyTypes, password: str = "") -> bytes:
+    """A private key as PEM, PKCS8; encrypted if there is a password."""
+    how: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password:
+        how = serialization.BestAvailableEncryption(password.encode())
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how)
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from fedcompo.registry import journal
 from fedcompo.registry.journal import START, Entry
 from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.signing import read_signer
 from fedcompo.registry.state import PRIVATE, State
 from fedcompo.registry.transaction import JOURNAL, STATE
 from fedcompo.storage.tensorstream import file_sha256
@@ -39,7 +40,7 @@ def rewrite_record(root: Path, path: Path, **changes: Any) -> RemovalRecord:
     """Change what a record says, sign it again, and let the journal know this record only."""
     record = RemovalRecord.parse(path.read_bytes(), source=str(path))
     line = record.sequence
-    record = replace(record, **changes).signed(root / PRIVATE)
+    record = replace(record, **changes).signed(read_signer(root / PRIVATE))
     path.write_bytes(record.text.encode())
     rewrite_line(root, line, lambda details: {**details, "record_sha256": file_sha256(path)})
     return record

@@ -22,6 +22,7 @@ from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.rederivation import Finding
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import Influence, RemovalRecord
+from fedcompo.registry.signing import read_signer
 from fedcompo.registry.state import PRIVATE, PUBLIC
 from fedcompo.registry.verification import verify_registry
 from fedcompo.storage.files import CONFIG, CONTENT, SUM, TOTALS, WEIGHTS
@@ -158,7 +159,7 @@ def test_a_lie_about_a_composition_is_found(root: Path, moment: str, name: str) 
     "changes", [{"time": "1999"}, {"requested_by": "eve"}, {"reason": ""}, {"fedcompo_version": ""}]
 )
 def test_what_cannot_be_derived_is_held_by_the_journal(root: Path, changes: Any) -> None:
-    record = replace(parsed(record_of(root)), **changes).signed(root / PRIVATE)
+    record = replace(parsed(record_of(root)), **changes).signed(read_signer(root / PRIVATE))
     record_of(root).write_bytes(record.text.encode())
     assert failing(root) == [TOLD]
 
@@ -166,7 +167,7 @@ def test_what_cannot_be_derived_is_held_by_the_journal(root: Path, changes: Any)
 def test_a_record_that_names_another_line_or_client_is_found(root: Path) -> None:
     honest = parsed(record_of(root))
     for changes in ({"sequence": 2}, {"sequence": 4}, {"sequence": 1}, {"client": "ada"}):
-        record = replace(honest, **changes).signed(root / PRIVATE)
+        record = replace(honest, **changes).signed(read_signer(root / PRIVATE))
         record_of(root).write_bytes(record.text.encode())
         assert f"line {record.sequence} of the journal tells of this record" in failing(root)
 
@@ -176,7 +177,9 @@ def test_a_line_within_a_replacement_has_no_record(tmp_path: Path) -> None:
     registry.add(member("ben", seed=8, classes=("owl",)), replacing=True)  # lines 3 and 4
     record = registry.remove("ben")
     path = tmp_path / "000003-ben.json"
-    path.write_bytes(replace(record, sequence=3).signed(registry.path / PRIVATE).text.encode())
+    path.write_bytes(
+        replace(record, sequence=3).signed(read_signer(registry.path / PRIVATE)).text.encode()
+    )
     claims = {f.claim: f.holds for f in verify_record(path, registry=registry)}
     assert claims[TOLD] is False
 
@@ -276,7 +279,7 @@ def test_the_last_client_that_leaves_leaves_nothing_composed(tmp_path: Path) -> 
 def test_the_public_key_alone_proves_the_signature(removed: Path, tmp_path: Path) -> None:
     path = record_of(removed)
     assert one(verify_record(path, public_key=removed / PUBLIC)) == Finding(SIGNED, True)
-    signing.create_key(tmp_path / "private", tmp_path / "public")
+    (tmp_path / "public").write_bytes(signing.create_key(tmp_path / "private").public_pem)
     finding = one(verify_record(path, public_key=tmp_path / "public"))
     assert finding.holds is False
     assert finding.detail == f"the signature is not that of {tmp_path / 'public'}"

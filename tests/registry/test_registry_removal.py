@@ -54,7 +54,9 @@ def test_the_record_says_what_happened_and_is_signed(registry):
     record = registry.remove("ben", requested_by="Dr. B", reason="§ 17")
     path = registry.path / last(registry).details["record"]
     assert RemovalRecord.parse(path.read_bytes(), source="x") == record
-    assert is_signed(record.signed_bytes, record.signature, registry.path / "public.pem")
+    assert is_signed(
+        record.signed_bytes, record.signature, (registry.path / "public.pem").read_bytes()
+    )
     assert last(registry).details["record_sha256"] == file_sha256(path)
     assert (record.registry, record.sequence) == (registry.identity, registry.state.sequence)
     assert (record.requested_by, record.reason) == ("Dr. B", "§ 17")

@@ -87,7 +87,7 @@ def test_whoever_a_path_leads_to_is_to_be_retrained_and_nobody_else(lineages):
 
 @pytest.fixture
 def keys(tmp_path):
-    signing.create_key(tmp_path / "key.pem", tmp_path / "public.pem")
+    (tmp_path / "public.pem").write_bytes(signing.create_key(tmp_path / "key.pem").public_pem)
     return tmp_path / "key.pem", tmp_path / "public.pem"
 
 
@@ -125,23 +125,25 @@ def holds(data: bytes, public: Path) -> bool:
         record = RemovalRecord.parse(data, source="a letter")
     except FileFormatError:
         return False
-    return signing.is_signed(record.signed_bytes, record.signature, public)
+    return signing.is_signed(record.signed_bytes, record.signature, public.read_bytes())
 
 
 def test_a_signed_record_survives_its_text(keys):
-    record = unsigned().signed(keys[0])
+    record = unsigned().signed(signing.read_signer(keys[0]))
     assert RemovalRecord.parse(record.text.encode(), source="x") == record
     assert holds(record.text.encode(), keys[1])
 
 
 def test_an_unsigned_record_and_one_signed_by_others_do_not_hold(keys, tmp_path):
     assert not holds(unsigned().text.encode(), keys[1])
-    signing.create_key(tmp_path / "forger.pem", tmp_path / "forged.pem")
-    assert not holds(unsigned().signed(tmp_path / "forger.pem").text.encode(), keys[1])
+    (tmp_path / "forged.pem").write_bytes(signing.create_key(tmp_path / "forger.pem").public_pem)
+    assert not holds(
+        unsigned().signed(signing.read_signer(tmp_path / "forger.pem")).text.encode(), keys[1]
+    )
 
 
 def test_every_changed_bit_is_refused(keys):
-    data = unsigned().signed(keys[0]).text.encode()
+    data = unsigned().signed(signing.read_signer(keys[0])).text.encode()
     for position in range(len(data)):
         for bit in range(8):
             changed = bytearray(data)
@@ -154,7 +156,7 @@ STRANGE = (None, [], {}, ["a"], {"a": 1}, 3, 1.5, "t", True, math.nan, 10**30, [
 
 @pytest.mark.parametrize("value", STRANGE, ids=repr)
 def test_values_of_another_type_are_refused(keys, value):
-    values = json.loads(unsigned().signed(keys[0]).text)
+    values = json.loads(unsigned().signed(signing.read_signer(keys[0])).text)
     for key in values:
         changed = values | {key: value}
         text = json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -162,7 +164,7 @@ def test_values_of_another_type_are_refused(keys, value):
 
 
 def test_added_dropped_and_rewritten_text_is_refused(keys):
-    data = unsigned().signed(keys[0]).text
+    data = unsigned().signed(signing.read_signer(keys[0])).text
     values = json.loads(data)
     others = [
         data + "\n",
@@ -195,7 +197,7 @@ def test_added_dropped_and_rewritten_text_is_refused(keys):
     ids=lambda change: next(iter(change)),
 )
 def test_every_statement_is_signed(change, keys):
-    record = unsigned().signed(keys[0])
+    record = unsigned().signed(signing.read_signer(keys[0]))
     assert not holds(replace(record, **change).text.encode(), keys[1])
 
 

@@ -268,7 +268,7 @@ def test_a_journal_without_the_line_of_a_member_is_found(tmp_path: Path) -> None
 
 
 def test_a_record_signed_with_another_key_is_found(copy: Path, tmp_path: Path) -> None:
-    signing.create_key(tmp_path / "private", tmp_path / "public")
+    (tmp_path / "public").write_bytes(signing.create_key(tmp_path / "private").public_pem)
     keys = {PRIVATE: tmp_path / "private", PUBLIC: tmp_path / "public"}
     own = {name: (copy / name).read_bytes() for name in keys}
     (copy / PRIVATE).write_bytes(keys[PRIVATE].read_bytes())

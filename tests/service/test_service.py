@@ -137,7 +137,7 @@ def test_who_leaves_gets_a_signed_receipt_and_gets_it_again(
     assert registry.state.root == registry_of(tmp_path / "never", ADA, CHO).state.root
     assert (record.client, record.reason) == ("ben", "moved away")
     assert receipt.public_key == (registry.path / PUBLIC).read_bytes()
-    assert is_signed(record.signed_bytes, record.signature, registry.path / PUBLIC)
+    assert is_signed(record.signed_bytes, record.signature, (registry.path / PUBLIC).read_bytes())
     assert [entry.event for entry in registry.entries()].count("removed") == 1
     assert intact(registry)
 

@@ -1,0 +1,119 @@
+"""Refuses what was removed and comes back under another name.
+
+It is known by digests that hold no name of a client or a class: of a task vector's values on the
+grid of the running sum, and of the numbers of statistics. A client may bring back its own, under
+its name or another of its members'. What digests cannot find stands in
+:data:`~fedcompo.registry.removal.LIMITS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedcompo.data.tasks import client_of
+from fedcompo.errors import ContributionError
+from fedcompo.method.contribution import AnyStatistics, Contribution
+from fedcompo.method.statistics import FeatureSums
+from fedcompo.registry import journal
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.transaction import JOURNAL
+from fedcompo.storage.tensorfile import tensor_digest
+
+VECTOR, STATISTICS, OLD_STATISTICS = "task_vector", "statistics", "statistics_and_names"
+"""Parts of a contribution that have a digest. The last one is that of earlier versions: it covers
+head and names too, so it finds less."""
+
+
+def statistics_digest(statistics: AnyStatistics) -> str:
+    """SHA-256 of statistics, whatever their classes are called and however they are ordered."""
+    if isinstance(statistics, FeatureSums):
+        rows = torch.cat([statistics.counts.unsqueeze(1), statistics.sums], dim=1)
+        classes, rest = [row.numpy().tobytes() for row in rows], statistics.second
+    else:
+        classes = [_of_mixture(vars(own)).encode() for own in statistics.values()]
+        rest = torch.empty(0)
+    return hashlib.sha256(b"".join([*sorted(classes), rest.numpy().tobytes()])).hexdigest()
+
+
+def _of_mixture(parts: Mapping[str, Any]) -> str:
+    tensors = {n: v if isinstance(v, Tensor) else torch.tensor(v) for n, v in parts.items()}
+    return tensor_digest(tensors)
+
+
+def numbers_of(own: Contribution) -> str:
+    """What the journal keeps of a contribution's statistics when it is removed.
+
+    Empty if they are made of a classifier alone: two honest clients may share them.
+    """
+    return "" if own.without_images else statistics_digest(own.statistics)
+
+
+def content_of(details: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of what a line of the journal removed, by part; those that are known."""
+    content = {VECTOR: details["rounded_sha256"]}
+    if "numbers_sha256" in details:
+        content[STATISTICS] = details["numbers_sha256"]
+    else:
+        content[OLD_STATISTICS] = details["statistics_sha256"]
+    return {part: digest for part, digest in content.items() if digest}
+
+
+# -- the door -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a registry knows as removed."""
+
+    registry: RegistryReader | None = None
+    """None: there is none, so nothing was removed."""
+    leaving: tuple[Mapping[str, Any], ...] = ()
+    """Details of removals by the change that is under way."""
+
+    def refuse(self, client: str, what: str, *digests: str) -> None:
+        """Refuse a newcomer's content that was removed under the name of another client.
+
+        Args:
+            client: The newcomer.
+            what: Its content, for the error.
+            digests: Of this content.
+
+        Raises:
+            ContributionError: Names whose it is, and what to do.
+        """
+        if self.registry is None:
+            return
+        path, state = self.registry.path / JOURNAL, self.registry.state
+        known = _removals(path, state.sequence, state.journal_sha256)
+        known = [*known, *((own["client"], content_of(own)) for own in self.leaving)]
+        owners = [name for name, own in known if not {*digests}.isdisjoint(own.values())]
+        if not owners or client_of(client) in map(client_of, owners) or self._had(client, digests):
+            return
+        raise ContributionError(
+            f"Client {client!r} brings, number for number, the {what} of {owners[-1]!r}, which the "
+            f"registry has removed. Add it as {owners[-1]!r}, who may come back, or train "
+            f"{client!r} on images of its own."
+        )
+
+    def _had(self, client: str, digests: Sequence[str]) -> bool:
+        """Whether a member has these statistics already: of the same images, all along."""
+        registry = self.registry
+        if registry is None or client not in registry.clients:
+            return False
+        own = statistics_digest(registry.contribution(client).statistics)
+        return own in digests or registry.member(client).statistics_sha256 in digests
+
+
+@lru_cache(maxsize=4)
+def _removals(path: Path, sequence: int, sha256: str) -> Sequence[tuple[str, dict[str, str]]]:
+    """Read who was removed with what, once for each state of the journal."""
+    entries = journal.read(path, upto=sequence)
+    return [(e.details["client"], content_of(e.details)) for e in entries if e.event == "removed"]
