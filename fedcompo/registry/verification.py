@@ -28,6 +28,7 @@ from fedcompo.registry.rederivation import (
     recomposed,
     totals_again,
 )
+from fedcompo.registry.releases import RELEASED, members_named
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.removed import content_of
 from fedcompo.registry.state import PRIVATE, PUBLIC, State
@@ -101,6 +102,9 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
     fixed = entries[0].details.get("fixed")
     claim = "the fixed files are those of the journal's first line"
     yield compared(claim, dict(state.fixed), fixed)
+    for line in (entry for entry in entries if entry.event == RELEASED):
+        claim = f"line {line.sequence} names the members of the version that was released"
+        yield compared(claim, line.details["clients"], members_named(entries[: line.sequence - 1]))
     for folder, kept in state.kept.items():
         yield _kept_finding(folder, kept, state, entries)
 
