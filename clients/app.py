@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from clients import averaging, composed, gate
 from clients.loading import known_name
 from clients.local import LocalClient
+from fedcompo.data.tasks import shard_name
 from fedcompo.messages.answers import Answer, Process
 from fedcompo.messages.body import Body
 from fedcompo.messages.records import from_record, to_record
@@ -28,6 +29,7 @@ from fedcompo.messages.requests import (
     VoteRequest,
     preprocessing_of,
     registered_name,
+    shard_in,
 )
 from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
 
@@ -59,15 +61,27 @@ WORK: dict[str, Work] = {
 def _answer(message: Message, context: Context, work: Work) -> Message:
     """Do the work, and let through the gate what may leave."""
     run_config, node_config = context.run_config, context.node_config
+    name = known_name(run_config, node_config)
+    fault, body, shard = None, None, None
+    try:
+        body = from_record(message.content, expected=REQUEST, source="the server")
+        shard = shard_in(body)
+    except Exception as error:  # raised below, where errors leave
+        fault = error
 
     def answer() -> Answer:
-        body = from_record(message.content, expected=REQUEST, source="the server")
+        if body is None or fault:
+            raise fault
         client = LocalClient.from_node(
-            run_config, node_config, registered_name(body), preprocessing_of(body)
+            run_config,
+            node_config,
+            registered_name(body),
+            preprocessing_of(body),
+            shard=shard,
         )
         return work(client, body)
 
-    name = known_name(run_config, node_config)
+    name = name and shard_name(name, shard)
     phase = message.metadata.message_type.rpartition(".")[2]
     return Message(gate.answer_of(lambda: answered(answer), name, phase), reply_to=message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,26 @@ from fedcompo.backbone.backbone import load_backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.config.data import DataConfig
 from fedcompo.config.run import RunConfig
-from fedcompo.data.client_data import ClientData, client_names, load_client_data, load_folder
+from fedcompo.data.client_data import ClientData, client_names, client_share, folder_share
+from fedcompo.data.shards import dealt
+from fedcompo.data.tasks import check_whole
 from fedcompo.errors import DataError, FedcompoError
+from fedcompo.names import check_client_name
 
 load_shared_backbone = lru_cache(maxsize=1)(load_backbone)
 """Loads the backbone once for all phases and clients of this process."""
 simulated_names = lru_cache(maxsize=1)(client_names)
 """Names the clients of a source once: with a thousand folders, each look takes a while."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What is to be known to deal a client's images to shards."""
+
+    folder: Path
+    """Of the map from sample to shard."""
+    needed: int
+    """Images of each class that a shard needs."""
 
 
 @lru_cache(maxsize=2)
@@ -30,6 +44,7 @@ def load_images(
     partition: int,
     cache: Path,
     client: str = "",
+    shards: Shards | None = None,
 ) -> ClientData:
     """Load the images of one client once for all phases; raises ``DataError``.
 
@@ -37,21 +52,22 @@ def load_images(
     owns the rows of the client. Without one, it owns this part of the source; a negative part is
     none. Images of files are kept in the folder ``cache``, for the later phases.
     """
+    cap = config.images_per_class
     if own:
-        return load_folder(
-            own,
-            preprocessing,
-            seed=seed,
-            images_per_class=config.images_per_class,
-            client=client,
-            cache=cache,
-        )
-    if partition < 0:
+        share = folder_share(own, seed=seed, images_per_class=cap, client=client)
+    elif partition < 0:
         raise DataError.public(
             "This node says neither where its images are nor which part of `data` it owns. "
             'Start it with --node-config \'client="name" data="/path/of/its/images"\'.'
         )
-    return load_client_data(config, preprocessing, partition=partition, seed=seed, cache=cache)
+    else:
+        share = client_share(config, partition=partition, seed=seed)
+    if shards is None:
+        return share.read(preprocessing, cache=cache)
+    count, name = config.shards, check_whole(check_client_name(client or share.name))
+    file = shards.folder / f"{name}.shards-{count}.csv"
+    share, dealing = dealt(share, count, seed=seed, cap=cap, needed=shards.needed, file=file)
+    return replace(share.read(preprocessing, cache=cache), shards=dealing)
 
 
 def known_name(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> str:

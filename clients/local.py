@@ -15,8 +15,8 @@ from typing import Any
 
 from clients import outgoing
 from clients.course import course_of
-from clients.loading import load_images, load_shared_backbone
-from clients.store import Store, completed, images_home, store_home
+from clients.loading import Shards, load_images, load_shared_backbone
+from clients.store import Store, completed, images_home, maps_home, store_home
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.tangent import feature_map
@@ -25,6 +25,9 @@ from fedcompo.config.choices import Curvature, HeadStart, Kind, Statistics, kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData, Split, set_aside
 from fedcompo.data.enough import check_enough
+from fedcompo.data.shards import needed_for
+from fedcompo.data.tasks import shard_name
+from fedcompo.errors import ConfigError
 from fedcompo.messages.answers import (
     DescribeAnswer,
     FisherAnswer,
@@ -76,8 +79,9 @@ class LocalClient:
         registered_name: str = "",
         preprocessing: Preprocessing | None = None,
         backbone: Backbone | None = None,
+        shard: int | None = None,
     ) -> LocalClient:
-        """Build the client of one node.
+        """Build the client of one node, or one of its shards.
 
         Args:
             run_config: Flat settings of the run.
@@ -88,6 +92,7 @@ class LocalClient:
             registered_name: Name under which the server knows the node; wins over ``client``.
             preprocessing: How the server wants images prepared; None: as the backbone says.
             backbone: The shared one, where it is in memory; None: that of the settings.
+            shard: Its number; None: the settings have but one.
 
         Raises:
             FedcompoError: If settings, backbone or data cannot be used.
@@ -104,22 +109,33 @@ class LocalClient:
             curvature=config.fisher.curvature,
             start=config.train.head_start,
         )
+        count = config.data.shards
+        if (shard is None) != (count == 1) or not 0 <= (shard or 0) < count:
+            raise ConfigError.public(
+                f"The server asks for shard {shard!r}, and `shards` is {count}. Use the same "
+                "fedcompo version everywhere."
+            )
         if backbone is None:
             backbone = load_shared_backbone(config.backbone, pick_device(config.device))
         if preprocessing is not None:
             preprocessing = preprocessing.instead_of(backbone.preprocessing)
             backbone = replace(backbone, preprocessing=preprocessing)
         name = registered_name or str(node_config.get("client", ""))
+        state = str(node_config.get("state", ""))
+        needed = needed_for(config.caps.min_images, aside=config.train.aside)
         data = load_images(
             config.data,
             backbone.preprocessing,
             config.seed,
             str(node_config.get("data", "")),
             int(node_config.get("partition-id", -1)),
-            images_home(str(node_config.get("state", "")), keep=config.keep_cache),
+            images_home(state, keep=config.keep_cache),
             name,
+            None if shard is None else Shards(maps_home(state), needed),
         )
-        name, labels = check_client_name(name or data.name), data.train.labels
+        data = data if shard is None else data.shard(shard)
+        name = check_client_name(shard_name(name or data.name, shard))
+        labels = data.train.labels
         check_enough(data.classes, labels, len(data.test.labels), client=name, config=config)
         return cls(
             name,
@@ -127,7 +143,7 @@ class LocalClient:
             backbone,
             data,
             kinds_of(config.train.kind)[0] if "kind" in own else None,
-            store_home(str(node_config.get("state", ""))),
+            store_home(state),
         )
 
     def describe(self, request: DescribeRequest) -> DescribeAnswer:

@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedcompo.data.cache import cache_home
+from fedcompo.engine.run_folder import LOGS
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.requests import TrainRequest
 from fedcompo.storage import tensorfile
@@ -38,6 +39,15 @@ def store_home(stated: str = "") -> Path:
 def images_home(stated: str, *, keep: bool) -> Path:
     """Folder of decoded images: beside the stores, or where they outlast the run (`keep-cache`)."""
     return cache_home() if keep and not stated else store_home(stated) / "images"
+
+
+def maps_home(stated: str) -> Path:
+    """Folder of the maps from sample to shard: the node's own; a simulation's is that of its logs.
+
+    See :mod:`fedcompo.data.shards`.
+    """
+    simulated = os.environ.get(LOGS, "")
+    return Path(simulated) if simulated and not stated else store_home(stated) / "shards"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fedcompo.config.choices import Action, Method, Schedule
 from fedcompo.config.run import RunConfig
 from fedcompo.config.scenario import without_paths
 from fedcompo.config.setting import names_of
+from fedcompo.data.tasks import one_of_each
 from fedcompo.engine.log import SERVER
 from fedcompo.engine.run_folder import (
     EVENTS,
@@ -150,7 +151,7 @@ def _train(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[st
     backbone = replace(loaded, preprocessing=seen)
     working = Working.open(output, config, registry)
     # Members count: a single newcomer can join them.
-    least = max(1, config.server.min_clients - len(working.members))
+    least = max(1, config.server.min_clients - len(one_of_each(working.members)))
     exchange = new_exchange(grid, books, config, seen, least=least, answers=working.answers)
     if seen != loaded.preprocessing:
         books.note(
@@ -212,7 +213,7 @@ def new_exchange(
     answers: KeptAnswers | None = None,
 ) -> Exchange:
     """Begin the conversation with the clients of a run, which fails with fewer than the least."""
-    nodes, timeout = Nodes(grid), config.server.timeout
+    nodes, timeout = Nodes(grid, config.data.shards), config.server.timeout
     in_flight = config.server.in_flight or getattr(grid, "in_flight", 0)
     return Exchange(books, nodes, timeout, least, in_flight, answers, preprocessing)
 

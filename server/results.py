@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedcompo.data.tasks import shard_of
 from fedcompo.messages.answers import EvaluateAnswer
 from fedcompo.report.confusion import by_class, interval, interval_of_mean
 from fedcompo.runtime import version
@@ -119,7 +120,8 @@ def _of_client(strategy: Strategy, client: str) -> dict[str, Any]:
     described = strategy.roster.participants.described.get(client)
     answer = composing.answers.get(client)
     tested = answer.num_examples if answer and answer.num_examples else None
-    tested = tested or (described.num_test_examples if described else None)
+    if not tested and described and shard_of(client) is None:
+        tested = described.num_test_examples  # of shards, that of the one that measured
     reported = fitting.figures.get(client, {}) | composing.figures.get(client, {})
     contribution = strategy.registry.contribution(client)
     index = composing.diagnostics.clients.index(client)

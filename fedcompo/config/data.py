@@ -9,6 +9,8 @@ from fedcompo.errors import ConfigError
 
 CLASSES, IID, DIRICHLET, COLUMN = "classes", "iid", "dirichlet", "column"
 """Values of ``partition``, or how they begin."""
+MOST_SHARDS = 1000
+"""Of one client: each is a member, with a request and an answer in every phase."""
 
 
 def _is_partition(value: str) -> bool:
@@ -60,6 +62,13 @@ class DataConfig:
     num_classes: int = setting(0, "Keep this many classes, drawn by seed; 0: all.", NOT_NEGATIVE)
     images_per_class: int = setting(
         0, "Keep at most this many training images a class; 0: all.", NOT_NEGATIVE
+    )
+
+    shards: int = setting(
+        1,
+        "Parts of each client's training images, each a member <client>.shard-<number> with a task "
+        "vector of its own, which can leave alone; 1: the client is one member.",
+        (lambda value: 1 <= value <= MOST_SHARDS, f"must be from 1 to {MOST_SHARDS}"),
     )
 
     def __post_init__(self) -> None:

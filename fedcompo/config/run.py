@@ -34,6 +34,7 @@ from fedcompo.config.data import DataConfig
 from fedcompo.config.presets import LATER, from_older, without_preset
 from fedcompo.config.server import ComposeConfig, RegistryConfig, ServerConfig
 from fedcompo.config.setting import FRACTION, NOT_NEGATIVE, POSITIVE, Scalar, check_all, setting
+from fedcompo.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ class MethodConfig:
     proximal_mu: float = setting(
         0.01, "fedprox: pull of a client's weights to the round's average.", NOT_NEGATIVE
     )
+
+    def check_shards(self, shards: int) -> None:
+        """Raise ``ConfigError`` if clients have shards, but cannot train them in this way."""
+        averages = self.method in (Method.FEDAVG, Method.FEDPROX)
+        way = f"`method` = {self.method}" if averages else f"`schedule` = {self.schedule}"
+        if shards > 1 and (averages or self.schedule is Schedule.SEQUENTIAL):
+            raise ConfigError(
+                f"`shards` is {shards}, but {way} trains clients as a whole: set `shards` to 1, or "
+                "train by ita or iel in parallel."
+            )
 
 
 @dataclass(frozen=True)
@@ -242,6 +253,7 @@ class RunConfig:
             for section, kind in SECTIONS.items()
         }
         config = cls(**sections, **parsed)
+        config.method.check_shards(config.data.shards)
         if config.compose.fixed_scale is None:
             return config
         return replace(config, train=replace(config.train, aside=0.0))  # there is nothing to choose

@@ -14,7 +14,7 @@ with a single row of bytes.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,14 @@ class ClientData:
     """Images to test on, at least one; grouped by class."""
     facts: Facts = field(default_factory=dict)
     """What whoever reads the results should know of the images."""
+    shards: Tensor | None = None
+    """(count,), int64, the shard of each training image; None: they are not dealt to shards."""
+
+    def shard(self, number: int) -> ClientData:
+        """Return what one shard trains on; the test images are the client's, as are the facts."""
+        assert self.shards is not None
+        facts = {} if number else self.facts
+        return replace(self, train=self.train.part(self.shards == number), facts=facts)
 
 
 @dataclass(frozen=True)

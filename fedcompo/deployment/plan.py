@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fedcompo.data.tasks import check_whole
 from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.names import address, check_client_name, check_distinct
 from fedcompo.service.certificates import check_host
@@ -54,7 +55,7 @@ class Deployment:
         if not self.clients:
             raise ConfigError("A deployment needs a client. Name one, such as --clients a,b,c.")
         for position, name in enumerate(self.clients):
-            check_client_name(name)
+            check_whole(check_client_name(name))
             if not PLAIN.fullmatch(name):
                 raise ConfigError(
                     f"{name!r} cannot name a service: use the letters a to z, digits, hyphens, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,8 @@ from fedcompo.data.checks import check_examples
 from fedcompo.data.client_data import Share, client_names, client_share, drawn_aside, folder_share
 from fedcompo.data.decoding import check_modality, refuse
 from fedcompo.data.enough import check_enough
+from fedcompo.data.shards import dealt, needed_for
+from fedcompo.data.tasks import check_whole
 from fedcompo.engine.estimate import Amount, Estimate, estimate, measure
 from fedcompo.engine.simulation import count_clients
 from fedcompo.errors import DataError, FedcompoError
@@ -148,7 +151,7 @@ def look(
         step("measuring a step of training")
         with nullcontext() if own else one_thread():
             measured = measure(backbone, config)
-        amounts *= max(1, len(shares) // len(amounts))  # the rest owns as much
+        amounts *= max(1, config.data.shards * len(shares) // len(amounts))  # the rest owns as much
         classes = len({name for known in found.clients.values() for name in known["classes"]})
         found.estimate = estimate(
             backbone, config, measured, amounts, classes=classes, at_once=at_once, starts=starts
@@ -188,7 +191,7 @@ def _client(
     found: Preflight,
 ) -> list[Amount]:
     """Look at one client; returns what it owns."""
-    name, catalogue = check_client_name(share.name), share.catalogue
+    name, catalogue = check_whole(check_client_name(share.name)), share.catalogue
     seen = backbone.preprocessing if backbone else None
     if seen and own and seen.modality != catalogue.modality and config.backbone == BackboneConfig():
         found.notes.append(
@@ -210,9 +213,18 @@ def _client(
         **asdict(checked),
         "faults": [checked.faults[index] for index in sorted(checked.faults)],
     }
-    aside = drawn_aside(share.labels, share=config.train.aside, seed=config.seed, client=name)
-    rate = checked.read / checked.seconds if checked.read else math.inf
-    return [Amount(train, int(aside.sum()), test, len(share.classes), rate)]
+    aside = int(
+        drawn_aside(share.labels, share=config.train.aside, seed=config.seed, client=name).sum()
+    )
+    rate, shards = checked.read / checked.seconds if checked.read else math.inf, config.data.shards
+    if shards > 1:
+        needed = needed_for(config.caps.min_images, aside=config.train.aside)
+        cap = config.data.images_per_class
+        with tempfile.TemporaryDirectory() as folder, found.faulting():
+            file = Path(folder) / "map.csv"
+            dealt(share, shards, seed=config.seed, cap=cap, needed=needed, file=file)
+    amount = Amount(train // shards, aside // shards, test, len(share.classes), rate)
+    return [amount] * shards
 
 
 def _compare(estimate: Estimate, output: Path, at_once: int, found: Preflight) -> None:

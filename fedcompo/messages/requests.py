@@ -27,7 +27,10 @@ ROUND = "server-round"
 
 
 def addressed(
-    request: Body, registered_name: str, preprocessing: Preprocessing | None = None
+    request: Body,
+    registered_name: str,
+    preprocessing: Preprocessing | None = None,
+    shard: int | None = None,
 ) -> Body:
     """A request as it travels.
 
@@ -35,12 +38,27 @@ def addressed(
         request: The request.
         registered_name: The name that the server knows the node by, or "".
         preprocessing: How clients prepare their examples; None: as their own backbone says.
+        shard: Which of the node's shards it is for; None: the node has none.
     """
     tensors, manifest = request
     about: dict[str, Any] = {"content": REQUEST, "registered_name": registered_name}
     if preprocessing is not None:
         about["preprocessing"] = asdict(preprocessing)
+    if shard is not None:
+        about["shard"] = shard
     return tensors, about | manifest
+
+
+def shard_in(request: Body) -> int | None:
+    """Which of the node's shards a request is for; None: the node has none.
+
+    Raises:
+        FileFormatError: If it is no number.
+    """
+    shard = request[1].get("shard")
+    if shard is not None and (type(shard) is not int or shard < 0):
+        raise FileFormatError(f"The server asks for the shard {shard!r}, expected a number >= 0.")
+    return shard
 
 
 def registered_name(request: Body) -> str:

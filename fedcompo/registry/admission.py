@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedcompo.composition.fixed_point import Rounding, rounded
 from fedcompo.config.choices import Method, Statistics
+from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.errors import ContributionError, FileFormatError
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.ranges import beyond
@@ -125,6 +126,7 @@ def check_described(
     """
     owner = f"client {client!r}"
     check_distinct(check_client_name(client), company.members)
+    _check_part(client, company.members)
     if not 0 < len(classes) <= LIMITS.classes or list(classes) != sorted(set(classes)):
         raise ContributionError(
             f"{owner} names {len(classes)} classes, {list(classes[:5])} …; expected 1 to "
@@ -149,6 +151,18 @@ def check_described(
         )
     check_features(statistics, classes, company.num_features, kind, owner)
     company.removed.refuse(client, "statistics", statistics_digest(statistics))
+
+
+def _check_part(client: str, members: Iterable[str]) -> None:
+    """Refuse the shard of a client that is there whole, and the whole of one there in shards."""
+    own = whole_of(client)
+    check_distinct(own, map(whole_of, members))
+    for member in members:
+        if whole_of(member) == own and (shard_of(member) is None) != (shard_of(client) is None):
+            raise ContributionError(
+                f"{client!r} cannot be added beside {member!r}: images would count twice. Remove "
+                f"{member!r} first, or let the client take part as it did."
+            )
 
 
 def check_features(

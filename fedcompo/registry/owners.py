@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from fedcompo.data.tasks import whole_of
 from fedcompo.errors import ConfigError, ContributionError
 
 OWNERS = "owners.toml"
@@ -36,9 +37,12 @@ def owners_in(registry: Path) -> Owners:
 
 
 def check_owner(client: str, classes: Iterable[str], owners: Owners) -> None:
-    """Raise ``ContributionError`` if a client has a class that belongs to others alone."""
+    """Raise ``ContributionError`` if a client has a class that belongs to others alone.
+
+    What a client may have, its shards may.
+    """
     for name in classes:
-        if client not in owners.get(name, [client]):
+        if {client, whole_of(client)}.isdisjoint(owners.get(name, [client])):
             raise ContributionError(
                 f"Client {client!r} claims the class {name!r}, which {OWNERS} keeps for others. "
                 "Give the class another name, or ask the operator to add the client there."

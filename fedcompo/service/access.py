@@ -14,7 +14,8 @@ Compose           as the :class:`Audience` says   yes
 Remove            its own                         any
 ================  ==============================  ========
 
-"Its own" is the contribution that bears the name in the certificate. Nobody publishes in another's
+"Its own" is the contribution that bears the name in the certificate, or each shard of it,
+``<name>.shard-<number>``. No certificate bears the name of a shard. Nobody publishes in another's
 name, operators neither: what comes by mail they add at the registry itself.
 
 A model of one client alone is θ₀ plus that client's task vector, with a head fitted to its
@@ -36,6 +37,7 @@ import hashlib
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -46,6 +48,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from fedcompo.data.tasks import check_whole, whole_of
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.names import check_client_name
 from fedcompo.service.certificates import CLIENT, OPERATOR
@@ -115,7 +118,7 @@ class Audience(StrEnum):
 
 def require_owner(peer: Peer, client: str, what: str) -> None:
     """Raise ``Refused`` unless the contribution is the caller's own, or an operator calls."""
-    if peer.name != client and not peer.operator:
+    if peer.name != whole_of(client) and not peer.operator:
         raise Refused(
             Code.PERMISSION_DENIED,
             f"{peer.name} may {what} its own contribution alone, not that of {client!r}. "
@@ -125,7 +128,7 @@ def require_owner(peer: Peer, client: str, what: str) -> None:
 
 def require_named(peer: Peer, client: object) -> None:
     """Raise ``Refused`` unless a published contribution bears the caller's name."""
-    if client != peer.name:
+    if whole_of(str(client)) != peer.name:
         raise Refused(
             Code.PERMISSION_DENIED,
             f"The contribution is of client {str(client)[:80]!r}, but the certificate is of "
@@ -135,7 +138,7 @@ def require_named(peer: Peer, client: object) -> None:
 
 def require_audience(peer: Peer, audience: Audience, members: Iterable[str]) -> None:
     """Raise ``Refused`` unless the caller may compose."""
-    if peer.operator or (audience is Audience.MEMBERS and peer.name in members):
+    if peer.operator or (audience is Audience.MEMBERS and peer.name in map(whole_of, members)):
         return
     whom = "clients that are in it" if audience is Audience.MEMBERS else "operators"
     raise Refused(
@@ -149,10 +152,14 @@ def require_many(
 ) -> None:
     """Raise ``Refused`` unless a model for a member holds so many others at least, or none.
 
-    The caller can subtract its own task vector, so it does not count. With weights that it chose,
+    The caller can subtract its own task vector, so it does not count; others count once, whatever
+    the number of their shards. With weights that it chose,
     none of the others may have more than ``1 / least`` of theirs: a tiny weight hides nobody.
     """
-    others = [(weights or {}).get(c, 0.0 if weights else 1.0) for c in clients if c != peer.name]
+    by_client = Counter[str]()
+    for client in clients:
+        by_client[whole_of(client)] += (weights or {}).get(client, 0.0 if weights else 1.0)
+    others = [weight for client, weight in by_client.items() if client != peer.name]
     even = weights is None or max(others, default=0.0) * least <= sum(others) * (1 + 1e-6)
     if others and not peer.operator and (len(others) < least or not even):
         raise Refused(
@@ -221,7 +228,7 @@ def _read_certificate(pem: bytes) -> tuple[Peer, datetime.datetime, datetime.dat
                 f"It has {len(names)} common names and the organizational units {units}; expected "
                 f"one name, and one of {CLIENT!r} and {OPERATOR!r}."
             )
-        name = check_client_name(names[0])
+        name = check_whole(check_client_name(names[0]))
     except (ValueError, x509.InvalidVersion) as error:  # ContributionError is a ValueError
         raise Refused(
             Code.UNAUTHENTICATED, f"The certificate names nobody who could be a client. {error}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from fedcompo.data.tasks import whole_of
 from fedcompo.errors import ContributionError, RegistryError
 from fedcompo.registry.inspection import DAMAGED
 from fedcompo.registry.record_verification import verify_record
@@ -66,7 +67,7 @@ class Members:
                     registry.remove(client, requested_by=peer.signature, reason=request.reason)
                 except ContributionError:  # another process was faster
                     registry.refresh()
-        self.uploads.forget(client)
+        self.uploads.forget(whole_of(client))
         record = _last_record(registry, client)
         return wire.RemoveReply(record=record, public_key=_public_key(registry))
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import grpc
 
+from fedcompo.data.tasks import whole_of
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
@@ -60,11 +61,13 @@ class Publishing:
         peer = peer_of(context)
         offer, entries = self._offer(requests)
         registry = Registry(self.registry)
-        member = registry.state.members.get(peer.name)
-        if member and dict(member.files) == {entry.name: entry.sha256 for entry in entries}:
-            yield _published(peer, registry, already=True)  # an answer was lost on its way
-            return
-        if member and not offer.replace:
+        files = {entry.name: entry.sha256 for entry in entries}
+        members = registry.state.members
+        for own, member in members.items():
+            if whole_of(own) == peer.name and dict(member.files) == files:
+                yield _published(own, registry, already=True)  # an answer was lost on its way
+                return
+        if peer.name in members and not offer.replace:
             raise Refused(
                 Code.ALREADY_EXISTS,
                 f"{peer.name} is in the registry already, with other files. Replace them "
@@ -78,9 +81,9 @@ class Publishing:
             for request in requests:
                 incoming.write(_chunk(request))
             incoming.check()
-            self._add(peer, incoming, context, replacing=offer.replace)
+            client = self._add(peer, incoming, context, replacing=offer.replace)
         registry.refresh()
-        yield _published(peer, registry)
+        yield _published(client, registry)
 
     def _offer(self, requests: Iterator[Any]) -> tuple[Any, Sequence[FileEntry]]:
         first = next(requests, None)
@@ -94,12 +97,17 @@ class Publishing:
 
     def _add(
         self, peer: Peer, incoming: Incoming, context: grpc.ServicerContext, *, replacing: bool
-    ) -> None:
-        """Add an upload to the registry; one that can never be added is deleted."""
+    ) -> str:
+        """Add an upload to the registry; one that can never be added is deleted.
+
+        Returns:
+            The member's name.
+        """
         try:
             for name in incoming.entries.keys() - {CARD}:
                 self._check_tensors(incoming.folder / name)
-            require_named(peer, Contribution.open(incoming.folder, with_fisher=False).client)
+            client = Contribution.open(incoming.folder, with_fisher=False).client
+            require_named(peer, client)
             with self.writers.taken(peer, time_left(context, self.limits)):
                 if not context.is_active():
                     raise Refused(Code.ABORTED, "The call was broken off; nothing was changed.")
@@ -111,6 +119,7 @@ class Publishing:
                 incoming.discard()
             raise
         incoming.discard()
+        return client
 
     def _check_tensors(self, path: Path) -> None:
         """Refuse tensors that would fill the memory before their shapes are checked."""
@@ -207,8 +216,8 @@ def _chunk(request: Any) -> Any:
     return request.chunk
 
 
-def _published(peer: Peer, registry: Registry, *, already: bool = False) -> Any:
-    published = wire.Published(client=peer.name, already=already, root=registry.state.root)
+def _published(client: str, registry: Registry, *, already: bool = False) -> Any:
+    published = wire.Published(client=client, already=already, root=registry.state.root)
     return wire.PublishReply(published=published)
 
 

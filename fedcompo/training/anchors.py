@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fedcompo.config.choices import AnchorBy
+from fedcompo.data.tasks import whole_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.fisher import FisherDiagonal
 
@@ -65,10 +66,11 @@ class FisherSums:
         return self.total.mean() if with_own else self.beside(client)
 
     def beside(self, client: str) -> Weights | None:
-        """Return the mean over the examples of all other members; None if there are none."""
-        if self.members == (client,):
+        """Return the mean over the examples of all other clients; None if there are none."""
+        own = [member for member in self.members if whole_of(member) == whole_of(client)]
+        if len(own) == len(self.members):
             return None
-        return (self.total - self.load(client) if client in self.members else self.total).mean()
+        return functools.reduce(operator.sub, map(self.load, own), self.total).mean()
 
     def anchored(self, client: str, *, with_own: bool = False) -> bool:
         """Whether there are examples whose Fisher anchors a client."""
@@ -99,8 +101,12 @@ class FisherSums:
         )
 
     def others(self, client: str) -> tuple[str, ...]:
-        """Return the other clients whose Fisher anchors this one."""
+        """Return the members of other clients whose Fisher anchors this one; shards are no others.
+
+        So a shard that leaves has not shaped how the client's other shards trained.
+        """
         if self.by is not AnchorBy.OTHERS:
             return ()
-        others = tuple(member for member in self.members if member != client)
-        return others if len(others) >= self.fewest else ()
+        own = whole_of(client)
+        others = tuple(member for member in self.members if whole_of(member) != own)
+        return others if len({*map(whole_of, others)}) >= self.fewest else ()

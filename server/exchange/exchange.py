@@ -18,6 +18,7 @@ from flwr.app import Message
 from flwr.common.logger import log
 
 from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.data.tasks import whole_of
 from fedcompo.errors import FedcompoError, TooFewClients
 from fedcompo.messages.answers import Process
 from fedcompo.messages.body import Body
@@ -115,9 +116,10 @@ class Exchange:
     def require_clients(self, phase: str, usable: Collection[str] | None = None) -> None:
         """Raise ``TooFewClients``, with all who could not be used, if too few remain after a phase.
 
-        Usable are, unless they are named, all that are still in the run.
+        A client counts once, whatever the number of its shards. Usable are, unless they are named,
+        all that are still in the run.
         """
-        count = len(self.clients if usable is None else usable)
+        count = len({whole_of(c) for c in (self.clients if usable is None else usable)})
         if count >= self.min_clients:
             return
         missed = [m for m in self.books.missed if m.phase.partition(",")[0] == phase]
@@ -134,8 +136,8 @@ class Exchange:
         asked = "" if self.answers is None else question(request)
         if self._recalled(client, asking, asked):
             return
-        name = self.nodes.registered_name(client)
-        content = to_record(*addressed(request, name, self.preprocessing))
+        name, shard = self.nodes.node_name(client), self.nodes.shard(client)
+        content = to_record(*addressed(request, name, self.preprocessing, shard))
         node = self.nodes.ids[client]
         message = Message(content, node, asking.message_type, ttl=self.timeout)
         departed, sent = time.monotonic(), size_of(content)

@@ -1,4 +1,8 @@
-"""Nodes that are connected, and the client that each of them is."""
+"""Nodes that are connected, and the client that each of them is.
+
+Where clients have shards (:mod:`fedcompo.data.tasks`), a node is several clients, one for each
+shard. Each is asked, answers and can fail by itself.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedcompo.data.tasks import shard_name, shard_of
 from fedcompo.errors import TooFewClients
 
 SETTLED = 3.0
@@ -21,8 +26,10 @@ class Nodes:
     """Finds the clients of a run among the nodes of a grid."""
 
     grid: Grid
+    shards: int = 1
+    """Clients that each node is; 1: itself, whole."""
     ids: dict[str, int] = field(default_factory=dict)
-    """Flower's node id by client name; those left out are gone."""
+    """Flower's node id by client; those left out are gone."""
     registered: dict[int, str] = field(default_factory=dict)
     """Names under which the SuperLink knows nodes, by node id."""
     _seen: set[int] = field(default_factory=set)
@@ -33,9 +40,18 @@ class Nodes:
         """Names of the clients still in the run, sorted."""
         return tuple(sorted(self.ids))
 
-    def registered_name(self, client: str) -> str:
+    def node_name(self, client: str) -> str:
         """Name under which the SuperLink knows a client's node; empty if it knows none."""
         return self.registered.get(self.ids[client], "")
+
+    def registered_name(self, client: str) -> str:
+        """Name that a client must have, by that of its node; empty if that has none."""
+        name = self.node_name(client)
+        return name and shard_name(name, self.shard(client))
+
+    def shard(self, client: str) -> int | None:
+        """Number of a client's shard; None: it is whole. Provisional names say it too."""
+        return shard_of(client) if self.shards > 1 else None
 
     def rename(self, client: str, name: str) -> None:
         """Call a client by the name that it gave itself."""
@@ -104,7 +120,12 @@ class Nodes:
         """Give new nodes provisional names; returns these, sorted."""
         self._seen |= {node.node_id for node in nodes}
         self.registered |= {node.node_id: node.name for node in nodes if node.name}
-        new = {self._called(node.node_id): node.node_id for node in nodes}
+        numbers = range(self.shards) if self.shards > 1 else (None,)
+        new = {
+            shard_name(self._called(node.node_id), number): node.node_id
+            for node in nodes
+            for number in numbers
+        }
         self.ids |= new
         return tuple(sorted(new))
 

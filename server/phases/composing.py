@@ -14,6 +14,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.diagnostics import Diagnostics, diagnose
 from fedcompo.composition.models import times_of
 from fedcompo.config.run import RunConfig
+from fedcompo.data.tasks import one_of_each
 from fedcompo.messages.answers import EvaluateAnswer
 from fedcompo.messages.body import Body
 from fedcompo.messages.requests import EvaluateRequest
@@ -73,6 +74,8 @@ class Composing:
     ) -> None:
         """Let each client measure the composed model on its own test images.
 
+        Of a client with shards one of them measures, as all have the same test images.
+
         Args:
             phase: Its name.
             decisive: Whether it must succeed.
@@ -88,7 +91,8 @@ class Composing:
             linearised=self.registry.linearised,
             last=last or None,
         ).to_body()
-        asked = [client for client in self.exchange.clients if client in self.registry.clients]
+        there = [client for client in self.exchange.clients if client in self.registry.clients]
+        asked = one_of_each(there)
         self.exchange.ask(
             phase, "evaluate", lambda c: request, self._fold, decisive=False, clients=asked
         )

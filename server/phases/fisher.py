@@ -11,6 +11,7 @@ from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.settings import most_of
 from fedcompo.config.choices import AnchorBy, Curvature, HeadStart, Penalty
 from fedcompo.config.run import RunConfig
+from fedcompo.data.tasks import whole_of
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import FisherAnswer
 from fedcompo.messages.body import Body
@@ -118,14 +119,16 @@ class Fishers:
     def _note_few(self, members: Sequence[str]) -> None:
         """Note where a mean is of so few that it is one client's own, or is not used."""
         fewest = self.config.caps.min_others
-        if alone := [c for c in self.roster.parties if len({*members} - {c}) < fewest]:
+        clients = {*map(whole_of, members)}
+        if alone := [c for c in self.roster.parties if len(clients - {whole_of(c)}) < fewest]:
             self.exchange.books.note(
                 f"Fewer than {fewest} other clients (`min-others`) sent a Fisher: "
                 f"{', '.join(alone)} trained without an anchor."
             )
-        elif len(members) == 2:
+        elif len(clients) == 2:
+            both = " and ".join(sorted(clients))
             self.exchange.books.note(
-                f"Of two clients, the mean of the others is the other's: {' and '.join(members)} "
+                f"Of two clients, the mean of the others is the other's: {both} "
                 "were each given the other's own Fisher. Set `min-others` to 2 to give nobody that."
             )
 

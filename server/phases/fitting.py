@@ -27,6 +27,7 @@ from fedcompo.composition.totals import total_after
 from fedcompo.config.choices import HeadStart, Method, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import names_of
+from fedcompo.data.tasks import one_of_each
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import TrainAnswer
 from fedcompo.messages.body import Body
@@ -211,7 +212,7 @@ class Fitting:
         return TrainRequest(
             joint=self.aligned,
             kind=self.roster.participants.kinds[client],
-            frozen=True,  # the frozen backbone is measured with the joint head
+            frozen=client in one_of_each(self.roster.newcomers),  # with the joint head
             needs={ANCHOR: ""} if anchor else {},
             sent={ANCHOR: anchor} if anchor else {},
             others=self._others_of(client) if self.ensembled else None,

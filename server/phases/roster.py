@@ -11,6 +11,7 @@ from fedcompo.composition.head import joint_head
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Kind, Statistics, kinds_of
 from fedcompo.config.run import RunConfig
+from fedcompo.data.tasks import check_whole, members_of, shard_of, whole_of
 from fedcompo.errors import ContributionError
 from fedcompo.messages.answers import DescribeAnswer, FisherAnswer, IdentifyAnswer, Process
 from fedcompo.messages.body import Body
@@ -116,8 +117,9 @@ class Roster:
         who = self.participants
         came = ", ".join(sorted(who.names))
         for client in clients:
-            if client in who.names & {*self.exchange.clients}:
-                self.leave_out(client, "excluded by `exclude`")
+            if there := members_of(client, who.names & {*self.exchange.clients}):
+                for member in there:
+                    self.leave_out(member, "excluded by `exclude`")
             elif client not in who.ambiguous:
                 self.exchange.books.note(f"`exclude` names {client!r}, but only {came} came.")
         self.exchange.require_clients(PHASE)
@@ -142,6 +144,7 @@ class Roster:
                 f"{Kind.TANGENT}, which mixes with no other. Use a registry of its own."
             )
         self.participants = replace(who, members=members)
+        self._leave_out_otherwise_dealt(registry, config.data.shards)
         for client in sorted({*members} & who.described.keys()):
             classes, known = who.described[client].classes, registry.member(client).classes
             if classes != known:
@@ -149,6 +152,21 @@ class Roster:
                     client,
                     f"It has the classes {classes} now; in the registry it has {known}. "
                     "Train it anew with `replace = true`, or give it another name.",
+                )
+
+    def _leave_out_otherwise_dealt(self, registry: Registry, shards: int) -> None:
+        """Leave out who has another number of shards in the registry: images would count twice."""
+        there = {whole_of(member): member for member in registry.clients}
+        for client in sorted(self.participants.names & {*self.exchange.clients}):
+            member = there.get(whole_of(client), client)
+            if shards == 1 and shard_of(member) is None:
+                continue
+            settings = registry.card(member)["settings"] if member in registry.clients else {}
+            if settings and (dealt := RunConfig.stored(settings).data.shards) != shards:
+                self.leave_out(
+                    client,
+                    f"The registry has {whole_of(client)!r} with `shards` = {dealt}, and this run "
+                    f"sets {shards}. Set the same, or remove {whole_of(client)!r} first.",
                 )
 
     def take_turn(self, clients: tuple[str, ...], members: Iterable[str]) -> None:
@@ -264,6 +282,9 @@ class Roster:
             )
         if client in self.participants.names and name != client:
             raise ContributionError(f"Client {client!r} calls itself {name!r} now.")
+        shard = self.exchange.nodes.shard(client)
+        if check_whole(whole_of(name) if shard is not None else name) and shard_of(name) != shard:
+            raise ContributionError(f"It calls itself {name!r}, and was asked as shard {shard}.")
         if name != client:
             self._refuse_twins(client, name)
         self.exchange.books.note(check_versions(name, Process.from_body(body).versions))
@@ -276,18 +297,24 @@ class Roster:
         In a run that is under way, the one that took part stays. The other is asked again later: it
         may be the same client, back before its old node was found to be gone.
         """
-        reason = f"Two nodes call themselves {name!r}; give each node a name of its own."
-        if name in self.exchange.clients and self._late:
+        whole, ids = whole_of(name), self.exchange.nodes.ids
+        reason = f"Two nodes call themselves {whole!r}; give each node a name of its own."
+        own = [c for c in self.exchange.clients if ids[c] == ids[client]]
+        rivals = [c for c in self.exchange.clients if whole_of(c) == whole and c not in own]
+        if rivals and self._late:
             self.exchange.nodes.look_anew(client)
             raise ContributionError(reason)
-        if name in self.exchange.clients:
+        if rivals:
             who = self.participants
             self.participants = replace(
-                who, ambiguous=who.ambiguous | {name}, names=who.names - {name}
+                who, ambiguous=who.ambiguous | {whole}, names=who.names - {*rivals}
             )
-            self.leave_out(name, reason)
-        if name in self.participants.ambiguous:
+            for rival in rivals:
+                self.leave_out(rival, reason)
+        if whole in self.participants.ambiguous:
             raise ContributionError(reason)
+        if other := [c for c in self.participants.names & {*own} if whole_of(c) != whole]:
+            raise ContributionError(f"Its node calls itself {name!r}, and {other[0]!r} before.")
 
     def leave_out(self, name: str, reason: str) -> None:
         """Forget a client whose answer was folded in, and leave it out of the run."""

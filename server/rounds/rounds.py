@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedcompo.data.tasks import one_of_each
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages.answers import LacksAnswer, TrainAnswer, read_trained
 from fedcompo.messages.body import Body
@@ -203,7 +204,8 @@ class Rounds:
         return TrainRequest(
             joint=fitting.aligned,
             kind=self.roster.participants.kinds[client],
-            frozen="losses" not in fitting.figures.get(client, {}),
+            frozen="losses" not in fitting.figures.get(client, {})
+            and client in one_of_each(self.roster.present),
             needs=needs,
             sent=sent,
             others=Others(

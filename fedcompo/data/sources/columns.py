@@ -19,6 +19,7 @@ SPELLINGS = {
     "label": "class class_name classname category target diagnosis y",
     "split": "set subset partition part",
     "client": "client_id site hospital centre center institution node",
+    "group": "patient patient_id person person_id subject subject_id case_id",
 }
 """Other names of columns, in upper or lower case; blanks and hyphens count as underscores."""
 CHOICE = re.compile(r"\w+=[^,#=]+(?:,\w+=[^,#=]+)*")

@@ -6,6 +6,7 @@ Its columns, by name or as :mod:`fedcompo.data.sources.columns` finds them::
     label    name of its class
     split    train, test or validation; all rows have it, or none has it and test images are drawn
     client   who owns the image; without this column, the classes are dealt to clients
+    group    images that belong together, such as a patient's; one shard has them all
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedcompo.data.sources.tables import Table, Where, read_table
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 
-NEEDED, OPTIONAL = ("path", "label"), ("split", "client")
+NEEDED, OPTIONAL, GROUP = ("path", "label"), ("split", "client"), "group"
 PRESENCE = {"0", "1", "0.0", "1.0", "-1", "-1.0", ""}
 """What a column of one finding's presence holds; -1: uncertain, empty: not told."""
 
@@ -42,7 +43,11 @@ def manifest_catalogue(path: Path, choices: Choices = ()) -> Catalogue:
     """
     source = str(path)
     table, where = read_table(path)
-    names = _columns(table, check_roles(choices, (*NEEDED, *OPTIONAL), source=source), source)
+    chosen = check_roles(choices, (*NEEDED, *OPTIONAL, GROUP), source=source)
+    names = _columns(table, chosen, source)
+    if GROUP in chosen:
+        column = pick(GROUP, (), chosen=chosen, columns=[*table], source=source)
+        table = {**table, GROUP: table[column]}
     cells, labels = table[names["path"]], table[names["label"]]
     files = [path.parent / cell.strip().replace("\\", "/") for cell in cells]
     clients = _clients(table.get(names["client"]), where, source)
