@@ -208,7 +208,7 @@ def test_subtraction_recovers_a_single_client_and_none_of_a_batch(monkeypatch, c
         for seed, (client, classes) in enumerate(CLASSES.items())
     ]
     registry_of(tmp_path / "registry", *leavers)
-    given = [str(tmp_path / "registry"), "--data", "digits", "--batches", "1", "2", "--rank", "2"]
+    given = [str(tmp_path / "registry"), "--data", "digits", "--batches", "1", "2"]
     rows = table_of(monkeypatch, capsys, "subtraction", *given)
     figures = {tuple(row[:2]): row[2:] for row in rows if len(row) == 7}
     assert float(figures["float32", "1"][0]) > 0.999 > 0.9 > float(figures["float32", "2"][0])

@@ -31,7 +31,9 @@ def release(
     ] = None,
     signing_key: Annotated[
         Path | None,
-        typer.Option(help="The registry's private key; default: $FEDCOMPO_SIGNING_KEY, or its own."),
+        typer.Option(
+            help="The registry's private key; default: $FEDCOMPO_SIGNING_KEY, or its own."
+        ),
     ] = None,
     as_json: common.JsonOption = False,
     verbose: common.VerboseOption = False,

@@ -60,7 +60,7 @@ def release(
 
     Raises:
         RegistryError: If it is too early, or a client would be laid bare; says whom.
-        ConfigError: If the policy cannot be read, the folder is in use, or ``reveal`` names another.
+        ConfigError: If the policy cannot be read, the folder is taken, or ``reveal`` names another.
         ContributionError: If nobody is in the registry.
     """
     signer = signer_for(registry.path, key)

@@ -47,7 +47,7 @@ def summary(registry: RegistryReader) -> Values:
 
 
 def _last_release(registry: RegistryReader, entries: Sequence[Entry]) -> Values | None:
-    """Describe the last release, and of which clients something changed since; None: there is none."""
+    """Describe the last release, and whose contributions changed since; None: there is none."""
     if not (past := releases_in(entries, registry.settings)):
         return None
     changed = changed_since(past[-1], version_after(entries, registry.settings))

@@ -68,14 +68,13 @@ def main() -> None:
     parser.add_argument("registries", nargs="+", type=Path, help="of LoRAs; they stay as they are")
     parser.add_argument("--data", help="images; default: those that the clients were trained on")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRAs")
     given = parser.parse_args()
     torch.set_num_threads(1)
     found: Figures = defaultdict(list)
     for path in given.registries:
         own: Figures = defaultdict(list)
         with torch.no_grad():
-            Attack(Registry(path), given.data, given.rank, own).run(given.batches)
+            Attack(Registry(path), given.data, own).run(given.batches)
         for key, values in own.items():
             found[key].append(statistics.fmean(values))
     for table, columns in TABLES.items():
@@ -94,12 +93,14 @@ def shown(values: Sequence[float]) -> str:
 class Attack:
     """All figures of one registry."""
 
-    def __init__(self, registry: Registry, data: str | None, rank: int, figures: Figures) -> None:
-        self.registry, self.rank, self.figures = registry, rank, figures
+    def __init__(self, registry: Registry, data: str | None, figures: Figures) -> None:
+        self.registry, self.figures = registry, figures
         self.backbone, self.head = registry.backbone.load(), registry.joint_head()
         self.composed = registry.theta_p()
         self.theta_0 = {name: self.backbone.theta_0[name] for name in self.composed}
         self.clients = clients_of(registry, self.backbone, data)
+        factors = registry.contribution(registry.clients[0]).task_vector.tensors
+        self.ranks = {name: len(factors[f"{name}/A"]) for name in self.theta_0}
 
     def run(self, batches: Sequence[int]) -> None:
         for place, own in enumerate(self.clients):
@@ -129,13 +130,13 @@ class Attack:
         self, name: str, before: Weights, after: Weights, tau: Weights, size: int
     ) -> Weights:
         """Estimate the removed task vectors' sum, compare it with one of them, and return it."""
-        factor, ranks = self.registry.factor, self.rank * size
+        factor, ranks = self.registry.factor, {n: size * r for n, r in self.ranks.items()}
         change = {n: (before[n] - start) / factor for n, start in self.theta_0.items()}
         later = {n: (after[n] - start) / factor for n, start in self.theta_0.items()}
         raw = {n: change[n] - later[n] / LATER for n in change}
-        best = {n: cut(value, ranks) for n, value in raw.items()}
+        best = {n: cut(value, ranks[n]) for n, value in raw.items()}
         ratio = fitted(change, later, ranks)
-        blind = {n: cut(change[n] - ratio * later[n], ranks) for n in change}
+        blind = {n: cut(change[n] - ratio * later[n], ranks[n]) for n in change}
         values: dict[str, Any] = {"cosine": cosine(raw, tau), "error": error(raw, tau)}
         values |= {"cosine, cut": cosine(best, tau), "error, cut": error(best, tau)}
         values |= {"cosine, factors fitted": cosine(blind, tau)}
@@ -146,9 +147,9 @@ class Attack:
         self, name: str, size: str, tau: Weights, head: Head, around: Sequence[Client]
     ) -> None:
         """Note what a task vector tells of the first client's images, beside others' images."""
-        own, other = around[:2]
+        own, other = around[0], around[-1]
         theta = {n: start + tau[n] for n, start in self.theta_0.items()}
-        subspaces = {n: leading(value, self.rank) for n, value in tau.items()}
+        subspaces = {n: leading(value, self.ranks[n]) for n, value in tau.items()}
         moments = dict(zip(TABLES["images"], (*own.seen, other.seen[0]), strict=False))
         values = {column: energy(subspaces, seen) for column, seen in moments.items()}
         auc = membership(self.backbone, theta, head, own)
@@ -156,7 +157,7 @@ class Attack:
 
     def from_head(self, name: str, before: Weights, head: Head, around: Sequence[Client]) -> None:
         """Note how well rows of the head give class means, W = S⁻¹ μ, by others' covariance S."""
-        own, other, *_ = around
+        own, other = around[0], around[-1]
         public = [labelled(self.backbone, before, client.test) for client in around[1:]]
         means = torch.cat([features for _, features in public])
         spread = torch.cat([residues for residues, _ in public])
@@ -168,7 +169,9 @@ class Attack:
         against = nn.functional.normalize(guessed - middle)
         cosines = [against @ nn.functional.normalize(some - middle).T for some in (true, control)]
         values = float(cosines[0].diagonal().mean()), float(cosines[1].mean())
-        self.note("class means", name, "any", **dict(zip(TABLES["class means"], values, strict=True)))
+        self.note(
+            "class means", name, "any", **dict(zip(TABLES["class means"], values, strict=True))
+        )
 
 
 def clients_of(registry: Registry, backbone: Backbone, data: str | None) -> list[Client]:
@@ -188,7 +191,7 @@ def clients_of(registry: Registry, backbone: Backbone, data: str | None) -> list
 
 
 def inputs(backbone: Backbone, split: Split) -> Moments:
-    """Σ x xᵀ over tokens x with a 1 behind, of the inputs of each target weight, (in + 1, in + 1)."""
+    """Σ x xᵀ of the inputs x of each target weight with a 1 behind, (in + 1, in + 1)."""
     sums: Moments = {}
 
     def keep(name: str, inputs: Tensor) -> None:
@@ -259,16 +262,18 @@ def cut(matrix: Tensor, rank: int) -> Tensor:
     return matrix @ rows.T @ rows
 
 
-def fitted(change: Weights, later: Weights, rank: int) -> float:
+def fitted(change: Weights, later: Weights, ranks: Mapping[str, int]) -> float:
     """Ratio of the factors: that at which a difference is nearest to the rank of who left."""
     name = min(change, key=lambda n: (change[n].numel(), n))
 
     def rest(logarithm: float) -> float:
         values = torch.linalg.svdvals(change[name] - 2.0**logarithm * later[name]).square()
-        return float(values[rank:].sum() / values.sum())
+        return float(values[ranks[name] :].sum() / values.sum())
 
     start = min((step / 10 for step in range(-20, 21)), key=rest)
-    return float(2.0 ** minimize_scalar(rest, bounds=(start - 0.1, start + 0.1), method="bounded").x)
+    return float(
+        2.0 ** minimize_scalar(rest, bounds=(start - 0.1, start + 0.1), method="bounded").x
+    )
 
 
 def flat(weights: Weights) -> Tensor:
