@@ -18,15 +18,12 @@ from fedcompo.registry.envelope import sealed, statement_of
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.releases import (
     RELEASED,
-    check_due,
-    check_revealed,
+    check_release,
     members_named,
-    parse_every,
     releases_in,
     version_after,
 )
 from fedcompo.registry.signing import signer_for
-from fedcompo.report.progress import step
 from fedcompo.storage.files import WEIGHTS, write_synced
 
 STATEMENT = "release.json"
@@ -64,36 +61,27 @@ def release(
         ContributionError: If nobody is in the registry.
     """
     signer = signer_for(registry.path, key)
-    if every:
-        parse_every(every)
     with drafted(registry, "releasing a version") as draft:
         past = releases_in(draft.entries, registry.settings)
-        now, names = version_after(draft.entries, registry.settings), members_named(draft.entries)
-        same = [earlier for earlier in past if earlier.version == now]
-        selection, policy = from_registry(registry), past[-1].every if past else ""
-        new_policy = every not in ("", policy)
-        if not same:
-            check_revealed(past, now, reveal)
-        if past and (new_policy or not same):
-            check_due(past[-1], now, every)
-        outcome: dict[str, Any] = {}
+        policy = every or (past[-1].every if past else "")
+        now = version_after(draft.entries, registry.settings)
+        noted = check_release(past, now, every=policy, reveal=reveal)
+        names, next_line = members_named(draft.entries), draft.next_sequence
+        about = {"registry": registry.identity, "root": registry.state.root}
+        about |= {"clients": names, "factor": registry.factor}
 
-        def note(folder: Path, written: Mapping[str, Any]) -> None:
+        def seal(folder: Path, written: Mapping[str, Any]) -> None:
             weights = written["sha256"]
-            known = [r.entry.sequence for r in same if r.weights == weights and not new_policy]
-            again = known[0] if known else 0
-            line = again or draft.next_sequence
-            about = {"registry": registry.identity, "line": line, "root": registry.state.root}
-            about |= {"clients": names, "factor": registry.factor}
-            data = sealed(statement_of(PREDICATE, {WEIGHTS: weights}, about), signer)
-            write_synced(folder / STATEMENT, data)
-            outcome.update(line=line, again=bool(again))
-            if again:
+            full = {**about, "line": noted.get(weights, next_line)}
+            statement = statement_of(PREDICATE, {WEIGHTS: weights}, full)
+            write_synced(folder / STATEMENT, sealed(statement, signer))
+            if weights in noted:
                 transaction.recover(registry.path)  # nothing was staged
                 return
-            details = {"clients": names, "weights_sha256": weights, "every": every or policy}
+            details = {"clients": names, "weights_sha256": weights, "every": policy}
             details |= {"revealed": sorted(reveal)} if reveal else {}
             draft.finish(draft.before, [(RELEASED, details)])
 
-        step("composing")
-        return {**publish(output, selection, sealing=note), **outcome}
+        written = publish(output, from_registry(registry), sealing=seal)
+        weights = written["sha256"]
+        return {**written, "line": noted.get(weights, next_line), "again": weights in noted}

@@ -90,13 +90,39 @@ def laid_bare(versions: Sequence[Version]) -> dict[str, int]:
     return {c: int(rank(table) - rank(table * (owners != c))) for c in sorted({*owners.tolist()})}
 
 
-def check_revealed(past: Sequence[Release], now: Version, reveal: Collection[str]) -> None:
-    """Refuse a version that would lay bare others than those who are named.
+def check_release(
+    past: Sequence[Release], now: Version, *, every: str, reveal: Collection[str]
+) -> dict[str, int]:
+    """Refuse a version that lays a client bare, or comes too early.
+
+    One that was released may be released again: it tells nothing new. A policy other than the one
+    in force is begun by a release that keeps both.
+
+    Args:
+        past: What was released.
+        now: The version.
+        every: Policy from now on.
+        reveal: Clients who may be laid bare.
+
+    Returns:
+        Lines of the journal that tell of this version already, by SHA-256 of the weights.
 
     Raises:
-        RegistryError: If it would; says whom, and what to do.
-        ConfigError: If it would not lay bare a client that is named.
+        RegistryError: If it is refused; says what to do.
+        ConfigError: If the policy cannot be read, or ``reveal`` names a client in vain.
     """
+    if every:
+        parse_every(every)
+    same = [earlier for earlier in past if earlier.version == now]
+    goes_on = bool(past) and every == past[-1].every
+    if not same:
+        _check_revealed(past, now, reveal)
+    if past and not (same and goes_on):
+        _check_due(past[-1], now, every)
+    return {own.weights: own.entry.sequence for own in same} if goes_on else {}
+
+
+def _check_revealed(past: Sequence[Release], now: Version, reveal: Collection[str]) -> None:
     earlier = [release.version for release in past]
     before, after = laid_bare(earlier), laid_bare([*earlier, now])
     bare = [client for client in after if after[client] > before.get(client, 0)]
@@ -115,12 +141,7 @@ def check_revealed(past: Sequence[Release], now: Version, reveal: Collection[str
         )
 
 
-def check_due(last: Release, now: Version, every: str) -> None:
-    """Refuse a version that comes sooner than the last release, or ``every``, allows.
-
-    Raises:
-        RegistryError: If it does; says what has to happen first.
-    """
+def _check_due(last: Release, now: Version, every: str) -> None:
     changed = changed_since(last, now)
     for policy in filter(None, (last.every, every)):
         number, days = parse_every(policy)

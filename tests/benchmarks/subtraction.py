@@ -68,13 +68,14 @@ def main() -> None:
     parser.add_argument("registries", nargs="+", type=Path, help="of LoRAs; they stay as they are")
     parser.add_argument("--data", help="images; default: those that the clients were trained on")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--clients", type=int, help="so many of each registry leave first; all")
     given = parser.parse_args()
     torch.set_num_threads(1)
     found: Figures = defaultdict(list)
     for path in given.registries:
         own: Figures = defaultdict(list)
         with torch.no_grad():
-            Attack(Registry(path), given.data, own).run(given.batches)
+            Attack(Registry(path), given.data, own).run(given.batches, given.clients)
         for key, values in own.items():
             found[key].append(statistics.fmean(values))
     for table, columns in TABLES.items():
@@ -102,8 +103,8 @@ class Attack:
         factors = registry.contribution(registry.clients[0]).task_vector.tensors
         self.ranks = {name: len(factors[f"{name}/A"]) for name in self.theta_0}
 
-    def run(self, batches: Sequence[int]) -> None:
-        for place, own in enumerate(self.clients):
+    def run(self, batches: Sequence[int], clients: int | None) -> None:
+        for place, own in enumerate(self.clients[:clients]):
             around = [*self.clients[place:], *self.clients[:place]]
             tau = self.registry.contribution(own.name).task_vector.dense(self.theta_0)
             self.leak("true task vector", "1", tau, self.head, around)
