@@ -50,7 +50,8 @@ class AtHand(Exchange):
         self.books.traffic.setdefault(self.books.label(phase), {})
         expected = message_type.rpartition(".")[2]
         for client in self.clients if clients is None else tuple(clients):
-            asked = to_record(*addressed(request(client), "", self.preprocessing))
+            shard = self.nodes.shard(client)
+            asked = to_record(*addressed(request(client), "", self.preprocessing, shard))
             reply = self.answering(message_type, asked)
             body = from_record(reply, expected=expected, source=f"client {client!r}")
             checked_caps(client, body)
@@ -72,7 +73,8 @@ def contribute(
     Returns:
         The folder of the contribution, inside ``scratch``, and what to tell of it, as JSON values.
     """
-    backbone, own = registry.backbone.load(), Nodes(cast(Any, None), {client: 1})
+    backbone = registry.backbone.load()
+    own = Nodes(cast(Any, None), {client: 1}, shards=config.data.shards)
     exchange = AtHand(
         *(Books(scratch / "events"), own, config.server.timeout, 1),
         preprocessing=backbone.preprocessing,

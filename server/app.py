@@ -213,7 +213,7 @@ def new_exchange(
     answers: KeptAnswers | None = None,
 ) -> Exchange:
     """Begin the conversation with the clients of a run, which fails with fewer than the least."""
-    nodes, timeout = Nodes(grid, config.data.shards), config.server.timeout
+    nodes, timeout = Nodes(grid, shards=config.data.shards), config.server.timeout
     in_flight = config.server.in_flight or getattr(grid, "in_flight", 0)
     return Exchange(books, nodes, timeout, least, in_flight, answers, preprocessing)
 

@@ -39,7 +39,8 @@ def fit(
 ) -> None:
     """Fit one client's contribution to a folder of images on this machine; no server, no engine.
 
-    With --registry, the bits are those of a run in which this client alone joins the registry.
+    With --registry, the bits are those of a run in which this client alone joins the registry. With
+    `--set shards=4 --client NAME.shard-2` it fits that shard, as the map of NAME says.
 
     Then: fedcompo add DIR --registry R, fedcompo publish DIR, or fedcompo compose DIR OTHERS
     """

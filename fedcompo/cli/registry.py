@@ -162,8 +162,9 @@ def remove(
 ) -> None:
     """Remove a client, exactly, and write a signed record of it.
 
-    CLIENT is its name; `fedcompo list` lists them. Of a client with several tasks, members
-    CLIENT.task-0 and so on, all are removed, each with a record of its own.
+    CLIENT is its name; `fedcompo list` lists them. Of a client with several tasks or shards,
+    members CLIENT.task-0 or CLIENT.shard-0 and so on, all are removed, each with a record of its
+    own; CLIENT.shard-2 removes that shard alone.
 
     Its files, its term of the sum and its rows of the joint head go.
 

@@ -133,6 +133,12 @@ def request_removal(
     ] = None,
     *,
     connection: Connection,
+    shard: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Only this shard, as your map numbers it; none: all of the client."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File of the receipt; default removal-<client>.json."),
@@ -144,38 +150,57 @@ def request_removal(
 ) -> None:
     """Leave a registry, at any hour, and keep the signed receipt.
 
-    It is checked, and the public key is written beside it.
+    It is checked, and the public key is written beside it. A client with shards leaves shard by
+    shard, each with a receipt of its own; with --shard, the others stay.
 
     Asked again, when an answer was lost, the service sends the same receipt.
     """
     with common.errors_as_sentences(verbose), connection.open() as service:
+        from fedcompo.data.tasks import shard_name, whole_of
         from fedcompo.service.certificates import name_in
-        from fedcompo.storage.files import write_atomically
 
-        name = client or name_in(connection.credential)
-        path = output or Path(f"removal-{name}.json")
-        public = path.with_suffix(".pem")
-        if taken := next((p for p in (path, public) if p.exists()), None):
+        if as_json and not yes:
+            raise ConfigError("With --json nobody is asked: add --yes.")
+        name = shard_name(client or name_in(connection.credential), shard)
+        shards = [m.client for m in service.list().members if whole_of(m.client) == name]
+        paths = {
+            going: output or Path(f"removal-{going}.json")
+            for going in sorted({*shards} - {name}) or [name]
+        }
+        if output and len(paths) > 1:
+            raise ConfigError(
+                f"{name} has {len(paths)} shards, each with a receipt: leave out --output, or name "
+                "one of them with --shard."
+            )
+        files = [file for path in paths.values() for file in (path, path.with_suffix(".pem"))]
+        if taken := next((file for file in files if file.exists()), None):
             raise ConfigError(
                 f"{taken} exists: has {name} left already? Check it by `fedcompo verify`, or name "
                 "another file with --output."
             )
-        if as_json and not yes:
-            raise ConfigError("With --json nobody is asked: add --yes.")
         if not yes:
-            common.confirm(f"Remove {name} from the registry at {connection.server}?")
-        with common.progress(quiet=as_json):
-            step(f"removing {name}")
-            receipt = service.remove(name, reason=reason)
-        write_atomically(path, receipt.record)
-        write_atomically(public, receipt.public_key)
-        record = receipt.checked(name)
-        if as_json:
-            typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
-            return
-        say(f"Removed {name} on {record.time}. Receipt: {path}")
-        check = ["fedcompo", "verify", str(path), "--public-key", str(public)]
-        say(f"Check it by: {shlex.join(check)}")
+            common.confirm(f"Remove {listed(paths)} from the registry at {connection.server}?")
+        for going, path in paths.items():
+            _leave(service, going, path, reason, as_json=as_json)
+
+
+def _leave(service: Client, name: str, path: Path, reason: str, *, as_json: bool) -> None:
+    """Have one member removed, and keep the receipt."""
+    from fedcompo.storage.files import write_atomically
+
+    public = path.with_suffix(".pem")
+    with common.progress(quiet=as_json):
+        step(f"removing {name}")
+        receipt = service.remove(name, reason=reason)
+    write_atomically(path, receipt.record)
+    write_atomically(public, receipt.public_key)
+    record = receipt.checked(name)
+    if as_json:
+        typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
+        return
+    say(f"Removed {name} on {record.time}. Receipt: {path}")
+    check = ["fedcompo", "verify", str(path), "--public-key", str(public)]
+    say(f"Check it by: {shlex.join(check)}")
 
 
 @common.with_options("connection", Connection)

@@ -61,6 +61,7 @@ def print_list(summary: Mapping[str, Any]) -> None:
         )
     console = table_console()
     console.print(table)
+    _say_shards(row["client"] for row in summary["clients"])
     for row in summary["clients"]:
         if fault := row.get("fault"):
             say(f"{row['client']} cannot be described ({fault}); see `fedcompo verify`.")
@@ -107,8 +108,21 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
             str(member["num_examples"]),
         )
     table_console().print(table)
+    _say_shards(member["client"] for member in members)
     _say_notes((m["added"], m["client"], m["classes"]) for m in members)
     say(f"Root {root}")
+
+
+def _say_shards(members: Iterable[str]) -> None:
+    """Say which shards are there of each client that has some."""
+    from fedcompo.data.tasks import shard_of, whole_of
+
+    there: dict[str, list[int]] = {}
+    for member in members:
+        if (number := shard_of(member)) is not None:
+            there.setdefault(whole_of(member), []).append(number)
+    for client, own in there.items():
+        say(f"Shards of {client}: {listed(map(str, sorted(own)))}.")
 
 
 def _say_notes(arrivals: Iterable[tuple[int, str, Sequence[str]]]) -> None:

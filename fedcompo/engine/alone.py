@@ -18,6 +18,7 @@ from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Method
 from fedcompo.config.run import BackboneConfig, RunConfig
 from fedcompo.config.setting import Scalar
+from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.engine.launcher import add_to_path, find_app
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.names import check_client_name
@@ -60,11 +61,18 @@ def fit_alone(
                 f"Client {name!r} is in the registry {joined.path} already. Give another name "
                 "(`--client`), or fit it anew with `--set replace=true`."
             )
+        shard, shards = shard_of(name), config.data.shards
+        if (shard is None) != (shards == 1) or (shard or 0) >= shards:
+            raise ConfigError(
+                f"`shards` is {shards}, and {name!r} cannot be fitted by it. A client with shards "
+                "is fitted shard by shard, such as `--set shards=4 --client NAME.shard-2`; one "
+                "without, by `--set shards=1` and a name of its own."
+            )
         step("reading the images")
         local, apps, server = map(import_module, ("clients.local", "clients.app", "server.alone"))
-        node = {"data": str(data), "client": name}
+        node = {"data": str(data), "client": whole_of(name)}
         backbone = joined.backbone.load(pick_device(config.device))
-        own = local.LocalClient.from_node(config.flat(), node, backbone=backbone)
+        own = local.LocalClient.from_node(config.flat(), node, backbone=backbone, shard=shard)
         step(f"training on {len(own.data.train.labels)} images")
         made, told = server.contribute(joined, config, name, apps.answering(own), scratch)
         shutil.copytree(made, output, dirs_exist_ok=True)

@@ -86,11 +86,13 @@ class Comebacks:
         if not (digest := content.get(part, "")):
             detail = "they are made of a classifier alone, and others may share them"
             return Finding(claim, None, detail)
-        stays = {stay: None for stay in self._stays.get(digest, ()) if stay.until > line}
+        known = {stay: client_of(stay.client) for stay in self._stays.get(digest, ())}
+        stays = [stay for stay in known if stay.until > line]
         if not stays or (part == VECTOR and digest == self._empty()):
             return Finding(claim, True)
-        own = [stay for stay in stays if client_of(stay.client) == client_of(client)]
-        twins = [stay for stay in stays if stay.since < line and part != VECTOR]
+        before = {known[stay] for stay in known if stay.since < line and part != VECTOR}
+        own = [stay for stay in stays if known[stay] == client_of(client)]
+        twins = [stay for stay in stays if known[stay] in before - {client_of(client)}]
         if back := [stay for stay in stays if stay not in [*own, *twins]]:
             return Finding(claim, False, f"it is back: {', '.join(map(str, back))}")
         if own:
@@ -101,7 +103,7 @@ class Comebacks:
 
     def findings(self, client: str, line: int, content: Mapping[str, str]) -> list[Finding]:
         """Check the same for all parts."""
-        parts = [VECTOR, STATISTICS] if len(content) < 2 else list(content)
+        parts = [VECTOR, *(content.keys() - {VECTOR} or [STATISTICS])]
         return [self.finding(part, client, line, content) for part in parts]
 
     def _replay(self, entries: Sequence[Entry]) -> None:

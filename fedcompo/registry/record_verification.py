@@ -65,7 +65,7 @@ def verify_record(
         findings += _against_journal(record, file_sha256(path), registry, entries)
         step("files")
         unknown = strangers(registry, entries)
-        findings += [_is_gone(record, registry), _kept(record, registry), _others(unknown)]
+        findings += [_is_gone(record, registry, unknown), _kept(record, registry), _others(unknown)]
         step("what was removed")
         findings += _nobody_has_it(record, registry, entries, unknown)
         step("composing again from the survivors")
@@ -134,19 +134,18 @@ def _roots(
             yield compared(f"the factor {moment} is the journal's", [factor], lines[-1:])
 
 
-def _is_gone(record: RemovalRecord, registry: RegistryReader) -> Finding:
-    """Check that no file is one of those removed, or of the composition that held the client."""
+def _is_gone(record: RemovalRecord, registry: RegistryReader, unknown: Sequence[Path]) -> Finding:
+    """Check that no file is one of those removed, and no other file the model that held them."""
     claim = f"no file of {record.client} is in the registry"
+    digests = set(record.removed_files.values())
     composed = record.composition_before.items() - record.composition_after.items()
-    digests = {*record.removed_files.values(), *(d for n, d in composed if n != CONFIG)}
-    root, state = registry.path, registry.state
-    kept = [root / folder for folder in record.kept_versions]
-    files = [p for p in all_but_folders(root) if p.is_file() and not {*kept} & {*p.parents}]
-    left = [path for path in files if file_sha256(path) in digests]
-    again = state.members.get(record.client)
+    models = {digest for name, digest in composed if name != CONFIG}
+    files = (path for path in all_but_folders(registry.path) if path.is_file())
+    left = [p for p in files if file_sha256(p) in (digests | models if p in unknown else digests)]
+    again = registry.state.members.get(record.client)
     if again is not None and again.added > record.sequence:
-        known = {root / place for place in state.places}
-        if left and known.issuperset(left):
+        home = registry.path / again.folder
+        if left and all(home in path.parents for path in left):
             return Finding(claim, None, f"it came back, with line {again.added} of the journal")
     return Finding.of(claim, not left, f"still there: {', '.join(map(str, left))}")
 

@@ -156,7 +156,7 @@ class RemovalRecord:
     signature: str = ""
     """Ed25519 over everything else, hexadecimal."""
     keyid: str = ""
-    """Fingerprint of the key, as the record claims it."""
+    """Fingerprint of the key that signed it."""
     factor_before: float | None = None
     r""":math:`\lambda'`, the factor on the sum of task vectors; None: the registry's format fixes
     the scale, and the record's is 1. Otherwise it is 2."""
@@ -201,8 +201,8 @@ class RemovalRecord:
 
     def signed(self, signer: Signer) -> RemovalRecord:
         """Return the record with its signature."""
-        signature = signer.sign(self.signed_bytes).hex()
-        return replace(self, signature=signature, keyid=signer.fingerprint)
+        record = replace(self, keyid=signer.fingerprint)
+        return replace(record, signature=signer.sign(record.signed_bytes).hex())
 
     @classmethod
     def parse(cls, data: bytes, *, source: str) -> RemovalRecord:
@@ -220,7 +220,14 @@ class RemovalRecord:
             }
             record = cls(**tuples(given), influence=Influence(**names))
             intact = isinstance(record.signature, str) and record.text.encode() == data
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            FileFormatError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise FileFormatError(
                 f"{source} is no removal record ({type(error).__name__}: {error}). "
                 "It was altered, or is something else."
@@ -240,7 +247,7 @@ class RemovalRecord:
 
     def _values(self) -> dict[str, Any]:
         values = asdict(self)
-        del values["influence"], values["signature"], values["keyid"]
+        del values["influence"], values["signature"]
         lineage = {
             **asdict(self.influence),
             "composition_exact": True,
@@ -252,7 +259,7 @@ class RemovalRecord:
     def _old_values(self) -> dict[str, Any]:
         """Values as earlier versions wrote them; nothing writes them any more."""
         values = self._values()
-        del values["removed_content"], values["reveals"], values["limits"]
+        del values["removed_content"], values["reveals"], values["limits"], values["keyid"]
         if self.format_version == 1:
             del values["factor_before"], values["factor_after"], values["factor_by"]
         if self.caps is None:
@@ -266,8 +273,8 @@ class RemovalRecord:
 def _given(data: bytes, source: str) -> dict[str, Any]:
     """Return what a record's file says."""
     envelope = opened(data, source=source)
-    (keyid, signature), *_ = envelope.signatures
-    return {**envelope.statement["predicate"], "keyid": keyid, "signature": signature.hex()}
+    _, signature = envelope.signatures[0]
+    return {**envelope.statement["predicate"], "signature": signature.hex()}
 
 
 def _old_given(values: dict[str, Any]) -> dict[str, Any]:

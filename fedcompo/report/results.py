@@ -113,6 +113,7 @@ def _accuracy_table(results: Results) -> Table:
     tests = [
         figures["num_test_examples"] if figures.get("interval") else SMALL
         for figures in results["per_client"].values()
+        if figures["num_test_examples"]  # of a client's shards, one measures
     ]
     lines += [BRACKETS] if min(tests, default=SMALL) < SMALL else []
     caption = "\n".join([CAPTION, *lines, EXPLAINED])

@@ -26,12 +26,12 @@ class Nodes:
     """Finds the clients of a run among the nodes of a grid."""
 
     grid: Grid
-    shards: int = 1
-    """Clients that each node is; 1: itself, whole."""
     ids: dict[str, int] = field(default_factory=dict)
     """Flower's node id by client; those left out are gone."""
     registered: dict[int, str] = field(default_factory=dict)
     """Names under which the SuperLink knows nodes, by node id."""
+    shards: int = 1
+    """Clients that each node is; 1: itself, whole."""
     _seen: set[int] = field(default_factory=set)
     """Ids of all nodes that have had a name."""
 

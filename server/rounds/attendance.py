@@ -1,7 +1,8 @@
 """Decide who takes part in which round: clients come, go, lose their node, and come back.
 
 A client joins when its node appears, or in the round that ``joins`` names. It leaves after the
-round that ``leaves`` names. A client whose node is gone is absent: its last task vector stays in
+round that ``leaves`` names. What is said of a client is said of all its shards. A client whose
+node is gone is absent: its last task vector stays in
 the sum, and it trains again when a node of its name is back.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 from fedcompo.config.choices import rounds_of
 from fedcompo.config.server import ServerConfig
 from fedcompo.config.setting import names_of
+from fedcompo.data.tasks import members_of, whole_of
 from server.exchange.exchange import Exchange
 from server.phases.fitting import Fitting
 from server.phases.roster import Roster
@@ -67,12 +69,12 @@ class Attendance:
     def _first(self, client: str) -> int:
         """The round in which a client joins."""
         came = [number for number, past in enumerate(self.past, 1) if client in past["came"]]
-        return came[0] if came else max(self.joins.get(client, 1), len(self.past) + 1)
+        return came[0] if came else max(_of(self.joins, client) or 1, len(self.past) + 1)
 
     def leaving(self, number: int) -> tuple[str, ...]:
         """Clients that leave after a round."""
         known = self.roster.participants.names - set(self.roster.participants.members)
-        return tuple(c for c, last in sorted(self.leaves.items()) if last == number and c in known)
+        return tuple(c for c in sorted(known) if _of(self.leaves, c) == number)
 
     def close(self) -> None:
         """Note every entry of ``joins`` and ``leaves`` that had no effect."""
@@ -81,7 +83,7 @@ class Attendance:
             for client, number in sorted(rounds.items()):
                 if client in who.members:
                     text = "it is a member of the registry: nobody joins or leaves that in rounds"
-                elif client not in who.names:
+                elif not members_of(client, who.names):
                     text = "it never came"
                 elif number > self.rounds:
                     text = f"there are {self.rounds} round(s)"
@@ -93,12 +95,18 @@ class Attendance:
         """Leave out connected clients that are not to take part."""
         members = self.roster.participants.members
         for client in self.exchange.clients:
-            if client in self.excluded:
+            last = _of(self.leaves, client)
+            if {client, whole_of(client)} & {*self.excluded}:
                 reason = "excluded by `exclude`"
-            elif self.leaves.get(client, number) < number and client not in members:
-                reason = f"it left after round {self.leaves[client]}"
+            elif last and last < number and client not in members:
+                reason = f"it left after round {last}"
             elif self.closed is not None and client not in self.closed:
                 reason = "it was not there, or not a member of the registry, at the beginning"
             else:
                 continue
             self.exchange.leave_out("identify", client, reason)
+
+
+def _of(rounds: Mapping[str, int], client: str) -> int | None:
+    """The round that is named for a client, or for what it is a shard of."""
+    return rounds.get(client, rounds.get(whole_of(client)))

@@ -10,7 +10,7 @@ from typing import Any
 from fedcompo.registry import journal
 from fedcompo.registry.journal import START, Entry
 from fedcompo.registry.removal import RemovalRecord
-from fedcompo.registry.signing import read_signer
+from fedcompo.registry.signing import Signer, read_signer
 from fedcompo.registry.state import PRIVATE, State
 from fedcompo.registry.transaction import JOURNAL, STATE
 from fedcompo.storage.tensorstream import file_sha256
@@ -40,7 +40,25 @@ def rewrite_record(root: Path, path: Path, **changes: Any) -> RemovalRecord:
     """Change what a record says, sign it again, and let the journal know this record only."""
     record = RemovalRecord.parse(path.read_bytes(), source=str(path))
     line = record.sequence
-    record = replace(record, **changes).signed(read_signer(root / PRIVATE))
+    record = replace(record, **changes)
+    signer = read_signer(root / PRIVATE)
+    record = record.signed(signer) if record.removed_content else as_before(record, signer)
     path.write_bytes(record.text.encode())
     rewrite_line(root, line, lambda details: {**details, "record_sha256": file_sha256(path)})
     return record
+
+
+def as_before(record: RemovalRecord, signer: Signer) -> RemovalRecord:
+    """The record in the format of versions that knew no envelope, signed."""
+    record = replace(record, removed_content={}, keyid="", signature="")
+    return replace(record, signature=signer.sign(record.signed_bytes).hex())
+
+
+def rewrite_as_before(root: Path, path: Path) -> None:
+    """Let record and journal be those of such a version."""
+    record = rewrite_record(root, path, removed_content={}, keyid="")
+
+    def change(details: Details) -> Details:
+        return {name: value for name, value in details.items() if name != "numbers_sha256"}
+
+    rewrite_line(root, record.sequence, change)

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forgery import as_before
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcompo.errors import FileFormatError
 from fedcompo.method.lineage import Lineage
 from fedcompo.registry import signing
+from fedcompo.registry.envelope import opened
 from fedcompo.registry.removal import Influence, RemovalRecord, influence
 
 NAMES = "abcdef"
@@ -116,6 +118,7 @@ def unsigned() -> RemovalRecord:
         recomposed=False,
         influence=Influence(("ada",), (), (), ("ben",)),
         fedcompo_version="0.1.0",
+        removed_content={"task_vector": "cd" * 32},
     )
 
 
@@ -128,8 +131,14 @@ def holds(data: bytes, public: Path) -> bool:
     return signing.is_signed(record.signed_bytes, record.signature, public.read_bytes())
 
 
-def test_a_signed_record_survives_its_text(keys):
-    record = unsigned().signed(signing.read_signer(keys[0]))
+def old(keys) -> RemovalRecord:
+    """The record as versions wrote it that knew no envelope."""
+    return as_before(unsigned(), signing.read_signer(keys[0]))
+
+
+@pytest.mark.parametrize("written", ["now", "before"])
+def test_a_signed_record_survives_its_text(keys, written):
+    record = unsigned().signed(signing.read_signer(keys[0])) if written == "now" else old(keys)
     assert RemovalRecord.parse(record.text.encode(), source="x") == record
     assert holds(record.text.encode(), keys[1])
 
@@ -143,7 +152,7 @@ def test_an_unsigned_record_and_one_signed_by_others_do_not_hold(keys, tmp_path)
 
 
 def test_every_changed_bit_is_refused(keys):
-    data = unsigned().signed(signing.read_signer(keys[0])).text.encode()
+    data = old(keys).text.encode()
     for position in range(len(data)):
         for bit in range(8):
             changed = bytearray(data)
@@ -156,7 +165,7 @@ STRANGE = (None, [], {}, ["a"], {"a": 1}, 3, 1.5, "t", True, math.nan, 10**30, [
 
 @pytest.mark.parametrize("value", STRANGE, ids=repr)
 def test_values_of_another_type_are_refused(keys, value):
-    values = json.loads(unsigned().signed(signing.read_signer(keys[0])).text)
+    values = json.loads(old(keys).text)
     for key in values:
         changed = values | {key: value}
         text = json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -164,7 +173,7 @@ def test_values_of_another_type_are_refused(keys, value):
 
 
 def test_added_dropped_and_rewritten_text_is_refused(keys):
-    data = unsigned().signed(signing.read_signer(keys[0])).text
+    data = old(keys).text
     values = json.loads(data)
     others = [
         data + "\n",
@@ -193,6 +202,10 @@ def test_added_dropped_and_rewritten_text_is_refused(keys):
         {"removed_files": {}},
         {"recomposed": True},
         {"influence": Influence((), (), (), ())},
+        {"removed_content": {"task_vector": "00" * 32}},
+        {"reveals": "nothing"},
+        {"limits": "none"},
+        {"keyid": "00" * 32},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -201,10 +214,16 @@ def test_every_statement_is_signed(change, keys):
     assert not holds(replace(record, **change).text.encode(), keys[1])
 
 
+def predicate(record: RemovalRecord) -> dict[str, object]:
+    statement = opened(replace(record, signature="00").text.encode(), source="it").statement
+    assert statement["subject"] == [{"name": "root", "digest": {"sha256": record.root_after}}]
+    return dict(statement["predicate"])
+
+
 def test_the_lineage_statement_says_what_follows_from_it():
-    lineage = json.loads(unsigned().text)["lineage"]
+    lineage = predicate(unsigned())["lineage"]
     assert lineage["composition_exact"] is True
     assert lineage["influence_exact"] is False
     assert lineage["to_retrain"] == ["ada", "ben"]
     clean = replace(unsigned(), influence=Influence((), (), (), ()))
-    assert json.loads(clean.text)["lineage"]["influence_exact"] is True
+    assert predicate(clean)["lineage"]["influence_exact"] is True
