@@ -61,8 +61,8 @@ WORK: dict[str, Work] = {
 def _answer(message: Message, context: Context, work: Work) -> Message:
     """Do the work, and let through the gate what may leave."""
     run_config, node_config = context.run_config, context.node_config
-    name = known_name(run_config, node_config)
-    fault, body, shard = None, None, None
+    name, shard = known_name(run_config, node_config), None
+    fault: Exception | None = None
     try:
         body = from_record(message.content, expected=REQUEST, source="the server")
         shard = shard_in(body)
@@ -70,7 +70,7 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
         fault = error
 
     def answer() -> Answer:
-        if body is None or fault:
+        if fault:
             raise fault
         client = LocalClient.from_node(
             run_config,

@@ -39,6 +39,7 @@ from fedcompo.errors import BackboneMismatch, ConfigError
 from fedcompo.names import printable
 from fedcompo.registry.owners import OWNERS, read_owners
 from fedcompo.registry.registry import Registry
+from fedcompo.registry.signing import signer_for
 from fedcompo.registry.state import ABOUT
 from fedcompo.registry.story import story_of_run
 from fedcompo.report.pages import write_report
@@ -195,6 +196,7 @@ def strategy_of(config: RunConfig) -> type[Strategy]:
 def _remove(grid: Grid, books: Books, config: RunConfig, output: Path) -> dict[str, Any]:
     """Remove a client from the registry; those who stay and are connected take part."""
     registry = Registry(registry_path(config))
+    signer_for(registry.path)  # without its key no client need be asked
     backbone = registry.backbone.load()
     exchange = new_exchange(grid, books, config, backbone.preprocessing, least=0)
     removal = Unlearning(exchange, config, backbone, registry, output)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Keys that tests pin are those of their own session.
+os.environ["FEDCOMPO_KNOWN"] = f"{tempfile.mkdtemp(prefix='fedcompo-known-')}/known.json"
+for name in ("FEDCOMPO_SIGNING_KEY", "FEDCOMPO_SIGNING_PASSWORD"):
+    os.environ.pop(name, None)
 
 if TYPE_CHECKING:
     from engine_runs import Simulated
@@ -30,7 +36,7 @@ settings.register_profile(
     "fedcompo",
     deadline=None,
     derandomize=True,
-    max_examples=50,
+    max_examples=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("fedcompo")

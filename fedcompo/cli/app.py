@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from rich.table import Table
 
 import fedcompo
-from fedcompo.cli import common, models, registry, service
+from fedcompo.cli import common, keys, models, registry, service
 from fedcompo.cli.audit import audit
 from fedcompo.cli.check import check
 from fedcompo.cli.deployment import init_deployment
@@ -23,6 +24,7 @@ from fedcompo.cli.prediction import predict
 from fedcompo.cli.push import push
 from fedcompo.cli.release import release
 from fedcompo.cli.report import report
+from fedcompo.cli.serve import serve
 from fedcompo.cli.tables import print_removal
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import EngineKind
@@ -30,6 +32,7 @@ from fedcompo.config.run import RunConfig, all_settings
 from fedcompo.config.scenario import scenario_name, settings_of
 from fedcompo.config.setting import Scalar
 from fedcompo.errors import ConfigError
+from fedcompo.registry.signing import KEY
 from fedcompo.report.console import PlainConsole, say
 
 app = typer.Typer(
@@ -110,6 +113,7 @@ def simulate(
         bool,
         typer.Option("--details", help="Print more: the vote on λ, the task vectors' overlaps, Ω."),
     ] = False,
+    signing_key: common.SigningKeyOption = None,
     verbose: common.VerboseOption = False,
 ) -> None:
     """Simulate a federation on this machine.
@@ -128,6 +132,8 @@ def simulate(
                 "--resume takes all settings from the run that is there: give neither a scenario "
                 "nor --set, --output or --seed with it."
             )
+        if signing_key is not None:  # the run's processes inherit it
+            os.environ[KEY] = str(signing_key.absolute())
         how = {"engine": engine, "gpus_per_client": gpus_per_client, "check": check_first}
         _simulate(scenario, assignments or [], options, resume, details=details, **how)
 
@@ -174,7 +180,9 @@ for command in (
     registry.show,
     registry.add,
     registry.remove,
-    registry.verify,
+    keys.verify,
+    keys.checkpoint,
+    keys.rotate_key,
     models.compose,
     models.specialise,
     models.evaluate,
@@ -184,7 +192,7 @@ for command in (
     export,
     predict,
     push,
-    service.serve,
+    serve,
     service.publish,
     service.fetch,
     service.members,

@@ -42,6 +42,14 @@ OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write to; must be new or empty.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+SigningKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The registry's private key; default: $FEDCOMPO_SIGNING_KEY, else key.pem in the "
+        "registry. Its password, if any: $FEDCOMPO_SIGNING_PASSWORD, or asked for.",
+    ),
+]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show tracebacks and log messages.")
 ]

@@ -6,7 +6,6 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +32,7 @@ ClientArgument = Annotated[str, typer.Argument(help="Name of the client.")]
 def create(
     folder: Annotated[Path, typer.Argument(help="Folder to make; must be new or empty.")],
     assignments: common.AssignmentsOption = None,
+    signing_key: common.SigningKeyOption = None,
     as_json: common.JsonOption = False,
     verbose: common.VerboseOption = False,
 ) -> None:
@@ -47,15 +47,20 @@ def create(
         from fedcompo.backbone.backbone import load_backbone
         from fedcompo.composition.settings import CompositionSettings
         from fedcompo.registry.registry import Registry
+        from fedcompo.registry.signing import PUBLIC, fingerprint_of
 
         with common.progress(quiet=as_json):
             step("loading the backbone")
             backbone = load_backbone(config.backbone)
-            Registry.create(folder, backbone, CompositionSettings.of(config))
+            settings = CompositionSettings.of(config)
+            made = Registry.create(folder, backbone, settings, key=signing_key)
+        key = fingerprint_of((made.path / PUBLIC).read_bytes())
         if as_json:
-            print_json({"registry": str(folder.absolute()), "backbone": backbone.fingerprint})
+            about = {"registry": str(folder.absolute()), "backbone": backbone.fingerprint}
+            print_json({**about, "key": key})
             return
         say(f"Made {folder}, of nobody yet, on {backbone.fingerprint}.")
+        say(f"It signs by the key SHA-256 {key}")
         say(f"Next: fedcompo import SOURCE --client NAME --registry {folder}")
 
 
@@ -157,6 +162,7 @@ def remove(
             "where they are at hand."
         ),
     ] = None,
+    signing_key: common.SigningKeyOption = None,
     as_json: common.JsonOption = False,
     verbose: common.VerboseOption = False,
 ) -> None:
@@ -203,6 +209,7 @@ def remove(
                     requested_by=requested_by,
                     reason=reason,
                     keep_versions=keep_versions,
+                    key=signing_key,
                 )
             records.append(record)
             if not as_json:
@@ -239,59 +246,3 @@ def _check_options(*, dry_run: bool, yes: bool, as_json: bool, data: str | None)
         raise ConfigError("`--data` is what --dry-run measures on. Add --dry-run, or leave it out.")
     if as_json and not (yes or dry_run):
         raise ConfigError("With --json nobody is asked: add --yes to remove, or --dry-run to see.")
-
-
-def _witness_of(record: Path) -> tuple[Path | None, Path | None]:
-    """Find what a record is checked against by default: its registry, or else a key beside it."""
-    key = record.with_suffix(".pem")
-    for home in (record.absolute().parent.parent, common.registry_path(None)):
-        if (home / "registry.json").is_file():
-            return home, None
-    return None, key if key.is_file() else None
-
-
-def verify(
-    record: Annotated[
-        Path | None, typer.Argument(help="A removal record; none: check the whole registry.")
-    ] = None,
-    registry: common.RegistryOption = None,
-    public_key: Annotated[
-        Path | None,
-        typer.Option(help="Check the record's signature with this key, without the registry."),
-    ] = None,
-    as_json: common.JsonOption = False,
-    verbose: common.VerboseOption = False,
-) -> None:
-    """Re-derive the claims of a removal record, or of a whole registry.
-
-    RECORD is a removal record; without one, every byte of the registry is checked. One that lies in
-    its registry is held against that, one with a public key beside it, as `fedcompo
-    request-removal` leaves it, against the key.
-
-    Exits with 0 if every claim that can be derived again holds, with 1 if one does not.
-    """
-    with common.errors_as_sentences(verbose):
-        if public_key is not None and record is None:
-            raise ConfigError("`--public-key` checks a record; name one.")
-        if record is not None and not record.exists():
-            raise ConfigError(f"There is no file {str(record)!r}. Check the path of the record.")
-        if record is not None and registry is None and public_key is None:
-            registry, public_key = _witness_of(record)
-        alone = public_key is not None and registry is None
-        opened = None if record is None or alone else common.open_registry(registry)
-        from fedcompo.registry.record_verification import verify_record
-        from fedcompo.registry.verification import verify_registry
-
-        with common.progress(quiet=as_json):
-            if record is None:
-                findings = verify_registry(common.registry_path(registry))
-            else:
-                findings = verify_record(record, registry=opened, public_key=public_key)
-        if as_json:
-            print_json([asdict(finding) for finding in findings])
-        else:
-            tables.print_findings(findings)
-            if record is not None and alone:
-                say("Without --registry nothing but the signature can be checked.")
-        if any(finding.holds is False for finding in findings):
-            raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,12 +28,7 @@ def release(
         str | None,
         typer.Option(metavar="A,B", help="Clients whom this release may lay bare."),
     ] = None,
-    signing_key: Annotated[
-        Path | None,
-        typer.Option(
-            help="The registry's private key; default: $FEDCOMPO_SIGNING_KEY, or its own."
-        ),
-    ] = None,
+    signing_key: common.SigningKeyOption = None,
     as_json: common.JsonOption = False,
     verbose: common.VerboseOption = False,
 ) -> None:

@@ -1,7 +1,4 @@
-"""Commands of a registry's service.
-
-The server's is `serve`; a client's are `publish`, `fetch`, `members` and `request-removal`.
-"""
+"""A client's commands of a registry's service: `publish`, `fetch`, `members`, `request-removal`."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import typer
 from fedcompo.cli import common
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
-from fedcompo.report.log import log_to_stderr
 from fedcompo.report.newcomers import note_on_newcomers
 from fedcompo.report.progress import step
 from fedcompo.report.units import listed
@@ -23,7 +19,6 @@ from fedcompo.report.units import listed
 if TYPE_CHECKING:
     from fedcompo.service.certificates import Credential
     from fedcompo.service.client import Client
-    from fedcompo.service.server import Server
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,8 @@ class Connection:
         from fedcompo.service.certificates import read_authority
         from fedcompo.service.client import Client
 
-        return Client(self.server, read_authority(self.ca), self.credential)
+        authority = read_authority(self.ca)
+        return Client(self.server, authority, self.credential, insisting=True)
 
 
 @common.with_options("connection", Connection)
@@ -76,6 +72,7 @@ def publish(
     """
     with common.errors_as_sentences(verbose), connection.open() as client:
         with common.progress(quiet=as_json):
+            client.list()  # is it the registry that this machine knows?
             published = client.publish(folder, replace=replace)
         if as_json:
             fields = ("client", "already", "root")
@@ -113,6 +110,7 @@ def fetch(
                 "compose, not both."
             )
         with common.progress(quiet=as_json):
+            service.list()  # is it the registry that this machine knows?
             if client is not None:
                 content = service.fetch(output, client)
             else:
@@ -186,11 +184,13 @@ def request_removal(
 
 def _leave(service: Client, name: str, path: Path, reason: str, *, as_json: bool) -> None:
     """Have one member removed, and keep the receipt."""
+    from fedcompo.registry.signing import fingerprint_of
     from fedcompo.storage.files import write_atomically
 
     public = path.with_suffix(".pem")
     with common.progress(quiet=as_json):
         step(f"removing {name}")
+        service.list()  # is it the registry that this machine knows?
         receipt = service.remove(name, reason=reason)
     write_atomically(path, receipt.record)
     write_atomically(public, receipt.public_key)
@@ -199,7 +199,7 @@ def _leave(service: Client, name: str, path: Path, reason: str, *, as_json: bool
         typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
         return
     say(f"Removed {name} on {record.time}. Receipt: {path}")
-    check = ["fedcompo", "verify", str(path), "--public-key", str(public)]
+    check = ["fedcompo", "verify", str(path), "--public-key", fingerprint_of(receipt.public_key)]
     say(f"Check it by: {shlex.join(check)}")
 
 
@@ -243,68 +243,3 @@ def members(
                 tables.print_findings(findings)
         if any(finding.holds is False for finding in findings):
             raise typer.Exit(1)
-
-
-def serve(
-    registry: Annotated[Path, typer.Argument(help="Folder of the registry to serve.")],
-    *,
-    ca: Annotated[Path, typer.Option("--ca", help="Certificate of the authority: ca.crt.")],
-    certificate: Annotated[Path, typer.Option(help="The server's own certificate.")],
-    key: Annotated[Path, typer.Option(help="The certificate's private key.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 9443,
-    compose: Annotated[
-        str, typer.Option(metavar="WHO", help="Who may compose: operators, or members too.")
-    ] = "operators",
-    least: Annotated[
-        int,
-        typer.Option(min=1, help="How many others a model holds at least, for whom it is opened."),
-    ] = 2,
-    revoked: Annotated[
-        Path | None,
-        typer.Option(help="List of certificates that count no more: SHA-256, one a line."),
-    ] = None,
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Change a limit, such as rate=5; repeatable."),
-    ] = None,
-    verbose: common.VerboseOption = False,
-) -> None:
-    """Serve a registry over gRPC, to whoever has a certificate of the authority.
-
-    It ends on Ctrl-C or SIGTERM, when the calls under way have ended. The list of revoked
-    certificates is read again whenever it has changed.
-
-    What happened to each call is logged on standard error; every change is in the journal.
-
-    Limits, sizes in bytes and times in seconds: message, contribution, description, tensor, spare
-    (room on the disk), stale, rate (calls a second and caller), burst, calls_each, calls, kept (for
-    operators), heavy, models, connections, handshake, idle, seconds, grace.
-    """
-    with common.errors_as_sentences(verbose):
-        log_to_stderr()
-        from fedcompo.service.access import Audience
-        from fedcompo.service.certificates import read_authority, read_credential
-        from fedcompo.service.limits import limits_of
-        from fedcompo.service.server import Settings
-        from fedcompo.service.server import serve as run
-
-        if compose not in list(Audience):
-            raise ConfigError(f"`--compose {compose}` is none of {', '.join(Audience)}.")
-        settings = Settings(
-            registry=registry,
-            authority=read_authority(ca),
-            credential=read_credential(certificate, key),
-            host=host,
-            port=port,
-            audience=Audience(compose),
-            least=least,
-            limits=limits_of(limit or ()),
-            revoked=revoked,
-        )
-
-        def ready(server: Server) -> None:
-            say(f"Serving {registry} on {host}:{server.port}; {compose} may compose.")
-
-        run(settings, on_ready=ready)
-        say("Ended.")

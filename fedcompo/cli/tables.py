@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fedcompo.config.presets import IMPORTED
 from fedcompo.names import printable
+from fedcompo.registry.removal import REVEALS, RemovalRecord
 from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.newcomers import note_on_newcomers
@@ -204,6 +205,8 @@ def print_plan(plan: Mapping[str, Any], *, realigned: bool = False) -> None:
             if lineage[part]:
                 say(f"  {what}: {listed(lineage[part])}")
         say(f"  To undo that too, train again: {listed(plan['to_retrain'])}")
+    if stays["clients"]:
+        say(REVEALS)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -227,6 +230,29 @@ def print_findings(findings: Sequence[Finding]) -> None:
     held = f"{len(findings) - failed - opened} of {len(findings)} claims hold"
     fails = f"{failed} fail{'s' * (failed == 1)}"
     say(f"{held}, {fails}, {opened} cannot be derived again from what is at hand.")
+
+
+def print_record(record: RemovalRecord) -> None:
+    """Print what a signed record of a removal says, what that proves, and what it does not."""
+    reason = f": {record.reason}" if record.reason else ""
+    own = f"a {record.kind} task vector of {record.num_examples} images"
+    kept = f"; asked to be kept, models that contain it: {', '.join(record.kept_versions)}"
+    for what, told in (
+        ("who", f"{record.client}, {own}; classes {listed(record.classes)}"),
+        ("when", f"{record.time}, as line {record.sequence} of the journal"),
+        ("where", f"the registry {record.registry}"),
+        ("asked by", (record.requested_by or "not said") + reason),
+        ("deleted", listed(record.removed_files) + kept * bool(record.kept_versions)),
+        ("stays", listed(record.survivors) or "nobody"),
+        ("still influenced", listed(record.influence.to_retrain) or "nobody: influence-exact"),
+        ("root after", record.root_after),
+    ):
+        say(f"{what + ':':<18}{told}")
+    say(
+        "This proves that who holds the key has stated it, and that nobody has changed it since. "
+        "It does not prove that it was done: verify it with the registry, or ask who runs that to."
+    )
+    say(f"{record.limits} {record.reveals}")
 
 
 def print_accuracies(figures: Mapping[str, Mapping[str, Any]]) -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -103,7 +104,10 @@ def needed_for(least: int, *, aside: float) -> int:
 
 
 def _deal(
-    units: Iterable[Sequence[int]], classes: Sequence[str], shards: int, placed: Mapping[int, int]
+    units: Iterable[Sequence[int]],
+    classes: NDArray[np.str_],
+    shards: int,
+    placed: Mapping[int, int],
 ) -> dict[int, int]:
     """Deal what belongs together to the shard that has fewest images of its classes.
 

@@ -86,7 +86,8 @@ def _opened(
     if path is None:
         config = RunConfig.parse(settings)
         backbone = load_backbone(config.backbone)
-        registry = Registry.create(scratch / "registry", backbone, CompositionSettings.of(config))
+        composing, key = CompositionSettings.of(config), scratch / "key.pem"
+        registry = Registry.create(scratch / "registry", backbone, composing, key=key, pinned=False)
     else:
         registry = Registry(path)
         own = _settings_of(registry)

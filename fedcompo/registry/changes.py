@@ -25,8 +25,14 @@ from fedcompo.registry.company import Company, Known
 from fedcompo.registry.draft import Draft, Realignment, drafted
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
-from fedcompo.registry.removed import Removed, content_of, numbers_of, statistics_digest
-from fedcompo.registry.signing import Signer, signer_for
+from fedcompo.registry.removed import (
+    Removed,
+    content_of,
+    numbers_of,
+    removals_in,
+    statistics_digest,
+)
+from fedcompo.registry.signing import require_own, signer_for
 from fedcompo.registry.state import Member, State
 from fedcompo.runtime import version
 from fedcompo.storage.files import canonical, write_synced
@@ -48,7 +54,8 @@ def add(
     if not sources:
         raise ContributionError("There is nothing to add; name at least one contribution.")
     with drafted(registry, f"adding {len(sources)} contribution(s)") as draft:
-        state, company = draft.before, Company.of(registry)
+        state, known = draft.before, removals_in(draft.entries)
+        company = replace(Company.of(registry), removed=Removed(registry, known))
         coming: dict[str, Member] = {}
         for source in sources:
             member = draft.stage(source, company)
@@ -67,16 +74,16 @@ def add(
         require_unmixed({client: member.kind for client, member in after.members.items()})
         counts = (counts_of(draft.opened(member).statistics) for member in coming.values())
         after = replace(after, settings=after.settings.with_caps(counts))  # the first choose caps
-        left = tuple({**_left(draft, member), "within": "replacement"} for member in gone)
-        company = replace(company, removed=Removed(registry, left))
+        left = [{**_left(draft, member), "within": "replacement"} for member in gone]
+        company = replace(company, removed=Removed(registry, [*known, *left]))
         _check_removed(draft, coming.values(), company.removed)
         after = draft.compose(after, coming=list(coming.values()), going=gone)
         for client, member in coming.items():
             rounding = draft.roundings[client]
-            known = Known(member.classes, math.sqrt(rounding.squared_norm), rounding.sha256)
+            own = Known(member.classes, math.sqrt(rounding.squared_norm), rounding.sha256)
             with blaming(client):
-                check_change(client, known, company, empty=empty)
-            company = company.joined({client: known})
+                check_change(client, own, company, empty=empty)
+            company = company.joined({client: own})
         for client, reason in outliers(coming, company).items():
             with blaming(client):
                 raise ContributionError(reason)
@@ -104,11 +111,12 @@ def remove(
     requested_by: str,
     reason: str,
     keep_versions: bool,
-    signer: Signer | None = None,
+    key: Path | None = None,
 ) -> RemovalRecord:
     """Remove a client; see :meth:`fedcompo.registry.registry.Registry.remove`."""
-    signer = signer or signer_for(registry.path)
+    signer = signer_for(registry.path, key)
     with drafted(registry, f"removing {client}") as draft:
+        require_own(signer, registry.path)  # it may have been changed while we waited
         state, member = draft.before, registry.member(client)
         staying = {name: m for name, m in state.members.items() if name != client}
         after = _with_members(state, staying, keep=keep_versions)

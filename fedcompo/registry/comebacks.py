@@ -64,8 +64,9 @@ class Comebacks:
         self._replay(entries)
         for client, member in registry.state.members.items():
             stay, own = Stay(client, member.added), registry.contribution(client)
-            if own.without_images:  # it may honestly share them, and did when others left
-                self._stays[member.statistics_sha256].remove(stay)
+            if own.without_images:  # it may honestly share what an old line says of others
+                same = self._stays.get(member.statistics_sha256, [])
+                same[:] = [other for other in same if other != stay]
             self._note(stay, member.rounded_sha256, statistics_digest(own.statistics))
             if member.added > derived_since:
                 self._note(stay, self._rounded(own))
@@ -117,8 +118,9 @@ class Comebacks:
                 self._note(stay, own["rounded_sha256"], own["statistics_sha256"])
             for client, digest in entry.details.get("rounded", {}).items():
                 self._note(stays[client], digest)
-            if entry.event == "removed":
-                self._note(stays[entry.details["client"]], *content_of(entry.details).values())
+            gone = entry.details["client"] if entry.event == "removed" else ""
+            if stay := stays.pop(gone, None):
+                self._note(stay, *content_of(entry.details).values())
 
     def _note(self, stay: Stay, *digests: str) -> None:
         for digest in digests:

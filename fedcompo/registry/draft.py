@@ -80,6 +80,8 @@ class Draft:
     """Staged files and folders, relative to the registry."""
     deletions: list[str] = field(default_factory=list)
     """Files and folders to delete after the commit, relative to the registry."""
+    exchanges: list[str] = field(default_factory=list)
+    """Staged files that take the place of others, relative to the registry."""
     roundings: dict[str, Rounding] = field(default_factory=dict)
     """Of the task vectors that went into the sum, by client."""
     recomposed: bool = False
@@ -274,6 +276,7 @@ class Draft:
             journal_lines=tuple(entry.line for entry in entries),
             deletions=tuple(path for path in self.deletions if path not in after.kept),
             model=after.version,
+            exchanges=tuple(self.exchanges),
         )
         step("writing")
         transaction.commit(self.registry.path, change, after.text)

@@ -31,7 +31,7 @@ class Entry:
     time: str
     """UTC, ISO 8601."""
     event: str
-    """``created``, ``added``, ``removed`` or ``realigned``."""
+    """``created``, ``added``, ``removed``, ``realigned`` or ``rotated`` (the key)."""
     details: Mapping[str, Any]
     """The facts of the event; JSON values."""
     previous: str

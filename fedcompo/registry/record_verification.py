@@ -17,12 +17,12 @@ from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry.comebacks import Comebacks
 from fedcompo.registry.history import line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
+from fedcompo.registry.key_verification import signature_finding
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import Finding, as_json, compared, expected_factor
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
 from fedcompo.registry.removed import VECTOR, content_of
-from fedcompo.registry.state import PUBLIC
-from fedcompo.registry.verification import all_but_folders, signature_finding, strangers
+from fedcompo.registry.verification import all_but_folders, strangers
 from fedcompo.report.progress import step
 from fedcompo.storage.files import CONFIG, OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
@@ -54,8 +54,7 @@ def verify_record(
     """
     if public_key is None and registry is None:
         raise FileFormatError("A record is checked with its registry, or with a public key.")
-    key = public_key or (registry.path / PUBLIC if registry else Path())
-    findings = [signature_finding(path, key)]
+    findings = [signature_finding(path, public_key, registry, _entries(registry))]
     if not findings[0].holds or registry is None:
         return findings
     record = RemovalRecord.parse(path.read_bytes(), source=str(path))
@@ -73,6 +72,14 @@ def verify_record(
     except FedcompoError as error:
         findings.append(Finding("the registry can be read", False, str(error)))
     return findings
+
+
+def _entries(registry: RegistryReader | None) -> Sequence[Entry]:
+    """The journal, which tells when the key changed; none if it is damaged, which is said later."""
+    try:
+        return registry.entries() if registry else ()
+    except FedcompoError:
+        return ()
 
 
 def _against_journal(

@@ -17,10 +17,10 @@ from fedcompo.composition.settings import CompositionSettings
 from fedcompo.errors import RegistryError
 from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.statistics import FeatureSums
-from fedcompo.registry import changes
+from fedcompo.registry import changes, known
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
-from fedcompo.registry.signing import Signer
+from fedcompo.registry.signing import PUBLIC, fingerprint_of
 from fedcompo.registry.state import write_new
 from fedcompo.storage.files import completed, is_free
 
@@ -44,6 +44,7 @@ class Registry(RegistryReader):
         settings: CompositionSettings | None = None,
         *,
         key: Path | None = None,
+        pinned: bool = True,
     ) -> Registry:
         """Make a registry for contributions to one backbone.
 
@@ -55,6 +56,7 @@ class Registry(RegistryReader):
             settings: How it composes.
             key: File of its private key, made if it is not there; None: ``FEDCOMPO_SIGNING_KEY``,
                 else ``key.pem`` in the registry.
+            pinned: Let this machine know its key (:mod:`fedcompo.registry.known`).
 
         Raises:
             RegistryError: If something is at ``path`` already.
@@ -68,7 +70,11 @@ class Registry(RegistryReader):
                 write_new(draft, backbone, settings, key)
         except OSError as error:
             raise RegistryError(f"No registry could be made at {path}: {error}.") from error
-        return cls(path)
+        registry = cls(path)
+        if pinned:
+            key_of_it = fingerprint_of((path / PUBLIC).read_bytes())
+            known.keep(registry.identity, known.Known(key_of_it, since=registry.created))
+        return registry
 
     def model(self, *, only: Sequence[str] | None = None, without: Sequence[str] = ()) -> nn.Module:
         """Return a ready timm model: all members, or some; a ``TangentModel`` of tangents.
@@ -115,7 +121,7 @@ class Registry(RegistryReader):
         requested_by: str = "",
         reason: str = "",
         keep_versions: bool = False,
-        signer: Signer | None = None,
+        key: Path | None = None,
     ) -> RemovalRecord:
         """Remove a client: its files, its term of the sum, its rows of the head.
 
@@ -124,8 +130,8 @@ class Registry(RegistryReader):
             requested_by: Person or client who asks for it; for the record.
             reason: Why; for the record.
             keep_versions: Keep the composition until now, and earlier ones that contain the client.
-            signer: The registry's private key; None: where
-                :func:`~fedcompo.registry.signing.place_of_key` finds it.
+            key: File of the registry's private key; None: ``FEDCOMPO_SIGNING_KEY``, else
+                ``key.pem`` in the registry.
 
         Returns:
             The signed record, which also lies in ``removals/``.
@@ -141,7 +147,7 @@ class Registry(RegistryReader):
             requested_by=requested_by,
             reason=reason,
             keep_versions=keep_versions,
-            signer=signer,
+            key=key,
         )
 
     def realign(

@@ -28,10 +28,9 @@ REVEALS = (
     "removed task vector."
 )
 LIMITS = (
-    "The digests of removed_content find the same numbers only. They do not find a task vector "
-    "that was changed by a bit or scaled, merged into another's before it was sent, or stored as "
-    "another kind, which rounds otherwise; nor statistics that were changed; nor copies outside "
-    "the registry."
+    "Not found is a task vector that was changed by a bit or scaled, merged into another's before "
+    "it was sent, or stored as another kind, which rounds otherwise; nor are changed statistics, "
+    "nor copies outside the registry."
 )
 
 

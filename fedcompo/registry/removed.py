@@ -2,14 +2,14 @@
 
 It is known by digests that hold no name of a client or a class: of a task vector's values on the
 grid of the running sum, and of the numbers of statistics. A client may bring back its own, under
-its name or another of its members'. What digests cannot find stands in
-:data:`~fedcompo.registry.removal.LIMITS`.
+its name or another of its members'. :data:`~fedcompo.registry.removal.LIMITS` says what digests
+cannot find.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import journal
+from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.transaction import JOURNAL
 from fedcompo.storage.tensorfile import tensor_digest
@@ -75,8 +76,8 @@ class Removed:
 
     registry: RegistryReader | None = None
     """None: there is none, so nothing was removed."""
-    leaving: tuple[Mapping[str, Any], ...] = ()
-    """Details of removals by the change that is under way."""
+    removals: Sequence[Mapping[str, Any]] | None = None
+    """Details of the journal's lines, perhaps of some to come; None: read them."""
 
     def refuse(self, client: str, what: str, *digests: str) -> None:
         """Refuse a newcomer's content that was removed under the name of another client.
@@ -91,10 +92,11 @@ class Removed:
         """
         if self.registry is None:
             return
-        path, state = self.registry.path / JOURNAL, self.registry.state
-        known = _removals(path, state.sequence, state.journal_sha256)
-        known = [*known, *((own["client"], content_of(own)) for own in self.leaving)]
-        owners = [name for name, own in known if not {*digests}.isdisjoint(own.values())]
+        state, known = self.registry.state, self.removals
+        if known is None:
+            known = _removals(self.registry.path / JOURNAL, state.sequence, state.journal_sha256)
+        same = (own for own in known if not {*digests}.isdisjoint(content_of(own).values()))
+        owners = [own["client"] for own in same]
         if not owners or client_of(client) in map(client_of, owners) or self._had(client, digests):
             return
         raise ContributionError(
@@ -112,8 +114,12 @@ class Removed:
         return own in digests or registry.member(client).statistics_sha256 in digests
 
 
+def removals_in(entries: Iterable[Entry]) -> list[Mapping[str, Any]]:
+    """Details of the removals in a journal."""
+    return [entry.details for entry in entries if entry.event == "removed"]
+
+
 @lru_cache(maxsize=4)
-def _removals(path: Path, sequence: int, sha256: str) -> Sequence[tuple[str, dict[str, str]]]:
+def _removals(path: Path, sequence: int, sha256: str) -> list[Mapping[str, Any]]:
     """Read who was removed with what, once for each state of the journal."""
-    entries = journal.read(path, upto=sequence)
-    return [(e.details["client"], content_of(e.details)) for e in entries if e.event == "removed"]
+    return removals_in(journal.read(path, upto=sequence))

@@ -11,8 +11,8 @@ import getpass
 import hashlib
 import os
 import sys
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -33,6 +33,8 @@ class Signer:
     """A private key that signs in a registry's name."""
 
     key: Ed25519PrivateKey
+    password: str = field(default="", repr=False)
+    """That of its file; empty: the file is not encrypted."""
 
     def sign(self, message: bytes) -> bytes:
         """Sign a message; returns 64 bytes."""
@@ -74,13 +76,19 @@ def signer_for(registry: Path, key: Path | None = None) -> Signer:
             f"There is no signing key at {place}, and this change of {registry} must be signed. "
             f"Name the registry's private key by `--signing-key FILE` or {KEY}."
         )
-    signer, own = read_signer(place), fingerprint_of((registry / PUBLIC).read_bytes())
-    if signer.fingerprint != own:
-        raise ConfigError(
-            f"{place} is not the signing key of {registry}: it has the fingerprint "
-            f"{signer.fingerprint}, expected {own}. Name the key that belongs to {PUBLIC}."
-        )
+    signer = read_signer(place)
+    require_own(signer, registry)
     return signer
+
+
+def require_own(signer: Signer, registry: Path) -> None:
+    """Raise ``ConfigError`` unless a private key belongs to the registry's public key."""
+    if signer.fingerprint != (own := fingerprint_of((registry / PUBLIC).read_bytes())):
+        raise ConfigError(
+            f"The signing key is not that of {registry}: it has the fingerprint "
+            f"{signer.fingerprint}, expected {own}. Name the private key that belongs to {PUBLIC}; "
+            "was it changed meanwhile?"
+        )
 
 
 def new_signer(registry: Path, key: Path | None = None) -> Signer:
@@ -92,10 +100,16 @@ def new_signer(registry: Path, key: Path | None = None) -> Signer:
     return read_signer(place) if place.exists() else create_key(place)
 
 
-def create_key(place: Path) -> Signer:
-    """Make a key and write it as PEM, for its owner alone; the file must not exist yet."""
-    signer = Signer(Ed25519PrivateKey.generate())
-    write_private(place, private_pem(signer.key, os.environ.get(PASSWORD, "")))
+def create_key(place: Path, password: str = "") -> Signer:
+    """Make a key and write it as PEM, for its owner alone; the file must not exist yet.
+
+    Args:
+        place: The file.
+        password: To encrypt it; empty: ``FEDCOMPO_SIGNING_PASSWORD``, else it is not encrypted.
+    """
+    signer = Signer(Ed25519PrivateKey.generate(), password or os.environ.get(PASSWORD, ""))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_private(place, private_pem(signer.key, signer.password))
     return signer
 
 
@@ -108,8 +122,10 @@ def read_signer(place: Path) -> Signer:
     """
     try:
         data = place.read_bytes()
-        password = _password(place).encode() if _is_encrypted(data) else None
-        key = serialization.load_pem_private_key(data, password)
+        password = _password(place) if _is_encrypted(data) else ""
+        key = serialization.load_pem_private_key(data, password.encode() or None)
+    except ConfigError:
+        raise
     except UNREADABLE as error:
         raise FileFormatError(
             f"The private key {place} cannot be read: {error}. If it is encrypted, check the "
@@ -117,7 +133,7 @@ def read_signer(place: Path) -> Signer:
         ) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise FileFormatError(f"{place} holds a {type(key).__name__}, expected an Ed25519 key.")
-    return Signer(key)
+    return Signer(key, password)
 
 
 def check_pair(private: Path, public: Path) -> None:
@@ -179,4 +195,10 @@ def _password(place: Path) -> str:
         return password
     if not sys.stdin.isatty():
         raise ConfigError(f"The private key {place} is encrypted. Set {PASSWORD}.")
+    return _asked(place)
+
+
+@cache
+def _asked(place: Path) -> str:
+    """Ask for a password once, however often a command signs."""
     return getpass.getpass(f"Password of {place}: ")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcompo.errors import FileFormatError
+from fedcompo.errors import FileFormatError, RegistryError
 from fedcompo.registry.inspection import summary
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.rotation import key_at
 from fedcompo.registry.signing import is_signed
-from fedcompo.registry.state import ABOUT, PUBLIC
+from fedcompo.registry.state import ABOUT
 from fedcompo.storage.tensorstream import file_sha256
 
 Values = dict[str, Any]
@@ -36,7 +37,7 @@ def story(registry: RegistryReader) -> Values:
         "created": registry.created,
         "changed": entries[-1].time,
         "clients": [{**one, "norm": members[one["client"]].norm} for one in about["clients"]],
-        "removed": [_receipt(registry, entry) for entry in removals],
+        "removed": [_receipt(registry, entry, entries) for entry in removals],
         "journal": [
             {
                 "line": entry.sequence,
@@ -66,14 +67,14 @@ def story_of_run(folder: Path, results: Mapping[str, Any]) -> Values | None:
     return story(RegistryReader(path)) if path else None
 
 
-def _receipt(registry: RegistryReader, entry: Entry) -> Values:
+def _receipt(registry: RegistryReader, entry: Entry, entries: Sequence[Entry]) -> Values:
     """Describe a removal by its line of the journal and its record, and check the record."""
     said, path = entry.details, registry.path / entry.details["record"]
     told: Values = {"requested_by": said.get("requested_by", ""), "fault": ""}
     told |= {"reason": "", "to_retrain": []}
     try:
         record = RemovalRecord.parse(path.read_bytes(), source=str(path))
-        public = (registry.path / PUBLIC).read_bytes()
+        public = key_at(registry, entries, record.sequence)
         if not is_signed(record.signed_bytes, record.signature, public):
             told["fault"] = "it is not signed by the registry's key"
         elif file_sha256(path) != said["record_sha256"]:
@@ -84,6 +85,6 @@ def _receipt(registry: RegistryReader, entry: Entry) -> Values:
                 "reason": record.reason,
                 "to_retrain": list(record.influence.to_retrain),
             }
-    except (FileFormatError, OSError) as error:
+    except (FileFormatError, RegistryError, OSError) as error:
         told["fault"] = str(error)
     return {"time": entry.time, "line": entry.sequence, **{key: said[key] for key in SAID}, **told}

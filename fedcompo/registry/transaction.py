@@ -5,7 +5,8 @@
     stage    new files are written under pending/new/, the new state as pending/state.json
     commit   pending/commit.json appears, by a rename: from here on the change will happen
     apply    staged folders move to their places, the journal grows, state.json is exchanged
-             (what readers see), then what has to go is deleted, and last pending/ itself
+             (what readers see), then files are exchanged, what has to go is deleted, and last
+             pending/ itself
 
 Before the commit a crash leaves the old state: recovery deletes ``pending/``. After it, recovery
 applies what is left to apply; each step can be repeated. Nothing that the old state names is
@@ -52,6 +53,8 @@ class Change:
     """Folders and files that the new state no longer names."""
     model: str
     """Folder that the link ``model`` shall point to; empty: none."""
+    exchanges: tuple[str, ...] = ()
+    """Staged files that take the place of others, once readers go by the new state."""
 
 
 @contextlib.contextmanager
@@ -133,7 +136,10 @@ def recover(root: Path) -> None:
     try:
         values = json.loads((pending / COMMIT).read_text(encoding="utf-8"))
         change = Change(**tuples(values))
-        require_inside(root, [*change.moves, *change.deletions, *filter(None, [change.model])])
+        require_inside(
+            root,
+            [*change.moves, *change.exchanges, *change.deletions, *filter(None, [change.model])],
+        )
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RegistryDamaged(
             f"{pending / COMMIT} cannot be read ({error}). A change was committed there but cannot "
@@ -172,6 +178,10 @@ def _apply(root: Path, change: Change) -> None:
         _grow_journal(root / JOURNAL, change)
         (pending / STATE).replace(root / STATE)
         sync_folder(root)
+    for path in change.exchanges:
+        if (pending / "new" / path).exists():
+            (pending / "new" / path).replace(root / path)
+            sync_folder((root / path).parent)
     _point_model(root, change.model)
     for path in change.deletions:
         delete(root / path)

@@ -14,10 +14,11 @@ from typing import Any
 
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
-from fedcompo.registry import journal, signing
+from fedcompo.registry import journal
 from fedcompo.registry.comebacks import Comebacks
 from fedcompo.registry.history import end_of_change, line_of, members_after, root_of
 from fedcompo.registry.journal import Entry
+from fedcompo.registry.key_verification import check_keys, expected_fixed, signature_finding
 from fedcompo.registry.owners import OWNERS
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import (
@@ -29,9 +30,8 @@ from fedcompo.registry.rederivation import (
     totals_again,
 )
 from fedcompo.registry.releases import RELEASED, members_named
-from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.removed import content_of
-from fedcompo.registry.state import PRIVATE, PUBLIC, State
+from fedcompo.registry.state import PRIVATE, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
 from fedcompo.report.progress import step
 from fedcompo.storage.tensorstream import file_sha256
@@ -54,12 +54,14 @@ def verify_registry(path: Path) -> list[Finding]:
     findings = [Finding("state and journal can be read and belong together", True)]
     step("files")
     findings += _check_history(registry.state, entries)
-    findings += _check_keys(registry)
+    findings += check_keys(registry, entries)
     findings += _check_files(registry)
     findings += _check_records(registry, entries)
     findings += _check_strangers(registry, entries)
+    if any(finding.holds is False for finding in findings):
+        return findings
     findings += _guarded(NOTHING_BACK, partial(_nothing_back, entries=entries), registry)
-    if all(finding.holds for finding in findings) and registry.clients:
+    if registry.clients:
         step("composing again from all members")
         findings += _guarded("the composition is that of the members", recomposed, registry)
         findings += _guarded("the joint head is that of the members", aligned_again, registry)
@@ -99,9 +101,8 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
         last = next(e.details for e in reversed(entries) if "root_after" in e.details)
         chosen = {name: last.get(name) for name in state.chosen}
         yield compared("the factor is that of the journal's last line", state.chosen, chosen)
-    fixed = entries[0].details.get("fixed")
     claim = "the fixed files are those of the journal's first line"
-    yield compared(claim, dict(state.fixed), fixed)
+    yield compared(claim, dict(state.fixed), expected_fixed(entries))
     for line in (entry for entry in entries if entry.event == RELEASED):
         claim = f"line {line.sequence} names the members of the version that was released"
         yield compared(claim, line.details["clients"], members_named(entries[: line.sequence - 1]))
@@ -120,15 +121,6 @@ def _kept_finding(
     members = members_after(entries[: last.sequence])
     kept_root = sorted(kept["clients"]), root_of(state, members, kept["files"])
     return compared(claim, kept_root, (sorted(members), last.details["root_after"]))
-
-
-def _check_keys(registry: RegistryReader) -> Iterator[Finding]:
-    claim = "the keys belong together"
-    try:
-        signing.check_pair(registry.path / PRIVATE, registry.path / PUBLIC)
-        yield Finding(claim, True)
-    except (FileFormatError, OSError) as error:
-        yield Finding(claim, False, str(error))
 
 
 def _check_files(registry: RegistryReader) -> Iterator[Finding]:
@@ -153,18 +145,7 @@ def _check_records(registry: RegistryReader, entries: list[Entry]) -> Iterator[F
             finding = _file_finding(claim, path, entry.details["record_sha256"])
             yield finding
             if finding.holds:
-                yield signature_finding(path, registry.path / PUBLIC)
-
-
-def signature_finding(path: Path, public: Path) -> Finding:
-    """Whether a record is whole and signed by the key."""
-    claim = f"{path.name} is signed by the registry's key"
-    try:
-        record = RemovalRecord.parse(path.read_bytes(), source=str(path))
-        signed = signing.is_signed(record.signed_bytes, record.signature, public.read_bytes())
-    except (FileFormatError, OSError) as error:
-        return Finding(claim, False, f"with {public}: {error}")
-    return Finding.of(claim, signed, f"the signature is not that of {public}")
+                yield signature_finding(path, None, registry, entries)
 
 
 def _check_strangers(registry: RegistryReader, entries: list[Entry]) -> Iterator[Finding]:

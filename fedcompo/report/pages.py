@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
@@ -18,6 +19,9 @@ from fedcompo.config.run import RunConfig
 from fedcompo.names import printable
 from fedcompo.report import drawing, figures, results, units
 from fedcompo.storage.files import write_atomically
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 REPORT = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
@@ -38,7 +42,7 @@ def write_report(folder: Path, found: Values, registry: Values | None = None) ->
 
 def run_page(found: Values, registry: Values | None = None) -> str:
     """Make the report of a run, a removal or a baseline; arguments as of :func:`write_report`."""
-    return _page(results=found, registry=registry, of_run=True)
+    return _template().render(results=found, registry=registry, of_run=True) + "\n"
 
 
 def registry_page(registry: Values, found: Values | None = None) -> str:
@@ -48,10 +52,12 @@ def registry_page(registry: Values, found: Values | None = None) -> str:
         registry: As :func:`fedcompo.registry.story.story` describes it.
         found: Results of the run that made it, for the accuracies; None: there are none.
     """
-    return _page(results=found, registry=registry, of_run=False)
+    return _template().render(results=found, registry=registry, of_run=False) + "\n"
 
 
-def _page(**values: Any) -> str:
+@cache
+def _template() -> Template:
+    """Read the templates once: to compile them takes longer than to fill them in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -74,7 +80,7 @@ def _page(**values: Any) -> str:
         "zip": zip,
         "defaults": RunConfig().flat(),
     }
-    return environment.get_template("page.html").render(values) + "\n"
+    return environment.get_template("page.html")
 
 
 def _code(text: str) -> Markup:

@@ -9,21 +9,10 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from fedcompo.report import units
 from fedcompo.report.arrivals import arrivals_table
 from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import PlainConsole, numbers, table_console
-from fedcompo.report.units import (
-    ALL_CLASSES,
-    BRACKETS,
-    EXPLAINED,
-    OWN_CLASSES,
-    SMALL,
-    listed,
-    percent,
-    percent_between,
-    shortened,
-    size,
-)
 
 Results = Mapping[str, Any]
 """What ``results.json`` holds."""
@@ -33,8 +22,8 @@ COLUMNS = (
     ("frozen", "frozen_class_il_accuracy"),
     ("alone", "own_task_accuracy"),
     ("own heads", "own_heads_accuracy"),
-    (ALL_CLASSES, "class_il_accuracy"),
-    (OWN_CLASSES, "task_il_accuracy"),
+    (units.ALL_CLASSES, "class_il_accuracy"),
+    (units.OWN_CLASSES, "task_il_accuracy"),
 )
 LINES = {
     "frozen": "before any training: right among all classes",
@@ -81,7 +70,7 @@ def _print_scale(chosen: Mapping[str, Any], console: PlainConsole, *, details: b
     table = Table(*numbers("λ", "loss", "accuracy in %"), title="Vote on λ")
     best = min(candidate["loss"] for candidate in chosen["candidates"])
     for tried in chosen["candidates"]:
-        cells = (f"{tried['scale']:.3g}", f"{tried['loss']:.3g}", percent(tried["accuracy"]))
+        cells = (f"{tried['scale']:.3g}", f"{tried['loss']:.3g}", units.percent(tried["accuracy"]))
         table.add_row(*cells, style="bold" if tried["loss"] == best else "")
     console.print(table)
 
@@ -93,7 +82,7 @@ def _print_diagnostics(results: Results, console: PlainConsole, *, details: bool
         console.print(f"Gap Ω of Theorem 1 (mean Fisher, composition's coefficients): {gap:.3g}")
     if outliers := results["diagnostics"]["outliers"]:
         console.print(
-            f"Outliers: {listed(outliers)}: task vectors far longer or shorter than most, or "
+            f"Outliers: {units.listed(outliers)}: task vectors far longer or shorter than most, or "
             "against the others'. Look at these clients' data; `--details` shows the figures.",
             style="bold yellow",
         )
@@ -111,22 +100,22 @@ def _accuracy_table(results: Results) -> Table:
     kind = ["kind"] if len(kinds) > 1 else []
     lines = [f"{title}: {LINES[title]}" for title, _ in columns if title in LINES]
     tests = [
-        figures["num_test_examples"] if figures.get("interval") else SMALL
+        figures["num_test_examples"] if figures.get("interval") else units.SMALL
         for figures in results["per_client"].values()
         if figures["num_test_examples"]  # of a client's shards, one measures
     ]
-    lines += [BRACKETS] if min(tests, default=SMALL) < SMALL else []
-    caption = "\n".join([CAPTION, *lines, EXPLAINED])
+    lines += [units.BRACKETS] if min(tests, default=units.SMALL) < units.SMALL else []
+    caption = "\n".join([CAPTION, *lines, units.EXPLAINED])
     style: Any = {"title": "Accuracy, %", "caption": caption, "caption_justify": "left"}
     table = Table(Column("client", no_wrap=True), "classes", *kind, *counted, **style)
     for client in shown(results):
         figures = results["per_client"][client]
         table.add_row(
             client,
-            shortened(figures["classes"]),
+            units.shortened(figures["classes"]),
             *(figures[name] for name in kind),
             f"{figures['num_examples']} + {figures['num_test_examples'] or '–'}",
-            *_accuracies(figures, columns, figures["num_test_examples"] or SMALL),
+            *_accuracies(figures, columns, figures["num_test_examples"] or units.SMALL),
         )
     if (hidden := len(results["per_client"]) - SHOWN) > 0:
         table.add_row(f"... and {hidden} more")
@@ -138,8 +127,11 @@ def _accuracy_table(results: Results) -> Table:
 
 def _accuracies(figures: Results, columns: list[tuple[str, str]], images: int) -> list[str]:
     """Cells of a row; the accuracy over all classes with its interval, if test images are few."""
-    between = percent_between(figures["class_il_accuracy"], figures.get("interval"), images)
-    return [between if title == ALL_CLASSES else percent(figures[key]) for title, key in columns]
+    between = units.percent_between(figures["class_il_accuracy"], figures.get("interval"), images)
+    return [
+        between if title == units.ALL_CLASSES else units.percent(figures[key])
+        for title, key in columns
+    ]
 
 
 def _traffic_table(results: Results) -> Table:
@@ -154,7 +146,7 @@ def _traffic_table(results: Results) -> Table:
     phases = {name: parts for name, parts in by_name.items() if name not in alone}
 
     def add(title: str, counts: Iterable[int]) -> None:
-        table.add_row(title, *(size(count) if count else "" for count in counts))
+        table.add_row(title, *(units.size(count) if count else "" for count in counts))
 
     for name, parts in phases.items():
         title = f"{name} × {len(parts)}" if len(parts) > 1 else name

@@ -14,9 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from fedcompo.errors import ConfigError
 
@@ -26,16 +25,6 @@ Settings = Mapping[str, Any]
 PROJECT = "fedcompo"
 """Name of the project, or experiment, unless the environment has another."""
 logger = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """What a tracker is asked to do; each of it may raise any exception."""
-
-    def figures(self, rows: Sequence[Row]) -> None:
-        """Take figures."""
-
-    def finish(self, files: Iterable[Path], *, failed: bool) -> None:
-        """Take files, and close."""
 
 
 class TensorBoard:
@@ -94,12 +83,12 @@ class MLflow:
 
 
 class WeightsAndBiases:
-    """Writes to Weights & Biases; offline, into the run's folder, unless one is logged in."""
+    """Writes to Weights & Biases; offline, into the run's folder, unless ``WANDB_MODE`` is set."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        mode = os.environ.get("WANDB_MODE") or "offline"  # nothing leaves unless one asks for it
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         about = {"dir": str(folder), "name": folder.name, "config": dict(settings)}
         self._run = wandb.init(project=project, mode=mode, **about)
@@ -116,6 +105,7 @@ class WeightsAndBiases:
         self._run.finish(exit_code=int(failed))
 
 
+Tracker = TensorBoard | MLflow | WeightsAndBiases
 TRACKERS: dict[str, Callable[[Path, Settings], Tracker]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
@@ -227,11 +217,3 @@ def require(names: Iterable[str]) -> None:
 def _known_to_mlflow(name: str) -> str:
     """Replace what MLflow takes in no name of a figure by its number, so that names stay apart."""
     return "".join(c if c.isalnum() or c in "_-. /" else f"_{ord(c):X}_" for c in name)
-
-
-def _logged_in() -> bool:
-    """Whether `wandb login` was done on this machine, or the environment holds a key."""
-    try:
-        return "WANDB_API_KEY" in os.environ or bool(netrc().authenticators("api.wandb.ai"))
-    except (OSError, NetrcParseError):
-        return False

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fedcompo.service.certificates import read_authority as read_authority
     from fedcompo.service.certificates import read_credential as read_credential
     from fedcompo.service.client import Client as Client
-    from fedcompo.service.client import Receipt as Receipt
     from fedcompo.service.limits import Limits as Limits
+    from fedcompo.service.receipt import Receipt as Receipt
     from fedcompo.service.server import Server as Server
     from fedcompo.service.server import Settings as Settings
     from fedcompo.service.server import serve as serve

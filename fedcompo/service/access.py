@@ -37,7 +37,6 @@ import hashlib
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -156,9 +155,10 @@ def require_many(
     the number of their shards. With weights that it chose,
     none of the others may have more than ``1 / least`` of theirs: a tiny weight hides nobody.
     """
-    by_client = Counter[str]()
+    by_client = dict[str, float]()
     for client in clients:
-        by_client[whole_of(client)] += (weights or {}).get(client, 0.0 if weights else 1.0)
+        own = (weights or {}).get(client, 0.0 if weights else 1.0)
+        by_client[whole_of(client)] = by_client.get(whole_of(client), 0.0) + own
     others = [weight for client, weight in by_client.items() if client != peer.name]
     even = weights is None or max(others, default=0.0) * least <= sum(others) * (1 + 1e-6)
     if others and not peer.operator and (len(others) < least or not even):

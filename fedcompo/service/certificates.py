@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedcompo.data.tasks import check_whole
 from fedcompo.errors import ConfigError
 from fedcompo.names import check_client_name
 from fedcompo.storage.files import UNREADABLE, private_pem, write_private
@@ -128,10 +129,10 @@ class Authority:
             days: How long the certificate is valid; negative: it has expired (for tests).
 
         Raises:
-            ContributionError: If the name cannot be a client's.
+            ContributionError: If the name cannot be a client's, or is that of a shard.
             ConfigError: If it is longer than a certificate's common name may be.
         """
-        check_client_name(name)
+        check_whole(check_client_name(name))
         if (length := len(name.encode())) > LONGEST_COMMON_NAME:
             raise ConfigError(
                 f"{name!r} takes {length} bytes, but the common name of a certificate holds at "

@@ -9,26 +9,28 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from fedcompo.errors import ConfigError, FileFormatError, ServiceError
+from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.names import require_utf8
+from fedcompo.registry import known
+from fedcompo.registry.known import Known
 from fedcompo.report.progress import BYTES, step, track
 from fedcompo.service import registry_pb2 as wire
+from fedcompo.service.acquaintance import Acquaintance
 from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
+from fedcompo.service.receipt import Receipt
 from fedcompo.service.retries import ATTEMPTS, Attempts
 from fedcompo.service.transfer import CONTRIBUTION, FileEntry, outgoing, received, without_paths
 from fedcompo.storage.files import BACKBONE, CONFIG, MODEL_CARD, RECIPE, WEIGHTS, is_free
 
 if TYPE_CHECKING:
     from fedcompo.registry.rederivation import Finding
-    from fedcompo.registry.removal import RemovalRecord
 
 
 MODEL = (
@@ -39,31 +41,6 @@ MODEL = (
 LOOPBACK = "localhost", "127.0.0.1", "[::1]"
 LARGEST_MESSAGE = 16 << 20
 """Bytes; the list of a registry of thousands is the largest."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof of a removal, for the client that has left."""
-
-    record: bytes
-    """A removal record, signed."""
-    public_key: bytes
-    """The key that checks its signature, PEM."""
-
-    def checked(self, client: str) -> RemovalRecord:
-        """Read the record; raises ``ServiceError`` unless it is this client's, and signed."""
-        from fedcompo.registry.removal import RemovalRecord
-        from fedcompo.registry.signing import is_signed
-
-        record = RemovalRecord.parse(self.record, source="The receipt")
-        signed = is_signed(record.signed_bytes, record.signature, self.public_key)
-        if record.client != client or not signed:
-            raise ServiceError(
-                f"The server's receipt is of {record.client!r} and {'' if signed else 'not '}"
-                f"signed by its key; expected a signed one of {client!r}. Keep it, and ask an "
-                "operator."
-            )
-        return record
 
 
 class Client:
@@ -84,6 +61,7 @@ class Client:
         *,
         attempts: int = ATTEMPTS,
         seconds: float = 3600.0,
+        insisting: bool = False,
     ) -> None:
         """Describe the connection; it is made at the first call.
 
@@ -93,6 +71,8 @@ class Client:
             credential: The caller's own.
             attempts: How often to call before giving up.
             seconds: Longest time of one call.
+            insisting: Compare each list with what this machine knows of the registry, and keep it
+                (:mod:`fedcompo.service.acquaintance`).
         """
         host, colon, port = address.rpartition(":")
         if not (host and colon and port.isdecimal() and int(port) < 1 << 16):
@@ -100,7 +80,8 @@ class Client:
                 f"{address!r} is no address of a server; write host:port, such as "
                 "fed.example.org:9443."
             )
-        self._seconds = seconds
+        self._seconds, self._address, self._insisting = seconds, address, insisting
+        self._met: Known | None = None
         self._attempts = Attempts(attempts, address)
         credentials = grpc.ssl_channel_credentials(
             authority, credential.key, credential.certificate
@@ -213,11 +194,26 @@ class Client:
         require_utf8(client, reason)
         request = wire.RemoveRequest(client=client, reason=reason)
         reply = self._attempts.make(lambda: self._stub.Remove(request, timeout=self._seconds))
-        return Receipt(reply.record, reply.public_key)
+        return Receipt(reply.record, reply.public_key, self._met)
 
     def list(self) -> Any:
-        """List the members; returns the message ``ListReply``."""
-        request = wire.ListRequest()
+        """List the members; returns the message ``ListReply``.
+
+        Raises:
+            ServiceError: If the server refuses, cannot be reached, or its registry is not the one
+                that this machine knows.
+        """
+        if not self._insisting:
+            return self._list(0)
+        before = Acquaintance(self._address, known.read())
+        reply = self._list(sequence := before.sequence())
+        if sequence != before.sequence(reply.identity):  # it was met elsewhere
+            reply = self._list(before.sequence(reply.identity))
+        self._met = before.greet(reply)
+        return reply
+
+    def _list(self, known_sequence: int) -> Any:
+        request = wire.ListRequest(known_sequence=known_sequence)
         return self._attempts.make(lambda: self._stub.List(request, timeout=self._seconds))
 
     def verify(self, record: bytes = b"") -> Sequence[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,15 @@ import grpc
 
 from fedcompo.data.tasks import whole_of
 from fedcompo.errors import ContributionError, RegistryError
+from fedcompo.registry.checkpoint import Checkpoint
 from fedcompo.registry.inspection import DAMAGED
+from fedcompo.registry.journal import Entry
 from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.rederivation import Finding
 from fedcompo.registry.registry import Registry
-from fedcompo.registry.state import PUBLIC, Member, State
+from fedcompo.registry.rotation import key_at, rotations_in
+from fedcompo.registry.signing import Signer, signer_for
+from fedcompo.registry.state import Member, State
 from fedcompo.registry.transaction import STATE
 from fedcompo.registry.verification import verify_registry
 from fedcompo.service import registry_pb2 as wire
@@ -36,6 +41,25 @@ CHANGED = "The registry was changed while it was verified. Try again."
 
 
 @dataclass(frozen=True)
+class _Witness:
+    """What a signed list needs of a registry that stays the same until the next change."""
+
+    signer: Signer
+    lines: Sequence[str]
+    """SHA-256 of each line of the journal."""
+    rotations: Sequence[bytes]
+
+
+@functools.lru_cache(maxsize=2)
+def _witness(path: Path, key: Path | None, journal_sha256: str) -> _Witness:
+    """Read key and journal, once a change."""
+    registry = Registry(path)
+    entries = registry.entries()
+    rotations = [rotation.data for rotation in rotations_in(entries, registry.identity)]
+    return _Witness(signer_for(path, key), [entry.sha256 for entry in entries], rotations)
+
+
+@dataclass(frozen=True)
 class Members:
     """The methods ``Remove``, ``List`` and ``Verify``."""
 
@@ -49,6 +73,8 @@ class Members:
     limits: Limits
     hidden: Mapping[Path, str]
     """Folders that no answer may name, and what to call them instead."""
+    key: Path | None = None
+    """File of the registry's private key; None: as the environment says, or in the registry."""
 
     def remove(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Remove a client and return the receipt; for one that has left, its last receipt."""
@@ -64,25 +90,33 @@ class Members:
             registry = Registry(self.registry)
             if client in registry.clients:
                 try:
-                    registry.remove(client, requested_by=peer.signature, reason=request.reason)
+                    by, why = peer.signature, request.reason
+                    registry.remove(client, requested_by=by, reason=why, key=self.key)
                 except ContributionError:  # another process was faster
                     registry.refresh()
         self.uploads.forget(whole_of(client))
-        record = _last_record(registry, client)
-        return wire.RemoveReply(record=record, public_key=_public_key(registry))
+        entry = _last_removal(registry, client)
+        return wire.RemoveReply(
+            record=(registry.path / str(entry.details["record"])).read_bytes(),
+            public_key=key_at(registry, registry.entries(), entry.sequence),
+        )
 
     def list(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """List the members."""
-        registry = Registry(self.registry)
+        """List the members, and sign what the registry is."""
+        registry, line = Registry(self.registry), request.known_sequence
         state = registry.state
         share = LARGEST_LIST // max(1, len(state.members))
+        witness = _witness(self.registry, self.key, state.journal_sha256)
+        earlier = (line, witness.lines[line - 1]) if 0 < line <= state.sequence else (0, "")
         return wire.ListReply(
             identity=registry.identity,
             base=state.base,
             root=state.root,
             sequence=state.sequence,
             members=[_listed(member, share) for member in state.members.values()],
-            public_key=_public_key(registry),
+            public_key=witness.signer.public_pem,
+            checkpoint=Checkpoint.of(registry.identity, state, earlier).sealed(witness.signer),
+            rotations=witness.rotations,
         )
 
     def verify(self, request: Any, context: grpc.ServicerContext) -> Any:
@@ -136,15 +170,11 @@ def _listed(member: Member, share: int) -> Any:
         return wire.Member(client=member.client, kind=DAMAGED)
 
 
-def _last_record(registry: Registry, client: str) -> bytes:
-    """The newest receipt of a client that has left."""
+def _last_removal(registry: Registry, client: str) -> Entry:
+    """The newest line of the journal that tells of a client that has left."""
     registry.refresh()
     for entry in reversed(registry.entries()):
         if entry.details.get("client") == client and "record" in entry.details:
-            return (registry.path / str(entry.details["record"])).read_bytes()
+            return entry
     require_members(registry, [client])  # it was never there
     raise RegistryError(f"{client} came back meanwhile. Try again.")
-
-
-def _public_key(registry: Registry) -> bytes:
-    return (registry.path / PUBLIC).read_bytes()

@@ -25,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedcompo.errors import ServiceError
 from fedcompo.names import address
 from fedcompo.registry.registry import Registry
+from fedcompo.registry.signing import place_of_key, signer_for
 from fedcompo.service.access import Audience, Revoked
 from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
@@ -60,6 +61,8 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     revoked: Path | None = None
     """File that lists revoked certificates."""
+    signing_key: Path | None = None
+    """File of the registry's private key; None: as the environment says, or in the registry."""
 
 
 class Server:
@@ -70,13 +73,16 @@ class Server:
 
         Raises:
             RegistryError: If there is no registry.
-            ConfigError: If the list of revoked certificates cannot be read.
+            ConfigError: If the list of revoked certificates cannot be read, or the registry's
+                private key is missing.
             ServiceError: If certificate and key cannot be used, or the port is taken.
         """
         self.settings, limits = settings, settings.limits
         root = Registry(settings.registry).path.resolve()
         folder = root.with_name(f".{root.name}.service")
-        hidden = {root: "the registry", folder: "the upload"}
+        key = place_of_key(root, settings.signing_key)
+        signer_for(root, key)  # or who leaves would get no receipt
+        hidden = {key: "the signing key", root: "the registry", folder: "the upload"}
         revoked = Revoked(settings.revoked)
         folder.mkdir(exist_ok=True, mode=0o700)
         self._health = health.HealthServicer(experimental_non_blocking=False)
@@ -92,7 +98,7 @@ class Server:
         composed, who, least = folder / "models", settings.audience, settings.least
         _delete_old(composed, limits.stale)
         downloads = Downloads(root, composed, who, least, heavy, models, limits)
-        members = Members(root, uploads, writers, heavy, limits, hidden)
+        members = Members(root, uploads, writers, heavy, limits, hidden, key)
         serve_methods(
             self._server,
             Publish=Publishing(root, uploads, writers, limits).publish,

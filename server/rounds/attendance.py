@@ -1,9 +1,9 @@
 """Decide who takes part in which round: clients come, go, lose their node, and come back.
 
 A client joins when its node appears, or in the round that ``joins`` names. It leaves after the
-round that ``leaves`` names. What is said of a client is said of all its shards. A client whose
-node is gone is absent: its last task vector stays in
-the sum, and it trains again when a node of its name is back.
+round that ``leaves`` names; what is said of a client is said of all its shards. A client whose node
+is gone is absent: its last task vector stays in the sum, and it trains again when a node of its
+name is back.
 """
 
 from __future__ import annotations

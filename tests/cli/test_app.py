@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -198,11 +199,14 @@ def test_version_is_that_of_the_project() -> None:
 
 
 def test_every_command_explains_itself_by_a_short_option_too() -> None:
-    for name in ("", *typer.main.get_command(cli.app).commands):  # type: ignore[attr-defined]
-        asked = [name] if name else []
-        long, short = (runner.invoke(cli.app, [*asked, option]) for option in ("--help", "-h"))
-        assert short.exit_code == 0
-        assert short.stdout == long.stdout
+    root = typer.main.get_command(cli.app)
+    context = click.Context(root, **root.context_settings)
+    for command in root.commands.values():  # type: ignore[attr-defined]
+        own = click.Context(command, parent=context, **command.context_settings)
+        assert command.get_help_option_names(own) == ["-h", "--help"]
+    long, short = (runner.invoke(cli.app, ["list", option]) for option in ("--help", "-h"))
+    assert short.exit_code == 0
+    assert short.stdout == long.stdout
 
 
 def test_shells_can_complete_the_commands() -> None:

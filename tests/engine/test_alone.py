@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_runs import QUICK, run
+from app_runs import FEW_WEIGHTS, QUICK, run
 from cli_runs import digits_registry
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fedcompo.cli.app import app
 from fedcompo.engine.alone import fit_alone
-from fedcompo.errors import FedcompoError
+from fedcompo.errors import ConfigError, FedcompoError
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import CARD, FISHER
@@ -73,6 +73,18 @@ def test_it_leaves_the_bits_of_a_newcomer_to_the_same_registry(
     assert made["own_task_accuracy"] == figures["own_task_accuracy"]
     Registry(path).add(tmp_path / "made")
     assert "newcomer" in Registry(path).clients
+
+
+def test_a_shard_is_fitted_from_its_part_of_the_images(images: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("FEDCOMPO_STATE", str(tmp_path / "state"))
+    few = {"shards": 2, "local-epochs": 1, "local-steps": 0, "target-weights": FEW_WEIGHTS}
+    settings = {**few, "backbone": QUICK["backbone"], "aside": 0.0}
+    made = fit_alone(images, tmp_path / "made", settings, client="ada.shard-1")
+    assert (made["client"], made["num_examples"]) == ("ada.shard-1", 16)
+    assert (tmp_path / "state/shards/ada.shards-2.csv").read_text().count("\n1,") == 16
+    for client, shards in (("ada", 2), ("ada.shard-2", 2), ("ada.shard-0", 1)):
+        with pytest.raises(ConfigError, match="shard by shard"):
+            fit_alone(images, tmp_path / "o", {**settings, "shards": shards}, client=client)
 
 
 def test_without_a_registry_a_command_fits_the_first_of_one(images: Path, tmp_path: Path) -> None:

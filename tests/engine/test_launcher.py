@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 from tiny_app import fedcompo, write_app
 
 from fedcompo import RunConfig, simulate
-from fedcompo.engine import launcher, run_folder
+from fedcompo.engine import launcher, run_folder, superlink
 from fedcompo.engine.superlink import MARKER
 from fedcompo.errors import ConfigError, LaunchError
 
@@ -133,33 +133,24 @@ def test_a_failed_run_gives_the_reason_once_and_the_end_of_the_log(tmp_path: Pat
 
 
 @pytest.mark.simulation
-def test_a_run_that_completes_is_a_success(tmp_path: Path) -> None:
-    app = write_app(tmp_path / "an app", "complete")
-    awkward = """it's "quoted"  \\ ü = [1]"""
-    arguments = ["--set", f"checkpoint={awkward}", "--set", "num-tasks=2", "--output", "my out"]
-    arguments.append("--no-check")  # no such checkpoint goes with the embedded backbone
-    process = fedcompo(app, "simulate", *arguments, cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    lines = out.splitlines()
-    assert lines[-2:] == ["replies: 2", f"Results: {tmp_path}/my out"]
-    assert any(line.endswith("2 replies") for line in lines)
-    results = json.loads((tmp_path / "my out" / "results.json").read_text())
-    assert results == {"replies": 2, "checkpoint": f"{tmp_path}/{awkward}"}
-    assert "a client works" in (tmp_path / "my out" / "flower.log").read_text()
-
-
-@pytest.mark.simulation
-def test_a_run_that_raises_is_a_failure_and_says_why(tmp_path: Path) -> None:
-    app = write_app(tmp_path / "app", "raise")
-    process = fedcompo(app, "simulate", cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert err.startswith("The run failed: the dog ate the weights\n")
-    assert "RuntimeError: the dog ate the weights" in err
-    assert f"The whole log: {tmp_path}/runs/digits/flower.log" in err
-    assert "Traceback (most recent call last):\n  File" not in err  # ours, that is: not indented
-    assert "Results:" not in out.splitlines()[-1]
+def test_a_run_that_raises_is_a_failure_and_says_why_also_when_a_port_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, log = write_app(tmp_path / "app", "raise"), tmp_path / "out" / "flower.log"
+    monkeypatch.setattr(launcher, "find_app", lambda: app)
+    free = superlink._free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = iter([taken.getsockname()[1], free])
+        monkeypatch.setattr(superlink, "_free_port", lambda: next(ports))
+        with pytest.raises(LaunchError) as caught:
+            simulate(output=tmp_path / "out")
+    said = str(caught.value)
+    assert said.startswith("The run failed: the dog ate the weights\n")
+    assert "RuntimeError: the dog ate the weights" in said
+    assert f"The whole log: {log}" in said
+    assert superlink.PORT_TAKEN in log.read_text()
 
 
 @pytest.mark.simulation

@@ -54,6 +54,10 @@ def images(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(made, tmp_path / "images"))
 
 
+def shard_like(images: Path) -> None:
+    (images / "bob").rename(images / "ada.shard-1")
+
+
 def empty_class(images: Path) -> None:
     for file in (images / "bob" / "train" / "fox").iterdir():
         file.unlink()
@@ -106,6 +110,8 @@ def alike(images: Path) -> None:
         (None, ["--set", "image-size=30"], "multiple of the"),
         (None, ["--set", "anchor=reference", "--set", "reference=no.bin"], "no.bin"),
         (None, ["--set", "num-clients=3"], "`num-clients` asks for 3 clients"),
+        (None, ["--set", "shards=13"], "allow 12 shard(s)"),
+        (shard_like, [], "names a shard of the client 'ada'"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_starts(

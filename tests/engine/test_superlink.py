@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,27 +123,6 @@ def test_a_missing_program_is_named_with_its_remedy() -> None:
 def test_a_long_temporary_folder_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/var/folders/" + "x" * 40)
     assert engine._temporary() == "/tmp"
-
-
-@pytest.mark.simulation
-def test_a_taken_port_is_given_up_for_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free = engine._free_port()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        ports = iter([taken.getsockname()[1], free])
-        monkeypatch.setattr(engine, "_free_port", lambda: next(ports))
-        with engine.started(tmp_path / "log") as running:
-            assert running.alive
-            socket.create_connection(("127.0.0.1", free), 5).close()
-            folder = running.folder
-            with pytest.raises(LaunchError, match=r"`flwr run` failed"):
-                running.submit(tmp_path, {}, {"num-supernodes": 2})
-    assert not running.alive
-    assert not folder.exists()
-    assert engine.PORT_TAKEN in (tmp_path / "log").read_text()
 
 
 @pytest.mark.simulation

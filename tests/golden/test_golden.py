@@ -29,6 +29,7 @@ FITTED = ("the joint head is that of the members", "the survivors alone give the
 def copy_of(tmp_path):
     def copied(name: str) -> Path:
         path = Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+        (path / "key.pem").chmod(0o600)  # git does not keep it
         state = json.loads((path / "state.json").read_text())
         (path / "model").symlink_to(state["version"], target_is_directory=True)
         return path

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from fedcompo.config.scenario import as_toml
 from fedcompo.config.setting import Scalar
@@ -36,11 +39,16 @@ SHARED: dict[str, Scalar] = {
     "rank": 2,
     "fisher-examples": 8,
     "realign": False,
-    "kind": "lora,full",
+    "kind": "full",
+    "scale": 1.0,  # no vote, and one kind: in a deployment each question costs seconds
     "device": "cpu",
     "wire": "float32",
 }
 """Settings of the one run that is simulated and deployed."""
+AWKWARD = """it's "mine"  \\ ü = [1]"""
+"""Name of a folder that shells, TOML and Flower would each read in another way."""
+SECRET = "DOE_Jane_1900-01-01"
+"""Stands in names and contents of files that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +65,20 @@ class Simulated:
 def simulate(folder: Path, images: Path) -> Simulated:
     """Give the command as a user would: some settings in a file, one beside it, a relative output.
 
-    No proxy of the user's is in the way of what stays on this machine.
+    No proxy of the user's is in the way of what stays on this machine. A third client, whose images
+    are spoilt, is left out.
 
     Args:
         folder: Where it is given.
         images: Of all clients.
     """
-    settings = {**SHARED, "data": f"folder:{images}"}
+    spoil(Path(shutil.copytree(images, folder / "images")))
+    settings = {**SHARED, "data": "folder:images"}
     rank = settings.pop("rank")
     (folder / "scenario.toml").write_text(as_toml(settings))
-    options = ["scenario.toml", "--output", "here/mine", "--set", f"rank={rank}"]
+    options = ["--no-check", "--output", f"here/{AWKWARD}", "--set", f"rank={rank}"]
     done = subprocess.run(
-        [BIN / "fedcompo", "simulate", *options],
+        [BIN / "fedcompo", "simulate", "scenario.toml", *options],
         cwd=folder,
         env={**os.environ, **PROXIES},
         capture_output=True,
@@ -76,4 +86,17 @@ def simulate(folder: Path, images: Path) -> Simulated:
         timeout=LIMIT,
         check=False,
     )
-    return Simulated(done, folder, folder / "here" / "mine")
+    return Simulated(done, folder, folder / "here" / AWKWARD)
+
+
+def spoil(images: Path) -> None:
+    """Give the first client a folder that is not read, and a third one what cannot be read."""
+    shutil.copytree(images / "hospital-a", images / "hospital-c")
+    shutil.move(images / "hospital-a" / "test", images / "hospital-a" / "val")
+    (images / "hospital-a" / SECRET).mkdir()  # is not read, which its log says
+    spoilt = images / "hospital-c" / "train" / "0"
+    exif = Image.Exif()
+    exif[0x010E] = SECRET
+    Image.new("L", (28, 28)).save(spoilt / f"{SECRET}.jpg", exif=exif)
+    (spoilt / f"{SECRET}.jpg").write_bytes((spoilt / f"{SECRET}.jpg").read_bytes()[:-80])
+    (spoilt / f"{SECRET}.png").write_text(SECRET)

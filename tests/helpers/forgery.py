@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.signing import Signer, read_signer
 from fedcompo.registry.state import PRIVATE, State
 from fedcompo.registry.transaction import JOURNAL, STATE
+from fedcompo.storage.files import canonical
 from fedcompo.storage.tensorstream import file_sha256
 
 Details = Mapping[str, Any]
@@ -46,6 +49,14 @@ def rewrite_record(root: Path, path: Path, **changes: Any) -> RemovalRecord:
     path.write_bytes(record.text.encode())
     rewrite_line(root, line, lambda details: {**details, "record_sha256": file_sha256(path)})
     return record
+
+
+def reworded(data: bytes, old: str, new: str) -> bytes:
+    """A record with other words in its statement, under the old signature."""
+    values = json.loads(data)
+    payload = base64.b64decode(values["payload"]).replace(old.encode(), new.encode())
+    values["payload"] = base64.b64encode(payload).decode()
+    return f"{canonical(values)}\n".encode()
 
 
 def as_before(record: RemovalRecord, signer: Signer) -> RemovalRecord:

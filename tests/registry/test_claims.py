@@ -100,10 +100,11 @@ def test_a_class_of_others_is_refused_at_every_door(tmp_path):
     before = contents(registry.path)
     with pytest.raises(ContributionError, match="claims the class 'yak', which "):
         registry.add(member("eve", seed=9, classes=("emu", "yak")))
+    with pytest.raises(ContributionError, match="claims the class 'yak', which "):
+        registry.add(member("eve.shard-0", seed=9, classes=("yak",)))
     assert contents(registry.path) == before
-    registry.add(
-        member("cho", seed=9, classes=("yak",)), member("eve", classes=("emu",)), replacing=True
-    )
+    registry.remove("cho")
+    registry.add(member("cho.shard-0", seed=9, classes=("yak",)), member("eve", classes=("emu",)))
     assert all(finding.holds for finding in verify_registry(registry.path))
 
 

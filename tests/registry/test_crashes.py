@@ -42,11 +42,8 @@ from fedcompo.storage.tensorfile import tensor_digest
 NEVER = 10**9
 
 
-def add(registry: Registry) -> None:
-    registry.add(registry.path.parent / "newcomer")
-
-
 def replace(registry: Registry) -> None:
+    """Add a contribution, and take another out."""
     registry.add(registry.path.parent / "replacement", replacing=True)
 
 
@@ -63,7 +60,7 @@ def empty(registry: Registry) -> None:
     registry.remove("ada", requested_by="ada")
 
 
-CHANGES = {change.__name__: change for change in (add, replace, remove, realign, empty)}
+CHANGES = {change.__name__: change for change in (replace, remove, realign, empty)}
 
 
 def quickly(change: Callable[[Registry], None], path: Path, listener: Listener) -> None:
@@ -114,8 +111,7 @@ class Scene:
         registry = registry_of(folder / "old", *members)
         if change == "remove":  # a joint head of more than its clients' statistics
             registry.realign({m.client: m.statistics for m in members})
-        for name, client in (("newcomer", "dee"), ("replacement", "ben")):
-            member(client, Kind.FULL, seed=5, with_fisher=True).save(folder / name)
+        member("ben", Kind.FULL, seed=5, with_fisher=True).save(folder / "replacement")
         assert process(quickly, self.change, self.copy("new"), Death(NEVER)) == 0
         self.old, self.new = contents(folder / "old"), contents(folder / "new")
         self.roots = Registry(folder / "old").state.root, Registry(folder / "new").state.root

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from fedcompo.data.client_data import load_client_data
 from fedcompo.method.pool import Pool
 from fedcompo.registry.record_verification import verify_record
 from fedcompo.registry.registry import Registry
+from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.verification import verify_registry
 from fedcompo.training.accuracy import accuracy_of
 
@@ -115,7 +115,8 @@ def test_a_run_removes_all_tasks_of_a_client_and_measures_the_others(registry, t
     settings = {**TASKS, "action": "remove", "client": "client-1", "registry": str(registry)}
     results = run({"clients": 4}, tmp_path / "out", **settings)
     assert results["survivors"] == list(results["accuracy_after"]) == MEMBERS[::2]
-    assert [json.loads(Path(p).read_text())["client"] for p in results["records"]] == MEMBERS[1::2]
+    records = [RemovalRecord.parse(Path(p).read_bytes(), source=p) for p in results["records"]]
+    assert [record.client for record in records] == MEMBERS[1::2]
     assert results["to_retrain"] == MEMBERS[::2]
     assert {left["client"] for left in results["left_out"]} & {*MEMBERS} == set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from unittest import mock
 
 import pytest
 from registry_builders import member, three_clients
@@ -18,7 +19,8 @@ from service_runs import (
     unchanged,
 )
 
-from fedcompo.service import access
+from fedcompo.errors import ContributionError
+from fedcompo.service import access, certificates
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.access import Audience
 from fedcompo.service.refusals import Code
@@ -151,3 +153,41 @@ def test_the_table_names_every_method():
     table = access.__doc__ or ""
     service = wire.DESCRIPTOR.services_by_name["Registry"]
     assert all(re.search(rf"^.*\b{method.name}\b.* ", table, re.M) for method in service.methods)
+
+
+SHARDS = "ada.shard-0", "ada.shard-1"
+
+
+def test_what_is_a_clients_own_are_its_shards_and_none_that_looks_alike():
+    ada = access.Peer("ada", False, "")
+    for own in ("ada", *SHARDS, "ada.shard-12"):
+        access.require_owner(ada, own, "remove")
+        access.require_named(ada, own)
+    others = "ada2.shard-0", "ada.shard-01", "ada.shard-l", "ada.shard-0.shard-1", "Ada.shard-0"
+    for other in (*others, "x.ada.shard-0", "ada.task-1.shard-0", ".shard-0", "ada.shard-0 "):
+        with pytest.raises(access.Refused):
+            access.require_owner(ada, other, "remove")
+        with pytest.raises(access.Refused):
+            access.require_named(ada, other)
+
+
+def test_shards_of_one_client_are_one_other():
+    ben = access.Peer("ben", False, "")
+    access.require_audience(access.Peer("ada", False, ""), Audience.MEMBERS, SHARDS)
+    with pytest.raises(access.Refused):
+        access.require_many(ben, [*SHARDS, "ben"], None, 2)
+    access.require_many(ben, [*SHARDS, "cho"], None, 2)
+    uneven = {SHARDS[0]: 1.0, SHARDS[1]: 1.0, "cho": 1.0}  # each has a third, ada two
+    with pytest.raises(access.Refused):
+        access.require_many(ben, uneven, uneven, 2)
+
+
+def test_no_certificate_bears_the_name_of_a_shard(registry):
+    """Nobody is let in as the shard of another."""
+    with pytest.raises(ContributionError, match="names a shard"):
+        credential(SHARDS[0])
+    with mock.patch.object(certificates, "check_whole"):  # another authority's tool issues it
+        credential(SHARDS[0])
+    with served(registry) as address, unchanged(registry), stub_of(address, SHARDS[0]) as stub:
+        call = lambda: stub.Remove(wire.RemoveRequest(), timeout=60)  # noqa: E731
+        assert code_of(call) is Code.UNAUTHENTICATED

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from forgery import reworded
 from registry_builders import contents, member, one_of_each_kind, registry_of, three_clients
 from service_runs import client_of, credential, intact, saved, served
 
@@ -73,6 +74,18 @@ def test_publishing_again_changes_nothing_and_replacing_is_explicit(
         assert not client.publish(other, replace=True).already
     registry.refresh()
     assert registry.member("ben").classes == ("owl",)
+    assert intact(registry)
+
+
+def test_who_left_cannot_be_published_as_another(registry: Registry, tmp_path: Path) -> None:
+    registry.remove("ben")
+    before, lie = contents(registry.path), saved(replace(BEN, client="eve"), tmp_path / "eve")
+    refused = pytest.raises(ServiceError, match="of 'ben', which the registry has removed")
+    with served(registry) as address, client_of(address, "eve") as client, refused:
+        client.publish(lie)
+    assert contents(registry.path) == before
+    with served(registry) as address, client_of(address, "ben") as client:
+        client.publish(saved(BEN, tmp_path / "ben"))
     assert intact(registry)
 
 
@@ -159,7 +172,7 @@ def test_anybody_can_have_the_registry_verified_and_a_receipt(registry: Registry
         with client_of(address, "ben") as ben:
             record = ben.remove().record
         assert all(finding.holds for finding in client.verify(record))
-        forged = record.replace(b'"client": "ben"', b'"client": "bob"')
+        forged = reworded(record, '"client":"ben"', '"client":"bob"')
         findings = client.verify(forged)
         (registry.path / "stranger").write_text("x")
         assert not all(finding.holds for finding in client.verify())

@@ -29,6 +29,7 @@ def home(tmp_path, monkeypatch):
         credential(name).save(tmp_path, name)
     credential("olga", operator=True).save(tmp_path, "olga")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDCOMPO_KNOWN", str(tmp_path / "known.json"))  # each has its own copy
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")  # it refuses; loopback needs none
     for variable in ("SERVER", "CA", "CERTIFICATE", "KEY", "REGISTRY"):
@@ -215,3 +216,31 @@ def test_serve_says_what_is_wrong(home):
         "ben.key",
         code=2,
     )
+
+
+def test_a_shard_is_published_and_leaves_alone_or_with_the_others(home, address):
+    connected = as_("dee", address)
+    for number, name in enumerate(("dee.shard-0", "dee.shard-1")):
+        saved(member(name, seed=8 + number, classes=("emu",)), home / name)
+        assert f"Published {name}" in run("publish", name, *connected).stdout
+        assert told("publish", name, *connected)["already"]
+    saved(member("dee", seed=11, classes=("emu",)), home / "dee")
+    assert "count twice" in run("publish", "dee", *connected, code=1).output
+    denied = run("publish", "dee.shard-0", *as_("ben", address), "--replace", code=1).output
+    assert "Everyone publishes in its own name" in denied
+    run("request-removal", "dee", "--shard", "1", *as_("ben", address), "--yes", code=1)
+    run("fetch", "dee.shard-1", "-o", "mine", *connected)
+    assert "Shards of dee: 0, 1." in run("members", *connected).stdout
+    run("request-removal", "--shard", "1", *connected, "--yes")
+    assert Registry("registry").clients == ("ada", "ben", "cho", "dee.shard-0")
+    receipt = RemovalRecord.parse(Path("removal-dee.shard-1.json").read_bytes(), source="x")
+    assert receipt.client == "dee.shard-1"
+    Path("removal-dee.shard-1.json").rename("first.json")
+    Path("removal-dee.shard-1.pem").unlink()
+    run("publish", "dee.shard-1", *connected)
+    run("request-removal", *connected, "--yes", "-o", "both.json", code=2)
+    run("request-removal", *connected, answer="y\n")
+    assert Registry("registry").clients == ("ada", "ben", "cho")
+    for number in (0, 1):
+        record = Path(f"removal-dee.shard-{number}.json")
+        assert RemovalRecord.parse(record.read_bytes(), source="x").client == record.stem[8:]

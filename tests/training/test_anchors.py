@@ -130,3 +130,17 @@ def test_a_mean_of_too_few_others_anchors_nobody(by, with_own):
     assert (means[3] is None) == (by is AnchorBy.OTHERS)
     assert bool(sums[2].others("ann")) == (by is AnchorBy.OTHERS)
     assert not sums[3].others("ann")
+
+
+def test_shards_of_one_client_do_not_anchor_each_other_and_count_once():
+    shards = ("ann.shard-0", "ann.shard-1", "ben", "eve")
+    named = dict(zip(shards, ("ann", "ben", "eve", "ann"), strict=True))
+
+    def given(fewest: int) -> FisherSums:
+        load = lambda member: fisher_of(named[member])  # noqa: E731
+        return FisherSums(shards, load, by=AnchorBy.OTHERS, fewest=fewest)
+
+    assert given(2).others("ann.shard-0") == ("ben", "eve")
+    assert_mean(given(2).mean_for("ann.shard-0"), mean_by_hand(("eve", "ann")))
+    assert given(2).others("ben") == (*shards[:2], "eve")
+    assert given(3).others("ben") == ()  # three members, of two clients

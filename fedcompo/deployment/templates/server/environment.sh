@@ -2,7 +2,8 @@
 @SHARED@
 # Where Flower's command line finds the SuperLink, which asks nobody who they are: on loopback only.
 FLWR_HOME="$PWD/state/flower"
-export FLWR_HOME
+FEDCOMPO_KNOWN="$PWD/state/known.json"  # the keys of registries that were made here
+export FLWR_HOME FEDCOMPO_KNOWN
 mkdir -p "$FLWR_HOME"
 # Flower wants an absolute path; scripts may start at the same time.
 cat > "$FLWR_HOME/config.$$" <<END
