@@ -23,6 +23,7 @@ from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
 from fedcompo.cli.push import push
+from fedcompo.cli.release import release
 from fedcompo.cli.report import report
 from fedcompo.cli.serve import serve
 from fedcompo.cli.tables import print_removal
@@ -190,6 +191,7 @@ for command in (
     models.specialise,
     models.evaluate,
     models.negate,
+    release,
     report,
     export,
     predict,

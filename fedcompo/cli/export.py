@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,8 +92,11 @@ def export(
 
             request = Request(audits or (), licence, results_beside(opened.path))
             stated = statement(opened, selection, request)
-            more = partial(write_pack, registry=opened, values=stated)
-            report(publish(output, selection, more=more), as_json)
+
+            def seal(folder: Path, _: Mapping[str, Any]) -> None:
+                write_pack(folder, registry=opened, values=stated)
+
+            report(publish(output, selection, sealing=seal), as_json)
             return
         if client is None and not adapter:
             report(publish(output, selection), as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from fedcompo.storage.tensorstream import file_sha256
 
 
 def publish(
-    output: Path, selection: Selection, *, more: Callable[[Path], None] = lambda folder: None
+    output: Path,
+    selection: Selection,
+    *,
+    sealing: Callable[[Path, Mapping[str, Any]], None] = lambda folder, told: None,
 ) -> dict[str, Any]:
     """Write a folder that plain timm loads; of tangents, one that fedcompo loads.
 
     Args:
         output: A new or empty folder; appears when everything is in it.
         selection: Contributions to compose.
-        more: Writes what else belongs into the folder, beside the model.
+        sealing: Called last, before the folder appears, with where it is and what was written.
 
     Returns:
         What was written, as JSON values.
@@ -49,7 +52,7 @@ def publish(
             shutil.copyfile(backbone.path, folder / BACKBONE)
         write_atomically(folder / RECIPE, text.encode())
         told = write_card(selection, folder / WEIGHTS, recipe=text)
-        more(folder)
+        sealing(folder, told)
     return {
         "output": str(output.absolute()),
         **told,
