@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import run
+from cli_runs import CLASSES, run
+from registry_builders import member, registry_of
 from safetensors.torch import load_file, save_file
 
 from fedcompo.config.choices import Wire
@@ -199,3 +200,15 @@ def test_images_fill_their_tables_and_leave_nothing(tmp_path, monkeypatch, capsy
     ]
     assert {len(row) for row in rows} == {len(rows[0])}
     assert not any(tmp_path.iterdir())
+
+
+def test_subtraction_recovers_a_single_client_and_none_of_a_batch(monkeypatch, capsys, tmp_path):
+    leavers = [
+        member(client, seed=seed, classes=classes)
+        for seed, (client, classes) in enumerate(CLASSES.items())
+    ]
+    registry_of(tmp_path / "registry", *leavers)
+    given = [str(tmp_path / "registry"), "--data", "digits", "--batches", "1", "2"]
+    rows = table_of(monkeypatch, capsys, "subtraction", *given)
+    figures = {tuple(row[:2]): row[2:] for row in rows if len(row) == 7}
+    assert float(figures["float32", "1"][0]) > 0.999 > 0.9 > float(figures["float32", "2"][0])

@@ -63,31 +63,20 @@ def clients_data(
             yield load_client_data(source, backbone.preprocessing, partition=partition, seed=seed)
 
 
-def evaluate_clients(
-    backbone: Backbone,
-    theta: Mapping[str, Tensor],
-    head: Head,
-    config: RunConfig,
-    *,
-    linearised: bool = False,
-    wanted: tuple[str, ...] = (),
-) -> Figures:
-    """Measure a composition on every client's test images; see :func:`measured`."""
-    found = measured(backbone, theta, head, config, linearised=linearised, wanted=wanted)
-    return {client: figures_of(accuracy) for client, accuracy in found.items()}
-
-
-def figures_of(accuracy: Accuracy) -> dict[str, Any]:
-    """An accuracy as JSON values."""
+def figures_of(accuracies: Mapping[str, Accuracy]) -> Figures:
+    """Accuracies by client as JSON values."""
     return {
-        "class_il_accuracy": accuracy.class_il,
-        "interval": interval(accuracy.class_il, accuracy.num_examples),
-        "task_il_accuracy": accuracy.task_il,
-        "num_examples": accuracy.num_examples,
+        client: {
+            "class_il_accuracy": accuracy.class_il,
+            "interval": interval(accuracy.class_il, accuracy.num_examples),
+            "task_il_accuracy": accuracy.task_il,
+            "num_examples": accuracy.num_examples,
+        }
+        for client, accuracy in accuracies.items()
     }
 
 
-def measured(
+def evaluate_clients(
     backbone: Backbone,
     theta: Mapping[str, Tensor],
     head: Head,
@@ -139,15 +128,14 @@ def effect_of_removal(
         config = run_config_of(registry, data)
         backbone = registry.backbone.load()
         step("evaluating the composition as it is")
-        theta, head = registry.theta_p(), registry.joint_head()
-        linearised = registry.linearised
-        before = evaluate_clients(backbone, theta, head, config, linearised=linearised)
+        everyone = registry.theta_p(), registry.joint_head()
+        before = evaluate_clients(backbone, *everyone, config, linearised=registry.linearised)
         if {*registry.clients} == {*clients}:
-            return {"before": before, "after": {}}
+            return {"before": figures_of(before), "after": {}}
         step("composing without them")
         others = from_registry(registry, without=tuple(clients))
-        theta, head = dict(others.stream()), others.head
-        after = evaluate_clients(backbone, theta, head, config, linearised=linearised)
+        staying = dict(others.stream()), others.head
+        after = evaluate_clients(backbone, *staying, config, linearised=registry.linearised)
     except FedcompoError as error:
         return {"reason": str(error)}
-    return {"before": before, "after": after}
+    return {"before": figures_of(before), "after": figures_of(after)}

@@ -1,33 +1,35 @@
-r"""Measures whether a model forgets a client that is removed from it.
+"""Measures whether a model forgets a client that is removed from it.
 
-Three models are compared:
+Up to four models are compared, and for features the frozen, pre-trained weights:
 
 - *before*: the composition of everyone;
-- *after*: the composition without the client, bit for bit what a removal leaves;
-- *gold*, where there is one: the composition of a run that the client never took part in.
+- *after*: that without the client, bit for bit what a removal leaves; without the last member, the
+  pre-trained weights;
+- *gold*, where there is one: the composition of a run that the client never took part in;
+- *repaired*, where there is one: *after*, when those who stay have trained on.
 
 A removal cannot take back what the client's Fisher or statistics did to the training of others;
-before, after and gold show how much of it can be seen. Two things are measured on each.
+before, after and gold show how much of it can be seen.
 
-**Accuracy**, on the removed client's test images and on those of everyone who stays. After the
-removal the joint head has no rows of the client's classes, unless others share them: its class-IL
-accuracy is then 0 by construction, and its task-IL accuracy is measured with the rows that an
-attacker kept.
+**Accuracy**, on everyone's test images. The joint head after has no rows of the client's classes,
+unless others share them: among all classes its accuracy is then 0 by construction, and among its
+own it is measured with the rows that an attacker kept.
 
 **Membership inference**: can one tell the client's training images from its test images? The
-attacker is a strong one, who kept the joint head of the model before (that of the model after has
-no rows to attack) and puts it on the backbone before, after and gold: only the backbone differs.
-That head is made of statistics of the client's training features, so it can carry a little
-membership by itself, whatever backbone it sits on. The loss attack sees that
-too; gold, a backbone that never met the client, shows how much it is. The likelihood-ratio attack
-compares with shadows under the same head (:mod:`fedcompo.audit.shadows`): what the head alone tells
-stands on both sides. All shadows hold a task vector of the client, so backbones after and gold lie
-beside them: there the attack is weaker than before, and best read next to gold.
+attacker kept the joint head of the model before and puts it on every backbone: only the backbone
+differs. That head is made of statistics of the client's training features, and can carry membership
+by itself. The loss attack sees that too; gold shows how much it is. The likelihood-ratio attack
+compares with shadows under the same head (:mod:`fedcompo.audit.shadows`): what the head tells
+stands on both sides. All shadows hold a task vector of the client, so after and gold lie beside
+them: there the attack is weaker than before, and best read next to gold.
+
+**Features** (:mod:`fedcompo.audit.forgetting`): how fast a linear probe learns the client's task
+again, and how alike the models represent the same images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -35,7 +37,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcompo.audit.estimates import Estimate, as_json
 from fedcompo.audit.evaluation import clients_data
+from fedcompo.audit.forgetting import probes, similarity
 from fedcompo.audit.membership import (
     Attack,
     confidence,
@@ -46,20 +50,28 @@ from fedcompo.audit.membership import (
 from fedcompo.audit.models import (
     AFTER,
     BEFORE,
+    FROZEN,
+    GOLD,
+    REPAIRED,
     AuditedModel,
+    all_images,
     audited_images,
     audited_models,
     check_gold,
+    check_repaired,
     distances_to_gold,
-    logits_of,
+    frozen,
 )
 from fedcompo.audit.shadows import ClientTraining, check_count, train_shadows
+from fedcompo.audit.verdicts import notes, verdicts
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
+from fedcompo.data.tasks import whole_of
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
+from fedcompo.method.images import Images
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.report.progress import step
 from fedcompo.runtime import pick_device, version
@@ -69,9 +81,10 @@ LOSS, LIKELIHOOD_RATIO = "loss", "likelihood-ratio"
 CLASS_IL, TASK_IL = "class_il_accuracy", "task_il_accuracy"
 FIGURES = (CLASS_IL, TASK_IL)
 SHADOWS = 16
-"""Default number of shadow models."""
 
 Values = dict[str, Any]
+Features = dict[str, Tensor]
+"""By model, (images, features)."""
 
 
 def audit(
@@ -80,6 +93,7 @@ def audit(
     *,
     data: str = "",
     gold: RegistryReader | None = None,
+    repaired: RegistryReader | None = None,
     shadows: int = SHADOWS,
     seed: int = 0,
 ) -> Values:
@@ -90,37 +104,54 @@ def audit(
         client: Member whose removal is measured.
         data: Source of the clients' images; empty: that of their run.
         gold: Registry of the same run without the client.
+        repaired: Copy of the registry from which the client was removed, with rounds of repair.
         shadows: Number of shadow models, even, at least 4.
         seed: Seed of shadows and bootstrap.
 
     Returns:
-        JSON values; accuracies are fractions in [0, 1]. ``accuracy`` by whose images (``removed``,
-        the mean of ``remaining``, and ``per_client``) and by model; ``membership`` by attack and by
-        model.
+        JSON values; accuracies are fractions. ``accuracy`` by whose images and by model;
+        ``membership`` by attack and model; ``probe`` by model and images a class; ``similarity`` by
+        whose images and pair of models; ``beyond_gold`` and ``resurfacing``, the differences
+        after − gold and repaired − after; ``verdicts``, sentences.
 
     Raises:
-        ContributionError: If there is no such client, it is the only one, or a Fisher is missing.
-        ConfigError: If the gold registry is not of the same run, or settings cannot be used.
+        ContributionError: If there is no such client, or a Fisher is missing.
+        ConfigError: If another registry is not what it should be, or settings cannot be used.
         BackboneMismatch: If it is of another backbone.
         DataError: If the images are not at hand, or not those that the client was trained on.
     """
     check_count(shadows)
     if gold is not None:
         check_gold(registry, gold, client)
+    if repaired is not None:
+        check_repaired(registry, repaired, client)
     step("reading backbone and images, composing")
-    audited = _Audited.of(registry, client, data, gold)
+    audited = _Audited.of(registry, client, data, audited_models(registry, client, gold, repaired))
+    own, members = audited.features(all_images(audited.images)[0]), len(audited.images.train.labels)
+    tests = {name: features[members:] for name, features in own.items()}
+    attacks = audited.membership(own, shadows, seed)
+    probe = probes(own, audited.images, seed=seed)
+    accuracy, others = audited.accuracy(tests)
     values: Values = {
         "format_version": FORMAT_VERSION,
         "fedcompo_version": version("fedcompo"),
         "root": registry.state.root,
         "gold_root": gold.state.root if gold else None,
+        "repaired_root": repaired.state.root if repaired else None,
         "seed": seed,
         "shadows": shadows,
         **audited.about(),
-        "accuracy": audited.accuracy(),
-        "membership": audited.membership(shadows, seed),
+        "accuracy": accuracy,
+        "membership": as_json(attacks),
+        "probe": as_json(probe),
+        "similarity": {
+            "removed": as_json(similarity(tests, seed=seed)),
+            "remaining": as_json(similarity(others, seed=seed)),
+        },
+        "beyond_gold": _difference(attacks, probe, AFTER, GOLD),
+        "resurfacing": _difference(attacks, probe, REPAIRED, AFTER),
     }
-    return {**values, "notes": _notes(values, audited)}
+    return {**values, "verdicts": verdicts(values), "notes": notes(values)}
 
 
 @dataclass(frozen=True)
@@ -136,13 +167,9 @@ class _Audited:
 
     @classmethod
     def of(
-        cls, registry: RegistryReader, client: str, data: str, gold: RegistryReader | None
+        cls, registry: RegistryReader, client: str, data: str, models: Mapping[str, AuditedModel]
     ) -> _Audited:
         contribution = registry.contribution(client)
-        if registry.clients == (client,):
-            raise ContributionError(
-                f"{client} is alone in the registry: after its removal there is no model to audit."
-            )
         if len(known := registry.joint_head().classes) < 2:
             raise ContributionError(
                 f"All members have the one class {known[0]!r}, as {client} has: no model can be "
@@ -150,8 +177,8 @@ class _Audited:
             )
         config = RunConfig.stored({**contribution.settings, **({"data": data} if data else {})})
         backbone = registry.backbone.load(pick_device(config.device))
-        images = audited_images(contribution, backbone, config)
-        models = audited_models(registry, client, gold)
+        maps = registry.path.parent / "clients"  # where a simulation keeps them
+        images = audited_images(contribution, backbone, config, maps=maps)
         return cls(registry, contribution, config, backbone, images, models)
 
     @property
@@ -169,75 +196,100 @@ class _Audited:
 
     def about(self) -> Values:
         train, test = self.images.train.labels, self.images.test.labels
+        models = {
+            name: {
+                "clients": list(model.clients),
+                "joint_head": "realigned" if model.realigned else "aligned",
+                "rows_of_client": [n for n in self.images.classes if n in model.head.classes],
+            }
+            for name, model in self.models.items()
+        }
         return {
             "client": self.client,
             "remaining": list(self.remaining),
             "base": self.registry.state.base,
             "data": self.config.data.data,
+            "classes": list(self.images.classes),
             "images": {"members": len(train), "non_members": len(test)},
             "influence": asdict(self.registry.influence_of(self.client)),
-            "models": {n: _about(model, self.images.classes) for n, model in self.models.items()},
+            "models": models,
             "distance_to_gold": distances_to_gold(self.models),
             "settings": dict(self.contribution.settings),
         }
 
-    def accuracy(self) -> Values:
-        """Measure accuracy, by whose images and by model."""
-        per_client = {self.client: self._accuracies(self.images)}
-        for other in clients_data(
-            self.config.data, self.backbone, seed=self.config.seed, wanted=self.remaining
-        ):
+    def features(self, images: Images) -> Features:
+        """Features of images under every model, and of the frozen backbone."""
+        step("features under every model")
+        models = {FROZEN: frozen(self.registry), **self.models}
+        return {name: model.features(self.backbone, images) for name, model in models.items()}
+
+    def accuracy(self, tests: Features) -> tuple[Values, Features]:
+        """Measure accuracy, by whose images and by model; also return the remaining's features."""
+        per_client, others = {self.client: self._accuracies(self.images, tests)}, list[Features]()
+        data, seed = self.config.data, self.config.seed
+        # Shards have the test images of their client, and these are measured once.
+        wanted = tuple({*map(whole_of, self.remaining)} - {whole_of(self.client)})
+        staying = clients_data(data, self.backbone, seed=seed, wanted=wanted)
+        for other in staying if wanted else ():
             step(f"accuracy on the images of {other.name}")
-            per_client[other.name] = self._accuracies(other)
-        return {
+            others.append(self.features(other.test.images))
+            per_client[other.name] = self._accuracies(other, others[-1])
+        values = {
             "removed": per_client[self.client],
             "remaining": _means(per_client, without=self.client),
             "per_client": per_client,
         }
+        return values, {name: torch.cat([o[name] for o in others]) for name in tests if others}
 
-    def _accuracies(self, data: ClientData) -> Values:
-        """Measure accuracy on a client's test images; task-IL of the removed one with kept rows."""
+    def _accuracies(self, data: ClientData, tests: Features) -> Values:
+        """Measure accuracy on test images; task-IL of the removed client with the kept rows."""
         labels, figures = data.test.labels, {}
         for name, model in self.models.items():
-            features = model.features(self.backbone, data.test.images)
             own = (self.kept if data.name == self.client else model.head).rows(data.classes)
             rows = {known: row for row, known in enumerate(model.head.classes)}
             wanted = torch.tensor([rows.get(known, -1) for known in data.classes])[labels]
+            taken = model.head(tests[name]).argmax(1) if rows else torch.full_like(wanted, -2)
             figures[name] = {
-                CLASS_IL: _share(model.head(features).argmax(1) == wanted),
-                TASK_IL: _share(own(features).argmax(1) == labels),
+                CLASS_IL: _share(taken == wanted),
+                TASK_IL: _share(own(tests[name]).argmax(1) == labels),
                 "num_examples": len(labels),
             }
         return figures
 
-    def membership(self, shadows: int, seed: int) -> Values:
+    def membership(self, own: Features, shadows: int, seed: int) -> dict[str, dict[str, Attack]]:
         """Run both attacks on each model's backbone, under the head that the attacker kept."""
         training = ClientTraining.of(self.registry, self.client, self.backbone)
         images, kept = self.images, self.kept
         shadow = train_shadows(self.registry, training, images, kept, count=shadows, seed=seed)
         step("attacking")
-        attacks: Values = {LOSS: {}, LIKELIHOOD_RATIO: {}}
-        for name, model in self.models.items():
-            logits, labels = logits_of(
-                self.backbone, model.theta, kept, images, linearised=model.linearised
-            )
+        attacks: dict[str, dict[str, Attack]] = {LOSS: {}, LIKELIHOOD_RATIO: {}}
+        labels = kept.indices(images.classes)[all_images(images)[1]]
+        is_member = torch.arange(len(labels)) < len(images.train.labels)
+        for name in self.models:
+            logits = kept(own[name])
             loss, phi = losses(logits, labels), confidence(logits, labels)
-            is_member = torch.arange(len(labels)) < len(images.train.labels)
-            by_loss = loss_attack(loss[is_member], loss[~is_member], seed=seed)
-            by_ratio = likelihood_ratio_attack(
+            attacks[LOSS][name] = loss_attack(loss[is_member], loss[~is_member], seed=seed)
+            attacks[LIKELIHOOD_RATIO][name] = likelihood_ratio_attack(
                 phi, shadow.phi, shadow.trained_on, is_member, seed=seed
             )
-            attacks[LOSS][name] = _figures(by_loss)
-            attacks[LIKELIHOOD_RATIO][name] = _figures(by_ratio)
         return attacks
 
 
-def _figures(attack: Attack) -> Values:
-    return {
-        "auc": asdict(attack.auc),
-        "tpr": {f"{rate:g}": asdict(estimate) for rate, estimate in attack.tpr.items()},
-        "is_chance": attack.is_chance(),
+def _difference(
+    attacks: Mapping[str, Mapping[str, Attack]],
+    probe: Mapping[str, Mapping[str, Estimate]],
+    first: str,
+    second: str,
+) -> Values | None:
+    """How much better attacks and probe are on the first model; None if one is not there."""
+    if not {first, second} <= attacks[LOSS].keys():
+        return None
+    shots = probe.get(first, {})
+    differences = {
+        "auc": {name: own[first].auc - own[second].auc for name, own in attacks.items()},
+        "probe": {few: probe[first][few] - probe[second][few] for few in shots},
     }
+    return dict(as_json(differences))
 
 
 def _means(per_client: Mapping[str, Values], *, without: str) -> Values:
@@ -250,43 +302,5 @@ def _means(per_client: Mapping[str, Values], *, without: str) -> Values:
     }
 
 
-def _about(model: AuditedModel, classes: Iterable[str]) -> Values:
-    return {
-        "clients": list(model.clients),
-        "joint_head": "realigned" if model.realigned else "aligned",
-        "rows_of_client": [name for name in classes if name in model.head.classes],
-    }
-
-
 def _share(hits: Tensor) -> float:
     return float(hits.double().mean())
-
-
-def _notes(values: Values, audited: _Audited) -> list[str]:
-    """List what a reader must know to read these figures."""
-    models, left = audited.models, values["models"][AFTER]["rows_of_client"]
-    gone = [name for name in audited.images.classes if name not in left]
-    notes = []
-    if gone:
-        notes.append(
-            f"After the removal the joint head has no rows of {', '.join(gone)}, so among "
-            f"all classes no image of {audited.client} is right there, by construction. Among its "
-            "own classes it is measured on every backbone with the rows of the model before, as an "
-            "attacker may have kept them."
-        )
-    if len({model.realigned for model in models.values()}) > 1:
-        realigned = ", ".join(name for name, model in models.items() if model.realigned)
-        notes.append(
-            f"Joint heads differ in what they were made of: {realigned} of features of the "
-            "composed model, the rest of pre-trained features. Part of a difference in accuracy is "
-            "theirs."
-        )
-    missing = sorted(set(audited.remaining) - set(values["accuracy"]["per_client"]))
-    if missing:
-        notes.append(f"No images were at hand of {', '.join(missing)}.")
-    if not values["membership"][LOSS][BEFORE]["tpr"]:
-        notes.append(
-            f"{values['images']['non_members']} non-members are too few for a true-positive rate "
-            "at a low false-positive rate."
-        )
-    return notes

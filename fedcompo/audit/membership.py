@@ -21,45 +21,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fedcompo.audit.estimates import Estimate, Numbers, estimated
 from fedcompo.errors import DataError
 
 ONE_IN = (20, 100, 1000)
 """False-positive rates at which true positives are counted: one in so many non-members."""
 FEWEST_FALSE_POSITIVES = 5
 """A rate is reported only if it allows so many; below, its interval says little."""
-RESAMPLES = 1000
-LEVEL = 0.95
 FEWEST_SHADOWS = 2
 SMALLEST_SPREAD = 1e-4
 """Least standard deviation of phi: about what the rounding of float32 logits leaves of it."""
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A figure and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def covers(self, value: float) -> bool:
-        """Whether the value lies within the interval, ends included."""
-        return self.low <= value <= self.high
-
-
-@dataclass(frozen=True)
 class Attack:
     """Success of an attack at telling members from non-members.
 
-    The intervals are percentiles over resampled examples, members and non-members apart. They are
-    about which examples were drawn, not about another run of training, and shrink to a point where
-    the scores separate perfectly.
+    For the intervals, members and non-members are resampled apart.
     """
 
     auc: Estimate
@@ -87,22 +72,22 @@ class Attack:
                 "Give it more examples."
             )
         scores = _finite(torch.cat([member_scores, nonmember_scores]), "scores").cpu().numpy()
-        # Level 0 is the highest score: going up the levels is lowering the threshold.
-        levels = np.unique(-scores, return_inverse=True)[1]
-        members, nonmembers = levels[:m], levels[m:]
-        one_in = [k for k in ONE_IN if n // k >= FEWEST_FALSE_POSITIVES]
-        rng = np.random.default_rng(seed)
-        drawn = [
-            _figures(rng.choice(members, m), rng.choice(nonmembers, n), one_in)
-            for _ in range(RESAMPLES)
-        ]
-        lows, highs = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
-        auc, *tprs = map(Estimate, _figures(members, nonmembers, one_in), lows, highs)
-        return cls(auc, {1 / k: tpr for k, tpr in zip(one_in, tprs, strict=True)})
+        parts = scores[:m], scores[m:]
+        tpr = {
+            1 / k: estimated(partial(_true_positives, one_in=k), *parts, seed=seed)
+            for k in ONE_IN
+            if n // k >= FEWEST_FALSE_POSITIVES
+        }
+        return cls(estimated(_auc, *parts, seed=seed), tpr)
 
     def is_chance(self) -> bool:
         """Whether the AUC's interval covers 0.5: the attack may be no better than guessing."""
         return self.auc.covers(0.5)
+
+    def json(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+        tpr = {f"{rate:g}": estimate.json() for rate, estimate in self.tpr.items()}
+        return {"auc": self.auc.json(), "tpr": tpr, "is_chance": self.is_chance()}
 
 
 def confidence(logits: Tensor, labels: Tensor) -> Tensor:
@@ -226,19 +211,19 @@ def _standardise(target: Tensor, phi: Tensor, chosen: Tensor, sort: str) -> tupl
     return (target - means) / spread, spread
 
 
-def _figures(
-    members: NDArray[np.intp], nonmembers: NDArray[np.intp], one_in: list[int]
-) -> list[float]:
-    """AUC and the true-positive rates, from each example's level (0: the highest score)."""
-    m, n = len(members), len(nonmembers)
-    count = 1 + max(members.max(), nonmembers.max())
-    hits = np.bincount(members, minlength=count)
-    alarms = np.bincount(nonmembers, minlength=count)
-    alarms_so_far = alarms.cumsum()
-    won = hits @ (n - alarms_so_far) + hits @ alarms / 2
-    hits_so_far = np.concatenate([[0], hits.cumsum()])
-    within = alarms_so_far.searchsorted([n // k for k in one_in], side="right")
-    return [float(won / (m * n)), *(hits_so_far[within] / m).tolist()]
+def _auc(members: Numbers, nonmembers: Numbers, axis: int) -> Numbers:
+    """AUC as the share of pairs won: Mann and Whitney's U over their number, many at once."""
+    from scipy.stats import mannwhitneyu
+
+    won = mannwhitneyu(members, nonmembers, axis=axis, method="asymptotic").statistic
+    return np.asarray(won / (members.shape[axis] * nonmembers.shape[axis]))
+
+
+def _true_positives(members: Numbers, nonmembers: Numbers, axis: int, *, one_in: int) -> Numbers:
+    """Share of members above all non-members but one in so many."""
+    place = nonmembers.shape[-1] - 1 - nonmembers.shape[-1] // one_in
+    bar = np.partition(nonmembers, place)[..., place, None]
+    return np.asarray((members > bar).mean(axis))
 
 
 def _finite(values: Tensor, what: str) -> Tensor:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedcompo.audit.evaluation import clients_data
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.tangent import feature_map
 from fedcompo.config.run import RunConfig
-from fedcompo.data.client_data import ClientData, set_aside
+from fedcompo.data.client_data import ClientData, Share, client_names, client_share, set_aside
+from fedcompo.data.shards import dealt
+from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.errors import BackboneMismatch, ConfigError, DataError
 from fedcompo.export.selection import from_registry
 from fedcompo.method.contribution import Contribution, counts_of
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
-from fedcompo.method.heads import Head
+from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.images import Images, joined
 from fedcompo.registry.reader import RegistryReader
 
-BEFORE, AFTER, GOLD = "before", "after", "gold"
+BEFORE, AFTER, GOLD, REPAIRED = "before", "after", "gold", "repaired"
+FROZEN = "frozen"
+"""The pre-trained weights alone: what no client taught."""
 MAY_DIFFER = {"device"}
 """Settings that a gold run may have otherwise."""
 
@@ -49,8 +55,17 @@ class AuditedModel:
         return extract_features(forward, images)
 
 
-def audited_images(contribution: Contribution, backbone: Backbone, config: RunConfig) -> ClientData:
-    """Load a client's images and check that its contribution describes them.
+def audited_images(
+    contribution: Contribution, backbone: Backbone, config: RunConfig, *, maps: Path | None = None
+) -> ClientData:
+    """Load a member's images and check that its contribution describes them.
+
+    Args:
+        contribution: The member's; it may be a shard of a client.
+        backbone: Says what images must look like.
+        config: Says which images.
+        maps: Folder of the map from sample to shard; without a map, images are dealt anew, which
+            the seed does as in a first run.
 
     Returns:
         Its test images, and of its training images those that it did not keep aside.
@@ -58,13 +73,18 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
     Raises:
         DataError: If the client is not among them, or had other numbers of training images.
     """
-    client, source = contribution.client, config.data.data
-    data = next(clients_data(config.data, backbone, seed=config.seed, wanted=(client,)), None)
-    if data is None:
+    client, source, seed = contribution.client, config.data.data, config.seed
+    names, whole = client_names(config.data), whole_of(client)
+    if whole not in names:
         raise DataError(
-            f"`data` {source!r} has no client {client!r}, whose images the audit needs. "
+            f"`data` {source!r} has no client {whole!r}, whose images the audit needs. "
             "Name the source of the run with `--data`."
         )
+    share, dealing = client_share(config.data, partition=names.index(whole), seed=seed), None
+    if (shard := shard_of(client)) is not None:
+        share, dealing = _dealt(share, config, maps)
+    data = replace(share.read(backbone.preprocessing), name=client, shards=dealing)
+    data = data if shard is None else data.shard(shard)
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     trained_on = counts_of(contribution.statistics)
     at_hand = dict(zip(data.classes, counts, strict=True))
@@ -73,26 +93,52 @@ def audited_images(contribution: Contribution, backbone: Backbone, config: RunCo
             f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
             f"trained on {trained_on}. Name the images it was trained on with `--data`."
         )
-    share, seed = config.train.aside, config.seed
-    return replace(data, train=set_aside(data.train, share=share, seed=seed, client=client)[0])
+    kept, _ = set_aside(data.train, share=config.train.aside, seed=seed, client=client)
+    return replace(data, train=kept)
+
+
+def _dealt(share: Share, config: RunConfig, maps: Path | None) -> tuple[Share, Tensor]:
+    """Deal a client's images to its shards, by a copy of its map: the map is not changed."""
+    count, cap = config.data.shards, config.data.images_per_class
+    with TemporaryDirectory(prefix="fedcompo-") as folder:
+        copy = Path(folder) / f"{share.name}.shards-{count}.csv"
+        if maps is not None and (maps / copy.name).is_file():
+            shutil.copyfile(maps / copy.name, copy)
+        return dealt(share, count, seed=config.seed, cap=cap, needed=1, file=copy)
 
 
 def audited_models(
-    registry: RegistryReader, client: str, gold: RegistryReader | None = None
+    registry: RegistryReader,
+    client: str,
+    gold: RegistryReader | None = None,
+    repaired: RegistryReader | None = None,
 ) -> dict[str, AuditedModel]:
-    """Compose before, after and, if there is one, gold; by those names."""
-    without = from_registry(registry, without=(client,))
-    models = {
-        BEFORE: _composition_of(registry),
-        AFTER: AuditedModel(
+    """Compose before, after and, where there is one, gold and repaired; by those names.
+
+    After the last member, nothing but the pre-trained weights is left.
+    """
+    after = frozen(registry)
+    if registry.clients != (client,):
+        without = from_registry(registry, without=(client,))
+        after = AuditedModel(
             dict(without.stream()),
             without.head,
             without.pool.clients,
             realigned=False,
             linearised=without.pool.linearised,
-        ),
+        )
+    others = {GOLD: gold, REPAIRED: repaired}
+    return {
+        BEFORE: _composition_of(registry),
+        AFTER: after,
+        **{name: _composition_of(other) for name, other in others.items() if other is not None},
     }
-    return models | ({GOLD: _composition_of(gold)} if gold is not None else {})
+
+
+def frozen(registry: RegistryReader) -> AuditedModel:
+    """Return the pre-trained weights, under a head of no class."""
+    head = zero_head((), registry.backbone.num_features)
+    return AuditedModel({}, head, (), realigned=False, linearised=False)
 
 
 def all_images(data: ClientData) -> tuple[Images, Tensor]:
@@ -150,12 +196,17 @@ def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> N
             f"The gold registry {gold.path} is of the backbone {gold.state.base}, expected "
             f"{registry.state.base}. Make it by the same run with `exclude = {client}`."
         )
-    expected = tuple(name for name in registry.clients if name != client)
-    if gold.clients != expected:
+    expected = _others(registry, client)
+    if gold.clients != expected or not expected:
         raise ConfigError(
             f"The gold registry {gold.path} holds {', '.join(gold.clients) or 'nobody'}, expected "
-            f"exactly {', '.join(expected) or 'nobody'}. Make it by the same run with "
-            f"`exclude = {client}`."
+            f"exactly {', '.join(expected) or 'nobody'}. "
+            + (
+                f"Make it by the same run with `exclude = {client}`."
+                if expected
+                else f"{client} is the last member, so gold is the pre-trained weights, as after "
+                "is: leave `--gold` out."
+            )
         )
     ours, theirs = _comparable(registry, expected), _comparable(gold, expected)
     if differing := sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)):
@@ -166,6 +217,27 @@ def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> N
             + (f" (and {len(differing) - 1} more)" if differing[1:] else "")
             + ". Only with the same settings does it show what the client's absence does."
         )
+
+
+def check_repaired(registry: RegistryReader, repaired: RegistryReader, client: str) -> None:
+    """Refuse a registry that is not a copy of this one from which the client was removed.
+
+    Raises:
+        ConfigError: If it is of another origin, has other members, or its journal has no removal.
+    """
+    expected = _others(registry, client)
+    removed = any(e.event == "removed" and client in e.clients for e in repaired.entries())
+    if repaired.identity != registry.identity or repaired.clients != expected or not removed:
+        raise ConfigError(
+            f"The repaired registry {repaired.path} holds {', '.join(repaired.clients) or 'nobody'}"
+            f", expected a copy of {registry.path} from which {client} was removed, and whose "
+            f"others stay: {', '.join(expected) or 'nobody'}. Copy the registry, and remove the "
+            "client there by a run with `action = remove` and `repair-rounds`."
+        )
+
+
+def _others(registry: RegistryReader, client: str) -> tuple[str, ...]:
+    return tuple(name for name in registry.clients if name != client)
 
 
 def _comparable(registry: RegistryReader, clients: Iterable[str]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fedcompo.audit.forgetting import ALL
 from fedcompo.audit.measure import CLASS_IL, FIGURES, TASK_IL
-from fedcompo.audit.models import AFTER, BEFORE, GOLD
+from fedcompo.audit.models import AFTER, BEFORE, FROZEN, GOLD, REPAIRED
+from fedcompo.audit.verdicts import bounded
 from fedcompo.export.model_card import escaped
 from fedcompo.report.console import say, table_console
 from fedcompo.report.units import ALL_CLASSES, EXPLAINED, OWN_CLASSES, listed, percent
@@ -23,8 +25,13 @@ MODELS = {
     BEFORE: "everyone",
     AFTER: "the client removed",
     GOLD: "the client never took part",
+    REPAIRED: "the client removed, the others trained on",
+    FROZEN: "the pre-trained weights alone",
 }
 """What each model is composed of."""
+
+PROBE = "Accuracy of linear probes on the removed client's test images"
+ALIKE = "Likeness of features (CKA; 1: the same)"
 
 Values = Mapping[str, Any]
 Rows = list[list[str]]
@@ -58,14 +65,15 @@ def print_audit(values: Values) -> None:
         for row in body:
             table.add_row(*(_styled(cell) for cell in row))
         console.print(table)
-    for sentence in _sentences(values):
+    for sentence in [*_sentences(values), "", *values["verdicts"]]:
         say(sentence)
 
 
 def markdown(values: Values) -> str:
     """Return the audit as a Markdown document."""
     first, *more = map(escaped, _sentences(values))
-    parts = [f"# Does the model forget {escaped(values['client'])}?", first]
+    found = "\n".join(f"- {verdict}" for verdict in values["verdicts"])
+    parts = [f"# Does the model forget {escaped(values['client'])}?", first, found]
     for title, (header, *rows) in _tables(values):
         rows = [[escaped(name), *figures] for name, *figures in rows]
         parts += [f"## {escaped(title)}", markdown_table([header, *rows])]
@@ -80,7 +88,7 @@ def markdown_table(rows: Rows) -> str:
 
 def interval(estimate: Values) -> str:
     """An AUC with its interval, in Markdown's bold where that excludes chance."""
-    text = f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    text = bounded(estimate)
     return text if estimate["low"] <= 0.5 <= estimate["high"] else f"**{text}**"
 
 
@@ -88,6 +96,8 @@ def _tables(values: Values) -> list[tuple[str, Rows]]:
     return [
         ("Accuracy, %", _accuracy_rows(values)),
         (f"Membership inference against {values['client']}", _attack_rows(values)),
+        *([(PROBE, _probe_rows(values["probe"]))] if values["probe"] else []),
+        *([(ALIKE, rows)] if len(rows := _similarity_rows(values["similarity"])) > 1 else []),
     ]
 
 
@@ -113,15 +123,31 @@ def _attack_rows(values: Values) -> Rows:
         rows.append([label, "AUC", *(interval(by_model[name]["auc"]) for name in names)])
         for rate in by_model[names[0]]["tpr"]:
             estimates = [by_model[name]["tpr"][rate] for name in names]
-            cells = [f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]" for e in estimates]
-            rows.append([label, f"TPR at FPR {rate}", *cells])
+            rows.append([label, f"TPR at FPR {rate}", *map(bounded, estimates)])
+    return rows
+
+
+def _probe_rows(probe: Values) -> Rows:
+    rows = [["fitted to, a class", *probe]]
+    for shots in next(iter(probe.values())):
+        label = "all images" if shots == ALL else f"{shots} image{'s' * (shots != '1')}"
+        rows.append([label, *(bounded(own[shots]) for own in probe.values())])
+    return rows
+
+
+def _similarity_rows(similarity: Values) -> Rows:
+    pairs = list(similarity["removed"] or similarity["remaining"])
+    rows = [["test images of", *(pair.replace("~", " ~ ") for pair in pairs)]]
+    for whose, own in similarity.items():
+        if own:
+            rows.append([f"the {whose}", *(bounded(own[pair]) for pair in pairs)])
     return rows
 
 
 def _sentences(values: Values) -> list[str]:
     """Return sentences: the compared models, then how to read the figures."""
     first = "; ".join(
-        f"{name}: {MODELS[name]} ({listed(model['clients'])})"
+        f"{name}: {MODELS[name]} ({listed(model['clients']) or MODELS[FROZEN]})"
         for name, model in values["models"].items()
     )
     attack = " ".join([*_counts(values), ATTACK])

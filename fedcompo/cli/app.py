@@ -14,6 +14,7 @@ from rich.table import Table
 import fedcompo
 from fedcompo.cli import common, keys, models, registry, service
 from fedcompo.cli.audit import audit
+from fedcompo.cli.certificates import check_certificate, request_certificate
 from fedcompo.cli.check import check
 from fedcompo.cli.deployment import init_deployment
 from fedcompo.cli.export import export
@@ -22,6 +23,7 @@ from fedcompo.cli.fit import fit
 from fedcompo.cli.imports import import_source
 from fedcompo.cli.prediction import predict
 from fedcompo.cli.push import push
+from fedcompo.cli.release import release
 from fedcompo.cli.report import report
 from fedcompo.cli.serve import serve
 from fedcompo.cli.tables import print_removal
@@ -173,6 +175,8 @@ app.command()(check)
 app.command()(fisher)
 app.command()(fit)
 app.command("init-deployment")(init_deployment)
+app.command("request-certificate")(request_certificate)
+app.command("check-certificate")(check_certificate)
 app.command()(registry.create)
 app.command("list")(registry.list_clients)
 app.command("import")(import_source)
@@ -187,6 +191,7 @@ for command in (
     models.specialise,
     models.evaluate,
     models.negate,
+    release,
     report,
     export,
     predict,

@@ -33,6 +33,13 @@ def audit(
             help="Registry of the same run without the client (`--set exclude=CLIENT`).",
         ),
     ] = None,
+    repaired: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REGISTRY",
+            help="Copy of the registry after a removal with `repair-rounds`: does it come back?",
+        ),
+    ] = None,
     shadows: Annotated[
         int,
         typer.Option(
@@ -50,8 +57,9 @@ def audit(
     """Measure whether the model forgets a client that is taken out of it; changes nothing.
 
     Compares the composition before and after a removal and, with --gold, one that the client never
-    took part in: accuracy on everyone's test images, and how well two attacks tell the client's
-    training images from its test images.
+    took part in: accuracy on everyone's test images, how well two attacks tell the client's
+    training images from its test images, how fast a linear probe learns its task again, and how
+    alike the models see its images. With --repaired also whether it comes back.
 
     Writes audit.json and audit.md. The shadow models take as long as that many trainings of the
     client.
@@ -72,6 +80,7 @@ def audit(
                 remove,
                 data=data,
                 gold=RegistryReader(gold) if gold else None,
+                repaired=RegistryReader(repaired) if repaired else None,
                 shadows=shadows,
                 seed=seed,
             )

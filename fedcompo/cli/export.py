@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fedcompo.cli import common
 from fedcompo.cli.models import report, say_members
+from fedcompo.cli.report import results_beside
 from fedcompo.composition.settings import MEAN
 from fedcompo.errors import ConfigError
+from fedcompo.names import require_utf8
 from fedcompo.report.console import print_json, say
 from fedcompo.report.progress import step
 
@@ -32,11 +35,28 @@ def export(
         int | None,
         typer.Option(min=1, help="Largest rank of the adapter; default: whatever is exact."),
     ] = None,
+    egress: Annotated[
+        bool,
+        typer.Option(
+            "--egress", help="With receipts, egress.json and a page that a data controller signs."
+        ),
+    ] = False,
+    audits: Annotated[
+        list[Path] | None,
+        typer.Option("--audit", help="With --egress: an audit.json, or its folder. Repeatable."),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option(metavar="TEXT", help="With --egress: licence of the members' data.")
+    ] = "",
     choice: common.RuledChoice,
     as_json: common.JsonOption = False,
     verbose: common.VerboseOption = False,
 ) -> None:
     """Export the composed model for timm, or as one LoRA adapter for PEFT.
+
+    With --egress also what a data controller signs before the model leaves: whose data, how many
+    images, what noise, which attacks were tried, receipts, limits. `fedcompo verify
+    DIR/egress.json` checks it.
 
     An adapter joins the factors of the members: it makes the composed model, to rounding. --rank
     cuts it, and tells the error; members without factors (full, ia3) need it. It is three times as
@@ -48,6 +68,13 @@ def export(
             raise ConfigError("`--client` takes one client as it is; to compose, use `--only`.")
         if rank is not None and not adapter and client is None:
             raise ConfigError("`--rank` goes with `--adapter` or `--client`.")
+        if egress and (adapter or client is not None):
+            raise ConfigError(
+                "`--egress` is of a composed model: leave out --adapter and --client."
+            )
+        if not egress and (audits or licence):
+            raise ConfigError("`--audit` and `--licence` go with `--egress`.")
+        require_utf8(licence)
         opened = common.open_registry(registry)
         if client is not None:
             opened.member(client)  # refuses at once who is not there
@@ -59,6 +86,18 @@ def export(
         if client is not None:
             selection = replace(selection, head=opened.contribution(client).head)
         step("writing")
+        if egress:
+            from fedcompo.export.egress import Request, statement
+            from fedcompo.export.pack import write_pack
+
+            request = Request(audits or (), licence, results_beside(opened.path))
+            stated = statement(opened, selection, request)
+
+            def seal(folder: Path, _: Mapping[str, Any]) -> None:
+                write_pack(folder, registry=opened, values=stated)
+
+            report(publish(output, selection, sealing=seal), as_json)
+            return
         if client is None and not adapter:
             report(publish(output, selection), as_json)
             return

@@ -11,11 +11,13 @@ import typer
 from fedcompo.cli import common, tables
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
+from fedcompo.storage.files import EGRESS
 
 
 def verify(
     record: Annotated[
-        Path | None, typer.Argument(help="A removal record; none: check the whole registry.")
+        Path | None,
+        typer.Argument(help="A removal record, or egress.json; none: check the whole registry."),
     ] = None,
     registry: common.RegistryOption = None,
     public_key: Annotated[
@@ -50,6 +52,9 @@ def verify(
     with common.errors_as_sentences(verbose):
         if record is not None and not record.exists():
             raise ConfigError(f"There is no file {str(record)!r}. Check the path of the record.")
+        if record is not None and record.name == EGRESS:
+            _verify_pack(record, as_json, alone=not (registry or public_key or since))
+            return
         from fedcompo.registry.key_verification import continues, given_fingerprint, whose_key
         from fedcompo.registry.record_verification import verify_record
         from fedcompo.registry.removal import RemovalRecord
@@ -83,6 +88,23 @@ def verify(
                     say(told.limits)
         if any(finding.holds is False for finding in findings):
             raise typer.Exit(1)
+
+
+def _verify_pack(path: Path, as_json: bool, *, alone: bool) -> None:
+    """Check what `fedcompo export --egress` wrote; its hash is for a person to compare."""
+    if not alone:
+        raise ConfigError("An egress pack is checked by itself: leave the other options out.")
+    from fedcompo.export.pack import verify_pack
+    from fedcompo.storage.tensorstream import file_sha256
+
+    findings = verify_pack(path)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        tables.print_findings(findings)
+        say(f"{EGRESS} has SHA-256 {file_sha256(path)}: it must be the one that was signed.")
+    if any(finding.holds is False for finding in findings):
+        raise typer.Exit(1)
 
 
 def _witness_of(

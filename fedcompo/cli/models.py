@@ -115,7 +115,7 @@ def evaluate(
     with common.errors_as_sentences(verbose):
         chosen = choice.parsed()
         opened = common.open_registry(registry)
-        from fedcompo.audit.evaluation import figures_of, measured, run_config_of
+        from fedcompo.audit.evaluation import evaluate_clients, figures_of, run_config_of
         from fedcompo.data.client_data import client_names
         from fedcompo.export.selection import from_registry
         from fedcompo.report.confusion import by_class
@@ -124,14 +124,14 @@ def evaluate(
             selection = from_registry(opened, **chosen)
             backbone = opened.backbone.load()
             config = run_config_of(opened, data)
-            found = measured(
+            found = evaluate_clients(
                 backbone,
                 dict(selection.stream()),
                 selection.head,
                 config,
                 linearised=selection.pool.linearised,
             )
-        figures = {client: figures_of(accuracy) for client, accuracy in found.items()}
+        figures = figures_of(found)
         tallies = {client: accuracy.tally for client, accuracy in found.items()}
         counted = by_class(tallies, selection.head.classes)
         unknown = [name for name in client_names(config.data) if name not in found]

@@ -50,13 +50,18 @@ def report(
             page = run_page(results, story_of_run(folder, results))
         else:
             opened = common.open_registry(folder or registry)
-            path = opened.path.absolute()
-            beside = path.with_name(RESULTS)
-            found = _results(beside) if beside.is_file() else {}
-            made = Path(found.get("registry", {}).get("path", ""))  # both may have been moved
-            page = registry_page(story(opened), found if made.name == path.name else None)
+            page = registry_page(story(opened), results_beside(opened.path))
         write_atomically(output, page.encode())
         say(f"Report: {output}")
+
+
+def results_beside(registry: Path) -> dict[str, Any] | None:
+    """Read the results of the run that made a registry; None if they do not lie beside it."""
+    path = registry.absolute()
+    beside = path.with_name(RESULTS)
+    found = _results(beside) if beside.is_file() else {}
+    made = Path((found.get("registry") or {}).get("path", ""))  # both may have been moved
+    return found if made.name == path.name else None
 
 
 def _results(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcompo.cli import common
+from fedcompo.cli.certificates import warn
 from fedcompo.errors import ConfigError
 from fedcompo.report.console import print_json, say
 from fedcompo.report.newcomers import note_on_newcomers
@@ -47,12 +48,16 @@ class Connection:
         return read_credential(self.certificate, self.key)
 
     def open(self) -> Client:
-        """Read the certificates; the connection is made at the first call."""
+        """Read the certificates, and warn of those that end; calls connect when they are made."""
         from fedcompo.service.certificates import read_authority
         from fedcompo.service.client import Client
+        from fedcompo.service.lifetimes import endings, server_ending
 
-        authority = read_authority(self.ca)
-        return Client(self.server, authority, self.credential, insisting=True)
+        authority, credential = read_authority(self.ca), self.credential
+        client = Client(self.server, authority, credential, insisting=True)
+        warn(endings(authority, credential))
+        warn(server_ending(self.server, self.ca, self.certificate, self.key))
+        return client
 
 
 @common.with_options("connection", Connection)
@@ -151,7 +156,8 @@ def request_removal(
     It is checked, and the public key is written beside it. A client with shards leaves shard by
     shard, each with a receipt of its own; with --shard, the others stay.
 
-    Asked again, when an answer was lost, the service sends the same receipt.
+    Asked again, when an answer was lost, the service sends the same receipt; that of a shard, with
+    --shard.
     """
     with common.errors_as_sentences(verbose), connection.open() as service:
         from fedcompo.data.tasks import shard_name, whole_of

@@ -88,6 +88,12 @@ def print_list(summary: Mapping[str, Any]) -> None:
             say(f"Rule {rule}")
         say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
     say(f"Model: {summary['model'] or 'none, nobody is there'}")
+    if last := summary["release"]:
+        say(
+            f"Released last: line {last['line']} of the journal, {last['time']}. Changed since: "
+            f"{listed(last['changed_since']) or 'nobody'}"
+            + (f"; a release every {last['every']}" if last["every"] else "")
+        )
     say(f"Root {summary['root']}")
 
 

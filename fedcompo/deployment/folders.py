@@ -10,10 +10,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from fedcompo.deployment import given_app
+from fedcompo.deployment.approval import (
+    CERTIFICATES,
+    authority_of,
+    granted,
+    opened,
+    place_of,
+)
 from fedcompo.deployment.contents import (
     OPERATOR,
     client_files,
@@ -23,23 +27,24 @@ from fedcompo.deployment.contents import (
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.templates import write_files
 from fedcompo.errors import ConfigError
-from fedcompo.service.certificates import AUTHORITY_STEM, Authority
-from fedcompo.storage.files import completed, is_free, write_atomically, write_private
+from fedcompo.service.authority import AUTHORITY_STEM, Authority
+from fedcompo.service.certificates import SERVER, Holder
+from fedcompo.service.requests import prepare
+from fedcompo.storage.files import completed, is_free, write_atomically
 
-LOOPBACK = ("localhost", "127.0.0.1")
-"""Where the SuperLink itself listens; its certificate must name that, too."""
-CERTIFICATES = "certificates"
-NODE_KEY = "supernode"
 OWNER_ALONE = 0o700
 
 
-def create(folder: Path, deployment: Deployment, app: Path) -> None:
+def create(folder: Path, deployment: Deployment, app: Path, *, with_keys: bool = False) -> None:
     """Write all folders of a federation on separate machines.
+
+    Private keys of the authority and of the operator are made here, because they are used here.
 
     Args:
         folder: Folder to write to; must not exist, or be empty.
         deployment: Server and clients.
         app: Folder of the Flower app; see :func:`fedcompo.engine.launcher.find_app`.
+        with_keys: Make the keys of server and clients, too, and certify them: for trials.
 
     Raises:
         ConfigError: If the folder holds something, or the server's name is no host.
@@ -55,33 +60,36 @@ def create(folder: Path, deployment: Deployment, app: Path) -> None:
         authority.save(draft / "authority")
         authority.issue_client(OPERATOR, operator=True).save(draft / OPERATOR, OPERATOR)
         _copy_authority(draft, draft / OPERATOR)
-        _write_server(draft, deployment, authority, app)
+        _write_server(draft, deployment, app)
         given_app.give(draft / "server" / "app", draft / "given")
         for name in deployment.clients:
-            _write_client(draft, name, deployment, authority)
+            _write_client(draft, name, deployment)
+        if with_keys:
+            for name in (SERVER, *deployment.clients):
+                _certify(draft, deployment.holders[name], authority)
         write_files(draft, other_files(deployment))
         deployment.save(draft)
 
 
-def add(folder: Path, name: str) -> Deployment:
+def add(folder: Path, name: str, *, with_keys: bool = False) -> None:
     """Add a client to a deployment; the files of the others stay as they are.
 
-    Returns:
-        The deployment with this client.
+    Args:
+        folder: What :func:`create` wrote.
+        name: Of the client.
+        with_keys: Make its keys, too, and certify them: for trials.
 
     Raises:
         FileFormatError: If the folder is no deployment.
         ConfigError: If the client is already there.
         ContributionError: If the name cannot be a client's, or resembles another.
     """
-    deployment = Deployment.load(folder).with_client(name)
-    authority = folder / "authority"
-    vouching = Authority.load(
-        authority / f"{AUTHORITY_STEM}.crt", authority / f"{AUTHORITY_STEM}.key"
-    )
-    _write_client(folder, name, deployment, vouching)
+    deployment = opened(folder).with_client(name)
+    authority = authority_of(folder)
+    _write_client(folder, name, deployment)
+    if with_keys:
+        _certify(folder, deployment.holders[name], authority)
     deployment.save(folder)
-    return deployment
 
 
 def update(folder: Path, app: Path) -> Deployment:
@@ -101,7 +109,7 @@ def update(folder: Path, app: Path) -> Deployment:
         FileFormatError: If the folder is no deployment.
         LaunchError: If Flower cannot bundle the app.
     """
-    deployment = Deployment.load(folder)
+    deployment = opened(folder)
     with tempfile.TemporaryDirectory(prefix=".update.", dir=folder) as scratch:
         fresh, given = Path(scratch) / "app", Path(scratch) / "given"
         given_app.copy_app(app, fresh)
@@ -139,47 +147,39 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _write_server(folder: Path, deployment: Deployment, authority: Authority, app: Path) -> None:
-    server = folder / "server"
-    hosts = tuple(dict.fromkeys((deployment.server, *LOOPBACK)))
-    authority.issue_server(hosts).save(server / CERTIFICATES, "server")
-    _copy_authority(folder, server / CERTIFICATES)
+def _write_server(folder: Path, deployment: Deployment, app: Path) -> None:
+    server = folder / SERVER
+    _write_certificates(folder, server, deployment.holders[SERVER])
     given_app.copy_app(app, server / "app")
     for part in ("clients", "state", "runs"):
         (server / part).mkdir()
     write_files(server, server_files(deployment))
 
 
-def _write_client(folder: Path, name: str, deployment: Deployment, authority: Authority) -> None:
-    """Write a client's own folder, and add it to those that the server registers."""
-    public, private = _node_key(name)
+def _write_client(folder: Path, name: str, deployment: Deployment) -> None:
     with completed(folder / "clients" / name, OWNER_ALONE) as client:
         shutil.copytree(folder / "given", client, dirs_exist_ok=True)
-        certificates = client / CERTIFICATES
-        authority.issue_client(name).save(certificates, "client")
-        write_private(certificates / NODE_KEY, private)
-        (certificates / f"{NODE_KEY}.pub").write_bytes(public)
-        _copy_authority(folder, certificates)
+        _write_certificates(folder, client, deployment.holders[name])
         (client / "state").mkdir()
         write_files(client, client_files(name, deployment))
-    (folder / "server" / "clients" / f"{name}.pub").write_bytes(public)
+
+
+def _write_certificates(folder: Path, target: Path, holder: Holder) -> None:
+    """Write the authority's certificate, and for whom keys are to be made there."""
+    certificates = target / CERTIFICATES
+    certificates.mkdir(parents=True)
+    _copy_authority(folder, certificates)
+    holder.save(certificates)
+
+
+def _certify(folder: Path, holder: Holder, authority: Authority) -> None:
+    """Make a holder's keys in its folder, and certify them."""
+    request = prepare((folder / place_of(holder)).parent, holder)
+    for place, content in granted(authority, holder, request.key, request.node_key).items():
+        (folder / place).write_bytes(content)
 
 
 def _copy_authority(folder: Path, target: Path) -> None:
     """Copy the authority's certificate, never its key."""
     certificate = f"{AUTHORITY_STEM}.crt"
     shutil.copyfile(folder / "authority" / certificate, target / certificate)
-
-
-def _node_key(name: str) -> tuple[bytes, bytes]:
-    """Make the public and private key by which the SuperLink knows a client: P-384, OpenSSH's."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    public = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    )
-    return public + f" {name}\n".encode(), private

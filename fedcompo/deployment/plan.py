@@ -10,7 +10,7 @@ from pathlib import Path
 from fedcompo.data.tasks import check_whole
 from fedcompo.errors import ConfigError, FileFormatError
 from fedcompo.names import address, check_client_name, check_distinct
-from fedcompo.service.certificates import check_host
+from fedcompo.service.certificates import CLIENT, OPERATOR, SERVER, Holder, check_host
 from fedcompo.storage.files import write_atomically
 
 FILE = "deployment.json"
@@ -20,6 +20,8 @@ SUPERLINK_PORT = 8000
 """Where, on the server's loopback, Flower's SuperLink listens."""
 REGISTRY_PORT = 9443
 """Where clients reach the registry, to leave or to fetch a model."""
+LOOPBACK = ("localhost", "127.0.0.1")
+"""Where the SuperLink itself listens; the server's certificate must name that, too."""
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", re.ASCII)
 
 
@@ -62,6 +64,8 @@ class Deployment:
                     "underscores and dots, without spaces. What it names its folder of images is "
                     "its own affair."
                 )
+            if name in (SERVER, OPERATOR):
+                raise ConfigError(f"{name!r} is not free to name a client; choose another name.")
             if name in self.clients[:position]:
                 raise ConfigError(f"The client {name!r} is named twice. Name each client once.")
             check_distinct(name, self.clients[:position])
@@ -75,6 +79,15 @@ class Deployment:
     def registry_address(self) -> str:
         """Host and port at which clients reach the registry."""
         return address(self.server, self.registry_port)
+
+    @property
+    def holders(self) -> dict[str, Holder]:
+        """Who gets a certificate, by name: the server, the operator, the clients."""
+        return {
+            SERVER: server_holder(self.server),
+            OPERATOR: Holder(OPERATOR, OPERATOR),
+            **{name: Holder(name, CLIENT) for name in self.clients},
+        }
 
     def with_client(self, name: str) -> Deployment:
         """The same deployment with one more client; raises ``ConfigError`` if it is there."""
@@ -102,3 +115,8 @@ class Deployment:
                 f"{folder} is no deployment: {file} cannot be read ({error}). Make one with "
                 "`fedcompo init-deployment DIR --server HOST --clients a,b,c`."
             ) from error
+
+
+def server_holder(*hosts: str) -> Holder:
+    """The holder of a server's certificate, which is reached under these hosts and on loopback."""
+    return Holder.server((*hosts, *LOOPBACK))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ from fedcompo.storage.files import BACKBONE, MODEL_CARD, RECIPE, WEIGHTS, write_
 from fedcompo.storage.tensorstream import file_sha256
 
 
-def publish(output: Path, selection: Selection) -> dict[str, Any]:
+def publish(
+    output: Path,
+    selection: Selection,
+    *,
+    sealing: Callable[[Path, Mapping[str, Any]], None] = lambda folder, told: None,
+) -> dict[str, Any]:
     """Write a folder that plain timm loads; of tangents, one that fedcompo loads.
 
     Args:
         output: A new or empty folder; appears when everything is in it.
         selection: Contributions to compose.
+        sealing: Called last, before the folder appears, with where it is and what was written.
 
     Returns:
         What was written, as JSON values.
@@ -45,6 +52,7 @@ def publish(output: Path, selection: Selection) -> dict[str, Any]:
             shutil.copyfile(backbone.path, folder / BACKBONE)
         write_atomically(folder / RECIPE, text.encode())
         told = write_card(selection, folder / WEIGHTS, recipe=text)
+        sealing(folder, told)
     return {
         "output": str(output.absolute()),
         **told,

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 
 from fedcompo.backbone.backbone import EMBEDDED
 from fedcompo.backbone.preprocessing import Modality
+from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition.settings import MEAN
 from fedcompo.config.presets import IMPORTED
 from fedcompo.export.example import CONFIGURED, example
@@ -34,6 +35,18 @@ HUB_LICENSES = {
     *("fair-noncommercial-research-license", "gemma", "mit"),
 }
 """Those of timm's that the hub knows by their identifier; it takes others as names."""
+LIMITS = (
+    "It knows its classes and no others: of any picture it names one of them.",
+    "How accurate it is on other images than its clients' was not measured: do so before use.",
+    "No decision about a person may rest on it alone.",
+    "Noise on statistics, where there was any, bounds nothing of what the weights tell: whoever "
+    "has them can try whether an image was trained on.",
+    "Whoever has two models that differ by one client can subtract them, and gets its task vector.",
+    "A removal is exact in the sum. What others learnt with a client's Fisher or statistics before "
+    "it left stays until they train again; the lineage names them.",
+)
+"""What the model is not for, and what must be known of it, as a sentence each."""
+LIMITS_LISTED = "\n".join(f"- {sentence}" for sentence in LIMITS)
 MOST_CLASSES = 200
 MOST_LINES = 200
 SHARE = "client", "kind", "w", "training images", "classes"
@@ -65,7 +78,7 @@ def model_card(
     """
     pool, backbone, negation = selection.pool, selection.backbone, selection.recipe.negated
     name = backbone.fingerprint.rpartition("@")[0]
-    license = OWN_LICENSE if name == EMBEDDED else backbone.origin.license
+    license = license_of(backbone)
     noun = "A LoRA adapter" if adapter else "Negated copy of a model" if negation else "A model"
     loading = USE_LINEARISED if pool.linearised else USE
     files = (
@@ -105,6 +118,10 @@ By the data of how many other clients the training of each member was shaped:
 
 {_influences(selection)}
 
+## Limits
+
+{LIMITS_LISTED}
+
 ## Identity
 
 {table(("what", "value"), ((what, escaped(value)) for what, value in files))}
@@ -136,6 +153,12 @@ def _front_matter(selection: Selection, license: str, *, adapter: bool) -> str:
         tags=sorted(tags),
     )
     return f"---\n{data.to_yaml(line_break=chr(10))}\n---"
+
+
+def license_of(backbone: StoredBackbone) -> str:
+    """Identifier of a backbone's license; empty: not known."""
+    embedded = backbone.fingerprint.rpartition("@")[0] == EMBEDDED
+    return OWN_LICENSE if embedded else backbone.origin.license
 
 
 def _license_text(license: str) -> str:
@@ -253,19 +276,21 @@ def _origin(own: Contribution) -> tuple[object, ...]:
     return escaped(own.client), escaped(lineage.method), *map(len, shaped_by)
 
 
+def still_shaped(selection: Selection) -> dict[str, tuple[str, ...]]:
+    """Members that were trained with something of a client that was left out, by its name."""
+    lineages = {member.client: member.lineage for member in selection.pool}
+    return {gone: influence(gone, lineages, lineages).to_retrain for gone in selection.without}
+
+
 def _influences(selection: Selection) -> str:
     """List the members that were trained with data of clients that were left out."""
-    lineages = {member.client: member.lineage for member in selection.pool}
-    paragraphs = []
-    for gone in selection.without:
-        touched = influence(gone, lineages, lineages).to_retrain
-        paragraphs.append(
-            f"Though {escaped(gone)} is not in the sum, its data shaped the training of "
-            f"{_list(touched)}: this influence stays until they train again."
-            if touched
-            else f"By these lineages, no member was trained with anything of {escaped(gone)}."
-        )
-    return "\n\n".join(paragraphs)
+    return "\n\n".join(
+        f"Though {escaped(gone)} is not in the sum, its data shaped the training of "
+        f"{_list(touched)}: this influence stays until they train again."
+        if touched
+        else f"By these lineages, no member was trained with anything of {escaped(gone)}."
+        for gone, touched in still_shaped(selection).items()
+    )
 
 
 def _list(clients: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.releases import changed_since, releases_in, version_after
 from fedcompo.registry.removal import foreseen_influence
 from fedcompo.registry.state import Member
 from fedcompo.registry.transaction import MODEL
@@ -40,7 +41,24 @@ def summary(registry: RegistryReader) -> Values:
         "twins": twins({member.client: member.classes for member in state.members.values()}),
         "joint_head": "realigned" if registry.realigned else "aligned",
         "kept_versions": list(state.kept),
+        "release": _last_release(registry, entries),
         "clients": members,
+    }
+
+
+def _last_release(registry: RegistryReader, entries: Sequence[Entry]) -> Values | None:
+    """Describe the last release, and whose contributions changed since; None: there is none."""
+    if not (past := releases_in(entries, registry.settings)):
+        return None
+    changed = changed_since(past[-1], version_after(entries, registry.settings))
+    line = past[-1].entry
+    return {
+        "line": line.sequence,
+        "time": line.time,
+        "clients": line.clients,
+        "weights_sha256": past[-1].weights,
+        "every": past[-1].every,
+        "changed_since": changed,
     }
 
 

@@ -29,6 +29,7 @@ from fedcompo.registry.rederivation import (
     recomposed,
     totals_again,
 )
+from fedcompo.registry.releases import RELEASED, members_named
 from fedcompo.registry.removed import content_of
 from fedcompo.registry.state import PRIVATE, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
@@ -102,6 +103,9 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
         yield compared("the factor is that of the journal's last line", state.chosen, chosen)
     claim = "the fixed files are those of the journal's first line"
     yield compared(claim, dict(state.fixed), expected_fixed(entries))
+    for line in (entry for entry in entries if entry.event == RELEASED):
+        claim = f"line {line.sequence} names the members of the version that was released"
+        yield compared(claim, line.details["clients"], members_named(entries[: line.sequence - 1]))
     for folder, kept in state.kept.items():
         yield _kept_finding(folder, kept, state, entries)
 

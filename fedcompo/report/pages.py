@@ -55,9 +55,19 @@ def registry_page(registry: Values, found: Values | None = None) -> str:
     return _template().render(results=found, registry=registry, of_run=False) + "\n"
 
 
+def egress_page(pack: Values, sha256: str) -> str:
+    """Make the page that a data controller signs.
+
+    Args:
+        pack: What ``egress.json`` holds, as :mod:`fedcompo.export.egress` states it.
+        sha256: Of the file, hexadecimal.
+    """
+    return _template("egress.html").render(pack=pack, sha256=sha256) + "\n"
+
+
 @cache
-def _template() -> Template:
-    """Read the templates once: to compile them takes longer than to fill them in."""
+def _template(name: str = "page.html") -> Template:
+    """Read a template once: to compile it takes longer than to fill it in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -80,7 +90,7 @@ def _template() -> Template:
         "zip": zip,
         "defaults": RunConfig().flat(),
     }
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _code(text: str) -> Markup:

@@ -9,7 +9,7 @@ from fedcompo._lazy import face
 
 if TYPE_CHECKING:
     from fedcompo.service.access import Audience as Audience
-    from fedcompo.service.certificates import Authority as Authority
+    from fedcompo.service.authority import Authority as Authority
     from fedcompo.service.certificates import Credential as Credential
     from fedcompo.service.certificates import read_authority as read_authority
     from fedcompo.service.certificates import read_credential as read_credential

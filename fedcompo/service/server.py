@@ -22,7 +22,7 @@ import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedcompo.errors import ServiceError
+from fedcompo.errors import ConfigError, ServiceError
 from fedcompo.names import address
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.signing import place_of_key, signer_for
@@ -30,15 +30,18 @@ from fedcompo.service.access import Audience, Revoked
 from fedcompo.service.certificates import Credential
 from fedcompo.service.downloads import Downloads
 from fedcompo.service.gate import Gate
+from fedcompo.service.lifetimes import endings
 from fedcompo.service.limits import EACH, Limits, Places
 from fedcompo.service.members import Members
 from fedcompo.service.methods import NAME, serve_methods
 from fedcompo.service.publishing import Publishing, Uploads
+from fedcompo.service.refusals import LOGGER
 
 QUEUE = 8
 """Calls that wait for a thread, for each one there is: the gate refuses most of a flood at once."""
 KEEPALIVE_SECONDS = 30
 """A client that vanished is noticed after about so long."""
+DAY = 86400.0
 CONNECTION_SECONDS = 3600
 """Then a client has to connect, and show its certificate, again."""
 
@@ -154,7 +157,10 @@ class Server:
 def serve(settings: Settings, *, on_ready: Callable[[Server], None]) -> None:
     """Serve until SIGTERM or SIGINT, then stop in good order; ``on_ready`` is called in between.
 
+    Each day it warns of certificates that end within sixty days.
+
     Raises:
+        ConfigError: If the server's certificate, or the authority's, has ended.
         RegistryError: If there is no registry.
         ServiceError: If the service cannot start.
     """
@@ -168,12 +174,22 @@ def serve(settings: Settings, *, on_ready: Callable[[Server], None]) -> None:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        _report_endings(settings)
         with Server(settings) as server:
             on_ready(server)
-            over.wait()
+            while not over.wait(DAY):
+                try:
+                    _report_endings(settings)
+                except ConfigError as error:  # calls under way go on
+                    LOGGER.error("%s", error)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _report_endings(settings: Settings) -> None:
+    for warning in endings(settings.authority, settings.credential):
+        LOGGER.warning("%s", warning)
 
 
 def _open_more_files() -> None:

@@ -48,7 +48,7 @@ class Exchange:
     books: Books
     nodes: Nodes
     timeout: float
-    """Seconds that a client has to connect, and to answer a request."""
+    """Seconds that a client has to connect, and to answer a request for each of its shards."""
     min_clients: int
     """Clients without which the run fails."""
     in_flight: int = 0
@@ -62,6 +62,11 @@ class Exchange:
     def clients(self) -> tuple[str, ...]:
         """Names of the clients still in the run, sorted."""
         return self.nodes.clients
+
+    @property
+    def limit(self) -> float:
+        """Seconds that an answer may take: a node answers for its shards one after the other."""
+        return self.timeout * self.nodes.shards
 
     def gather(self, wanted: int) -> None:
         """Wait for so many clients to connect; see :meth:`Nodes.gather`.
@@ -139,7 +144,7 @@ class Exchange:
         name, shard = self.nodes.node_name(client), self.nodes.shard(client)
         content = to_record(*addressed(request, name, self.preprocessing, shard))
         node = self.nodes.ids[client]
-        message = Message(content, node, asking.message_type, ttl=self.timeout)
+        message = Message(content, node, asking.message_type, ttl=self.limit)
         departed, sent = time.monotonic(), size_of(content)
         ids = list(self.nodes.grid.push_messages([message]))
         if ids and ids[0]:
@@ -185,9 +190,9 @@ class Exchange:
         """Stop waiting for answers whose time is over."""
         for message_id, awaited in list(asking.waiting.items()):
             seconds = time.monotonic() - awaited.departed
-            if seconds >= self.timeout:
+            if seconds >= self.limit:
                 del asking.waiting[message_id]
-                reason = f"no answer within {self.timeout:g} s"
+                reason = f"no answer within {self.limit:g} s"
                 self._fail(asking, awaited.client, reason, Traffic(awaited.sent, 0, seconds))
 
     def _take(self, asking: _Asking, awaited: _Waiting, reply: Message) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,19 @@ from registry_builders import member, registry_of
 from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
+from fedcompo.audit.forgetting import linear_cka
 from fedcompo.audit.measure import LIKELIHOOD_RATIO, LOSS, audit
 from fedcompo.audit.membership import loss_attack
-from fedcompo.audit.models import AFTER, BEFORE, GOLD, audited_models, distances_to_gold
+from fedcompo.audit.models import (
+    AFTER,
+    BEFORE,
+    FROZEN,
+    GOLD,
+    REPAIRED,
+    audited_models,
+    distances_to_gold,
+)
+from fedcompo.audit.report import markdown
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError, DataError
 from fedcompo.registry.registry import Registry
 
@@ -88,6 +99,9 @@ def test_without_lineage_after_is_gold_bit_for_bit(settings, is_exact, data, tmp
     assert any(found["influence"].values()) is not is_exact
     for attack in found["membership"].values():
         assert (attack[AFTER] == attack[GOLD]) is is_exact
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
+    differences = [e for part in found["beyond_gold"].values() for e in part.values()]
+    assert all(e == nothing for e in differences) is is_exact
 
 
 def test_the_distance_is_the_length_of_the_difference(registry):
@@ -248,6 +262,72 @@ def test_a_head_that_was_realigned_is_mentioned(data, tmp_path):
     assert any("before of features of the composed model" in note for note in found["notes"])
 
 
+# --- Features, and what comes back ---
+
+
+def test_what_the_features_knew_is_gone_and_gold_never_knew_it(values, registry):
+    assert list(values["probe"]) == [FROZEN, BEFORE, AFTER]
+    assert list(values["similarity"]["removed"]) == ["before~after", "frozen~after"]
+    assert values["similarity"].keys() == {"removed", "remaining"}
+    assert values["beyond_gold"] is values["resurfacing"] is None
+    models = audited_models(registry, CLIENT)
+    (data,) = clients_data(
+        config_of(values["data"]).data, registry.backbone.load(), seed=0, wanted=(CLIENT,)
+    )
+    seen = [models[name].features(registry.backbone.load(), data.test.images) for name in models]
+    alike = values["similarity"]["removed"]["before~after"]["value"]
+    assert alike == pytest.approx(linear_cka(*seen, seed=0).value)
+    loss, ratio, *others = values["verdicts"]
+    assert loss.startswith("Loss attack. Finds members: before (AUC ")
+    assert ". Chance: after (AUC" in ratio
+    assert [line.split()[0] for line in others] == ["A", "Its"]
+
+
+def repaired(registry: Registry, path: Path, *, liar: bool) -> Registry:
+    """A copy without the client; a liar brings its task vector back, a little changed."""
+    shutil.copytree(registry.path, path, symlinks=True)
+    copy = Registry(path)
+    removed = copy.contribution(CLIENT).task_vector
+    tensors = {name: 1.01 * t for name, t in removed.tensors.items()}  # no digest finds it
+    copy.remove(CLIENT)
+    if liar:
+        stays = copy.contribution(OTHER)
+        copy.add(
+            replace(stays, task_vector=replace(removed, tensors=tensors)),
+            replacing=True,
+            empty=True,
+        )
+    return copy
+
+
+@pytest.mark.parametrize("liar", [True, False], ids=["liar", "honest"])
+def test_what_a_repair_brings_back_is_seen(liar, tmp_path):
+    data = noise(tmp_path / "noise.npz", train=24, test=24)
+    registry = federate(tmp_path / "registry", config_of(f"npz:{data}"))
+    copy = repaired(registry, tmp_path / "copy", liar=liar)
+    found = audit(registry, CLIENT, repaired=copy, shadows=4)
+    assert found["repaired_root"] == copy.state.root
+    assert list(found["models"]) == [BEFORE, AFTER, REPAIRED]
+    back = found["resurfacing"]
+    assert (back["auc"][LOSS]["low"] > 0) is liar
+    assert back["probe"].keys() == found["probe"][REPAIRED].keys()
+    alike = found["similarity"]["removed"]["after~repaired"]["value"]
+    assert (alike == pytest.approx(1)) is not liar
+    verdict = found["verdicts"][-1]
+    assert verdict.startswith("Repaired - after (above 0: something comes back): ")
+    assert ("loss attack +" in verdict) is liar
+    assert ("no difference is seen" in verdict) is not liar
+
+
+def test_a_repaired_registry_that_is_no_copy_without_the_client_is_refused(
+    registry, data, tmp_path
+):
+    apart = federate(tmp_path / "apart", config_of(data, **QUICK), without=[CLIENT])
+    for other in (registry, apart):
+        with pytest.raises(ConfigError, match=r"expected a copy of .* client-1 was removed"):
+            audit(registry, CLIENT, repaired=other)
+
+
 # --- What is refused ---
 
 
@@ -271,10 +351,25 @@ def test_where_all_have_the_same_one_class_there_is_nothing_to_attack(tmp_path):
         audit(registry, "a")
 
 
-def test_the_only_client_is_refused(data, tmp_path):
-    registry = federate(tmp_path / "registry", config_of(data, **QUICK), without=[OTHER])
-    with pytest.raises(ContributionError, match="client-1 is alone in the registry"):
-        audit(registry, CLIENT)
+def test_after_the_last_client_the_pre_trained_weights_are_left(data, tmp_path):
+    registry = federate(tmp_path / "registry", config_of(data), without=[OTHER])
+    found = audit(registry, CLIENT, shadows=4)
+    assert found["models"][AFTER] == {
+        "clients": [],
+        "joint_head": "aligned",
+        "rows_of_client": [],
+    }
+    assert found["accuracy"]["removed"][AFTER]["class_il_accuracy"] == 0
+    assert found["accuracy"]["remaining"] == {}
+    assert found["probe"][AFTER] == found["probe"][FROZEN]  # nothing is left of it
+    assert found["probe"][BEFORE] != found["probe"][AFTER]
+    assert found["similarity"]["removed"]["frozen~after"]["value"] == pytest.approx(1)
+    loss = found["membership"][LOSS]
+    assert loss[BEFORE]["auc"]["low"] > 0.5
+    assert loss[BEFORE]["auc"]["value"] > loss[AFTER]["auc"]["value"]
+    assert "after: the client removed (the pre-trained weights alone)" in unescape(markdown(found))
+    with pytest.raises(ConfigError, match=r"client-1 is the last member.*leave `--gold` out"):
+        audit(registry, CLIENT, gold=registry)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from statistics import NormalDist, mean, variance
@@ -10,10 +9,13 @@ from statistics import NormalDist, mean, variance
 import pytest
 import torch
 from builders import normal, rng
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
+from fedcompo.audit import estimates
+from fedcompo.audit.estimates import Estimate
 from fedcompo.audit.membership import (
     Attack,
     confidence,
@@ -42,6 +44,16 @@ def shadow_experiment(
     target = ease + shift * is_member + normal(examples, seed=seed + 2)
     phi = ease + shift * trained_on + normal(shadows, examples, seed=seed + 3)
     return target, phi, trained_on, is_member
+
+
+def ends(estimate: Estimate) -> tuple[float, float, float]:
+    """The figure, and both ends of its interval."""
+    return estimate.value, estimate.low, estimate.high
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(estimates, "RESAMPLES", 20)
 
 
 # --- Confidence and loss ---
@@ -114,9 +126,13 @@ def written_tpr(members: list[float], nonmembers: list[float], rate: float) -> f
 
 
 @given(FEW_LEVELS, FEW_LEVELS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@pytest.mark.usefixtures("few_resamples")
 def test_auc_counts_pairs_won_and_ties_half(members, nonmembers):
     actual = Attack.of(torch.tensor(members), torch.tensor(nonmembers)).auc.value
     assert actual == pytest.approx(written_auc(members, nonmembers), abs=1e-12)
+    truth = [1] * len(members) + [0] * len(nonmembers)
+    assert actual == pytest.approx(roc_auc_score(truth, members + nonmembers), abs=1e-12)
 
 
 @pytest.mark.parametrize("levels", [1, 3, 0.01], ids=["wide ties", "ties", "hardly any tie"])
@@ -125,11 +141,15 @@ def test_true_positive_rates_are_the_best_a_threshold_within_the_rate_finds(leve
     nonmembers = (normal(510, seed=2) / levels).round() * levels
     attack = Attack.of(members, nonmembers)
     assert list(attack.tpr) == [0.05, 0.01]
+    scores = members.tolist() + nonmembers.tolist()
+    false, true, _ = roc_curve([1] * 90 + [0] * 510, scores, drop_intermediate=False)
     for rate, tpr in attack.tpr.items():
         expected = written_tpr(members.tolist(), nonmembers.tolist(), rate)
         assert tpr.value == pytest.approx(expected, abs=1e-12)
+        assert tpr.value == pytest.approx(true[false <= rate].max(), abs=1e-12)
 
 
+@pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize(
     ("nonmembers", "rates"),
     [(99, []), (100, [0.05]), (499, [0.05]), (500, [0.05, 0.01]), (5000, [0.05, 0.01, 0.001])],
@@ -141,8 +161,8 @@ def test_a_rate_is_reported_only_where_it_allows_five_false_positives(nonmembers
 
 def test_equal_scores_are_chance_and_find_nobody():
     attack = Attack.of(torch.full((7,), 0.3), torch.full((100,), 0.3))
-    assert dataclasses.astuple(attack.auc) == (0.5, 0.5, 0.5)
-    assert dataclasses.astuple(attack.tpr[0.05]) == (0, 0, 0)
+    assert ends(attack.auc) == (0.5, 0.5, 0.5)
+    assert ends(attack.tpr[0.05]) == (0, 0, 0)
     assert attack.is_chance()
 
 
@@ -150,7 +170,7 @@ def test_equal_scores_are_chance_and_find_nobody():
 def test_perfect_separation_is_one_and_the_wrong_way_round_nought(sign, expected):
     members, nonmembers = sign * (10 + torch.rand(40)), sign * torch.rand(100)
     attack = Attack.of(members, nonmembers)
-    assert dataclasses.astuple(attack.auc) == (expected,) * 3
+    assert ends(attack.auc) == (expected,) * 3
     assert attack.tpr[0.05].value == expected
     assert not attack.is_chance()
 
@@ -179,24 +199,25 @@ def test_the_interval_is_the_percentiles_of_figures_of_resampled_examples():
         aucs.append(float((a[:, None] > b).double().mean()))
         sixth_highest = b.sort(descending=True).values[5]  # above it: at most 5 false positives
         tprs.append(float((a > sixth_highest).double().mean()))
-    attacks = [Attack.of(members, nonmembers, seed=seed) for seed in range(20)]
-    for estimates, drawn in (
+    attacks = [Attack.of(members, nonmembers, seed=seed) for seed in range(20)]  # 1,000 each
+    for found, drawn in (
         ([attack.auc for attack in attacks], sorted(aucs)),
         ([attack.tpr[0.05] for attack in attacks], sorted(tprs)),
     ):
         low, middle, high = drawn[250], drawn[5000], drawn[9750]
         # A level of 90 % would be 16 % narrower; the error of sampling is 1.5 % of the width.
-        assert mean(e.low for e in estimates) == pytest.approx(low, abs=0.06 * (middle - low))
-        assert mean(e.high for e in estimates) == pytest.approx(high, abs=0.06 * (high - middle))
+        assert mean(e.low for e in found) == pytest.approx(low, abs=0.06 * (middle - low))
+        assert mean(e.high for e in found) == pytest.approx(high, abs=0.06 * (high - middle))
 
 
 @pytest.mark.parametrize(
     "shift",
     [pytest.param(0.0, marks=pytest.mark.slow), 0.5, pytest.param(1.5, marks=pytest.mark.slow)],
 )
-def test_intervals_cover_the_true_figures_about_as_often_as_they_say(shift):
+def test_intervals_cover_the_true_figures_about_as_often_as_they_say(shift, monkeypatch):
     """Normal scores a shift apart: AUC = Φ(shift/√2), TPR(r) = 1 − Φ(Φ⁻¹(1 − r) − shift)."""
     truth = NORMAL.cdf(shift / math.sqrt(2)), 1 - NORMAL.cdf(NORMAL.inv_cdf(0.95) - shift)
+    monkeypatch.setattr(estimates, "RESAMPLES", 400)
     runs = 80
     covered = [0, 0]
     for run in range(runs):
@@ -208,6 +229,19 @@ def test_intervals_cover_the_true_figures_about_as_often_as_they_say(shift):
     # 95 % less or more three standard errors of a share of 80.
     assert all(0.876 <= count / runs <= 1 for count in covered), covered
     assert covered[0] < runs  # not so wide as to be empty
+
+
+def test_a_difference_pairs_the_same_images_so_its_interval_is_narrower():
+    members, nonmembers = normal(60, seed=1) + 1, normal(100, seed=2)
+    first, second = (
+        Attack.of(members + shift, nonmembers + 0.1 * normal(100, seed=4), seed=0).auc
+        for shift in (0, 0.1)
+    )
+    difference = second - first
+    assert difference.value == second.value - first.value
+    assert difference.low > 0  # of intervals that overlap almost wholly
+    assert first.high > second.low
+    assert ends(first - first) == (0, 0, 0)
 
 
 def test_equal_seeds_give_equal_intervals_and_others_do_not():
@@ -318,7 +352,8 @@ def test_shadows_find_members_among_examples_of_uneven_difficulty_where_the_loss
     assert by_ratio.tpr[0.05].low > by_loss.tpr[0.05].high
 
 
-def test_where_nothing_is_to_be_found_the_attack_says_chance():
+def test_where_nothing_is_to_be_found_the_attack_says_chance(monkeypatch):
+    monkeypatch.setattr(estimates, "RESAMPLES", 200)
     chance = 0
     for seed in range(40):
         experiment = shadow_experiment(shift=0.0, difficulty=5.0, examples=200, seed=10 * seed)
@@ -337,7 +372,7 @@ def test_shadows_that_agree_to_the_bit_are_no_evidence(offset):
     scores = likelihood_ratios(ease + offset, phi, trained_on)
     assert scores.tolist() == [0.0] * 90
     attack = likelihood_ratio_attack(ease, phi, trained_on, is_member)
-    assert dataclasses.astuple(attack.auc) == (0.5, 0.5, 0.5)
+    assert ends(attack.auc) == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(("sort", "row"), [("with", False), ("without", True)])

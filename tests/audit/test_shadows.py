@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from fedcompo.audit.evaluation import clients_data
+from fedcompo.audit.measure import audit
 from fedcompo.audit.membership import confidence
-from fedcompo.audit.models import logits_of
+from fedcompo.audit.models import audited_images, logits_of
 from fedcompo.audit.shadows import ClientTraining, check_count, halves, train_shadows
 from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
+from fedcompo.data.client_data import client_share
+from fedcompo.data.shards import dealt
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.registry.registry import Registry
@@ -115,28 +118,60 @@ def test_on_the_clients_own_images_a_shadow_becomes_the_client(settings, kind, d
 
 
 @pytest.mark.parametrize(
-    ("anchor", "wire"),
-    [("others", "float32"), ("own", "float32"), ("own", "bfloat16"), ("others", "int8")],
+    "settings",
+    [
+        {},  # today's defaults: zero head, trust region by the others' Fisher, images aside, a vote
+        {"anchor": "own"},
+        {"head_start": "probe", "wire": "float32", "kind": "lora,full"},
+        {"head_start": "probe", "anchor": "own", "wire": "float32", "aside": 0.0},
+        {"head_start": "probe", "wire": "int8", "kind": "lora,full", "scale": 2.0},
+    ],
+    ids=str,
 )
-def test_so_it_does_after_a_run_of_the_real_server(anchor, wire, tmp_path):
-    settings = {
-        "head_start": "probe",
-        "anchor": anchor,
-        "realign": False,
-        "aside": 0.0,
-        "wire": wire,
-    }
-    run({}, tmp_path / "out", **settings, kind="lora,full")
+def test_so_it_does_after_a_run_of_the_real_server(settings, tmp_path):
+    run({}, tmp_path / "out", realign=False, **settings)
     registry = Registry(tmp_path / "out" / "registry")
-    training = ClientTraining.of(registry, CLIENT, registry.backbone.load())
-    config = training.config
-    (data,) = clients_data(config.data, training.backbone, seed=config.seed, wanted=(CLIENT,))
-    generator = generator_for(config.seed, "train", CLIENT)
+    training = becomes_the_client(registry, CLIENT)
+    assert (training.anchor is not None) is (settings.get("anchor") != "own")
+
+
+def becomes_the_client(registry: Registry, member: str) -> ClientTraining:
+    """Fit a member's task vector again, by a shadow's means, and compare every bit."""
+    training = ClientTraining.of(registry, member, registry.backbone.load())
+    config, contribution = training.config, registry.contribution(member)
+    data = audited_images(contribution, training.backbone, config)
+    generator = generator_for(config.seed, "train", member)
     actual = training.fit(data.train, generator=generator).tensors
-    expected = registry.contribution(CLIENT).task_vector.tensors
+    expected = contribution.task_vector.tensors
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    return training
+
+
+def test_a_shard_is_audited_on_its_own_images_by_the_map_if_there_is_one(tmp_path):
+    run({}, tmp_path / "out", realign=False, shards=2)
+    registry, shard = Registry(tmp_path / "out" / "registry"), f"{CLIENT}.shard-1"
+    becomes_the_client(registry, shard)
+    found = audit(registry, shard, shadows=4)
+    assert found["images"]["members"] == 10  # of 12 images of two classes half, less one aside each
+    others = {"client-0", "client-2"}
+    assert found["accuracy"]["per_client"].keys() == {shard, *others}
+    assert found["models"]["after"]["rows_of_client"] == found["classes"]  # its sibling has them
+
+    contribution, backbone = registry.contribution(shard), registry.backbone.load()
+    config = RunConfig.stored(contribution.settings)
+    whole = client_share(config.data, partition=1, seed=config.seed)
+    file = tmp_path / f"{CLIENT}.shards-2.csv"
+    dealt(whole, 2, seed=config.seed, cap=12, needed=1, file=file)
+    lines = file.read_text().splitlines()
+    other = {"0": "1", "1": "0"}
+    file.write_text("\n".join(other.get(line[0], line[0]) + line[1:] for line in lines) + "\n")
+    swapped = audited_images(contribution, backbone, config, maps=tmp_path).train.images[:]
+    mine = audited_images(contribution, backbone, config).train.images[:]
+    sibling = registry.contribution(f"{CLIENT}.shard-0")
+    assert not torch.equal(swapped, mine)
+    assert swapped.shape == audited_images(sibling, backbone, config).train.images[:].shape
 
 
 def test_a_reference_anchors_shadows_too(data, tmp_path):

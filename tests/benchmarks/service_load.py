@@ -34,7 +34,8 @@ from registry_builders import member, registry_of
 from fedcompo.config.choices import Kind
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
-from fedcompo.service.certificates import Authority, Credential
+from fedcompo.service.authority import Authority
+from fedcompo.service.certificates import Credential
 from fedcompo.service.client import Client
 
 KINDS = (Kind.LORA, Kind.FULL, Kind.IA3)

@@ -11,6 +11,7 @@ from audited_federation import config_of, federate, noise
 from typer.testing import CliRunner
 
 from fedcompo.audit.report import markdown
+from fedcompo.audit.verdicts import verdicts
 from fedcompo.cli import app as cli
 
 runner = CliRunner()
@@ -64,6 +65,8 @@ def test_people_get_tables_and_the_place_of_the_files(folder, tmp_path, monkeypa
     ):
         assert said in result.stdout
     assert "**" not in result.stdout
+    printed = " ".join(result.stdout.split())
+    assert all(verdict in printed for verdict in values["verdicts"])
     assert result.stdout.splitlines()[-1].endswith(": audit-client-1")
 
 
@@ -85,6 +88,44 @@ def test_the_markdown_holds_every_figure(found):
     widths = {line.count("|") for line in lines if line.startswith("| loss") or "attack |" in line}
     assert len(widths) == 1
     assert all(note in text for note in found["notes"])
+
+
+def test_a_verdict_a_line_opens_the_report_and_tables_hold_what_features_know(found):
+    lines = markdown(found).splitlines()
+    first = lines.index(f"- {found['verdicts'][0]}")
+    assert [f"- {verdict}" for verdict in found["verdicts"]] == lines[first : first + 5]
+    assert not any(line.startswith("#") for line in lines[1:first])
+    for shots, label in (("1", "1 image"), ("5", "5 images"), ("all", "all images")):
+        cells = [f"{own[shots]['value']:.2f} " for own in found["probe"].values()]
+        (line,) = [line for line in lines if line.startswith(f"| {label} |")]
+        assert all(cell in line for cell in cells)
+    pairs = " | ".join(("before ~ after", "before ~ gold", "after ~ gold", "frozen ~ after"))
+    assert f"| test images of | {pairs} |" in lines
+
+
+def estimate(low: float, high: float) -> dict:
+    return {"low": low, "value": (low + high) / 2, "high": high}
+
+
+def test_verdicts_go_by_intervals_and_say_what_speaks_against_forgetting(found):
+    changed = copy.deepcopy(found)
+    for model, ends in {"before": (0.6, 0.8), "after": (0.51, 0.7), "gold": (0.3, 0.48)}.items():
+        own = changed["membership"]["loss"][model]
+        own |= {"auc": estimate(*ends), "is_chance": False}
+    changed["beyond_gold"] = {
+        "auc": {"loss": estimate(0.01, 0.2), "likelihood-ratio": estimate(-0.1, 0.1)},
+        "probe": {"1": estimate(-0.3, -0.1), "all": estimate(0, 0.1)},
+    }
+    said = verdicts(changed)
+    assert said[0] == (
+        "Loss attack. Finds members: before (AUC 0.70 [0.60, 0.80]), after (AUC 0.60 [0.51, "
+        "0.70]). Worse than chance: gold (AUC 0.39 [0.30, 0.48])."
+    )
+    beyond = "; ".join(("loss attack +0.11 [+0.01, +0.20]", "probe of 1 -0.20 [-0.30, -0.10]"))
+    assert said[4].endswith(f"never met it): {beyond}.")
+    changed["beyond_gold"]["auc"]["loss"] = estimate(-0.01, 0.2)
+    changed["beyond_gold"]["probe"] = {}
+    assert verdicts(changed)[4].endswith("never met it): no difference is seen.")
 
 
 def with_auc(found: dict, low: float, value: float, high: float) -> dict:

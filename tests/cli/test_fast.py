@@ -57,6 +57,8 @@ REFUSALS = [
     "fit --data digits -o out --set rank=many",
     "members --server localhost:1 --ca no --certificate no --key no",
     "init-deployment out",
+    "check-certificate nowhere",
+    "request-certificate",
 ]
 
 

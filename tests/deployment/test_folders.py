@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 from cli_runs import run
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
 from fedcompo.deployment import folders, given_app
 from fedcompo.deployment.plan import Deployment
 from fedcompo.engine.launcher import find_app
 from fedcompo.errors import ConfigError, ContributionError, LaunchError
-from fedcompo.service.certificates import Authority
+from fedcompo.service.authority import Authority
 
 SECRETS = ("*.key", "supernode")
 
@@ -28,7 +27,9 @@ SECRETS = ("*.key", "supernode")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A deployment, written once, and what the command printed."""
     folder = tmp_path_factory.mktemp("deployment") / "fed"
-    done = run("init-deployment", folder, "--server", "fed.example.org", "--clients", "a, b,c")
+    plan = ["--server", "fed.example.org", "--clients", "a, b,c"]
+    done = run("init-deployment", folder, *plan, "--with-keys")
+    assert "for trials alone" in done.output
     return folder, done.output
 
 
@@ -63,7 +64,7 @@ def test_each_client_gets_a_folder_that_needs_no_other(original: tuple[Path, str
             "registry", "start", "systemd",
         }  # fmt: skip
         assert {file.name for file in (client / "certificates").iterdir()} == {
-            "ca.crt", "client.crt", "client.key", "supernode", "supernode.pub",
+            "ca.crt", "client.crt", "client.key", "holder.json", "supernode",
         }  # fmt: skip
         assert not [file for file in client.rglob("*") if file.is_symlink()]
 
@@ -81,23 +82,6 @@ def test_the_settings_of_a_client_are_data_device_kind_and_limits(
         "THREADS": "4",
         "PORT": "9094",
     }
-
-
-def test_the_list_to_register_holds_the_public_key_of_each_client(
-    original: tuple[Path, str],
-) -> None:
-    folder = original[0]
-    listed = sorted((folder / "server" / "clients").iterdir())
-    assert [key.name for key in listed] == ["a.pub", "b.pub", "c.pub"]
-    for key in listed:
-        certificates = folder / "clients" / key.stem / "certificates"
-        private = serialization.load_ssh_private_key(
-            (certificates / "supernode").read_bytes(), password=None
-        )
-        public = serialization.load_ssh_public_key(key.read_bytes())
-        assert private.public_key() == public
-        assert public.curve.name == "secp384r1"
-        assert key.read_bytes() == (certificates / "supernode.pub").read_bytes()
 
 
 def test_certificates_say_who_their_holders_are(original: tuple[Path, str]) -> None:
@@ -199,7 +183,7 @@ def test_a_second_call_refuses_and_changes_nothing(written: Path) -> None:
 
 def test_a_client_that_is_added_touches_no_other(written: Path) -> None:
     before = contents(written)
-    done = run("init-deployment", written, "--add", "d")
+    done = run("init-deployment", written, "--add", "d", "--with-keys")
     assert "PRIVATE" not in done.output
     after = contents(written)
     changed = {file for file in before if after.get(file) != before[file]}

@@ -20,7 +20,7 @@ from guarded import start_guarded, until
 from fedcompo.deployment.contents import server_files
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.templates import write_files
-from fedcompo.service.certificates import Authority
+from fedcompo.service.authority import Authority
 
 MEGABYTE = 1 << 20
 PIECE = bytes(range(256)) * (MEGABYTE // 256)

@@ -163,8 +163,8 @@ def test_an_outsider_can_neither_register_a_key_nor_start_a_run(
     federation: DeployedFederation, done: Finished
 ) -> None:
     before = runs(federation)
-    folders.add(federation.folder, "intruder")
-    key = federation.folder / "clients" / "intruder" / "certificates" / "supernode.pub"
+    folders.add(federation.folder, "intruder", with_keys=True)
+    key = federation.folder / "server" / "clients" / "intruder.pub"
     address = federation.deployment.address
     said = outsider(federation, address, "supernode", "register", str(key), "target")
     assert "registered successfully" not in said
@@ -195,7 +195,7 @@ def test_a_client_that_nobody_registered_is_not_let_in(
     federation: DeployedFederation, hospitals: Path, done: Finished
 ) -> None:
     if not (federation.folder / "clients" / "stranger").exists():
-        folders.add(federation.folder, "stranger")
+        folders.add(federation.folder, "stranger", with_keys=True)
     home = federation.home("outsider") / "stranger"
     settle(federation.folder / "clients" / "stranger", home, hospitals / "hospital-a", position=9)
     started = federation.start("outsider", *federation.unprivileged, str(home / "start"))

@@ -14,6 +14,7 @@ import pytest
 from deployed_federation import WITHOUT_OVERRIDE, settle
 
 from fedcompo.deployment import folders
+from fedcompo.deployment.approval import authority_of
 from fedcompo.deployment.plan import Deployment
 from fedcompo.engine.launcher import find_app
 
@@ -31,7 +32,7 @@ umask
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deployment") / "fed"
-    folders.create(folder, Deployment("fed.example.org", ("a",)), find_app())
+    folders.create(folder, Deployment("fed.example.org", ("a",)), find_app(), with_keys=True)
     return folder / "clients" / "a"
 
 
@@ -168,7 +169,9 @@ def test_a_client_that_runs_already_is_not_started_again(client: Path, programs:
     with (client / "state" / "lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         said = start(client, programs, code=1).stderr
-    assert said == "start: a runs in this folder already; end it before you start it again.\n"
+    assert said.splitlines()[-1] == (
+        "start: a runs in this folder already; end it before you start it again."
+    )
     start(client, programs)
 
 
@@ -197,3 +200,28 @@ def test_without_flower_the_command_to_install_it_is_named(client: Path, tmp_pat
     )
     assert done.returncode == MISCONFIGURED
     assert "venv/bin/pip install" in done.stderr
+
+
+def test_nothing_starts_with_a_certificate_that_has_ended(
+    written: Path, client: Path, programs: Path, tmp_path: Path
+) -> None:
+    authority = authority_of(written.parents[1])
+    server = Path(shutil.copytree(written.parents[1] / "server", tmp_path / "server"))
+    for certificates, ended in (
+        (client / "certificates", authority.issue_client("a", days=-1)),
+        (server / "certificates", authority.issue_server(["x.org"], days=-1)),
+    ):
+        (stem,) = {path.stem for path in certificates.glob("*.key")}
+        for file in (certificates / f"{stem}.crt", certificates / f"{stem}.key"):
+            file.unlink()
+        ended.save(certificates, stem)
+    said = start(client, programs, code=MISCONFIGURED)
+    assert "The certificate of a ended on 20" in said.stderr
+    assert not said.stdout
+    for words, code in ((["./start-superlink"], MISCONFIGURED), (["./run"], 2)):
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+        done = subprocess.run(
+            words, cwd=server, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (code, "")
+        assert "The server's certificate ended on 20" in done.stderr

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from unittest import mock
@@ -15,16 +15,18 @@ from flwr.app import Context, Message, RecordDict
 from in_process_grid import InProcessGrid
 from markupsafe import Markup
 from sklearn.datasets import load_digits
+from torch import Tensor
 
-from clients import loading
 from clients.app import app as client_app
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.data import DataConfig
 from fedcompo.config.run import BackboneConfig
-from fedcompo.data import client_data
-from fedcompo.data.client_data import ClientData
+from fedcompo.data import client_data, decoding
+from fedcompo.data.catalogue import Catalogue
+from fedcompo.data.draws import Indices
 from fedcompo.messages.records import from_record, to_record
+from fedcompo.method.images import Images
 from fedcompo.report import drawing
+from fedcompo.report.pictures import Facts
 from server.app import app as server_app
 
 TRAINING, TEST = 40, 8
@@ -94,28 +96,28 @@ QUICK = {
 }
 
 
-@functools.lru_cache(maxsize=64)
-def _decoded(
-    files: tuple[tuple[str, int, int], ...],
-    config: DataConfig,
+_DECODED: dict[tuple[object, ...], tuple[Images, Images, Facts]] = {}
+
+
+def _decode(
+    catalogue: Catalogue,
+    train: Sequence[Indices],
+    test: Sequence[Indices],
     preprocessing: Preprocessing,
-    partition: int,
-    seed: int,
-    cache: Path,
-) -> ClientData:
-    return client_data.load_client_data(
-        config, preprocessing, partition=partition, seed=seed, cache=cache
-    )
-
-
-def _load_client_data(
-    config: DataConfig, preprocessing: Preprocessing, *, partition: int, seed: int, cache: Path
-) -> ClientData:
+    *,
+    client: str,
+    cache: Path | None,
+) -> tuple[Images, Images, Facts]:
     """Decode images once for all messages and runs, which takes a third of a run."""
-    folder = Path(config.data.partition(":")[2])
-    paths = sorted((folder, *folder.rglob("*")) if folder.exists() else ())
-    seen = tuple((str(p), (about := p.stat()).st_mtime_ns, about.st_size) for p in paths)
-    return _decoded(seen, config, preprocessing, partition, seed, cache)
+    chosen, kept = np.concatenate([*train, *test]), sum(map(len, train))
+    name = decoding.Reader(catalogue, chosen, client, preprocessing, kept).name
+    key = (name, client, cache, decoding.IN_MEMORY, decoding.QUICK)
+    if not name or key not in _DECODED:
+        found = decoding.decode(catalogue, train, test, preprocessing, client=client, cache=cache)
+        if not name or not isinstance(found[0], Tensor):
+            return found
+        _DECODED[key] = found
+    return _DECODED[key]
 
 
 def run(grid_options: dict, output: Path, **settings) -> dict:
@@ -135,7 +137,7 @@ def run(grid_options: dict, output: Path, **settings) -> dict:
     )
     with (
         mock.patch.object(drawing, "drawn", return_value=Markup()),  # takes half a second a run
-        mock.patch.object(loading, "load_client_data", _load_client_data),
+        mock.patch.object(client_data, "decode", _decode),
     ):
         server_app(grid, context)
     return json.loads((output / "results.json").read_text())

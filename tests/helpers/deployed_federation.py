@@ -201,7 +201,7 @@ def deployed(folder: Path, images: Mapping[str, Path]) -> Iterator[DeployedFeder
         address = machines.addresses["server"]
         deployment = Deployment(address, tuple(images), *ports)
         written = folder / "written"
-        folders.create(written, deployment, find_app())
+        folders.create(written, deployment, find_app(), with_keys=True)
         federation = DeployedFederation(written, deployment, machines)
         shutil.copytree(written / "server", federation.home("server"))
         shutil.copytree(written / "server" / "app", federation.home("outsider") / "app")

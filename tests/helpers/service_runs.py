@@ -16,7 +16,8 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.access import Audience
-from fedcompo.service.certificates import Authority, Credential
+from fedcompo.service.authority import Authority
+from fedcompo.service.certificates import Credential
 from fedcompo.service.client import Client
 from fedcompo.service.limits import Limits
 from fedcompo.service.methods import RegistryStub

@@ -12,6 +12,7 @@ from app_runs import altered, run
 from cli_runs import run as command
 from cli_runs import told
 from deployed_federation import TWO, digits_as_folders
+from in_process_grid import lost
 
 from fedcompo.config.run import RunConfig
 from fedcompo.engine import in_process
@@ -173,6 +174,13 @@ def test_two_shards_are_one_client_and_no_node_answers_for_anothers(tmp_path):
     assert "'client-0.shard-1', and was asked as shard 0" in said
     assert said.count("Two nodes call themselves 'client-0'") == 3
     assert "client-1" not in said
+
+
+def test_a_node_has_time_for_each_of_its_shards(tmp_path):
+    """All requests leave at once, and it answers one after the other."""
+    silent = {"clients": 1, "tamper": {(0, "query.describe"): lost}}
+    with pytest.raises(TooFewClients, match=r"no answer within 0\.4 s"):
+        run(silent, tmp_path / "o", shards=2, timeout=0.2, num_clients=1, min_clients=1)
 
 
 def test_no_client_bears_the_name_of_a_shard(tmp_path):

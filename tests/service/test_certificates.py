@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedcompo.errors import ConfigError, ContributionError
-from fedcompo.service.certificates import Authority, Credential
+from fedcompo.service.authority import Authority
+from fedcompo.service.certificates import Credential
 from fedcompo.storage.files import write_private
 
 

@@ -26,7 +26,8 @@ from service_runs import (
 
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.access import peer_of
-from fedcompo.service.certificates import Authority, Credential
+from fedcompo.service.authority import Authority
+from fedcompo.service.certificates import Credential
 from fedcompo.service.methods import RegistryStub
 from fedcompo.service.refusals import Code, Refused
 

@@ -40,6 +40,7 @@ library=$("$python" -c 'if 1:
 digests="$PWD/library.sha256"
 (cd "$library" && sha256sum --check --quiet --strict "$digests") ||
     refuse "the installed fedcompo in $library is not the version that this client was given."
+"$python" -P -m fedcompo.cli check-certificate certificates >&2 || exit 78
 chmod -R a-w flower 2>/dev/null || true
 if mkdir flower/apps/probe 2>/dev/null; then
     rmdir flower/apps/probe

@@ -5,6 +5,10 @@ set -eu
 cd "$(dirname "$0")"
 . ./environment
 for key in clients/*.pub; do
+    if [ ! -e "$key" ]; then
+        echo "register: clients/ holds no key; copy those of approved clients to it." >&2
+        exit 1
+    fi
     name=$(basename "$key" .pub)
     attempts=60
     until said=$(flwr supernode register "$key" federation --name "$name" 2>&1); do

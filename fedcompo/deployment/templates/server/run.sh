@@ -29,6 +29,7 @@ set -- clients/*.pub
     grep -q '^ *num-clients *=' "$given" || echo "num-clients = $#"
     cat "$given"
 } > "$settings"
+fedcompo check-certificate certificates >&2 || exit 2
 fedcompo settings --check "$settings" > /dev/null
 trap 'echo "run: interrupted while it was submitted; see: flwr list federation" >&2; exit 130'     INT TERM HUP
 answer=$(flwr run app federation --run-config "$settings" --format json) || {

@@ -6,6 +6,7 @@
 set -eu
 cd "$(dirname "$0")"
 . ./environment
+fedcompo check-certificate certificates >&2 || exit 78
 ./register &
 exec flower-superlink --host 127.0.0.1 --port @SUPERLINK_PORT@ \
     --ssl-ca-certfile certificates/ca.crt \

@@ -1,0 +1,247 @@
+"""Says what a data controller signs off before a model leaves a trusted environment: JSON values.
+
+What the model is, whose data is in it, how much, what noise was added, which attacks were tried,
+who asked to leave, and what the limits are. Only what was recorded is said: a value that nobody
+recorded is null. It names no path, user or host. Of images it has totals alone: what `min-images`
+keeps back, a count of few or a figure measured on few, is not in it.
+
+The questions are those of the Five Safes and of SACRO-ML (https://github.com/AI-SDC/SACRO-ML).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedcompo.config.caps import FEWEST_IMAGES, CapsConfig
+from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.export.model_card import LIMITS, OWN_LICENSE, license_of, still_shaped
+from fedcompo.export.recipe import Recipe
+from fedcompo.export.selected import Selection
+from fedcompo.method.contribution import Contribution
+from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.story import story
+from fedcompo.runtime import version
+from fedcompo.storage.files import CONTENT
+
+Values = dict[str, Any]
+AUDIT = "audit.json"
+RECEIPTS = "receipts"
+"""Folder of the removal records in a pack."""
+CAPS = [declared.name.replace("_", "-") for declared in fields(CapsConfig)]
+FIGURES = (
+    "images",
+    "shadows",
+    "seed",
+    "membership",
+    "probe",
+    "similarity",
+    "resurfacing",
+    "beyond_gold",
+)
+"""What of an audit is stated, beside the accuracy on the client's own test images."""
+OF_THIS, OF_OTHER, MISSING = "of this model", "of another model", "no audit"
+BEFORE_REMOVAL = "of the model before its removal"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the controller adds to what the registry knows."""
+
+    audits: Sequence[Path] = ()
+    """``audit.json`` files, or their folders."""
+    licence: str = ""
+    """Of the members' data; empty: not given."""
+    results: Mapping[str, Any] | None = None
+    """``results.json`` of the run that made the registry; None: not at hand."""
+
+
+def statement(registry: RegistryReader, selection: Selection, request: Request) -> Values:
+    """State all that is known of a model that is to leave, but for its files.
+
+    Args:
+        registry: Has the members, and the receipts of those who left.
+        selection: What is exported of it.
+        request: Audits, licence and results.
+
+    Raises:
+        FileFormatError: If a receipt does not hold, or an audit cannot be read.
+        ConfigError: If an audit is of somebody who never was in the registry.
+    """
+    known, backbone = story(registry), selection.backbone
+    whole = selection.recipe == Recipe() and selection.pool.clients == registry.clients
+    removals = [_removal(one) for one in known["removed"]]
+    joined = {one["client"]: one["added"] for one in known["clients"]}
+    answers = _answers(registry, request.results or {})
+    return {
+        "content": "egress-pack",
+        "format_version": 1,
+        "fedcompo_version": version("fedcompo"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "registry": registry.identity,
+        "root": registry.state.root,
+        "composition": {
+            "whole_registry": whole,
+            "left_out": {gone: list(who) for gone, who in still_shaped(selection).items()},
+            "classes": list(selection.head.classes),
+            "rule": selection.settings.rule,
+            "factor": selection.factor,
+            "scale": selection.scale,
+            "scale_by": known["factor_by"] if whole else None,
+            "caps": selection.settings.caps,
+            "linearised": selection.pool.linearised,
+        },
+        "backbone": {
+            "architecture": backbone.architecture,
+            "fingerprint": backbone.fingerprint,
+            "hub": backbone.origin.hub or None,
+        },
+        "members": [
+            {
+                **_member(own, answers.get(own.client)),
+                "joined": joined[own.client],
+                "coefficient": selection.shares[own.client],
+            }
+            for own in selection.pool
+        ],
+        "removals": removals,
+        "audits": list(_audits(request.audits, selection, removals, registry.state.root, whole)),
+        "limits": list(LIMITS),
+        "licences": {
+            "code": OWN_LICENSE,
+            "backbone": license_of(backbone) or None,
+            "data": request.licence or None,
+        },
+    }
+
+
+def _member(own: Contribution, answers: Mapping[str, Any] | None) -> Values:
+    return {
+        "client": own.client,
+        "kind": str(own.task_vector.kind),
+        "classes": list(own.head.classes),
+        "images": None if own.without_images else own.num_examples,
+        "caps": {key: own.settings.get(key) for key in CAPS},
+        "noise": _noise(own, answers),
+        "lineage": {name: value or [] for name, value in vars(own.lineage).items()},
+        "tensors_sha256": own.digests.get(CONTENT),
+    }
+
+
+def _noise(own: Contribution, answers: Mapping[str, Any] | None) -> Values:
+    """Say which ε holds for statistics and Fisher: by the run's results, else by the settings."""
+    asked, nothing = own.settings.get("dp-noise"), {"epsilon": None, "delta": None}
+    if answers is not None and "privacy" in answers:
+        if not (spent := answers["privacy"]):
+            return {**nothing, "says": "no noise: ε is not bounded"}
+        bounded = spent["epsilon"] is not None
+        says = "of statistics and Fisher alone" if bounded else "next to no noise: ε is not bounded"
+        return {"epsilon": spent["epsilon"], "delta": spent["delta"], "says": says}
+    if asked is None:
+        return {**nothing, "says": "not recorded"}
+    says = "noise was asked for; ε is not recorded" if asked else "no noise: ε is not bounded"
+    return {**nothing, "says": says}
+
+
+def _answers(registry: RegistryReader, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the members that stand as the run of these results left them, by client."""
+    about, figures = results.get("registry") or {}, results.get("per_client") or {}
+    root, members = about.get("root", ""), registry.state.members
+    last = max(
+        (e.sequence for e in registry.entries() if e.details.get("root_after") == root), default=0
+    )
+    joined = (client for client in about.get("joined", ()) if client in members)
+    return {c: figures[c] for c in joined if c in figures and members[c].added <= last}
+
+
+def _removal(receipt: Mapping[str, Any]) -> Values:
+    """Describe a removal by its receipt, which must hold."""
+    if receipt["fault"]:
+        raise FileFormatError(
+            f"The receipt of the removal of {receipt['client']!r} does not hold: "
+            f"{receipt['fault']}. Nothing is exported; see `fedcompo verify`."
+        )
+    kept = "client", "time", "line", "requested_by", "reason", "classes", "to_retrain", "record"
+    return {
+        **{key: receipt[key] for key in kept},
+        "images": receipt["num_examples"],
+        "root_before": receipt["root_before"],
+        "root_after": receipt["root_after"],
+        "receipt": f"{RECEIPTS}/{Path(receipt['record']).name}",
+        "receipt_sha256": receipt["record_sha256"],
+    }
+
+
+def _audits(
+    paths: Sequence[Path],
+    selection: Selection,
+    removals: Sequence[Values],
+    root: str,
+    whole: bool,
+) -> Iterator[Values]:
+    """Yield a row for each audit, then one for each client that has none."""
+    members, audited = selection.pool.clients, set()
+    roots: dict[str, set[str]] = {}
+    for removal in removals:
+        roots.setdefault(removal["client"], set()).add(removal["root_before"])
+    for path in paths:
+        found = _read_audit(path / AUDIT if path.is_dir() else path)
+        client, measured = found["client"], found["root"]
+        if client not in {*members, *roots}:
+            raise ConfigError(
+                f"The audit {path} is of {client!r}, who is neither in the model nor removed from "
+                "it. Leave it out, or export what it was measured on."
+            )
+        audited.add(client)
+        here = whole and client in members and measured == root
+        fits = (
+            OF_THIS if here else BEFORE_REMOVAL if measured in roots.get(client, ()) else OF_OTHER
+        )
+        yield {"fits": fits, **found}
+    for client in sorted({*members, *roots} - audited):
+        yield {"client": client, "fits": MISSING, "root": None, "withheld": "", "figures": None}
+
+
+def _read_audit(path: Path) -> Values:
+    """Read whose audit it is, its root, and its figures as numbers.
+
+    None that was measured on fewer images than may be told of.
+    """
+    try:
+        found: Values = json.loads(path.read_text(encoding="utf-8"))
+        accuracy = found["accuracy"]["removed"]
+        figures = _numbers({key: found[key] for key in FIGURES if key in found})
+        for own in (own for attack in figures["membership"].values() for own in attack.values()):
+            _require_numbers(own["auc"], "value", "low", "high")
+        for own in accuracy.values():
+            _require_numbers(own, "task_il_accuracy")
+        least = found["settings"].get("min-images") or FEWEST_IMAGES
+        about = {"client": str(found["client"]), "root": str(found["root"])}
+        few = min(figures["images"].values()) < least
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path} holds no audit ({type(error).__name__}: {error}). Name what `fedcompo audit` "
+            "wrote."
+        ) from error
+    if few:
+        return {**about, "withheld": f"measured on fewer than {least} images", "figures": None}
+    return {**about, "withheld": "", "figures": {**figures, "accuracy": _numbers(accuracy)}}
+
+
+def _require_numbers(values: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if isinstance(values[name], bool) or not isinstance(values[name], int | float):
+            raise ValueError(f"`{name}` is {values[name]!r}, expected a number")
+
+
+def _numbers(value: Any) -> Any:
+    """Keep numbers, by their names; texts go, which may hold a path."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(own) for key, own in value.items() if not isinstance(own, str)}
+    if isinstance(value, list):
+        return [_numbers(own) for own in value if not isinstance(own, str)]
+    return value
