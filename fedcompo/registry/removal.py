@@ -184,8 +184,10 @@ class RemovalRecord:
     def text(self) -> str:
         """The record as a file: an in-toto statement in a DSSE envelope."""
         if not self.removed_content:
-            values, rest = self._old_values(), {"ensure_ascii": False, "allow_nan": False}
-            return json.dumps(values, indent=2, sort_keys=True, **rest) + "\n"
+            text = json.dumps(
+                self._old_values(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False
+            )
+            return f"{text}\n"
         signed = replace(self._envelope, signatures=((self.keyid, bytes.fromhex(self.signature)),))
         return signed.data.decode()
 
