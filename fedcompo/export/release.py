@@ -67,7 +67,7 @@ def release(
         now = version_after(draft.entries, registry.settings)
         noted = check_release(past, now, every=policy, reveal=reveal)
         names, next_line = members_named(draft.entries), draft.next_sequence
-        about = {"registry": registry.identity, "root": registry.state.root}
+        about: dict[str, Any] = {"registry": registry.identity, "root": registry.state.root}
         about |= {"clients": names, "factor": registry.factor}
 
         def seal(folder: Path, written: Mapping[str, Any]) -> None:

@@ -118,8 +118,8 @@ class Comebacks:
                 self._note(stay, own["rounded_sha256"], own["statistics_sha256"])
             for client, digest in entry.details.get("rounded", {}).items():
                 self._note(stays[client], digest)
-            gone = entry.details["client"] if entry.event == "removed" else ""
-            if stay := stays.pop(gone, None):
+            leaving = entry.details["client"] if entry.event == "removed" else ""
+            if stay := stays.pop(leaving, None):
                 self._note(stay, *content_of(entry.details).values())
 
     def _note(self, stay: Stay, *digests: str) -> None:
