@@ -12,7 +12,6 @@ from typing import Any
 
 from fedcompo.export.folder import publish
 from fedcompo.export.selection import from_registry
-from fedcompo.registry import transaction
 from fedcompo.registry.draft import drafted
 from fedcompo.registry.envelope import sealed, statement_of
 from fedcompo.registry.reader import RegistryReader
@@ -23,7 +22,7 @@ from fedcompo.registry.releases import (
     releases_in,
     version_after,
 )
-from fedcompo.registry.signing import signer_for
+from fedcompo.registry.signing import require_own, signer_for
 from fedcompo.storage.files import WEIGHTS, write_synced
 
 STATEMENT = "release.json"
@@ -62,6 +61,7 @@ def release(
     """
     signer = signer_for(registry.path, key)
     with drafted(registry, "releasing a version") as draft:
+        require_own(signer, registry.path)  # it may have been changed while we waited
         past = releases_in(draft.entries, registry.settings)
         policy = every or (past[-1].every if past else "")
         now = version_after(draft.entries, registry.settings)
@@ -75,12 +75,10 @@ def release(
             full = {**about, "line": noted.get(weights, next_line)}
             statement = statement_of(PREDICATE, {WEIGHTS: weights}, full)
             write_synced(folder / STATEMENT, sealed(statement, signer))
-            if weights in noted:
-                transaction.recover(registry.path)  # nothing was staged
-                return
-            details = {"clients": names, "weights_sha256": weights, "every": policy}
-            details |= {"revealed": sorted(reveal)} if reveal else {}
-            draft.finish(draft.before, [(RELEASED, details)])
+            if weights not in noted:
+                details = {"clients": names, "weights_sha256": weights, "every": policy}
+                details |= {"revealed": sorted(reveal)} if reveal else {}
+                draft.finish(draft.before, [(RELEASED, details)])
 
         written = publish(output, from_registry(registry), sealing=seal)
         weights = written["sha256"]

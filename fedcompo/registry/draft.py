@@ -38,17 +38,15 @@ CLIENTS, VERSIONS = "clients", "versions"
 
 @contextmanager
 def drafted(registry: RegistryReader, purpose: str) -> Iterator[Draft]:
-    """Hold the lock, read the current state, and delete what was staged if an error occurs."""
+    """Hold the lock, read the current state, and delete what was staged but not committed."""
     try:
         with transaction.locked(registry.path, purpose):
             try:
                 registry.refresh()
                 yield Draft(registry, transaction.stage(registry.path))
-            except BaseException:
+            finally:
                 with suppress(OSError):  # what was committed is completed now, or at next opening
                     transaction.recover(registry.path)
-                raise
-            finally:
                 registry.refresh()
     except OSError as error:
         raise RegistryError(

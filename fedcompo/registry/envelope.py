@@ -81,16 +81,15 @@ def statement_of(
     }
 
 
-def sealed(statement: Mapping[str, Any], signer: Signer) -> bytes:
-    """Sign a statement; returns the envelope, which :func:`opened` reads.
+def sealed(statement: Mapping[str, Any], *signers: Signer) -> bytes:
+    """Sign a statement, by one key or several; returns the envelope, which :func:`opened` reads.
 
     Raises:
         FileFormatError: If it is no statement.
     """
     unsigned = Envelope(canonical(statement).encode(), ())
-    signature = signer.sign(unsigned.signed_bytes)
-    signed = replace(unsigned, signatures=((signer.fingerprint, signature),))
-    return opened(signed.data, source="The statement").data
+    signed = tuple((own.fingerprint, own.sign(unsigned.signed_bytes)) for own in signers)
+    return opened(replace(unsigned, signatures=signed).data, source="The statement").data
 
 
 def opened(data: bytes, *, source: str) -> Envelope:

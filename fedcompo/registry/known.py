@@ -11,7 +11,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from fedcompo.errors import FileFormatError
 from fedcompo.registry.journal import utc_now
-from fedcompo.storage.files import put_in_place, write_private
+from fedcompo.storage.files import replaced, write_private
 
 logger = logging.getLogger(__name__)
 VARIABLE = "FEDCOMPO_KNOWN"
@@ -60,9 +59,11 @@ class Pins:
 
 
 def place() -> Path:
-    """The file."""
-    named = os.environ.get(VARIABLE)
-    return Path(named) if named else Path.home() / ".config/fedcompo/known.json"
+    """The file; raises ``FileFormatError`` for a user without a home, as a container may have."""
+    try:
+        return Path(os.environ.get(VARIABLE) or Path.home() / ".config/fedcompo/known.json")
+    except RuntimeError as error:
+        raise FileFormatError(f"{error} Name a file for keys of registries: {VARIABLE}.") from error
 
 
 def read() -> Pins:
@@ -103,23 +104,21 @@ def keep(identity: str, seen: Known, *, server: str = "") -> None:
         seen: What is known of it.
         server: ``host:port`` of its service, if it was met there.
     """
-    path = place()
     try:
-        with _locked(path):
+        with _locked(path := place()):
             pins = read()
             held = pins.registries.get(identity)
             if held is not None and held.sequence > seen.sequence:
                 seen = held  # another process has seen more
             servers = {**pins.servers, **({server: identity} if server else {})}
             pins = Pins({**pins.registries, identity: seen}, servers)
-            draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            write_private(draft, f"{json.dumps(asdict(pins), indent=1)}\n".encode())
-            put_in_place(draft, path)
+            with replaced(path) as draft:
+                write_private(draft, f"{json.dumps(asdict(pins), indent=1)}\n".encode())
     except (OSError, FileFormatError) as error:
         logger.warning(
-            "The key of registry %s, SHA-256 %s, could not be written down in %s: %s. Make the "
-            "file writable, or name another one by %s.",
-            *(identity, seen.fingerprint, path, error, VARIABLE),
+            "The key of registry %s, SHA-256 %s, could not be written down: %s. Make the file of "
+            "known keys writable, or name another one by %s.",
+            *(identity, seen.fingerprint, error, VARIABLE),
         )
 
 

@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING
 
 from fedcompo.errors import ConfigError, FileFormatError, RegistryDamaged
 from fedcompo.registry import known
-from fedcompo.registry.envelope import Envelope, opened, sealed, statement_of
+from fedcompo.registry.envelope import opened, sealed, statement_of
 from fedcompo.registry.journal import Entry, utc_now
 from fedcompo.registry.signing import (
     PRIVATE,
     PUBLIC,
     Signer,
-    create_key,
     fingerprint_of,
     place_of_key,
-    read_signer,
+    read_or_create,
     require_own,
     signer_for,
 )
@@ -77,10 +76,7 @@ class Rotation:
     def make(cls, registry: str, sequence: int, old: Signer, new: Signer) -> Rotation:
         """State, with both keys, that the new one signs from the journal's next line on."""
         bare = cls(registry, sequence, old.public_pem, new.public_pem, b"")
-        statement = _statement(bare, utc_now())
-        first, second = (opened(sealed(statement, key), source="") for key in (old, new))
-        both = Envelope(first.payload, first.signatures + second.signatures)
-        return replace(bare, data=both.data)
+        return replace(bare, data=sealed(_statement(bare, utc_now()), old, new))
 
 
 def _statement(rotation: Rotation, time: str) -> dict[str, object]:
@@ -173,24 +169,28 @@ def rotate(
     old = signer_for(registry.path, key)
     with drafted(registry, "changing the key") as draft:
         require_own(old, registry.path)
+        new = read_or_create(new_key or draft.new / PRIVATE, old.password)
         if new_key is None:
-            new = create_key(draft.new / PRIVATE, old.password)
             draft.exchanges.append(PRIVATE)
-        else:
-            exists = new_key.exists()
-            new = read_signer(new_key) if exists else create_key(new_key, old.password)
-            draft.deletions += [PRIVATE] if inside else []
-        if new.fingerprint == old.fingerprint:
-            raise ConfigError(f"{new_key} holds the key that the registry has. Name another file.")
+        elif inside:
+            draft.deletions.append(PRIVATE)
+        if new.public_pem in (pem for _, pem in keys_of(registry, draft.entries)):
+            raise ConfigError(f"{new_key} holds a key that the registry has or had. Name another.")
         write_synced(draft.new / PUBLIC, new.public_pem)
         draft.exchanges.append(PUBLIC)
         rotation = Rotation.make(registry.identity, draft.next_sequence, old, new)
         fixed = {**draft.before.fixed, PUBLIC: file_sha256(draft.new / PUBLIC)}
         details = {"envelope": json.loads(rotation.data), "fixed": {PUBLIC: fixed[PUBLIC]}}
         draft.finish(replace(draft.before, fixed=fixed), [(EVENT, details)])
-    if not inside:
-        old_place.unlink()
     if held := known.known(registry.identity):
         now, former = new.fingerprint, {**held.former, old.fingerprint: rotation.sequence}
         known.keep(registry.identity, replace(held, fingerprint=now, former=former))
+    if not inside:
+        try:
+            old_place.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"The key was changed, but the old private key {old_place} is still there: {error}."
+                " Delete it."
+            ) from error
     return rotation

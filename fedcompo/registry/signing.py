@@ -91,13 +91,9 @@ def require_own(signer: Signer, registry: Path) -> None:
         )
 
 
-def new_signer(registry: Path, key: Path | None = None) -> Signer:
-    """Open the key that a new registry shall have, or make it, where :func:`place_of_key` says.
-
-    It is encrypted if ``FEDCOMPO_SIGNING_PASSWORD`` is set. One in the registry must not exist yet.
-    """
-    place = place_of_key(registry, key)
-    return read_signer(place) if place.exists() else create_key(place)
+def read_or_create(place: Path, password: str = "") -> Signer:
+    """Read a private key, or make it if it is not there; see :func:`create_key`."""
+    return read_signer(place) if place.exists() else create_key(place, password)
 
 
 def create_key(place: Path, password: str = "") -> Signer:
@@ -122,7 +118,7 @@ def read_signer(place: Path) -> Signer:
     """
     try:
         data = place.read_bytes()
-        password = _password(place) if _is_encrypted(data) else ""
+        password = (os.environ.get(PASSWORD) or _asked(place)) if _is_encrypted(data) else ""
         key = serialization.load_pem_private_key(data, password.encode() or None)
     except ConfigError:
         raise
@@ -144,7 +140,7 @@ def check_pair(private: Path, public: Path) -> None:
         FileFormatError: Naming the file.
     """
     signer, known = read_signer(private), public.read_bytes()
-    if private.read_bytes() != private_pem(signer.key) and not _is_encrypted(private.read_bytes()):
+    if private_pem(signer.key) != (data := private.read_bytes()) and not _is_encrypted(data):
         raise FileFormatError(f"The private key {private} was altered.")
     if signer.public_pem != known:
         raise FileFormatError(f"The keys {private} and {public} do not belong together.")
@@ -188,22 +184,16 @@ def _public(pem: bytes) -> Ed25519PublicKey:
 
 def is_locked(private: Path) -> bool:
     """Whether a private key is encrypted, and the environment has no password."""
-    return not os.environ.get(PASSWORD) and _is_encrypted(private.read_bytes())
+    return _is_encrypted(private.read_bytes()) and not os.environ.get(PASSWORD)
 
 
 def _is_encrypted(pem: bytes) -> bool:
     return b"ENCRYPTED" in pem
 
 
-def _password(place: Path) -> str:
-    if password := os.environ.get(PASSWORD):
-        return password
-    if not sys.stdin.isatty():
-        raise ConfigError(f"The private key {place} is encrypted. Set {PASSWORD}.")
-    return _asked(place)
-
-
 @cache
 def _asked(place: Path) -> str:
     """Ask for a password once, however often a command signs."""
+    if not sys.stdin.isatty():
+        raise ConfigError(f"The private key {place} is encrypted. Set {PASSWORD}.")
     return getpass.getpass(f"Password of {place}: ")

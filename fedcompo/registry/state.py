@@ -269,8 +269,9 @@ def write_new(
         "base": backbone.fingerprint,
         "settings": settings.values,
     }
+    signer = signing.read_or_create(signing.place_of_key(folder, key))
     write_atomically(folder / ABOUT, f"{json.dumps(about, indent=2)}\n".encode())
-    write_atomically(folder / PUBLIC, signing.new_signer(folder, key).public_pem)
+    write_atomically(folder / PUBLIC, signer.public_pem)
     fixed = {name: file_sha256(folder / name) for name in (ABOUT, BACKBONE, PUBLIC)}
     details = {"identity": about["identity"], "base": backbone.fingerprint, "fixed": fixed}
     (entry,) = journal.follow(None, [("created", details)])

@@ -136,10 +136,8 @@ def recover(root: Path) -> None:
     try:
         values = json.loads((pending / COMMIT).read_text(encoding="utf-8"))
         change = Change(**tuples(values))
-        require_inside(
-            root,
-            [*change.moves, *change.exchanges, *change.deletions, *filter(None, [change.model])],
-        )
+        model = [change.model] if change.model else []
+        require_inside(root, [*change.moves, *change.exchanges, *change.deletions, *model])
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RegistryDamaged(
             f"{pending / COMMIT} cannot be read ({error}). A change was committed there but cannot "
@@ -170,24 +168,26 @@ def _apply(root: Path, change: Change) -> None:
     for path in change.moves:
         (root / path).parent.mkdir(exist_ok=True)
     sync_folder(root)  # a power cut must take neither pending/ nor a folder that is moved into
-    for path in change.moves:
-        if (pending / "new" / path).exists():
-            (pending / "new" / path).rename(root / path)
-            sync_folder((root / path).parent)
+    _move(root, change.moves)
     if (pending / STATE).exists():  # else readers go by the new state already, and its journal
         _grow_journal(root / JOURNAL, change)
         (pending / STATE).replace(root / STATE)
         sync_folder(root)
-    for path in change.exchanges:
-        if (pending / "new" / path).exists():
-            (pending / "new" / path).replace(root / path)
-            sync_folder((root / path).parent)
+    _move(root, change.exchanges)
     _point_model(root, change.model)
     for path in change.deletions:
         delete(root / path)
         sync_folder((root / path).parent)  # or it could be back after a power cut
     shutil.rmtree(pending)
     sync_folder(root)
+
+
+def _move(root: Path, paths: Iterable[str]) -> None:
+    """Move staged files and folders to their places, those that are not there yet."""
+    for path in paths:
+        if (staged := root / PENDING / "new" / path).exists():
+            staged.replace(root / path)
+            sync_folder((root / path).parent)
 
 
 def _grow_journal(path: Path, change: Change) -> None:

@@ -154,6 +154,50 @@ def test_a_private_key_that_others_can_read_is_a_failing_claim(copy: Path) -> No
     assert f"chmod 600 {copy / PRIVATE}" in found[claim]
 
 
+def test_who_may_not_read_the_private_key_verifies_all_the_same(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def denied(path: Path) -> bytes:
+        if path.name == PRIVATE:
+            raise PermissionError(f"Permission denied: {path}")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    findings = verify_registry(copy)
+    assert [f.claim for f in findings if not f.holds] == ["the keys belong together"]
+    assert not failing(copy)
+
+
+def test_a_key_that_the_registry_had_does_not_come_back(copy: Path, made: Path) -> None:
+    stolen = made.with_name("stolen.pem")
+    with pytest.raises(ConfigError, match="has or had"):
+        rotate(Registry(copy), new_key=stolen)
+    assert stolen.exists() and not failing(copy)
+
+
+def test_an_old_key_that_cannot_be_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old.pem", tmp_path / "new.pem"
+    registry = Registry.create(tmp_path / "r", registry_of(tmp_path / "s").backbone.load(), key=old)
+    before = known.known(registry.identity)
+    deleted = Path.unlink
+
+    def denied(path: Path, missing_ok: bool = False) -> None:
+        if path == old:
+            raise PermissionError("read-only")
+        deleted(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", denied)
+    with pytest.raises(ConfigError, match=r"was changed, but the old .*old\.pem is still there"):
+        rotate(registry, key=old, new_key=new)
+    now = known.known(registry.identity)
+    assert before and now and now.former == {before.fingerprint: 2}
+    assert signer_for(registry.path, new).fingerprint == now.fingerprint
+
+
 def test_an_encrypted_key_outside_signs_with_its_password_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +282,16 @@ def test_pins_are_private_and_a_broken_file_is_said_and_left_alone(
     caplog.clear()
     assert registry_of(tmp_path / "third").clients == ()
     assert "could not be written" in caplog.text
+    monkeypatch.delenv(known.VARIABLE)
+    caplog.clear()
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    registry = registry_of(tmp_path / "fourth")
+    assert known.known(registry.identity) is None
+    assert known.VARIABLE in caplog.text
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

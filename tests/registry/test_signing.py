@@ -39,13 +39,6 @@ def test_it_is_plain_ed25519_that_others_can_check(keys):
     )  # raises if it is not
 
 
-def test_the_same_message_has_the_same_signature(keys):
-    assert (
-        signing.read_signer(keys[0]).sign(MESSAGE).hex()
-        == signing.read_signer(keys[0]).sign(MESSAGE).hex()
-    )
-
-
 def test_any_changed_bit_of_message_or_signature_is_refused(keys):
     private, public = keys
     signature = signing.read_signer(private).sign(MESSAGE).hex()
