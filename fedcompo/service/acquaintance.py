@@ -91,8 +91,9 @@ class Acquaintance:
         """Check a signed checkpoint against the reply, and against the last one."""
         source = f"The checkpoint that {self.server} sent"
         now, envelope = Checkpoint.parse(reply.checkpoint, source=source)
-        told = now.registry, now.sequence, now.root
-        if told != (reply.identity, reply.sequence, reply.root) or not envelope.is_signed_by(reply.public_key):
+        told = (now.registry, now.sequence, now.root)
+        same = told == (reply.identity, reply.sequence, reply.root)
+        if not (same and envelope.is_signed_by(reply.public_key)):
             raise ServiceError(f"{source} is not signed by its key, or is of another registry.")
         if seen.checkpoint:
             before, _ = Checkpoint.parse(seen.checkpoint.encode(), source=str(known.place()))

@@ -17,6 +17,8 @@ from fedcompo.registry import journal
 from fedcompo.registry.envelope import opened
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.releases import laid_bare
+from fedcompo.registry.rotation import rotate
+from fedcompo.registry.signing import signer_for
 from fedcompo.registry.verification import verify_registry
 from fedcompo.storage import files
 from fedcompo.storage.files import WEIGHTS
@@ -95,6 +97,16 @@ def test_a_release_is_the_registrys_model_signed_and_in_the_journal(
     assert line.details["weights_sha256"] == sha256
     assert line.clients == list(NAMES)
     assert all(finding.holds for finding in verify_registry(registry.path))
+
+
+def test_a_key_that_was_changed_while_one_waited_signs_no_release(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = signer_for(registry.path)
+    rotate(registry)
+    monkeypatch.setattr("fedcompo.export.release.signer_for", lambda path, key: old)
+    with pytest.raises(ConfigError, match="is not that of"):
+        release(registry, registry.path.parent / "refused")
 
 
 def test_a_line_that_names_others_is_found(registry: Registry) -> None:
