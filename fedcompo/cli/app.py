@@ -171,16 +171,16 @@ def settings(
     console.print(table)
 
 
-app.command()(check)
-app.command()(fisher)
-app.command()(fit)
-app.command("init-deployment")(init_deployment)
-app.command("request-certificate")(request_certificate)
-app.command("check-certificate")(check_certificate)
-app.command()(registry.create)
 app.command("list")(registry.list_clients)
 app.command("import")(import_source)
 for command in (
+    check,
+    fisher,
+    fit,
+    init_deployment,
+    request_certificate,
+    check_certificate,
+    registry.create,
     registry.show,
     registry.add,
     registry.remove,

@@ -72,15 +72,15 @@ def init_deployment(
     """
     with common.errors_as_sentences(verbose):
         ports = {"port": port, "superlink_port": superlink_port, "registry_port": registry_port}
-        plan = {"server": server, "clients": clients, **ports}
+        _require_one_mode(
+            {"server": server, "clients": clients, "with_keys": with_keys or None, **ports},
+            {"update": update or None, "add": add, "approve": approve or None, "renew": renew},
+        )
         if update:
-            _require_nothing_but("--update", plan, add, approve, renew, with_keys or None)
             _update(folder)
         elif add is not None:
-            _require_nothing_but("--add", plan, approve, renew)
             _add(folder, add.strip(), with_keys)
         elif approve or renew is not None:
-            _require_nothing_but("--approve and --renew", plan, with_keys or None)
             _issue(folder, approve or [], common.listed_names(renew), yes)
         elif server is None or clients is None:
             raise ConfigError(
@@ -92,11 +92,14 @@ def init_deployment(
             _create(folder, server, common.listed_names(clients), chosen, with_keys)
 
 
-def _require_nothing_but(mode: str, plan: dict[str, Any], *others: object) -> None:
-    if any(option is not None for option in (*plan.values(), *others)):
+def _require_one_mode(plan: dict[str, Any], modes: dict[str, Any]) -> None:
+    mode, *more = [*(k for k, v in (modes | plan).items() if v is not None), ""]
+    together = ("add", "with_keys"), ("approve", "renew")
+    extra = [option for option in more if option and (mode, option) not in together]
+    if mode in modes and extra:
         raise ConfigError(
-            f"`{mode}` changes what DIR holds; give no other option, and leave out `--server`, "
-            "`--clients` and ports."
+            f"`--{mode}` changes what DIR holds; give no other option: leave out "
+            f"{', '.join(f'`--{option}`' for option in extra).replace('_', '-')}."
         )
 
 
@@ -156,26 +159,31 @@ def _issue(folder: Path, files: list[Path], renewed: tuple[str, ...], yes: bool)
 
 def _say_issued(folder: Path, issued: Iterable[Issued]) -> None:
     """Say what was issued, what to copy and restart, and how to lock out what it replaces."""
+    from fedcompo.service.certificates import Holder
+
     for each in issued:
-        holder, (certificate, *node_key) = each.holder, each.files
+        holder, (certificate, *node_key) = Holder.of(each.certificate), each.files
         say(f"Certified the {holder} until {each.certificate.not_valid_after_utc:%Y-%m-%d}.")
         if holder.role == "server":
-            say(f"  {folder / certificate}: copy it to the server's certificates/; start")
-            say("    ./start-superlink, ./start-proxy and ./start-registry again, between two runs")
+            again = " again, between two runs" if each.old else ""
+            say(f"  {folder / certificate}: copy it to the server's certificates/, and start")
+            say(f"    ./start-superlink, ./start-proxy and ./start-registry{again}")
         elif holder.role == "operator":
             say(f"  {folder / certificate}: copy it to where the operator works, if not here")
         else:
-            say(f"  {folder / certificate}: copy it to certificates/ of {holder.name}")
+            start = "" if each.old else ", and run ./start there"
+            start = ", with its new keys, and start it again" if each.old_key else start
+            say(f"  {folder / certificate}: copy it to certificates/ of {holder.name}{start}")
         for place in node_key:
             what = "start ./start-superlink again" if each.old else "run ./register"
             say(f"  {folder / place}: copy it to the server's clients/, and {what} there")
         if each.old:
             say(f"  The old one holds until {each.old.not_valid_after_utc:%Y-%m-%d}.")
-            if holder.role == "server":
+            if each.old_key and holder.role == "server":
                 say("    No list locks it out before: that takes a new deployment.")
-            else:
-                say("    To lock it out before, add this line to the server's `revoked`:")
-                say(f"    {each.old_fingerprint}")
+            elif each.old_key:
+                say("    To lock out its key before, add this line to the server's `revoked`:")
+                say(f"    {each.old_key}")
 
 
 def _update(folder: Path) -> None:
