@@ -171,8 +171,7 @@ def settings(
     console.print(table)
 
 
-app.command("list")(registry.list_clients)
-app.command("import")(import_source)
+NAMES = {registry.list_clients: "list", import_source: "import"}
 for command in (
     check,
     fisher,
@@ -181,6 +180,8 @@ for command in (
     request_certificate,
     check_certificate,
     registry.create,
+    registry.list_clients,
+    import_source,
     registry.show,
     registry.add,
     registry.remove,
@@ -203,7 +204,7 @@ for command in (
     service.request_removal,
     audit,
 ):
-    app.command()(command)
+    app.command(NAMES.get(command))(command)
 
 
 def _simulate(

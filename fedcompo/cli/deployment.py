@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -72,10 +72,9 @@ def init_deployment(
     """
     with common.errors_as_sentences(verbose):
         ports = {"port": port, "superlink_port": superlink_port, "registry_port": registry_port}
-        _require_one_mode(
-            {"server": server, "clients": clients, "with_keys": with_keys or None, **ports},
-            {"update": update or None, "add": add, "approve": approve or None, "renew": renew},
-        )
+        modes = {"update": update or None, "add": add, "approve": approve, "renew": renew}
+        new = {"server": server, "clients": clients, "with_keys": with_keys or None, **ports}
+        _require_one_mode(modes, [key for key, v in {**modes, **new}.items() if v is not None])
         if update:
             _update(folder)
         elif add is not None:
@@ -92,14 +91,13 @@ def init_deployment(
             _create(folder, server, common.listed_names(clients), chosen, with_keys)
 
 
-def _require_one_mode(plan: dict[str, Any], modes: dict[str, Any]) -> None:
-    mode, *more = [*(k for k, v in (modes | plan).items() if v is not None), ""]
+def _require_one_mode(modes: Collection[str], given: Sequence[str]) -> None:
     together = ("add", "with_keys"), ("approve", "renew")
-    extra = [option for option in more if option and (mode, option) not in together]
-    if mode in modes and extra:
+    extra = [f"`--{option}`" for option in given[1:] if (given[0], option) not in together]
+    if extra and given[0] in modes:
         raise ConfigError(
-            f"`--{mode}` changes what DIR holds; give no other option: leave out "
-            f"{', '.join(f'`--{option}`' for option in extra).replace('_', '-')}."
+            f"`--{given[0]}` changes what DIR holds; give no other option: leave out "
+            f"{', '.join(extra).replace('_', '-')}."
         )
 
 
@@ -163,17 +161,20 @@ def _say_issued(folder: Path, issued: Iterable[Issued]) -> None:
 
     for each in issued:
         holder, (certificate, *node_key) = Holder.of(each.certificate), each.files
+        first = "" if each.old else "; then go on with the README.md there"
         say(f"Certified the {holder} until {each.certificate.not_valid_after_utc:%Y-%m-%d}.")
         if holder.role == "server":
-            again = " again, between two runs" if each.old else ""
-            say(f"  {folder / certificate}: copy it to the server's certificates/, and start")
-            say(f"    ./start-superlink, ./start-proxy and ./start-registry{again}")
+            say(f"  {folder / certificate}: copy it to the server's certificates/{first}")
+            if each.old:
+                say(
+                    "    Start ./start-superlink, ./start-proxy and ./start-registry again, between"
+                )
+                say("    two runs.")
         elif holder.role == "operator":
             say(f"  {folder / certificate}: copy it to where the operator works, if not here")
         else:
-            start = "" if each.old else ", and run ./start there"
-            start = ", with its new keys, and start it again" if each.old_key else start
-            say(f"  {folder / certificate}: copy it to certificates/ of {holder.name}{start}")
+            then = ", with its new keys, and start it again" if each.old_key else first
+            say(f"  {folder / certificate}: copy it to certificates/ of {holder.name}{then}")
         for place in node_key:
             what = "start ./start-superlink again" if each.old else "run ./register"
             say(f"  {folder / place}: copy it to the server's clients/, and {what} there")

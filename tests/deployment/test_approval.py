@@ -113,7 +113,7 @@ def test_keys_stay_where_they_are_made_and_open_the_service(
     with unchanged(fed):
         run("init-deployment", fed, *words, answer="n\n", code=1)
     printed = run("init-deployment", fed, *words, answer="y\n").output
-    assert "run ./start there" in printed and "again" not in printed
+    assert "go on with the README.md there" in printed and "again" not in printed
     for name, file in zip(ROLES, requests, strict=True):
         assert Request.read(file).fingerprint in printed
         # What the operator is told to copy.
@@ -291,7 +291,7 @@ def test_another_key_is_approved_only_where_that_is_meant(fed: Path) -> None:
     third = asked(fed, "ada", "third")
     said = run("init-deployment", fed, "--approve", third, "--renew", "ada", "--yes").output
     assert key_digest(x509.load_pem_x509_certificate(old).public_key()) in said
-    assert "revoked" in said and "run ./start there" not in said
+    assert "revoked" in said and "with its new keys, and start it again" in said
     assert "start ./start-superlink again" in said
     request = Request.read(third)
     assert (fed / "server/clients/ada.pub").read_bytes() == request.node_key + b" ada\n"
