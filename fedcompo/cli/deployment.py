@@ -166,10 +166,8 @@ def _say_issued(folder: Path, issued: Iterable[Issued]) -> None:
         if holder.role == "server":
             say(f"  {folder / certificate}: copy it to the server's certificates/{first}")
             if each.old:
-                say(
-                    "    Start ./start-superlink, ./start-proxy and ./start-registry again, between"
-                )
-                say("    two runs.")
+                say("    Between two runs, start ./start-superlink, ./start-proxy and")
+                say("    ./start-registry again.")
         elif holder.role == "operator":
             say(f"  {folder / certificate}: copy it to where the operator works, if not here")
         else:
