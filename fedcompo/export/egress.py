@@ -120,17 +120,17 @@ def statement(
 
 def _noise(own: Contribution, answers: Mapping[str, Any] | None) -> Values:
     """Say which ε holds for statistics and Fisher: by the run's results, else by the settings."""
-    asked, nothing = own.settings.get("dp-noise"), {"epsilon": None, "delta": None}
-    if answers is not None and "privacy" in answers:
-        if not (spent := answers["privacy"]):
-            return {**nothing, "says": "no noise: ε is not bounded"}
-        bounded = spent["epsilon"] is not None
-        says = "of statistics and Fisher alone" if bounded else "next to no noise: ε is not bounded"
-        return {"epsilon": spent["epsilon"], "delta": spent["delta"], "says": says}
-    if asked is None:
-        return {**nothing, "says": "not recorded"}
-    says = "noise was asked for; ε is not recorded" if asked else "no noise: ε is not bounded"
-    return {**nothing, "says": says}
+    asked, spent = own.settings.get("dp-noise"), (answers or {}).get("privacy") or {}
+    epsilon = spent.get("epsilon")
+    if epsilon is not None:
+        says = "of statistics and Fisher alone"
+    elif spent:
+        says = "next to no noise: ε is not bounded"
+    elif asked == 0 or "privacy" in (answers or {}):
+        says = "no noise: ε is not bounded"
+    else:
+        says = "noise was asked for; ε is not recorded" if asked else "not recorded"
+    return {"epsilon": epsilon, "delta": spent.get("delta"), "says": says}
 
 
 def _answers(registry: RegistryReader, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,12 +151,10 @@ def _removal(receipt: Mapping[str, Any]) -> Values:
             f"The receipt of the removal of {receipt['client']!r} does not hold: "
             f"{receipt['fault']}. Nothing is exported; see `fedcompo verify`."
         )
-    kept = "client", "time", "line", "requested_by", "reason", "classes", "to_retrain", "record"
+    kept = ("client", "time", "line", "requested_by", "reason", "classes", "to_retrain", "record")
     return {
-        **{key: receipt[key] for key in kept},
+        **{key: receipt[key] for key in (*kept, "root_before", "root_after")},
         "images": receipt["num_examples"],
-        "root_before": receipt["root_before"],
-        "root_after": receipt["root_after"],
         "receipt": f"{RECEIPTS}/{Path(receipt['record']).name}",
         "receipt_sha256": receipt["record_sha256"],
     }
