@@ -10,7 +10,6 @@ from typing import Any
 from rich.table import Column, Table
 
 from fedcompo.report import units
-from fedcompo.report.arrivals import arrivals_table
 from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import PlainConsole, numbers, table_console
 
@@ -18,6 +17,8 @@ Results = Mapping[str, Any]
 """What ``results.json`` holds."""
 SHOWN = 40
 """Clients shown by name; of more, the first so many."""
+EVERY = 20
+"""Arrivals up to which each has a row."""
 COLUMNS = (
     ("frozen", "frozen_class_il_accuracy"),
     ("alone", "own_task_accuracy"),
@@ -132,6 +133,28 @@ def _accuracies(figures: Results, columns: list[tuple[str, str]], images: int) -
         between if title == units.ALL_CLASSES else units.percent(figures[key])
         for title, key in columns
     ]
+
+
+def arrivals_table(results: Results) -> Table:
+    """Show accuracies over the test images of all that had arrived, and what was forgotten."""
+    measured = results["arrivals"]["class_il_accuracy"], results["arrivals"]["task_il_accuracy"]
+    members, lost = results.get("tasks", {}), units.percent(measured[0]["forgetting"])
+    table = Table(
+        "arrival",
+        "clients",
+        *numbers(units.ALL_CLASSES, units.OWN_CLASSES),
+        title="Accuracy after each arrival, %",
+        caption=f"all classes: of all that had arrived; forgotten of them since their best: {lost}",
+        caption_justify="left",
+    )
+    arrivals, step = measured[0]["arrivals"], max(1, len(measured[0]["arrivals"]) // EVERY)
+    for place, arrival in enumerate(arrivals):
+        if (len(arrivals) - 1 - place) % step == 0:
+            courses = (units.percent(one["course"][place]) for one in measured)
+            table.add_row(arrival, str(len(members.get(arrival, [arrival]))), *courses)
+    table.add_section()
+    table.add_row("average", "", *(units.percent(one["average"]) for one in measured), style="bold")
+    return table
 
 
 def _traffic_table(results: Results) -> Table:

@@ -91,7 +91,7 @@ def measured(bench: Bench, rule: Rule) -> dict[str, Any]:
         tried[column] = {"scale": scale, **accuracy(bench, theta)}
     chosen = list(tried.values())[elected([one["loss"] for one in tried.values()])]
     return {
-        "removal": str(rule.removal),
+        "removal": rule.removal,
         "seconds": seconds,
         "tried": tried,
         "chosen": chosen["class_il"],
