@@ -126,7 +126,7 @@ def audit(
     if repaired is not None:
         check_repaired(registry, repaired, client)
     step("reading backbone and images, composing")
-    audited = _Audited.of(registry, client, data, audited_models(registry, client, gold, repaired))
+    audited = _Audited.of(registry, client, data, audited_models(registry, client, gold=gold, repaired=repaired))
     own, members = audited.features(all_images(audited.images)[0]), len(audited.images.train.labels)
     tests = {name: features[members:] for name, features in own.items()}
     attacks = audited.membership(own, shadows, seed)

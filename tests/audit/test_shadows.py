@@ -17,7 +17,7 @@ from torch.func import functional_call
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.measure import audit
 from fedcompo.audit.membership import confidence
-from fedcompo.audit.models import audited_images, logits_of
+from fedcompo.audit.models import BEFORE, all_images, audited_images, audited_models
 from fedcompo.audit.shadows import ClientTraining, check_count, halves, train_shadows
 from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
@@ -255,8 +255,10 @@ def test_shadows_are_composed_by_the_registrys_rule_and_what_it_needs(data, tmp_
     own = registry.contribution(CLIENT).task_vector
     recorder = Recorder(CLIENT, backbone, [own] * 4, [])
     shadows = train_shadows(registry, recorder, images, head, count=4, seed=0)
-    theta = registry.theta_p()  # the same task vector in the client's place: the same model
-    expected = confidence(*logits_of(backbone, theta, head, images, linearised=False))
+    # The same task vector in the client's place: the same model.
+    model, (pictures, labels) = audited_models(registry, CLIENT)[BEFORE], all_images(images)
+    logits = head(model.features(backbone, pictures))
+    expected = confidence(logits, head.indices(images.classes)[labels])
     assert all(torch.equal(phi, expected) for phi in shadows.phi)
 
 
