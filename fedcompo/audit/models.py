@@ -163,7 +163,10 @@ def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> N
         BackboneMismatch: If it is of another backbone.
         ConfigError: If its members or settings are not those expected, or none are.
     """
-    expected, made = _staying(registry, client), f"Make it by the same run with `exclude = {client}`."
+    expected, made = (
+        _staying(registry, client),
+        f"Make it by the same run with `exclude = {client}`.",
+    )
     if gold.state.base != registry.state.base:
         raise BackboneMismatch(
             f"The gold registry {gold.path} is of the backbone {gold.state.base}, expected "

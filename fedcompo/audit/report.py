@@ -150,8 +150,18 @@ def _sentences(values: Values) -> list[str]:
         f"{name}: {MODELS[name]} ({listed(model['clients']) or MODELS[FROZEN]})"
         for name, model in values["models"].items()
     )
-    attack = " ".join([*_counts(values), ATTACK])
-    sentences = [f"{first[0].upper()}{first[1:]}.", *_closeness(values), attack]
+    images, far = values["images"], values["distance_to_gold"]
+    sentences = [f"{first[0].upper()}{first[1:]}."]
+    if far:
+        sentences.append(
+            f"Distance of the weights to gold: before {far[BEFORE]:.3g}, after {far[AFTER]:.3g}."
+            if far[AFTER]
+            else "The weights after are those of gold, bit for bit."
+        )
+    sentences.append(
+        f"{images['members']} members, {images['non_members']} non-members. {values['shadows']} "
+        f"shadow models, seed {values['seed']}. {ATTACK}"
+    )
     retrain = [name for part in values["influence"].values() for name in part]
     if retrain:
         sentences.append(
@@ -159,23 +169,6 @@ def _sentences(values: Values) -> list[str]:
             f"{listed(sorted(set(retrain)))}."
         )
     return [*sentences, *(f"{line}." for line in EXPLAINED.splitlines()), *values["notes"]]
-
-
-def _counts(values: Values) -> list[str]:
-    images = values["images"]
-    return [
-        f"{images['members']} members, {images['non_members']} non-members.",
-        f"{values['shadows']} shadow models, seed {values['seed']}.",
-    ]
-
-
-def _closeness(values: Values) -> list[str]:
-    far = values["distance_to_gold"]
-    if not far:
-        return []
-    if not far[AFTER]:
-        return ["The weights after are those of gold, bit for bit."]
-    return [f"Distance of the weights to gold: before {far[BEFORE]:.3g}, after {far[AFTER]:.3g}."]
 
 
 def _styled(cell: str) -> Text:
