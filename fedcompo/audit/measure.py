@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -46,6 +47,7 @@ from fedcompo.audit.models import (
     check_repaired,
     distances_to_gold,
     frozen,
+    map_of,
 )
 from fedcompo.audit.shadows import ClientTraining, check_count, train_shadows
 from fedcompo.audit.verdicts import notes, verdicts
@@ -163,8 +165,7 @@ class _Audited:
             )
         config = RunConfig.stored({**contribution.settings, **({"data": data} if data else {})})
         backbone = registry.backbone.load(pick_device(config.device))
-        maps = registry.path.parent / "clients"  # where a simulation keeps them
-        images = audited_images(contribution, backbone, config, maps=maps)
+        images = audited_images(contribution, backbone, config, maps=_maps(registry))
         return cls(registry, contribution, config, backbone, images, models)
 
     @property
@@ -197,6 +198,8 @@ class _Audited:
             "data": self.config.data.data,
             "classes": list(self.images.classes),
             "images": {"members": len(train), "non_members": len(test)},
+            "dealt_anew": self.images.shards is not None
+            and not map_of(self.client, self.config, _maps(self.registry)).is_file(),
             "influence": asdict(self.registry.influence_of(self.client)),
             "models": models,
             "distance_to_gold": distances_to_gold(self.models),
@@ -261,6 +264,11 @@ class _Audited:
                 phi, shadow.phi, shadow.trained_on, is_member, seed=seed
             )
         return attacks
+
+
+def _maps(registry: RegistryReader) -> Path:
+    """Where a simulation keeps the maps from sample to shard."""
+    return registry.path.parent / "clients"
 
 
 def _difference(

@@ -103,10 +103,15 @@ def _dealt(share: Share, config: RunConfig, maps: Path | None) -> tuple[Share, T
     """Deal a client's images to its shards, by a copy of its map: the map is not changed."""
     count, cap = config.data.shards, config.data.images_per_class
     with TemporaryDirectory(prefix="fedcompo-") as folder:
-        copy = Path(folder) / f"{share.name}.shards-{count}.csv"
-        if maps is not None and (maps / copy.name).is_file():
-            shutil.copyfile(maps / copy.name, copy)
+        copy = Path(folder) / "map.csv"
+        if maps is not None and (known := map_of(share.name, config, maps)).is_file():
+            shutil.copyfile(known, copy)
         return dealt(share, count, seed=config.seed, cap=cap, needed=1, file=copy)
+
+
+def map_of(client: str, config: RunConfig, maps: Path) -> Path:
+    """Return where the map from a client's samples to its shards is kept, if it is there."""
+    return maps / f"{whole_of(client)}.shards-{config.data.shards}.csv"
 
 
 def audited_models(

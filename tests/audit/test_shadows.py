@@ -19,6 +19,7 @@ from fedcompo.audit.measure import audit
 from fedcompo.audit.membership import confidence
 from fedcompo.audit.models import BEFORE, all_images, audited_images, audited_models
 from fedcompo.audit.shadows import ClientTraining, check_count, halves, train_shadows
+from fedcompo.audit.verdicts import notes
 from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import client_share
@@ -158,6 +159,8 @@ def test_a_shard_is_audited_on_its_own_images_by_the_map_if_there_is_one(tmp_pat
     others = {"client-0", "client-2"}
     assert found["accuracy"]["per_client"].keys() == {shard, *others}
     assert found["models"]["after"]["rows_of_client"] == found["classes"]  # its sibling has them
+    assert any("dealt anew by the seed" in note for note in found["notes"])
+    assert not any("dealt anew" in note for note in notes({**found, "dealt_anew": False}))
 
     contribution, backbone = registry.contribution(shard), registry.backbone.load()
     config = RunConfig.stored(contribution.settings)
