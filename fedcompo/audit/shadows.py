@@ -101,21 +101,13 @@ class ClientTraining:
                 "it cannot be trained. Audit a client that was trained here."
             )
         config = RunConfig.stored(contribution.settings)
-        joint = None
-        single = len(contribution.head.classes) == 1
-        if single or _under_joint_head(config):
+        classes, joint = contribution.head.classes, None
+        if len(classes) == 1 or _under_joint_head(config):
             pool = registry.pool()
             members = {client, *contribution.lineage.aligned_with} & set(pool.clients)
             joint = head_of(pool.only(*members), registry.settings)
-        return cls(
-            client,
-            contribution.head.classes,
-            contribution.task_vector.kind,
-            backbone,
-            config,
-            joint,
-            _anchor_of(registry, client, config),
-        )
+        kind, anchor = contribution.task_vector.kind, _anchor_of(registry, client, config)
+        return cls(client, classes, kind, backbone, config, joint, anchor)
 
     def fit(self, data: Split, *, generator: torch.Generator) -> TaskVector:
         """Fit a task vector as the client did; labels index its classes."""
