@@ -20,6 +20,8 @@ from fedcompo.storage.files import canonical
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""Errors of reading a statement from what is none."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def opened(data: bytes, *, source: str) -> Envelope:
         again = statement_of(statement["predicateType"], subject, statement["predicate"])
         intact = canonical(again).encode() == payload and envelope.data == data
         intact = intact and bool(signed and subject)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise FileFormatError(
             f"{source} is no signed statement ({type(error).__name__}: {error}). "
             "It was altered, or is something else."

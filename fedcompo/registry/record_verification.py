@@ -27,6 +27,7 @@ from fedcompo.report.progress import step
 from fedcompo.storage.files import CONFIG, OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
+READABLE = "the registry can be read"
 FACTOR = "factor"
 VECTORS = "the rule's singular vectors are this machine's"
 BY_MACHINE = {
@@ -54,32 +55,32 @@ def verify_record(
     """
     if public_key is None and registry is None:
         raise FileFormatError("A record is checked with its registry, or with a public key.")
-    findings = [signature_finding(path, public_key, registry, _entries(registry))]
-    if not findings[0].holds or registry is None:
-        return findings
+    entries: Sequence[Entry] = ()
+    damage: list[Finding] = []
+    try:
+        entries = registry.entries() if registry else ()
+    except FedcompoError as error:
+        damage = [Finding(READABLE, False, str(error))]
+    findings = [signature_finding(path, public_key, registry, entries)]
+    if not findings[0].holds or registry is None or damage:
+        return findings + damage
     record = RemovalRecord.parse(path.read_bytes(), source=str(path))
     try:
         step("journal")
-        entries = registry.entries()
         findings += _against_journal(record, file_sha256(path), registry, entries)
         step("files")
         unknown = strangers(registry, entries)
-        findings += [_is_gone(record, registry, unknown), _kept(record, registry), _others(unknown)]
+        findings += [_is_gone(record, registry, unknown), _kept(record, registry)]
+        detail = f"what they hold was not read: {', '.join(map(str, unknown))}"
+        claim = "no file lies there that the registry does not know"
+        findings.append(Finding(claim, None if unknown else True, detail if unknown else ""))
         step("what was removed")
         findings += _nobody_has_it(record, registry, entries, unknown)
         step("composing again from the survivors")
         findings += _composed_again(record, registry, entries)
     except FedcompoError as error:
-        findings.append(Finding("the registry can be read", False, str(error)))
+        findings.append(Finding(READABLE, False, str(error)))
     return findings
-
-
-def _entries(registry: RegistryReader | None) -> Sequence[Entry]:
-    """The journal, which tells when the key changed; none if it is damaged, which is said later."""
-    try:
-        return registry.entries() if registry else ()
-    except FedcompoError:
-        return ()
 
 
 def _against_journal(
@@ -155,13 +156,6 @@ def _is_gone(record: RemovalRecord, registry: RegistryReader, unknown: Sequence[
         if left and all(home in path.parents for path in left):
             return Finding(claim, None, f"it came back, with line {again.added} of the journal")
     return Finding.of(claim, not left, f"still there: {', '.join(map(str, left))}")
-
-
-def _others(unknown: Sequence[Path]) -> Finding:
-    """Say of which files in the registry's folder nothing is known."""
-    detail = f"what they hold was not read: {', '.join(map(str, unknown))}"
-    claim = "no file lies there that the registry does not know"
-    return Finding(claim, None if unknown else True, detail if unknown else "")
 
 
 def _nobody_has_it(
