@@ -84,15 +84,10 @@ def statement_of(
 
 
 def sealed(statement: Mapping[str, Any], signer: Signer) -> bytes:
-    """Sign a statement; returns the envelope, which :func:`opened` reads.
-
-    Raises:
-        FileFormatError: If it is no statement.
-    """
+    """Sign what :func:`statement_of` made; returns the envelope, which :func:`opened` reads."""
     unsigned = Envelope(canonical(statement).encode(), ())
     signature = signer.sign(unsigned.signed_bytes)
-    signed = replace(unsigned, signatures=((signer.fingerprint, signature),))
-    return opened(signed.data, source="The statement").data
+    return replace(unsigned, signatures=((signer.fingerprint, signature),)).data
 
 
 def opened(data: bytes, *, source: str) -> Envelope:

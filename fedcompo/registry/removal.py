@@ -8,7 +8,7 @@ record says which survivors were, and is signed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
@@ -61,11 +61,7 @@ class Influence:
 
 
 def influence(
-    client: str,
-    survivors: Iterable[str],
-    lineages: Mapping[str, Lineage],
-    *,
-    former: Iterable[tuple[str, Lineage]] = (),
+    client: str, survivors: Iterable[str], lineages: Collection[tuple[str, Lineage]]
 ) -> Influence:
     """Follow a client's influence through the lineages.
 
@@ -75,17 +71,15 @@ def influence(
     Args:
         client: Client that is removed.
         survivors: Clients that stay.
-        lineages: By client, of its present or last contribution: influence may have passed through
-            clients that have left.
-        former: Of contributions that were replaced; a name may come more than once.
+        lineages: Of every contribution, also of those that were replaced or have left, through
+            which influence may have passed; the last one of a name is its present one.
     """
-    everyone = [*lineages.items(), *former]
-    touched = {client}
-    while more := {n for n, lineage in everyone if lineage.shaped_by & touched} - touched:
+    touched, present = {client}, dict(lineages)
+    while more := {n for n, lineage in lineages if lineage.shaped_by & touched} - touched:
         touched |= more
     staying = sorted(set(survivors))
     direct = {
-        part: tuple(name for name in staying if client in getattr(lineages[name], attribute))
+        part: tuple(name for name in staying if client in getattr(present[name], attribute))
         for part, attribute in (
             ("fisher", "anchored_by"),
             ("statistics", "aligned_with"),
@@ -93,7 +87,7 @@ def influence(
         )
     }
     known = {name for names in direct.values() for name in names}
-    indirect = tuple(n for n in staying if lineages[n].shaped_by & touched and n not in known)
+    indirect = tuple(n for n in staying if present[n].shaped_by & touched and n not in known)
     return Influence(**direct, indirect=indirect)
 
 
@@ -101,9 +95,8 @@ def foreseen_influence(
     entries: Sequence[Entry], client: str, survivors: Sequence[str]
 ) -> Influence:
     """List the survivors that a removed client still influences, by the journal's lineages."""
-    stays = stays_in(entries)
-    everyone = [(stay.client, Lineage.parse(stay.values["lineage"])) for stay in stays]
-    return influence(client, survivors, dict(everyone), former=everyone)
+    lineages = [(own.client, Lineage.parse(own.values["lineage"])) for own in stays_in(entries)]
+    return influence(client, survivors, lineages)
 
 
 @dataclass(frozen=True)

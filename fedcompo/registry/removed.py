@@ -100,9 +100,8 @@ class Removed:
         raise ContributionError(
             f"Client {client!r} brings, number for number, the {what} of {owners[-1]!r}, which the "
             f"registry has removed. Add it as {owners[-1]!r}, who may come back, or train "
-            f"{client!r} on images of its own. If {owners[-1]!r} was a slip of the pen for "
-            f"{client!r}, this registry cannot take it back: go on with that name, or make a new "
-            "registry (`fedcompo create`) and `add` everyone there under the right one."
+            f"{client!r} on images of its own. Was {owners[-1]!r} a mistyped name? Then keep it, "
+            "or make a new registry (`fedcompo create`) and add everyone there."
         )
 
     def _had(self, client: str, digests: Sequence[str]) -> bool:
