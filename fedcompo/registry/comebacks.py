@@ -51,10 +51,12 @@ class Comebacks:
         members = {Stay(c, m.added): registry.contribution(c) for c, m in state.members.items()}
         for stay in stays_in(entries):
             told, own = stay.values, members.get(stay)
-            numbers = told.get("numbers_sha256") if own is None else numbers_of(own)
-            # others may honestly share what is made of a classifier alone
-            old = [] if numbers == "" else [told["statistics_sha256"]]
-            self._note(stay, *stay.rounded, numbers or "", *old)
+            numbers = told.get("numbers_sha256")
+            self._note(stay, *stay.rounded, numbers or "")
+            if not (
+                own.without_images if own else numbers == ""
+            ):  # others may honestly share what is made of a classifier alone
+                self._note(stay, told["statistics_sha256"])
         for stay, own in members.items():
             rounded = state.members[stay.client].rounded_sha256
             self._note(stay, rounded, statistics_digest(own.statistics))

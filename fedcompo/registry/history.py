@@ -90,3 +90,8 @@ def end_of_change(entries: Sequence[Entry], line: int) -> Entry | None:
     """Find the last line of the change that begins with a line, counted from 1."""
     after = entries[line - 1 :] if line > 0 else ()
     return next((entry for entry in after if "root_after" in entry.details), None)
+
+
+def outcome_of(entries: Sequence[Entry]) -> Mapping[str, Any]:
+    """Find what the last change of the composition says of its outcome; empty: there is none."""
+    return next((e.details for e in reversed(entries) if "root_after" in e.details), {})

@@ -15,7 +15,7 @@ from fedcompo.composition.version import terms_of, write_composed, write_ruled, 
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry.comebacks import Comebacks
-from fedcompo.registry.history import line_of, members_after, root_of
+from fedcompo.registry.history import line_of, members_after, outcome_of, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.key_verification import signature_finding
 from fedcompo.registry.reader import RegistryReader
@@ -100,19 +100,12 @@ def _against_journal(
     yield from _roots(record, registry, entries)
     members = members_after(earlier)
     added = members.pop(record.client, {})
-    claimed = {
-        "files": record.removed_files,
-        "rounded_sha256": record.removed_rounded_sha256,
-        "kind": record.kind,
-        "num_examples": record.num_examples,
-        "classes": record.classes,
-        "added": record.added,
-    }
+    claimed = {name: getattr(record, name) for name in ("kind", "num_examples", "classes", "added")}
+    claimed |= {"files": record.removed_files, "rounded_sha256": record.removed_rounded_sha256}
     known = {key: added.get(key) for key in claimed}
     yield compared("what was removed is what had been added", as_json(claimed), known)
-    yield compared(
-        "the survivors are those of the journal", record.survivors, tuple(sorted(members))
-    )
+    claim = "the survivors are those of the journal"
+    yield compared(claim, record.survivors, tuple(sorted(members)))
     classes = {name for member in members.values() for name in member["classes"]}
     yield compared("the classes are the survivors'", record.classes_after, tuple(sorted(classes)))
     derived = foreseen_influence(earlier, record.client, tuple(members))
@@ -131,15 +124,13 @@ def _roots(
         root, files, factor = (
             getattr(record, f"{part}_{moment}") for part in ("root", "composition", "factor")
         )
-        earlier = entries[:last]
-        journalled = [e.details["root_after"] for e in earlier if "root_after" in e.details][-1:]
-        yield compared(f"the root {moment} is the journal's", [root], journalled)
-        derived = root_of(registry.state, members_after(earlier), files)
+        members, told = members_after(entries[:last]), outcome_of(entries[:last])
+        yield compared(f"the root {moment} is the journal's", root, told.get("root_after"))
+        derived = root_of(registry.state, members, files)
         claim = f"the composition {moment} is covered by the journal's root"
-        yield compared(claim, [derived], journalled)
+        yield compared(claim, derived, told.get("root_after"))
         if factor is not None:
-            lines = [e.details.get("factor") for e in earlier if "root_after" in e.details]
-            yield compared(f"the factor {moment} is the journal's", [factor], lines[-1:])
+            yield compared(f"the factor {moment} is the journal's", factor, told.get("factor"))
 
 
 def _is_gone(record: RemovalRecord, registry: RegistryReader, unknown: Sequence[Path]) -> Finding:
@@ -191,11 +182,10 @@ def _composed_again(
     record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
-    old = OLD_TOTALS in record.composition_after
+    old, first = OLD_TOTALS in record.composition_after, record.format_version == 1
     rule = registry.settings.made_by
-    names = [SUM] if old or record.format_version == 1 else [SUM, TOTALS]
-    names += [WEIGHTS] if rule.is_sum else [RULED, WEIGHTS]
-    names += [] if record.format_version == 1 else [FACTOR]
+    files = [SUM, *([] if old or first else [TOTALS]), *([] if rule.is_sum else [RULED]), WEIGHTS]
+    names = [*files, *([] if first else [FACTOR])]
     claims = {name: f"the survivors alone give the record's {name}" for name in names}
     if old:
         claim = f"the survivors alone give the record's {OLD_TOTALS}"
@@ -214,7 +204,6 @@ def _composed_again(
         line = entries[record.sequence - 1 : record.sequence]  # empty if a lie names a later one
         shrinkage = line[0].details.get("shrinkage") if line else SHRINKAGE
         factor = _compose_survivors(Path(folder), record, registry, shrinkage)
-        files = [name for name in names if name != FACTOR]
         here = {FACTOR: factor, **{name: file_sha256(Path(folder) / name) for name in files}}
     stated = {FACTOR: record.factor_after, **record.composition_after}
     by_machine = {WEIGHTS} if rule.portable else {RULED, WEIGHTS}

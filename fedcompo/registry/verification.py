@@ -16,7 +16,7 @@ from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry import journal
 from fedcompo.registry.comebacks import Comebacks
-from fedcompo.registry.history import end_of_change, line_of, members_after, root_of
+from fedcompo.registry.history import end_of_change, line_of, members_after, outcome_of, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.key_verification import check_keys, expected_fixed, signature_finding
 from fedcompo.registry.owners import OWNERS
@@ -92,7 +92,7 @@ def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
     members = {c: {**m.essence, "added": m.added} for c, m in state.members.items()}
     claim = "the members are those of the journal"
     yield compared(claim, as_json(members), members_after(entries))
-    if last := next((e.details for e in reversed(entries) if "root_after" in e.details), None):
+    if last := outcome_of(entries):
         claim = "the root is that of the journal's last line"
         yield compared(claim, state.root, last["root_after"])
         chosen = {name: last.get(name) for name in state.chosen}
