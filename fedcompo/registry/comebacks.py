@@ -19,7 +19,7 @@ from fedcompo.registry.history import Stay, stays_in
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import Finding
-from fedcompo.registry.removed import STATISTICS, VECTOR, numbers_of, statistics_digest
+from fedcompo.registry.removed import STATISTICS, VECTOR, statistics_digest
 from fedcompo.storage.files import CONTENT
 
 
@@ -53,9 +53,8 @@ class Comebacks:
             told, own = stay.values, members.get(stay)
             numbers = told.get("numbers_sha256")
             self._note(stay, *stay.rounded, numbers or "")
-            if not (
-                own.without_images if own else numbers == ""
-            ):  # others may honestly share what is made of a classifier alone
+            # others may honestly share what is made of a classifier alone
+            if not (own.without_images if own else numbers == ""):
                 self._note(stay, told["statistics_sha256"])
         for stay, own in members.items():
             rounded = state.members[stay.client].rounded_sha256
