@@ -13,7 +13,7 @@ from fedcompo.composition.fixed_point import Rounding
 from fedcompo.data.tasks import client_of
 from fedcompo.errors import FedcompoError
 from fedcompo.method.contribution import Contribution
-from fedcompo.registry.admission import rounding_of
+from fedcompo.registry.admission import check_features, rounding_of
 from fedcompo.registry.company import Company
 from fedcompo.registry.history import Stay, stays_in
 from fedcompo.registry.journal import Entry
@@ -104,6 +104,8 @@ class Comebacks:
         stay = Stay(str(folder), math.inf)
         with suppress(FedcompoError):
             found = Contribution.open(folder, with_fisher=False)
+            width, kind = self._company.num_features, self._company.settings.statistics
+            check_features(found.statistics, found.head.classes, width, kind, str(folder))
             self._note(stay, statistics_digest(found.statistics))
             vector = found.task_vector  # whatever it says that it was trained on
             vector.check(self._company.shapes, base=vector.base, owner=str(folder))

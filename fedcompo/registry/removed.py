@@ -27,7 +27,6 @@ from fedcompo.registry import journal
 from fedcompo.registry.history import stays_in
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.transaction import JOURNAL
-from fedcompo.storage.tensorfile import tensor_digest
 
 VECTOR, STATISTICS, OLD_STATISTICS = "task_vector", "statistics", "statistics_and_names"
 """Parts of a contribution that have a digest. The last one is that of earlier versions: it covers
@@ -37,17 +36,20 @@ head and names too, so it finds less."""
 def statistics_digest(statistics: AnyStatistics) -> str:
     """SHA-256 of statistics, whatever their classes are called and however they are ordered."""
     if isinstance(statistics, FeatureSums):
-        rows = torch.cat([statistics.counts.unsqueeze(1), statistics.sums], dim=1)
-        classes, rest = [row.numpy().tobytes() for row in rows], statistics.second
+        parts = [*_rows(statistics.counts, statistics.sums), statistics.second.numpy().tobytes()]
     else:
-        classes = [_of_mixture(vars(own)).encode() for own in statistics.values()]
-        rest = torch.empty(0)
-    return hashlib.sha256(b"".join([*sorted(classes), rest.numpy().tobytes()])).hexdigest()
+        parts = sorted(
+            b"".join([b"%d:" % own.num_examples, *_rows(own.weights, own.means, own.variances)])
+            for own in statistics.values()
+        )
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _of_mixture(parts: Mapping[str, Any]) -> str:
-    tensors = {n: v if isinstance(v, Tensor) else torch.tensor(v) for n, v in parts.items()}
-    return tensor_digest(tensors)
+def _rows(first: Tensor, *others: Tensor) -> list[bytes]:
+    """Lines of tables that stand side by side, sorted; numbers that are equal are so bit by bit."""
+    table = torch.cat([first.unsqueeze(1), *others], dim=1)
+    table = table.double() + 0.0 if table.is_floating_point() else table
+    return sorted(row.numpy().tobytes() for row in table)
 
 
 def numbers_of(own: Contribution) -> str:

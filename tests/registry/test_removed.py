@@ -25,6 +25,7 @@ from fedcompo.config.choices import Kind, Statistics
 from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head
 from fedcompo.registry.admission import admit, check_described
 from fedcompo.registry.company import Company
@@ -317,6 +318,14 @@ def test_digests_hold_no_name_of_a_client_a_class_or_a_kind(tmp_path: Path) -> N
     assert (one.rounded_sha256, one.kind) == (two.rounded_sha256, "full")
     assert statistics_digest(BEN.statistics) == statistics_digest(statistics_of(BEN).statistics)
     assert statistics_digest(BEN.statistics) != statistics_digest(ADA.statistics)
+
+
+def test_the_gaussians_of_a_mixture_may_stand_in_another_order() -> None:
+    one = FeatureMixture(torch.tensor([0.25, 0.75]), torch.eye(2), torch.ones(2, 2), 4)
+    turned = FeatureMixture(one.weights.flip(0), one.means.flip(0), one.variances.double(), 4)
+    assert statistics_digest({"a": one}) == statistics_digest({"b": turned})
+    fewer = replace(one, num_examples=3)
+    assert statistics_digest({"a": one}) != statistics_digest({"a": fewer})
 
 
 def test_the_record_says_what_it_reveals_and_what_cannot_be_found(registry: Registry) -> None:
