@@ -279,7 +279,9 @@ def _origin(own: Contribution) -> tuple[object, ...]:
 def still_shaped(selection: Selection) -> dict[str, tuple[str, ...]]:
     """Members that were trained with something of a client that was left out, by its name."""
     lineages = {member.client: member.lineage for member in selection.pool}
-    return {gone: influence(gone, lineages, lineages).to_retrain for gone in selection.without}
+    return {
+        gone: influence(gone, lineages, lineages.items()).to_retrain for gone in selection.without
+    }
 
 
 def _influences(selection: Selection) -> str:

@@ -35,6 +35,11 @@ from fedcompo.storage.tensorstream import file_sha256
 CLIENTS, VERSIONS = "clients", "versions"
 
 
+def opened(source: Contribution | Path) -> Contribution:
+    """Open a contribution, if it is not open yet."""
+    return source if isinstance(source, Contribution) else Contribution.open(source)
+
+
 @contextmanager
 def drafted(registry: RegistryReader, purpose: str) -> Iterator[Draft]:
     """Hold the lock, read the current state, and delete what was staged if an error occurs."""
@@ -96,8 +101,7 @@ class Draft:
 
     def stage(self, source: Contribution | Path, company: Company) -> Member:
         """Copy a contribution, check all but the length of its change, and describe a member."""
-        opened = source if isinstance(source, Contribution) else Contribution.open(source)
-        name = check_client_name(str(opened.client))
+        name = check_client_name(str(opened(source).client))
         step(f"checking {name}")
         place = f"{CLIENTS}/{name}"
         if name in self.before.members:  # readers still need the old one
