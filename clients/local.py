@@ -131,7 +131,7 @@ class LocalClient:
             int(node_config.get("partition-id", -1)),
             images_home(state, keep=config.keep_cache),
             name,
-            None if shard is None else Shards(maps_home(state), needed),
+            None if shard is None else Shards(maps_home(state, config), needed),
         )
         data = data if shard is None else data.shard(shard)
         name = check_client_name(shard_name(name or data.name, shard))
