@@ -108,6 +108,8 @@ class Unlearning:
     def _accept(self, name: str, answer: IdentifyAnswer) -> None:
         if name in self.going:
             raise ContributionError("This is the client to be removed; it is not asked again.")
+        if name not in self.registry.clients and members_of(name, self.registry.clients):
+            raise ContributionError("The registry has shards of it. Set `shards` to their number.")
         known = self.registry.member(name).classes
         if answer.classes != known:
             raise ContributionError(

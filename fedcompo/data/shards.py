@@ -72,10 +72,8 @@ def dealt(
     """
     catalogue, samples, groups = share.catalogue, _samples(share), _groups(share.catalogue)
     known = _known(file, shards, {*samples.values()})
-    if catalogue.is_test is None:
-        drawn = {samples[i]: TEST for i in np.concatenate(share.test).tolist()}
-    else:
-        drawn = {}
+    tests = np.concatenate(share.test).tolist() if catalogue.is_test is None else []
+    drawn = dict.fromkeys((samples[i] for i in tests), TEST)
     share = _as_known(share, known or drawn, samples, cap=cap, seed=seed)
     train = np.concatenate(share.train).tolist()
     placed = {i: int(known[samples[i]]) for i in train if known.get(samples[i], TEST) != TEST}
@@ -107,12 +105,38 @@ def _together(
 
 def needed_for(least: int, *, aside: float) -> int:
     """Return how many images of a class leave ``least`` to train on, and at least one."""
+    least = max(1, least)
+    of_one_class = (torch.zeros(images, dtype=torch.int64) for images in numbers(least))
+    return next(
+        len(labels)
+        for labels in of_one_class
+        if int((~drawn_aside(labels, share=aside, seed=0, client="")).sum()) >= least
+    )
 
-    def left(images: int) -> int:
-        drawn = drawn_aside(torch.zeros(images, dtype=torch.int64), share=aside, seed=0, client="")
-        return images - int(drawn.sum())
 
-    return next(images for images in numbers(max(1, least)) if left(images) >= max(1, least))
+def _together(
+    images: Sequence[int], samples: Mapping[int, str], groups: Sequence[str]
+) -> list[list[int]]:
+    """Join images of one group, and those with the same content; the largest unit comes first."""
+    _, content = np.unique([samples[i] for i in images], return_inverse=True)
+    named = [f"group {groups[i]}" if groups[i] else f"sample {samples[i]}" for i in images]
+    _, group = np.unique(named, return_inverse=True)
+    count = len(images)
+    edges = coo_array((np.ones(count), (content, count + group)), shape=(2 * count, 2 * count))
+    _, unit_of = connected_components(edges, directed=False)
+    units: dict[int, list[int]] = {}
+    for i, unit in zip(images, unit_of[content], strict=True):
+        units.setdefault(unit, []).append(i)
+    return sorted(units.values(), key=len, reverse=True)
+
+
+def needed_for(least: int, *, aside: float) -> int:
+    """Return how many images of a class leave ``least`` to train on, and at least one."""
+    for images in count(least := max(1, least)):
+        labels = torch.zeros(images, dtype=torch.int64)
+        if images - int(drawn_aside(labels, share=aside, seed=0, client="").sum()) >= least:
+            return images
+    raise AssertionError  # the loop has no end
 
 
 def _deal(
@@ -217,14 +241,8 @@ def _digest(catalogue: Catalogue, index: int) -> str:
 def _groups(catalogue: Catalogue) -> Sequence[str]:
     """The group of each image; empty: none."""
     columns = [*catalogue.columns]
-    column = pick(
-        GROUP,
-        called(GROUP, columns),
-        chosen={},
-        columns=columns,
-        source=catalogue.source,
-        needed=False,
-    )
+    there, source = called(GROUP, columns), catalogue.source
+    column = pick(GROUP, there, chosen={}, columns=columns, source=source, needed=False)
     if not column:
         return [""] * len(catalogue.classes)
     return [str(value).strip() for value in catalogue.columns[column]]
