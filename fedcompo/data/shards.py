@@ -114,31 +114,6 @@ def needed_for(least: int, *, aside: float) -> int:
     )
 
 
-def _together(
-    images: Sequence[int], samples: Mapping[int, str], groups: Sequence[str]
-) -> list[list[int]]:
-    """Join images of one group, and those with the same content; the largest unit comes first."""
-    _, content = np.unique([samples[i] for i in images], return_inverse=True)
-    named = [f"group {groups[i]}" if groups[i] else f"sample {samples[i]}" for i in images]
-    _, group = np.unique(named, return_inverse=True)
-    count = len(images)
-    edges = coo_array((np.ones(count), (content, count + group)), shape=(2 * count, 2 * count))
-    _, unit_of = connected_components(edges, directed=False)
-    units: dict[int, list[int]] = {}
-    for i, unit in zip(images, unit_of[content], strict=True):
-        units.setdefault(unit, []).append(i)
-    return sorted(units.values(), key=len, reverse=True)
-
-
-def needed_for(least: int, *, aside: float) -> int:
-    """Return how many images of a class leave ``least`` to train on, and at least one."""
-    for images in count(least := max(1, least)):
-        labels = torch.zeros(images, dtype=torch.int64)
-        if images - int(drawn_aside(labels, share=aside, seed=0, client="").sum()) >= least:
-            return images
-    raise AssertionError  # the loop has no end
-
-
 def _deal(
     units: Iterable[Sequence[int]],
     classes: NDArray[np.str_],
