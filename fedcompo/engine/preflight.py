@@ -145,6 +145,11 @@ def look(
             if time.monotonic() > until and count < len(shares):
                 found.notes.append("`fedcompo check` takes its time, and looks at all clients.")
                 break
+    if config.data.shards > 1 and not own:
+        found.notes.append(
+            "Which image is in which shard stands beside the registry, in <registry>.shards: keep "
+            "the two together. Without it, a later run deals images anew."
+        )
     if note := note_on(twins({name: known["classes"] for name, known in found.clients.items()})):
         found.notes.append(note)
     if backbone and found.backbone and amounts and not found.faults:
