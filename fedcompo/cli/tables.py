@@ -280,7 +280,7 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
     title = "Accuracy, %, before the removal → after it"
-    caption = f"The model knows fewer classes afterwards.\n{EXPLAINED}"
+    caption = f"The model may know fewer classes afterwards.\n{EXPLAINED}"
     table = _accuracies(title, caption, ALL_CLASSES, "→", OWN_CLASSES, "→")
     for client, before in accuracy["before"].items():
         both = before, accuracy["after"].get(client, {})

@@ -33,6 +33,7 @@ LINES = {
 }
 """A line on each column, by its title."""
 CAPTION = "images: to train on + to test on"
+OF_SHARDS = "–: another shard of the client measured, on the same test images"
 
 
 def print_results(results: Results, console: PlainConsole, *, details: bool = False) -> None:
@@ -105,6 +106,8 @@ def _accuracy_table(results: Results) -> Table:
         for figures in results["per_client"].values()
         if figures["num_test_examples"]  # of a client's shards, one measures
     ]
+    if any(".shard-" in c and not f["num_test_examples"] for c, f in results["per_client"].items()):
+        lines += [OF_SHARDS]
     lines += [units.BRACKETS] if min(tests, default=units.SMALL) < units.SMALL else []
     caption = "\n".join([CAPTION, *lines, units.EXPLAINED])
     style: Any = {"title": "Accuracy, %", "caption": caption, "caption_justify": "left"}
