@@ -20,6 +20,8 @@ from fedcompo.storage.files import canonical
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""Errors of reading a statement from what is none."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,10 @@ def statement_of(
 
 
 def sealed(statement: Mapping[str, Any], *signers: Signer) -> bytes:
-    """Sign a statement, by one key or several; returns the envelope, which :func:`opened` reads.
-
-    Raises:
-        FileFormatError: If it is no statement.
-    """
+    """Sign what :func:`statement_of` made, by one key or several; :func:`opened` reads it."""
     unsigned = Envelope(canonical(statement).encode(), ())
     signed = tuple((own.fingerprint, own.sign(unsigned.signed_bytes)) for own in signers)
-    return opened(replace(unsigned, signatures=signed).data, source="The statement").data
+    return replace(unsigned, signatures=signed).data
 
 
 def opened(data: bytes, *, source: str) -> Envelope:
@@ -112,7 +110,7 @@ def opened(data: bytes, *, source: str) -> Envelope:
         again = statement_of(statement["predicateType"], subject, statement["predicate"])
         intact = canonical(again).encode() == payload and envelope.data == data
         intact = intact and bool(signed and subject)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise FileFormatError(
             f"{source} is no signed statement ({type(error).__name__}: {error}). "
             "It was altered, or is something else."
