@@ -179,9 +179,9 @@ def escaped(text: str) -> str:
     return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", printable(text))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; its cells must be escaped already."""
-    lines = [header, ["---"] * len(header), *rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: bool = False) -> str:
+    """Return a Markdown table, perhaps of numbers; its cells must be escaped already."""
+    lines = [header, ["---", *["---:" if numbers else "---"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 

@@ -14,7 +14,6 @@ from fedcompo.composition import version
 from fedcompo.composition.fixed_point import Rounding, Term
 from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
 from fedcompo.composition.realigned import realigned_head, save_realigned
-from fedcompo.composition.rules.rule import Removal
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
 from fedcompo.composition.totals import check_alike, save_total, total_after
 from fedcompo.config.choices import Statistics
@@ -198,7 +197,7 @@ class Draft:
         """Write the rule's total, of all members if it takes them; returns its squared length."""
         rule, everyone = after.settings.made_by, after.members.values()
         step(f"composing by {rule.text}, {rule.removal} in the number of members")
-        needed = everyone if changed and rule.removal is Removal.MEMBERS else ()
+        needed = everyone if changed and rule.removal == "O(T)" else ()
         members = [self.opened(member, with_fisher=bool(rule.needs)) for member in needed]
         times = {m.client: after.settings.times(m.num_examples) for m in everyone}
         backbone, same = self.registry.backbone, None if changed else self.registry.total()
