@@ -120,6 +120,12 @@ def _witness_of(
         if (home / "registry.json").is_file():
             return home, None
     beside = record.with_suffix(".pem")
+    if not beside.is_file() and public_key:
+        raise ConfigError(
+            f"A fingerprint says which key it must be, but checks no signature. Get the key itself, "
+            f"which `fedcompo request-removal` wrote beside the record, as {beside}, or the "
+            "registry's public.pem; or add --registry."
+        )
     if not beside.is_file():
         raise ConfigError(
             f"{record} is checked with its registry, or with a public key: add --registry, or "

@@ -61,6 +61,8 @@ class Comebacks:
         """
         self._registry = registry
         self._stays: dict[str, list[Stay]] = {}
+        asked = {entry.sequence: entry.details.get("requested_by", "") for entry in entries}
+        self._askers: dict[float, str] = {line: who for line, who in asked.items() if who}
         self._replay(entries)
         for client, member in registry.state.members.items():
             stay, own = Stay(client, member.added), registry.contribution(client)
@@ -97,8 +99,10 @@ class Comebacks:
         if back := [stay for stay in stays if stay not in [*own, *twins]]:
             return Finding(claim, False, f"it is back: {', '.join(map(str, back))}")
         if own:
-            told = ", ".join(map(str, own))
-            return Finding(claim, None, f"it came back, with line {own[0].since}: {told}")
+            told, first = ", ".join(map(str, own)), own[0].since
+            asker = self._askers.get(first, "nobody who is named")
+            told = f"it came back, with line {first}, asked for by {asker}: {told}"
+            return Finding(claim, None, told)
         told = ", ".join(map(str, twins))
         return Finding(claim, None, f"of the same images are those of {told}, there before it left")
 
