@@ -122,9 +122,9 @@ def _witness_of(
     beside = record.with_suffix(".pem")
     if not beside.is_file() and public_key:
         raise ConfigError(
-            f"A fingerprint says which key it must be, but checks no signature. Get the key itself, "
-            f"which `fedcompo request-removal` wrote beside the record, as {beside}, or the "
-            "registry's public.pem; or add --registry."
+            "A fingerprint says which key it must be, but checks no signature. Get the key, too: "
+            f"`fedcompo request-removal` wrote it beside the record, here {beside}, and it is the "
+            "registry's public.pem. Or add --registry."
         )
     if not beside.is_file():
         raise ConfigError(
