@@ -72,7 +72,7 @@ def verify(
             opened = common.open_registry(place) if place else None
             if record is not None:
                 findings = verify_record(record, registry=opened, public_key=key)
-            if opened or record is not None:
+            if findings[0].holds:  # else it is nobody's whom one knows
                 file = key or (opened.path / PUBLIC if opened else Path())
                 findings.append(whose_key(opened, record, file, given))
             findings += continues(opened, since) if opened and since else ()

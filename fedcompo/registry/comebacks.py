@@ -98,6 +98,8 @@ class Comebacks:
         twins = [stay for stay in stays if known[stay] in before - {client_of(client)}]
         if back := [stay for stay in stays if stay not in [*own, *twins]]:
             return Finding(claim, False, f"it is back: {', '.join(map(str, back))}")
+        if stayed := [stay for stay in own if stay.client == client and stay.since < line]:
+            return Finding(claim, False, f"it has not left: {stayed[0]}")
         if own:
             told, first = ", ".join(map(str, own)), own[0].since
             asker = self._askers.get(first, "nobody who is named")

@@ -423,7 +423,8 @@ def test_verify_checks_a_record_with_the_registry_or_the_key_alone(home: Path) -
         "who:"
         not in run("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1).stdout
     )
-    run("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1)
+    (failed,) = told("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1)
+    assert "is signed by" in failed["claim"]  # and nothing says that the key has signed it
     assert "is no removal record" in run("verify", __file__, "-r", "elsewhere", code=1).stdout
 
 
