@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -432,6 +433,8 @@ def test_a_key_is_rotated_and_held_against_pins_and_checkpoints(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An auditor's machine has no pins: it needs the fingerprint."""
+    own = shutil.copy(os.environ["FEDCOMPO_KNOWN"], tmp_path / "owner.json")  # others have copies
+    monkeypatch.setenv("FEDCOMPO_KNOWN", str(own))
     run("checkpoint", "-o", "before.json")
     out = run("checkpoint").stdout
     root = Registry("registry").state.root

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from app_runs import altered, run
+from app_runs import TEST, altered, run
 
 from fedcompo.errors import ContributionError, TooFewClients
 from fedcompo.messages.answers import EvaluateAnswer
@@ -128,7 +128,7 @@ def test_who_lies_of_its_counts_is_named_and_who_sends_none_takes_part(tmp_path)
     assert results["clients_evaluated"] == ["client-0", "client-1"]
     first, second, _ = results["per_client"].values()
     assert list(results["by_class"]) == second["classes"]
-    assert {own["images"] for own in results["by_class"].values()} == {15}
+    assert {own["images"] for own in results["by_class"].values()} == {TEST}
     for own in first, second:
         assert own["interval"] == interval(own["class_il_accuracy"], own["num_test_examples"])
     low, high = results["interval"]
