@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,6 @@ simulated_names = lru_cache(maxsize=1)(client_names)
 """Names the clients of a source once: with a thousand folders, each look takes a while."""
 
 
-@dataclass(frozen=True)
-class Shards:
-    """What is to be known to deal a client's images to shards."""
-
-    folder: Path
-    """Of the map from sample to shard."""
-    needed: int
-    """Images of each class that a shard needs."""
-
-
 @lru_cache(maxsize=2)
 def load_images(
     config: DataConfig,
@@ -44,13 +34,16 @@ def load_images(
     partition: int,
     cache: Path,
     client: str = "",
-    shards: Shards | None = None,
+    maps: Path | None = None,
+    needed: int = 1,
 ) -> ClientData:
     """Load the images of one client once for all phases; raises ``DataError``.
 
     ``own`` is the folder or file of the node's own images; of a manifest of several clients it
     owns the rows of the client. Without one, it owns this part of the source; a negative part is
-    none. Images of files are kept in the folder ``cache``, for the later phases.
+    none. Images of files are kept in the folder ``cache``, for the later phases. With ``maps``, the
+    folder of the map from sample to shard, they are dealt to shards, each of which needs so many
+    images of a class.
     """
     cap = config.images_per_class
     if own:
@@ -62,11 +55,11 @@ def load_images(
         )
     else:
         share = client_share(config, partition=partition, seed=seed)
-    if shards is None:
+    if maps is None:
         return share.read(preprocessing, cache=cache)
     count, name = config.shards, check_whole(check_client_name(client or share.name))
-    file = shards.folder / f"{name}.shards-{count}.csv"
-    share, dealing = dealt(share, count, seed=seed, cap=cap, needed=shards.needed, file=file)
+    file = maps / f"{name}.shards-{count}.csv"
+    share, dealing = dealt(share, count, seed=seed, cap=cap, needed=needed, file=file)
     return replace(share.read(preprocessing, cache=cache), shards=dealing)
 
 

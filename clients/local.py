@@ -15,7 +15,7 @@ from typing import Any
 
 from clients import outgoing
 from clients.course import course_of
-from clients.loading import Shards, load_images, load_shared_backbone
+from clients.loading import load_images, load_shared_backbone
 from clients.store import Store, completed, images_home, maps_home, store_home
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
@@ -122,7 +122,6 @@ class LocalClient:
             backbone = replace(backbone, preprocessing=preprocessing)
         name = registered_name or str(node_config.get("client", ""))
         state = str(node_config.get("state", ""))
-        needed = needed_for(config.caps.min_images, aside=config.train.aside)
         data = load_images(
             config.data,
             backbone.preprocessing,
@@ -131,7 +130,8 @@ class LocalClient:
             int(node_config.get("partition-id", -1)),
             images_home(state, keep=config.keep_cache),
             name,
-            None if shard is None else Shards(maps_home(state), needed),
+            None if shard is None else maps_home(state, config),
+            needed_for(config.caps.min_images, aside=config.train.aside),
         )
         data = data if shard is None else data.shard(shard)
         name = check_client_name(shard_name(name or data.name, shard))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedcompo.config.run import RunConfig
 from fedcompo.data.cache import cache_home
 from fedcompo.engine.run_folder import LOGS
 from fedcompo.errors import FileFormatError
@@ -41,13 +42,15 @@ def images_home(stated: str, *, keep: bool) -> Path:
     return cache_home() if keep and not stated else store_home(stated) / "images"
 
 
-def maps_home(stated: str) -> Path:
-    """Folder of the maps from sample to shard: the node's own; a simulation's is that of its logs.
+def maps_home(stated: str, config: RunConfig) -> Path:
+    """Folder of the maps from sample to shard: the node's own; a simulation's is its registry's.
 
-    See :mod:`fedcompo.data.shards`.
+    So a later run with that registry finds them. See :mod:`fedcompo.data.shards`.
     """
-    simulated = os.environ.get(LOGS, "")
-    return Path(simulated) if simulated and not stated else store_home(stated) / "shards"
+    if stated or not os.environ.get(LOGS):
+        return store_home(stated) / "shards"
+    registry = Path(config.registry.registry or Path(config.output, "registry"))
+    return registry.with_name(f"{registry.name}.shards")
 
 
 @dataclass(frozen=True)

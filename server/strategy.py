@@ -106,11 +106,8 @@ class Strategy(ABC):
         coming = {folder.name: folder for folder in folders}
         while not self.working.joined(self.registry, coming):
             try:
-                self.registry.add(
-                    *coming.values(),
-                    replacing=self.config.registry.replace,
-                    empty=True,
-                )
+                replacing = self.config.registry.replace
+                self.registry.add(*coming.values(), replacing=replacing, empty=True)
                 break
             except ContributionError as error:
                 if error.client not in coming:

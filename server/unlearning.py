@@ -59,8 +59,6 @@ class Unlearning:
     registry: Registry
     output: Path
     """Folder of the run, for temporary files."""
-    images: dict[str, int] = field(default_factory=dict)
-    """Test images, by client."""
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracies before the removal, by client; measured by those who stay."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -108,13 +106,14 @@ class Unlearning:
     def _accept(self, name: str, answer: IdentifyAnswer) -> None:
         if name in self.going:
             raise ContributionError("This is the client to be removed; it is not asked again.")
+        if name not in self.registry.clients and members_of(name, self.registry.clients):
+            raise ContributionError("The registry has shards of it. Set `shards` to their number.")
         known = self.registry.member(name).classes
         if answer.classes != known:
             raise ContributionError(
                 f"Client {name!r} has the classes {list(answer.classes)} now; in the registry it "
                 f"has {list(known)}."
             )
-        self.images[name] = answer.num_test_examples
 
     def evaluate(self, phase: str) -> dict[str, dict[str, float]]:
         """Let those who stay measure the current model; returns their figures, by client."""
@@ -122,10 +121,8 @@ class Unlearning:
             return {}
         composing = Composing(self.exchange, self.backbone, self.registry)
         composing.evaluate(phase, decisive=False, last=phase == "evaluate")
-        return {
-            client: {**figures, "num_examples": self.images[client]}
-            for client, figures in composing.figures.items()
-        }
+        tests = self.roster.participants.tests
+        return {c: {**own, "num_examples": tests[c]} for c, own in composing.figures.items()}
 
     def remove(self) -> None:
         """Remove the client, or all its members, from the registry."""

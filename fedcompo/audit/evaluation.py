@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -128,14 +129,13 @@ def effect_of_removal(
         config = run_config_of(registry, data)
         backbone = registry.backbone.load()
         step("evaluating the composition as it is")
-        everyone = registry.theta_p(), registry.joint_head()
-        before = evaluate_clients(backbone, *everyone, config, linearised=registry.linearised)
-        if {*registry.clients} == {*clients}:
-            return {"before": figures_of(before), "after": {}}
-        step("composing without them")
-        others = from_registry(registry, without=tuple(clients))
-        staying = dict(others.stream()), others.head
-        after = evaluate_clients(backbone, *staying, config, linearised=registry.linearised)
+        measured = partial(evaluate_clients, config=config, linearised=registry.linearised)
+        before = measured(backbone, registry.theta_p(), registry.joint_head())
+        after: Mapping[str, Accuracy] = {}
+        if {*registry.clients} != {*clients}:
+            step("composing without them")
+            others = from_registry(registry, without=tuple(clients))
+            after = measured(backbone, dict(others.stream()), others.head)
     except FedcompoError as error:
         return {"reason": str(error)}
     return {"before": figures_of(before), "after": figures_of(after)}

@@ -1,36 +1,22 @@
 """Measures whether a model forgets a client that is removed from it.
 
-Up to four models are compared, and for features the frozen, pre-trained weights:
+Up to four models are compared: *before*, *after*, and where they are at hand *gold*, the run that
+the client never took part in, and *repaired*; for features also the *frozen*, pre-trained weights.
+The README of this folder says what each measure shows, and what it cannot.
 
-- *before*: the composition of everyone;
-- *after*: that without the client, bit for bit what a removal leaves; without the last member, the
-  pre-trained weights;
-- *gold*, where there is one: the composition of a run that the client never took part in;
-- *repaired*, where there is one: *after*, when those who stay have trained on.
-
-A removal cannot take back what the client's Fisher or statistics did to the training of others;
-before, after and gold show how much of it can be seen.
-
-**Accuracy**, on everyone's test images. The joint head after has no rows of the client's classes,
-unless others share them: among all classes its accuracy is then 0 by construction, and among its
-own it is measured with the rows that an attacker kept.
-
-**Membership inference**: can one tell the client's training images from its test images? The
-attacker kept the joint head of the model before and puts it on every backbone: only the backbone
-differs. That head is made of statistics of the client's training features, and can carry membership
-by itself. The loss attack sees that too; gold shows how much it is. The likelihood-ratio attack
-compares with shadows under the same head (:mod:`fedcompo.audit.shadows`): what the head tells
-stands on both sides. All shadows hold a task vector of the client, so after and gold lie beside
-them: there the attack is weaker than before, and best read next to gold.
-
-**Features** (:mod:`fedcompo.audit.forgetting`): how fast a linear probe learns the client's task
-again, and how alike the models represent the same images.
+The attacker kept the joint head of the model before and puts it on every backbone: only the
+backbone differs. That head is made of statistics of the client's training features, and can carry
+membership by itself; gold shows how much it is. In the likelihood-ratio attack, shadows have the
+same head (:mod:`fedcompo.audit.shadows`): what it tells stands on both sides. All shadows hold a
+task vector of the client, so after and gold lie beside them: there the attack is weaker than
+before, and best read next to gold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -61,6 +47,7 @@ from fedcompo.audit.models import (
     check_repaired,
     distances_to_gold,
     frozen,
+    map_of,
 )
 from fedcompo.audit.shadows import ClientTraining, check_count, train_shadows
 from fedcompo.audit.verdicts import notes, verdicts
@@ -126,7 +113,8 @@ def audit(
     if repaired is not None:
         check_repaired(registry, repaired, client)
     step("reading backbone and images, composing")
-    audited = _Audited.of(registry, client, data, audited_models(registry, client, gold, repaired))
+    models = audited_models(registry, client, gold=gold, repaired=repaired)
+    audited = _Audited.of(registry, client, data, models)
     own, members = audited.features(all_images(audited.images)[0]), len(audited.images.train.labels)
     tests = {name: features[members:] for name, features in own.items()}
     attacks = audited.membership(own, shadows, seed)
@@ -177,8 +165,7 @@ class _Audited:
             )
         config = RunConfig.stored({**contribution.settings, **({"data": data} if data else {})})
         backbone = registry.backbone.load(pick_device(config.device))
-        maps = registry.path.parent / "clients"  # where a simulation keeps them
-        images = audited_images(contribution, backbone, config, maps=maps)
+        images = audited_images(contribution, backbone, config, maps=_maps(registry))
         return cls(registry, contribution, config, backbone, images, models)
 
     @property
@@ -211,6 +198,8 @@ class _Audited:
             "data": self.config.data.data,
             "classes": list(self.images.classes),
             "images": {"members": len(train), "non_members": len(test)},
+            "dealt_anew": self.images.shards is not None
+            and not map_of(self.client, self.config, _maps(self.registry)).is_file(),
             "influence": asdict(self.registry.influence_of(self.client)),
             "models": models,
             "distance_to_gold": distances_to_gold(self.models),
@@ -225,21 +214,23 @@ class _Audited:
 
     def accuracy(self, tests: Features) -> tuple[Values, Features]:
         """Measure accuracy, by whose images and by model; also return the remaining's features."""
-        per_client, others = {self.client: self._accuracies(self.images, tests)}, list[Features]()
-        data, seed = self.config.data, self.config.seed
+        removed, staying, seen = self._accuracies(self.images, tests), dict[str, Values](), []
         # Shards have the test images of their client, and these are measured once.
         wanted = tuple({*map(whole_of, self.remaining)} - {whole_of(self.client)})
-        staying = clients_data(data, self.backbone, seed=seed, wanted=wanted)
-        for other in staying if wanted else ():
+        data, seed = self.config.data, self.config.seed
+        others = clients_data(data, self.backbone, seed=seed, wanted=wanted)
+        for other in others if wanted else ():
             step(f"accuracy on the images of {other.name}")
-            others.append(self.features(other.test.images))
-            per_client[other.name] = self._accuracies(other, others[-1])
-        values = {
-            "removed": per_client[self.client],
-            "remaining": _means(per_client, without=self.client),
-            "per_client": per_client,
+            seen.append(self.features(other.test.images))
+            staying[other.name] = self._accuracies(other, seen[-1])
+        means = {
+            name: {key: fmean(own[name][key] for own in staying.values()) for key in FIGURES}
+            for name in self.models
+            if staying
         }
-        return values, {name: torch.cat([o[name] for o in others]) for name in tests if others}
+        per_client = {self.client: removed, **staying}
+        values = {"removed": removed, "remaining": means, "per_client": per_client}
+        return values, {name: torch.cat([s[name] for s in seen]) for name in tests if seen}
 
     def _accuracies(self, data: ClientData, tests: Features) -> Values:
         """Measure accuracy on test images; task-IL of the removed client with the kept rows."""
@@ -250,8 +241,8 @@ class _Audited:
             wanted = torch.tensor([rows.get(known, -1) for known in data.classes])[labels]
             taken = model.head(tests[name]).argmax(1) if rows else torch.full_like(wanted, -2)
             figures[name] = {
-                CLASS_IL: _share(taken == wanted),
-                TASK_IL: _share(own(tests[name]).argmax(1) == labels),
+                CLASS_IL: float((taken == wanted).double().mean()),
+                TASK_IL: float((own(tests[name]).argmax(1) == labels).double().mean()),
                 "num_examples": len(labels),
             }
         return figures
@@ -275,6 +266,11 @@ class _Audited:
         return attacks
 
 
+def _maps(registry: RegistryReader) -> Path:
+    """Where a simulation keeps the maps from sample to shard."""
+    return registry.path.parent / "clients"
+
+
 def _difference(
     attacks: Mapping[str, Mapping[str, Attack]],
     probe: Mapping[str, Mapping[str, Estimate]],
@@ -284,23 +280,8 @@ def _difference(
     """How much better attacks and probe are on the first model; None if one is not there."""
     if not {first, second} <= attacks[LOSS].keys():
         return None
-    shots = probe.get(first, {})
     differences = {
         "auc": {name: own[first].auc - own[second].auc for name, own in attacks.items()},
-        "probe": {few: probe[first][few] - probe[second][few] for few in shots},
+        "probe": {few: own - probe[second][few] for few, own in probe.get(first, {}).items()},
     }
     return dict(as_json(differences))
-
-
-def _means(per_client: Mapping[str, Values], *, without: str) -> Values:
-    """Mean over the clients that stay, by model; empty if none of their images are at hand."""
-    staying = [figures for client, figures in per_client.items() if client != without]
-    names = staying[0] if staying else ()
-    return {
-        name: {key: fmean(figures[name][key] for figures in staying) for key in FIGURES}
-        for name in names
-    }
-
-
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean())

@@ -33,6 +33,8 @@ FROZEN = "frozen"
 """The pre-trained weights alone: what no client taught."""
 MAY_DIFFER = {"device"}
 """Settings that a gold run may have otherwise."""
+DERIVED = "class_cap", "client_cap"
+"""Settings that follow from the first members' counts, where `max-count-ratio` is set."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class AuditedModel:
     head: Head
     """Its joint head."""
     clients: tuple[str, ...]
-    realigned: bool
+    realigned: bool = False
     """Whether the head was made of features of the composed model."""
-    linearised: bool
+    linearised: bool = False
     """Whether it is composed of tangents."""
 
     def features(self, backbone: Backbone, images: Images) -> Tensor:
@@ -71,7 +73,8 @@ def audited_images(
         Its test images, and of its training images those that it did not keep aside.
 
     Raises:
-        DataError: If the client is not among them, or had other numbers of training images.
+        DataError: If the client is not among them, or had other classes or, where these were sent
+            without noise, other numbers of training images.
     """
     client, source, seed = contribution.client, config.data.data, config.seed
     names, whole = client_names(config.data), whole_of(client)
@@ -88,7 +91,8 @@ def audited_images(
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     trained_on = counts_of(contribution.statistics)
     at_hand = dict(zip(data.classes, counts, strict=True))
-    if at_hand != trained_on:
+    noised = config.caps.dp_noise > 0  # then counts are not those of the images
+    if at_hand.keys() != trained_on.keys() or (at_hand != trained_on and not noised):
         raise DataError(
             f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
             f"trained on {trained_on}. Name the images it was trained on with `--data`."
@@ -101,33 +105,29 @@ def _dealt(share: Share, config: RunConfig, maps: Path | None) -> tuple[Share, T
     """Deal a client's images to its shards, by a copy of its map: the map is not changed."""
     count, cap = config.data.shards, config.data.images_per_class
     with TemporaryDirectory(prefix="fedcompo-") as folder:
-        copy = Path(folder) / f"{share.name}.shards-{count}.csv"
-        if maps is not None and (maps / copy.name).is_file():
-            shutil.copyfile(maps / copy.name, copy)
+        copy = Path(folder) / "map.csv"
+        if maps is not None and (known := map_of(share.name, config, maps)).is_file():
+            shutil.copyfile(known, copy)
         return dealt(share, count, seed=config.seed, cap=cap, needed=1, file=copy)
 
 
+def map_of(client: str, config: RunConfig, maps: Path) -> Path:
+    """Return where the map from a client's samples to its shards is kept, if it is there."""
+    return maps / f"{whole_of(client)}.shards-{config.data.shards}.csv"
+
+
 def audited_models(
-    registry: RegistryReader,
-    client: str,
-    gold: RegistryReader | None = None,
-    repaired: RegistryReader | None = None,
+    registry: RegistryReader, client: str, **others: RegistryReader | None
 ) -> dict[str, AuditedModel]:
-    """Compose before, after and, where there is one, gold and repaired; by those names.
+    """Compose before, after and those of other registries, where there is one; by name.
 
     After the last member, nothing but the pre-trained weights is left.
     """
     after = frozen(registry)
     if registry.clients != (client,):
-        without = from_registry(registry, without=(client,))
-        after = AuditedModel(
-            dict(without.stream()),
-            without.head,
-            without.pool.clients,
-            realigned=False,
-            linearised=without.pool.linearised,
-        )
-    others = {GOLD: gold, REPAIRED: repaired}
+        left = from_registry(registry, without=(client,))
+        pool, theta = left.pool, dict(left.stream())
+        after = AuditedModel(theta, left.head, pool.clients, linearised=pool.linearised)
     return {
         BEFORE: _composition_of(registry),
         AFTER: after,
@@ -137,34 +137,13 @@ def audited_models(
 
 def frozen(registry: RegistryReader) -> AuditedModel:
     """Return the pre-trained weights, under a head of no class."""
-    head = zero_head((), registry.backbone.num_features)
-    return AuditedModel({}, head, (), realigned=False, linearised=False)
+    return AuditedModel({}, zero_head((), registry.backbone.num_features), ())
 
 
 def all_images(data: ClientData) -> tuple[Images, Tensor]:
     """A client's images, training images first, (examples, ...), and labels, (examples,)."""
     parts = data.train, data.test
     return joined(*(p.images for p in parts)), torch.cat([p.labels for p in parts])
-
-
-def logits_of(
-    backbone: Backbone, theta: Weights, head: Head, data: ClientData, *, linearised: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute a model's logits on all of a client's images.
-
-    Args:
-        backbone: Pre-trained weights.
-        theta: Target weights to use in their place, by name.
-        head: Has the client's classes.
-        data: The client's images.
-        linearised: Whether the weights are composed of tangents.
-
-    Returns:
-        Logits (examples, classes), training images first, and labels (examples,), rows of the head.
-    """
-    images, labels = all_images(data)
-    logits = head(extract_features(feature_map(backbone, theta, tangent=linearised), images))
-    return logits, head.indices(data.classes)[labels]
 
 
 def distances_to_gold(models: Mapping[str, AuditedModel]) -> dict[str, float]:
@@ -189,33 +168,30 @@ def check_gold(registry: RegistryReader, gold: RegistryReader, client: str) -> N
 
     Raises:
         BackboneMismatch: If it is of another backbone.
-        ConfigError: If its members or settings are not those expected.
+        ConfigError: If its members or settings are not those expected, or none are.
     """
+    expected, made = (
+        _staying(registry, client),
+        f"Make it by the same run with `exclude = {client}`.",
+    )
     if gold.state.base != registry.state.base:
         raise BackboneMismatch(
             f"The gold registry {gold.path} is of the backbone {gold.state.base}, expected "
-            f"{registry.state.base}. Make it by the same run with `exclude = {client}`."
+            f"{registry.state.base}. {made}"
         )
-    expected = _others(registry, client)
-    if gold.clients != expected or not expected:
+    if gold.clients != expected:
         raise ConfigError(
             f"The gold registry {gold.path} holds {', '.join(gold.clients) or 'nobody'}, expected "
-            f"exactly {', '.join(expected) or 'nobody'}. "
-            + (
-                f"Make it by the same run with `exclude = {client}`."
-                if expected
-                else f"{client} is the last member, so gold is the pre-trained weights, as after "
-                "is: leave `--gold` out."
-            )
+            f"exactly {', '.join(expected)}. {made}"
         )
     ours, theirs = _comparable(registry, expected), _comparable(gold, expected)
     if differing := sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)):
-        key = differing[0]
+        key, *more = differing
         raise ConfigError(
             f"The gold registry {gold.path} was made with other settings: {key} is "
             f"{theirs.get(key)!r}, expected {ours.get(key)!r}"
-            + (f" (and {len(differing) - 1} more)" if differing[1:] else "")
-            + ". Only with the same settings does it show what the client's absence does."
+            f"{f' (and {len(more)} more)' if more else ''}. "
+            "Only with the same settings does it show what the client's absence does."
         )
 
 
@@ -223,25 +199,35 @@ def check_repaired(registry: RegistryReader, repaired: RegistryReader, client: s
     """Refuse a registry that is not a copy of this one from which the client was removed.
 
     Raises:
-        ConfigError: If it is of another origin, has other members, or its journal has no removal.
+        ConfigError: If it is of another origin, has other members or none, or its journal has no
+            removal.
     """
-    expected = _others(registry, client)
+    expected = _staying(registry, client)
     removed = any(e.event == "removed" and client in e.clients for e in repaired.entries())
     if repaired.identity != registry.identity or repaired.clients != expected or not removed:
         raise ConfigError(
             f"The repaired registry {repaired.path} holds {', '.join(repaired.clients) or 'nobody'}"
             f", expected a copy of {registry.path} from which {client} was removed, and whose "
-            f"others stay: {', '.join(expected) or 'nobody'}. Copy the registry, and remove the "
-            "client there by a run with `action = remove` and `repair-rounds`."
+            f"others stay: {', '.join(expected)}. Copy the registry, and remove the client there "
+            "by a run with `action = remove` and `repair-rounds`."
         )
 
 
-def _others(registry: RegistryReader, client: str) -> tuple[str, ...]:
+def _staying(registry: RegistryReader, client: str) -> tuple[str, ...]:
+    """Return the other members; refuses where there are none."""
+    if registry.clients == (client,):
+        raise ConfigError(
+            f"{client} is the last member: without it the pre-trained weights are left, which no "
+            "run is needed for. Leave `--gold` and `--repaired` out."
+        )
     return tuple(name for name in registry.clients if name != client)
 
 
 def _comparable(registry: RegistryReader, clients: Iterable[str]) -> dict[str, Any]:
-    settings = {f"the registry's {k}": v for k, v in registry.settings.values.items()}
+    """Return the settings that a gold run shares, of the registry and of clients."""
+    values = registry.settings.values
+    derived = DERIVED if values.get("max_count_ratio") else ()
+    settings = {f"the registry's {k}": v for k, v in values.items() if k not in derived}
     for client in clients:
         own = registry.contribution(client).settings
         settings |= {f"{key} of {client}": v for key, v in own.items() if key not in MAY_DIFFER}

@@ -14,8 +14,8 @@ from fedcompo.audit.forgetting import ALL
 from fedcompo.audit.measure import CLASS_IL, FIGURES, TASK_IL
 from fedcompo.audit.models import AFTER, BEFORE, FROZEN, GOLD, REPAIRED
 from fedcompo.audit.verdicts import bounded
-from fedcompo.export.model_card import escaped
-from fedcompo.report.console import say, table_console
+from fedcompo.export.model_card import escaped, table
+from fedcompo.report.console import numbers, say, table_console
 from fedcompo.report.units import ALL_CLASSES, EXPLAINED, OWN_CLASSES, listed, percent
 from fedcompo.storage.files import write_atomically
 
@@ -59,12 +59,10 @@ def print_audit(values: Values) -> None:
     console = table_console()
     for title, rows in _tables(values):
         header, *body = rows
-        table = Table(title=title)
-        for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left")
+        shown = Table(header[0], *numbers(*header[1:]), title=title)
         for row in body:
-            table.add_row(*(_styled(cell) for cell in row))
-        console.print(table)
+            shown.add_row(*map(_styled, row))
+        console.print(shown)
     for sentence in [*_sentences(values), "", *values["verdicts"]]:
         say(sentence)
 
@@ -76,14 +74,8 @@ def markdown(values: Values) -> str:
     parts = [f"# Does the model forget {escaped(values['client'])}?", first, found]
     for title, (header, *rows) in _tables(values):
         rows = [[escaped(name), *figures] for name, *figures in rows]
-        parts += [f"## {escaped(title)}", markdown_table([header, *rows])]
+        parts += [f"## {escaped(title)}", table(header, rows, numbers=True)]
     return "\n\n".join([*parts, *more]) + "\n"
-
-
-def markdown_table(rows: Rows) -> str:
-    """Return a Markdown table; the first row is its header."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
 def interval(estimate: Values) -> str:
@@ -150,8 +142,18 @@ def _sentences(values: Values) -> list[str]:
         f"{name}: {MODELS[name]} ({listed(model['clients']) or MODELS[FROZEN]})"
         for name, model in values["models"].items()
     )
-    attack = " ".join([*_counts(values), ATTACK])
-    sentences = [f"{first[0].upper()}{first[1:]}.", *_closeness(values), attack]
+    images, far = values["images"], values["distance_to_gold"]
+    sentences = [f"{first[0].upper()}{first[1:]}."]
+    if far:
+        sentences.append(
+            f"Distance of the weights to gold: before {far[BEFORE]:.3g}, after {far[AFTER]:.3g}."
+            if far[AFTER]
+            else "The weights after are those of gold, bit for bit."
+        )
+    sentences.append(
+        f"{images['members']} members, {images['non_members']} non-members. {values['shadows']} "
+        f"shadow models, seed {values['seed']}. {ATTACK}"
+    )
     retrain = [name for part in values["influence"].values() for name in part]
     if retrain:
         sentences.append(
@@ -159,23 +161,6 @@ def _sentences(values: Values) -> list[str]:
             f"{listed(sorted(set(retrain)))}."
         )
     return [*sentences, *(f"{line}." for line in EXPLAINED.splitlines()), *values["notes"]]
-
-
-def _counts(values: Values) -> list[str]:
-    images = values["images"]
-    return [
-        f"{images['members']} members, {images['non_members']} non-members.",
-        f"{values['shadows']} shadow models, seed {values['seed']}.",
-    ]
-
-
-def _closeness(values: Values) -> list[str]:
-    far = values["distance_to_gold"]
-    if not far:
-        return []
-    if not far[AFTER]:
-        return ["The weights after are those of gold, bit for bit."]
-    return [f"Distance of the weights to gold: before {far[BEFORE]:.3g}, after {far[AFTER]:.3g}."]
 
 
 def _styled(cell: str) -> Text:

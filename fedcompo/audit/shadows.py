@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.audit.membership import FEWEST_SHADOWS, confidence
-from fedcompo.audit.models import all_images, logits_of
+from fedcompo.audit.models import AuditedModel, all_images
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import stream_composition
@@ -101,21 +101,13 @@ class ClientTraining:
                 "it cannot be trained. Audit a client that was trained here."
             )
         config = RunConfig.stored(contribution.settings)
-        joint = None
-        single = len(contribution.head.classes) == 1
-        if single or _under_joint_head(config):
+        classes, joint = contribution.head.classes, None
+        if len(classes) == 1 or _under_joint_head(config):
             pool = registry.pool()
             members = {client, *contribution.lineage.aligned_with} & set(pool.clients)
             joint = head_of(pool.only(*members), registry.settings)
-        return cls(
-            client,
-            contribution.head.classes,
-            contribution.task_vector.kind,
-            backbone,
-            config,
-            joint,
-            _anchor_of(registry, client, config),
-        )
+        kind, anchor = contribution.task_vector.kind, _anchor_of(registry, client, config)
+        return cls(client, classes, kind, backbone, config, joint, anchor)
 
     def fit(self, data: Split, *, generator: torch.Generator) -> TaskVector:
         """Fit a task vector as the client did; labels index its classes."""
@@ -192,7 +184,7 @@ def train_shadows(
     )
     everyone = registry.pool()  # with what the registry's rule needs of them
     (member,), others = everyone.only(training.client), everyone.without(training.client)
-    phi = []
+    labels, phi = head.indices(data.classes)[whole.labels], []
     for index, chosen in enumerate(trained_on):
         step(f"shadow {index + 1} of {count}")
         vector = training.fit(
@@ -200,13 +192,11 @@ def train_shadows(
             generator=generator_for(seed, "shadow", training.client, str(index)),
         )
         pool = Pool((*others, replace(member, task_vector=vector)))
-        theta = dict(
-            stream_composition(
-                pool, registry.backbone, None, registry.settings, factor=registry.factor
-            )
+        composed = stream_composition(
+            pool, registry.backbone, None, registry.settings, factor=registry.factor
         )
-        logits = logits_of(training.backbone, theta, head, data, linearised=pool.linearised)
-        phi.append(confidence(*logits))
+        model = AuditedModel(dict(composed), head, pool.clients, linearised=pool.linearised)
+        phi.append(confidence(head(model.features(training.backbone, whole.images)), labels))
     return ShadowModels(torch.stack(phi), trained_on)
 
 

@@ -58,6 +58,12 @@ def notes(values: Values) -> list[str]:
     measured = {*map(whole_of, values["accuracy"]["per_client"])}
     if missing := sorted({*map(whole_of, values["remaining"])} - measured):
         found.append(f"No images were at hand of {', '.join(missing)}.")
+    if values["dealt_anew"]:
+        found.append(
+            f"No map of the shards of {whole_of(client)} lies beside the registry: images were "
+            "dealt anew by the seed, as in a first run. If they had been dealt otherwise, an "
+            "attack on these says nothing."
+        )
     if not values["probe"]:
         found.append(f"{client} has a single class: a probe has nothing to tell apart.")
     if not values["membership"]["loss"][BEFORE]["tpr"]:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from fedcompo.backbone.reduction import reduce
-from fedcompo.backbone.thin import Thin
+from fedcompo.backbone.thin import RATIO, Thin
 from fedcompo.errors import BackboneError
 from fedcompo.storage.files import tuples
 
@@ -166,8 +166,9 @@ class Preprocessing:
         picture = picture.convert("L" if self.channels == 1 else "RGB")
         if self.rule == 1:
             return self._resize_1(picture)
-        if self.crop_fraction <= 1 and self.crop_mode != "border":  # nothing is padded
-            picture = Thin.unless_broad(picture)
+        thin = max(picture.size) > RATIO * min(picture.size)
+        if thin and self.crop_fraction <= 1 and self.crop_mode != "border":  # nothing is padded
+            picture = Thin(picture)
         return _transform(self)(picture).contiguous()
 
     def _resize_1(self, picture: Image.Image) -> Tensor:

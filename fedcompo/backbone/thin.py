@@ -46,11 +46,6 @@ class Thin(Image.Image):
         super().__init__()
         self.picture, self.wanted, self.by = picture, size if any(size) else picture.size, by
 
-    @classmethod
-    def unless_broad(cls, picture: Image.Image) -> Image.Image:
-        """Stand for a picture if it is thin; return any other as it is."""
-        return cls(picture) if max(picture.size) > RATIO * min(picture.size) else picture
-
     @property
     def size(self) -> tuple[int, int]:
         """Width and height after enlarging."""

@@ -171,16 +171,17 @@ def settings(
     console.print(table)
 
 
-app.command()(check)
-app.command()(fisher)
-app.command()(fit)
-app.command("init-deployment")(init_deployment)
-app.command("request-certificate")(request_certificate)
-app.command("check-certificate")(check_certificate)
-app.command()(registry.create)
-app.command("list")(registry.list_clients)
-app.command("import")(import_source)
+NAMES = {registry.list_clients: "list", import_source: "import"}
 for command in (
+    check,
+    fisher,
+    fit,
+    init_deployment,
+    request_certificate,
+    check_certificate,
+    registry.create,
+    registry.list_clients,
+    import_source,
     registry.show,
     registry.add,
     registry.remove,
@@ -203,7 +204,7 @@ for command in (
     service.request_removal,
     audit,
 ):
-    app.command()(command)
+    app.command(NAMES.get(command))(command)
 
 
 def _simulate(

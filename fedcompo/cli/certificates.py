@@ -53,6 +53,7 @@ def request_certificate(
         say(f"Private keys of the {holder}: in {folder}; they stay there.")
         say(f"Send this file to who keeps the authority: {path}")
         say(f"Tell its SHA-256 over another channel, such as the telephone: {request.fingerprint}")
+        say(f"Put the certificate that comes back, {holder.role}.crt, in {folder}.")
 
 
 def check_certificate(
@@ -82,17 +83,17 @@ def check_certificate(
             )
         for path in own:
             credential = read_credential(path, path.with_suffix(".key"))
-            certificate = x509.load_pem_x509_certificate(credential.certificate)
+            certificate = credential.parsed
             if not any(is_issued_by(certificate, one) for one in trusted):
                 raise ConfigError(
                     f"{path} is of another authority than {folder / 'ca.crt'}. Ask for the "
                     "certificate of this deployment."
                 )
-            warn(endings(authority, credential))
+            warn(*endings(authority, credential))
             say(f"{path} holds until {certificate.not_valid_after_utc:%Y-%m-%d}.")
 
 
-def warn(sentences: tuple[str, ...]) -> None:
-    """Print warnings on standard error."""
-    for sentence in sentences:
+def warn(*sentences: str) -> None:
+    """Print warnings on standard error; empty ones are none."""
+    for sentence in filter(None, sentences):
         say(f"Warning: {sentence}", PlainConsole(stderr=True))

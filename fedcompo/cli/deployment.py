@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -72,15 +72,14 @@ def init_deployment(
     """
     with common.errors_as_sentences(verbose):
         ports = {"port": port, "superlink_port": superlink_port, "registry_port": registry_port}
-        plan = {"server": server, "clients": clients, **ports}
+        modes = {"update": update or None, "add": add, "approve": approve, "renew": renew}
+        new = {"server": server, "clients": clients, "with_keys": with_keys or None, **ports}
+        _require_one_mode(modes, [key for key, v in {**modes, **new}.items() if v is not None])
         if update:
-            _require_nothing_but("--update", plan, add, approve, renew, with_keys or None)
             _update(folder)
         elif add is not None:
-            _require_nothing_but("--add", plan, approve, renew)
             _add(folder, add.strip(), with_keys)
         elif approve or renew is not None:
-            _require_nothing_but("--approve and --renew", plan, with_keys or None)
             _issue(folder, approve or [], common.listed_names(renew), yes)
         elif server is None or clients is None:
             raise ConfigError(
@@ -92,11 +91,13 @@ def init_deployment(
             _create(folder, server, common.listed_names(clients), chosen, with_keys)
 
 
-def _require_nothing_but(mode: str, plan: dict[str, Any], *others: object) -> None:
-    if any(option is not None for option in (*plan.values(), *others)):
+def _require_one_mode(modes: Collection[str], given: Sequence[str]) -> None:
+    together = ("add", "with_keys"), ("approve", "renew")
+    extra = [f"`--{option}`" for option in given[1:] if (given[0], option) not in together]
+    if extra and given[0] in modes:
         raise ConfigError(
-            f"`{mode}` changes what DIR holds; give no other option, and leave out `--server`, "
-            "`--clients` and ports."
+            f"`--{given[0]}` changes what DIR holds; give no other option: leave out "
+            f"{', '.join(extra).replace('_', '-')}."
         )
 
 
@@ -156,26 +157,32 @@ def _issue(folder: Path, files: list[Path], renewed: tuple[str, ...], yes: bool)
 
 def _say_issued(folder: Path, issued: Iterable[Issued]) -> None:
     """Say what was issued, what to copy and restart, and how to lock out what it replaces."""
+    from fedcompo.service.certificates import Holder
+
     for each in issued:
-        holder, (certificate, *node_key) = each.holder, each.files
+        holder, (certificate, *node_key) = Holder.of(each.certificate), each.files
+        first = "" if each.old else "; then go on with the README.md there"
         say(f"Certified the {holder} until {each.certificate.not_valid_after_utc:%Y-%m-%d}.")
         if holder.role == "server":
-            say(f"  {folder / certificate}: copy it to the server's certificates/; start")
-            say("    ./start-superlink, ./start-proxy and ./start-registry again, between two runs")
+            say(f"  {folder / certificate}: copy it to the server's certificates/{first}")
+            if each.old:
+                say("    Between two runs, start ./start-superlink, ./start-proxy and")
+                say("    ./start-registry again.")
         elif holder.role == "operator":
             say(f"  {folder / certificate}: copy it to where the operator works, if not here")
         else:
-            say(f"  {folder / certificate}: copy it to certificates/ of {holder.name}")
+            then = ", with its new keys, and start it again" if each.old_key else first
+            say(f"  {folder / certificate}: copy it to certificates/ of {holder.name}{then}")
         for place in node_key:
             what = "start ./start-superlink again" if each.old else "run ./register"
             say(f"  {folder / place}: copy it to the server's clients/, and {what} there")
         if each.old:
             say(f"  The old one holds until {each.old.not_valid_after_utc:%Y-%m-%d}.")
-            if holder.role == "server":
+            if each.old_key and holder.role == "server":
                 say("    No list locks it out before: that takes a new deployment.")
-            else:
-                say("    To lock it out before, add this line to the server's `revoked`:")
-                say(f"    {each.old_fingerprint}")
+            elif each.old_key:
+                say("    To lock out its key before, add this line to the server's `revoked`:")
+                say(f"    {each.old_key}")
 
 
 def _update(folder: Path) -> None:

@@ -87,23 +87,24 @@ def export(
             selection = replace(selection, head=opened.contribution(client).head)
         step("writing")
         if egress:
-            from fedcompo.export.egress import Request, statement
+            from fedcompo.export.egress import statement
             from fedcompo.export.pack import write_pack
 
-            request = Request(audits or (), licence, results_beside(opened.path))
-            stated = statement(opened, selection, request)
-
-            def seal(folder: Path, _: Mapping[str, Any]) -> None:
-                write_pack(folder, registry=opened, values=stated)
-
-            report(publish(output, selection, sealing=seal), as_json)
-            return
-        if client is None and not adapter:
+            beside = results_beside(opened.path)
+            stated = statement(
+                opened, selection, audits=audits or (), licence=licence, results=beside
+            )
+            written = publish(
+                output, selection, sealing=lambda at, _: write_pack(at, opened, stated)
+            )
+            report(written, as_json)
+        elif client is None and not adapter:
             report(publish(output, selection), as_json)
-            return
-        from fedcompo.export.peft import export_peft
+        else:
+            from fedcompo.export.peft import export_peft
 
-        _report_adapter({**export_peft(output, selection, rank=rank), "client": client}, as_json)
+            written = export_peft(output, selection, rank=rank)
+            _report_adapter({**written, "client": client}, as_json)
 
 
 def _report_adapter(written: Mapping[str, Any], as_json: bool) -> None:

@@ -55,7 +55,7 @@ class Connection:
 
         authority, credential = read_authority(self.ca), self.credential
         client = Client(self.server, authority, credential, insisting=True)
-        warn(endings(authority, credential))
+        warn(*endings(authority, credential))
         warn(server_ending(self.server, self.ca, self.certificate, self.key))
         return client
 
@@ -162,11 +162,11 @@ def request_removal(
     """
     with common.errors_as_sentences(verbose), connection.open() as service:
         from fedcompo.data.tasks import shard_name, whole_of
-        from fedcompo.service.certificates import name_in
+        from fedcompo.service.certificates import common_name
 
         if as_json and not yes:
             raise ConfigError("With --json nobody is asked: add --yes.")
-        name = shard_name(client or name_in(connection.credential), shard)
+        name = shard_name(client or common_name(connection.credential.parsed), shard)
         shards = [m.client for m in service.list().members if whole_of(m.client) == name]
         paths = {
             going: output or Path(f"removal-{going}.json")
@@ -177,6 +177,8 @@ def request_removal(
                 f"{name} has {len(paths)} shards, each with a receipt: leave out --output, or name "
                 "one of them with --shard."
             )
+        if output and output.suffix == ".pem":
+            raise ConfigError(f"{output} will hold the public key; name another file by --output.")
         files = [file for path in paths.values() for file in (path, path.with_suffix(".pem"))]
         if taken := next((file for file in files if file.exists()), None):
             raise ConfigError(
@@ -197,7 +199,6 @@ def _leave(service: Client, name: str, path: Path, reason: str, *, as_json: bool
     public = path.with_suffix(".pem")
     with common.progress(quiet=as_json):
         step(f"removing {name}")
-        service.list()  # is it the registry that this machine knows?
         receipt = service.remove(name, reason=reason)
     write_atomically(path, receipt.record)
     write_atomically(public, receipt.public_key)
@@ -234,14 +235,9 @@ def members(
             step("asking")
             there = service.list()
             findings = service.verify() if verify else ()
+        keys = ("client", "kind", "num_examples", "classes", "added")
         rows = [
-            {
-                "client": member.client,
-                "kind": member.kind,
-                "num_examples": member.num_examples,
-                "classes": list(member.classes),
-                "added": member.added,
-            }
+            {key: getattr(member, key) for key in keys} | {"classes": list(member.classes)}
             for member in there.members
         ]
         if as_json:

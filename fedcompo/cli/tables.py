@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
@@ -60,9 +62,7 @@ def print_list(summary: Mapping[str, Any]) -> None:
             str(len(row["shaped_by"])),
             str(len(row["shapes"])),
         )
-    console = table_console()
-    console.print(table)
-    _say_shards(row["client"] for row in summary["clients"])
+    table_console().print(table)
     for row in summary["clients"]:
         if fault := row.get("fault"):
             say(f"{row['client']} cannot be described ({fault}); see `fedcompo verify`.")
@@ -80,10 +80,8 @@ def print_list(summary: Mapping[str, Any]) -> None:
     _say_notes((row["line"], row["client"], row["classes"]) for row in summary["clients"])
     if summary["clients"]:
         one, every = (summary["settings"].get(f"{cap}_cap") for cap in ("class", "client"))
-        caps = (
-            f"for at most {one} images of a class, {every} in all" if one else "for all its images"
-        )
-        say(f"A client counts {caps}")
+        capped = f"for at most {one} images of a class, {every} in all"
+        say(f"A client counts {capped if one else 'for all its images'}")
         if rule := summary["settings"].get("rule"):
             say(f"Rule {rule}")
         say(f"Scale λ = {summary['scale']:.4g}, {CHOSEN_BY[summary['factor_by']]}")
@@ -111,32 +109,21 @@ def print_members(
             str(member["num_examples"]),
         )
     table_console().print(table)
-    _say_shards(member["client"] for member in members)
     _say_notes((m["added"], m["client"], m["classes"]) for m in members)
     say(f"Root {root}")
     say(f"Its key has SHA-256 {key}")
 
 
-def _say_shards(members: Iterable[str]) -> None:
-    """Say which shards are there of each client that has some."""
+def _say_notes(arrivals: Iterable[tuple[int, str, Sequence[str]]]) -> None:
+    """Say which shards a client has, which classes may be one, and who came to another's."""
     from fedcompo.data.tasks import shard_of, whole_of
 
-    there: dict[str, list[int]] = {}
-    for member in members:
-        if (number := shard_of(member)) is not None:
-            there.setdefault(whole_of(member), []).append(number)
-    for client, own in there.items():
-        say(f"Shards of {client}: {listed(map(str, sorted(own)))}.")
-
-
-def _say_notes(arrivals: Iterable[tuple[int, str, Sequence[str]]]) -> None:
-    """Say which classes may be one, and who came to another's."""
     came = list(arrivals)
-    notes = (
-        note_on(twins({client: classes for _, client, classes in came})),
-        note_on_newcomers(came),
-    )
-    for note in filter(None, notes):
+    shards = sorted((whole_of(m), n) for _, m, _ in came if (n := shard_of(m)) is not None)
+    for client, own in groupby(shards, key=itemgetter(0)):
+        say(f"Shards of {client}: {listed(str(number) for _, number in own)}.")
+    alike = note_on(twins({client: classes for _, client, classes in came}))
+    for note in filter(None, (alike, note_on_newcomers(came))):
         say(f"Note: {note}")
 
 
@@ -218,18 +205,14 @@ def print_findings(findings: Sequence[Finding]) -> None:
     whole = [f for f in findings if f.holds and f.claim.endswith(UNALTERED)]
     for finding in findings:
         if finding not in whole:
-            mark, style = MARKS[finding.holds]
-            table.add_row(finding.claim, Text(mark, style=style))
+            table.add_row(finding.claim, Text(*MARKS[finding.holds]))
     if whole:
-        mark, style = MARKS[True]
-        table.add_row(f"{len(whole)} files are unaltered", Text(mark, style=style))
+        table.add_row(f"{len(whole)} files are unaltered", Text(*MARKS[True]))
     table_console().print(table)
     for finding in findings:
         if not finding.holds:
-            mark, _ = MARKS[finding.holds]
-            say(f"{mark}: {finding.claim}: {finding.detail}")
-    failed = sum(finding.holds is False for finding in findings)
-    opened = sum(finding.holds is None for finding in findings)
+            say(f"{MARKS[finding.holds][0]}: {finding.claim}: {finding.detail}")
+    failed, opened = (sum(f.holds is mark for f in findings) for mark in (False, None))
     held = f"{len(findings) - failed - opened} of {len(findings)} claims hold"
     fails = f"{failed} fail{'s' * (failed == 1)}"
     say(f"{held}, {fails}, {opened} cannot be derived again from what is at hand.")
@@ -300,7 +283,7 @@ def print_effect(accuracy: Mapping[str, Any]) -> None:
         say(f"Its effect on accuracy was not measured: {accuracy['reason']}")
         return
     title = "Accuracy, %, before the removal → after it"
-    caption = f"The model knows fewer classes afterwards.\n{EXPLAINED}"
+    caption = f"The model may know fewer classes afterwards.\n{EXPLAINED}"
     table = _accuracies(title, caption, ALL_CLASSES, "→", OWN_CLASSES, "→")
     for client, before in accuracy["before"].items():
         both = before, accuracy["after"].get(client, {})

@@ -80,12 +80,12 @@ class MethodConfig:
 
     def check_shards(self, shards: int) -> None:
         """Raise ``ConfigError`` if clients have shards, but cannot train them in this way."""
-        averages = self.method in (Method.FEDAVG, Method.FEDPROX)
-        way = f"`method` = {self.method}" if averages else f"`schedule` = {self.schedule}"
-        if shards > 1 and (averages or self.schedule is Schedule.SEQUENTIAL):
+        apart = self.method in (Method.ITA, Method.IEL) and self.schedule is Schedule.PARALLEL
+        if shards > 1 and not apart:
             raise ConfigError(
-                f"`shards` is {shards}, but {way} trains clients as a whole: set `shards` to 1, or "
-                "train by ita or iel in parallel."
+                f"`shards` is {shards}, but `method` = {self.method} with `schedule` = "
+                f"{self.schedule} trains clients as a whole: set `shards` to 1, or train by ita or "
+                "iel in parallel."
             )
 
 
@@ -279,11 +279,8 @@ class RunConfig:
         """Return the settings that are stored with a contribution: those that can change it."""
         for_server = fields(ComposeConfig) + fields(ServerConfig) + fields(RegistryConfig)
         apart = {"output", "preset", "keep-cache", *map(_key, for_server)}
-        return {
-            key: value
-            for key, value in self.flat().items()
-            if key not in apart and value != LATER.get(key)
-        }
+        own = self.flat().items()
+        return {key: v for key, v in own if key not in apart and v != LATER.get(key)}
 
 
 SECTIONS: dict[str, Any] = {

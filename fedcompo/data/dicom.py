@@ -63,10 +63,8 @@ def dicom_picture(content: bytes) -> Image.Image:
             values, last = (values + AIR).clip(0), last + AIR
         values = max(first, last) - values if inverted else values
         whole = (values == np.rint(values)).all()
-        picture, oddity = (
-            Image.fromarray(values.astype(np.int32 if whole else np.float32)),
-            UNWINDOWED,
-        )
+        picture = Image.fromarray(values.astype(np.int32 if whole else np.float32))
+        oddity = UNWINDOWED
     picture.info[ODDITY] = oddity
     return picture
 

@@ -13,7 +13,7 @@ Which image is in which shard is written to a map, a CSV file that only its owne
 A *sample* is an image's file, seen from the client's folder or table, or else the SHA-256 of its
 content. The map is read again in the next run. So images stay where they are when others are
 deleted, new ones are dealt to the smaller shards, and those drawn as test images (``test``) stay
-test images. The map never leaves the client.
+test images. Images with the same content go the same way. The map never leaves the client.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import Share, drawn_aside
 from fedcompo.data.draws import cap_members, frozen_generator
-from fedcompo.data.sources.columns import called, pick
+from fedcompo.data.sources.columns import GROUP, called, pick
 from fedcompo.errors import DataError
 from fedcompo.storage.files import replaced, write_private
 
 COLUMNS = ["shard", "sample", "group"]
 TEST = "test"
 """What the map says of an image that was drawn as a test image."""
-GROUP = "group"
-"""Column of a table that says which images belong together; or one called alike."""
 Places = Mapping[str, str]
 """The map: a shard's number, or ``test``, by sample."""
 
@@ -67,40 +67,51 @@ def dealt(
         (count,), int64.
 
     Raises:
-        DataError: If a shard gets too few images; if the map cannot be read, or is of other shards;
-            if several columns may be that of the groups.
+        DataError: If a shard gets too few images; if the map cannot be read, or is of other shards
+            or images; if several columns may be that of the groups.
     """
-    known, catalogue = _read(file, shards), share.catalogue
-    samples, groups = _samples(share), _groups(catalogue)
-    if known:
-        share = _as_known(share, known, samples, cap=cap, seed=seed)
+    catalogue, samples, groups = share.catalogue, _samples(share), _groups(share.catalogue)
+    known = _known(file, shards, {*samples.values()})
+    tests = np.concatenate(share.test).tolist() if catalogue.is_test is None else []
+    drawn = dict.fromkeys((samples[i] for i in tests), TEST)
+    share = _as_known(share, known or drawn, samples, cap=cap, seed=seed)
     train = np.concatenate(share.train).tolist()
-    placed = {i: int(known[samples[i]]) for i in train if samples[i] in known}
+    placed = {i: int(known[samples[i]]) for i in train if known.get(samples[i], TEST) != TEST}
     order = frozen_generator(seed, "shards", share.name).permutation(len(train))
-    together: dict[tuple[bool, str], list[int]] = {}
-    for i in (train[place] for place in order):
-        key = (True, groups[i]) if groups[i] else (False, samples[i])
-        together.setdefault(key, []).append(i)
-    units = sorted(together.values(), key=len, reverse=True)
+    units = _together([train[place] for place in order], samples, groups)
     place = _deal(units, catalogue.classes, shards, placed)
     if not known:
         _check_enough(share, units, shards, place, needed)
-    there = {*samples.values()}
-    tests = np.concatenate(share.test).tolist() if catalogue.is_test is None else []
-    places = {sample: where for sample, where in known.items() if sample in there}
-    places |= {samples[i]: TEST for i in tests} | {samples[i]: str(place[i]) for i in train}
+    places = {**(known or drawn), **{samples[i]: str(place[i]) for i in train}}
     _write(file, places, {samples[i]: groups[i] for i in samples})
     return share, torch.tensor([place[i] for i in train])
 
 
+def _together(
+    images: Sequence[int], samples: Mapping[int, str], groups: Sequence[str]
+) -> list[list[int]]:
+    """Join images of one group, and those with the same content; the largest unit comes first."""
+    _, content = np.unique([samples[i] for i in images], return_inverse=True)
+    named = [f"group {groups[i]}" if groups[i] else f"sample {samples[i]}" for i in images]
+    _, group = np.unique(named, return_inverse=True)
+    count = len(images)
+    edges = coo_array((np.ones(count), (content, count + group)), shape=(2 * count, 2 * count))
+    _, unit_of = connected_components(edges, directed=False)
+    units: dict[int, list[int]] = {}
+    for i, unit in zip(images, unit_of[content], strict=True):
+        units.setdefault(unit, []).append(i)
+    return sorted(units.values(), key=len, reverse=True)
+
+
 def needed_for(least: int, *, aside: float) -> int:
     """Return how many images of a class leave ``least`` to train on, and at least one."""
-
-    def left(images: int) -> int:
-        drawn = drawn_aside(torch.zeros(images, dtype=torch.int64), share=aside, seed=0, client="")
-        return images - int(drawn.sum())
-
-    return next(images for images in numbers(max(1, least)) if left(images) >= max(1, least))
+    least = max(1, least)
+    of_one_class = (torch.zeros(images, dtype=torch.int64) for images in numbers(least))
+    return next(
+        len(labels)
+        for labels in of_one_class
+        if int((~drawn_aside(labels, share=aside, seed=0, client="")).sum()) >= least
+    )
 
 
 def _deal(
@@ -205,21 +216,15 @@ def _digest(catalogue: Catalogue, index: int) -> str:
 def _groups(catalogue: Catalogue) -> Sequence[str]:
     """The group of each image; empty: none."""
     columns = [*catalogue.columns]
-    column = pick(
-        GROUP,
-        called(GROUP, columns),
-        chosen={},
-        columns=columns,
-        source=catalogue.source,
-        needed=False,
-    )
+    there, source = called(GROUP, columns), catalogue.source
+    column = pick(GROUP, there, chosen={}, columns=columns, source=source, needed=False)
     if not column:
         return [""] * len(catalogue.classes)
     return [str(value).strip() for value in catalogue.columns[column]]
 
 
-def _read(file: Path, shards: int) -> dict[str, str]:
-    """Read a map; empty if there is none yet."""
+def _known(file: Path, shards: int, there: set[str]) -> dict[str, str]:
+    """Read what a map says of the samples that are there; empty if there is no map yet."""
     try:
         text = file.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
@@ -240,7 +245,14 @@ def _read(file: Path, shards: int) -> dict[str, str]:
                 told="its map of shards is damaged",
             )
         known[sample] = where
-    return known
+    if known and not known.keys() & there:
+        raise DataError(
+            f"None of the images of the map of shards {file} is there: it is of other images, or "
+            "their paths have changed. Correct the paths here or in the map; move it away if this "
+            "client has never had these shards.",
+            told="its map of shards is of other images",
+        )
+    return {sample: where for sample, where in known.items() if sample in there}
 
 
 def _write(file: Path, places: Places, groups: Mapping[str, str]) -> None:

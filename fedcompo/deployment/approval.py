@@ -13,13 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcompo.deployment.plan import Deployment
 from fedcompo.errors import ConfigError
-from fedcompo.service.authority import AUTHORITY_STEM, Authority
-from fedcompo.service.certificates import CLIENT, OPERATOR, SERVER, Holder, read_certificate
+from fedcompo.service.authority import AUTHORITY_STEM, Authority, is_issued_by
+from fedcompo.service.certificates import (
+    CLIENT,
+    OPERATOR,
+    SERVER,
+    Holder,
+    key_digest,
+    read_certificate,
+)
 from fedcompo.service.requests import Request, required_key
 from fedcompo.storage.files import sync_folder, write_atomically
 
@@ -39,14 +45,11 @@ class Issued:
     """The certificate that it replaces, which holds until its end."""
 
     @property
-    def holder(self) -> Holder:
-        """Who got it."""
-        return Holder.of(self.certificate)
-
-    @property
-    def old_fingerprint(self) -> str:
-        """SHA-256 of the one that it replaces, as the list ``revoked`` takes it."""
-        return self.old.fingerprint(hashes.SHA256()).hex() if self.old else ""
+    def old_key(self) -> str:
+        """SHA-256 of the key that was exchanged, as the list ``revoked`` takes it; empty: none."""
+        if self.old is None or self.old.public_key() == self.certificate.public_key():
+            return ""
+        return key_digest(self.old.public_key())
 
 
 def opened(folder: Path) -> Deployment:
@@ -119,11 +122,15 @@ def renew(folder: Path, names: Sequence[str]) -> tuple[Issued, ...]:
     deployment, authority = opened(folder), authority_of(folder)
     asked: list[dict[str, bytes]] = []
     for name in dict.fromkeys(names):
-        if (holder := deployment.holders.get(name)) is None:
-            raise ConfigError(f"{name!r} is not in the plan; {_known(deployment)}.")
+        holder = deployment.holder(name)
         path = folder / place_of(holder)
+        if not path.is_file():
+            raise ConfigError(
+                f"{name} has no certificate yet at {path}: approve its request, which `fedcompo "
+                "request-certificate` makes, with --approve."
+            )
         old = read_certificate(path)
-        if not authority.has_issued(old) or Holder.of(old) != holder:
+        if not is_issued_by(old, authority.credential.parsed) or Holder.of(old) != holder:
             raise ConfigError(
                 f"{path} is not what this deployment's authority issued for the {holder}. Put the "
                 "right one there, or approve a request for a new key."
@@ -175,12 +182,12 @@ def _put(folder: Path, contents: Mapping[str, str]) -> None:
 
 def _require_planned(request: Request, deployment: Deployment) -> None:
     """Raise ``ConfigError`` unless a request is of somebody who may ask, as the plan has it."""
-    planned = deployment.holders.get(request.holder.name)
-    if planned is None:
-        raise ConfigError(f"{request.holder.name!r} is not in the plan; {_known(deployment)}.")
+    planned = deployment.holder(request.holder.name)
     if request.holder != planned or planned.role == OPERATOR:
+        same = request.holder == planned
         raise ConfigError(
-            f"The request is of the {request.holder}, but the plan has the {planned}. Nothing was "
+            f"The request is of the {request.holder}, but "
+            f"{'its key is made here' if same else f'the plan has the {planned}'}. Nothing was "
             "changed. Ask who sent it."
         )
 
@@ -192,7 +199,7 @@ def _require_first(folder: Path, request: Request, authority: Authority) -> None
     other = ""
     if certificate.is_file():
         before = read_certificate(certificate)
-        if not authority.has_issued(before):
+        if not is_issued_by(before, authority.credential.parsed):
             raise ConfigError(f"{certificate} is of another authority. Find out how it came there.")
         if before.public_key() != request.key:
             other = f"TLS, until {before.not_valid_after_utc:%Y-%m-%d}"
@@ -218,7 +225,3 @@ def _require_own_node_keys(folder: Path, requests: Iterable[Request]) -> None:
                 f"The key for the SuperLink in the request of {name} is that of {owner}. Nothing "
                 "was changed. Ask who sent it."
             )
-
-
-def _known(deployment: Deployment) -> str:
-    return f"it has {', '.join(deployment.holders)}. `--add` adds a client"

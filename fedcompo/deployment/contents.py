@@ -12,10 +12,10 @@ from __future__ import annotations
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.templates import filled, filled_folder
 from fedcompo.engine.superlink import QUIET
+from fedcompo.service.certificates import OPERATOR
 
 HOME = "/opt/fedcompo"
 """Where the folders lie on their machines, for units and READMEs."""
-OPERATOR = "operator"
 CLIENT_DELAY = 60
 """Seconds until a client is restarted: the SuperLink refuses one whose session has not expired,
 which after a kill takes 54."""

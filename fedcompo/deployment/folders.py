@@ -11,24 +11,13 @@ import tempfile
 from pathlib import Path
 
 from fedcompo.deployment import given_app
-from fedcompo.deployment.approval import (
-    CERTIFICATES,
-    authority_of,
-    granted,
-    opened,
-    place_of,
-)
-from fedcompo.deployment.contents import (
-    OPERATOR,
-    client_files,
-    other_files,
-    server_files,
-)
+from fedcompo.deployment.approval import CERTIFICATES, authority_of, granted, opened, place_of
+from fedcompo.deployment.contents import client_files, other_files, server_files
 from fedcompo.deployment.plan import Deployment
 from fedcompo.deployment.templates import write_files
 from fedcompo.errors import ConfigError
 from fedcompo.service.authority import AUTHORITY_STEM, Authority
-from fedcompo.service.certificates import SERVER, Holder
+from fedcompo.service.certificates import OPERATOR, SERVER, Holder
 from fedcompo.service.requests import prepare
 from fedcompo.storage.files import completed, is_free, write_atomically
 
@@ -58,15 +47,13 @@ def create(folder: Path, deployment: Deployment, app: Path, *, with_keys: bool =
     authority = Authority.create()
     with completed(folder, OWNER_ALONE) as draft:
         authority.save(draft / "authority")
-        authority.issue_client(OPERATOR, operator=True).save(draft / OPERATOR, OPERATOR)
         _copy_authority(draft, draft / OPERATOR)
         _write_server(draft, deployment, app)
         given_app.give(draft / "server" / "app", draft / "given")
         for name in deployment.clients:
             _write_client(draft, name, deployment)
-        if with_keys:
-            for name in (SERVER, *deployment.clients):
-                _certify(draft, deployment.holders[name], authority)
+        for name in deployment.holders if with_keys else (OPERATOR,):
+            _certify(draft, deployment.holders[name], authority)
         write_files(draft, other_files(deployment))
         deployment.save(draft)
 
@@ -166,10 +153,8 @@ def _write_client(folder: Path, name: str, deployment: Deployment) -> None:
 
 def _write_certificates(folder: Path, target: Path, holder: Holder) -> None:
     """Write the authority's certificate, and for whom keys are to be made there."""
-    certificates = target / CERTIFICATES
-    certificates.mkdir(parents=True)
-    _copy_authority(folder, certificates)
-    holder.save(certificates)
+    _copy_authority(folder, target / CERTIFICATES)
+    holder.save(target / CERTIFICATES)
 
 
 def _certify(folder: Path, holder: Holder, authority: Authority) -> None:
@@ -181,5 +166,6 @@ def _certify(folder: Path, holder: Holder, authority: Authority) -> None:
 
 def _copy_authority(folder: Path, target: Path) -> None:
     """Copy the authority's certificate, never its key."""
+    target.mkdir(parents=True)
     certificate = f"{AUTHORITY_STEM}.crt"
     shutil.copyfile(folder / "authority" / certificate, target / certificate)

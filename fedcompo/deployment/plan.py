@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedcompo.data.tasks import check_whole
-from fedcompo.errors import ConfigError, FileFormatError
+from fedcompo.errors import ConfigError, FedcompoError, FileFormatError
 from fedcompo.names import address, check_client_name, check_distinct
 from fedcompo.service.certificates import CLIENT, OPERATOR, SERVER, Holder, check_host
 from fedcompo.storage.files import write_atomically
@@ -89,6 +89,15 @@ class Deployment:
             **{name: Holder(name, CLIENT) for name in self.clients},
         }
 
+    def holder(self, name: str) -> Holder:
+        """Who bears this name in the plan; raises ``ConfigError`` if nobody does."""
+        if name not in self.holders:
+            raise ConfigError(
+                f"{name!r} is not in the plan; it has {', '.join(self.holders)}. `--add` adds a "
+                "client."
+            )
+        return self.holders[name]
+
     def with_client(self, name: str) -> Deployment:
         """The same deployment with one more client; raises ``ConfigError`` if it is there."""
         if name in self.clients:
@@ -110,6 +119,11 @@ class Deployment:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             return cls(**{**values, "clients": tuple(values["clients"])})
+        except FedcompoError as error:
+            raise FileFormatError(
+                f"{file} cannot be used: {error} What runs goes on; to change it, make a "
+                "new deployment with other names."
+            ) from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise FileFormatError(
                 f"{folder} is no deployment: {file} cannot be read ({error}). Make one with "

@@ -155,9 +155,8 @@ def estimate(
     dense = 4 * sum(weight.numel() for weight in theta_0.values())
     received = dense + 2 * head * classes + dense * (tried > 0)
     received += votes * (dense + tried * head * classes)
-    received += (
-        _fisher(config, backbone, 4) if config.method.method is Method.ITA else rounds * dense
-    )
+    alone = config.method.method is Method.ITA
+    received += _fisher(config, backbone, 4) if alone else rounds * dense
     whole = 4 * sum(weight.numel() for weight in backbone.model.parameters())
     pixels = math.prod(backbone.preprocessing.shape)
     decoded = [(own.train + own.test) * pixels for own in amounts]
@@ -197,12 +196,10 @@ def _sent(backbone: Backbone, config: RunConfig, own: Amount, rounds: int, tried
 def _fisher(config: RunConfig, backbone: Backbone, number: int) -> int:
     """Bytes of a Fisher of so many bytes a number, in the form that the caps allow."""
     margins = sum(sum(weight.shape) for weight in backbone.theta_0.values())
-    return (
-        number
-        * {
-            FisherForm.DENSE: sum(weight.numel() for weight in backbone.theta_0.values()),
-            FisherForm.KRONECKER: 9 * margins,
-            FisherForm.FACTORED: margins,
-            FisherForm.NONE: 0,
-        }[config.caps.fisher_form]
-    )
+    numbers = {
+        FisherForm.DENSE: sum(weight.numel() for weight in backbone.theta_0.values()),
+        FisherForm.KRONECKER: 9 * margins,
+        FisherForm.FACTORED: margins,
+        FisherForm.NONE: 0,
+    }
+    return number * numbers[config.caps.fisher_form]

@@ -145,6 +145,11 @@ def look(
             if time.monotonic() > until and count < len(shares):
                 found.notes.append("`fedcompo check` takes its time, and looks at all clients.")
                 break
+    if config.data.shards > 1 and not own:
+        found.notes.append(
+            "Which image is in which shard stands beside the registry, in <registry>.shards: keep "
+            "the two together. Without it, a later run deals images anew."
+        )
     if note := note_on(twins({name: known["classes"] for name, known in found.clients.items()})):
         found.notes.append(note)
     if backbone and found.backbone and amounts and not found.faults:
@@ -213,9 +218,7 @@ def _client(
         **asdict(checked),
         "faults": [checked.faults[index] for index in sorted(checked.faults)],
     }
-    aside = int(
-        drawn_aside(share.labels, share=config.train.aside, seed=config.seed, client=name).sum()
-    )
+    drawn = drawn_aside(share.labels, share=config.train.aside, seed=config.seed, client=name)
     rate, shards = checked.read / checked.seconds if checked.read else math.inf, config.data.shards
     if shards > 1:
         needed = needed_for(config.caps.min_images, aside=config.train.aside)
@@ -223,19 +226,16 @@ def _client(
         with tempfile.TemporaryDirectory() as folder, found.faulting():
             file = Path(folder) / "map.csv"
             dealt(share, shards, seed=config.seed, cap=cap, needed=needed, file=file)
-    amount = Amount(train // shards, aside // shards, test, len(share.classes), rate)
-    return [amount] * shards
+    aside = int(drawn.sum()) // shards
+    return [Amount(train // shards, aside, test, len(share.classes), rate)] * shards
 
 
 def _compare(estimate: Estimate, output: Path, at_once: int, found: Preflight) -> None:
     """Compare what a run takes with what this machine has free."""
     output = output.absolute()
     near = next(place for place in (output, *output.parents) if place.exists())
-    disk, memory, needed = (
-        shutil.disk_usage(near).free,
-        available_bytes(),
-        at_once * estimate.memory,
-    )
+    disk, memory = shutil.disk_usage(near).free, available_bytes()
+    needed = at_once * estimate.memory
     if estimate.disk > disk:
         found.faults.append(
             f"The run's folder takes about {size(estimate.disk)}, but on the disk of {near} "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +34,30 @@ RECEIPTS = "receipts"
 """Folder of the removal records in a pack."""
 CAPS = [declared.name.replace("_", "-") for declared in fields(CapsConfig)]
 FIGURES = (
-    "images",
-    "shadows",
-    "seed",
-    "membership",
-    "probe",
-    "similarity",
-    "resurfacing",
-    "beyond_gold",
+    *("images", "shadows", "seed", "membership"),
+    *("probe", "similarity", "resurfacing", "beyond_gold"),
 )
 """What of an audit is stated, beside the accuracy on the client's own test images."""
 OF_THIS, OF_OTHER, MISSING = "of this model", "of another model", "no audit"
 BEFORE_REMOVAL = "of the model before its removal"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the controller adds to what the registry knows."""
-
-    audits: Sequence[Path] = ()
-    """``audit.json`` files, or their folders."""
-    licence: str = ""
-    """Of the members' data; empty: not given."""
-    results: Mapping[str, Any] | None = None
-    """``results.json`` of the run that made the registry; None: not at hand."""
-
-
-def statement(registry: RegistryReader, selection: Selection, request: Request) -> Values:
+def statement(
+    registry: RegistryReader,
+    selection: Selection,
+    *,
+    audits: Sequence[Path] = (),
+    licence: str = "",
+    results: Mapping[str, Any] | None = None,
+) -> Values:
     """State all that is known of a model that is to leave, but for its files.
 
     Args:
         registry: Has the members, and the receipts of those who left.
         selection: What is exported of it.
-        request: Audits, licence and results.
+        audits: ``audit.json`` files, or their folders.
+        licence: Of the members' data; empty: not given.
+        results: ``results.json`` of the run that made the registry; None: not at hand.
 
     Raises:
         FileFormatError: If a receipt does not hold, or an audit cannot be read.
@@ -76,14 +67,15 @@ def statement(registry: RegistryReader, selection: Selection, request: Request) 
     whole = selection.recipe == Recipe() and selection.pool.clients == registry.clients
     removals = [_removal(one) for one in known["removed"]]
     joined = {one["client"]: one["added"] for one in known["clients"]}
-    answers = _answers(registry, request.results or {})
+    shares, root = selection.shares, registry.state.root
+    answers = _answers(registry, results or {})
     return {
         "content": "egress-pack",
         "format_version": 1,
         "fedcompo_version": version("fedcompo"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "registry": registry.identity,
-        "root": registry.state.root,
+        "root": root,
         "composition": {
             "whole_registry": whole,
             "left_out": {gone: list(who) for gone, who in still_shaped(selection).items()},
@@ -102,49 +94,43 @@ def statement(registry: RegistryReader, selection: Selection, request: Request) 
         },
         "members": [
             {
-                **_member(own, answers.get(own.client)),
+                "client": own.client,
+                "kind": str(own.task_vector.kind),
+                "classes": list(own.head.classes),
+                "images": None if own.without_images else own.num_examples,
+                "caps": {key: own.settings.get(key) for key in CAPS},
+                "noise": _noise(own, answers.get(own.client)),
+                "lineage": {name: value or [] for name, value in vars(own.lineage).items()},
+                "tensors_sha256": own.digests.get(CONTENT),
                 "joined": joined[own.client],
-                "coefficient": selection.shares[own.client],
+                "coefficient": shares[own.client],
             }
             for own in selection.pool
         ],
         "removals": removals,
-        "audits": list(_audits(request.audits, selection, removals, registry.state.root, whole)),
+        "audits": list(_audits(audits, selection.pool.clients, removals, root if whole else "")),
         "limits": list(LIMITS),
         "licences": {
             "code": OWN_LICENSE,
             "backbone": license_of(backbone) or None,
-            "data": request.licence or None,
+            "data": licence or None,
         },
-    }
-
-
-def _member(own: Contribution, answers: Mapping[str, Any] | None) -> Values:
-    return {
-        "client": own.client,
-        "kind": str(own.task_vector.kind),
-        "classes": list(own.head.classes),
-        "images": None if own.without_images else own.num_examples,
-        "caps": {key: own.settings.get(key) for key in CAPS},
-        "noise": _noise(own, answers),
-        "lineage": {name: value or [] for name, value in vars(own.lineage).items()},
-        "tensors_sha256": own.digests.get(CONTENT),
     }
 
 
 def _noise(own: Contribution, answers: Mapping[str, Any] | None) -> Values:
     """Say which ε holds for statistics and Fisher: by the run's results, else by the settings."""
-    asked, nothing = own.settings.get("dp-noise"), {"epsilon": None, "delta": None}
-    if answers is not None and "privacy" in answers:
-        if not (spent := answers["privacy"]):
-            return {**nothing, "says": "no noise: ε is not bounded"}
-        bounded = spent["epsilon"] is not None
-        says = "of statistics and Fisher alone" if bounded else "next to no noise: ε is not bounded"
-        return {"epsilon": spent["epsilon"], "delta": spent["delta"], "says": says}
-    if asked is None:
-        return {**nothing, "says": "not recorded"}
-    says = "noise was asked for; ε is not recorded" if asked else "no noise: ε is not bounded"
-    return {**nothing, "says": says}
+    asked, spent = own.settings.get("dp-noise"), (answers or {}).get("privacy") or {}
+    epsilon = spent.get("epsilon")
+    if epsilon is not None:
+        says = "of statistics and Fisher alone"
+    elif spent:
+        says = "next to no noise: ε is not bounded"
+    elif asked == 0 or "privacy" in (answers or {}):
+        says = "no noise: ε is not bounded"
+    else:
+        says = "noise was asked for; ε is not recorded" if asked else "not recorded"
+    return {"epsilon": epsilon, "delta": spent.get("delta"), "says": says}
 
 
 def _answers(registry: RegistryReader, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,44 +151,36 @@ def _removal(receipt: Mapping[str, Any]) -> Values:
             f"The receipt of the removal of {receipt['client']!r} does not hold: "
             f"{receipt['fault']}. Nothing is exported; see `fedcompo verify`."
         )
-    kept = "client", "time", "line", "requested_by", "reason", "classes", "to_retrain", "record"
+    kept = ("client", "time", "line", "requested_by", "reason", "classes", "to_retrain", "record")
     return {
-        **{key: receipt[key] for key in kept},
+        **{key: receipt[key] for key in (*kept, "root_before", "root_after")},
         "images": receipt["num_examples"],
-        "root_before": receipt["root_before"],
-        "root_after": receipt["root_after"],
         "receipt": f"{RECEIPTS}/{Path(receipt['record']).name}",
         "receipt_sha256": receipt["record_sha256"],
     }
 
 
 def _audits(
-    paths: Sequence[Path],
-    selection: Selection,
-    removals: Sequence[Values],
-    root: str,
-    whole: bool,
+    paths: Sequence[Path], members: Sequence[str], removals: Sequence[Values], root: str
 ) -> Iterator[Values]:
-    """Yield a row for each audit, then one for each client that has none."""
-    members, audited = selection.pool.clients, set()
-    roots: dict[str, set[str]] = {}
-    for removal in removals:
-        roots.setdefault(removal["client"], set()).add(removal["root_before"])
+    """Yield a row for each audit, then one for each client that has none.
+
+    The root is that of the model; empty if the model is no registry's own.
+    """
+    missing = {*members, *(one["client"] for one in removals)}
+    known, before = set(missing), {(one["client"], one["root_before"]) for one in removals}
     for path in paths:
         found = _read_audit(path / AUDIT if path.is_dir() else path)
-        client, measured = found["client"], found["root"]
-        if client not in {*members, *roots}:
+        of = client, measured = found["client"], found["root"]
+        if client not in known:
             raise ConfigError(
                 f"The audit {path} is of {client!r}, who is neither in the model nor removed from "
                 "it. Leave it out, or export what it was measured on."
             )
-        audited.add(client)
-        here = whole and client in members and measured == root
-        fits = (
-            OF_THIS if here else BEFORE_REMOVAL if measured in roots.get(client, ()) else OF_OTHER
-        )
-        yield {"fits": fits, **found}
-    for client in sorted({*members, *roots} - audited):
+        missing.discard(client)
+        here = client in members and measured == root
+        yield {"fits": OF_THIS if here else BEFORE_REMOVAL if of in before else OF_OTHER, **found}
+    for client in sorted(missing):
         yield {"client": client, "fits": MISSING, "root": None, "withheld": "", "figures": None}
 
 
@@ -212,30 +190,25 @@ def _read_audit(path: Path) -> Values:
     None that was measured on fewer images than may be told of.
     """
     try:
-        found: Values = json.loads(path.read_text(encoding="utf-8"))
-        accuracy = found["accuracy"]["removed"]
+        text = path.read_text(encoding="utf-8")
+        found: Values = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
         figures = _numbers({key: found[key] for key in FIGURES if key in found})
-        for own in (own for attack in figures["membership"].values() for own in attack.values()):
-            _require_numbers(own["auc"], "value", "low", "high")
-        for own in accuracy.values():
-            _require_numbers(own, "task_il_accuracy")
+        figures["accuracy"] = _numbers(found["accuracy"]["removed"])
+        shown = [own["task_il_accuracy"] for own in figures["accuracy"].values()]
+        for auc in (a["auc"] for own in figures["membership"].values() for a in own.values()):
+            shown += [auc["value"], auc["low"], auc["high"]]
+        if odd := [one for one in shown if type(one) not in (int, float)]:
+            raise ValueError(f"a figure is {odd[0]!r}, expected a number")
         least = found["settings"].get("min-images") or FEWEST_IMAGES
-        about = {"client": str(found["client"]), "root": str(found["root"])}
         few = min(figures["images"].values()) < least
+        about = {"client": str(found["client"]), "root": str(found["root"])}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(
             f"{path} holds no audit ({type(error).__name__}: {error}). Name what `fedcompo audit` "
             "wrote."
         ) from error
-    if few:
-        return {**about, "withheld": f"measured on fewer than {least} images", "figures": None}
-    return {**about, "withheld": "", "figures": {**figures, "accuracy": _numbers(accuracy)}}
-
-
-def _require_numbers(values: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if isinstance(values[name], bool) or not isinstance(values[name], int | float):
-            raise ValueError(f"`{name}` is {values[name]!r}, expected a number")
+    withheld = f"measured on fewer than {least} images" if few else ""
+    return {**about, "withheld": withheld, "figures": None if few else figures}
 
 
 def _numbers(value: Any) -> Any:

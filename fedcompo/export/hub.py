@@ -74,13 +74,12 @@ class Pushable:
                 f"{folder / links[0]} is a link, which fedcompo does not write. Put the file in "
                 "its place, or write the folder again."
             )
-        license = _check_intact(folder, content)
         return cls(
             folder,
             content,
             {name: (folder / name).stat().st_size for name in names},
             tuple(sorted(path.name for path in folder.iterdir() if path.name not in names)),
-            license,
+            _check_intact(folder, content),
         )
 
     def push(self, repo: str, *, private: bool = False) -> dict[str, Any]:
@@ -114,14 +113,9 @@ class Pushable:
                     "private on the hub, or choose another name."
                 )
             step(f"sending {len(self.files)} files")
-            commit = api.create_commit(
-                repo,
-                [
-                    huggingface_hub.CommitOperationAdd(name, self.folder / name)
-                    for name in self.files
-                ],
-                commit_message=f"Upload a {self.content} written by fedcompo",
-            )
+            sent = [huggingface_hub.CommitOperationAdd(n, self.folder / n) for n in self.files]
+            message = f"Upload a {self.content} written by fedcompo"
+            commit = api.create_commit(repo, sent, commit_message=message)
         except ConfigError:
             raise
         except Exception as error:  # those of the client and of its transports

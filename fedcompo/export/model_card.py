@@ -179,9 +179,9 @@ def escaped(text: str) -> str:
     return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", printable(text))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; its cells must be escaped already."""
-    lines = [header, ["---"] * len(header), *rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: bool = False) -> str:
+    """Return a Markdown table, perhaps of numbers; its cells must be escaped already."""
+    lines = [header, ["---", *["---:" if numbers else "---"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
@@ -279,7 +279,9 @@ def _origin(own: Contribution) -> tuple[object, ...]:
 def still_shaped(selection: Selection) -> dict[str, tuple[str, ...]]:
     """Members that were trained with something of a client that was left out, by its name."""
     lineages = {member.client: member.lineage for member in selection.pool}
-    return {gone: influence(gone, lineages, lineages).to_retrain for gone in selection.without}
+    return {
+        gone: influence(gone, lineages, lineages.items()).to_retrain for gone in selection.without
+    }
 
 
 def _influences(selection: Selection) -> str:

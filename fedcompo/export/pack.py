@@ -48,7 +48,7 @@ def write_pack(folder: Path, registry: RegistryReader, values: dict[str, Any]) -
     text = json.dumps({**values, "files": files}, indent=2, ensure_ascii=False, allow_nan=False)
     data = f"{text}\n".encode()
     write_atomically(folder / EGRESS, data)
-    write_atomically(folder / PAGE, _page(data).encode())
+    write_atomically(folder / PAGE, _page(data))
 
 
 def verify_pack(path: Path) -> list[Finding]:
@@ -80,7 +80,7 @@ def _page_finding(page: Path, data: bytes, writer: str) -> Finding:
     if named and writer != version("fedcompo"):
         return Finding(claim, None, f"it names its SHA-256; its words are of fedcompo {writer}")
     try:
-        same = named and shown == _page(data).encode()
+        same = named and shown == _page(data)
     except (TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
         return Finding(claim, False, f"{EGRESS} lacks what a page shows: {error}")
     return Finding.of(claim, same, f"{page} was altered, or is of another {EGRESS}")
@@ -92,8 +92,8 @@ def _files(folder: Path) -> set[str]:
     return names - {EGRESS, PAGE}
 
 
-def _page(data: bytes) -> str:
-    return egress_page(json.loads(data), hashlib.sha256(data).hexdigest())
+def _page(data: bytes) -> bytes:
+    return egress_page(json.loads(data), hashlib.sha256(data).hexdigest()).encode()
 
 
 def _parsed(data: bytes, path: Path) -> dict[str, Any]:

@@ -42,10 +42,8 @@ def addressed(
     """
     tensors, manifest = request
     about: dict[str, Any] = {"content": REQUEST, "registered_name": registered_name}
-    if preprocessing is not None:
-        about["preprocessing"] = asdict(preprocessing)
-    if shard is not None:
-        about["shard"] = shard
+    about |= {"preprocessing": asdict(preprocessing)} if preprocessing else {}
+    about |= {} if shard is None else {"shard": shard}
     return tensors, about | manifest
 
 
@@ -254,13 +252,9 @@ class TrainRequest(_WithHead):
         if self.others:
             tensors |= prefixed(REST, self.others.rest)
             manifest["ensemble"] = {"share": self.others.share, "scale": self.others.scale}
-        if self.round:
-            manifest |= {
-                "round": self.round.number,
-                "federation": self.round.federation,
-                "last": self.round.last,
-                "course": {"passed": self.round.passed, "share": self.round.share},
-            }
+        if part := self.round:
+            manifest |= {"round": part.number, "federation": part.federation, "last": part.last}
+            manifest["course"] = {"passed": part.passed, "share": part.share}
         return tensors, manifest
 
     @classmethod
@@ -276,9 +270,8 @@ class TrainRequest(_WithHead):
         if ensemble := manifest.get("ensemble"):
             values["others"] = Others(section(REST, tensors), **ensemble)
         if "round" in manifest:
-            number, federation = int(manifest["round"]), str(manifest["federation"])
-            last = bool(manifest["last"])
-            values["round"] = Round(number, federation, last, **manifest["course"])
+            own = int(manifest["round"]), str(manifest["federation"]), bool(manifest["last"])
+            values["round"] = Round(*own, **manifest["course"])
         return values | super()._read(tensors, manifest)
 
 

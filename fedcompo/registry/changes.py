@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,10 @@ from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import journal
 from fedcompo.registry.admission import check_change, check_features, check_kind, outliers
 from fedcompo.registry.company import Company, Known
-from fedcompo.registry.draft import Draft, Realignment, drafted
+from fedcompo.registry.draft import Draft, Realignment, drafted, opened
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removal import RemovalRecord, foreseen_influence
-from fedcompo.registry.removed import (
-    Removed,
-    content_of,
-    numbers_of,
-    removals_in,
-    statistics_digest,
-)
+from fedcompo.registry.removed import Removed, content_of, numbers_of
 from fedcompo.registry.signing import require_own, signer_for
 from fedcompo.registry.state import Member, State
 from fedcompo.runtime import version
@@ -54,29 +48,31 @@ def add(
     if not sources:
         raise ContributionError("There is nothing to add; name at least one contribution.")
     with drafted(registry, f"adding {len(sources)} contribution(s)") as draft:
-        state, known = draft.before, removals_in(draft.entries)
-        company = replace(Company.of(registry), removed=Removed(registry, known))
+        state = draft.before
+        names = [str(own.client) for own in map(opened, sources)]
+        gone = [state.members[client] for client in names if client in state.members]
+        if gone and not replacing:
+            raise ContributionError(
+                f"Client {gone[0].client!r} is in the registry {registry.path} already. "
+                "Replace it explicitly (`--replace`, `replace = true`), which is a removal and "
+                "an addition, or give the newcomer another name."
+            )
+        left = [{**_left(draft, member), "within": "replacement"} for member in gone]
+        company = replace(Company.of(registry), removed=Removed(registry, left))
         coming: dict[str, Member] = {}
         for source in sources:
             member = draft.stage(source, company)
-            if member.client in state.members and not replacing:
-                raise ContributionError(
-                    f"Client {member.client!r} is in the registry {registry.path} already. "
-                    "Replace it explicitly (`--replace`, `replace = true`), which is a removal and "
-                    "an addition, or give the newcomer another name."
-                )
-            coming[member.client] = member
+            if numbers_of(draft.opened(member)):  # what earlier versions removed has this digest
+                with blaming(member.client):
+                    digest = member.statistics_sha256
+                    company.removed.refuse(member.client, "statistics", digest)
+            line = draft.next_sequence + len(gone)  # each of them has a line of its own before
+            coming[member.client] = replace(member, added=line)
             company = company.joined({member.client: Known(member.classes)})
-        gone = [state.members[client] for client in coming if client in state.members]
-        line = draft.next_sequence + len(gone)  # each of them has a line of its own before
-        coming = {client: replace(member, added=line) for client, member in coming.items()}
         after = _with_members(state, {**state.members, **coming})
         require_unmixed({client: member.kind for client, member in after.members.items()})
         counts = (counts_of(draft.opened(member).statistics) for member in coming.values())
         after = replace(after, settings=after.settings.with_caps(counts))  # the first choose caps
-        left = [{**_left(draft, member), "within": "replacement"} for member in gone]
-        company = replace(company, removed=Removed(registry, [*known, *left]))
-        _check_removed(draft, coming.values(), company.removed)
         after = draft.compose(after, coming=list(coming.values()), going=gone)
         for client, member in coming.items():
             rounding = draft.roundings[client]
@@ -92,16 +88,6 @@ def add(
         events.append(("added", {"clients": newcomers, **_requester(requested_by)}))
         draft.deletions += [member.folder for member in gone]
         draft.finish(after, events)
-
-
-def _check_removed(draft: Draft, coming: Iterable[Member], removed: Removed) -> None:
-    """Refuse statistics of others that were removed, also by this change or an earlier version."""
-    for member in coming:
-        own = draft.opened(member)
-        digests = [statistics_digest(own.statistics)]
-        digests += [] if own.without_images else [member.statistics_sha256]
-        with blaming(member.client):
-            removed.refuse(member.client, "statistics", *digests)
 
 
 def remove(

@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from fedcompo.composition.fixed_point import Rounding, rounded
+from fedcompo.composition.fixed_point import Rounding
 from fedcompo.data.tasks import client_of
 from fedcompo.errors import FedcompoError
 from fedcompo.method.contribution import Contribution
+from fedcompo.registry.admission import check_features, rounding_of
+from fedcompo.registry.company import Company
+from fedcompo.registry.history import Stay, stays_in
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import Finding
-from fedcompo.registry.removed import STATISTICS, VECTOR, content_of, statistics_digest
+from fedcompo.registry.removed import STATISTICS, VECTOR, statistics_digest
 from fedcompo.storage.files import CONTENT
-
-
-@dataclass(frozen=True)
-class Stay:
-    """A contribution's time in the registry, in numbers of lines of the journal."""
-
-    client: str
-    """Or the folder of a contribution that lies about."""
-    since: float
-    """Infinite: the journal does not know it."""
-    until: float = math.inf
-    """Line that removed it; infinite: it is there."""
-
-    def __str__(self) -> str:
-        """Who it is, and when."""
-        if self.since == math.inf:
-            return self.client
-        end = "" if self.until == math.inf else f" to {self.until}"
-        return f"{self.client} (line {self.since}{end})"
 
 
 class Comebacks:
@@ -59,99 +43,86 @@ class Comebacks:
                 the journal says of the others is covered by the root of that line.
             strangers: Files in the registry's folder that it does not know.
         """
-        self._registry = registry
+        state, stored = registry.state, registry.backbone
+        self._company = Company(
+            state.settings, state.base, stored.num_features, stored.theta_shapes, stored.tensors
+        )
         self._stays: dict[str, list[Stay]] = {}
         asked = {entry.sequence: entry.details.get("requested_by", "") for entry in entries}
         self._askers: dict[float, str] = {line: who for line, who in asked.items() if who}
-        self._replay(entries)
-        for client, member in registry.state.members.items():
-            stay, own = Stay(client, member.added), registry.contribution(client)
-            if own.without_images:  # it may honestly share what an old line says of others
-                same = self._stays.get(member.statistics_sha256, [])
-                same[:] = [other for other in same if other != stay]
-            self._note(stay, member.rounded_sha256, statistics_digest(own.statistics))
-            if member.added > derived_since:
+        members = {Stay(c, m.added): registry.contribution(c) for c, m in state.members.items()}
+        for stay in stays_in(entries):
+            told, own = stay.values, members.get(stay)
+            numbers = told.get("numbers_sha256")
+            self._note(stay, *stay.rounded, numbers or "")
+            # others may honestly share what is made of a classifier alone
+            if not (own.without_images if own else numbers == ""):
+                self._note(stay, told["statistics_sha256"])
+        for stay, own in members.items():
+            rounded = state.members[stay.client].rounded_sha256
+            self._note(stay, rounded, statistics_digest(own.statistics))
+            if stay.since > derived_since:
                 self._note(stay, self._rounded(own))
         for path in strangers:
             if path.name == CONTENT:
                 self._look_into(path.parent)
 
-    def finding(self, part: str, client: str, line: int, content: Mapping[str, str]) -> Finding:
-        """Check that nobody has had a part of what a line removed since then, nor has it now.
+    def findings(self, client: str, line: int, content: Mapping[str, str]) -> list[Finding]:
+        """Check that nobody has had what a line removed since then, nor has it now.
 
         Args:
-            part: One of the parts that :mod:`fedcompo.registry.removed` names.
             client: Who was removed.
             line: Number of the journal's line.
-            content: The digests, by part.
+            content: The digests, by part; :func:`~fedcompo.registry.removed.content_of`.
         """
-        claim = f"nobody has had the {part.replace('_', ' ')} of {client} since"
-        if not (digest := content.get(part, "")):
+        parts = [VECTOR, *(content.keys() - {VECTOR} or [STATISTICS])]
+        return [self._finding(part, client, line, content.get(part, "")) for part in parts]
+
+    def _finding(self, part: str, client: str, line: int, digest: str) -> Finding:
+        claim, owner = f"nobody has had the {part.replace('_', ' ')} of {client} since", client_of
+        if not digest:
             detail = "they are made of a classifier alone, and others may share them"
             return Finding(claim, None, detail)
-        known = {stay: client_of(stay.client) for stay in self._stays.get(digest, ())}
-        stays = [stay for stay in known if stay.until > line]
-        if not stays or (part == VECTOR and digest == self._empty()):
+        known = dict.fromkeys(self._stays.get(digest, ()))
+        since = [stay for stay in known if stay.until > line]
+        if not since or (part == VECTOR and digest == self._empty()):
             return Finding(claim, True)
-        before = {known[stay] for stay in known if stay.since < line and part != VECTOR}
-        own = [stay for stay in stays if known[stay] == client_of(client)]
-        twins = [stay for stay in stays if known[stay] in before - {client_of(client)}]
-        if back := [stay for stay in stays if stay not in [*own, *twins]]:
+        before = {owner(s.client) for s in known if s.since < line and part != VECTOR}
+        others = [stay for stay in since if owner(stay.client) != owner(client)]
+        if back := [stay for stay in others if owner(stay.client) not in before]:
             return Finding(claim, False, f"it is back: {', '.join(map(str, back))}")
-        if stayed := [stay for stay in own if stay.client == client and stay.since < line]:
-            return Finding(claim, False, f"it has not left: {stayed[0]}")
-        if own:
+        if own := [stay for stay in since if stay not in others]:
+            if stayed := [stay for stay in own if stay.client == client and stay.since < line]:
+                return Finding(claim, False, f"it has not left: {stayed[0]}")
             told, first = ", ".join(map(str, own)), own[0].since
             asker = self._askers.get(first, "nobody who is named")
             told = f"it came back, with line {first}, asked for by {asker}: {told}"
             return Finding(claim, None, told)
-        told = ", ".join(map(str, twins))
+        told = ", ".join(map(str, others))
         return Finding(claim, None, f"of the same images are those of {told}, there before it left")
-
-    def findings(self, client: str, line: int, content: Mapping[str, str]) -> list[Finding]:
-        """Check the same for all parts."""
-        parts = [VECTOR, *(content.keys() - {VECTOR} or [STATISTICS])]
-        return [self.finding(part, client, line, content) for part in parts]
-
-    def _replay(self, entries: Sequence[Entry]) -> None:
-        gone = [entry for entry in entries if entry.event == "removed"]
-        ends = {(e.details["client"], e.details["added"]): e.sequence for e in gone}
-        stays: dict[str, Stay] = {}
-        for entry in entries:
-            for own in entry.details["clients"] if entry.event == "added" else ():
-                until = ends.get((own["client"], entry.sequence), math.inf)
-                stays[own["client"]] = stay = Stay(own["client"], entry.sequence, until)
-                self._note(stay, own["rounded_sha256"], own["statistics_sha256"])
-            for client, digest in entry.details.get("rounded", {}).items():
-                self._note(stays[client], digest)
-            leaving = entry.details["client"] if entry.event == "removed" else ""
-            if stay := stays.pop(leaving, None):
-                self._note(stay, *content_of(entry.details).values())
 
     def _note(self, stay: Stay, *digests: str) -> None:
         for digest in digests:
             self._stays.setdefault(digest, []).append(stay)
 
     def _look_into(self, folder: Path) -> None:
-        """Note the content of a contribution that lies about."""
-        try:
+        """Note the content of a contribution that lies about, as far as it is one."""
+        stay = Stay(str(folder), math.inf)
+        with suppress(FedcompoError):
             found = Contribution.open(folder, with_fisher=False)
-            digests = self._rounded(found), statistics_digest(found.statistics)
-        except FedcompoError:  # it is none, so nothing can be said of it
-            return
-        self._note(Stay(str(folder), math.inf), *digests)
+            width, kind = self._company.num_features, self._company.settings.statistics
+            check_features(found.statistics, found.head.classes, width, kind, str(folder))
+            self._note(stay, statistics_digest(found.statistics))
+            vector = found.task_vector  # whatever it says that it was trained on
+            vector.check(self._company.shapes, base=vector.base, owner=str(folder))
+            self._note(stay, self._rounded(found))
 
-    def _rounded(self, contribution: Contribution) -> str:
-        weights, rounding = self._registry.backbone.tensors, Rounding()
-        for name in sorted(self._registry.backbone.target_weights):
-            owner = f"client {contribution.client!r}"
-            values = rounded(contribution.task_vector, name, weights[name], owner=owner)
-            rounding.update(name, values, weights[name])
-        return rounding.sha256
+    def _rounded(self, own: Contribution) -> str:
+        return rounding_of(own.client, own.task_vector, self._company).sha256
 
     def _empty(self) -> str:
         """Digest of a task vector of zeros, as a client that learnt nothing has one."""
-        shapes, rounding = self._registry.backbone.theta_shapes, Rounding()
+        shapes, rounding = self._company.shapes, Rounding()
         for name, shape in sorted(shapes.items()):
             zeros = torch.zeros(shape.shape, dtype=torch.int64)
             rounding.update(name, zeros, zeros)

@@ -14,7 +14,6 @@ from fedcompo.composition import version
 from fedcompo.composition.fixed_point import Rounding, Term
 from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
 from fedcompo.composition.realigned import realigned_head, save_realigned
-from fedcompo.composition.rules.rule import Removal
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
 from fedcompo.composition.totals import check_alike, save_total, total_after
 from fedcompo.config.choices import Statistics
@@ -34,6 +33,11 @@ from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import file_sha256
 
 CLIENTS, VERSIONS = "clients", "versions"
+
+
+def opened(source: Contribution | Path) -> Contribution:
+    """Open a contribution, if it is not open yet."""
+    return source if isinstance(source, Contribution) else Contribution.open(source)
 
 
 @contextmanager
@@ -97,8 +101,7 @@ class Draft:
 
     def stage(self, source: Contribution | Path, company: Company) -> Member:
         """Copy a contribution, check all but the length of its change, and describe a member."""
-        opened = source if isinstance(source, Contribution) else Contribution.open(source)
-        name = check_client_name(str(opened.client))
+        name = check_client_name(str(opened(source).client))
         step(f"checking {name}")
         place = f"{CLIENTS}/{name}"
         if name in self.before.members:  # readers still need the old one
@@ -194,7 +197,7 @@ class Draft:
         """Write the rule's total, of all members if it takes them; returns its squared length."""
         rule, everyone = after.settings.made_by, after.members.values()
         step(f"composing by {rule.text}, {rule.removal} in the number of members")
-        needed = everyone if changed and rule.removal is Removal.MEMBERS else ()
+        needed = everyone if changed and rule.removal == "O(T)" else ()
         members = [self.opened(member, with_fisher=bool(rule.needs)) for member in needed]
         times = {m.client: after.settings.times(m.num_examples) for m in everyone}
         backbone, same = self.registry.backbone, None if changed else self.registry.total()

@@ -20,6 +20,8 @@ from fedcompo.storage.files import canonical
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""Errors of reading a statement from what is none."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,10 @@ def statement_of(
 
 
 def sealed(statement: Mapping[str, Any], signer: Signer) -> bytes:
-    """Sign a statement; returns the envelope, which :func:`opened` reads.
-
-    Raises:
-        FileFormatError: If it is no statement.
-    """
+    """Sign what :func:`statement_of` made; returns the envelope, which :func:`opened` reads."""
     unsigned = Envelope(canonical(statement).encode(), ())
     signature = signer.sign(unsigned.signed_bytes)
-    signed = replace(unsigned, signatures=((signer.fingerprint, signature),))
-    return opened(signed.data, source="The statement").data
+    return replace(unsigned, signatures=((signer.fingerprint, signature),)).data
 
 
 def opened(data: bytes, *, source: str) -> Envelope:
@@ -113,7 +110,7 @@ def opened(data: bytes, *, source: str) -> Envelope:
         again = statement_of(statement["predicateType"], subject, statement["predicate"])
         intact = canonical(again).encode() == payload and envelope.data == data
         intact = intact and bool(signed and subject)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise FileFormatError(
             f"{source} is no signed statement ({type(error).__name__}: {error}). "
             "It was altered, or is something else."

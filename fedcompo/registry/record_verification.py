@@ -15,7 +15,7 @@ from fedcompo.composition.version import terms_of, write_composed, write_ruled, 
 from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry.comebacks import Comebacks
-from fedcompo.registry.history import line_of, members_after, root_of
+from fedcompo.registry.history import line_of, members_after, outcome_of, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.key_verification import signature_finding
 from fedcompo.registry.reader import RegistryReader
@@ -27,6 +27,7 @@ from fedcompo.report.progress import step
 from fedcompo.storage.files import CONFIG, OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
 from fedcompo.storage.tensorstream import file_sha256
 
+READABLE = "the registry can be read"
 FACTOR = "factor"
 VECTORS = "the rule's singular vectors are this machine's"
 BY_MACHINE = {
@@ -54,32 +55,32 @@ def verify_record(
     """
     if public_key is None and registry is None:
         raise FileFormatError("A record is checked with its registry, or with a public key.")
-    findings = [signature_finding(path, public_key, registry, _entries(registry))]
-    if not findings[0].holds or registry is None:
-        return findings
+    entries: Sequence[Entry] = ()
+    damage: list[Finding] = []
+    try:
+        entries = registry.entries() if registry else ()
+    except FedcompoError as error:
+        damage = [Finding(READABLE, False, str(error))]
+    findings = [signature_finding(path, public_key, registry, entries)]
+    if not findings[0].holds or registry is None or damage:
+        return findings + damage
     record = RemovalRecord.parse(path.read_bytes(), source=str(path))
     try:
         step("journal")
-        entries = registry.entries()
         findings += _against_journal(record, file_sha256(path), registry, entries)
         step("files")
         unknown = strangers(registry, entries)
-        findings += [_is_gone(record, registry, unknown), _kept(record, registry), _others(unknown)]
+        findings += [_is_gone(record, registry, unknown), _kept(record, registry)]
+        detail = f"what they hold was not read: {', '.join(map(str, unknown))}"
+        claim = "no file lies there that the registry does not know"
+        findings.append(Finding(claim, None if unknown else True, detail if unknown else ""))
         step("what was removed")
         findings += _nobody_has_it(record, registry, entries, unknown)
         step("composing again from the survivors")
         findings += _composed_again(record, registry, entries)
     except FedcompoError as error:
-        findings.append(Finding("the registry can be read", False, str(error)))
+        findings.append(Finding(READABLE, False, str(error)))
     return findings
-
-
-def _entries(registry: RegistryReader | None) -> Sequence[Entry]:
-    """The journal, which tells when the key changed; none if it is damaged, which is said later."""
-    try:
-        return registry.entries() if registry else ()
-    except FedcompoError:
-        return ()
 
 
 def _against_journal(
@@ -99,19 +100,12 @@ def _against_journal(
     yield from _roots(record, registry, entries)
     members = members_after(earlier)
     added = members.pop(record.client, {})
-    claimed = {
-        "files": record.removed_files,
-        "rounded_sha256": record.removed_rounded_sha256,
-        "kind": record.kind,
-        "num_examples": record.num_examples,
-        "classes": record.classes,
-        "added": record.added,
-    }
+    claimed = {name: getattr(record, name) for name in ("kind", "num_examples", "classes", "added")}
+    claimed |= {"files": record.removed_files, "rounded_sha256": record.removed_rounded_sha256}
     known = {key: added.get(key) for key in claimed}
     yield compared("what was removed is what had been added", as_json(claimed), known)
-    yield compared(
-        "the survivors are those of the journal", record.survivors, tuple(sorted(members))
-    )
+    claim = "the survivors are those of the journal"
+    yield compared(claim, record.survivors, tuple(sorted(members)))
     classes = {name for member in members.values() for name in member["classes"]}
     yield compared("the classes are the survivors'", record.classes_after, tuple(sorted(classes)))
     derived = foreseen_influence(earlier, record.client, tuple(members))
@@ -130,15 +124,13 @@ def _roots(
         root, files, factor = (
             getattr(record, f"{part}_{moment}") for part in ("root", "composition", "factor")
         )
-        earlier = entries[:last]
-        journalled = [e.details["root_after"] for e in earlier if "root_after" in e.details][-1:]
-        yield compared(f"the root {moment} is the journal's", [root], journalled)
-        derived = root_of(registry.state, members_after(earlier), files)
+        members, told = members_after(entries[:last]), outcome_of(entries[:last])
+        yield compared(f"the root {moment} is the journal's", root, told.get("root_after"))
+        derived = root_of(registry.state, members, files)
         claim = f"the composition {moment} is covered by the journal's root"
-        yield compared(claim, [derived], journalled)
+        yield compared(claim, derived, told.get("root_after"))
         if factor is not None:
-            lines = [e.details.get("factor") for e in earlier if "root_after" in e.details]
-            yield compared(f"the factor {moment} is the journal's", [factor], lines[-1:])
+            yield compared(f"the factor {moment} is the journal's", factor, told.get("factor"))
 
 
 def _is_gone(record: RemovalRecord, registry: RegistryReader, unknown: Sequence[Path]) -> Finding:
@@ -155,13 +147,6 @@ def _is_gone(record: RemovalRecord, registry: RegistryReader, unknown: Sequence[
         if left and all(home in path.parents for path in left):
             return Finding(claim, None, f"it came back, with line {again.added} of the journal")
     return Finding.of(claim, not left, f"still there: {', '.join(map(str, left))}")
-
-
-def _others(unknown: Sequence[Path]) -> Finding:
-    """Say of which files in the registry's folder nothing is known."""
-    detail = f"what they hold was not read: {', '.join(map(str, unknown))}"
-    claim = "no file lies there that the registry does not know"
-    return Finding(claim, None if unknown else True, detail if unknown else "")
 
 
 def _nobody_has_it(
@@ -197,11 +182,10 @@ def _composed_again(
     record: RemovalRecord, registry: RegistryReader, entries: Sequence[Entry]
 ) -> Iterator[Finding]:
     """Compose the survivors from scratch, in a folder of its own, and compare the digests."""
-    old = OLD_TOTALS in record.composition_after
+    old, first = OLD_TOTALS in record.composition_after, record.format_version == 1
     rule = registry.settings.made_by
-    names = [SUM] if old or record.format_version == 1 else [SUM, TOTALS]
-    names += [WEIGHTS] if rule.is_sum else [RULED, WEIGHTS]
-    names += [] if record.format_version == 1 else [FACTOR]
+    files = [SUM, *([] if old or first else [TOTALS]), *([] if rule.is_sum else [RULED]), WEIGHTS]
+    names = [*files, *([] if first else [FACTOR])]
     claims = {name: f"the survivors alone give the record's {name}" for name in names}
     if old:
         claim = f"the survivors alone give the record's {OLD_TOTALS}"
@@ -220,7 +204,6 @@ def _composed_again(
         line = entries[record.sequence - 1 : record.sequence]  # empty if a lie names a later one
         shrinkage = line[0].details.get("shrinkage") if line else SHRINKAGE
         factor = _compose_survivors(Path(folder), record, registry, shrinkage)
-        files = [name for name in names if name != FACTOR]
         here = {FACTOR: factor, **{name: file_sha256(Path(folder) / name) for name in files}}
     stated = {FACTOR: record.factor_after, **record.composition_after}
     by_machine = {WEIGHTS} if rule.portable else {RULED, WEIGHTS}

@@ -8,13 +8,15 @@ record says which survivors were, and is signed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
 
 from fedcompo.errors import FileFormatError
 from fedcompo.method.lineage import Lineage
-from fedcompo.registry.envelope import Envelope, opened, statement_of
+from fedcompo.registry.envelope import MALFORMED, Envelope, opened, statement_of
+from fedcompo.registry.history import stays_in
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.signing import Signer
 from fedcompo.storage.files import canonical, tuples
@@ -59,11 +61,7 @@ class Influence:
 
 
 def influence(
-    client: str,
-    survivors: Iterable[str],
-    lineages: Mapping[str, Lineage],
-    *,
-    former: Iterable[tuple[str, Lineage]] = (),
+    client: str, survivors: Iterable[str], lineages: Collection[tuple[str, Lineage]]
 ) -> Influence:
     """Follow a client's influence through the lineages.
 
@@ -73,17 +71,15 @@ def influence(
     Args:
         client: Client that is removed.
         survivors: Clients that stay.
-        lineages: By client, of its present or last contribution: influence may have passed through
-            clients that have left.
-        former: Of contributions that were replaced; a name may come more than once.
+        lineages: Of every contribution, also of those that were replaced or have left, through
+            which influence may have passed; the last one of a name is its present one.
     """
-    everyone = [*lineages.items(), *former]
-    touched = {client}
-    while more := {n for n, lineage in everyone if lineage.shaped_by & touched} - touched:
+    touched, present = {client}, dict(lineages)
+    while more := {n for n, lineage in lineages if lineage.shaped_by & touched} - touched:
         touched |= more
     staying = sorted(set(survivors))
     direct = {
-        part: tuple(name for name in staying if client in getattr(lineages[name], attribute))
+        part: tuple(name for name in staying if client in getattr(present[name], attribute))
         for part, attribute in (
             ("fisher", "anchored_by"),
             ("statistics", "aligned_with"),
@@ -91,7 +87,7 @@ def influence(
         )
     }
     known = {name for names in direct.values() for name in names}
-    indirect = tuple(n for n in staying if lineages[n].shaped_by & touched and n not in known)
+    indirect = tuple(n for n in staying if present[n].shaped_by & touched and n not in known)
     return Influence(**direct, indirect=indirect)
 
 
@@ -99,13 +95,8 @@ def foreseen_influence(
     entries: Sequence[Entry], client: str, survivors: Sequence[str]
 ) -> Influence:
     """List the survivors that a removed client still influences, by the journal's lineages."""
-    everyone = [
-        (added["client"], Lineage.parse(added["lineage"]))
-        for entry in entries
-        if entry.event == "added"
-        for added in entry.details["clients"]
-    ]
-    return influence(client, survivors, dict(everyone), former=everyone)
+    lineages = [(own.client, Lineage.parse(own.values["lineage"])) for own in stays_in(entries)]
+    return influence(client, survivors, lineages)
 
 
 @dataclass(frozen=True)
@@ -183,22 +174,19 @@ class RemovalRecord:
     @property
     def text(self) -> str:
         """The record as a file: an in-toto statement in a DSSE envelope."""
-        if not self.removed_content:
-            text = json.dumps(
-                self._old_values(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False
-            )
-            return f"{text}\n"
-        signed = replace(self._envelope, signatures=((self.keyid, bytes.fromhex(self.signature)),))
-        return signed.data.decode()
+        if self.removed_content:
+            signature = self.keyid, bytes.fromhex(self.signature)
+            return replace(self._envelope, signatures=(signature,)).data.decode()
+        values = {**self._old_values(), "signature": self.signature}
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return f"{text}\n"
 
     @property
     def signed_bytes(self) -> bytes:
         """Bytes that the signature covers."""
-        if not self.removed_content:
-            values = self._old_values()
-            del values["signature"]
-            return canonical(values).encode()
-        return self._envelope.signed_bytes
+        if self.removed_content:
+            return self._envelope.signed_bytes
+        return canonical(self._old_values()).encode()
 
     def signed(self, signer: Signer) -> RemovalRecord:
         """Return the record with its signature."""
@@ -213,22 +201,17 @@ class RemovalRecord:
             FileFormatError: If it is not exactly what this fedcompo, or an earlier one, writes.
         """
         try:
-            values = json.loads(data.decode())
-            given = _old_given(values) if "content" in values else _given(data, source)
-            statement = given.pop("lineage")
-            names = {
-                k: tuple(statement[k]) for k in ("fisher", "statistics", "ensemble", "indirect")
-            }
+            if "content" in (given := json.loads(data.decode())):  # of an earlier version
+                del given["content"], given["format_version"]
+            else:
+                envelope = opened(data, source=source)
+                signature = envelope.signatures[0][1].hex()
+                given = {**envelope.statement["predicate"], "signature": signature}
+            lineage = given.pop("lineage")
+            names = {own.name: tuple(lineage[own.name]) for own in fields(Influence)}
             record = cls(**tuples(given), influence=Influence(**names))
-            intact = isinstance(record.signature, str) and record.text.encode() == data
-        except (
-            FileFormatError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+            intact = record._is_typed and record.text.encode() == data
+        except MALFORMED as error:
             raise FileFormatError(
                 f"{source} is no removal record ({type(error).__name__}: {error}). "
                 "It was altered, or is something else."
@@ -238,6 +221,14 @@ class RemovalRecord:
                 f"{source} is not written as a removal record is: it was altered."
             )
         return record
+
+    @property
+    def _is_typed(self) -> bool:
+        """Whether its values are texts, numbers, lists and tables where they should be."""
+        kinds = {
+            name: get_origin(hint) or hint for name, hint in get_type_hints(type(self)).items()
+        }
+        return all(isinstance(getattr(self, n), k) for n, k in kinds.items() if k is not UnionType)
 
     @property
     def _envelope(self) -> Envelope:
@@ -268,16 +259,4 @@ class RemovalRecord:
         if not self.rule:
             del values["rule"]
         about = {"content": CONTENT, "format_version": self.format_version}
-        return {**about, **values, "signature": self.signature}
-
-
-def _given(data: bytes, source: str) -> dict[str, Any]:
-    """Return what a record's file says."""
-    envelope = opened(data, source=source)
-    _, signature = envelope.signatures[0]
-    return {**envelope.statement["predicate"], "signature": signature.hex()}
-
-
-def _old_given(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the same of one that an earlier version wrote."""
-    return {name: values[name] for name in values.keys() - {"content", "format_version"}}
+        return {**about, **values}

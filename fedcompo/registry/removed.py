@@ -9,7 +9,8 @@ cannot find.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,10 +24,9 @@ from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.registry import journal
-from fedcompo.registry.journal import Entry
+from fedcompo.registry.history import stays_in
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.transaction import JOURNAL
-from fedcompo.storage.tensorfile import tensor_digest
 
 VECTOR, STATISTICS, OLD_STATISTICS = "task_vector", "statistics", "statistics_and_names"
 """Parts of a contribution that have a digest. The last one is that of earlier versions: it covers
@@ -36,17 +36,20 @@ head and names too, so it finds less."""
 def statistics_digest(statistics: AnyStatistics) -> str:
     """SHA-256 of statistics, whatever their classes are called and however they are ordered."""
     if isinstance(statistics, FeatureSums):
-        rows = torch.cat([statistics.counts.unsqueeze(1), statistics.sums], dim=1)
-        classes, rest = [row.numpy().tobytes() for row in rows], statistics.second
+        parts = [*_rows(statistics.counts, statistics.sums), statistics.second.numpy().tobytes()]
     else:
-        classes = [_of_mixture(vars(own)).encode() for own in statistics.values()]
-        rest = torch.empty(0)
-    return hashlib.sha256(b"".join([*sorted(classes), rest.numpy().tobytes()])).hexdigest()
+        parts = sorted(
+            b"".join([b"%d:" % own.num_examples, *_rows(own.weights, own.means, own.variances)])
+            for own in statistics.values()
+        )
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _of_mixture(parts: Mapping[str, Any]) -> str:
-    tensors = {n: v if isinstance(v, Tensor) else torch.tensor(v) for n, v in parts.items()}
-    return tensor_digest(tensors)
+def _rows(first: Tensor, *others: Tensor) -> list[bytes]:
+    """Lines of tables that stand side by side, sorted; numbers that are equal are so bit by bit."""
+    table = torch.cat([first.unsqueeze(1), *others], dim=1)
+    table = table.double() + 0.0 if table.is_floating_point() else table
+    return sorted(row.numpy().tobytes() for row in table)
 
 
 def numbers_of(own: Contribution) -> str:
@@ -67,17 +70,14 @@ def content_of(details: Mapping[str, Any]) -> dict[str, str]:
     return {part: digest for part, digest in content.items() if digest}
 
 
-# -- the door -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Removed:
     """What a registry knows as removed."""
 
     registry: RegistryReader | None = None
     """None: there is none, so nothing was removed."""
-    removals: Sequence[Mapping[str, Any]] | None = None
-    """Details of the journal's lines, perhaps of some to come; None: read them."""
+    leaving: Sequence[Mapping[str, Any]] = ()
+    """What the journal will say of members that the same change removes."""
 
     def refuse(self, client: str, what: str, *digests: str) -> None:
         """Refuse a newcomer's content that was removed under the name of another client.
@@ -92,17 +92,18 @@ class Removed:
         """
         if self.registry is None:
             return
-        state, known = self.registry.state, self.removals
-        if known is None:
-            known = _removals(self.registry.path / JOURNAL, state.sequence, state.journal_sha256)
-        same = (own for own in known if not {*digests}.isdisjoint(content_of(own).values()))
-        owners = [own["client"] for own in same]
+        state = self.registry.state
+        past = _removals(self.registry.path / JOURNAL, state.sequence, state.journal_sha256)
+        coming = ((own["client"], {*content_of(own).values()}) for own in self.leaving)
+        known = [*past, *coming]
+        owners = [owner for owner, content in known if not content.isdisjoint(digests)]
         if not owners or client_of(client) in map(client_of, owners) or self._had(client, digests):
             return
         raise ContributionError(
             f"Client {client!r} brings, number for number, the {what} of {owners[-1]!r}, which the "
             f"registry has removed. Add it as {owners[-1]!r}, who may come back, or train "
-            f"{client!r} on images of its own."
+            f"{client!r} on images of its own. Was {owners[-1]!r} a mistyped name? Then keep it, "
+            "or make a new registry (`fedcompo create`) and add everyone there."
         )
 
     def _had(self, client: str, digests: Sequence[str]) -> bool:
@@ -114,12 +115,8 @@ class Removed:
         return own in digests or registry.member(client).statistics_sha256 in digests
 
 
-def removals_in(entries: Iterable[Entry]) -> list[Mapping[str, Any]]:
-    """Details of the removals in a journal."""
-    return [entry.details for entry in entries if entry.event == "removed"]
-
-
 @lru_cache(maxsize=4)
-def _removals(path: Path, sequence: int, sha256: str) -> list[Mapping[str, Any]]:
+def _removals(path: Path, sequence: int, sha256: str) -> list[tuple[str, set[str]]]:
     """Read who was removed with what, once for each state of the journal."""
-    return removals_in(journal.read(path, upto=sequence))
+    gone = (stay for stay in stays_in(journal.read(path, upto=sequence)) if stay.until < math.inf)
+    return [(stay.client, {*stay.rounded, *content_of(stay.values).values()}) for stay in gone]

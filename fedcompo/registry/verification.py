@@ -16,7 +16,7 @@ from fedcompo.config.choices import Statistics
 from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.registry import journal
 from fedcompo.registry.comebacks import Comebacks
-from fedcompo.registry.history import end_of_change, line_of, members_after, root_of
+from fedcompo.registry.history import end_of_change, line_of, members_after, outcome_of, root_of
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.key_verification import check_keys, expected_fixed, signature_finding
 from fedcompo.registry.owners import OWNERS
@@ -60,23 +60,20 @@ def verify_registry(path: Path) -> list[Finding]:
     findings += _check_strangers(registry, entries)
     if any(finding.holds is False for finding in findings):
         return findings
-    findings += _guarded(NOTHING_BACK, partial(_nothing_back, entries=entries), registry)
+    checks: dict[str, Callable[[RegistryReader], Finding]] = {}
+    checks[NOTHING_BACK] = partial(_nothing_back, entries=entries)
     if registry.clients:
         step("composing again from all members")
-        findings += _guarded("the composition is that of the members", recomposed, registry)
-        findings += _guarded("the joint head is that of the members", aligned_again, registry)
+        checks["the composition is that of the members"] = recomposed
+        checks["the joint head is that of the members"] = aligned_again
         if registry.settings.statistics is Statistics.SUMS:
-            findings += _guarded("the totals are those of the members", totals_again, registry)
+            checks["the totals are those of the members"] = totals_again
+    for claim, check in checks.items():
+        try:
+            findings.append(check(registry))
+        except FedcompoError as error:
+            findings.append(Finding(claim, False, str(error)))
     return findings
-
-
-def _guarded(
-    claim: str, check: Callable[[RegistryReader], Finding], registry: RegistryReader
-) -> list[Finding]:
-    try:
-        return [check(registry)]
-    except FedcompoError as error:
-        return [Finding(claim, False, str(error))]
 
 
 def _whole_journal(registry: RegistryReader) -> list[Entry]:
@@ -92,13 +89,12 @@ def _whole_journal(registry: RegistryReader) -> list[Entry]:
 
 def _check_history(state: State, entries: list[Entry]) -> Iterator[Finding]:
     """Replay the journal and compare the result with the state."""
-    present, roots = members_after(entries), [e.details.get("root_after", "") for e in entries]
-    root = next((root for root in reversed(roots) if root), "")
     members = {c: {**m.essence, "added": m.added} for c, m in state.members.items()}
-    yield compared("the members are those of the journal", as_json(members), present)
-    if root:
-        yield compared("the root is that of the journal's last line", state.root, root)
-        last = next(e.details for e in reversed(entries) if "root_after" in e.details)
+    claim = "the members are those of the journal"
+    yield compared(claim, as_json(members), members_after(entries))
+    if last := outcome_of(entries):
+        claim = "the root is that of the journal's last line"
+        yield compared(claim, state.root, last["root_after"])
         chosen = {name: last.get(name) for name in state.chosen}
         yield compared("the factor is that of the journal's last line", state.chosen, chosen)
     claim = "the fixed files are those of the journal's first line"

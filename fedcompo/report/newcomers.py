@@ -16,10 +16,16 @@ def note_on_newcomers(
         arrivals: When each client came, in any unit; its name; its classes.
         among: Clients to look at; None: all.
     """
-    first: dict[str, int] = {}
+    first: dict[str, dict[str, int]] = {}  # by class, then by who has it
     found = []
     for when, client, classes in sorted(arrivals, key=lambda arrival: arrival[:2]):
-        shared = [name for name in sorted(classes) if first.setdefault(name, when) < when]
+        whole = client.rpartition(".shard-")[0] or client  # shards of a client share its classes
+        shared = []
+        for name in sorted(classes):
+            before = first.setdefault(name, {})
+            if any(then < when for who, then in before.items() if who != whole):
+                shared.append(name)
+            before.setdefault(whole, when)
         if shared and (among is None or client in among):
             found.append(f"{client} ({few([visible(name) for name in shared])})")
     if not found:

@@ -10,7 +10,6 @@ from typing import Any
 from rich.table import Column, Table
 
 from fedcompo.report import units
-from fedcompo.report.arrivals import arrivals_table
 from fedcompo.report.confusion import worst_line
 from fedcompo.report.console import PlainConsole, numbers, table_console
 
@@ -18,6 +17,8 @@ Results = Mapping[str, Any]
 """What ``results.json`` holds."""
 SHOWN = 40
 """Clients shown by name; of more, the first so many."""
+EVERY = 20
+"""Arrivals up to which each has a row."""
 COLUMNS = (
     ("frozen", "frozen_class_il_accuracy"),
     ("alone", "own_task_accuracy"),
@@ -32,6 +33,7 @@ LINES = {
 }
 """A line on each column, by its title."""
 CAPTION = "images: to train on + to test on"
+OF_SHARDS = "–: another shard of the client measured, on the same test images"
 
 
 def print_results(results: Results, console: PlainConsole, *, details: bool = False) -> None:
@@ -104,6 +106,8 @@ def _accuracy_table(results: Results) -> Table:
         for figures in results["per_client"].values()
         if figures["num_test_examples"]  # of a client's shards, one measures
     ]
+    if any(".shard-" in c and not f["num_test_examples"] for c, f in results["per_client"].items()):
+        lines += [OF_SHARDS]
     lines += [units.BRACKETS] if min(tests, default=units.SMALL) < units.SMALL else []
     caption = "\n".join([CAPTION, *lines, units.EXPLAINED])
     style: Any = {"title": "Accuracy, %", "caption": caption, "caption_justify": "left"}
@@ -132,6 +136,28 @@ def _accuracies(figures: Results, columns: list[tuple[str, str]], images: int) -
         between if title == units.ALL_CLASSES else units.percent(figures[key])
         for title, key in columns
     ]
+
+
+def arrivals_table(results: Results) -> Table:
+    """Show accuracies over the test images of all that had arrived, and what was forgotten."""
+    measured = results["arrivals"]["class_il_accuracy"], results["arrivals"]["task_il_accuracy"]
+    members, lost = results.get("tasks", {}), units.percent(measured[0]["forgetting"])
+    table = Table(
+        "arrival",
+        "clients",
+        *numbers(units.ALL_CLASSES, units.OWN_CLASSES),
+        title="Accuracy after each arrival, %",
+        caption=f"all classes: of all that had arrived; forgotten of them since their best: {lost}",
+        caption_justify="left",
+    )
+    arrivals, step = measured[0]["arrivals"], max(1, len(measured[0]["arrivals"]) // EVERY)
+    for place, arrival in enumerate(arrivals):
+        if (len(arrivals) - 1 - place) % step == 0:
+            courses = (units.percent(one["course"][place]) for one in measured)
+            table.add_row(arrival, str(len(members.get(arrival, [arrival]))), *courses)
+    table.add_section()
+    table.add_row("average", "", *(units.percent(one["average"]) for one in measured), style="bold")
+    return table
 
 
 def _traffic_table(results: Results) -> Table:

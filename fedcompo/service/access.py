@@ -50,7 +50,7 @@ from cryptography.x509.oid import NameOID
 from fedcompo.data.tasks import check_whole, whole_of
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.names import check_client_name
-from fedcompo.service.certificates import CLIENT, OPERATOR
+from fedcompo.service.certificates import CLIENT, OPERATOR, key_digest
 from fedcompo.service.refusals import LOGGER, Code, Refused
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Peer:
     operator: bool
     fingerprint: str
     """SHA-256 of the certificate, hexadecimal."""
+    key: str = ""
+    """SHA-256 of its public key."""
 
     @property
     def account(self) -> tuple[str, bool]:
@@ -172,7 +174,8 @@ def require_many(
 class Revoked:
     """A list of revoked certificates: the SHA-256 of each on a line; ``#`` begins a comment.
 
-    A line may also be what ``openssl x509 -noout -fingerprint -sha256`` prints.
+    A line may also be what ``openssl x509 -noout -fingerprint -sha256`` prints, or the SHA-256 of a
+    public key: that locks out all its certificates, also those that were renewed.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -190,7 +193,7 @@ class Revoked:
 
     def require_valid(self, peer: Peer) -> None:
         """Raise ``Refused`` if a caller's certificate is on the list as it is now."""
-        if peer.fingerprint in self._current():
+        if self._current() & {peer.fingerprint, peer.key}:
             raise Refused(
                 Code.UNAUTHENTICATED,
                 f"This certificate of {peer.name} was revoked. Ask the authority for a new one.",
@@ -234,7 +237,7 @@ def _read_certificate(pem: bytes) -> tuple[Peer, datetime.datetime, datetime.dat
             Code.UNAUTHENTICATED, f"The certificate names nobody who could be a client. {error}"
         ) from error
     fingerprint = hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
-    peer = Peer(name, units == [OPERATOR], fingerprint)
+    peer = Peer(name, units == [OPERATOR], fingerprint, key_digest(certificate.public_key()))
     return peer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
 
 

@@ -78,28 +78,17 @@ class Authority:
         authority = cls(read_credential(certificate, key))
         try:
             _private_key(authority.credential.key)
-            constraints = authority.certificate.extensions.get_extension_for_class(
-                x509.BasicConstraints
-            )
-            if not constraints.value.ca:
+            found = authority.credential.parsed.extensions
+            if not found.get_extension_for_class(x509.BasicConstraints).value.ca:
                 raise ValueError("it is of a server or client")
         except (ValueError, x509.ExtensionNotFound) as error:
             raise ConfigError(f"{certificate}, expected an authority's: {error}.") from error
-        require_current(authority.certificate)
+        require_current(authority.credential.parsed)
         return authority
 
     def save(self, folder: Path) -> None:
         """Write ``ca.crt``, and ``ca.key`` for its owner alone; neither may exist yet."""
         self.credential.save(folder, AUTHORITY_STEM)
-
-    @property
-    def certificate(self) -> x509.Certificate:
-        """Its own certificate, parsed."""
-        return x509.load_pem_x509_certificate(self.credential.certificate)
-
-    def has_issued(self, certificate: x509.Certificate) -> bool:
-        """Whether a certificate is signed by this authority."""
-        return is_issued_by(certificate, self.certificate)
 
     def certify(self, holder: Holder, key: ec.EllipticCurvePublicKey, *, days: int = DAYS) -> bytes:
         """Certify that a key is a holder's; returns the certificate in PEM.
@@ -109,7 +98,7 @@ class Authority:
             key: Its public key, on the curve P-384.
             days: How long the certificate is valid; negative: it has expired (for tests).
         """
-        own = self.certificate
+        own = self.credential.parsed
         identifier = own.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         issuer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
         server = holder.role == SERVER

@@ -7,16 +7,19 @@ for a certificate, and then fails to connect without saying why.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import NameOID
 
 from fedcompo.data.tasks import check_whole
@@ -80,12 +83,11 @@ class Holder:
         Raises:
             ValueError: If it names nobody as this library does.
         """
-        role = common_name(signed, NameOID.ORGANIZATIONAL_UNIT_NAME)
-        hosts: tuple[str, ...] = ()
-        if (names := _alternatives(signed)) is not None:
-            hosts = tuple(str(name.value) for name in names)
-        holder = cls(common_name(signed), role, hosts)
-        if signed.subject != holder.subject or (names and names != holder.alternatives):
+        role, names = common_name(signed, NameOID.ORGANIZATIONAL_UNIT_NAME), None
+        with suppress(x509.ExtensionNotFound):
+            names = signed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        holder = cls(common_name(signed), role, tuple(str(name.value) for name in names or ()))
+        if signed.subject != holder.subject or names != holder.alternatives:
             raise ValueError(f"it is of {signed.subject.rfc4514_string()!r}, not as fedcompo names")
         return holder
 
@@ -128,6 +130,11 @@ class Credential:
 
     certificate: bytes
     key: bytes = field(repr=False)
+
+    @property
+    def parsed(self) -> x509.Certificate:
+        """The certificate, parsed."""
+        return x509.load_pem_x509_certificate(self.certificate)
 
     def save(self, folder: Path, stem: str) -> None:
         """Write ``<stem>.crt``, and ``<stem>.key`` for its owner alone; neither may exist yet."""
@@ -183,11 +190,6 @@ def common_name(
     return str(names[0].value) if names else ""
 
 
-def name_in(credential: Credential) -> str:
-    """Return the common name in a certificate."""
-    return common_name(x509.load_pem_x509_certificate(credential.certificate))
-
-
 def subject_of(name: str, unit: str) -> x509.Name:
     """Return a subject of a name and an organizational unit."""
     return x509.Name(
@@ -202,6 +204,12 @@ def subject_of(name: str, unit: str) -> x509.Name:
 def new_key() -> ec.EllipticCurvePrivateKey:
     """Make a private key on the curve P-384."""
     return ec.generate_private_key(ec.SECP384R1())
+
+
+def key_digest(key: CertificatePublicKeyTypes) -> str:
+    """SHA-256 of a public key's DER form (SubjectPublicKeyInfo), hexadecimal."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
 def check_host(host: str) -> x509.DNSName | x509.IPAddress:
@@ -219,12 +227,3 @@ def check_host(host: str) -> x509.DNSName | x509.IPAddress:
                 "path, brackets and scope, such as fed.example.org, 192.0.2.7 or 2001:db8::7."
             ) from None
         return x509.DNSName(host.rstrip("."))
-
-
-def _alternatives(
-    signed: x509.Certificate | x509.CertificateSigningRequest,
-) -> x509.SubjectAlternativeName | None:
-    try:
-        return signed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return None

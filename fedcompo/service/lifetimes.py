@@ -10,7 +10,6 @@ import os
 import shlex
 import socket
 import ssl
-from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography import x509
@@ -37,15 +36,9 @@ def endings(authority: bytes, credential: Credential) -> tuple[str, ...]:
     Raises:
         ConfigError: If one has ended, or has not begun.
     """
-    own = x509.load_pem_x509_certificate(credential.certificate)
     trusted = x509.load_pem_x509_certificates(authority)
     lasting = max(trusted, key=lambda certificate: certificate.not_valid_after_utc)
-    return warnings((lasting, own))
-
-
-def warnings(certificates: Iterable[x509.Certificate]) -> tuple[str, ...]:
-    """Warn of those that end within sixty days; raises ``ConfigError`` if one does not hold."""
-    return tuple(filter(None, map(require_current, certificates)))
+    return tuple(filter(None, map(require_current, (lasting, credential.parsed))))
 
 
 def require_current(certificate: x509.Certificate) -> str:
@@ -69,7 +62,7 @@ def require_current(certificate: x509.Certificate) -> str:
     return f"{whose} ends on {end:%Y-%m-%d}, in {(end - now).days} days. {remedy}"
 
 
-def server_ending(address: str, authority: Path, certificate: Path, key: Path) -> tuple[str, ...]:
+def server_ending(address: str, authority: Path, certificate: Path, key: Path) -> str:
     """Look at the certificate of a server that listens; returns a warning if it ends soon.
 
     Nothing is said where it cannot be looked at: nobody listens, a proxy is between, or TLS fails
@@ -85,7 +78,7 @@ def server_ending(address: str, authority: Path, certificate: Path, key: Path) -
         ConfigError: If the server's certificate has ended.
     """
     if any(os.environ.get(variable) for variable in PROXIES):
-        return ()
+        return ""
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
@@ -103,10 +96,10 @@ def server_ending(address: str, authority: Path, certificate: Path, key: Path) -
                 f"The certificate of the server at {address} has ended. {RENEWED} server`; then "
                 "the server is started again."
             ) from error
-        return ()
+        return ""
     except (OSError, ValueError):
-        return ()
-    return warnings((x509.load_der_x509_certificate(shown),))
+        return ""
+    return require_current(x509.load_der_x509_certificate(shown))
 
 
 def _whose(certificate: x509.Certificate) -> tuple[str, str]:

@@ -40,23 +40,15 @@ LONGEST_REASON = 1000
 CHANGED = "The registry was changed while it was verified. Try again."
 
 
-@dataclass(frozen=True)
-class _Witness:
-    """What a signed list needs of a registry that stays the same until the next change."""
-
-    signer: Signer
-    lines: Sequence[str]
-    """SHA-256 of each line of the journal."""
-    rotations: Sequence[bytes]
-
-
 @functools.lru_cache(maxsize=2)
-def _witness(path: Path, key: Path | None, journal_sha256: str) -> _Witness:
-    """Read key and journal, once a change."""
+def _witness(
+    path: Path, key: Path | None, journal_sha256: str
+) -> tuple[Signer, Sequence[str], Sequence[bytes]]:
+    """Read, once a change, who signs, the SHA-256 of each line of the journal, and rotations."""
     registry = Registry(path)
     entries = registry.entries()
     rotations = [rotation.data for rotation in rotations_in(entries, registry.identity)]
-    return _Witness(signer_for(path, key), [entry.sha256 for entry in entries], rotations)
+    return signer_for(path, key), [entry.sha256 for entry in entries], rotations
 
 
 @dataclass(frozen=True)
@@ -106,17 +98,17 @@ class Members:
         registry, line = Registry(self.registry), request.known_sequence
         state = registry.state
         share = LARGEST_LIST // max(1, len(state.members))
-        witness = _witness(self.registry, self.key, state.journal_sha256)
-        earlier = (line, witness.lines[line - 1]) if 0 < line <= state.sequence else (0, "")
+        signer, lines, rotations = _witness(self.registry, self.key, state.journal_sha256)
+        earlier = (line, lines[line - 1]) if 0 < line <= state.sequence else (0, "")
         return wire.ListReply(
             identity=registry.identity,
             base=state.base,
             root=state.root,
             sequence=state.sequence,
             members=[_listed(member, share) for member in state.members.values()],
-            public_key=witness.signer.public_pem,
-            checkpoint=Checkpoint.of(registry.identity, state, earlier).sealed(witness.signer),
-            rotations=witness.rotations,
+            public_key=signer.public_pem,
+            checkpoint=Checkpoint.of(registry.identity, state, earlier).sealed(signer),
+            rotations=rotations,
         )
 
     def verify(self, request: Any, context: grpc.ServicerContext) -> Any:

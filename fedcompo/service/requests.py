@@ -21,7 +21,6 @@ from fedcompo.service.certificates import CLIENT, Holder, new_key
 from fedcompo.storage.files import (
     OWNER_ONLY,
     UNREADABLE,
-    private_pem,
     replaced,
     write_atomically,
     write_private,
@@ -72,10 +71,7 @@ class Request:
         """
         try:
             return cls._of(x509.load_pem_x509_csr(path.read_bytes()))
-        except (
-            *UNREADABLE,
-            *MALFORMED,
-        ) as error:  # a ConfigError and a ContributionError are ValueErrors
+        except (*UNREADABLE, *MALFORMED) as error:  # our own are ValueErrors, too
             raise ConfigError(
                 f"{path} is no request that can be approved: {error}. Ask its sender for a new "
                 "one, made by `fedcompo request-certificate`."
@@ -133,16 +129,10 @@ def save(request: Request, folder: Path) -> Path:
 def _kept(path: Path, *, openssh: bool = False) -> ec.EllipticCurvePrivateKey:
     """Read a private key; where there is no file, make one."""
     if not path.exists():
-        key = new_key()
-        pem = private_pem(key)
-        if openssh:
-            pem = key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.OpenSSH,
-                serialization.NoEncryption(),
-            )
+        key, pem = new_key(), serialization.Encoding.PEM
+        form = serialization.PrivateFormat.OpenSSH if openssh else serialization.PrivateFormat.PKCS8
         with replaced(path) as temporary:
-            write_private(temporary, pem)
+            write_private(temporary, key.private_bytes(pem, form, serialization.NoEncryption()))
         return key
     load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
     try:

@@ -83,7 +83,7 @@ class Server:
         self.settings, limits = settings, settings.limits
         root = Registry(settings.registry).path.resolve()
         folder = root.with_name(f".{root.name}.service")
-        key = place_of_key(root, settings.signing_key)
+        key = place_of_key(root, settings.signing_key).absolute()
         signer_for(root, key)  # or who leaves would get no receipt
         hidden = {key: "the signing key", root: "the registry", folder: "the upload"}
         revoked = Revoked(settings.revoked)

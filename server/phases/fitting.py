@@ -243,11 +243,10 @@ class Fitting:
     ) -> tuple[Contribution, dict[str, Any]]:
         """Check and unpack what a client trained; raises ``ContributionError``."""
         vector = TaskVector(answer.kind, answer.task_vector, answer.base)
-        who = self.roster.participants
-        if vector.kind is not who.kinds[client]:
+        if vector.kind is not (asked := self.roster.participants.kinds[client]):
             raise ContributionError(
                 f"Client {client!r} sent a task vector of the kind {vector.kind}, it was asked for "
-                f"{who.kinds[client]}. Use the same fedcompo version everywhere."
+                f"{asked}. Use the same fedcompo version everywhere."
             )
         held = {} if answer.held is None else {"held": answer.held}
         figures = checked_fractions(client, {**answer.figures, **held})

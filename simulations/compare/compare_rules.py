@@ -27,13 +27,13 @@ from bench import Bench
 from comparison_tables import spread
 from torch import Tensor
 
-from fedcompo.audit.report import markdown_table
 from fedcompo.composition import fixed_point
 from fedcompo.composition.models import times_of
 from fedcompo.composition.rules import Changes, Rule, parse_rule
 from fedcompo.composition.rules.parsing import RULES
 from fedcompo.composition.scale import norm_preserving
 from fedcompo.composition.voting import Votes, elected
+from fedcompo.export.model_card import table as markdown_table
 from fedcompo.method.deltas import Weights
 from fedcompo.method.features import extract_features
 
@@ -91,7 +91,7 @@ def measured(bench: Bench, rule: Rule) -> dict[str, Any]:
         tried[column] = {"scale": scale, **accuracy(bench, theta)}
     chosen = list(tried.values())[elected([one["loss"] for one in tried.values()])]
     return {
-        "removal": str(rule.removal),
+        "removal": rule.removal,
         "seconds": seconds,
         "tried": tried,
         "chosen": chosen["class_il"],
@@ -138,8 +138,11 @@ def table(seeds: list[dict[str, Any]], texts: list[str]) -> str:
         cells += [spread([row[key] for row in rows]) for key in ("chosen", "best")]
         cells += [spread([fmean(row["seconds"] for row in rows)], factor=1)]
         lines.append([text, *cells, rows[0]["removal"]])
-    frozen = spread([seed["frozen"] for seed in seeds])
-    return f"Frozen: {frozen}; {len(seeds)} run(s).\n\n{markdown_table(lines)}"
+    frozen, text = (
+        spread([seed["frozen"] for seed in seeds]),
+        markdown_table(lines[0], lines[1:], numbers=True),
+    )
+    return f"Frozen: {frozen}; {len(seeds)} run(s).\n\n{text}"
 
 
 if __name__ == "__main__":

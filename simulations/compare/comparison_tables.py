@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedcompo.audit.report import markdown_table
+from fedcompo.export.model_card import table
 
 Figures = Mapping[str, Any]
 
@@ -78,7 +78,7 @@ def _accuracy(rows: list[Row]) -> str:
         seconds = spread(row.values(key("seconds"))[:1], factor=1, digits=0)
         scale = spread(row.values(key("scale")), factor=1)
         lines.append([row.title, row.kind, str(len(row.seeds)), scale, *cells, *cost, seconds])
-    return markdown_table(lines)
+    return table(lines[0], lines[1:], numbers=True)
 
 
 def _changes(rows: list[Row]) -> str:
@@ -87,4 +87,4 @@ def _changes(rows: list[Row]) -> str:
     head = ["specialised: target", "control", "removed: target", "control before", "control after"]
     lines = [["method", "kind", *head]]
     lines += [[r.title, r.kind, *(spread(r.values(key(*p))) for p in parts)] for r in rows]
-    return markdown_table(lines)
+    return table(lines[0], lines[1:], numbers=True)

@@ -26,7 +26,9 @@ from fedcompo.audit.models import (
     FROZEN,
     GOLD,
     REPAIRED,
+    audited_images,
     audited_models,
+    check_gold,
     distances_to_gold,
 )
 from fedcompo.audit.report import markdown
@@ -368,8 +370,9 @@ def test_after_the_last_client_the_pre_trained_weights_are_left(data, tmp_path):
     assert loss[BEFORE]["auc"]["low"] > 0.5
     assert loss[BEFORE]["auc"]["value"] > loss[AFTER]["auc"]["value"]
     assert "after: the client removed (the pre-trained weights alone)" in unescape(markdown(found))
-    with pytest.raises(ConfigError, match=r"client-1 is the last member.*leave `--gold` out"):
-        audit(registry, CLIENT, gold=registry)
+    for other in ("gold", "repaired"):
+        with pytest.raises(ConfigError, match=r"client-1 is the last member.*Leave `--gold` and"):
+            audit(registry, CLIENT, **{other: registry})
 
 
 @pytest.mark.parametrize(
@@ -389,6 +392,23 @@ def test_a_gold_registry_of_another_run_is_refused(settings, without, reason, da
         audit(registry, CLIENT, gold=gold)
 
 
+def test_caps_that_follow_from_who_is_there_may_differ_but_not_how_they_are_chosen(tmp_path):
+    images = tmp_path / "images"
+    source = shades_of_grey(images)
+    for client, fewer in (("ada", 4), ("bob", 2)):
+        for path in (images / client / "train").rglob("*.png"):
+            if int(path.stem) < fewer:
+                path.unlink()
+    registry = federate(tmp_path / "registry", config_of(source, **QUICK))
+    gold = federate(tmp_path / "gold", config_of(source, **QUICK), without=["eve"])
+    assert (registry.settings.class_cap, gold.settings.class_cap) == (9, 6)
+    check_gold(registry, gold, "eve")
+    config = config_of(source, **QUICK, max_count_ratio=2.0)
+    other = federate(tmp_path / "other", config, without=["eve"])
+    with pytest.raises(ConfigError, match=r"max_count_ratio is 2\.0, expected 1\.5"):
+        check_gold(registry, other, "eve")
+
+
 def test_a_gold_registry_of_another_backbone_is_refused(registry, tmp_path):
     backbone = registry.backbone.load()
     other = Registry.create(tmp_path / "gold", replace(backbone, fingerprint="pico@other"))
@@ -400,13 +420,18 @@ def test_a_gold_run_on_another_device_is_as_good(data, tmp_path):
     registry = federate(tmp_path / "registry", config_of(data, **QUICK))
     config = config_of(data, **QUICK, device="cpu")
     gold = federate(tmp_path / "gold", config, without=[CLIENT])
-    assert GOLD in audit(registry, CLIENT, gold=gold, shadows=4)["models"]
+    check_gold(registry, gold, CLIENT)
 
 
 def test_images_that_the_client_was_not_trained_on_are_refused(registry, tmp_path):
     other = noise(tmp_path / "other.npz", train=15)
     with pytest.raises(DataError, match=r"': 15.*but it was trained on .*': 16"):
         audit(registry, CLIENT, data=f"npz:{other}")
+
+
+def test_counts_under_noise_need_not_be_those_of_the_images(registry, tmp_path):
+    config = config_of(f"npz:{noise(tmp_path / 'other.npz', train=15)}", **QUICK, dp_noise=1.0)
+    assert audited_images(registry.contribution(CLIENT), registry.backbone.load(), config).train
 
 
 def test_data_without_the_client_is_refused(registry, tmp_path):

@@ -17,8 +17,9 @@ from torch.func import functional_call
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.measure import audit
 from fedcompo.audit.membership import confidence
-from fedcompo.audit.models import audited_images, logits_of
+from fedcompo.audit.models import BEFORE, all_images, audited_images, audited_models
 from fedcompo.audit.shadows import ClientTraining, check_count, halves, train_shadows
+from fedcompo.audit.verdicts import notes
 from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import client_share
@@ -158,6 +159,8 @@ def test_a_shard_is_audited_on_its_own_images_by_the_map_if_there_is_one(tmp_pat
     others = {"client-0", "client-2"}
     assert found["accuracy"]["per_client"].keys() == {shard, *others}
     assert found["models"]["after"]["rows_of_client"] == found["classes"]  # its sibling has them
+    assert any("dealt anew by the seed" in note for note in found["notes"])
+    assert not any("dealt anew" in note for note in notes({**found, "dealt_anew": False}))
 
     contribution, backbone = registry.contribution(shard), registry.backbone.load()
     config = RunConfig.stored(contribution.settings)
@@ -255,8 +258,10 @@ def test_shadows_are_composed_by_the_registrys_rule_and_what_it_needs(data, tmp_
     own = registry.contribution(CLIENT).task_vector
     recorder = Recorder(CLIENT, backbone, [own] * 4, [])
     shadows = train_shadows(registry, recorder, images, head, count=4, seed=0)
-    theta = registry.theta_p()  # the same task vector in the client's place: the same model
-    expected = confidence(*logits_of(backbone, theta, head, images, linearised=False))
+    # The same task vector in the client's place: the same model.
+    model, (pictures, labels) = audited_models(registry, CLIENT)[BEFORE], all_images(images)
+    logits = head(model.features(backbone, pictures))
+    expected = confidence(logits, head.indices(images.classes)[labels])
     assert all(torch.equal(phi, expected) for phi in shadows.phi)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from clients.store import maps_home
+from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import folder_share
 from fedcompo.data.shards import dealt, needed_for
 from fedcompo.data.tasks import (
@@ -21,6 +24,7 @@ from fedcompo.data.tasks import (
     task_of,
     whole_of,
 )
+from fedcompo.engine.run_folder import LOGS
 from fedcompo.errors import ContributionError, DataError
 
 CLASSES = ("cat", "dog")
@@ -205,3 +209,48 @@ def test_names_say_whose_shard_a_member_is():
     assert members_of("a.task-1", there) == ("a.task-1.shard-0",)
     assert members_of("a.shard-2", there) == ("a.shard-2",)
     assert one_of_each(there) == ("a.shard-2", "a.task-1.shard-0", "a2.shard-0", "b")
+
+
+def test_images_with_the_same_content_go_together_in_every_process(tmp_path):
+    """A test image's twin is not trained on, and twins of two patients unite their shards."""
+    pixels = np.random.RandomState(0).randint(0, 255, (40, 4, 4), dtype=np.uint8)
+    pixels[20:] = pixels[:20]
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(40) % 2)
+    share = folder_share(str(tmp_path / "a.npz"), seed=0)
+    patients = np.array([str(i // 4) for i in range(40)])  # 0 and 5 share images
+    share = replace(share, catalogue=replace(share.catalogue, columns={"patient": patients}))
+    results = []
+    for _ in range(2):
+        own, numbers = dealt(share, 2, seed=0, cap=0, needed=1, file=tmp_path / "map.csv")
+        train, test = (np.concatenate(part).tolist() for part in (own.train, own.test))
+        results.append((train, test, numbers.tolist()))
+    assert results[0] == results[1]
+    train, test, numbers = results[0]
+    assert not {i % 20 for i in train} & {i % 20 for i in test}
+    assert len({(i // 4 % 5, n) for i, n in zip(train, numbers, strict=True)}) <= 5
+
+
+def test_an_image_of_the_map_that_is_no_test_image_any_more_is_dealt(hospital, tmp_path):
+    data, file = hospital / "scans.csv", tmp_path / "map.csv"
+    before, tests = deal(data, file)
+    head, *lines = data.read_text().splitlines()
+    marked = [f"{x},{'test' if x.split(',')[0] in before else 'train'}" for x in lines]
+    data.write_text("\n".join([f"{head},split", *marked]))
+    after, _ = deal(data, file)
+    assert after.keys() == tests
+
+
+def test_a_map_of_other_images_is_not_lost(hospital, tmp_path):
+    file = tmp_path / "map.csv"
+    file.write_text(text := "shard,sample,group\n0,elsewhere.png,\n")
+    with pytest.raises(DataError, match="None of the images") as refused:
+        deal(hospital / "scans.csv", file)
+    assert file.read_text() == text and "map.csv" not in refused.value.told
+
+
+def test_a_later_simulation_with_the_registry_finds_the_map(monkeypatch, tmp_path):
+    first = RunConfig.parse({"output": str(tmp_path / "a"), "shards": 2})
+    later = {"output": str(tmp_path / "b"), "shards": 2, "registry": str(tmp_path / "a/registry")}
+    monkeypatch.setenv(LOGS, str(tmp_path))
+    assert maps_home("", first) == maps_home("", RunConfig.parse(later))
+    assert maps_home("mine", first) == Path("mine/shards")

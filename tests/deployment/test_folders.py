@@ -84,6 +84,16 @@ def test_the_settings_of_a_client_are_data_device_kind_and_limits(
     }
 
 
+def test_an_earlier_plan_with_a_name_that_is_not_free_any_more_is_a_sentence(
+    tmp_path: Path,
+) -> None:
+    Deployment("localhost", ("a", "b")).save(tmp_path)
+    plan = tmp_path / "deployment.json"
+    plan.write_text(plan.read_text().replace('"b"', '"server"'))
+    said = run("init-deployment", tmp_path, "--renew", "a", code=1).stderr
+    assert "'server' is not free to name a client" in said and "is no deployment" not in said
+
+
 def test_certificates_say_who_their_holders_are(original: tuple[Path, str]) -> None:
     folder = original[0]
     ca = x509.load_pem_x509_certificate((folder / "authority" / "ca.crt").read_bytes())

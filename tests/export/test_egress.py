@@ -16,6 +16,7 @@ from registry_builders import member, registry_of
 from fedcompo.export.egress import MISSING, OF_OTHER, OF_THIS
 from fedcompo.method.lineage import Lineage
 from fedcompo.registry.registry import Registry
+from fedcompo.registry.signing import fingerprint_of
 from fedcompo.storage.files import EGRESS
 
 SETTINGS = {
@@ -184,11 +185,15 @@ def test_a_pack_that_was_altered_is_told_from_one_that_was_not(lie, caught, pack
 
 
 def test_its_receipts_are_those_of_the_registry_and_its_model_that_of_a_plain_export(
-    pack, home, tmp_path
+    pack, home, tmp_path, monkeypatch
 ):
     key = pack / "receipts/000003-cho.pem"
     assert key.read_bytes() == (home / "registry/public.pem").read_bytes()
     run("verify", pack / "receipts/000003-cho.json")
+    monkeypatch.setenv("FEDCOMPO_KNOWN", str(tmp_path / "an-auditor's.json"))
+    run("verify", pack / "receipts/000003-cho.json", code=1)
+    named = "--public-key", fingerprint_of(key.read_bytes())
+    run("verify", pack / "receipts/000003-cho.json", *named)
     run("export", "-r", home / "registry", "-o", tmp_path / "plain")
     for path in (tmp_path / "plain").iterdir():
         assert (pack / path.name).read_bytes() == path.read_bytes()
@@ -214,6 +219,9 @@ def test_what_cannot_be_stated_is_refused_before_anything_is_written(home, tmp_p
         "export", "-r", copy / "registry", "-o", output, "--licence", "x", code=2
     ).output  # fmt: skip
     odd = audit_of("ada", "", membership={"loss": {"before": {"auc": {"value": "0.5"}}}})
+    (copy / "odd.json").write_text(json.dumps(odd))
+    assert "holds no audit" in export(copy, output, "--audit", copy / "odd.json", code=1)
+    odd["membership"]["loss"]["before"]["auc"]["value"] = float("nan")
     (copy / "odd.json").write_text(json.dumps(odd))
     assert "holds no audit" in export(copy, output, "--audit", copy / "odd.json", code=1)
     alter(copy / "registry", "removals/000003-cho.json")

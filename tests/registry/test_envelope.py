@@ -114,8 +114,3 @@ def test_what_is_no_statement_is_refused(lie, pen):
 def test_what_is_no_envelope_is_refused(data):
     with pytest.raises(FileFormatError, match="A letter is"):
         opened(data, source="A letter")
-
-
-def test_nothing_but_a_statement_is_signed(pen):
-    with pytest.raises(FileFormatError, match="The statement"):
-        sealed({"client": "b"}, pen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forgery import rewrite_line, rewrite_record
+from forgery import reworded, rewrite_line, rewrite_record
 from registry_builders import member, own_statistics, registry_of
 
 from fedcompo.composition.settings import CompositionSettings
@@ -329,7 +330,17 @@ def test_a_file_that_is_no_record_fails_with_a_sentence(
     path.write_bytes(data)
     finding = one(verify_record(path, registry=Registry(removed)))
     assert finding.holds is False
-    assert f"{path} is no removal record" in finding.detail
+    assert re.match(f"{path} is no (removal record|signed statement)", finding.detail)
+
+
+@pytest.mark.parametrize("lie", ['"5"', "null", "[5]"])
+def test_a_record_with_a_value_of_another_kind_fails_with_a_sentence(
+    removed: Path, tmp_path: Path, lie: str
+) -> None:
+    path, data = tmp_path / "record.json", record_of(removed).read_bytes()
+    line = RemovalRecord.parse(data, source="it").sequence
+    path.write_bytes(reworded(data, f'"sequence":{line}', f'"sequence":{lie}'))
+    assert "it was altered" in one(verify_record(path, registry=Registry(removed))).detail
 
 
 def test_a_file_that_is_not_there_fails_with_a_sentence(removed: Path, tmp_path: Path) -> None:

@@ -22,10 +22,9 @@ from fedcompo.registry.removal import Influence, RemovalRecord, influence
 NAMES = "abcdef"
 
 
-def statement(
-    client: str, lineages: Mapping[str, Lineage], *survivors: str, **options: object
-) -> Influence:
-    return influence(client, survivors or [n for n in lineages if n != client], lineages, **options)
+def statement(client: str, lineages: Mapping[str, Lineage], *survivors: str) -> Influence:
+    staying = survivors or [name for name in lineages if name != client]
+    return influence(client, staying, lineages.items())
 
 
 # -- influence ------------------------------------------------------------------------------------
@@ -60,7 +59,7 @@ def test_influence_passes_through_clients_who_have_left():
 def test_influence_passes_through_contributions_that_were_replaced():
     lineages = {"a": Lineage(), "b": Lineage(), "c": Lineage(anchored_by=("b",))}
     former = [("b", Lineage(anchored_by=("a",))), ("b", Lineage())]
-    found = statement("a", lineages, former=former)
+    found = influence("a", "bc", [*former, *lineages.items()])
     assert found.indirect == ("c",)  # shaped by what b was; b itself has trained again
     assert statement("a", lineages).exact
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fedcompo.config.choices import Kind, Statistics
 from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.features import FeatureMixture
 from fedcompo.method.heads import Head
 from fedcompo.registry.admission import admit, check_described
 from fedcompo.registry.company import Company
@@ -116,7 +118,7 @@ def test_it_is_refused_under_another_name(
     assert_refused(registry, DISGUISES[disguise], match="of 'ben', which the registry has removed")
     DISGUISES[disguise].save(tmp_path / "mail")
     assert_refused(registry, tmp_path / "mail", match="'eve' brings, number for number")
-    with pytest.raises(ContributionError, match="has removed"):  # as a run asks
+    with pytest.raises(ContributionError, match="Was 'ben' a mistyped name"):  # as a run asks
         admit(DISGUISES[disguise], Company.of(registry, backbone()), empty=True)
 
 
@@ -191,6 +193,19 @@ def test_statistics_made_of_a_classifier_are_nobodys(registry: Registry) -> None
     assert all(finding.holds for finding in verify_registry(registry.path))
 
 
+def test_neither_are_they_where_an_earlier_version_removed_them_and_both_have_left(
+    registry: Registry,
+) -> None:
+    marked = {f"{IMPORTED}statistics": STAND_IN}
+    registry.add(replace(member("dan", seed=80), settings=marked))
+    registry.remove("dan")
+    rewrite_as_before(registry.path, record_of(registry, 5, "dan"))
+    registry = Registry(registry.path)
+    registry.add(replace(registry_twin("dan"), client="eva", settings=marked))
+    registry.remove("eva")
+    assert all(finding.holds for finding in verify_registry(registry.path))
+
+
 def registry_twin(client: str) -> Contribution:
     """Somebody with the same images, who trained on them otherwise."""
     same = member(client, seed=80)
@@ -256,6 +271,24 @@ def test_a_stray_contribution_is_looked_into(registry: Registry, unknown: str) -
     assert found["no file lies there that the registry does not know"].holds is None
 
 
+@pytest.mark.parametrize("lie", [lambda name: f"other.{name}", lambda name: name])
+def test_of_a_stray_contribution_that_fits_no_weight_the_statistics_are_known(
+    registry: Registry, lie: Callable[[str], str]
+) -> None:
+    tensors = {lie(name): own[..., :-1] for name, own in BEN.task_vector.tensors.items()}
+    as_eve(BEN, task_vector=replace(BEN.task_vector, tensors=tensors)).save(registry.path / "eve")
+    found = of_record(registry)
+    assert [found[VECTOR].holds, found[STATISTICS].holds] == [True, False]
+
+
+def test_a_stray_contribution_may_lie_about_the_weights_that_it_was_trained_on(
+    registry: Registry,
+) -> None:
+    lie = replace(BEN.task_vector, base="other@00")
+    as_eve(BEN, task_vector=lie).save(registry.path / "eve")
+    assert of_record(registry)[VECTOR].holds is False
+
+
 def test_a_stray_model_that_holds_it_is_found(tmp_path: Path) -> None:
     registry = three_clients(tmp_path / "registry")
     shutil.copytree(registry.path / registry.state.version, tmp_path / "before")
@@ -297,6 +330,14 @@ def test_digests_hold_no_name_of_a_client_a_class_or_a_kind(tmp_path: Path) -> N
     assert (one.rounded_sha256, one.kind) == (two.rounded_sha256, "full")
     assert statistics_digest(BEN.statistics) == statistics_digest(statistics_of(BEN).statistics)
     assert statistics_digest(BEN.statistics) != statistics_digest(ADA.statistics)
+
+
+def test_the_gaussians_of_a_mixture_may_stand_in_another_order() -> None:
+    one = FeatureMixture(torch.tensor([0.25, 0.75]), torch.eye(2), torch.ones(2, 2), 4)
+    turned = FeatureMixture(one.weights.flip(0), one.means.flip(0), one.variances.double(), 4)
+    assert statistics_digest({"a": one}) == statistics_digest({"b": turned})
+    fewer = replace(one, num_examples=3)
+    assert statistics_digest({"a": one}) != statistics_digest({"a": fewer})
 
 
 def test_the_record_says_what_it_reveals_and_what_cannot_be_found(registry: Registry) -> None:

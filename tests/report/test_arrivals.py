@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from fedcompo.report.arrivals import EVERY, arrivals_table
+from fedcompo.report.results import EVERY, arrivals_table
 
 
 def shown(count: int, *, tasks: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from registry_builders import three_clients
 from service_runs import authority, client_of, credential, served
 
 from fedcompo.errors import ConfigError, ServiceError
-from fedcompo.service.access import Revoked
+from fedcompo.service.access import Revoked, _read_certificate
+from fedcompo.service.certificates import Holder, key_digest
 
 
 def settle(file: Path) -> None:
@@ -48,15 +50,20 @@ def test_a_certificate_is_revoked_and_let_in_again_while_the_service_runs(tmp_pa
         assert len(ben.list().members) == 3
 
 
-def test_who_has_a_new_certificate_is_let_in(tmp_path: Path) -> None:
-    """The certificate is locked out, not its holder."""
-    file = tmp_path / "revoked"
-    file.write_text(fingerprint("ben"))
-    new = authority().issue_client("ben")
-    certificate = x509.load_pem_x509_certificate(new.certificate)
-    assert certificate.fingerprint(hashes.SHA256()).hex() != fingerprint("ben")
-    assert fingerprint("ben") in Revoked(file)._current()
-    assert certificate.fingerprint(hashes.SHA256()).hex() not in Revoked(file)._current()
+def test_a_certificate_is_locked_out_alone_and_a_key_with_all_its_certificates(
+    tmp_path: Path,
+) -> None:
+    """A thief has the key, and every certificate of it; its owner may come back with another."""
+    file, stolen = tmp_path / "revoked", credential("ben")
+    key = stolen.parsed.public_key()
+    renewed = authority().certify(Holder("ben"), key)
+    new = authority().issue_client("ben").certificate
+    for line, refused in ((fingerprint("ben"), 1), (key_digest(key), 2)):
+        file.write_text(line)
+        for place, pem in enumerate((stolen.certificate, renewed, new)):
+            out = pytest.raises(ServiceError, match="was revoked")
+            with out if place < refused else nullcontext():
+                Revoked(file).require_valid(_read_certificate(pem)[0])
 
 
 def test_a_fingerprint_may_be_written_as_openssl_prints_it(tmp_path: Path) -> None:

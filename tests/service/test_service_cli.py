@@ -99,6 +99,8 @@ def test_leave_with_a_receipt_that_verify_accepts(home, address, monkeypatch):
     assert (record.client, record.reason) == ("ben", "moved")
     run("verify", "removal-ben.json", "--public-key", "removal-ben.pem")
     run("request-removal", *own("ben"), "--yes", code=2)  # the receipt is there
+    said = run("request-removal", *own("ben"), "--yes", "-o", "receipt.pem", code=2).stderr
+    assert "receipt.pem will hold the public key" in said
     again = run("request-removal", *own("ben"), "--yes", "--json", "-o", "again.json").stdout
     assert again == Path("removal-ben.json").read_text()
 

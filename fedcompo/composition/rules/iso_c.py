@@ -10,11 +10,11 @@ directions that its members trained. Source: Marczak et al., ICML 2025 (arXiv 25
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedcompo.composition.rules.rule import Changes, Removal, Rule
+from fedcompo.composition.rules.rule import Changes, Rule
 from fedcompo.composition.rules.singular import numerical_svd
 from fedcompo.runtime import one_thread
 
@@ -24,7 +24,7 @@ class IsoC(Rule):
     """An isotropic sum; one decomposition a weight."""
 
     name: ClassVar[str] = "iso-c"
-    removal: ClassVar[Removal] = Removal.SUM
+    removal: ClassVar[Literal["O(1)", "O(T)"]] = "O(1)"
     portable: ClassVar[bool] = False
 
     def total(self, changes: Changes) -> Tensor:

@@ -10,11 +10,11 @@ Source: Porrello et al., ICLR 2025 (arXiv 2405.16350).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedcompo.composition.rules.rule import Changes, Removal, Rule
+from fedcompo.composition.rules.rule import Changes, Rule
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Mean(Rule):
     """The sum itself, bit for bit; one pass."""
 
     name: ClassVar[str] = "mean"
-    removal: ClassVar[Removal] = Removal.SUM
+    removal: ClassVar[Literal["O(1)", "O(T)"]] = "O(1)"
     is_sum: ClassVar[bool] = True
 
     def total(self, changes: Changes) -> Tensor:

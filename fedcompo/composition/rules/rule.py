@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,15 +19,6 @@ from fedcompo.composition.fixed_point import BITS, CEILING, GRID
 from fedcompo.errors import ContributionError, blaming
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.fisher import FisherDiagonal
-
-
-class Removal(StrEnum):
-    """What is read to compose without a member; T is the number of members."""
-
-    SUM = "O(1)"
-    """The member alone: it is subtracted from a sum."""
-    MEMBERS = "O(T)"
-    """All members that stay."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +111,8 @@ class Rule:
     """What members must hold beside a task vector, in words; empty: nothing."""
     takes_inputs: ClassVar[bool] = False
     """Whether that is the squares of layers' inputs, which are not sent under noise."""
-    removal: ClassVar[Removal] = Removal.MEMBERS
+    removal: ClassVar[Literal["O(1)", "O(T)"]] = "O(T)"
+    """What is read to compose without a member: all T that stay; or it alone, out of the sum."""
     weighted: ClassVar[bool] = True
     """Whether members may count differently."""
     is_sum: ClassVar[bool] = False

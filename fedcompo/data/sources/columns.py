@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from fedcompo.errors import DataError
 from fedcompo.names import did_you_mean
@@ -26,6 +27,9 @@ CHOICE = re.compile(r"\w+=[^,#=]+(?:,\w+=[^,#=]+)*")
 Choices = tuple[tuple[str, str], ...]
 """What `data` chooses, such as the column of a role."""
 logger = logging.getLogger(__name__)
+Column = TypeVar("Column")
+GROUP = "group"
+"""Role of the column that says which images belong together, such as a patient's."""
 
 
 def with_choices(text: str) -> tuple[str, Choices]:
@@ -96,3 +100,13 @@ def pick(
         f"{source} has {what or f'no column that is surely the {role}; columns found: '}{listed}. "
         f"Choose it by a # at the end of `data`: #{role}=<column>."
     )
+
+
+def with_group(
+    columns: Mapping[str, Column], chosen: Mapping[str, str], source: str
+) -> dict[str, Column]:
+    """Return the columns, and the one that `data` chooses for the groups under that name too."""
+    if GROUP not in chosen:
+        return dict(columns)
+    column = pick(GROUP, (), chosen=chosen, columns=[*columns], source=source)
+    return {**columns, GROUP: columns[column]}

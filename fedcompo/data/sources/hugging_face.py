@@ -16,14 +16,21 @@ from typing import Any
 import numpy as np
 
 from fedcompo.data.catalogue import Catalogue, places, version_of
-from fedcompo.data.sources.columns import Choices, called, check_roles, pick
+from fedcompo.data.sources.columns import (
+    GROUP,
+    Choices,
+    called,
+    check_roles,
+    pick,
+    with_group,
+)
 from fedcompo.data.sources.labels import MULTI_LABEL, class_names
 from fedcompo.data.sources.splits import TEST, TRAIN, divided, part_called
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 
-ROLES = ("image", "label", TRAIN, TEST, "config")
-"""What `data` may choose: two columns, two parts, and one of the configurations that a name has."""
+ROLES = ("image", "label", GROUP, TRAIN, TEST, "config")
+"""What `data` may choose: three columns, two parts, one of the configurations of a name."""
 SAVED = ("dataset_dict.json", "state.json")
 """Files that ``save_to_disk`` writes."""
 logger = logging.getLogger(__name__)
@@ -83,7 +90,7 @@ def saved_catalogue(place: str | Path, choices: Choices) -> Catalogue:
             [Path(f["filename"]) for rows in parts.values() for f in rows.cache_files]
         ),
         marks=marks,
-        columns={name: np.array(texts(name)) for name in others},
+        columns=with_group({name: np.array(texts(name)) for name in others}, chosen, source),
     )
 
 

@@ -18,14 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
-from fedcompo.data.sources.columns import Choices, called, check_roles, pick
+from fedcompo.data.sources.columns import (
+    GROUP,
+    Choices,
+    called,
+    check_roles,
+    pick,
+    with_group,
+)
 from fedcompo.data.sources.labels import MULTI_LABEL, class_names
 from fedcompo.data.sources.splits import split_of
 from fedcompo.data.sources.tables import Table, Where, read_table
 from fedcompo.errors import DataError
 from fedcompo.report.twins import few
 
-NEEDED, OPTIONAL, GROUP = ("path", "label"), ("split", "client"), "group"
+NEEDED, OPTIONAL = ("path", "label"), ("split", "client")
 PRESENCE = {"0", "1", "0.0", "1.0", "-1", "-1.0", ""}
 """What a column of one finding's presence holds; -1: uncertain, empty: not told."""
 
@@ -45,9 +52,7 @@ def manifest_catalogue(path: Path, choices: Choices = ()) -> Catalogue:
     table, where = read_table(path)
     chosen = check_roles(choices, (*NEEDED, *OPTIONAL, GROUP), source=source)
     names = _columns(table, chosen, source)
-    if GROUP in chosen:
-        column = pick(GROUP, (), chosen=chosen, columns=[*table], source=source)
-        table = {**table, GROUP: table[column]}
+    table = with_group(table, chosen, source)
     cells, labels = table[names["path"]], table[names["label"]]
     files = [path.parent / cell.strip().replace("\\", "/") for cell in cells]
     clients = _clients(table.get(names["client"]), where, source)
