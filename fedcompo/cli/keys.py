@@ -72,7 +72,7 @@ def verify(
             opened = common.open_registry(place) if place else None
             if record is not None:
                 findings = verify_record(record, registry=opened, public_key=key)
-            if opened or record is not None:
+            if findings[0].holds:  # else it is nobody's whom one knows
                 file = key or (opened.path / PUBLIC if opened else Path())
                 findings.append(whose_key(opened, record, file, given))
             findings += continues(opened, since) if opened and since else ()
@@ -120,6 +120,12 @@ def _witness_of(
         if (home / "registry.json").is_file():
             return home, None
     beside = record.with_suffix(".pem")
+    if not beside.is_file() and public_key:
+        raise ConfigError(
+            "A fingerprint says which key it must be, but checks no signature. Get the key, too: "
+            f"`fedcompo request-removal` wrote it beside the record, here {beside}, and it is the "
+            "registry's public.pem. Or add --registry."
+        )
     if not beside.is_file():
         raise ConfigError(
             f"{record} is checked with its registry, or with a public key: add --registry, or "

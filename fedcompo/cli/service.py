@@ -79,6 +79,7 @@ def publish(
         with common.progress(quiet=as_json):
             client.list()  # is it the registry that this machine knows?
             published = client.publish(folder, replace=replace)
+            there = client.list()  # from now on, a registry set back to before is refused
         if as_json:
             fields = ("client", "already", "root")
             print_json({field: getattr(published, field) for field in fields})
@@ -86,7 +87,7 @@ def publish(
             say(f"{published.client} was there already, with these files. Root {published.root}")
         else:
             say(f"Published {published.client}. Root {published.root}")
-            arrivals = [(m.added, m.client, m.classes) for m in client.list().members]
+            arrivals = [(m.added, m.client, m.classes) for m in there.members]
             if note := note_on_newcomers(arrivals, [published.client]):
                 say(f"Note: {note}")
 
@@ -204,10 +205,12 @@ def _leave(service: Client, name: str, path: Path, reason: str, *, as_json: bool
     record = receipt.checked(name)
     if as_json:
         typer.echo(receipt.record.decode(), nl=False)  # byte for byte: it can be kept
-        return
-    say(f"Removed {name} on {record.time}. Receipt: {path}")
-    check = ["fedcompo", "verify", str(path), "--public-key", fingerprint_of(receipt.public_key)]
-    say(f"Check it by: {shlex.join(check)}")
+    else:
+        say(f"Removed {name} on {record.time}. Receipt: {path}")
+        key = fingerprint_of(receipt.public_key)
+        check = ["fedcompo", "verify", str(path), "--public-key", key]
+        say(f"Check it by: {shlex.join(check)}")
+    receipt.require_in(service.list())  # from now on, a registry set back to before is refused
 
 
 @common.with_options("connection", Connection)
@@ -226,6 +229,7 @@ def members(
     """
     with common.errors_as_sentences(verbose), connection.open() as service:
         from fedcompo.cli import tables
+        from fedcompo.registry.signing import fingerprint_of
 
         with common.progress(quiet=as_json):
             step("asking")
@@ -240,7 +244,8 @@ def members(
             reply = {"root": there.root, "backbone": there.base, "members": rows}
             print_json(reply | ({"findings": [asdict(f) for f in findings]} if verify else {}))
         else:
-            tables.print_members(connection.server, there.root, rows)
+            key = fingerprint_of(there.public_key)
+            tables.print_members(connection.server, there.root, rows, key=key)
             if verify:
                 tables.print_findings(findings)
         if any(finding.holds is False for finding in findings):

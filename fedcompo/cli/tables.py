@@ -95,8 +95,10 @@ def print_list(summary: Mapping[str, Any]) -> None:
     say(f"Root {summary['root']}")
 
 
-def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) -> None:
-    """Print who is in a registry that is served elsewhere."""
+def print_members(
+    server: str, root: str, members: Sequence[Mapping[str, Any]], *, key: str
+) -> None:
+    """Print who is in a registry that is served elsewhere, and its key's fingerprint."""
     client, title = Column("client", no_wrap=True), f"Registry at {server}"
     table = Table(client, "kind", "classes", *numbers("images"), title=title)
     for member in members:
@@ -109,6 +111,7 @@ def print_members(server: str, root: str, members: Sequence[Mapping[str, Any]]) 
     table_console().print(table)
     _say_notes((m["added"], m["client"], m["classes"]) for m in members)
     say(f"Root {root}")
+    say(f"Its key has SHA-256 {key}")
 
 
 def _say_notes(arrivals: Iterable[tuple[int, str, Sequence[str]]]) -> None:

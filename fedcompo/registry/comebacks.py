@@ -48,6 +48,8 @@ class Comebacks:
             state.settings, state.base, stored.num_features, stored.theta_shapes, stored.tensors
         )
         self._stays: dict[str, list[Stay]] = {}
+        asked = {entry.sequence: entry.details.get("requested_by", "") for entry in entries}
+        self._askers: dict[float, str] = {line: who for line, who in asked.items() if who}
         members = {Stay(c, m.added): registry.contribution(c) for c, m in state.members.items()}
         for stay in stays_in(entries):
             told, own = stay.values, members.get(stay)
@@ -90,8 +92,12 @@ class Comebacks:
         if back := [stay for stay in others if owner(stay.client) not in before]:
             return Finding(claim, False, f"it is back: {', '.join(map(str, back))}")
         if own := [stay for stay in since if stay not in others]:
-            told = ", ".join(map(str, own))
-            return Finding(claim, None, f"it came back, with line {own[0].since}: {told}")
+            if stayed := [stay for stay in own if stay.client == client and stay.since < line]:
+                return Finding(claim, False, f"it has not left: {stayed[0]}")
+            told, first = ", ".join(map(str, own)), own[0].since
+            asker = self._askers.get(first, "nobody who is named")
+            told = f"it came back, with line {first}, asked for by {asker}: {told}"
+            return Finding(claim, None, told)
         told = ", ".join(map(str, others))
         return Finding(claim, None, f"of the same images are those of {told}, there before it left")
 

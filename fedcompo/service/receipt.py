@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedcompo.errors import ServiceError
 from fedcompo.registry.known import Known
@@ -43,3 +43,16 @@ class Receipt:
                 f"{self.known.fingerprint}. Keep it, and ask an operator."
             )
         return record
+
+    def require_in(self, there: Any) -> None:
+        """Raise ``ServiceError`` unless the registry, a ``ListReply``, has had this removal."""
+        from fedcompo.registry.removal import RemovalRecord
+
+        record = RemovalRecord.parse(self.record, source="The receipt")
+        now, then = (there.sequence, there.root), (record.sequence, record.root_after)
+        if now[0] < then[0] or (now[0] == then[0] and now != then):
+            raise ServiceError(
+                f"The registry has root and line {now[1]}@{now[0]}; expected {then[1]}@{then[0]}, "
+                "which the receipt states, or a later line: the removal is not in it, or was taken "
+                "back. Keep the receipt, and ask an operator."
+            )

@@ -413,6 +413,7 @@ def test_verify_checks_a_record_with_the_registry_or_the_key_alone(home: Path) -
     shutil.copy(home / "elsewhere" / PUBLIC, path.with_suffix(".pem"))
     assert "2 of 2 claims hold" in run("verify", path).stdout
     path.with_suffix(".pem").unlink()
+    assert "checks no signature" in run("verify", path, "--public-key", "0" * 64, code=2).stderr
     out = run("verify", path, "--public-key", home / "elsewhere" / PUBLIC).stdout
     assert "2 of 2 claims hold" in out
     for line in (r"who: +client-1, a lora task vector of", r"stays: +client-0, client-2\n"):
@@ -423,7 +424,8 @@ def test_verify_checks_a_record_with_the_registry_or_the_key_alone(home: Path) -
         "who:"
         not in run("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1).stdout
     )
-    run("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1)
+    (failed,) = told("verify", path, "--public-key", home / "elsewhere" / PUBLIC, code=1)
+    assert "is signed by" in failed["claim"]  # and nothing says that the key has signed it
     assert "is no removal record" in run("verify", __file__, "-r", "elsewhere", code=1).stdout
 
 

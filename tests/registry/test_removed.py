@@ -139,14 +139,26 @@ def test_what_was_replaced_is_known_too_and_so_is_what_two_would_swap(registry: 
     assert_refused(registry, *swap, match="has removed", replacing=True)
 
 
+def test_in_a_copy_of_before_it_has_not_left(registry: Registry, tmp_path: Path) -> None:
+    (record,) = (registry.path / "removals").iterdir()
+    before = three_clients(tmp_path / "before")
+    found = {
+        f.claim: f
+        for f in verify_record(record, registry=before, public_key=registry.path / "public.pem")
+    }
+    assert found[VECTOR].holds is False
+    assert found[VECTOR].detail == "it has not left: ben (line 2)"
+
+
 def test_under_its_own_name_or_its_clients_it_may_come_back(registry: Registry) -> None:
     registry.add(replace(BEN, client="ben.task-1"))
     found = of_record(registry)
     assert (found[VECTOR].holds, found[STATISTICS].holds) == (None, None)
-    assert found[VECTOR].detail == "it came back, with line 4: ben.task-1 (line 4)"
+    told = "it came back, with line 4, asked for by nobody who is named: ben.task-1 (line 4)"
+    assert found[VECTOR].detail == told  # an operator may have added it again
     registry.remove("ben.task-1")
-    registry.add(BEN)
-    told = "it came back, with line 4: ben.task-1 (line 4 to 5), ben (line 6)"
+    registry.add(BEN, requested_by="ben")
+    told = told.replace("(line 4)", "(line 4 to 5), ben (line 6)")
     assert of_record(registry)[VECTOR].detail == told
     assert all(finding.holds for finding in verify_registry(registry.path))
 

@@ -40,11 +40,11 @@ def test_members_of_a_served_registry_are_printed_on_their_lines(capsys) -> None
         "classes": [HOSTILE, "dog"],
         "added": 2,
     }
-    print_members(HOSTILE, "1", [member])
+    print_members(HOSTILE, "1", [member], key="2")
     out = capsys.readouterr().out
     assert not FORBIDDEN & set(out)
     assert "[red]" in out
-    assert out.rstrip().endswith("Root 1")
+    assert out.rstrip().endswith("Root 1\nIts key has SHA-256 2")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

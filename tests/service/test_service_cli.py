@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from service_runs import authority, credential, saved, served, server_credential
 
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
+from fedcompo.registry.signing import PUBLIC, fingerprint_of
+from fedcompo.service.client import Client
 
 
 @pytest.fixture
@@ -108,6 +111,32 @@ def test_an_operator_lets_another_go(home, address):
     assert Registry("registry").clients == ("ben", "cho")
 
 
+def test_who_has_left_is_shown_no_registry_of_before(home):
+    shutil.copytree(home / "registry", home / "yesterday", symlinks=True)
+    with served(Registry(home / "registry")) as address:
+        run("request-removal", *as_("ben", address), "--yes")
+    with served(Registry(home / "yesterday")) as address:  # nobody looked in between
+        out = run("members", *as_("ben", address), code=1).output
+    assert "was set back" in out
+
+
+def test_a_receipt_of_what_the_registry_does_not_show_is_told(home, monkeypatch):
+    shutil.copytree(home / "registry", home / "yesterday", symlinks=True)
+    with served(Registry(home / "yesterday")) as lying, served(Registry("registry")) as address:
+        leave = Client.remove
+
+        def and_lie(client, *arguments, **options):
+            receipt = leave(client, *arguments, **options)
+            shown = Client(lying, authority().credential.certificate, credential("ben"))
+            monkeypatch.setattr(Client, "list", lambda _: shown._list(0))
+            return receipt
+
+        monkeypatch.setattr(Client, "remove", and_lie)
+        result = run("request-removal", *as_("ben", address), "--yes", code=1)
+    assert "the removal is not in it, or was taken back" in result.output
+    assert Path("removal-ben.json").exists()
+
+
 def test_members_are_listed_and_their_claims_derived_again(home, address):
     registry = Registry("registry")
     found = told("members", *as_("ben", address))
@@ -117,7 +146,8 @@ def test_members_are_listed_and_their_claims_derived_again(home, address):
     assert ben["classes"] == list(registry.state.members["ben"].classes)
     assert "findings" not in found
     out = run("members", *as_("ben", address)).stdout
-    assert all(name in out for name in ("ada", "ben", "cho", registry.state.root))
+    key = fingerprint_of((registry.path / PUBLIC).read_bytes())  # for the telephone
+    assert all(name in out for name in ("ada", "ben", "cho", registry.state.root, key))
     found = told("members", "--verify", *as_("ben", address))
     assert found["findings"]
     assert all(finding["holds"] for finding in found["findings"])
