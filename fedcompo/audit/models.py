@@ -73,7 +73,8 @@ def audited_images(
         Its test images, and of its training images those that it did not keep aside.
 
     Raises:
-        DataError: If the client is not among them, or had other numbers of training images.
+        DataError: If the client is not among them, or had other classes or, where these were sent
+            without noise, other numbers of training images.
     """
     client, source, seed = contribution.client, config.data.data, config.seed
     names, whole = client_names(config.data), whole_of(client)
@@ -90,7 +91,8 @@ def audited_images(
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     trained_on = counts_of(contribution.statistics)
     at_hand = dict(zip(data.classes, counts, strict=True))
-    if at_hand != trained_on:
+    noised = config.caps.dp_noise > 0  # then counts are not those of the images
+    if at_hand.keys() != trained_on.keys() or (at_hand != trained_on and not noised):
         raise DataError(
             f"The training images of {client} in {source!r} are {at_hand}, by class, but it was "
             f"trained on {trained_on}. Name the images it was trained on with `--data`."

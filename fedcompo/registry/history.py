@@ -53,9 +53,9 @@ def stays_in(entries: Sequence[Entry]) -> list[Stay]:
             stay = Stay(own["client"], entry.sequence, math.inf, own, (own["rounded_sha256"],))
             present[stay.client] = stay
         for client, sha256 in entry.details.get("rounded", {}).items():
-            if stay := present.get(client):
-                values = {**stay.values, "rounded_sha256": sha256}
-                present[client] = replace(stay, values=values, rounded=(*stay.rounded, sha256))
+            if there := present.get(client):
+                values = {**there.values, "rounded_sha256": sha256}
+                present[client] = replace(there, values=values, rounded=(*there.rounded, sha256))
     return [*past, *present.values()]
 
 

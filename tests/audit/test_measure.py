@@ -26,6 +26,7 @@ from fedcompo.audit.models import (
     FROZEN,
     GOLD,
     REPAIRED,
+    audited_images,
     audited_models,
     check_gold,
     distances_to_gold,
@@ -426,6 +427,11 @@ def test_images_that_the_client_was_not_trained_on_are_refused(registry, tmp_pat
     other = noise(tmp_path / "other.npz", train=15)
     with pytest.raises(DataError, match=r"': 15.*but it was trained on .*': 16"):
         audit(registry, CLIENT, data=f"npz:{other}")
+
+
+def test_counts_under_noise_need_not_be_those_of_the_images(registry, tmp_path):
+    config = config_of(f"npz:{noise(tmp_path / 'other.npz', train=15)}", **QUICK, dp_noise=1.0)
+    assert audited_images(registry.contribution(CLIENT), registry.backbone.load(), config).train
 
 
 def test_data_without_the_client_is_refused(registry, tmp_path):
