@@ -67,18 +67,24 @@ class Comebacks:
             if path.name == CONTENT:
                 self._look_into(path.parent)
 
-    def findings(self, client: str, line: int, content: Mapping[str, str]) -> list[Finding]:
+    def findings(
+        self, client: str, line: int, content: Mapping[str, str], *, unasked: bool | None = None
+    ) -> list[Finding]:
         """Check that nobody has had what a line removed since then, nor has it now.
 
         Args:
             client: Who was removed.
             line: Number of the journal's line.
             content: The digests, by part; :func:`~fedcompo.registry.removed.content_of`.
+            unasked: Whether the claim holds if the client's own came back under its name and the
+                journal does not say that the client itself handed it in; None: left open.
         """
         parts = [VECTOR, *(content.keys() - {VECTOR} or [STATISTICS])]
-        return [self._finding(part, client, line, content.get(part, "")) for part in parts]
+        return [self._finding(p, client, line, content.get(p, ""), unasked) for p in parts]
 
-    def _finding(self, part: str, client: str, line: int, digest: str) -> Finding:
+    def _finding(
+        self, part: str, client: str, line: int, digest: str, unasked: bool | None
+    ) -> Finding:
         claim, owner = f"nobody has had the {part.replace('_', ' ')} of {client} since", client_of
         if not digest:
             detail = "they are made of a classifier alone, and others may share them"
@@ -97,7 +103,8 @@ class Comebacks:
             told, first = ", ".join(map(str, own)), own[0].since
             asker = self._askers.get(first, "nobody who is named")
             told = f"it came back, with line {first}, asked for by {asker}: {told}"
-            return Finding(claim, None, told)
+            itself = asker.startswith(f"{owner(client)} (client, certificate ")
+            return Finding(claim, None if itself else unasked, told)
         told = ", ".join(map(str, others))
         return Finding(claim, None, f"of the same images are those of {told}, there before it left")
 

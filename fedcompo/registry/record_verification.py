@@ -162,7 +162,7 @@ def _nobody_has_it(
     yield compared("the digests of what was removed are the journal's", content, told)
     since = record.sequence
     comebacks = Comebacks(registry, entries, derived_since=since, strangers=unknown)
-    yield from comebacks.findings(record.client, since, content)
+    yield from comebacks.findings(record.client, since, content, unasked=False)
 
 
 def _kept(record: RemovalRecord, registry: RegistryReader) -> Finding:

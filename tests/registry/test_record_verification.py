@@ -251,7 +251,7 @@ def test_a_client_that_comes_back_with_the_same_files_leaves_their_absence_open(
     root: Path,
 ) -> None:
     registry = Registry(root)
-    registry.add(members()[1])
+    registry.add(members()[1], requested_by=f"ben (client, certificate SHA-256 {'0' * 64})")
     found = findings(root)
     open_ones = [claim for claim, holds in found.items() if holds is not True]
     assert open_ones == [GONE, VECTOR, STATISTICS]

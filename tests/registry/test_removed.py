@@ -150,17 +150,23 @@ def test_in_a_copy_of_before_it_has_not_left(registry: Registry, tmp_path: Path)
     assert found[VECTOR].detail == "it has not left: ben (line 2)"
 
 
-def test_under_its_own_name_or_its_clients_it_may_come_back(registry: Registry) -> None:
+def test_what_came_back_by_its_client_is_open_and_by_another_fails(registry: Registry) -> None:
     registry.add(replace(BEN, client="ben.task-1"))
     found = of_record(registry)
-    assert (found[VECTOR].holds, found[STATISTICS].holds) == (None, None)
+    assert (found[VECTOR].holds, found[STATISTICS].holds) == (False, False)
     told = "it came back, with line 4, asked for by nobody who is named: ben.task-1 (line 4)"
     assert found[VECTOR].detail == told  # an operator may have added it again
     registry.remove("ben.task-1")
-    registry.add(BEN, requested_by="ben")
+    registry.add(BEN)
     told = told.replace("(line 4)", "(line 4 to 5), ben (line 6)")
     assert of_record(registry)[VECTOR].detail == told
     assert all(finding.holds for finding in verify_registry(registry.path))
+
+
+def test_what_the_client_itself_handed_in_again_is_open(registry: Registry) -> None:
+    registry.add(BEN, requested_by=f"ben (client, certificate SHA-256 {'0' * 64})")
+    found = of_record(registry)
+    assert (found[VECTOR].holds, found[STATISTICS].holds) == (None, None)
 
 
 # -- who would be refused wrongly -----------------------------------------------------------------
