@@ -107,7 +107,7 @@ def test_rules_are_compared_and_the_mean_has_the_figures_of_the_run(finished, mo
     assert found["mean"]["best"] == max(one["class_il"] for one in tried.values())
     assert found["ties"]["removal"] == "O(T)"
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows] == ["rule", "mean", "ties"]
+    assert [row.split("|")[1].strip() for row in rows] == ["rule", "---", "mean", "ties"]
 
 
 def test_a_client_that_leaves_takes_its_task_and_little_else(finished):
