@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedcompo.config.run import RunConfig
 from fedcompo.data.cache import cache_home
+from fedcompo.data.shards import maps_beside
 from fedcompo.engine.run_folder import LOGS
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.requests import TrainRequest
@@ -49,8 +50,7 @@ def maps_home(stated: str, config: RunConfig) -> Path:
     """
     if stated or not os.environ.get(LOGS):
         return store_home(stated) / "shards"
-    registry = Path(config.registry.registry or Path(config.output, "registry"))
-    return registry.with_name(f"{registry.name}.shards")
+    return maps_beside(Path(config.registry.registry or Path(config.output, "registry")))
 
 
 @dataclass(frozen=True)

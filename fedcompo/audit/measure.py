@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -54,6 +53,7 @@ from fedcompo.audit.verdicts import notes, verdicts
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import ClientData
+from fedcompo.data.shards import maps_beside
 from fedcompo.data.tasks import whole_of
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import Contribution
@@ -165,7 +165,7 @@ class _Audited:
             )
         config = RunConfig.stored({**contribution.settings, **({"data": data} if data else {})})
         backbone = registry.backbone.load(pick_device(config.device))
-        images = audited_images(contribution, backbone, config, maps=_maps(registry))
+        images = audited_images(contribution, backbone, config, maps=maps_beside(registry.path))
         return cls(registry, contribution, config, backbone, images, models)
 
     @property
@@ -199,7 +199,7 @@ class _Audited:
             "classes": list(self.images.classes),
             "images": {"members": len(train), "non_members": len(test)},
             "dealt_anew": self.images.shards is not None
-            and not map_of(self.client, self.config, _maps(self.registry)).is_file(),
+            and not map_of(self.client, self.config, maps_beside(self.registry.path)).is_file(),
             "influence": asdict(self.registry.influence_of(self.client)),
             "models": models,
             "distance_to_gold": distances_to_gold(self.models),
@@ -264,11 +264,6 @@ class _Audited:
                 phi, shadow.phi, shadow.trained_on, is_member, seed=seed
             )
         return attacks
-
-
-def _maps(registry: RegistryReader) -> Path:
-    """Where a simulation keeps the maps from sample to shard."""
-    return registry.path.parent / "clients"
 
 
 def _difference(

@@ -49,6 +49,11 @@ Places = Mapping[str, str]
 """The map: a shard's number, or ``test``, by sample."""
 
 
+def maps_beside(registry: Path) -> Path:
+    """Folder of a simulation's maps, beside its registry, where the audit finds them."""
+    return registry.with_name(f"{registry.name}.shards")
+
+
 def dealt(
     share: Share, shards: int, *, seed: int, cap: int, needed: int, file: Path
 ) -> tuple[Share, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
 
+from clients.store import maps_home
 from fedcompo.audit.evaluation import clients_data
 from fedcompo.audit.measure import audit
 from fedcompo.audit.membership import confidence
@@ -24,6 +26,7 @@ from fedcompo.config.choices import Curvature, Kind
 from fedcompo.config.run import RunConfig
 from fedcompo.data.client_data import client_share
 from fedcompo.data.shards import dealt
+from fedcompo.engine.run_folder import LOGS
 from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.fisher import FisherDiagonal
 from fedcompo.registry.registry import Registry
@@ -150,7 +153,7 @@ def becomes_the_client(registry: Registry, member: str) -> ClientTraining:
     return training
 
 
-def test_a_shard_is_audited_on_its_own_images_by_the_map_if_there_is_one(tmp_path):
+def test_a_shard_is_audited_on_its_own_images_by_the_map_if_there_is_one(tmp_path, monkeypatch):
     run({}, tmp_path / "out", realign=False, shards=2)
     registry, shard = Registry(tmp_path / "out" / "registry"), f"{CLIENT}.shard-1"
     becomes_the_client(registry, shard)
@@ -167,6 +170,11 @@ def test_a_shard_is_audited_on_its_own_images_by_the_map_if_there_is_one(tmp_pat
     whole = client_share(config.data, partition=1, seed=config.seed)
     file = tmp_path / f"{CLIENT}.shards-2.csv"
     dealt(whole, 2, seed=config.seed, cap=12, needed=1, file=file)
+    monkeypatch.setenv(LOGS, str(tmp_path))  # as a simulation does
+    home = maps_home("", RunConfig.parse({"output": str(tmp_path / "out")}))
+    home.mkdir()
+    shutil.copy(file, home)  # where a simulation keeps it, the audit finds it
+    assert not audit(registry, shard, shadows=4)["dealt_anew"]
     lines = file.read_text().splitlines()
     other = {"0": "1", "1": "0"}
     file.write_text("\n".join(other.get(line[0], line[0]) + line[1:] for line in lines) + "\n")
