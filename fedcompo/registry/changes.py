@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedcompo.composition.claims import capped
 from fedcompo.composition.settings import MEAN
+from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.errors import ConfigError, ContributionError, blaming
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.pool import require_unmixed
@@ -69,6 +70,8 @@ def add(
             line = draft.next_sequence + len(gone)  # each of them has a line of its own before
             coming[member.client] = replace(member, added=line)
             company = company.joined({member.client: Known(member.classes)})
+        staying = {name: member for name, member in state.members.items() if name not in names}
+        _check_dealing(draft, {**staying, **coming}, {whole_of(client) for client in coming})
         after = _with_members(state, {**state.members, **coming})
         require_unmixed({client: member.kind for client, member in after.members.items()})
         counts = (counts_of(draft.opened(member).statistics) for member in coming.values())
@@ -225,6 +228,22 @@ def _drop_versions(draft: Draft, after: State, client: str, *, keep: bool) -> St
     going = [place for place, kept in after.kept.items() if client in kept["clients"]]
     draft.deletions += going
     return replace(after, kept={p: kept for p, kept in after.kept.items() if p not in going})
+
+
+def _check_dealing(draft: Draft, members: Mapping[str, Member], clients: Collection[str]) -> None:
+    """Refuse shards of a client that differ in their number of shards: images would count twice."""
+    dealt: dict[str, dict[object, str]] = {}
+    for name, member in members.items():
+        if shard_of(name) is not None and (whole := whole_of(name)) in clients:
+            number = draft.opened(member).settings.get("shards")
+            dealt.setdefault(whole, {}).setdefault(number, name)
+    for whole, numbers in dealt.items():
+        if len(numbers) > 1:
+            (one, first), (other, second), *_ = numbers.items()
+            raise ContributionError(
+                f"{second!r} is one of {other} shards, {first!r} one of {one}: images would count "
+                f"twice. Train with the same `shards`, or remove {whole!r} first."
+            )
 
 
 def _requester(requested_by: str) -> dict[str, str]:

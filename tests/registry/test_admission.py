@@ -432,3 +432,14 @@ def test_rewriting_alone_is_no_reason_to_refuse(tmp_path, registry):
     registry.add(rewritten(tmp_path / "inbox", settings={"seed": 3}))
     assert registry.card("dee")["settings"] == {"seed": 3}
     assert registry.member("dee").lineage.anchored_by == ("zoe",)
+
+
+def test_shards_of_two_ways_to_deal_a_client_are_refused(registry):
+    def shard(number: int, of: int) -> Contribution:
+        return replace(member(f"zoe.shard-{number}"), settings={"shards": of})
+
+    registry.add(shard(0, 2), shard(1, 2))
+    error = refused(registry, shard(3, 4))
+    assert "'zoe.shard-3' is one of 4 shards, 'zoe.shard-0' one of 2" in str(error)
+    assert "count twice" in str(refused(registry, shard(0, 2), shard(1, 3), replacing=True))
+    registry.add(shard(0, 3), shard(1, 3), replacing=True)
