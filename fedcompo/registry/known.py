@@ -43,9 +43,11 @@ class Known:
 
     def signs(self, fingerprint: str, sequence: int) -> bool:
         """Whether a key is the one that signed when the journal got a line."""
+        lines = self.former.values()
         if fingerprint == self.fingerprint:
-            return sequence > max(self.former.values(), default=0)
-        return 0 < sequence < self.former.get(fingerprint, 0)
+            return sequence > max(lines, default=0)
+        end = self.former.get(fingerprint, 0)
+        return max((line for line in lines if line < end), default=0) < sequence < end
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,10 @@ class Receipt:
 
         record = RemovalRecord.parse(self.record, source="The receipt")
         now, then = (there.sequence, there.root), (record.sequence, record.root_after)
-        if now[0] < then[0] or (now[0] == then[0] and now != then):
+        stayed = any(m.client == record.client and m.added < then[0] for m in there.members)
+        if stayed or now[0] < then[0] or (now[0] == then[0] and now != then):
             raise ServiceError(
                 f"The registry has root and line {now[1]}@{now[0]}; expected {then[1]}@{then[0]}, "
-                "which the receipt states, or a later line: the removal is not in it, or was taken "
-                "back. Keep the receipt, and ask an operator."
+                f"which the receipt states, or a later line, without {record.client}: the removal "
+                "is not in it, or was taken back. Keep the receipt, and ask an operator."
             )

@@ -18,6 +18,7 @@ from fedcompo.registry.signing import PRIVATE, PUBLIC, create_key, fingerprint_o
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.service.acquaintance import Acquaintance
 from fedcompo.service.client import Client
+from fedcompo.service.receipt import Receipt
 
 SERVER = "fed.example.org:9443"
 
@@ -139,6 +140,28 @@ def test_two_stories_are_refused(registry: Registry, tmp_path: Path, more: int) 
     expected = "line 3 of its journal was" if more else "3 lines as before, but root and last"
     with pytest.raises(ServiceError, match=expected):
         met(other)
+
+
+def test_a_receipt_from_a_copy_is_refused_while_the_member_is_still_there(
+    registry: Registry, tmp_path: Path
+) -> None:
+    copy = Registry(shutil.copytree(registry.path, tmp_path / "copy", symlinks=True))
+    receipt = Receipt(copy.remove("ben").text.encode(), (registry.path / PUBLIC).read_bytes())
+    registry.add(member("dee", seed=8, classes=("emu",)))
+    registry.add(member("eve", seed=9, classes=("fox",)))  # as if the journal had gone on
+    there = wire.ListReply(root=registry.state.root, sequence=registry.state.sequence)
+    receipt.require_in(there)
+    there.members.add(client="ben", added=registry.member("ben").added)
+    with pytest.raises(ServiceError, match="without ben"):
+        receipt.require_in(there)
+    there.members[0].added = there.sequence  # it came back later
+    receipt.require_in(there)
+
+
+def test_each_former_key_signs_the_lines_of_its_time_alone() -> None:
+    held = known.Known("c", former={"a": 5, "b": 9})
+    lines = {key: [n for n in range(1, 12) if held.signs(key, n)] for key in "abcd"}
+    assert lines == {"a": [1, 2, 3, 4], "b": [6, 7, 8], "c": [10, 11], "d": []}
 
 
 def test_what_is_not_signed_or_of_another_registry_is_refused(
