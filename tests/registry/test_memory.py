@@ -83,7 +83,7 @@ def test_a_change_takes_a_few_weights_of_memory(tmp_path):
         pytest.skip("this system does not tell how much memory a step took")
     model = DEPTH * 12 * WIDTH**2 * 4
     assert model > 20 * LARGEST
-    for target, arguments in ((prepare, ()), (measure, (12,))):
+    for target, arguments in ((prepare, ()), (measure, (16,))):
         process = PROCESSES.Process(target=target, args=(tmp_path, *arguments))
         process.start()
         process.join(PATIENCE)
